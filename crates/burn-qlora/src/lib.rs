@@ -1,0 +1,1 @@
+//! QLoRA fine-tuning on Burn: the facade over the workspace's crates

@@ -1,0 +1,2 @@
+//! Compares this workspace with recorded outputs of PEFT, bitsandbytes and transformers
+fn main() {}

@@ -1,0 +1,1 @@
+//! AdamW for Burn tensors with state that can be saved bit for bit

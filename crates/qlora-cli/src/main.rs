@@ -1,0 +1,2 @@
+//! The qlora command
+fn main() {}

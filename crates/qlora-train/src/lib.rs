@@ -1,0 +1,1 @@
+//! Fine-tuning: data pipeline, loss, training loop, checkpoints and reports

@@ -1,0 +1,55 @@
+"""Cuts a reference folder down to what the repository carries.
+
+usage: trim.py FULL_REFERENCE_DIR OUT_DIR
+
+The full folder is written by make_reference.py. The layout stays the same, so every
+program that reads the full folder reads the trimmed one. What is cut:
+  logits, adapters, qlora   the first POSITIONS positions (the model is causal: they depend on nothing later)
+  bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized ones with blocksize 64
+  qlora                     the final adapter and logits of the bf16 run; its losses stay
+  adapters                  kinds beyond plain, rslora, patterns, regex and layers
+  archs, optimizers         not yet compared by the tests in this repository
+Needs safetensors, numpy and ml_dtypes.
+"""
+import json, shutil, sys
+from pathlib import Path
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+POSITIONS = 6
+ADAPTERS = ["plain", "rslora", "patterns", "regex", "layers"]
+src, dst = Path(sys.argv[1]), Path(sys.argv[2])
+
+
+def copy(name):
+    (dst / name).parent.mkdir(parents=True, exist_ok=True)
+    if (src / name).is_dir():
+        shutil.copytree(src / name, dst / name, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(src / name, dst / name)
+
+
+def tensors(name, edit):
+    with safe_open(src / name, "np") as f:
+        meta = f.metadata()
+    out = edit(load_file(src / name))
+    (dst / name).parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.copy() for k, v in out.items()}, dst / name, metadata=meta)
+
+
+def positions(keep=lambda k: True):
+    return lambda t: {k: v[:, :POSITIONS] for k, v in t.items() if keep(k)}
+
+
+for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "logits/greedy.json", "bnb/quantize_blockwise.safetensors",
+             "bnb/matmul_4bit.safetensors", "qlora/batches.safetensors", "qlora/hyper.json", "qlora/log_f32.json", "qlora/log_bf16.json",
+             "qlora/merged_greedy.json", "qlora/initial_adapter", "qlora/final_adapter_f32", *(f"adapters/{a}" for a in ADAPTERS)]:
+    copy(name)
+tensors("logits/tiny-llama.safetensors", positions())
+tensors("qlora/logits_f32.safetensors", positions())
+tensors("adapters/logits.safetensors", positions(lambda k: k == "input_ids" or k.removeprefix("logits.") in ADAPTERS))
+cases = json.loads((src / "bnb/quantize_4bit.json").read_text())
+kept = [c for c in cases if c["shape"][0] * c["shape"][1] < 30_000 or (c["blocksize"], c["double_quant"]) == (64, True)]
+tensors("bnb/quantize_4bit.safetensors", lambda t: {k: v for k, v in t.items() if any(k.startswith(c["prefix"]) for c in kept)})
+(dst / "bnb/quantize_4bit.json").write_text(json.dumps(kept, indent=1))

@@ -1,0 +1,2 @@
+//! The workspace's own tasks: ci, tidy, test, bench, golden
+fn main() {}
