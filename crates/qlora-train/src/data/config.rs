@@ -1,0 +1,159 @@
+//! `[data]` of a training configuration: which rows to learn from and how to read them.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+
+/// `[data]`: the rows to learn from.
+///
+/// Files are JSONL: one JSON object a line. See [`Format`] for the layouts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// JSONL file with the training rows.
+    pub train: PathBuf,
+    /// JSONL file with the evaluation rows; overrides `eval_fraction`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval: Option<PathBuf>,
+    /// Part of the training rows that is held out for evaluation, from 0 (none) to below 1.
+    pub eval_fraction: f64,
+    /// Layout of the rows: `auto`, `chat`, `prompt_completion`, `alpaca` or `text`.
+    pub format: Format,
+    /// Longer rows are cut to this many tokens, which is counted and reported.
+    pub max_length: usize,
+    /// Which tokens the loss counts: `assistant` (answers only) or `all`.
+    pub loss_on: LossOn,
+    /// Whether every epoch visits the rows in another random order.
+    pub shuffle: bool,
+    /// Whether rows of similar length share a batch: less padding, a less random order.
+    pub group_by_length: bool,
+    /// Put before conversations that have no system message; for `alpaca` rows it replaces the
+    /// sentence that introduces the instruction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_prompt: Option<String>,
+    /// A Jinja chat template to use instead of the tokenizer's: the template, or the path of a
+    /// file that ends in `.jinja` or `.j2`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            train: PathBuf::new(),
+            eval: None,
+            eval_fraction: 0.0,
+            format: Format::Auto,
+            max_length: 2048,
+            loss_on: LossOn::Assistant,
+            shuffle: true,
+            group_by_length: false,
+            system_prompt: None,
+            chat_template: None,
+        }
+    }
+}
+
+impl DataConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`TrainError::DataConfig`] names the key and what it allows.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        let fail = |key: &'static str, problem: String| Err(TrainError::DataConfig { key, problem });
+        if self.train.as_os_str().is_empty() {
+            return fail("train", "is missing; give the path of a JSONL file".into());
+        }
+        if self.max_length < 2 {
+            return fail(
+                "max_length",
+                format!(
+                    "= {} leaves no token to predict; give 2 or more",
+                    self.max_length
+                ),
+            );
+        }
+        if !(0.0..1.0).contains(&self.eval_fraction) {
+            return fail(
+                "eval_fraction",
+                format!(
+                    "= {} is out of range; give a number from 0 to below 1",
+                    self.eval_fraction
+                ),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Layout of a row.
+///
+/// | format | keys of a row |
+/// |---|---|
+/// | `chat` | `messages`: a list of `{role, content}`, or `conversations`: a list of `{from, value}`; also `prompt` and `completion` as lists of messages. Optionally `tools` |
+/// | `prompt_completion` | `prompt` and `completion`, two strings |
+/// | `alpaca` | `instruction`, optionally `input`, and `output` |
+/// | `text` | `text` |
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// Taken from the keys of the first row; all rows must then have it.
+    #[default]
+    Auto,
+    /// Conversations, written with the chat template.
+    Chat,
+    /// A prompt and what should follow it, written as they are.
+    PromptCompletion,
+    /// Instructions, written with the prompt of the Alpaca data set.
+    Alpaca,
+    /// Plain text; every token counts.
+    Text,
+}
+
+impl Format {
+    /// What a row of this format must look like, for messages.
+    pub fn expected(self) -> &'static str {
+        match self {
+            Self::Auto => {
+                "an object with `messages`, `conversations`, `prompt` and `completion`, \
+                 `instruction` and `output`, or `text`"
+            }
+            Self::Chat => {
+                "an object with `messages`: a list of objects with `role` and `content` \
+                 (or `conversations`: a list of objects with `from` and `value`)"
+            }
+            Self::PromptCompletion => "an object with the strings `prompt` and `completion`",
+            Self::Alpaca => {
+                "an object with the strings `instruction`, `output` and optionally `input`"
+            }
+            Self::Text => "an object with the string `text`",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Chat => "chat",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Alpaca => "alpaca",
+            Self::Text => "text",
+        })
+    }
+}
+
+/// Which tokens the loss counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossOn {
+    /// Only what the model should write: assistant turns with their end-of-turn tokens,
+    /// completions, outputs. Rows of plain text count whole.
+    #[default]
+    Assistant,
+    /// Every token.
+    All,
+}
