@@ -1,0 +1,356 @@
+//! The training configuration: one TOML file with a section for each concern.
+//!
+//! A configuration is read in three steps, so that every mistake is reported where it was made:
+//! [`TrainConfig::load`] parses the file and rejects unknown keys with their line and the nearest
+//! known name, [`TrainConfig::set`] applies overrides such as `train.learning_rate = 1e-4`, and
+//! [`TrainConfig::validate`] checks the ranges and names `section.key` and what is allowed.
+//!
+//! The key names are not listed a second time for the check: they are asked of the structs
+//! themselves (see `keys`). [`TEMPLATE`] is a file that documents every key at its default; a test
+//! parses it and compares it with [`TrainConfig::default`].
+//!
+//! Relative paths mean what they mean on the command line: they start at the current directory,
+//! not at the folder of the configuration file. A file and a flag with the same text name the same
+//! thing, and a hub id such as `org/name` is never mistaken for a path beside the file.
+
+mod keys;
+mod schedule;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use adapter_io::TargetModules;
+use nf4_quant::{QuantConfig, QuantType};
+use serde::{Deserialize, Serialize};
+
+use crate::data::DataConfig;
+use crate::error::TrainError;
+
+pub use keys::known_keys;
+pub use schedule::Schedule;
+
+/// A commented configuration that documents every key; parses to the defaults.
+pub const TEMPLATE: &str = include_str!("config/template.toml");
+
+/// Everything that decides a training run.
+///
+/// The defaults are the recipe of the QLoRA paper (Dettmers et al. 2023, arXiv 2305.14314,
+/// appendix B, 7B and 13B models): NF4 with double quantization, adapters of rank 64 and alpha 16
+/// on every linear layer, learning rate 2e-4, 16 rows a step, gradients clipped at 0.3.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Where to run: `auto`, `cpu`, `cuda`, `cuda:1`, `vulkan` or `metal`.
+    pub device: String,
+    /// The base model.
+    pub model: ModelOptions,
+    /// How its linear layers are kept in memory.
+    pub quantization: QuantizationOptions,
+    /// The adapters that are trained.
+    pub lora: LoraOptions,
+    /// The rows to learn from.
+    pub data: DataConfig,
+    /// The optimizer, its schedule, and what is written when.
+    pub train: TrainOptions,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            device: "auto".into(),
+            model: ModelOptions::default(),
+            quantization: QuantizationOptions::default(),
+            lora: LoraOptions::default(),
+            data: DataConfig::default(),
+            train: TrainOptions::default(),
+        }
+    }
+}
+
+/// `[model]`: the base model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelOptions {
+    /// A folder with a Hugging Face checkpoint, or a hub id such as `org/name`.
+    pub path: String,
+    /// Branch, tag or commit of a hub id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+}
+
+/// `[quantization]`: how the base model's linear layers are kept in memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuantizationOptions {
+    /// The 4-bit data type, or `none` for unquantized weights.
+    pub quant_type: BaseQuantType,
+    /// Elements that share one absmax: a power of two from 32 to 4096.
+    pub blocksize: usize,
+    /// Whether the absmax are quantized to 8 bits too.
+    pub double_quant: bool,
+    /// The dtype of activations and of the dequantized weights.
+    pub compute_dtype: ComputeDtype,
+}
+
+impl Default for QuantizationOptions {
+    fn default() -> Self {
+        Self {
+            quant_type: BaseQuantType::Nf4,
+            blocksize: 64,
+            double_quant: true,
+            compute_dtype: ComputeDtype::Auto,
+        }
+    }
+}
+
+impl QuantizationOptions {
+    /// The codec's settings, or `None` where the base stays unquantized.
+    pub fn quant_config(&self) -> Option<QuantConfig> {
+        let quant_type = match self.quant_type {
+            BaseQuantType::Nf4 => QuantType::Nf4,
+            BaseQuantType::Fp4 => QuantType::Fp4,
+            BaseQuantType::None => return None,
+        };
+        Some(QuantConfig {
+            quant_type,
+            blocksize: self.blocksize,
+            double_quant: self.double_quant,
+        })
+    }
+
+    /// The settings in words, for a log line or a report.
+    pub fn describe(&self) -> String {
+        let name = match self.quant_type {
+            BaseQuantType::Nf4 => "NF4",
+            BaseQuantType::Fp4 => "FP4",
+            BaseQuantType::None => return "unquantized".into(),
+        };
+        let nested = if self.double_quant {
+            " with double quantization"
+        } else {
+            ""
+        };
+        format!("{name}, blocksize {}{nested}", self.blocksize)
+    }
+}
+
+/// The base model's weight type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BaseQuantType {
+    /// 4-bit NormalFloat.
+    Nf4,
+    /// 4-bit float.
+    Fp4,
+    /// Weights stay in the compute dtype: plain LoRA.
+    None,
+}
+
+/// The dtype of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// bf16 where the device has it, otherwise f32.
+    Auto,
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+/// `[lora]`: the adapters that are trained. The keys mean what they mean in PEFT's `LoraConfig`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraOptions {
+    /// Rank of the two factors (PEFT's `r`).
+    pub rank: usize,
+    /// The update is multiplied by `alpha / rank`.
+    pub alpha: f64,
+    /// Probability of dropping an element of an adapter's input while training.
+    pub dropout: f64,
+    /// Which modules get an adapter: a list of names, a regular expression that matches the whole
+    /// module path, or `all-linear`.
+    pub target_modules: TargetModules,
+    /// Modules to leave out of `target_modules`: a list of names or a regular expression.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<TargetModules>,
+    /// Only the layers with these indices get adapters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    pub use_rslora: bool,
+    /// Other ranks for modules whose path ends in a key (a name or a regular expression).
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Other alphas, by the same rule.
+    pub alpha_pattern: BTreeMap<String, f64>,
+}
+
+impl Default for LoraOptions {
+    fn default() -> Self {
+        Self {
+            rank: 64,
+            alpha: 16.0,
+            dropout: 0.1,
+            target_modules: TargetModules::Pattern("all-linear".into()),
+            exclude_modules: None,
+            layers_to_transform: None,
+            use_rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+        }
+    }
+}
+
+/// `[train]`: the optimizer, its schedule, and what is written when.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainOptions {
+    /// Folder for checkpoints, metrics, the report and the final adapter.
+    pub output_dir: PathBuf,
+    /// Passes over the training rows, fractions allowed; `max_steps` ends a run earlier or later.
+    pub epochs: f64,
+    /// Optimizer steps in all; overrides `epochs`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<usize>,
+    /// Rows in a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches in one optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Peak learning rate, reached after the warmup.
+    pub learning_rate: f64,
+    /// What the learning rate does after the warmup.
+    pub schedule: Schedule,
+    /// Steps of linear warmup; overrides `warmup_ratio`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup_steps: Option<usize>,
+    /// Linear warmup as a part of all steps.
+    pub warmup_ratio: f64,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's decay rates of the first and second moment.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// Gradients are scaled down to this global norm; 0 leaves them as they are.
+    pub max_grad_norm: f64,
+    /// Seed of adapter initialisation, dropout, shuffling and the evaluation split.
+    pub seed: u64,
+    /// Whether activations are kept for backward or computed again.
+    pub activation_checkpointing: ActivationCheckpointing,
+    /// Evaluate every so many steps; 0: only at the end. Does nothing without evaluation rows.
+    pub eval_every: usize,
+    /// Save a training checkpoint every so many steps; 0: only at the end.
+    pub save_every: usize,
+    /// How many training checkpoints are kept, the newest ones; 0 keeps all.
+    pub save_limit: usize,
+    /// Report every so many steps.
+    pub log_every: usize,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            output_dir: PathBuf::from("runs/qlora"),
+            epochs: 1.0,
+            max_steps: None,
+            batch_size: 4,
+            gradient_accumulation_steps: 4,
+            learning_rate: 2e-4,
+            schedule: Schedule::Constant,
+            warmup_steps: None,
+            warmup_ratio: 0.03,
+            weight_decay: 0.0,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            max_grad_norm: 0.3,
+            seed: 42,
+            activation_checkpointing: ActivationCheckpointing::None,
+            eval_every: 100,
+            save_every: 100,
+            save_limit: 2,
+            log_every: 1,
+        }
+    }
+}
+
+impl TrainOptions {
+    /// Optimizer steps of a run over `rows` training rows: `max_steps`, or as many as `epochs`
+    /// takes, where the last step of an epoch may hold fewer rows. At least 1.
+    pub fn total_steps(&self, rows: usize) -> usize {
+        self.max_steps.unwrap_or_else(|| {
+            let rows_per_step = self.batch_size * self.gradient_accumulation_steps;
+            let steps_per_epoch = rows.div_ceil(rows_per_step.max(1));
+            ((self.epochs * steps_per_epoch as f64).ceil() as usize).max(1)
+        })
+    }
+
+    /// Steps of warmup in a run of `total_steps`.
+    pub fn warmup_steps_of(&self, total_steps: usize) -> usize {
+        self.warmup_steps
+            .unwrap_or_else(|| (self.warmup_ratio * total_steps as f64).ceil() as usize)
+    }
+
+    /// The learning rate of `step` (from 0) in a run of `total_steps`.
+    pub fn learning_rate_at(&self, step: usize, total_steps: usize) -> f64 {
+        let warmup = self.warmup_steps_of(total_steps);
+        self.learning_rate * self.schedule.factor(step, warmup, total_steps)
+    }
+}
+
+/// Whether a block's activations are kept for the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivationCheckpointing {
+    /// Keep them: fastest.
+    None,
+    /// Keep each block's input only and run its forward pass again in backward: least memory.
+    Full,
+}
+
+impl TrainConfig {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// The file can't be read, isn't TOML, holds an unknown key, or a value of the wrong type. The
+    /// message names the line. Ranges are checked by [`TrainConfig::validate`], after overrides.
+    pub fn load(path: &Path) -> Result<Self, TrainError> {
+        let text = std::fs::read_to_string(path).map_err(|source| TrainError::ConfigRead {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Parses a configuration; `file` is the name used in error messages.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::load`].
+    pub fn parse(text: &str, file: &str) -> Result<Self, TrainError> {
+        keys::parse(text, file)
+    }
+
+    /// Sets one key, named `section.key` (or `device`), to a value written as in TOML. Quotes
+    /// around a string may be left out: `set("lora.target_modules", "all-linear")`.
+    ///
+    /// # Errors
+    /// The key is unknown, or the value doesn't fit it; the configuration is unchanged then.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), TrainError> {
+        *self = keys::with_override(self, key, value)?;
+        Ok(())
+    }
+
+    /// The configuration as TOML, every key included; [`TrainConfig::parse`] reads it back.
+    ///
+    /// # Errors
+    /// A value has no form in TOML, e.g. a seed above 2^63 - 1.
+    pub fn to_toml(&self) -> Result<String, TrainError> {
+        toml::to_string_pretty(self).map_err(|e| TrainError::ConfigWrite {
+            message: e.to_string(),
+        })
+    }
+}

@@ -1,0 +1,361 @@
+//! Tests of the configuration: the template, mistakes and their messages, overrides.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+fn message(text: &str) -> String {
+    TrainConfig::parse(text, "qlora.toml")
+        .unwrap_err()
+        .to_string()
+}
+
+fn range_message(key: &str, value: &str) -> String {
+    let mut config = valid();
+    config.set(key, value).unwrap();
+    config.validate().unwrap_err().to_string()
+}
+
+fn valid() -> TrainConfig {
+    let mut config = TrainConfig::default();
+    config.set("model.path", "model").unwrap();
+    config.set("data.train", "train.jsonl").unwrap();
+    config.validate().unwrap();
+    config
+}
+
+#[test]
+fn template_parses_to_the_defaults() {
+    let template = TrainConfig::parse(TEMPLATE, "template").unwrap();
+    let defaults = TrainConfig::default();
+    assert_eq!(template.to_toml().unwrap(), defaults.to_toml().unwrap());
+}
+
+/// With every commented key switched on, the template sets exactly the keys that exist.
+#[test]
+fn template_holds_every_key_and_no_other() {
+    let all: String = TEMPLATE
+        .lines()
+        .map(|line| {
+            let key = line.strip_prefix("# ").filter(|rest| {
+                let word = rest.split(" = ").next().unwrap_or_default();
+                rest.contains(" = ") && word.chars().all(|c| c.is_lowercase() || c == '_')
+            });
+            format!("{}\n", key.unwrap_or(line))
+        })
+        .collect();
+    TrainConfig::parse(&all, "template").unwrap();
+    let table: toml::Table = all.parse().unwrap();
+    let mut keys: Vec<String> = table
+        .iter()
+        .flat_map(|(name, value)| match value.as_table() {
+            Some(section) => section.keys().map(|key| format!("{name}.{key}")).collect(),
+            None => vec![name.clone()],
+        })
+        .collect();
+    let mut known = known_keys();
+    keys.sort();
+    known.sort();
+    assert_eq!(keys, known);
+}
+
+#[test]
+fn every_key_survives_writing_and_reading() {
+    let mut config = valid();
+    for (key, value) in [
+        ("device", "cuda:1"),
+        ("model.revision", "main"),
+        ("quantization.quant_type", "none"),
+        ("lora.exclude_modules", "[\"down_proj\"]"),
+        ("lora.layers_to_transform", "[0, 2]"),
+        (
+            "lora.rank_pattern",
+            "{ q_proj = 4, \"layers\\\\.0\\\\..*\" = 2 }",
+        ),
+        ("lora.alpha_pattern", "{ q_proj = 8 }"),
+        ("data.system_prompt", "Be brief."),
+        ("train.max_steps", "7"),
+        ("train.warmup_steps", "3"),
+        ("train.schedule", "cosine"),
+    ] {
+        config.set(key, value).unwrap();
+    }
+    let text = config.to_toml().unwrap();
+    let again = TrainConfig::parse(&text, "again").unwrap();
+    assert_eq!(again.to_toml().unwrap(), text);
+    assert_eq!(again.lora.rank_pattern["layers\\.0\\..*"], 2);
+    assert_eq!(again.train.max_steps, Some(7));
+    assert!(again.quantization.quant_config().is_none());
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line_and_the_nearest_name() {
+    let cases = [
+        (
+            "[train]\n\nlearning_rat = 1.0\n",
+            "qlora.toml:3: unknown key `train.learning_rat`; did you mean `learning_rate`?",
+        ),
+        (
+            "[lora]\nrnak = 8\n",
+            "qlora.toml:2: unknown key `lora.rnak`; did you mean `rank`?",
+        ),
+        (
+            "[lora]\nr = 8\n",
+            "qlora.toml:2: unknown key `lora.r`; did you mean `rank`?",
+        ),
+        (
+            "[lora]\nlr = 8\n",
+            "qlora.toml:2: unknown key `lora.lr`; did you mean `learning_rate` in [train]?",
+        ),
+        (
+            "[model]\nrank = 8\n",
+            "qlora.toml:2: unknown key `model.rank`; did you mean `rank` in [lora]?",
+        ),
+        (
+            "learning_rate = 1.0\n",
+            "qlora.toml:1: unknown key `learning_rate`; did you mean `learning_rate` in [train]?",
+        ),
+        (
+            "[trian]\nepochs = 1\n",
+            "qlora.toml:1: unknown key `trian`; did you mean the section [train]?",
+        ),
+        (
+            "[train]\ndevice = \"cpu\"\n",
+            "qlora.toml:2: unknown key `train.device`; did you mean `device`, above all sections?",
+        ),
+        (
+            "[model]\ntelescope = 1\n",
+            "qlora.toml:2: unknown key `model.telescope`; `qlora init` writes a file with every key",
+        ),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(message(text), expected);
+    }
+}
+
+#[test]
+fn a_wrong_type_is_named_with_line_and_key() {
+    let text = message("[lora]\nalpha = 16\nrank = \"big\"\n");
+    assert!(
+        text.starts_with("qlora.toml:3: lora.rank: invalid type"),
+        "{text}"
+    );
+    let text = message("[quantization]\nquant_type = \"nf5\"\n");
+    assert!(
+        text.starts_with("qlora.toml:2: quantization.quant_type: unknown variant `nf5`"),
+        "{text}"
+    );
+    let text = message("[train]\nbetas = [0.9, \"x\"]\n");
+    assert!(
+        text.starts_with("qlora.toml:2: train.betas: invalid type"),
+        "{text}"
+    );
+    let text = message("train = 3\n");
+    assert!(
+        text.starts_with("qlora.toml:1: `train` is a section"),
+        "{text}"
+    );
+    let text = message("[train\n");
+    assert!(text.starts_with("qlora.toml:1: "), "{text}");
+    let text = message("[lora]\ntarget_modules = 3\n");
+    assert!(
+        text.starts_with("qlora.toml:2: lora.target_modules: "),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = TrainConfig::load(Path::new("no/such/qlora.toml")).unwrap_err();
+    assert!(error.to_string().contains("no/such/qlora.toml"), "{error}");
+}
+
+#[test]
+fn values_out_of_range_name_the_key_and_what_is_allowed() {
+    let cases = [
+        (
+            "lora.rank",
+            "0",
+            "lora.rank = 0 is out of range; allowed: 1 or more",
+        ),
+        (
+            "lora.dropout",
+            "1.0",
+            "lora.dropout = 1 is out of range; allowed: from 0 to below 1",
+        ),
+        (
+            "lora.alpha",
+            "0",
+            "lora.alpha = 0 is out of range; allowed: a finite number above 0",
+        ),
+        (
+            "lora.rank_pattern",
+            "{ q_proj = 0 }",
+            "lora.rank_pattern.q_proj = 0 is out of range; allowed: 1 or more",
+        ),
+        (
+            "lora.alpha_pattern",
+            "{ q_proj = inf }",
+            "lora.alpha_pattern.q_proj = inf is out of range; allowed: a finite number above 0",
+        ),
+        (
+            "quantization.blocksize",
+            "48",
+            "quantization.blocksize = 48 is out of range; allowed: a power of two from 32 to 4096",
+        ),
+        (
+            "quantization.blocksize",
+            "16",
+            "quantization.blocksize = 16 is out of range; allowed: a power of two from 32 to 4096",
+        ),
+        (
+            "train.batch_size",
+            "0",
+            "train.batch_size = 0 is out of range; allowed: 1 or more",
+        ),
+        (
+            "train.learning_rate",
+            "nan",
+            "train.learning_rate = NaN is out of range; allowed: a finite number above 0",
+        ),
+        (
+            "train.betas",
+            "[0.9, 1.0]",
+            "train.betas = 1 is out of range; allowed: from 0 to below 1, both",
+        ),
+        (
+            "train.warmup_ratio",
+            "1.5",
+            "train.warmup_ratio = 1.5 is out of range; allowed: from 0 to below 1",
+        ),
+        (
+            "train.max_grad_norm",
+            "-1",
+            "train.max_grad_norm = -1 is out of range; allowed: a finite number, 0 or more",
+        ),
+        (
+            "train.log_every",
+            "0",
+            "train.log_every = 0 is out of range; allowed: 1 or more",
+        ),
+    ];
+    for (key, value, expected) in cases {
+        assert_eq!(range_message(key, value), expected);
+    }
+    for (key, value) in [
+        ("lora.target_modules", "[]"),
+        ("lora.layers_to_transform", "[]"),
+        ("train.gradient_accumulation_steps", "0"),
+        ("train.epochs", "0"),
+        ("train.max_steps", "0"),
+        ("train.weight_decay", "-0.1"),
+        ("train.eps", "0"),
+        ("train.output_dir", ""),
+    ] {
+        let text = range_message(key, value);
+        assert!(text.contains(key) && text.contains("allowed: "), "{text}");
+    }
+}
+
+#[test]
+fn the_model_is_required() {
+    let mut config = valid();
+    config.model.path.clear();
+    let text = config.validate().unwrap_err().to_string();
+    assert!(text.starts_with("model.path is not set"), "{text}");
+}
+
+#[test]
+fn overrides_take_toml_values_and_bare_words() {
+    let mut config = TrainConfig::default();
+    config.set("train.learning_rate", "1e-4").unwrap();
+    config.set("train.epochs", "3").unwrap();
+    config.set("train.output_dir", "7").unwrap();
+    config.set("device", "cuda:1").unwrap();
+    config.set("data.shuffle", "false").unwrap();
+    config
+        .set("lora.target_modules", "[\"q_proj\", \"v_proj\"]")
+        .unwrap();
+    assert_eq!(config.train.learning_rate, 1e-4);
+    assert_eq!(config.train.epochs, 3.0);
+    assert_eq!(config.train.output_dir, Path::new("7"));
+    assert_eq!(config.device, "cuda:1");
+    assert!(!config.data.shuffle);
+    match &config.lora.target_modules {
+        TargetModules::List(names) => assert_eq!(names, &["q_proj", "v_proj"]),
+        TargetModules::Pattern(pattern) => panic!("{pattern}"),
+    }
+}
+
+#[test]
+fn a_wrong_override_says_so_and_changes_nothing() {
+    let mut config = TrainConfig::default();
+    let before = config.to_toml().unwrap();
+    let text = config
+        .set("train.learning_rte", "1")
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        text,
+        "override train.learning_rte=1: unknown key `train.learning_rte`; did you mean `learning_rate`?"
+    );
+    let text = config.set("learning_rate", "1").unwrap_err().to_string();
+    assert!(
+        text.ends_with("did you mean `learning_rate` in [train]?"),
+        "{text}"
+    );
+    let text = config
+        .set("train.batch_size", "many")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.starts_with("override train.batch_size=many: invalid type"),
+        "{text}"
+    );
+    let text = config
+        .set("train.batch_size", "-1")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.starts_with("override train.batch_size=-1: invalid value"),
+        "{text}"
+    );
+    let text = config.set("train", "1").unwrap_err().to_string();
+    assert!(text.contains("unknown key `train`"), "{text}");
+    assert_eq!(config.to_toml().unwrap(), before);
+}
+
+/// Relative paths are kept as they stand, whatever the folder of the file: they start at the
+/// current directory, as they do in a flag.
+#[test]
+fn relative_paths_start_at_the_current_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("qlora.toml");
+    std::fs::write(
+        &file,
+        "[model]\npath = \"a/model\"\n[train]\noutput_dir = \"out\"\n",
+    )
+    .unwrap();
+    let config = TrainConfig::load(&file).unwrap();
+    assert_eq!(config.model.path, "a/model");
+    assert_eq!(config.train.output_dir, Path::new("out"));
+}
+
+#[test]
+fn steps_come_from_epochs_unless_max_steps_says_otherwise() {
+    let mut train = TrainOptions {
+        batch_size: 4,
+        gradient_accumulation_steps: 2,
+        epochs: 2.5,
+        ..TrainOptions::default()
+    };
+    assert_eq!(train.total_steps(33), 13); // 5 steps an epoch, the last of them short; 12.5 rounds up
+    assert_eq!(train.total_steps(1), 3);
+    train.max_steps = Some(4);
+    assert_eq!(train.total_steps(33), 4);
+    assert_eq!(train.warmup_steps_of(100), 3);
+    assert_eq!(train.warmup_steps_of(10), 1);
+    train.warmup_steps = Some(0);
+    assert_eq!(train.warmup_steps_of(100), 0);
+    assert_eq!(train.learning_rate_at(0, 100), train.learning_rate);
+}
