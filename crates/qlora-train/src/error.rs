@@ -11,6 +11,56 @@ pub enum TrainError {
     /// The model, its tokenizer or its chat template.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The configuration file can't be read.
+    #[error("can't read the configuration {}: {source}; `qlora init` writes one", path.display())]
+    ConfigRead {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The configuration isn't TOML, or a value has the wrong type.
+    #[error("{place}: {message}")]
+    ConfigSyntax {
+        /// File and line, or the override.
+        place: String,
+        /// What is wrong there.
+        message: String,
+    },
+    /// The configuration has a key that doesn't exist.
+    #[error("{place}: unknown key `{key}`; {hint}")]
+    UnknownKey {
+        /// File and line, or the override.
+        place: String,
+        /// The key, as `section.key`.
+        key: String,
+        /// The nearest known name.
+        hint: String,
+    },
+    /// A key that must be set isn't.
+    #[error("{key} is not set: {hint}")]
+    ConfigMissing {
+        /// The key, as `section.key`.
+        key: String,
+        /// What to write there.
+        hint: String,
+    },
+    /// A value is out of its range.
+    #[error("{key} = {value} is out of range; allowed: {allowed}")]
+    ConfigRange {
+        /// The key, as `section.key`.
+        key: String,
+        /// Its value.
+        value: String,
+        /// The range.
+        allowed: String,
+    },
+    /// The configuration can't be written as TOML.
+    #[error("can't write the configuration as TOML: {message}")]
+    ConfigWrite {
+        /// Which value, and why.
+        message: String,
+    },
     /// A value in `[data]` is out of range.
     #[error("data.{key} {problem}")]
     DataConfig {
