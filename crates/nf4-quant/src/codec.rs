@@ -1,0 +1,235 @@
+//! The host codec: the oracle's arithmetic, on all cores and in vector registers.
+//!
+//! Quantizing counts the thresholds below each scaled value instead of searching: fifteen compares
+//! without a branch, which the compiler turns into vector code (for AVX2 too, chosen at run time).
+//! Dequantizing looks up two values per byte in a table of 256 pairs. The tensor is cut at block
+//! borders into spans that fit the second-level cache.
+
+use rayon::prelude::*;
+
+use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS, NF4_THRESHOLDS};
+use crate::quant_state::check_blocksize;
+use crate::{Element, QuantError, QuantType};
+
+/// Elements per parallel task: a multiple of every blocksize, 256 KiB of f32.
+const SPAN: usize = 64 * 1024;
+/// The largest blocksize.
+const MAX_BLOCK: usize = 4096;
+
+/// Quantizes a flattened weight in parallel into packed codes and absmax.
+///
+/// # Shapes
+///
+/// For n elements `codes` holds ceil(n / 2) bytes and `absmax` ceil(n / blocksize) entries.
+///
+/// # Errors
+///
+/// [`QuantError::Blocksize`]; [`QuantError::Length`] naming the buffer; [`QuantError::NonFinite`] with
+/// the index of the first NaN or infinite element, the buffers' contents being then unspecified.
+pub fn quantize_blocks<E: Element>(
+    weight: &[E],
+    quant_type: QuantType,
+    blocksize: usize,
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) -> Result<(), QuantError> {
+    check_lengths(blocksize, weight.len(), codes.len(), absmax.len())?;
+    let finite = codes
+        .par_chunks_mut(SPAN / 2)
+        .zip(absmax.par_chunks_mut(SPAN / blocksize))
+        .zip(weight.par_chunks(SPAN))
+        .map(|((codes, absmax), weight)| {
+            quantize_span(weight, quant_type, blocksize, codes, absmax)
+        })
+        .reduce(|| true, |a, b| a & b);
+    if finite {
+        return Ok(());
+    }
+    // The parallel pass tells that there is one, not which is the first.
+    let bad = weight
+        .iter()
+        .map(|w| w.to_f32())
+        .enumerate()
+        .find(|(_, w)| !w.is_finite());
+    bad.map_or(Ok(()), |(index, value)| {
+        Err(QuantError::NonFinite { index, value })
+    })
+}
+
+/// Dequantizes packed codes in parallel: codebook\[code\] * absmax in f32, rounded once to `E`.
+///
+/// # Shapes
+///
+/// For n elements of `out`, `codes` holds ceil(n / 2) bytes and `absmax` ceil(n / blocksize) entries.
+///
+/// # Errors
+///
+/// [`QuantError::Blocksize`]; [`QuantError::Length`] naming the buffer.
+pub fn dequantize_blocks<E: Element>(
+    codes: &[u8],
+    absmax: &[f32],
+    quant_type: QuantType,
+    blocksize: usize,
+    out: &mut [E],
+) -> Result<(), QuantError> {
+    check_lengths(blocksize, out.len(), codes.len(), absmax.len())?;
+    out.par_chunks_mut(SPAN)
+        .zip(codes.par_chunks(SPAN / 2))
+        .zip(absmax.par_chunks(SPAN / blocksize))
+        .for_each(|((out, codes), absmax)| {
+            dequantize_span(codes, absmax, quant_type, blocksize, out)
+        });
+    Ok(())
+}
+
+fn check_lengths(
+    blocksize: usize,
+    elements: usize,
+    codes: usize,
+    absmax: usize,
+) -> Result<(), QuantError> {
+    check_blocksize(blocksize)?;
+    let needed = [
+        ("codes", elements.div_ceil(2), codes),
+        ("absmax", elements.div_ceil(blocksize), absmax),
+    ];
+    match needed
+        .into_iter()
+        .find(|(_, expected, actual)| expected != actual)
+    {
+        Some((name, expected, actual)) => Err(QuantError::Length {
+            name,
+            expected,
+            actual,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Instantiates a span function for AVX2 beside the baseline and picks one at run time.
+macro_rules! for_processor {
+    ($(#[$doc:meta])* fn $name:ident = $body:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {
+        $(#[$doc])*
+        fn $name<E: Element>($($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn avx2<E: Element>($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the processor has AVX2, as just checked.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            $body($($arg),*)
+        }
+    };
+}
+
+for_processor! {
+    /// Quantizes whole blocks (the tensor's last one may be short); false on a NaN or infinity.
+    fn quantize_span = quantize_span_body(weight: &[E], quant_type: QuantType, blocksize: usize, codes: &mut [u8], absmax: &mut [f32]) -> bool
+}
+
+#[inline(always)]
+fn quantize_span_body<E: Element>(
+    weight: &[E],
+    quant_type: QuantType,
+    blocksize: usize,
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) -> bool {
+    let mut buffer = [0.0_f32; MAX_BLOCK];
+    let blocks = weight
+        .chunks(blocksize)
+        .zip(codes.chunks_mut(blocksize / 2))
+        .zip(absmax);
+    for ((block, codes), absmax) in blocks {
+        let values = &mut buffer[..block.len().next_multiple_of(2)];
+        if let Some(last) = values.last_mut() {
+            *last = 0.0;
+        }
+        E::widen(block, &mut values[..block.len()]);
+        // Magnitudes order as their bits do, and a NaN or infinity comes out on top.
+        let bits = values
+            .iter()
+            .fold(0, |max, v| u32::max(max, v.to_bits() & 0x7fff_ffff));
+        if bits >= f32::INFINITY.to_bits() {
+            return false;
+        }
+        let max = f32::from_bits(bits);
+        if max < f32::MIN_POSITIVE {
+            *absmax = 0.0;
+            codes.fill(0);
+            continue;
+        }
+        *absmax = max;
+        let inverse = 1.0 / max;
+        match quant_type {
+            QuantType::Nf4 => encode_pairs(values, codes, |v| {
+                let scaled = v * inverse;
+                NF4_THRESHOLDS
+                    .iter()
+                    .fold(0, |n, t| n + u32::from(scaled > *t))
+            }),
+            QuantType::Fp4 => encode_pairs(values, codes, |v| {
+                let scaled = (v * inverse).abs();
+                let above = FP4_THRESHOLDS
+                    .iter()
+                    .fold(0, |n, t| n + u32::from(scaled > *t));
+                (FP4_ORDER_NIBBLES >> (4 * above)) & 7 | u32::from(v < 0.0) << 3
+            }),
+        }
+    }
+    true
+}
+
+#[inline(always)]
+fn encode_pairs(values: &[f32], codes: &mut [u8], encode: impl Fn(f32) -> u32) {
+    for (code, pair) in codes.iter_mut().zip(values.chunks_exact(2)) {
+        *code = (encode(pair[0]) << 4 | encode(pair[1])) as u8;
+    }
+}
+
+for_processor! {
+    /// Dequantizes whole blocks (the tensor's last one may be short).
+    fn dequantize_span = dequantize_span_body(codes: &[u8], absmax: &[f32], quant_type: QuantType, blocksize: usize, out: &mut [E])
+}
+
+#[inline(always)]
+fn dequantize_span_body<E: Element>(
+    codes: &[u8],
+    absmax: &[f32],
+    quant_type: QuantType,
+    blocksize: usize,
+    out: &mut [E],
+) {
+    let table = pairs(quant_type);
+    let mut buffer = [0.0_f32; MAX_BLOCK];
+    for ((out, codes), absmax) in out
+        .chunks_mut(blocksize)
+        .zip(codes.chunks(blocksize / 2))
+        .zip(absmax)
+    {
+        for (pair, code) in buffer.chunks_exact_mut(2).zip(codes) {
+            let values = table[usize::from(*code)];
+            pair[0] = values[0] * absmax;
+            pair[1] = values[1] * absmax;
+        }
+        E::narrow(&buffer[..out.len()], out);
+    }
+}
+
+/// The two values of every byte of codes.
+fn pairs(quant_type: QuantType) -> &'static [[f32; 2]; 256] {
+    static TABLES: std::sync::OnceLock<[[[f32; 2]; 256]; 2]> = std::sync::OnceLock::new();
+    let tables = TABLES.get_or_init(|| {
+        QuantType::ALL
+            .map(|t| std::array::from_fn(|byte| [t.codebook()[byte >> 4], t.codebook()[byte & 15]]))
+    });
+    match quant_type {
+        QuantType::Nf4 => &tables[0],
+        QuantType::Fp4 => &tables[1],
+    }
+}
