@@ -19,11 +19,10 @@ mod schedule;
 mod tests;
 mod validate;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use adapter_io::TargetModules;
 use nf4_quant::{QuantConfig, QuantType};
+use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataConfig;
@@ -39,7 +38,8 @@ pub const TEMPLATE: &str = include_str!("config/template.toml");
 ///
 /// The defaults are the recipe of the QLoRA paper (Dettmers et al. 2023, arXiv 2305.14314,
 /// appendix B, 7B and 13B models): NF4 with double quantization, adapters of rank 64 and alpha 16
-/// on every linear layer, learning rate 2e-4, 16 rows a step, gradients clipped at 0.3.
+/// on every linear layer, constant learning rate 2e-4, 16 rows a step, gradients clipped at 0.3.
+/// Only dropout, 0.1 there, is off.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
@@ -49,8 +49,8 @@ pub struct TrainConfig {
     pub model: ModelOptions,
     /// How its linear layers are kept in memory.
     pub quantization: QuantizationOptions,
-    /// The adapters that are trained.
-    pub lora: LoraOptions,
+    /// The adapters that are trained; the keys mean what they mean in PEFT's `LoraConfig`.
+    pub lora: LoraConfig,
     /// The rows to learn from.
     pub data: DataConfig,
     /// The optimizer, its schedule, and what is written when.
@@ -63,7 +63,7 @@ impl Default for TrainConfig {
             device: "auto".into(),
             model: ModelOptions::default(),
             quantization: QuantizationOptions::default(),
-            lora: LoraOptions::default(),
+            lora: LoraConfig::default(),
             data: DataConfig::default(),
             train: TrainOptions::default(),
         }
@@ -97,12 +97,7 @@ pub struct QuantizationOptions {
 
 impl Default for QuantizationOptions {
     fn default() -> Self {
-        Self {
-            quant_type: BaseQuantType::Nf4,
-            blocksize: 64,
-            double_quant: true,
-            compute_dtype: ComputeDtype::Auto,
-        }
+        Self { quant_type: BaseQuantType::Nf4, blocksize: 64, double_quant: true, compute_dtype: ComputeDtype::Auto }
     }
 }
 
@@ -114,11 +109,7 @@ impl QuantizationOptions {
             BaseQuantType::Fp4 => QuantType::Fp4,
             BaseQuantType::None => return None,
         };
-        Some(QuantConfig {
-            quant_type,
-            blocksize: self.blocksize,
-            double_quant: self.double_quant,
-        })
+        Some(QuantConfig { quant_type, blocksize: self.blocksize, double_quant: self.double_quant })
     }
 
     /// The settings in words, for a log line or a report.
@@ -128,11 +119,7 @@ impl QuantizationOptions {
             BaseQuantType::Fp4 => "FP4",
             BaseQuantType::None => return "unquantized".into(),
         };
-        let nested = if self.double_quant {
-            " with double quantization"
-        } else {
-            ""
-        };
+        let nested = if self.double_quant { " with double quantization" } else { "" };
         format!("{name}, blocksize {}{nested}", self.blocksize)
     }
 }
@@ -161,49 +148,6 @@ pub enum ComputeDtype {
     Bf16,
     /// IEEE half precision.
     F16,
-}
-
-/// `[lora]`: the adapters that are trained. The keys mean what they mean in PEFT's `LoraConfig`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LoraOptions {
-    /// Rank of the two factors (PEFT's `r`).
-    pub rank: usize,
-    /// The update is multiplied by `alpha / rank`.
-    pub alpha: f64,
-    /// Probability of dropping an element of an adapter's input while training.
-    pub dropout: f64,
-    /// Which modules get an adapter: a list of names, a regular expression that matches the whole
-    /// module path, or `all-linear`.
-    pub target_modules: TargetModules,
-    /// Modules to leave out of `target_modules`: a list of names or a regular expression.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exclude_modules: Option<TargetModules>,
-    /// Only the layers with these indices get adapters.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
-    pub use_rslora: bool,
-    /// Other ranks for modules whose path ends in a key (a name or a regular expression).
-    pub rank_pattern: BTreeMap<String, usize>,
-    /// Other alphas, by the same rule.
-    pub alpha_pattern: BTreeMap<String, f64>,
-}
-
-impl Default for LoraOptions {
-    fn default() -> Self {
-        Self {
-            rank: 64,
-            alpha: 16.0,
-            dropout: 0.1,
-            target_modules: TargetModules::Pattern("all-linear".into()),
-            exclude_modules: None,
-            layers_to_transform: None,
-            use_rslora: false,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
-        }
-    }
 }
 
 /// `[train]`: the optimizer, its schedule, and what is written when.
@@ -269,7 +213,7 @@ impl Default for TrainOptions {
             eps: 1e-8,
             max_grad_norm: 0.3,
             seed: 42,
-            activation_checkpointing: ActivationCheckpointing::None,
+            activation_checkpointing: ActivationCheckpointing::Full,
             eval_every: 100,
             save_every: 100,
             save_limit: 2,
@@ -291,8 +235,7 @@ impl TrainOptions {
 
     /// Steps of warmup in a run of `total_steps`.
     pub fn warmup_steps_of(&self, total_steps: usize) -> usize {
-        self.warmup_steps
-            .unwrap_or_else(|| (self.warmup_ratio * total_steps as f64).ceil() as usize)
+        self.warmup_steps.unwrap_or_else(|| (self.warmup_ratio * total_steps as f64).ceil() as usize)
     }
 
     /// The learning rate of `step` (from 0) in a run of `total_steps`.
@@ -302,16 +245,6 @@ impl TrainOptions {
     }
 }
 
-/// Whether a block's activations are kept for the backward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ActivationCheckpointing {
-    /// Keep them: fastest.
-    None,
-    /// Keep each block's input only and run its forward pass again in backward: least memory.
-    Full,
-}
-
 impl TrainConfig {
     /// Reads a configuration file.
     ///
@@ -319,10 +252,8 @@ impl TrainConfig {
     /// The file can't be read, isn't TOML, holds an unknown key, or a value of the wrong type. The
     /// message names the line. Ranges are checked by [`TrainConfig::validate`], after overrides.
     pub fn load(path: &Path) -> Result<Self, TrainError> {
-        let text = std::fs::read_to_string(path).map_err(|source| TrainError::ConfigRead {
-            path: path.to_owned(),
-            source,
-        })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| TrainError::ConfigRead { path: path.to_owned(), source })?;
         Self::parse(&text, &path.display().to_string())
     }
 
@@ -349,8 +280,6 @@ impl TrainConfig {
     /// # Errors
     /// A value has no form in TOML, e.g. a seed above 2^63 - 1.
     pub fn to_toml(&self) -> Result<String, TrainError> {
-        toml::to_string_pretty(self).map_err(|e| TrainError::ConfigWrite {
-            message: e.to_string(),
-        })
+        toml::to_string_pretty(self).map_err(|e| TrainError::ConfigWrite { message: e.to_string() })
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use qlora_layers::LayerError;
 use qlora_models::error::ModelError;
 
 /// What can go wrong between a configuration file and a trained adapter.
@@ -11,6 +12,9 @@ pub enum TrainError {
     /// The model, its tokenizer or its chat template.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A setting of the adapters, or a layer's tensors.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
     /// The configuration file can't be read.
     #[error("can't read the configuration {}: {source}; `qlora init` writes one", path.display())]
     ConfigRead {
@@ -46,13 +50,13 @@ pub enum TrainError {
         hint: String,
     },
     /// A value is out of its range.
-    #[error("{key} = {value} is out of range; allowed: {allowed}")]
+    #[error("{key} = {value}: {allowed}")]
     ConfigRange {
         /// The key, as `section.key`.
         key: String,
         /// Its value.
         value: String,
-        /// The range.
+        /// What it must be.
         allowed: String,
     },
     /// The configuration can't be written as TOML.

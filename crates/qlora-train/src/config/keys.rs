@@ -4,10 +4,11 @@
 //! [`field_names`] is a deserializer that only takes note of them. So a new field is a known key,
 //! without a list to keep in step.
 
+use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
-use super::{LoraOptions, ModelOptions, QuantizationOptions, TrainConfig, TrainOptions};
+use super::{ModelOptions, QuantizationOptions, TrainConfig, TrainOptions};
 use crate::data::DataConfig;
 use crate::error::TrainError;
 
@@ -56,7 +57,7 @@ fn sections() -> [(&'static str, &'static [&'static str]); 5] {
     [
         ("model", field_names::<ModelOptions>()),
         ("quantization", field_names::<QuantizationOptions>()),
-        ("lora", field_names::<LoraOptions>()),
+        ("lora", field_names::<LoraConfig>()),
         ("data", field_names::<DataConfig>()),
         ("train", field_names::<TrainOptions>()),
     ]
@@ -66,11 +67,8 @@ fn sections() -> [(&'static str, &'static [&'static str]); 5] {
 pub fn known_keys() -> Vec<String> {
     let sections = sections();
     let is_section = |name: &str| sections.iter().any(|(section, _)| *section == name);
-    let mut keys: Vec<String> = field_names::<TrainConfig>()
-        .iter()
-        .filter(|name| !is_section(name))
-        .map(|name| (*name).to_string())
-        .collect();
+    let mut keys: Vec<String> =
+        field_names::<TrainConfig>().iter().filter(|name| !is_section(name)).map(|name| (*name).to_string()).collect();
     for (section, fields) in &sections {
         keys.extend(fields.iter().map(|field| format!("{section}.{field}")));
     }
@@ -100,35 +98,28 @@ pub(super) fn parse(text: &str, file: &str) -> Result<TrainConfig, TrainError> {
                     message: format!("`{name}` is a section: write [{name}] and its keys below"),
                 });
             }
-            _ => {
-                (!known.iter().any(|key| key == name)).then(|| (name.to_string(), key.span().start))
-            }
+            _ => (!known.iter().any(|key| key == name)).then(|| (name.to_string(), key.span().start)),
         };
         if let Some((key, offset)) = unknown {
             return Err(unknown_key(place(offset), &key));
         }
     }
-    toml::from_str(text).map_err(|e| {
+    let mut config: TrainConfig = toml::from_str(text).map_err(|e| {
         let offset = e.span().map_or(0, |span| span.start);
         let key = key_at(root, offset).map_or(String::new(), |key| format!("{key}: "));
-        TrainError::ConfigSyntax {
-            place: place(offset),
-            message: format!("{key}{}", e.message()),
-        }
-    })
+        TrainError::ConfigSyntax { place: place(offset), message: format!("{key}{}", e.message()) }
+    })?;
+    let lora = root.get("lora").and_then(|lora| lora.get_ref().as_table());
+    let order = |key| lora.map_or(Vec::new(), |lora| keys_in_order(lora, key));
+    reorder(&mut config.lora.rank_pattern, &order("rank_pattern"));
+    reorder(&mut config.lora.alpha_pattern, &order("alpha_pattern"));
+    Ok(config)
 }
 
 /// See [`TrainConfig::set`].
-pub(super) fn with_override(
-    config: &TrainConfig,
-    key: &str,
-    value: &str,
-) -> Result<TrainConfig, TrainError> {
+pub(super) fn with_override(config: &TrainConfig, key: &str, value: &str) -> Result<TrainConfig, TrainError> {
     let place = || format!("override {key}={value}");
-    let wrong = |e: &dyn std::fmt::Display| TrainError::ConfigSyntax {
-        place: place(),
-        message: e.to_string(),
-    };
+    let wrong = |e: &dyn std::fmt::Display| TrainError::ConfigSyntax { place: place(), message: e.to_string() };
     if !known_keys().iter().any(|known| known == key) {
         return Err(unknown_key(place(), key));
     }
@@ -144,11 +135,37 @@ pub(super) fn with_override(
         root.try_into()
     };
     let text = toml::Value::String(value.to_string());
-    match value.parse::<toml::Value>() {
+    let mut changed = match value.parse::<toml::Value>() {
         // What reads as a number may be meant as text, e.g. an output folder named 7.
-        Ok(typed) => assign(typed).or_else(|e| assign(text).map_err(|_| wrong(&e.message()))),
-        Err(_) => assign(text).map_err(|e| wrong(&e.message())),
-    }
+        Ok(typed) => assign(typed).or_else(|e| assign(text).map_err(|_| wrong(&e.message())))?,
+        Err(_) => assign(text).map_err(|e| wrong(&e.message()))?,
+    };
+    let order = |name: &str, old: Vec<String>| match key.ends_with(name) {
+        true => DeTable::parse(&format!("{name} = {value}")).map_or(old, |root| keys_in_order(root.get_ref(), name)),
+        false => old,
+    };
+    let ranks = order("rank_pattern", names(&config.lora.rank_pattern));
+    let alphas = order("alpha_pattern", names(&config.lora.alpha_pattern));
+    reorder(&mut changed.lora.rank_pattern, &ranks);
+    reorder(&mut changed.lora.alpha_pattern, &alphas);
+    Ok(changed)
+}
+
+/// The keys of the table named `name`, as they stand in the text. A parsed table is sorted, but of
+/// the rank and alpha patterns the first that matches counts.
+fn keys_in_order(table: &DeTable<'_>, name: &str) -> Vec<String> {
+    let inner = table.get(name).and_then(|value| value.get_ref().as_table());
+    let mut keys: Vec<_> = inner.iter().flat_map(|inner| inner.keys()).collect();
+    keys.sort_by_key(|key| key.span().start);
+    keys.iter().map(|key| key.get_ref().to_string()).collect()
+}
+
+fn names<T>(entries: &[(String, T)]) -> Vec<String> {
+    entries.iter().map(|(name, _)| name.clone()).collect()
+}
+
+fn reorder<T>(entries: &mut [(String, T)], order: &[String]) {
+    entries.sort_by_key(|(name, _)| order.iter().position(|other| other == name));
 }
 
 /// The line (from 1) of a byte offset.
@@ -184,11 +201,7 @@ fn unknown_key(place: String, key: &str) -> TrainError {
         },
         None => "`qlora init` writes a file with every key".to_string(),
     };
-    TrainError::UnknownKey {
-        place,
-        key: key.to_string(),
-        hint,
-    }
+    TrainError::UnknownKey { place, key: key.to_string(), hint }
 }
 
 /// The known key (or section, written `section.`) that was most likely meant.

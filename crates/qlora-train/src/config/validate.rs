@@ -2,8 +2,6 @@
 
 use std::fmt::Display;
 
-use adapter_io::TargetModules;
-
 use super::{TrainConfig, TrainOptions};
 use crate::error::TrainError;
 
@@ -24,66 +22,27 @@ impl TrainConfig {
             "quantization.blocksize",
             q.blocksize,
             q.blocksize.is_power_of_two() && (32..=4096).contains(&q.blocksize),
-            "a power of two from 32 to 4096",
+            "must be a power of two from 32 to 4096",
         )?;
-        self.validate_lora()?;
+        self.lora.validate()?;
         self.train.validate()?;
         self.data.validate()
-    }
-
-    fn validate_lora(&self) -> Result<(), TrainError> {
-        const RANK: &str = "1 or more";
-        const ALPHA: &str = "a finite number above 0";
-        let positive = |alpha: f64| alpha > 0.0 && alpha.is_finite();
-        let lora = &self.lora;
-        check("lora.rank", lora.rank, lora.rank >= 1, RANK)?;
-        check("lora.alpha", lora.alpha, positive(lora.alpha), ALPHA)?;
-        let dropout = (0.0..1.0).contains(&lora.dropout);
-        check("lora.dropout", lora.dropout, dropout, "from 0 to below 1")?;
-        for (pattern, rank) in &lora.rank_pattern {
-            check(
-                &format!("lora.rank_pattern.{pattern}"),
-                rank,
-                *rank >= 1,
-                RANK,
-            )?;
-        }
-        for (pattern, alpha) in &lora.alpha_pattern {
-            let key = format!("lora.alpha_pattern.{pattern}");
-            check(&key, alpha, positive(*alpha), ALPHA)?;
-        }
-        let empty = match &lora.target_modules {
-            TargetModules::List(names) => names.is_empty(),
-            TargetModules::Pattern(pattern) => pattern.is_empty(),
-        };
-        check(
-            "lora.target_modules",
-            "empty",
-            !empty,
-            "a list of module names, a regular expression or \"all-linear\"",
-        )?;
-        check(
-            "lora.layers_to_transform",
-            "[]",
-            lora.layers_to_transform.as_ref() != Some(&vec![]),
-            "at least one layer index; leave the key out for all layers",
-        )
     }
 }
 
 impl TrainOptions {
     /// Checks the section's ranges; see [`TrainConfig::validate`].
     fn validate(&self) -> Result<(), TrainError> {
-        const ONE: &str = "1 or more";
-        const POSITIVE: &str = "a finite number above 0";
-        const NOT_NEGATIVE: &str = "a finite number, 0 or more";
+        const ONE: &str = "must be 1 or more";
+        const POSITIVE: &str = "must be a finite number above 0";
+        const NOT_NEGATIVE: &str = "must be a finite number, 0 or more";
         let positive = |x: f64| x > 0.0 && x.is_finite();
         let not_negative = |x: f64| x >= 0.0 && x.is_finite();
         check(
             "train.output_dir",
             "\"\"",
             !self.output_dir.as_os_str().is_empty(),
-            "a folder, which is created where it doesn't exist",
+            "must be a folder, which is created where it doesn't exist",
         )?;
         check("train.epochs", self.epochs, positive(self.epochs), POSITIVE)?;
         if let Some(steps) = self.max_steps {
@@ -91,63 +50,23 @@ impl TrainOptions {
                 "train.max_steps",
                 steps,
                 steps >= 1,
-                "1 or more; leave the key out to train for train.epochs",
+                "must be 1 or more; leave the key out to train for train.epochs",
             )?;
         }
         let accumulation = self.gradient_accumulation_steps;
-        check(
-            "train.batch_size",
-            self.batch_size,
-            self.batch_size >= 1,
-            ONE,
-        )?;
-        check(
-            "train.gradient_accumulation_steps",
-            accumulation,
-            accumulation >= 1,
-            ONE,
-        )?;
-        check(
-            "train.learning_rate",
-            self.learning_rate,
-            positive(self.learning_rate),
-            POSITIVE,
-        )?;
+        check("train.batch_size", self.batch_size, self.batch_size >= 1, ONE)?;
+        check("train.gradient_accumulation_steps", accumulation, accumulation >= 1, ONE)?;
+        check("train.learning_rate", self.learning_rate, positive(self.learning_rate), POSITIVE)?;
         let ratio = (0.0..1.0).contains(&self.warmup_ratio);
-        check(
-            "train.warmup_ratio",
-            self.warmup_ratio,
-            ratio,
-            "from 0 to below 1",
-        )?;
-        check(
-            "train.weight_decay",
-            self.weight_decay,
-            not_negative(self.weight_decay),
-            NOT_NEGATIVE,
-        )?;
+        check("train.warmup_ratio", self.warmup_ratio, ratio, "must be from 0 to below 1")?;
+        check("train.weight_decay", self.weight_decay, not_negative(self.weight_decay), NOT_NEGATIVE)?;
         for beta in self.betas {
-            check(
-                "train.betas",
-                beta,
-                (0.0..1.0).contains(&beta),
-                "from 0 to below 1, both",
-            )?;
+            check("train.betas", beta, (0.0..1.0).contains(&beta), "must be from 0 to below 1, both")?;
         }
         check("train.eps", self.eps, positive(self.eps), POSITIVE)?;
-        check(
-            "train.max_grad_norm",
-            self.max_grad_norm,
-            not_negative(self.max_grad_norm),
-            NOT_NEGATIVE,
-        )?;
+        check("train.max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), NOT_NEGATIVE)?;
         // TOML's integers are signed, and the seed must survive being written to a checkpoint.
-        check(
-            "train.seed",
-            self.seed,
-            i64::try_from(self.seed).is_ok(),
-            "from 0 to 2^63 - 1",
-        )?;
+        check("train.seed", self.seed, i64::try_from(self.seed).is_ok(), "must be from 0 to 2^63 - 1")?;
         check("train.log_every", self.log_every, self.log_every >= 1, ONE)
     }
 }
@@ -156,9 +75,5 @@ fn check(key: &str, value: impl Display, ok: bool, allowed: &str) -> Result<(), 
     if ok {
         return Ok(());
     }
-    Err(TrainError::ConfigRange {
-        key: key.to_string(),
-        value: value.to_string(),
-        allowed: allowed.to_string(),
-    })
+    Err(TrainError::ConfigRange { key: key.to_string(), value: value.to_string(), allowed: allowed.to_string() })
 }
