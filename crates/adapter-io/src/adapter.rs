@@ -1,0 +1,209 @@
+//! PEFT's `adapter_model.safetensors` with its `adapter_config.json`.
+//!
+//! Keys are `base_model.model.<module path>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], with
+//! no adapter name inside: PEFT silently ignores keys that have one and then runs the bare base model,
+//! so such a file is an error here. Tensors of kinds that this crate does not interpret (DoRA
+//! magnitudes, embeddings, modules saved in full) are kept, and survive a load and save.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use crate::adapter_config::AdapterConfig;
+use crate::atomic;
+use crate::error::FormatError;
+use crate::header::{self, TensorSpec};
+use crate::mapped::MappedFile;
+use crate::paths::resolve_inside;
+
+/// The weights' file name.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// What every key starts with: the wrappers PEFT puts around a model.
+pub const KEY_PREFIX: &str = "base_model.model.";
+const A: &str = ".lora_A.weight";
+const B: &str = ".lora_B.weight";
+
+/// An owned tensor of 32-bit floats, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// The elements.
+    pub data: Vec<f32>,
+}
+
+impl HostTensor {
+    /// A tensor from its elements, or `None` when their number does not fit the shape.
+    pub fn new(shape: &[usize], data: Vec<f32>) -> Option<Self> {
+        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+        (elements == data.len()).then(|| Self { shape: shape.to_vec(), data })
+    }
+}
+
+/// A PEFT adapter: its configuration and its tensors by their PEFT keys.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Adapter {
+    /// `adapter_config.json`.
+    pub config: AdapterConfig,
+    /// `adapter_model.safetensors`, in 32-bit floats.
+    pub tensors: BTreeMap<String, HostTensor>,
+}
+
+impl Adapter {
+    /// An adapter without tensors.
+    pub fn new(config: AdapterConfig) -> Self {
+        Self { config, tensors: BTreeMap::new() }
+    }
+
+    /// Reads an adapter's folder. Weights in F16, BF16 or F64 are converted to 32-bit floats.
+    ///
+    /// # Errors
+    /// [`FormatError::NotAnAdapter`] when a file is missing, [`FormatError::AdapterKey`] for keys that
+    /// PEFT would ignore or that lack their counterpart, [`FormatError::Factors`] when `lora_a`,
+    /// `lora_b` and the configured rank disagree, and the errors of [`AdapterConfig::load`].
+    pub fn load(dir: &Path) -> Result<Self, FormatError> {
+        let config = AdapterConfig::load(dir)?;
+        let path = resolve_inside(dir, WEIGHTS_FILE, dir)?.ok_or_else(|| {
+            let pickled = dir.join("adapter_model.bin").exists();
+            let cure =
+                if pickled { "; convert adapter_model.bin to safetensors, pickled weights are not read" } else { "" };
+            FormatError::NotAnAdapter { dir: dir.to_path_buf(), reason: format!("it has no {WEIGHTS_FILE}{cure}") }
+        })?;
+        let file = MappedFile::open(&path)?;
+        let mut tensors = BTreeMap::new();
+        for index in 0..file.tensors().len() {
+            let view = file.view(index);
+            check_key(view.name).map_err(|reason| FormatError::AdapterKey {
+                file: path.clone(),
+                key: view.name.to_string(),
+                reason,
+            })?;
+            tensors.insert(view.name.to_string(), HostTensor { shape: view.shape.clone(), data: view.to_f32_vec()? });
+        }
+        let adapter = Self { config, tensors };
+        adapter.check_pairs(&path)?;
+        for module in adapter.modules() {
+            adapter.check_module(&module)?;
+        }
+        Ok(adapter)
+    }
+
+    /// Writes both files into `dir`, which is made if it is not there.
+    ///
+    /// Each file replaces its predecessor as a whole. To replace a whole adapter at once, save into the
+    /// folder that [`atomic::replace_dir`] hands out.
+    ///
+    /// # Errors
+    /// [`FormatError::Write`], [`FormatError::Factors`], [`FormatError::Field`].
+    pub fn save(&self, dir: &Path) -> Result<(), FormatError> {
+        for module in self.modules() {
+            self.check_module(&module)?;
+        }
+        let path = dir.join(WEIGHTS_FILE);
+        std::fs::create_dir_all(dir).map_err(|source| FormatError::Write { path: dir.to_path_buf(), source })?;
+        let mut specs: Vec<_> = self.tensors.iter().map(|(k, t)| TensorSpec::new(k, Dtype::F32, &t.shape)).collect();
+        header::sort_for_file(&mut specs);
+        let (head, _) = header::encode(&specs)
+            .ok_or_else(|| FormatError::Header { file: path.clone(), reason: "the tensors are too large".into() })?;
+        atomic::write_file(&path, |out| {
+            out.write_all(&head)?;
+            for tensor in specs.iter().filter_map(|s| self.tensors.get(&s.name)) {
+                out.write_all(bytemuck::cast_slice(&tensor.data))?;
+            }
+            Ok(())
+        })?;
+        self.config.save(dir)
+    }
+
+    /// The paths of the modules with LoRA factors, sorted; e.g. `model.layers.0.self_attn.q_proj`.
+    pub fn modules(&self) -> Vec<String> {
+        let strip = |key: &String| Some(key.strip_prefix(KEY_PREFIX)?.strip_suffix(A)?.to_string());
+        self.tensors.keys().filter_map(strip).collect()
+    }
+
+    /// `lora_a` [r, in] and `lora_b` [out, r] of a module.
+    pub fn lora(&self, module: &str) -> Option<(&HostTensor, &HostTensor)> {
+        Some((self.module_tensor(module, A)?, self.module_tensor(module, B)?))
+    }
+
+    /// Any other tensor of a module by the end of its key, e.g. `.lora_magnitude_vector`.
+    pub fn module_tensor(&self, module: &str, suffix: &str) -> Option<&HostTensor> {
+        self.tensors.get(&format!("{KEY_PREFIX}{module}{suffix}"))
+    }
+
+    /// Adds a module's factors, `lora_a` [r, in] and `lora_b` [out, r].
+    ///
+    /// # Errors
+    /// [`FormatError::Factors`] when they do not fit each other or the configured rank.
+    pub fn insert_lora(&mut self, module: &str, lora_a: HostTensor, lora_b: HostTensor) -> Result<(), FormatError> {
+        self.tensors.insert(format!("{KEY_PREFIX}{module}{A}"), lora_a);
+        self.tensors.insert(format!("{KEY_PREFIX}{module}{B}"), lora_b);
+        self.check_module(module)
+    }
+
+    /// The keys that belong to no pair of LoRA factors: DoRA, embeddings, biases, saved modules.
+    pub fn other_keys(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str).filter(|k| !k.ends_with(A) && !k.ends_with(B))
+    }
+
+    fn check_pairs(&self, file: &Path) -> Result<(), FormatError> {
+        let stems = |suffix: &'static str| -> BTreeSet<&str> {
+            self.tensors.keys().filter_map(move |k| k.strip_suffix(suffix)).collect()
+        };
+        let (a, b) = (stems(A), stems(B));
+        match a.symmetric_difference(&b).next() {
+            None => Ok(()),
+            Some(stem) => {
+                let (has, lacks) = if a.contains(stem) { (A, B) } else { (B, A) };
+                Err(FormatError::AdapterKey {
+                    file: file.to_path_buf(),
+                    key: format!("{stem}{has}"),
+                    reason: format!("its counterpart `{stem}{lacks}` is missing; the file is incomplete"),
+                })
+            }
+        }
+    }
+
+    fn check_module(&self, module: &str) -> Result<(), FormatError> {
+        let Some((a, b)) = self.lora(module) else { return Ok(()) };
+        let fail = |reason| Err(FormatError::Factors { module: module.to_string(), reason });
+        let (&[rank, _], &[_, b_rank]) = (a.shape.as_slice(), b.shape.as_slice()) else {
+            return fail(format!("lora_A {:?} and lora_B {:?} must be matrices", a.shape, b.shape));
+        };
+        if rank != b_rank {
+            return fail(format!("lora_A {:?} has rank {rank} but lora_B {:?} has rank {b_rank}", a.shape, b.shape));
+        }
+        let configured = self.config.rank_for(module)?;
+        if rank != configured {
+            return fail(format!(
+                "its tensors have rank {rank}, adapter_config.json gives it rank {configured} (r and rank_pattern)"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Whether PEFT would take this key; the reason and the cure if not.
+fn check_key(key: &str) -> Result<(), String> {
+    for factor in ["lora_A", "lora_B"] {
+        let Some((stem, rest)) = key.split_once(&format!(".{factor}.")) else { continue };
+        if rest == "weight" || rest == "bias" {
+            continue;
+        }
+        if let Some(name) = rest.strip_suffix(".weight") {
+            return Err(format!(
+                "it has the adapter's name `{name}` inside, and PEFT ignores such weights; rename it to `{stem}.{factor}.weight`"
+            ));
+        }
+        return Err(format!("`.{factor}.` must be followed by `weight`"));
+    }
+    if key.contains(".lora_a.") || key.contains(".lora_b.") {
+        return Err("PEFT writes the factors as lora_A and lora_B, in capitals; rename it".into());
+    }
+    if !key.starts_with(KEY_PREFIX) {
+        return Err(format!("PEFT's keys start with `{KEY_PREFIX}`; rename it to `{KEY_PREFIX}{key}`"));
+    }
+    Ok(())
+}

@@ -1,0 +1,423 @@
+//! PEFT's `adapter_config.json`: every key of version 0.21 with its default, unknown keys kept.
+//!
+//! Source: `LoraConfig` and `PeftConfig` of PEFT 0.21. Keys are written sorted, indented by two, and
+//! all of them, as `save_pretrained` does; a file that was only loaded and saved is unchanged.
+
+use std::path::{Path, PathBuf};
+
+use fancy_regex::Regex;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::atomic;
+use crate::error::FormatError;
+use crate::json;
+use crate::paths::resolve_inside;
+
+/// The file's name.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// Which modules an adapter targets, or excludes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// Names: a module matches when its path equals one or ends with `.` and one.
+    List(Vec<String>),
+    /// A regular expression that must match the whole path, or `all-linear`.
+    Pattern(String),
+}
+
+/// How LoRA factors are initialised: PEFT's `true`/`false`, or the name of a method.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum InitLoraWeights {
+    /// `true`: `lora_a` kaiming-uniform and `lora_b` zero. `false`: both random.
+    Default(bool),
+    /// `gaussian`, `pissa`, `olora`, `loftq`, `eva`, ...
+    Method(String),
+}
+
+/// One value or a list of them: `layers_to_transform` and `layers_pattern` may be either.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany<T> {
+    /// A single value.
+    One(T),
+    /// A list.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// The values as a slice.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(value) => std::slice::from_ref(value),
+            Self::Many(values) => values,
+        }
+    }
+}
+
+/// `rank_pattern` and `alpha_pattern`: regular expressions to values, in file order.
+///
+/// A key matches a module path as the regex `(.*\.)?(key)$` from the start of the path; the first key
+/// that matches counts.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Pattern(pub Vec<(String, f64)>);
+
+impl Pattern {
+    /// The value for a module, or `None` where no key matches.
+    ///
+    /// # Errors
+    /// The key that is not a valid regular expression, and why.
+    pub fn lookup(&self, module: &str) -> Result<Option<f64>, String> {
+        for (key, value) in &self.0 {
+            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+                .map_err(|e| format!("`{key}` is not a valid pattern: {e}"))?;
+            if regex.is_match(module).map_err(|e| format!("`{key}` cannot be matched: {e}"))? {
+                return Ok(Some(*value));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Defines the struct, its reader and its writer from one table, so that no key can be forgotten.
+macro_rules! adapter_config {
+    ($( $(#[$doc:meta])* $field:ident : $type:ty = $default:expr ),* $(,)?) => {
+        /// The content of `adapter_config.json`; [`Default`] gives PEFT's defaults.
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct AdapterConfig {
+            $( $(#[$doc])* pub $field: $type, )*
+            /// Keys that are not in this table, kept as they were.
+            pub extra: Map<String, Value>,
+        }
+
+        impl Default for AdapterConfig {
+            fn default() -> Self {
+                Self { $( $field: $default, )* extra: Map::new() }
+            }
+        }
+
+        impl AdapterConfig {
+            fn from_map(mut map: Map<String, Value>, path: &Path) -> Result<Self, FormatError> {
+                let mut config = Self::default();
+                $( if let Some(value) = map.shift_remove(stringify!($field)) {
+                    config.$field = Field::read(value).map_err(|reason| field_error(path, stringify!($field), reason))?;
+                } )*
+                config.extra = map;
+                Ok(config)
+            }
+
+            fn to_map(&self) -> Map<String, Value> {
+                let mut map = self.extra.clone();
+                $( map.insert(stringify!($field).into(), Field::write(&self.$field)); )*
+                map
+            }
+        }
+    };
+}
+
+adapter_config! {
+    /// Tokens that switch an activated LoRA (aLoRA) on.
+    alora_invocation_tokens: Option<Value> = None,
+    /// `lora_alpha` for modules that match a key.
+    alpha_pattern: Pattern = Pattern::default(),
+    /// Arrow routing.
+    arrow_config: Option<Value> = None,
+    /// Classes to load a custom model with.
+    auto_mapping: Option<Value> = None,
+    /// The base model: a hub id or a folder.
+    base_model_name_or_path: Option<String> = None,
+    /// Which biases are trained: `none`, `all` or `lora_only`.
+    bias: String = "none".into(),
+    /// CorDA initialisation.
+    corda_config: Option<Value> = None,
+    /// Whether tied embeddings stay tied when adapted.
+    ensure_weight_tying: bool = false,
+    /// EVA initialisation.
+    eva_config: Option<Value> = None,
+    /// Modules left out although `target_modules` names them.
+    exclude_modules: Option<TargetModules> = None,
+    /// Whether the base stores its weights transposed, [in, out].
+    fan_in_fan_out: bool = false,
+    /// Whether the adapter is loaded frozen; `save_pretrained` always writes `true`.
+    inference_mode: bool = true,
+    /// How the factors were initialised.
+    init_lora_weights: InitLoraWeights = InitLoraWeights::Default(true),
+    /// KaSA.
+    kasa_config: Option<Value> = None,
+    /// Ranges of layers that are stacked anew.
+    layer_replication: Option<Value> = None,
+    /// The name of the module list that `layers_to_transform` indexes.
+    layers_pattern: Option<OneOrMany<String>> = None,
+    /// The layers that are adapted; all when absent.
+    layers_to_transform: Option<OneOrMany<usize>> = None,
+    /// LoftQ initialisation.
+    loftq_config: Value = Value::Object(Map::new()),
+    /// The numerator of the scaling.
+    lora_alpha: f64 = 8.0,
+    /// Whether `lora_b` has a bias.
+    lora_bias: bool = false,
+    /// Dropout on the adapter's input, in training.
+    lora_dropout: f64 = 0.0,
+    /// LoRA-GA initialisation.
+    lora_ga_config: Option<Value> = None,
+    /// Megatron's parallel layers.
+    megatron_config: Option<Value> = None,
+    /// Megatron's module.
+    megatron_core: Option<String> = Some("megatron.core".into()),
+    /// Modules that were trained in full and are saved with the adapter.
+    modules_to_save: Option<Vec<String>> = None,
+    /// MonteCLoRA.
+    monteclora_config: Option<Value> = None,
+    /// The kind of adapter; only `LORA` is read.
+    peft_type: String = "LORA".into(),
+    /// The version of PEFT whose format this is.
+    peft_version: Option<String> = Some("0.21.0".into()),
+    /// QALoRA's group size.
+    qalora_group_size: usize = 16,
+    /// The rank.
+    r: usize = 8,
+    /// `r` for modules that match a key.
+    rank_pattern: Pattern = Pattern::default(),
+    /// The revision of the base model.
+    revision: Option<String> = None,
+    /// The adapted modules; PEFT's default for decoders of the Llama kind is `q_proj` and `v_proj`.
+    target_modules: Option<TargetModules> = None,
+    /// Parameters, rather than modules, that are adapted.
+    target_parameters: Option<Value> = None,
+    /// What the model is for; `CAUSAL_LM` here.
+    task_type: Option<String> = None,
+    /// Rows of the embedding that were trained.
+    trainable_token_indices: Option<Value> = None,
+    /// Block-diagonal LoRA.
+    use_bdlora: Option<Value> = None,
+    /// Weight-decomposed LoRA (DoRA).
+    use_dora: bool = false,
+    /// QALoRA.
+    use_qalora: bool = false,
+    /// Rank-stabilised scaling: alpha / sqrt(r) instead of alpha / r.
+    use_rslora: bool = false,
+    /// VeLoRA.
+    velora_config: Option<Value> = None,
+}
+
+impl AdapterConfig {
+    /// Reads `adapter_config.json` from an adapter's folder.
+    ///
+    /// # Errors
+    /// [`FormatError::NotAnAdapter`] when there is none, [`FormatError::Json`] when it is not JSON, and
+    /// [`FormatError::Field`] for a value that cannot be: another `peft_type`, a rank of 0.
+    pub fn load(dir: &Path) -> Result<Self, FormatError> {
+        let path = resolve_inside(dir, CONFIG_FILE, dir)?.ok_or_else(|| FormatError::NotAnAdapter {
+            dir: dir.to_path_buf(),
+            reason: if dir.is_dir() { format!("it has no {CONFIG_FILE}") } else { "there is no such folder".into() },
+        })?;
+        let map: Map<String, Value> = json::read(&path)?;
+        let config = Self::from_map(map, &path)?;
+        config.validate(&path)?;
+        Ok(config)
+    }
+
+    /// Writes `adapter_config.json` into an adapter's folder, replacing one that is there as a whole.
+    ///
+    /// # Errors
+    /// [`FormatError::Field`] for values that PEFT would not accept, [`FormatError::Write`].
+    pub fn save(&self, dir: &Path) -> Result<(), FormatError> {
+        let path = dir.join(CONFIG_FILE);
+        self.validate(&path)?;
+        atomic::write_bytes(&path, self.to_json().as_bytes())
+    }
+
+    /// The file's text, as PEFT writes it.
+    pub fn to_json(&self) -> String {
+        let mut map = self.to_map();
+        // PEFT declares it an integer, and its readers may insist.
+        map.insert("lora_alpha".into(), whole(self.lora_alpha));
+        json::to_python(&Value::Object(map))
+    }
+
+    /// Parses the file's text; `path` is named in errors.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn from_json(text: &str, path: &Path) -> Result<Self, FormatError> {
+        let map = serde_json::from_str(text)
+            .map_err(|e| FormatError::Json { path: path.to_path_buf(), reason: e.to_string() })?;
+        let config = Self::from_map(map, path)?;
+        config.validate(path)?;
+        Ok(config)
+    }
+
+    /// The modules that are adapted, PEFT's default for decoders of the Llama kind where none are named.
+    pub fn target_modules_or_default(&self) -> TargetModules {
+        let default = || TargetModules::List(vec!["q_proj".into(), "v_proj".into()]);
+        self.target_modules.clone().unwrap_or_else(default)
+    }
+
+    /// The rank of a module: `rank_pattern` where it matches, else `r`.
+    ///
+    /// # Errors
+    /// [`FormatError::Field`] for a pattern that is no regular expression.
+    pub fn rank_for(&self, module: &str) -> Result<usize, FormatError> {
+        let found =
+            self.rank_pattern.lookup(module).map_err(|e| field_error(Path::new(CONFIG_FILE), "rank_pattern", e))?;
+        Ok(found.map_or(self.r, |r| r as usize))
+    }
+
+    /// The alpha of a module: `alpha_pattern` where it matches, else `lora_alpha`.
+    ///
+    /// # Errors
+    /// [`FormatError::Field`] for a pattern that is no regular expression.
+    pub fn alpha_for(&self, module: &str) -> Result<f64, FormatError> {
+        let found =
+            self.alpha_pattern.lookup(module).map_err(|e| field_error(Path::new(CONFIG_FILE), "alpha_pattern", e))?;
+        Ok(found.unwrap_or(self.lora_alpha))
+    }
+
+    /// The scaling of a module of the given rank: alpha / rank, or alpha / sqrt(rank) with `use_rslora`
+    /// (Kalajdzievski, arXiv 2312.03732).
+    ///
+    /// # Errors
+    /// [`FormatError::Field`] for a pattern that is no regular expression.
+    pub fn scaling_for(&self, module: &str) -> Result<f64, FormatError> {
+        let (alpha, rank) = (self.alpha_for(module)?, self.rank_for(module)? as f64);
+        Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
+    }
+
+    /// The keys that are set to something other than plain LoRA: a loader that does not implement one
+    /// of them must refuse the adapter, since ignoring it would change the output.
+    pub fn beyond_plain_lora(&self) -> Vec<&'static str> {
+        let some = |v: &Option<Value>| v.is_some();
+        [
+            ("alora_invocation_tokens", some(&self.alora_invocation_tokens)),
+            ("arrow_config", some(&self.arrow_config)),
+            ("bias", self.bias != "none"),
+            ("fan_in_fan_out", self.fan_in_fan_out),
+            ("kasa_config", some(&self.kasa_config)),
+            ("layer_replication", some(&self.layer_replication)),
+            ("lora_bias", self.lora_bias),
+            ("megatron_config", some(&self.megatron_config)),
+            ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|m| !m.is_empty())),
+            ("monteclora_config", some(&self.monteclora_config)),
+            (
+                "target_parameters",
+                self.target_parameters.as_ref().is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty())),
+            ),
+            ("trainable_token_indices", some(&self.trainable_token_indices)),
+            ("use_bdlora", some(&self.use_bdlora)),
+            ("use_dora", self.use_dora),
+            ("use_qalora", self.use_qalora),
+            ("velora_config", some(&self.velora_config)),
+        ]
+        .into_iter()
+        .filter_map(|(key, set)| set.then_some(key))
+        .collect()
+    }
+
+    fn validate(&self, path: &Path) -> Result<(), FormatError> {
+        let fail = |field: &str, reason: String| Err(field_error(path, field, reason));
+        if self.peft_type != "LORA" {
+            return fail("peft_type", format!("`{}` adapters are not supported, only LORA", self.peft_type));
+        }
+        if self.r == 0 {
+            return fail("r", "a rank of 0 adapts nothing; it must be at least 1".into());
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return fail("lora_dropout", format!("{} is not a probability in [0, 1)", self.lora_dropout));
+        }
+        if !["none", "all", "lora_only"].contains(&self.bias.as_str()) {
+            return fail("bias", format!("`{}` is none of none, all, lora_only", self.bias));
+        }
+        if let Some((key, rank)) = self.rank_pattern.0.iter().find(|(_, r)| *r < 1.0 || r.fract() != 0.0) {
+            return fail("rank_pattern", format!("`{key}` has rank {rank}; it must be a whole number of at least 1"));
+        }
+        for (field, pattern) in [("rank_pattern", &self.rank_pattern), ("alpha_pattern", &self.alpha_pattern)] {
+            if let Err(reason) = pattern.lookup("") {
+                return fail(field, reason);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn field_error(path: &Path, field: &str, reason: String) -> FormatError {
+    FormatError::Field { path: PathBuf::from(path), field: field.to_string(), reason }
+}
+
+/// How a field's value is read from JSON and written as Python would.
+trait Field: Sized {
+    fn read(value: Value) -> Result<Self, String>;
+    fn write(&self) -> Value;
+}
+
+fn read<T: DeserializeOwned>(value: Value, expected: &str) -> Result<T, String> {
+    let text = value.to_string();
+    serde_json::from_value(value).map_err(|_| format!("expected {expected}, found {}", shortened(&text)))
+}
+
+fn shortened(text: &str) -> String {
+    if text.chars().count() <= 60 { text.to_string() } else { text.chars().take(57).chain("...".chars()).collect() }
+}
+
+macro_rules! field {
+    ($($type:ty: $expected:literal),* $(,)?) => { $(
+        impl Field for $type {
+            fn read(value: Value) -> Result<Self, String> {
+                read(value, $expected)
+            }
+            fn write(&self) -> Value {
+                // Strings, flags, whole numbers and lists of them: none can fail.
+                serde_json::to_value(self).unwrap_or(Value::Null)
+            }
+        }
+    )* };
+}
+
+field! {
+    bool: "true or false",
+    String: "a string",
+    usize: "a whole number",
+    Value: "any value",
+    Option<Value>: "any value or null",
+    Option<String>: "a string or null",
+    Option<Vec<String>>: "a list of strings or null",
+    Option<TargetModules>: "a list of module names, a regular expression or null",
+    Option<OneOrMany<String>>: "a string, a list of strings or null",
+    Option<OneOrMany<usize>>: "a layer index, a list of them or null",
+    InitLoraWeights: "true, false or the name of a method",
+}
+
+impl Field for f64 {
+    fn read(value: Value) -> Result<Self, String> {
+        let x: f64 = read(value, "a number")?;
+        if x.is_finite() { Ok(x) } else { Err(format!("{x} is not a finite number")) }
+    }
+    fn write(&self) -> Value {
+        Value::from(*self)
+    }
+}
+
+impl Field for Pattern {
+    fn read(value: Value) -> Result<Self, String> {
+        if value.is_null() {
+            return Ok(Self::default());
+        }
+        let map: Map<String, Value> = read(value, "an object of module patterns")?;
+        let entries = map.into_iter().map(|(key, v)| match v.as_f64() {
+            Some(x) => Ok((key, x)),
+            None => Err(format!("`{key}`: expected a number, found {}", shortened(&v.to_string()))),
+        });
+        entries.collect::<Result<_, _>>().map(Self)
+    }
+    fn write(&self) -> Value {
+        Value::Object(self.0.iter().map(|(key, x)| (key.clone(), whole(*x))).collect())
+    }
+}
+
+/// Ranks and alphas are whole numbers in PEFT and are written so.
+fn whole(x: f64) -> Value {
+    // 2^53: up to there a float holds every whole number.
+    if x.fract() == 0.0 && x.abs() <= 9_007_199_254_740_992.0 { Value::from(x as i64) } else { Value::from(x) }
+}

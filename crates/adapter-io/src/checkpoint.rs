@@ -1,0 +1,155 @@
+//! A Hugging Face checkpoint: `model.safetensors`, or shards listed in `model.safetensors.index.json`.
+//!
+//! All files are mapped and their headers checked when the checkpoint is opened; tensors are then
+//! views into the page cache. What a loader holds at any time is the tensor it is working on.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{FormatError, nearest_names};
+use crate::json;
+use crate::mapped::{MappedFile, TensorView};
+use crate::paths::resolve_inside;
+
+/// The file of a checkpoint that is not sharded.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// The index of one that is.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// An opened checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    files: Vec<MappedFile>,
+    /// Name to file and position in the file's header.
+    tensors: BTreeMap<String, (usize, usize)>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `dir`: `model.safetensors` if there, else the shards of the index.
+    ///
+    /// # Errors
+    /// [`FormatError::NoCheckpoint`], [`FormatError::MissingShard`], [`FormatError::Truncated`],
+    /// [`FormatError::Header`], [`FormatError::UnsafePath`], or [`FormatError::MissingTensor`] when a
+    /// shard lacks a tensor that the index places there.
+    pub fn open(dir: &Path) -> Result<Self, FormatError> {
+        if let Some(path) = resolve_inside(dir, SINGLE_FILE, dir)? {
+            let file = MappedFile::open(&path)?;
+            let tensors = file.tensors().iter().enumerate().map(|(i, t)| (t.name.clone(), (0, i))).collect();
+            return Ok(Self { dir: dir.to_path_buf(), files: vec![file], tensors });
+        }
+        match resolve_inside(dir, INDEX_FILE, dir)? {
+            Some(index) => Self::open_sharded(dir, &index),
+            None => Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) }),
+        }
+    }
+
+    fn open_sharded(dir: &Path, index_path: &Path) -> Result<Self, FormatError> {
+        let index: Index = json::read(index_path)?;
+        let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, shard) in &index.weight_map {
+            shards.entry(shard).or_default().push(tensor);
+        }
+        let mut files = Vec::with_capacity(shards.len());
+        let mut tensors = BTreeMap::new();
+        for (shard, names) in shards {
+            let path = resolve_inside(dir, shard, index_path)?.ok_or_else(|| FormatError::MissingShard {
+                index: index_path.to_path_buf(),
+                shard: dir.join(shard),
+                tensors: names.len(),
+                first: names.first().map_or_else(String::new, ToString::to_string),
+            })?;
+            let file = MappedFile::open(&path)?;
+            for name in names {
+                let position = file.position(name).ok_or_else(|| file.missing(name))?;
+                tensors.insert(name.to_string(), (files.len(), position));
+            }
+            files.push(file);
+        }
+        Ok(Self { dir: dir.to_path_buf(), files, tensors })
+    }
+
+    /// The folder the checkpoint was opened from.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The files it is made of, in the order of their names.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(MappedFile::path)
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The names of all tensors in the order in which they lie in the files: reading along this order
+    /// reads a disk forward.
+    pub fn names_in_file_order(&self) -> Vec<&str> {
+        let start = |(_, (f, i)): &(&String, &(usize, usize))| (*f, self.files[*f].tensors()[*i].range.start);
+        let mut entries: Vec<_> = self.tensors.iter().collect();
+        entries.sort_by_key(start);
+        entries.into_iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor of this name.
+    ///
+    /// # Errors
+    /// [`FormatError::MissingTensor`], which lists the nearest names.
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
+        self.get(name).ok_or_else(|| FormatError::MissingTensor {
+            path: self.dir.clone(),
+            tensor: name.to_string(),
+            nearest: nearest_names(name, self.names()),
+        })
+    }
+
+    /// The tensor of this name, if there is one.
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        self.tensors.get(name).map(|&(file, position)| self.files[file].view(position))
+    }
+
+    /// The bytes of all tensors together.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|&(file, i)| self.files[file].tensors()[i].range.len() as u64).sum()
+    }
+}
+
+/// For the message that there is no checkpoint: what was probably meant.
+fn what_is_there(dir: &Path) -> String {
+    if !dir.is_dir() {
+        return "; there is no such folder".into();
+    }
+    let names: Vec<String> = std::fs::read_dir(dir)
+        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
+        .unwrap_or_default();
+    let ends = |suffix: &str| names.iter().find(|n| n.ends_with(suffix));
+    if names.iter().any(|n| n == "adapter_config.json") {
+        "; it is an adapter, give its base model and pass this folder as the adapter".into()
+    } else if let Some(name) = ends(".gguf") {
+        format!("; GGUF files such as {name} cannot be loaded, use the original checkpoint")
+    } else if let Some(name) = ends(".bin").or_else(|| ends(".pth")).or_else(|| ends(".pt")) {
+        format!(
+            "; pickled weights such as {name} are not read, because loading them can run code; convert them to safetensors"
+        )
+    } else if let Some(name) = ends(".safetensors") {
+        format!(
+            "; it does hold {name}: rename it to {SINGLE_FILE} if it is the whole model, or download the missing {INDEX_FILE}"
+        )
+    } else {
+        String::new()
+    }
+}
