@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use adapter_io::FormatError;
 use qlora_layers::LayerError;
 use qlora_models::error::ModelError;
 
@@ -12,9 +13,38 @@ pub enum TrainError {
     /// The model, its tokenizer or its chat template.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A checkpoint or adapter file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
     /// A setting of the adapters, or a layer's tensors.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The metrics log can't be written.
+    #[error("can't write the metrics to {}: {source}", path.display())]
+    MetricsWrite {
+        /// The log.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The metrics log can't be read.
+    #[error("{}:{line}: {problem}; move the file away to resume without it", path.display())]
+    MetricsRead {
+        /// The log.
+        path: PathBuf,
+        /// The line, from 1; 0: the file as a whole.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The report can't be drawn up.
+    #[error("{}: {problem}", path.display())]
+    Report {
+        /// The file of the report.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
     /// The configuration file can't be read.
     #[error("can't read the configuration {}: {source}; `qlora init` writes one", path.display())]
     ConfigRead {

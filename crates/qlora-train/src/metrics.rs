@@ -1,0 +1,375 @@
+//! What a run measures: one JSON object a line in `metrics.jsonl`, and the [`TrainEvents`] through
+//! which the loop tells its caller.
+//!
+//! A line is a step or an evaluation; the second has the key `eval_loss`:
+//!
+//! ```json
+//! {"step":1,"epoch":0.008,"loss":8.31,"learning_rate":0.0002,"grad_norm":1.9,"tokens":1650,
+//!  "tokens_per_second":910.2,"memory_bytes":512000000,"elapsed_seconds":1.8}
+//! {"step":100,"eval_loss":0.91,"eval_tokens":20312,"elapsed_seconds":181.0}
+//! ```
+//!
+//! The file is a log: lines are appended as they come, which is the one exception to the rule that
+//! files appear whole. A run that resumes at step k first drops every later line (and a last line
+//! that a crash cut short), so the log reads as if the run had never stopped.
+
+mod events;
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::TrainError;
+
+pub use events::{LoadProgress, RunInfo, TrainEvents};
+
+/// Name of the log in a run's output folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// One optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Optimizer steps done, this one included.
+    pub step: usize,
+    /// Passes over the training rows done so far.
+    pub epoch: f64,
+    /// Mean loss over the step's unmasked tokens, in nats.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub loss: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Global norm of the gradients before clipping.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub grad_norm: f64,
+    /// Tokens read, masked ones included, padding not.
+    pub tokens: u64,
+    /// `tokens` by the time of the step.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub tokens_per_second: f64,
+    /// Memory in use on the device (of the process, on the CPU); the highest value seen so far.
+    pub memory_bytes: u64,
+    /// Time since the start of the run, pauses between stop and resume left out.
+    pub elapsed_seconds: f64,
+}
+
+/// One pass over the evaluation rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvalMetrics {
+    /// Optimizer steps done before it.
+    pub step: usize,
+    /// Mean loss over all unmasked tokens of the evaluation rows, in nats.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub eval_loss: f64,
+    /// Unmasked tokens of the evaluation rows.
+    pub eval_tokens: u64,
+    /// Time since the start of the run, pauses between stop and resume left out.
+    pub elapsed_seconds: f64,
+}
+
+/// JSON has no NaN and no infinity: they are written as null.
+fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// A line of the log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Entry {
+    Eval(EvalMetrics),
+    Step(StepMetrics),
+}
+
+impl Entry {
+    fn step(&self) -> usize {
+        match self {
+            Self::Eval(eval) => eval.step,
+            Self::Step(step) => step.step,
+        }
+    }
+
+    fn elapsed_seconds(&self) -> f64 {
+        match self {
+            Self::Eval(eval) => eval.elapsed_seconds,
+            Self::Step(step) => step.elapsed_seconds,
+        }
+    }
+}
+
+/// Everything a log holds, in order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct History {
+    /// The steps.
+    pub steps: Vec<StepMetrics>,
+    /// The evaluations.
+    pub evals: Vec<EvalMetrics>,
+}
+
+impl History {
+    /// Reads a log. A last line that was cut short is left out.
+    ///
+    /// # Errors
+    /// The file can't be read, or another line isn't an entry.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let text = read(path)?;
+        let (lines, _) = parse(path, &text)?;
+        Ok(Self::from_entries(lines.iter().map(|(entry, _)| entry)))
+    }
+
+    fn from_entries<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Self {
+        let mut history = Self::default();
+        for entry in entries {
+            match entry {
+                Entry::Step(step) => history.steps.push(step.clone()),
+                Entry::Eval(eval) => history.evals.push(eval.clone()),
+            }
+        }
+        history
+    }
+}
+
+/// Appends to a run's log and keeps what it wrote for the report.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    path: PathBuf,
+    file: BufWriter<File>,
+    history: History,
+    elapsed_before: f64,
+}
+
+impl MetricsWriter {
+    /// Starts a new log; an old one at `path` is replaced.
+    ///
+    /// # Errors
+    /// The file can't be created.
+    pub fn create(path: &Path) -> Result<Self, TrainError> {
+        let options = OpenOptions::new().write(true).create(true).truncate(true).to_owned();
+        Self::open(path, &options, &[])
+    }
+
+    /// Continues the log of a run that resumes after `step`: later lines are dropped. A log that
+    /// doesn't exist is created.
+    ///
+    /// # Errors
+    /// The file can't be read or written, or a line but the last isn't an entry.
+    pub fn resume(path: &Path, step: usize) -> Result<Self, TrainError> {
+        if !path.exists() {
+            return Self::create(path);
+        }
+        let text = read(path)?;
+        let (mut lines, torn) = parse(path, &text)?;
+        let before = lines.len();
+        lines.retain(|(entry, _)| entry.step() <= step);
+        if torn || lines.len() < before {
+            // Lines are kept as they stand: numbers written again could differ in their last digit.
+            adapter_io::atomic::write_file(path, |file| {
+                lines.iter().try_for_each(|(_, line)| file.write_all(line).and_then(|()| file.write_all(b"\n")))
+            })?;
+        }
+        let entries: Vec<Entry> = lines.into_iter().map(|(entry, _)| entry).collect();
+        Self::open(path, OpenOptions::new().append(true), &entries)
+    }
+
+    fn open(path: &Path, options: &OpenOptions, entries: &[Entry]) -> Result<Self, TrainError> {
+        let file = options.open(path).map_err(|source| write_error(path, source))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufWriter::new(file),
+            history: History::from_entries(entries),
+            elapsed_before: entries.iter().map(Entry::elapsed_seconds).fold(0.0, f64::max),
+        })
+    }
+
+    /// Appends a step.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn step(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
+        self.append(metrics)?;
+        self.history.steps.push(metrics.clone());
+        Ok(())
+    }
+
+    /// Appends an evaluation.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn eval(&mut self, metrics: &EvalMetrics) -> Result<(), TrainError> {
+        self.append(metrics)?;
+        self.history.evals.push(metrics.clone());
+        Ok(())
+    }
+
+    fn append(&mut self, entry: &impl Serialize) -> Result<(), TrainError> {
+        serde_json::to_writer(&mut self.file, entry)
+            .map_err(std::io::Error::from)
+            .and_then(|()| self.file.write_all(b"\n"))
+            .and_then(|()| self.file.flush())
+            .map_err(|source| write_error(&self.path, source))
+    }
+
+    /// Makes sure that the log is on the disk. To be called before a checkpoint is saved, so that
+    /// a checkpoint never knows of a step that the log doesn't.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn sync(&mut self) -> Result<(), TrainError> {
+        self.file.get_ref().sync_data().map_err(|source| write_error(&self.path, source))
+    }
+
+    /// What the log holds, the part from before a resume included.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// Seconds that the run had taken before it was resumed; add them to `elapsed_seconds`.
+    pub fn elapsed_before(&self) -> f64 {
+        self.elapsed_before
+    }
+}
+
+fn write_error(path: &Path, source: std::io::Error) -> TrainError {
+    TrainError::MetricsWrite { path: path.to_owned(), source }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
+    std::fs::read(path).map_err(|source| TrainError::MetricsRead {
+        path: path.to_owned(),
+        line: 0,
+        problem: source.to_string(),
+    })
+}
+
+/// The entries of a log, each with its line, and whether the last line was cut short.
+fn parse<'a>(path: &Path, text: &'a [u8]) -> Result<(Vec<(Entry, &'a [u8])>, bool), TrainError> {
+    let mut entries = Vec::new();
+    let mut lines = text.split(|byte| *byte == b'\n').enumerate().peekable();
+    while let Some((index, line)) = lines.next() {
+        if line.is_empty() {
+            continue;
+        }
+        match serde_json::from_slice(line) {
+            Ok(entry) => entries.push((entry, line)),
+            Err(_) if lines.peek().is_none() => break,
+            Err(problem) => {
+                return Err(TrainError::MetricsRead {
+                    path: path.to_owned(),
+                    line: index + 1,
+                    problem: problem.to_string(),
+                });
+            }
+        }
+    }
+    let torn = text.last().is_some_and(|byte| *byte != b'\n');
+    Ok((entries, torn))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn step(step: usize) -> StepMetrics {
+        StepMetrics {
+            step,
+            epoch: step as f64 / 10.0,
+            loss: 0.1 + 0.7 / step as f64,
+            learning_rate: 2e-4,
+            grad_norm: 0.5,
+            tokens: 100,
+            tokens_per_second: 1000.0,
+            memory_bytes: 1 << 20,
+            elapsed_seconds: step as f64,
+        }
+    }
+
+    fn eval(step: usize) -> EvalMetrics {
+        EvalMetrics { step, eval_loss: 1.25, eval_tokens: 7, elapsed_seconds: step as f64 + 0.5 }
+    }
+
+    fn log(dir: &Path) -> PathBuf {
+        let path = dir.join(METRICS_FILE);
+        let mut writer = MetricsWriter::create(&path).unwrap();
+        for k in 1..=4 {
+            writer.step(&step(k)).unwrap();
+        }
+        writer.eval(&eval(4)).unwrap();
+        writer.step(&step(5)).unwrap();
+        writer.sync().unwrap();
+        path
+    }
+
+    #[test]
+    fn a_log_reads_back_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log(dir.path());
+        let history = History::read(&path).unwrap();
+        assert_eq!(history.steps.len(), 5);
+        for (read, written) in history.steps.iter().zip((1..=5).map(step)) {
+            // serde_json may miss the last bit of an f64 when it reads one.
+            assert!((read.loss - written.loss).abs() < 1e-15);
+            assert_eq!(StepMetrics { loss: written.loss, ..read.clone() }, written);
+        }
+        assert_eq!(history.evals, [eval(4)]);
+        assert_eq!(MetricsWriter::resume(&path, 5).unwrap().history(), &history);
+    }
+
+    #[test]
+    fn resume_drops_what_came_after_the_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log(dir.path());
+        let never_stopped = std::fs::read(&path).unwrap();
+        let mut writer = MetricsWriter::resume(&path, 3).unwrap();
+        assert_eq!(writer.history().steps.iter().map(|step| step.step).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(writer.elapsed_before(), 3.0);
+        writer.step(&step(4)).unwrap();
+        writer.eval(&eval(4)).unwrap();
+        writer.step(&step(5)).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), never_stopped);
+    }
+
+    #[test]
+    fn a_torn_last_line_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log(dir.path());
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 20]).unwrap();
+        assert_eq!(History::read(&path).unwrap().steps.len(), 4);
+        let mut writer = MetricsWriter::resume(&path, 5).unwrap();
+        assert_eq!(writer.elapsed_before(), 4.5);
+        writer.step(&step(5)).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), whole);
+        // Whole but for its newline: kept, and the next line still starts a line.
+        std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        MetricsWriter::resume(&path, 5).unwrap().step(&step(6)).unwrap();
+        assert_eq!(History::read(&path).unwrap().steps.len(), 6);
+    }
+
+    #[test]
+    fn a_broken_line_inside_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log(dir.path());
+        let text = std::fs::read_to_string(&path).unwrap().replacen("{\"step\":2", "{step:2", 1);
+        std::fs::write(&path, text).unwrap();
+        let message = History::read(&path).unwrap_err().to_string();
+        assert!(message.contains("metrics.jsonl:2: "), "{message}");
+    }
+
+    #[test]
+    fn a_loss_that_is_not_a_number_survives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS_FILE);
+        let nan = StepMetrics { loss: f64::NAN, grad_norm: f64::INFINITY, ..step(1) };
+        MetricsWriter::create(&path).unwrap().step(&nan).unwrap();
+        let history = History::read(&path).unwrap();
+        assert!(history.steps[0].loss.is_nan() && history.steps[0].grad_norm.is_nan());
+    }
+
+    #[test]
+    fn an_unwritable_log_is_named() {
+        let message = MetricsWriter::create(Path::new("no/such/folder/m.jsonl")).unwrap_err().to_string();
+        assert!(message.contains("no/such/folder/m.jsonl"), "{message}");
+    }
+}

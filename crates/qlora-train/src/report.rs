@@ -1,0 +1,111 @@
+//! The final report: `summary.md`, `summary.json` and the loss curve as a picture, `loss.svg`.
+
+mod curve;
+mod words;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+use crate::metrics::{History, RunInfo};
+
+pub use curve::{loss_curve, smoothed};
+pub use words::{count, duration, memory};
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// Stopped on request, with a checkpoint to resume from.
+    Interrupted,
+}
+
+/// What a run did, for the report and for the caller.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// What was trained.
+    pub run: RunInfo,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Steps done, those before a resume included.
+    pub steps: usize,
+    /// Loss of the first step.
+    pub first_loss: Option<f64>,
+    /// Loss of the last step.
+    pub last_loss: Option<f64>,
+    /// Lowest loss of a single step, and the step.
+    pub best_loss: Option<(f64, usize)>,
+    /// First evaluation loss.
+    pub first_eval_loss: Option<f64>,
+    /// Last evaluation loss.
+    pub last_eval_loss: Option<f64>,
+    /// Lowest evaluation loss, and the step.
+    pub best_eval_loss: Option<(f64, usize)>,
+    /// Tokens read, padding not counted.
+    pub tokens: u64,
+    /// `tokens` by the time spent in steps.
+    pub tokens_per_second: f64,
+    /// Highest memory in use on the device.
+    pub peak_memory_bytes: u64,
+    /// Time of the whole run, pauses between stop and resume left out.
+    pub elapsed_seconds: f64,
+    /// The adapter's folder; where an interrupted run stands: the checkpoint to resume from.
+    pub adapter: PathBuf,
+}
+
+impl Summary {
+    /// Draws up the summary of a run from its log.
+    pub fn new(run: RunInfo, history: &History, outcome: Outcome, adapter: PathBuf) -> Self {
+        let steps = &history.steps;
+        let evals = &history.evals;
+        let lowest = |pairs: &mut dyn Iterator<Item = (f64, usize)>| {
+            pairs.filter(|(loss, _)| loss.is_finite()).min_by(|a, b| a.0.total_cmp(&b.0))
+        };
+        let tokens = steps.iter().map(|step| step.tokens).sum();
+        let seconds: f64 = steps
+            .iter()
+            .filter(|step| step.tokens_per_second > 0.0)
+            .map(|step| step.tokens as f64 / step.tokens_per_second)
+            .sum();
+        Self {
+            run,
+            outcome,
+            steps: steps.last().map_or(0, |step| step.step),
+            first_loss: steps.first().map(|step| step.loss),
+            last_loss: steps.last().map(|step| step.loss),
+            best_loss: lowest(&mut steps.iter().map(|step| (step.loss, step.step))),
+            first_eval_loss: evals.first().map(|eval| eval.eval_loss),
+            last_eval_loss: evals.last().map(|eval| eval.eval_loss),
+            best_eval_loss: lowest(&mut evals.iter().map(|eval| (eval.eval_loss, eval.step))),
+            tokens,
+            tokens_per_second: if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
+            peak_memory_bytes: steps.iter().map(|step| step.memory_bytes).max().unwrap_or(0),
+            elapsed_seconds: steps
+                .iter()
+                .map(|step| step.elapsed_seconds)
+                .chain(evals.iter().map(|eval| eval.elapsed_seconds))
+                .fold(0.0, f64::max),
+            adapter,
+        }
+    }
+
+    /// Writes `summary.md`, `summary.json` and `loss.svg` into `dir`.
+    ///
+    /// # Errors
+    /// A file can't be written, or the picture can't be drawn.
+    pub fn write(&self, dir: &Path, history: &History) -> Result<(), TrainError> {
+        let picture = loss_curve(history)?;
+        let json = serde_json::to_vec_pretty(self)
+            .map_err(|e| TrainError::Report { path: dir.join("summary.json"), problem: e.to_string() })?;
+        adapter_io::atomic::write_bytes(&dir.join("loss.svg"), picture.as_bytes())?;
+        adapter_io::atomic::write_bytes(&dir.join("summary.json"), &json)?;
+        adapter_io::atomic::write_bytes(&dir.join("summary.md"), self.to_markdown().as_bytes())?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

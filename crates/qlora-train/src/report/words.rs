@@ -1,0 +1,164 @@
+//! The report in words, and numbers as people write them.
+
+use super::{Outcome, Summary};
+
+impl Summary {
+    /// The summary as a Markdown page that shows `loss.svg` beside it.
+    pub fn to_markdown(&self) -> String {
+        let run = &self.run;
+        let mut rows = vec![
+            ("Base model", format!("`{}`, {} parameters", run.model, count(run.base_parameters))),
+            ("Weights", format!("{}; computed in {}", run.quantization, run.compute_dtype)),
+            (
+                "Adapters",
+                format!(
+                    "rank {} on {} modules, {} parameters ({} of the base)",
+                    run.rank,
+                    run.adapted_modules,
+                    count(run.trainable_parameters),
+                    percent(run.trainable_parameters, run.base_parameters)
+                ),
+            ),
+            (
+                "Data",
+                format!(
+                    "`{}`: {} rows, {} tokens; {}",
+                    run.train_data.display(),
+                    run.train_rows,
+                    count(run.train_tokens),
+                    match run.eval_rows {
+                        0 => "no evaluation".to_string(),
+                        rows => format!("{rows} rows for evaluation"),
+                    }
+                ),
+            ),
+            (
+                "Steps",
+                format!(
+                    "{} of {}, {} rows each, {} tokens in all",
+                    self.steps,
+                    run.total_steps,
+                    run.rows_per_step,
+                    count(self.tokens)
+                ),
+            ),
+        ];
+        if let (Some(first), Some(last)) = (self.first_loss, self.last_loss) {
+            rows.push(("Training loss", losses(first, last, self.best_loss)));
+        }
+        if let (Some(first), Some(last)) = (self.first_eval_loss, self.last_eval_loss) {
+            rows.push(("Evaluation loss", losses(first, last, self.best_eval_loss)));
+        }
+        rows.push(("Speed", format!("{:.0} tokens/s on {}", self.tokens_per_second, run.device)));
+        rows.push(("Peak memory", memory(self.peak_memory_bytes)));
+        rows.push(("Time", duration(self.elapsed_seconds)));
+        let table: String = rows.iter().map(|(name, value)| format!("| {name} | {value} |\n")).collect();
+        let (title, next) = match self.outcome {
+            Outcome::Finished => ("Training finished", self.usage()),
+            Outcome::Interrupted => ("Training interrupted", self.resume_hint()),
+        };
+        format!("# {title}\n\n{}\n\n![Loss curve](loss.svg)\n\n| | |\n|---|---|\n{table}\n{next}", self.sentence())
+    }
+
+    /// The run in one sentence.
+    pub fn sentence(&self) -> String {
+        let run = &self.run;
+        let mut text = format!(
+            "Trained {} adapter parameters over `{}` on {} rows of `{}` for {} steps in {}",
+            count(run.trainable_parameters),
+            run.model,
+            run.train_rows,
+            run.train_data.display(),
+            self.steps,
+            duration(self.elapsed_seconds),
+        );
+        if let (Some(first), Some(last)) = (self.first_loss, self.last_loss) {
+            text += &format!("; the training loss went from {first:.3} to {last:.3}");
+        }
+        if let Some(last) = self.last_eval_loss {
+            text += &format!(", the evaluation loss is {last:.3}");
+        }
+        text + "."
+    }
+
+    fn usage(&self) -> String {
+        format!(
+            "The adapter lies in `{adapter}`, in PEFT's format. To use it:\n\n```sh\nqlora generate --model {model} --adapter {adapter} --prompt \"...\"\n```\n\nIn Python: `PeftModel.from_pretrained(base_model, \"{adapter}\")`.\n",
+            adapter = self.adapter.display(),
+            model = self.run.model,
+        )
+    }
+
+    fn resume_hint(&self) -> String {
+        format!("The checkpoint lies in `{}`. `qlora train CONFIG --resume` goes on from it.\n", self.adapter.display())
+    }
+}
+
+fn losses(first: f64, last: f64, best: Option<(f64, usize)>) -> String {
+    let best = best.map_or(String::new(), |(loss, step)| format!("; lowest {loss:.4} at step {step}"));
+    format!("{first:.4} first, {last:.4} last{best}")
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".into();
+    }
+    format!("{:.2} %", 100.0 * part as f64 / whole as f64)
+}
+
+/// A number with three digits and a unit: `5.36 M`, `6.74 B`; below a thousand as it is.
+pub fn count(n: u64) -> String {
+    let units = ["", " k", " M", " B", " T"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    match unit {
+        0 => n.to_string(),
+        _ => format!("{}{}", three_digits(value), units[unit]),
+    }
+}
+
+/// A size in binary units, as GPU memory is sold: `512 MiB`, `7.05 GiB`.
+pub fn memory(bytes: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{bytes} bytes"),
+        _ => format!("{} {}", three_digits(value), units[unit]),
+    }
+}
+
+fn three_digits(value: f64) -> String {
+    let decimals = if value < 9.995 {
+        2
+    } else if value < 99.95 {
+        1
+    } else {
+        0
+    };
+    format!("{value:.decimals$}")
+}
+
+/// A time in its two largest units: `3.2 s`, `4 min 05 s`, `2 h 07 min`.
+pub fn duration(seconds: f64) -> String {
+    if !seconds.is_finite() || seconds < 0.0 {
+        return "-".into();
+    }
+    if seconds < 59.95 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = seconds.round() as u64;
+    match whole {
+        0..3600 => format!("{} min {:02} s", whole / 60, whole % 60),
+        3600..86_400 => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
+        _ => format!("{} d {:02} h", whole / 86_400, whole % 86_400 / 3600),
+    }
+}
