@@ -16,20 +16,16 @@ const TEXT: RGBColor = RGBColor(118, 127, 138);
 const TRAIN: RGBColor = RGBColor(47, 129, 247);
 const EVAL: RGBColor = RGBColor(219, 109, 40);
 
-/// An exponential moving average over about 1/20 of the values, corrected for its start as in Adam
-/// (Kingma and Ba 2015, section 3); values that aren't finite are skipped.
+/// A centred moving average over up to 1/15 of the values. The window shrinks towards both ends and
+/// stays symmetric, so a steep start is not shifted; values that aren't finite are skipped.
 pub fn smoothed(values: &[f64]) -> Vec<f64> {
-    let window = (values.len() as f64 / 20.0).max(1.0);
-    let keep = 1.0 - 1.0 / window;
-    let (mut average, mut weight) = (0.0, 0.0);
-    values
-        .iter()
-        .map(|value| {
-            if value.is_finite() {
-                average = keep * average + (1.0 - keep) * value;
-                weight = keep * weight + (1.0 - keep);
-            }
-            if weight > 0.0 { average / weight } else { f64::NAN }
+    let n = values.len();
+    (0..n)
+        .map(|i| {
+            let half = (n / 30).min(i).min(n - 1 - i);
+            let window = values[i - half..=i + half].iter().filter(|value| value.is_finite());
+            let (sum, count) = window.fold((0.0, 0.0), |(sum, count), value| (sum + value, count + 1.0));
+            sum / count
         })
         .collect()
 }
@@ -85,9 +81,9 @@ fn draw(history: &History, svg: &mut String) -> Result<(), Box<dyn std::error::E
         .draw()?;
     // The legend is drawn by hand: plotters' own needs a background to be readable.
     let mut legend: Vec<(&str, RGBAColor)> = Vec::new();
-    if raw.len() > smooth.len() || raw != smooth {
-        chart.draw_series(LineSeries::new(raw.clone(), TRAIN.mix(0.35).stroke_width(1)))?;
-        legend.push(("training", TRAIN.mix(0.35)));
+    if raw != smooth {
+        chart.draw_series(LineSeries::new(raw.clone(), TRAIN.mix(0.45).stroke_width(1)))?;
+        legend.push(("training", TRAIN.mix(0.45)));
         chart.draw_series(LineSeries::new(smooth, TRAIN.stroke_width(2)))?;
         legend.push(("training, smoothed", TRAIN.mix(1.0)));
     } else {
@@ -101,7 +97,7 @@ fn draw(history: &History, svg: &mut String) -> Result<(), Box<dyn std::error::E
     }
     let left = SIZE.0 as i32 - 220;
     for (row, (name, color)) in legend.iter().enumerate() {
-        let y = 36 + 24 * row as i32;
+        let y = 54 + 24 * row as i32;
         area.draw(&PathElement::new([(left, y), (left + 32, y)], color.stroke_width(3)))?;
         let style = font(15).pos(Pos::new(HPos::Left, VPos::Center));
         area.draw(&Text::new(*name, (left + 42, y), style))?;
