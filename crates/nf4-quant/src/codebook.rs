@@ -46,15 +46,22 @@ const NF4: [f32; 16] = [
 /// FP4's magnitudes by the low three bits of the code, times 12.
 const FP4_TWELFTHS: [f32; 8] = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0];
 
-/// FP4's codebook: bit 3 is the sign; both zeros are positive.
+/// FP4's codebook: bit 3 is the sign, of zero too.
 const FP4: [f32; 16] = {
     let mut map = [0.0; 16];
-    let mut code = 1;
+    let mut code = 0;
     while code < 8 {
         map[code] = FP4_TWELFTHS[code] / 12.0;
         map[code + 8] = -map[code];
         code += 1;
     }
+    map
+};
+
+/// FP4's codebook as bitsandbytes writes it to checkpoints: its Python side has no negative zero.
+const FP4_QUANT_MAP: [f32; 16] = {
+    let mut map = FP4;
+    map[8] = 0.0;
     map
 };
 
@@ -72,9 +79,8 @@ pub(crate) const NF4_THRESHOLDS: [f32; 15] = {
 /// Thresholds on FP4's magnitude: the number of them below it indexes [`FP4_ORDER`]. They are
 /// bitsandbytes' decimals, which are not always the nearest f32 to the exact midpoints.
 #[allow(clippy::excessive_precision)]
-pub(crate) const FP4_THRESHOLDS: [f32; 7] = [
-    0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333,
-];
+pub(crate) const FP4_THRESHOLDS: [f32; 7] =
+    [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333];
 
 /// FP4 codes without sign, by ascending magnitude.
 pub(crate) const FP4_ORDER: [u8; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
@@ -94,11 +100,20 @@ impl QuantType {
     /// Every codebook.
     pub const ALL: [Self; 2] = [Self::Nf4, Self::Fp4];
 
-    /// The value of each code, relative to the block's absmax (bitsandbytes' `quant_map`).
+    /// The value that each code decodes to, relative to the block's absmax.
     pub fn codebook(self) -> &'static [f32; 16] {
         match self {
             Self::Nf4 => &NF4,
             Self::Fp4 => &FP4,
+        }
+    }
+
+    /// The codebook as it stands in checkpoints (`X.weight.quant_map`): [`QuantType::codebook`], except
+    /// that FP4's code 8 is 0 there while bitsandbytes' kernels decode it to -0.
+    pub fn quant_map(self) -> &'static [f32; 16] {
+        match self {
+            Self::Nf4 => &NF4,
+            Self::Fp4 => &FP4_QUANT_MAP,
         }
     }
 
@@ -171,11 +186,7 @@ pub(crate) fn signed_dynamic_thresholds() -> &'static [f32; 255] {
         std::array::from_fn(|i| {
             let midpoint = (map[i] + map[i + 1]) * 0.5;
             // "above" already excludes the tie; "at or above" is "above the next smaller float".
-            if i % 2 == 0 {
-                midpoint
-            } else {
-                midpoint.next_down()
-            }
+            if i % 2 == 0 { midpoint } else { midpoint.next_down() }
         })
     })
 }
@@ -200,10 +211,7 @@ mod tests {
             assert_eq!(quant_type.to_string().parse(), Ok(quant_type));
         }
         let error = "int4".parse::<QuantType>().map_err(|e| e.to_string());
-        assert_eq!(
-            error,
-            Err("quant_type `int4` is unknown: use `nf4` or `fp4`".into())
-        );
+        assert_eq!(error, Err("quant_type `int4` is unknown: use `nf4` or `fp4`".into()));
     }
 
     #[test]
@@ -211,6 +219,6 @@ mod tests {
         let sorted = FP4_ORDER.map(|code| FP4[code as usize]);
         assert!(sorted.windows(2).all(|w| w[0] < w[1]));
         assert_eq!(FP4_ORDER_NIBBLES, 0x3254_7610);
-        assert!(FP4[8] == 0.0 && FP4[8].is_sign_positive());
+        assert!(FP4[8].is_sign_negative() && FP4_QUANT_MAP[8].is_sign_positive());
     }
 }

@@ -38,22 +38,14 @@ pub fn quantize_blocks<E: Element>(
         .par_chunks_mut(SPAN / 2)
         .zip(absmax.par_chunks_mut(SPAN / blocksize))
         .zip(weight.par_chunks(SPAN))
-        .map(|((codes, absmax), weight)| {
-            quantize_span(weight, quant_type, blocksize, codes, absmax)
-        })
+        .map(|((codes, absmax), weight)| quantize_span(weight, quant_type, blocksize, codes, absmax))
         .reduce(|| true, |a, b| a & b);
     if finite {
         return Ok(());
     }
     // The parallel pass tells that there is one, not which is the first.
-    let bad = weight
-        .iter()
-        .map(|w| w.to_f32())
-        .enumerate()
-        .find(|(_, w)| !w.is_finite());
-    bad.map_or(Ok(()), |(index, value)| {
-        Err(QuantError::NonFinite { index, value })
-    })
+    let bad = weight.iter().map(|w| w.to_f32()).enumerate().find(|(_, w)| !w.is_finite());
+    bad.map_or(Ok(()), |(index, value)| Err(QuantError::NonFinite { index, value }))
 }
 
 /// Dequantizes packed codes in parallel: codebook\[code\] * absmax in f32, rounded once to `E`.
@@ -76,32 +68,15 @@ pub fn dequantize_blocks<E: Element>(
     out.par_chunks_mut(SPAN)
         .zip(codes.par_chunks(SPAN / 2))
         .zip(absmax.par_chunks(SPAN / blocksize))
-        .for_each(|((out, codes), absmax)| {
-            dequantize_span(codes, absmax, quant_type, blocksize, out)
-        });
+        .for_each(|((out, codes), absmax)| dequantize_span(codes, absmax, quant_type, blocksize, out));
     Ok(())
 }
 
-fn check_lengths(
-    blocksize: usize,
-    elements: usize,
-    codes: usize,
-    absmax: usize,
-) -> Result<(), QuantError> {
+fn check_lengths(blocksize: usize, elements: usize, codes: usize, absmax: usize) -> Result<(), QuantError> {
     check_blocksize(blocksize)?;
-    let needed = [
-        ("codes", elements.div_ceil(2), codes),
-        ("absmax", elements.div_ceil(blocksize), absmax),
-    ];
-    match needed
-        .into_iter()
-        .find(|(_, expected, actual)| expected != actual)
-    {
-        Some((name, expected, actual)) => Err(QuantError::Length {
-            name,
-            expected,
-            actual,
-        }),
+    let needed = [("codes", elements.div_ceil(2), codes), ("absmax", elements.div_ceil(blocksize), absmax)];
+    match needed.into_iter().find(|(_, expected, actual)| expected != actual) {
+        Some((name, expected, actual)) => Err(QuantError::Length { name, expected, actual }),
         None => Ok(()),
     }
 }
@@ -141,10 +116,7 @@ fn quantize_span_body<E: Element>(
     absmax: &mut [f32],
 ) -> bool {
     let mut buffer = [0.0_f32; MAX_BLOCK];
-    let blocks = weight
-        .chunks(blocksize)
-        .zip(codes.chunks_mut(blocksize / 2))
-        .zip(absmax);
+    let blocks = weight.chunks(blocksize).zip(codes.chunks_mut(blocksize / 2)).zip(absmax);
     for ((block, codes), absmax) in blocks {
         let values = &mut buffer[..block.len().next_multiple_of(2)];
         if let Some(last) = values.last_mut() {
@@ -152,9 +124,7 @@ fn quantize_span_body<E: Element>(
         }
         E::widen(block, &mut values[..block.len()]);
         // Magnitudes order as their bits do, and a NaN or infinity comes out on top.
-        let bits = values
-            .iter()
-            .fold(0, |max, v| u32::max(max, v.to_bits() & 0x7fff_ffff));
+        let bits = values.iter().fold(0, |max, v| u32::max(max, v.to_bits() & 0x7fff_ffff));
         if bits >= f32::INFINITY.to_bits() {
             return false;
         }
@@ -169,15 +139,11 @@ fn quantize_span_body<E: Element>(
         match quant_type {
             QuantType::Nf4 => encode_pairs(values, codes, |v| {
                 let scaled = v * inverse;
-                NF4_THRESHOLDS
-                    .iter()
-                    .fold(0, |n, t| n + u32::from(scaled > *t))
+                NF4_THRESHOLDS.iter().fold(0, |n, t| n + u32::from(scaled > *t))
             }),
             QuantType::Fp4 => encode_pairs(values, codes, |v| {
                 let scaled = (v * inverse).abs();
-                let above = FP4_THRESHOLDS
-                    .iter()
-                    .fold(0, |n, t| n + u32::from(scaled > *t));
+                let above = FP4_THRESHOLDS.iter().fold(0, |n, t| n + u32::from(scaled > *t));
                 (FP4_ORDER_NIBBLES >> (4 * above)) & 7 | u32::from(v < 0.0) << 3
             }),
         }
@@ -207,11 +173,7 @@ fn dequantize_span_body<E: Element>(
 ) {
     let table = pairs(quant_type);
     let mut buffer = [0.0_f32; MAX_BLOCK];
-    for ((out, codes), absmax) in out
-        .chunks_mut(blocksize)
-        .zip(codes.chunks(blocksize / 2))
-        .zip(absmax)
-    {
+    for ((out, codes), absmax) in out.chunks_mut(blocksize).zip(codes.chunks(blocksize / 2)).zip(absmax) {
         for (pair, code) in buffer.chunks_exact_mut(2).zip(codes) {
             let values = table[usize::from(*code)];
             pair[0] = values[0] * absmax;
@@ -225,8 +187,7 @@ fn dequantize_span_body<E: Element>(
 fn pairs(quant_type: QuantType) -> &'static [[f32; 2]; 256] {
     static TABLES: std::sync::OnceLock<[[[f32; 2]; 256]; 2]> = std::sync::OnceLock::new();
     let tables = TABLES.get_or_init(|| {
-        QuantType::ALL
-            .map(|t| std::array::from_fn(|byte| [t.codebook()[byte >> 4], t.codebook()[byte & 15]]))
+        QuantType::ALL.map(|t| std::array::from_fn(|byte| [t.codebook()[byte >> 4], t.codebook()[byte & 15]]))
     });
     match quant_type {
         QuantType::Nf4 => &tables[0],

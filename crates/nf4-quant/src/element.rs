@@ -56,10 +56,7 @@ impl FromStr for FloatFormat {
 
     fn from_str(s: &str) -> Result<Self, QuantError> {
         let name = s.strip_prefix("torch.").unwrap_or(s);
-        Self::ALL
-            .into_iter()
-            .find(|format| format.name() == name)
-            .ok_or_else(|| QuantError::UnknownDtype(s.to_owned()))
+        Self::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| QuantError::UnknownDtype(s.to_owned()))
     }
 }
 
@@ -119,11 +116,7 @@ impl Element for bf16 {
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
         // Rounding could carry a NaN's payload away: keep it, and make it quiet.
-        let bits = if value.is_nan() {
-            bits | 0x40_0000
-        } else {
-            rounded
-        };
+        let bits = if value.is_nan() { bits | 0x40_0000 } else { rounded };
         Self::from_bits((bits >> 16) as u16)
     }
 }

@@ -29,9 +29,7 @@ pub enum QuantError {
     #[error("shape {0:?} has no elements: an empty tensor can't be quantized")]
     Empty(Vec<usize>),
     /// An element is NaN or infinite.
-    #[error(
-        "element {index} is {value}: only finite weights can be quantized (is the checkpoint damaged?)"
-    )]
+    #[error("element {index} is {value}: only finite weights can be quantized (is the checkpoint damaged?)")]
     NonFinite {
         /// Position in the flattened tensor.
         index: usize,
@@ -78,9 +76,7 @@ pub enum QuantError {
         num_elements: usize,
     },
     /// More elements than the kernels can index.
-    #[error(
-        "{num_elements} elements exceed the {limit} that {quant_type} kernels index: split the tensor"
-    )]
+    #[error("{num_elements} elements exceed the {limit} that {quant_type} kernels index: split the tensor")]
     TooLarge {
         /// Elements of the weight.
         num_elements: usize,

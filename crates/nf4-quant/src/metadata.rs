@@ -63,43 +63,29 @@ impl Metadata {
     /// [`QuantError::Metadata`] naming the field; unknown names as [`QuantError::UnknownQuantType`] or
     /// [`QuantError::UnknownDtype`]; [`QuantError::Blocksize`] and [`QuantError::NestedBlocksize`].
     pub fn parse(json: &str) -> Result<Self, QuantError> {
-        let fields: Map<String, Value> =
-            serde_json::from_str(json).map_err(|e| QuantError::Metadata {
-                field: "(document)",
-                problem: format!("is not a JSON object: {e}"),
-            })?;
+        let fields: Map<String, Value> = serde_json::from_str(json)
+            .map_err(|e| QuantError::Metadata { field: "(document)", problem: format!("is not a JSON object: {e}") })?;
         let nested_fields = ["nested_blocksize", "nested_dtype", "nested_offset"];
         let nested = if nested_fields.iter().any(|f| fields.contains_key(*f)) {
             let dtype = text(&fields, "nested_dtype")?;
             if dtype.parse() != Ok(FloatFormat::F32) {
-                return Err(problem(
-                    "nested_dtype",
-                    format!("is `{dtype}`: only float32 is known"),
-                ));
+                return Err(problem("nested_dtype", format!("is `{dtype}`: only float32 is known")));
             }
             let offset = field(&fields, "nested_offset")?;
-            let offset = offset
-                .as_f64()
-                .ok_or_else(|| problem("nested_offset", format!("is {offset}, not a number")))?;
+            let offset =
+                offset.as_f64().ok_or_else(|| problem("nested_offset", format!("is {offset}, not a number")))?;
             let blocksize = unsigned(&fields, "nested_blocksize")?;
             if blocksize == 0 {
                 return Err(QuantError::NestedBlocksize);
             }
-            Some(NestedMetadata {
-                blocksize,
-                offset: offset as f32,
-            })
+            Some(NestedMetadata { blocksize, offset: offset as f32 })
         } else {
             None
         };
         let shape = field(&fields, "shape")?;
         let shape = shape
             .as_array()
-            .and_then(|dims| {
-                dims.iter()
-                    .map(|d| usize::try_from(d.as_u64()?).ok())
-                    .collect()
-            })
+            .and_then(|dims| dims.iter().map(|d| usize::try_from(d.as_u64()?).ok()).collect())
             .ok_or_else(|| problem("shape", format!("is {shape}, not a list of sizes")))?;
         let metadata = Self {
             quant_type: text(&fields, "quant_type")?.parse()?,
@@ -118,16 +104,12 @@ fn problem(field: &'static str, problem: String) -> QuantError {
 }
 
 fn field<'a>(fields: &'a Map<String, Value>, name: &'static str) -> Result<&'a Value, QuantError> {
-    fields
-        .get(name)
-        .ok_or_else(|| problem(name, "is missing".into()))
+    fields.get(name).ok_or_else(|| problem(name, "is missing".into()))
 }
 
 fn text<'a>(fields: &'a Map<String, Value>, name: &'static str) -> Result<&'a str, QuantError> {
     let value = field(fields, name)?;
-    value
-        .as_str()
-        .ok_or_else(|| problem(name, format!("is {value}, not a string")))
+    value.as_str().ok_or_else(|| problem(name, format!("is {value}, not a string")))
 }
 
 fn unsigned(fields: &Map<String, Value>, name: &'static str) -> Result<usize, QuantError> {
@@ -188,10 +170,7 @@ mod tests {
 
     #[test]
     fn json_reads_back() -> Result<(), QuantError> {
-        let nested = NestedMetadata {
-            blocksize: 256,
-            offset: 3.25e-6,
-        };
+        let nested = NestedMetadata { blocksize: 256, offset: 3.25e-6 };
         for nested in [None, Some(nested)] {
             let metadata = Metadata {
                 quant_type: QuantType::Fp4,
@@ -222,9 +201,7 @@ mod tests {
             ("0.5", "\"x\"", "`nested_offset` is \"x\""),
             (", \"nested_offset\": 0.5", "", "`nested_offset` is missing"),
         ] {
-            let error = Metadata::parse(&good.replacen(from, to, 1))
-                .expect_err(to)
-                .to_string();
+            let error = Metadata::parse(&good.replacen(from, to, 1)).expect_err(to).to_string();
             assert!(error.contains(message), "{error} should contain {message}");
         }
     }

@@ -46,11 +46,7 @@ impl NestedAbsmax {
     /// # Errors
     ///
     /// [`QuantError::NestedBlocksize`] when `blocksize` is 0.
-    pub fn quantize_with(
-        absmax: &[f32],
-        offset: f32,
-        blocksize: usize,
-    ) -> Result<Self, QuantError> {
+    pub fn quantize_with(absmax: &[f32], offset: f32, blocksize: usize) -> Result<Self, QuantError> {
         match blocksize {
             0 => Err(QuantError::NestedBlocksize),
             _ => Ok(Self::quantize_blocks(absmax, offset, blocksize)),
@@ -77,12 +73,7 @@ impl NestedAbsmax {
                     *code = count_below(thresholds, (absmax - offset) * inverse);
                 }
             });
-        Self {
-            codes,
-            absmax: nested,
-            offset,
-            blocksize,
-        }
+        Self { codes, absmax: nested, offset, blocksize }
     }
 
     /// The absmax that the codes stand for.
@@ -117,11 +108,7 @@ impl NestedAbsmax {
         let expected = self.codes.len().div_ceil(self.blocksize);
         match self.absmax.len() {
             actual if actual == expected => Ok(()),
-            actual => Err(QuantError::Length {
-                name: "nested_absmax",
-                expected,
-                actual,
-            }),
+            actual => Err(QuantError::Length { name: "nested_absmax", expected, actual }),
         }
     }
 }
@@ -131,11 +118,7 @@ impl NestedAbsmax {
 fn count_below(thresholds: &[f32; 255], x: f32) -> u8 {
     let mut count = 0_usize;
     for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-        count += if x > thresholds[count + step - 1] {
-            step
-        } else {
-            0
-        };
+        count += if x > thresholds[count + step - 1] { step } else { 0 };
     }
     count as u8
 }

@@ -18,11 +18,7 @@ pub struct QuantConfig {
 impl Default for QuantConfig {
     /// QLoRA's choice: NF4 in blocks of 64, with double quantization.
     fn default() -> Self {
-        Self {
-            quant_type: QuantType::Nf4,
-            blocksize: 64,
-            double_quant: true,
-        }
+        Self { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true }
     }
 }
 
@@ -47,11 +43,7 @@ pub(crate) fn check_blocksize(blocksize: usize) -> Result<(), QuantError> {
 pub(crate) fn check_shape(shape: &[usize], actual: usize) -> Result<(), QuantError> {
     let expected = num_elements(shape);
     if expected != actual {
-        return Err(QuantError::Shape {
-            shape: shape.to_vec(),
-            expected,
-            actual,
-        });
+        return Err(QuantError::Shape { shape: shape.to_vec(), expected, actual });
     }
     match expected {
         0 => Err(QuantError::Empty(shape.to_vec())),
@@ -61,11 +53,7 @@ pub(crate) fn check_shape(shape: &[usize], actual: usize) -> Result<(), QuantErr
 
 /// The product of the dimensions; a shape too large for memory saturates, and so fits no data.
 fn num_elements(shape: &[usize]) -> usize {
-    if shape.contains(&0) {
-        0
-    } else {
-        shape.iter().fold(1, |n, d| n.saturating_mul(*d))
-    }
+    if shape.contains(&0) { 0 } else { shape.iter().fold(1, |n, d| n.saturating_mul(*d)) }
 }
 
 /// The largest magnitude of each block, as such or quantized to 8 bits.
@@ -120,10 +108,7 @@ impl QuantState {
             shape: self.shape.clone(),
             nested: match &self.absmax {
                 Absmax::Plain(_) => None,
-                Absmax::Nested(n) => Some(NestedMetadata {
-                    blocksize: n.blocksize,
-                    offset: n.offset,
-                }),
+                Absmax::Nested(n) => Some(NestedMetadata { blocksize: n.blocksize, offset: n.offset }),
             },
         }
     }
@@ -160,11 +145,7 @@ impl QuantState {
         };
         match self.num_blocks() {
             expected if expected == actual => Ok(()),
-            expected => Err(QuantError::Length {
-                name: "absmax",
-                expected,
-                actual,
-            }),
+            expected => Err(QuantError::Length { name: "absmax", expected, actual }),
         }
     }
 }
@@ -201,11 +182,7 @@ impl Quantized4bit {
         let (expected, actual) = (self.state.num_elements().div_ceil(2), self.codes.len());
         match expected == actual {
             true => Ok(()),
-            false => Err(QuantError::Length {
-                name: "codes",
-                expected,
-                actual,
-            }),
+            false => Err(QuantError::Length { name: "codes", expected, actual }),
         }
     }
 
@@ -219,41 +196,18 @@ impl Quantized4bit {
     ///
     /// [`QuantError::Blocksize`]; [`QuantError::Shape`] or [`QuantError::Empty`];
     /// [`QuantError::NonFinite`] naming the first NaN or infinite element.
-    pub fn quantize<E: Element>(
-        weight: &[E],
-        shape: &[usize],
-        config: &QuantConfig,
-    ) -> Result<Self, QuantError> {
+    pub fn quantize<E: Element>(weight: &[E], shape: &[usize], config: &QuantConfig) -> Result<Self, QuantError> {
         config.validate()?;
         check_shape(shape, weight.len())?;
         let mut codes = vec![0; weight.len().div_ceil(2)];
         let mut absmax = vec![0.0; weight.len().div_ceil(config.blocksize)];
-        quantize_blocks(
-            weight,
-            config.quant_type,
-            config.blocksize,
-            &mut codes,
-            &mut absmax,
-        )?;
+        quantize_blocks(weight, config.quant_type, config.blocksize, &mut codes, &mut absmax)?;
         let absmax = match config.double_quant {
             true => Absmax::Nested(NestedAbsmax::quantize(&absmax)),
             false => Absmax::Plain(absmax),
         };
-        let QuantConfig {
-            quant_type,
-            blocksize,
-            ..
-        } = *config;
-        Ok(Self {
-            codes,
-            state: QuantState {
-                quant_type,
-                blocksize,
-                dtype: E::FORMAT,
-                shape: shape.to_vec(),
-                absmax,
-            },
-        })
+        let QuantConfig { quant_type, blocksize, .. } = *config;
+        Ok(Self { codes, state: QuantState { quant_type, blocksize, dtype: E::FORMAT, shape: shape.to_vec(), absmax } })
     }
 
     /// The weight in row-major order: codebook\[code\] * absmax in f32, rounded once to `E`.
@@ -278,29 +232,14 @@ impl Quantized4bit {
     pub fn dequantize_into<E: Element>(&self, out: &mut [E]) -> Result<(), QuantError> {
         self.validate()?;
         if out.len() != self.state.num_elements() {
-            return Err(QuantError::Length {
-                name: "out",
-                expected: self.state.num_elements(),
-                actual: out.len(),
-            });
+            return Err(QuantError::Length { name: "out", expected: self.state.num_elements(), actual: out.len() });
         }
-        let QuantState {
-            quant_type,
-            blocksize,
-            absmax,
-            ..
-        } = &self.state;
+        let QuantState { quant_type, blocksize, absmax, .. } = &self.state;
         match absmax {
-            Absmax::Plain(absmax) => {
-                dequantize_blocks(&self.codes, absmax, *quant_type, *blocksize, out)
+            Absmax::Plain(absmax) => dequantize_blocks(&self.codes, absmax, *quant_type, *blocksize, out),
+            Absmax::Nested(nested) => {
+                dequantize_blocks(&self.codes, &nested.dequantize(), *quant_type, *blocksize, out)
             }
-            Absmax::Nested(nested) => dequantize_blocks(
-                &self.codes,
-                &nested.dequantize(),
-                *quant_type,
-                *blocksize,
-                out,
-            ),
         }
     }
 }

@@ -9,11 +9,7 @@ use crate::{QuantType, signed_dynamic_map};
 /// The largest magnitude of a block; a subnormal one counts as zero, as on GPUs that flush them.
 pub fn absmax(block: &[f32]) -> f32 {
     let absmax = block.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    if absmax < f32::MIN_POSITIVE {
-        0.0
-    } else {
-        absmax
-    }
+    if absmax < f32::MIN_POSITIVE { 0.0 } else { absmax }
 }
 
 /// The 4-bit code of one element of a block with the given absmax.
@@ -71,15 +67,9 @@ pub fn dequantize(
     num_elements: usize,
 ) -> Vec<f32> {
     let code = |i: usize| {
-        if i.is_multiple_of(2) {
-            codes[i / 2] >> 4
-        } else {
-            codes[i / 2] & 15
-        }
+        if i.is_multiple_of(2) { codes[i / 2] >> 4 } else { codes[i / 2] & 15 }
     };
-    (0..num_elements)
-        .map(|i| decode(code(i), absmax[i / blocksize], quant_type))
-        .collect()
+    (0..num_elements).map(|i| decode(code(i), absmax[i / blocksize], quant_type)).collect()
 }
 
 /// The 8-bit code of one absmax, less the offset, in a nested block with the given nested absmax.
@@ -93,11 +83,7 @@ pub fn encode_nested(value: f32, nested_absmax: f32) -> u8 {
         // Ties take the even code: the lower neighbour's when that is even.
         scaled > midpoint || (scaled == midpoint && low % 2 == 1)
     };
-    signed_dynamic_map()
-        .windows(2)
-        .enumerate()
-        .filter(|gap| above(*gap))
-        .count() as u8
+    signed_dynamic_map().windows(2).enumerate().filter(|gap| above(*gap)).count() as u8
 }
 
 /// 8-bit codes and nested absmax of the absmax, given the offset.

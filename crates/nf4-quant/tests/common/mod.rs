@@ -1,0 +1,176 @@
+//! What the test suites share: the reference cases and random weights.
+#![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
+
+use half::{bf16, f16};
+use nf4_quant::{Absmax, Element, FloatFormat, Metadata, NestedAbsmax, QuantConfig, QuantState};
+use safetensors::{Dtype, SafeTensors};
+
+/// One case of `bnb/quantize_4bit`: an input and what bitsandbytes made of it.
+pub struct Case {
+    pub name: String,
+    /// Widened to f32, which is exact.
+    pub input: Vec<f32>,
+    pub config: QuantConfig,
+    pub codes: Vec<u8>,
+    pub state: QuantState,
+    /// Widened to f32.
+    pub dequantized: Vec<f32>,
+    pub codebook: Vec<f32>,
+    pub nested_map: Option<Vec<f32>>,
+    pub json: String,
+}
+
+/// The folder with the reference data: the repository's, or another in the same layout.
+pub fn reference_dir() -> std::path::PathBuf {
+    match std::env::var_os("QLORA_REFERENCE") {
+        Some(dir) => dir.into(),
+        None => concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/reference").into(),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let dir = reference_dir().join("bnb");
+    let bytes = std::fs::read(dir.join("quantize_4bit.safetensors")).expect("quantize_4bit.safetensors");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let json = std::fs::read(dir.join("quantize_4bit.json")).expect("quantize_4bit.json");
+    let cases: Vec<serde_json::Value> = serde_json::from_slice(&json).expect("json");
+    assert!(!cases.is_empty());
+    cases.iter().map(|case| read_case(&tensors, case)).collect()
+}
+
+fn read_case(tensors: &SafeTensors<'_>, case: &serde_json::Value) -> Case {
+    let prefix = case["prefix"].as_str().expect("prefix");
+    let floats = |name: &str| widen(&tensors.tensor(&format!("{prefix}{name}")).expect(name));
+    let raw = |name: &str| tensors.tensor(&format!("{prefix}{name}")).expect(name).data().to_vec();
+    let quant_type = case["quant_type"].as_str().expect("quant_type");
+    let json = String::from_utf8(raw(&format!("weight.quant_state.bitsandbytes__{quant_type}"))).expect("UTF-8");
+    let metadata = Metadata::parse(&json).expect("quant_state");
+    let absmax = match metadata.nested {
+        Some(nested) => Absmax::Nested(NestedAbsmax {
+            codes: raw("weight.absmax"),
+            absmax: floats("weight.nested_absmax"),
+            offset: nested.offset,
+            blocksize: nested.blocksize,
+        }),
+        None => Absmax::Plain(floats("weight.absmax")),
+    };
+    let Metadata { quant_type, blocksize, dtype, shape, nested } = metadata;
+    Case {
+        name: format!("{prefix} {shape:?} {dtype} {quant_type}/{blocksize} nested={}", nested.is_some()),
+        input: floats("input"),
+        config: QuantConfig { quant_type, blocksize, double_quant: nested.is_some() },
+        codes: raw("weight"),
+        dequantized: floats("dequantized"),
+        codebook: floats("weight.quant_map"),
+        nested_map: nested.map(|_| floats("weight.nested_quant_map")),
+        state: QuantState { quant_type, blocksize, dtype, shape, absmax },
+        json,
+    }
+}
+
+pub fn blockwise(name: &str) -> Vec<f32> {
+    with_blockwise(name, |t| widen(t))
+}
+
+pub fn blockwise_codes(name: &str) -> Vec<u8> {
+    with_blockwise(name, |t| t.data().to_vec())
+}
+
+fn with_blockwise<T>(name: &str, read: impl Fn(&safetensors::tensor::TensorView<'_>) -> T) -> T {
+    let path = reference_dir().join("bnb/quantize_blockwise.safetensors");
+    let bytes = std::fs::read(path).expect("quantize_blockwise.safetensors");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+    read(&tensors.tensor(name).expect(name))
+}
+
+fn widen(tensor: &safetensors::tensor::TensorView<'_>) -> Vec<f32> {
+    let halves = || tensor.data().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    match tensor.dtype() {
+        Dtype::F32 => tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::BF16 => halves().map(|b| bf16::from_bits(b).to_f32()).collect(),
+        Dtype::F16 => halves().map(|b| f16::from_bits(b).to_f32()).collect(),
+        other => panic!("unexpected dtype {other:?}"),
+    }
+}
+
+/// Rounds to a type; exact for values that were widened from it.
+pub fn narrow<E: Element>(values: &[f32]) -> Vec<E> {
+    values.iter().map(|v| E::from_f32(*v)).collect()
+}
+
+/// Calls a generic function with the element type of a format.
+#[macro_export]
+macro_rules! with_element {
+    ($format:expr, $E:ident => $body:expr) => {
+        match $format {
+            nf4_quant::FloatFormat::F32 => {
+                type $E = f32;
+                $body
+            }
+            nf4_quant::FloatFormat::F16 => {
+                type $E = half::f16;
+                $body
+            }
+            nf4_quant::FloatFormat::BF16 => {
+                type $E = half::bf16;
+                $body
+            }
+        }
+    };
+}
+
+/// Rounds to a format and widens back.
+pub fn round_to(values: &[f32], format: FloatFormat) -> Vec<f32> {
+    with_element!(format, E => narrow::<E>(values).iter().map(|v| Element::to_f32(*v)).collect())
+}
+
+/// A small generator (splitmix64), so that suites need no other crate and repeat everywhere.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next_u64(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in (0, 1].
+    pub fn uniform(&mut self) -> f64 {
+        ((self.next_u64() >> 11) + 1) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Standard normal (Box-Muller).
+    pub fn normal(&mut self) -> f32 {
+        let (r, t) = ((-2.0 * self.uniform().ln()).sqrt(), std::f64::consts::TAU * self.uniform());
+        (r * t.cos()) as f32
+    }
+
+    pub fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+}
+
+/// Distance in representable values.
+pub fn ulps(a: f32, b: f32) -> u32 {
+    let ordered = |v: f32| {
+        let bits = v.to_bits() as i32;
+        if bits < 0 { i32::MIN.wrapping_sub(bits) } else { bits }
+    };
+    ordered(a).abs_diff(ordered(b))
+}
+
+/// The code of one element of packed codes.
+pub fn code_at(codes: &[u8], i: usize) -> u8 {
+    if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 }
+}
+
+/// Asserts that two slices hold the same bits, naming the first element that does not.
+pub fn assert_bits(what: &str, ours: &[f32], theirs: &[f32]) {
+    assert_eq!(ours.len(), theirs.len(), "{what}: length");
+    let differs = ours.iter().zip(theirs).position(|(a, b)| a.to_bits() != b.to_bits());
+    if let Some(i) = differs {
+        panic!("{what}: element {i} is {:e}, should be {:e}", ours[i], theirs[i]);
+    }
+}
