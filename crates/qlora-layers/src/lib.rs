@@ -1,1 +1,26 @@
-//! Burn layers over 4-bit weights: Linear4bit, LoRA adapters and their hand-written backward passes
+//! Burn layers over frozen 4-bit weights.
+//!
+//! - [`ops`]: backend extensions (Flex, every CubeCL runtime, autodiff) for the 4-bit products and for dropout.
+//! - [`Linear4bit`]: a frozen NF4 or FP4 weight; its backward yields dX and nothing else.
+//! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter.
+//! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
+//! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw.
+//!
+//! Layers are plain structs of tensors. Frozen weights never enter the autodiff graph: they are held
+//! without autodiff, and Burn treats such operands as constants. Whether a pass records a graph is
+//! decided by [`Pass`], so training, evaluation and generation run the same `forward`.
+
+pub mod activation_checkpointing;
+mod error;
+mod linear_4bit;
+mod lora;
+pub mod ops;
+mod pass;
+pub mod target_modules;
+
+pub use activation_checkpointing::ActivationCheckpointing;
+pub use error::LayerError;
+pub use linear_4bit::{FrozenLinear, Linear4bit};
+pub use lora::{LoraAdapter, LoraConfig, LoraLinear};
+pub use pass::Pass;
+pub use target_modules::TargetModules;
