@@ -1,0 +1,155 @@
+//! Which crate may use which.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+/// The arrows of ARCHITECTURE.md. A library may also name the crates that its arrows reach; a
+/// program uses the facade alone.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("nf4-quant", &[]),
+    ("adapter-io", &["nf4-quant"]),
+    ("paged-optim", &[]),
+    ("qlora-layers", &["nf4-quant"]),
+    ("qlora-models", &["qlora-layers", "adapter-io"]),
+    ("qlora-train", &["qlora-models", "paged-optim", "adapter-io"]),
+    ("burn-qlora", &["qlora-train"]),
+    ("qlora-cli", &["burn-qlora"]),
+    ("conformance", &["burn-qlora"]),
+    ("xtask", &["adapter-io"]),
+];
+
+/// Programs: no crate may use them, and they use nothing but their arrows.
+const PROGRAMS: &[&str] = &["qlora-cli", "conformance", "xtask"];
+
+/// Edges for tests only, each with its reason.
+const DEV_ARROWS: &[(&str, &str, &str)] = &[];
+
+/// Crates from elsewhere that a crate must not use: the first part of the name, and why.
+const FOREIGN: &[(&str, &[&str], &str)] = &[
+    ("nf4-quant", &["burn"], "knows CubeCL, not Burn"),
+    ("adapter-io", &["burn", "cubecl"], "works on host memory: no Burn, no GPU"),
+    ("xtask", &["burn", "cubecl"], "builds in seconds"),
+    ("burn-qlora", &["anyhow"], "libraries have error enums"),
+    ("qlora-train", &["anyhow"], "libraries have error enums"),
+    ("qlora-models", &["anyhow"], "libraries have error enums"),
+    ("qlora-layers", &["anyhow"], "libraries have error enums"),
+    ("paged-optim", &["anyhow"], "libraries have error enums"),
+    ("nf4-quant", &["anyhow"], "libraries have error enums"),
+    ("adapter-io", &["anyhow"], "libraries have error enums"),
+];
+
+#[derive(Deserialize)]
+pub(super) struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    name: String,
+    /// `null` for an ordinary dependency, otherwise `dev` or `build`.
+    kind: Option<String>,
+}
+
+/// Checks every edge of the workspace.
+pub(super) fn check(metadata: &serde_json::Value) -> Result<Vec<String>> {
+    let metadata = Metadata::deserialize(metadata).context("cargo metadata's output")?;
+    let arrows: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
+    let mut violations = Vec::new();
+    for package in &metadata.packages {
+        let from = package.name.as_str();
+        let Some(direct) = arrows.get(from) else {
+            violations.push(format!("{from}: the crate has no line in xtask's ARROWS and in ARCHITECTURE.md"));
+            continue;
+        };
+        for dependency in &package.dependencies {
+            let to = dependency.name.as_str();
+            let for_tests = dependency.kind.as_deref() == Some("dev");
+            if arrows.contains_key(to) {
+                let allowed = direct.contains(&to)
+                    || !PROGRAMS.contains(&from) && reaches(&arrows, from, to)
+                    || for_tests && DEV_ARROWS.iter().any(|(a, b, _)| (*a, *b) == (from, to));
+                if !allowed {
+                    violations.push(format!("{from} -> {to}: this edge is not in the architecture"));
+                }
+            }
+            for (name, foreign, reason) in FOREIGN {
+                if *name == from && foreign.iter().any(|prefix| is_of_family(to, prefix)) {
+                    violations.push(format!("{from} -> {to}: {from} {reason}"));
+                }
+            }
+        }
+    }
+    Ok(violations)
+}
+
+fn is_of_family(name: &str, family: &str) -> bool {
+    name.strip_prefix(family).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
+fn reaches(arrows: &BTreeMap<&str, &[&str]>, from: &str, to: &str) -> bool {
+    let direct = arrows.get(from).copied().unwrap_or_default();
+    direct.iter().any(|next| *next == to || reaches(arrows, next, to))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use serde_json::json;
+
+    fn violations(from: &str, to: &str, kind: Option<&str>) -> Vec<String> {
+        let dependencies = json!([{ "name": to, "kind": kind }]);
+        check(&json!({ "packages": [{ "name": from, "dependencies": dependencies }] })).unwrap()
+    }
+
+    #[test]
+    fn edges_along_the_arrows_pass() {
+        for (from, to) in [
+            ("adapter-io", "nf4-quant"),
+            ("qlora-models", "adapter-io"),
+            ("qlora-models", "nf4-quant"), // reached through adapter-io
+            ("burn-qlora", "qlora-layers"),
+            ("qlora-cli", "burn-qlora"),
+            ("nf4-quant", "cubecl"),
+            ("nf4-quant", "serde"),
+        ] {
+            assert_eq!(violations(from, to, None), [""; 0], "{from} -> {to}");
+        }
+    }
+
+    #[test]
+    fn any_other_edge_is_named() {
+        for (from, to) in [
+            ("nf4-quant", "adapter-io"),
+            ("adapter-io", "qlora-layers"),
+            ("paged-optim", "qlora-layers"),
+            ("qlora-layers", "adapter-io"),
+            ("qlora-cli", "qlora-train"),
+            ("qlora-train", "qlora-cli"),
+            ("nf4-quant", "burn"),
+            ("nf4-quant", "burn-cubecl"),
+            ("adapter-io", "cubecl-cuda"),
+            ("xtask", "burn"),
+            ("qlora-train", "anyhow"),
+        ] {
+            for kind in [None, Some("dev"), Some("build")] {
+                let found = violations(from, to, kind);
+                assert!(found.len() == 1 && found[0].starts_with(&format!("{from} -> {to}: ")), "{found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_crate_without_a_line_is_named() {
+        assert!(violations("new-crate", "serde", None)[0].starts_with("new-crate: "));
+    }
+}
