@@ -5,82 +5,17 @@
 
 use std::path::{Path, PathBuf};
 
-use fancy_regex::Regex;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::atomic;
+use crate::config_field::{Field, whole};
+pub use crate::config_field::{InitLoraWeights, OneOrMany, Pattern, TargetModules};
 use crate::error::FormatError;
 use crate::json;
 use crate::paths::resolve_inside;
 
 /// The file's name.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-
-/// Which modules an adapter targets, or excludes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum TargetModules {
-    /// Names: a module matches when its path equals one or ends with `.` and one.
-    List(Vec<String>),
-    /// A regular expression that must match the whole path, or `all-linear`.
-    Pattern(String),
-}
-
-/// How LoRA factors are initialised: PEFT's `true`/`false`, or the name of a method.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum InitLoraWeights {
-    /// `true`: `lora_a` kaiming-uniform and `lora_b` zero. `false`: both random.
-    Default(bool),
-    /// `gaussian`, `pissa`, `olora`, `loftq`, `eva`, ...
-    Method(String),
-}
-
-/// One value or a list of them: `layers_to_transform` and `layers_pattern` may be either.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum OneOrMany<T> {
-    /// A single value.
-    One(T),
-    /// A list.
-    Many(Vec<T>),
-}
-
-impl<T> OneOrMany<T> {
-    /// The values as a slice.
-    pub fn as_slice(&self) -> &[T] {
-        match self {
-            Self::One(value) => std::slice::from_ref(value),
-            Self::Many(values) => values,
-        }
-    }
-}
-
-/// `rank_pattern` and `alpha_pattern`: regular expressions to values, in file order.
-///
-/// A key matches a module path as the regex `(.*\.)?(key)$` from the start of the path; the first key
-/// that matches counts.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Pattern(pub Vec<(String, f64)>);
-
-impl Pattern {
-    /// The value for a module, or `None` where no key matches.
-    ///
-    /// # Errors
-    /// The key that is not a valid regular expression, and why.
-    pub fn lookup(&self, module: &str) -> Result<Option<f64>, String> {
-        for (key, value) in &self.0 {
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-                .map_err(|e| format!("`{key}` is not a valid pattern: {e}"))?;
-            if regex.is_match(module).map_err(|e| format!("`{key}` cannot be matched: {e}"))? {
-                return Ok(Some(*value));
-            }
-        }
-        Ok(None)
-    }
-}
 
 /// Defines the struct, its reader and its writer from one table, so that no key can be forgotten.
 macro_rules! adapter_config {
@@ -344,80 +279,4 @@ impl AdapterConfig {
 
 fn field_error(path: &Path, field: &str, reason: String) -> FormatError {
     FormatError::Field { path: PathBuf::from(path), field: field.to_string(), reason }
-}
-
-/// How a field's value is read from JSON and written as Python would.
-trait Field: Sized {
-    fn read(value: Value) -> Result<Self, String>;
-    fn write(&self) -> Value;
-}
-
-fn read<T: DeserializeOwned>(value: Value, expected: &str) -> Result<T, String> {
-    let text = value.to_string();
-    serde_json::from_value(value).map_err(|_| format!("expected {expected}, found {}", shortened(&text)))
-}
-
-fn shortened(text: &str) -> String {
-    if text.chars().count() <= 60 { text.to_string() } else { text.chars().take(57).chain("...".chars()).collect() }
-}
-
-macro_rules! field {
-    ($($type:ty: $expected:literal),* $(,)?) => { $(
-        impl Field for $type {
-            fn read(value: Value) -> Result<Self, String> {
-                read(value, $expected)
-            }
-            fn write(&self) -> Value {
-                // Strings, flags, whole numbers and lists of them: none can fail.
-                serde_json::to_value(self).unwrap_or(Value::Null)
-            }
-        }
-    )* };
-}
-
-field! {
-    bool: "true or false",
-    String: "a string",
-    usize: "a whole number",
-    Value: "any value",
-    Option<Value>: "any value or null",
-    Option<String>: "a string or null",
-    Option<Vec<String>>: "a list of strings or null",
-    Option<TargetModules>: "a list of module names, a regular expression or null",
-    Option<OneOrMany<String>>: "a string, a list of strings or null",
-    Option<OneOrMany<usize>>: "a layer index, a list of them or null",
-    InitLoraWeights: "true, false or the name of a method",
-}
-
-impl Field for f64 {
-    fn read(value: Value) -> Result<Self, String> {
-        let x: f64 = read(value, "a number")?;
-        if x.is_finite() { Ok(x) } else { Err(format!("{x} is not a finite number")) }
-    }
-    fn write(&self) -> Value {
-        Value::from(*self)
-    }
-}
-
-impl Field for Pattern {
-    fn read(value: Value) -> Result<Self, String> {
-        if value.is_null() {
-            return Ok(Self::default());
-        }
-        let map: Map<String, Value> = read(value, "an object of module patterns")?;
-        let entries = map.into_iter().map(|(key, v)| match v.as_f64() {
-            Some(x) => Ok((key, x)),
-            None => Err(format!("`{key}`: expected a number, found {}", shortened(&v.to_string()))),
-        });
-        entries.collect::<Result<_, _>>().map(Self)
-    }
-    fn write(&self) -> Value {
-        Value::Object(self.0.iter().map(|(key, x)| (key.clone(), whole(*x))).collect())
-    }
-}
-
-/// Ranks and alphas are whole numbers in PEFT and are written so.
-fn whole(x: f64) -> Value {
-    // 2^53: up to there a float holds every whole number.
-    if x.fract() == 0.0 && x.abs() <= 9_007_199_254_740_992.0 { Value::from(x as i64) } else { Value::from(x) }
 }

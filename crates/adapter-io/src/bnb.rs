@@ -144,7 +144,7 @@ impl Checkpoint {
             ));
         };
         let blocks = elements.div_ceil(metadata.blocksize);
-        same_codebook(&part(".quant_map")?, quant_type.codebook())?;
+        same_codebook(&part(".quant_map")?, quant_type.quant_map())?;
         let absmax = part(".absmax")?;
         absmax.expect_shape(&[blocks])?;
         let absmax = match metadata.nested {
@@ -222,7 +222,7 @@ pub fn to_tensors(module: &str, weight: &Quantized4bit) -> Vec<(TensorSpec, Vec<
     let json = state.metadata_json().into_bytes();
     let mut tensors = vec![
         bytes(name(""), &[weight.codes.len(), 1], weight.codes.clone()),
-        floats(".quant_map", state.quant_type.codebook()),
+        floats(".quant_map", state.quant_type.quant_map()),
         bytes(format!("{module}{STATE}{}", state.quant_type), &[json.len()], json),
     ];
     match &state.absmax {

@@ -41,14 +41,26 @@ impl Checkpoint {
     /// shard lacks a tensor that the index places there.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
         if let Some(path) = resolve_inside(dir, SINGLE_FILE, dir)? {
-            let file = MappedFile::open(&path)?;
-            let tensors = file.tensors().iter().enumerate().map(|(i, t)| (t.name.clone(), (0, i))).collect();
-            return Ok(Self { dir: dir.to_path_buf(), files: vec![file], tensors });
+            return Self::from_file(dir, &path);
         }
         match resolve_inside(dir, INDEX_FILE, dir)? {
             Some(index) => Self::open_sharded(dir, &index),
             None => Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) }),
         }
+    }
+
+    /// Opens one safetensors file of any name; [`Self::dir`] is then the file.
+    ///
+    /// # Errors
+    /// [`FormatError::Read`], [`FormatError::Truncated`], [`FormatError::Header`].
+    pub fn open_file(path: &Path) -> Result<Self, FormatError> {
+        Self::from_file(path, path)
+    }
+
+    fn from_file(dir: &Path, path: &Path) -> Result<Self, FormatError> {
+        let file = MappedFile::open(path)?;
+        let tensors = file.tensors().iter().enumerate().map(|(i, t)| (t.name.clone(), (0, i))).collect();
+        Ok(Self { dir: dir.to_path_buf(), files: vec![file], tensors })
     }
 
     fn open_sharded(dir: &Path, index_path: &Path) -> Result<Self, FormatError> {
@@ -76,7 +88,7 @@ impl Checkpoint {
         Ok(Self { dir: dir.to_path_buf(), files, tensors })
     }
 
-    /// The folder the checkpoint was opened from.
+    /// What the checkpoint was opened from: its folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -111,7 +123,7 @@ impl Checkpoint {
     /// [`FormatError::MissingTensor`], which lists the nearest names.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
         self.get(name).ok_or_else(|| FormatError::MissingTensor {
-            path: self.dir.clone(),
+            path: if let [file] = &self.files[..] { file.path().to_path_buf() } else { self.dir.clone() },
             tensor: name.to_string(),
             nearest: nearest_names(name, self.names()),
         })

@@ -87,7 +87,7 @@ pub(crate) fn parse(file: &Path, bytes: &[u8]) -> Result<Vec<TensorInfo>, Format
     for (name, info) in raw.0 {
         tensors.push(checked(name, info, start).map_err(bad)?);
     }
-    tensors.sort_by(|a, b| (a.range.start, a.range.end).cmp(&(b.range.start, b.range.end)));
+    tensors.sort_by_key(|t| (t.range.start, t.range.end));
     let mut end = start;
     for t in &tensors {
         if t.range.start != end {

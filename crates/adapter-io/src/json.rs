@@ -96,13 +96,17 @@ fn number(n: &Number) -> String {
 
 /// Python's `repr(float)`.
 pub(crate) fn python_float(x: f64) -> String {
-    // `{:e}` gives the shortest round-trip digits, as `d.ddde-5`.
-    let text = format!("{x:e}");
+    // `{:e}` gives the shortest digits that read back, as `d.ddde-5`. Between two equally near strings
+    // of that length Python takes the even one, as rounding to a fixed number of digits does here.
+    let shortest = format!("{x:e}");
+    let digits = shortest.split('e').next().unwrap_or_default().bytes().filter(u8::is_ascii_digit).count();
+    let even = format!("{x:.*e}", digits.saturating_sub(1));
+    let text = if even.parse() == Ok(x) { even } else { shortest };
     let Some((mantissa, exponent)) = text.split_once('e') else { return text };
     let Ok(exponent) = exponent.parse::<i32>() else { return text };
     if (-4..16).contains(&exponent) || x == 0.0 {
-        let plain = format!("{x}");
-        return if plain.contains('.') { plain } else { plain + ".0" };
+        let decimals = usize::try_from(digits as i32 - 1 - exponent).unwrap_or(0).max(1);
+        return format!("{x:.decimals$}");
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{mantissa}e{sign}{:02}", exponent.unsigned_abs())
@@ -126,6 +130,9 @@ mod tests {
             (1e15, "1000000000000000.0"),
             (-2.0, "-2.0"),
             (1e-100, "1e-100"),
+            // Halfway between ...12 and ...13.
+            (f64::from(0.223_407_75_f32), "0.22340774536132812"),
+            (123_456_789.25, "123456789.25"),
         ] {
             assert_eq!(python_float(x), text);
         }

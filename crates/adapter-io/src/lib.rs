@@ -23,6 +23,7 @@ pub mod adapter_config;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
+mod config_field;
 mod error;
 mod header;
 mod json;
@@ -32,7 +33,7 @@ mod paths;
 pub mod shard_writer;
 
 pub use adapter::{Adapter, HostTensor};
-pub use adapter_config::{AdapterConfig, InitLoraWeights, Pattern, TargetModules};
+pub use adapter_config::{AdapterConfig, InitLoraWeights, OneOrMany, Pattern, TargetModules};
 pub use bnb::BnbConfig;
 pub use checkpoint::Checkpoint;
 pub use error::FormatError;

@@ -1,0 +1,197 @@
+//! Input from strangers: whatever the bytes, an answer or an error, never a panic.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use adapter_io::{
+    Adapter, AdapterConfig, Checkpoint, Dtype, InitLoraWeights, OneOrMany, Pattern, ShardedWriter, TargetModules,
+    TensorSpec, bnb,
+};
+use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::Config;
+
+/// Reads everything there is to read in a file of these bytes.
+fn exercise(bytes: &[u8]) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    fs::write(&path, bytes).unwrap();
+    if let Ok(checkpoint) = Checkpoint::open(dir.path()) {
+        for name in checkpoint.names() {
+            let view = checkpoint.tensor(name).unwrap();
+            let _ = (view.to_f32_vec().is_ok(), view.to_i64_vec().is_ok(), checkpoint.quantized(name).is_ok());
+        }
+        for module in checkpoint.quantized_modules() {
+            let _ = checkpoint.quantized(module).map(|w| w.map(|w| w.dequantize::<f32>()));
+        }
+    }
+    fs::rename(path, dir.path().join("adapter_model.safetensors")).unwrap();
+    fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
+    let _ = Adapter::load(dir.path()).is_ok();
+}
+
+fn quantized_file() -> Vec<u8> {
+    let weight: Vec<f32> = (0..40 * 7).map(|i| (i as f32).cos()).collect();
+    let config = QuantConfig { quant_type: QuantType::Nf4, blocksize: 64, double_quant: true };
+    let tensors = bnb::to_tensors("m", &Quantized4bit::quantize(&weight, &[40, 7], &config).unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer =
+        ShardedWriter::create(dir.path(), tensors.iter().map(|t| t.0.clone()).collect(), u64::MAX).unwrap();
+    for (spec, bytes) in &tensors {
+        writer.write(&spec.name, bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    fs::read(dir.path().join("model.safetensors")).unwrap()
+}
+
+fn json() -> impl Strategy<Value = serde_json::Value> {
+    use serde_json::Value;
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        decimal().prop_map(Value::from),
+        any::<String>().prop_map(Value::from),
+        prop_oneof!["F32", "U8", "BF16", "nf4", "float32"].prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 24, 6, |inner| {
+        prop_oneof![
+            vec(inner.clone(), 0..5).prop_map(Value::from),
+            vec((key(), inner), 0..5).prop_map(|entries| Value::Object(entries.into_iter().collect())),
+        ]
+    })
+}
+
+/// Fractions as people write them. serde_json reads up to 15 digits exactly; beyond, its last bit may
+/// differ from Python's.
+fn decimal() -> impl Strategy<Value = f64> {
+    (-1_000_000_000i64..1_000_000_000).prop_map(|x| x as f64 / 1e6)
+}
+
+fn key() -> impl Strategy<Value = String> {
+    prop_oneof![
+        "dtype|shape|data_offsets|__metadata__|m.weight|quant_type|blocksize|nested_blocksize|nested_offset|nested_dtype",
+        "r|lora_alpha|target_modules|rank_pattern|layers_to_transform|peft_type|bias|init_lora_weights",
+        any::<String>(),
+    ]
+}
+
+fn config() -> impl Strategy<Value = AdapterConfig> {
+    let names = || vec("[a-z_.]{1,12}", 0..4);
+    let targets =
+        || prop_oneof![names().prop_map(TargetModules::List), any::<String>().prop_map(TargetModules::Pattern)];
+    let pattern = |whole: bool| {
+        vec(("[a-z_.]{1,8}", 1u32..300), 0..4).prop_map(move |entries| {
+            let mut entries: Vec<_> =
+                entries.into_iter().map(|(k, v)| (k, if whole { f64::from(v) } else { f64::from(v) / 8.0 })).collect();
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            entries.dedup_by(|a, b| a.0 == b.0);
+            Pattern(entries)
+        })
+    };
+    let layers = prop_oneof![(0usize..99).prop_map(OneOrMany::One), vec(0usize..99, 0..4).prop_map(OneOrMany::Many)];
+    let init =
+        prop_oneof![any::<bool>().prop_map(InitLoraWeights::Default), "[a-z]+".prop_map(InitLoraWeights::Method)];
+    (
+        (1usize..512, decimal(), (0u32..1_000_000).prop_map(|x| f64::from(x) / 1e6), init),
+        (
+            proptest::option::of(targets()),
+            proptest::option::of(targets()),
+            proptest::option::of(layers),
+            proptest::option::of(names()),
+        ),
+        (pattern(true), pattern(false), any::<Option<String>>(), vec(("future_[a-z]{1,5}", json()), 0..3)),
+    )
+        .prop_map(
+            |(
+                (r, lora_alpha, lora_dropout, init_lora_weights),
+                (target_modules, exclude_modules, layers_to_transform, modules_to_save),
+                (rank_pattern, alpha_pattern, revision, extra),
+            )| AdapterConfig {
+                r,
+                lora_alpha,
+                lora_dropout,
+                init_lora_weights,
+                target_modules,
+                exclude_modules,
+                layers_to_transform,
+                modules_to_save,
+                rank_pattern,
+                alpha_pattern,
+                revision,
+                extra: extra.into_iter().collect(),
+                ..AdapterConfig::default()
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(Config { failure_persistence: None, ..Config::default() })]
+
+    #[test]
+    fn any_bytes_are_a_file_or_an_error(bytes in vec(any::<u8>(), 0..300)) {
+        exercise(&bytes);
+    }
+
+    #[test]
+    fn any_json_is_a_header_or_an_error(header in json(), data in vec(any::<u8>(), 0..64)) {
+        exercise(&common::file_of(&header.to_string(), &data));
+    }
+
+    #[test]
+    fn damaged_files_are_read_or_refused(at in any::<proptest::sample::Index>(), byte in any::<u8>(), cut in any::<proptest::sample::Index>(), truncate in any::<bool>()) {
+        let mut bytes = quantized_file();
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        if truncate {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        exercise(&bytes);
+    }
+
+    #[test]
+    fn any_quant_state_is_read_or_refused(state in json(), text in any::<String>(), plain in any::<bool>()) {
+        let json = if plain { text } else { state.to_string() };
+        let specs = vec![TensorSpec::new("m.weight", Dtype::U8, &[4, 1]), TensorSpec::new("m.weight.quant_state.bitsandbytes__nf4", Dtype::U8, &[json.len()])];
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = ShardedWriter::create(dir.path(), specs, u64::MAX).unwrap();
+        writer.write("m.weight", &[0; 4]).unwrap();
+        writer.write("m.weight.quant_state.bitsandbytes__nf4", json.as_bytes()).unwrap();
+        writer.finish().unwrap();
+        prop_assert!(Checkpoint::open(dir.path()).unwrap().quantized("m").is_err());
+    }
+
+    #[test]
+    fn any_index_is_read_or_refused(index in json(), names in vec(any::<(String, String)>(), 0..4)) {
+        let dir = tempfile::tempdir().unwrap();
+        let map: serde_json::Map<_, _> = names.into_iter().map(|(k, v)| (k, v.into())).collect();
+        for value in [index, serde_json::json!({"weight_map": map})] {
+            fs::write(dir.path().join("model.safetensors.index.json"), value.to_string()).unwrap();
+            let _ = Checkpoint::open(dir.path()).is_ok();
+        }
+    }
+
+    #[test]
+    fn adapter_configs_survive_writing_and_reading(config in config()) {
+        let text = config.to_json();
+        let read = AdapterConfig::from_json(&text, Path::new("adapter_config.json")).unwrap();
+        prop_assert_eq!(&read, &config);
+        prop_assert_eq!(read.to_json(), text);
+    }
+
+    #[test]
+    fn any_adapter_config_is_read_or_refused(config in json(), entries in vec((key(), json()), 0..6)) {
+        let path = Path::new("adapter_config.json");
+        let map = serde_json::Value::Object(entries.into_iter().collect());
+        for text in [config.to_string(), map.to_string()] {
+            if let Ok(config) = AdapterConfig::from_json(&text, path) {
+                prop_assert!(AdapterConfig::from_json(&config.to_json(), path).is_ok());
+            }
+        }
+    }
+}
