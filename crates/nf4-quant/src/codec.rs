@@ -1,9 +1,11 @@
 //! The host codec: the oracle's arithmetic, on all cores and in vector registers.
 //!
-//! Quantizing counts the thresholds below each scaled value instead of searching: fifteen compares
-//! without a branch, which the compiler turns into vector code (for AVX2 too, chosen at run time).
-//! Dequantizing looks up two values per byte in a table of 256 pairs. The tensor is cut at block
-//! borders into spans that fit the second-level cache.
+//! Quantizing searches the thresholds by halving, with selects in place of branches and table loads:
+//! four compares and eleven selects for NF4, which the compiler turns into vector code (for AVX2 and
+//! AVX-512 too, chosen at run time). Counting the thresholds below a value, the obvious way to avoid
+//! branches, takes fifteen compares and measured twice the time. Dequantizing looks up two values per
+//! byte in a table of 256 pairs. The tensor is cut at block borders into spans that fit the
+//! second-level cache.
 
 use rayon::prelude::*;
 
@@ -81,16 +83,28 @@ fn check_lengths(blocksize: usize, elements: usize, codes: usize, absmax: usize)
     }
 }
 
-/// Instantiates a span function for AVX2 beside the baseline and picks one at run time.
+/// Instantiates a span function for AVX-512 and AVX2 beside the baseline and picks one at run time.
 macro_rules! for_processor {
     ($(#[$doc:meta])* fn $name:ident = $body:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {
         $(#[$doc])*
         fn $name<E: Element>($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512<E: Element>($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
                 #[target_feature(enable = "avx2")]
                 fn avx2<E: Element>($($arg: $ty),*) $(-> $ret)? {
                     $body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: the processor has these features, as just checked.
+                    return unsafe { avx512($($arg),*) };
                 }
                 if is_x86_feature_detected!("avx2") {
                     // SAFETY: the processor has AVX2, as just checked.
@@ -137,25 +151,55 @@ fn quantize_span_body<E: Element>(
         *absmax = max;
         let inverse = 1.0 / max;
         match quant_type {
-            QuantType::Nf4 => encode_pairs(values, codes, |v| {
-                let scaled = v * inverse;
-                NF4_THRESHOLDS.iter().fold(0, |n, t| n + u32::from(scaled > *t))
-            }),
+            QuantType::Nf4 => encode_pairs(values, codes, |v| nf4_code(v * inverse)),
             QuantType::Fp4 => encode_pairs(values, codes, |v| {
-                let scaled = (v * inverse).abs();
-                let above = FP4_THRESHOLDS.iter().fold(0, |n, t| n + u32::from(scaled > *t));
-                (FP4_ORDER_NIBBLES >> (4 * above)) & 7 | u32::from(v < 0.0) << 3
+                (FP4_ORDER_NIBBLES >> (4 * fp4_rank((v * inverse).abs()))) & 7 | u32::from(v < 0.0) << 3
             }),
         }
     }
     true
 }
 
+/// Encodes and packs 32 values at a time, in two simple loops that both vectorise.
 #[inline(always)]
 fn encode_pairs(values: &[f32], codes: &mut [u8], encode: impl Fn(f32) -> u32) {
-    for (code, pair) in codes.iter_mut().zip(values.chunks_exact(2)) {
-        *code = (encode(pair[0]) << 4 | encode(pair[1])) as u8;
+    for (codes, values) in codes.chunks_mut(16).zip(values.chunks(32)) {
+        let mut wide = [0_u32; 32];
+        for (wide, value) in wide.iter_mut().zip(values) {
+            *wide = encode(*value);
+        }
+        for (code, pair) in codes.iter_mut().zip(wide.chunks_exact(2)) {
+            *code = (pair[0] << 4 | pair[1]) as u8;
+        }
     }
+}
+
+/// How many NF4 thresholds lie below a scaled value: its code.
+#[inline(always)]
+fn nf4_code(x: f32) -> u32 {
+    const T: [f32; 15] = NF4_THRESHOLDS;
+    let a = x > T[7];
+    let b = x > pick(a, T[3], T[11]);
+    let c = x > pick(a, pick(b, T[1], T[5]), pick(b, T[9], T[13]));
+    let low = pick(b, pick(c, T[0], T[2]), pick(c, T[4], T[6]));
+    let high = pick(b, pick(c, T[8], T[10]), pick(c, T[12], T[14]));
+    let d = x > pick(a, low, high);
+    u32::from(a) << 3 | u32::from(b) << 2 | u32::from(c) << 1 | u32::from(d)
+}
+
+/// How many FP4 thresholds lie below a scaled magnitude.
+#[inline(always)]
+fn fp4_rank(x: f32) -> u32 {
+    const T: [f32; 7] = FP4_THRESHOLDS;
+    let a = x > T[3];
+    let b = x > pick(a, T[1], T[5]);
+    let c = x > pick(a, pick(b, T[0], T[2]), pick(b, T[4], T[6]));
+    u32::from(a) << 2 | u32::from(b) << 1 | u32::from(c)
+}
+
+#[inline(always)]
+fn pick(above: bool, low: f32, high: f32) -> f32 {
+    if above { high } else { low }
 }
 
 for_processor! {
