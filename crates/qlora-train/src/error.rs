@@ -19,6 +19,14 @@ pub enum TrainError {
     /// A setting of the adapters, or a layer's tensors.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The machine has no such device.
+    #[error("device {device}: {problem}")]
+    Device {
+        /// The device's name.
+        device: String,
+        /// What there is instead.
+        problem: String,
+    },
     /// The metrics log can't be written.
     #[error("can't write the metrics to {}: {source}", path.display())]
     MetricsWrite {

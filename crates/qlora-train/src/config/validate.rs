@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{TrainConfig, TrainOptions};
+use super::{DeviceChoice, TrainConfig, TrainOptions};
 use crate::error::TrainError;
 
 impl TrainConfig {
@@ -11,6 +11,7 @@ impl TrainConfig {
     /// # Errors
     /// The first value out of its range, named `section.key`, with what is allowed.
     pub fn validate(&self) -> Result<(), TrainError> {
+        self.device.parse::<DeviceChoice>()?;
         if self.model.path.is_empty() {
             return Err(TrainError::ConfigMissing {
                 key: "model.path".into(),

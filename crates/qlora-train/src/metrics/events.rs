@@ -15,7 +15,7 @@ pub trait TrainEvents {
     fn on_load(&mut self, _progress: &LoadProgress) {}
     /// Model and data are ready; the first step follows.
     fn on_start(&mut self, _run: &RunInfo) {}
-    /// A step is done. Called every `train.log_every` steps, and for the first and the last.
+    /// A step is done.
     fn on_step(&mut self, _metrics: &StepMetrics) {}
     /// An evaluation is done.
     fn on_eval(&mut self, _metrics: &EvalMetrics) {}
