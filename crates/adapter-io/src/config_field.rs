@@ -35,6 +35,12 @@ pub enum OneOrMany<T> {
     Many(Vec<T>),
 }
 
+impl<T> From<Vec<T>> for OneOrMany<T> {
+    fn from(values: Vec<T>) -> Self {
+        Self::Many(values)
+    }
+}
+
 impl<T> OneOrMany<T> {
     /// The values as a slice.
     pub fn as_slice(&self) -> &[T] {
@@ -51,6 +57,12 @@ impl<T> OneOrMany<T> {
 /// that matches counts.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Pattern(pub Vec<(String, f64)>);
+
+impl FromIterator<(String, f64)> for Pattern {
+    fn from_iter<I: IntoIterator<Item = (String, f64)>>(entries: I) -> Self {
+        Self(entries.into_iter().collect())
+    }
+}
 
 impl Pattern {
     /// The value for a module, or `None` where no key matches.
