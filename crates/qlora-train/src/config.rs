@@ -13,7 +13,6 @@
 //! not at the folder of the configuration file. A file and a flag with the same text name the same
 //! thing, and a hub id such as `org/name` is never mistaken for a path beside the file.
 
-mod device;
 mod keys;
 mod schedule;
 #[cfg(test)]
@@ -29,7 +28,6 @@ use serde::{Deserialize, Serialize};
 use crate::data::DataConfig;
 use crate::error::TrainError;
 
-pub use device::DeviceChoice;
 pub use keys::known_keys;
 pub use schedule::Schedule;
 
@@ -45,7 +43,7 @@ pub const TEMPLATE: &str = include_str!("config/template.toml");
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Where to run, a [`DeviceChoice`]: `auto`, `cpu`, `cuda`, `cuda:1`, `vulkan` or `metal`.
+    /// Where to run: `auto`, `cpu`, `cuda`, `cuda:1`, `vulkan` or `metal`.
     pub device: String,
     /// The base model.
     pub model: ModelOptions,

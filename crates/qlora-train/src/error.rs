@@ -19,14 +19,6 @@ pub enum TrainError {
     /// A setting of the adapters, or a layer's tensors.
     #[error(transparent)]
     Layer(#[from] LayerError),
-    /// The machine has no such device.
-    #[error("device {device}: {problem}")]
-    Device {
-        /// The device's name.
-        device: String,
-        /// What there is instead.
-        problem: String,
-    },
     /// The metrics log can't be written.
     #[error("can't write the metrics to {}: {source}", path.display())]
     MetricsWrite {
@@ -154,5 +146,43 @@ pub enum TrainError {
         path: PathBuf,
         /// How many rows for which reason, and what to do.
         reasons: String,
+    },
+    /// The model has no adapter, or no gradient reached one.
+    #[error("no adapter to train: attach one, or check that lora.target_modules names layers in use")]
+    NothingToTrain,
+    /// A batch without any token that counts.
+    #[error("no token of the batch has a label: there is nothing to learn from")]
+    NoLabels,
+    /// The loss or the gradients are NaN or infinite.
+    #[error(
+        "training diverged: loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:e}; the adapter was left as it was \
+         before this step. Lower train.learning_rate or set train.max_grad_norm, use bf16 or f32 instead of f16, and resume from the last checkpoint"
+    )]
+    NotFinite {
+        /// Loss of the step.
+        loss: f32,
+        /// Gradient norm of the step.
+        grad_norm: f32,
+        /// Learning rate of the step.
+        learning_rate: f64,
+    },
+    /// Work on the device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+    /// Optimizer state that does not fit.
+    #[error("{}: {source}", path.display())]
+    Optimizer {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What does not fit.
+        source: paged_optim::OptimError,
+    },
+    /// A training checkpoint can't be used.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
     },
 }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::TrainError;
 
-pub use events::{LoadProgress, RunInfo, TrainEvents};
+pub use events::{RunInfo, TrainEvents};
 
 /// Name of the log in a run's output folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";

@@ -141,6 +141,7 @@ fn a_missing_file_is_named() {
 #[test]
 fn values_out_of_range_name_the_key_and_what_is_allowed() {
     let cases = [
+        ("device", "gpu", "device = gpu: must be auto, cpu, cuda, cuda:1 (the second card), vulkan or metal"),
         ("lora.rank", "0", "lora.rank = 0: must be at least 1; common ranks are 8 to 128"),
         ("lora.dropout", "1.0", "lora.dropout = 1: must be at least 0 and below 1"),
         ("quantization.blocksize", "48", "quantization.blocksize = 48: must be a power of two from 32 to 4096"),

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{DeviceChoice, TrainConfig, TrainOptions};
+use super::{TrainConfig, TrainOptions};
 use crate::error::TrainError;
 
 impl TrainConfig {
@@ -11,7 +11,14 @@ impl TrainConfig {
     /// # Errors
     /// The first value out of its range, named `section.key`, with what is allowed.
     pub fn validate(&self) -> Result<(), TrainError> {
-        self.device.parse::<DeviceChoice>()?;
+        let device = self.device.as_str();
+        let card = device.strip_prefix("cuda:").is_some_and(|index| index.parse::<u16>().is_ok());
+        check(
+            "device",
+            device,
+            card || ["auto", "cpu", "cuda", "vulkan", "metal"].contains(&device),
+            "must be auto, cpu, cuda, cuda:1 (the second card), vulkan or metal",
+        )?;
         if self.model.path.is_empty() {
             return Err(TrainError::ConfigMissing {
                 key: "model.path".into(),

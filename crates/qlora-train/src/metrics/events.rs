@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use qlora_models::LoadProgress;
 use serde::{Deserialize, Serialize};
 
 use super::{EvalMetrics, StepMetrics};
@@ -11,8 +12,8 @@ use crate::report::Summary;
 ///
 /// `()` is the observer that ignores everything.
 pub trait TrainEvents {
-    /// A tensor of the base model was loaded.
-    fn on_load(&mut self, _progress: &LoadProgress) {}
+    /// A module of the base model was loaded.
+    fn on_load(&mut self, _progress: LoadProgress<'_>) {}
     /// Model and data are ready; the first step follows.
     fn on_start(&mut self, _run: &RunInfo) {}
     /// A step is done.
@@ -32,17 +33,6 @@ pub trait TrainEvents {
 }
 
 impl TrainEvents for () {}
-
-/// How far loading is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LoadProgress {
-    /// Bytes of the checkpoint that are done.
-    pub bytes_done: u64,
-    /// Bytes of the checkpoint.
-    pub bytes_total: u64,
-    /// The tensor that was loaded last.
-    pub tensor: String,
-}
 
 /// What is about to be trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
