@@ -22,5 +22,5 @@ pub use activation_checkpointing::ActivationCheckpointing;
 pub use error::LayerError;
 pub use linear_4bit::{FrozenLinear, Linear4bit};
 pub use lora::{LoraAdapter, LoraConfig, LoraLinear};
-pub use pass::Pass;
+pub use pass::{Pass, mix};
 pub use target_modules::TargetModules;

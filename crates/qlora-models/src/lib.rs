@@ -1,1 +1,31 @@
-//! Decoder-only language models built from config.json, loaded straight into 4 bits
+//! Decoder-only language models, built from a Hugging Face `config.json` and loaded straight into 4 bits.
+//!
+//! - [`ModelConfig`] reads `config.json`; [`Family`] is the table of what families differ in.
+//! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
+//!   into it tensor by tensor.
+//! - [`adapters`]: attach, load, export and merge LoRA adapters.
+//! - [`generate()`]: sampling with a [`KvCache`].
+//! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
+
+pub mod adapters;
+mod attention;
+pub mod chat_template;
+mod config;
+mod decoder;
+mod device;
+pub mod error;
+mod family;
+mod generate;
+pub mod hub;
+mod loader;
+mod rope;
+pub mod tokenizer;
+
+pub use attention::KvCache;
+pub use config::{ModelConfig, RopeScaling};
+pub use decoder::{Block, Decoder, Sequence};
+pub use device::{default_compute_dtype, device_memory, select_device};
+pub use error::ModelError;
+pub use family::Family;
+pub use generate::{GenerateOptions, Generation, generate};
+pub use loader::{LoadOptions, LoadProgress};

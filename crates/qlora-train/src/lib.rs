@@ -1,1 +1,27 @@
-//! Fine-tuning: data pipeline, loss, training loop, checkpoints and reports
+//! Fine-tuning: data pipeline, loss, training loop, checkpoints and reports.
+//!
+//! - [`config`]: the TOML configuration, every key of it.
+//! - [`data`]: rows to tokens and labels, batches in a reproducible order.
+//! - [`Engine`]: one optimizer step; [`Trainer`]: a whole run, with evaluation, checkpoints and resume.
+//! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
+//!
+//! Nothing here prints: a run tells its caller what happens through [`metrics::TrainEvents`].
+
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+mod engine;
+pub mod error;
+mod loss;
+pub mod metrics;
+mod plan;
+pub mod report;
+mod trainer;
+
+pub use config::TrainConfig;
+pub use engine::{Engine, StepOutput};
+pub use error::TrainError;
+pub use loss::{LabelledTokens, loss_sum};
+pub use metrics::TrainEvents;
+pub use plan::{MemoryEstimate, Plan};
+pub use trainer::{Resume, Trainer};

@@ -1,0 +1,168 @@
+//! The GPU implementation, for every CubeCL runtime.
+//!
+//! A 4-bit product dequantizes the weight into one transient and runs Burn's matmul on it. The
+//! transient goes back to CubeCL's memory pool at once, so one layer's worth of it exists at a time.
+
+use super::flex::{dequantize_then_input_grad, dequantize_then_linear};
+use super::{Layout4bit, QloraOps, dropout_threshold};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{DType, FloatDType, Shape};
+use burn_cubecl::kernel::{cast, into_contiguous};
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
+use cubecl::client::Client;
+use cubecl::{CubeCount, CubeDim};
+use nf4_quant::FloatFormat;
+use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight, dequantize, supports};
+
+fn dtype_of(format: FloatFormat) -> DType {
+    match format {
+        FloatFormat::F32 => DType::F32,
+        FloatFormat::F16 => DType::F16,
+        FloatFormat::BF16 => DType::BF16,
+    }
+}
+
+fn empty(client: &Client, device: &CubeDevice, shape: Shape, dtype: DType) -> CubeTensor {
+    let handle = client.empty(shape.num_elements() * dtype.size());
+    CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, dtype)
+}
+
+/// One thread per element. Two grid dimensions: one alone holds at most 65,535 cubes on WebGPU.
+fn grid(elements: usize) -> (CubeCount, CubeDim) {
+    const CUBE_DIM: u32 = 256;
+    let cubes = (elements as u32).div_ceil(CUBE_DIM).max(1);
+    let rows = cubes.div_ceil(65_535);
+    (CubeCount::Static(cubes.div_ceil(rows), rows, 1), CubeDim::new_1d(CUBE_DIM))
+}
+
+impl QloraOps for CubeBackend {
+    fn dequantize_4bit(
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        dtype: FloatDType,
+    ) -> FloatTensor<Self> {
+        let (client, device) = (codes.client.clone(), codes.device.clone());
+        let absmax = into_contiguous(absmax).handle;
+        let weight = DeviceWeight {
+            codes: into_contiguous(codes).handle,
+            absmax: match layout.nested {
+                None => DeviceAbsmax::Plain(absmax),
+                Some(nested) => DeviceAbsmax::Nested {
+                    codes: absmax,
+                    absmax: into_contiguous(nested_absmax).handle,
+                    offset: nested.offset,
+                    blocksize: nested.blocksize,
+                },
+            },
+            quant_type: layout.quant_type,
+            blocksize: layout.blocksize,
+            num_elements: layout.out_features * layout.in_features,
+        };
+        let shape = Shape::new([layout.out_features, layout.in_features]);
+        // Some runtimes (WGSL) have no bf16 buffers: f32 ones, rounded to bf16, hold the same values.
+        let (format, round) = match layout.dtype {
+            FloatFormat::BF16 if !supports(&client, FloatFormat::BF16) => (FloatFormat::F32, true),
+            format => (format, false),
+        };
+        let out = empty(&client, &device, shape, dtype_of(format));
+        dequantize(&client, &weight, out.handle.clone(), format)
+            .unwrap_or_else(|e| panic!("a weight that was valid when it was uploaded can't be dequantized: {e}"));
+        if round {
+            let elements = out.meta.shape().num_elements();
+            let (cube_count, cube_dim) = grid(elements);
+            kernels::round_to_bf16::launch(&client, cube_count, cube_dim, out.clone().into_buffer_arg());
+        }
+        cast(out, dtype.into())
+    }
+
+    fn linear_4bit(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+    ) -> FloatTensor<Self> {
+        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout)
+    }
+
+    fn linear_4bit_input_grad(
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+    ) -> FloatTensor<Self> {
+        dequantize_then_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+    }
+
+    fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self> {
+        let x = into_contiguous(x);
+        let shape = x.meta.shape().clone();
+        let (cube_count, cube_dim) = grid(shape.num_elements());
+        let y = empty(&x.client, &x.device, shape, x.dtype);
+        kernels::seeded_dropout::launch(
+            &y.client,
+            cube_count,
+            cube_dim,
+            x.clone().into_buffer_arg(),
+            y.clone().into_buffer_arg(),
+            seed as u32,
+            (seed >> 32) as u32,
+            dropout_threshold(p),
+            1.0 / (1.0 - p),
+            dtype_to_storage_type(x.dtype),
+        );
+        y
+    }
+}
+
+/// Kernels; CubeCL's prelude and Burn's `Tensor` clash, so they live in a module of their own.
+mod kernels {
+    use cubecl::prelude::*;
+
+    /// MurmurHash3's 32-bit finalizer.
+    #[cube]
+    fn finalize(value: u32) -> u32 {
+        let a = (value ^ (value >> 16u32)) * 0x85EB_CA6Bu32;
+        let b = (a ^ (a >> 13u32)) * 0xC2B2_AE35u32;
+        b ^ (b >> 16u32)
+    }
+
+    /// One thread per element; [`super::super::dropout_hash`] is the oracle of the mask.
+    #[cube(launch)]
+    pub fn seeded_dropout<F: Float>(
+        x: &[F],
+        y: &mut [F],
+        seed_low: u32,
+        seed_high: u32,
+        threshold: u32,
+        scale: f32,
+        #[define(F)] _dtype: ElemType,
+    ) {
+        let i = ABSOLUTE_POS as usize;
+        if i >= x.len() {
+            terminate!();
+        }
+        let hash = finalize(finalize(i as u32 ^ seed_low) ^ seed_high);
+        if hash >= threshold {
+            y[i] = F::cast_from(f32::cast_from(x[i]) * scale);
+        } else {
+            y[i] = F::cast_from(0.0f32);
+        }
+    }
+
+    /// Rounds each f32 to the nearest bf16 value, ties to even; the values are finite.
+    #[cube(launch)]
+    pub fn round_to_bf16(values: &mut [f32]) {
+        let i = ABSOLUTE_POS as usize;
+        if i >= values.len() {
+            terminate!();
+        }
+        let bits = u32::reinterpret(values[i]);
+        let rounded = (bits + 0x7FFFu32 + ((bits >> 16u32) & 1u32)) & 0xFFFF_0000u32;
+        values[i] = f32::reinterpret(rounded);
+    }
+}

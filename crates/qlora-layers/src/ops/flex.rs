@@ -1,0 +1,161 @@
+//! The CPU implementation, on Burn's Flex backend and the parallel host codec.
+
+use super::{Layout4bit, QloraOps, dropout_hash, dropout_threshold};
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Flex};
+use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
+use burn_flex::FlexTensor;
+use half::{bf16, f16};
+use nf4_quant::{Element, FloatFormat, dequantize_blocks, signed_dynamic_map};
+use rayon::prelude::*;
+
+/// Work per task of the element-wise loops: large enough to hide the hand-over between threads.
+const CHUNK: usize = 1 << 14;
+
+/// The contiguous words of a 1-D u32 tensor.
+fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
+    match tensor.as_slice::<u32>() {
+        Some(slice) => slice.into(),
+        None => tensor.to_contiguous().storage::<u32>().to_vec().into(),
+    }
+}
+
+/// The absmax of every block in f32; two roundings for double-quantized ones, as the format asks.
+fn expand_absmax(absmax: &[u32], nested_absmax: &[u32], layout: Layout4bit) -> Vec<f32> {
+    let blocks = (layout.out_features * layout.in_features).div_ceil(layout.blocksize);
+    match layout.nested {
+        None => absmax[..blocks].iter().map(|&bits| f32::from_bits(bits)).collect(),
+        Some(nested) => {
+            let map = signed_dynamic_map();
+            bytemuck::cast_slice::<u32, u8>(absmax)[..blocks]
+                .iter()
+                .enumerate()
+                .map(|(i, &code)| map[usize::from(code)] * f32::from_bits(nested_absmax[i / nested.blocksize]) + nested.offset)
+                .collect()
+        }
+    }
+}
+
+/// Dequantizes to `S`, the format of the quantization state, and converts to `T`.
+fn dequantize<S: Element, T: Element + BurnElement>(codes: &[u8], absmax: &[f32], layout: Layout4bit) -> TensorData {
+    let shape = [layout.out_features, layout.in_features];
+    let mut stored = vec![S::from_f32(0.0); shape[0] * shape[1]];
+    dequantize_blocks(codes, absmax, layout.quant_type, layout.blocksize, &mut stored);
+    let mut out = vec![T::from_f32(0.0); stored.len()];
+    out.par_chunks_mut(CHUNK).zip(stored.par_chunks(CHUNK)).for_each(|(out, stored)| {
+        out.iter_mut().zip(stored).for_each(|(out, value)| *out = T::from_f32(value.to_f32()));
+    });
+    TensorData::new(out, shape)
+}
+
+/// Dequantizes straight to `T`; the state's format is `T`, or `T` holds every value of it and more.
+fn dequantize_as<T: Element + BurnElement>(codes: &[u8], absmax: &[f32], layout: Layout4bit) -> TensorData {
+    match layout.dtype {
+        format if format == T::FORMAT => {
+            let shape = [layout.out_features, layout.in_features];
+            let mut out = vec![T::from_f32(0.0); shape[0] * shape[1]];
+            dequantize_blocks(codes, absmax, layout.quant_type, layout.blocksize, &mut out);
+            TensorData::new(out, shape)
+        }
+        FloatFormat::F32 => dequantize::<f32, T>(codes, absmax, layout),
+        FloatFormat::BF16 => dequantize::<bf16, T>(codes, absmax, layout),
+        FloatFormat::F16 => dequantize::<f16, T>(codes, absmax, layout),
+    }
+}
+
+/// Applies the dropout mask to a contiguous tensor of `T`.
+fn dropout<T: Element + BurnElement + bytemuck::Pod>(mut x: FlexTensor, seed: u64, p: f32) -> FlexTensor {
+    let (threshold, scale) = (dropout_threshold(p), 1.0 / (1.0 - p));
+    x.storage_mut::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+        for (i, value) in values.iter_mut().enumerate() {
+            let keep = dropout_hash((chunk * CHUNK + i) as u32, seed) >= threshold;
+            *value = T::from_f32(if keep { value.to_f32() * scale } else { 0.0 });
+        }
+    });
+    x
+}
+
+impl QloraOps for Flex {
+    fn dequantize_4bit(
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        dtype: FloatDType,
+    ) -> FloatTensor<Self> {
+        let codes = words(&codes);
+        let bytes = bytemuck::cast_slice::<u32, u8>(&codes);
+        let absmax = expand_absmax(&words(&absmax), &words(&nested_absmax), layout);
+        FlexTensor::from_data(match dtype {
+            FloatDType::BF16 => dequantize_as::<bf16>(bytes, &absmax, layout),
+            FloatDType::F16 => dequantize_as::<f16>(bytes, &absmax, layout),
+            _ => dequantize_as::<f32>(bytes, &absmax, layout),
+        })
+    }
+
+    fn linear_4bit(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+    ) -> FloatTensor<Self> {
+        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout)
+    }
+
+    fn linear_4bit_input_grad(
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+    ) -> FloatTensor<Self> {
+        dequantize_then_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+    }
+
+    fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self> {
+        let x = x.to_contiguous();
+        match FloatDType::from(x.dtype()) {
+            FloatDType::BF16 => dropout::<bf16>(x, seed, p),
+            FloatDType::F16 => dropout::<f16>(x, seed, p),
+            _ => dropout::<f32>(x, seed, p),
+        }
+    }
+}
+
+/// `y = x Wᵀ` by way of one dense transient of `W`.
+pub(super) fn dequantize_then_linear<B: QloraOps>(
+    x: FloatTensor<B>,
+    codes: IntTensor<B>,
+    absmax: IntTensor<B>,
+    nested_absmax: IntTensor<B>,
+    layout: Layout4bit,
+) -> FloatTensor<B> {
+    let weight = dense_like::<B>(&x, codes, absmax, nested_absmax, layout);
+    <B as FloatTensorOps<B>>::float_matmul(x, B::float_swap_dims(weight, 0, 1))
+}
+
+/// `dx = dy W` by way of one dense transient of `W`.
+pub(super) fn dequantize_then_input_grad<B: QloraOps>(
+    dy: FloatTensor<B>,
+    codes: IntTensor<B>,
+    absmax: IntTensor<B>,
+    nested_absmax: IntTensor<B>,
+    layout: Layout4bit,
+) -> FloatTensor<B> {
+    let weight = dense_like::<B>(&dy, codes, absmax, nested_absmax, layout);
+    <B as FloatTensorOps<B>>::float_matmul(dy, weight)
+}
+
+/// The dense weight in the dtype of `like`: both sides of a matmul must have the same dtype.
+fn dense_like<B: QloraOps>(
+    like: &FloatTensor<B>,
+    codes: IntTensor<B>,
+    absmax: IntTensor<B>,
+    nested_absmax: IntTensor<B>,
+    layout: Layout4bit,
+) -> FloatTensor<B> {
+    use burn::backend::TensorMetadata;
+    B::dequantize_4bit(codes, absmax, nested_absmax, layout, super::float_dtype(like.dtype()))
+}

@@ -1,0 +1,134 @@
+//! LoRA layers: gradients, dropout, dtype handling.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+mod common;
+
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use common::{devices, noise};
+use nf4_quant::{QuantConfig, Quantized4bit};
+use qlora_layers::ops::{dropout_hash, seeded_dropout};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass};
+
+fn matrix(seed: u64, shape: [usize; 2], device: &Device) -> Tensor<2> {
+    Tensor::from_data(TensorData::new(noise(seed, shape[0] * shape[1]), shape), (device, DType::F32))
+}
+
+fn values(tensor: Tensor<2>) -> Vec<f32> {
+    tensor.into_data_as::<f32>().iter::<f32>().collect()
+}
+
+fn layer(device: &Device, dropout: f32) -> LoraLinear {
+    let weight = Quantized4bit::quantize(&noise(1, 24 * 40), &[24, 40], &QuantConfig::default()).unwrap();
+    let mut layer = LoraLinear::frozen(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, device).unwrap()), None);
+    let mut adapter = LoraAdapter::new([24, 40], 4, 2.0, dropout, 3, 11, device);
+    adapter.lora_b = matrix(2, [24, 4], device);
+    layer.set_adapter("layer", adapter).unwrap();
+    layer
+}
+
+#[test]
+fn a_fresh_adapter_changes_nothing_and_is_reproducible() {
+    for (name, device) in devices() {
+        let mut layer = layer(&device, 0.0);
+        layer.adapter = Some(LoraAdapter::new([24, 40], 4, 2.0, 0.0, 3, 11, &device));
+        let x = matrix(3, [5, 40], &device);
+        assert_eq!(values(layer.forward(x.clone(), Pass::INFERENCE)), values(layer.base.forward(x)), "{name}");
+        let again = LoraAdapter::new([24, 40], 4, 2.0, 0.0, 3, 11, &device);
+        let other = LoraAdapter::new([24, 40], 4, 2.0, 0.0, 4, 11, &device);
+        let lora_a = values(layer.adapter.unwrap().lora_a);
+        assert_eq!(lora_a, values(again.lora_a));
+        assert_ne!(lora_a, values(other.lora_a));
+        let bound = 1.0 / 40f32.sqrt();
+        assert!(lora_a.iter().all(|v| v.abs() <= bound) && lora_a.iter().any(|v| v.abs() > 0.9 * bound));
+    }
+}
+
+#[test]
+fn factor_gradients_match_the_formulas() {
+    for (name, device) in devices() {
+        let mut layer = layer(&device, 0.0);
+        let (x, dy) = (matrix(3, [5, 40], &device), matrix(4, [5, 24], &device));
+        layer.adapter.as_mut().unwrap().track();
+        let y = layer.forward(x.clone(), Pass::training(0));
+        let mut grads = (y * dy.clone()).sum().backward();
+        let adapter = layer.adapter.as_ref().unwrap();
+        let (a, b) = (adapter.lora_a.clone().inner(), adapter.lora_b.clone().inner());
+        // y = 2 (x aᵀ) bᵀ: db = 2 dyᵀ (x aᵀ), da = 2 (dy b)ᵀ x.
+        let expected_b = dy.clone().transpose().matmul(x.clone().matmul(a.transpose())).mul_scalar(2.0);
+        let expected_a = dy.matmul(b).transpose().matmul(x).mul_scalar(2.0);
+        for (found, expected) in [
+            (adapter.lora_a.grad_remove(&mut grads).unwrap(), expected_a),
+            (adapter.lora_b.grad_remove(&mut grads).unwrap(), expected_b),
+        ] {
+            for (found, expected) in values(found).iter().zip(values(expected)) {
+                // Sums of up to 120 products of order 1 in another order: some 1e-5 at most.
+                assert!((found - expected).abs() < 1e-4, "{name}: {found} against {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_activations_keep_f32_factors_and_f32_gradients() {
+    for (name, device) in devices() {
+        if !device.supports_dtype(FloatDType::BF16) {
+            continue;
+        }
+        let mut layer = layer(&device, 0.0);
+        let x = matrix(3, [5, 40], &device);
+        let exact = values(layer.forward(x.clone(), Pass::INFERENCE));
+        layer.adapter.as_mut().unwrap().track();
+        let y = layer.forward(x.cast(FloatDType::BF16), Pass::training(0));
+        assert_eq!(y.dtype(), DType::BF16);
+        let mut grads = y.clone().sum().backward();
+        let adapter = layer.adapter.as_ref().unwrap();
+        assert_eq!(adapter.lora_a.dtype(), DType::F32);
+        assert_eq!(adapter.lora_a.grad_remove(&mut grads).unwrap().dtype(), DType::F32);
+        for (found, exact) in values(y.inner().cast(FloatDType::F32)).iter().zip(exact) {
+            // bf16 keeps 8 bits: 2^-9 relative per rounding of values up to about 10, a handful of them.
+            assert!((found - exact).abs() < 0.25, "{name}: {found} against {exact}");
+        }
+    }
+}
+
+#[test]
+fn dropout_masks_are_the_oracles_on_every_runtime_and_in_backward() {
+    let (seed, p) = (0x1234_5678_9abc_def0, 0.3);
+    for (name, device) in devices() {
+        let x = matrix(5, [37, 53], &device);
+        let expected: Vec<f32> = values(x.clone())
+            .iter()
+            .enumerate()
+            .map(|(i, v)| if f64::from(dropout_hash(i as u32, seed)) < f64::from(p) * 4_294_967_296.0 { 0.0 } else { v * (1.0 / (1.0 - p)) })
+            .collect();
+        let kept = expected.iter().filter(|v| **v != 0.0).count() as f64 / expected.len() as f64;
+        // Four standard deviations of 1961 draws.
+        assert!((kept - 0.7).abs() < 0.042, "{kept}");
+        let leaf = x.clone().autodiff().require_grad();
+        let y = seeded_dropout(leaf.clone(), seed, p);
+        let grad = leaf.grad(&y.clone().sum().backward()).unwrap();
+        assert_eq!(values(y.inner()), expected, "{name}");
+        let ones = seeded_dropout(Tensor::ones([37, 53], (&device, DType::F32)), seed, p);
+        assert_eq!(values(grad), values(ones), "{name}");
+    }
+}
+
+#[test]
+fn dropout_follows_the_pass_and_the_adapter() {
+    let device = Device::flex();
+    let layer = layer(&device, 0.5);
+    let x = matrix(3, [5, 40], &device);
+    let run = |pass: Pass| values(layer.forward(x.clone(), pass));
+    assert_eq!(run(Pass::training(1).untracked()), run(Pass::training(1).untracked()));
+    assert_ne!(run(Pass::training(1).untracked()), run(Pass::training(2).untracked()));
+    assert_ne!(run(Pass::training(1).untracked()), run(Pass::INFERENCE));
+}
+
+#[test]
+fn a_factor_of_another_shape_is_refused_by_name() {
+    let device = Device::flex();
+    let mut layer = layer(&device, 0.0);
+    let wrong = LoraAdapter::new([24, 41], 4, 1.0, 0.0, 0, 0, &device);
+    let message = layer.set_adapter("model.layers.0.mlp.up_proj", wrong).unwrap_err().to_string();
+    assert!(message.contains("model.layers.0.mlp.up_proj.lora_A.weight") && message.contains("[4, 40]") && message.contains("[4, 41]"), "{message}");
+}

@@ -1,0 +1,62 @@
+//! Which device to run on, and what its memory holds.
+
+use crate::ModelError;
+use burn::tensor::{Device, DeviceKind, FloatDType};
+use std::panic::catch_unwind;
+
+/// The device named by `cpu`, `cuda`, `cuda:<index>`, `vulkan`, `metal` or `auto` (CUDA when there is one, else the CPU).
+///
+/// # Errors
+/// The name is unknown, or no such device answers.
+pub fn select_device(name: &str) -> Result<Device, ModelError> {
+    let unusable = |reason: &str| ModelError::NoDevice { device: name.into(), reason: reason.into() };
+    match name {
+        "cpu" => Ok(Device::flex()),
+        "auto" => Ok(probe(|| Device::cuda(0)).unwrap_or_else(Device::flex)),
+        "vulkan" | "metal" => {
+            let right_system = (name == "metal") == cfg!(target_os = "macos");
+            if !right_system {
+                return Err(unusable(if name == "metal" { "Metal is on macOS only" } else { "on macOS the GPU is reached as `metal`" }));
+            }
+            probe(|| Device::wgpu(DeviceKind::default())).ok_or_else(|| unusable("no GPU adapter answers; is its driver installed?"))
+        }
+        _ => {
+            let index = match name.strip_prefix("cuda") {
+                Some("") => Some(0),
+                Some(rest) => rest.strip_prefix(':').and_then(|index| index.parse::<usize>().ok()),
+                None => None,
+            };
+            let index = index.ok_or_else(|| unusable("known devices: auto, cpu, cuda, cuda:<index>, vulkan, metal"))?;
+            probe(|| Device::cuda(index)).ok_or_else(|| unusable("no CUDA device answers; is the NVIDIA driver installed and the index right?"))
+        }
+    }
+}
+
+/// Makes a device and waits for it. Runtimes panic when their driver is missing: that is an answer too.
+fn probe(device: impl FnOnce() -> Device + std::panic::UnwindSafe) -> Option<Device> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let found = catch_unwind(|| {
+        let device = device();
+        let ready = burn::tensor::Tensor::<1>::zeros([1], &device).try_into_data().is_ok();
+        ready.then_some(device)
+    });
+    std::panic::set_hook(hook);
+    found.ok().flatten()
+}
+
+/// The compute dtype for `auto`: bf16 on GPUs that have it, f32 elsewhere.
+pub fn default_compute_dtype(device: &Device) -> FloatDType {
+    match *device != Device::flex() && device.supports_dtype(FloatDType::BF16) {
+        true => FloatDType::BF16,
+        false => FloatDType::F32,
+    }
+}
+
+/// Bytes in use: of the device's allocator (in use, reserved), or of the process on the CPU (resident, twice).
+pub fn device_memory(device: &Device) -> Option<(u64, u64)> {
+    match device.memory_pool_usage() {
+        Some(usage) => Some((usage.bytes_in_use, usage.bytes_reserved)),
+        None => memory_stats::memory_stats().map(|stats| (stats.physical_mem as u64, stats.physical_mem as u64)),
+    }
+}

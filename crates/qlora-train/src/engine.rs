@@ -1,0 +1,193 @@
+//! One optimizer step: forward and backward over its micro-batches, clipping, AdamW.
+//!
+//! The loss of a step is the sum over all unmasked tokens of all its micro-batches, divided once by
+//! their number. Accumulating k micro-batches therefore gives the gradients of one batch k times
+//! the size, however the tokens are spread over them.
+
+use crate::data::Batch;
+use crate::error::TrainError;
+use crate::loss::{LabelledTokens, loss_sum};
+use burn::tensor::{FloatDType, Gradients, Tensor};
+use paged_optim::{AdamW, AdamWConfig, clip_factor, global_norm};
+use qlora_layers::{ActivationCheckpointing, LoraLinear, Pass, activation_checkpointing};
+use qlora_models::{Block, Decoder};
+
+/// What one optimizer step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutput {
+    /// Mean loss over the step's unmasked tokens, in nats.
+    pub loss: f64,
+    /// Global norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Unmasked tokens.
+    pub label_tokens: usize,
+}
+
+/// A model in training: its adapters, their optimizer, and how activations are kept.
+#[derive(Debug)]
+pub struct Engine {
+    model: Decoder,
+    optimizer: AdamW,
+    checkpointing: ActivationCheckpointing,
+    max_grad_norm: f32,
+}
+
+/// Gradients of the adapters by number: of `lora_a` and of `lora_b`, f32.
+type AdapterGrads = Vec<Option<[Tensor<2>; 2]>>;
+
+impl Engine {
+    /// Takes a model whose adapters are in place.
+    ///
+    /// # Errors
+    /// [`TrainError::NothingToTrain`] when it has no adapter.
+    pub fn new(mut model: Decoder, optimizer: AdamWConfig, max_grad_norm: f32, checkpointing: ActivationCheckpointing) -> Result<Self, TrainError> {
+        let shapes: Vec<[usize; 2]> = model.adapters().flat_map(|(_, adapter)| [adapter.lora_a.dims(), adapter.lora_b.dims()]).collect();
+        if shapes.is_empty() {
+            return Err(TrainError::NothingToTrain);
+        }
+        let optimizer = AdamW::new(optimizer, &shapes, model.device());
+        model.adapters_mut().for_each(|(_, adapter)| adapter.track());
+        Ok(Self { model, optimizer, checkpointing, max_grad_norm })
+    }
+
+    /// The model in its present state.
+    pub fn model(&self) -> &Decoder {
+        &self.model
+    }
+
+    /// The model, done with training.
+    pub fn into_model(self) -> Decoder {
+        self.model
+    }
+
+    /// The optimizer's state.
+    pub fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// The optimizer's state, to restore it.
+    pub fn optimizer_mut(&mut self) -> &mut AdamW {
+        &mut self.optimizer
+    }
+
+    /// One optimizer step over `micro_batches`. `seed` picks this step's dropout masks.
+    ///
+    /// # Errors
+    /// No micro-batch has an unmasked token, the loss or the gradients are not finite (the adapters are
+    /// unchanged then), or the device fails.
+    pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
+        let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
+        let label_tokens: usize = labelled.iter().map(LabelledTokens::len).sum();
+        if label_tokens == 0 {
+            return Err(TrainError::NoLabels);
+        }
+        let mut grads: AdapterGrads = vec![None; self.model.adapters().count()];
+        let mut losses = Vec::with_capacity(micro_batches.len());
+        for (micro_step, (batch, labelled)) in micro_batches.iter().zip(&labelled).enumerate() {
+            if labelled.len() > 0 {
+                let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
+                losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
+            }
+        }
+        let present: Vec<&Tensor<2>> = grads.iter().flatten().flatten().collect();
+        if present.is_empty() {
+            return Err(TrainError::NothingToTrain);
+        }
+        // One read-back for both numbers: it is what waits for the device.
+        let norm = global_norm(present);
+        let loss = Tensor::cat(losses, 0).sum();
+        let read = Tensor::cat(vec![loss, norm], 0).try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
+        let (loss, norm) = (read[0], read[1]);
+        if !loss.is_finite() || !norm.is_finite() {
+            return Err(TrainError::NotFinite { loss, grad_norm: norm, learning_rate });
+        }
+        self.update(grads, clip_factor(norm, self.max_grad_norm), learning_rate);
+        Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(norm), label_tokens })
+    }
+
+    /// Mean loss over the unmasked tokens of `batches`, and their number, without training.
+    ///
+    /// # Errors
+    /// No batch has an unmasked token, or the device fails.
+    pub fn evaluate<'a>(&self, batches: impl IntoIterator<Item = &'a Batch>) -> Result<(f64, usize), TrainError> {
+        let (mut sum, mut tokens) = (0.0, 0);
+        for batch in batches {
+            let labelled = LabelledTokens::new(batch);
+            if labelled.len() == 0 {
+                continue;
+            }
+            let sequence = self.model.sequence(batch.rows, batch.cols, 0);
+            let x = self.model.embed(&batch.input_ids);
+            let x = self.model.blocks().iter().fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
+            let loss = loss_sum(&self.model, x, &labelled, Pass::INFERENCE);
+            let loss = loss.try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
+            sum += f64::from(loss[0]);
+            tokens += labelled.len();
+        }
+        match tokens {
+            0 => Err(TrainError::NoLabels),
+            _ => Ok((sum / tokens as f64, tokens)),
+        }
+    }
+
+    /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.
+    fn forward_backward(&self, batch: &Batch, labelled: &LabelledTokens, label_tokens: usize, pass: Pass, grads: &mut AdapterGrads) -> Tensor<1> {
+        let model = &self.model;
+        let sequence = model.sequence(batch.rows, batch.cols, 0);
+        let x = model.embed(&batch.input_ids);
+        let run = |block: &Block, x: Tensor<2>, pass: Pass| model.run_block(block, x, &sequence, pass);
+        let head_loss = |x: Tensor<2>| loss_sum(model, x, labelled, pass).div_scalar(label_tokens as f32);
+        let mut collect = |linears: &mut dyn Iterator<Item = &LoraLinear>, from: &mut Gradients| {
+            for adapter in linears.filter_map(|linear| linear.adapter.as_ref()) {
+                let factors = [&adapter.lora_a, &adapter.lora_b].map(|factor| factor.grad_remove(from));
+                if let [Some(grad_a), Some(grad_b)] = factors {
+                    let slot = &mut grads[adapter.index as usize];
+                    *slot = Some(match slot.take() {
+                        Some([sum_a, sum_b]) => [sum_a + grad_a, sum_b + grad_b],
+                        None => [grad_a, grad_b],
+                    });
+                }
+            }
+        };
+        match self.checkpointing {
+            ActivationCheckpointing::None => {
+                let x = model.blocks().iter().fold(x, |x, block| run(block, x, pass));
+                let loss = head_loss(x);
+                let mut from = loss.backward();
+                collect(&mut model.linears().map(|(_, linear)| linear), &mut from);
+                loss.without_autodiff()
+            }
+            ActivationCheckpointing::Full => {
+                let (x, inputs) = activation_checkpointing::forward(model.blocks(), x, pass, run);
+                let x = x.autodiff().require_grad();
+                let loss = head_loss(x.clone());
+                let mut from = loss.backward();
+                let grad = x.grad_remove(&mut from);
+                collect(&mut model.lm_head().into_iter(), &mut from);
+                drop(from);
+                if let Some(grad) = grad {
+                    activation_checkpointing::backward(model.blocks(), inputs, grad, pass, run, |block, from| {
+                        collect(&mut block.linears().map(|(_, linear)| linear), from);
+                    });
+                }
+                loss.without_autodiff()
+            }
+        }
+    }
+
+    /// Clips and applies the gradients. An adapter that no gradient reached stays as it is.
+    fn update(&mut self, grads: AdapterGrads, factor: f32, learning_rate: f64) {
+        self.optimizer.begin_step();
+        let optimizer = &mut self.optimizer;
+        for ((_, adapter), grads) in self.model.adapters_mut().zip(grads) {
+            let Some(grads) = grads else { continue };
+            let index = 2 * adapter.index as usize;
+            for (offset, (param, grad)) in [&mut adapter.lora_a, &mut adapter.lora_b].into_iter().zip(grads).enumerate() {
+                let grad = if factor < 1.0 { grad.mul_scalar(factor) } else { grad };
+                debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 factors are f32");
+                *param = optimizer.update(index + offset, param.clone().without_autodiff(), grad, learning_rate);
+            }
+            adapter.track();
+        }
+    }
+}
