@@ -1,0 +1,313 @@
+//! Chat templates: the Jinja text of a checkpoint that turns messages into one prompt.
+//!
+//! The environment is the one that transformers builds (`utils/chat_template_utils.py`):
+//! `trim_blocks`, `lstrip_blocks`, loop controls, Python's string and dict methods, `tojson` as
+//! `json.dumps` writes it, `raise_exception`, `strftime_now`, and the `{% generation %}` tag that
+//! marks what an assistant writes.
+//!
+//! A template comes from a downloaded file, so it gets a budget: the number of executed
+//! instructions and the data it may create are bounded (see [`FUEL`]), and so is recursion. A
+//! template that loops ends in an error, not in a hang. Two holes are the engine's and remain:
+//! joining a list that holds itself many times over to a string with `~` is paid for after it is
+//! written, and freeing a list nested tens of thousands deep recurses. No template that means to
+//! write a prompt does either.
+
+mod generation;
+mod json;
+mod python;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::ops::Range;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::Map;
+
+use crate::error::ModelError;
+
+/// What one rendering may cost: one unit for each instruction and each 64 bytes created. A
+/// conversation of a thousand turns takes less than a hundredth of it; spending all of it takes
+/// about a second.
+const FUEL: u64 = 30_000_000;
+
+/// Depth of nested calls, blocks and includes: half of what the engine allows, as rendering runs
+/// on threads with small stacks.
+const RECURSION_LIMIT: usize = 250;
+
+const NAME: &str = "chat_template";
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "serde_json::Value")]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`, `tool`, or what else the template knows.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+    /// Further keys of the message, e.g. `tool_calls`, passed on to the template.
+    #[serde(flatten)]
+    pub extra: Map<String, serde_json::Value>,
+}
+
+impl Message {
+    /// A message with no further keys.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), extra: Map::new() }
+    }
+
+    /// A message of the user.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::new("user", content)
+    }
+
+    /// A message of the assistant.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::new("assistant", content)
+    }
+
+    /// A system message.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::new("system", content)
+    }
+}
+
+/// Reads `{"role": .., "content": .., ..}`. Content may be a string, a list of text parts, or,
+/// beside `tool_calls`, nothing. The error says in words what is wrong.
+impl TryFrom<serde_json::Value> for Message {
+    type Error = String;
+
+    fn try_from(value: serde_json::Value) -> Result<Self, String> {
+        use serde_json::Value as Json;
+        let Json::Object(mut extra) = value else {
+            return Err("a message must be an object with `role` and `content`".into());
+        };
+        let role = match extra.shift_remove("role") {
+            Some(Json::String(role)) if !role.is_empty() => role,
+            Some(_) => return Err("`role` must be a string that is not empty".into()),
+            None => return Err("a message has no `role`".into()),
+        };
+        let content = match extra.shift_remove("content") {
+            Some(Json::String(text)) => text,
+            Some(Json::Null) | None if extra.contains_key("tool_calls") => String::new(),
+            None => return Err(format!("the message of `{role}` has no `content`")),
+            Some(Json::Array(parts)) => parts
+                .iter()
+                .map(|part| match part.get("text") {
+                    Some(Json::String(text)) => Ok(text.as_str()),
+                    _ => Err(format!("the message of `{role}` has a part that is not text")),
+                })
+                .collect::<Result<String, String>>()?,
+            Some(_) => return Err(format!("`content` of `{role}` must be a string")),
+        };
+        Ok(Self { role, content, extra })
+    }
+}
+
+/// The special tokens a template can name: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialTokens(BTreeMap<String, String>);
+
+impl SpecialTokens {
+    /// The text of a special token, by its name in `tokenizer_config.json`.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    /// Adds a token under a name that has none yet.
+    pub fn insert_if_missing(&mut self, name: &str, text: String) {
+        self.0.entry(name.to_owned()).or_insert(text);
+    }
+}
+
+impl<K: Into<String>, V: Into<String>> FromIterator<(K, V)> for SpecialTokens {
+    fn from_iter<I: IntoIterator<Item = (K, V)>>(pairs: I) -> Self {
+        let pairs = pairs.into_iter().map(|(k, v)| (k.into(), v.into()));
+        Self(pairs.collect())
+    }
+}
+
+/// What a template is rendered with.
+#[derive(Clone, Copy, Debug)]
+pub struct ChatInput<'a> {
+    /// The conversation.
+    pub messages: &'a [Message],
+    /// Descriptions of the tools the assistant may call.
+    pub tools: Option<&'a serde_json::Value>,
+    /// Whether the prompt ends with the header of an assistant's turn.
+    pub add_generation_prompt: bool,
+    /// The tokenizer's special tokens.
+    pub special_tokens: &'a SpecialTokens,
+}
+
+/// A compiled chat template.
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    source: String,
+    env: Environment<'static>,
+    has_generation_tags: bool,
+}
+
+impl ChatTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// [`ModelError::TemplateSyntax`] with the engine's message and line.
+    pub fn new(source: impl Into<String>) -> Result<Self, ModelError> {
+        let source = source.into();
+        let fail = |problem: String| ModelError::TemplateSyntax { problem };
+        if source.len() > MAX_TEMPLATE {
+            return Err(fail(format!("longer than {MAX_TEMPLATE} bytes")));
+        }
+        let rewritten = generation::rewrite(&source);
+        if rewritten.longest_tag > MAX_TAG {
+            return Err(fail(format!("a tag is longer than {MAX_TAG} bytes")));
+        }
+        let has_generation_tags = rewritten.has_generation_tags;
+        let env = compile(rewritten.source).map_err(fail)?;
+        Ok(Self { source, env, has_generation_tags })
+    }
+
+    /// The template's text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Whether the template marks what an assistant writes with `{% generation %}`.
+    pub fn has_generation_tags(&self) -> bool {
+        self.has_generation_tags
+    }
+
+    /// Writes a conversation as one text.
+    ///
+    /// # Errors
+    /// [`ModelError::TemplateRefused`] if the template calls `raise_exception`,
+    /// [`ModelError::TemplateRender`] for anything else that goes wrong.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        special_tokens: &SpecialTokens,
+    ) -> Result<String, ModelError> {
+        self.render_input(&ChatInput { messages, tools: None, add_generation_prompt, special_tokens })
+    }
+
+    /// As [`ChatTemplate::render`], with everything a template can be given.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_input(&self, input: &ChatInput) -> Result<String, ModelError> {
+        self.run(input, false)
+    }
+
+    /// Writes a conversation and gives the byte ranges of the text that lie between
+    /// `{% generation %}` and `{% endgeneration %}`, in order.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`], and if the marks can't be followed through the template
+    /// because it cuts up or rewrites the marked text.
+    pub fn render_marked(&self, input: &ChatInput) -> Result<(String, Vec<Range<usize>>), ModelError> {
+        let text = self.run(input, false)?;
+        let (stripped, spans) = generation::take_marks(&self.run(input, true)?)
+            .map_err(|problem| ModelError::TemplateRender { problem })?;
+        if stripped != text {
+            return Err(ModelError::TemplateRender {
+                problem: "the text between its `generation` tags can't be followed to the output".into(),
+            });
+        }
+        Ok((text, spans))
+    }
+
+    fn run(&self, input: &ChatInput, mark: bool) -> Result<String, ModelError> {
+        let special = input.special_tokens.0.iter();
+        let context = special.map(|(name, text)| (name.as_str(), Value::from(text.as_str()))).chain([
+            ("messages", Value::from(Serde(input.messages))),
+            ("tools", Value::from(Serde(input.tools))),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(input.add_generation_prompt)),
+            (generation::SWITCH, Value::from(mark)),
+        ]);
+        let context = Value::from_pairs(context);
+        self.env.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
+    }
+}
+
+/// The engine's parser recurses along chains of operators and `elif`s, so the length of a template
+/// bounds the stack it takes; about a kilobyte for each of 32,768 signs.
+const COMPILE_STACK: usize = 128 << 20;
+const MAX_TAG: usize = 32 << 10;
+const MAX_TEMPLATE: usize = 256 << 10;
+
+/// Compiles on a thread of its own, whose stack is large enough for any template in the bounds.
+fn compile(source: String) -> Result<Environment<'static>, String> {
+    let run = || {
+        let mut env = environment();
+        env.add_template_owned(NAME, source).map_err(|e| e.to_string())?;
+        Ok(env)
+    };
+    std::thread::Builder::new()
+        .stack_size(COMPILE_STACK)
+        .spawn(run)
+        .map_err(|e| format!("can't start a thread to compile it: {e}"))?
+        .join()
+        .map_err(|_| "the template engine failed on it".to_owned())?
+}
+
+/// What `raise_exception` was called with, found again in the error's chain of sources.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refusal(String);
+
+fn describe(error: minijinja::Error) -> ModelError {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(current) = source {
+        if let Some(Refusal(message)) = current.downcast_ref() {
+            return ModelError::TemplateRefused { message: message.clone() };
+        }
+        source = current.source();
+    }
+    let problem = match error.kind() {
+        ErrorKind::OutOfFuel => "it takes too long or writes too much: does it end?".into(),
+        _ => error.to_string(),
+    };
+    ModelError::TemplateRender { problem }
+}
+
+/// The environment of transformers' `_cached_compile_jinja_template`.
+fn environment() -> Environment<'static> {
+    let mut env = Environment::new();
+    let mut syntax = SyntaxConfig::builder();
+    syntax.trim_blocks(true).lstrip_blocks(true);
+    // Building fails on delimiters that clash; these are Jinja's own.
+    if let Ok(syntax) = syntax.build() {
+        env.set_syntax(syntax);
+    }
+    env.set_auto_escape_callback(|_| AutoEscape::None);
+    env.set_debug(false);
+    env.set_fuel(Some(FUEL));
+    env.set_recursion_limit(RECURSION_LIMIT);
+    env.set_unknown_method_callback(python::method);
+    env.set_formatter(|out, state, value| {
+        match value.as_str() {
+            Some(text) => out.write_str(text)?,
+            None => out.write_str(&python::to_text(state, value)?)?,
+        }
+        Ok(())
+    });
+    env.add_filter("string", |state: &State, value: &Value| python::to_text(state, value));
+    env.add_filter("tojson", json::tojson);
+    env.add_function("raise_exception", |message: String| -> Result<Value, _> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Refusal(message)))
+    });
+    env.add_function("strftime_now", |format: String| {
+        let mut text = String::new();
+        // chrono reports an unknown field through the formatter.
+        write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
+            minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: unknown field in {format:?}"))
+        })?;
+        Ok::<_, minijinja::Error>(text)
+    });
+    env
+}
