@@ -68,21 +68,12 @@ impl DataConfig {
             return fail("train", "is missing; give the path of a JSONL file".into());
         }
         if self.max_length < 2 {
-            return fail(
-                "max_length",
-                format!(
-                    "= {} leaves no token to predict; give 2 or more",
-                    self.max_length
-                ),
-            );
+            return fail("max_length", format!("= {} leaves no token to predict; give 2 or more", self.max_length));
         }
         if !(0.0..1.0).contains(&self.eval_fraction) {
             return fail(
                 "eval_fraction",
-                format!(
-                    "= {} is out of range; give a number from 0 to below 1",
-                    self.eval_fraction
-                ),
+                format!("= {} is out of range; give a number from 0 to below 1", self.eval_fraction),
             );
         }
         Ok(())
@@ -126,9 +117,7 @@ impl Format {
                  (or `conversations`: a list of objects with `from` and `value`)"
             }
             Self::PromptCompletion => "an object with the strings `prompt` and `completion`",
-            Self::Alpaca => {
-                "an object with the strings `instruction`, `output` and optionally `input`"
-            }
+            Self::Alpaca => "an object with the strings `instruction`, `output` and optionally `input`",
             Self::Text => "an object with the string `text`",
         }
     }

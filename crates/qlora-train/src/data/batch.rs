@@ -1,0 +1,223 @@
+//! Rows into batches, in an order that can be found again.
+//!
+//! The order of an epoch is a function of the seed and the epoch's number: nothing is carried from
+//! one epoch to the next, so a run that stopped continues at any batch of any epoch without going
+//! through those before. The generator is ChaCha8 and the shuffle is written out here, so the order
+//! stays the same on every machine and with every version of a library.
+
+use std::cmp::Reverse;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use super::{DataConfig, Example, MASKED_LABEL};
+
+/// With `group_by_length`, rows are sorted within this many batches.
+const GROUP: usize = 50;
+
+/// Rows padded to the same length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, row after row, padded on the right.
+    pub input_ids: Vec<u32>,
+    /// Labels, row after row, padded with [`MASKED_LABEL`].
+    pub labels: Vec<i64>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Tokens of the longest row.
+    pub cols: usize,
+    /// Tokens of each row, without padding.
+    pub lengths: Vec<usize>,
+}
+
+impl Batch {
+    /// Puts rows side by side.
+    ///
+    /// # Shapes
+    /// `input_ids` and `labels` are `[rows, cols]`, row-major.
+    pub fn new<'a>(examples: impl IntoIterator<Item = &'a Example>, pad_id: u32) -> Self {
+        let examples: Vec<_> = examples.into_iter().collect();
+        let lengths: Vec<_> = examples.iter().map(|e| e.input_ids.len()).collect();
+        let (rows, cols) = (examples.len(), lengths.iter().copied().max().unwrap_or(0));
+        let mut input_ids = Vec::with_capacity(rows * cols);
+        let mut labels = Vec::with_capacity(rows * cols);
+        for (index, example) in examples.iter().enumerate() {
+            input_ids.extend_from_slice(&example.input_ids);
+            input_ids.resize((index + 1) * cols, pad_id);
+            labels.extend_from_slice(&example.labels);
+            labels.resize((index + 1) * cols, MASKED_LABEL);
+        }
+        Self { input_ids, labels, rows, cols, lengths }
+    }
+
+    /// Tokens that the loss counts: labels but the first of each row, as the model predicts the
+    /// next token.
+    pub fn label_tokens(&self) -> usize {
+        let rows = self.labels.chunks(self.cols.max(1));
+        rows.flat_map(|row| row.iter().skip(1)).filter(|label| **label != MASKED_LABEL).count()
+    }
+}
+
+/// Where a run stands in the data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Passes over the rows that are finished.
+    pub epoch: usize,
+    /// Batches of the current pass that are finished.
+    pub batch: usize,
+}
+
+/// Which rows go into which batch.
+#[derive(Clone, Debug)]
+pub struct BatchOrder {
+    lengths: Vec<usize>,
+    batch_size: usize,
+    seed: u64,
+    pad_id: u32,
+    shuffle: bool,
+    group_by_length: bool,
+}
+
+impl BatchOrder {
+    /// The order that a configuration asks for. A `batch_size` of 0 is taken as 1.
+    pub fn new(examples: &[Example], config: &DataConfig, batch_size: usize, seed: u64, pad_id: u32) -> Self {
+        Self {
+            shuffle: config.shuffle,
+            group_by_length: config.group_by_length,
+            seed,
+            ..Self::in_file_order(examples, batch_size, pad_id)
+        }
+    }
+
+    /// The rows as they come, for evaluation.
+    pub fn in_file_order(examples: &[Example], batch_size: usize, pad_id: u32) -> Self {
+        Self {
+            lengths: examples.iter().map(|e| e.input_ids.len()).collect(),
+            batch_size: batch_size.max(1),
+            seed: 0,
+            pad_id,
+            shuffle: false,
+            group_by_length: false,
+        }
+    }
+
+    /// Batches in one epoch; the last one may hold fewer rows.
+    pub fn batches_per_epoch(&self) -> usize {
+        self.lengths.len().div_ceil(self.batch_size)
+    }
+
+    /// Indices of the rows of each batch of an epoch.
+    pub fn rows(&self, epoch: usize) -> Vec<Vec<usize>> {
+        let count = self.lengths.len();
+        let mut order = match self.shuffle {
+            true => permutation(count, self.seed, Purpose::Rows, epoch as u64),
+            false => (0..count).collect(),
+        };
+        if !self.group_by_length {
+            return order.chunks(self.batch_size).map(<[_]>::to_vec).collect();
+        }
+        // Sorted within groups, so that batches hold rows of similar length and still change
+        // from epoch to epoch; the sort is stable, so equal lengths keep the random order.
+        for group in order.chunks_mut(self.batch_size * GROUP) {
+            group.sort_by_key(|row| Reverse(self.lengths[*row]));
+        }
+        let mut batches: Vec<_> = order.chunks(self.batch_size).map(<[_]>::to_vec).collect();
+        if self.shuffle {
+            let order = permutation(batches.len(), self.seed, Purpose::Batches, epoch as u64);
+            batches = order.iter().map(|&i| batches[i].clone()).collect();
+        }
+        // A batch that does not fit in memory should fail at the start.
+        let longest = |batch: &Vec<usize>| batch.iter().map(|row| self.lengths[*row]).max();
+        if epoch == 0
+            && let Some((index, _)) =
+                batches.iter().enumerate().max_by_key(|(index, batch)| (longest(batch), Reverse(*index)))
+        {
+            batches[..=index].rotate_right(1);
+        }
+        batches
+    }
+
+    /// All batches of an epoch, made from the rows this order was created for.
+    pub fn epoch(&self, examples: &[Example], epoch: usize) -> Vec<Batch> {
+        let rows = self.rows(epoch);
+        rows.iter().map(|rows| self.batch(examples, rows)).collect()
+    }
+
+    /// The batches from a position on, epoch after epoch; endless unless there are no rows.
+    pub fn batches_from<'a>(&'a self, examples: &'a [Example], position: Position) -> Batches<'a> {
+        Batches { order: self, examples, rows: self.rows(position.epoch), position }
+    }
+
+    fn batch(&self, examples: &[Example], rows: &[usize]) -> Batch {
+        Batch::new(rows.iter().filter_map(|row| examples.get(*row)), self.pad_id)
+    }
+}
+
+/// Batches one after the other; see [`BatchOrder::batches_from`].
+#[derive(Clone, Debug)]
+pub struct Batches<'a> {
+    order: &'a BatchOrder,
+    examples: &'a [Example],
+    rows: Vec<Vec<usize>>,
+    position: Position,
+}
+
+impl Batches<'_> {
+    /// Where the next batch stands: what a training checkpoint has to keep.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+}
+
+impl Iterator for Batches<'_> {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        if self.rows.is_empty() {
+            return None;
+        }
+        // A position may lie at the end of an epoch, or, after the batch size grew, beyond it.
+        if self.position.batch >= self.rows.len() {
+            self.position = Position { epoch: self.position.epoch + 1, batch: 0 };
+            self.rows = self.order.rows(self.position.epoch);
+        }
+        let batch = self.order.batch(self.examples, &self.rows[self.position.batch]);
+        self.position.batch += 1;
+        Some(batch)
+    }
+}
+
+/// What a random order is for: each use draws from a stream of its own.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Purpose {
+    Rows = 1,
+    Batches = 2,
+    Split = 3,
+}
+
+/// A random order of `0..count`: Fisher-Yates, driven by ChaCha8 with the seed, the purpose and
+/// the epoch as its key.
+pub(super) fn permutation(count: usize, seed: u64, purpose: Purpose, epoch: u64) -> Vec<usize> {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(&(purpose as u64).to_le_bytes());
+    key[16..24].copy_from_slice(&epoch.to_le_bytes());
+    let mut rng = ChaCha8Rng::from_seed(key);
+    let mut order: Vec<usize> = (0..count).collect();
+    for last in (1..count).rev() {
+        order.swap(last, below(&mut rng, last as u64 + 1) as usize);
+    }
+    order
+}
+
+/// A uniform number below `bound` (Lemire 2019, arXiv 1805.10941, algorithm 5).
+fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
+    let threshold = bound.wrapping_neg() % bound;
+    loop {
+        let product = u128::from(rng.next_u64()) * u128::from(bound);
+        if product as u64 >= threshold {
+            return (product >> 64) as u64;
+        }
+    }
+}
