@@ -94,7 +94,7 @@ impl RowEncoder<'_> {
         let model_error = |error: ModelError| row_error(error.to_string());
         if self.config.loss_on == LossOn::All {
             let text = template.render_input(input).map_err(model_error)?;
-            let spans = Vec::from([0..text.len()]);
+            let spans = std::iter::once(0..text.len()).collect();
             return Ok(Rendered { text, spans });
         }
         spans::render(template, input).map_err(|error| match error {
