@@ -5,6 +5,7 @@
 
 use super::flex::{dequantize_then_input_grad, dequantize_then_linear};
 use super::{Layout4bit, QloraOps, dropout_threshold};
+use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::{cast, into_contiguous};

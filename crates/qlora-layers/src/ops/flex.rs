@@ -3,7 +3,7 @@
 use super::{Layout4bit, QloraOps, dropout_hash, dropout_threshold};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Flex};
+use burn::backend::Flex;
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};

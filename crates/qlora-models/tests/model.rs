@@ -1,0 +1,187 @@
+//! Loading, generation with the cache, adapters and their merge, on the reference checkpoint.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+use adapter_io::Adapter;
+use burn::tensor::{Device, FloatDType, Tensor};
+use nf4_quant::QuantConfig;
+use qlora_layers::{LoraConfig, Pass, TargetModules};
+use qlora_models::{Decoder, GenerateOptions, KvCache, LoadOptions, ModelConfig, ModelError, generate};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+fn reference(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference").join(name)
+}
+
+fn load(dir: &Path, quantization: Option<QuantConfig>) -> Result<Decoder, ModelError> {
+    Decoder::load(dir, LoadOptions { quantization, dtype: FloatDType::F32 }, &Device::flex(), &mut |_| {})
+}
+
+fn values(tensor: Tensor<2>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len());
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert!((found - expected).abs() <= tolerance, "element {i}: {found} against {expected}");
+    }
+}
+
+#[test]
+fn loading_reports_progress_up_to_the_whole_checkpoint() {
+    let mut seen = Vec::new();
+    let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
+    Decoder::load(&reference("tiny-llama"), options, &Device::flex(), &mut |p| seen.push((p.loaded_bytes, p.total_bytes))).unwrap();
+    assert!(seen.is_sorted());
+    let (last, total) = *seen.last().unwrap();
+    assert_eq!(last, total);
+}
+
+#[test]
+fn a_quantized_model_is_an_eighth_of_f32_in_its_linear_layers() {
+    let dense = load(&reference("tiny-llama"), None).unwrap();
+    let quantized = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
+    let bytes = |model: &Decoder| model.linears().map(|(_, linear)| linear.base.device_bytes()).sum::<usize>() as f64;
+    // 4.127 bits of 32 (QLoRA, section 3); short last nested blocks of small layers add a little.
+    let ratio = bytes(&quantized) / bytes(&dense) * 32.0;
+    assert!((4.125..4.15).contains(&ratio), "{ratio} bits per weight");
+}
+
+#[test]
+fn the_cache_gives_the_logits_of_the_whole_sequence() {
+    let model = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
+    let ids = [5, 900, 33, 2047, 1, 77, 4000];
+    let vocab = model.config().vocab_size;
+    let whole = values(model.forward(&ids, 1, Pass::INFERENCE));
+    // A prompt of three, then token by token.
+    let mut cache = KvCache::new();
+    let mut found = values(model.forward_cached(&ids[..3], &mut cache));
+    for id in &ids[3..] {
+        found.extend(values(model.forward_cached(&[*id], &mut cache)));
+    }
+    assert_eq!(cache.len(), ids.len());
+    // Sums over 256 to 688 terms in another order, logits of order 10: some 1e-5.
+    assert_close(&found, &whole[2 * vocab..], 1e-4);
+}
+
+#[test]
+fn rows_of_a_batch_do_not_touch_each_other() {
+    let model = load(&reference("tiny-llama"), None).unwrap();
+    let (first, second) = ([5u32, 6, 7, 8], [90u32, 91, 92, 93]);
+    let both: Vec<u32> = first.iter().chain(&second).copied().collect();
+    let alone = [values(model.forward(&first, 1, Pass::INFERENCE)), values(model.forward(&second, 1, Pass::INFERENCE))].concat();
+    assert_close(&values(model.forward(&both, 2, Pass::INFERENCE)), &alone, 1e-4);
+}
+
+#[test]
+fn generation_stops_at_a_stop_id() {
+    let model = load(&reference("tiny-llama"), None).unwrap();
+    let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
+    let free = generate(&model, &[5, 6, 7], &options, |_| {}).unwrap();
+    assert_eq!((free.ids.len(), free.stopped), (8, false));
+    let stop = free.ids[3];
+    let first = free.ids.iter().position(|id| *id == stop).unwrap();
+    let mut streamed = Vec::new();
+    let stopped = generate(&model, &[5, 6, 7], &GenerateOptions { stop_ids: vec![stop], ..options }, |id| streamed.push(id)).unwrap();
+    assert_eq!((&stopped.ids[..], stopped.stopped), (&free.ids[..=first], true));
+    assert_eq!(streamed, stopped.ids);
+    assert!(matches!(generate(&model, &[], &GenerateOptions::default(), |_| {}), Err(ModelError::EmptyPrompt)));
+}
+
+#[test]
+fn an_adapter_survives_export_and_load() {
+    let mut model = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
+    let adapter = Adapter::load(&reference("qlora/final_adapter_f32")).unwrap();
+    model.load_adapter(&adapter).unwrap();
+    let lora = LoraConfig { rank: adapter.config.r, alpha: adapter.config.lora_alpha as f32, ..Default::default() };
+    let exported = model.export_adapter(&lora, "tiny-llama", None).unwrap();
+    assert_eq!(exported.tensors, adapter.tensors);
+    let logits = values(model.forward(&[1, 2, 3], 1, Pass::INFERENCE));
+    let mut again = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
+    again.load_adapter(&exported).unwrap();
+    assert_eq!(values(again.forward(&[1, 2, 3], 1, Pass::INFERENCE)), logits);
+}
+
+#[test]
+fn merging_is_refused_on_4_bits_and_exact_on_the_dense_base() {
+    let adapter = Adapter::load(&reference("qlora/final_adapter_f32")).unwrap();
+    let mut quantized = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
+    quantized.load_adapter(&adapter).unwrap();
+    assert!(matches!(quantized.merge_adapters(), Err(ModelError::MergeQuantized { .. })));
+    assert!(quantized.num_trainable() > 0, "a refused merge leaves the adapter");
+
+    let mut dense = load(&reference("tiny-llama"), None).unwrap();
+    dense.load_adapter(&adapter).unwrap();
+    let apart = values(dense.forward(&[1, 2, 3], 1, Pass::INFERENCE));
+    dense.merge_adapters().unwrap();
+    assert_eq!(dense.num_trainable(), 0);
+    // W + BA rounded to f32 against two products: some 1e-5 on logits of order 10.
+    assert_close(&values(dense.forward(&[1, 2, 3], 1, Pass::INFERENCE)), &apart, 2e-4);
+}
+
+#[test]
+fn targets_that_match_nothing_list_what_there_is() {
+    let mut model = load(&reference("tiny-llama"), None).unwrap();
+    let config = LoraConfig { target_modules: TargetModules::Names(vec!["query_key_value".into()]), ..Default::default() };
+    let message = model.attach_lora(&config, 0).unwrap_err().to_string();
+    assert!(message.contains("query_key_value") && message.contains("q_proj") && message.contains("down_proj"), "{message}");
+}
+
+/// A copy of the reference checkpoint with an edited `config.json`.
+fn edited(edit: impl FnOnce(&mut Value)) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let source = reference("tiny-llama");
+    std::fs::copy(source.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(source.join("config.json")).unwrap()).unwrap();
+    edit(&mut config);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    dir
+}
+
+fn failure(edit: impl FnOnce(&mut Value)) -> String {
+    load(edited(edit).path(), None).unwrap_err().to_string()
+}
+
+#[test]
+fn bad_configurations_name_the_field_and_the_cure() {
+    let unknown = failure(|c| c["model_type"] = json!("mamba"));
+    assert!(unknown.contains("config.json") && unknown.contains("mamba") && unknown.contains("llama"), "{unknown}");
+    let activation = failure(|c| c["hidden_act"] = json!("gelu"));
+    assert!(activation.contains("hidden_act") && activation.contains("silu"), "{activation}");
+    let heads = failure(|c| c["num_key_value_heads"] = json!(3));
+    assert!(heads.contains("num_key_value_heads"), "{heads}");
+    let rope = failure(|c| c["rope_parameters"]["rope_type"] = json!("yarn"));
+    assert!(rope.contains("rope_parameters.rope_type") && rope.contains("yarn"), "{rope}");
+    let missing = failure(|c| {
+        c.as_object_mut().unwrap().remove("hidden_size");
+    });
+    assert!(missing.contains("hidden_size"), "{missing}");
+}
+
+#[test]
+fn a_tensor_of_another_shape_is_named() {
+    let message = failure(|c| c["intermediate_size"] = json!(700));
+    assert!(message.contains("gate_proj") && message.contains("700") && message.contains("688"), "{message}");
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    let message = failure(|c| c["num_hidden_layers"] = json!(7));
+    assert!(message.contains("model.layers.6"), "{message}");
+}
+
+#[test]
+fn older_rope_keys_mean_the_same() {
+    let path = Path::new("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(reference("tiny-llama/config.json")).unwrap()).unwrap();
+    let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
+    config["rope_parameters"] = scaling.clone();
+    config["rope_parameters"]["rope_theta"] = json!(500000.0);
+    let new = ModelConfig::from_json(&config, path).unwrap();
+    config.as_object_mut().unwrap().remove("rope_parameters");
+    config["rope_scaling"] = scaling;
+    config["rope_theta"] = json!(500000.0);
+    let old = ModelConfig::from_json(&config, path).unwrap();
+    assert_eq!((old.rope_theta, old.rope_scaling), (new.rope_theta, new.rope_scaling));
+}
