@@ -1,6 +1,6 @@
 //! The crate's error type.
 
-use crate::{FloatFormat, QuantType};
+use crate::FloatFormat;
 
 /// What can go wrong when weights are quantized, dequantized or described.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -76,14 +76,22 @@ pub enum QuantError {
         num_elements: usize,
     },
     /// More elements than the kernels can index.
-    #[error("{num_elements} elements exceed the {limit} that {quant_type} kernels index: split the tensor")]
+    #[error("{num_elements} elements exceed the {limit} that the kernels index: split the tensor")]
     TooLarge {
         /// Elements of the weight.
         num_elements: usize,
         /// The most elements the kernels index.
         limit: usize,
-        /// Codebook in use.
-        quant_type: QuantType,
+    },
+    /// A device buffer is smaller than its content.
+    #[error("device buffer `{name}` has {actual} bytes where {expected} are needed")]
+    BufferSize {
+        /// The buffer: `codes`, `absmax`, `nested_absmax`, `input`, `out`.
+        name: &'static str,
+        /// The bytes that the number of elements and the blocksize ask for.
+        expected: usize,
+        /// The bytes found.
+        actual: usize,
     },
     /// The device failed to run a kernel or to hand back a buffer.
     #[error("{runtime}: {message}")]
