@@ -297,6 +297,8 @@ fn environment() -> Environment<'static> {
         Ok(())
     });
     env.add_filter("string", |state: &State, value: &Value| python::to_text(state, value));
+    env.add_test("iterable", python::is_iterable);
+    env.add_test("sequence", python::is_sequence);
     env.add_filter("tojson", json::tojson);
     env.add_function("raise_exception", |message: String| -> Result<Value, _> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Refusal(message)))

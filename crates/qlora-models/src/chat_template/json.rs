@@ -7,7 +7,7 @@
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::python::MAX_DEPTH;
+use super::python::{self, MAX_DEPTH};
 
 /// The filter.
 pub fn tojson(state: &State, value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
@@ -167,30 +167,12 @@ fn key_text(key: &Value) -> Result<String, Error> {
     }
 }
 
-/// A number as Python's `repr` writes it.
+/// A number as `json.dumps` writes it: as `repr`, but for what JSON does not know.
 fn number(value: &Value) -> Result<String, Error> {
-    if value.is_integer() {
-        return Ok(value.to_string());
-    }
-    let x = f64::try_from(value.clone())?;
-    Ok(if x.is_nan() {
-        "NaN".into()
-    } else if x.is_infinite() {
-        if x > 0.0 { "Infinity" } else { "-Infinity" }.into()
-    } else {
-        // Both languages write the shortest digits that read back the same, and switch to an
-        // exponent below 1e-4 and from 1e16; Python gives it a sign and two digits.
-        let text = format!("{x:?}");
-        match text.split_once('e') {
-            None => text,
-            Some((digits, exponent)) => {
-                let (sign, exponent) = match exponent.strip_prefix('-') {
-                    Some(exponent) => ('-', exponent),
-                    None => ('+', exponent),
-                };
-                let digits = digits.strip_suffix(".0").unwrap_or(digits);
-                format!("{digits}e{sign}{exponent:0>2}")
-            }
-        }
+    Ok(match python::number(value)? {
+        text if text == "nan" => "NaN".into(),
+        text if text == "inf" => "Infinity".into(),
+        text if text == "-inf" => "-Infinity".into(),
+        text => text,
     })
 }

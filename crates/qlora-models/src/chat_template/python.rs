@@ -1,6 +1,5 @@
-//! What the engine lacks of Python: methods of its strings, and a bound on `str(x)`.
-
-use std::fmt;
+//! What the engine lacks of Python: `str(x)` of numbers and containers, methods of strings, and what
+//! Jinja's tests say of `none` and of strings.
 
 use minijinja::value::{ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
@@ -8,52 +7,134 @@ use minijinja::{Error, ErrorKind, State, Value};
 /// Nesting that is certainly a cycle or an attack.
 pub const MAX_DEPTH: usize = 64;
 
-/// A value as Python's `str` writes it, which the engine does too. A list that holds a list twice,
-/// many levels deep, is small in memory and huge as text; the engine takes fuel for a text when it
-/// is written, so here the writing stops when the fuel would not pay for it.
+/// A value as Python's `str` writes it.
+///
+/// The engine's own text differs in floats. It also takes its fuel for a text after it is written,
+/// while a list that holds a list twice, many levels deep, is small in memory and huge as text.
 pub fn to_text(state: &State, value: &Value) -> Result<String, Error> {
-    struct Bounded {
-        text: String,
-        limit: usize,
-    }
-    impl fmt::Write for Bounded {
-        fn write_str(&mut self, s: &str) -> fmt::Result {
-            if self.text.len() + s.len() > self.limit {
-                return Err(fmt::Error);
-            }
-            self.text.push_str(s);
-            Ok(())
+    match value.as_str() {
+        Some(text) => Ok(text.to_owned()),
+        None if value.is_undefined() => Ok(String::new()),
+        None => {
+            let mut out = Repr { state, out: String::new(), paid: 0 };
+            out.value(value, 0)?;
+            Ok(out.out)
         }
-    }
-    check_depth(state, value, 0)?;
-    // One unit of fuel pays for 64 bytes of text; most of it is spent on what is formatted.
-    let limit = state
-        .fuel_levels()
-        .map_or(usize::MAX, |(_, left)| usize::try_from(left).map_or(usize::MAX, |left| left.saturating_mul(2)));
-    let mut out = Bounded { text: String::new(), limit };
-    match fmt::Write::write_fmt(&mut out, format_args!("{value}")) {
-        Ok(()) => Ok(out.text),
-        Err(fmt::Error) => Err(Error::from(ErrorKind::OutOfFuel)),
     }
 }
 
-/// Formatting recurses into lists and maps: refuse what would not fit on the stack.
-fn check_depth(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
-    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Map) {
-        return Ok(());
-    }
-    if depth > MAX_DEPTH {
-        let message = "the value is nested too deeply to be written";
-        return Err(Error::new(ErrorKind::InvalidOperation, message));
-    }
-    state.consume_fuel(1)?;
-    for item in value.try_iter()? {
+/// Writes `repr(x)`.
+struct Repr<'a, 'b, 'c> {
+    state: &'a State<'b, 'c>,
+    out: String,
+    /// Bytes of `out` that fuel was taken for.
+    paid: usize,
+}
+
+impl Repr<'_, '_, '_> {
+    fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        self.state.consume_fuel(1 + (self.out.len() - self.paid) as u64 / 64)?;
+        self.paid = self.out.len();
+        if depth > MAX_DEPTH {
+            let message = "the value is nested too deeply to be written";
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
         match value.kind() {
-            ValueKind::Map => check_depth(state, &value.get_item(&item)?, depth + 1)?,
-            _ => check_depth(state, &item, depth + 1)?,
+            ValueKind::Undefined => self.out.push_str("Undefined"),
+            ValueKind::Number => self.out.push_str(&number(value)?),
+            ValueKind::String => self.string(value.as_str().unwrap_or_default()),
+            ValueKind::Map => {
+                self.out.push('{');
+                for (index, key) in value.try_iter()?.enumerate() {
+                    self.separate(index);
+                    self.value(&key, depth + 1)?;
+                    self.out.push_str(": ");
+                    self.value(&value.get_item(&key)?, depth + 1)?;
+                }
+                self.out.push('}');
+            }
+            // Something that has no length is not listed: Python shows such an object by its type.
+            ValueKind::Seq | ValueKind::Iterable if value.len().is_some() => {
+                let (open, close) = if value.is_tuple() { ('(', ')') } else { ('[', ']') };
+                self.out.push(open);
+                for (index, item) in value.try_iter()?.enumerate() {
+                    self.separate(index);
+                    self.value(&item, depth + 1)?;
+                }
+                if value.is_tuple() && value.len() == Some(1) {
+                    self.out.push(',');
+                }
+                self.out.push(close);
+            }
+            _ => self.out.push_str(&value.to_string()),
+        }
+        Ok(())
+    }
+
+    fn separate(&mut self, index: usize) {
+        if index > 0 {
+            self.out.push_str(", ");
         }
     }
-    Ok(())
+
+    /// Single quotes, unless that would take escapes and double quotes would not.
+    fn string(&mut self, text: &str) {
+        let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+        self.out.push(quote);
+        for c in text.chars() {
+            match c {
+                '\\' => self.out.push_str("\\\\"),
+                '\n' => self.out.push_str("\\n"),
+                '\r' => self.out.push_str("\\r"),
+                '\t' => self.out.push_str("\\t"),
+                c if c == quote => self.out.extend(['\\', c]),
+                c if c.is_control() => self.out.push_str(&format!("\\x{:02x}", u32::from(c))),
+                c => self.out.push(c),
+            }
+        }
+        self.out.push(quote);
+    }
+}
+
+/// A number as Python's `repr` writes it.
+pub fn number(value: &Value) -> Result<String, Error> {
+    if value.is_integer() {
+        return Ok(value.to_string());
+    }
+    let x = f64::try_from(value.clone())?;
+    if !x.is_finite() {
+        return Ok(if x.is_nan() {
+            "nan"
+        } else if x > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        }
+        .into());
+    }
+    // Both languages write the shortest digits that read back the same, and switch to an exponent
+    // below 1e-4 and from 1e16; Python gives it a sign and two digits.
+    let text = format!("{x:?}");
+    let Some((digits, exponent)) = text.split_once('e') else {
+        return Ok(text);
+    };
+    let (sign, exponent) = match exponent.strip_prefix('-') {
+        Some(exponent) => ('-', exponent),
+        None => ('+', exponent),
+    };
+    let digits = digits.strip_suffix(".0").unwrap_or(digits);
+    Ok(format!("{digits}e{sign}{exponent:0>2}"))
+}
+
+/// Jinja's `iterable`: what Python's `iter` takes, which `none` is not.
+pub fn is_iterable(value: &Value) -> bool {
+    value.kind() != ValueKind::None && value.try_iter().is_ok()
+}
+
+/// Jinja's `sequence`: what has a length and items, strings and dicts among it.
+pub fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Map)
+        || (matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) && value.len().is_some())
 }
 
 /// Answers method calls that the engine does not know itself.
