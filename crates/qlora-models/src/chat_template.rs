@@ -161,7 +161,9 @@ impl ChatTemplate {
         if source.len() > MAX_TEMPLATE {
             return Err(fail(format!("longer than {MAX_TEMPLATE} bytes")));
         }
-        let rewritten = generation::rewrite(&source);
+        // As Jinja's lexer does, in text and in string literals alike.
+        let lines = source.replace("\r\n", "\n").replace('\r', "\n");
+        let rewritten = generation::rewrite(&lines);
         if rewritten.longest_tag > MAX_TAG {
             return Err(fail(format!("a tag is longer than {MAX_TAG} bytes")));
         }

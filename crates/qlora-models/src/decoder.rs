@@ -152,7 +152,7 @@ impl Decoder {
 
     /// Prepares a pass over `rows` rows of `len` tokens that follow `past` cached ones.
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
-        let (cos, sin) = rope::tables(&self.config, past, len, self.dtype.into(), &self.device);
+        let (cos, sin) = rope::tables(&self.config, past, len, &self.device);
         // A single query sees every key.
         let bias = (len > 1).then(|| {
             let query = Tensor::<1, Int>::arange(past as i64..(past + len) as i64, &self.device).reshape([len, 1]);

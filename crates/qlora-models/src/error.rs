@@ -94,4 +94,71 @@ pub enum ModelError {
         /// What happened and what to do.
         problem: String,
     },
+    /// A checkpoint or adapter file.
+    #[error(transparent)]
+    Format(#[from] adapter_io::FormatError),
+    /// A LoRA setting or a layer's tensor.
+    #[error(transparent)]
+    Layer(#[from] qlora_layers::LayerError),
+    /// A quantization setting.
+    #[error("quantization: {0}")]
+    Quantization(#[from] nf4_quant::QuantError),
+    /// A weight can't be quantized.
+    #[error("{module}.weight can't be quantized: {source}")]
+    Quantize {
+        /// The module.
+        module: String,
+        /// Why.
+        source: nf4_quant::QuantError,
+    },
+    /// A 4-bit weight or an adapter's factor has another shape than the model asks for.
+    #[error("{module}: expected shape {expected:?}, found {found:?}; do config.json and the weights belong together?")]
+    WeightShape {
+        /// The module.
+        module: String,
+        /// The shape that `config.json` asks for.
+        expected: Vec<usize>,
+        /// The shape that came.
+        found: Vec<usize>,
+    },
+    /// An adapter uses something that would change its output if it were ignored.
+    #[error("adapter_config.json: `{feature}` is set, and adapters with it are not supported yet")]
+    AdapterFeature {
+        /// The key in `adapter_config.json`.
+        feature: String,
+    },
+    /// An adapter has weights for a module that the model lacks.
+    #[error("the adapter has weights for `{module}`, which this model does not have: it was made for another base model")]
+    AdapterModule {
+        /// The module.
+        module: String,
+    },
+    /// Merging into 4 bits.
+    #[error("{module} is quantized: merge the adapter into the full-precision base (load it with quantization off)")]
+    MergeQuantized {
+        /// The module.
+        module: String,
+    },
+    /// A device is unknown or does not answer.
+    #[error("device `{device}`: {reason}")]
+    NoDevice {
+        /// The device as given.
+        device: String,
+        /// What is known or what to check.
+        reason: String,
+    },
+    /// The device does not compute in the dtype asked for.
+    #[error("{device} does not support {dtype}; choose another quantization.compute_dtype, such as f32")]
+    Dtype {
+        /// The dtype.
+        dtype: String,
+        /// The device.
+        device: String,
+    },
+    /// Work on the device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+    /// Generation from nothing.
+    #[error("the prompt is empty: generation needs at least one token")]
+    EmptyPrompt,
 }

@@ -153,6 +153,7 @@ fn blocks_are_trimmed_and_loops_controlled() {
         json!([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "user", "content": "c"}]),
     );
     assert_eq!(text.unwrap(), "a\nc\n");
+    assert_eq!(render("a\r\n{{ 'b\r\n' }}c\r\n", json!([])).unwrap(), "a\nb\nc");
     let year = eval("strftime_now('%Y')");
     assert_eq!(year.len(), 4);
     assert!(year.starts_with("20"));

@@ -3,7 +3,7 @@
 use super::{Layout4bit, QloraOps, dropout_hash, dropout_threshold};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::Flex;
+use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};
@@ -37,11 +37,19 @@ fn expand_absmax(absmax: &[u32], nested_absmax: &[u32], layout: Layout4bit) -> V
     }
 }
 
+/// [`dequantize_blocks`] of a weight whose parts were checked when it was uploaded.
+fn dequantize_checked<T: Element>(codes: &[u8], absmax: &[f32], layout: Layout4bit, out: &mut [T]) {
+    // The words are padded to a multiple of four bytes; the codec takes the exact stream.
+    let codes = &codes[..out.len().div_ceil(2)];
+    dequantize_blocks(codes, absmax, layout.quant_type, layout.blocksize, out)
+        .unwrap_or_else(|e| panic!("a weight that was valid when it was uploaded can't be dequantized: {e}"));
+}
+
 /// Dequantizes to `S`, the format of the quantization state, and converts to `T`.
 fn dequantize<S: Element, T: Element + BurnElement>(codes: &[u8], absmax: &[f32], layout: Layout4bit) -> TensorData {
     let shape = [layout.out_features, layout.in_features];
     let mut stored = vec![S::from_f32(0.0); shape[0] * shape[1]];
-    dequantize_blocks(codes, absmax, layout.quant_type, layout.blocksize, &mut stored);
+    dequantize_checked(codes, absmax, layout, &mut stored);
     let mut out = vec![T::from_f32(0.0); stored.len()];
     out.par_chunks_mut(CHUNK).zip(stored.par_chunks(CHUNK)).for_each(|(out, stored)| {
         out.iter_mut().zip(stored).for_each(|(out, value)| *out = T::from_f32(value.to_f32()));
@@ -55,7 +63,7 @@ fn dequantize_as<T: Element + BurnElement>(codes: &[u8], absmax: &[f32], layout:
         format if format == T::FORMAT => {
             let shape = [layout.out_features, layout.in_features];
             let mut out = vec![T::from_f32(0.0); shape[0] * shape[1]];
-            dequantize_blocks(codes, absmax, layout.quant_type, layout.blocksize, &mut out);
+            dequantize_checked(codes, absmax, layout, &mut out);
             TensorData::new(out, shape)
         }
         FloatFormat::F32 => dequantize::<f32, T>(codes, absmax, layout),
@@ -132,7 +140,8 @@ pub(super) fn dequantize_then_linear<B: QloraOps>(
     nested_absmax: IntTensor<B>,
     layout: Layout4bit,
 ) -> FloatTensor<B> {
-    let weight = dense_like::<B>(&x, codes, absmax, nested_absmax, layout);
+    let dtype = super::format_of(x.dtype());
+    let weight = dense_like::<B>(&x, codes, absmax, nested_absmax, Layout4bit { dtype, ..layout });
     <B as FloatTensorOps<B>>::float_matmul(x, B::float_swap_dims(weight, 0, 1))
 }
 
@@ -156,6 +165,5 @@ fn dense_like<B: QloraOps>(
     nested_absmax: IntTensor<B>,
     layout: Layout4bit,
 ) -> FloatTensor<B> {
-    use burn::backend::TensorMetadata;
     B::dequantize_4bit(codes, absmax, nested_absmax, layout, super::float_dtype(like.dtype()))
 }

@@ -9,6 +9,12 @@
 //! packed codes and block statistics, which the model holds anyway. There is no gradient of `W`.
 //! `W` is dequantized into one transient of its own size, in the dtype of `x`, and dropped after the
 //! product.
+//!
+//! # Where values are rounded
+//!
+//! As in bitsandbytes 0.50.2: the forward product uses codebook times absmax rounded once, to the dtype of `x`;
+//! the input gradient (and [`dequantize_4bit`]) rounds to the quantization state's dtype first. The two differ
+//! only where activations are wider than that dtype, by half an ulp of it.
 
 mod autodiff;
 mod cube;
@@ -30,8 +36,7 @@ pub struct Layout4bit {
     pub quant_type: QuantType,
     /// Elements that share one absmax; blocks run over the row-major weight and may cross rows.
     pub blocksize: usize,
-    /// Dequantized values are rounded to this format before they are used, as bitsandbytes does
-    /// with the dtype in its quantization state.
+    /// The quantization state's dtype, that of the weight before it was quantized.
     pub dtype: FloatFormat,
     /// Double quantization of the absmax, if any.
     pub nested: Option<NestedLayout>,
@@ -154,6 +159,15 @@ pub fn seeded_dropout(x: Tensor<2>, seed: u64, p: f32) -> Tensor<2> {
         return x;
     }
     Tensor::from_dispatch(<Dispatch as QloraOps>::seeded_dropout(x.into_dispatch(), seed, p))
+}
+
+/// The format of a float dtype.
+pub(crate) fn format_of(dtype: DType) -> FloatFormat {
+    match dtype {
+        DType::BF16 => FloatFormat::BF16,
+        DType::F16 => FloatFormat::F16,
+        _ => FloatFormat::F32,
+    }
 }
 
 /// The float dtype behind a general one.
