@@ -9,6 +9,9 @@
 //! Bytes per element, blocksize 64, double quantization, bf16: 0.5 + 1/64 + 4/(64 * 256) read, 2
 //! written; nothing is computed but one product per element.
 //!
+//! Codebook and blocksize are run-time values, so a program compiles this kernel once per output format
+//! and width, whatever it loads.
+//!
 //! A range that does not start on a word takes the same kernel with a lookup per element.
 
 use cubecl::client::Client;
@@ -97,7 +100,7 @@ pub fn dequantize_range(
             start,
             elements,
             codebook_start(weight.quant_type),
-            weight.blocksize,
+            weight.blocksize.ilog2(),
             aligned,
             elem_type(format),
         );
@@ -146,8 +149,8 @@ fn dequantize_kernel<F: Float, N: Size>(
     out: &mut [Vector<F, N>],
     start: usize,
     elements: usize,
-    #[comptime] codebook_start: usize,
-    #[comptime] blocksize: usize,
+    codebook_start: usize,
+    log2_blocksize: u32,
     #[comptime] aligned: bool,
     #[define(F)] _format: ElemType,
 ) {
@@ -166,7 +169,7 @@ fn dequantize_kernel<F: Float, N: Size>(
         let first = (cube_start + w * UNITS + unit) * 8;
         if first < elements {
             let mut word = codes[(start + first) / 8];
-            let mut block_absmax = absmax_of(absmax, table, (start + first) / blocksize);
+            let mut block_absmax = absmax_of(absmax, table, (start + first) >> log2_blocksize as usize);
             #[unroll]
             for v in 0..comptime!(8 / vector) {
                 if first + v * vector < elements {
@@ -179,7 +182,7 @@ fn dequantize_kernel<F: Float, N: Size>(
                         if comptime!(!aligned) {
                             let element = start + first + position;
                             word = codes[element / 8];
-                            block_absmax = absmax_of(absmax, table, element / blocksize);
+                            block_absmax = absmax_of(absmax, table, element >> log2_blocksize as usize);
                             let within = (element % 8) as u32;
                             shift = (within / 2) * 8 + 4 - (within % 2) * 4;
                         }

@@ -186,11 +186,12 @@ fn quantize_kernel<F: Float, N: Size>(
         }
         sync_cube();
     }
-    let max = normal_or_zero(shared[unit - unit % units_per_block]);
+    let leader = unit - unit % units_per_block;
+    let max = normal_or_zero(shared[leader]);
 
     if first < elements {
         let block_absmax = f32::reinterpret(max);
-        if unit % units_per_block == 0 {
+        if unit == leader {
             absmax[first / blocksize] = block_absmax;
         }
         let inverse = 1.0f32 / block_absmax;

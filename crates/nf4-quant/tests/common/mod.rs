@@ -69,7 +69,7 @@ fn read_case(tensors: &SafeTensors<'_>, case: &serde_json::Value) -> Case {
 }
 
 pub fn blockwise(name: &str) -> Vec<f32> {
-    with_blockwise(name, |t| widen(t))
+    with_blockwise(name, widen)
 }
 
 pub fn blockwise_codes(name: &str) -> Vec<u8> {
@@ -163,7 +163,7 @@ pub fn ulps(a: f32, b: f32) -> u32 {
 
 /// The code of one element of packed codes.
 pub fn code_at(codes: &[u8], i: usize) -> u8 {
-    if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 }
+    if i.is_multiple_of(2) { codes[i / 2] >> 4 } else { codes[i / 2] & 15 }
 }
 
 /// Asserts that two slices hold the same bits, naming the first element that does not.
