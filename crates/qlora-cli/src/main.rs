@@ -1,2 +1,42 @@
-//! The qlora command
-fn main() {}
+//! The `qlora` command. Everything that prints or exits is here; the work is done by the libraries.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)] // a program for people
+
+mod args;
+mod exit;
+mod generate;
+mod init;
+mod inspect;
+mod output;
+mod progress;
+mod train;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    exit::install_panic_message();
+    let run = || match cli.command {
+        Command::Train(args) => train::run(&args),
+        Command::Init(args) => init::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+    };
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(code)) => code.into(),
+        Ok(Err(error)) => {
+            eprintln!("error: {}", exit::chain(&error));
+            exit::code_of(&error).into()
+        }
+        // The panic hook has said what happened.
+        Err(_) => exit::Code::Failed.into(),
+    }
+}

@@ -1,0 +1,244 @@
+//! The command line: commands, flags and their help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    failed while running (device, memory, disk)
+  2    the command line or the configuration is wrong
+  3    the data, the checkpoint or the adapter can't be used
+  130  interrupted; `qlora train` has saved a checkpoint to resume from";
+
+/// Fine-tunes 4-bit language models with LoRA (QLoRA).
+#[derive(Debug, Parser)]
+#[command(name = "qlora", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train an adapter as a configuration says
+    Train(Box<TrainArgs>),
+    /// Write a commented configuration that documents every key
+    Init(InitArgs),
+    /// Let a model, with or without an adapter, answer a prompt
+    Generate(GenerateArgs),
+    /// Say what a checkpoint, an adapter or a training checkpoint is
+    Inspect(InspectArgs),
+}
+
+/// `qlora train`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Flags override the configuration; --set reaches every key, e.g. --set lora.use_rslora=true.
+`qlora init` writes a configuration that documents them all.
+
+Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.")]
+pub struct TrainArgs {
+    /// The configuration, a TOML file
+    pub config: PathBuf,
+    /// Say what would be trained, how large it is and what the data is like, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Go on from a training checkpoint: the newest in the output folder, or the one given
+    #[arg(long, value_name = "auto|PATH", num_args = 0..=1, default_missing_value = "auto")]
+    pub resume: Option<String>,
+    /// Any key of the configuration; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// The flags that stand for a key.
+    #[command(flatten)]
+    pub keys: KeyFlags,
+}
+
+/// Flags for the keys that are changed most.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Keys of the configuration")]
+pub struct KeyFlags {
+    /// device: auto, cpu, cuda, cuda:1, vulkan or metal
+    #[arg(long)]
+    pub device: Option<String>,
+    /// model.path: a folder or a hub id
+    #[arg(long)]
+    pub model: Option<String>,
+    /// data.train: the training rows, JSONL
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<String>,
+    /// data.eval: the evaluation rows, JSONL
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<String>,
+    /// data.max_length
+    #[arg(long, value_name = "TOKENS")]
+    pub max_length: Option<String>,
+    /// quantization.quant_type: nf4, fp4 or none
+    #[arg(long, value_name = "TYPE")]
+    pub quant_type: Option<String>,
+    /// lora.rank
+    #[arg(long)]
+    pub rank: Option<String>,
+    /// lora.alpha
+    #[arg(long)]
+    pub alpha: Option<String>,
+    /// train.output_dir
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<String>,
+    /// train.epochs
+    #[arg(long)]
+    pub epochs: Option<String>,
+    /// train.max_steps
+    #[arg(long, value_name = "STEPS")]
+    pub max_steps: Option<String>,
+    /// train.batch_size
+    #[arg(long, value_name = "ROWS")]
+    pub batch_size: Option<String>,
+    /// train.gradient_accumulation_steps
+    #[arg(long, value_name = "N")]
+    pub gradient_accumulation_steps: Option<String>,
+    /// train.learning_rate
+    #[arg(long, value_name = "LR")]
+    pub learning_rate: Option<String>,
+    /// train.seed
+    #[arg(long)]
+    pub seed: Option<String>,
+}
+
+impl KeyFlags {
+    /// The keys that are set, with their values.
+    pub fn overrides(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        [
+            ("device", &self.device),
+            ("model.path", &self.model),
+            ("data.train", &self.data),
+            ("data.eval", &self.eval),
+            ("data.max_length", &self.max_length),
+            ("quantization.quant_type", &self.quant_type),
+            ("lora.rank", &self.rank),
+            ("lora.alpha", &self.alpha),
+            ("train.output_dir", &self.output_dir),
+            ("train.epochs", &self.epochs),
+            ("train.max_steps", &self.max_steps),
+            ("train.batch_size", &self.batch_size),
+            ("train.gradient_accumulation_steps", &self.gradient_accumulation_steps),
+            ("train.learning_rate", &self.learning_rate),
+            ("train.seed", &self.seed),
+        ]
+        .into_iter()
+        .filter_map(|(key, value)| value.as_deref().map(|value| (key, value)))
+    }
+}
+
+/// `qlora init`.
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// Where to write it; `-` is the standard output
+    #[arg(default_value = "qlora.toml")]
+    pub path: PathBuf,
+    /// Replace a file that exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `qlora generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The base model: a folder or a hub id
+    #[arg(long)]
+    pub model: String,
+    /// Branch, tag or commit of a hub id
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// The adapter's folder
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// The prompt; `-` reads it from the standard input
+    #[arg(long)]
+    pub prompt: String,
+    /// A system message before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "no_chat_template")]
+    pub system: Option<String>,
+    /// Give the prompt to the model as it is, without the chat template
+    #[arg(long)]
+    pub no_chat_template: bool,
+    /// Tokens to generate at most
+    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher is more varied
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Seed of the choice
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to run: auto, cpu, cuda, cuda:1, vulkan or metal
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// How to keep the base's linear layers: nf4, fp4 or none
+    #[arg(long, default_value = "nf4", value_name = "TYPE")]
+    pub quant_type: String,
+    /// Dtype of activations: auto, f32, bf16 or f16
+    #[arg(long, default_value = "auto", value_name = "DTYPE")]
+    pub compute_dtype: String,
+}
+
+/// `qlora inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint's, an adapter's or a training checkpoint's folder, or a safetensors file
+    pub path: PathBuf,
+    /// List every tensor instead of summing up layers
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    /// A flag that was added to the struct but not to the list would do nothing.
+    #[test]
+    fn every_key_flag_reaches_its_key() {
+        let command = Cli::command();
+        let train = command.find_subcommand("train").unwrap();
+        let heading = Some("Keys of the configuration");
+        let flags =
+            train.get_arguments().filter(|arg| arg.get_help_heading() == heading).filter_map(|arg| arg.get_long());
+        let flags: Vec<String> = flags.map(|flag| format!("--{flag}=7")).collect();
+        let line = ["qlora", "train", "x.toml"].into_iter().map(str::to_owned).chain(flags.clone());
+        let Command::Train(args) = Cli::try_parse_from(line).unwrap().command else { panic!("train") };
+        let overrides: Vec<_> = args.keys.overrides().collect();
+        assert_eq!(overrides.len(), flags.len());
+        let known = burn_qlora::qlora_train::config::known_keys();
+        for (key, value) in overrides {
+            assert!(known.iter().any(|name| name == key), "{key}");
+            assert_eq!(value, "7");
+        }
+    }
+
+    #[test]
+    fn resume_takes_a_path_or_finds_one() {
+        let resume = |line: &[&str]| match Cli::try_parse_from(line).unwrap().command {
+            Command::Train(args) => args.resume,
+            _ => None,
+        };
+        assert_eq!(resume(&["qlora", "train", "x.toml"]), None);
+        assert_eq!(resume(&["qlora", "train", "x.toml", "--resume"]).as_deref(), Some("auto"));
+        assert_eq!(resume(&["qlora", "train", "x.toml", "--resume", "a/b"]).as_deref(), Some("a/b"));
+    }
+}

@@ -1,0 +1,197 @@
+//! `qlora inspect`: what a folder or a safetensors file is.
+
+mod tensors;
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use burn_qlora::adapter_io::TargetModules;
+use burn_qlora::qlora_train::checkpoint;
+use burn_qlora::qlora_train::report::{count, memory};
+use burn_qlora::{Adapter, Checkpoint, Summary};
+use serde_json::Value;
+
+use crate::args::InspectArgs;
+use crate::exit::{Code, UsageError};
+use crate::output::{Table, print};
+use tensors::Listing;
+
+pub use tensors::group_name;
+
+/// Runs the command.
+pub fn run(args: &InspectArgs) -> Result<Code> {
+    let path = &args.path;
+    let has = |name: &str| path.join(name).is_file();
+    let text = if path.is_file() {
+        file(path, args.tensors)?
+    } else if !path.is_dir() {
+        return Err(UsageError(format!("{}: no such file or folder", path.display())).into());
+    } else if has("training_state.json") {
+        training_checkpoint(path)?
+    } else if has("adapter_config.json") {
+        adapter(path)?
+    } else if has("config.json") || has("model.safetensors") || has("model.safetensors.index.json") {
+        model(path, args.tensors)?
+    } else if has("summary.json") || !checkpoint::list(path)?.is_empty() {
+        run_folder(path)?
+    } else {
+        let what =
+            "neither a checkpoint (config.json), an adapter (adapter_config.json) nor a training run (summary.json)";
+        return Err(UsageError(format!("{}: {what}", path.display())).into());
+    };
+    print(&text)?;
+    Ok(Code::Done)
+}
+
+fn file(path: &Path, all: bool) -> Result<String> {
+    let listing = Listing::new(&Checkpoint::open_file(path)?);
+    Ok(format!("{}: safetensors, {}\n\n{}", path.display(), listing.totals(), listing.table(all)))
+}
+
+fn model(path: &Path, all: bool) -> Result<String> {
+    let checkpoint = Checkpoint::open(path)?;
+    let listing = Listing::new(&checkpoint);
+    let mut text = format!("{}: ", path.display());
+    let config = match std::fs::read(path.join("config.json")) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .with_context(|| format!("{}: not JSON", path.join("config.json").display()))?,
+        Err(_) => Value::Null,
+    };
+    let quantized = config.get("quantization_config").filter(|value| !value.is_null());
+    let kind = match quantized.and_then(|q| q.get("quant_method")).and_then(Value::as_str) {
+        Some("bitsandbytes") => "a model checkpoint, quantized to 4 bits by bitsandbytes",
+        Some(_) => "a quantized model checkpoint",
+        None => "a model checkpoint",
+    };
+    writeln!(text, "{kind}\n")?;
+    let mut describe = |label: &str, key: &str| {
+        let value = config.get(key).filter(|value| !value.is_null());
+        value.map_or(Ok(()), |value| writeln!(text, "{label:<24} {}", plain(value)))
+    };
+    describe("model type", "model_type")?;
+    describe("architecture", "architectures")?;
+    describe("layers", "num_hidden_layers")?;
+    describe("hidden size", "hidden_size")?;
+    describe("intermediate size", "intermediate_size")?;
+    describe("heads", "num_attention_heads")?;
+    describe("key and value heads", "num_key_value_heads")?;
+    describe("vocabulary", "vocab_size")?;
+    describe("context", "max_position_embeddings")?;
+    describe("tied embeddings", "tie_word_embeddings")?;
+    if let Some(Value::Object(keys)) = quantized {
+        for (key, value) in keys.iter().filter(|(key, _)| key.starts_with("bnb_4bit_")) {
+            writeln!(text, "{key:<24} {}", plain(value))?;
+        }
+    }
+    let files = checkpoint.files().count();
+    writeln!(text, "{:<24} {files}, {}", if files == 1 { "file" } else { "files" }, listing.totals())?;
+    let tokenizer = ["tokenizer.json", "chat_template.jinja"].map(|name| path.join(name).is_file());
+    let template = tokenizer[1]
+        || std::fs::read_to_string(path.join("tokenizer_config.json"))
+            .is_ok_and(|text| text.contains("\"chat_template\""));
+    let words = match (tokenizer[0], template) {
+        (false, _) => "none",
+        (true, false) => "without chat template",
+        (true, true) => "with chat template",
+    };
+    writeln!(text, "{:<24} {words}\n", "tokenizer")?;
+    Ok(text + &listing.table(all).to_string())
+}
+
+/// A JSON value as people write it.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(", "),
+        Value::Bool(true) => "yes".into(),
+        Value::Bool(false) => "no".into(),
+        other => other.to_string(),
+    }
+}
+
+fn adapter(path: &Path) -> Result<String> {
+    let adapter = Adapter::load(path)?;
+    let file = path.join("adapter_model.safetensors");
+    let size = std::fs::metadata(&file).map_or(0, |meta| meta.len());
+    Ok(format!("{}: a PEFT adapter\n\n{}", path.display(), adapter_words(&adapter, size)?))
+}
+
+fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
+    let config = &adapter.config;
+    let modules = adapter.modules();
+    let mut text = String::new();
+    let mut line = |label: &str, value: &str| writeln!(text, "{label:<24} {value}");
+    line("base model", config.base_model_name_or_path.as_deref().unwrap_or("not named"))?;
+    line("rank, alpha, dropout", &format!("{}, {}, {}", config.r, config.lora_alpha, config.lora_dropout))?;
+    line("scaling", if config.use_rslora { "alpha / sqrt(rank) (rsLoRA)" } else { "alpha / rank" })?;
+    let targets = match config.target_modules_or_default() {
+        TargetModules::List(names) => names.join(", "),
+        TargetModules::Pattern(pattern) => format!("regular expression {pattern}"),
+    };
+    line("target modules", &targets)?;
+    if !config.beyond_plain_lora().is_empty() {
+        line("beyond plain LoRA", &config.beyond_plain_lora().join(", "))?;
+    }
+    let parameters: usize = adapter.tensors.values().map(|tensor| tensor.data.len()).sum();
+    line("parameters", &format!("{} on {} modules", count(parameters as u64), modules.len()))?;
+    line("size", &memory(size))?;
+
+    let mut table = Table::new(["module", "layers", "rank", "scaling", "lora_a", "lora_b"]);
+    let mut groups: Vec<([String; 5], usize)> = Vec::new();
+    for module in &modules {
+        let Some((lora_a, lora_b)) = adapter.lora(module) else { continue };
+        let rank = lora_a.shape.first().map_or(String::new(), usize::to_string);
+        let scaling = format!("{:.4}", config.scaling_for(module)?);
+        let key = [group_name(module), rank, scaling, format!("{:?}", lora_a.shape), format!("{:?}", lora_b.shape)];
+        match groups.iter_mut().find(|group| group.0 == key) {
+            Some(group) => group.1 += 1,
+            None => groups.push((key, 1)),
+        }
+    }
+    for ([name, rank, scaling, lora_a, lora_b], layers) in groups {
+        table.row([name, layers.to_string(), rank, scaling, lora_a, lora_b]);
+    }
+    write!(text, "\n{table}")?;
+    let others: Vec<&str> = adapter.other_keys().collect();
+    if !others.is_empty() {
+        writeln!(text, "\n{} tensors beyond lora_a and lora_b, the first is {}", others.len(), others[0])?;
+    }
+    Ok(text)
+}
+
+fn training_checkpoint(path: &Path) -> Result<String> {
+    let checkpoint = checkpoint::load(path)?;
+    let state = &checkpoint.state;
+    let mut text = format!("{}: a training checkpoint, which is a PEFT adapter too\n\n", path.display());
+    writeln!(text, "{:<24} {}", "steps done", state.step)?;
+    writeln!(text, "{:<24} pass {}, micro-batch {} of it", "position in the data", state.epoch + 1, state.position)?;
+    writeln!(text, "{:<24} {} rows, {} tokens", "data", state.train_rows, count(state.train_tokens))?;
+    let size = std::fs::metadata(path.join("adapter_model.safetensors")).map_or(0, |meta| meta.len());
+    text += &adapter_words(&checkpoint.adapter, size)?;
+    write!(
+        text,
+        "\nGo on from it with `qlora train CONFIG.toml --resume {}`; its configuration:\n\n{}",
+        path.display(),
+        state.config
+    )?;
+    Ok(text)
+}
+
+fn run_folder(path: &Path) -> Result<String> {
+    let mut text = format!("{}: the output of a training run\n\n", path.display());
+    let summary = path.join("summary.json");
+    if summary.is_file() {
+        let bytes = std::fs::read(&summary)?;
+        let summary: Summary =
+            serde_json::from_slice(&bytes).with_context(|| format!("{}: not a summary", summary.display()))?;
+        writeln!(text, "{}\n", summary.sentence())?;
+        writeln!(text, "{:<24} {}", "adapter", summary.adapter.display())?;
+    } else {
+        writeln!(text, "The run has not ended; `qlora train CONFIG.toml --resume` goes on.\n")?;
+    }
+    for (step, checkpoint) in checkpoint::list(path)? {
+        writeln!(text, "{:<24} {} (step {step})", "checkpoint", checkpoint.display())?;
+    }
+    Ok(text)
+}

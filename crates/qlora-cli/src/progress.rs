@@ -1,0 +1,254 @@
+//! What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere.
+//! Everything goes to stderr, so that stdout holds results only.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use burn_qlora::qlora_models::LoadProgress;
+use burn_qlora::qlora_train::metrics::{EvalMetrics, RunInfo, StepMetrics};
+use burn_qlora::qlora_train::report::{count, duration, memory};
+use burn_qlora::{Summary, TrainEvents};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Shows how far loading is.
+pub struct LoadBar {
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    start: Instant,
+}
+
+impl LoadBar {
+    /// Nothing is shown before the first call of [`LoadBar::update`].
+    pub fn new() -> Self {
+        Self { bar: None, terminal: std::io::stderr().is_terminal(), start: Instant::now() }
+    }
+
+    /// Shows the progress.
+    pub fn update(&mut self, progress: LoadProgress<'_>) {
+        if !self.terminal {
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| {
+            self.start = Instant::now();
+            let bar = ProgressBar::new(progress.total_bytes);
+            bar.set_style(style("Loading  {bar:40.cyan/black} {binary_bytes}/{binary_total_bytes}  {wide_msg:.dim}"));
+            bar
+        });
+        bar.set_position(progress.loaded_bytes);
+        bar.set_message(progress.module.to_string());
+    }
+
+    /// Removes the bar.
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Shows a training run.
+pub struct Terminal {
+    load: LoadBar,
+    load_start: Option<Instant>,
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    log_every: usize,
+    total_steps: usize,
+    /// Step and time of the run's start, for the time left.
+    start: (usize, Instant),
+    stop: Arc<AtomicBool>,
+}
+
+impl Terminal {
+    /// `log_every` is the number of steps between two plain lines; `stop` is raised to stop the run.
+    pub fn new(log_every: usize, stop: Arc<AtomicBool>) -> Self {
+        Self {
+            load: LoadBar::new(),
+            load_start: None,
+            bar: None,
+            terminal: std::io::stderr().is_terminal(),
+            log_every,
+            total_steps: 0,
+            start: (0, Instant::now()),
+            stop,
+        }
+    }
+
+    /// A line above the progress bar.
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    /// Seconds that the steps to come will take, at the pace of those done since the start.
+    fn time_left(&self, step: usize) -> Option<Duration> {
+        let (first, since) = self.start;
+        let done = step.checked_sub(first).filter(|done| *done > 0)?;
+        let left = self.total_steps.saturating_sub(step);
+        Some(since.elapsed().mul_f64(left as f64 / done as f64))
+    }
+}
+
+impl TrainEvents for Terminal {
+    fn on_load(&mut self, progress: LoadProgress<'_>) {
+        self.load_start.get_or_insert_with(Instant::now);
+        self.load.update(progress);
+    }
+
+    fn on_start(&mut self, run: &RunInfo) {
+        self.load.finish();
+        if let Some(start) = self.load_start.take() {
+            eprintln!("Loaded {} in {}: {}", run.model, duration(start.elapsed().as_secs_f64()), run.quantization);
+        }
+        for line in start_lines(run) {
+            eprintln!("{line}");
+        }
+        self.total_steps = run.total_steps;
+        self.start = (run.start_step, Instant::now());
+        if self.terminal {
+            let bar = ProgressBar::new(run.total_steps as u64);
+            bar.set_style(style("Training {bar:30.cyan/black} {pos}/{len}  {wide_msg}"));
+            bar.set_position(run.start_step as u64);
+            bar.enable_steady_tick(Duration::from_millis(500));
+            self.bar = Some(bar);
+        }
+    }
+
+    fn on_step(&mut self, metrics: &StepMetrics) {
+        let left = self.time_left(metrics.step);
+        if let Some(bar) = &self.bar {
+            bar.set_position(metrics.step as u64);
+            bar.set_message(step_words(metrics, left));
+        } else if metrics.step % self.log_every == 0
+            || metrics.step == self.start.0 + 1
+            || metrics.step == self.total_steps
+        {
+            eprintln!("step {}/{}  {}", metrics.step, self.total_steps, step_words(metrics, left));
+        }
+    }
+
+    fn on_eval(&mut self, metrics: &EvalMetrics) {
+        self.line(&format!("step {}/{}  evaluation loss {:.4}", metrics.step, self.total_steps, metrics.eval_loss));
+    }
+
+    fn on_save(&mut self, checkpoint: &Path) {
+        self.line(&format!("saved {}", checkpoint.display()));
+    }
+
+    fn on_warning(&mut self, message: &str) {
+        self.line(&format!("warning: {message}"));
+    }
+
+    fn on_end(&mut self, _: &Summary) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn should_stop(&mut self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// What is about to be trained.
+fn start_lines(run: &RunInfo) -> Vec<String> {
+    let percent = 100.0 * run.trainable_parameters as f64 / run.base_parameters.max(1) as f64;
+    let evaluated = if run.eval_rows == 0 { String::new() } else { format!(", {} rows for evaluation", run.eval_rows) };
+    let resumed = if run.start_step == 0 { String::new() } else { format!(", {} of them done", run.start_step) };
+    vec![
+        format!("Device   {}, computing in {}", run.device, run.compute_dtype),
+        format!(
+            "Adapters rank {} on {} modules: {} of {} parameters train ({percent:.2} %)",
+            run.rank,
+            run.adapted_modules,
+            count(run.trainable_parameters),
+            count(run.base_parameters)
+        ),
+        format!(
+            "Data     {}: {} rows, {} tokens{evaluated}",
+            run.train_data.display(),
+            run.train_rows,
+            count(run.train_tokens)
+        ),
+        format!(
+            "Steps    {}{resumed}, {} rows each; output in {}",
+            run.total_steps,
+            run.rows_per_step,
+            run.output_dir.display()
+        ),
+    ]
+}
+
+/// A step in words. The gradient norm and the rest stand in `metrics.jsonl`.
+fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
+    let left = left.map_or(String::new(), |left| format!("  {} left", duration(left.as_secs_f64())));
+    format!(
+        "loss {:.4}  lr {:.2e}  {:.0} tok/s  {}{left}",
+        metrics.loss,
+        metrics.learning_rate,
+        metrics.tokens_per_second,
+        memory(metrics.memory_bytes)
+    )
+}
+
+fn style(template: &str) -> ProgressStyle {
+    // The templates are constants of this file; a broken one shows the plain style.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_reads_well() {
+        let metrics = StepMetrics {
+            step: 10,
+            epoch: 0.1,
+            loss: 1.23456,
+            learning_rate: 2e-4,
+            grad_norm: 0.5,
+            tokens: 1000,
+            tokens_per_second: 912.4,
+            memory_bytes: 412 << 20,
+            elapsed_seconds: 3.0,
+        };
+        let words = step_words(&metrics, Some(Duration::from_secs(190)));
+        assert_eq!(words, "loss 1.2346  lr 2.00e-4  912 tok/s  412 MiB  3 min 10 s left");
+    }
+
+    #[test]
+    fn the_time_left_follows_the_pace() {
+        let mut terminal = Terminal::new(1, Arc::default());
+        terminal.total_steps = 30;
+        terminal.start = (10, Instant::now() - Duration::from_secs(20));
+        assert_eq!(terminal.time_left(10), None);
+        let left = terminal.time_left(20).map(|left| left.as_secs_f64());
+        // Twenty seconds for ten steps, ten steps left; the test itself takes less than a second.
+        assert!(left.is_some_and(|left| (20.0..21.0).contains(&left)), "{left:?}");
+    }
+
+    #[test]
+    fn the_templates_are_valid() {
+        for template in [
+            "{bar:40.cyan/black} {binary_bytes}/{binary_total_bytes}  {wide_msg:.dim}",
+            "{bar:30.cyan/black} {pos}/{len}  {wide_msg}",
+        ] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+
+    #[test]
+    fn a_raised_flag_stops_the_run() {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut terminal = Terminal::new(1, stop.clone());
+        assert!(!terminal.should_stop());
+        stop.store(true, Ordering::Relaxed);
+        assert!(terminal.should_stop());
+    }
+}

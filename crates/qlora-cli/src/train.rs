@@ -1,0 +1,200 @@
+//! `qlora train`: the configuration with its overrides, a dry run, or the run itself.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use burn_qlora::qlora_models::{ModelConfig, hub};
+use burn_qlora::qlora_train::report::{Outcome, count, memory};
+use burn_qlora::qlora_train::{Plan, compute_dtype, data};
+use burn_qlora::{Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, select_device};
+
+use crate::args::TrainArgs;
+use crate::exit::{Code, UsageError};
+use crate::inspect::group_name;
+use crate::output::{Table, print};
+use crate::progress::Terminal;
+
+/// Runs the command.
+pub fn run(args: &TrainArgs) -> Result<Code> {
+    let config = configuration(args)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut terminal = Terminal::new(config.train.log_every, stop.clone());
+    if args.dry_run {
+        print(&dry_run(&config, &mut terminal)?)?;
+        return Ok(Code::Done);
+    }
+    ctrlc::set_handler(move || {
+        if stop.swap(true, Ordering::Relaxed) {
+            std::process::exit(Code::Interrupted as i32);
+        }
+        eprintln!("\nStopping after this step; once more to stop at once, without saving.");
+    })
+    .context("can't listen for Ctrl-C")?;
+    let resume = match args.resume.as_deref() {
+        None => Resume::No,
+        Some("auto") => Resume::Auto,
+        Some(path) => Resume::From(path.into()),
+    };
+    let config_path = args.config.display();
+    let summary = Trainer::new(config, &resume, &mut terminal)?.run(&mut terminal)?;
+    let dir = &summary.run.output_dir;
+    let mut text = format!("{}\n", summary.sentence());
+    match summary.outcome {
+        Outcome::Finished => {
+            writeln!(text, "Adapter  {}", summary.adapter.display())?;
+            writeln!(text, "Report   {}, {}", dir.join("summary.md").display(), dir.join("loss.svg").display())?;
+            let (model, adapter) = (&summary.run.model, summary.adapter.display());
+            writeln!(text, "Try it   qlora generate --model {model} --adapter {adapter} --prompt \"...\"")?;
+            print(&text)?;
+            Ok(Code::Done)
+        }
+        Outcome::Interrupted => {
+            writeln!(
+                text,
+                "Stopped at step {} of {}; the checkpoint is {}",
+                summary.steps,
+                summary.run.total_steps,
+                summary.adapter.display()
+            )?;
+            writeln!(text, "Go on    qlora train {config_path} --resume")?;
+            print(&text)?;
+            Ok(Code::Interrupted)
+        }
+    }
+}
+
+/// The file, then the named flags, then `--set` in order.
+fn configuration(args: &TrainArgs) -> Result<TrainConfig> {
+    let mut config = TrainConfig::load(&args.config)?;
+    for (key, value) in args.keys.overrides() {
+        config.set(key, value)?;
+    }
+    for assignment in &args.set {
+        let (key, value) = assignment.split_once('=').ok_or_else(|| {
+            UsageError(format!("--set {assignment}: write SECTION.KEY=VALUE, e.g. train.learning_rate=1e-4"))
+        })?;
+        config.set(key.trim(), value.trim())?;
+    }
+    config.validate()?;
+    hint_at_paths_beside_the_file(&args.config, &config)?;
+    Ok(config)
+}
+
+/// A path that starts at the configuration's folder is the likeliest mistake with relative paths.
+fn hint_at_paths_beside_the_file(file: &Path, config: &TrainConfig) -> Result<(), UsageError> {
+    let folder = file.parent().unwrap_or(Path::new(""));
+    let data =
+        [Some(("data.train", config.data.train.clone())), config.data.eval.clone().map(|path| ("data.eval", path))];
+    for (key, path) in data.into_iter().flatten().chain([("model.path", PathBuf::from(&config.model.path))]) {
+        let beside = folder.join(&path);
+        if !path.exists() && beside.exists() {
+            return Err(UsageError(format!(
+                "{key} = \"{}\": no such file; relative paths start at the current directory, where it is {}",
+                path.display(),
+                beside.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// What would be trained, how large it is, and what the data is like.
+fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String> {
+    let device = select_device(&config.device)?;
+    let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+    let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
+    let model = ModelConfig::from_dir(&dir)?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let (train, eval) = data::load_splits(&config.data, &tokenizer, config.train.seed)?;
+    for warning in train.report.warnings() {
+        events.on_warning(&warning);
+    }
+    let plan = Plan::new(config, &model, dtype, &train.examples)?;
+
+    let mut text = String::new();
+    writeln!(text, "Model    {}: {} parameters", config.model.path, count(plan.base_parameters))?;
+    writeln!(text, "Weights  {}; computed in {dtype:?} on {device:?}", config.quantization.describe())?;
+    let percent = 100.0 * plan.trainable_parameters as f64 / plan.base_parameters.max(1) as f64;
+    writeln!(
+        text,
+        "Adapters {} on {} modules ({percent:.2} % of the base)",
+        count(plan.trainable_parameters),
+        plan.targets.len()
+    )?;
+    let report = &train.report;
+    writeln!(
+        text,
+        "Data     {}: {} rows ({}), {} tokens, of which {} count for the loss; the longest row has {}",
+        report.path.display(),
+        report.rows,
+        report.format,
+        count(report.tokens),
+        count(report.label_tokens),
+        report.longest,
+    )?;
+    if eval.report.rows > 0 {
+        writeln!(text, "Eval     {} rows, {} tokens", eval.report.rows, count(eval.report.tokens))?;
+    }
+    let options = &config.train;
+    let steps = options.total_steps(train.examples.len());
+    writeln!(
+        text,
+        "Steps    {steps}, {} rows each ({} x {})",
+        options.batch_size * options.gradient_accumulation_steps,
+        options.batch_size,
+        options.gradient_accumulation_steps
+    )?;
+    text += "\n";
+    text += &targets(&plan).to_string();
+    text += "\n";
+    text += &memory_table(&plan).to_string();
+    Ok(text)
+}
+
+/// The adapters, layers summed up.
+fn targets(plan: &Plan) -> Table {
+    let mut table = Table::new(["module", "layers", "shape", "rank", "scaling", "parameters"]);
+    let mut groups: Vec<(String, [usize; 2], usize, f32, usize)> = Vec::new();
+    for (target, shape) in &plan.targets {
+        let name = group_name(&target.path);
+        match groups
+            .iter_mut()
+            .find(|group| group.0 == name && group.1 == *shape && group.2 == target.rank && group.3 == target.scaling)
+        {
+            Some(group) => group.4 += 1,
+            None => groups.push((name, *shape, target.rank, target.scaling, 1)),
+        }
+    }
+    for (name, [rows, columns], rank, scaling, layers) in groups {
+        let parameters = (layers * rank * (rows + columns)) as u64;
+        table.row([
+            name,
+            layers.to_string(),
+            format!("[{rows}, {columns}]"),
+            rank.to_string(),
+            format!("{scaling}"),
+            count(parameters),
+        ]);
+    }
+    table
+}
+
+fn memory_table(plan: &Plan) -> Table {
+    let parts = &plan.memory;
+    let mut table = Table::new(["memory on the device", "estimate"]);
+    for (name, bytes) in [
+        ("linear weights", parts.linear_weights),
+        ("embeddings, head, norms", parts.other_weights),
+        ("adapters", parts.adapters),
+        ("gradients", parts.gradients),
+        ("optimizer state", parts.optimizer),
+        ("activations", parts.activations),
+        ("together", parts.total()),
+    ] {
+        table.row([name.to_string(), memory(bytes)]);
+    }
+    table
+}

@@ -1,0 +1,166 @@
+//! The commands on good input: what they print and what they leave.
+
+mod common;
+
+use common::{Bench, reference};
+
+#[test]
+fn help_documents_the_exit_codes_and_names_every_command() {
+    let help = Bench::new().ok(&["--help"]).stdout;
+    for word in ["train", "init", "generate", "inspect", "Exit codes", "130"] {
+        assert!(help.contains(word), "{word}: {help}");
+    }
+}
+
+#[test]
+fn init_writes_a_configuration_and_keeps_one_that_exists() {
+    let bench = Bench::new();
+    bench.ok(&["init", "new.toml"]);
+    let template = bench.read("new.toml");
+    assert!(String::from_utf8_lossy(&template).contains("gradient_accumulation_steps"));
+    bench.fails(&["init", "new.toml"], 2, &["new.toml exists", "--force"]);
+    assert_eq!(bench.ok(&["init", "-"]).stdout.as_bytes(), template);
+    // The template names what is still to be filled in.
+    bench.fails(&["train", "new.toml"], 2, &["model.path is not set"]);
+}
+
+#[test]
+fn dry_run_says_what_would_be_trained_and_writes_nothing() {
+    let bench = Bench::new();
+    let out = bench.ok(&["train", "qlora.toml", "--dry-run", "--rank", "8"]).stdout;
+    // Seven projections in six layers; (in + out) * rank of each: 6 * 8 * (512 + 384 + 384 + 512 + 3 * 944).
+    for word in [
+        "5.40 M parameters",
+        "NF4, blocksize 64 with double quantization",
+        "on 42 modules",
+        "model.layers.*.mlp.down_proj",
+        "222 k",
+        "12 rows",
+        "optimizer state",
+    ] {
+        assert!(out.contains(word), "{word}: {out}");
+    }
+    assert!(!bench.path("run").exists());
+}
+
+#[test]
+fn train_leaves_adapter_metrics_and_report_and_generate_uses_them() {
+    let bench = Bench::new();
+    let run = bench.ok(&["train", "qlora.toml", "--set", "data.eval_fraction=0.2", "--set", "train.eval_every=2"]);
+    assert!(run.stdout.contains("Adapter  run/adapter"), "{}", run.stdout);
+    assert!(run.stderr.contains("step 4/4  loss ") && run.stderr.contains("evaluation loss"), "{}", run.stderr);
+    for name in
+        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "summary.md", "summary.json", "loss.svg"]
+    {
+        assert!(bench.path("run").join(name).is_file(), "{name}");
+    }
+    let metrics = String::from_utf8(bench.read("run/metrics.jsonl")).expect("text");
+    assert_eq!(metrics.lines().filter(|line| line.contains("\"loss\"")).count(), 4, "{metrics}");
+    assert!(metrics.contains("\"eval_loss\""), "{metrics}");
+
+    let model = reference("tiny-llama").display().to_string();
+    let ask = [
+        "generate",
+        "--device",
+        "cpu",
+        "--model",
+        &model,
+        "--prompt",
+        "How many coins are 3 * 4 coins?",
+        "--max-new-tokens",
+        "8",
+    ];
+    let base = bench.ok(&ask).stdout;
+    assert_eq!(bench.ok(&ask).stdout, base, "greedy answers repeat");
+    let tuned = bench.ok(&[&ask[..], &["--adapter", "run/adapter"]].concat());
+    assert!(!tuned.stdout.trim().is_empty());
+    let sampled = [&ask[..], &["--temperature", "1.5", "--seed", "3"]].concat();
+    assert_eq!(bench.ok(&sampled).stdout, bench.ok(&sampled).stdout, "a seed repeats");
+
+    let words = |path: &str, expected: &[&str]| {
+        let out = bench.ok(&["inspect", path]).stdout;
+        for word in expected {
+            assert!(out.contains(word), "{path}: {word}: {out}");
+        }
+    };
+    words("run", &["training run", "run/adapter", "checkpoint"]);
+    words("run/adapter", &["PEFT adapter", "rank, alpha, dropout", "model.layers.*.self_attn.q_proj"]);
+    words("run/checkpoint-000004", &["training checkpoint", "steps done", "max_steps = 4"]);
+}
+
+#[test]
+fn inspect_says_what_a_checkpoint_is() {
+    let bench = Bench::new();
+    let inspect = |path: &str, more: &[&str]| {
+        let path = reference(path).display().to_string();
+        bench.ok(&[&["inspect", &path], more].concat()).stdout
+    };
+    let plain = inspect("tiny-llama", &[]);
+    for word in [
+        "a model checkpoint",
+        "5.40 M parameters",
+        "BF16",
+        "model.layers.*.self_attn.q_proj.weight",
+        "with chat template",
+    ] {
+        assert!(plain.contains(word), "{word}: {plain}");
+    }
+    // The 4-bit weights count as what they stand for.
+    let quantized = inspect("tiny-llama-bnb-4bit", &[]);
+    for word in ["quantized to 4 bits by bitsandbytes", "5.40 M parameters", "NF4", "[688, 256]"] {
+        assert!(quantized.contains(word), "{word}: {quantized}");
+    }
+    assert!(inspect("tiny-llama", &["--tensors"]).contains("model.layers.3.mlp.up_proj.weight"));
+    let adapter = inspect("adapters/rslora", &[]);
+    assert!(adapter.contains("PEFT adapter") && adapter.contains("rsLoRA"), "{adapter}");
+    let file = inspect("adapters/plain/adapter_model.safetensors", &[]);
+    assert!(file.contains("safetensors") && file.contains("lora_A"), "{file}");
+}
+
+/// Ctrl-C saves a checkpoint and exits with 130; the run resumed from it ends with the bytes of one
+/// that never stopped.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_resumes_to_the_same_adapter() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
+    let bench = Bench::new();
+    // Long enough that the signal arrives before the end.
+    let steps = ["--max-steps", "12"];
+    let train = |dir: &str| {
+        [&["train", "qlora.toml", "--output-dir", dir][..], &steps]
+            .concat()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let args = train("stopped");
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut child =
+        bench.command(&args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok);
+    let step = lines.find(|line| line.starts_with("step 2/12"));
+    assert!(step.is_some(), "the second step is reported");
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let rest: Vec<String> = lines.collect();
+    let status = child.wait().expect("the program ends");
+    assert_eq!(status.code(), Some(130), "{rest:?}");
+    let last = rest.iter().filter(|line| line.starts_with("saved ")).next_back().expect("a checkpoint");
+    assert!(!last.contains("000012"), "stopped before the end: {last}");
+
+    bench.fails(&args, 3, &["already holds a run", "resume"]);
+    bench.ok(&[&args[..], &["--resume"]].concat());
+    let whole = train("whole");
+    bench.ok(&whole.iter().map(String::as_str).collect::<Vec<_>>());
+    let adapter = |dir: &str| bench.read(&format!("{dir}/adapter/adapter_model.safetensors"));
+    assert!(adapter("stopped") == adapter("whole"), "the adapters differ");
+    let losses = |dir: &str| -> Vec<String> {
+        let log = String::from_utf8(bench.read(&format!("{dir}/metrics.jsonl"))).expect("text");
+        let loss = |line: &str| Some(line.split_once("\"loss\":")?.1.split(',').next()?.to_owned());
+        log.lines().filter_map(loss).collect()
+    };
+    assert_eq!(losses("stopped"), losses("whole"));
+    assert_eq!(losses("whole").len(), 12);
+}
