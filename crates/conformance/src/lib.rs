@@ -1,0 +1,88 @@
+//! Comparisons of this workspace with recorded outputs of PEFT, bitsandbytes and transformers.
+//!
+//! A reference folder is made by `testdata/make_reference.py`. Everything about it is read from its
+//! files: models, shapes, prompts, numbers of steps, hyper-parameters. A section whose files are not
+//! there is skipped with a line, and so is what this workspace does not implement yet; skipped lines
+//! count neither as passed nor as failed.
+//!
+//! | section | compares |
+//! |---|---|
+//! | [`bnb`] | 4-bit codes, statistics and dequantized values on host and device; the 4-bit matmul and its gradient |
+//! | [`logits`] | logits and greedy continuations of a model, dense and quantized |
+//! | [`qlora`] | a training run step by step, its adapter, and what the adapter computes on each base |
+//! | [`adapters`] | PEFT adapters of each kind: files and logits |
+//! | [`chat`] | chat templates, as text and as tokens |
+//!
+//! Every bar is stated, with its reason, where it is set.
+
+pub mod adapters;
+pub mod bnb;
+pub mod chat;
+mod compare;
+pub mod logits;
+pub mod qlora;
+mod reference;
+mod report;
+
+pub use reference::Reference;
+pub use report::{Case, Line, Report};
+
+use burn::tensor::Device;
+
+/// A part of the reference folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Section {
+    /// bitsandbytes' quantization and matmul.
+    Bnb,
+    /// Logits and greedy continuations.
+    Logits,
+    /// A QLoRA training run.
+    Qlora,
+    /// PEFT adapters.
+    Adapters,
+    /// Model families.
+    Archs,
+    /// Chat templates.
+    Chat,
+    /// bitsandbytes' optimizers.
+    Optim,
+}
+
+impl Section {
+    /// Every section, in the order in which they run.
+    pub const ALL: [Self; 7] =
+        [Self::Bnb, Self::Logits, Self::Qlora, Self::Adapters, Self::Archs, Self::Chat, Self::Optim];
+
+    /// The section's name, the first part of its cases' names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bnb => "bnb",
+            Self::Logits => "logits",
+            Self::Qlora => "qlora",
+            Self::Adapters => "adapters",
+            Self::Archs => "archs",
+            Self::Chat => "chat",
+            Self::Optim => "optim",
+        }
+    }
+}
+
+/// Runs sections on a device. An error inside a section is a failed case of that section.
+pub fn run(reference: &Reference, device: &Device, sections: &[Section], report: &mut Report) {
+    for section in sections {
+        let outcome = match section {
+            Section::Bnb => bnb::cases(reference, device, report),
+            Section::Logits => logits::cases(reference, device, report),
+            Section::Qlora => qlora::cases(reference, device, report),
+            Section::Adapters => adapters::cases(reference, device, report),
+            Section::Chat => chat::cases(reference, report),
+            Section::Archs | Section::Optim => {
+                report.skip(section.name(), "not compared yet");
+                Ok(())
+            }
+        };
+        if let Err(error) = outcome {
+            report.fail(section.name(), &format!("{error:#}"));
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! The program's comparisons on the files that the repository carries.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use conformance::{Reference, Report, Section};
+
+fn run(device: &Device, sections: &[Section]) {
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/reference"));
+    let reference = Reference::open(root).expect("testdata/reference is part of the repository");
+    let mut report = Report::new();
+    conformance::run(&reference, device, sections, &mut report);
+    let failed: Vec<String> =
+        report.lines().iter().map(ToString::to_string).filter(|line| line.starts_with("FAIL")).collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    assert!(report.passed() > 0, "nothing was compared");
+}
+
+/// Mesa's software Vulkan, or a real GPU; without a driver there is nothing to run on.
+fn vulkan() -> Option<Device> {
+    burn_qlora::select_device("vulkan").ok()
+}
+
+#[test]
+fn bnb_on_flex() {
+    run(&Device::flex(), &[Section::Bnb]);
+}
+
+#[test]
+fn logits_on_flex() {
+    run(&Device::flex(), &[Section::Logits]);
+}
+
+#[test]
+fn qlora_on_flex() {
+    run(&Device::flex(), &[Section::Qlora]);
+}
+
+#[test]
+fn adapters_on_flex() {
+    run(&Device::flex(), &[Section::Adapters]);
+}
+
+#[test]
+fn chat() {
+    run(&Device::flex(), &[Section::Chat]);
+}
+
+#[test]
+fn bnb_on_vulkan() {
+    if let Some(device) = vulkan() {
+        run(&device, &[Section::Bnb]);
+    }
+}
+
+#[test]
+fn logits_and_adapters_on_vulkan() {
+    if let Some(device) = vulkan() {
+        run(&device, &[Section::Logits, Section::Adapters]);
+    }
+}
