@@ -7,9 +7,10 @@ use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::{LoraLinear, Pass};
 
-/// Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32.
+/// Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32 and rounded once.
 #[derive(Clone, Debug)]
 pub(crate) struct RmsNorm {
+    /// `[hidden]`, f32.
     pub(crate) weight: Tensor<1>,
     pub(crate) eps: f64,
 }
@@ -22,7 +23,7 @@ impl RmsNorm {
         let x = x.cast(FloatDType::F32);
         let mean_square = x.clone().square().mean_dim(1);
         let normalised = x / mean_square.add_scalar(self.eps).sqrt();
-        normalised.cast(dtype) * self.weight.clone().unsqueeze()
+        (normalised * self.weight.clone().unsqueeze()).cast(dtype)
     }
 }
 
@@ -86,9 +87,15 @@ impl Block {
         let x = x + o_proj.forward(mixed, pass);
 
         let h = self.post_attention_norm.forward(x.clone());
-        let gated = silu(gate_proj.forward(h.clone(), pass)) * up_proj.forward(h, pass);
+        let gated = swiglu(gate_proj.forward(h.clone(), pass), up_proj.forward(h, pass));
         x + down_proj.forward(gated, pass)
     }
+}
+
+/// `silu(gate) * up` (Shazeer, 2020, arXiv 2002.05202), computed in f32 and rounded once.
+fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    let dtype = gate.dtype();
+    (silu(gate.cast(FloatDType::F32)) * up.cast(FloatDType::F32)).cast(dtype)
 }
 
 pub(crate) fn linear_path(block: usize, name: &str) -> String {
@@ -233,7 +240,7 @@ impl Decoder {
     /// Bytes of frozen weights on the device.
     pub fn device_bytes(&self) -> usize {
         let width = self.embed_tokens.dtype().size();
-        let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size * width;
+        let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size * 4;
         let embeddings = self.embed_tokens.shape().num_elements() * width;
         embeddings + norms + self.linears().map(|(_, linear)| linear.base.device_bytes()).sum::<usize>()
     }

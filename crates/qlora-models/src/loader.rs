@@ -139,22 +139,22 @@ impl Loader<'_> {
     }
 
     fn norm(&mut self, module: &str) -> Result<RmsNorm, ModelError> {
-        let weight = self.vector(&format!("{module}.weight"), self.config.hidden_size)?;
+        let weight = self.dense(&format!("{module}.weight"), [self.config.hidden_size], DType::F32)?;
         Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Tensor<1>, ModelError> {
-        self.dense(name, [len])
+        self.dense(name, [len], self.options.dtype.into())
     }
 
     fn matrix(&mut self, module: &str, shape: [usize; 2]) -> Result<Tensor<2>, ModelError> {
-        self.dense(&format!("{module}.weight"), shape)
+        self.dense(&format!("{module}.weight"), shape, self.options.dtype.into())
     }
 
-    fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Result<Tensor<D>, ModelError> {
+    fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D], dtype: DType) -> Result<Tensor<D>, ModelError> {
         let view = self.checkpoint.tensor(name)?;
         view.expect_shape(&shape)?;
-        let tensor = upload(&view, shape, self.options.dtype.into(), self.device)?;
+        let tensor = upload(&view, shape, dtype, self.device)?;
         self.advance(name, view.data.len());
         Ok(tensor)
     }
