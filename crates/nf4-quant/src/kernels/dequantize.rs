@@ -9,6 +9,9 @@
 //! Bytes per element, blocksize 64, double quantization, bf16: 0.5 + 1/64 + 4/(64 * 256) read, 2
 //! written; nothing is computed but one product per element.
 //!
+//! Measured on an H200 (device copy: 4.3 TB/s), bf16, blocksize 64, double quantization: 0.162 ms or
+//! 3.64 TB/s for 28672 x 8192, 0.018 ms or 2.29 TB/s for 4096 x 4096.
+//!
 //! Codebook and blocksize are run-time values, so a program compiles this kernel once per output format
 //! and width, whatever it loads.
 //!

@@ -15,6 +15,8 @@
 //!   place, which can move an element that lies that close to a threshold by one code. Mesa's software
 //!   device divides exactly.
 //!
+//! Vulkan also leaves the rounding of f32 to f16 to the device; Mesa's and CUDA's round to nearest.
+//!
 //! Weights below 2^-117 in magnitude may be read as zero by devices that flush subnormals.
 
 mod dequantize;

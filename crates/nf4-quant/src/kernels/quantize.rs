@@ -12,6 +12,10 @@
 //! [`super::offset`]) and the 8-bit codes, one cube per nested block.
 //!
 //! Bytes per element, blocksize 64, bf16: 2 read, 0.5 + 4/64 written.
+//!
+//! Measured on an H200, bf16, blocksize 64, double quantization: 0.509 ms or 1.16 TB/s for
+//! 28672 x 8192, 0.086 ms for 4096 x 4096. That includes the wait for the offset: the host reads a few
+//! hundred partial sums back. Without it the kernels could be launched ahead.
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
