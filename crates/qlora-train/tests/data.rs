@@ -186,30 +186,26 @@ fn system_prompt_and_template_are_taken_from_the_configuration() {
 }
 
 #[test]
-fn templates_that_rewrite_earlier_turns_need_generation_tags() {
-    let row = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
-    let template = |open: &str, close: &str| DataConfig {
-        chat_template: Some(format!(
-            "{{% for m in messages %}}<{{{{ m.role }}}}>{open}{{% if loop.last and m.role == 'assistant' %}}(think){{% endif %}}{{{{ m.content }}}}{close}{{% endfor %}}{{% if add_generation_prompt %}}<assistant>{{% endif %}}"
-        )),
-        ..config()
-    };
-    let error = load_text(row, &template("", "")).unwrap_err();
-    assert!(error.starts_with("/rows.jsonl:1: the chat template writes"), "{error}");
-    assert!(error.contains("before message 2") && error.contains("loss_on"), "{error}");
+fn turns_that_cannot_be_traced_are_refused_with_advice() {
+    let row = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "y"}]}"#;
+    let given = |template: &str, loss_on| DataConfig { chat_template: Some(template.into()), loss_on, ..config() };
+    // The header counts all turns and the length of the answer stands before it.
+    let counting = "{{ messages | length }}{% for m in messages %}<{{ m.role }} {{ m.content | length }}>{{ m.content }}{% endfor %}";
+    let error = load_text(row, &given(counting, LossOn::Assistant)).unwrap_err();
+    assert!(error.starts_with("/rows.jsonl:1: it can't be told which tokens message 2 became"), "{error}");
+    assert!(error.contains("loss_on") && error.contains("{% generation %}"), "{error}");
+    let all = load_text(row, &given(counting, LossOn::All)).unwrap();
+    assert_eq!(labelled(&all.examples[0]).0, "4<user 1>a<assistant 1>x<user 1>c<assistant 1>y");
 
-    let open = "{% if m.role == 'assistant' %}{% generation %}{% if loop.last and m.role == 'assistant' %}(think){% endif %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}";
-    let tagged = DataConfig {
-        chat_template: Some(format!("{{% for m in messages %}}<{{{{ m.role }}}}>{open}{{% endfor %}}")),
-        ..config()
-    };
-    let dataset = load_text(row, &tagged).unwrap();
-    let (counted, all) = labelled(&dataset.examples[0]);
-    assert_eq!(all, "<user>a<assistant>b<user>c<assistant>(think)d");
-    // "b<" or "(" may share a token with what is around them, and is masked then.
-    assert!(counted.ends_with("think)d") && !counted.contains("user"), "{counted}");
-    let all = DataConfig { loss_on: LossOn::All, ..template("", "") };
-    assert!(load_text(row, &all).is_ok());
+    let tagged = counting.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
+    let dataset = load_text(row, &given(&tagged, LossOn::Assistant)).unwrap();
+    let (counted, _) = labelled(&dataset.examples[0]);
+    // A letter may share a token with the header before it, and is masked then.
+    assert_eq!(counted.replace(['x', 'y'], ""), "<|im_end|><|im_end|>");
+
+    let silent = "{% for m in messages %}<{{ m.role }}>{% endfor %}";
+    let error = load_text(row, &given(silent, LossOn::Assistant)).unwrap_err();
+    assert!(error.contains("does not write the content of message 2"), "{error}");
 }
 
 #[test]

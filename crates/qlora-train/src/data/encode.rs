@@ -99,11 +99,16 @@ impl RowEncoder<'_> {
         }
         spans::render(template, input).map_err(|error| match error {
             SpanError::Model(error) => model_error(error),
-            SpanError::NotAPrefix { message } => row_error(format!(
-                "the chat template writes the turns before message {} differently once more turns \
-                 follow, so the assistant's tokens can't be told apart; set `loss_on = \"all\"`, \
-                 give a `chat_template` with {{% generation %}} tags around what the assistant \
-                 writes, or keep one assistant turn, the last, in each row",
+            SpanError::Untraceable { message } => row_error(format!(
+                "it can't be told which tokens message {} became, as the chat template changes it or what \
+                 stands before it once more turns follow; set `loss_on = \"all\"`, give a `chat_template` \
+                 with {{% generation %}} tags around what the assistant writes, or keep one assistant turn, \
+                 the last, in each row",
+                message + 1
+            )),
+            SpanError::NotWritten { message } => row_error(format!(
+                "the chat template does not write the content of message {}; it may be made for messages \
+                 with images, or drop such turns: give another `chat_template`",
                 message + 1
             )),
         })
