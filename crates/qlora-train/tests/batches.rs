@@ -1,0 +1,98 @@
+//! Batches: padding, order, and resuming anywhere.
+
+use proptest::prelude::*;
+use qlora_train::data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
+
+fn config() -> DataConfig {
+    DataConfig::default()
+}
+
+fn example(line: usize, length: usize) -> Example {
+    Example {
+        input_ids: (0..length as u32).map(|i| line as u32 * 1000 + i).collect(),
+        labels: vec![line as i64; length],
+        line,
+    }
+}
+
+#[test]
+fn batches_are_padded_on_the_right() {
+    let batch = Batch::new(&[example(1, 2), example(2, 3)], 9);
+    assert_eq!((batch.rows, batch.cols), (2, 3));
+    assert_eq!(batch.input_ids, [1000, 1001, 9, 2000, 2001, 2002]);
+    assert_eq!(batch.labels, [1, 1, MASKED_LABEL, 2, 2, 2]);
+    assert_eq!(batch.lengths, [2, 3]);
+    assert_eq!(batch.label_tokens(), 3);
+}
+
+#[test]
+fn the_order_is_written_in_stone() {
+    // A change of this order would break the resumption of every run that was started before it.
+    let examples: Vec<_> = (0..8).map(|line| example(line, 1)).collect();
+    let order = BatchOrder::new(&examples, &config(), 3, 42, 0);
+    let first = order.rows(0);
+    assert_eq!(first.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3, 2]);
+    assert_eq!(first.concat(), ORDER_OF_EPOCH_0);
+    assert_ne!(order.rows(1).concat(), first.concat());
+    let plain = BatchOrder::in_file_order(&examples, 3, 0);
+    assert_eq!(plain.rows(5).concat(), [0, 1, 2, 3, 4, 5, 6, 7]);
+}
+
+const ORDER_OF_EPOCH_0: [usize; 8] = [6, 0, 5, 3, 7, 2, 1, 4];
+
+#[test]
+fn grouping_by_length_saves_padding() {
+    let examples: Vec<_> = (0..1000).map(|i| example(i, 1 + (i * 7919) % 500)).collect();
+    let grouped = DataConfig { group_by_length: true, ..config() };
+    let cells = |config: &DataConfig| -> usize {
+        let order = BatchOrder::new(&examples, config, 4, 1, 0);
+        order.epoch(&examples, 0).iter().map(|b| b.rows * b.cols).sum()
+    };
+    let tokens: usize = examples.iter().map(|e| e.input_ids.len()).sum();
+    assert!(cells(&grouped) < tokens + tokens / 20, "less than 5 % padding");
+    assert!(cells(&config()) > tokens + tokens / 4);
+    let order = BatchOrder::new(&examples, &grouped, 4, 1, 0);
+    assert_eq!(order.epoch(&examples, 0)[0].cols, 500, "the longest comes first");
+    assert_ne!(order.rows(1), order.rows(2));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn batches_resume_anywhere(
+        lengths in prop::collection::vec(1usize..9, 1..40),
+        batch_size in 0usize..7,
+        seed in any::<u64>(),
+        shuffle in any::<bool>(),
+        group_by_length in any::<bool>(),
+        cut in 0usize..60,
+    ) {
+        let examples: Vec<_> = lengths.iter().enumerate().map(|(i, n)| example(i, *n)).collect();
+        let config = DataConfig { shuffle, group_by_length, ..config() };
+        let order = BatchOrder::new(&examples, &config, batch_size, seed, 0);
+        let mut whole = order.batches_from(&examples, Position::default());
+        let count = cut + 2 * order.batches_per_epoch();
+        let uninterrupted: Vec<_> = whole.by_ref().take(count).collect();
+
+        let mut first = order.batches_from(&examples, Position::default());
+        let mut resumed: Vec<_> = first.by_ref().take(cut).collect();
+        let mut second = order.batches_from(&examples, first.position());
+        resumed.extend(second.by_ref().take(count - cut));
+        prop_assert_eq!(&resumed, &uninterrupted);
+        prop_assert_eq!(second.position(), whole.position());
+
+        // Every epoch holds every row once.
+        for epoch in 0..3 {
+            let batches = order.epoch(&examples, epoch);
+            prop_assert_eq!(batches.len(), order.batches_per_epoch());
+            let mut rows = order.rows(epoch).concat();
+            rows.sort_unstable();
+            prop_assert_eq!(rows, (0..lengths.len()).collect::<Vec<_>>());
+            let at = epoch * order.batches_per_epoch();
+            for (batch, same) in batches.iter().zip(uninterrupted.iter().skip(at)) {
+                prop_assert_eq!(batch, same);
+            }
+        }
+    }
+}
