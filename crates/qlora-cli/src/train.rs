@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use burn_qlora::qlora_models::{ModelConfig, hub};
-use burn_qlora::qlora_train::report::{Outcome, count, memory};
+use burn_qlora::qlora_train::report::{Outcome, count, device_name, memory};
 use burn_qlora::qlora_train::{Plan, compute_dtype, data};
 use burn_qlora::{Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, select_device};
 
@@ -116,7 +116,13 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
 
     let mut text = String::new();
     writeln!(text, "Model    {}: {} parameters", config.model.path, count(plan.base_parameters))?;
-    writeln!(text, "Weights  {}; computed in {dtype:?} on {device:?}", config.quantization.describe())?;
+    writeln!(
+        text,
+        "Weights  {}; computed in {} on {}",
+        config.quantization.describe(),
+        format!("{dtype:?}").to_lowercase(),
+        device_name(&device)
+    )?;
     let percent = 100.0 * plan.trainable_parameters as f64 / plan.base_parameters.max(1) as f64;
     writeln!(
         text,

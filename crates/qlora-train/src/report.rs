@@ -1,6 +1,7 @@
 //! The final report: `summary.md`, `summary.json` and the loss curve as a picture, `loss.svg`.
 
 mod curve;
+mod device;
 mod words;
 
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
 
 pub use curve::{loss_curve, smoothed};
+pub use device::device_name;
 pub use words::{count, duration, memory};
 
 /// How a run ended.

@@ -6,7 +6,7 @@ use crate::data::{self, Batch, BatchOrder, Dataset};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics, TrainEvents};
-use crate::report::{Outcome, Summary};
+use crate::report::{Outcome, Summary, device_name};
 use adapter_io::FormatError;
 use burn::tensor::{Device, FloatDType};
 use paged_optim::AdamWConfig;
@@ -251,7 +251,7 @@ impl Trainer {
         let options = &self.config.train;
         RunInfo {
             model: self.config.model.path.clone(),
-            device: format!("{:?}", model.device()),
+            device: device_name(model.device()),
             compute_dtype: format!("{:?}", self.dtype).to_lowercase(),
             quantization: self.config.quantization.describe(),
             base_parameters: model.num_params() as u64,

@@ -91,7 +91,8 @@ fn draw(history: &History, svg: &mut String) -> Result<(), Box<dyn std::error::E
         legend.push(("training", TRAIN.mix(1.0)));
     }
     if !eval.is_empty() {
-        chart.draw_series(LineSeries::new(eval.clone(), EVAL.stroke_width(2)))?;
+        // A faint line: between two evaluations nothing was measured.
+        chart.draw_series(LineSeries::new(eval.clone(), EVAL.mix(0.45).stroke_width(1)))?;
         chart.draw_series(eval.iter().map(|point| Circle::new(*point, 4, EVAL.filled())))?;
         legend.push(("evaluation", EVAL.mix(1.0)));
     }
