@@ -6,7 +6,7 @@
 //! marks what an assistant writes.
 //!
 //! A template comes from a downloaded file, so it gets a budget: the number of executed
-//! instructions and the data it may create are bounded (see [`FUEL`]), and so is recursion. A
+//! instructions and the data it may create are bounded (see `FUEL`), and so is recursion. A
 //! template that loops ends in an error, not in a hang. Two holes are the engine's and remain:
 //! joining a list that holds itself many times over to a string with `~` is paid for after it is
 //! written, and freeing a list nested tens of thousands deep recurses. No template that means to
