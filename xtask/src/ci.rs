@@ -1,8 +1,8 @@
 //! `cargo xtask ci` and `cargo xtask test`.
 //!
-//! Everything builds in the release profile, so that clippy, tests and the binaries share one build
-//! of the dependencies, which takes a quarter of an hour. The tests run last: their closing lines
-//! are the end of the log.
+//! Everything builds in the release profile: clippy and the documentation share one check of the
+//! dependencies, tests and programs one build of them, which take minutes each. The tests run last:
+//! their closing lines are the end of the log.
 
 use std::path::Path;
 use std::process::Command;

@@ -112,7 +112,7 @@ impl TrainEvents for Terminal {
         self.start = (run.start_step, Instant::now());
         if self.terminal {
             let bar = ProgressBar::new(run.total_steps as u64);
-            bar.set_style(style("Training {bar:30.cyan/black} {pos}/{len}  {wide_msg}"));
+            bar.set_style(style("{bar:12.cyan/black} {pos}/{len} {wide_msg}"));
             bar.set_position(run.start_step as u64);
             bar.enable_steady_tick(Duration::from_millis(500));
             self.bar = Some(bar);
@@ -123,7 +123,8 @@ impl TrainEvents for Terminal {
         let left = self.time_left(metrics.step);
         if let Some(bar) = &self.bar {
             bar.set_position(metrics.step as u64);
-            bar.set_message(step_words(metrics, left));
+            // One space between the figures, so that they fit a terminal of 80 columns.
+            bar.set_message(step_words(metrics, left).replace("  ", " "));
         } else if metrics.step % self.log_every == 0
             || metrics.step == self.start.0 + 1
             || metrics.step == self.total_steps
@@ -188,7 +189,7 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
 fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
     let left = left.map_or(String::new(), |left| format!("  {} left", duration(left.as_secs_f64())));
     format!(
-        "loss {:.4}  lr {:.2e}  {:.0} tok/s  {}{left}",
+        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {}{left}",
         metrics.loss,
         metrics.learning_rate,
         metrics.tokens_per_second,
@@ -219,7 +220,7 @@ mod tests {
             elapsed_seconds: 3.0,
         };
         let words = step_words(&metrics, Some(Duration::from_secs(190)));
-        assert_eq!(words, "loss 1.2346  lr 2.00e-4  912 tok/s  412 MiB  3 min 10 s left");
+        assert_eq!(words, "loss 1.2346  lr 2.0e-4  912 tok/s  412 MiB  3 min 10 s left");
     }
 
     #[test]
@@ -237,7 +238,7 @@ mod tests {
     fn the_templates_are_valid() {
         for template in [
             "{bar:40.cyan/black} {binary_bytes}/{binary_total_bytes}  {wide_msg:.dim}",
-            "{bar:30.cyan/black} {pos}/{len}  {wide_msg}",
+            "{bar:12.cyan/black} {pos}/{len} {wide_msg}",
         ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
