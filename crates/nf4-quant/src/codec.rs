@@ -6,6 +6,9 @@
 //! branches, takes fifteen compares and measured twice the time. Dequantizing looks up two values per
 //! byte in a table of 256 pairs. The tensor is cut at block borders into spans that fit the
 //! second-level cache.
+//!
+//! Measured in processor time on one core of an AMD EPYC with AVX-512, NF4, blocksize 64: quantize 2.8
+//! GB/s of bf16 or 4.2 of f32, dequantize 4.2 and 8.4; an absmax takes 7 ns more to quantize again.
 
 use rayon::prelude::*;
 

@@ -113,12 +113,13 @@ impl NestedAbsmax {
     }
 }
 
-/// How many of the ascending thresholds lie below `x`: eight halvings without a branch.
+/// How many of the ascending thresholds lie below `x`: eight halvings without a branch (a product with
+/// the comparison, since the compiler makes a branch of a conditional and takes twice the time).
 #[inline]
 fn count_below(thresholds: &[f32; 255], x: f32) -> u8 {
     let mut count = 0_usize;
     for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-        count += if x > thresholds[count + step - 1] { step } else { 0 };
+        count += usize::from(x > thresholds[count + step - 1]) * step;
     }
     count as u8
 }
