@@ -148,9 +148,9 @@ pub struct InitArgs {
 /// `qlora generate`.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// The base model: a folder or a hub id
-    #[arg(long)]
-    pub model: String,
+    /// The base model: a folder or a hub id; left out, the one that the adapter names
+    #[arg(long, required_unless_present = "adapter")]
+    pub model: Option<String>,
     /// Branch, tag or commit of a hub id
     #[arg(long)]
     pub revision: Option<String>,

@@ -24,10 +24,16 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
     config.set("quantization.compute_dtype", &args.compute_dtype)?;
     let device = select_device(&args.device)?;
     let dtype = compute_dtype(config.quantization.compute_dtype, &device);
-    let dir = hub::resolve(&args.model, args.revision.as_deref())?;
+    let adapter = args.adapter.as_deref().map(Adapter::load).transpose()?;
+    let named = adapter.as_ref().and_then(|adapter| adapter.config.base_model_name_or_path.as_deref());
+    let model = args
+        .model
+        .as_deref()
+        .or(named)
+        .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
+    let dir = hub::resolve(model, args.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let ids = prompt_ids(args, &tokenizer)?;
-    let adapter = args.adapter.as_deref().map(Adapter::load).transpose()?;
 
     let mut bar = LoadBar::new();
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };

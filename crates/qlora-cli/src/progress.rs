@@ -34,7 +34,7 @@ impl LoadBar {
         let bar = self.bar.get_or_insert_with(|| {
             self.start = Instant::now();
             let bar = ProgressBar::new(progress.total_bytes);
-            bar.set_style(style("Loading  {bar:40.cyan/black} {binary_bytes}/{binary_total_bytes}  {wide_msg:.dim}"));
+            bar.set_style(style("Loading {bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}"));
             bar
         });
         bar.set_position(progress.loaded_bytes);
@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn the_templates_are_valid() {
         for template in [
-            "{bar:40.cyan/black} {binary_bytes}/{binary_total_bytes}  {wide_msg:.dim}",
+            "{bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}",
             "{bar:12.cyan/black} {pos}/{len} {wide_msg}",
         ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");

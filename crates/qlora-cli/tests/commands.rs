@@ -74,6 +74,10 @@ fn train_leaves_adapter_metrics_and_report_and_generate_uses_them() {
     assert_eq!(bench.ok(&ask).stdout, base, "greedy answers repeat");
     let tuned = bench.ok(&[&ask[..], &["--adapter", "run/adapter"]].concat());
     assert!(!tuned.stdout.trim().is_empty());
+    // Without --model it is the base that the adapter names.
+    let short =
+        ["generate", "--device", "cpu", "--adapter", "run/adapter", "--prompt", ask[6], "--max-new-tokens", "8"];
+    assert_eq!(bench.ok(&short).stdout, tuned.stdout);
     let sampled = [&ask[..], &["--temperature", "1.5", "--seed", "3"]].concat();
     assert_eq!(bench.ok(&sampled).stdout, bench.ok(&sampled).stdout, "a seed repeats");
 
