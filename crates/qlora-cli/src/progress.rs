@@ -125,7 +125,7 @@ impl TrainEvents for Terminal {
             bar.set_position(metrics.step as u64);
             // One space between the figures, so that they fit a terminal of 80 columns.
             bar.set_message(step_words(metrics, left).replace("  ", " "));
-        } else if metrics.step % self.log_every == 0
+        } else if metrics.step.is_multiple_of(self.log_every)
             || metrics.step == self.start.0 + 1
             || metrics.step == self.total_steps
         {

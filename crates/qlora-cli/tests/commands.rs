@@ -151,7 +151,7 @@ fn an_interrupted_run_resumes_to_the_same_adapter() {
     let rest: Vec<String> = lines.collect();
     let status = child.wait().expect("the program ends");
     assert_eq!(status.code(), Some(130), "{rest:?}");
-    let last = rest.iter().filter(|line| line.starts_with("saved ")).next_back().expect("a checkpoint");
+    let last = rest.iter().rfind(|line| line.starts_with("saved ")).expect("a checkpoint");
     assert!(!last.contains("000012"), "stopped before the end: {last}");
 
     bench.fails(&args, 3, &["already holds a run", "resume"]);

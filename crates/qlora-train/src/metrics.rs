@@ -241,8 +241,11 @@ fn read(path: &Path) -> Result<Vec<u8>, TrainError> {
     })
 }
 
+/// An entry with the text of its line.
+type Line<'a> = (Entry, &'a [u8]);
+
 /// The entries of a log, each with its line, and whether the last line was cut short.
-fn parse<'a>(path: &Path, text: &'a [u8]) -> Result<(Vec<(Entry, &'a [u8])>, bool), TrainError> {
+fn parse<'a>(path: &Path, text: &'a [u8]) -> Result<(Vec<Line<'a>>, bool), TrainError> {
     let mut entries = Vec::new();
     let mut lines = text.split(|byte| *byte == b'\n').enumerate().peekable();
     while let Some((index, line)) = lines.next() {
