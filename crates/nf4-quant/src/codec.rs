@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS, NF4_THRESHOLDS};
 use crate::quant_state::check_blocksize;
+use crate::reciprocal::reciprocal;
 use crate::{Element, QuantError, QuantType};
 
 /// Elements per parallel task: a multiple of every blocksize, 256 KiB of f32.
@@ -152,7 +153,7 @@ fn quantize_span_body<E: Element>(
             continue;
         }
         *absmax = max;
-        let inverse = 1.0 / max;
+        let inverse = reciprocal(max);
         match quant_type {
             QuantType::Nf4 => encode_pairs(values, codes, |v| nf4_code(v * inverse)),
             QuantType::Fp4 => encode_pairs(values, codes, |v| {

@@ -13,7 +13,11 @@
 //!   vectorised, used to load checkpoints and as the CPU path;
 //! - `kernels` (feature `kernels`): CubeCL kernels for every runtime.
 //!
-//! All three give the same bits. The crate does no file I/O and knows no tensor library.
+//! All three give the same bits. For bf16 weights they are those of bitsandbytes on CUDA: even its
+//! approximate reciprocal of absmax is followed. For f32 and f16 weights that reciprocal may differ in
+//! the last bit, and move an element that lies on a threshold by one code.
+//!
+//! The crate does no file I/O and knows no tensor library.
 //!
 //! ```
 //! use nf4_quant::{QuantConfig, Quantized4bit};
@@ -37,6 +41,7 @@ pub mod kernels;
 mod metadata;
 mod nested;
 mod quant_state;
+mod reciprocal;
 pub mod reference;
 
 pub use codebook::{QuantType, signed_dynamic_map};

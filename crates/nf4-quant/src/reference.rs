@@ -4,6 +4,7 @@
 //! and this file with bitsandbytes' outputs.
 
 use crate::codebook::{FP4_ORDER, FP4_THRESHOLDS};
+use crate::reciprocal::reciprocal;
 use crate::{QuantType, signed_dynamic_map};
 
 /// The largest magnitude of a block; a subnormal one counts as zero, as on GPUs that flush them.
@@ -20,7 +21,7 @@ pub fn encode(value: f32, absmax: f32, quant_type: QuantType) -> u8 {
     if absmax == 0.0 {
         return 0;
     }
-    let scaled = value * (1.0 / absmax);
+    let scaled = value * reciprocal(absmax);
     match quant_type {
         QuantType::Nf4 => {
             let gaps = quant_type.codebook().windows(2);

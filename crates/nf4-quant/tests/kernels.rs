@@ -201,6 +201,32 @@ fn values_on_thresholds_fall_as_the_oracle_says() {
 }
 
 #[test]
+fn reciprocals_of_bf16_values_are_the_oracles() {
+    let fp4 = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333_f32];
+    let nf4: Vec<f32> = QuantType::Nf4.codebook().windows(2).map(|w| (w[0] + w[1]) * 0.5).collect();
+    for (name, client) in clients() {
+        for (quant_type, thresholds) in [(QuantType::Nf4, nf4.clone()), (QuantType::Fp4, fp4.to_vec())] {
+            // Every mantissa, also where the reciprocal is barely normal; blocks of elements on thresholds.
+            let mut weight = Vec::new();
+            for exponent in [30_u32, 120, 127, 252] {
+                for mantissa in 0..128 {
+                    let absmax = f32::from_bits(exponent << 23 | mantissa << 16);
+                    let mut block = vec![absmax];
+                    for threshold in &thresholds {
+                        let on = threshold * absmax;
+                        block.extend([on.next_down(), on, on.next_up()]);
+                    }
+                    block.resize(64, -absmax * 0.5);
+                    weight.extend(block);
+                }
+            }
+            let config = QuantConfig { quant_type, blocksize: 64, double_quant: false };
+            check_quantize(client, &format!("{name} {quant_type}"), &weight, FloatFormat::F32, &config);
+        }
+    }
+}
+
+#[test]
 fn all_nested_codes_decode() {
     for (name, client) in clients() {
         // Every 8-bit code, nested blocks of another size, and an offset that makes rounding show.

@@ -11,9 +11,10 @@
 //! - Compilers fuse a * b + c into one operation with one rounding. Where two roundings are meant the
 //!   kernels write (a * b) * one + c with a `one` passed at run time: fused, that is
 //!   round(round(a * b) * 1 + c), the wanted result.
-//! - 1 / absmax must be correctly rounded. CUDA's division is; Vulkan allows 2.5 units in the last
-//!   place, which can move an element that lies that close to a threshold by one code. Mesa's software
-//!   device divides exactly.
+//! - 1 / absmax must be the oracle's. Where absmax is a bf16 value (every bf16 weight) it comes out of a
+//!   table and is exact everywhere. Other values are divided, and must be correctly rounded: CUDA's
+//!   division is; Vulkan allows 2.5 units in the last place, which can move an element that lies that
+//!   close to a threshold by one code. Mesa's software device divides exactly.
 //!
 //! Vulkan also leaves the rounding of f32 to f16 to the device; Mesa's and CUDA's round to nearest.
 //!
@@ -40,6 +41,7 @@ use cubecl::prelude::*;
 use cubecl::server::{CubeCountSelection, Handle};
 
 use crate::codebook::signed_dynamic_thresholds;
+use crate::reciprocal::mantissa_reciprocals;
 use crate::{FloatFormat, QuantError, QuantType, signed_dynamic_map};
 
 /// Units per cube of every kernel.
@@ -107,11 +109,14 @@ const fn codebook_start(quant_type: QuantType) -> usize {
 const MAP_START: usize = 32;
 /// Position of the 8-bit map's thresholds in the table buffer.
 const THRESHOLDS_START: usize = MAP_START + 256;
+/// Position of the reciprocals of bf16 mantissas in the table buffer.
+const RECIPROCALS_START: usize = THRESHOLDS_START + 255;
 /// Floats in the table buffer.
-const TABLE_LEN: usize = THRESHOLDS_START + 255;
+const TABLE_LEN: usize = RECIPROCALS_START + 128;
 
-/// Both codebooks, the 8-bit map and its thresholds in one small buffer, made once per device: kernels
-/// index them at run time, which constants in the source can't do on every runtime.
+/// Both codebooks, the 8-bit map and its thresholds, and the reciprocals of bf16 mantissas in one small
+/// buffer, made once per device: kernels index them at run time, which constants in the source can't do
+/// on every runtime.
 fn tables(client: &Client) -> Handle {
     static TABLES: LazyLock<Mutex<HashMap<(DeviceId, TypeId), Handle>>> = LazyLock::new(Mutex::default);
     let service = client.service_id();
@@ -122,6 +127,7 @@ fn tables(client: &Client) -> Handle {
         values.extend_from_slice(QuantType::Fp4.codebook());
         values.extend_from_slice(signed_dynamic_map());
         values.extend_from_slice(signed_dynamic_thresholds());
+        values.extend_from_slice(&mantissa_reciprocals());
         client.create_from_slice(bytemuck::cast_slice(&values))
     });
     handle.clone()

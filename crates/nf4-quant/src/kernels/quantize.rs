@@ -24,14 +24,18 @@ use cubecl::server::Handle;
 
 use super::weight::check_len;
 use super::{
-    DeviceAbsmax, DeviceWeight, TABLE_LEN, THRESHOLDS_START, UNITS, buffer, check_size, check_supported, cube_count,
-    elem_type, offset, read, tables, vector_size,
+    DeviceAbsmax, DeviceWeight, RECIPROCALS_START, TABLE_LEN, THRESHOLDS_START, UNITS, buffer, check_size,
+    check_supported, cube_count, elem_type, offset, read, tables, vector_size,
 };
 use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS, NF4_THRESHOLDS};
 use crate::{Element, FloatFormat, NestedAbsmax, QuantConfig, QuantError, QuantType};
 
 /// The bits of the smallest normal f32: magnitudes below it count as zero.
 const MIN_NORMAL: u32 = 0x0080_0000;
+/// The exponent's bits of 1.
+const ONE: u32 = 0x3f80_0000;
+/// Biased exponents up to this one have a normal reciprocal, whatever the mantissa.
+const MAX_EXPONENT: u32 = 252;
 
 /// Quantizes a weight that lies on the device.
 ///
@@ -75,6 +79,7 @@ pub fn quantize(
             CubeDim::new_1d(UNITS as u32),
             vector,
             buffer(&input, num_elements / vector),
+            buffer(&tables(client), TABLE_LEN),
             buffer(&codes, words),
             buffer(&absmax, blocks),
             num_elements,
@@ -144,6 +149,7 @@ fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, offset: f32)
 #[allow(clippy::too_many_arguments)]
 fn quantize_kernel<F: Float, N: Size>(
     input: &[Vector<F, N>],
+    table: &[f32],
     codes: &mut [u32],
     absmax: &mut [f32],
     elements: usize,
@@ -198,7 +204,7 @@ fn quantize_kernel<F: Float, N: Size>(
         if unit == leader {
             absmax[first / blocksize] = block_absmax;
         }
-        let inverse = 1.0f32 / block_absmax;
+        let inverse = reciprocal(max, table);
         #[unroll]
         for w in 0..words_per_unit {
             if first + w * 8 < elements {
@@ -267,6 +273,19 @@ fn nf4_threshold(#[comptime] i: usize) -> f32 {
 #[cube]
 fn fp4_threshold(#[comptime] i: usize) -> f32 {
     f32::new(comptime!(FP4_THRESHOLDS[i]))
+}
+
+/// 1 / absmax, given absmax's bits: see [`crate::reciprocal`].
+#[cube]
+fn reciprocal(bits: u32, table: &[f32]) -> f32 {
+    let exponent = bits >> 23;
+    if (bits & 0xffff) == 0 && exponent <= MAX_EXPONENT {
+        // 1 / (m * 2^e) = (1 / m) * 2^-e: e leaves the exponent of the mantissa's reciprocal.
+        let mantissa = table[RECIPROCALS_START + ((bits >> 16) & 127) as usize];
+        f32::reinterpret(u32::reinterpret(mantissa) + ONE - (exponent << 23))
+    } else {
+        1.0f32 / f32::reinterpret(bits)
+    }
 }
 
 /// A magnitude as an integer of the same order.
