@@ -81,7 +81,12 @@ pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Res
         merged.merge_adapters()?;
         let rounding = max_abs_diff(&ours, &logits(&merged, &ids, rows)?);
         let bar = (2.0 * rounding).clamp(DENSE_BAR, 5.0 * DENSE_BAR);
-        report.compare_noted(name, max_abs_diff(&ours, &view.to_f32_vec()?), bar, format!("merged it differs by {rounding:.2e}"));
+        report.compare_noted(
+            name,
+            max_abs_diff(&ours, &view.to_f32_vec()?),
+            bar,
+            format!("merged it differs by {rounding:.2e}"),
+        );
     }
     Ok(())
 }
