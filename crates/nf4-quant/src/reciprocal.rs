@@ -49,19 +49,19 @@ const DIFFERENCES: [i8; 128] = {
     differences
 };
 
-/// 1 / absmax: CUDA's approximate reciprocal for the bf16 values, correctly rounded for others.
+/// Biased exponents up to this one have a normal reciprocal, whatever the mantissa.
+pub(crate) const MAX_EXPONENT: u32 = 252;
+
+/// 1 / absmax: CUDA's approximate reciprocal for bf16 values, correctly rounded for others.
 ///
-/// Above 2^126, where the result is subnormal, it is the correctly rounded one (CUDA's is 0).
-#[inline]
+/// From 2^126 on, where results are subnormal, it is the correctly rounded one (CUDA's is 0).
+#[inline(always)]
 pub(crate) fn reciprocal(absmax: f32) -> f32 {
-    let exact = 1.0 / absmax;
     let bits = absmax.to_bits();
-    if bits & 0xffff == 0 && exact.is_normal() {
-        let difference = DIFFERENCES[(bits >> 16 & 127) as usize];
-        f32::from_bits(exact.to_bits().wrapping_add_signed(difference.into()))
-    } else {
-        exact
-    }
+    let bf16 = bits & 0xffff == 0 && bits >> 23 <= MAX_EXPONENT;
+    // No branch: the table is read while the division is under way.
+    let difference = i32::from(DIFFERENCES[(bits >> 16 & 127) as usize]) * i32::from(bf16);
+    f32::from_bits((1.0 / absmax).to_bits().wrapping_add_signed(difference))
 }
 
 /// The reciprocals of the 128 bf16 values from 1 to 2: those of all others are these times a power of

@@ -160,7 +160,9 @@ mod tests {
     }
 
     fn grads() -> Vec<Vec<f64>> {
-        (0..10).map(|t| (0..6).map(|i| ((t * 7 + i * 13) % 11) as f64 * 0.1 - 0.5 + 1e-6 * i as f64).collect()).collect()
+        (0..10)
+            .map(|t| (0..6).map(|i| ((t * 7 + i * 13) % 11) as f64 * 0.1 - 0.5 + 1e-6 * i as f64).collect())
+            .collect()
     }
 
     #[test]

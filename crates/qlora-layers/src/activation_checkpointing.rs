@@ -32,7 +32,12 @@ pub struct BlockInputs(Vec<Tensor<2>>);
 ///
 /// # Shapes
 /// `x` and the output are `[tokens, hidden]`; neither carries autodiff.
-pub fn forward<B>(blocks: &[B], x: Tensor<2>, pass: Pass, run: impl Fn(&B, Tensor<2>, Pass) -> Tensor<2>) -> (Tensor<2>, BlockInputs) {
+pub fn forward<B>(
+    blocks: &[B],
+    x: Tensor<2>,
+    pass: Pass,
+    run: impl Fn(&B, Tensor<2>, Pass) -> Tensor<2>,
+) -> (Tensor<2>, BlockInputs) {
     let mut inputs = Vec::with_capacity(blocks.len());
     let mut x = x.without_autodiff();
     for block in blocks {

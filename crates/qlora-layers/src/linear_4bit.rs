@@ -58,7 +58,13 @@ impl Linear4bit {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        ops::linear_4bit(x, &self.buffers, self.layout)
+        let out = x.dtype().into();
+        self.forward_into(x, out)
+    }
+
+    /// [`forward`](Self::forward) with the sums kept in `out`, the dtype of `x` or f32.
+    pub fn forward_into(&self, x: Tensor<2>, out: FloatDType) -> Tensor<2> {
+        ops::linear_4bit(x, &self.buffers, self.layout, out)
     }
 
     /// The dense weight `[out_features, in_features]` in `dtype`, without autodiff.
@@ -111,14 +117,15 @@ impl FrozenLinear {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let out = x.dtype().into();
+        self.forward_into(x, out)
+    }
+
+    /// [`forward`](Self::forward) with the sums kept in `out`, the dtype of `x` or f32.
+    pub fn forward_into(&self, x: Tensor<2>, out: FloatDType) -> Tensor<2> {
         match self {
-            Self::Quantized(weight) => weight.forward(x),
-            Self::Dense(weight) => {
-                let weight = weight.clone();
-                // Burn takes operands of different dtypes and reads one as the other.
-                assert_eq!(x.dtype(), weight.dtype(), "the dtypes of activations and a dense weight must agree");
-                x.matmul(weight.transpose())
-            }
+            Self::Quantized(weight) => weight.forward_into(x, out),
+            Self::Dense(weight) => ops::matmul_into(x, weight.clone().transpose(), out),
         }
     }
 

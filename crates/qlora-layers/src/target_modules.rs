@@ -183,7 +183,9 @@ mod tests {
 
     fn model() -> Vec<LinearModule> {
         let mut modules: Vec<LinearModule> = (0..12)
-            .flat_map(|i| ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj"].map(|m| format!("model.layers.{i}.{m}")))
+            .flat_map(|i| {
+                ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj"].map(|m| format!("model.layers.{i}.{m}"))
+            })
             .map(|path| LinearModule { path, is_output_head: false })
             .collect();
         modules.push(LinearModule { path: "lm_head".into(), is_output_head: true });
@@ -204,7 +206,10 @@ mod tests {
 
     #[test]
     fn a_name_matches_whole_segments_only() {
-        let config = LoraConfig { target_modules: TargetModules::Names(vec!["proj".into(), "lm_head".into()]), ..Default::default() };
+        let config = LoraConfig {
+            target_modules: TargetModules::Names(vec!["proj".into(), "lm_head".into()]),
+            ..Default::default()
+        };
         assert_eq!(paths(&config), ["lm_head"]);
     }
 
@@ -224,7 +229,12 @@ mod tests {
         };
         assert_eq!(
             paths(&config),
-            ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.10.self_attn.q_proj", "model.layers.10.self_attn.v_proj"]
+            [
+                "model.layers.1.self_attn.q_proj",
+                "model.layers.1.self_attn.v_proj",
+                "model.layers.10.self_attn.q_proj",
+                "model.layers.10.self_attn.v_proj"
+            ]
         );
     }
 

@@ -18,7 +18,8 @@ fn values(tensor: Tensor<2>) -> Vec<f32> {
 
 /// `x Wᵀ` in f64.
 fn product(x: &[f32], w: &[f32], [tokens, rows, columns]: [usize; 3]) -> Vec<f64> {
-    let dot = |t: usize, r: usize| (0..columns).map(|c| f64::from(x[t * columns + c]) * f64::from(w[r * columns + c])).sum();
+    let dot =
+        |t: usize, r: usize| (0..columns).map(|c| f64::from(x[t * columns + c]) * f64::from(w[r * columns + c])).sum();
     (0..tokens).flat_map(|t| (0..rows).map(move |r| dot(t, r))).collect()
 }
 
@@ -55,9 +56,14 @@ fn forward_and_input_gradient_match_the_dense_product_on_odd_shapes() {
 
                 let expected_y = product(&x, &dense, [tokens, rows, columns]);
                 let expected_dx = product(&dy, &transposed(&dense, [rows, columns]), [tokens, columns, rows]);
-                for (found, expected, terms) in [(values(y.inner()), expected_y, columns), (values(dx), expected_dx, rows)] {
+                for (found, expected, terms) in
+                    [(values(y.inner()), expected_y, columns), (values(dx), expected_dx, rows)]
+                {
                     for (found, expected) in found.iter().zip(expected) {
-                        assert!((f64::from(*found) - expected).abs() < tolerance(terms), "{name} {config:?}: {found} against {expected}");
+                        assert!(
+                            (f64::from(*found) - expected).abs() < tolerance(terms),
+                            "{name} {config:?}: {found} against {expected}"
+                        );
                     }
                 }
             }

@@ -19,7 +19,8 @@ fn values(tensor: Tensor<2>) -> Vec<f32> {
 
 fn layer(device: &Device, dropout: f32) -> LoraLinear {
     let weight = Quantized4bit::quantize(&noise(1, 24 * 40), &[24, 40], &QuantConfig::default()).unwrap();
-    let mut layer = LoraLinear::frozen(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, device).unwrap()), None);
+    let mut layer =
+        LoraLinear::frozen(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, device).unwrap()), None);
     let mut adapter = LoraAdapter::new([24, 40], 4, 2.0, dropout, 3, 11, device);
     adapter.lora_b = matrix(2, [24, 4], device);
     layer.set_adapter("layer", adapter).unwrap();
@@ -99,7 +100,13 @@ fn dropout_masks_are_the_oracles_on_every_runtime_and_in_backward() {
         let expected: Vec<f32> = values(x.clone())
             .iter()
             .enumerate()
-            .map(|(i, v)| if f64::from(dropout_hash(i as u32, seed)) < f64::from(p) * 4_294_967_296.0 { 0.0 } else { v * (1.0 / (1.0 - p)) })
+            .map(|(i, v)| {
+                if f64::from(dropout_hash(i as u32, seed)) < f64::from(p) * 4_294_967_296.0 {
+                    0.0
+                } else {
+                    v * (1.0 / (1.0 - p))
+                }
+            })
             .collect();
         let kept = expected.iter().filter(|v| **v != 0.0).count() as f64 / expected.len() as f64;
         // Four standard deviations of 1961 draws.
@@ -130,5 +137,10 @@ fn a_factor_of_another_shape_is_refused_by_name() {
     let mut layer = layer(&device, 0.0);
     let wrong = LoraAdapter::new([24, 41], 4, 1.0, 0.0, 0, 0, &device);
     let message = layer.set_adapter("model.layers.0.mlp.up_proj", wrong).unwrap_err().to_string();
-    assert!(message.contains("model.layers.0.mlp.up_proj.lora_A.weight") && message.contains("[4, 40]") && message.contains("[4, 41]"), "{message}");
+    assert!(
+        message.contains("model.layers.0.mlp.up_proj.lora_A.weight")
+            && message.contains("[4, 40]")
+            && message.contains("[4, 41]"),
+        "{message}"
+    );
 }

@@ -45,9 +45,13 @@ fn one_dense_transient_at_a_time() {
     let device = Device::flex();
     let mut layers: Vec<LoraLinear> = (0..LAYERS as u32)
         .map(|index| {
-            let values: Vec<f32> = (0..WIDTH * WIDTH).map(|i| ((i * 31 + index as usize) as f32 * 0.7).sin() * 0.05).collect();
+            let values: Vec<f32> =
+                (0..WIDTH * WIDTH).map(|i| ((i * 31 + index as usize) as f32 * 0.7).sin() * 0.05).collect();
             let weight = Quantized4bit::quantize(&values, &[WIDTH, WIDTH], &QuantConfig::default()).unwrap();
-            let mut layer = LoraLinear::frozen(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &device).unwrap()), None);
+            let mut layer = LoraLinear::frozen(
+                FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &device).unwrap()),
+                None,
+            );
             layer.set_adapter("layer", LoraAdapter::new([WIDTH, WIDTH], 2, 1.0, 0.1, index, 0, &device)).unwrap();
             layer
         })
@@ -61,7 +65,8 @@ fn one_dense_transient_at_a_time() {
     let y = layers.iter().fold(x.clone(), |x, layer| layer.forward(x, pass));
     assert_eq!(LIVE.load(SeqCst), before, "the recorded graph keeps no dense weight");
     let grads = y.square().sum().backward();
-    let plain: Vec<_> = layers.iter().map(|layer| layer.adapter.as_ref().unwrap().lora_b.grad(&grads).unwrap().into_data()).collect();
+    let plain: Vec<_> =
+        layers.iter().map(|layer| layer.adapter.as_ref().unwrap().lora_b.grad(&grads).unwrap().into_data()).collect();
     assert_eq!(PEAK.load(SeqCst) - before, 1, "dense weights alive at once, forward and backward");
 
     // The same under activation checkpointing, with the same gradients bit for bit.

@@ -4,6 +4,7 @@ use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::{Adapter, AdapterConfig, HostTensor, TargetModules as PeftModules};
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
+use qlora_layers::ops::matmul;
 use qlora_layers::target_modules::{LinearModule, Target, resolve};
 use qlora_layers::{FrozenLinear, LoraAdapter, LoraConfig, TargetModules};
 
@@ -32,7 +33,15 @@ impl Decoder {
         let mut index = 0;
         for (path, linear) in self.linears_mut() {
             linear.adapter = targets.iter().find(|target| target.path == path).map(|target| {
-                let adapter = LoraAdapter::new(linear.base.shape(), target.rank, target.scaling, config.dropout, index, seed, &device);
+                let adapter = LoraAdapter::new(
+                    linear.base.shape(),
+                    target.rank,
+                    target.scaling,
+                    config.dropout,
+                    index,
+                    seed,
+                    &device,
+                );
                 index += 1;
                 adapter
             });
@@ -62,12 +71,21 @@ impl Decoder {
             linear.adapter = None;
             let Some((lora_a, lora_b)) = adapter.lora(&path) else { continue };
             let upload = |factor: &HostTensor, name: &str| match factor.shape.as_slice() {
-                &[rows, columns] => Ok(Tensor::from_data(TensorData::new(factor.data.clone(), [rows, columns]), (&device, DType::F32))),
-                _ => Err(ModelError::WeightShape { module: format!("{path}.{name}"), expected: vec![0, 0], found: factor.shape.clone() }),
+                &[rows, columns] => {
+                    Ok(Tensor::from_data(TensorData::new(factor.data.clone(), [rows, columns]), (&device, DType::F32)))
+                }
+                _ => Err(ModelError::WeightShape {
+                    module: format!("{path}.{name}"),
+                    expected: vec![0, 0],
+                    found: factor.shape.clone(),
+                }),
             };
             let scaling = config.scaling_for(&path)? as f32;
             let (lora_a, lora_b) = (upload(lora_a, "lora_A")?, upload(lora_b, "lora_B")?);
-            linear.set_adapter(&path, LoraAdapter { lora_a, lora_b, scaling, dropout: config.lora_dropout as f32, index })?;
+            linear.set_adapter(
+                &path,
+                LoraAdapter { lora_a, lora_b, scaling, dropout: config.lora_dropout as f32, index },
+            )?;
             index += 1;
         }
         *self = loaded;
@@ -93,7 +111,12 @@ impl Decoder {
     ///
     /// # Errors
     /// The device fails to hand a factor over.
-    pub fn export_adapter(&self, config: &LoraConfig, base_model: &str, revision: Option<&str>) -> Result<Adapter, ModelError> {
+    pub fn export_adapter(
+        &self,
+        config: &LoraConfig,
+        base_model: &str,
+        revision: Option<&str>,
+    ) -> Result<Adapter, ModelError> {
         let paths: Vec<String> = self.adapters().map(|(path, _)| path).collect();
         let mut adapter = Adapter::new(peft_config(config, &paths, base_model, revision));
         for (path, lora) in self.adapters() {
@@ -108,7 +131,9 @@ impl Decoder {
     /// A base is quantized: rounding the sum to 4 bits again would change what the adapter does, so merging
     /// belongs on the full-precision base. The model is unchanged then.
     pub fn merge_adapters(&mut self) -> Result<(), ModelError> {
-        let quantized = self.linears().find(|(_, linear)| linear.adapter.is_some() && matches!(linear.base, FrozenLinear::Quantized(_)));
+        let quantized = self
+            .linears()
+            .find(|(_, linear)| linear.adapter.is_some() && matches!(linear.base, FrozenLinear::Quantized(_)));
         if let Some((module, _)) = quantized {
             return Err(ModelError::MergeQuantized { module });
         }
@@ -116,7 +141,7 @@ impl Decoder {
         for (_, linear) in self.linears_mut() {
             let Some(adapter) = linear.adapter.take() else { continue };
             let LoraAdapter { lora_a, lora_b, scaling, .. } = adapter;
-            let update = lora_b.without_autodiff().matmul(lora_a.without_autodiff()).mul_scalar(scaling);
+            let update = matmul(lora_b.without_autodiff(), lora_a.without_autodiff()).mul_scalar(scaling);
             linear.base = FrozenLinear::Dense((linear.base.to_dense(FloatDType::F32) + update).cast(dtype));
         }
         Ok(())
@@ -126,7 +151,8 @@ impl Decoder {
 /// A factor on the host.
 fn host_tensor(factor: &Tensor<2>) -> Result<HostTensor, ModelError> {
     let shape = factor.dims().to_vec();
-    let data = factor.clone().without_autodiff().try_into_vec_as::<f32>().map_err(|e| ModelError::Device(e.to_string()))?;
+    let data =
+        factor.clone().without_autodiff().try_into_vec_as::<f32>().map_err(|e| ModelError::Device(e.to_string()))?;
     Ok(HostTensor { shape, data })
 }
 

@@ -2,6 +2,7 @@
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{FloatDType, Tensor};
+use qlora_layers::ops::matmul;
 
 /// Keys and values of the tokens so far, one pair per block, for token-by-token generation.
 #[derive(Clone, Debug, Default)]
@@ -34,7 +35,9 @@ impl KvCache {
             self.blocks.resize(block + 1, None);
         }
         let all = match self.blocks[block].take() {
-            Some((old_keys, old_values)) => (Tensor::cat(vec![old_keys, keys], 2), Tensor::cat(vec![old_values, values], 2)),
+            Some((old_keys, old_values)) => {
+                (Tensor::cat(vec![old_keys, keys], 2), Tensor::cat(vec![old_values, values], 2))
+            }
             None => (keys, values),
         };
         self.blocks[block] = Some(all.clone());
@@ -59,12 +62,12 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<&Tensor<
     let q = q.reshape([rows * kv_heads, group * len, dim]);
     let k = k.reshape([rows * kv_heads, all, dim]);
     let v = v.reshape([rows * kv_heads, all, dim]);
-    let scores = q.matmul(k.swap_dims(1, 2)).cast(FloatDType::F32).mul_scalar(1.0 / (dim as f64).sqrt());
+    let scores = matmul(q, k.swap_dims(1, 2)).cast(FloatDType::F32).mul_scalar(1.0 / (dim as f64).sqrt());
     let scores = scores.reshape([rows * kv_heads, group, len, all]);
     let scores = match bias {
         Some(bias) => scores + bias.clone(),
         None => scores,
     };
     let weights = softmax(scores, 3).cast(dtype).reshape([rows * kv_heads, group * len, all]);
-    weights.matmul(v).reshape([rows, heads, len, dim])
+    matmul(weights, v).reshape([rows, heads, len, dim])
 }

@@ -1,8 +1,8 @@
 //! `config.json` of a decoder-only model, as transformers 4 and 5 write it.
 
+use crate::ModelError;
 use crate::decoder::{LINEARS, linear_path};
 use crate::family::Family;
-use crate::ModelError;
 use adapter_io::BnbConfig;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -106,7 +106,9 @@ impl Fields<'_> {
     }
 
     fn flag(&self, field: &str) -> Result<bool, ModelError> {
-        let read = |value: &Value| value.as_bool().ok_or_else(|| self.error(field, format!("is {value}; expected true or false")));
+        let read = |value: &Value| {
+            value.as_bool().ok_or_else(|| self.error(field, format!("is {value}; expected true or false")))
+        };
         self.get(field).map_or(Ok(false), read)
     }
 }
@@ -120,7 +122,8 @@ impl ModelConfig {
     pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
-        let value: Value = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
         Self::from_json(&value, &path)
     }
 
@@ -129,12 +132,18 @@ impl ModelConfig {
     /// # Errors
     /// As [`from_dir`](Self::from_dir).
     pub fn from_json(value: &Value, path: &Path) -> Result<Self, ModelError> {
-        let not_an_object = || ModelError::Field { path: path.into(), field: "config".into(), problem: "is not a JSON object".into() };
+        let not_an_object =
+            || ModelError::Field { path: path.into(), field: "config".into(), problem: "is not a JSON object".into() };
         let map = value.as_object().ok_or_else(not_an_object)?;
         let fields = Fields { path, map, prefix: "" };
-        let model_type = fields.get("model_type").and_then(Value::as_str).ok_or_else(|| fields.error("model_type", "is missing"))?;
-        let family = Family::find(model_type)
-            .ok_or_else(|| fields.error("model_type", format!("is \"{model_type}\", which is not supported; supported: {}", Family::supported())))?;
+        let model_type =
+            fields.get("model_type").and_then(Value::as_str).ok_or_else(|| fields.error("model_type", "is missing"))?;
+        let family = Family::find(model_type).ok_or_else(|| {
+            fields.error(
+                "model_type",
+                format!("is \"{model_type}\", which is not supported; supported: {}", Family::supported()),
+            )
+        })?;
         for (field, covered) in family.fixed {
             if let Some(value) = fields.get(field).filter(|value| value.to_string() != *covered) {
                 return Err(fields.error(field, format!("is {value}; only {covered} is supported for {model_type}")));
@@ -144,12 +153,19 @@ impl ModelConfig {
         let num_attention_heads = fields.required("num_attention_heads")?;
         let num_key_value_heads = fields.size("num_key_value_heads")?.unwrap_or(num_attention_heads);
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return Err(fields.error("num_key_value_heads", format!("is {num_key_value_heads}, which does not divide the {num_attention_heads} attention heads")));
+            return Err(fields.error(
+                "num_key_value_heads",
+                format!("is {num_key_value_heads}, which does not divide the {num_attention_heads} attention heads"),
+            ));
         }
         let head_dim = match fields.size("head_dim")? {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
-            None => return Err(fields.error("head_dim", "is missing, and hidden_size is no multiple of num_attention_heads")),
+            None => {
+                return Err(
+                    fields.error("head_dim", "is missing, and hidden_size is no multiple of num_attention_heads")
+                );
+            }
         };
         if !head_dim.is_multiple_of(2) {
             return Err(fields.error("head_dim", format!("is {head_dim}; rotary embeddings need an even one")));
@@ -195,7 +211,9 @@ impl ModelConfig {
     /// Every linear layer's path and shape `[out_features, in_features]`, in the order of
     /// [`Decoder::linears`](crate::Decoder::linears).
     pub fn linears(&self) -> Vec<(String, [usize; 2])> {
-        let block = |index| LINEARS.iter().zip(self.block_shapes()).map(move |(name, (shape, _))| (linear_path(index, name), shape));
+        let block = |index| {
+            LINEARS.iter().zip(self.block_shapes()).map(move |(name, (shape, _))| (linear_path(index, name), shape))
+        };
         let head = (!self.tie_word_embeddings).then(|| ("lm_head".to_string(), [self.vocab_size, self.hidden_size]));
         (0..self.num_hidden_layers).flat_map(block).chain(head).collect()
     }
@@ -208,7 +226,8 @@ impl ModelConfig {
 
 /// `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
 fn rope(fields: &Fields) -> Result<(f64, RopeScaling), ModelError> {
-    let nested = ["rope_parameters", "rope_scaling"].into_iter().find_map(|key| fields.get(key).map(|value| (key, value)));
+    let nested =
+        ["rope_parameters", "rope_scaling"].into_iter().find_map(|key| fields.get(key).map(|value| (key, value)));
     let default_theta = fields.number("rope_theta")?;
     let Some((key, value)) = nested else {
         return Ok((default_theta.unwrap_or(10_000.0), RopeScaling::Default));

@@ -5,6 +5,7 @@ use crate::config::ModelConfig;
 use crate::rope;
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
 
 /// Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32 and rounded once.
@@ -67,7 +68,14 @@ impl Block {
 
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
-    fn forward(&self, x: Tensor<2>, config: &ModelConfig, sequence: &Sequence, cache: Option<&mut KvCache>, pass: Pass) -> Tensor<2> {
+    fn forward(
+        &self,
+        x: Tensor<2>,
+        config: &ModelConfig,
+        sequence: &Sequence,
+        cache: Option<&mut KvCache>,
+        pass: Pass,
+    ) -> Tensor<2> {
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = &self.linears;
         let &Sequence { rows, len, .. } = sequence;
         let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]).swap_dims(1, 2);
@@ -179,7 +187,9 @@ impl Decoder {
     pub fn embed(&self, ids: &[u32]) -> Tensor<2> {
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
-        self.embed_tokens.clone().select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32)))
+        self.embed_tokens
+            .clone()
+            .select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32)))
     }
 
     /// Runs one block.
@@ -198,7 +208,7 @@ impl Decoder {
         let x = self.norm.forward(x);
         match &self.lm_head {
             Some(head) => head.forward(x, pass),
-            None => x.matmul(self.embed_tokens.clone().transpose()),
+            None => matmul(x, self.embed_tokens.clone().transpose()),
         }
     }
 

@@ -16,9 +16,14 @@ pub fn select_device(name: &str) -> Result<Device, ModelError> {
         "vulkan" | "metal" => {
             let right_system = (name == "metal") == cfg!(target_os = "macos");
             if !right_system {
-                return Err(unusable(if name == "metal" { "Metal is on macOS only" } else { "on macOS the GPU is reached as `metal`" }));
+                return Err(unusable(if name == "metal" {
+                    "Metal is on macOS only"
+                } else {
+                    "on macOS the GPU is reached as `metal`"
+                }));
             }
-            probe(|| Device::wgpu(DeviceKind::default())).ok_or_else(|| unusable("no GPU adapter answers; is its driver installed?"))
+            probe(|| Device::wgpu(DeviceKind::default()))
+                .ok_or_else(|| unusable("no GPU adapter answers; is its driver installed?"))
         }
         _ => {
             let index = match name.strip_prefix("cuda") {
@@ -27,7 +32,8 @@ pub fn select_device(name: &str) -> Result<Device, ModelError> {
                 None => None,
             };
             let index = index.ok_or_else(|| unusable("known devices: auto, cpu, cuda, cuda:<index>, vulkan, metal"))?;
-            probe(|| Device::cuda(index)).ok_or_else(|| unusable("no CUDA device answers; is the NVIDIA driver installed and the index right?"))
+            probe(|| Device::cuda(index))
+                .ok_or_else(|| unusable("no CUDA device answers; is the NVIDIA driver installed and the index right?"))
         }
     }
 }

@@ -128,7 +128,9 @@ pub enum ModelError {
         feature: String,
     },
     /// An adapter has weights for a module that the model lacks.
-    #[error("the adapter has weights for `{module}`, which this model does not have: it was made for another base model")]
+    #[error(
+        "the adapter has weights for `{module}`, which this model does not have: it was made for another base model"
+    )]
     AdapterModule {
         /// The module.
         module: String,

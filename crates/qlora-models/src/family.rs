@@ -13,11 +13,8 @@ pub struct Family {
 }
 
 /// Every family that loads.
-pub const FAMILIES: &[Family] = &[Family {
-    model_type: "llama",
-    architecture: "LlamaForCausalLM",
-    fixed: &[("hidden_act", "\"silu\"")],
-}];
+pub const FAMILIES: &[Family] =
+    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", fixed: &[("hidden_act", "\"silu\"")] }];
 
 impl Family {
     /// The family of a `model_type`.

@@ -41,7 +41,12 @@ pub struct Generation {
 ///
 /// # Errors
 /// The prompt is empty, or the device fails.
-pub fn generate(model: &Decoder, prompt: &[u32], options: &GenerateOptions, mut on_token: impl FnMut(u32)) -> Result<Generation, ModelError> {
+pub fn generate(
+    model: &Decoder,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    mut on_token: impl FnMut(u32),
+) -> Result<Generation, ModelError> {
     if prompt.is_empty() {
         return Err(ModelError::EmptyPrompt);
     }
@@ -69,8 +74,11 @@ fn choose(logits: &[f32], options: &GenerateOptions, rng: &mut impl Rng) -> u32 
     if options.temperature <= 0.0 {
         return best as u32;
     }
-    let mut tokens: Vec<(usize, f64)> =
-        logits.iter().enumerate().map(|(i, &logit)| (i, (f64::from(logit - logits[best]) / options.temperature).exp())).collect();
+    let mut tokens: Vec<(usize, f64)> = logits
+        .iter()
+        .enumerate()
+        .map(|(i, &logit)| (i, (f64::from(logit - logits[best]) / options.temperature).exp()))
+        .collect();
     tokens.sort_by(|a, b| b.1.total_cmp(&a.1));
     let total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
     let mut kept = 0.0;

@@ -41,7 +41,12 @@ impl Decoder {
     /// # Errors
     /// [`ModelError`] naming the file, tensor or field: unknown architecture, missing shard, wrong shape,
     /// a dtype that the device lacks.
-    pub fn load(dir: &Path, options: LoadOptions, device: &Device, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self, ModelError> {
+    pub fn load(
+        dir: &Path,
+        options: LoadOptions,
+        device: &Device,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
         let config = ModelConfig::from_dir(dir)?;
         options.quantization.map(|q| q.validate()).transpose()?;
         if !device.supports_dtype(options.dtype) {
@@ -76,7 +81,15 @@ impl Loader<'_> {
                 Some(LoraLinear::frozen(FrozenLinear::Dense(head), None))
             }
         };
-        Ok(Decoder { config: self.config, device: self.device.clone(), dtype: self.options.dtype, embed_tokens, blocks, norm, lm_head })
+        Ok(Decoder {
+            config: self.config,
+            device: self.device.clone(),
+            dtype: self.options.dtype,
+            embed_tokens,
+            blocks,
+            norm,
+            lm_head,
+        })
     }
 
     fn block(&mut self, index: usize) -> Result<Block, ModelError> {
@@ -108,7 +121,11 @@ impl Loader<'_> {
     fn frozen_linear(&mut self, module: &str, shape: [usize; 2]) -> Result<FrozenLinear, ModelError> {
         if let Some(weight) = self.checkpoint.quantized(module)? {
             if weight.state.shape != shape {
-                return Err(ModelError::WeightShape { module: module.into(), expected: shape.into(), found: weight.state.shape });
+                return Err(ModelError::WeightShape {
+                    module: module.into(),
+                    expected: shape.into(),
+                    found: weight.state.shape,
+                });
             }
             self.advance(module, weight.codes.len());
             let linear = Linear4bit::from_quantized(&weight, self.device)?;
@@ -161,12 +178,21 @@ impl Loader<'_> {
 
     fn advance(&mut self, module: &str, bytes: usize) {
         self.loaded_bytes += bytes as u64;
-        (self.progress)(LoadProgress { module, loaded_bytes: self.loaded_bytes.min(self.total_bytes), total_bytes: self.total_bytes });
+        (self.progress)(LoadProgress {
+            module,
+            loaded_bytes: self.loaded_bytes.min(self.total_bytes),
+            total_bytes: self.total_bytes,
+        });
     }
 }
 
 /// Uploads a tensor in `dtype`; values that are in it already travel as they are.
-fn upload<const D: usize>(view: &TensorView, shape: [usize; D], dtype: DType, device: &Device) -> Result<Tensor<D>, ModelError> {
+fn upload<const D: usize>(
+    view: &TensorView,
+    shape: [usize; D],
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor<D>, ModelError> {
     let data = match (view.floats()?, dtype) {
         (Floats::BF16(values), DType::BF16) => TensorData::new(values.into_owned(), shape),
         (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),

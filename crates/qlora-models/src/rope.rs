@@ -17,13 +17,17 @@ pub fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
                 RopeScaling::Linear { factor } => frequency / factor as f32,
                 RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                     let wavelength = 2.0 * PI / f64::from(frequency);
-                    let (low, high) = (original_max_position_embeddings / low_freq_factor, original_max_position_embeddings / high_freq_factor);
+                    let (low, high) = (
+                        original_max_position_embeddings / low_freq_factor,
+                        original_max_position_embeddings / high_freq_factor,
+                    );
                     if wavelength > low {
                         (f64::from(frequency) / factor) as f32
                     } else if wavelength < high {
                         frequency
                     } else {
-                        let smooth = (original_max_position_embeddings / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        let smooth = (original_max_position_embeddings / wavelength - low_freq_factor)
+                            / (high_freq_factor - low_freq_factor);
                         ((1.0 - smooth) * f64::from(frequency) / factor + smooth * f64::from(frequency)) as f32
                     }
                 }
@@ -39,7 +43,8 @@ pub fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
 pub fn tables(config: &ModelConfig, start: usize, len: usize, device: &Device) -> (Tensor<4>, Tensor<4>) {
     let frequencies = inverse_frequencies(config);
     // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.
-    let angles: Vec<f64> = (start..start + len).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))).collect();
+    let angles: Vec<f64> =
+        (start..start + len).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))).collect();
     let shape = [1, 1, len, frequencies.len()];
     let table = |function: fn(f64) -> f64| {
         let values: Vec<f32> = angles.iter().map(|&angle| function(angle) as f32).collect();
@@ -57,12 +62,6 @@ pub fn rotate(x: Tensor<4>, cos: &Tensor<4>, sin: &Tensor<4>) -> Tensor<4> {
     let x = x.cast(FloatDType::F32);
     let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
     let (cos, sin) = (cos.clone(), sin.clone());
-    Tensor::cat(
-        vec![
-            first.clone() * cos.clone() - second.clone() * sin.clone(),
-            second * cos + first * sin,
-        ],
-        3,
-    )
-    .cast(dtype)
+    Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 3)
+        .cast(dtype)
 }

@@ -32,7 +32,10 @@ fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
 fn loading_reports_progress_up_to_the_whole_checkpoint() {
     let mut seen = Vec::new();
     let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
-    Decoder::load(&reference("tiny-llama"), options, &Device::flex(), &mut |p| seen.push((p.loaded_bytes, p.total_bytes))).unwrap();
+    Decoder::load(&reference("tiny-llama"), options, &Device::flex(), &mut |p| {
+        seen.push((p.loaded_bytes, p.total_bytes))
+    })
+    .unwrap();
     assert!(seen.is_sorted());
     let (last, total) = *seen.last().unwrap();
     assert_eq!(last, total);
@@ -70,7 +73,8 @@ fn rows_of_a_batch_do_not_touch_each_other() {
     let model = load(&reference("tiny-llama"), None).unwrap();
     let (first, second) = ([5u32, 6, 7, 8], [90u32, 91, 92, 93]);
     let both: Vec<u32> = first.iter().chain(&second).copied().collect();
-    let alone = [values(model.forward(&first, 1, Pass::INFERENCE)), values(model.forward(&second, 1, Pass::INFERENCE))].concat();
+    let alone = [values(model.forward(&first, 1, Pass::INFERENCE)), values(model.forward(&second, 1, Pass::INFERENCE))]
+        .concat();
     assert_close(&values(model.forward(&both, 2, Pass::INFERENCE)), &alone, 1e-4);
 }
 
@@ -83,7 +87,9 @@ fn generation_stops_at_a_stop_id() {
     let stop = free.ids[3];
     let first = free.ids.iter().position(|id| *id == stop).unwrap();
     let mut streamed = Vec::new();
-    let stopped = generate(&model, &[5, 6, 7], &GenerateOptions { stop_ids: vec![stop], ..options }, |id| streamed.push(id)).unwrap();
+    let stopped =
+        generate(&model, &[5, 6, 7], &GenerateOptions { stop_ids: vec![stop], ..options }, |id| streamed.push(id))
+            .unwrap();
     assert_eq!((&stopped.ids[..], stopped.stopped), (&free.ids[..=first], true));
     assert_eq!(streamed, stopped.ids);
     assert!(matches!(generate(&model, &[], &GenerateOptions::default(), |_| {}), Err(ModelError::EmptyPrompt)));
@@ -123,9 +129,13 @@ fn merging_is_refused_on_4_bits_and_exact_on_the_dense_base() {
 #[test]
 fn targets_that_match_nothing_list_what_there_is() {
     let mut model = load(&reference("tiny-llama"), None).unwrap();
-    let config = LoraConfig { target_modules: TargetModules::Names(vec!["query_key_value".into()]), ..Default::default() };
+    let config =
+        LoraConfig { target_modules: TargetModules::Names(vec!["query_key_value".into()]), ..Default::default() };
     let message = model.attach_lora(&config, 0).unwrap_err().to_string();
-    assert!(message.contains("query_key_value") && message.contains("q_proj") && message.contains("down_proj"), "{message}");
+    assert!(
+        message.contains("query_key_value") && message.contains("q_proj") && message.contains("down_proj"),
+        "{message}"
+    );
 }
 
 /// A copy of the reference checkpoint with an edited `config.json`.
@@ -174,7 +184,8 @@ fn a_missing_tensor_is_named() {
 #[test]
 fn older_rope_keys_mean_the_same() {
     let path = Path::new("config.json");
-    let mut config: Value = serde_json::from_slice(&std::fs::read(reference("tiny-llama/config.json")).unwrap()).unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(reference("tiny-llama/config.json")).unwrap()).unwrap();
     let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
     config["rope_parameters"] = scaling.clone();
     config["rope_parameters"]["rope_theta"] = json!(500000.0);

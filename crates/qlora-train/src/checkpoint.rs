@@ -52,7 +52,13 @@ impl TrainingState {
     ///
     /// # Errors
     /// The configuration has no form in TOML.
-    pub fn new(config: &TrainConfig, step: usize, (epoch, position): (usize, usize), train_rows: usize, train_tokens: u64) -> Result<Self, TrainError> {
+    pub fn new(
+        config: &TrainConfig,
+        step: usize,
+        (epoch, position): (usize, usize),
+        train_rows: usize,
+        train_tokens: u64,
+    ) -> Result<Self, TrainError> {
         Ok(Self { version: VERSION, step, epoch, position, train_rows, train_tokens, config: config.to_toml()? })
     }
 }
@@ -74,13 +80,22 @@ pub struct Checkpoint {
 ///
 /// # Errors
 /// The folder can't be written; older checkpoints are untouched then.
-pub fn save(output_dir: &Path, state: &TrainingState, adapter: &Adapter, modules: &[String], moments: &[Moments], save_limit: usize) -> Result<PathBuf, TrainError> {
+pub fn save(
+    output_dir: &Path,
+    state: &TrainingState,
+    adapter: &Adapter,
+    modules: &[String],
+    moments: &[Moments],
+    save_limit: usize,
+) -> Result<PathBuf, TrainError> {
     let path = output_dir.join(format!("{PREFIX}{:06}", state.step));
     atomic::replace_dir(&path, |dir| -> Result<(), TrainError> {
         adapter.save(dir)?;
-        let optimizer = serialize_moments(modules, moments).map_err(|problem| TrainError::Checkpoint { path: dir.join(OPTIMIZER_FILE), problem })?;
+        let optimizer = serialize_moments(modules, moments)
+            .map_err(|problem| TrainError::Checkpoint { path: dir.join(OPTIMIZER_FILE), problem })?;
         atomic::write_bytes(&dir.join(OPTIMIZER_FILE), &optimizer)?;
-        let json = serde_json::to_vec_pretty(state).map_err(|e| TrainError::Checkpoint { path: dir.join(STATE_FILE), problem: e.to_string() })?;
+        let json = serde_json::to_vec_pretty(state)
+            .map_err(|e| TrainError::Checkpoint { path: dir.join(STATE_FILE), problem: e.to_string() })?;
         Ok(atomic::write_bytes(&dir.join(STATE_FILE), &json)?)
     })?;
     if save_limit > 0 {
@@ -141,13 +156,17 @@ impl Checkpoint {
         let bytes = std::fs::read(&path).map_err(|e| fail(e.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("damaged: {e}")))?;
         let values = |name: &str| -> Result<Vec<f32>, TrainError> {
-            let tensor = file.tensor(name).map_err(|_| fail(format!("no tensor `{name}`: the checkpoint belongs to another adapter")))?;
+            let tensor = file
+                .tensor(name)
+                .map_err(|_| fail(format!("no tensor `{name}`: the checkpoint belongs to another adapter")))?;
             if tensor.dtype() != Dtype::F32 {
                 return Err(fail(format!("`{name}` is {:?}, expected F32", tensor.dtype())));
             }
             Ok(tensor.data().as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
         };
-        parameter_names(modules).map(|name| Ok(Moments { m: values(&format!("{name}.m"))?, v: values(&format!("{name}.v"))? })).collect()
+        parameter_names(modules)
+            .map(|name| Ok(Moments { m: values(&format!("{name}.m"))?, v: values(&format!("{name}.v"))? }))
+            .collect()
     }
 
     /// Refuses to go on with settings that would make it another run.
@@ -156,9 +175,13 @@ impl Checkpoint {
     /// Names the keys that differ, with both values.
     pub fn check_config(&self, config: &TrainConfig) -> Result<(), TrainError> {
         let fail = |problem: String| TrainError::Checkpoint { path: self.path.clone(), problem };
-        let table = |text: &str| text.parse::<toml::Table>().map_err(|e| fail(format!("its configuration is damaged: {e}")));
+        let table =
+            |text: &str| text.parse::<toml::Table>().map_err(|e| fail(format!("its configuration is damaged: {e}")));
         let (saved, now) = (table(&self.state.config)?, table(&config.to_toml()?)?);
-        let differing: Vec<String> = differences(&saved, &now).into_iter().filter(|line| !FREE_KEYS.iter().any(|key| line.starts_with(&format!("{key} ")))).collect();
+        let differing: Vec<String> = differences(&saved, &now)
+            .into_iter()
+            .filter(|line| !FREE_KEYS.iter().any(|key| line.starts_with(&format!("{key} "))))
+            .collect();
         match differing.is_empty() {
             true => Ok(()),
             false => Err(fail(format!(
@@ -214,11 +237,19 @@ fn parameter_names(modules: &[String]) -> impl Iterator<Item = String> {
 }
 
 fn serialize_moments(modules: &[String], moments: &[Moments]) -> Result<Vec<u8>, String> {
-    let tensors: Vec<(String, &[f32])> =
-        parameter_names(modules).zip(moments).flat_map(|(name, Moments { m, v })| [(format!("{name}.m"), m.as_slice()), (format!("{name}.v"), v.as_slice())]).collect();
+    let tensors: Vec<(String, &[f32])> = parameter_names(modules)
+        .zip(moments)
+        .flat_map(|(name, Moments { m, v })| [(format!("{name}.m"), m.as_slice()), (format!("{name}.v"), v.as_slice())])
+        .collect();
     let views = tensors
         .iter()
-        .map(|(name, values)| Ok((name, TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values)).map_err(|e| e.to_string())?)))
+        .map(|(name, values)| {
+            Ok((
+                name,
+                TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values))
+                    .map_err(|e| e.to_string())?,
+            ))
+        })
         .collect::<Result<Vec<_>, String>>()?;
     safetensors::serialize(views, None).map_err(|e| e.to_string())
 }

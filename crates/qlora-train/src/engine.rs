@@ -40,8 +40,14 @@ impl Engine {
     ///
     /// # Errors
     /// [`TrainError::NothingToTrain`] when it has no adapter.
-    pub fn new(mut model: Decoder, optimizer: AdamWConfig, max_grad_norm: f32, checkpointing: ActivationCheckpointing) -> Result<Self, TrainError> {
-        let shapes: Vec<[usize; 2]> = model.adapters().flat_map(|(_, adapter)| [adapter.lora_a.dims(), adapter.lora_b.dims()]).collect();
+    pub fn new(
+        mut model: Decoder,
+        optimizer: AdamWConfig,
+        max_grad_norm: f32,
+        checkpointing: ActivationCheckpointing,
+    ) -> Result<Self, TrainError> {
+        let shapes: Vec<[usize; 2]> =
+            model.adapters().flat_map(|(_, adapter)| [adapter.lora_a.dims(), adapter.lora_b.dims()]).collect();
         if shapes.is_empty() {
             return Err(TrainError::NothingToTrain);
         }
@@ -96,7 +102,8 @@ impl Engine {
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(present);
         let loss = Tensor::cat(losses, 0).sum();
-        let read = Tensor::cat(vec![loss, norm], 0).try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
+        let read =
+            Tensor::cat(vec![loss, norm], 0).try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
         let (loss, norm) = (read[0], read[1]);
         if !loss.is_finite() || !norm.is_finite() {
             return Err(TrainError::NotFinite { loss, grad_norm: norm, learning_rate });
@@ -118,7 +125,11 @@ impl Engine {
             }
             let sequence = self.model.sequence(batch.rows, batch.cols, 0);
             let x = self.model.embed(&batch.input_ids);
-            let x = self.model.blocks().iter().fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
+            let x = self
+                .model
+                .blocks()
+                .iter()
+                .fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
             let loss = loss_sum(&self.model, x, &labelled, Pass::INFERENCE);
             let loss = loss.try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
             sum += f64::from(loss[0]);
@@ -131,7 +142,14 @@ impl Engine {
     }
 
     /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.
-    fn forward_backward(&self, batch: &Batch, labelled: &LabelledTokens, label_tokens: usize, pass: Pass, grads: &mut AdapterGrads) -> Tensor<1> {
+    fn forward_backward(
+        &self,
+        batch: &Batch,
+        labelled: &LabelledTokens,
+        label_tokens: usize,
+        pass: Pass,
+        grads: &mut AdapterGrads,
+    ) -> Tensor<1> {
         let model = &self.model;
         let sequence = model.sequence(batch.rows, batch.cols, 0);
         let x = model.embed(&batch.input_ids);
@@ -182,7 +200,8 @@ impl Engine {
         for ((_, adapter), grads) in self.model.adapters_mut().zip(grads) {
             let Some(grads) = grads else { continue };
             let index = 2 * adapter.index as usize;
-            for (offset, (param, grad)) in [&mut adapter.lora_a, &mut adapter.lora_b].into_iter().zip(grads).enumerate() {
+            for (offset, (param, grad)) in [&mut adapter.lora_a, &mut adapter.lora_b].into_iter().zip(grads).enumerate()
+            {
                 let grad = if factor < 1.0 { grad.mul_scalar(factor) } else { grad };
                 debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 factors are f32");
                 *param = optimizer.update(index + offset, param.clone().without_autodiff(), grad, learning_rate);

@@ -50,7 +50,9 @@ impl LabelledTokens {
 /// `x` is the last block's output, `[tokens, hidden]`; the result has one element.
 pub fn loss_sum(model: &Decoder, x: Tensor<2>, labelled: &LabelledTokens, pass: Pass) -> Tensor<1> {
     let count = labelled.len();
-    let indices = |values: &[i32]| Tensor::<1, Int>::from_data(TensorData::new(values.to_vec(), [count]), (model.device(), DType::I32));
+    let indices = |values: &[i32]| {
+        Tensor::<1, Int>::from_data(TensorData::new(values.to_vec(), [count]), (model.device(), DType::I32))
+    };
     let logits = model.logits(x.select(0, indices(&labelled.positions)), pass);
     let log_probs = log_softmax(logits.cast(FloatDType::F32), 1);
     log_probs.gather(1, indices(&labelled.targets).reshape([count, 1])).sum().neg()

@@ -55,10 +55,17 @@ impl Plan {
     ///
     /// # Errors
     /// A LoRA setting is out of range, or nothing matches.
-    pub fn new(config: &TrainConfig, model: &ModelConfig, dtype: FloatDType, examples: &[Example]) -> Result<Self, TrainError> {
+    pub fn new(
+        config: &TrainConfig,
+        model: &ModelConfig,
+        dtype: FloatDType,
+        examples: &[Example],
+    ) -> Result<Self, TrainError> {
         let linears = model.linears();
-        let modules: Vec<LinearModule> =
-            linears.iter().map(|(path, _)| LinearModule { is_output_head: path == "lm_head", path: path.clone() }).collect();
+        let modules: Vec<LinearModule> = linears
+            .iter()
+            .map(|(path, _)| LinearModule { is_output_head: path == "lm_head", path: path.clone() })
+            .collect();
         let targets: Vec<(Target, [usize; 2])> = resolve(&config.lora, &modules)?
             .into_iter()
             .filter_map(|target| {
@@ -68,7 +75,8 @@ impl Plan {
             .collect();
         let width: u64 = if dtype == FloatDType::F32 { 4 } else { 2 };
         let elements = |[rows, columns]: [usize; 2]| (rows * columns) as u64;
-        let in_blocks: u64 = linears.iter().filter(|(path, _)| path != "lm_head").map(|(_, shape)| elements(*shape)).sum();
+        let in_blocks: u64 =
+            linears.iter().filter(|(path, _)| path != "lm_head").map(|(_, shape)| elements(*shape)).sum();
         let head: u64 = linears.iter().filter(|(path, _)| path == "lm_head").map(|(_, shape)| elements(*shape)).sum();
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         let norms = ((2 * model.num_hidden_layers + 1) * model.hidden_size) as u64;

@@ -93,11 +93,13 @@ impl Trainer {
             eps: config.train.eps,
             weight_decay: config.train.weight_decay,
         };
-        let mut engine = Engine::new(model, optimizer, config.train.max_grad_norm as f32, config.train.activation_checkpointing)?;
+        let mut engine =
+            Engine::new(model, optimizer, config.train.max_grad_norm as f32, config.train.activation_checkpointing)?;
 
         let pad_id = tokenizer.padding_id();
         let order = BatchOrder::new(&train.examples, &config.data, config.train.batch_size, config.train.seed, pad_id);
-        let eval_batches = BatchOrder::in_file_order(&eval.examples, config.train.batch_size, pad_id).epoch(&eval.examples, 0);
+        let eval_batches =
+            BatchOrder::in_file_order(&eval.examples, config.train.batch_size, pad_id).epoch(&eval.examples, 0);
         let (mut step, mut cursor) = (0, (0, 0));
         let metrics_path = output_dir.join(METRICS_FILE);
         let metrics = match resumed {
@@ -118,16 +120,32 @@ impl Trainer {
                 }
                 (step, cursor) = (state.step, (state.epoch, state.position));
                 let moments = checkpoint.moments(&modules)?;
-                engine.optimizer_mut().restore(step as u64, moments).map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
+                engine
+                    .optimizer_mut()
+                    .restore(step as u64, moments)
+                    .map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
                 MetricsWriter::resume(&metrics_path, step)?
             }
             None => {
                 refuse_other_run(&output_dir)?;
-                std::fs::create_dir_all(&output_dir).map_err(|source| FormatError::Write { path: output_dir.clone(), source })?;
+                std::fs::create_dir_all(&output_dir)
+                    .map_err(|source| FormatError::Write { path: output_dir.clone(), source })?;
                 MetricsWriter::create(&metrics_path)?
             }
         };
-        Ok(Self { config, engine, train, eval: eval_batches, eval_rows: eval.examples.len(), order, metrics, step, cursor, dtype, peak_memory: 0 })
+        Ok(Self {
+            config,
+            engine,
+            train,
+            eval: eval_batches,
+            eval_rows: eval.examples.len(),
+            order,
+            metrics,
+            step,
+            cursor,
+            dtype,
+            peak_memory: 0,
+        })
     }
 
     /// Trains to the end, or until `events` asks to stop; then writes the adapter and the report.
@@ -238,10 +256,17 @@ impl Trainer {
         // The log must not lag behind the checkpoint: a resumed run cuts it at the checkpoint's step.
         self.metrics.sync()?;
         let options = &self.config.train;
-        let state = TrainingState::new(&self.config, self.step, self.cursor, self.train.examples.len(), count_tokens(&self.train))?;
+        let state = TrainingState::new(
+            &self.config,
+            self.step,
+            self.cursor,
+            self.train.examples.len(),
+            count_tokens(&self.train),
+        )?;
         let modules: Vec<String> = self.engine.model().adapters().map(|(path, _)| path).collect();
         let moments = self.engine.optimizer().state();
-        let path = checkpoint::save(&options.output_dir, &state, &self.export()?, &modules, &moments, options.save_limit)?;
+        let path =
+            checkpoint::save(&options.output_dir, &state, &self.export()?, &modules, &moments, options.save_limit)?;
         events.on_save(&path);
         Ok(path)
     }
@@ -295,7 +320,9 @@ fn refuse_other_run(output_dir: &Path) -> Result<(), TrainError> {
     match checkpoint::list(output_dir)?.last() {
         Some((step, path)) => Err(TrainError::Checkpoint {
             path: path.clone(),
-            problem: format!("the output folder already holds a run, at step {step}: resume it, remove it, or choose another train.output_dir"),
+            problem: format!(
+                "the output folder already holds a run, at step {step}: resume it, remove it, or choose another train.output_dir"
+            ),
         }),
         None => Ok(()),
     }

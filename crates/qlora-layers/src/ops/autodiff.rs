@@ -1,16 +1,16 @@
 //! Backward passes, written by hand.
 
-use super::{Layout4bit, QloraOps};
-use burn::backend::Autodiff;
+use super::{Layout4bit, QloraOps, float_dtype};
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, TensorMetadata};
 use burn::tensor::FloatDType;
 
-/// Backward of `y = x Wᵀ`: `dx = dy W`. The state is the packed weight; `x` is not kept.
+/// Backward of `y = x Wᵀ`: `dx = dy W`, in the dtype of `x`. The state is the packed weight; `x` is not kept.
 #[derive(Debug)]
 struct Linear4bitBackward;
 
@@ -20,6 +20,8 @@ struct Weight<I> {
     absmax: I,
     nested_absmax: I,
     layout: Layout4bit,
+    /// Dtype of the input, which its gradient has too.
+    dtype: FloatDType,
 }
 
 impl<B: QloraOps> Backward<B, 1> for Linear4bitBackward {
@@ -29,8 +31,33 @@ impl<B: QloraOps> Backward<B, 1> for Linear4bitBackward {
         let [parent] = ops.parents;
         let dy = grads.consume::<B>(&ops.node);
         if let Some(parent) = parent {
-            let Weight { codes, absmax, nested_absmax, layout } = ops.state;
-            grads.register::<B>(parent.id, B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout));
+            let Weight { codes, absmax, nested_absmax, layout, dtype } = ops.state;
+            let dx = B::linear_4bit_input_grad(B::float_cast(dy, dtype), codes, absmax, nested_absmax, layout);
+            grads.register::<B>(parent.id, dx);
+        }
+    }
+}
+
+/// Backward of `y = l r`: `dl = dy rᵀ`, `dr = lᵀ dy`, in the operands' dtype; keeps an operand only where the
+/// other one needs it.
+#[derive(Debug)]
+struct MatmulBackward;
+
+impl<B: QloraOps> Backward<B, 2> for MatmulBackward {
+    type State = ([Option<FloatTensor<B>>; 2], FloatDType);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([lhs_parent, rhs_parent], ([lhs, rhs], dtype)) = (ops.parents, ops.state);
+        let dy = B::float_cast(grads.consume::<B>(&ops.node), dtype);
+        let transposed = |x: FloatTensor<B>| {
+            let rank = x.shape().num_dims();
+            B::float_swap_dims(x, rank - 2, rank - 1)
+        };
+        if let (Some(parent), Some(rhs)) = (lhs_parent, rhs) {
+            grads.register::<B>(parent.id, B::matmul(dy.clone(), transposed(rhs), dtype));
+        }
+        if let (Some(parent), Some(lhs)) = (rhs_parent, lhs) {
+            grads.register::<B>(parent.id, B::matmul(transposed(lhs), dy, dtype));
         }
     }
 }
@@ -70,16 +97,18 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
         absmax: IntTensor<Self>,
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
         match Linear4bitBackward.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (x, _guard) = x.into_parts();
-                let y = B::linear_4bit(x, codes.clone(), absmax.clone(), nested_absmax.clone(), layout);
-                prep.finish(Weight { codes, absmax, nested_absmax, layout }, y)
+                let dtype = float_dtype(x.dtype());
+                let y = B::linear_4bit(x, codes.clone(), absmax.clone(), nested_absmax.clone(), layout, out);
+                prep.finish(Weight { codes, absmax, nested_absmax, layout, dtype }, y)
             }
             OpsKind::UnTracked(prep) => {
                 let (x, _guard) = x.into_parts();
-                prep.finish(B::linear_4bit(x, codes, absmax, nested_absmax, layout))
+                prep.finish(B::linear_4bit(x, codes, absmax, nested_absmax, layout, out))
             }
         }
     }
@@ -101,20 +130,37 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
                 let [parent] = ops.parents;
                 let ddx = grads.consume::<B>(&ops.node);
                 if let Some(parent) = parent {
-                    let Weight { codes, absmax, nested_absmax, layout } = ops.state;
-                    grads.register::<B>(parent.id, B::linear_4bit(ddx, codes, absmax, nested_absmax, layout));
+                    let Weight { codes, absmax, nested_absmax, layout, dtype } = ops.state;
+                    grads.register::<B>(parent.id, B::linear_4bit(ddx, codes, absmax, nested_absmax, layout, dtype));
                 }
             }
         }
         match InputGradBackward.prepare::<C>([dy.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (dy, _guard) = dy.into_parts();
+                let dtype = float_dtype(dy.dtype());
                 let dx = B::linear_4bit_input_grad(dy, codes.clone(), absmax.clone(), nested_absmax.clone(), layout);
-                prep.finish(Weight { codes, absmax, nested_absmax, layout }, dx)
+                prep.finish(Weight { codes, absmax, nested_absmax, layout, dtype }, dx)
             }
             OpsKind::UnTracked(prep) => {
                 let (dy, _guard) = dy.into_parts();
                 prep.finish(B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout))
+            }
+        }
+    }
+
+    fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        let (lhs_tracked, rhs_tracked) = (lhs.is_tracked(), rhs.is_tracked());
+        match MatmulBackward.prepare::<C>([lhs.node(), rhs.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let ((lhs, _lhs_guard), (rhs, _rhs_guard)) = (lhs.into_parts(), rhs.into_parts());
+                let state = [rhs_tracked.then(|| lhs.clone()), lhs_tracked.then(|| rhs.clone())];
+                let dtype = float_dtype(lhs.dtype());
+                prep.finish((state, dtype), B::matmul(lhs, rhs, out))
+            }
+            OpsKind::UnTracked(prep) => {
+                let ((lhs, _lhs_guard), (rhs, _rhs_guard)) = (lhs.into_parts(), rhs.into_parts());
+                prep.finish(B::matmul(lhs, rhs, out))
             }
         }
     }

@@ -8,11 +8,17 @@ use super::{Layout4bit, QloraOps, dropout_threshold};
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
+use burn_cubecl::kernel::matmul::{MatmulStrategy, init_matmul_output, matmul};
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
 use cubecl::{CubeCount, CubeDim};
+use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
+use cubek::matmul::launch::launch_ref;
+use cubek::matmul::multi_level;
+use cubek::matmul::strategy::Strategy;
+use cubek::std::InputBinding;
 use nf4_quant::FloatFormat;
 use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight, dequantize, supports};
 
@@ -85,8 +91,9 @@ impl QloraOps for CubeBackend {
         absmax: IntTensor<Self>,
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
-        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout)
+        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout, out)
     }
 
     fn linear_4bit_input_grad(
@@ -97,6 +104,23 @@ impl QloraOps for CubeBackend {
         layout: Layout4bit,
     ) -> FloatTensor<Self> {
         dequantize_then_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+    }
+
+    fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        if lhs.dtype != DType::F32 {
+            return matmul(lhs, rhs, None, MatmulStrategy::default(), out.into())
+                .unwrap_or_else(|e| panic!("no kernel for a product with tensor cores: {e:?}"));
+        }
+        let out = init_matmul_output(&lhs, &rhs, DType::F32);
+        let elem = dtype_to_storage_type(DType::F32);
+        let mut dtypes = MatmulElems::from_globals(&MatmulGlobalElems { lhs: elem, rhs: elem, out: elem });
+        // Plain multiply-adds: the strategies for tensor cores would take f32 as TF32.
+        let strategy = Strategy::MultiLevel(multi_level::Strategy::SimpleUnit(Default::default()));
+        let client = out.client.clone();
+        let (lhs, rhs) = (InputBinding::new(lhs.binding(), elem), InputBinding::new(rhs.binding(), elem));
+        launch_ref(&strategy, &client, lhs, rhs, out.clone().binding(), &mut dtypes)
+            .unwrap_or_else(|e| panic!("no kernel for an f32 product: {e:?}"));
+        out
     }
 
     fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self> {

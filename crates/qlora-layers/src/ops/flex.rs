@@ -31,7 +31,9 @@ fn expand_absmax(absmax: &[u32], nested_absmax: &[u32], layout: Layout4bit) -> V
             bytemuck::cast_slice::<u32, u8>(absmax)[..blocks]
                 .iter()
                 .enumerate()
-                .map(|(i, &code)| map[usize::from(code)] * f32::from_bits(nested_absmax[i / nested.blocksize]) + nested.offset)
+                .map(|(i, &code)| {
+                    map[usize::from(code)] * f32::from_bits(nested_absmax[i / nested.blocksize]) + nested.offset
+                })
                 .collect()
         }
     }
@@ -108,8 +110,9 @@ impl QloraOps for Flex {
         absmax: IntTensor<Self>,
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
-        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout)
+        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout, out)
     }
 
     fn linear_4bit_input_grad(
@@ -120,6 +123,13 @@ impl QloraOps for Flex {
         layout: Layout4bit,
     ) -> FloatTensor<Self> {
         dequantize_then_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+    }
+
+    fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        match FloatDType::from(lhs.dtype()) == out {
+            true => Self::float_matmul(lhs, rhs),
+            false => Self::float_matmul(Self::float_cast(lhs, out), Self::float_cast(rhs, out)),
+        }
     }
 
     fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self> {
@@ -139,10 +149,11 @@ pub(super) fn dequantize_then_linear<B: QloraOps>(
     absmax: IntTensor<B>,
     nested_absmax: IntTensor<B>,
     layout: Layout4bit,
+    out: FloatDType,
 ) -> FloatTensor<B> {
     let dtype = super::format_of(x.dtype());
     let weight = dense_like::<B>(&x, codes, absmax, nested_absmax, Layout4bit { dtype, ..layout });
-    <B as FloatTensorOps<B>>::float_matmul(x, B::float_swap_dims(weight, 0, 1))
+    B::matmul(x, B::float_swap_dims(weight, 0, 1), out)
 }
 
 /// `dx = dy W` by way of one dense transient of `W`.
@@ -154,7 +165,8 @@ pub(super) fn dequantize_then_input_grad<B: QloraOps>(
     layout: Layout4bit,
 ) -> FloatTensor<B> {
     let weight = dense_like::<B>(&dy, codes, absmax, nested_absmax, layout);
-    <B as FloatTensorOps<B>>::float_matmul(dy, weight)
+    let out = super::float_dtype(dy.dtype());
+    B::matmul(dy, weight, out)
 }
 
 /// The dense weight in the dtype of `like`: both sides of a matmul must have the same dtype.

@@ -69,13 +69,14 @@ pub trait QloraOps: Backend {
         dtype: FloatDType,
     ) -> FloatTensor<Self>;
 
-    /// `y = x Wᵀ`, `[tokens, in_features]` to `[tokens, out_features]`, in the dtype of `x`.
+    /// `y = x Wᵀ`, `[tokens, in_features]` to `[tokens, out_features]` in `out`, the dtype of `x` or f32.
     fn linear_4bit(
         x: FloatTensor<Self>,
         codes: IntTensor<Self>,
         absmax: IntTensor<Self>,
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
+        out: FloatDType,
     ) -> FloatTensor<Self>;
 
     /// `dx = dy W`, `[tokens, out_features]` to `[tokens, in_features]`, in the dtype of `dy`.
@@ -86,6 +87,13 @@ pub trait QloraOps: Backend {
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
     ) -> FloatTensor<Self>;
+
+    /// `lhs rhs` for matrices or equal batches of them, in `out`, the dtype of the operands or f32; f32
+    /// operands are multiplied in full precision.
+    ///
+    /// Burn's own product rounds f32 operands to TF32's 11 bits on GPUs with tensor cores, which costs
+    /// three digits of every logit. Narrower dtypes go to Burn's product.
+    fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self>;
 
     /// Zeroes each element with probability `p` and scales the others by `1 / (1 - p)`.
     ///
@@ -124,10 +132,14 @@ pub struct Buffers4bit {
 ///
 /// # Shapes
 /// - `x`: `[tokens, in_features]`, f32, bf16 or f16
-/// - output: `[tokens, out_features]`, dtype of `x`
-pub fn linear_4bit(x: Tensor<2>, weight: &Buffers4bit, layout: Layout4bit) -> Tensor<2> {
+/// - output: `[tokens, out_features]` in `out`, the dtype of `x` or f32
+pub fn linear_4bit(x: Tensor<2>, weight: &Buffers4bit, layout: Layout4bit, out: FloatDType) -> Tensor<2> {
     let [_, features] = x.dims();
-    assert_eq!(features, layout.in_features, "linear_4bit: x has {features} features, the weight {}", layout.in_features);
+    assert_eq!(
+        features, layout.in_features,
+        "linear_4bit: x has {features} features, the weight {}",
+        layout.in_features
+    );
     let Buffers4bit { codes, absmax, nested_absmax } = weight.clone();
     Tensor::from_dispatch(<Dispatch as QloraOps>::linear_4bit(
         x.into_dispatch(),
@@ -135,6 +147,7 @@ pub fn linear_4bit(x: Tensor<2>, weight: &Buffers4bit, layout: Layout4bit) -> Te
         absmax.into_dispatch(),
         nested_absmax.into_dispatch(),
         layout,
+        out,
     ))
 }
 
@@ -148,6 +161,27 @@ pub fn dequantize_4bit(weight: &Buffers4bit, layout: Layout4bit, dtype: FloatDTy
         layout,
         dtype,
     ))
+}
+
+/// The product of two matrices, or of equal batches of them; f32 operands in full precision on every runtime.
+///
+/// # Shapes
+/// `[.., m, k]` and `[.., k, n]` to `[.., m, n]`; the leading dimensions are equal.
+///
+/// # Panics
+/// When the dtypes differ: Burn would read one as the other.
+pub fn matmul<const D: usize>(lhs: Tensor<D>, rhs: Tensor<D>) -> Tensor<D> {
+    let out = float_dtype(lhs.dtype());
+    matmul_into(lhs, rhs, out)
+}
+
+/// [`matmul`] with the sums kept in `out`, the dtype of the operands or f32.
+///
+/// # Panics
+/// When the dtypes differ: Burn would read one as the other.
+pub fn matmul_into<const D: usize>(lhs: Tensor<D>, rhs: Tensor<D>, out: FloatDType) -> Tensor<D> {
+    assert_eq!(lhs.dtype(), rhs.dtype(), "matmul: both operands must have one dtype");
+    Tensor::from_dispatch(<Dispatch as QloraOps>::matmul(lhs.into_dispatch(), rhs.into_dispatch(), out))
 }
 
 /// Dropout whose mask is a pure function of `seed` and the element's index.

@@ -5,7 +5,9 @@ use burn::tensor::{Device, DeviceKind, Tensor};
 /// The CPU, and every GPU runtime that answers. What is skipped is said on stderr.
 pub fn devices() -> Vec<(&'static str, Device)> {
     let mut found = vec![("flex", Device::flex())];
-    for (name, make) in [("wgpu", (|| Device::wgpu(DeviceKind::default())) as fn() -> Device), ("cuda", || Device::cuda(0))] {
+    for (name, make) in
+        [("wgpu", (|| Device::wgpu(DeviceKind::default())) as fn() -> Device), ("cuda", || Device::cuda(0))]
+    {
         let answers = std::panic::catch_unwind(|| {
             let device = make();
             Tensor::<1>::zeros([1], &device).into_data();
@@ -21,5 +23,7 @@ pub fn devices() -> Vec<(&'static str, Device)> {
 
 /// Reproducible values in [-1, 1).
 pub fn noise(seed: u64, len: usize) -> Vec<f32> {
-    (0..len as u64).map(|i| (qlora_layers::mix(seed ^ qlora_layers::mix(i)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
+    (0..len as u64)
+        .map(|i| (qlora_layers::mix(seed ^ qlora_layers::mix(i)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+        .collect()
 }

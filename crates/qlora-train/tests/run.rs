@@ -1,0 +1,154 @@
+//! Whole runs on the reference model: interrupted and resumed, under both checkpointing policies, and when
+//! the output can't be written.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+use qlora_layers::{ActivationCheckpointing, LoraConfig};
+use qlora_train::metrics::{History, METRICS_FILE};
+use qlora_train::report::{Outcome, Summary};
+use qlora_train::{Resume, TrainConfig, TrainError, TrainEvents, Trainer, checkpoint};
+use std::path::Path;
+
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+/// A run of six steps of two micro-batches, with dropout: everything that draws on the seed is in it.
+fn config(output_dir: &Path) -> TrainConfig {
+    let mut config = TrainConfig { device: "cpu".into(), ..Default::default() };
+    config.model.path = root().join("testdata/reference/tiny-llama").display().to_string();
+    config.data.train = root().join("examples/quickstart/word_problems.jsonl");
+    config.data.eval_fraction = 0.002;
+    config.data.max_length = 96;
+    config.lora = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.1, ..Default::default() };
+    config.train.output_dir = output_dir.into();
+    config.train.max_steps = Some(6);
+    config.train.batch_size = 2;
+    config.train.gradient_accumulation_steps = 2;
+    config.train.learning_rate = 1e-3;
+    config.train.save_every = 2;
+    config.train.save_limit = 2;
+    config
+}
+
+/// Stops the run after a number of steps.
+struct StopAfter(usize);
+
+impl TrainEvents for StopAfter {
+    fn should_stop(&mut self) -> bool {
+        self.0 -= 1;
+        self.0 == 0
+    }
+}
+
+fn run(config: TrainConfig, resume: Resume, events: &mut dyn TrainEvents) -> Result<Summary, TrainError> {
+    Trainer::new(config, &resume, events)?.run(events)
+}
+
+fn losses(dir: &Path) -> Vec<(usize, u64, u64)> {
+    let history = History::read(&dir.join(METRICS_FILE)).unwrap();
+    history.steps.iter().map(|step| (step.step, step.loss.to_bits(), step.grad_norm.to_bits())).collect()
+}
+
+fn adapter(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("adapter/adapter_model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let summary = run(config(&whole), Resume::No, &mut ()).unwrap();
+    assert_eq!((summary.outcome, summary.steps), (Outcome::Finished, 6));
+    assert!(summary.last_loss < summary.first_loss);
+
+    let stopped = run(config(&broken), Resume::No, &mut StopAfter(3)).unwrap();
+    assert_eq!((stopped.outcome, stopped.steps), (Outcome::Interrupted, 3));
+    assert!(!broken.join("adapter").exists());
+    let resumed = run(config(&broken), Resume::Auto, &mut ()).unwrap();
+    assert_eq!((resumed.outcome, resumed.steps), (Outcome::Finished, 6));
+    assert_eq!(losses(&whole), losses(&broken));
+    assert_eq!(adapter(&whole), adapter(&broken));
+
+    // From an older checkpoint too: the log is cut back to it.
+    let steps: Vec<usize> = checkpoint::list(&broken).unwrap().into_iter().map(|(step, _)| step).collect();
+    assert_eq!(steps, [4, 6], "save_limit keeps the newest two");
+    run(config(&broken), Resume::From(broken.join("checkpoint-000004")), &mut ()).unwrap();
+    assert_eq!(losses(&whole), losses(&broken));
+    assert_eq!(adapter(&whole), adapter(&broken));
+}
+
+#[test]
+fn activation_checkpointing_does_not_change_a_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapters = [ActivationCheckpointing::None, ActivationCheckpointing::Full].map(|policy| {
+        let out = dir.path().join(format!("{policy:?}"));
+        let mut config = config(&out);
+        config.train.max_steps = Some(2);
+        config.train.activation_checkpointing = policy;
+        run(config, Resume::No, &mut ()).unwrap();
+        adapter(&out)
+    });
+    assert_eq!(adapters[0], adapters[1]);
+}
+
+#[test]
+fn accumulation_over_micro_batches_equals_one_large_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let first_steps = [(4, 1), (2, 2), (1, 4)].map(|(batch_size, accumulation)| {
+        let mut config = config(&dir.path().join(format!("{batch_size}")));
+        config.lora.dropout = 0.0;
+        config.train.max_steps = Some(1);
+        config.train.batch_size = batch_size;
+        config.train.gradient_accumulation_steps = accumulation;
+        let out = config.train.output_dir.clone();
+        run(config, Resume::No, &mut ()).unwrap();
+        History::read(&out.join(METRICS_FILE)).unwrap().steps.remove(0)
+    });
+    for step in &first_steps[1..] {
+        // The same sums in another order, in f32: some 1e-7 relative.
+        assert!((step.loss / first_steps[0].loss - 1.0).abs() < 1e-5, "{step:?}");
+        assert!((step.grad_norm / first_steps[0].grad_norm - 1.0).abs() < 1e-4, "{step:?}");
+    }
+}
+
+#[test]
+fn a_checkpoint_of_other_settings_is_refused_by_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    run(config(&out), Resume::No, &mut StopAfter(2)).unwrap();
+    let mut changed = config(&out);
+    changed.lora.alpha = 16.0;
+    changed.train.save_every = 1;
+    let message = run(changed, Resume::Auto, &mut ()).unwrap_err().to_string();
+    assert!(message.contains("lora.alpha was 8.0, now is 16.0") && !message.contains("save_every"), "{message}");
+    let fresh = run(config(&out), Resume::No, &mut ()).unwrap_err().to_string();
+    assert!(fresh.contains("already holds a run, at step 2"), "{fresh}");
+    // A folder without its state file is no checkpoint; an older one is found in its place.
+    std::fs::create_dir(out.join("checkpoint-000009")).unwrap();
+    assert_eq!(checkpoint::list(&out).unwrap().last().unwrap().0, 2);
+}
+
+#[test]
+fn an_unwritable_output_is_an_error_and_the_previous_checkpoint_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "in the way").unwrap();
+    let message = run(config(&file.join("run")), Resume::No, &mut ()).unwrap_err().to_string();
+    assert!(message.contains("file"), "{message}");
+
+    // The output folder is lost in the middle of a run: the run ends with an error that names the path, and
+    // the checkpoint of before can be resumed where it is now.
+    struct Swap<'a>(&'a Path, &'a Path);
+    impl TrainEvents for Swap<'_> {
+        fn on_save(&mut self, checkpoint: &Path) {
+            if checkpoint.ends_with("checkpoint-000002") {
+                std::fs::rename(self.0, self.1).unwrap();
+                std::fs::write(self.0, "in the way").unwrap();
+            }
+        }
+    }
+    let (out, moved) = (dir.path().join("run"), dir.path().join("moved"));
+    let message = run(config(&out), Resume::No, &mut Swap(&out, &moved)).unwrap_err().to_string();
+    assert!(message.contains("run"), "{message}");
+    assert_eq!(run(config(&moved), Resume::Auto, &mut ()).unwrap().steps, 6);
+}
