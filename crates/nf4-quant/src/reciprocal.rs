@@ -38,17 +38,27 @@ const MEASURED: [(usize, i8); 20] = [
     (127, -1),
 ];
 
-/// [`MEASURED`] by mantissa.
-const DIFFERENCES: [i8; 128] = {
-    let mut differences = [0; 128];
+/// The reciprocals of the 128 bf16 values from 1 to 2. Those of all others are these times a power of
+/// two, so that neither host nor kernels divide.
+pub(crate) const RECIPROCALS: [f32; 128] = {
+    let mut reciprocals = [0.0; 128];
     let mut i = 0;
-    while i < MEASURED.len() {
-        differences[MEASURED[i].0] = MEASURED[i].1;
+    while i < reciprocals.len() {
+        reciprocals[i] = 1.0 / (1.0 + i as f32 / 128.0);
         i += 1;
     }
-    differences
+    let mut i = 0;
+    while i < MEASURED.len() {
+        let (mantissa, difference) = MEASURED[i];
+        let bits = reciprocals[mantissa].to_bits();
+        reciprocals[mantissa] = f32::from_bits(bits.wrapping_add_signed(difference as i32));
+        i += 1;
+    }
+    reciprocals
 };
 
+/// The bits of 1: the exponent's bias, in place.
+pub(crate) const ONE: u32 = 0x3f80_0000;
 /// Biased exponents up to this one have a normal reciprocal, whatever the mantissa.
 pub(crate) const MAX_EXPONENT: u32 = 252;
 
@@ -58,17 +68,14 @@ pub(crate) const MAX_EXPONENT: u32 = 252;
 #[inline(always)]
 pub(crate) fn reciprocal(absmax: f32) -> f32 {
     let bits = absmax.to_bits();
-    let bf16 = bits & 0xffff == 0 && bits >> 23 <= MAX_EXPONENT;
-    // No branch: the table is read while the division is under way.
-    let difference = i32::from(DIFFERENCES[(bits >> 16 & 127) as usize]) * i32::from(bf16);
-    f32::from_bits((1.0 / absmax).to_bits().wrapping_add_signed(difference))
-}
-
-/// The reciprocals of the 128 bf16 values from 1 to 2: those of all others are these times a power of
-/// two, which spares the kernels the division.
-#[cfg(feature = "kernels")]
-pub(crate) fn mantissa_reciprocals() -> [f32; 128] {
-    std::array::from_fn(|i| reciprocal(1.0 + i as f32 / 128.0))
+    let exponent = bits >> 23;
+    if bits & 0xffff == 0 && exponent <= MAX_EXPONENT {
+        // 1 / (m * 2^e) = (1 / m) * 2^-e: e leaves the exponent of the mantissa's reciprocal.
+        let mantissa = RECIPROCALS[(bits >> 16 & 127) as usize];
+        f32::from_bits(mantissa.to_bits() + ONE - (exponent << 23))
+    } else {
+        1.0 / absmax
+    }
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ use cubecl::prelude::*;
 use cubecl::server::{CubeCountSelection, Handle};
 
 use crate::codebook::signed_dynamic_thresholds;
-use crate::reciprocal::mantissa_reciprocals;
+use crate::reciprocal::RECIPROCALS;
 use crate::{FloatFormat, QuantError, QuantType, signed_dynamic_map};
 
 /// Units per cube of every kernel.
@@ -127,7 +127,7 @@ fn tables(client: &Client) -> Handle {
         values.extend_from_slice(QuantType::Fp4.codebook());
         values.extend_from_slice(signed_dynamic_map());
         values.extend_from_slice(signed_dynamic_thresholds());
-        values.extend_from_slice(&mantissa_reciprocals());
+        values.extend_from_slice(&RECIPROCALS);
         client.create_from_slice(bytemuck::cast_slice(&values))
     });
     handle.clone()

@@ -28,13 +28,11 @@ use super::{
     check_supported, cube_count, elem_type, offset, read, tables, vector_size,
 };
 use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS, NF4_THRESHOLDS};
-use crate::reciprocal::MAX_EXPONENT;
+use crate::reciprocal::{MAX_EXPONENT, ONE};
 use crate::{Element, FloatFormat, NestedAbsmax, QuantConfig, QuantError, QuantType};
 
 /// The bits of the smallest normal f32: magnitudes below it count as zero.
 const MIN_NORMAL: u32 = 0x0080_0000;
-/// The exponent's bits of 1.
-const ONE: u32 = 0x3f80_0000;
 
 /// Quantizes a weight that lies on the device.
 ///
