@@ -49,11 +49,14 @@ fn number(x: f64) -> String {
     if x == 0.0 || (x.fract() == 0.0 && x.abs() < 1e6) { format!("{x}") } else { format!("{x:.2e}") }
 }
 
+/// What is called with every line.
+type Listener<'a> = Box<dyn FnMut(&Line) + 'a>;
+
 /// Collects lines, and passes each on as it comes.
 #[derive(Default)]
 pub struct Report<'a> {
     lines: Vec<Line>,
-    on_line: Option<Box<dyn FnMut(&Line) + 'a>>,
+    on_line: Option<Listener<'a>>,
 }
 
 impl<'a> Report<'a> {
