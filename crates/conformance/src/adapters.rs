@@ -65,9 +65,12 @@ pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Res
         };
         let base_name = adapter.config.base_model_name_or_path.clone().unwrap_or_default();
         if base.as_ref().is_none_or(|(name, _)| *name != base_name) {
+            let Some(dir) = reference.base_model(&base_name)? else {
+                report.skip(name, format!("its base `{base_name}` is not in the folder"));
+                continue;
+            };
             let options = LoadOptions { quantization: None, dtype: FloatDType::F32 };
-            let decoder = Decoder::load(&reference.base_model(&base_name)?, options, device, &mut |_| ())?;
-            base = Some((base_name, decoder));
+            base = Some((base_name, Decoder::load(&dir, options, device, &mut |_| ())?));
         }
         let Some((_, decoder)) = &mut base else { continue };
         if let Err(error) = decoder.load_adapter(&adapter) {

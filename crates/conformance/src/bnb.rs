@@ -21,7 +21,7 @@ use burn_qlora::nf4_quant::{
 };
 use burn_qlora::qlora_layers::Linear4bit;
 
-use crate::compare::{count_different, count_different_bits, max_abs, max_abs_diff, ulps};
+use crate::compare::{count_different, count_different_bits, max_abs, max_abs_diff, to_vec, ulps};
 use crate::reference::dims;
 use crate::{Reference, Report};
 
@@ -200,10 +200,6 @@ fn matrix(mut weight: Quantized4bit) -> Quantized4bit {
         weight.state.shape = vec![1, weight.state.num_elements()];
     }
     weight
-}
-
-fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    tensor.try_into_vec_as::<f32>().map_err(|e| anyhow::anyhow!("reading a tensor back: {e:?}"))
 }
 
 /// The signed dynamic map, and quantization with it; what double quantization of absmax is made of.

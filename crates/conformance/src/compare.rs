@@ -1,5 +1,13 @@
 //! How two sets of numbers are compared: element by element.
 
+use anyhow::{Result, anyhow};
+use burn::tensor::Tensor;
+
+/// A tensor's elements as f32, on the host.
+pub(crate) fn to_vec<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    tensor.try_into_vec_as::<f32>().map_err(|e| anyhow!("reading a tensor back: {e:?}"))
+}
+
 /// The largest absolute difference; infinite when lengths differ or one side is not a number.
 pub(crate) fn max_abs_diff(ours: &[f32], theirs: &[f32]) -> f64 {
     if ours.len() != theirs.len() {

@@ -9,20 +9,21 @@
 //! quantization, and the adapters in f32.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::{Device, FloatDType};
 use burn_qlora::adapter_io::{Adapter, Checkpoint};
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::paged_optim::AdamWConfig;
-use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraConfig};
+use burn_qlora::qlora_layers::ActivationCheckpointing;
 use burn_qlora::qlora_models::tokenizer::Tokenizer;
 use burn_qlora::qlora_models::{Decoder, LoadOptions};
 use burn_qlora::qlora_train::Engine;
 use burn_qlora::qlora_train::data::Batch;
 use serde::Deserialize;
 
-use crate::compare::{max_abs_diff, relative};
+use crate::compare::{max_abs_diff, relative, to_vec};
 use crate::logits::{QUANTIZED_BAR, continuations, logits};
 use crate::reference::dims;
 use crate::{Reference, Report};
@@ -51,6 +52,8 @@ struct Bars {
     loss: f64,
     grad_norm: Option<f64>,
     adapter: Option<f64>,
+    /// Both ways of keeping activations take part.
+    checkpointing: ActivationCheckpointing,
 }
 
 /// Repeats the recorded runs and compares them.
@@ -62,87 +65,131 @@ pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Res
         report.skip("qlora", "no qlora/batches.safetensors");
         return Ok(());
     }
+    let initial = Adapter::load(&reference.path("qlora/initial_adapter"))?;
+    let name = initial.config.base_model_name_or_path.clone().unwrap_or_default();
+    let Some(base_dir) = reference.base_model(&name)? else {
+        report.skip("qlora", format!("the base `{name}` is not in the folder"));
+        return Ok(());
+    };
+    let run = Run { reference, initial, base_dir, device };
     // f32: the same arithmetic in another order, through twenty updates. bf16: losses only; every
     // product is rounded to 8 bits, and where autocast rounds is PyTorch's own choice.
-    let f32_bars = Bars { loss: 1e-3, grad_norm: Some(1e-2), adapter: Some(2e-2) };
-    let bf16_bars = Bars { loss: 1e-2, grad_norm: None, adapter: None };
+    let f32_bars =
+        Bars { loss: 1e-3, grad_norm: Some(1e-2), adapter: Some(2e-2), checkpointing: ActivationCheckpointing::Full };
+    let bf16_bars = Bars { loss: 1e-2, grad_norm: None, adapter: None, checkpointing: ActivationCheckpointing::None };
     for (label, dtype, bars) in [("f32", FloatDType::F32, f32_bars), ("bf16", FloatDType::BF16, bf16_bars)] {
         if device.supports_dtype(dtype) {
-            training(reference, label, dtype, &bars, device, report)?;
+            run.training(label, dtype, &bars, report)?;
         } else {
             report.skip(format!("qlora {label}"), format!("the device has no {dtype:?}"));
         }
-        final_logits(reference, label, dtype, device, report)?;
+        run.final_logits(label, dtype, report)?;
     }
     Ok(())
 }
 
-/// The recorded steps, one by one.
-fn training(
-    reference: &Reference,
-    label: &str,
-    dtype: FloatDType,
-    bars: &Bars,
-    device: &Device,
-    report: &mut Report,
-) -> Result<()> {
-    let log_name = format!("qlora/log_{label}.json");
-    if reference.find(&log_name).is_none() {
-        report.skip(format!("qlora {label}"), format!("no {log_name}"));
-        return Ok(());
+/// What the runs have in common.
+struct Run<'a> {
+    reference: &'a Reference,
+    initial: Adapter,
+    base_dir: PathBuf,
+    device: &'a Device,
+}
+
+impl Run<'_> {
+    /// The base, held as asked, with an adapter on it.
+    fn model(&self, adapter: &Adapter, quantization: Option<QuantConfig>, dtype: FloatDType) -> Result<Decoder> {
+        let options = LoadOptions { quantization, dtype };
+        let mut model = Decoder::load(&self.base_dir, options, self.device, &mut |_| ())?;
+        model.load_adapter(adapter)?;
+        Ok(model)
     }
-    let log: Vec<Step> = reference.json(&log_name)?;
-    let hyper: Hyper = reference.json("qlora/hyper.json")?;
-    let initial = Adapter::load(&reference.path("qlora/initial_adapter"))?;
-    let batches = batches(&reference.tensors("qlora/batches.safetensors")?, hyper.pad_id)?;
-    if batches.len() != log.len() {
-        bail!("{log_name} has {} steps, qlora/batches.safetensors {}", log.len(), batches.len());
-    }
-    let mut model = base(reference, &initial, Some(QuantConfig::default()), dtype, device)?;
-    model.load_adapter(&initial)?;
-    let optimizer = AdamWConfig { betas: hyper.betas, eps: hyper.eps, weight_decay: hyper.weight_decay };
-    let mut engine = Engine::new(model, optimizer, hyper.max_grad_norm, ActivationCheckpointing::Full)?;
-    for (index, (batch, recorded)) in batches.into_iter().zip(&log).enumerate() {
-        let learning_rate = hyper.lr * (((index + 1) as f64) / hyper.warmup.max(1.0)).min(1.0);
-        let output = engine.step(&[batch], learning_rate, 0)?;
-        let subject = format!("qlora {label} step {}", index + 1);
-        report.compare_noted(
-            format!("{subject}: loss"),
-            relative(output.loss, recorded.loss),
-            bars.loss,
-            format!("{:.4}", output.loss),
-        );
-        if let Some(bar) = bars.grad_norm {
-            report.compare(format!("{subject}: grad_norm"), relative(output.grad_norm, recorded.grad_norm), bar);
+
+    /// The recorded steps, one by one.
+    fn training(&self, label: &str, dtype: FloatDType, bars: &Bars, report: &mut Report) -> Result<()> {
+        let log_name = format!("qlora/log_{label}.json");
+        if self.reference.find(&log_name).is_none() {
+            report.skip(format!("qlora {label}"), format!("no {log_name}"));
+            return Ok(());
         }
+        let log: Vec<Step> = self.reference.json(&log_name)?;
+        let hyper: Hyper = self.reference.json("qlora/hyper.json")?;
+        let batches = batches(&self.reference.tensors("qlora/batches.safetensors")?, hyper.pad_id)?;
+        if batches.len() != log.len() {
+            bail!("{log_name} has {} steps, qlora/batches.safetensors {}", log.len(), batches.len());
+        }
+        let model = self.model(&self.initial, Some(QuantConfig::default()), dtype)?;
+        let optimizer = AdamWConfig { betas: hyper.betas, eps: hyper.eps, weight_decay: hyper.weight_decay };
+        let mut engine = Engine::new(model, optimizer, hyper.max_grad_norm, bars.checkpointing)?;
+        for (index, (batch, recorded)) in batches.into_iter().zip(&log).enumerate() {
+            let learning_rate = hyper.lr * (((index + 1) as f64) / hyper.warmup.max(1.0)).min(1.0);
+            let output = engine.step(&[batch], learning_rate, 0)?;
+            let subject = format!("qlora {label} step {}", index + 1);
+            let (loss, note) = (relative(output.loss, recorded.loss), format!("{:.4}", output.loss));
+            report.compare_noted(format!("{subject}: loss"), loss, bars.loss, note);
+            if let Some(bar) = bars.grad_norm {
+                report.compare(format!("{subject}: grad_norm"), relative(output.grad_norm, recorded.grad_norm), bar);
+            }
+        }
+        let recorded = self.reference.find(&format!("qlora/final_adapter_{label}"));
+        if let (Some(bar), Some(path)) = (bars.adapter, recorded) {
+            let distance = distance(engine.model(), &Adapter::load(&path)?)?;
+            report.compare(format!("qlora {label}: distance of the final adapter"), distance, bar);
+        }
+        Ok(())
     }
-    if let (Some(bar), Some(path)) = (bars.adapter, reference.find(&format!("qlora/final_adapter_{label}"))) {
-        let theirs = Adapter::load(&path)?;
-        let ours = engine.into_model().export_adapter(
-            &LoraConfig { rank: theirs.config.r, ..LoraConfig::default() },
-            "",
-            None,
-        )?;
-        report.compare(format!("qlora {label}: distance of the final adapter"), distance(&ours, &theirs)?, bar);
+
+    /// What the recorded final adapter computes on each base.
+    fn final_logits(&self, label: &str, dtype: FloatDType, report: &mut Report) -> Result<()> {
+        let file_name = format!("qlora/logits_{label}.safetensors");
+        let adapter_dir = self.reference.find(&format!("qlora/final_adapter_{label}"));
+        let (Some(adapter_dir), Some(_)) = (adapter_dir, self.reference.find(&file_name)) else {
+            report.skip(format!("qlora {label}: logits"), format!("no {file_name} or no final adapter"));
+            return Ok(());
+        };
+        let adapter = Adapter::load(&adapter_dir)?;
+        let file = self.reference.tensors(&file_name)?;
+        if dtype == FloatDType::F32 {
+            let model = self.model(&adapter, Some(QuantConfig::default()), dtype)?;
+            compare(&model, &file, "4bit", label, report)?;
+        } else {
+            // There is nothing recorded that says what half precision explains here, as there is in `logits`.
+            let reason = "half precision is judged by the losses and by section logits";
+            report.skip(format!("qlora {label} 4bit: logits"), reason);
+        }
+        let mut model = self.model(&adapter, None, FloatDType::F32)?;
+        compare(&model, &file, "adapter_on_f32", label, report)?;
+        model.merge_adapters()?;
+        compare(&model, &file, "merged_f32", label, report)?;
+        // merged_greedy.json was made with the f32 run's adapter.
+        if label == "f32" && self.reference.find("qlora/merged_greedy.json").is_some() {
+            let prompts: BTreeMap<String, Vec<u32>> = self.reference.json("qlora/merged_greedy.json")?;
+            let tokenizer = Tokenizer::from_dir(&self.base_dir)?;
+            continuations(&model, &tokenizer, &prompts, "qlora f32 merged_f32", report)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
-/// The relative Frobenius distance over all tensors together.
-fn distance(ours: &Adapter, theirs: &Adapter) -> Result<f64> {
+/// The relative Frobenius distance of all factors together.
+fn distance(model: &Decoder, theirs: &Adapter) -> Result<f64> {
     let (mut difference, mut norm) = (0.0, 0.0);
-    if ours.tensors.len() != theirs.tensors.len() {
-        bail!("the adapters have {} and {} tensors", ours.tensors.len(), theirs.tensors.len());
+    let ours: Vec<_> = model.adapters().collect();
+    if ours.len() != theirs.modules().len() {
+        bail!("{} modules are adapted, {} in the recorded adapter", ours.len(), theirs.modules().len());
     }
-    for (key, theirs) in &theirs.tensors {
-        let ours = ours
-            .tensors
-            .get(key)
-            .filter(|t| t.shape == theirs.shape)
-            .with_context(|| format!("`{key}` is missing or has another shape"))?;
-        for (a, b) in ours.data.iter().zip(&theirs.data) {
-            difference += f64::from(a - b).powi(2);
-            norm += f64::from(*b).powi(2);
+    for (path, ours) in ours {
+        let (lora_a, lora_b) =
+            theirs.lora(&path).with_context(|| format!("`{path}` is not in the recorded adapter"))?;
+        for (ours, theirs) in [(&ours.lora_a, lora_a), (&ours.lora_b, lora_b)] {
+            if ours.dims()[..] != theirs.shape[..] {
+                bail!("`{path}`: a factor has shape {:?}, recorded {:?}", ours.dims(), theirs.shape);
+            }
+            let values = to_vec(ours.clone().without_autodiff())?;
+            for (a, b) in values.iter().zip(&theirs.data) {
+                difference += (f64::from(*a) - f64::from(*b)).powi(2);
+                norm += f64::from(*b).powi(2);
+            }
         }
     }
     Ok((difference / norm).sqrt())
@@ -167,48 +214,6 @@ fn batches(file: &Checkpoint, pad_id: i64) -> Result<Vec<Batch>> {
     input.chunks(rows * cols).zip(labels.chunks(rows * cols)).map(batch).collect()
 }
 
-/// What the recorded final adapter computes on each base.
-fn final_logits(
-    reference: &Reference,
-    label: &str,
-    dtype: FloatDType,
-    device: &Device,
-    report: &mut Report,
-) -> Result<()> {
-    let file_name = format!("qlora/logits_{label}.safetensors");
-    let (Some(adapter_dir), Some(_)) =
-        (reference.find(&format!("qlora/final_adapter_{label}")), reference.find(&file_name))
-    else {
-        report.skip(format!("qlora {label}: logits"), format!("no {file_name} or no final adapter"));
-        return Ok(());
-    };
-    let adapter = Adapter::load(&adapter_dir)?;
-    let file = reference.tensors(&file_name)?;
-    if dtype == FloatDType::F32 {
-        let mut model = base(reference, &adapter, Some(QuantConfig::default()), dtype, device)?;
-        model.load_adapter(&adapter)?;
-        compare(&model, &file, "4bit", label, report)?;
-    } else {
-        // There is nothing recorded that says what half precision explains here, as there is in `logits`.
-        report.skip(
-            format!("qlora {label} 4bit: logits"),
-            "half precision is judged by the losses and by section logits",
-        );
-    }
-    let mut model = base(reference, &adapter, None, FloatDType::F32, device)?;
-    model.load_adapter(&adapter)?;
-    compare(&model, &file, "adapter_on_f32", label, report)?;
-    model.merge_adapters()?;
-    compare(&model, &file, "merged_f32", label, report)?;
-    // merged_greedy.json was made with the f32 run's adapter.
-    if label == "f32" && reference.find("qlora/merged_greedy.json").is_some() {
-        let prompts: BTreeMap<String, Vec<u32>> = reference.json("qlora/merged_greedy.json")?;
-        let tokenizer = Tokenizer::from_dir(&base_dir(reference, &adapter)?)?;
-        continuations(&model, &tokenizer, &prompts, "qlora f32 merged_f32", report)?;
-    }
-    Ok(())
-}
-
 /// The logits recorded under `name`; they may be of the first rows of `input_ids` only.
 fn compare(model: &Decoder, file: &Checkpoint, name: &str, label: &str, report: &mut Report) -> Result<()> {
     let subject = format!("qlora {label} {name}: logits");
@@ -226,19 +231,4 @@ fn compare(model: &Decoder, file: &Checkpoint, name: &str, label: &str, report: 
     let ids = ids.get(..rows * cols).context("input_ids has fewer rows than the logits")?;
     report.compare(subject, max_abs_diff(&logits(model, ids, rows)?, &view.to_f32_vec()?), QUANTIZED_BAR);
     Ok(())
-}
-
-fn base_dir(reference: &Reference, adapter: &Adapter) -> Result<std::path::PathBuf> {
-    reference.base_model(adapter.config.base_model_name_or_path.as_deref().unwrap_or_default())
-}
-
-fn base(
-    reference: &Reference,
-    adapter: &Adapter,
-    quantization: Option<QuantConfig>,
-    dtype: FloatDType,
-    device: &Device,
-) -> Result<Decoder> {
-    let options = LoadOptions { quantization, dtype };
-    Ok(Decoder::load(&base_dir(reference, adapter)?, options, device, &mut |_| ())?)
 }

@@ -76,15 +76,22 @@ impl Reference {
 
     /// The unquantized model that a name recorded in the files stands for: the folder of that name, or
     /// the only unquantized model there is (the files may have been made with a model from elsewhere).
-    pub(crate) fn base_model(&self, recorded: &str) -> Result<PathBuf> {
+    pub(crate) fn base_model(&self, recorded: &str) -> Result<Option<PathBuf>> {
         let name = recorded.trim_end_matches('/').rsplit('/').next().unwrap_or(recorded);
         let models: Vec<String> =
             self.models()?.into_iter().filter(|(_, quantized)| !quantized).map(|(name, _)| name).collect();
-        match &models[..] {
-            _ if models.iter().any(|model| model == name) => Ok(self.path(name)),
-            [only] => Ok(self.path(only)),
-            _ => bail!("`{recorded}` is not among the models of the folder ({})", models.join(", ")),
-        }
+        Ok(match &models[..] {
+            _ if models.iter().any(|model| model == name) => Some(self.path(name)),
+            [only] => Some(self.path(only)),
+            _ => None,
+        })
+    }
+
+    /// The first unquantized model that has a tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<Option<PathBuf>> {
+        let has_tokenizer = |name: &String| self.find(&format!("{name}/tokenizer.json")).is_some();
+        let mut names = self.models()?.into_iter().filter(|(_, quantized)| !quantized).map(|(name, _)| name);
+        Ok(names.find(has_tokenizer).map(|name| self.path(&name)))
     }
 }
 
