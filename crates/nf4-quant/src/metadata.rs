@@ -129,10 +129,17 @@ fn python_float(value: f64) -> String {
         return if value > 0.0 { "Infinity" } else { "-Infinity" }.into();
     }
     let magnitude = value.abs();
+    // The shortest digits that read back. Halfway between two of that length Python takes the even one,
+    // as rounding to a fixed number of digits does here: 0.223407745361328125 is ...812, not ...813.
+    let shortest = format!("{value:e}");
+    let digits = shortest.split('e').next().unwrap_or_default().bytes().filter(u8::is_ascii_digit).count();
+    let even = format!("{value:.*e}", digits.saturating_sub(1));
+    let scientific = if even.parse() == Ok(value) { even } else { shortest };
     if magnitude == 0.0 || (1e-4..1e16).contains(&magnitude) {
-        return format!("{value:?}");
+        let exponent: i32 = scientific.split('e').nth(1).and_then(|e| e.parse().ok()).unwrap_or_default();
+        let decimals = usize::try_from(digits as i32 - 1 - exponent).unwrap_or_default().max(1);
+        return format!("{value:.decimals$}");
     }
-    let scientific = format!("{value:e}");
     match scientific.split_once('e') {
         Some((digits, exponent)) => match exponent.strip_prefix('-') {
             Some(exponent) => format!("{digits}e-{exponent:0>2}"),
@@ -162,6 +169,7 @@ mod tests {
             (1e16, "1e+16"),
             (-1.25e22, "-1.25e+22"),
             (f64::from(0.1_f32), "0.10000000149011612"),
+            (f64::from(0.223_407_75_f32), "0.22340774536132812"),
             (f64::INFINITY, "Infinity"),
         ] {
             assert_eq!(python_float(value), text);

@@ -103,6 +103,7 @@ fn upload(words: Vec<u32>, device: &Device) -> Tensor<1, Int> {
 
 /// A frozen linear map in the form its checkpoint or configuration asks for.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a model has a few hundred, and they stay where they are")]
 pub enum FrozenLinear {
     /// 4-bit codes.
     Quantized(Linear4bit),

@@ -145,8 +145,10 @@ impl ModelConfig {
             )
         })?;
         for (field, covered) in family.fixed {
-            if let Some(value) = fields.get(field).filter(|value| value.to_string() != *covered) {
-                return Err(fields.error(field, format!("is {value}; only {covered} is supported for {model_type}")));
+            if let Some(value) = fields.get(field).filter(|value| value.as_str() != Some(covered)) {
+                return Err(
+                    fields.error(field, format!("is {value}; only \"{covered}\" is supported for {model_type}"))
+                );
             }
         }
         let hidden_size = fields.required("hidden_size")?;

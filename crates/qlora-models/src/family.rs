@@ -14,7 +14,7 @@ pub struct Family {
 
 /// Every family that loads.
 pub const FAMILIES: &[Family] =
-    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", fixed: &[("hidden_act", "\"silu\"")] }];
+    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", fixed: &[("hidden_act", "silu")] }];
 
 impl Family {
     /// The family of a `model_type`.

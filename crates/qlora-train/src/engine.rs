@@ -90,7 +90,7 @@ impl Engine {
         let mut grads: AdapterGrads = vec![None; self.model.adapters().count()];
         let mut losses = Vec::with_capacity(micro_batches.len());
         for (micro_step, (batch, labelled)) in micro_batches.iter().zip(&labelled).enumerate() {
-            if labelled.len() > 0 {
+            if !labelled.is_empty() {
                 let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
                 losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
             }
@@ -120,7 +120,7 @@ impl Engine {
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
             let labelled = LabelledTokens::new(batch);
-            if labelled.len() == 0 {
+            if labelled.is_empty() {
                 continue;
             }
             let sequence = self.model.sequence(batch.rows, batch.cols, 0);

@@ -156,7 +156,7 @@ mod kernels {
         b ^ (b >> 16u32)
     }
 
-    /// One thread per element; [`super::super::dropout_hash`] is the oracle of the mask.
+    /// One thread per element; `ops::dropout_hash` is the oracle of the mask.
     #[cube(launch)]
     pub fn seeded_dropout<F: Float>(
         x: &[F],
@@ -167,7 +167,7 @@ mod kernels {
         scale: f32,
         #[define(F)] _dtype: ElemType,
     ) {
-        let i = ABSOLUTE_POS as usize;
+        let i = ABSOLUTE_POS;
         if i >= x.len() {
             terminate!();
         }
@@ -182,7 +182,7 @@ mod kernels {
     /// Rounds each f32 to the nearest bf16 value, ties to even; the values are finite.
     #[cube(launch)]
     pub fn round_to_bf16(values: &mut [f32]) {
-        let i = ABSOLUTE_POS as usize;
+        let i = ABSOLUTE_POS;
         if i >= values.len() {
             terminate!();
         }

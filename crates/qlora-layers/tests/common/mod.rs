@@ -1,5 +1,7 @@
 //! The devices of this machine, for test suites that run on every one of them.
 
+#![allow(clippy::print_stderr, dead_code, reason = "a skipped device is said; not every suite uses every helper")]
+
 use burn::tensor::{Device, DeviceKind, Tensor};
 
 /// The CPU, and every GPU runtime that answers. What is skipped is said on stderr.
