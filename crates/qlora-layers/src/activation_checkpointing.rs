@@ -39,12 +39,14 @@ pub fn forward<B>(
     run: impl Fn(&B, Tensor<2>, Pass) -> Tensor<2>,
 ) -> (Tensor<2>, BlockInputs) {
     let mut inputs = Vec::with_capacity(blocks.len());
-    let mut x = x.without_autodiff();
+    // With autodiff enabled but nothing tracked: a backend may have fused versions of what autodiff composes
+    // of several operations, and their last bits differ.
+    let mut x = x.without_autodiff().autodiff();
     for block in blocks {
-        inputs.push(x.clone());
+        inputs.push(x.clone().without_autodiff());
         x = run(block, x, pass.untracked());
     }
-    (x, BlockInputs(inputs))
+    (x.without_autodiff(), BlockInputs(inputs))
 }
 
 /// Recomputes and differentiates the blocks from last to first.
