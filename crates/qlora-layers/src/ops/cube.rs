@@ -3,7 +3,6 @@
 //! A 4-bit product dequantizes the weight into one transient and runs Burn's matmul on it. The
 //! transient goes back to CubeCL's memory pool at once, so one layer's worth of it exists at a time.
 
-use super::flex::{dequantize_then_input_grad, dequantize_then_linear};
 use super::{Layout4bit, QloraOps, dropout_threshold};
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -83,27 +82,6 @@ impl QloraOps for CubeBackend {
             kernels::round_to_bf16::launch(&client, cube_count, cube_dim, out.clone().into_buffer_arg());
         }
         cast(out, dtype.into())
-    }
-
-    fn linear_4bit(
-        x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
-        out: FloatDType,
-    ) -> FloatTensor<Self> {
-        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout, out)
-    }
-
-    fn linear_4bit_input_grad(
-        dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
-    ) -> FloatTensor<Self> {
-        dequantize_then_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
     }
 
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {

@@ -1,9 +1,9 @@
 //! The CPU implementation, on Burn's Flex backend and the parallel host codec.
 
 use super::{Layout4bit, QloraOps, dropout_hash, dropout_threshold};
+use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};
@@ -104,27 +104,6 @@ impl QloraOps for Flex {
         })
     }
 
-    fn linear_4bit(
-        x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
-        out: FloatDType,
-    ) -> FloatTensor<Self> {
-        dequantize_then_linear::<Self>(x, codes, absmax, nested_absmax, layout, out)
-    }
-
-    fn linear_4bit_input_grad(
-        dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
-    ) -> FloatTensor<Self> {
-        dequantize_then_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
-    }
-
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
         match FloatDType::from(lhs.dtype()) == out {
             true => Self::float_matmul(lhs, rhs),
@@ -140,42 +119,4 @@ impl QloraOps for Flex {
             _ => dropout::<f32>(x, seed, p),
         }
     }
-}
-
-/// `y = x Wᵀ` by way of one dense transient of `W`.
-pub(super) fn dequantize_then_linear<B: QloraOps>(
-    x: FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
-    out: FloatDType,
-) -> FloatTensor<B> {
-    let dtype = super::format_of(x.dtype());
-    let weight = dense_like::<B>(&x, codes, absmax, nested_absmax, Layout4bit { dtype, ..layout });
-    B::matmul(x, B::float_swap_dims(weight, 0, 1), out)
-}
-
-/// `dx = dy W` by way of one dense transient of `W`.
-pub(super) fn dequantize_then_input_grad<B: QloraOps>(
-    dy: FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
-) -> FloatTensor<B> {
-    let weight = dense_like::<B>(&dy, codes, absmax, nested_absmax, layout);
-    let out = super::float_dtype(dy.dtype());
-    B::matmul(dy, weight, out)
-}
-
-/// The dense weight in the dtype of `like`: both sides of a matmul must have the same dtype.
-fn dense_like<B: QloraOps>(
-    like: &FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
-) -> FloatTensor<B> {
-    B::dequantize_4bit(codes, absmax, nested_absmax, layout, super::float_dtype(like.dtype()))
 }

@@ -21,7 +21,7 @@ mod cube;
 mod flex;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use nf4_quant::{FloatFormat, QuantType};
 
@@ -69,7 +69,8 @@ pub trait QloraOps: Backend {
         dtype: FloatDType,
     ) -> FloatTensor<Self>;
 
-    /// `y = x Wᵀ`, `[tokens, in_features]` to `[tokens, out_features]` in `out`, the dtype of `x` or f32.
+    /// `y = x Wᵀ`, `[tokens, in_features]` to `[tokens, out_features]` in `out`, the dtype of `x` or f32;
+    /// by way of one dense transient of `W` where a backend has nothing better.
     fn linear_4bit(
         x: FloatTensor<Self>,
         codes: IntTensor<Self>,
@@ -77,16 +78,25 @@ pub trait QloraOps: Backend {
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
         out: FloatDType,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        let layout = Layout4bit { dtype: format_of(x.dtype()), ..layout };
+        let weight = Self::dequantize_4bit(codes, absmax, nested_absmax, layout, float_dtype(x.dtype()));
+        Self::matmul(x, Self::float_swap_dims(weight, 0, 1), out)
+    }
 
-    /// `dx = dy W`, `[tokens, out_features]` to `[tokens, in_features]`, in the dtype of `dy`.
+    /// `dx = dy W`, `[tokens, out_features]` to `[tokens, in_features]`, in the dtype of `dy`; by way of one
+    /// dense transient of `W` where a backend has nothing better.
     fn linear_4bit_input_grad(
         dy: FloatTensor<Self>,
         codes: IntTensor<Self>,
         absmax: IntTensor<Self>,
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
-    ) -> FloatTensor<Self>;
+    ) -> FloatTensor<Self> {
+        let dtype = float_dtype(dy.dtype());
+        let weight = Self::dequantize_4bit(codes, absmax, nested_absmax, layout, dtype);
+        Self::matmul(dy, weight, dtype)
+    }
 
     /// `lhs rhs` for matrices or equal batches of them, in `out`, the dtype of the operands or f32; f32
     /// operands are multiplied in full precision.
