@@ -1,13 +1,10 @@
 //! Cross-entropy of next-token prediction over the tokens that count.
 
-use crate::data::Batch;
+use crate::data::{Batch, MASKED_LABEL};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::Pass;
 use qlora_models::Decoder;
-
-/// Label of a token that does not count.
-pub const MASKED: i64 = -100;
 
 /// The positions of a batch whose next token counts, and those next tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +19,7 @@ impl LabelledTokens {
         let mut found = Self { positions: Vec::new(), targets: Vec::new() };
         for (row, labels) in batch.labels.chunks(batch.cols).enumerate() {
             for (col, &label) in labels.iter().enumerate().skip(1) {
-                if label != MASKED {
+                if label != MASKED_LABEL {
                     found.positions.push((row * batch.cols + col - 1) as i32);
                     found.targets.push(label as i32);
                 }
