@@ -93,6 +93,10 @@ pub enum QuantError {
         /// The bytes found.
         actual: usize,
     },
+    /// Operands that the tensor-core product can't take; a caller that asked [`crate::matmul::path`] first
+    /// never sees it.
+    #[error("matmul: {0}")]
+    Matmul(String),
     /// The device failed to run a kernel or to hand back a buffer.
     #[error("{runtime}: {message}")]
     Device {

@@ -38,6 +38,8 @@ mod element;
 mod error;
 #[cfg(feature = "kernels")]
 pub mod kernels;
+#[cfg(feature = "kernels")]
+pub mod matmul;
 mod metadata;
 mod nested;
 mod quant_state;

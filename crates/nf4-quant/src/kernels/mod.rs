@@ -80,7 +80,7 @@ fn cube_count(client: &Client, cubes: usize) -> CubeCount {
     CubeCountSelection::new(client, cubes as u32).cube_count()
 }
 
-fn check_size(name: &'static str, handle: &Handle, bytes: usize) -> Result<(), QuantError> {
+pub(crate) fn check_size(name: &'static str, handle: &Handle, bytes: usize) -> Result<(), QuantError> {
     match handle.size_in_used() as usize {
         actual if actual >= bytes => Ok(()),
         actual => Err(QuantError::BufferSize { name, expected: bytes, actual }),
@@ -99,14 +99,14 @@ fn buffer(handle: &Handle, elements: usize) -> BufferArg {
 }
 
 /// Position of a codebook in the table buffer.
-const fn codebook_start(quant_type: QuantType) -> usize {
+pub(crate) const fn codebook_start(quant_type: QuantType) -> usize {
     match quant_type {
         QuantType::Nf4 => 0,
         QuantType::Fp4 => 16,
     }
 }
 /// Position of the 8-bit map in the table buffer.
-const MAP_START: usize = 32;
+pub(crate) const MAP_START: usize = 32;
 /// Position of the 8-bit map's thresholds in the table buffer.
 const THRESHOLDS_START: usize = MAP_START + 256;
 /// Position of the reciprocals of bf16 mantissas in the table buffer.
@@ -117,7 +117,7 @@ const TABLE_LEN: usize = RECIPROCALS_START + 128;
 /// Both codebooks, the 8-bit map and its thresholds, and the reciprocals of bf16 mantissas in one small
 /// buffer, made once per device: kernels index them at run time, which constants in the source can't do
 /// on every runtime.
-fn tables(client: &Client) -> Handle {
+pub(crate) fn tables(client: &Client) -> Handle {
     static TABLES: LazyLock<Mutex<HashMap<(DeviceId, TypeId), Handle>>> = LazyLock::new(Mutex::default);
     let service = client.service_id();
     let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,363 @@
+//! The product on Hopper: wgmma with the weight dequantized in registers.
+//!
+//! Idea: wgmma takes its left operand from registers, so compute the transposed tile
+//! Yᵀ\[features, tokens\] = A Xᵀ with A = W or Wᵀ, and let each thread turn 4-bit codes into just the fragment
+//! that it feeds to the tensor cores. Shared memory holds activations (TMA, 128-byte swizzle, a ring of five
+//! stages) and codes, a quarter of the bytes of a 16-bit weight. A dense weight takes the same kernel with A
+//! in shared memory.
+//!
+//! One persistent cube per multiprocessor computes tiles of 128 features x 256 tokens:
+//! - one thread loads, three warps decode the blocks' absmax (and, forward, bring the bytes of the codes into
+//!   fragment order), two warp groups compute;
+//! - a computing warp works three steps deep: while the tensor cores run 16 columns, it looks up values three
+//!   steps ahead and makes fragments of those of two steps ahead. Lookups are shared-memory loads that never
+//!   conflict, and an address is one byte permutation. Forward they go to the codebook's 16 values, and the block's
+//!   absmax is multiplied in; for the gradient, where every row of W has its own absmax, they go to tables of the
+//!   16 finished values that the decoding warps make for each block;
+//! - LoRA's product comes first, as more columns of A and X, into the same sums;
+//! - tiles that don't fill a last round are split along the depth; partial sums are added in a fixed order, so
+//!   the same inputs give the same bits.
+//!
+//! What bounds it: per 64 columns the tensor cores need 1,024 cycles for a tile, and shared memory serves
+//! 512 cycles of X to them, 256 of TMA writes and 256 of lookups: nine tenths of all its cycles at the
+//! rate that a full-power GEMM reaches. On a warm card power comes first: cuBLAS loses a tenth too.
+//!
+//! Measured on an H200, 8192 x 11008 x 4096, TFLOP/s, while cuBLAS had 760 to 800 for the dense product:
+//!
+//! | version | forward | gradient |
+//! |---|---|---|
+//! | codes through L1 into registers, one step ahead | 633 | |
+//! | clusters of two with multicast X: blocks wait for each other | 568 | 593 |
+//! | whole blocks of 64 columns decoded ahead: wgmma with a register operand holds its warp | 612 | 611 |
+//! | forward codebook by byte permutations instead of shared memory: more ALU work than it saves | 552 | |
+//! | codes by TMA, absmax and byte order by two warps: those two became the bottleneck | 635 | 642 |
+//! | three decoding warps, lookups a step before their use, fragments two steps ahead | 700 | 639 |
+//! | the gradient's tables | 680 | 672 |
+//!
+//! Splitting the last round took 2048 x 11008 x 4096, 5.2 rounds, from 490 to 638.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use cubecl::client::Client;
+use cubecl::server::Handle;
+use cuda_source::{Arguments, CudaDevice, LaunchError, Source, Swizzle, TensorElement, TensorMap2d};
+
+use super::arrange::{Arranged, arrange};
+use super::{Direction, Operands, Problem, Weight};
+use crate::FloatFormat;
+use crate::kernels::{DeviceAbsmax, DeviceWeight, MAP_START, codebook_start, tables};
+
+const TEXT: &str = include_str!("hopper.cu");
+/// Rows of A per tile.
+const FEATURES: usize = 128;
+/// Columns of A per step of the ring.
+const DEPTH: usize = 64;
+const THREADS: u32 = 384;
+/// Threads that hold accumulators.
+const CONSUMERS: usize = 256;
+/// Parts of a split tile: more of them means more partial sums to add.
+const MAX_SPLIT: usize = 8;
+
+/// A variant of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Tokens per tile.
+    pub tokens: usize,
+    /// Stages of the ring in shared memory.
+    pub stages: usize,
+}
+
+/// The variant for a problem, or `None` where this kernel does not apply.
+pub(super) fn tile(device: &CudaDevice, problem: &Problem, small: bool) -> Option<Tile> {
+    let Problem { tokens, out_features, in_features, rank, format, out, blocksize, .. } = *problem;
+    // wgmma and its register operand exist on 9.0 alone.
+    let fits = device.compute_capability == (9, 0)
+        && format != FloatFormat::F32
+        && (out == format || out == FloatFormat::F32)
+        // TMA rows start at multiples of 16 bytes; results leave in pairs.
+        && out_features.is_multiple_of(8)
+        && in_features.is_multiple_of(8)
+        && rank.is_multiple_of(8)
+        // 64 columns share one absmax.
+        && blocksize.is_none_or(|blocksize| blocksize >= DEPTH && in_features.is_multiple_of(DEPTH))
+        && tokens > 0
+        && [tokens, out_features, in_features].iter().all(|n| u32::try_from(*n).is_ok());
+    // The assembler of CUDA 13 takes more than 48 KB of static shared memory.
+    let roomy = !small && device.driver >= (13, 0) && device.toolkit >= (13, 0);
+    match (fits, roomy, blocksize) {
+        (false, _, _) | (true, false, None) => None,
+        (true, false, Some(_)) => Some(Tile { tokens: 96, stages: 2 }),
+        (true, true, _) => Some(match tokens {
+            ..=64 => Tile { tokens: 64, stages: 6 },
+            65..=128 => Tile { tokens: 128, stages: 5 },
+            _ => Tile { tokens: 256, stages: if blocksize.is_some() { 5 } else { 4 } },
+        }),
+    }
+}
+
+/// How tiles are given to cubes: `whole` ones at first, in full rounds; the rest in `split` parts each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Schedule {
+    tiles: usize,
+    whole: usize,
+    split: usize,
+}
+
+impl Schedule {
+    fn new(tiles: usize, depth_steps: usize, workers: usize) -> Self {
+        let whole = tiles / workers * workers;
+        let rest = tiles - whole;
+        // A part of fewer than four steps is mostly start-up.
+        match rest {
+            0 => Self { tiles, whole, split: 1 },
+            _ => match (workers / rest).min(MAX_SPLIT).min(depth_steps / 4) {
+                0 | 1 => Self { tiles, whole: tiles, split: 1 },
+                split => Self { tiles, whole, split },
+            },
+        }
+    }
+
+    fn slots(self) -> usize {
+        self.tiles - self.whole
+    }
+
+    fn items(self) -> usize {
+        self.whole + self.slots() * self.split
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Params {
+    m: u32,
+    tokens: u32,
+    k: u32,
+    rank: u32,
+    whole: u32,
+    split: u32,
+    has_bias: u32,
+    log2_blocksize: u32,
+    log2_nested: u32,
+    codebook: u32,
+    map: u32,
+    offset: f32,
+}
+
+pub(super) fn launch(
+    client: &Client,
+    tile: Tile,
+    problem: &Problem,
+    operands: &Operands<'_>,
+    out: &Handle,
+) -> Result<(), LaunchError> {
+    let (features, depth, tokens) = (problem.features(), problem.depth(), problem.tokens);
+    let element = element(problem.format);
+    let rows_of_x = |handle: &Handle, cols| TensorMap2d {
+        handle: handle.clone(),
+        rows: tokens,
+        cols,
+        row_stride: cols,
+        box_rows: tile.tokens,
+        box_cols: DEPTH,
+        swizzle: Swizzle::B128,
+        element,
+    };
+    let x = rows_of_x(operands.x, depth);
+    // Without a low-rank product its maps are never read.
+    let (product, factor) = match operands.low_rank {
+        None => (x.clone(), x.clone()),
+        Some(low_rank) => {
+            let Arranged { handle, rows, cols } = arrange(client, problem, low_rank.factor)?;
+            let box_rows = if problem.direction == Direction::Forward { FEATURES } else { DEPTH };
+            let factor = TensorMap2d { handle, rows, cols, row_stride: cols, box_rows, ..x.clone() };
+            (rows_of_x(low_rank.product, problem.rank), factor)
+        }
+    };
+
+    let multiprocessors = cuda_source::device(client).map_or(1, |device| device.multiprocessors as usize);
+    let tiles = features.div_ceil(FEATURES) * tokens.div_ceil(tile.tokens);
+    let schedule = Schedule::new(tiles, depth.div_ceil(DEPTH), multiprocessors);
+    let partial = schedule.slots() * (schedule.split - 1) * (tile.tokens / 2) * CONSUMERS * 4;
+    let partial = client.empty(partial.max(4));
+
+    let mut params = Params {
+        m: features as u32,
+        tokens: tokens as u32,
+        k: depth as u32,
+        rank: problem.rank as u32,
+        whole: schedule.whole as u32,
+        split: schedule.split as u32,
+        has_bias: operands.bias.is_some().into(),
+        log2_blocksize: 0,
+        log2_nested: 255,
+        codebook: 0,
+        map: MAP_START as u32,
+        offset: 0.0,
+    };
+    let mut arguments = Arguments::new().tensor_map(x).tensor_map(product).tensor_map(factor);
+    let tables = tables(client);
+    match operands.weight {
+        Weight::Dense(weight) => {
+            arguments = arguments.tensor_map(dense_map(problem, weight, element));
+        }
+        Weight::FourBit(weight) => {
+            arguments = arguments.tensor_map(codes_map(problem, weight));
+            params.log2_blocksize = weight.blocksize.ilog2();
+            params.codebook = codebook_start(weight.quant_type) as u32;
+            let (absmax, nested) = match &weight.absmax {
+                DeviceAbsmax::Plain(absmax) => (absmax, &tables),
+                DeviceAbsmax::Nested { codes, absmax, offset, blocksize } => {
+                    params.log2_nested = blocksize.ilog2();
+                    params.offset = *offset;
+                    (codes, absmax)
+                }
+            };
+            arguments = arguments.read(absmax).read(nested).read(&tables);
+        }
+    }
+    let arguments = arguments
+        .read(operands.bias.unwrap_or(&tables))
+        .read_write(&partial)
+        .read_write(&arrivals(client, &partial, multiprocessors))
+        .write(out)
+        .params(params);
+    let cubes = schedule.items().min(multiprocessors) as u32;
+    cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments)
+}
+
+fn element(format: FloatFormat) -> TensorElement {
+    match format {
+        FloatFormat::F32 => TensorElement::F32,
+        FloatFormat::F16 => TensorElement::F16,
+        FloatFormat::BF16 => TensorElement::BF16,
+    }
+}
+
+fn dense_map(problem: &Problem, weight: &Handle, element: TensorElement) -> TensorMap2d {
+    TensorMap2d {
+        handle: weight.clone(),
+        rows: problem.out_features,
+        cols: problem.in_features,
+        row_stride: problem.in_features,
+        box_rows: if problem.direction == Direction::Forward { FEATURES } else { DEPTH },
+        box_cols: 64,
+        swizzle: Swizzle::B128,
+        element,
+    }
+}
+
+/// Codes as bytes: `[out_features, in_features / 2]`.
+fn codes_map(problem: &Problem, weight: &DeviceWeight) -> TensorMap2d {
+    let forward = problem.direction == Direction::Forward;
+    TensorMap2d {
+        handle: weight.codes.clone(),
+        rows: problem.out_features,
+        cols: problem.in_features / 2,
+        row_stride: problem.in_features / 2,
+        box_rows: if forward { FEATURES } else { DEPTH },
+        box_cols: if forward { DEPTH / 2 } else { FEATURES / 2 },
+        swizzle: if forward { Swizzle::None } else { Swizzle::B64 },
+        element: TensorElement::U8,
+    }
+}
+
+/// Counters of the parts of split tiles: zero between launches, so one buffer serves a stream, which is that of
+/// a buffer just made.
+fn arrivals(client: &Client, recent: &Handle, multiprocessors: usize) -> Handle {
+    static ARRIVALS: LazyLock<Mutex<HashMap<(u16, u64), Handle>>> = LazyLock::new(Mutex::default);
+    let key = (client.service_id().device.index_id, recent.stream.value);
+    let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
+    let counters = || client.create_from_slice(bytemuck::cast_slice(&vec![0_u32; multiprocessors]));
+    arrivals.entry(key).or_insert_with(counters).clone()
+}
+
+/// The text of a variant; each is put together once.
+fn source(tile: Tile, problem: &Problem) -> Source {
+    type Key = (Tile, Direction, bool, FloatFormat, FloatFormat);
+    static SOURCES: LazyLock<Mutex<HashMap<Key, Source>>> = LazyLock::new(Mutex::default);
+    let dense = problem.blocksize.is_none();
+    let key = (tile, problem.direction, dense, problem.format, problem.out);
+    let mut sources = SOURCES.lock().unwrap_or_else(PoisonError::into_inner);
+    let make = || {
+        let half = problem.format == FloatFormat::F16;
+        let mut text = String::new();
+        for (name, value) in [
+            ("TRANSPOSED", usize::from(problem.direction == Direction::InputGradient)),
+            ("DENSE", dense.into()),
+            ("HALF", half.into()),
+            ("OUT_F32", (problem.out == FloatFormat::F32).into()),
+            ("BN", tile.tokens),
+            ("STAGES", tile.stages),
+        ] {
+            let _ = writeln!(text, "#define {name} {value}");
+        }
+        text.push_str(&wgmma(tile.tokens, half));
+        text.push_str(TEXT);
+        Source::new("matmul", THREADS, text)
+    };
+    sources.entry(key).or_insert_with(make).clone()
+}
+
+/// The two macros around wgmma, whose operands are as many as the tile has accumulators.
+fn wgmma(tokens: usize, half: bool) -> String {
+    let count = tokens / 2;
+    let list = |item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(",");
+    let registers = list(&|i| format!("%{i}"));
+    let outputs = list(&|i| format!("\"+f\"(d[{i}])"));
+    let format = if half { "f16" } else { "bf16" };
+    let instruction = format!("wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{format}.{format} {{{registers}}}, ");
+    let predicate = |operand| format!("{{ .reg .pred p; setp.ne.b32 p, %{operand}, 0; ");
+    let n = count;
+    format!(
+        "#define WGMMA(d, a, x, add) asm volatile(\"{}{instruction}{{%{n},%{},%{},%{}}}, %{}, p, 1, 1, 0; }}\" \
+         : {outputs} : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(x), \"r\"(add))\n\
+         #define WGMMA_SHARED(d, a, x, transposed, add) asm volatile(\"{}{instruction}%{n}, %{}, p, 1, 1, %{}, 0; }}\" \
+         : {outputs} : \"l\"(a), \"l\"(x), \"n\"(transposed), \"r\"(add))\n",
+        predicate(n + 5),
+        n + 1,
+        n + 2,
+        n + 3,
+        n + 4,
+        predicate(n + 3),
+        n + 1,
+        n + 2,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_filled() {
+        // 688 tiles on 132 multiprocessors: five rounds, and 28 tiles in four parts.
+        assert_eq!(Schedule::new(688, 64, 132), Schedule { tiles: 688, whole: 660, split: 4 });
+        assert_eq!(Schedule::new(688, 64, 132).items(), 660 + 112);
+        // More than half a round left: nothing to split.
+        assert_eq!(Schedule::new(200, 64, 132), Schedule { tiles: 200, whole: 200, split: 1 });
+        assert_eq!(Schedule::new(264, 64, 132), Schedule { tiles: 264, whole: 264, split: 1 });
+        // Too shallow, and at most eight parts.
+        assert_eq!(Schedule::new(2, 4, 132).split, 1);
+        assert_eq!(Schedule::new(2, 128, 132), Schedule { tiles: 2, whole: 0, split: 8 });
+        for tiles in 1..600 {
+            let schedule = Schedule::new(tiles, 64, 132);
+            assert!(schedule.whole.is_multiple_of(132) || schedule.split == 1, "split tiles start a round");
+            assert!(
+                schedule.split == 1 || schedule.slots() * schedule.split <= 132,
+                "a part's cube waits for no round"
+            );
+        }
+    }
+
+    #[test]
+    fn wgmma_numbers_its_operands() {
+        let text = wgmma(64, false);
+        assert!(text.contains("m64n64k16.f32.bf16.bf16"));
+        assert!(text.contains("setp.ne.b32 p, %37, 0; "), "{text}");
+        assert!(text.contains("{%32,%33,%34,%35}, %36, p, 1, 1, 0; }"), "{text}");
+        assert!(text.contains("setp.ne.b32 p, %35, 0; "), "{text}");
+        assert!(text.contains("%32, %33, p, 1, 1, %34, 0; }"), "{text}");
+    }
+}

@@ -1,0 +1,277 @@
+//! The tensor-core product against its oracle in f64, wherever a device has a path for it.
+//!
+//! Tolerance: the product may not be further from f64, in relative Frobenius error, than dequantizing to
+//! the activations' format, multiplying exactly and rounding once, by more than 2 % (the order of f32 sums).
+#![cfg(feature = "kernels")]
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+
+mod common;
+
+use common::{Random, narrow, round_to};
+use cubecl::client::Client;
+use cubecl::device::Device;
+use nf4_quant::kernels::DeviceWeight;
+use nf4_quant::matmul::{Direction, LowRank, Operands, Path, Problem, Weight, hopper, matmul, path, reference};
+use nf4_quant::{Element, FloatFormat, QuantConfig, QuantType, Quantized4bit};
+
+/// A CUDA client with a path for the product, or `None` with the reason printed.
+fn client() -> Option<Client> {
+    let client = match Device::cuda(0) {
+        Ok(device) => device.client(),
+        Err(e) => {
+            eprintln!("skipped: {e}");
+            return None;
+        }
+    };
+    let usable = path(&client, &PROBLEM).is_some();
+    if !usable {
+        eprintln!("skipped: no tensor-core product for {:?}", cuda_source::device(&client));
+    }
+    usable.then_some(client)
+}
+
+const PROBLEM: Problem = Problem {
+    tokens: 100,
+    out_features: 200,
+    in_features: 320,
+    direction: Direction::Forward,
+    rank: 0,
+    format: FloatFormat::BF16,
+    out: FloatFormat::BF16,
+    blocksize: Some(64),
+};
+
+struct Case {
+    problem: Problem,
+    quant_type: QuantType,
+    double_quant: bool,
+    bias: bool,
+}
+
+impl Case {
+    fn new(problem: Problem) -> Self {
+        Self { problem, quant_type: QuantType::Nf4, double_quant: true, bias: false }
+    }
+}
+
+fn bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
+    with_element!(format, E => bytemuck::cast_slice(&narrow::<E>(values)).to_vec())
+}
+
+fn floats(bytes: &[u8], format: FloatFormat) -> Vec<f32> {
+    with_element!(format, E => bytemuck::pod_collect_to_vec::<u8, E>(bytes).into_iter().map(Element::to_f32).collect())
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+fn error(actual: &[f32], expected: &[f64]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut actual.iter().zip(expected).map(|(a, e)| f64::from(*a) - e));
+    difference / norm(&mut expected.iter().copied())
+}
+
+fn check(client: &Client, path: Path, case: &Case, seed: u64) {
+    let Case { problem, quant_type, double_quant, bias } = case;
+    let Problem { tokens, out_features, in_features, rank, format, out, .. } = *problem;
+    let (features, depth) = (problem.features(), problem.depth());
+    let mut random = Random(seed);
+    let mut draw = |len: usize, scale: f32| -> Vec<f32> { (0..len).map(|_| random.normal() * scale).collect() };
+
+    let x = round_to(&draw(tokens * depth, 1.0), format);
+    let mut weight = draw(out_features * in_features, 0.05);
+    // A block of zeros.
+    weight[..64].fill(0.0);
+    let product = round_to(&draw(tokens * rank, 1.0), format);
+    let factor = draw(features * rank, 0.05);
+    let bias_values = draw(features, 1.0);
+    let handle = |values: &[f32], format| client.create_from_slice(&bytes(values, format));
+
+    let quantized;
+    let dense;
+    let (operand, exact) = match problem.blocksize {
+        Some(blocksize) => {
+            let config = QuantConfig { quant_type: *quant_type, blocksize, double_quant: *double_quant };
+            let host = Quantized4bit::quantize(&weight, &[out_features, in_features], &config).unwrap();
+            quantized = DeviceWeight::from_host(client, &host).unwrap();
+            (Weight::FourBit(&quantized), host.dequantize::<f32>().unwrap())
+        }
+        None => {
+            let weight = round_to(&weight, format);
+            dense = handle(&weight, format);
+            (Weight::Dense(&dense), weight)
+        }
+    };
+    let (x_handle, bias_handle) = (handle(&x, format), handle(&bias_values, FloatFormat::F32));
+    let (product_handle, factor_handle) =
+        (handle(&[&product[..], &[0.0]].concat(), format), handle(&[&factor[..], &[0.0]].concat(), FloatFormat::F32));
+    let operands = Operands {
+        x: &x_handle,
+        weight: operand,
+        low_rank: (rank > 0).then_some(LowRank { product: &product_handle, factor: &factor_handle }),
+        bias: bias.then_some(&bias_handle),
+    };
+    // Poisoned: an element that is not written stays NaN, and so must those behind the end.
+    let out_handle = handle(&vec![f32::NAN; (tokens + 1) * features], out);
+    matmul(client, path, problem, &operands, &out_handle).unwrap();
+    let actual = floats(&client.read_one(out_handle).unwrap(), out);
+    let (actual, behind) = actual.split_at(tokens * features);
+    assert!(behind.iter().all(|v| v.is_nan()), "{problem:?} wrote behind its end");
+
+    let rounded_factor = wide(&round_to(&factor, format));
+    let low_rank =
+        (rank > 0).then_some((&wide(&product)[..], &rounded_factor[..])).map(|(p, f)| (p.to_vec(), f.to_vec()));
+    let expect = |weight: &[f32]| {
+        let low_rank = low_rank.as_ref().map(|(p, f)| (&p[..], &f[..]));
+        let bias = bias.then(|| wide(&bias_values));
+        reference(problem, &wide(&x), &wide(weight), low_rank, bias.as_deref())
+    };
+    let expected = expect(&exact);
+    let by_dequantizing: Vec<f32> = expect(&round_to(&exact, format)).iter().map(|v| *v as f32).collect();
+    let bound = error(&round_to(&by_dequantizing, out), &expected);
+    let actual = error(actual, &expected);
+    // f32 results of a dense product have no rounding to compare with: f32 sums of up to 1,300 terms.
+    assert!(
+        actual <= (bound * 1.02).max(2e-6),
+        "{problem:?} {quant_type} {path:?}: error {actual:.3e}, dequantizing {bound:.3e}"
+    );
+}
+
+fn check_all(cases: impl IntoIterator<Item = Case>) {
+    let Some(client) = client() else { return };
+    for (seed, case) in cases.into_iter().enumerate() {
+        let path = path(&client, &case.problem).unwrap_or_else(|| panic!("no path for {:?}", case.problem));
+        check(&client, path, &case, seed as u64);
+    }
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::InputGradient];
+
+#[test]
+fn tokens_from_one_to_beyond_a_tile() {
+    let tokens = (1..=17).chain([63, 64, 65, 127, 128, 129, 255, 256, 257, 300]);
+    check_all(
+        tokens.flat_map(|tokens| DIRECTIONS.map(|direction| Case::new(Problem { tokens, direction, ..PROBLEM }))),
+    );
+}
+
+#[test]
+fn features_off_the_tile() {
+    let shapes = [(8, 64), (120, 64), (128, 128), (136, 192), (200, 256), (264, 320), (72, 1280)];
+    check_all(shapes.into_iter().flat_map(|(out_features, in_features)| {
+        DIRECTIONS.map(|direction| Case::new(Problem { out_features, in_features, direction, ..PROBLEM }))
+    }));
+}
+
+#[test]
+fn every_kind_of_weight() {
+    let mut cases = Vec::new();
+    for direction in DIRECTIONS {
+        for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+            for double_quant in [false, true] {
+                for blocksize in [64, 128, 256, 1024, 4096] {
+                    // 320 columns: blocks of 128 and more cross rows.
+                    let problem = Problem { blocksize: Some(blocksize), direction, ..PROBLEM };
+                    cases.push(Case { quant_type, double_quant, ..Case::new(problem) });
+                }
+            }
+        }
+        for (out_features, in_features) in [(200, 320), (200, 328), (8, 8), (1000, 72)] {
+            let problem = Problem { blocksize: None, out_features, in_features, direction, tokens: 300, ..PROBLEM };
+            cases.push(Case { bias: true, ..Case::new(problem) });
+        }
+    }
+    check_all(cases);
+}
+
+#[test]
+fn formats_low_rank_and_bias() {
+    let mut cases = Vec::new();
+    for direction in DIRECTIONS {
+        for blocksize in [Some(64), None] {
+            for rank in [8, 16, 40, 64, 72, 128, 256] {
+                let problem = Problem { rank, blocksize, direction, tokens: 70, ..PROBLEM };
+                cases.push(Case { bias: rank == 64, ..Case::new(problem) });
+            }
+            for (format, out) in [
+                (FloatFormat::F16, FloatFormat::F16),
+                (FloatFormat::BF16, FloatFormat::F32),
+                (FloatFormat::F16, FloatFormat::F32),
+            ] {
+                for tokens in [20, 300] {
+                    let problem = Problem { rank: 16, blocksize, direction, format, out, tokens, ..PROBLEM };
+                    cases.push(Case { bias: true, ..Case::new(problem) });
+                }
+            }
+        }
+    }
+    check_all(cases);
+}
+
+#[test]
+fn tiles_split_along_the_depth_give_the_same_bits_every_time() {
+    let Some(client) = client() else { return };
+    for direction in DIRECTIONS {
+        let problem = Problem { tokens: 300, out_features: 1280, in_features: 1280, rank: 64, direction, ..PROBLEM };
+        let path = path(&client, &problem).unwrap();
+        check(&client, path, &Case { bias: true, ..Case::new(problem) }, 7);
+        let mut random = Random(11);
+        let mut draw = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
+        let host = Quantized4bit::quantize(&draw(1280 * 1280), &[1280, 1280], &QuantConfig::default()).unwrap();
+        let weight = DeviceWeight::from_host(&client, &host).unwrap();
+        let x = client.create_from_slice(&bytes(&draw(300 * 1280), FloatFormat::BF16));
+        let product = client.create_from_slice(&bytes(&draw(300 * 64), FloatFormat::BF16));
+        let factor = client.create_from_slice(&bytes(&draw(1280 * 64), FloatFormat::F32));
+        let operands = Operands {
+            x: &x,
+            weight: Weight::FourBit(&weight),
+            low_rank: Some(LowRank { product: &product, factor: &factor }),
+            bias: None,
+        };
+        let run = || {
+            let out = client.create_from_slice(&bytes(&vec![f32::NAN; 300 * 1280], FloatFormat::BF16));
+            matmul(&client, path, &problem, &operands, &out).unwrap();
+            client.read_one(out).unwrap().to_vec()
+        };
+        let first = run();
+        assert!((0..20).all(|_| run() == first), "{direction:?}");
+    }
+}
+
+#[test]
+fn every_variant_of_the_tile() {
+    let Some(client) = client() else { return };
+    for direction in DIRECTIONS {
+        for (tokens, stages) in [(64, 6), (128, 5), (96, 2), (256, 5)] {
+            for rank in [0, 40] {
+                let problem = Problem { tokens: 300, in_features: 448, rank, direction, ..PROBLEM };
+                let Path::Hopper(_) = path(&client, &problem).unwrap();
+                check(&client, Path::Hopper(hopper::Tile { tokens, stages }), &Case::new(problem), tokens as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn operands_that_do_not_fit_are_refused() {
+    let Some(client) = client() else { return };
+    let path = path(&client, &PROBLEM).unwrap();
+    let handle = |bytes| client.empty(bytes);
+    let weight = handle(200 * 320 * 2);
+    let problem = Problem { blocksize: None, ..PROBLEM };
+    let (x, out) = (handle(100 * 320 * 2), handle(100 * 200 * 2));
+    let operands = Operands { x: &x, weight: Weight::Dense(&weight), low_rank: None, bias: None };
+    matmul(&client, path, &problem, &operands, &out).unwrap();
+    let short = handle(100);
+    for (problem, operands, message) in [
+        (problem, Operands { x: &short, ..operands }, "`x`"),
+        (problem, Operands { bias: Some(&short), ..operands }, "`bias`"),
+        (Problem { rank: 8, ..problem }, operands, "rank 8 with no"),
+        (Problem { blocksize: Some(64), ..problem }, operands, "kind"),
+    ] {
+        let error = matmul(&client, path, &problem, &operands, &out).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+    assert!(matmul(&client, path, &problem, &operands, &short).unwrap_err().to_string().contains("`out`"));
+}
