@@ -1,0 +1,56 @@
+//! The crate's error type.
+
+/// Why a kernel was not launched.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The device can't run the kernels.
+    #[error("{runtime} can't run {operation}: it needs CUDA and a GPU of compute capability 8.0 or later")]
+    Unsupported {
+        /// The client's runtime.
+        runtime: String,
+        /// The module.
+        operation: &'static str,
+    },
+    /// A rank that no kernel was made for.
+    #[error("rank {0} is not supported: the low-rank kernels take 1 to 256")]
+    Rank(usize),
+    /// A dimension beyond what 32-bit indices reach.
+    #[error("`{name}` is {value}: the kernels take up to {limit}")]
+    TooLarge {
+        /// The dimension: `tokens`, `features`.
+        name: &'static str,
+        /// Its value.
+        value: usize,
+        /// The largest possible one.
+        limit: usize,
+    },
+    /// A buffer that is too short for the shapes.
+    #[error("`{name}` holds {actual} bytes where {expected} are needed")]
+    BufferSize {
+        /// The buffer, by the parameter's name.
+        name: &'static str,
+        /// Bytes that the shapes ask for.
+        expected: usize,
+        /// Bytes that the handle has.
+        actual: usize,
+    },
+    /// A buffer whose start is not a multiple of its elements' size.
+    #[error("`{name}` starts at byte {offset} of its allocation, which is no multiple of {size}")]
+    Alignment {
+        /// The buffer, by the parameter's name.
+        name: &'static str,
+        /// Where it starts.
+        offset: usize,
+        /// The size of its elements.
+        size: usize,
+    },
+    /// CUDA refused.
+    #[error("{operation}: {message}")]
+    Launch {
+        /// The module.
+        operation: &'static str,
+        /// What the driver or compiler said.
+        message: String,
+    },
+}

@@ -1,0 +1,120 @@
+//! The scalar oracle: the definitions, summed in f64.
+
+use super::{FactorLayout, Shape};
+use crate::{Dropout, HalfFormat};
+use half::{bf16, f16};
+
+/// The nearest value of the format.
+pub fn round(value: f32, format: HalfFormat) -> f32 {
+    match format {
+        HalfFormat::Bf16 => bf16::from_f32(value).to_f32(),
+        HalfFormat::F16 => f16::from_f32(value).to_f32(),
+    }
+}
+
+/// `x` as the products see it: masked, scaled and rounded.
+pub fn masked(x: &[f32], dropout: Option<Dropout>, format: HalfFormat) -> Vec<f32> {
+    match dropout {
+        None => x.to_vec(),
+        Some(dropout) => x.iter().enumerate().map(|(i, &x)| round(x * dropout.factor(i as u32), format)).collect(),
+    }
+}
+
+/// [`super::project`], not rounded: `scaling · masked(x) factorᵀ` of the factor rounded to the format.
+///
+/// # Shapes
+/// `x` `[tokens, features]` of values of the format, `factor` as `layout` says, output `[tokens, rank]`.
+pub fn project(
+    x: &[f32],
+    factor: &[f32],
+    shape: Shape,
+    layout: FactorLayout,
+    scaling: f32,
+    dropout: Option<Dropout>,
+    format: HalfFormat,
+) -> Vec<f64> {
+    let Shape { tokens, features, rank } = shape;
+    let x = masked(x, dropout, format);
+    let mut out = Vec::with_capacity(tokens * rank);
+    for t in 0..tokens {
+        for r in 0..rank {
+            let products = (0..features).map(|f| {
+                let factor = factor[layout.index(f, r, features, rank)];
+                f64::from(x[t * features + f]) * f64::from(round(factor, format))
+            });
+            out.push(products.sum::<f64>() * f64::from(scaling));
+        }
+    }
+    out
+}
+
+/// [`super::gradient`], what it adds: `scaling · smallᵀ masked(x)`, transposed as `layout` says.
+///
+/// # Shapes
+/// `x` `[tokens, features]` and `small` `[tokens, rank]` of values of the format.
+pub fn gradient(
+    x: &[f32],
+    small: &[f32],
+    shape: Shape,
+    layout: FactorLayout,
+    scaling: f32,
+    dropout: Option<Dropout>,
+    format: HalfFormat,
+) -> Vec<f64> {
+    let Shape { tokens, features, rank } = shape;
+    let x = masked(x, dropout, format);
+    let mut out = vec![0.0; features * rank];
+    for f in 0..features {
+        for r in 0..rank {
+            let products = (0..tokens).map(|t| f64::from(x[t * features + f]) * f64::from(small[t * rank + r]));
+            out[layout.index(f, r, features, rank)] = products.sum::<f64>() * f64::from(scaling);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two tokens, three features, rank one: 1 2 3 / 4 5 6, by 1 10 100.
+    const X: [f32; 6] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+    const SHAPE: Shape = Shape { tokens: 2, features: 3, rank: 1 };
+
+    #[test]
+    fn products_by_hand() {
+        for layout in [FactorLayout::RankFirst, FactorLayout::FeaturesFirst] {
+            let u = project(&X, &[1.0, 10.0, 100.0], SHAPE, layout, 0.5, None, HalfFormat::Bf16);
+            assert_eq!(u, [160.5, 327.0]);
+            let d = gradient(&X, &[1.0, 10.0], SHAPE, layout, 2.0, None, HalfFormat::F16);
+            assert_eq!(d, [82.0, 104.0, 126.0]);
+        }
+    }
+
+    #[test]
+    fn a_factor_of_rank_two_is_read_either_way() {
+        let shape = Shape { rank: 2, ..SHAPE };
+        let rank_first =
+            project(&X, &[1.0, 0.0, 0.0, 0.0, 1.0, 2.0], shape, FactorLayout::RankFirst, 1.0, None, HalfFormat::F16);
+        let features_first = project(
+            &X,
+            &[1.0, 0.0, 0.0, 1.0, 0.0, 2.0],
+            shape,
+            FactorLayout::FeaturesFirst,
+            1.0,
+            None,
+            HalfFormat::F16,
+        );
+        assert_eq!(rank_first, [1.0, 8.0, 4.0, 17.0]);
+        assert_eq!(features_first, rank_first);
+    }
+
+    #[test]
+    fn masked_values_are_scaled_and_rounded() {
+        let dropout = Dropout { seed: 1, threshold: 1 << 31, scale: 1.1 };
+        for (i, value) in masked(&X, Some(dropout), HalfFormat::Bf16).into_iter().enumerate() {
+            let kept = round(X[i] * 1.1, HalfFormat::Bf16);
+            assert!(value == if dropout.factor(i as u32) == 0.0 { 0.0 } else { kept }, "{i}: {value}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The low-rank kernels against the oracle, where there is a CUDA device.
+//!
+//! `FUSED_KERNELS_CUDA=1` makes a missing device a failure; without it the tests say that they were skipped.
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+
+use cubecl::client::Client;
+use cubecl::device::Device;
+use cubecl::server::Handle;
+use fused_kernels::low_rank::{self, FactorLayout, Output, Shape, oracle};
+use fused_kernels::{Dropout, HalfFormat, KernelError};
+use half::{bf16, f16};
+
+const FORMATS: [HalfFormat; 2] = [HalfFormat::Bf16, HalfFormat::F16];
+const LAYOUTS: [FactorLayout; 2] = [FactorLayout::RankFirst, FactorLayout::FeaturesFirst];
+
+/// Tokens, features, rank: single rows, ends of tiles and panels, ranks that are padded, rows that are not aligned,
+/// contractions that blocks share as a cluster or through scratch memory.
+const SHAPES: [(usize, usize, usize); 16] = [
+    (1, 64, 8),
+    (1, 4096, 64),
+    (7, 40, 4),
+    (33, 200, 16),
+    (128, 256, 64),
+    (130, 264, 20),
+    (300, 77, 5),
+    (65, 130, 64),
+    (129, 36, 12),
+    (31, 24, 65),
+    (257, 520, 256),
+    (1030, 136, 128),
+    (2049, 72, 1),
+    (64, 3000, 32),
+    (1500, 136, 64),
+    (1536, 4096, 64),
+];
+
+fn client() -> Option<Client> {
+    let client = Device::cuda(0).ok().map(|device| device.client()).filter(low_rank::supports);
+    if client.is_none() {
+        assert!(std::env::var_os("FUSED_KERNELS_CUDA").is_none(), "FUSED_KERNELS_CUDA is set, but there is no device");
+        eprintln!("skipped: no CUDA device of compute capability 8.0 or later");
+    }
+    client
+}
+
+/// Uniform in (-1, 1): splitmix64, so that the suite repeats everywhere.
+struct Random(u64);
+
+impl Random {
+    fn value(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / 8_388_608.0 - 1.0
+    }
+
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.value()).collect()
+    }
+
+    /// Values of a format.
+    fn halves(&mut self, n: usize, format: HalfFormat) -> Vec<f32> {
+        (0..n).map(|_| oracle::round(self.value(), format)).collect()
+    }
+}
+
+fn half_bytes(values: &[f32], format: HalfFormat) -> Vec<u8> {
+    let bits = values.iter().map(|&v| match format {
+        HalfFormat::Bf16 => bf16::from_f32(v).to_bits(),
+        HalfFormat::F16 => f16::from_f32(v).to_bits(),
+    });
+    bits.flat_map(u16::to_le_bytes).collect()
+}
+
+fn halves(bytes: &[u8], format: HalfFormat) -> Vec<f32> {
+    let bits = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    match format {
+        HalfFormat::Bf16 => bits.map(|b| bf16::from_bits(b).to_f32()).collect(),
+        HalfFormat::F16 => bits.map(|b| f16::from_bits(b).to_f32()).collect(),
+    }
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// A large operand with NaN before and after it: what a kernel reads beyond its rows shows.
+fn upload_between_nans(client: &Client, values: &[f32], format: HalfFormat, before: usize) -> Handle {
+    const AFTER: usize = 64;
+    let mut bytes = vec![0xff; 2 * before];
+    bytes.extend(half_bytes(values, format));
+    bytes.extend(vec![0xff; 2 * AFTER]);
+    client.create_from_slice(&bytes).offset_start(2 * before as u64).offset_end(2 * AFTER as u64)
+}
+
+/// Runs `write` twice on an output of `initial` bytes between guards, and hands back what it wrote.
+fn guarded(client: &Client, initial: &[u8], write: impl Fn(&Handle)) -> Vec<u8> {
+    const GUARD: usize = 256;
+    let run = || {
+        let mut bytes = vec![0xa5; GUARD];
+        bytes.extend(initial);
+        bytes.extend(vec![0xa5; GUARD]);
+        let whole = client.create_from_slice(&bytes);
+        write(&whole.clone().offset_start(GUARD as u64).offset_end(GUARD as u64));
+        let read = client.read_one(whole).expect("the kernel runs");
+        let (before, rest) = read.split_at(GUARD);
+        let (written, after) = rest.split_at(initial.len());
+        assert!(before.iter().chain(after).all(|b| *b == 0xa5), "wrote outside its output");
+        written.to_vec()
+    };
+    let first = run();
+    assert_eq!(first, run(), "not the same bits on a second run");
+    first
+}
+
+/// Every element as near to the oracle's as an f32 sum of n products on tensor cores can promise: they truncate, so
+/// each of n / 16 steps may lose an ulp, 2^-23 of a sum that grows to about sqrt(n) / 2 with operands below one.
+/// That is n sqrt(n) 2^-28; four times as much is allowed for sums that grow larger.
+fn assert_close(what: &str, ours: &[f32], theirs: &[f64], n: usize, rounding: f64) {
+    assert_eq!(ours.len(), theirs.len(), "{what}: length");
+    let sum_error = (n as f64).powf(1.5) * 2f64.powi(-26);
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        let bound = sum_error + b.abs() * rounding;
+        assert!((f64::from(*a) - b).abs() <= bound, "{what}: element {i} is {a}, should be {b}");
+    }
+}
+
+/// Half a unit in the last place, relative, with room for a tie that an f32 sum decides otherwise.
+fn half_ulp(format: HalfFormat) -> f64 {
+    match format {
+        HalfFormat::Bf16 => 1.01 * 2f64.powi(-8),
+        HalfFormat::F16 => 1.01 * 2f64.powi(-11),
+    }
+}
+
+#[test]
+fn projections_are_the_oracles() {
+    let Some(client) = client() else { return };
+    for (case, (tokens, features, rank)) in SHAPES.into_iter().enumerate() {
+        let (format, layout) = (FORMATS[case % 2], LAYOUTS[case / 2 % 2]);
+        let shape = Shape { tokens, features, rank };
+        let mut random = Random(case as u64);
+        let (x, factor) = (random.halves(tokens * features, format), random.values(rank * features));
+        let dropout = (case % 3 == 0).then(|| Dropout::new(random.0, 0.25));
+        let device_factor = client.create_from_slice(bytemuck::cast_slice(&factor));
+        let packed = low_rank::pack(&client, &device_factor, features, rank, layout, format).unwrap();
+        // One element before: no row starts at a multiple of 16 bytes.
+        for before in [64, 1] {
+            let device_x = upload_between_nans(&client, &x, format, before);
+            let expected = oracle::project(&x, &factor, shape, layout, 0.5, dropout, format);
+            for output in [Output::Half, Output::F32] {
+                let what =
+                    format!("{shape:?} {layout:?} {format:?} {output:?} dropout {} x {before}", dropout.is_some());
+                let size = if output == Output::F32 { 4 } else { 2 };
+                let written = guarded(&client, &vec![0xff; tokens * rank * size], |out| {
+                    low_rank::project(&client, &device_x, &packed, out, tokens, output, 0.5, dropout).unwrap();
+                });
+                match output {
+                    Output::F32 => assert_close(&what, &floats(&written), &expected, features, 0.0),
+                    Output::Half => {
+                        assert_close(&what, &halves(&written, format), &expected, features, half_ulp(format));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_the_oracles() {
+    let Some(client) = client() else { return };
+    for (case, (tokens, features, rank)) in SHAPES.into_iter().enumerate() {
+        let (format, layout) = (FORMATS[case / 2 % 2], LAYOUTS[case % 2]);
+        let shape = Shape { tokens, features, rank };
+        let mut random = Random(100 + case as u64);
+        let (x, small) = (random.halves(tokens * features, format), random.halves(tokens * rank, format));
+        let dropout = (case % 3 == 0).then(|| Dropout::new(random.0, 0.25));
+        let before = random.values(rank * features);
+        let added = oracle::gradient(&x, &small, shape, layout, 0.5, dropout, format);
+        let device_small = upload_between_nans(&client, &small, format, 64);
+        for (gap, accumulate) in [(64, false), (64, true), (1, false)] {
+            let what = format!("{shape:?} {layout:?} {format:?} accumulate {accumulate} x {gap}");
+            let device_x = upload_between_nans(&client, &x, format, gap);
+            let initial =
+                if accumulate { bytemuck::cast_slice(&before).to_vec() } else { vec![0xff; 4 * before.len()] };
+            let written = guarded(&client, &initial, |out| {
+                low_rank::gradient(
+                    &client,
+                    &device_x,
+                    &device_small,
+                    out,
+                    shape,
+                    layout,
+                    accumulate,
+                    0.5,
+                    dropout,
+                    format,
+                )
+                .unwrap();
+            });
+            let start = |i: usize| if accumulate { f64::from(before[i]) } else { 0.0 };
+            let expected: Vec<f64> = added.iter().enumerate().map(|(i, added)| start(i) + added).collect();
+            assert_close(&what, &floats(&written), &expected, tokens, 0.0);
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let Some(client) = client() else { return };
+    let format = HalfFormat::Bf16;
+    let handle = |elements: usize| client.empty(elements * 4);
+    let pack = |features, rank, factor: &Handle| {
+        low_rank::pack(&client, factor, features, rank, FactorLayout::RankFirst, format).map(|_| ())
+    };
+    assert_eq!(pack(64, 257, &handle(64 * 257)), Err(KernelError::Rank(257)));
+    assert_eq!(pack(64, 0, &handle(1)), Err(KernelError::Rank(0)));
+    let short = KernelError::BufferSize { name: "factor", expected: 4 * 64 * 8, actual: 4 * 64 * 8 - 4 };
+    assert_eq!(pack(64, 8, &handle(64 * 8 - 1)), Err(short));
+}
