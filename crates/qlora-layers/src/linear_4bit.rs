@@ -1,7 +1,7 @@
 //! Frozen linear layers: 4-bit or dense.
 
 use crate::LayerError;
-use crate::ops::{self, Buffers4bit, Layout4bit, NestedLayout};
+use crate::ops::{self, Buffers4bit, Layout4bit, LoraDropout, NestedLayout};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use nf4_quant::{Absmax, Quantized4bit};
 
@@ -67,6 +67,23 @@ impl Linear4bit {
         ops::linear_4bit(x, &self.buffers, self.layout, out)
     }
 
+    /// `y = x Wᵀ + scaling·dropout(x) lora_aᵀ lora_bᵀ`, one operation with one backward.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in_features]`
+    /// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`, f32
+    /// - output: `[tokens, out_features]`, dtype of `x`
+    pub fn lora_forward(
+        &self,
+        x: Tensor<2>,
+        lora_a: Tensor<2>,
+        lora_b: Tensor<2>,
+        scaling: f32,
+        dropout: Option<LoraDropout>,
+    ) -> Tensor<2> {
+        ops::lora_linear_4bit(x, &self.buffers, self.layout, lora_a, lora_b, scaling, dropout)
+    }
+
     /// The dense weight `[out_features, in_features]` in `dtype`, without autodiff.
     pub fn dequantize(&self, dtype: FloatDType) -> Tensor<2> {
         ops::dequantize_4bit(&self.buffers, self.layout, dtype)
@@ -126,7 +143,7 @@ impl FrozenLinear {
     pub fn forward_into(&self, x: Tensor<2>, out: FloatDType) -> Tensor<2> {
         match self {
             Self::Quantized(weight) => weight.forward_into(x, out),
-            Self::Dense(weight) => ops::matmul_into(x, weight.clone().transpose(), out),
+            Self::Dense(weight) => ops::frozen_linear(x, weight.clone(), out),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Low-rank adapters (Hu et al., 2021, arXiv 2106.09685, section 4.1) over frozen linear layers.
 
-use crate::ops::{matmul, matmul_into, seeded_dropout};
+use crate::ops::{LoraDropout, matmul, matmul_into, seeded_dropout};
 use crate::{FrozenLinear, LayerError, Pass, TargetModules};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
@@ -147,16 +147,27 @@ impl LoraAdapter {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, f32
     pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let factor = |factor: &Tensor<2>| {
-            let factor = if pass.tracked { factor.clone() } else { factor.clone().without_autodiff() };
-            factor.cast(x.dtype()).transpose()
-        };
-        let (lora_a, lora_b) = (factor(&self.lora_a), factor(&self.lora_b));
-        let x = match pass.seed_for(self.index) {
-            Some(seed) => seeded_dropout(x, seed, self.dropout),
+        let (lora_a, lora_b) = self.factors(pass);
+        let (lora_a, lora_b) = (lora_a.cast(x.dtype()).transpose(), lora_b.cast(x.dtype()).transpose());
+        let x = match self.dropout(pass) {
+            Some(LoraDropout { seed, p }) => seeded_dropout(x, seed, p),
             None => x,
         };
         matmul_into(matmul(x, lora_a), lora_b, FloatDType::F32).mul_scalar(self.scaling)
+    }
+
+    /// The factors, recorded or not as the pass asks.
+    fn factors(&self, pass: Pass) -> (Tensor<2>, Tensor<2>) {
+        let factor = |factor: &Tensor<2>| match pass.tracked {
+            true => factor.clone(),
+            false => factor.clone().without_autodiff(),
+        };
+        (factor(&self.lora_a), factor(&self.lora_b))
+    }
+
+    fn dropout(&self, pass: Pass) -> Option<LoraDropout> {
+        let seed = pass.seed_for(self.index).filter(|_| self.dropout > 0.0)?;
+        Some(LoraDropout { seed, p: self.dropout })
     }
 
     /// Starts recording: the factors become leaves of the autodiff graph.
@@ -198,11 +209,15 @@ impl LoraLinear {
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let dtype = x.dtype();
-        let y = match &self.adapter {
-            Some(adapter) => {
+        let y = match (&self.adapter, &self.base) {
+            (Some(adapter), FrozenLinear::Quantized(base)) => {
+                let (lora_a, lora_b) = adapter.factors(pass);
+                base.lora_forward(x, lora_a, lora_b, adapter.scaling, adapter.dropout(pass))
+            }
+            (Some(adapter), FrozenLinear::Dense(_)) => {
                 (self.base.forward_into(x.clone(), FloatDType::F32) + adapter.forward(x, pass)).cast(dtype)
             }
-            None => self.base.forward(x),
+            (None, base) => base.forward(x),
         };
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),

@@ -6,7 +6,7 @@ mod common;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use common::{devices, noise};
 use nf4_quant::{QuantConfig, Quantized4bit};
-use qlora_layers::ops::{dropout_hash, seeded_dropout};
+use qlora_layers::ops::{dropout_hash, matmul, seeded_dropout};
 use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass};
 
 fn matrix(seed: u64, shape: [usize; 2], device: &Device) -> Tensor<2> {
@@ -55,8 +55,9 @@ fn factor_gradients_match_the_formulas() {
         let adapter = layer.adapter.as_ref().unwrap();
         let (a, b) = (adapter.lora_a.clone().inner(), adapter.lora_b.clone().inner());
         // y = 2 (x aᵀ) bᵀ: db = 2 dyᵀ (x aᵀ), da = 2 (dy b)ᵀ x.
-        let expected_b = dy.clone().transpose().matmul(x.clone().matmul(a.transpose())).mul_scalar(2.0);
-        let expected_a = dy.matmul(b).transpose().matmul(x).mul_scalar(2.0);
+        // Burn's own product would be TF32 on tensor cores.
+        let expected_b = matmul(dy.clone().transpose(), matmul(x.clone(), a.transpose())).mul_scalar(2.0);
+        let expected_a = matmul(matmul(dy, b).transpose(), x).mul_scalar(2.0);
         for (found, expected) in [
             (adapter.lora_a.grad_remove(&mut grads).unwrap(), expected_a),
             (adapter.lora_b.grad_remove(&mut grads).unwrap(), expected_b),

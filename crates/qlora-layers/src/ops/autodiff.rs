@@ -1,6 +1,6 @@
 //! Backward passes, written by hand.
 
-use super::{Layout4bit, QloraOps, float_dtype};
+use super::{Layout4bit, LoraDropout, LoraFactor, QloraOps, float_dtype};
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
@@ -33,6 +33,72 @@ impl<B: QloraOps> Backward<B, 1> for Linear4bitBackward {
         if let Some(parent) = parent {
             let Weight { codes, absmax, nested_absmax, layout, dtype } = ops.state;
             let dx = B::linear_4bit_input_grad(B::float_cast(dy, dtype), codes, absmax, nested_absmax, layout);
+            grads.register::<B>(parent.id, dx);
+        }
+    }
+}
+
+/// Backward of `y = x Wᵀ` for a frozen dense `W`: `dx = dy W`, in the dtype of `x`.
+#[derive(Debug)]
+struct FrozenLinearBackward;
+
+impl<B: QloraOps> Backward<B, 1> for FrozenLinearBackward {
+    type State = (FloatTensor<B>, FloatDType);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [parent] = ops.parents;
+        let dy = grads.consume::<B>(&ops.node);
+        if let Some(parent) = parent {
+            let (weight, dtype) = ops.state;
+            grads.register::<B>(parent.id, B::frozen_linear_input_grad(B::float_cast(dy, dtype), weight));
+        }
+    }
+}
+
+/// Backward of `y = x Wᵀ + u Bᵀ` with `u = s·dropout(x) Aᵀ`; see the module above for the gradients.
+#[derive(Debug)]
+struct LoraLinearBackward;
+
+#[derive(Clone, Debug)]
+struct LoraState<F, I> {
+    /// Kept for `dA`.
+    x: Option<F>,
+    /// Kept for `dB`.
+    u: Option<F>,
+    lora_a: F,
+    lora_b: F,
+    weight: Weight<I>,
+    scaling: f32,
+    dropout: Option<LoraDropout>,
+}
+
+impl<B: QloraOps> Backward<B, 3> for LoraLinearBackward {
+    type State = LoraState<FloatTensor<B>, IntTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x_parent, a_parent, b_parent] = ops.parents;
+        let LoraState { x, u, lora_a, lora_b, weight, scaling, dropout } = ops.state;
+        let Weight { codes, absmax, nested_absmax, layout, dtype } = weight;
+        let dy = B::float_cast(grads.consume::<B>(&ops.node), dtype);
+        if let (Some(parent), Some(u)) = (b_parent, u) {
+            grads.register::<B>(parent.id, B::low_rank_gradient(dy.clone(), u, LoraFactor::B, None));
+        }
+        if x_parent.is_none() && a_parent.is_none() {
+            return;
+        }
+        let v = B::low_rank_project(dy.clone(), lora_b, LoraFactor::B, scaling, None);
+        if let (Some(parent), Some(x)) = (a_parent, x) {
+            grads.register::<B>(parent.id, B::low_rank_gradient(x, v.clone(), LoraFactor::A, dropout));
+        }
+        if let Some(parent) = x_parent {
+            let dx = match dropout {
+                None => B::linear_4bit_low_rank_input_grad(dy, codes, absmax, nested_absmax, layout, v, lora_a),
+                Some(LoraDropout { seed, p }) => {
+                    let update = B::matmul(v, B::float_cast(lora_a, dtype), dtype);
+                    let base = B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout);
+                    B::float_add(base, B::seeded_dropout(update, seed, p))
+                }
+            };
             grads.register::<B>(parent.id, dx);
         }
     }
@@ -146,6 +212,60 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
                 let (dy, _guard) = dy.into_parts();
                 prep.finish(B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout))
             }
+        }
+    }
+
+    fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        let (weight, _weight_guard) = weight.into_parts();
+        match FrozenLinearBackward.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (x, _guard) = x.into_parts();
+                let dtype = float_dtype(x.dtype());
+                prep.finish((weight.clone(), dtype), B::frozen_linear(x, weight, out))
+            }
+            OpsKind::UnTracked(prep) => {
+                let (x, _guard) = x.into_parts();
+                prep.finish(B::frozen_linear(x, weight, out))
+            }
+        }
+    }
+
+    fn lora_linear_4bit(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        lora_a: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+        scaling: f32,
+        dropout: Option<LoraDropout>,
+    ) -> FloatTensor<Self> {
+        let (a_tracked, b_tracked) = (lora_a.is_tracked(), lora_b.is_tracked());
+        let nodes = [x.node(), lora_a.node(), lora_b.node()];
+        let ((x, _x_guard), (lora_a, _a_guard), (lora_b, _b_guard)) =
+            (x.into_parts(), lora_a.into_parts(), lora_b.into_parts());
+        let dtype = float_dtype(x.dtype());
+        let u = B::low_rank_project(x.clone(), lora_a.clone(), LoraFactor::A, scaling, dropout);
+        let product = |u| {
+            let (codes, absmax, nested_absmax) = (codes.clone(), absmax.clone(), nested_absmax.clone());
+            B::linear_4bit_low_rank(x.clone(), codes, absmax, nested_absmax, layout, u, lora_b.clone())
+        };
+        match LoraLinearBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let y = product(u.clone());
+                let state = LoraState {
+                    x: a_tracked.then_some(x),
+                    u: b_tracked.then_some(u),
+                    lora_a,
+                    lora_b,
+                    weight: Weight { codes, absmax, nested_absmax, layout, dtype },
+                    scaling,
+                    dropout,
+                };
+                prep.finish(state, y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(product(u)),
         }
     }
 

@@ -1,9 +1,11 @@
 //! The GPU implementation, for every CubeCL runtime.
 //!
-//! A 4-bit product dequantizes the weight into one transient and runs Burn's matmul on it. The
-//! transient goes back to CubeCL's memory pool at once, so one layer's worth of it exists at a time.
+//! Products with a frozen weight and LoRA's take tensor-core kernels where the device has them (see
+//! [`super::cube_products`]). Elsewhere a 4-bit product dequantizes the weight into one transient and runs Burn's
+//! matmul on it; the transient goes back to CubeCL's memory pool at once, so one layer's worth exists at a time.
 
-use super::{Layout4bit, QloraOps, dropout_threshold};
+use super::cube_products::{self, Packed};
+use super::{Layout4bit, LoraDropout, LoraFactor, QloraOps, composed, float_dtype};
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
@@ -18,8 +20,10 @@ use cubek::matmul::launch::launch_ref;
 use cubek::matmul::multi_level;
 use cubek::matmul::strategy::Strategy;
 use cubek::std::InputBinding;
+use fused_kernels::Dropout;
 use nf4_quant::FloatFormat;
 use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight, dequantize, supports};
+use nf4_quant::matmul::Direction;
 
 fn dtype_of(format: FloatFormat) -> DType {
     match format {
@@ -29,7 +33,7 @@ fn dtype_of(format: FloatFormat) -> DType {
     }
 }
 
-fn empty(client: &Client, device: &CubeDevice, shape: Shape, dtype: DType) -> CubeTensor {
+pub(super) fn empty(client: &Client, device: &CubeDevice, shape: Shape, dtype: DType) -> CubeTensor {
     let handle = client.empty(shape.num_elements() * dtype.size());
     CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, dtype)
 }
@@ -42,6 +46,32 @@ fn grid(elements: usize) -> (CubeCount, CubeDim) {
     (CubeCount::Static(cubes.div_ceil(rows), rows, 1), CubeDim::new_1d(CUBE_DIM))
 }
 
+/// The parts of a 4-bit weight as `nf4_quant` wants them.
+pub(super) fn device_weight(
+    codes: &CubeTensor,
+    absmax: &CubeTensor,
+    nested_absmax: &CubeTensor,
+    layout: Layout4bit,
+) -> DeviceWeight {
+    let handle = |tensor: &CubeTensor| into_contiguous(tensor.clone()).handle;
+    let absmax = handle(absmax);
+    DeviceWeight {
+        codes: handle(codes),
+        absmax: match layout.nested {
+            None => DeviceAbsmax::Plain(absmax),
+            Some(nested) => DeviceAbsmax::Nested {
+                codes: absmax,
+                absmax: handle(nested_absmax),
+                offset: nested.offset,
+                blocksize: nested.blocksize,
+            },
+        },
+        quant_type: layout.quant_type,
+        blocksize: layout.blocksize,
+        num_elements: layout.out_features * layout.in_features,
+    }
+}
+
 impl QloraOps for CubeBackend {
     fn dequantize_4bit(
         codes: IntTensor<Self>,
@@ -51,22 +81,7 @@ impl QloraOps for CubeBackend {
         dtype: FloatDType,
     ) -> FloatTensor<Self> {
         let (client, device) = (codes.client.clone(), codes.device.clone());
-        let absmax = into_contiguous(absmax).handle;
-        let weight = DeviceWeight {
-            codes: into_contiguous(codes).handle,
-            absmax: match layout.nested {
-                None => DeviceAbsmax::Plain(absmax),
-                Some(nested) => DeviceAbsmax::Nested {
-                    codes: absmax,
-                    absmax: into_contiguous(nested_absmax).handle,
-                    offset: nested.offset,
-                    blocksize: nested.blocksize,
-                },
-            },
-            quant_type: layout.quant_type,
-            blocksize: layout.blocksize,
-            num_elements: layout.out_features * layout.in_features,
-        };
+        let weight = device_weight(&codes, &absmax, &nested_absmax, layout);
         let shape = Shape::new([layout.out_features, layout.in_features]);
         // Some runtimes (WGSL) have no bf16 buffers: f32 ones, rounded to bf16, hold the same values.
         let (format, round) = match layout.dtype {
@@ -82,6 +97,101 @@ impl QloraOps for CubeBackend {
             kernels::round_to_bf16::launch(&client, cube_count, cube_dim, out.clone().into_buffer_arg());
         }
         cast(out, dtype.into())
+    }
+
+    fn linear_4bit(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        out: FloatDType,
+    ) -> FloatTensor<Self> {
+        let packed = Packed { codes, absmax, nested_absmax, layout };
+        cube_products::product_4bit(&x, &packed, Direction::Forward, None, out.into()).unwrap_or_else(|| {
+            let Packed { codes, absmax, nested_absmax, layout } = packed;
+            composed::linear_4bit::<Self>(x, codes, absmax, nested_absmax, layout, out)
+        })
+    }
+
+    fn linear_4bit_input_grad(
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+    ) -> FloatTensor<Self> {
+        let packed = Packed { codes, absmax, nested_absmax, layout };
+        cube_products::product_4bit(&dy, &packed, Direction::InputGradient, None, dy.dtype).unwrap_or_else(|| {
+            let Packed { codes, absmax, nested_absmax, layout } = packed;
+            composed::linear_4bit_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+        })
+    }
+
+    fn linear_4bit_low_rank(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        u: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let packed = Packed { codes, absmax, nested_absmax, layout };
+        let low_rank = Some((&u, &lora_b));
+        cube_products::product_4bit(&x, &packed, Direction::Forward, low_rank, x.dtype).unwrap_or_else(|| {
+            let Packed { codes, absmax, nested_absmax, layout } = packed;
+            composed::linear::<Self>(x, codes, absmax, nested_absmax, layout, u, lora_b)
+        })
+    }
+
+    fn linear_4bit_low_rank_input_grad(
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        v: FloatTensor<Self>,
+        lora_a: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let packed = Packed { codes, absmax, nested_absmax, layout };
+        let low_rank = Some((&v, &lora_a));
+        cube_products::product_4bit(&dy, &packed, Direction::InputGradient, low_rank, dy.dtype).unwrap_or_else(|| {
+            let Packed { codes, absmax, nested_absmax, layout } = packed;
+            composed::input_grad::<Self>(dy, codes, absmax, nested_absmax, layout, v, lora_a)
+        })
+    }
+
+    fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        cube_products::product_dense(&x, &weight, Direction::Forward, out.into())
+            .unwrap_or_else(|| composed::frozen_linear::<Self>(x, weight, out))
+    }
+
+    fn frozen_linear_input_grad(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let dtype = float_dtype(dy.dtype);
+        cube_products::product_dense(&dy, &weight, Direction::InputGradient, dtype.into())
+            .unwrap_or_else(|| Self::matmul(dy, weight, dtype))
+    }
+
+    fn low_rank_project(
+        x: FloatTensor<Self>,
+        factor: FloatTensor<Self>,
+        which: LoraFactor,
+        scaling: f32,
+        dropout: Option<LoraDropout>,
+    ) -> FloatTensor<Self> {
+        cube_products::project(&x, &factor, which, scaling, dropout)
+            .unwrap_or_else(|| composed::project::<Self>(x, factor, which, scaling, dropout))
+    }
+
+    fn low_rank_gradient(
+        x: FloatTensor<Self>,
+        product: FloatTensor<Self>,
+        which: LoraFactor,
+        dropout: Option<LoraDropout>,
+    ) -> FloatTensor<Self> {
+        cube_products::gradient(&x, &product, which, dropout)
+            .unwrap_or_else(|| composed::gradient::<Self>(x, product, which, dropout))
     }
 
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
@@ -106,6 +216,7 @@ impl QloraOps for CubeBackend {
         let shape = x.meta.shape().clone();
         let (cube_count, cube_dim) = grid(shape.num_elements());
         let y = empty(&x.client, &x.device, shape, x.dtype);
+        let Dropout { threshold, scale, .. } = Dropout::new(seed, p);
         kernels::seeded_dropout::launch(
             &y.client,
             cube_count,
@@ -114,8 +225,8 @@ impl QloraOps for CubeBackend {
             y.clone().into_buffer_arg(),
             seed as u32,
             (seed >> 32) as u32,
-            dropout_threshold(p),
-            1.0 / (1.0 - p),
+            threshold,
+            scale,
             dtype_to_storage_type(x.dtype),
         );
         y

@@ -1,11 +1,12 @@
 //! The CPU implementation, on Burn's Flex backend and the parallel host codec.
 
-use super::{Layout4bit, QloraOps, dropout_hash, dropout_threshold};
+use super::{Layout4bit, QloraOps, dropout_hash};
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
+use fused_kernels::Dropout;
 use half::{bf16, f16};
 use nf4_quant::{Element, FloatFormat, dequantize_blocks, signed_dynamic_map};
 use rayon::prelude::*;
@@ -76,7 +77,7 @@ fn dequantize_as<T: Element + BurnElement>(codes: &[u8], absmax: &[f32], layout:
 
 /// Applies the dropout mask to a contiguous tensor of `T`.
 fn dropout<T: Element + BurnElement + bytemuck::Pod>(mut x: FlexTensor, seed: u64, p: f32) -> FlexTensor {
-    let (threshold, scale) = (dropout_threshold(p), 1.0 / (1.0 - p));
+    let Dropout { threshold, scale, .. } = Dropout::new(seed, p);
     x.storage_mut::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
         for (i, value) in values.iter_mut().enumerate() {
             let keep = dropout_hash((chunk * CHUNK + i) as u32, seed) >= threshold;

@@ -7,8 +7,14 @@
 //!
 //! For `y = x Wᵀ` with a frozen `W`, `dx = dy W` needs neither `x` nor a dense `W`: the state is the
 //! packed codes and block statistics, which the model holds anyway. There is no gradient of `W`.
-//! `W` is dequantized into one transient of its own size, in the dtype of `x`, and dropped after the
-//! product.
+//! Where a runtime has no fused kernel, `W` is dequantized into one transient of its own size, in the dtype of
+//! `x`, and dropped after the product.
+//!
+//! # What LoRA saves
+//!
+//! `y = x Wᵀ + s·dropout(x) Aᵀ Bᵀ` is one operation, [`lora_linear_4bit`], with one backward. With
+//! `u = s·dropout(x) Aᵀ` and `v = s·dy B`, both `[tokens, rank]`, the gradients are `dA = vᵀ dropout(x)`, `dB = dyᵀ u`
+//! and `dx = dy W + dropout(v A)`: it keeps `x` and `u`, draws the mask again, and sums `dA` and `dB` in f32.
 //!
 //! # Where values are rounded
 //!
@@ -17,12 +23,15 @@
 //! only where activations are wider than that dtype, by half an ulp of it.
 
 mod autodiff;
+mod composed;
 mod cube;
+mod cube_products;
 mod flex;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
+pub use fused_kernels::dropout_hash;
 use nf4_quant::{FloatFormat, QuantType};
 
 /// What the packed buffers of a 4-bit weight of shape `[out_features, in_features]` mean.
@@ -49,6 +58,24 @@ pub struct NestedLayout {
     pub blocksize: usize,
     /// The mean that was subtracted from the absmax values before they were quantized.
     pub offset: f32,
+}
+
+/// One of LoRA's two factors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoraFactor {
+    /// `lora_a`, `[rank, in_features]`.
+    A,
+    /// `lora_b`, `[out_features, rank]`.
+    B,
+}
+
+/// Dropout of an adapter's input: [`QloraOps::seeded_dropout`] with this seed and probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraDropout {
+    /// Picks the mask.
+    pub seed: u64,
+    /// Probability of zeroing an element.
+    pub p: f32,
 }
 
 /// Operations over 4-bit weights, and LoRA's dropout.
@@ -79,9 +106,7 @@ pub trait QloraOps: Backend {
         layout: Layout4bit,
         out: FloatDType,
     ) -> FloatTensor<Self> {
-        let layout = Layout4bit { dtype: format_of(x.dtype()), ..layout };
-        let weight = Self::dequantize_4bit(codes, absmax, nested_absmax, layout, float_dtype(x.dtype()));
-        Self::matmul(x, Self::float_swap_dims(weight, 0, 1), out)
+        composed::linear_4bit::<Self>(x, codes, absmax, nested_absmax, layout, out)
     }
 
     /// `dx = dy W`, `[tokens, out_features]` to `[tokens, in_features]`, in the dtype of `dy`; by way of one
@@ -93,9 +118,86 @@ pub trait QloraOps: Backend {
         nested_absmax: IntTensor<Self>,
         layout: Layout4bit,
     ) -> FloatTensor<Self> {
+        composed::linear_4bit_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+    }
+
+    /// `y = x Wᵀ` with a frozen dense `W` `[out_features, in_features]` in the dtype of `x`, into `out`, the dtype of
+    /// `x` or f32. There is no gradient of `W`.
+    fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        composed::frozen_linear::<Self>(x, weight, out)
+    }
+
+    /// `dx = dy W` with a frozen dense `W`, in the dtype of `dy`.
+    fn frozen_linear_input_grad(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let dtype = float_dtype(dy.dtype());
-        let weight = Self::dequantize_4bit(codes, absmax, nested_absmax, layout, dtype);
         Self::matmul(dy, weight, dtype)
+    }
+
+    /// `y = x Wᵀ + scaling·dropout(x) lora_aᵀ lora_bᵀ` in the dtype of `x`, summed in f32 and rounded once. The
+    /// factors are f32, `[rank, in_features]` and `[out_features, rank]`, and take part in the dtype of `x`.
+    #[allow(clippy::too_many_arguments)]
+    fn lora_linear_4bit(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        lora_a: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+        scaling: f32,
+        dropout: Option<LoraDropout>,
+    ) -> FloatTensor<Self> {
+        let u = Self::low_rank_project(x.clone(), lora_a, LoraFactor::A, scaling, dropout);
+        Self::linear_4bit_low_rank(x, codes, absmax, nested_absmax, layout, u, lora_b)
+    }
+
+    /// Base and update in one sum: `x Wᵀ + u Bᵀ` with `u` `[tokens, rank]` in the dtype of `x`, and f32 `lora_b`.
+    /// A part of [`lora_linear_4bit`](Self::lora_linear_4bit), as are the three that follow: autodiff does not track them.
+    fn linear_4bit_low_rank(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        u: FloatTensor<Self>,
+        lora_b: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        composed::linear::<Self>(x, codes, absmax, nested_absmax, layout, u, lora_b)
+    }
+
+    /// `dx = dy W + v A` with `v` `[tokens, rank]` in the dtype of `dy`, and f32 `lora_a`.
+    fn linear_4bit_low_rank_input_grad(
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: IntTensor<Self>,
+        nested_absmax: IntTensor<Self>,
+        layout: Layout4bit,
+        v: FloatTensor<Self>,
+        lora_a: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        composed::input_grad::<Self>(dy, codes, absmax, nested_absmax, layout, v, lora_a)
+    }
+
+    /// `scaling·dropout(x) Aᵀ` or `scaling·dropout(x) B`, `[tokens, rank]` in the dtype of `x`; the factor is f32.
+    fn low_rank_project(
+        x: FloatTensor<Self>,
+        factor: FloatTensor<Self>,
+        which: LoraFactor,
+        scaling: f32,
+        dropout: Option<LoraDropout>,
+    ) -> FloatTensor<Self> {
+        composed::project::<Self>(x, factor, which, scaling, dropout)
+    }
+
+    /// The gradient of a factor, in f32: `productᵀ dropout(x)` `[rank, in_features]` for A, `xᵀ product`
+    /// `[out_features, rank]` for B, with `product` `[tokens, rank]` in the dtype of `x`.
+    fn low_rank_gradient(
+        x: FloatTensor<Self>,
+        product: FloatTensor<Self>,
+        which: LoraFactor,
+        dropout: Option<LoraDropout>,
+    ) -> FloatTensor<Self> {
+        composed::gradient::<Self>(x, product, which, dropout)
     }
 
     /// `lhs rhs` for matrices or equal batches of them, in `out`, the dtype of the operands or f32; f32
@@ -110,21 +212,6 @@ pub trait QloraOps: Backend {
     /// Element `i` in row-major order is dropped when [`dropout_hash`]`(i, seed) < p * 2^32`: the same mask
     /// on every runtime, and nothing to save for the backward.
     fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self>;
-}
-
-/// A uniform u32 from an element's index and a seed: two rounds of MurmurHash3's 32-bit finalizer.
-pub fn dropout_hash(index: u32, seed: u64) -> u32 {
-    let round = |mut h: u32| {
-        h = (h ^ (h >> 16)).wrapping_mul(0x85EB_CA6B);
-        h = (h ^ (h >> 13)).wrapping_mul(0xC2B2_AE35);
-        h ^ (h >> 16)
-    };
-    round(round(index ^ seed as u32) ^ (seed >> 32) as u32)
-}
-
-/// The threshold below which [`dropout_hash`] drops an element.
-fn dropout_threshold(p: f32) -> u32 {
-    (f64::from(p) * 4_294_967_296.0) as u32
 }
 
 /// The packed buffers of one weight on a device; see [`QloraOps`] for their layout.
@@ -159,6 +246,48 @@ pub fn linear_4bit(x: Tensor<2>, weight: &Buffers4bit, layout: Layout4bit, out: 
         layout,
         out,
     ))
+}
+
+/// `y = x Wᵀ + scaling·dropout(x) lora_aᵀ lora_bᵀ` over a frozen 4-bit weight.
+///
+/// # Shapes
+/// - `x`: `[tokens, in_features]`, f32, bf16 or f16
+/// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`, f32
+/// - output: `[tokens, out_features]`, dtype of `x`
+pub fn lora_linear_4bit(
+    x: Tensor<2>,
+    weight: &Buffers4bit,
+    layout: Layout4bit,
+    lora_a: Tensor<2>,
+    lora_b: Tensor<2>,
+    scaling: f32,
+    dropout: Option<LoraDropout>,
+) -> Tensor<2> {
+    let [_, features] = x.dims();
+    assert_eq!(features, layout.in_features, "lora_linear_4bit: x has {features} features");
+    assert!(lora_a.dtype() == DType::F32 && lora_b.dtype() == DType::F32, "lora_linear_4bit: factors are f32");
+    let Buffers4bit { codes, absmax, nested_absmax } = weight.clone();
+    Tensor::from_dispatch(<Dispatch as QloraOps>::lora_linear_4bit(
+        x.into_dispatch(),
+        codes.into_dispatch(),
+        absmax.into_dispatch(),
+        nested_absmax.into_dispatch(),
+        layout,
+        lora_a.into_dispatch(),
+        lora_b.into_dispatch(),
+        scaling,
+        dropout,
+    ))
+}
+
+/// `y = x Wᵀ` for a frozen dense weight `[out_features, in_features]` in the dtype of `x`.
+///
+/// # Shapes
+/// - `x`: `[tokens, in_features]`
+/// - output: `[tokens, out_features]` in `out`, the dtype of `x` or f32
+pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>, out: FloatDType) -> Tensor<2> {
+    assert_eq!(x.dtype(), weight.dtype(), "frozen_linear: both operands must have one dtype");
+    Tensor::from_dispatch(<Dispatch as QloraOps>::frozen_linear(x.into_dispatch(), weight.into_dispatch(), out))
 }
 
 /// The dense weight `[out_features, in_features]`, without autodiff.

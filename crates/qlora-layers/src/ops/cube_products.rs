@@ -1,0 +1,187 @@
+//! The tensor-core products of `nf4_quant::matmul` and `fused_kernels::low_rank` on Burn's tensors.
+//!
+//! Every function answers `None` where the device or the shape has no kernel; its caller then composes the
+//! result from other operations.
+
+use super::cube::{device_weight, empty};
+use super::{Layout4bit, LoraDropout, LoraFactor, format_of};
+use burn::tensor::{DType, Shape};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use fused_kernels::low_rank::{self, FactorLayout, Output};
+use fused_kernels::{Dropout, HalfFormat, KernelError};
+use nf4_quant::FloatFormat;
+use nf4_quant::matmul::{Direction, LowRank, Operands, Problem, Weight, matmul, path};
+
+/// The packed tensors of a 4-bit weight.
+pub(super) struct Packed {
+    pub codes: CubeTensor,
+    pub absmax: CubeTensor,
+    pub nested_absmax: CubeTensor,
+    pub layout: Layout4bit,
+}
+
+/// `x Wᵀ` or `x W`, with an optional low-rank part: `product` `[tokens, rank]` in the dtype of `x`, and the f32 factor.
+pub(super) fn product_4bit(
+    x: &CubeTensor,
+    packed: &Packed,
+    direction: Direction,
+    low_rank: Option<(&CubeTensor, &CubeTensor)>,
+    out: DType,
+) -> Option<CubeTensor> {
+    let layout = packed.layout;
+    let format = format_of(x.dtype);
+    // The gradient rounds to the dtype of the quantization state first, which a fused product does not.
+    if direction == Direction::InputGradient && ![FloatFormat::F32, format].contains(&layout.dtype) {
+        return None;
+    }
+    let features = [layout.out_features, layout.in_features];
+    let problem = problem(x, features, direction, low_rank, Some(layout.blocksize), out);
+    path(&x.client, &problem)?;
+    let weight = device_weight(&packed.codes, &packed.absmax, &packed.nested_absmax, layout);
+    Some(launch(x, &problem, Weight::FourBit(&weight), low_rank))
+}
+
+/// `x Wᵀ` or `x W` for a dense `W` `[out_features, in_features]` in the dtype of `x`.
+pub(super) fn product_dense(
+    x: &CubeTensor,
+    weight: &CubeTensor,
+    direction: Direction,
+    out: DType,
+) -> Option<CubeTensor> {
+    let [out_features, in_features] = weight.meta.shape().dims();
+    let problem = problem(x, [out_features, in_features], direction, None, None, out);
+    path(&x.client, &problem)?;
+    let weight = into_contiguous(weight.clone());
+    Some(launch(x, &problem, Weight::Dense(&weight.handle), None))
+}
+
+fn problem(
+    x: &CubeTensor,
+    [out_features, in_features]: [usize; 2],
+    direction: Direction,
+    low_rank: Option<(&CubeTensor, &CubeTensor)>,
+    blocksize: Option<usize>,
+    out: DType,
+) -> Problem {
+    Problem {
+        tokens: x.meta.shape()[0],
+        out_features,
+        in_features,
+        direction,
+        rank: low_rank.map_or(0, |(product, _)| product.meta.shape()[1]),
+        format: format_of(x.dtype),
+        out: format_of(out),
+        blocksize,
+    }
+}
+
+fn launch(
+    x: &CubeTensor,
+    problem: &Problem,
+    weight: Weight<'_>,
+    low_rank: Option<(&CubeTensor, &CubeTensor)>,
+) -> CubeTensor {
+    let x = into_contiguous(x.clone());
+    let low_rank =
+        low_rank.map(|(product, factor)| (into_contiguous(product.clone()), into_contiguous(factor.clone())));
+    let operands = Operands {
+        x: &x.handle,
+        weight,
+        low_rank: low_rank
+            .as_ref()
+            .map(|(product, factor)| LowRank { product: &product.handle, factor: &factor.handle }),
+        bias: None,
+    };
+    let dtype = if problem.out == FloatFormat::F32 { DType::F32 } else { x.dtype };
+    let out = empty(&x.client, &x.device, Shape::new([problem.tokens, problem.features()]), dtype);
+    path(&x.client, problem)
+        .ok_or_else(|| format!("no kernel for {problem:?}"))
+        .and_then(|path| matmul(&x.client, path, problem, &operands, &out.handle).map_err(|e| e.to_string()))
+        .unwrap_or_else(|e| panic!("operands that fitted when the path was chosen were refused: {e}"));
+    out
+}
+
+/// The 16-bit format of `x`, where its device runs the low-rank kernels.
+fn half_format(x: &CubeTensor) -> Option<HalfFormat> {
+    let format = match x.dtype {
+        DType::BF16 => HalfFormat::Bf16,
+        DType::F16 => HalfFormat::F16,
+        _ => return None,
+    };
+    low_rank::supports(&x.client).then_some(format)
+}
+
+fn factor_layout(which: LoraFactor) -> FactorLayout {
+    match which {
+        LoraFactor::A => FactorLayout::RankFirst,
+        LoraFactor::B => FactorLayout::FeaturesFirst,
+    }
+}
+
+fn dropout(dropout: Option<LoraDropout>) -> Option<Dropout> {
+    dropout.map(|LoraDropout { seed, p }| Dropout::new(seed, p))
+}
+
+fn accepted(result: Result<(), KernelError>) -> Option<()> {
+    match result {
+        Ok(()) => Some(()),
+        // A rank beyond the kernels' is composed from other operations.
+        Err(KernelError::Rank(_)) => None,
+        Err(e) => panic!("low-rank operands that Burn holds were refused: {e}"),
+    }
+}
+
+/// `QloraOps::low_rank_project`.
+pub(super) fn project(
+    x: &CubeTensor,
+    factor: &CubeTensor,
+    which: LoraFactor,
+    scaling: f32,
+    mask: Option<LoraDropout>,
+) -> Option<CubeTensor> {
+    let format = half_format(x)?;
+    let [tokens, features]: [usize; 2] = x.meta.shape().dims();
+    let rank = factor.meta.shape().num_elements() / features;
+    let (x, factor) = (into_contiguous(x.clone()), into_contiguous(factor.clone()));
+    let packed = low_rank::pack(&x.client, &factor.handle, features, rank, factor_layout(which), format);
+    let packed = match packed {
+        Ok(packed) => packed,
+        Err(e) => return accepted(Err(e)).and(None),
+    };
+    let out = empty(&x.client, &x.device, Shape::new([tokens, rank]), x.dtype);
+    let mask = dropout(mask);
+    accepted(low_rank::project(&x.client, &x.handle, &packed, &out.handle, tokens, Output::Half, scaling, mask))?;
+    Some(out)
+}
+
+/// `QloraOps::low_rank_gradient`.
+pub(super) fn gradient(
+    x: &CubeTensor,
+    product: &CubeTensor,
+    which: LoraFactor,
+    mask: Option<LoraDropout>,
+) -> Option<CubeTensor> {
+    let format = half_format(x)?;
+    let [tokens, features]: [usize; 2] = x.meta.shape().dims();
+    let rank = product.meta.shape()[1];
+    let (x, product) = (into_contiguous(x.clone()), into_contiguous(product.clone()));
+    let shape = match which {
+        LoraFactor::A => [rank, features],
+        LoraFactor::B => [features, rank],
+    };
+    let out = empty(&x.client, &x.device, Shape::new(shape), DType::F32);
+    accepted(low_rank::gradient(
+        &x.client,
+        &x.handle,
+        &product.handle,
+        &out.handle,
+        low_rank::Shape { tokens, features, rank },
+        factor_layout(which),
+        false,
+        1.0,
+        dropout(mask),
+        format,
+    ))?;
+    Some(out)
+}
