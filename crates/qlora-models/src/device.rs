@@ -1,15 +1,22 @@
 //! Which device to run on, and what its memory holds.
 
-use crate::ModelError;
+use crate::{ModelError, kernel_cache};
 use burn::tensor::{Device, DeviceKind, FloatDType};
 use std::panic::catch_unwind;
 
 /// The device named by `cpu`, `cuda`, `cuda:<index>`, `vulkan`, `metal` or `auto` (CUDA when there is one, else the CPU).
 ///
+/// The first call for a GPU also says where CubeCL keeps compiled kernels: in
+/// `$XDG_CACHE_HOME/burn-qlora/kernels` (`~/.cache` without that variable), or where
+/// `BURN_QLORA_KERNEL_CACHE` says (a folder, or `off`), as far as the user's `cubecl.toml` leaves it open.
+///
 /// # Errors
 /// The name is unknown, or no such device answers.
 pub fn select_device(name: &str) -> Result<Device, ModelError> {
     let unusable = |reason: &str| ModelError::NoDevice { device: name.into(), reason: reason.into() };
+    if name != "cpu" {
+        kernel_cache::enable();
+    }
     match name {
         "cpu" => Ok(Device::flex()),
         "auto" => Ok(probe(|| Device::cuda(0)).unwrap_or_else(Device::flex)),

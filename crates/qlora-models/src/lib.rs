@@ -17,6 +17,7 @@ pub mod error;
 mod family;
 mod generate;
 pub mod hub;
+mod kernel_cache;
 mod loader;
 mod rope;
 pub mod tokenizer;
