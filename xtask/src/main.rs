@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a program for people and CI logs
 
+mod bench;
 mod checkpoint;
 mod ci;
 mod normal;
@@ -18,6 +19,9 @@ usage: cargo xtask <task>
   ci                 everything CI checks: formatting, tidy, clippy, documentation, tests
   test [ARGS...]     the tests, in release, on every runtime at hand; ARGS go to `cargo test`
   tidy               the architecture's rules: crate edges, names, headers, file lengths
+  bench kernels|first-use [--binary FILE] [ARGS...]
+                     what the GPU's kernels do; ARGS go to qlora-bench, such as --peer python3 or --only TEXT;
+                     --binary runs one that was built elsewhere
   golden FULL_DIR    cut a full reference folder (testdata/make_reference.py) down to testdata/reference
   random-checkpoint --shape SHAPE --out DIR [--max-shard-size 5GB] [--seed 0]
                      a checkpoint with random bf16 weights; SHAPE: llama-2-7b, llama-3.1-8b, tiny";
@@ -39,6 +43,7 @@ fn run(args: &[String]) -> Result<()> {
         ("ci", []) => ci::ci(),
         ("test", rest) => ci::test(rest),
         ("tidy", []) => tidy::tidy(),
+        ("bench", rest) => bench::run(rest),
         ("golden", [full]) => golden(Path::new(full)),
         ("random-checkpoint", rest) => checkpoint::run(rest),
         ("help" | "--help" | "-h", _) => {

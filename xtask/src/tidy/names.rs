@@ -18,7 +18,7 @@ const FORBIDDEN: &[(&[&str], &[&str], &str)] = &[
 ];
 
 /// Crates that talk to people.
-const PROGRAMS: &[&str] = &["qlora-cli", "conformance", "xtask"];
+const PROGRAMS: &[&str] = &["qlora-cli", "conformance", "benchmarks", "xtask"];
 
 const OUTPUT: &[&str] = &["print!(", "println!(", "eprint!(", "eprintln!(", "process::exit("];
 const UNFINISHED: &[&str] = &["todo!(", "unimplemented!(", "dbg!(", "#[ignore"];

@@ -1,0 +1,56 @@
+//! `qlora-bench`: what the kernels do on this machine's GPU, and what others do on the same shapes.
+//!
+//! - `kernels`: the median time of each kernel on real models' shapes, GB/s or TFLOP/s, and the share of
+//!   what the card gives at best, measured in the same run. With `--peer python3` the same shapes through
+//!   bitsandbytes and cuBLAS.
+//! - `first-use`: the time to the first 4-bit product of a process, with nothing compiled and with
+//!   everything in the cache.
+//!
+//! A kernel family is a file in `families` with a list of cases; nothing else needs to know it.
+#![allow(clippy::print_stdout, clippy::print_stderr)] // a program for people
+
+mod bench;
+mod case;
+mod ceilings;
+mod families;
+mod first_use;
+mod kernels;
+mod machine;
+mod peer;
+mod report;
+mod shapes;
+mod timer;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures the kernels on a device.
+#[derive(Parser)]
+#[command(name = "qlora-bench", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Time, throughput and share of the card's ceilings for each kernel and shape.
+    Kernels(kernels::Args),
+    /// Cold and warm time to the first 4-bit product of a process.
+    FirstUse(first_use::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Kernels(args) => kernels::run(&args),
+        Command::FirstUse(args) => first_use::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
