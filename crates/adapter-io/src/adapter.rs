@@ -2,8 +2,10 @@
 //!
 //! Keys are `base_model.model.<module path>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], with
 //! no adapter name inside: PEFT silently ignores keys that have one and then runs the bare base model,
-//! so such a file is an error here. Tensors of kinds that this crate does not interpret (DoRA
-//! magnitudes, embeddings, modules saved in full) are kept, and survive a load and save.
+//! so such a file is an error here. Beside them: `.lora_embedding_A` [r, vocabulary] and
+//! `.lora_embedding_B` [width, r] of an embedding, DoRA's `.lora_magnitude_vector`, `.lora_B.bias` with
+//! `lora_bias`, and whole tensors `base_model.model.<name>` of modules that were trained in full.
+//! Tensors of kinds that are not interpreted here are kept, and survive a load and save.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -15,6 +17,7 @@ use crate::adapter_config::AdapterConfig;
 use crate::atomic;
 use crate::error::FormatError;
 use crate::header::{self, TensorSpec};
+use crate::lora_module::{LoraModule, ModuleKind, check_ranks};
 use crate::mapped::MappedFile;
 use crate::paths::resolve_inside;
 
@@ -24,6 +27,11 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const KEY_PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
+const EMBEDDING_A: &str = ".lora_embedding_A";
+const EMBEDDING_B: &str = ".lora_embedding_B";
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+const BIAS: &str = ".lora_B.bias";
+const BASE_LAYER: &str = ".base_layer.weight";
 
 /// An owned tensor of 32-bit floats, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,8 +92,8 @@ impl Adapter {
         }
         let adapter = Self { config, tensors };
         adapter.check_pairs(&path)?;
-        for module in adapter.modules() {
-            adapter.check_module(&module)?;
+        for module in adapter.modules().into_iter().chain(adapter.embeddings()) {
+            adapter.lora_module(&module)?;
         }
         Ok(adapter)
     }
@@ -98,8 +106,8 @@ impl Adapter {
     /// # Errors
     /// [`FormatError::Write`], [`FormatError::Factors`], [`FormatError::Field`].
     pub fn save(&self, dir: &Path) -> Result<(), FormatError> {
-        for module in self.modules() {
-            self.check_module(&module)?;
+        for module in self.modules().into_iter().chain(self.embeddings()) {
+            self.lora_module(&module)?;
         }
         let path = dir.join(WEIGHTS_FILE);
         std::fs::create_dir_all(dir).map_err(|source| FormatError::Write { path: dir.to_path_buf(), source })?;
@@ -117,10 +125,75 @@ impl Adapter {
         self.config.save(dir)
     }
 
-    /// The paths of the modules with LoRA factors, sorted; e.g. `model.layers.0.self_attn.q_proj`.
+    /// The paths of the linear modules with LoRA factors, sorted; e.g. `model.layers.0.self_attn.q_proj`.
     pub fn modules(&self) -> Vec<String> {
-        let strip = |key: &String| Some(key.strip_prefix(KEY_PREFIX)?.strip_suffix(A)?.to_string());
+        self.with_suffix(A)
+    }
+
+    /// The paths of the embeddings with LoRA factors, sorted; e.g. `model.embed_tokens`.
+    pub fn embeddings(&self) -> Vec<String> {
+        self.with_suffix(EMBEDDING_A)
+    }
+
+    fn with_suffix(&self, suffix: &str) -> Vec<String> {
+        let strip = |key: &String| Some(key.strip_prefix(KEY_PREFIX)?.strip_suffix(suffix)?.to_string());
         self.tensors.keys().filter_map(strip).collect()
+    }
+
+    /// The tensors of the base model that were trained in full (`modules_to_save`, and biases with `bias`
+    /// other than `none`), by the name they have there.
+    pub fn saved_tensors(&self) -> impl Iterator<Item = (String, &HostTensor)> {
+        let factor = |key: &str| {
+            [A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, BIAS].iter().any(|suffix| key.ends_with(suffix))
+                || key.ends_with(BASE_LAYER)
+        };
+        self.tensors.iter().filter(move |(key, _)| !factor(key)).filter_map(|(key, tensor)| {
+            // PEFT 0.4 and before left the wrapper's name inside.
+            Some((key.strip_prefix(KEY_PREFIX)?.replace(".modules_to_save.", "."), tensor))
+        })
+    }
+
+    /// The base weight of an adapted embedding, which PEFT saves along with its factors.
+    pub fn saved_base(&self, module: &str) -> Option<&HostTensor> {
+        self.module_tensor(module, BASE_LAYER)
+    }
+
+    /// Everything the adapter holds for one module, checked against the configuration; `None` for a module
+    /// without factors.
+    ///
+    /// # Errors
+    /// [`FormatError::Factors`] when the parts do not fit each other or the configuration.
+    pub fn lora_module(&self, path: &str) -> Result<Option<LoraModule<'_>>, FormatError> {
+        let (kind, lora_a, lora_b) = match (self.lora(path), self.embedding(path)) {
+            (Some((a, b)), _) => (ModuleKind::Linear, a, b),
+            (None, Some((a, b))) => (ModuleKind::Embedding, a, b),
+            (None, None) => return Ok(None),
+        };
+        let module = LoraModule {
+            path: path.to_string(),
+            kind,
+            lora_a,
+            lora_b,
+            bias: self.module_tensor(path, BIAS),
+            magnitude: self.module_tensor(path, MAGNITUDE),
+            scaling: self.config.scaling_for(path)? as f32,
+        };
+        module.check(&self.config)?;
+        Ok(Some(module))
+    }
+
+    /// [`Self::lora_module`] of every module and embedding.
+    ///
+    /// # Errors
+    /// As [`Self::lora_module`].
+    pub fn lora_modules(&self) -> Result<Vec<LoraModule<'_>>, FormatError> {
+        let paths = self.modules().into_iter().chain(self.embeddings());
+        paths.filter_map(|path| self.lora_module(&path).transpose()).collect()
+    }
+
+    /// `lora_embedding_A` [r, vocabulary] and `lora_embedding_B` [width, r] of an embedding.
+    pub fn embedding(&self, module: &str) -> Option<(&HostTensor, &HostTensor)> {
+        Some((self.module_tensor(module, EMBEDDING_A)?, self.module_tensor(module, EMBEDDING_B)?))
     }
 
     /// `lora_a` [r, in] and `lora_b` [out, r] of a module.
@@ -140,7 +213,14 @@ impl Adapter {
     pub fn insert_lora(&mut self, module: &str, lora_a: HostTensor, lora_b: HostTensor) -> Result<(), FormatError> {
         self.tensors.insert(format!("{KEY_PREFIX}{module}{A}"), lora_a);
         self.tensors.insert(format!("{KEY_PREFIX}{module}{B}"), lora_b);
-        self.check_module(module)
+        self.check_factors(module)
+    }
+
+    fn check_factors(&self, module: &str) -> Result<(), FormatError> {
+        match self.lora(module) {
+            Some((a, b)) => check_ranks(module, a, b, &self.config),
+            None => Ok(()),
+        }
     }
 
     /// The keys that belong to no pair of LoRA factors: DoRA, embeddings, biases, saved modules.
@@ -149,37 +229,34 @@ impl Adapter {
     }
 
     fn check_pairs(&self, file: &Path) -> Result<(), FormatError> {
-        let stems = |suffix: &'static str| -> BTreeSet<&str> {
-            self.tensors.keys().filter_map(move |k| k.strip_suffix(suffix)).collect()
-        };
-        let (a, b) = (stems(A), stems(B));
-        match a.symmetric_difference(&b).next() {
-            None => Ok(()),
-            Some(stem) => {
-                let (has, lacks) = if a.contains(stem) { (A, B) } else { (B, A) };
-                Err(FormatError::AdapterKey {
+        for (first, second) in [(A, B), (EMBEDDING_A, EMBEDDING_B)] {
+            let stems = |suffix: &'static str| -> BTreeSet<&str> {
+                self.tensors.keys().filter_map(move |k| k.strip_suffix(suffix)).collect()
+            };
+            let (a, b) = (stems(first), stems(second));
+            if let Some(stem) = a.symmetric_difference(&b).next() {
+                let (has, lacks) = if a.contains(stem) { (first, second) } else { (second, first) };
+                return Err(FormatError::AdapterKey {
                     file: file.to_path_buf(),
                     key: format!("{stem}{has}"),
                     reason: format!("its counterpart `{stem}{lacks}` is missing; the file is incomplete"),
-                })
+                });
             }
         }
-    }
-
-    fn check_module(&self, module: &str) -> Result<(), FormatError> {
-        let Some((a, b)) = self.lora(module) else { return Ok(()) };
-        let fail = |reason| Err(FormatError::Factors { module: module.to_string(), reason });
-        let (&[rank, _], &[_, b_rank]) = (a.shape.as_slice(), b.shape.as_slice()) else {
-            return fail(format!("lora_A {:?} and lora_B {:?} must be matrices", a.shape, b.shape));
+        let has_factors = |suffix: &str, stem: &str| {
+            suffix == MAGNITUDE && self.tensors.contains_key(&format!("{stem}{EMBEDDING_A}"))
+                || self.tensors.contains_key(&format!("{stem}{A}"))
         };
-        if rank != b_rank {
-            return fail(format!("lora_A {:?} has rank {rank} but lora_B {:?} has rank {b_rank}", a.shape, b.shape));
-        }
-        let configured = self.config.rank_for(module)?;
-        if rank != configured {
-            return fail(format!(
-                "its tensors have rank {rank}, adapter_config.json gives it rank {configured} (r and rank_pattern)"
-            ));
+        for suffix in [MAGNITUDE, BIAS] {
+            let lost =
+                self.tensors.keys().find(|k| k.strip_suffix(suffix).is_some_and(|stem| !has_factors(suffix, stem)));
+            if let Some(key) = lost {
+                return Err(FormatError::AdapterKey {
+                    file: file.to_path_buf(),
+                    key: key.clone(),
+                    reason: "its module has no LoRA factors; the file is incomplete".into(),
+                });
+            }
         }
         Ok(())
     }

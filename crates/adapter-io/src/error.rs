@@ -173,6 +173,20 @@ pub enum FormatError {
         /// What does not fit.
         reason: String,
     },
+    /// A module cannot be quantized by GPTQ.
+    #[error("module `{module}` cannot be quantized by GPTQ: {reason}")]
+    Gptq {
+        /// The module's path.
+        module: String,
+        /// Why, and what would do.
+        reason: String,
+    },
+    /// Adapters cannot be combined.
+    #[error("these adapters cannot be combined: {reason}")]
+    Combine {
+        /// Why, and what would do.
+        reason: String,
+    },
     /// A writer was given something other than what was announced to it.
     #[error("{}: tensor `{tensor}`: {reason}", path.display())]
     Plan {

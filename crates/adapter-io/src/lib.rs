@@ -6,9 +6,12 @@
 //! | module | format |
 //! |---|---|
 //! | [`checkpoint`] | `model.safetensors`, or shards with `model.safetensors.index.json` |
-//! | [`bnb`] | bitsandbytes 4-bit weights inside such a checkpoint, and `quantization_config` |
+//! | [`bnb`], [`mod@quantize_checkpoint`] | bitsandbytes 4-bit weights inside such a checkpoint, read and written |
 //! | [`adapter_config`], [`adapter`] | PEFT's `adapter_config.json` and `adapter_model.safetensors` |
-//! | [`merge`] | `W + scaling * B A` |
+//! | [`lora_module`], [`mod@combine`] | what an adapter holds for one module; several adapters in one |
+//! | [`merge`], [`mod@merge_checkpoint`] | `W + scaling * B A`; a base checkpoint and an adapter in one |
+//! | [`gguf`] | GGUF files of llama.cpp: models and LoRA adapters written, both read |
+//! | [`gptq`], [`mod@gptq_checkpoint`] | GPTQ: the algorithm given a layer's Hessian, and what engines load |
 //! | [`shard_writer`] | writing a checkpoint as transformers lays it out |
 //! | [`atomic`] | replacing files and folders without ever leaving a half-written one |
 //!
@@ -23,23 +26,40 @@ pub mod adapter_config;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
+pub mod combine;
 mod config_field;
+pub mod convert;
 mod error;
+pub mod gguf;
+pub mod gptq;
+pub mod gptq_checkpoint;
 mod header;
 mod json;
+mod linalg;
+pub mod lora_module;
 mod mapped;
 pub mod merge;
+pub mod merge_checkpoint;
+mod merge_plan;
 mod paths;
+pub mod quantize_checkpoint;
 pub mod shard_writer;
 
 pub use adapter::{Adapter, HostTensor};
 pub use adapter_config::{AdapterConfig, InitLoraWeights, OneOrMany, Pattern, TargetModules};
 pub use bnb::BnbConfig;
 pub use checkpoint::Checkpoint;
+pub use combine::{Combination, combine};
+pub use convert::{OnProgress, Progress};
 pub use error::FormatError;
+pub use gptq::{GptqOptions, GptqWeight};
+pub use gptq_checkpoint::{GptqReport, Hessians, gptq_checkpoint};
 pub use header::TensorSpec;
+pub use lora_module::{LoraModule, ModuleKind, WeightChange};
 pub use mapped::{Floats, TensorView};
 pub use merge::{lora_delta, merge_into};
+pub use merge_checkpoint::{MergeBase, MergeOptions, MergeReport, TensorReport, merge_checkpoint};
+pub use quantize_checkpoint::{BnbOptions, QuantizeReport, quantize_checkpoint};
 pub use shard_writer::ShardedWriter;
 
 pub use safetensors::Dtype;

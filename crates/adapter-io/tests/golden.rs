@@ -13,10 +13,16 @@ fn reference(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/reference")).join(path)
 }
 
+/// The whole reference folder where there is one; testdata/ holds a part of it.
+const FULL: &str = "BURN_QLORA_REFERENCE";
+
 fn adapter_dirs() -> Vec<PathBuf> {
+    let full = std::env::var_os(FULL).map(PathBuf::from);
     let mut dirs: Vec<PathBuf> = ["adapters", "qlora"]
         .iter()
-        .flat_map(|d| fs::read_dir(reference(d)).unwrap())
+        .flat_map(|d| [Some(reference(d)), full.as_ref().map(|f| f.join(d))])
+        .flatten()
+        .flat_map(|d| fs::read_dir(d).unwrap())
         .map(|e| e.unwrap().path())
         .filter(|p| p.join("adapter_config.json").exists())
         .collect();

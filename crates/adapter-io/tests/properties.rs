@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
+use adapter_io::gguf::{GgmlType, GgufFile, GgufOptions, export_gguf};
 use adapter_io::{
     Adapter, AdapterConfig, Checkpoint, Dtype, InitLoraWeights, OneOrMany, Pattern, ShardedWriter, TargetModules,
     TensorSpec, bnb,
@@ -81,6 +82,14 @@ fn key() -> impl Strategy<Value = String> {
     ]
 }
 
+fn config_key() -> impl Strategy<Value = String> {
+    prop_oneof![
+        "head_dim|vocab_size|hidden_size|rope_parameters|rope_scaling|rope_theta|num_experts|num_attention_heads|layer_types",
+        "model|type|vocab|merges|added_tokens|byte_fallback|pre_tokenizer|post_processor|processors|single|pretokenizers",
+        any::<String>(),
+    ]
+}
+
 fn config() -> impl Strategy<Value = AdapterConfig> {
     let names = || vec("[a-z_.]{1,12}", 0..4);
     let targets =
@@ -130,12 +139,76 @@ fn config() -> impl Strategy<Value = AdapterConfig> {
         )
 }
 
+/// `ADAPTER_IO_CASES=100000` for a long run; a few hundred of each otherwise.
+fn cases() -> Config {
+    let cases = std::env::var("ADAPTER_IO_CASES").ok().and_then(|n| n.parse().ok());
+    let default = Config::default();
+    Config { failure_persistence: None, cases: cases.unwrap_or(default.cases), ..default }
+}
+
+/// Everything there is to read in a GGUF file of these bytes.
+fn exercise_gguf(bytes: &[u8]) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), bytes).unwrap();
+    if let Ok(gguf) = GgufFile::open(file.path()) {
+        for tensor in &gguf.tensors {
+            // The file is small, so a tensor that lies in it is, too.
+            let values = gguf.to_f32_vec(&tensor.name).unwrap();
+            assert_eq!(values.len(), tensor.shape.iter().product::<usize>());
+        }
+    }
+}
+
+/// A model of two tensors, with metadata of every kind that a writer gives.
+fn gguf_file() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let specs = [
+        TensorSpec::new("model.embed_tokens.weight", Dtype::F32, &[4, 32]),
+        TensorSpec::new("model.norm.weight", Dtype::F32, &[32]),
+    ];
+    common::write(dir.path(), &specs, u64::MAX);
+    let config = serde_json::json!({"model_type": "llama", "hidden_size": 32, "intermediate_size": 8,
+        "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 64, "vocab_size": 4});
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let tokenizer = serde_json::json!({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+        "pre_tokenizer": {"type": "ByteLevel"}});
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let out = dir.path().join("m.gguf");
+    let options = GgufOptions { kind: GgmlType::Q4_0, ..GgufOptions::default() };
+    export_gguf(dir.path(), &out, &options, &mut |_| {}).unwrap();
+    fs::read(out).unwrap()
+}
+
 proptest! {
-    #![proptest_config(Config { failure_persistence: None, ..Config::default() })]
+    #![proptest_config(cases())]
 
     #[test]
     fn any_bytes_are_a_file_or_an_error(bytes in vec(any::<u8>(), 0..300)) {
         exercise(&bytes);
+    }
+
+    #[test]
+    fn any_bytes_are_a_gguf_file_or_an_error(version in 0u32..5, counts in any::<[u64; 2]>(), small in any::<bool>(), bytes in vec(any::<u8>(), 0..300)) {
+        let mut file = b"GGUF".to_vec();
+        file.extend(version.to_le_bytes());
+        counts.iter().for_each(|c| file.extend((if small { c % 4 } else { *c }).to_le_bytes()));
+        file.extend(&bytes);
+        exercise_gguf(&file);
+        exercise_gguf(&bytes);
+    }
+
+    #[test]
+    fn damaged_gguf_files_are_read_or_refused(edits in vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4), cut in any::<proptest::sample::Index>(), truncate in any::<bool>()) {
+        static GOOD: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(gguf_file);
+        let mut bytes = GOOD.clone();
+        for (at, byte) in edits {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if truncate {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        exercise_gguf(&bytes);
     }
 
     #[test]
@@ -145,7 +218,8 @@ proptest! {
 
     #[test]
     fn damaged_files_are_read_or_refused(at in any::<proptest::sample::Index>(), byte in any::<u8>(), cut in any::<proptest::sample::Index>(), truncate in any::<bool>()) {
-        let mut bytes = quantized_file();
+        static GOOD: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(quantized_file);
+        let mut bytes = GOOD.clone();
         let at = at.index(bytes.len());
         bytes[at] = byte;
         if truncate {
@@ -192,6 +266,30 @@ proptest! {
             if let Ok(config) = AdapterConfig::from_json(&text, path) {
                 prop_assert!(AdapterConfig::from_json(&config.to_json(), path).is_ok());
             }
+        }
+    }
+
+    #[test]
+    fn any_model_folder_is_written_as_gguf_or_refused(entries in vec((config_key(), json()), 0..8), tokenizer in vec((config_key(), json()), 0..5), inner in vec((config_key(), json()), 0..5), kind in 0usize..9) {
+        static WEIGHTS: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(quantized_file);
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("model.safetensors"), &*WEIGHTS).unwrap();
+        let types = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3"];
+        let mut config = serde_json::json!({"model_type": types[kind], "hidden_size": 32, "intermediate_size": 8,
+            "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 64, "vocab_size": 4, "sliding_window": 4});
+        config.as_object_mut().unwrap().extend(entries);
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let mut model: serde_json::Map<_, _> = tokenizer.into_iter().collect();
+        model.insert("model".into(), serde_json::Value::Object(inner.into_iter().collect()));
+        fs::write(dir.path().join("tokenizer.json"), serde_json::Value::Object(model).to_string()).unwrap();
+        // The weights' names have no place in GGUF, so that configuration and names alone are exercised...
+        let _ = export_gguf(dir.path(), &dir.path().join("m.gguf"), &GgufOptions::default(), &mut |_| {}).is_ok();
+        // ...and here the tokenizer is.
+        let specs = [TensorSpec::new("model.embed_tokens.weight", Dtype::F32, &[4, 32])];
+        common::write(dir.path(), &specs, u64::MAX);
+        let out = dir.path().join("m.gguf");
+        if export_gguf(dir.path(), &out, &GgufOptions::default(), &mut |_| {}).is_ok() {
+            GgufFile::open(&out).unwrap();
         }
     }
 }

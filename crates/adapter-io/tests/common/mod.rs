@@ -16,9 +16,13 @@ pub fn file_of(header: &str, data: &[u8]) -> Vec<u8> {
 
 /// Three tensors, in three shards when `shard_bytes` is 64.
 pub fn write_checkpoint(dir: &Path, shard_bytes: u64) {
+    write(dir, &specs(), shard_bytes);
+}
+
+/// These tensors, with [`content`].
+pub fn write(dir: &Path, specs: &[TensorSpec], shard_bytes: u64) {
     fs::create_dir_all(dir).unwrap();
-    let specs = specs();
-    let mut writer = ShardedWriter::create(dir, specs.clone(), shard_bytes).unwrap();
+    let mut writer = ShardedWriter::create(dir, specs.to_vec(), shard_bytes).unwrap();
     for spec in specs.iter().rev() {
         writer.write(&spec.name, &content(spec)).unwrap();
     }

@@ -1,0 +1,186 @@
+//! `config.json` as GGUF metadata: the keys of `set_gguf_parameters` in llama.cpp's converter.
+
+use serde_json::Value as Json;
+
+use super::architecture::{Model, table};
+use super::blocks::GgmlType;
+use super::value::Value;
+use crate::error::FormatError;
+
+/// Keys and values, and tensors that exist only in GGUF.
+pub(super) struct ModelMetadata {
+    pub entries: Vec<(String, Value)>,
+    /// Factors of the rotary frequencies.
+    pub tensors: Vec<(String, Vec<f32>)>,
+}
+
+pub(super) fn model_metadata(model: &Model, kind: GgmlType) -> Result<ModelMetadata, FormatError> {
+    let mut out = ModelMetadata { entries: Vec::new(), tensors: Vec::new() };
+    let architecture = &model.kind.architecture;
+    let mut put = |key: &str, value: Value| out.entries.push((format!("{architecture}.{key}"), value));
+    let (heads, kv_heads) = model.heads()?;
+    put("block_count", Value::U32(model.needed(&["num_hidden_layers"])?));
+    put("context_length", Value::U32(model.needed(&["max_position_embeddings"])?));
+    put("embedding_length", Value::U32(model.needed(&["hidden_size"])?));
+    put("feed_forward_length", Value::U32(model.needed(&["intermediate_size"])?));
+    put("attention.head_count", Value::U32(heads));
+    put("attention.head_count_kv", Value::U32(kv_heads));
+    let eps = model.number("rms_norm_eps")?.unwrap_or(1e-6);
+    put("attention.layer_norm_rms_epsilon", Value::F32(eps as f32));
+    if let Some(experts) = [model.size("num_local_experts")?, model.size("num_experts")?].into_iter().flatten().next() {
+        put("expert_count", Value::U32(experts));
+        put("expert_used_count", Value::U32(model.needed(&["num_experts_per_tok"])?));
+    }
+    if model.kind.has("expert_feed_forward") {
+        put("expert_feed_forward_length", Value::U32(model.needed(&["moe_intermediate_size"])?));
+    }
+    if let Some(dim) = model.size("head_dim")? {
+        put("attention.key_length", Value::U32(dim));
+        put("attention.value_length", Value::U32(dim));
+    }
+    if model.kind.has("vocab_size") {
+        put("vocab_size", Value::U32(model.needed(&["vocab_size"])?));
+    }
+    if model.kind.has("softcaps") {
+        for (key, name) in [
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ] {
+            if let Some(cap) = model.number(key)? {
+                put(name, Value::F32(cap as f32));
+            }
+        }
+    }
+    if model.kind.has("sliding_window") {
+        put("attention.sliding_window", Value::U32(model.needed(&["sliding_window"])?));
+    }
+    if model.kind.has("sliding_window_or_zero") {
+        put("attention.sliding_window", Value::U32(model.size("sliding_window")?.unwrap_or(0)));
+    }
+    rope(model, &mut out)?;
+    check_fixed(model)?;
+    out.entries.push(("general.file_type".into(), Value::U32(kind.file_type())));
+    Ok(out)
+}
+
+fn rope(model: &Model, out: &mut ModelMetadata) -> Result<(), FormatError> {
+    let architecture = model.kind.architecture.clone();
+    let mut put = |key: &str, value: Value| out.entries.push((format!("{architecture}.rope.{key}"), value));
+    let rope = model.rope();
+    let number = |key: &str| rope.get(key).and_then(Json::as_f64);
+    let needed = |key: &str| number(key).ok_or_else(|| model.fail(&format!("rope_parameters.{key}"), "it is missing"));
+    if let Some(theta) = number("rope_theta") {
+        put("freq_base", Value::F32(theta as f32));
+    }
+    if let Some(theta) = model.local_rope_theta() {
+        put("freq_base_swa", Value::F32(theta as f32));
+    }
+    let partial = number("partial_rotary_factor").unwrap_or(1.0);
+    let dim = model.head_dim()?;
+    if model.kind.has("rope_dimensions") {
+        put("dimension_count", Value::U32((f64::from(dim) * partial) as u32));
+    } else if partial != 1.0 {
+        return Err(model.fail("rope_parameters.partial_rotary_factor", format!("it is {partial}, expected 1")));
+    }
+    let original = number("original_max_position_embeddings");
+    if let (true, Some(original)) = (model.kind.has("original_context"), original) {
+        put("scaling.original_context_length", Value::U32(original as u32));
+    }
+    let name = ["rope_type", "type"].into_iter().find_map(|k| rope.get(k)?.as_str()).unwrap_or("default");
+    if model.kind.rope_types.as_ref().is_some_and(|known| !known.iter().any(|k| k == name)) {
+        return Err(model.fail("rope_parameters.rope_type", format!("`{name}` is not known to readers of GGUF here")));
+    }
+    match table().rope_scalings.get(name).map_or("", String::as_str) {
+        "none" => {}
+        "linear" => {
+            put("scaling.type", "linear".into());
+            put("scaling.factor", Value::F32(needed("factor")? as f32));
+        }
+        "yarn" => {
+            put("scaling.type", "yarn".into());
+            put("scaling.factor", Value::F32(needed("factor")? as f32));
+            put("scaling.original_context_length", Value::U32(needed("original_max_position_embeddings")? as u32));
+            for (key, names) in [
+                ("scaling.yarn_ext_factor", &["extrapolation_factor"][..]),
+                ("scaling.yarn_attn_factor", &["attention_factor", "attn_factor"]),
+                ("scaling.yarn_beta_fast", &["beta_fast"]),
+                ("scaling.yarn_beta_slow", &["beta_slow"]),
+            ] {
+                if let Some(x) = names.iter().find_map(|n| number(n)) {
+                    put(key, Value::F32(x as f32));
+                }
+            }
+        }
+        "bands" => {
+            let (theta, factor) = (number("rope_theta").unwrap_or(10_000.0), number("factor").unwrap_or(8.0));
+            let (low, high) = (number("low_freq_factor").unwrap_or(1.0), number("high_freq_factor").unwrap_or(4.0));
+            let original = original.unwrap_or(8192.0);
+            let scale = |i: u32| {
+                // Every step in 32-bit floats, as the converter computes on PyTorch's tensors.
+                let power = theta.powf(f64::from(2.0 * i as f32 / dim as f32)) as f32;
+                let wavelength = 2.0 * std::f32::consts::PI / (1.0 / power);
+                if f64::from(wavelength) < original / high {
+                    1.0
+                } else if f64::from(wavelength) > original / low {
+                    factor as f32
+                } else {
+                    let smooth = (original as f32 / wavelength - low as f32) / (high - low) as f32;
+                    1.0 / ((1.0 - smooth) / factor as f32 + smooth)
+                }
+            };
+            out.tensors.push(("rope_freqs.weight".into(), (0..dim / 2).map(scale).collect()));
+        }
+        "long" => {
+            let original = needed("original_max_position_embeddings")?;
+            let scale = f64::from(model.needed(&["max_position_embeddings"])?) / original;
+            let attention = if scale > 1.0 { (1.0 + scale.ln() / original.ln()).sqrt() } else { 1.0 };
+            put("scaling.attn_factor", Value::F32(attention as f32));
+            for which in ["long", "short"] {
+                let key = format!("{which}_factor");
+                let factors: Option<Vec<f32>> = rope
+                    .get(&key)
+                    .and_then(Json::as_array)
+                    .and_then(|list| list.iter().map(|x| x.as_f64().map(|x| x as f32)).collect());
+                let factors =
+                    factors.filter(|f| f.len() == (f64::from(dim) * partial) as usize / 2).ok_or_else(|| {
+                        model.fail(
+                            &format!("rope_parameters.{key}"),
+                            "it must hold one number for each rotary frequency",
+                        )
+                    })?;
+                out.tensors.push((format!("rope_factors_{which}.weight"), factors));
+            }
+        }
+        _ => {
+            return Err(model.fail("rope_parameters.rope_type", format!("`{name}` cannot be written as GGUF")));
+        }
+    }
+    Ok(())
+}
+
+/// What llama.cpp has built in and no key can change.
+fn check_fixed(model: &Model) -> Result<(), FormatError> {
+    if model.kind.has("query_scalar")
+        && let Some(scalar) = model.number("query_pre_attn_scalar")?
+    {
+        // The largest models of these families use the width per head instead, and llama.cpp knows them by
+        // their number of layers.
+        let (heads, _) = model.heads()?;
+        let per_head = f64::from(model.needed(&["hidden_size"])?) / f64::from(heads);
+        if scalar != f64::from(model.head_dim()?) && scalar != per_head {
+            return Err(model.fail(
+                "query_pre_attn_scalar",
+                format!("it is {scalar}, and readers of GGUF scale queries by the width of a head"),
+            ));
+        }
+    }
+    for (key, every) in [("layer_pattern_2", 2), ("layer_pattern_6", 6)] {
+        let Some(layers) = model.layer_types().filter(|_| model.kind.has(key)) else { continue };
+        if layers.iter().enumerate().any(|(i, kind)| (*kind == "full_attention") != ((i + 1) % every == 0)) {
+            return Err(
+                model.fail("layer_types", format!("readers of GGUF take one layer in {every} for a global one"))
+            );
+        }
+    }
+    Ok(())
+}

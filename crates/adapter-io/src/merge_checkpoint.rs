@@ -1,0 +1,235 @@
+//! A base checkpoint and an adapter become a checkpoint, tensor by tensor.
+//!
+//! Only the tensor at work is in memory, in its own type, and one row of the update for each thread. The
+//! output is sharded as transformers shards it; `config.json`, tokenizer, chat templates and generation
+//! settings come along, `quantization_config` does not.
+//!
+//! **Which base.** An adapter trained on a 4-bit base has learned to correct that base's rounding. Merged
+//! into the full-precision weights it meets weights it has not seen, yet those are closer to the model that
+//! was to be tuned, and as a rule the result is as good or better; [`MergeBase::Dequantized`] keeps exactly
+//! what was trained, with the 4-bit rounding baked in. [`TensorReport::quantization`] is the size of that
+//! difference. Quantizing the merged model again loses most of an update: keep base and adapter apart for
+//! that.
+//!
+//! **Tied embeddings.** Where the output head is the embedding's tensor, an adapter on one of them must not
+//! change the other: the head gets a tensor of its own and `tie_word_embeddings` becomes false, unless the
+//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.)
+
+use std::path::{Path, PathBuf};
+
+use nf4_quant::{Element, QuantConfig, Quantized4bit};
+use serde_json::Value;
+
+use crate::adapter::Adapter;
+use crate::atomic;
+use crate::checkpoint::Checkpoint;
+use crate::convert::{
+    ModelConfigFile, OnProgress, Owned, Progress, copy_companions, format_of, refuse_same_folder, with_owned,
+};
+use crate::error::FormatError;
+use crate::lora_module::{ChangeSums, WeightChange};
+use crate::merge_plan::{Job, Plan, plan};
+use crate::shard_writer::{DEFAULT_SHARD_BYTES, ShardedWriter};
+
+/// What the adapter is merged into.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum MergeBase {
+    /// The checkpoint's own weights, which must not be quantized.
+    #[default]
+    FullPrecision,
+    /// The weights after quantization to 4 bits and back. Of a checkpoint that bitsandbytes quantized these
+    /// are its weights, and the fields are not used.
+    Dequantized {
+        /// How the linear layers are quantized.
+        config: QuantConfig,
+        /// The modules that are not, beside the output head.
+        skip_modules: Vec<String>,
+    },
+}
+
+/// How to merge.
+#[derive(Debug, Clone)]
+pub struct MergeOptions {
+    /// What to merge into.
+    pub base: MergeBase,
+    /// The data of one file at most; transformers' `max_shard_size`.
+    pub max_shard_bytes: u64,
+    /// Where to take the tokenizer and chat template from, if not from the base: an adapter's folder may
+    /// hold newer ones.
+    pub tokenizer_from: Option<PathBuf>,
+}
+
+impl Default for MergeOptions {
+    fn default() -> Self {
+        Self { base: MergeBase::default(), max_shard_bytes: DEFAULT_SHARD_BYTES, tokenizer_from: None }
+    }
+}
+
+/// What happened to one tensor that the adapter changes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorReport {
+    /// The tensor.
+    pub name: String,
+    /// Its change against the base it was merged into.
+    pub change: WeightChange,
+    /// The change that quantization had made before, when the base was quantized for the merge.
+    pub quantization: Option<WeightChange>,
+}
+
+/// What a merge did.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MergeReport {
+    /// Every tensor that the adapter changes, in file order.
+    pub tensors: Vec<TensorReport>,
+    /// Whether the output head got a tensor of its own.
+    pub untied: bool,
+    /// The data of all tensors written.
+    pub total_bytes: u64,
+    /// The files of weights.
+    pub files: Vec<String>,
+}
+
+impl MergeReport {
+    /// The largest changes of each layer: tensors whose path has the same `layers.N`, or the same name.
+    pub fn by_layer(&self) -> Vec<(String, WeightChange)> {
+        let mut layers: Vec<(String, WeightChange)> = Vec::new();
+        for tensor in &self.tensors {
+            let layer = layer_of(&tensor.name);
+            let at = layers.iter().position(|(name, _)| *name == layer).unwrap_or_else(|| {
+                layers.push((layer, WeightChange::default()));
+                layers.len() - 1
+            });
+            let change = &mut layers[at].1;
+            change.largest = change.largest.max(tensor.change.largest);
+            change.relative = change.relative.max(tensor.change.relative);
+        }
+        layers
+    }
+}
+
+fn layer_of(name: &str) -> String {
+    let parts: Vec<&str> = name.split('.').collect();
+    let numbered = parts.iter().position(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()));
+    numbered.map_or_else(|| name.to_string(), |i| parts[..=i].join("."))
+}
+
+/// Merges an adapter into the checkpoint in `base_dir` and writes the result to `out_dir`, which is replaced
+/// as a whole when all is done.
+///
+/// # Errors
+/// [`FormatError::MissingTensor`] and [`FormatError::Factors`] when the adapter does not fit the base,
+/// [`FormatError::Field`] for kinds of adapters that cannot be merged, [`FormatError::QuantState`] for a
+/// quantized base without [`MergeBase::Dequantized`], and those of reading and writing. What was at
+/// `out_dir` is unchanged then.
+pub fn merge_checkpoint(
+    base_dir: &Path,
+    adapter: &Adapter,
+    out_dir: &Path,
+    options: &MergeOptions,
+    progress: OnProgress<'_>,
+) -> Result<MergeReport, FormatError> {
+    refuse_same_folder(base_dir, out_dir)?;
+    let base = Checkpoint::open(base_dir)?;
+    let mut config = ModelConfigFile::read(base_dir)?;
+    let plan = plan(&base, adapter, &options.base)?;
+    config.remove("quantization_config");
+    if plan.untied {
+        config.set("tie_word_embeddings", Value::Bool(false));
+    }
+    let mut report = MergeReport { untied: plan.untied, ..MergeReport::default() };
+    atomic::replace_dir(out_dir, |dir| {
+        config.write(dir)?;
+        copy_companions(base_dir, options.tokenizer_from.as_deref(), dir)?;
+        let specs = plan.jobs.iter().map(|job| job.spec.clone()).collect();
+        let mut writer = ShardedWriter::create(dir, specs, options.max_shard_bytes)?;
+        report.total_bytes = writer.total_bytes();
+        let mut done_bytes = 0;
+        for job in &plan.jobs {
+            let bytes = write_tensor(&base, job, &plan, &mut writer, &mut report)?;
+            done_bytes += bytes as u64;
+            progress(&Progress { tensor: &job.spec.name, done_bytes, total_bytes: report.total_bytes });
+        }
+        let files = writer.finish()?;
+        report.files = files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
+        Ok(())
+    })
+    .map(|()| report)
+}
+
+fn write_tensor(
+    base: &Checkpoint,
+    job: &Job<'_>,
+    plan: &Plan<'_>,
+    writer: &mut ShardedWriter,
+    report: &mut MergeReport,
+) -> Result<usize, FormatError> {
+    let name = &job.spec.name;
+    let touched = job.weight_of.is_some() || job.bias_of.is_some() || job.replacement.is_some();
+    if !touched && job.quantized.is_none() && job.requantize.is_none() {
+        let view = base.tensor(&job.source)?;
+        writer.write(name, view.data)?;
+        return Ok(view.data.len());
+    }
+    let mut values = match &job.quantized {
+        Some(module) => decoded(base, module)?,
+        None => Owned::read(&base.tensor(&job.source)?)?,
+    };
+    let mut quantization = None;
+    if let Some(config) = &job.requantize {
+        quantization = Some(with_owned!(&mut values, x => round_to_4_bits(name, x, &job.spec.shape, config))?);
+    }
+    let mut change = None;
+    if let Some(replacement) = job.replacement {
+        let before = values.to_f32();
+        if let Some(format) = format_of(job.spec.dtype) {
+            values = Owned::from_f32(&replacement.data, format);
+        }
+        change = Some(difference(name, &before, &values.to_f32())?);
+    }
+    if let Some(module) = job.weight_of.map(|i| &plan.modules[i]) {
+        change = Some(with_owned!(&mut values, x => module.merge_into(x, &job.spec.shape))?);
+    }
+    if let Some(module) = job.bias_of.map(|i| &plan.modules[i]) {
+        change = Some(with_owned!(&mut values, x => module.merge_bias(x, &job.spec.shape))?);
+    }
+    writer.write(name, values.bytes())?;
+    if let Some(change) = change {
+        report.tensors.push(TensorReport { name: name.clone(), change, quantization });
+    }
+    Ok(values.bytes().len())
+}
+
+fn decoded(base: &Checkpoint, module: &str) -> Result<Owned, FormatError> {
+    use nf4_quant::FloatFormat;
+    let bad = |reason: String| FormatError::QuantState {
+        file: base.dir().to_path_buf(),
+        tensor: format!("{module}.weight"),
+        reason,
+    };
+    let weight = base.quantized(module)?.ok_or_else(|| bad("it is not quantized".into()))?;
+    Ok(match weight.state.dtype {
+        FloatFormat::F32 => Owned::F32(weight.dequantize().map_err(|e| bad(e.to_string()))?),
+        FloatFormat::F16 => Owned::F16(weight.dequantize().map_err(|e| bad(e.to_string()))?),
+        FloatFormat::BF16 => Owned::BF16(weight.dequantize().map_err(|e| bad(e.to_string()))?),
+    })
+}
+
+fn round_to_4_bits<E: Element>(
+    name: &str,
+    values: &mut [E],
+    shape: &[usize],
+    config: &QuantConfig,
+) -> Result<WeightChange, FormatError> {
+    let before: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+    Quantized4bit::quantize(values, shape, config)
+        .and_then(|quantized| quantized.dequantize_into(values))
+        .map_err(|e| FormatError::Factors { module: name.to_string(), reason: e.to_string() })?;
+    let after: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+    difference(name, &before, &after)
+}
+
+fn difference(name: &str, before: &[f32], after: &[f32]) -> Result<WeightChange, FormatError> {
+    let mut sums = ChangeSums::default();
+    before.iter().zip(after).for_each(|(b, a)| sums.add(*b, *a));
+    sums.finish(name)
+}

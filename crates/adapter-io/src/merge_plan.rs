@@ -1,0 +1,206 @@
+//! Where each tensor of a merged checkpoint comes from, decided and checked before anything is written.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use nf4_quant::QuantConfig;
+use safetensors::Dtype;
+
+use crate::adapter::{Adapter, HostTensor};
+use crate::checkpoint::Checkpoint;
+use crate::convert::{dtype_of, quantized_module};
+use crate::error::{FormatError, nearest_names};
+use crate::header::TensorSpec;
+use crate::lora_module::LoraModule;
+use crate::merge_checkpoint::MergeBase;
+
+const HEAD: &str = "lm_head.weight";
+
+/// One tensor of the output.
+#[derive(Debug)]
+pub(crate) struct Job<'a> {
+    pub spec: TensorSpec,
+    /// The tensor of the base.
+    pub source: String,
+    /// The 4-bit module of the base that the tensor is decoded from.
+    pub quantized: Option<String>,
+    /// Quantize and decode the base's values first.
+    pub requantize: Option<QuantConfig>,
+    /// Takes the place of the base's values.
+    pub replacement: Option<&'a HostTensor>,
+    /// The module whose weight this is.
+    pub weight_of: Option<usize>,
+    /// The module whose bias this is.
+    pub bias_of: Option<usize>,
+}
+
+/// The whole output.
+#[derive(Debug)]
+pub(crate) struct Plan<'a> {
+    pub jobs: Vec<Job<'a>>,
+    pub modules: Vec<LoraModule<'a>>,
+    /// The output head and the embedding were one tensor and are two now.
+    pub untied: bool,
+}
+
+/// Decides where everything comes from.
+pub(crate) fn plan<'a>(base: &Checkpoint, adapter: &'a Adapter, mode: &MergeBase) -> Result<Plan<'a>, FormatError> {
+    refuse_unsupported(adapter)?;
+    let quantized: BTreeSet<String> = base.quantized_modules().into_iter().map(str::to_string).collect();
+    if let (MergeBase::FullPrecision, Some(module)) = (mode, quantized.first()) {
+        return Err(FormatError::QuantState {
+            file: base.dir().to_path_buf(),
+            tensor: format!("{module}.weight"),
+            reason: "merging belongs on the full-precision checkpoint; give that one as the base, or ask for a merge into the dequantized 4-bit base".into(),
+        });
+    }
+    let mut jobs = Vec::new();
+    for name in base.names_in_file_order() {
+        if let Some(job) = base_job(base, name, &quantized, mode)? {
+            jobs.push(job);
+        }
+    }
+    let modules = adapter.lora_modules()?;
+    let untied = untie(base, adapter, &modules, &mut jobs);
+    let by_name: BTreeMap<String, usize> = jobs.iter().enumerate().map(|(i, j)| (j.spec.name.clone(), i)).collect();
+    let shared_head = !by_name.contains_key(HEAD);
+    let find = |name: &str| {
+        by_name.get(name).copied().or_else(|| (shared_head && name == HEAD).then(|| embedding(&by_name)).flatten())
+    };
+    for (i, module) in modules.iter().enumerate() {
+        let name = format!("{}.weight", module.path);
+        let at = find(&name).ok_or_else(|| missing(base, &name, by_name.keys()))?;
+        let expected = module.weight_shape();
+        if jobs[at].spec.shape != expected {
+            return Err(module.misfit(&format!("weight `{name}`"), &jobs[at].spec.shape));
+        }
+        if jobs[at].weight_of.is_none() || jobs[at].spec.name == name {
+            jobs[at].weight_of = Some(i);
+        }
+        if let Some(base_weight) = adapter.saved_base(&module.path) {
+            replace(&mut jobs[at], &name, base_weight)?;
+        }
+        if module.bias.is_some() {
+            let bias = format!("{}.bias", module.path);
+            let at = find(&bias).ok_or_else(|| module.fail(format!(
+                "the adapter has a bias (lora_bias), but the base has no `{bias}` to merge it into, and its architecture no place for one; keep the adapter beside the base"
+            )))?;
+            jobs[at].bias_of = Some(i);
+        }
+    }
+    for (name, tensor) in adapter.saved_tensors() {
+        let at = find(&name).ok_or_else(|| missing(base, &name, by_name.keys()))?;
+        replace(&mut jobs[at], &name, tensor)?;
+    }
+    Ok(Plan { jobs, modules, untied })
+}
+
+/// The output's tensor for one of the base; `None` for the parts of a 4-bit weight beside its codes.
+fn base_job<'a>(
+    base: &Checkpoint,
+    name: &str,
+    quantized: &BTreeSet<String>,
+    mode: &MergeBase,
+) -> Result<Option<Job<'a>>, FormatError> {
+    let mut job = Job {
+        spec: TensorSpec::new(name, Dtype::F32, &[]),
+        source: name.to_string(),
+        quantized: None,
+        requantize: None,
+        replacement: None,
+        weight_of: None,
+        bias_of: None,
+    };
+    if let Some((module, part)) = name.split_once(".weight")
+        && quantized.contains(module)
+    {
+        if !part.is_empty() {
+            return Ok(None);
+        }
+        // Reads the statistics too, and so checks them before anything is written.
+        if let Some(weight) = base.quantized(module)? {
+            job.spec.dtype = dtype_of(weight.state.dtype);
+            job.spec.shape = weight.state.shape;
+            job.quantized = Some(module.to_string());
+        }
+        return Ok(Some(job));
+    }
+    let view = base.tensor(name)?;
+    job.spec.dtype = view.dtype;
+    job.spec.shape = view.shape;
+    if let MergeBase::Dequantized { config, skip_modules } = mode
+        && quantized.is_empty()
+        && quantized_module(name, &job.spec.shape, skip_modules).is_some()
+    {
+        job.requantize = Some(*config);
+    }
+    Ok(Some(job))
+}
+
+/// Gives a tied output head a tensor of its own when the adapter changes only one side, so that the merged
+/// model computes what base and adapter computed.
+fn untie<'a>(base: &Checkpoint, adapter: &'a Adapter, modules: &[LoraModule<'a>], jobs: &mut Vec<Job<'a>>) -> bool {
+    let by_name: BTreeMap<String, usize> = jobs.iter().enumerate().map(|(i, j)| (j.spec.name.clone(), i)).collect();
+    let Some(at) = embedding(&by_name).filter(|_| !base.contains(HEAD)) else { return false };
+    let embed = jobs[at].spec.name.clone();
+    let saved: BTreeMap<String, &HostTensor> = adapter.saved_tensors().collect();
+    let adapted = |name: &str| modules.iter().any(|m| format!("{}.weight", m.path) == name);
+    let touched = adapted(HEAD) || adapted(&embed) || saved.contains_key(HEAD) || saved.contains_key(&embed);
+    let same = !adapted(HEAD) && !adapted(&embed) && saved.get(HEAD) == saved.get(embed.as_str());
+    if !touched || same || adapter.config.ensure_weight_tying {
+        return false;
+    }
+    let source = jobs[at].source.clone();
+    let spec = TensorSpec { name: HEAD.into(), ..jobs[at].spec.clone() };
+    jobs.push(Job {
+        spec,
+        source,
+        quantized: None,
+        requantize: None,
+        replacement: None,
+        weight_of: None,
+        bias_of: None,
+    });
+    true
+}
+
+fn embedding(by_name: &BTreeMap<String, usize>) -> Option<usize> {
+    by_name.iter().find(|(name, _)| name.ends_with("embed_tokens.weight")).map(|(_, i)| *i)
+}
+
+fn replace<'a>(job: &mut Job<'a>, name: &str, tensor: &'a HostTensor) -> Result<(), FormatError> {
+    if job.spec.shape == tensor.shape {
+        job.replacement = Some(tensor);
+        return Ok(());
+    }
+    Err(FormatError::Factors {
+        module: name.to_string(),
+        reason: format!(
+            "the adapter replaces this tensor by one of shape {:?}, in the base it has {:?}; the adapter belongs to another base, or its vocabulary was resized (resize the base first)",
+            tensor.shape, job.spec.shape
+        ),
+    })
+}
+
+fn missing<'n>(base: &Checkpoint, name: &str, names: impl Iterator<Item = &'n String>) -> FormatError {
+    let nearest = nearest_names(name, names.map(String::as_str));
+    FormatError::MissingTensor { path: base.dir().to_path_buf(), tensor: name.to_string(), nearest }
+}
+
+/// Refuses what would change the output and is not merged here.
+fn refuse_unsupported(adapter: &Adapter) -> Result<(), FormatError> {
+    const MERGED: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
+    let unsupported = adapter.config.beyond_plain_lora().into_iter().find(|key| !MERGED.contains(key));
+    match unsupported {
+        None => Ok(()),
+        Some("fan_in_fan_out") => Err(FormatError::Field {
+            path: crate::adapter_config::CONFIG_FILE.into(),
+            field: "fan_in_fan_out".into(),
+            reason: "the base stores its weights transposed (Conv1D); merging into such layers is not supported, merge with PEFT".into(),
+        }),
+        Some(key) => Err(FormatError::Field {
+            path: crate::adapter_config::CONFIG_FILE.into(),
+            field: key.into(),
+            reason: "adapters that use it cannot be merged here; merge with PEFT, or train without it".into(),
+        }),
+    }
+}
