@@ -10,6 +10,8 @@
 //! Bytes per element of 16 bits: 6 forward, 10 backward; some tens of operations, so memory is the bound. Out of
 //! stock operations without fusion it is four to six passes each way, casts among them.
 
+use std::f32::consts::FRAC_1_SQRT_2;
+
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -36,6 +38,33 @@ pub enum Activation {
 impl Activation {
     /// Every function.
     pub const ALL: [Self; 4] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu];
+
+    /// The function on the host, for backends without kernels.
+    pub fn value(self, x: f32) -> f32 {
+        match self {
+            Self::Silu => x / (1.0 + (-x).exp()),
+            Self::Gelu => 0.5 * x * (1.0 + libm::erff(x * FRAC_1_SQRT_2)),
+            Self::GeluTanh => 0.5 * x * (1.0 + (TANH_SCALE * (x + TANH_CUBIC * x * x * x)).tanh()),
+            Self::Relu => x.max(0.0),
+        }
+    }
+
+    /// Its derivative.
+    pub fn slope(self, x: f32) -> f32 {
+        match self {
+            Self::Silu => {
+                let sigmoid = 1.0 / (1.0 + (-x).exp());
+                sigmoid * (1.0 + x * (1.0 - sigmoid))
+            }
+            Self::Gelu => 0.5 * (1.0 + libm::erff(x * FRAC_1_SQRT_2)) + x * DENSITY_AT_0 * (-0.5 * x * x).exp(),
+            Self::GeluTanh => {
+                let t = (TANH_SCALE * (x + TANH_CUBIC * x * x * x)).tanh();
+                let inner = TANH_SCALE * (1.0 + 3.0 * TANH_CUBIC * x * x);
+                0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+            }
+            Self::Relu => f32::from(x > 0.0),
+        }
+    }
 }
 
 /// `out = activation(gate) · up`.
@@ -183,6 +212,8 @@ fn backward_kernel<F: Float, N: Size>(
 const TANH_SCALE: f32 = 0.797_884_6;
 /// Its cubic term.
 const TANH_CUBIC: f32 = 0.044_715;
+/// 1 / sqrt(2 π), the standard normal density at 0.
+const DENSITY_AT_0: f32 = 0.398_942_3;
 
 #[cube]
 fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
@@ -202,10 +233,7 @@ fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
             let sigmoid = 1.0f32 / (1.0f32 + (-x).exp());
             sigmoid * (1.0f32 + x * (1.0f32 - sigmoid))
         }
-        Activation::Gelu => {
-            // 1 / sqrt(2 π)
-            normal_distribution(x) + x * 0.398_942_3f32 * (-0.5f32 * x * x).exp()
-        }
+        Activation::Gelu => normal_distribution(x) + x * DENSITY_AT_0 * (-0.5f32 * x * x).exp(),
         Activation::GeluTanh => {
             let t = bounded_tanh(tanh_argument(x));
             let inner = TANH_SCALE * (1.0f32 + 3.0f32 * TANH_CUBIC * x * x);
@@ -218,8 +246,7 @@ fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
 /// Φ(x), the standard normal distribution.
 #[cube]
 fn normal_distribution(x: f32) -> f32 {
-    // 1 / sqrt(2)
-    0.5f32 * (1.0f32 + Erf::erf(x * 0.707_106_77f32))
+    0.5f32 * (1.0f32 + Erf::erf(x * FRAC_1_SQRT_2))
 }
 
 #[cube]
@@ -276,17 +303,7 @@ pub mod oracle {
         (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))
     }
 
-    /// Φ(x) by its series, `½ + φ(x) Σ x^(2k+1) / (2k+1)!!`, which converges for every x that matters here.
     fn normal_distribution(x: f64) -> f64 {
-        if x.abs() > 8.0 {
-            return if x > 0.0 { 1.0 } else { 0.0 };
-        }
-        let (mut term, mut sum, mut k) = (x, x, 1.0);
-        while term.abs() > 1e-18 {
-            k += 2.0;
-            term *= x * x / k;
-            sum += term;
-        }
-        0.5 + sum * (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt()
+        0.5 * (1.0 + libm::erf(x / std::f64::consts::SQRT_2))
     }
 }

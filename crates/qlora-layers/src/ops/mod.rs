@@ -27,6 +27,7 @@ mod composed;
 mod cube;
 mod cube_products;
 mod flex;
+pub mod fused;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
