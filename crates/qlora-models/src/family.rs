@@ -361,12 +361,7 @@ const GEMMA2: Family = Family {
     score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
     logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
     window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
-    sizes: Sizes {
-        num_key_value_heads: Some(4),
-        head_dim: Some(256),
-        max_position_embeddings: 8192,
-        ..BASE.sizes
-    },
+    sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
     tied: true,
     fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
     // `hidden_activation` decides; early files have both.
@@ -438,8 +433,7 @@ const PHI3: Family = Family {
 };
 
 /// Every family that loads.
-pub static FAMILIES: &[Family] =
-    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
+pub static FAMILIES: &[Family] = &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
 
 impl Family {
     /// The family of a `model_type`.

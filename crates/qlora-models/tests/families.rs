@@ -5,10 +5,9 @@
 use adapter_io::Checkpoint;
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
+use proptest::prelude::*;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
-use qlora_models::{
-    Decoder, GenerateOptions, LinearRole, LoadOptions, ModelConfig, ModelError, RopeScaling, generate,
-};
+use qlora_models::{Decoder, GenerateOptions, LinearRole, LoadOptions, ModelConfig, ModelError, RopeScaling, generate};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -81,6 +80,23 @@ fn every_parameter_of_the_language_model_is_counted_once() {
 }
 
 #[test]
+fn half_precision_gives_nearly_the_same() {
+    let ids: Vec<u32> = (5..25).collect();
+    for name in names() {
+        let forward = |dtype| {
+            let options = LoadOptions { quantization: None, dtype };
+            let model = Decoder::load(&archs().join(&name), options, &Device::flex(), &mut |_| {}).unwrap();
+            values(model.forward(&ids, 1, Pass::INFERENCE))
+        };
+        let (full, half) = (forward(FloatDType::F32), forward(FloatDType::BF16));
+        let largest = full.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let mean = full.iter().zip(&half).map(|(a, b)| (a - b).abs()).sum::<f32>() / full.len() as f32;
+        // A few dozen roundings of 2^-9. The mean, since a token may go to another expert.
+        assert!(mean < 0.01 * largest, "{name}: {mean} of {largest}");
+    }
+}
+
+#[test]
 fn generation_continues_as_whole_sequences_would() {
     for name in names() {
         let model = load(&archs().join(&name), None).unwrap();
@@ -137,7 +153,10 @@ fn earlier_configurations_mean_the_same() {
         ("phi3", |c| {
             c.insert("rope_theta".into(), json!(10000.0));
             c.insert("partial_rotary_factor".into(), json!(0.5));
-            c.insert("rope_scaling".into(), json!({"type": "su", "short_factor": [1.0, 1.1], "long_factor": [2.0, 2.3]}));
+            c.insert(
+                "rope_scaling".into(),
+                json!({"type": "su", "short_factor": [1.0, 1.1], "long_factor": [2.0, 2.3]}),
+            );
             c.insert("auto_map".into(), json!({"AutoConfig": "configuration_phi3.Phi3Config"}));
         }),
         ("qwen3_moe", |c| {
@@ -214,7 +233,10 @@ fn what_is_not_covered_is_refused_by_name() {
             assert!(message.contains(part), "`{part}` is not in: {message}");
         }
     };
-    has(refusal("llama3", |c| c["model_type"] = json!("llama4")), &["config.json", "model_type", "llama4", "qwen3_moe"]);
+    has(
+        refusal("llama3", |c| c["model_type"] = json!("llama4")),
+        &["config.json", "model_type", "llama4", "qwen3_moe"],
+    );
     has(refusal("mistral", |c| c["attention_bias"] = json!(true)), &["attention_bias", "true", "false"]);
     has(refusal("llama3", |c| c["sliding_window"] = json!(8)), &["sliding_window", "8"]);
     has(refusal("llama3", |c| c["partial_rotary_factor"] = json!(0.5)), &["partial_rotary_factor", "0.5"]);
@@ -224,13 +246,60 @@ fn what_is_not_covered_is_refused_by_name() {
     has(refusal("gemma2", |c| c["layer_types"] = json!(["full_attention"])), &["layer_types", "1", "2 layers"]);
     has(refusal("gemma2", |c| c["sliding_window"] = Value::Null), &["sliding_window"]);
     has(refusal("qwen2", |c| c["use_sliding_window"] = json!(false)), &["sliding_window"]);
+    has(refusal("mixtral", |c| c["num_local_experts"] = json!(1u32 << 31)), &["num_local_experts", "50000"]);
+    has(refusal("mixtral", |c| c["num_local_experts"] = json!(60_000)), &["num_local_experts", "60000"]);
+    has(refusal("mistral", |c| c["num_hidden_layers"] = json!(1u32 << 31)), &["num_hidden_layers", "10000"]);
     has(refusal("mixtral", |c| c["num_experts_per_tok"] = json!(5)), &["num_experts_per_tok", "5", "4 experts"]);
     has(refusal("mixtral", |c| c["router_jitter_noise"] = json!(0.1)), &["router_jitter_noise", "0.1"]);
-    has(refusal("qwen3_moe", |c| c["shared_expert_intermediate_size"] = json!(32)), &["shared_expert_intermediate_size"]);
-    has(refusal("gemma3_images", |c| c["text_config"]["altup_num_inputs"] = json!(4)), &["text_config.altup_num_inputs"]);
-    has(refusal("phi3", |c| c["rope_parameters"]["short_factor"] = json!([1.0])), &["rope_parameters.short_factor", "1", "2"]);
+    has(
+        refusal("qwen3_moe", |c| c["shared_expert_intermediate_size"] = json!(32)),
+        &["shared_expert_intermediate_size"],
+    );
+    has(
+        refusal("gemma3_images", |c| c["text_config"]["altup_num_inputs"] = json!(4)),
+        &["text_config.altup_num_inputs"],
+    );
+    has(
+        refusal("phi3", |c| c["rope_parameters"]["short_factor"] = json!([1.0])),
+        &["rope_parameters.short_factor", "1", "2"],
+    );
     has(refusal("phi3", |c| c["resid_pdrop"] = json!(0.1)), &["resid_pdrop", "0.1"]);
     has(refusal("gemma3", |c| c["rope_parameters"]["chunked"] = json!({})), &["rope_parameters.chunked"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_value_of_any_key_is_read_or_refused(
+        name in prop::sample::select(names()),
+        key in any::<prop::sample::Index>(),
+        value in prop::sample::select(vec![
+            json!(null), json!(0), json!(1), json!(3), json!(-1), json!(0.5), json!(1e30), json!(u64::MAX), json!(9999),
+            json!(true), json!(false), json!(""), json!("silu"), json!([]), json!([0]), json!(["full_attention"]), json!({}),
+            json!({"rope_type": "yarn", "factor": 1e-9}), json!({"type": "longrope"}), json!({"full_attention": {}}),
+        ]),
+        inside in any::<bool>(),
+    ) {
+        let mut config = json_of(&name);
+        let section = if config.get("text_config").is_some() { "text_config" } else { "rope_parameters" };
+        let map = match inside {
+            true => config[section].as_object_mut().unwrap(),
+            false => config.as_object_mut().unwrap(),
+        };
+        let keys: Vec<String> = map.keys().cloned().collect();
+        map.insert(key.get(&keys).clone(), value);
+        match parse(&config) {
+            // Whatever is accepted can be laid out and rotated.
+            Ok(config) => {
+                prop_assert!(config.linear_specs().len() > config.num_hidden_layers);
+                for kind in &config.attention_kinds {
+                    prop_assert_eq!(kind.rope.frequencies(100).len(), kind.rope.dim / 2);
+                }
+            }
+            Err(error) => prop_assert!(error.to_string().contains("config.json")),
+        }
+    }
 }
 
 #[test]

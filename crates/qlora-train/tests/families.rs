@@ -6,8 +6,8 @@ use nf4_quant::QuantConfig;
 use paged_optim::AdamWConfig;
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use qlora_models::{Decoder, LoadOptions};
-use qlora_train::Engine;
 use qlora_train::data::Batch;
+use qlora_train::{Engine, Plan, TrainConfig};
 use std::path::{Path, PathBuf};
 
 fn archs() -> Vec<PathBuf> {
@@ -45,6 +45,22 @@ fn activation_checkpointing_changes_no_bit_in_any_family() {
             (losses, factors.collect::<Vec<_>>())
         });
         assert_eq!(adapters[0], adapters[1], "{}", dir.display());
+    }
+}
+
+#[test]
+fn a_plan_counts_what_is_loaded() {
+    for dir in archs() {
+        let engine = engine(&dir, ActivationCheckpointing::Full);
+        let mut config = TrainConfig::default();
+        config.lora.rank = 2;
+        let plan = Plan::new(&config, engine.model().config(), FloatDType::F32, &[]).unwrap();
+        assert_eq!(plan.base_parameters, engine.model().num_params() as u64, "{}", dir.display());
+        assert_eq!(plan.trainable_parameters, engine.model().num_trainable() as u64, "{}", dir.display());
+        let planned = plan.memory.linear_weights + plan.memory.other_weights;
+        let loaded = engine.model().device_bytes() as u64;
+        // Each of some tens of small layers has its own last nested block, and words of four bytes.
+        assert!(planned.abs_diff(loaded) < loaded / 20, "{}: {planned} and {loaded}", dir.display());
     }
 }
 

@@ -168,9 +168,18 @@ impl<'a> Fields<'a> {
         self.size(key)?.or(default).ok_or_else(|| self.error(key, "is missing"))
     }
 
+    /// A number of modules, which is looked at before anything is allocated for each.
+    pub fn bounded(&self, key: &str, number: usize, most: usize) -> Result<usize, ModelError> {
+        match number <= most {
+            true => Ok(number),
+            false => Err(self.error(key, format!("is {number}; at most {most} are supported"))),
+        }
+    }
+
     pub fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
-        let read =
-            |value: &Value| value.as_bool().ok_or_else(|| self.error(key, format!("is {value}; expected true or false")));
+        let read = |value: &Value| {
+            value.as_bool().ok_or_else(|| self.error(key, format!("is {value}; expected true or false")))
+        };
         self.get(key).map(read).transpose()
     }
 
@@ -183,7 +192,8 @@ impl<'a> Fields<'a> {
     }
 
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
-        let read = |value: &'a Value| value.as_str().ok_or_else(|| self.error(key, format!("is {value}; expected text")));
+        let read =
+            |value: &'a Value| value.as_str().ok_or_else(|| self.error(key, format!("is {value}; expected text")));
         self.get(key).map(read).transpose()
     }
 
