@@ -5,21 +5,16 @@ use crate::decoder::Decoder;
 use adapter_io::{Adapter, AdapterConfig, HostTensor, TargetModules as PeftModules};
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use qlora_layers::ops::matmul;
-use qlora_layers::target_modules::{LinearModule, Target, resolve};
+use qlora_layers::target_modules::{Target, resolve};
 use qlora_layers::{FrozenLinear, LoraAdapter, LoraConfig, TargetModules};
 
 impl Decoder {
-    /// Every linear layer as target matching sees it.
-    fn linear_modules(&self) -> Vec<LinearModule> {
-        self.linears().map(|(path, _)| LinearModule { is_output_head: path == "lm_head", path }).collect()
-    }
-
     /// The adapters that `config` asks for on this model.
     ///
     /// # Errors
     /// A setting is out of range, or nothing matches (the message lists the candidates).
     pub fn lora_targets(&self, config: &LoraConfig) -> Result<Vec<Target>, ModelError> {
-        Ok(resolve(config, &self.linear_modules())?)
+        Ok(resolve(config, &self.config.linear_modules())?)
     }
 
     /// Puts fresh adapters on the layers that `config` names, in place of any that are there. Their initial
