@@ -26,7 +26,7 @@ struct Params {
     u32 log2_nested;   // log2 of the nested blocksize; 255: absmax is plain f32
     u32 codebook;      // position of the codebook in `tables`
     u32 map;           // position of the 8-bit map in `tables`
-    float offset;      // mean of the absmax, under double quantization
+    u32 offset;        // position of the mean of the absmax in `nested`, under double quantization
 };
 
 #define BM 128
@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
             // too many for the computing warps to load: they find tables of finished values instead.
             const u32 worker = warp - CONSUMERS / 32 - 1;
             const bool plain = p.log2_nested == 255;
-            const float offset = p.offset;
+            const float offset = plain ? 0.0f : nested[p.offset];
             Cursor at;
             u32 turn = 0;
 #if TRANSPOSED
