@@ -12,26 +12,6 @@
 // Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN (tokens per tile), STAGES, MIN_BLOCKS (per
 // multiprocessor).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct Params {
-    u32 m;             // rows of A: features of the result
-    u32 tokens;
-    u32 k;             // columns of A
-    u32 rank;          // columns of the low-rank operand, 0 without one
-    u32 whole;         // tiles that one block computes alone; the others are split along k
-    u32 split;         // parts of each other tile
-    u32 has_bias;
-    u32 log2_blocksize;
-    u32 log2_nested;   // log2 of the nested blocksize; 255: absmax is plain f32
-    u32 codebook;      // position of the codebook in `tables`
-    u32 map;           // position of the 8-bit map in `tables`
-    u32 offset;        // position of the mean of the absmax in `nested`, under double quantization
-};
-
 #define BM 128
 #define BK 32
 #define THREADS 128
@@ -59,8 +39,6 @@ struct Shared {
     u32 last;
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // A chunk of 16 bytes to shared memory, or zeros.
 __device__ __forceinline__ void copy(u32 to, const void* base, u32 chunk, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -69,17 +47,6 @@ __device__ __forceinline__ void copy(u32 to, const void* base, u32 chunk, bool v
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-// Two floats, rounded to 16 bits each, the first in the low half.
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 r;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
-}
 
 // d += a b, 16 rows x 8 columns x 16. a: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8).
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -35,7 +35,7 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::tables;
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = include_str!("ampere.cu");
+const TEXT: &str = concat!(include_str!("common.cu"), include_str!("ampere.cu"));
 /// Rows of A per tile.
 const FEATURES: usize = 128;
 const THREADS: u32 = 128;

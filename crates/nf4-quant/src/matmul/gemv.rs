@@ -76,8 +76,8 @@ impl Shape {
         let tiles = |row_warps: usize| problem.out_features.div_ceil(row_warps * ROWS);
         let cost = |row_warps: usize| {
             let rounds = tiles(row_warps).div_ceil(workers);
-            // A tile's end, where warps add up their sums, costs about as much as a step.
-            rounds * (steps.div_ceil(WARPS / row_warps) + 1)
+            // A tile's end, where warps add up their sums, is taken for half a step.
+            rounds * (2 * steps.div_ceil(WARPS / row_warps) + 1)
         };
         let row_warps = [1, 2, 4, 8].into_iter().min_by_key(|n| cost(*n)).unwrap_or(1);
         Self { row_warps, cubes: tiles(row_warps).min(workers) }

@@ -50,7 +50,7 @@ use super::{Direction, Operands, Problem, Weight, refused};
 use crate::kernels::{DeviceWeight, tables};
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = include_str!("hopper.cu");
+const TEXT: &str = concat!(include_str!("common.cu"), include_str!("hopper.cu"));
 /// Rows of A per tile.
 const FEATURES: usize = 128;
 /// Columns of A per step of the ring.

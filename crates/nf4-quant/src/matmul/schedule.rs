@@ -48,7 +48,7 @@ impl Schedule {
     }
 }
 
-/// `struct Params` of hopper.cu and ampere.cu.
+/// `struct Params` of common.cu.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 pub(super) struct Params {
