@@ -1,10 +1,12 @@
 //! The decoder: embeddings, blocks of attention and MLP with pre-normalisation, and the output head.
 
+use crate::adapters::Embedding;
 use crate::attention::{KvCache, attention};
 use crate::config::ModelConfig;
 use crate::rope;
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use adapter_io::AdapterConfig;
 use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
 
@@ -13,18 +15,25 @@ use qlora_layers::{LoraLinear, Pass};
 pub(crate) struct RmsNorm {
     /// `[hidden]`, f32.
     pub(crate) weight: Tensor<1>,
+    /// `[1, hidden]`, f32: takes the weight's place while an adapter that trained the norm in full is on.
+    pub(crate) trained: Option<Tensor<2>>,
     pub(crate) eps: f64,
 }
 
 impl RmsNorm {
     /// # Shapes
     /// `[tokens, hidden]` in and out, dtype kept.
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let dtype = x.dtype();
+        let weight = match &self.trained {
+            Some(trained) if pass.tracked => trained.clone(),
+            Some(trained) => trained.clone().without_autodiff(),
+            None => self.weight.clone().unsqueeze(),
+        };
         let x = x.cast(FloatDType::F32);
         let mean_square = x.clone().square().mean_dim(1);
         let normalised = x / mean_square.add_scalar(self.eps).sqrt();
-        (normalised * self.weight.clone().unsqueeze()).cast(dtype)
+        (normalised * weight).cast(dtype)
     }
 }
 
@@ -49,6 +58,9 @@ pub(crate) const LINEARS: [&str; 7] = [
     "mlp.down_proj",
 ];
 
+/// The norms of a block, as checkpoints name them.
+const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+
 impl Block {
     /// Index of the block, from 0.
     pub fn index(&self) -> usize {
@@ -66,6 +78,28 @@ impl Block {
         LINEARS.iter().zip(&mut self.linears).map(move |(name, linear)| (linear_path(index, name), linear))
     }
 
+    /// The norms with their paths in the model.
+    pub(crate) fn norms(&self) -> impl Iterator<Item = (String, &RmsNorm)> {
+        let norms = [&self.input_norm, &self.post_attention_norm];
+        NORMS.iter().zip(norms).map(|(name, norm)| (linear_path(self.index, name), norm))
+    }
+
+    /// The norms with their paths in the model.
+    pub(crate) fn norms_mut(&mut self) -> impl Iterator<Item = (String, &mut RmsNorm)> {
+        self.parts_mut().1
+    }
+
+    /// Linear layers and norms at once, with their paths in the model.
+    pub(crate) fn parts_mut(
+        &mut self,
+    ) -> (impl Iterator<Item = (String, &mut LoraLinear)>, impl Iterator<Item = (String, &mut RmsNorm)>) {
+        let Self { index, input_norm, post_attention_norm, linears } = self;
+        let index = *index;
+        let linears = LINEARS.iter().zip(linears).map(move |(name, linear)| (linear_path(index, name), linear));
+        let norms = NORMS.iter().zip([input_norm, post_attention_norm]);
+        (linears, norms.map(move |(name, norm)| (linear_path(index, name), norm)))
+    }
+
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
     fn forward(
@@ -80,7 +114,7 @@ impl Block {
         let &Sequence { rows, len, .. } = sequence;
         let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]).swap_dims(1, 2);
 
-        let h = self.input_norm.forward(x.clone());
+        let h = self.input_norm.forward(x.clone(), pass);
         let q = heads(q_proj.forward(h.clone(), pass), config.num_attention_heads);
         let k = heads(k_proj.forward(h.clone(), pass), config.num_key_value_heads);
         let v = heads(v_proj.forward(h, pass), config.num_key_value_heads);
@@ -94,7 +128,7 @@ impl Block {
         let mixed = mixed.swap_dims(1, 2).reshape([rows * len, config.num_attention_heads * config.head_dim]);
         let x = x + o_proj.forward(mixed, pass);
 
-        let h = self.post_attention_norm.forward(x.clone());
+        let h = self.post_attention_norm.forward(x.clone(), pass);
         let gated = swiglu(gate_proj.forward(h.clone(), pass), up_proj.forward(h, pass));
         x + down_proj.forward(gated, pass)
     }
@@ -137,6 +171,10 @@ pub struct Decoder {
     pub(crate) norm: RmsNorm,
     /// `None` when the head is the embedding table.
     pub(crate) lm_head: Option<LoraLinear>,
+    /// What an adapter put on the embedding table.
+    pub(crate) embedding: Embedding,
+    /// The configuration of the adapter that is on, as PEFT writes it.
+    pub(crate) adapter_config: Option<AdapterConfig>,
 }
 
 impl Decoder {
@@ -184,12 +222,11 @@ impl Decoder {
     ///
     /// # Shapes
     /// Any number of ids to `[tokens, hidden]`.
-    pub fn embed(&self, ids: &[u32]) -> Tensor<2> {
+    pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
-        self.embed_tokens
-            .clone()
-            .select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32)))
+        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
+        self.embedding.forward(&self.embed_tokens, ids, pass)
     }
 
     /// Runs one block.
@@ -205,7 +242,7 @@ impl Decoder {
     /// # Shapes
     /// `[tokens, hidden]` to `[tokens, vocab]`, in the compute dtype.
     pub fn logits(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let x = self.norm.forward(x);
+        let x = self.norm.forward(x, pass);
         match &self.lm_head {
             Some(head) => head.forward(x, pass),
             None => matmul(x, self.embed_tokens.clone().transpose()),
@@ -218,7 +255,7 @@ impl Decoder {
     /// `ids` holds `rows * len` ids, row-major; output `[rows * len, vocab]`.
     pub fn forward(&self, ids: &[u32], rows: usize, pass: Pass) -> Tensor<2> {
         let sequence = self.sequence(rows, ids.len() / rows, 0);
-        let x = self.blocks.iter().fold(self.embed(ids), |x, block| self.run_block(block, x, &sequence, pass));
+        let x = self.blocks.iter().fold(self.embed(ids, pass), |x, block| self.run_block(block, x, &sequence, pass));
         self.logits(x, pass)
     }
 
@@ -228,7 +265,7 @@ impl Decoder {
     /// One row of ids; output `[1, vocab]`.
     pub fn forward_cached(&self, ids: &[u32], cache: &mut KvCache) -> Tensor<2> {
         let sequence = self.sequence(1, ids.len(), cache.len());
-        let mut x = self.embed(ids);
+        let mut x = self.embed(ids, Pass::INFERENCE);
         for block in &self.blocks {
             x = block.forward(x, &self.config, &sequence, Some(cache), Pass::INFERENCE);
         }
@@ -247,17 +284,23 @@ impl Decoder {
         self.blocks.iter_mut().flat_map(Block::linears_mut).chain(head)
     }
 
+    /// The linear layers without a head that is the embedding table.
+    fn own_linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        let tied = self.config.tie_word_embeddings;
+        self.linears().filter(move |(path, _)| !(tied && path == "lm_head")).map(|(_, linear)| linear)
+    }
+
     /// Bytes of frozen weights on the device.
     pub fn device_bytes(&self) -> usize {
         let width = self.embed_tokens.dtype().size();
         let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size * 4;
         let embeddings = self.embed_tokens.shape().num_elements() * width;
-        embeddings + norms + self.linears().map(|(_, linear)| linear.base.device_bytes()).sum::<usize>()
+        embeddings + norms + self.own_linears().map(|linear| linear.base.device_bytes()).sum::<usize>()
     }
 
     /// Frozen weights, counted before quantization.
     pub fn num_params(&self) -> usize {
-        let linears: usize = self.linears().map(|(_, linear)| linear.base.shape().iter().product::<usize>()).sum();
+        let linears: usize = self.own_linears().map(|linear| linear.base.shape().iter().product::<usize>()).sum();
         self.embed_tokens.shape().num_elements() + (2 * self.blocks.len() + 1) * self.config.hidden_size + linears
     }
 }

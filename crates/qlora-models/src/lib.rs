@@ -3,7 +3,7 @@
 //! - [`ModelConfig`] reads `config.json`; [`Family`] is the table of what families differ in.
 //! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
 //!   into it tensor by tensor.
-//! - [`adapters`]: attach, load, export and merge LoRA adapters.
+//! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
 //! - [`generate()`]: sampling with a [`KvCache`].
 //! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
 
@@ -22,6 +22,7 @@ mod loader;
 mod rope;
 pub mod tokenizer;
 
+pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
 pub use attention::KvCache;
 pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Block, Decoder, Sequence};

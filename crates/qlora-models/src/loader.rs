@@ -5,6 +5,7 @@
 //! memory is the finished model and one tensor.
 
 use crate::ModelError;
+use crate::adapters::Embedding;
 use crate::config::ModelConfig;
 use crate::decoder::{Block, Decoder, LINEARS, RmsNorm, linear_path};
 use adapter_io::{Checkpoint, Floats, TensorView};
@@ -89,6 +90,8 @@ impl Loader<'_> {
             blocks,
             norm,
             lm_head,
+            embedding: Embedding::default(),
+            adapter_config: None,
         })
     }
 
@@ -157,7 +160,7 @@ impl Loader<'_> {
 
     fn norm(&mut self, module: &str) -> Result<RmsNorm, ModelError> {
         let weight = self.dense(&format!("{module}.weight"), [self.config.hidden_size], DType::F32)?;
-        Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
+        Ok(RmsNorm { weight, trained: None, eps: self.config.rms_norm_eps })
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Tensor<1>, ModelError> {

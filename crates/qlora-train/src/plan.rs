@@ -5,8 +5,9 @@ use crate::data::Example;
 use crate::error::TrainError;
 use burn::tensor::FloatDType;
 use qlora_layers::ActivationCheckpointing;
-use qlora_layers::target_modules::{LinearModule, Target, resolve};
+use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::ModelConfig;
+use qlora_models::adapters::adaptable_modules;
 
 /// Bytes by purpose. Weights, adapters and optimizer state are exact; activations are an estimate of
 /// the largest micro-batch (see [`Plan::new`]).
@@ -62,15 +63,13 @@ impl Plan {
         examples: &[Example],
     ) -> Result<Self, TrainError> {
         let linears = model.linears();
-        let modules: Vec<LinearModule> = linears
-            .iter()
-            .map(|(path, _)| LinearModule { is_output_head: path == "lm_head", path: path.clone() })
-            .collect();
+        let modules = adaptable_modules(linears.iter().map(|(path, _)| path.clone()));
         let targets: Vec<(Target, [usize; 2])> = resolve(&config.lora, &modules)?
             .into_iter()
-            .filter_map(|target| {
-                let shape = linears.iter().find(|(path, _)| *path == target.path)?.1;
-                Some((target, shape))
+            .map(|target| {
+                let of_linear = linears.iter().find(|(path, _)| *path == target.path).map(|(_, shape)| *shape);
+                // The head may be the embedding table, and that has the same shape.
+                (target, of_linear.unwrap_or([model.vocab_size, model.hidden_size]))
             })
             .collect();
         let width: u64 = if dtype == FloatDType::F32 { 4 } else { 2 };
