@@ -16,7 +16,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-POSITIONS, ADAPTER_POSITIONS = 6, 3
+POSITIONS, ADAPTER_POSITIONS = 6, 2
 ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 

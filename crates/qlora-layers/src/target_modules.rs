@@ -2,7 +2,7 @@
 //!
 //! - A list: a module matches when its path equals an entry or ends with `.` and the entry.
 //! - A string: a regular expression that must match the whole path.
-//! - `"all-linear"` in any case: every linear layer but the output head.
+//! - `"all-linear"` in any case: every linear layer but the output head and routers.
 //!
 //! `rank_pattern` and `alpha_pattern` keys match as the regular expression `(.*\.)?(key)$` from the
 //! start of the path; the first key that matches counts. `layers_to_transform` keeps the modules
@@ -121,6 +121,8 @@ fn regex(full: &str, given: &str, field: &'static str) -> Result<Regex, LayerErr
 pub enum ModuleRole {
     /// A linear layer of a block.
     Linear,
+    /// A linear layer that chooses experts.
+    Router,
     /// The linear layer that computes the logits.
     OutputHead,
     /// The embedding table.

@@ -121,6 +121,20 @@ pub enum ModelError {
         /// The shape that came.
         found: Vec<usize>,
     },
+    /// A checkpoint has a tensor of the language model that its model type has no place for.
+    #[error(
+        "{}: `{tensor}` has no place in a model of type {model_type} with this config.json; \
+         without it the model would compute something else",
+        dir.display()
+    )]
+    UnexpectedTensor {
+        /// The checkpoint's folder.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The model type.
+        model_type: &'static str,
+    },
     /// An adapter uses something that would change its output if it were ignored.
     #[error("adapter_config.json: `{feature}` is set, and adapters with it are not supported")]
     AdapterFeature {

@@ -9,6 +9,7 @@
 
 pub mod adapters;
 mod attention;
+mod block;
 pub mod chat_template;
 mod config;
 mod decoder;
@@ -19,15 +20,22 @@ mod generate;
 pub mod hub;
 mod kernel_cache;
 mod loader;
+mod mlp;
+mod moe;
+mod norm;
 mod rope;
 pub mod tokenizer;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
-pub use attention::KvCache;
-pub use config::{ModelConfig, RopeScaling};
-pub use decoder::{Block, Decoder, Sequence};
+pub use attention::{KvCache, Mask, attention};
+pub use block::Block;
+pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
+pub use decoder::{Decoder, Sequence};
 pub use device::{default_compute_dtype, device_memory, select_device};
 pub use error::ModelError;
 pub use family::Family;
 pub use generate::{GenerateOptions, Generation, generate};
 pub use loader::{LoadOptions, LoadProgress};
+pub use mlp::Activation;
+pub use norm::RmsNorm;
+pub use rope::{Rope, RopeScaling};

@@ -100,10 +100,14 @@ impl Engine {
                 losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
             }
         }
-        let present: Vec<&Tensor<2>> = grads.iter().flatten().collect();
-        if present.is_empty() {
+        if grads.iter().all(Option::is_none) {
             return Err(TrainError::NothingToTrain);
         }
+        // An expert to which no token came has a gradient, and it is zero: its moments decay like all others.
+        for ((_, parameter), grad) in self.model.parameters().into_iter().zip(&mut grads) {
+            grad.get_or_insert_with(|| parameter.clone().without_autodiff().zeros_like());
+        }
+        let present: Vec<&Tensor<2>> = grads.iter().flatten().collect();
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(present);
         let loss = Tensor::cat(losses, 0).sum();
@@ -204,7 +208,7 @@ impl Engine {
         }
     }
 
-    /// Clips and applies the gradients. A parameter that no gradient reached stays as it is.
+    /// Clips and applies the gradients.
     fn update(&mut self, grads: ParameterGrads, factor: f32, learning_rate: f64) {
         self.optimizer.begin_step();
         let optimizer = &mut self.optimizer;

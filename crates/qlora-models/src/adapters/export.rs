@@ -6,7 +6,6 @@
 //! rank at the same scaling, since `W - s·B₀A₀ + s·BA = W + s·(BA - B₀A₀)`. Over a base in 4 bits the two differ by
 //! what quantization loses of `W` and of `W - s·B₀A₀`.
 
-use super::EMBED;
 use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::adapter::KEY_PREFIX;
@@ -31,6 +30,7 @@ impl Decoder {
             double_rank(&mut config);
         }
         let mut adapter = Adapter::new(config);
+        let embed = self.config.embed_path();
         let mut put = |name: String, tensor| adapter.tensors.insert(format!("{KEY_PREFIX}{name}"), tensor);
         for (path, linear) in self.linears() {
             if let Some(lora) = &linear.adapter {
@@ -60,17 +60,17 @@ impl Decoder {
             }
         }
         if let Some(lora) = &self.embedding.lora {
-            put(format!("{EMBED}.lora_embedding_A"), host_tensor(&lora.lora_a)?);
-            put(format!("{EMBED}.lora_embedding_B"), host_tensor(&lora.lora_b)?);
+            put(format!("{embed}.lora_embedding_A"), host_tensor(&lora.lora_a)?);
+            put(format!("{embed}.lora_embedding_B"), host_tensor(&lora.lora_b)?);
             if let Some(dora) = &lora.dora {
-                put(format!("{EMBED}.lora_magnitude_vector"), host_vector(&dora.magnitude)?);
+                put(format!("{embed}.lora_magnitude_vector"), host_vector(&dora.magnitude)?);
             }
             if self.embedding.original.is_some() {
-                put(format!("{EMBED}.base_layer.weight"), host_tensor(&self.embed_tokens)?);
+                put(format!("{embed}.base_layer.weight"), host_tensor(&self.embed_tokens)?);
             }
         }
         if let Some(whole) = &self.embedding.whole {
-            put(format!("{EMBED}.weight"), host_tensor(whole)?);
+            put(format!("{embed}.weight"), host_tensor(whole)?);
         }
         Ok(adapter)
     }

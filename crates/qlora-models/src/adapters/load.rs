@@ -1,7 +1,6 @@
 //! PEFT's adapters onto a decoder.
 
 use super::export::host_values;
-use super::{EMBED, HEAD};
 use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
@@ -84,8 +83,9 @@ impl Decoder {
         }
         let modules = adapter.lora_modules()?;
         let saved: Vec<(String, &HostTensor)> = adapter.saved_tensors().collect();
-        let is_head = |name: &str| name.rsplit_once('.').is_some_and(|(module, _)| module == HEAD);
-        if modules.iter().any(|module| module.path == HEAD) || saved.iter().any(|(name, _)| is_head(name)) {
+        let (embed, head) = (self.config.embed_path(), self.head_path());
+        let is_head = |name: &str| name.rsplit_once('.').is_some_and(|(module, _)| module == head);
+        if modules.iter().any(|module| module.path == head) || saved.iter().any(|(name, _)| is_head(name)) {
             self.own_head();
         }
         let (device, dropout) = (self.device.clone(), config.lora_dropout as f32);
@@ -102,12 +102,12 @@ impl Decoder {
             found += 1;
         }
         let mut placed = found as usize;
-        if let Some(module) = modules.iter().find(|module| module.path == EMBED) {
-            self.put_embedding(module, adapter.saved_base(EMBED))?;
+        if let Some(module) = modules.iter().find(|module| module.path == embed) {
+            self.put_embedding(module, adapter.saved_base(&embed))?;
             placed += 1;
         }
         if placed < modules.len() {
-            let paths: Vec<String> = self.linears().map(|(path, _)| path).chain([EMBED.into()]).collect();
+            let paths: Vec<String> = self.linears().map(|(path, _)| path).chain([embed]).collect();
             let unknown = modules.iter().find(|module| !paths.contains(&module.path));
             return Err(ModelError::AdapterModule { module: unknown.map_or(String::new(), |m| m.path.clone()) });
         }
@@ -119,11 +119,11 @@ impl Decoder {
     }
 
     fn put_embedding(&mut self, module: &LoraModule<'_>, table: Option<&HostTensor>) -> Result<(), ModelError> {
-        let shape = self.embed_tokens.dims();
+        let (shape, embed) = (self.embed_tokens.dims(), self.config.embed_path());
         let fits = |what: &str, found: &[usize]| match found == shape {
             true => Ok(()),
             false => Err(ModelError::WeightShape {
-                module: format!("{EMBED}.{what}"),
+                module: format!("{embed}.{what}"),
                 expected: shape.into(),
                 found: found.into(),
             }),
@@ -165,7 +165,7 @@ impl Decoder {
                 found: tensor.shape.clone(),
             }),
         };
-        if module == EMBED && part == "weight" {
+        if module == self.config.embed_path() && part == "weight" {
             expect(&self.embed_tokens.dims())?;
             self.embedding.whole = Some(matrix(tensor, &device));
             return Ok(());

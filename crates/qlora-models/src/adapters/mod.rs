@@ -22,16 +22,9 @@ pub use start::CalibrationBatch;
 use crate::ModelError;
 use crate::decoder::Decoder;
 use burn::tensor::{FloatDType, Int, Tensor};
-use qlora_layers::target_modules::{AdaptableModule, ModuleRole, Target, resolve, resolve_saved};
+use qlora_layers::target_modules::{Target, resolve, resolve_saved};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Pass};
 use start::{Start, Starter};
-
-/// Path of the embedding table.
-pub(crate) const EMBED: &str = "model.embed_tokens";
-/// Path of the output head.
-pub(crate) const HEAD: &str = "lm_head";
-/// Path of the last norm.
-pub(crate) const NORM: &str = "model.norm";
 
 /// What an adapter put on the embedding table.
 #[derive(Clone, Debug, Default)]
@@ -59,17 +52,12 @@ impl Embedding {
 }
 
 impl Decoder {
-    /// Every module that can have an adapter, as target matching sees it.
-    fn adaptable_modules(&self) -> Vec<AdaptableModule> {
-        adaptable_modules(self.linears().map(|(path, _)| path))
-    }
-
     /// The adapters that `config` asks for on this model.
     ///
     /// # Errors
     /// A setting is out of range, or nothing matches (the message lists the candidates).
     pub fn lora_targets(&self, config: &LoraConfig) -> Result<Vec<Target>, ModelError> {
-        Ok(resolve(config, &self.adaptable_modules())?)
+        Ok(resolve(config, &self.config.adaptable_modules())?)
     }
 
     /// The modules that `config` trains in full.
@@ -81,7 +69,7 @@ impl Decoder {
             let linears = block.linears().map(|(path, _)| path);
             linears.chain(block.norms().map(|(path, _)| path)).collect::<Vec<_>>()
         });
-        let others = [EMBED, NORM, HEAD].map(String::from);
+        let others = [self.config.embed_path(), self.config.last_norm().0, self.head_path().to_string()];
         Ok(resolve_saved(&config.modules_to_save, &blocks.chain(others).collect::<Vec<_>>())?)
     }
 
@@ -112,7 +100,8 @@ impl Decoder {
         if let Some(both) = targets.iter().find(|target| saved.contains(&target.path)) {
             return Err(ModelError::AdapterClash { module: both.path.clone() });
         }
-        if targets.iter().any(|target| target.path == HEAD) || saved.iter().any(|path| path == HEAD) {
+        let (embed, head) = (model.config.embed_path(), model.head_path());
+        if targets.iter().any(|target| target.path == head) || saved.iter().any(|path| path == head) {
             model.own_head();
         }
         let components = match config.init {
@@ -135,11 +124,11 @@ impl Decoder {
             }
         }
         let table = model.embed_tokens.clone();
-        if let Some(target) = targets.iter().find(|target| target.path == EMBED) {
+        if let Some(target) = targets.iter().find(|target| target.path == embed) {
             let lora = LoraEmbedding::new(&table, target.rank, target.scaling, seed);
             model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
         }
-        if saved.iter().any(|path| path == EMBED) {
+        if saved.iter().any(|path| *path == embed) {
             model.embedding.whole = Some(table.cast(FloatDType::F32));
         }
         for (path, norm) in model.norms_mut() {
@@ -176,6 +165,11 @@ impl Decoder {
         Ok(())
     }
 
+    /// Path of the output head.
+    pub(crate) fn head_path(&self) -> &'static str {
+        self.config.root().head
+    }
+
     /// Gives a tied head a layer of its own, over the table's memory.
     fn own_head(&mut self) {
         let table = &self.embed_tokens;
@@ -189,7 +183,7 @@ impl Decoder {
 
     /// Paths of the modules that are adapted or trained in full, the embedding first.
     pub fn adapted_modules(&self) -> Vec<String> {
-        let embedding = (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| EMBED.to_string());
+        let embedding = (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
         let linears = self.linears().filter(|(_, linear)| linear.adapter.is_some() || linear.whole.is_some());
         let norms = self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| path);
         embedding.into_iter().chain(linears.map(|(path, _)| path)).chain(norms).collect()
@@ -238,11 +232,4 @@ impl Decoder {
 fn finish(adapter: LoraAdapter, config: &LoraConfig, base: &FrozenLinear) -> LoraAdapter {
     let adapter = if config.lora_bias { adapter.with_bias() } else { adapter };
     if config.use_dora { adapter.with_dora(base, None) } else { adapter }
-}
-
-/// Linear layers, the head (also a tied one) and the embedding.
-pub fn adaptable_modules(linears: impl Iterator<Item = String>) -> Vec<AdaptableModule> {
-    let hidden = linears.filter(|path| path != HEAD).map(|path| AdaptableModule { path, role: ModuleRole::Linear });
-    let others = [(HEAD, ModuleRole::OutputHead), (EMBED, ModuleRole::Embedding)];
-    hidden.chain(others.map(|(path, role)| AdaptableModule { path: path.into(), role })).collect()
 }

@@ -3,8 +3,8 @@
 //! The order is embedding, blocks (linear layers, then norms), last norm, output head. Names are the module's path and
 //! the part's name, such as `model.layers.0.self_attn.q_proj.lora_a`.
 
-use super::{EMBED, NORM};
-use crate::decoder::{Block, Decoder, RmsNorm};
+use crate::block::Block;
+use crate::decoder::Decoder;
 use burn::tensor::Tensor;
 use qlora_layers::track;
 
@@ -29,7 +29,6 @@ impl Block {
     }
 
     fn parameters_mut(&mut self) -> NamedMut<'_> {
-        // Linear layers and norms are fields of their own; two passes over one borrow would not show it.
         let (linears, norms) = self.parts_mut();
         let linears = linears.flat_map(|(path, linear)| named_mut(&path, linear.parameters_mut()));
         let norms = norms.filter_map(|(path, norm)| Some((format!("{path}.weight"), norm.trained.as_mut()?)));
@@ -42,13 +41,14 @@ impl Decoder {
     pub fn embedding_parameters(&self) -> Named<'_> {
         let lora = self.embedding.lora.as_ref().map_or(Vec::new(), |lora| lora.parameters());
         let whole = self.embedding.whole.iter().map(|whole| ("weight", whole));
-        named(EMBED, lora.into_iter().chain(whole).collect())
+        named(&self.config.embed_path(), lora.into_iter().chain(whole).collect())
     }
 
     /// What is trained after the last block.
     pub fn head_parameters(&self) -> Named<'_> {
-        let norm = self.norm.trained.iter().map(|trained| (format!("{NORM}.weight"), trained));
-        let head = self.lm_head.iter().flat_map(|head| named(super::HEAD, head.parameters()));
+        let (path, norm) = self.norm.pair();
+        let norm = norm.trained.iter().map(move |trained| (format!("{path}.weight"), trained));
+        let head = self.lm_head.iter().flat_map(|head| named(self.head_path(), head.parameters()));
         norm.chain(head).collect()
     }
 
@@ -61,12 +61,14 @@ impl Decoder {
     /// Everything that is trained. Whoever changes a tensor calls [`track`](Self::track) or
     /// [`settle`](Self::settle) after.
     pub fn parameters_mut(&mut self) -> NamedMut<'_> {
+        let (embed, head) = (self.config.embed_path(), self.head_path());
         let lora = self.embedding.lora.as_mut().map_or(Vec::new(), |lora| lora.parameters_mut());
         let whole = self.embedding.whole.iter_mut().map(|whole| ("weight", whole));
-        let mut found = named_mut(EMBED, lora.into_iter().chain(whole).collect());
+        let mut found = named_mut(&embed, lora.into_iter().chain(whole).collect());
         found.extend(self.blocks.iter_mut().flat_map(Block::parameters_mut));
-        found.extend(self.norm.trained.iter_mut().map(|trained| (format!("{NORM}.weight"), trained)));
-        found.extend(self.lm_head.iter_mut().flat_map(|head| named_mut(super::HEAD, head.parameters_mut())));
+        let (path, norm) = self.norm.pair_mut();
+        found.extend(norm.trained.iter_mut().map(|trained| (format!("{path}.weight"), trained)));
+        found.extend(self.lm_head.iter_mut().flat_map(|linear| named_mut(head, linear.parameters_mut())));
         found
     }
 
@@ -91,15 +93,5 @@ impl Decoder {
         if let Some(lora) = &mut self.embedding.lora {
             lora.settle(&self.embed_tokens);
         }
-    }
-
-    /// Every norm with its path, first block first.
-    pub(crate) fn norms(&self) -> impl Iterator<Item = (String, &RmsNorm)> {
-        self.blocks.iter().flat_map(Block::norms).chain([(NORM.to_string(), &self.norm)])
-    }
-
-    /// Every norm with its path, first block first.
-    pub(crate) fn norms_mut(&mut self) -> impl Iterator<Item = (String, &mut RmsNorm)> {
-        self.blocks.iter_mut().flat_map(Block::norms_mut).chain([(NORM.to_string(), &mut self.norm)])
     }
 }

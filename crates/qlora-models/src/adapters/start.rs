@@ -1,12 +1,13 @@
 //! How fresh adapters start: from nothing, from the weights (PiSSA, OLoRA, LoftQ), or from activations (EVA).
 //!
 //! What starts from weights needs them in full precision. A base in 4 bits holds what is left of them, so they are read
-//! from the checkpoint again, one at a time; of a checkpoint that is in 4 bits itself the decoded weights are taken.
+//! from the checkpoint again, one at a time; of a checkpoint that is in 4 bits itself, or
+//! stacks its experts in one tensor, the decoded weights are taken.
 
 use super::export::host_values;
-use super::{EMBED, HEAD};
 use crate::ModelError;
 use crate::decoder::Decoder;
+use crate::family::Root;
 use adapter_io::low_rank::{Components, Factors, orthonormal, principal, quantization_error};
 use adapter_io::{Checkpoint, FormatError, HostTensor};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -44,6 +45,8 @@ pub(super) struct Starter<'a> {
     config: &'a LoraConfig,
     seed: u64,
     device: Device,
+    /// Where the model may lie in the checkpoint; the decoder's own paths begin with the first.
+    roots: &'static [Root],
     checkpoint: Option<Checkpoint>,
     components: Option<HashMap<String, HostTensor>>,
 }
@@ -63,7 +66,8 @@ impl<'a> Starter<'a> {
             Some(dir) if from_weights && quantized => Some(Checkpoint::open(dir)?),
             _ => None,
         };
-        Ok(Self { config, seed, device: model.device.clone(), checkpoint, components })
+        let roots = model.config.family.roots;
+        Ok(Self { config, seed, device: model.device.clone(), roots, checkpoint, components })
     }
 
     pub(super) fn linear(&self, linear: &LoraLinear, target: &Target, index: u32) -> Result<Start, ModelError> {
@@ -141,20 +145,38 @@ impl<'a> Starter<'a> {
     /// The full-precision weight.
     fn weight(&self, path: &str, linear: &LoraLinear) -> Result<HostTensor, ModelError> {
         let shape = linear.base.shape();
-        let name = format!("{path}.weight");
-        let whole = match (&linear.base, &self.checkpoint) {
-            (FrozenLinear::Quantized(_), Some(file)) => file.contains(&name) && file.quantized(path)?.is_none(),
-            _ => false,
+        let data = match (&linear.base, &self.checkpoint) {
+            (FrozenLinear::Quantized(_), Some(file)) => match self.name_in(file, path)? {
+                Some(name) => {
+                    let view = file.tensor(&name)?;
+                    view.expect_shape(&shape)?;
+                    Some(view.to_f32_vec()?)
+                }
+                None => None,
+            },
+            _ => None,
         };
-        let data = match (&self.checkpoint, whole) {
-            (Some(file), true) => {
-                let view = file.tensor(&name)?;
-                view.expect_shape(&shape)?;
-                view.to_f32_vec()?
-            }
-            _ => host_values(&linear.base.to_dense(FloatDType::F32))?,
+        let data = match data {
+            Some(data) => data,
+            None => host_values(&linear.base.to_dense(FloatDType::F32))?,
         };
         Ok(HostTensor { shape: shape.into(), data })
+    }
+
+    /// The full-precision weight's name in a checkpoint, if it is there by itself.
+    fn name_in(&self, file: &Checkpoint, path: &str) -> Result<Option<String>, ModelError> {
+        let own = self.roots[0];
+        for root in self.roots {
+            let module = match path.strip_prefix(own.model) {
+                Some(rest) => format!("{}{rest}", root.model),
+                None => root.head.to_string(),
+            };
+            let name = format!("{module}.weight");
+            if file.contains(&name) && file.quantized(&module)?.is_none() {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     /// A changed weight, held as the layer's own was.
@@ -214,7 +236,7 @@ pub(super) fn explain(
     calibration: &[CalibrationBatch],
 ) -> Result<HashMap<String, HostTensor>, ModelError> {
     let fail = |problem: String| ModelError::Initialization { init: "eva".into(), module: None, problem };
-    if targets.iter().any(|target| target.path == EMBED) {
+    if targets.iter().any(|target| target.path == model.config.embed_path()) {
         return Err(fail("the embedding has no activations before it: leave it out of lora.target_modules".into()));
     }
     if calibration.is_empty() {
@@ -238,7 +260,7 @@ pub(super) fn explain(
             }));
         }
     }
-    let with_head = targets.iter().any(|target| target.path == HEAD);
+    let with_head = targets.iter().any(|target| target.path == model.head_path());
     for batch in calibration {
         lock(&seen).counted = batch.counted.clone();
         let sequence = observed.sequence(batch.rows, batch.ids.len() / batch.rows.max(1), 0);
