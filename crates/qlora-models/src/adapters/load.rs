@@ -4,7 +4,7 @@ use super::export::host_values;
 use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
-use adapter_io::{Adapter, AdapterConfig, HostTensor, InitLoraWeights, LoraModule};
+use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, WholeLinear};
@@ -96,8 +96,9 @@ impl Decoder {
             let adapter = linear_adapter(module, dropout, found, &device)?;
             linear.set_adapter(&path, adapter)?;
             change_base(config, &path, linear)?;
-            if let (Some(magnitude), Some(adapter)) = (module.magnitude, linear.adapter.take()) {
-                linear.adapter = Some(adapter.with_dora(&linear.base, Some(row(magnitude, &device))));
+            if let Some(magnitude) = module.magnitude {
+                let magnitude = row(magnitude, &device);
+                linear.adapter = linear.adapter.take().map(|adapter| adapter.with_dora(&linear.base, Some(magnitude)));
             }
             found += 1;
         }
@@ -210,12 +211,11 @@ fn linear_adapter(
 
 /// Takes out of a layer's weight what the adapter's initialisation took out of it.
 fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> Result<(), ModelError> {
-    let InitLoraWeights::Method(method) = &config.init_lora_weights else { return Ok(()) };
-    let fail = |problem: &str| Err(ModelError::AdapterInit { method: method.clone(), problem: problem.into() });
+    let Some(method) = config.changed_base() else { return Ok(()) };
+    let fail = |problem: &str| Err(ModelError::AdapterInit { method: method.into(), problem: problem.into() });
     const CONVERT: &str = "or have PEFT convert it when it saves (path_initial_model_for_weight_conversion)";
     let known = method.to_lowercase();
     match known.as_str() {
-        "gaussian" | "eva" | "orthogonal" | "mica" => return Ok(()),
         "pissa" | "olora" | "loftq" => {}
         m if m.starts_with("pissa_niter_") => {
             return fail(&format!("its base can't be made again, the fast decomposition is random; {CONVERT}"));
