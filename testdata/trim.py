@@ -4,12 +4,10 @@ usage: trim.py FULL_REFERENCE_DIR OUT_DIR
 
 The full folder is written by make_reference.py. The layout stays the same, so every
 program that reads the full folder reads the trimmed one. What is cut:
-  logits, qlora             the first POSITIONS positions (the model is causal: they depend on nothing later)
-  adapters                  the first ADAPTER_POSITIONS positions
+  logits, qlora, adapters   the first positions (the model is causal: they depend on nothing later)
   bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized NF4 one with blocksize 64
   bnb/matmul_4bit           the second of three shapes
   qlora                     the final adapter and logits of the bf16 run; its losses stay
-  adapters                  kinds beyond plain, rslora, patterns, regex and layers
   archs                     all of it: make_archs.py writes smaller models of the same families
   optimizers                not yet compared by the tests in this repository
 Needs safetensors, numpy and ml_dtypes.
@@ -20,8 +18,8 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-POSITIONS, ADAPTER_POSITIONS = 3, 6
-ADAPTERS = ["plain", "rslora", "patterns", "regex", "layers"]
+POSITIONS, ADAPTER_POSITIONS = 3, 2
+ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 
 
@@ -41,8 +39,8 @@ def tensors(name, edit):
     save_file({k: v.copy() for k, v in out.items()}, dst / name, metadata=meta)
 
 
-def positions(n=POSITIONS, keep=lambda k: True):
-    return lambda t: {k: v[:, :n] for k, v in t.items() if keep(k)}
+def positions(count=POSITIONS):
+    return lambda t: {k: v[:, :count] for k, v in t.items()}
 
 
 for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "logits/greedy.json", "bnb/quantize_blockwise.safetensors",
@@ -51,7 +49,7 @@ for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "log
     copy(name)
 tensors("logits/tiny-llama.safetensors", positions())
 tensors("qlora/logits_f32.safetensors", positions())
-tensors("adapters/logits.safetensors", positions(ADAPTER_POSITIONS, lambda k: k == "input_ids" or k.removeprefix("logits.") in ADAPTERS))
+tensors("adapters/logits.safetensors", positions(ADAPTER_POSITIONS))
 cases = json.loads((src / "bnb/quantize_4bit.json").read_text())
 kept = [c for c in cases if c["shape"][0] * c["shape"][1] < 30_000 or (c["quant_type"], c["blocksize"], c["double_quant"]) == ("nf4", 64, True)]
 tensors("bnb/quantize_4bit.safetensors", lambda t: {k: v for k, v in t.items() if any(k.startswith(c["prefix"]) for c in kept)})

@@ -66,12 +66,7 @@ impl Block {
 
     /// The linear layers with their paths in the model.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
-        let (mlp, experts) = match &mut self.feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.linears_mut())),
-        };
-        let attention = self.qkv.iter_mut().chain([&mut self.output]);
-        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).map(Named::pair_mut)
+        self.parts_mut().0
     }
 
     /// The norms with their paths in the model.
@@ -81,7 +76,21 @@ impl Block {
 
     /// The norms with their paths in the model.
     pub fn norms_mut(&mut self) -> impl Iterator<Item = (String, &mut RmsNorm)> {
-        self.norms.as_mut().into_iter().map(Named::pair_mut)
+        self.parts_mut().1
+    }
+
+    /// Linear layers and norms at once, with their paths in the model.
+    pub(crate) fn parts_mut(
+        &mut self,
+    ) -> (impl Iterator<Item = (String, &mut LoraLinear)>, impl Iterator<Item = (String, &mut RmsNorm)>) {
+        let Self { qkv, output, feed_forward, norms, .. } = self;
+        let (mlp, experts) = match feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
+            FeedForward::Experts(moe) => (None, Some(moe.linears_mut())),
+        };
+        let attention = qkv.iter_mut().chain([output]);
+        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        (linears.map(Named::pair_mut), norms.as_mut().into_iter().map(Named::pair_mut))
     }
 
     /// # Shapes

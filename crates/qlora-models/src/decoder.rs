@@ -1,10 +1,12 @@
 //! The decoder: embeddings, blocks, and the output head. What families differ in comes from their table entry
 //! through [`ModelConfig`].
 
+use crate::adapters::Embedding;
 use crate::attention::{KvCache, Mask, soft_capped};
 use crate::block::{Block, Named};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::norm::RmsNorm;
+use adapter_io::AdapterConfig;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
@@ -44,6 +46,10 @@ pub struct Decoder {
     pub(crate) norm: Named<RmsNorm>,
     /// `None` when the head is the embedding table.
     pub(crate) lm_head: Option<LoraLinear>,
+    /// What an adapter put on the embedding table.
+    pub(crate) embedding: Embedding,
+    /// The configuration of the adapter that is on, as PEFT writes it.
+    pub(crate) adapter_config: Option<AdapterConfig>,
 }
 
 impl Decoder {
@@ -85,11 +91,11 @@ impl Decoder {
     ///
     /// # Shapes
     /// Any number of ids to `[tokens, hidden]`.
-    pub fn embed(&self, ids: &[u32]) -> Tensor<2> {
+    pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
         let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
-        let x = self.embed_tokens.clone().select(0, ids);
+        let x = self.embedding.forward(&self.embed_tokens, ids, pass);
         // transformers holds the factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
         match self.config.family.scale_embeddings {
             true => x.mul_scalar(rounded((self.config.hidden_size as f64).sqrt(), self.dtype)),
@@ -127,7 +133,7 @@ impl Decoder {
     /// `ids` holds `rows * len` ids, row-major; output `[rows * len, vocab]`.
     pub fn forward(&self, ids: &[u32], rows: usize, pass: Pass) -> Tensor<2> {
         let sequence = self.sequence(rows, ids.len() / rows, 0);
-        let x = self.blocks.iter().fold(self.embed(ids), |x, block| self.run_block(block, x, &sequence, pass));
+        let x = self.blocks.iter().fold(self.embed(ids, pass), |x, block| self.run_block(block, x, &sequence, pass));
         self.logits(x, pass)
     }
 
@@ -146,7 +152,7 @@ impl Decoder {
         }
         cache.ids.extend_from_slice(ids);
         let sequence = self.sequence(1, ids.len(), past);
-        let mut x = self.embed(ids);
+        let mut x = self.embed(ids, Pass::INFERENCE);
         for block in &self.blocks {
             x = block.forward(x, &self.config, &sequence, Some(cache), Pass::INFERENCE);
         }
@@ -176,6 +182,12 @@ impl Decoder {
         self.blocks.iter_mut().flat_map(Block::norms_mut).chain([self.norm.pair_mut()])
     }
 
+    /// The linear layers without a head that is the embedding table.
+    fn own_linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        let head = self.lm_head.as_ref().filter(|_| !self.config.tie_word_embeddings);
+        self.blocks.iter().flat_map(Block::linears).map(|(_, linear)| linear).chain(head)
+    }
+
     /// Bytes of frozen weights on the device.
     pub fn device_bytes(&self) -> usize {
         let bytes = |linear: &LoraLinear| {
@@ -184,7 +196,7 @@ impl Decoder {
         };
         let embeddings = self.embed_tokens.shape().num_elements() * self.embed_tokens.dtype().size();
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
-        embeddings + norms + self.linears().map(|(_, linear)| bytes(linear)).sum::<usize>()
+        embeddings + norms + self.own_linears().map(bytes).sum::<usize>()
     }
 
     /// Frozen weights, counted before quantization.
@@ -193,7 +205,7 @@ impl Decoder {
             let bias = linear.bias.as_ref().map_or(0, |bias| bias.dims()[0]);
             linear.base.shape().iter().product::<usize>() + bias
         };
-        let linears: usize = self.linears().map(|(_, linear)| count(linear)).sum();
+        let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
         self.embed_tokens.shape().num_elements() + norms + linears
     }

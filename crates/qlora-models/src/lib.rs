@@ -3,7 +3,7 @@
 //! - [`ModelConfig`] reads `config.json`; [`Family`] is the table of what families differ in.
 //! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
 //!   into it tensor by tensor.
-//! - [`adapters`]: attach, load, export and merge LoRA adapters.
+//! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
 //! - [`generate()`]: sampling with a [`KvCache`].
 //! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
 
@@ -26,6 +26,7 @@ mod norm;
 mod rope;
 pub mod tokenizer;
 
+pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
 pub use attention::{KvCache, Mask, attention};
 pub use block::Block;
 pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};

@@ -5,6 +5,7 @@
 //! memory is the finished model and one tensor.
 
 use crate::ModelError;
+use crate::adapters::Embedding;
 use crate::block::{Block, FeedForward, Named};
 use crate::config::{ExpertsSpecs, LinearRole, LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
@@ -85,8 +86,8 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn decoder(mut self) -> Result<Decoder, ModelError> {
         let ModelConfig { vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, .. } = self.config;
-        let Root { model, head } = self.config.root();
-        let embed_tokens = self.matrix(&format!("{model}.embed_tokens"), [vocab_size, hidden_size])?;
+        let Root { head, .. } = self.config.root();
+        let embed_tokens = self.matrix(&self.config.embed_path(), [vocab_size, hidden_size])?;
         let blocks = (0..num_hidden_layers).map(|index| self.block(index)).collect::<Result<_, _>>()?;
         let norm = self.norm(self.config.last_norm())?;
         let lm_head = match tie_word_embeddings {
@@ -105,6 +106,8 @@ impl Loader<'_> {
             blocks,
             norm,
             lm_head,
+            embedding: Embedding::default(),
+            adapter_config: None,
         })
     }
 
@@ -241,7 +244,7 @@ impl Loader<'_> {
     fn norm(&mut self, (path, width): (String, usize)) -> Result<Named<RmsNorm>, ModelError> {
         let weight = self.dense(&format!("{}.weight", self.file_name(&path)), [width], DType::F32)?;
         let (eps, offset) = (self.config.rms_norm_eps, self.config.family.norm_offset);
-        Ok(Named { path, module: RmsNorm { weight, eps, offset } })
+        Ok(Named { path, module: RmsNorm { weight, trained: None, eps, offset } })
     }
 
     fn matrix(&mut self, path: &str, shape: [usize; 2]) -> Result<Tensor<2>, ModelError> {

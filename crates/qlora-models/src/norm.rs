@@ -8,6 +8,8 @@ use qlora_layers::Pass;
 pub struct RmsNorm {
     /// `[width]`, f32, as checkpoints hold it.
     pub weight: Tensor<1>,
+    /// `[1, width]`, f32: takes the weight's place while an adapter that trained the norm in full is on.
+    pub(crate) trained: Option<Tensor<2>>,
     pub(crate) eps: f64,
     /// Families that store the weight's distance from 1 add it here.
     pub(crate) offset: f64,
@@ -21,12 +23,13 @@ impl RmsNorm {
         let x = x.cast(FloatDType::F32);
         let mean_square = x.clone().square().mean_dim(1);
         let normalised = x / mean_square.add_scalar(self.eps).sqrt();
-        let weight = match pass.tracked {
-            true => self.weight.clone(),
-            false => self.weight.clone().without_autodiff(),
+        let weight = match &self.trained {
+            Some(trained) if pass.tracked => trained.clone(),
+            Some(trained) => trained.clone().without_autodiff(),
+            None => self.weight.clone().unsqueeze(),
         };
         let weight = if self.offset == 0.0 { weight } else { weight.add_scalar(self.offset) };
-        (normalised * weight.unsqueeze()).cast(dtype)
+        (normalised * weight).cast(dtype)
     }
 
     /// Normalises each head of its own.

@@ -2,7 +2,8 @@
 
 use super::{ExpertsConfig, LayerConfig, ModelConfig};
 use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, QK_NORMS, Root};
-use qlora_layers::target_modules::LinearModule;
+use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
+use qlora_layers::{LayerError, LoraConfig};
 
 /// A linear layer as a configuration describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,11 +146,44 @@ impl ModelConfig {
         self.linear_specs().into_iter().map(|spec| (spec.path, spec.shape)).collect()
     }
 
-    /// Every linear layer as target matching sees it; `"all-linear"` leaves out head and routers.
-    pub fn linear_modules(&self) -> Vec<LinearModule> {
-        let apart = |role| matches!(role, LinearRole::Head | LinearRole::Router);
-        let module = |spec: LinearSpec| LinearModule { is_output_head: apart(spec.role), path: spec.path };
-        self.linear_specs().into_iter().map(module).collect()
+    /// Every module that can have an adapter, as target matching sees it: the linear layers, the head, also where it is
+    /// the embedding table, and the embedding. `"all-linear"` leaves out the last two and routers.
+    pub fn adaptable_modules(&self) -> Vec<AdaptableModule> {
+        let mut modules: Vec<AdaptableModule> = self
+            .linear_specs()
+            .into_iter()
+            .filter(|spec| spec.role != LinearRole::Head)
+            .map(|LinearSpec { path, role, .. }| AdaptableModule {
+                path,
+                role: if role == LinearRole::Router { ModuleRole::Router } else { ModuleRole::Linear },
+            })
+            .collect();
+        modules.push(AdaptableModule { path: self.root().head.into(), role: ModuleRole::OutputHead });
+        modules.push(AdaptableModule { path: self.embed_path(), role: ModuleRole::Embedding });
+        modules
+    }
+
+    /// The modules that `config` trains in full, with the number of their values.
+    ///
+    /// # Errors
+    /// An entry of `modules_to_save` names no module.
+    pub fn saved_modules(&self, config: &LoraConfig) -> Result<Vec<(String, usize)>, LayerError> {
+        let table = self.vocab_size * self.hidden_size;
+        let size = |spec: &LinearSpec| spec.shape[0] * (spec.shape[1] + usize::from(spec.bias));
+        let linears = self.linear_specs().into_iter().map(|spec| (size(&spec), spec.path)).map(|(n, path)| (path, n));
+        let mut all: Vec<(String, usize)> = linears.chain(self.norms()).chain([(self.embed_path(), table)]).collect();
+        if self.tie_word_embeddings {
+            all.push((self.root().head.into(), table));
+        }
+        let paths: Vec<String> = all.iter().map(|(path, _)| path.clone()).collect();
+        let saved = resolve_saved(&config.modules_to_save, &paths)?;
+        all.retain(|(path, _)| saved.contains(path));
+        Ok(all)
+    }
+
+    /// The path of the embedding table.
+    pub(crate) fn embed_path(&self) -> String {
+        format!("{}.embed_tokens", self.root().model)
     }
 
     /// The norms of a block with their widths, as [`Block::norms`](crate::Block::norms) orders them.
