@@ -4,10 +4,9 @@ usage: trim.py FULL_REFERENCE_DIR OUT_DIR
 
 The full folder is written by make_reference.py. The layout stays the same, so every
 program that reads the full folder reads the trimmed one. What is cut:
-  logits, adapters, qlora   the first POSITIONS positions (the model is causal: they depend on nothing later)
+  logits, adapters, qlora   the first positions (the model is causal: they depend on nothing later)
   bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized ones with blocksize 64
   qlora                     the final adapter and logits of the bf16 run; its losses stay
-  adapters                  kinds beyond plain, rslora, patterns, regex and layers
   archs, optimizers         not yet compared by the tests in this repository
 Needs safetensors, numpy and ml_dtypes.
 """
@@ -17,8 +16,8 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-POSITIONS = 6
-ADAPTERS = ["plain", "rslora", "patterns", "regex", "layers"]
+POSITIONS, ADAPTER_POSITIONS = 6, 2
+ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 
 
@@ -38,8 +37,8 @@ def tensors(name, edit):
     save_file({k: v.copy() for k, v in out.items()}, dst / name, metadata=meta)
 
 
-def positions(keep=lambda k: True):
-    return lambda t: {k: v[:, :POSITIONS] for k, v in t.items() if keep(k)}
+def positions(count=POSITIONS):
+    return lambda t: {k: v[:, :count] for k, v in t.items()}
 
 
 for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "logits/greedy.json", "bnb/quantize_blockwise.safetensors",
@@ -48,7 +47,7 @@ for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "log
     copy(name)
 tensors("logits/tiny-llama.safetensors", positions())
 tensors("qlora/logits_f32.safetensors", positions())
-tensors("adapters/logits.safetensors", positions(lambda k: k == "input_ids" or k.removeprefix("logits.") in ADAPTERS))
+tensors("adapters/logits.safetensors", positions(ADAPTER_POSITIONS))
 cases = json.loads((src / "bnb/quantize_4bit.json").read_text())
 kept = [c for c in cases if c["shape"][0] * c["shape"][1] < 30_000 or (c["blocksize"], c["double_quant"]) == (64, True)]
 tensors("bnb/quantize_4bit.safetensors", lambda t: {k: v for k, v in t.items() if any(k.startswith(c["prefix"]) for c in kept)})

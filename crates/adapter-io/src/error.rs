@@ -173,6 +173,14 @@ pub enum FormatError {
         /// What does not fit.
         reason: String,
     },
+    /// A weight has no low-rank part of the kind asked for.
+    #[error("a weight of shape {shape:?} cannot be decomposed: {reason}")]
+    Decompose {
+        /// The weight's shape.
+        shape: Vec<usize>,
+        /// Why, and what would do.
+        reason: String,
+    },
     /// A module cannot be quantized by GPTQ.
     #[error("module `{module}` cannot be quantized by GPTQ: {reason}")]
     Gptq {

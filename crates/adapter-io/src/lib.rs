@@ -9,6 +9,7 @@
 //! | [`bnb`], [`mod@quantize_checkpoint`] | bitsandbytes 4-bit weights inside such a checkpoint, read and written |
 //! | [`adapter_config`], [`adapter`] | PEFT's `adapter_config.json` and `adapter_model.safetensors` |
 //! | [`lora_module`], [`mod@combine`] | what an adapter holds for one module; several adapters in one |
+//! | [`low_rank`] | parts of a weight that adapters start from |
 //! | [`merge`], [`mod@merge_checkpoint`] | `W + scaling * B A`; a base checkpoint and an adapter in one |
 //! | [`gguf`] | GGUF files of llama.cpp: models and LoRA adapters written, both read |
 //! | [`gptq`], [`mod@gptq_checkpoint`] | GPTQ: the algorithm given a layer's Hessian, and what engines load |
@@ -29,6 +30,7 @@ pub mod checkpoint;
 pub mod combine;
 mod config_field;
 pub mod convert;
+mod eigen;
 mod error;
 pub mod gguf;
 pub mod gptq;
@@ -37,6 +39,7 @@ mod header;
 mod json;
 mod linalg;
 pub mod lora_module;
+pub mod low_rank;
 mod mapped;
 pub mod merge;
 pub mod merge_checkpoint;

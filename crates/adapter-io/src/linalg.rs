@@ -1,5 +1,5 @@
-//! The little dense linear algebra that combining adapters and GPTQ need, in 64-bit floats, on matrices
-//! whose sides are ranks (tens to hundreds) or, for Cholesky, a layer's inputs.
+//! The little dense linear algebra that combining adapters, starting them from a weight and GPTQ need, in
+//! 64-bit floats, on matrices whose sides are ranks (tens to hundreds) or, for Cholesky and products, a layer's.
 //!
 //! No library: a BLAS would be the largest dependency of this crate, for three textbook algorithms
 //! (Golub and Van Loan, "Matrix Computations", 4th ed.).

@@ -38,7 +38,9 @@ pub use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
 pub use qlora_layers::{LoraConfig, TargetModules};
 pub use qlora_models::chat_template::Message;
 pub use qlora_models::tokenizer::Tokenizer;
-pub use qlora_models::{Decoder, GenerateOptions, LoadOptions, ModelError, generate, select_device};
+pub use qlora_models::{
+    AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, ModelError, generate, select_device,
+};
 pub use qlora_train::report::Summary;
 pub use qlora_train::{Resume, TrainConfig, TrainError, TrainEvents, Trainer};
 

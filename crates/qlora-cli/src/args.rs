@@ -166,15 +166,21 @@ pub struct InitArgs {
 /// `qlora generate`.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// The base model: a folder or a hub id; left out, the one that the adapter names
+    /// The base model: a folder or a hub id; left out, the one that the first adapter names
     #[arg(long, required_unless_present = "adapter")]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub id
     #[arg(long)]
     pub revision: Option<String>,
-    /// The adapter's folder
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    /// An adapter's folder, with the weight of its update (1 if left out); may be repeated, and the updates add up
+    #[arg(long, value_name = "[NAME=]DIR[:WEIGHT]")]
+    pub adapter: Vec<String>,
+    /// How several adapters are combined: cat (exact), svd (best of the largest rank) or linear (sums of the factors)
+    #[arg(long, default_value = "cat", value_name = "HOW")]
+    pub combine: String,
+    /// Answer with each adapter by itself, one after the other on one base, instead of combining them
+    #[arg(long, requires = "adapter", conflicts_with = "combine")]
+    pub each: bool,
     /// The prompt; `-` reads it from the standard input
     #[arg(long)]
     pub prompt: String,

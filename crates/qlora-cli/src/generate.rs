@@ -1,13 +1,15 @@
-//! `qlora generate`: a model, with or without an adapter, answers a prompt.
+//! `qlora generate`: a model, with or without adapters, answers a prompt.
 
 use std::io::{IsTerminal, Read};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::Combination;
 use burn_qlora::qlora_models::hub;
 use burn_qlora::qlora_train::compute_dtype;
 use burn_qlora::{
-    Adapter, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig, generate, select_device,
+    Adapter, AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig, generate, select_device,
 };
 
 use crate::args::GenerateArgs;
@@ -24,8 +26,8 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
     config.set("quantization.compute_dtype", &args.compute_dtype)?;
     let device = select_device(&args.device)?;
     let dtype = compute_dtype(config.quantization.compute_dtype, &device);
-    let adapter = args.adapter.as_deref().map(Adapter::load).transpose()?;
-    let named = adapter.as_ref().and_then(|adapter| adapter.config.base_model_name_or_path.as_deref());
+    let adapters = Adapters::load(args)?;
+    let named = adapters.base_model();
     let model = args
         .model
         .as_deref()
@@ -39,10 +41,6 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
     let mut model = Decoder::load(&dir, options, &device, &mut |progress| bar.update(progress))?;
     bar.finish();
-    if let Some(adapter) = &adapter {
-        model.load_adapter(adapter)?;
-    }
-
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -50,10 +48,25 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         seed: args.seed,
         stop_ids: tokenizer.eos_token_ids().to_vec(),
     };
+    if !args.each {
+        adapters.put_on(&mut model)?;
+        answer(&model, &tokenizer, &ids, &options)?;
+        return Ok(Code::Done);
+    }
+    for AdapterSource { name, weight } in adapters.sources() {
+        adapters.set.activate_weighted(&mut model, &[AdapterSource { name, weight }])?;
+        print(&format!("[{name}]\n"))?;
+        answer(&model, &tokenizer, &ids, &options)?;
+    }
+    Ok(Code::Done)
+}
+
+/// Prints the model's answer as it comes.
+fn answer(model: &Decoder, tokenizer: &Tokenizer, ids: &[u32], options: &GenerateOptions) -> Result<()> {
     let start = Instant::now();
-    let mut text = tokenizer.stream_decoder_after(&ids, true);
+    let mut text = tokenizer.stream_decoder_after(ids, true);
     let mut failure = None;
-    let generation = generate(&model, &ids, &options, |id| {
+    let generation = generate(model, ids, options, |id| {
         let shown = text.push(id).map_err(anyhow::Error::from).and_then(|piece| print(&piece));
         failure = failure.take().or(shown.err());
     })?;
@@ -65,7 +78,75 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         let end = if generation.stopped { "" } else { "; stopped by --max-new-tokens" };
         eprintln!("{tokens} tokens in {seconds:.1} s, {:.1} tok/s{end}", tokens as f64 / seconds);
     }
-    Ok(Code::Done)
+    Ok(())
+}
+
+/// The adapters of the command line.
+struct Adapters {
+    set: AdapterSet,
+    weights: Vec<(String, f64)>,
+    combination: Combination,
+}
+
+impl Adapters {
+    fn load(args: &GenerateArgs) -> Result<Self> {
+        let combination = match args.combine.as_str() {
+            "cat" => Combination::Cat,
+            "svd" => Combination::Svd { rank: None },
+            "linear" => Combination::Linear,
+            other => return Err(UsageError(format!("--combine {other}: must be cat, svd or linear")).into()),
+        };
+        let mut found = Self { set: AdapterSet::new(), weights: Vec::new(), combination };
+        for text in &args.adapter {
+            let (name, dir, weight) = adapter_argument(text)?;
+            found.set.insert(name, Adapter::load(Path::new(dir))?)?;
+            found.weights.push((name.to_string(), weight));
+        }
+        Ok(found)
+    }
+
+    fn sources(&self) -> impl Iterator<Item = AdapterSource<'_>> {
+        self.weights.iter().map(|(name, weight)| AdapterSource { name, weight: *weight })
+    }
+
+    /// The base that the first adapter names.
+    fn base_model(&self) -> Option<&str> {
+        let first = self.set.get(&self.weights.first()?.0).ok()?;
+        first.config.base_model_name_or_path.as_deref()
+    }
+
+    fn put_on(&self, model: &mut Decoder) -> Result<()> {
+        let sources: Vec<AdapterSource<'_>> = self.sources().collect();
+        match sources.as_slice() {
+            [] => {}
+            [_] => self.set.activate_weighted(model, &sources)?,
+            _ => {
+                let mut set = self.set.clone();
+                // No folder can have this name.
+                const COMBINED: &str = "/";
+                set.combine(COMBINED, &sources, self.combination)?;
+                set.activate(model, COMBINED)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `[NAME=]DIR[:WEIGHT]`; the folder is the name if none is given. What is behind the last colon is a weight only
+/// if it is a number, and what is before the first equals sign a name only if it has no slash and is no folder.
+fn adapter_argument(text: &str) -> Result<(&str, &str, f64), UsageError> {
+    let (name, rest) = match text.split_once('=') {
+        Some((name, rest)) if !name.contains(['/', '\\']) && !Path::new(text).is_dir() => (Some(name), rest),
+        _ => (None, text),
+    };
+    let (dir, weight) = match rest.rsplit_once(':').map(|(dir, weight)| (dir, weight.parse::<f64>())) {
+        Some((dir, Ok(weight))) if !Path::new(rest).is_dir() => (dir, weight),
+        _ => (rest, 1.0),
+    };
+    if dir.is_empty() || !weight.is_finite() {
+        return Err(UsageError(format!("--adapter {text}: must be DIR, DIR:WEIGHT or NAME=DIR:WEIGHT")));
+    }
+    Ok((name.unwrap_or(dir), dir, weight))
 }
 
 fn check(args: &GenerateArgs) -> Result<(), UsageError> {
@@ -97,4 +178,23 @@ fn prompt_ids(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         .render_chat(&messages, true)
         .context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is")?;
     Ok(tokenizer.encode(&text, false)?.ids)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::adapter_argument;
+
+    #[test]
+    fn adapters_have_a_folder_and_perhaps_a_name_and_a_weight() {
+        assert_eq!(adapter_argument("runs/a/adapter").unwrap(), ("runs/a/adapter", "runs/a/adapter", 1.0));
+        assert_eq!(adapter_argument("runs/a:0.5").unwrap(), ("runs/a", "runs/a", 0.5));
+        assert_eq!(adapter_argument("maths=runs/a:-1").unwrap(), ("maths", "runs/a", -1.0));
+        assert_eq!(adapter_argument("runs/lr=3/a").unwrap(), ("runs/lr=3/a", "runs/lr=3/a", 1.0));
+        assert_eq!(adapter_argument("C:/a").unwrap(), ("C:/a", "C:/a", 1.0));
+        for wrong in ["", "maths=", "a:nan"] {
+            assert!(adapter_argument(wrong).unwrap_err().0.contains("NAME=DIR:WEIGHT"));
+        }
+    }
 }

@@ -52,7 +52,8 @@ pub fn forward<B>(
 /// Recomputes and differentiates the blocks from last to first.
 ///
 /// `grad` is the loss's gradient in the output of the last block. `collect` takes each block's
-/// gradients out of the container before the next block runs.
+/// gradients out of the container before the next block runs. With `into_embeddings` the result is the gradient in
+/// the first block's input, if any reaches it.
 ///
 /// # Shapes
 /// `grad` is `[tokens, hidden]`, without autodiff.
@@ -62,20 +63,25 @@ pub fn backward<B>(
     grad: Tensor<2>,
     pass: Pass,
     run: impl Fn(&B, Tensor<2>, Pass) -> Tensor<2>,
-    mut collect: impl FnMut(&B, &mut Gradients),
-) {
+    into_embeddings: bool,
+    mut collect: impl FnMut(usize, &B, &mut Gradients),
+) -> Option<Tensor<2>> {
     let mut grad = grad;
     for (i, (block, input)) in blocks.iter().zip(inputs.0).enumerate().rev() {
-        // The embeddings below the first block are frozen: only its adapters need gradients.
-        let input = if i == 0 { input } else { input.autodiff().require_grad() };
+        // Below the first block only trained embeddings need a gradient.
+        let wanted = i > 0 || into_embeddings;
+        let input = if wanted { input.autodiff().require_grad() } else { input };
         let output = run(block, input.clone(), pass);
         if !output.is_tracked() {
-            return;
+            return None;
         }
         let mut grads = (output * grad.clone()).sum().backward();
-        if let Some(next) = input.grad_remove(&mut grads) {
-            grad = next;
+        let next = if wanted { input.grad_remove(&mut grads) } else { None };
+        collect(i, block, &mut grads);
+        match next {
+            Some(next) => grad = next,
+            None => return None,
         }
-        collect(block, &mut grads);
     }
+    into_embeddings.then_some(grad)
 }

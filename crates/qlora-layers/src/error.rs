@@ -23,10 +23,18 @@ pub enum LayerError {
         /// What the regex engine said.
         source: Box<fancy_regex::Error>,
     },
-    /// `target_modules` matches no linear layer of the model.
-    #[error("lora.target_modules = {given} matches no linear layer; this model has: {candidates}")]
+    /// `target_modules` matches no module of the model.
+    #[error("lora.target_modules = {given} matches no layer that can have an adapter; this model has: {candidates}")]
     NoTarget {
         /// The setting as given.
+        given: String,
+        /// The names it could have matched.
+        candidates: String,
+    },
+    /// An entry of `modules_to_save` names no module of the model.
+    #[error("lora.modules_to_save: `{given}` names no module of this model; it has: {candidates}")]
+    NoSavedModule {
+        /// The entry as given.
         given: String,
         /// The names it could have matched.
         candidates: String,

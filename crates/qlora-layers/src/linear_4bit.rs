@@ -163,6 +163,20 @@ impl FrozenLinear {
         }
     }
 
+    /// `‖w_i‖²` of each output feature's weights, `[1, out_features]`, in f32.
+    pub fn row_squares(&self) -> Tensor<2> {
+        let [out_features, _] = self.shape();
+        self.to_dense(FloatDType::F32).square().sum_dim(1).reshape([1, out_features])
+    }
+
+    /// `a Wᵀ` in f32 for a few rows `a` `[rows, in_features]` of f32, whatever the weight is held in.
+    pub fn project(&self, a: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Quantized(weight) => weight.forward_into(a, FloatDType::F32),
+            Self::Dense(weight) => ops::matmul(a, weight.clone().cast(FloatDType::F32).transpose()),
+        }
+    }
+
     /// Bytes on the device.
     pub fn device_bytes(&self) -> usize {
         match self {

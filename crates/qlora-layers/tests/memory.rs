@@ -79,7 +79,7 @@ fn one_dense_transient_at_a_time() {
     let mut grads = y.clone().square().sum().backward();
     let grad = y.grad_remove(&mut grads).unwrap();
     let mut checkpointed = Vec::new();
-    activation_checkpointing::backward(&layers, inputs, grad, pass, run, |layer, grads| {
+    activation_checkpointing::backward(&layers, inputs, grad, pass, run, false, |_, layer, grads| {
         checkpointed.push(layer.adapter.as_ref().unwrap().lora_b.grad_remove(grads).unwrap().into_data());
     });
     checkpointed.reverse();

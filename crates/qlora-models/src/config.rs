@@ -1,36 +1,26 @@
 //! `config.json` of a decoder-only model, as transformers 4 and 5 write it.
+//!
+//! Which keys there are, what they mean and what holds when they are absent is the family's table entry. A key
+//! that the entry does not know, and that is in no list of harmless ones, is an error: it may change what the
+//! model computes.
+
+mod blocks;
+mod fields;
+mod modules;
+mod rope;
 
 use crate::ModelError;
-use crate::decoder::{LINEARS, linear_path};
 use crate::family::Family;
+use crate::mlp::Activation;
+use crate::rope::Rope;
 use adapter_io::BnbConfig;
-use serde_json::{Map, Value};
+use fields::Fields;
+pub(crate) use modules::{BlockNorms, ExpertsSpecs};
+pub use modules::{LinearRole, LinearSpec};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Frequency scaling of rotary position embeddings.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// None.
-    Default,
-    /// All frequencies divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, a smooth ramp between.
-    Llama3 {
-        /// The divisor of low frequencies.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` count as low frequencies.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` count as high frequencies.
-        high_freq_factor: f64,
-        /// Context length before the extension.
-        original_max_position_embeddings: f64,
-    },
-}
-
-/// The shape of a model.
+/// What a model computes, and its sizes.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     /// The family's table entry.
@@ -49,68 +39,62 @@ pub struct ModelConfig {
     pub num_key_value_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// The MLP's activation.
+    pub activation: Activation,
     /// Epsilon of RMSNorm.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// Scaling of the rotary frequencies.
-    pub rope_scaling: RopeScaling,
+    /// Factor of attention scores.
+    pub score_scale: f64,
+    /// Attention scores are bounded by it, smoothly.
+    pub score_softcap: Option<f64>,
+    /// Logits are bounded by it, smoothly.
+    pub logit_softcap: Option<f64>,
+    /// What kinds of attention there are among the blocks: one or two.
+    pub attention_kinds: Vec<AttentionKind>,
+    /// Mixture of experts, if there is one.
+    pub experts: Option<ExpertsConfig>,
     /// Whether the output head is the embedding table.
     pub tie_word_embeddings: bool,
-    /// Whether attention projections have biases.
-    pub attention_bias: bool,
-    /// Whether MLP projections have biases.
-    pub mlp_bias: bool,
     /// The longest context the model was made for.
     pub max_position_embeddings: usize,
     /// How bitsandbytes quantized the checkpoint, if it did.
     pub bnb: Option<BnbConfig>,
+    layers: Vec<LayerConfig>,
+    qkv_bias: bool,
+    output_bias: bool,
+    mlp_bias: bool,
     path: PathBuf,
 }
 
-/// Typed access to the fields, with errors that name file and field.
-struct Fields<'a> {
-    path: &'a Path,
-    map: &'a Map<String, Value>,
-    prefix: &'a str,
+/// How blocks of a kind attend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionKind {
+    /// The number of tokens that a token sees, itself included; `None` for all before it.
+    pub window: Option<usize>,
+    /// Rotary embeddings of queries and keys.
+    pub rope: Rope,
 }
 
-impl Fields<'_> {
-    fn error(&self, field: &str, problem: impl Into<String>) -> ModelError {
-        ModelError::Field { path: self.path.into(), field: format!("{}{field}", self.prefix), problem: problem.into() }
-    }
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertsConfig {
+    /// Experts in a block.
+    pub count: usize,
+    /// Experts that a token is sent to.
+    pub per_token: usize,
+    /// Width of an expert.
+    pub intermediate_size: usize,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub normalise: bool,
+}
 
-    fn get(&self, field: &str) -> Option<&Value> {
-        self.map.get(field).filter(|value| !value.is_null())
-    }
-
-    fn number(&self, field: &str) -> Result<Option<f64>, ModelError> {
-        let read = |value: &Value| match value.as_f64() {
-            Some(number) if number.is_finite() && number > 0.0 => Ok(number),
-            _ => Err(self.error(field, format!("is {value}; expected a positive number"))),
-        };
-        self.get(field).map(read).transpose()
-    }
-
-    fn size(&self, field: &str) -> Result<Option<usize>, ModelError> {
-        let read = |value: &Value| match value.as_u64() {
-            // 2^32 bounds every product of two sizes well within u64.
-            Some(number) if (1..=u64::from(u32::MAX)).contains(&number) => Ok(number as usize),
-            _ => Err(self.error(field, format!("is {value}; expected a positive integer"))),
-        };
-        self.get(field).map(read).transpose()
-    }
-
-    fn required(&self, field: &str) -> Result<usize, ModelError> {
-        self.size(field)?.ok_or_else(|| self.error(field, "is missing"))
-    }
-
-    fn flag(&self, field: &str) -> Result<bool, ModelError> {
-        let read = |value: &Value| {
-            value.as_bool().ok_or_else(|| self.error(field, format!("is {value}; expected true or false")))
-        };
-        self.get(field).map_or(Ok(false), read)
-    }
+/// A block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LayerConfig {
+    /// Index into [`ModelConfig::attention_kinds`].
+    pub kind: usize,
+    /// Whether it has experts in the place of the MLP.
+    pub sparse: bool,
 }
 
 impl ModelConfig {
@@ -134,33 +118,34 @@ impl ModelConfig {
     pub fn from_json(value: &Value, path: &Path) -> Result<Self, ModelError> {
         let not_an_object =
             || ModelError::Field { path: path.into(), field: "config".into(), problem: "is not a JSON object".into() };
-        let map = value.as_object().ok_or_else(not_an_object)?;
-        let fields = Fields { path, map, prefix: "" };
-        let model_type =
-            fields.get("model_type").and_then(Value::as_str).ok_or_else(|| fields.error("model_type", "is missing"))?;
+        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?, "");
+        let model_type = file.text("model_type")?.ok_or_else(|| file.error("model_type", "is missing"))?;
         let family = Family::find(model_type).ok_or_else(|| {
-            fields.error(
-                "model_type",
-                format!("is \"{model_type}\", which is not supported; supported: {}", Family::supported()),
-            )
+            let problem = format!("is \"{model_type}\", which is not supported; supported: {}", Family::supported());
+            file.error("model_type", problem)
         })?;
-        for (field, covered) in family.fixed {
-            if let Some(value) = fields.get(field).filter(|value| value.as_str() != Some(covered)) {
-                return Err(
-                    fields.error(field, format!("is {value}; only \"{covered}\" is supported for {model_type}"))
-                );
-            }
+        let file_tied = file.flag("tie_word_embeddings")?;
+        let section = family.section.map(|key| file.object(key)?.ok_or_else(|| file.error(key, "is missing"))).transpose()?;
+        let fields = section.as_ref().unwrap_or(&file);
+        let tied = fields.flag("tie_word_embeddings")?;
+
+        fields.fixed(family.fixed)?;
+        let sizes = family.sizes;
+        let hidden_size = fields.required("hidden_size", sizes.hidden_size)?;
+        let num_hidden_layers = fields.required("num_hidden_layers", sizes.num_hidden_layers)?;
+        let num_attention_heads = fields.required("num_attention_heads", sizes.num_attention_heads)?;
+        let num_key_value_heads = match fields.is_null("num_key_value_heads") {
+            true => None,
+            false => fields.size("num_key_value_heads")?.or(sizes.num_key_value_heads),
         }
-        let hidden_size = fields.required("hidden_size")?;
-        let num_attention_heads = fields.required("num_attention_heads")?;
-        let num_key_value_heads = fields.size("num_key_value_heads")?.unwrap_or(num_attention_heads);
+        .unwrap_or(num_attention_heads);
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             return Err(fields.error(
                 "num_key_value_heads",
                 format!("is {num_key_value_heads}, which does not divide the {num_attention_heads} attention heads"),
             ));
         }
-        let head_dim = match fields.size("head_dim")? {
+        let head_dim = match fields.size("head_dim")?.or(sizes.head_dim) {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
             None => {
@@ -169,55 +154,42 @@ impl ModelConfig {
                 );
             }
         };
-        if !head_dim.is_multiple_of(2) {
-            return Err(fields.error("head_dim", format!("is {head_dim}; rotary embeddings need an even one")));
-        }
-        let (rope_theta, rope_scaling) = rope(&fields)?;
-        Ok(Self {
+        let max_position_embeddings = fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
+        let ropes = rope::read(fields, family, &rope::Sizes { head_dim, max_position_embeddings })?;
+        let (attention_kinds, kinds) = blocks::attention_kinds(fields, &family.window, num_hidden_layers, ropes)?;
+        let experts = family.experts.map(|names| blocks::experts(fields, &names)).transpose()?;
+        let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
+        let score_scale = match family.query_scalar {
+            Some((key, default)) => fields.number(key)?.unwrap_or(default),
+            None => head_dim as f64,
+        };
+        let config = Self {
             family,
-            vocab_size: fields.required("vocab_size")?,
+            vocab_size: fields.required("vocab_size", sizes.vocab_size)?,
             hidden_size,
-            intermediate_size: fields.required("intermediate_size")?,
-            num_hidden_layers: fields.required("num_hidden_layers")?,
+            intermediate_size: fields.required("intermediate_size", sizes.intermediate_size)?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            rope_scaling,
-            tie_word_embeddings: fields.flag("tie_word_embeddings")?,
-            attention_bias: fields.flag("attention_bias")?,
-            mlp_bias: fields.flag("mlp_bias")?,
-            max_position_embeddings: fields.size("max_position_embeddings")?.unwrap_or(2048),
+            activation: activation(fields, family.activation)?,
+            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
+            score_scale: 1.0 / score_scale.sqrt(),
+            score_softcap: softcap(fields, family.score_softcap)?,
+            logit_softcap: softcap(fields, family.logit_softcap)?,
+            attention_kinds,
+            experts,
+            tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
+            max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
+            layers: kinds.into_iter().zip(sparse).map(|(kind, sparse)| LayerConfig { kind, sparse }).collect(),
+            qkv_bias: fields.switch(family.qkv_bias)?,
+            output_bias: fields.switch(family.output_bias)?,
+            mlp_bias: fields.switch(family.mlp_bias)?,
             path: path.into(),
-        })
-    }
-
-    /// Shapes `[out_features, in_features]` of a block's linear layers, and whether each has a bias, in the
-    /// order of the decoder's table of names.
-    pub(crate) fn block_shapes(&self) -> [([usize; 2], bool); 7] {
-        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
-        let (queries, keys) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
-        [
-            ([queries, hidden], self.attention_bias),
-            ([keys, hidden], self.attention_bias),
-            ([keys, hidden], self.attention_bias),
-            ([hidden, queries], self.attention_bias),
-            ([intermediate, hidden], self.mlp_bias),
-            ([intermediate, hidden], self.mlp_bias),
-            ([hidden, intermediate], self.mlp_bias),
-        ]
-    }
-
-    /// Every linear layer's path and shape `[out_features, in_features]`, in the order of
-    /// [`Decoder::linears`](crate::Decoder::linears).
-    pub fn linears(&self) -> Vec<(String, [usize; 2])> {
-        let block = |index| {
-            LINEARS.iter().zip(self.block_shapes()).map(move |(name, (shape, _))| (linear_path(index, name), shape))
         };
-        let head = (!self.tie_word_embeddings).then(|| ("lm_head".to_string(), [self.vocab_size, self.hidden_size]));
-        (0..self.num_hidden_layers).flat_map(block).chain(head).collect()
+        fields.nothing_left(family.harmless)?;
+        Ok(config)
     }
 
     /// Where the configuration was read from.
@@ -226,30 +198,15 @@ impl ModelConfig {
     }
 }
 
-/// `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
-fn rope(fields: &Fields) -> Result<(f64, RopeScaling), ModelError> {
-    let nested =
-        ["rope_parameters", "rope_scaling"].into_iter().find_map(|key| fields.get(key).map(|value| (key, value)));
-    let default_theta = fields.number("rope_theta")?;
-    let Some((key, value)) = nested else {
-        return Ok((default_theta.unwrap_or(10_000.0), RopeScaling::Default));
-    };
-    let map = value.as_object().ok_or_else(|| fields.error(key, "is not a JSON object"))?;
-    let prefix = format!("{key}.");
-    let inner = Fields { path: fields.path, map, prefix: &prefix };
-    let theta = inner.number("rope_theta")?.or(default_theta).unwrap_or(10_000.0);
-    let need = |field: &str| inner.number(field)?.ok_or_else(|| inner.error(field, "is missing"));
-    let kind = inner.get("rope_type").or_else(|| inner.get("type")).and_then(Value::as_str).unwrap_or("default");
-    let scaling = match kind {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: need("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: need("factor")?,
-            low_freq_factor: need("low_freq_factor")?,
-            high_freq_factor: need("high_freq_factor")?,
-            original_max_position_embeddings: need("original_max_position_embeddings")?,
-        },
-        other => return Err(inner.error("rope_type", format!("is \"{other}\"; supported: default, linear, llama3"))),
-    };
-    Ok((theta, scaling))
+fn activation(fields: &Fields, (key, default): (&str, Activation)) -> Result<Activation, ModelError> {
+    let Some(name) = fields.text(key)? else { return Ok(default) };
+    Activation::find(name).ok_or_else(|| {
+        fields.error(key, format!("is \"{name}\", which is not supported; supported: {}", Activation::supported()))
+    })
+}
+
+/// A soft cap; `null` turns off what would be on when the key is absent.
+fn softcap(fields: &Fields, key: Option<(&str, Option<f64>)>) -> Result<Option<f64>, ModelError> {
+    let Some((key, default)) = key else { return Ok(None) };
+    Ok(if fields.is_null(key) { None } else { fields.number(key)?.or(default) })
 }

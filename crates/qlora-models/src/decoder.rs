@@ -1,125 +1,34 @@
-//! The decoder: embeddings, blocks of attention and MLP with pre-normalisation, and the output head.
+//! The decoder: embeddings, blocks, and the output head. What families differ in comes from their table entry
+//! through [`ModelConfig`].
 
-use crate::attention::{KvCache, attention};
-use crate::config::ModelConfig;
-use crate::rope;
-use burn::tensor::activation::silu;
+use crate::adapters::Embedding;
+use crate::attention::{KvCache, Mask, soft_capped};
+use crate::block::{Block, Named};
+use crate::config::{AttentionKind, ModelConfig};
+use crate::norm::RmsNorm;
+use adapter_io::AdapterConfig;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
 
-/// Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32 and rounded once.
-#[derive(Clone, Debug)]
-pub(crate) struct RmsNorm {
-    /// `[hidden]`, f32.
-    pub(crate) weight: Tensor<1>,
-    pub(crate) eps: f64,
-}
-
-impl RmsNorm {
-    /// # Shapes
-    /// `[tokens, hidden]` in and out, dtype kept.
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let dtype = x.dtype();
-        let x = x.cast(FloatDType::F32);
-        let mean_square = x.clone().square().mean_dim(1);
-        let normalised = x / mean_square.add_scalar(self.eps).sqrt();
-        (normalised * self.weight.clone().unsqueeze()).cast(dtype)
-    }
-}
-
-/// One decoder block; its linear layers carry the adapters.
-#[derive(Clone, Debug)]
-pub struct Block {
-    pub(crate) index: usize,
-    pub(crate) input_norm: RmsNorm,
-    pub(crate) post_attention_norm: RmsNorm,
-    /// In the order of [`LINEARS`].
-    pub(crate) linears: [LoraLinear; 7],
-}
-
-/// The linear layers of a block, as checkpoints name them, in the order that adapters are numbered.
-pub(crate) const LINEARS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
-
-impl Block {
-    /// Index of the block, from 0.
-    pub fn index(&self) -> usize {
-        self.index
-    }
-
-    /// The linear layers with their paths in the model.
-    pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
-        LINEARS.iter().zip(&self.linears).map(|(name, linear)| (linear_path(self.index, name), linear))
-    }
-
-    /// The linear layers with their paths in the model.
-    pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
-        let index = self.index;
-        LINEARS.iter().zip(&mut self.linears).map(move |(name, linear)| (linear_path(index, name), linear))
-    }
-
-    /// # Shapes
-    /// `[rows * len, hidden]` in and out.
-    fn forward(
-        &self,
-        x: Tensor<2>,
-        config: &ModelConfig,
-        sequence: &Sequence,
-        cache: Option<&mut KvCache>,
-        pass: Pass,
-    ) -> Tensor<2> {
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = &self.linears;
-        let &Sequence { rows, len, .. } = sequence;
-        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]).swap_dims(1, 2);
-
-        let h = self.input_norm.forward(x.clone());
-        let q = heads(q_proj.forward(h.clone(), pass), config.num_attention_heads);
-        let k = heads(k_proj.forward(h.clone(), pass), config.num_key_value_heads);
-        let v = heads(v_proj.forward(h, pass), config.num_key_value_heads);
-        let q = rope::rotate(q, &sequence.cos, &sequence.sin);
-        let k = rope::rotate(k, &sequence.cos, &sequence.sin);
-        let (k, v) = match cache {
-            Some(cache) => cache.extend(self.index, k, v),
-            None => (k, v),
-        };
-        let mixed = attention(q, k, v, sequence.bias.as_ref());
-        let mixed = mixed.swap_dims(1, 2).reshape([rows * len, config.num_attention_heads * config.head_dim]);
-        let x = x + o_proj.forward(mixed, pass);
-
-        let h = self.post_attention_norm.forward(x.clone());
-        let gated = swiglu(gate_proj.forward(h.clone(), pass), up_proj.forward(h, pass));
-        x + down_proj.forward(gated, pass)
-    }
-}
-
-/// `silu(gate) * up` (Shazeer, 2020, arXiv 2002.05202), computed in f32 and rounded once.
-fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    let dtype = gate.dtype();
-    (silu(gate.cast(FloatDType::F32)) * up.cast(FloatDType::F32)).cast(dtype)
-}
-
-pub(crate) fn linear_path(block: usize, name: &str) -> String {
-    format!("model.layers.{block}.{name}")
-}
-
-/// What all blocks of one forward pass share: the batch's shape, rotary tables and causal bias.
+/// What all blocks of one forward pass share: the batch's shape, and for each kind of attention its rotary tables
+/// and mask.
 #[derive(Clone, Debug)]
 pub struct Sequence {
     /// Rows of the batch.
     pub rows: usize,
     /// Tokens per row in this pass.
     pub len: usize,
-    cos: Tensor<4>,
-    sin: Tensor<4>,
-    bias: Option<Tensor<4>>,
+    /// One for each of [`ModelConfig::attention_kinds`].
+    pub(crate) views: Vec<View>,
+}
+
+/// How blocks of one kind see a pass.
+#[derive(Clone, Debug)]
+pub(crate) struct View {
+    pub cos: Tensor<4>,
+    pub sin: Tensor<4>,
+    pub mask: Mask,
 }
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -134,9 +43,13 @@ pub struct Decoder {
     pub(crate) dtype: FloatDType,
     pub(crate) embed_tokens: Tensor<2>,
     pub(crate) blocks: Vec<Block>,
-    pub(crate) norm: RmsNorm,
+    pub(crate) norm: Named<RmsNorm>,
     /// `None` when the head is the embedding table.
     pub(crate) lm_head: Option<LoraLinear>,
+    /// What an adapter put on the embedding table.
+    pub(crate) embedding: Embedding,
+    /// The configuration of the adapter that is on, as PEFT writes it.
+    pub(crate) adapter_config: Option<AdapterConfig>,
 }
 
 impl Decoder {
@@ -167,29 +80,27 @@ impl Decoder {
 
     /// Prepares a pass over `rows` rows of `len` tokens that follow `past` cached ones.
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
-        let (cos, sin) = rope::tables(&self.config, past, len, &self.device);
-        // A single query sees every key.
-        let bias = (len > 1).then(|| {
-            let query = Tensor::<1, Int>::arange(past as i64..(past + len) as i64, &self.device).reshape([len, 1]);
-            let key = Tensor::<1, Int>::arange(0..(past + len) as i64, &self.device).reshape([1, past + len]);
-            let hidden = key.repeat_dim(0, len).greater(query.repeat_dim(1, past + len));
-            // Far below any score, yet finite: WGSL has no literal for infinity.
-            let bias: Tensor<2> = Tensor::zeros([len, past + len], (&self.device, DType::F32)).mask_fill(hidden, -1e30);
-            bias.reshape([1, 1, len, past + len])
-        });
-        Sequence { rows, len, cos, sin, bias }
+        let view = |kind: &AttentionKind| {
+            let (cos, sin) = kind.rope.tables(past, len, &self.device);
+            View { cos, sin, mask: Mask::new(len, past, kind.window, &self.device) }
+        };
+        Sequence { rows, len, views: self.config.attention_kinds.iter().map(view).collect() }
     }
 
     /// Looks tokens up.
     ///
     /// # Shapes
     /// Any number of ids to `[tokens, hidden]`.
-    pub fn embed(&self, ids: &[u32]) -> Tensor<2> {
+    pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
-        self.embed_tokens
-            .clone()
-            .select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32)))
+        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
+        let x = self.embedding.forward(&self.embed_tokens, ids, pass);
+        // transformers holds the factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
+        match self.config.family.scale_embeddings {
+            true => x.mul_scalar(rounded((self.config.hidden_size as f64).sqrt(), self.dtype)),
+            false => x,
+        }
     }
 
     /// Runs one block.
@@ -205,10 +116,14 @@ impl Decoder {
     /// # Shapes
     /// `[tokens, hidden]` to `[tokens, vocab]`, in the compute dtype.
     pub fn logits(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let x = self.norm.forward(x);
-        match &self.lm_head {
+        let x = self.norm.module.forward(x, pass);
+        let logits = match &self.lm_head {
             Some(head) => head.forward(x, pass),
             None => matmul(x, self.embed_tokens.clone().transpose()),
+        };
+        match self.config.logit_softcap {
+            Some(cap) => soft_capped(logits.cast(FloatDType::F32), cap).cast(self.dtype),
+            None => logits,
         }
     }
 
@@ -218,17 +133,26 @@ impl Decoder {
     /// `ids` holds `rows * len` ids, row-major; output `[rows * len, vocab]`.
     pub fn forward(&self, ids: &[u32], rows: usize, pass: Pass) -> Tensor<2> {
         let sequence = self.sequence(rows, ids.len() / rows, 0);
-        let x = self.blocks.iter().fold(self.embed(ids), |x, block| self.run_block(block, x, &sequence, pass));
+        let x = self.blocks.iter().fold(self.embed(ids, pass), |x, block| self.run_block(block, x, &sequence, pass));
         self.logits(x, pass)
     }
 
-    /// The logits after the last of `ids`, which follow the tokens in `cache` and join them there.
+    /// The logits after the last of `ids`, which follow the tokens in `cache` and join them there. Where the longer
+    /// sequence rotates all positions otherwise, the cache is made anew.
     ///
     /// # Shapes
     /// One row of ids; output `[1, vocab]`.
     pub fn forward_cached(&self, ids: &[u32], cache: &mut KvCache) -> Tensor<2> {
-        let sequence = self.sequence(1, ids.len(), cache.len());
-        let mut x = self.embed(ids);
+        let past = cache.len();
+        let changes = |kind: &AttentionKind| kind.rope.changes(past, past + ids.len());
+        if past > 0 && self.config.attention_kinds.iter().any(changes) {
+            let all = [&cache.ids[..], ids].concat();
+            *cache = KvCache::new();
+            return self.forward_cached(&all, cache);
+        }
+        cache.ids.extend_from_slice(ids);
+        let sequence = self.sequence(1, ids.len(), past);
+        let mut x = self.embed(ids, Pass::INFERENCE);
         for block in &self.blocks {
             x = block.forward(x, &self.config, &sequence, Some(cache), Pass::INFERENCE);
         }
@@ -237,27 +161,61 @@ impl Decoder {
 
     /// Every linear layer with its path, first block first; the output head comes last.
     pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
-        let head = self.lm_head.iter().map(|head| ("lm_head".to_string(), head));
+        let head = self.lm_head.iter().map(|head| (self.config.root().head.to_string(), head));
         self.blocks.iter().flat_map(Block::linears).chain(head)
     }
 
     /// Every linear layer with its path, first block first; the output head comes last.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
-        let head = self.lm_head.iter_mut().map(|head| ("lm_head".to_string(), head));
+        let path = self.config.root().head;
+        let head = self.lm_head.iter_mut().map(|head| (path.to_string(), head));
         self.blocks.iter_mut().flat_map(Block::linears_mut).chain(head)
+    }
+
+    /// Every norm with its path, first block first; the one before the output head comes last.
+    pub fn norms(&self) -> impl Iterator<Item = (String, &RmsNorm)> {
+        self.blocks.iter().flat_map(Block::norms).chain([self.norm.pair()])
+    }
+
+    /// Every norm with its path, first block first; the one before the output head comes last.
+    pub fn norms_mut(&mut self) -> impl Iterator<Item = (String, &mut RmsNorm)> {
+        self.blocks.iter_mut().flat_map(Block::norms_mut).chain([self.norm.pair_mut()])
+    }
+
+    /// The linear layers without a head that is the embedding table.
+    fn own_linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        let head = self.lm_head.as_ref().filter(|_| !self.config.tie_word_embeddings);
+        self.blocks.iter().flat_map(Block::linears).map(|(_, linear)| linear).chain(head)
     }
 
     /// Bytes of frozen weights on the device.
     pub fn device_bytes(&self) -> usize {
-        let width = self.embed_tokens.dtype().size();
-        let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size * 4;
-        let embeddings = self.embed_tokens.shape().num_elements() * width;
-        embeddings + norms + self.linears().map(|(_, linear)| linear.base.device_bytes()).sum::<usize>()
+        let bytes = |linear: &LoraLinear| {
+            let bias = linear.bias.as_ref().map_or(0, |bias| bias.dims()[0] * bias.dtype().size());
+            linear.base.device_bytes() + bias
+        };
+        let embeddings = self.embed_tokens.shape().num_elements() * self.embed_tokens.dtype().size();
+        let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
+        embeddings + norms + self.own_linears().map(bytes).sum::<usize>()
     }
 
     /// Frozen weights, counted before quantization.
     pub fn num_params(&self) -> usize {
-        let linears: usize = self.linears().map(|(_, linear)| linear.base.shape().iter().product::<usize>()).sum();
-        self.embed_tokens.shape().num_elements() + (2 * self.blocks.len() + 1) * self.config.hidden_size + linears
+        let count = |linear: &LoraLinear| {
+            let bias = linear.bias.as_ref().map_or(0, |bias| bias.dims()[0]);
+            linear.base.shape().iter().product::<usize>() + bias
+        };
+        let linears: usize = self.own_linears().map(count).sum();
+        let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
+        self.embed_tokens.shape().num_elements() + norms + linears
+    }
+}
+
+/// A number as a dtype holds it.
+fn rounded(number: f64, dtype: FloatDType) -> f64 {
+    match dtype {
+        FloatDType::BF16 => half::bf16::from_f64(number).to_f64(),
+        FloatDType::F16 => half::f16::from_f64(number).to_f64(),
+        _ => f64::from(number as f32),
     }
 }

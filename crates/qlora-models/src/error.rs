@@ -121,11 +121,66 @@ pub enum ModelError {
         /// The shape that came.
         found: Vec<usize>,
     },
+    /// A checkpoint has a tensor of the language model that its model type has no place for.
+    #[error(
+        "{}: `{tensor}` has no place in a model of type {model_type} with this config.json; \
+         without it the model would compute something else",
+        dir.display()
+    )]
+    UnexpectedTensor {
+        /// The checkpoint's folder.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The model type.
+        model_type: &'static str,
+    },
     /// An adapter uses something that would change its output if it were ignored.
-    #[error("adapter_config.json: `{feature}` is set, and adapters with it are not supported yet")]
+    #[error("adapter_config.json: `{feature}` is set, and adapters with it are not supported")]
     AdapterFeature {
         /// The key in `adapter_config.json`.
         feature: String,
+    },
+    /// An adapter was initialised from its base's weights, which it needs changed.
+    #[error("adapter_config.json: init_lora_weights is \"{method}\": {problem}")]
+    AdapterInit {
+        /// The method.
+        method: String,
+        /// Why it can't be used so, and what would do.
+        problem: String,
+    },
+    /// A module would be adapted and trained in full.
+    #[error("{module} is named by both lora.target_modules and lora.modules_to_save: leave it out of one")]
+    AdapterClash {
+        /// The module.
+        module: String,
+    },
+    /// The base's weights are not the checkpoint's any more.
+    #[error("the adapter's initialisation took its start out of {module}: load the model again to be rid of it")]
+    BaseChanged {
+        /// The module.
+        module: String,
+    },
+    /// An initialisation does not fit the model or the data.
+    #[error("lora.init = \"{init}\"{}: {problem}", module.as_ref().map(|m| format!(" on {m}")).unwrap_or_default())]
+    Initialization {
+        /// The initialisation.
+        init: String,
+        /// The module at fault, if it is one.
+        module: Option<String>,
+        /// What does not fit and what would.
+        problem: String,
+    },
+    /// There is no adapter to export.
+    #[error("the model has no adapter: attach or load one first")]
+    NoAdapter,
+    /// A name in a set of adapters.
+    #[error("adapter `{name}`: {problem}")]
+    AdapterName {
+        /// The name.
+        name: String,
+        /// What is wrong with it, and which names there are.
+        problem: String,
     },
     /// An adapter has weights for a module that the model lacks.
     #[error(

@@ -1,20 +1,445 @@
 //! What model families differ in, as a table. The decoder itself is shared.
+//!
+//! An entry says what modules are called, which of them exist, what is computed between them, and which
+//! keys of `config.json` carry the rest, with the values that transformers takes when a key is absent.
+//! Entries are written as differences from [`BASE`], the plainest of them.
+
+use crate::mlp::Activation;
 
 /// One `model_type` of `config.json`.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Family {
     /// The value of `model_type`.
     pub model_type: &'static str,
-    /// The value of `architectures[0]`.
-    pub architecture: &'static str,
-    /// Keys of `config.json` that change the arithmetic in a way this family's table entry covers,
-    /// with the only value that is covered.
-    pub fixed: &'static [(&'static str, &'static str)],
+    /// Where the language model lies in a checkpoint. The first is what modules are called; the others occur
+    /// in files.
+    pub roots: &'static [Root],
+    /// The section of `config.json` that describes the language model, where it is not the whole file.
+    pub section: Option<&'static str>,
+    /// Queries, keys and values: three projections, or one whose output holds all three in this order.
+    pub qkv: &'static [&'static str],
+    /// Whether those have biases.
+    pub qkv_bias: Switch,
+    /// Whether the attention's output projection has a bias.
+    pub output_bias: Switch,
+    /// Whether queries and keys are normalised per head, before they are rotated.
+    pub qk_norm: bool,
+    /// The MLP's gate and its input projection: two, or one whose output holds both in this order.
+    pub gate_up: &'static [&'static str],
+    /// Whether the MLP's projections have biases.
+    pub mlp_bias: Switch,
+    /// Mixture of experts, in all blocks or some.
+    pub experts: Option<Experts>,
+    /// The norms around attention and MLP.
+    pub norms: Norms,
+    /// Added to every norm's weight.
+    pub norm_offset: f64,
+    /// Whether embeddings are multiplied by the square root of their width.
+    pub scale_embeddings: bool,
+    /// The key with the activation, and what it is when absent.
+    pub activation: (&'static str, Activation),
+    /// The key whose value takes the place of `head_dim` in the scale of scores, and what it is when absent.
+    pub query_scalar: Option<(&'static str, f64)>,
+    /// The key with the soft cap of scores, and what it is when absent.
+    pub score_softcap: Option<(&'static str, Option<f64>)>,
+    /// The key with the soft cap of logits, and what it is when absent.
+    pub logit_softcap: Option<(&'static str, Option<f64>)>,
+    /// Which blocks look back no further than a window.
+    pub window: Window,
+    /// Rotary position embeddings.
+    pub rotary: Rotary,
+    /// Sizes that may be absent.
+    pub sizes: Sizes,
+    /// `tie_word_embeddings` when absent.
+    pub tied: bool,
+    /// `rms_norm_eps` when absent.
+    pub rms_norm_eps: f64,
+    /// Keys that would change the arithmetic, with the values that leave it as this entry says.
+    pub fixed: &'static [(&'static str, Only)],
+    /// Keys that mean nothing for this family.
+    pub harmless: &'static [&'static str],
 }
 
+/// Where the parts of a language model lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Root {
+    /// Embeddings, blocks and the last norm.
+    pub model: &'static str,
+    /// The output head.
+    pub head: &'static str,
+}
+
+/// Something that a model has or has not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switch {
+    /// Always.
+    On,
+    /// Never.
+    Off,
+    /// When this key is true.
+    Key(&'static str),
+}
+
+/// The only value of a key that is covered.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Only {
+    /// A flag.
+    Flag(bool),
+    /// A number.
+    Number(f64),
+    /// Nothing: the key has to be absent or null.
+    Null,
+}
+
+/// Names of the norms of a block. Attention and MLP read a normalised input; what they give may be normalised
+/// too before it is added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Norms {
+    /// Of the attention's input.
+    pub attention_input: &'static str,
+    /// Of the attention's output.
+    pub attention_output: Option<&'static str>,
+    /// Of the MLP's input.
+    pub mlp_input: &'static str,
+    /// Of the MLP's output.
+    pub mlp_output: Option<&'static str>,
+}
+
+/// A mixture of experts in the place of the MLP. Modules have the names that checkpoints and adapters use, one module
+/// per expert and projection; transformers 5 holds them stacked, and may save them so.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Experts {
+    /// The router.
+    pub router: &'static str,
+    /// What the experts' indices follow.
+    pub list: &'static str,
+    /// An expert's gate, input and output projection.
+    pub projections: [&'static str; 3],
+    /// The router in files with stacked experts.
+    pub stacked_router: &'static str,
+    /// Gate and input projections of all experts, stacked: `[experts, 2 * intermediate, hidden]`.
+    pub stacked_gate_up: &'static str,
+    /// Output projections of all experts, stacked: `[experts, hidden, intermediate]`.
+    pub stacked_down: &'static str,
+    /// The keys with the number of experts, the first that is there counts, and what it is when absent.
+    pub count: (&'static [&'static str], usize),
+    /// The key with the number of experts per token, and what it is when absent.
+    pub per_token: (&'static str, usize),
+    /// The key with the width of an expert, and what it is when absent.
+    pub width: (&'static str, Option<usize>),
+    /// Whether the chosen experts' weights are divided by their sum.
+    pub normalise: Switch,
+    /// The key with the list of blocks that have an MLP instead.
+    pub dense_blocks: Option<&'static str>,
+    /// The key with n where only every n-th block has experts.
+    pub every: Option<&'static str>,
+}
+
+/// Which blocks look back no further than `sliding_window` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The blocks.
+    pub blocks: Windowed,
+    /// `sliding_window` when absent.
+    pub width: Option<usize>,
+    /// The key that has to be true for there to be a window.
+    pub switch: Option<&'static str>,
+}
+
+/// The blocks with a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Windowed {
+    /// None; the keys are unknown.
+    None,
+    /// All.
+    All,
+    /// What `layer_types` says; when absent, those from this key's value on.
+    From(&'static str, usize),
+    /// What `layer_types` says; when absent, all but every n-th, with n from this key if there is one.
+    AllButEvery(Option<&'static str>, usize),
+}
+
+/// Rotary position embeddings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rotary {
+    /// `rope_theta` when absent.
+    pub theta: f64,
+    /// The key with another theta for blocks with a window, and what it is when absent.
+    pub local_theta: Option<(&'static str, f64)>,
+    /// Whether `partial_rotary_factor` is known.
+    pub partial: bool,
+    /// Whether "yarn" and "su" are earlier names of "longrope".
+    pub long_aliases: bool,
+    /// `original_max_position_embeddings` when absent, where it is a key beside the scaling and not in it.
+    pub original_context: Option<usize>,
+}
+
+/// Sizes that may be absent; `None` where they have to be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// `vocab_size`.
+    pub vocab_size: Option<usize>,
+    /// `hidden_size`.
+    pub hidden_size: Option<usize>,
+    /// `intermediate_size`.
+    pub intermediate_size: Option<usize>,
+    /// `num_hidden_layers`.
+    pub num_hidden_layers: Option<usize>,
+    /// `num_attention_heads`.
+    pub num_attention_heads: Option<usize>,
+    /// `num_key_value_heads`; `None` where it is the number of attention heads.
+    pub num_key_value_heads: Option<usize>,
+    /// `head_dim`; `None` where it is the hidden size divided by the number of heads.
+    pub head_dim: Option<usize>,
+    /// `max_position_embeddings`.
+    pub max_position_embeddings: usize,
+}
+
+/// The attention's output projection.
+pub(crate) const ATTENTION_OUTPUT: &str = "self_attn.o_proj";
+/// The MLP's output projection.
+pub(crate) const MLP_OUTPUT: &str = "mlp.down_proj";
+/// The norms of queries and keys.
+pub(crate) const QK_NORMS: [&str; 2] = ["self_attn.q_norm", "self_attn.k_norm"];
+
+const SEPARATE_QKV: &[&str] = &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+const SEPARATE_GATE_UP: &[&str] = &["mlp.gate_proj", "mlp.up_proj"];
+const PLAIN_ROOT: Root = Root { model: "model", head: "lm_head" };
+const NO_BIAS: &[(&str, Only)] = &[("attention_bias", Only::Flag(false)), ("mlp_bias", Only::Flag(false))];
+
+/// The plainest entry: pre-normalisation, grouped queries, SwiGLU, nothing else.
+const BASE: Family = Family {
+    model_type: "",
+    roots: &[PLAIN_ROOT],
+    section: None,
+    qkv: SEPARATE_QKV,
+    qkv_bias: Switch::Off,
+    output_bias: Switch::Off,
+    qk_norm: false,
+    gate_up: SEPARATE_GATE_UP,
+    mlp_bias: Switch::Off,
+    experts: None,
+    norms: Norms {
+        attention_input: "input_layernorm",
+        attention_output: None,
+        mlp_input: "post_attention_layernorm",
+        mlp_output: None,
+    },
+    norm_offset: 0.0,
+    scale_embeddings: false,
+    activation: ("hidden_act", Activation::Silu),
+    query_scalar: None,
+    score_softcap: None,
+    logit_softcap: None,
+    window: Window { blocks: Windowed::None, width: None, switch: None },
+    rotary: Rotary { theta: 10_000.0, local_theta: None, partial: false, long_aliases: false, original_context: None },
+    sizes: Sizes {
+        vocab_size: None,
+        hidden_size: None,
+        intermediate_size: None,
+        num_hidden_layers: None,
+        num_attention_heads: None,
+        num_key_value_heads: None,
+        head_dim: None,
+        max_position_embeddings: 2048,
+    },
+    tied: false,
+    rms_norm_eps: 1e-6,
+    fixed: &[],
+    harmless: &[],
+};
+
+const LLAMA: Family = Family {
+    model_type: "llama",
+    qkv_bias: Switch::Key("attention_bias"),
+    output_bias: Switch::Key("attention_bias"),
+    mlp_bias: Switch::Key("mlp_bias"),
+    // Splits products over several devices: the same sums.
+    harmless: &["pretraining_tp"],
+    ..BASE
+};
+
+const MISTRAL: Family = Family {
+    model_type: "mistral",
+    window: Window { blocks: Windowed::All, width: Some(4096), switch: None },
+    sizes: Sizes { num_key_value_heads: Some(8), max_position_embeddings: 131_072, ..BASE.sizes },
+    fixed: NO_BIAS,
+    ..BASE
+};
+
+const MIXTRAL: Family = Family {
+    model_type: "mixtral",
+    experts: Some(Experts {
+        router: "block_sparse_moe.gate",
+        list: "block_sparse_moe.experts",
+        projections: ["w1", "w3", "w2"],
+        stacked_router: "mlp.gate",
+        stacked_gate_up: "mlp.experts.gate_up_proj",
+        stacked_down: "mlp.experts.down_proj",
+        count: (&["num_local_experts", "num_experts"], 8),
+        per_token: ("num_experts_per_tok", 2),
+        width: ("intermediate_size", None),
+        normalise: Switch::On,
+        dense_blocks: None,
+        every: None,
+    }),
+    window: Window { blocks: Windowed::All, width: None, switch: None },
+    rotary: Rotary { theta: 1_000_000.0, ..BASE.rotary },
+    sizes: Sizes { num_key_value_heads: Some(8), max_position_embeddings: 131_072, ..BASE.sizes },
+    rms_norm_eps: 1e-5,
+    fixed: &[
+        ("attention_bias", Only::Flag(false)),
+        ("mlp_bias", Only::Flag(false)),
+        ("router_jitter_noise", Only::Number(0.0)),
+    ],
+    harmless: ROUTER_LOSS,
+    ..BASE
+};
+
+/// The load-balancing loss trains routers, which stay as they are here.
+const ROUTER_LOSS: &[&str] = &["output_router_logits", "router_aux_loss_coef"];
+
+const QWEN2: Family = Family {
+    model_type: "qwen2",
+    qkv_bias: Switch::On,
+    window: Window {
+        blocks: Windowed::From("max_window_layers", 28),
+        width: Some(4096),
+        switch: Some("use_sliding_window"),
+    },
+    sizes: Sizes { num_key_value_heads: Some(32), max_position_embeddings: 32_768, ..BASE.sizes },
+    fixed: &[("attention_bias", Only::Flag(true)), ("mlp_bias", Only::Flag(false)), ("use_mrope", Only::Flag(false))],
+    ..BASE
+};
+
+const QWEN3: Family = Family {
+    model_type: "qwen3",
+    qkv_bias: Switch::Key("attention_bias"),
+    output_bias: Switch::Key("attention_bias"),
+    qk_norm: true,
+    sizes: Sizes { head_dim: Some(128), ..QWEN2.sizes },
+    fixed: &[("mlp_bias", Only::Flag(false))],
+    ..QWEN2
+};
+
+const QWEN3_MOE: Family = Family {
+    model_type: "qwen3_moe",
+    experts: Some(Experts {
+        router: "mlp.gate",
+        list: "mlp.experts",
+        projections: ["gate_proj", "up_proj", "down_proj"],
+        stacked_router: "mlp.gate",
+        stacked_gate_up: "mlp.experts.gate_up_proj",
+        stacked_down: "mlp.experts.down_proj",
+        count: (&["num_local_experts", "num_experts"], 128),
+        per_token: ("num_experts_per_tok", 8),
+        width: ("moe_intermediate_size", Some(768)),
+        normalise: Switch::Key("norm_topk_prob"),
+        dense_blocks: Some("mlp_only_layers"),
+        every: Some("decoder_sparse_step"),
+    }),
+    window: Window { blocks: Windowed::All, ..QWEN2.window },
+    sizes: Sizes { num_key_value_heads: Some(4), head_dim: None, ..QWEN3.sizes },
+    harmless: &["output_router_logits", "router_aux_loss_coef", "max_window_layers"],
+    ..QWEN3
+};
+
+const GEMMA2: Family = Family {
+    model_type: "gemma2",
+    qkv_bias: Switch::Key("attention_bias"),
+    output_bias: Switch::Key("attention_bias"),
+    norms: Norms {
+        attention_input: "input_layernorm",
+        attention_output: Some("post_attention_layernorm"),
+        mlp_input: "pre_feedforward_layernorm",
+        mlp_output: Some("post_feedforward_layernorm"),
+    },
+    norm_offset: 1.0,
+    scale_embeddings: true,
+    activation: ("hidden_activation", Activation::GeluTanh),
+    query_scalar: Some(("query_pre_attn_scalar", 256.0)),
+    score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
+    logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
+    window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
+    sizes: Sizes {
+        num_key_value_heads: Some(4),
+        head_dim: Some(256),
+        max_position_embeddings: 8192,
+        ..BASE.sizes
+    },
+    tied: true,
+    fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
+    // `hidden_activation` decides; early files have both.
+    harmless: &["hidden_act"],
+    ..BASE
+};
+
+const GEMMA3_TEXT: Family = Family {
+    model_type: "gemma3_text",
+    qk_norm: true,
+    // transformers has the key and does not use it.
+    score_softcap: None,
+    logit_softcap: Some(("final_logit_softcapping", None)),
+    window: Window { blocks: Windowed::AllButEvery(Some("sliding_window_pattern"), 6), ..GEMMA2.window },
+    rotary: Rotary { theta: 1_000_000.0, local_theta: Some(("rope_local_base_freq", 10_000.0)), ..BASE.rotary },
+    // Sections of larger files leave out what equals these.
+    sizes: Sizes {
+        vocab_size: Some(262_208),
+        hidden_size: Some(2304),
+        intermediate_size: Some(9216),
+        num_hidden_layers: Some(26),
+        num_attention_heads: Some(8),
+        max_position_embeddings: 131_072,
+        ..GEMMA2.sizes
+    },
+    fixed: &[
+        ("use_bidirectional_attention", Only::Flag(false)),
+        ("mlp_bias", Only::Flag(false)),
+        ("attn_logit_softcapping", Only::Null),
+    ],
+    harmless: &["hidden_act", "_sliding_window_pattern"],
+    ..GEMMA2
+};
+
+/// Images are left aside: their encoder is not loaded.
+const GEMMA3: Family = Family {
+    model_type: "gemma3",
+    roots: &[
+        Root { model: "model.language_model", head: "lm_head" },
+        Root { model: "language_model.model", head: "language_model.lm_head" },
+    ],
+    section: Some("text_config"),
+    // Not applied when the model is part of the larger one.
+    logit_softcap: None,
+    fixed: &[
+        ("use_bidirectional_attention", Only::Flag(false)),
+        ("mlp_bias", Only::Flag(false)),
+        ("attn_logit_softcapping", Only::Null),
+        ("final_logit_softcapping", Only::Null),
+    ],
+    ..GEMMA3_TEXT
+};
+
+const PHI3: Family = Family {
+    model_type: "phi3",
+    qkv: &["self_attn.qkv_proj"],
+    gate_up: &["mlp.gate_up_proj"],
+    window: Window { blocks: Windowed::All, width: None, switch: None },
+    rotary: Rotary { partial: true, long_aliases: true, original_context: Some(4096), ..BASE.rotary },
+    sizes: Sizes { max_position_embeddings: 4096, ..BASE.sizes },
+    rms_norm_eps: 1e-5,
+    fixed: &[
+        ("attention_bias", Only::Flag(false)),
+        ("mlp_bias", Only::Flag(false)),
+        ("embd_pdrop", Only::Number(0.0)),
+        ("resid_pdrop", Only::Number(0.0)),
+    ],
+    ..BASE
+};
+
 /// Every family that loads.
-pub const FAMILIES: &[Family] =
-    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", fixed: &[("hidden_act", "silu")] }];
+pub static FAMILIES: &[Family] =
+    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
 
 impl Family {
     /// The family of a `model_type`.

@@ -3,12 +3,13 @@
 //! - [`ModelConfig`] reads `config.json`; [`Family`] is the table of what families differ in.
 //! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
 //!   into it tensor by tensor.
-//! - [`adapters`]: attach, load, export and merge LoRA adapters.
+//! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
 //! - [`generate()`]: sampling with a [`KvCache`].
 //! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
 
 pub mod adapters;
 mod attention;
+mod block;
 pub mod chat_template;
 mod config;
 mod decoder;
@@ -19,14 +20,22 @@ mod generate;
 pub mod hub;
 mod kernel_cache;
 mod loader;
+mod mlp;
+mod moe;
+mod norm;
 mod rope;
 pub mod tokenizer;
 
-pub use attention::KvCache;
-pub use config::{ModelConfig, RopeScaling};
-pub use decoder::{Block, Decoder, Sequence};
+pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
+pub use attention::{KvCache, Mask, attention};
+pub use block::Block;
+pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
+pub use decoder::{Decoder, Sequence};
 pub use device::{default_compute_dtype, device_memory, select_device};
 pub use error::ModelError;
 pub use family::Family;
 pub use generate::{GenerateOptions, Generation, generate};
 pub use loader::{LoadOptions, LoadProgress};
+pub use mlp::Activation;
+pub use norm::RmsNorm;
+pub use rope::{Rope, RopeScaling};

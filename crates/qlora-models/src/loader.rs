@@ -5,12 +5,19 @@
 //! memory is the finished model and one tensor.
 
 use crate::ModelError;
-use crate::config::ModelConfig;
-use crate::decoder::{Block, Decoder, LINEARS, RmsNorm, linear_path};
+use crate::adapters::Embedding;
+use crate::block::{Block, FeedForward, Named};
+use crate::config::{ExpertsSpecs, LinearRole, LinearSpec, ModelConfig};
+use crate::decoder::Decoder;
+use crate::family::Root;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
+use crate::norm::RmsNorm;
 use adapter_io::{Checkpoint, Floats, TensorView};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{FloatFormat, QuantConfig, Quantized4bit};
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// How weights are held.
@@ -54,7 +61,11 @@ impl Decoder {
         }
         let checkpoint = Checkpoint::open(dir)?;
         let total_bytes = checkpoint.total_bytes();
-        Loader { checkpoint: &checkpoint, config, options, device, progress, loaded_bytes: 0, total_bytes }.decoder()
+        let holds = |root: &&Root| checkpoint.contains(&format!("{}.embed_tokens.weight", root.model));
+        let root = *config.family.roots.iter().find(holds).unwrap_or(&config.root());
+        let read = BTreeSet::new();
+        Loader { checkpoint: &checkpoint, config, options, device, progress, root, read, loaded_bytes: 0, total_bytes }
+            .decoder()
     }
 }
 
@@ -64,6 +75,10 @@ struct Loader<'a> {
     options: LoadOptions,
     device: &'a Device,
     progress: &'a mut dyn FnMut(LoadProgress),
+    /// Where the model lies in this checkpoint.
+    root: Root,
+    /// The tensors that were read, and the 4-bit modules.
+    read: BTreeSet<String>,
     loaded_bytes: u64,
     total_bytes: u64,
 }
@@ -71,16 +86,18 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn decoder(mut self) -> Result<Decoder, ModelError> {
         let ModelConfig { vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, .. } = self.config;
-        let embed_tokens = self.matrix("model.embed_tokens", [vocab_size, hidden_size])?;
+        let Root { head, .. } = self.config.root();
+        let embed_tokens = self.matrix(&self.config.embed_path(), [vocab_size, hidden_size])?;
         let blocks = (0..num_hidden_layers).map(|index| self.block(index)).collect::<Result<_, _>>()?;
-        let norm = self.norm("model.norm")?;
+        let norm = self.norm(self.config.last_norm())?;
         let lm_head = match tie_word_embeddings {
             true => None,
             false => {
-                let head = self.matrix("lm_head", [vocab_size, hidden_size])?;
+                let head = self.matrix(head, [vocab_size, hidden_size])?;
                 Some(LoraLinear::frozen(FrozenLinear::Dense(head), None))
             }
         };
+        self.nothing_left()?;
         Ok(Decoder {
             config: self.config,
             device: self.device.clone(),
@@ -89,91 +106,190 @@ impl Loader<'_> {
             blocks,
             norm,
             lm_head,
+            embedding: Embedding::default(),
+            adapter_config: None,
         })
     }
 
     fn block(&mut self, index: usize) -> Result<Block, ModelError> {
-        let mut linears = Vec::with_capacity(LINEARS.len());
-        for (name, (shape, bias)) in LINEARS.iter().zip(self.config.block_shapes()) {
-            linears.push(self.linear(&linear_path(index, name), shape, bias)?);
-        }
-        let linears: [LoraLinear; 7] = match linears.try_into() {
-            Ok(linears) => linears,
-            Err(_) => unreachable!("one linear layer was pushed per name"),
+        let qkv = self.linears(self.config.qkv_specs(index))?;
+        let output = self.linear(self.config.output_spec(index))?;
+        let feed_forward = match self.config.experts_specs(index) {
+            Some(specs) => FeedForward::Experts(self.experts(index, specs)?),
+            None => {
+                let (gate_up, down) = self.config.mlp_specs(index);
+                FeedForward::Dense(Mlp {
+                    gate_up: self.linears(gate_up)?,
+                    down: self.linear(down)?,
+                    activation: self.config.activation,
+                })
+            }
         };
-        Ok(Block {
-            index,
-            input_norm: self.norm(&format!("model.layers.{index}.input_layernorm"))?,
-            post_attention_norm: self.norm(&format!("model.layers.{index}.post_attention_layernorm"))?,
-            linears,
-        })
+        let norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
+        Ok(Block { index, kind: self.config.layer(index).kind, qkv, output, feed_forward, norms })
     }
 
-    fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<LoraLinear, ModelError> {
-        let base = self.frozen_linear(module, shape)?;
-        let bias = match bias {
-            true => Some(self.vector(&format!("{module}.bias"), shape[0])?),
+    /// Experts, from a tensor for each or from stacked ones.
+    fn experts(&mut self, index: usize, specs: ExpertsSpecs) -> Result<Moe, ModelError> {
+        let ExpertsSpecs { config, names, router, experts } = specs;
+        let block = self.file_name(&self.config.block_path(index));
+        let stacked = [names.stacked_gate_up, names.stacked_down].map(|name| format!("{block}.{name}"));
+        let activation = self.config.activation;
+        let (router, experts) = if self.checkpoint.contains(&stacked[0]) {
+            let weight = format!("{block}.{}", names.stacked_router);
+            let base = self.frozen_linear(&weight, &router)?;
+            let router = Named { path: router.path, module: LoraLinear::frozen(base, None) };
+            let load = |(expert, [gate, up, down]): (usize, [LinearSpec; 3])| {
+                Ok(Mlp {
+                    gate_up: vec![
+                        self.stacked(&stacked[0], 2 * expert, [config.count, 2], gate)?,
+                        self.stacked(&stacked[0], 2 * expert + 1, [config.count, 2], up)?,
+                    ],
+                    down: self.stacked(&stacked[1], expert, [config.count, 1], down)?,
+                    activation,
+                })
+            };
+            (router, experts.into_iter().enumerate().map(load).collect::<Result<_, ModelError>>()?)
+        } else {
+            let router = self.linear(router)?;
+            let load = |[gate, up, down]: [LinearSpec; 3]| {
+                Ok(Mlp { gate_up: vec![self.linear(gate)?, self.linear(up)?], down: self.linear(down)?, activation })
+            };
+            (router, experts.into_iter().map(load).collect::<Result<_, ModelError>>()?)
+        };
+        Ok(Moe { router, experts, per_token: config.per_token, normalise: config.normalise })
+    }
+
+    fn linears(&mut self, specs: Vec<LinearSpec>) -> Result<Vec<Named<LoraLinear>>, ModelError> {
+        specs.into_iter().map(|spec| self.linear(spec)).collect()
+    }
+
+    fn linear(&mut self, spec: LinearSpec) -> Result<Named<LoraLinear>, ModelError> {
+        let name = self.file_name(&spec.path);
+        let base = self.frozen_linear(&name, &spec)?;
+        let bias = match spec.bias {
+            true => Some(self.dense(&format!("{name}.bias"), [spec.shape[0]], self.options.dtype.into())?),
             false => None,
         };
-        Ok(LoraLinear::frozen(base, bias))
+        Ok(Named { path: spec.path, module: LoraLinear::frozen(base, bias) })
     }
 
-    fn frozen_linear(&mut self, module: &str, shape: [usize; 2]) -> Result<FrozenLinear, ModelError> {
-        if let Some(weight) = self.checkpoint.quantized(module)? {
-            if weight.state.shape != shape {
+    /// Part `part` of a tensor that holds the weights of all experts, one or two for each, along its first dimensions.
+    fn stacked(
+        &mut self,
+        name: &str,
+        part: usize,
+        [experts, each]: [usize; 2],
+        spec: LinearSpec,
+    ) -> Result<Named<LoraLinear>, ModelError> {
+        let whole = self.checkpoint.tensor(name)?;
+        let [rows, columns] = spec.shape;
+        whole.expect_shape(&[experts, each * rows, columns])?;
+        let bytes = whole.data.len() / (experts * each);
+        let view = TensorView { shape: spec.shape.into(), data: &whole.data[part * bytes..][..bytes], ..whole };
+        self.read.insert(name.into());
+        let base = self.weight(&view, &spec)?;
+        Ok(Named { path: spec.path, module: LoraLinear::frozen(base, None) })
+    }
+
+    /// The weight of the module `name` of the file.
+    fn frozen_linear(&mut self, name: &str, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
+        if let Some(weight) = self.checkpoint.quantized(name)? {
+            if weight.state.shape != spec.shape {
                 return Err(ModelError::WeightShape {
-                    module: module.into(),
-                    expected: shape.into(),
+                    module: name.into(),
+                    expected: spec.shape.into(),
                     found: weight.state.shape,
                 });
             }
-            self.advance(module, weight.codes.len());
+            self.read.insert(name.into());
+            self.advance(name, weight.codes.len());
             let linear = Linear4bit::from_quantized(&weight, self.device)?;
-            return Ok(match self.options.quantization {
+            return Ok(match self.options.quantization.filter(|_| spec.role != LinearRole::Router) {
                 Some(_) => FrozenLinear::Quantized(linear),
                 None => FrozenLinear::Dense(linear.dequantize(self.options.dtype)),
             });
         }
-        let Some(quantization) = self.options.quantization.filter(|_| self.config.bnb.is_none()) else {
-            return Ok(FrozenLinear::Dense(self.matrix(module, shape)?));
+        let weight = format!("{name}.weight");
+        let view = self.checkpoint.tensor(&weight)?;
+        self.read.insert(weight);
+        self.weight(&view, spec)
+    }
+
+    /// A weight, quantized if that is asked for and it is no router.
+    fn weight(&mut self, view: &TensorView, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
+        view.expect_shape(&spec.shape)?;
+        let wanted = self.options.quantization.filter(|_| self.config.bnb.is_none());
+        let Some(quantization) = wanted.filter(|_| spec.role != LinearRole::Router) else {
+            let weight = upload(view, spec.shape, self.options.dtype.into(), self.device)?;
+            self.advance(&spec.path, view.data.len());
+            return Ok(FrozenLinear::Dense(weight));
         };
-        let view = self.checkpoint.tensor(&format!("{module}.weight"))?;
-        view.expect_shape(&shape)?;
         let mut weight = match view.floats()? {
-            Floats::F32(values) => Quantized4bit::quantize(&values, &shape, &quantization),
-            Floats::F16(values) => Quantized4bit::quantize(&values, &shape, &quantization),
-            Floats::BF16(values) => Quantized4bit::quantize(&values, &shape, &quantization),
+            Floats::F32(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
+            Floats::F16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
+            Floats::BF16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
         }
-        .map_err(|source| ModelError::Quantize { module: module.into(), source })?;
+        .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })?;
         // The state's dtype is that of the weight as the model would hold it unquantized.
         weight.state.dtype = match self.options.dtype {
             FloatDType::BF16 => FloatFormat::BF16,
             FloatDType::F16 => FloatFormat::F16,
             _ => FloatFormat::F32,
         };
-        self.advance(module, view.data.len());
+        self.advance(&spec.path, view.data.len());
         Ok(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, self.device)?))
     }
 
-    fn norm(&mut self, module: &str) -> Result<RmsNorm, ModelError> {
-        let weight = self.dense(&format!("{module}.weight"), [self.config.hidden_size], DType::F32)?;
-        Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
+    fn norm(&mut self, (path, width): (String, usize)) -> Result<Named<RmsNorm>, ModelError> {
+        let weight = self.dense(&format!("{}.weight", self.file_name(&path)), [width], DType::F32)?;
+        let (eps, offset) = (self.config.rms_norm_eps, self.config.family.norm_offset);
+        Ok(Named { path, module: RmsNorm { weight, trained: None, eps, offset } })
     }
 
-    fn vector(&mut self, name: &str, len: usize) -> Result<Tensor<1>, ModelError> {
-        self.dense(name, [len], self.options.dtype.into())
-    }
-
-    fn matrix(&mut self, module: &str, shape: [usize; 2]) -> Result<Tensor<2>, ModelError> {
-        self.dense(&format!("{module}.weight"), shape, self.options.dtype.into())
+    fn matrix(&mut self, path: &str, shape: [usize; 2]) -> Result<Tensor<2>, ModelError> {
+        self.dense(&format!("{}.weight", self.file_name(path)), shape, self.options.dtype.into())
     }
 
     fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D], dtype: DType) -> Result<Tensor<D>, ModelError> {
         let view = self.checkpoint.tensor(name)?;
         view.expect_shape(&shape)?;
         let tensor = upload(&view, shape, dtype, self.device)?;
+        self.read.insert(name.into());
         self.advance(name, view.data.len());
         Ok(tensor)
+    }
+
+    /// What a module is called in this checkpoint.
+    fn file_name(&self, path: &str) -> String {
+        let Root { model, head } = self.config.root();
+        match path.strip_prefix(model) {
+            Some(rest) => format!("{}{rest}", self.root.model),
+            None if path == head => self.root.head.into(),
+            None => path.into(),
+        }
+    }
+
+    /// Refuses tensors of the language model that nothing has read: the model would compute without them.
+    fn nothing_left(&self) -> Result<(), ModelError> {
+        let Root { model, head } = self.root;
+        let inside = |name: &str, module: &str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+        // A tied head is saved by some and is the embedding table. Early files hold the rotary frequencies.
+        let harmless = |name: &str| name == format!("{head}.weight") || name.ends_with(".rotary_emb.inv_freq");
+        // The parts of a 4-bit weight all begin with the weight's name.
+        let read = |name: &str| {
+            let module = name.split_once(".weight").map_or(name, |(module, _)| module);
+            self.read.contains(name) || self.read.contains(module)
+        };
+        let left = |name: &&str| (inside(name, model) || inside(name, head)) && !harmless(name) && !read(name);
+        match self.checkpoint.names().find(left) {
+            None => Ok(()),
+            Some(tensor) => Err(ModelError::UnexpectedTensor {
+                dir: self.checkpoint.dir().into(),
+                tensor: tensor.into(),
+                model_type: self.config.family.model_type,
+            }),
+        }
     }
 
     fn advance(&mut self, module: &str, bytes: usize) {

@@ -1,67 +1,200 @@
 //! Rotary position embeddings (Su et al., 2021, arXiv 2104.09864), in the half-split layout of
-//! Hugging Face checkpoints.
+//! Hugging Face checkpoints, with the scalings for longer contexts that transformers knows.
 
-use crate::config::{ModelConfig, RopeScaling};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use std::f64::consts::PI;
 
-/// One frequency per pair of head dimensions, `theta^(-2i/d)` with the scaling applied, in f32 as
-/// transformers computes them.
-pub fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
-    (0..config.head_dim / 2)
-        .map(|i| {
-            let exponent = (2 * i) as f32 / config.head_dim as f32;
-            let frequency = 1.0 / (config.rope_theta as f32).powf(exponent);
-            match config.rope_scaling {
-                RopeScaling::Default => frequency,
-                RopeScaling::Linear { factor } => frequency / factor as f32,
-                RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                    let wavelength = 2.0 * PI / f64::from(frequency);
-                    let (low, high) = (
-                        original_max_position_embeddings / low_freq_factor,
-                        original_max_position_embeddings / high_freq_factor,
-                    );
-                    if wavelength > low {
-                        (f64::from(frequency) / factor) as f32
-                    } else if wavelength < high {
-                        frequency
-                    } else {
-                        let smooth = (original_max_position_embeddings / wavelength - low_freq_factor)
-                            / (high_freq_factor - low_freq_factor);
-                        ((1.0 - smooth) * f64::from(frequency) / factor + smooth * f64::from(frequency)) as f32
-                    }
-                }
+/// Which frequencies rotate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Dimensions of a head that are rotated, the first ones.
+    pub dim: usize,
+    /// Scaling of the frequencies.
+    pub scaling: RopeScaling,
+}
+
+/// Frequency scaling of rotary position embeddings.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// None.
+    Default,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// NTK-aware: a larger theta for sequences longer than the model was made for.
+    Dynamic {
+        /// The extension of the context.
+        factor: f64,
+        /// The longest context without it.
+        max_position_embeddings: usize,
+    },
+    /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, a smooth ramp between.
+    Llama3 {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` count as low frequencies.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` count as high frequencies.
+        high_freq_factor: f64,
+        /// Context length before the extension.
+        original_max_position_embeddings: f64,
+    },
+    /// YaRN (Peng et al., 2023, arXiv 2309.00071, section 3).
+    Yarn {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Factor of cosines and sines, which scales scores by its square.
+        attention_factor: f64,
+        /// Rotations over the original context above which a frequency is kept.
+        beta_fast: f64,
+        /// Rotations over the original context below which it is divided.
+        beta_slow: f64,
+        /// Context length before the extension.
+        original_max_position_embeddings: f64,
+        /// Whether the ramp's ends are whole dimensions.
+        truncate: bool,
+    },
+    /// LongRoPE (Ding et al., 2024, arXiv 2402.13753): a divisor for each frequency, one set for sequences within
+    /// the original context and one beyond.
+    Long {
+        /// Within.
+        short: Vec<f64>,
+        /// Beyond.
+        long: Vec<f64>,
+        /// Factor of cosines and sines, which scales scores by its square.
+        attention_factor: f64,
+        /// Context length before the extension.
+        original_max_position_embeddings: f64,
+    },
+}
+
+impl Rope {
+    /// One frequency per pair of dimensions, for a sequence of `len` tokens, in f32 as transformers computes them.
+    pub fn frequencies(&self, len: usize) -> Vec<f32> {
+        let power = |theta: f64, i: usize| (theta as f32).powf((2 * i) as f32 / self.dim as f32);
+        let plain = |i: usize| 1.0 / power(self.theta, i);
+        let pairs = 0..self.dim / 2;
+        match &self.scaling {
+            RopeScaling::Default => pairs.map(plain).collect(),
+            RopeScaling::Linear { factor } => pairs.map(|i| plain(i) / *factor as f32).collect(),
+            RopeScaling::Dynamic { factor, max_position_embeddings } => {
+                let longer = len.max(*max_position_embeddings) as f64 / *max_position_embeddings as f64;
+                let dim = self.dim as f64;
+                let theta = self.theta * (factor * longer - (factor - 1.0)).powf(dim / (dim - 2.0));
+                pairs.map(|i| 1.0 / power(theta, i)).collect()
             }
-        })
-        .collect()
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let original = *original_max_position_embeddings;
+                let scaled = |i: usize| {
+                    let frequency = f64::from(plain(i));
+                    let rotations = original * frequency / (2.0 * PI);
+                    let kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    ((1.0 - kept) * frequency / factor + kept * frequency) as f32
+                };
+                pairs.map(scaled).collect()
+            }
+            RopeScaling::Yarn {
+                factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, ..
+            } => {
+                let dim = self.dim as f64;
+                // The dimension whose frequency makes that many rotations over the original context.
+                let dimension = |rotations: f64| {
+                    dim * (original_max_position_embeddings / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+                };
+                let (low, high) = (dimension(*beta_fast), dimension(*beta_slow));
+                let (low, high) = if *truncate { (low.floor(), high.ceil()) } else { (low, high) };
+                let (low, high) = (low.max(0.0), high.min(dim - 1.0));
+                let high = if low == high { high + 0.001 } else { high };
+                let scaled = |i: usize| {
+                    let divided = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0) as f32;
+                    plain(i) * (1.0 - divided) + plain(i) / *factor as f32 * divided
+                };
+                pairs.map(scaled).collect()
+            }
+            RopeScaling::Long { short, long, original_max_position_embeddings, .. } => {
+                let factors = if len as f64 > *original_max_position_embeddings { long } else { short };
+                pairs.zip(factors).map(|(i, factor)| 1.0 / (*factor as f32 * power(self.theta, i))).collect()
+            }
+        }
+    }
+
+    /// Whether a sequence of `len` tokens is rotated otherwise than one of `before`: what a cache holds of it
+    /// can't be used then.
+    pub fn changes(&self, before: usize, len: usize) -> bool {
+        match &self.scaling {
+            RopeScaling::Dynamic { max_position_embeddings, .. } => {
+                before.max(*max_position_embeddings) != len.max(*max_position_embeddings)
+            }
+            RopeScaling::Long { original_max_position_embeddings: original, .. } => {
+                (before as f64 > *original) != (len as f64 > *original)
+            }
+            _ => false,
+        }
+    }
+
+    /// Cosines and sines of the angles at positions `start..start + len`, the last of a sequence.
+    ///
+    /// # Shapes
+    /// Each `[1, 1, len, dim / 2]`, f32.
+    pub fn tables(&self, start: usize, len: usize, device: &Device) -> (Tensor<4>, Tensor<4>) {
+        let frequencies = self.frequencies(start + len);
+        let factor = match &self.scaling {
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => *attention_factor,
+            _ => 1.0,
+        };
+        // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.
+        let angles: Vec<f64> =
+            (start..start + len).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))).collect();
+        let shape = [1, 1, len, frequencies.len()];
+        let table = |function: fn(f64) -> f64| {
+            let values: Vec<f32> = angles.iter().map(|&angle| (function(angle) * factor) as f32).collect();
+            Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
+        };
+        (table(f64::cos), table(f64::sin))
+    }
 }
 
-/// Cosines and sines of the angles at positions `start..start + len`.
+/// Rotates each pair `(x_i, x_{i + r/2})` of the first r dimensions by its angle, in f32.
 ///
 /// # Shapes
-/// Each `[1, 1, len, head_dim / 2]`, f32.
-pub fn tables(config: &ModelConfig, start: usize, len: usize, device: &Device) -> (Tensor<4>, Tensor<4>) {
-    let frequencies = inverse_frequencies(config);
-    // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.
-    let angles: Vec<f64> =
-        (start..start + len).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))).collect();
-    let shape = [1, 1, len, frequencies.len()];
-    let table = |function: fn(f64) -> f64| {
-        let values: Vec<f32> = angles.iter().map(|&angle| function(angle) as f32).collect();
-        Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
-    };
-    (table(f64::cos), table(f64::sin))
-}
-
-/// Rotates each pair `(x_i, x_{i + d/2})` by its angle, in f32.
-///
-/// # Shapes
-/// `x` is `[rows, heads, len, head_dim]` and keeps its dtype; the tables are of [`tables`].
+/// `x` is `[rows, heads, len, head_dim]` and keeps its dtype; the tables are of [`Rope::tables`], with r/2 columns.
 pub fn rotate(x: Tensor<4>, cos: &Tensor<4>, sin: &Tensor<4>) -> Tensor<4> {
-    let (half, dtype) = (x.dims()[3] / 2, x.dtype());
-    let x = x.cast(FloatDType::F32);
-    let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+    let (dim, half, dtype) = (x.dims()[3], cos.dims()[3], x.dtype());
+    let rotated = x.clone().cast(FloatDType::F32);
+    let (first, second) = (rotated.clone().narrow(3, 0, half), rotated.narrow(3, half, half));
     let (cos, sin) = (cos.clone(), sin.clone());
-    Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin], 3)
-        .cast(dtype)
+    let rotated = vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin];
+    let rotated = Tensor::cat(rotated, 3).cast(dtype);
+    match dim - 2 * half {
+        0 => rotated,
+        rest => Tensor::cat(vec![rotated, x.narrow(3, 2 * half, rest)], 3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(scaling: RopeScaling) -> Rope {
+        Rope { theta: 10_000.0, dim: 8, scaling }
+    }
+
+    #[test]
+    fn a_long_rope_changes_once_and_a_dynamic_one_with_every_token() {
+        let long = rope(RopeScaling::Long {
+            short: vec![1.0; 4],
+            long: vec![2.0; 4],
+            attention_factor: 1.0,
+            original_max_position_embeddings: 8.0,
+        });
+        assert_eq!([(7, 8), (8, 9), (9, 10)].map(|(before, len)| long.changes(before, len)), [false, true, false]);
+        assert_eq!(long.frequencies(9)[0], 0.5);
+        let dynamic = rope(RopeScaling::Dynamic { factor: 2.0, max_position_embeddings: 8 });
+        assert_eq!([(7, 8), (8, 9), (9, 10)].map(|(before, len)| dynamic.changes(before, len)), [false, true, true]);
+        assert_eq!(dynamic.frequencies(8), rope(RopeScaling::Default).frequencies(8));
+    }
 }

@@ -5,7 +5,9 @@ use adapter_io::Adapter;
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use qlora_layers::{LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, GenerateOptions, KvCache, LoadOptions, ModelConfig, ModelError, generate};
+use qlora_models::{
+    Decoder, GenerateOptions, KvCache, LoadOptions, ModelConfig, ModelError, RopeScaling, generate,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -100,9 +102,8 @@ fn an_adapter_survives_export_and_load() {
     let mut model = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
     let adapter = Adapter::load(&reference("qlora/final_adapter_f32")).unwrap();
     model.load_adapter(&adapter).unwrap();
-    let lora = LoraConfig { rank: adapter.config.r, alpha: adapter.config.lora_alpha as f32, ..Default::default() };
-    let exported = model.export_adapter(&lora, "tiny-llama", None).unwrap();
-    assert_eq!(exported.tensors, adapter.tensors);
+    let exported = model.export_adapter("tiny-llama", None).unwrap();
+    assert_eq!(exported, adapter);
     let logits = values(model.forward(&[1, 2, 3], 1, Pass::INFERENCE));
     let mut again = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
     again.load_adapter(&exported).unwrap();
@@ -157,12 +158,18 @@ fn failure(edit: impl FnOnce(&mut Value)) -> String {
 fn bad_configurations_name_the_field_and_the_cure() {
     let unknown = failure(|c| c["model_type"] = json!("mamba"));
     assert!(unknown.contains("config.json") && unknown.contains("mamba") && unknown.contains("llama"), "{unknown}");
-    let activation = failure(|c| c["hidden_act"] = json!("gelu"));
+    let activation = failure(|c| c["hidden_act"] = json!("xielu"));
     assert!(activation.contains("hidden_act") && activation.contains("silu"), "{activation}");
+    let dropout = failure(|c| c["attention_dropout"] = json!(0.1));
+    assert!(dropout.contains("attention_dropout") && dropout.contains("0.1"), "{dropout}");
+    let unknown_key = failure(|c| c["no_rope_layers"] = json!([1, 0]));
+    assert!(unknown_key.contains("no_rope_layers") && unknown_key.contains("config.json"), "{unknown_key}");
+    let unknown_scaling = failure(|c| c["rope_parameters"]["mrope_section"] = json!([1, 2]));
+    assert!(unknown_scaling.contains("rope_parameters.mrope_section"), "{unknown_scaling}");
     let heads = failure(|c| c["num_key_value_heads"] = json!(3));
     assert!(heads.contains("num_key_value_heads"), "{heads}");
-    let rope = failure(|c| c["rope_parameters"]["rope_type"] = json!("yarn"));
-    assert!(rope.contains("rope_parameters.rope_type") && rope.contains("yarn"), "{rope}");
+    let rope = failure(|c| c["rope_parameters"]["rope_type"] = json!("proportional"));
+    assert!(rope.contains("rope_parameters.rope_type") && rope.contains("proportional"), "{rope}");
     let missing = failure(|c| {
         c.as_object_mut().unwrap().remove("hidden_size");
     });
@@ -194,5 +201,6 @@ fn older_rope_keys_mean_the_same() {
     config["rope_scaling"] = scaling;
     config["rope_theta"] = json!(500000.0);
     let old = ModelConfig::from_json(&config, path).unwrap();
-    assert_eq!((old.rope_theta, old.rope_scaling), (new.rope_theta, new.rope_scaling));
+    assert_eq!(old.attention_kinds, new.attention_kinds);
+    assert!(matches!(new.attention_kinds[0].rope.scaling, RopeScaling::Llama3 { .. }));
 }

@@ -5,7 +5,7 @@
 //! | file | content |
 //! |---|---|
 //! | `adapter_config.json`, `adapter_model.safetensors` | the adapter, readable by PEFT |
-//! | `optimizer.safetensors` | AdamW's moments, `<module>.<factor>.<m or v>`, f32 |
+//! | `optimizer.safetensors` | AdamW's moments, `<module>.<part>.<m or v>`, f32 |
 //! | `training_state.json` | step, position in the data, seed, and the run's configuration |
 //!
 //! No generator state is stored because none exists: shuffling, dropout masks and the evaluation split
@@ -76,7 +76,7 @@ pub struct Checkpoint {
 
 /// Writes `output_dir/checkpoint-<step>`, then removes the oldest checkpoints beyond `save_limit` (0 keeps all).
 ///
-/// `moments` come in the order of `modules`, `lora_a` before `lora_b`. Returns the folder.
+/// `moments` are those of `parameters`, named and ordered as the model lists them. Returns the folder.
 ///
 /// # Errors
 /// The folder can't be written; older checkpoints are untouched then.
@@ -84,14 +84,14 @@ pub fn save(
     output_dir: &Path,
     state: &TrainingState,
     adapter: &Adapter,
-    modules: &[String],
+    parameters: &[String],
     moments: &[Moments],
     save_limit: usize,
 ) -> Result<PathBuf, TrainError> {
     let path = output_dir.join(format!("{PREFIX}{:06}", state.step));
     atomic::replace_dir(&path, |dir| -> Result<(), TrainError> {
         adapter.save(dir)?;
-        let optimizer = serialize_moments(modules, moments)
+        let optimizer = serialize_moments(parameters, moments)
             .map_err(|problem| TrainError::Checkpoint { path: dir.join(OPTIMIZER_FILE), problem })?;
         atomic::write_bytes(&dir.join(OPTIMIZER_FILE), &optimizer)?;
         let json = serde_json::to_vec_pretty(state)
@@ -146,11 +146,11 @@ pub fn load(path: &Path) -> Result<Checkpoint, TrainError> {
 }
 
 impl Checkpoint {
-    /// The optimizer's moments for `modules`, `lora_a` before `lora_b`.
+    /// The optimizer's moments of `parameters`.
     ///
     /// # Errors
-    /// The file is missing or damaged, or lacks a module.
-    pub fn moments(&self, modules: &[String]) -> Result<Vec<Moments>, TrainError> {
+    /// The file is missing or damaged, or lacks a parameter.
+    pub fn moments(&self, parameters: &[String]) -> Result<Vec<Moments>, TrainError> {
         let path = self.path.join(OPTIMIZER_FILE);
         let fail = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
         let bytes = std::fs::read(&path).map_err(|e| fail(e.to_string()))?;
@@ -164,7 +164,8 @@ impl Checkpoint {
             }
             Ok(tensor.data().as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
         };
-        parameter_names(modules)
+        parameters
+            .iter()
             .map(|name| Ok(Moments { m: values(&format!("{name}.m"))?, v: values(&format!("{name}.v"))? }))
             .collect()
     }
@@ -232,12 +233,9 @@ fn differences(saved: &toml::Table, now: &toml::Table) -> Vec<String> {
         .collect()
 }
 
-fn parameter_names(modules: &[String]) -> impl Iterator<Item = String> {
-    modules.iter().flat_map(|module| ["lora_a", "lora_b"].map(|factor| format!("{module}.{factor}")))
-}
-
-fn serialize_moments(modules: &[String], moments: &[Moments]) -> Result<Vec<u8>, String> {
-    let tensors: Vec<(String, &[f32])> = parameter_names(modules)
+fn serialize_moments(parameters: &[String], moments: &[Moments]) -> Result<Vec<u8>, String> {
+    let tensors: Vec<(String, &[f32])> = parameters
+        .iter()
         .zip(moments)
         .flat_map(|(name, Moments { m, v })| [(format!("{name}.m"), m.as_slice()), (format!("{name}.v"), v.as_slice())])
         .collect();

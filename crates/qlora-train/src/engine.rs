@@ -9,7 +9,7 @@ use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{AdamW, AdamWConfig, clip_factor, global_norm};
-use qlora_layers::{ActivationCheckpointing, LoraLinear, Pass, activation_checkpointing};
+use qlora_layers::{ActivationCheckpointing, Pass, activation_checkpointing};
 use qlora_models::{Block, Decoder};
 
 /// What one optimizer step did.
@@ -27,13 +27,15 @@ pub struct StepOutput {
 #[derive(Debug)]
 pub struct Engine {
     model: Decoder,
+    /// Number of the first parameter of each block, and of the head: parameters are numbered as the model lists them.
+    first_of_block: Vec<usize>,
     optimizer: AdamW,
     checkpointing: ActivationCheckpointing,
     max_grad_norm: f32,
 }
 
-/// Gradients of the adapters by number: of `lora_a` and of `lora_b`, f32.
-type AdapterGrads = Vec<Option<[Tensor<2>; 2]>>;
+/// Gradients of the parameters by number, f32.
+type ParameterGrads = Vec<Option<Tensor<2>>>;
 
 impl Engine {
     /// Takes a model whose adapters are in place.
@@ -46,14 +48,17 @@ impl Engine {
         max_grad_norm: f32,
         checkpointing: ActivationCheckpointing,
     ) -> Result<Self, TrainError> {
-        let shapes: Vec<[usize; 2]> =
-            model.adapters().flat_map(|(_, adapter)| [adapter.lora_a.dims(), adapter.lora_b.dims()]).collect();
+        let shapes: Vec<[usize; 2]> = model.parameters().iter().map(|(_, parameter)| parameter.dims()).collect();
         if shapes.is_empty() {
             return Err(TrainError::NothingToTrain);
         }
+        let mut first_of_block = vec![model.embedding_parameters().len()];
+        for block in model.blocks() {
+            first_of_block.push(first_of_block[first_of_block.len() - 1] + block.parameters().len());
+        }
         let optimizer = AdamW::new(optimizer, &shapes, model.device());
-        model.adapters_mut().for_each(|(_, adapter)| adapter.track());
-        Ok(Self { model, optimizer, checkpointing, max_grad_norm })
+        model.track();
+        Ok(Self { model, first_of_block, optimizer, checkpointing, max_grad_norm })
     }
 
     /// The model in its present state.
@@ -87,7 +92,7 @@ impl Engine {
         if label_tokens == 0 {
             return Err(TrainError::NoLabels);
         }
-        let mut grads: AdapterGrads = vec![None; self.model.adapters().count()];
+        let mut grads: ParameterGrads = vec![None; self.model.parameters().len()];
         let mut losses = Vec::with_capacity(micro_batches.len());
         for (micro_step, (batch, labelled)) in micro_batches.iter().zip(&labelled).enumerate() {
             if !labelled.is_empty() {
@@ -95,10 +100,14 @@ impl Engine {
                 losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
             }
         }
-        let present: Vec<&Tensor<2>> = grads.iter().flatten().flatten().collect();
-        if present.is_empty() {
+        if grads.iter().all(Option::is_none) {
             return Err(TrainError::NothingToTrain);
         }
+        // An expert to which no token came has a gradient, and it is zero: its moments decay like all others.
+        for ((_, parameter), grad) in self.model.parameters().into_iter().zip(&mut grads) {
+            grad.get_or_insert_with(|| parameter.clone().without_autodiff().zeros_like());
+        }
+        let present: Vec<&Tensor<2>> = grads.iter().flatten().collect();
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(present);
         let loss = Tensor::cat(losses, 0).sum();
@@ -124,7 +133,7 @@ impl Engine {
                 continue;
             }
             let sequence = self.model.sequence(batch.rows, batch.cols, 0);
-            let x = self.model.embed(&batch.input_ids);
+            let x = self.model.embed(&batch.input_ids, Pass::INFERENCE);
             let x = self
                 .model
                 .blocks()
@@ -148,65 +157,67 @@ impl Engine {
         labelled: &LabelledTokens,
         label_tokens: usize,
         pass: Pass,
-        grads: &mut AdapterGrads,
+        grads: &mut ParameterGrads,
     ) -> Tensor<1> {
         let model = &self.model;
         let sequence = model.sequence(batch.rows, batch.cols, 0);
-        let x = model.embed(&batch.input_ids);
+        let x = model.embed(&batch.input_ids, pass);
         let run = |block: &Block, x: Tensor<2>, pass: Pass| model.run_block(block, x, &sequence, pass);
         let head_loss = |x: Tensor<2>| loss_sum(model, x, labelled, pass).div_scalar(label_tokens as f32);
-        let mut collect = |linears: &mut dyn Iterator<Item = &LoraLinear>, from: &mut Gradients| {
-            for adapter in linears.filter_map(|linear| linear.adapter.as_ref()) {
-                let factors = [&adapter.lora_a, &adapter.lora_b].map(|factor| factor.grad_remove(from));
-                if let [Some(grad_a), Some(grad_b)] = factors {
-                    let slot = &mut grads[adapter.index as usize];
+        let mut collect = |first: usize, parameters: Vec<(String, &Tensor<2>)>, from: &mut Gradients| {
+            for (slot, (_, parameter)) in grads[first..].iter_mut().zip(parameters) {
+                if let Some(grad) = parameter.grad_remove(from) {
                     *slot = Some(match slot.take() {
-                        Some([sum_a, sum_b]) => [sum_a + grad_a, sum_b + grad_b],
-                        None => [grad_a, grad_b],
+                        Some(sum) => sum + grad,
+                        None => grad,
                     });
                 }
             }
         };
+        let head = self.first_of_block[model.blocks().len()];
         match self.checkpointing {
             ActivationCheckpointing::None => {
                 let x = model.blocks().iter().fold(x, |x, block| run(block, x, pass));
                 let loss = head_loss(x);
                 let mut from = loss.backward();
-                collect(&mut model.linears().map(|(_, linear)| linear), &mut from);
+                collect(0, model.parameters(), &mut from);
                 loss.without_autodiff()
             }
             ActivationCheckpointing::Full => {
+                let embedded = x.clone();
                 let (x, inputs) = activation_checkpointing::forward(model.blocks(), x, pass, run);
                 let x = x.autodiff().require_grad();
                 let loss = head_loss(x.clone());
                 let mut from = loss.backward();
                 let grad = x.grad_remove(&mut from);
-                collect(&mut model.lm_head().into_iter(), &mut from);
+                collect(head, model.head_parameters(), &mut from);
                 drop(from);
                 if let Some(grad) = grad {
-                    activation_checkpointing::backward(model.blocks(), inputs, grad, pass, run, |block, from| {
-                        collect(&mut block.linears().map(|(_, linear)| linear), from);
-                    });
+                    let below = self.first_of_block[0] > 0;
+                    let each = |i: usize, block: &Block, from: &mut Gradients| {
+                        collect(self.first_of_block[i], block.parameters(), from);
+                    };
+                    let grad = activation_checkpointing::backward(model.blocks(), inputs, grad, pass, run, below, each);
+                    if let Some(grad) = grad {
+                        let mut from = (embedded * grad).sum().backward();
+                        collect(0, model.embedding_parameters(), &mut from);
+                    }
                 }
                 loss.without_autodiff()
             }
         }
     }
 
-    /// Clips and applies the gradients. An adapter that no gradient reached stays as it is.
-    fn update(&mut self, grads: AdapterGrads, factor: f32, learning_rate: f64) {
+    /// Clips and applies the gradients.
+    fn update(&mut self, grads: ParameterGrads, factor: f32, learning_rate: f64) {
         self.optimizer.begin_step();
         let optimizer = &mut self.optimizer;
-        for ((_, adapter), grads) in self.model.adapters_mut().zip(grads) {
-            let Some(grads) = grads else { continue };
-            let index = 2 * adapter.index as usize;
-            for (offset, (param, grad)) in [&mut adapter.lora_a, &mut adapter.lora_b].into_iter().zip(grads).enumerate()
-            {
-                let grad = if factor < 1.0 { grad.mul_scalar(factor) } else { grad };
-                debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 factors are f32");
-                *param = optimizer.update(index + offset, param.clone().without_autodiff(), grad, learning_rate);
-            }
-            adapter.track();
+        for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {
+            let Some(grad) = grad else { continue };
+            let grad = if factor < 1.0 { grad.mul_scalar(factor) } else { grad };
+            debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 parameters are f32");
+            *parameter = optimizer.update(index, parameter.clone().without_autodiff(), grad, learning_rate);
         }
+        self.model.track();
     }
 }

@@ -5,8 +5,9 @@ use crate::data::Example;
 use crate::error::TrainError;
 use burn::tensor::FloatDType;
 use qlora_layers::ActivationCheckpointing;
-use qlora_layers::target_modules::{LinearModule, Target, resolve};
-use qlora_models::ModelConfig;
+use qlora_layers::target_modules::{Target, resolve};
+use qlora_models::{LinearRole, ModelConfig};
+use std::collections::HashMap;
 
 /// Bytes by purpose. Weights, adapters and optimizer state are exact; activations are an estimate of
 /// the largest micro-batch (see [`Plan::new`]).
@@ -49,9 +50,10 @@ pub struct Plan {
 impl Plan {
     /// Works a run out.
     ///
-    /// Activations: a block keeps about `10 hidden + 6 intermediate` values a token in the compute dtype and
-    /// four f32 scores per head and pair of tokens; without checkpointing every block does, with it one does
-    /// and each keeps its input. Logits count three times in f32 (logits, log-softmax, gradient).
+    /// Activations: a block keeps about `6 hidden + 4 attention + 6 intermediate` values a token in the compute
+    /// dtype, the last for each expert of the token, and four f32 scores per head and pair of tokens; without
+    /// checkpointing every block does, with it one does and each keeps its input. Logits count three times in f32
+    /// (logits, log-softmax, gradient).
     ///
     /// # Errors
     /// A LoRA setting is out of range, or nothing matches.
@@ -61,25 +63,29 @@ impl Plan {
         dtype: FloatDType,
         examples: &[Example],
     ) -> Result<Self, TrainError> {
-        let linears = model.linears();
-        let modules: Vec<LinearModule> = linears
-            .iter()
-            .map(|(path, _)| LinearModule { is_output_head: path == "lm_head", path: path.clone() })
-            .collect();
-        let targets: Vec<(Target, [usize; 2])> = resolve(&config.lora, &modules)?
+        let linears = model.linear_specs();
+        let shapes: HashMap<&str, [usize; 2]> = linears.iter().map(|spec| (spec.path.as_str(), spec.shape)).collect();
+        let targets: Vec<(Target, [usize; 2])> = resolve(&config.lora, &model.adaptable_modules())?
             .into_iter()
-            .filter_map(|target| {
-                let shape = linears.iter().find(|(path, _)| *path == target.path)?.1;
-                Some((target, shape))
+            .map(|target| {
+                // The head may be the embedding table, and both have this shape.
+                let table = [model.vocab_size, model.hidden_size];
+                let shape = shapes.get(target.path.as_str()).copied().unwrap_or(table);
+                (target, shape)
             })
             .collect();
         let width: u64 = if dtype == FloatDType::F32 { 4 } else { 2 };
         let elements = |[rows, columns]: [usize; 2]| (rows * columns) as u64;
-        let in_blocks: u64 =
-            linears.iter().filter(|(path, _)| path != "lm_head").map(|(_, shape)| elements(*shape)).sum();
-        let head: u64 = linears.iter().filter(|(path, _)| path == "lm_head").map(|(_, shape)| elements(*shape)).sum();
+        let (mut in_blocks, mut dense) = (0, 0);
+        for spec in &linears {
+            match spec.role {
+                LinearRole::Projection | LinearRole::Expert => in_blocks += elements(spec.shape),
+                LinearRole::Router | LinearRole::Head => dense += elements(spec.shape),
+            }
+            dense += if spec.bias { spec.shape[0] as u64 } else { 0 };
+        }
         let embeddings = elements([model.vocab_size, model.hidden_size]);
-        let norms = ((2 * model.num_hidden_layers + 1) * model.hidden_size) as u64;
+        let norms: u64 = model.norms().iter().map(|(_, width)| *width as u64).sum();
         let trainable: u64 = targets.iter().map(|(target, [out, input])| (target.rank * (out + input)) as u64).sum();
 
         let linear_weights = match config.quantization.quant_config() {
@@ -94,18 +100,24 @@ impl Plan {
         let (rows, len) = (config.train.batch_size as u64, longest as u64);
         let tokens = rows * len;
         let scores = 4 * 4 * rows * model.num_attention_heads as u64 * len * len;
-        let block = tokens * (10 * model.hidden_size + 6 * model.intermediate_size) as u64 * width + scores;
+        // Each of a token's experts reads a row of its own and gives one back.
+        let feed_forward = model.experts.map_or(6 * model.intermediate_size, |experts| {
+            let routed = experts.per_token * (6 * experts.intermediate_size + 3 * model.hidden_size);
+            routed.max(6 * model.intermediate_size)
+        });
+        let attention = model.num_attention_heads * model.head_dim;
+        let block = tokens * (6 * model.hidden_size + 4 * attention + feed_forward) as u64 * width + scores;
         let blocks = model.num_hidden_layers as u64;
         let kept = match config.train.activation_checkpointing {
             ActivationCheckpointing::None => blocks * block,
             ActivationCheckpointing::Full => block + blocks * tokens * model.hidden_size as u64 * width,
         };
         Ok(Self {
-            base_parameters: in_blocks + head + embeddings + norms,
+            base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
             memory: MemoryEstimate {
                 linear_weights,
-                other_weights: (head + embeddings + norms) * width,
+                other_weights: (dense + embeddings + norms) * width,
                 adapters: 4 * trainable,
                 gradients: 4 * trainable,
                 optimizer: 8 * trainable,

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{self, Checkpoint, TrainingState};
 use crate::config::{ComputeDtype, TrainConfig};
-use crate::data::{self, Batch, BatchOrder, Dataset};
+use crate::data::{self, Batch, BatchOrder, Dataset, MASKED_LABEL};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics, TrainEvents};
@@ -10,9 +10,9 @@ use crate::report::{Outcome, Summary, device_name};
 use adapter_io::FormatError;
 use burn::tensor::{Device, FloatDType};
 use paged_optim::AdamWConfig;
-use qlora_layers::mix;
+use qlora_layers::{Initialization, mix};
 use qlora_models::tokenizer::Tokenizer;
-use qlora_models::{Decoder, LoadOptions, default_compute_dtype, device_memory, hub, select_device};
+use qlora_models::{CalibrationBatch, Decoder, LoadOptions, default_compute_dtype, device_memory, hub, select_device};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -83,11 +83,16 @@ impl Trainer {
 
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
         let mut model = Decoder::load(&model_dir, options, &device, &mut |progress| events.on_load(progress))?;
-        model.attach_lora(&config.lora, config.train.seed)?;
-        if let Some(checkpoint) = &resumed {
-            model.load_adapter(&checkpoint.adapter)?;
+        let pad_id = tokenizer.padding_id();
+        let order = BatchOrder::new(&train.examples, &config.data, config.train.batch_size, config.train.seed, pad_id);
+        match &resumed {
+            Some(checkpoint) => model.resume_lora(&config.lora, config.train.seed, &checkpoint.adapter)?,
+            None => {
+                let batches = calibration(&config, &order, &train);
+                model.attach_lora_to(&config.lora, config.train.seed, &batches)?;
+            }
         }
-        let modules: Vec<String> = model.adapters().map(|(path, _)| path).collect();
+        let parameters = parameter_names(&model);
         let optimizer = AdamWConfig {
             betas: (config.train.betas[0], config.train.betas[1]),
             eps: config.train.eps,
@@ -96,8 +101,6 @@ impl Trainer {
         let mut engine =
             Engine::new(model, optimizer, config.train.max_grad_norm as f32, config.train.activation_checkpointing)?;
 
-        let pad_id = tokenizer.padding_id();
-        let order = BatchOrder::new(&train.examples, &config.data, config.train.batch_size, config.train.seed, pad_id);
         let eval_batches =
             BatchOrder::in_file_order(&eval.examples, config.train.batch_size, pad_id).epoch(&eval.examples, 0);
         let (mut step, mut cursor) = (0, (0, 0));
@@ -119,7 +122,7 @@ impl Trainer {
                     });
                 }
                 (step, cursor) = (state.step, (state.epoch, state.position));
-                let moments = checkpoint.moments(&modules)?;
+                let moments = checkpoint.moments(&parameters)?;
                 engine
                     .optimizer_mut()
                     .restore(step as u64, moments)
@@ -249,7 +252,7 @@ impl Trainer {
 
     fn export(&self) -> Result<adapter_io::Adapter, TrainError> {
         let model = &self.config.model;
-        Ok(self.engine.model().export_adapter(&self.config.lora, &model.path, model.revision.as_deref())?)
+        Ok(self.engine.model().export_adapter(&model.path, model.revision.as_deref())?)
     }
 
     fn save(&mut self, events: &mut dyn TrainEvents) -> Result<PathBuf, TrainError> {
@@ -263,10 +266,10 @@ impl Trainer {
             self.train.examples.len(),
             count_tokens(&self.train),
         )?;
-        let modules: Vec<String> = self.engine.model().adapters().map(|(path, _)| path).collect();
+        let parameters = parameter_names(self.engine.model());
         let moments = self.engine.optimizer().state();
         let path =
-            checkpoint::save(&options.output_dir, &state, &self.export()?, &modules, &moments, options.save_limit)?;
+            checkpoint::save(&options.output_dir, &state, &self.export()?, &parameters, &moments, options.save_limit)?;
         events.on_save(&path);
         Ok(path)
     }
@@ -281,7 +284,7 @@ impl Trainer {
             quantization: self.config.quantization.describe(),
             base_parameters: model.num_params() as u64,
             trainable_parameters: model.num_trainable() as u64,
-            adapted_modules: model.adapters().count(),
+            adapted_modules: model.adapted_modules().len(),
             rank: self.config.lora.rank,
             train_data: self.config.data.train.clone(),
             train_rows: self.train.examples.len(),
@@ -293,6 +296,26 @@ impl Trainer {
             output_dir: options.output_dir.clone(),
         }
     }
+}
+
+fn parameter_names(model: &Decoder) -> Vec<String> {
+    model.parameters().into_iter().map(|(name, _)| name).collect()
+}
+
+/// The first micro-batches of the run, for an initialisation that looks at activations. As in PEFT only tokens that
+/// are learned count.
+fn calibration(config: &TrainConfig, order: &BatchOrder, train: &Dataset) -> Vec<CalibrationBatch> {
+    if config.lora.init != Initialization::Eva {
+        return Vec::new();
+    }
+    let batches = order.epoch(&train.examples, 0).into_iter().take(config.lora.eva_batches);
+    batches
+        .map(|batch| CalibrationBatch {
+            counted: batch.labels.iter().map(|label| *label != MASKED_LABEL).collect(),
+            rows: batch.rows,
+            ids: batch.input_ids,
+        })
+        .collect()
 }
 
 /// Whether `step` is a multiple of `interval`; an interval of 0 means never.

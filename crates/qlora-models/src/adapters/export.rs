@@ -1,0 +1,180 @@
+//! The adapter that is on a decoder, as PEFT stores it.
+//!
+//! An initialisation that took the factors' start A₀, B₀ out of the weights (PiSSA, OLoRA, LoftQ of several rounds)
+//! trains over `W - s·B₀A₀`. Its adapter is written for the original base all the same, as PEFT's
+//! `path_initial_model_for_weight_conversion` does: A and A₀ one above the other, B and -B₀ side by side, twice the
+//! rank at the same scaling, since `W - s·B₀A₀ + s·BA = W + s·(BA - B₀A₀)`. Over a base in 4 bits the two differ by
+//! what quantization loses of `W` and of `W - s·B₀A₀`.
+
+use crate::ModelError;
+use crate::decoder::Decoder;
+use adapter_io::adapter::KEY_PREFIX;
+use adapter_io::{
+    Adapter, AdapterConfig, HostTensor, InitLoraWeights, OneOrMany, Pattern, TargetModules as PeftModules,
+};
+use burn::tensor::Tensor;
+use qlora_layers::target_modules::Target;
+use qlora_layers::{Initialization, LoraAdapter, LoraConfig, TargetModules};
+use serde_json::json;
+
+impl Decoder {
+    /// The adapter that is on, as PEFT stores it; `base_model` is what `adapter_config.json` names as the base.
+    ///
+    /// # Errors
+    /// No adapter is on, or the device fails to hand a tensor over.
+    pub fn export_adapter(&self, base_model: &str, revision: Option<&str>) -> Result<Adapter, ModelError> {
+        let mut config = self.adapter_config.clone().ok_or(ModelError::NoAdapter)?;
+        config.base_model_name_or_path = Some(base_model.into());
+        config.revision = revision.map(Into::into);
+        if self.adapters().any(|(_, adapter)| adapter.initial.is_some()) {
+            double_rank(&mut config);
+        }
+        let mut adapter = Adapter::new(config);
+        let embed = self.config.embed_path();
+        let mut put = |name: String, tensor| adapter.tensors.insert(format!("{KEY_PREFIX}{name}"), tensor);
+        for (path, linear) in self.linears() {
+            if let Some(lora) = &linear.adapter {
+                let (lora_a, lora_b) = factors(lora)?;
+                put(format!("{path}.lora_A.weight"), lora_a);
+                put(format!("{path}.lora_B.weight"), lora_b);
+                if let Some(bias) = &lora.bias {
+                    put(format!("{path}.lora_B.bias"), host_vector(bias)?);
+                }
+                if let Some(dora) = &lora.dora {
+                    put(format!("{path}.lora_magnitude_vector"), host_vector(&dora.magnitude)?);
+                }
+            }
+            let Some(whole) = &linear.whole else { continue };
+            if let Some(weight) = &whole.weight {
+                put(format!("{path}.weight"), host_tensor(weight)?);
+            }
+            if let Some(bias) = &whole.bias {
+                // PEFT wraps a layer that has factors, and its bias sits inside.
+                let wrapper = if linear.adapter.is_some() { ".base_layer" } else { "" };
+                put(format!("{path}{wrapper}.bias"), host_vector(bias)?);
+            }
+        }
+        for (path, norm) in self.norms() {
+            if let Some(trained) = &norm.trained {
+                put(format!("{path}.weight"), host_vector(trained)?);
+            }
+        }
+        if let Some(lora) = &self.embedding.lora {
+            put(format!("{embed}.lora_embedding_A"), host_tensor(&lora.lora_a)?);
+            put(format!("{embed}.lora_embedding_B"), host_tensor(&lora.lora_b)?);
+            if let Some(dora) = &lora.dora {
+                put(format!("{embed}.lora_magnitude_vector"), host_vector(&dora.magnitude)?);
+            }
+            if self.embedding.original.is_some() {
+                put(format!("{embed}.base_layer.weight"), host_tensor(&self.embed_tokens)?);
+            }
+        }
+        if let Some(whole) = &self.embedding.whole {
+            put(format!("{embed}.weight"), host_tensor(whole)?);
+        }
+        Ok(adapter)
+    }
+}
+
+/// A module's factors on the host, beside their start where the weights lack it.
+fn factors(lora: &LoraAdapter) -> Result<(HostTensor, HostTensor), ModelError> {
+    let (a, b) = (lora.lora_a.clone().without_autodiff(), lora.lora_b.clone().without_autodiff());
+    match &lora.initial {
+        None => Ok((host_tensor(&a)?, host_tensor(&b)?)),
+        Some([a0, b0]) => {
+            let a = Tensor::cat(vec![a, a0.clone()], 0);
+            let b = Tensor::cat(vec![b, b0.clone().neg()], 1);
+            Ok((host_tensor(&a)?, host_tensor(&b)?))
+        }
+    }
+}
+
+/// A matrix on the host.
+fn host_tensor(tensor: &Tensor<2>) -> Result<HostTensor, ModelError> {
+    let shape = tensor.dims().to_vec();
+    Ok(HostTensor { shape, data: host_values(tensor)? })
+}
+
+/// A row `[1, n]` on the host, as a vector.
+fn host_vector(row: &Tensor<2>) -> Result<HostTensor, ModelError> {
+    let data = host_values(row)?;
+    Ok(HostTensor { shape: vec![data.len()], data })
+}
+
+/// A tensor's values on the host, in f32.
+pub(super) fn host_values(tensor: &Tensor<2>) -> Result<Vec<f32>, ModelError> {
+    tensor.clone().without_autodiff().try_into_vec_as::<f32>().map_err(|e| ModelError::Device(e.to_string()))
+}
+
+/// Twice the rank at the same scaling, everywhere.
+fn double_rank(config: &mut AdapterConfig) {
+    let alpha = if config.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+    config.r *= 2;
+    config.lora_alpha *= alpha;
+    config.rank_pattern.0.iter_mut().for_each(|(_, rank)| *rank *= 2.0);
+    config.alpha_pattern.0.iter_mut().for_each(|(_, value)| *value *= alpha);
+}
+
+/// The configuration in PEFT's terms. `"all-linear"` becomes the names it stood for, as PEFT saves it, and with EVA
+/// each module its own rank.
+pub(super) fn peft_config(config: &LoraConfig, targets: &[Target]) -> AdapterConfig {
+    let modules = |modules: &TargetModules| match modules {
+        TargetModules::Names(names) => PeftModules::List(names.clone()),
+        TargetModules::Pattern(pattern) => PeftModules::Pattern(pattern.clone()),
+        TargetModules::AllLinear => {
+            let mut names: Vec<String> = Vec::new();
+            for Target { path, .. } in targets {
+                let name = path.rsplit('.').next().unwrap_or(path);
+                if !names.iter().any(|n| n == name) {
+                    names.push(name.into());
+                }
+            }
+            PeftModules::List(names)
+        }
+    };
+    let eva = config.init == Initialization::Eva;
+    let init = match config.init {
+        Initialization::Gaussian | Initialization::Eva => InitLoraWeights::Method(config.init.to_string()),
+        // What is written is an adapter of the original base, or, for LoftQ's first round, of the quantized one:
+        // any other value would have PEFT change the base when it loads the adapter.
+        _ => InitLoraWeights::Default(true),
+    };
+    let mut peft = AdapterConfig {
+        task_type: Some("CAUSAL_LM".into()),
+        r: config.rank,
+        lora_alpha: shortest(config.alpha),
+        lora_dropout: shortest(config.dropout),
+        use_rslora: config.use_rslora,
+        use_dora: config.use_dora,
+        lora_bias: config.lora_bias,
+        init_lora_weights: init,
+        target_modules: Some(modules(&config.target_modules)),
+        exclude_modules: config.exclude_modules.as_ref().map(modules),
+        modules_to_save: (!config.modules_to_save.is_empty()).then(|| config.modules_to_save.clone()),
+        rank_pattern: config.rank_pattern.iter().map(|(key, rank)| (key.clone(), *rank as f64)).collect(),
+        alpha_pattern: config.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), shortest(*alpha))).collect(),
+        layers_to_transform: config.layers_to_transform.clone().map(Into::into),
+        layers_pattern: config.layers_pattern.clone().map(OneOrMany::Many),
+        ..AdapterConfig::default()
+    };
+    if eva {
+        let differing = |wanted: &dyn Fn(&Target) -> Option<f64>| -> Pattern {
+            targets.iter().filter_map(|target| Some((target.path.clone(), wanted(target)?))).collect()
+        };
+        peft.target_modules = Some(PeftModules::List(targets.iter().map(|target| target.path.clone()).collect()));
+        peft.rank_pattern = differing(&|t| (t.rank != config.rank).then_some(t.rank as f64));
+        peft.alpha_pattern = differing(&|t| (t.alpha != config.alpha).then(|| shortest(t.alpha)));
+        // The whole paths say it already, and PEFT would apply them to suffixes only.
+        (peft.layers_to_transform, peft.layers_pattern, peft.exclude_modules) = (None, None, None);
+        peft.eva_config = Some(json!({
+            "adjust_scaling_factors": true, "label_mask_value": -100, "rho": config.eva_rho, "tau": 0.99,
+            "use_label_mask": true, "whiten": false
+        }));
+    }
+    peft
+}
+
+/// The f64 that prints like the given f32: 0.1 and not 0.10000000149.
+fn shortest(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
+}

@@ -1,0 +1,279 @@
+//! PEFT's adapters onto a decoder.
+
+use super::export::host_values;
+use crate::ModelError;
+use crate::decoder::Decoder;
+use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
+use adapter_io::{Adapter, AdapterConfig, HostTensor, InitLoraWeights, LoraModule};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use nf4_quant::{QuantConfig, Quantized4bit};
+use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, WholeLinear};
+
+/// Keys of `adapter_config.json` beyond plain LoRA that are implemented, or change nothing in the layers there are
+/// (`fan_in_fan_out` means transposed layers of another kind, and PEFT ignores it elsewhere).
+const IMPLEMENTED: [&str; 5] = ["bias", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_dora"];
+
+/// Quantization that PEFT's LoftQ works with.
+const LOFTQ: QuantConfig = QuantConfig { quant_type: nf4_quant::QuantType::Nf4, blocksize: 64, double_quant: false };
+
+impl Decoder {
+    /// Puts a PEFT adapter on this model, in place of any that is there.
+    ///
+    /// One that was initialised by PiSSA, OLoRA or LoftQ and not converted belongs to a changed base: as PEFT does,
+    /// the change is made again, which takes the full-precision base.
+    ///
+    /// # Errors
+    /// The adapter uses a feature that is not implemented, names a module that this model lacks, or a part has
+    /// the wrong shape. The model and its adapter are unchanged then.
+    pub fn load_adapter(&mut self, adapter: &Adapter) -> Result<(), ModelError> {
+        let mut model = self.clone();
+        model.unload_adapter()?;
+        model.put(adapter)?;
+        model.settle();
+        *self = model;
+        Ok(())
+    }
+
+    /// Goes on with an adapter that was [exported](Self::export_adapter) while it was trained with this `config` and
+    /// `seed`: the initialisation is made again where it changes the weights, and the trained values put in place.
+    ///
+    /// # Errors
+    /// As [`attach_lora`](Self::attach_lora) and [`load_adapter`](Self::load_adapter).
+    pub fn resume_lora(&mut self, config: &LoraConfig, seed: u64, adapter: &Adapter) -> Result<(), ModelError> {
+        // EVA looks at data, but leaves the weights alone, and its ranks are in the adapter.
+        if config.init == Initialization::Eva || !config.init.changes_base(config.loftq_iterations) {
+            return self.load_adapter(adapter);
+        }
+        let mut model = self.clone();
+        model.attach_lora(config, seed)?;
+        let mut trained = model.clone();
+        // The file holds the start beside the trained factors; what it is put on must not be changed twice.
+        trained.linears_mut().for_each(|(_, linear)| linear.adapter = None);
+        trained.put(adapter)?;
+        let device = model.device.clone();
+        for ((path, linear), (_, new)) in model.linears_mut().zip(trained.linears()) {
+            if let (Some(old), Some(new)) = (&mut linear.adapter, &new.adapter) {
+                let rank = old.rank();
+                if new.rank() != 2 * rank {
+                    let (expected, found) = (vec![2 * rank], vec![new.rank()]);
+                    return Err(ModelError::WeightShape { module: format!("{path}.lora_A"), expected, found });
+                }
+                // Copies, so that the file's second half does not stay in memory beside them.
+                old.lora_a = copy(&new.lora_a.clone().narrow(0, 0, rank), &device)?;
+                old.lora_b = copy(&new.lora_b.clone().narrow(1, 0, rank), &device)?;
+                if let (Some(old), Some(new)) = (&mut old.dora, &new.dora) {
+                    old.magnitude = new.magnitude.clone();
+                }
+            }
+            linear.whole = new.whole.clone();
+        }
+        for ((_, norm), (_, new)) in model.norms_mut().zip(trained.norms()) {
+            norm.trained = new.trained.clone();
+        }
+        model.embedding = trained.embedding;
+        *self = model;
+        Ok(())
+    }
+
+    /// Puts an adapter on a model without one.
+    fn put(&mut self, adapter: &Adapter) -> Result<(), ModelError> {
+        let config = &adapter.config;
+        if let Some(feature) = config.beyond_plain_lora().into_iter().find(|key| !IMPLEMENTED.contains(key)) {
+            return Err(ModelError::AdapterFeature { feature: feature.into() });
+        }
+        let modules = adapter.lora_modules()?;
+        let saved: Vec<(String, &HostTensor)> = adapter.saved_tensors().collect();
+        let (embed, head) = (self.config.embed_path(), self.head_path());
+        let is_head = |name: &str| name.rsplit_once('.').is_some_and(|(module, _)| module == head);
+        if modules.iter().any(|module| module.path == head) || saved.iter().any(|(name, _)| is_head(name)) {
+            self.own_head();
+        }
+        let (device, dropout) = (self.device.clone(), config.lora_dropout as f32);
+        // Adapters are numbered in the model's order.
+        let mut found = 0;
+        for (path, linear) in self.linears_mut() {
+            let Some(module) = modules.iter().find(|module| module.path == path) else { continue };
+            let adapter = linear_adapter(module, dropout, found, &device)?;
+            linear.set_adapter(&path, adapter)?;
+            change_base(config, &path, linear)?;
+            if let (Some(magnitude), Some(adapter)) = (module.magnitude, linear.adapter.take()) {
+                linear.adapter = Some(adapter.with_dora(&linear.base, Some(row(magnitude, &device))));
+            }
+            found += 1;
+        }
+        let mut placed = found as usize;
+        if let Some(module) = modules.iter().find(|module| module.path == embed) {
+            self.put_embedding(module, adapter.saved_base(&embed))?;
+            placed += 1;
+        }
+        if placed < modules.len() {
+            let paths: Vec<String> = self.linears().map(|(path, _)| path).chain([embed]).collect();
+            let unknown = modules.iter().find(|module| !paths.contains(&module.path));
+            return Err(ModelError::AdapterModule { module: unknown.map_or(String::new(), |m| m.path.clone()) });
+        }
+        for (name, tensor) in saved {
+            self.put_saved(&name, tensor)?;
+        }
+        self.adapter_config = Some(config.clone());
+        Ok(())
+    }
+
+    fn put_embedding(&mut self, module: &LoraModule<'_>, table: Option<&HostTensor>) -> Result<(), ModelError> {
+        let (shape, embed) = (self.embed_tokens.dims(), self.config.embed_path());
+        let fits = |what: &str, found: &[usize]| match found == shape {
+            true => Ok(()),
+            false => Err(ModelError::WeightShape {
+                module: format!("{embed}.{what}"),
+                expected: shape.into(),
+                found: found.into(),
+            }),
+        };
+        fits("lora_embedding_B @ lora_embedding_A, transposed,", &module.weight_shape())?;
+        if let Some(table) = table {
+            fits("base_layer", &table.shape)?;
+            let own = TensorData::new(table.data.clone(), shape);
+            let own = Tensor::<2>::from_data(own, (&self.device, DType::from(self.dtype)));
+            self.embedding.original = Some(self.embed_tokens.clone());
+            self.embed_tokens = own;
+            // A tied head sees the same table.
+            if self.config.tie_word_embeddings
+                && let Some(head) = &mut self.lm_head
+            {
+                head.base = FrozenLinear::Dense(self.embed_tokens.clone());
+            }
+        }
+        let (lora_a, lora_b) = (matrix(module.lora_a, &self.device), matrix(module.lora_b, &self.device));
+        let lora = LoraEmbedding { lora_a, lora_b, dora: None, scaling: module.scaling };
+        self.embedding.lora = Some(match module.magnitude {
+            Some(magnitude) => lora.with_dora(&self.embed_tokens, Some(row(magnitude, &self.device))),
+            None => lora,
+        });
+        Ok(())
+    }
+
+    /// A tensor of a module that was trained in full, or a bias.
+    fn put_saved(&mut self, name: &str, tensor: &HostTensor) -> Result<(), ModelError> {
+        let unknown = || ModelError::AdapterModule { module: name.to_string() };
+        let (module, part) = name.rsplit_once('.').ok_or_else(unknown)?;
+        let module = module.strip_suffix(".base_layer").unwrap_or(module);
+        let device = self.device.clone();
+        let expect = |expected: &[usize]| match tensor.shape == expected {
+            true => Ok(()),
+            false => Err(ModelError::WeightShape {
+                module: name.to_string(),
+                expected: expected.into(),
+                found: tensor.shape.clone(),
+            }),
+        };
+        if module == self.config.embed_path() && part == "weight" {
+            expect(&self.embed_tokens.dims())?;
+            self.embedding.whole = Some(matrix(tensor, &device));
+            return Ok(());
+        }
+        if let Some((_, norm)) = self.norms_mut().find(|(path, _)| path == module)
+            && part == "weight"
+        {
+            expect(&norm.weight.dims())?;
+            norm.trained = Some(row(tensor, &device));
+            return Ok(());
+        }
+        let (_, linear) = self.linears_mut().find(|(path, _)| path == module).ok_or_else(unknown)?;
+        let [out_features, in_features] = linear.base.shape();
+        let adapted = linear.adapter.is_some();
+        let whole = linear.whole.get_or_insert_with(WholeLinear::default);
+        match part {
+            "weight" if !adapted => {
+                expect(&[out_features, in_features])?;
+                whole.weight = Some(matrix(tensor, &device));
+            }
+            "bias" => {
+                expect(&[out_features])?;
+                whole.bias = Some(row(tensor, &device));
+            }
+            _ => return Err(unknown()),
+        }
+        Ok(())
+    }
+}
+
+fn linear_adapter(
+    module: &LoraModule<'_>,
+    dropout: f32,
+    index: u32,
+    device: &Device,
+) -> Result<LoraAdapter, ModelError> {
+    let (lora_a, lora_b) = (matrix(module.lora_a, device), matrix(module.lora_b, device));
+    let mut adapter = LoraAdapter::from_factors(lora_a, lora_b, module.scaling, dropout, index);
+    adapter.bias = module.bias.map(|bias| row(bias, device));
+    Ok(adapter)
+}
+
+/// Takes out of a layer's weight what the adapter's initialisation took out of it.
+fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> Result<(), ModelError> {
+    let InitLoraWeights::Method(method) = &config.init_lora_weights else { return Ok(()) };
+    let fail = |problem: &str| Err(ModelError::AdapterInit { method: method.clone(), problem: problem.into() });
+    const CONVERT: &str = "or have PEFT convert it when it saves (path_initial_model_for_weight_conversion)";
+    let known = method.to_lowercase();
+    match known.as_str() {
+        "gaussian" | "eva" | "orthogonal" | "mica" => return Ok(()),
+        "pissa" | "olora" | "loftq" => {}
+        m if m.starts_with("pissa_niter_") => {
+            return fail(&format!("its base can't be made again, the fast decomposition is random; {CONVERT}"));
+        }
+        _ => return fail(&format!("its base can't be made again here; {CONVERT}")),
+    }
+    let FrozenLinear::Dense(weight) = &linear.base else {
+        return fail(&format!(
+            "it belongs to a base without its start, which is made from the full-precision weights: load the base with quantization off, {CONVERT}"
+        ));
+    };
+    let Some(adapter) = &linear.adapter else { return Ok(()) };
+    let (rank, scaling, dtype) = (adapter.rank(), adapter.scaling, weight.dtype());
+    let shape = weight.dims();
+    let host = HostTensor { shape: shape.into(), data: host_values(weight)? };
+    let named = |e: adapter_io::FormatError| ModelError::Initialization {
+        init: known.clone(),
+        module: Some(path.to_string()),
+        problem: e.to_string(),
+    };
+    let taken = |factors: Factors| factors.taken_from(&host, scaling).map_err(named);
+    let rest = match known.as_str() {
+        "pissa" => taken(principal(&host, rank, scaling, None, 0).map_err(named)?)?,
+        "olora" => taken(orthonormal(&host, rank).map_err(named)?)?,
+        _ => {
+            let setting = |key: &str, default| config.loftq_config.get(key).and_then(|v| v.as_u64()).unwrap_or(default);
+            if setting("loftq_bits", 4) != 4 {
+                return fail("loftq_bits is not 4");
+            }
+            let quantize = |w: &HostTensor| -> Result<HostTensor, ModelError> {
+                let failed = |source| ModelError::Quantize { module: path.to_string(), source };
+                let weight = Quantized4bit::quantize(&w.data, &w.shape, &LOFTQ).map_err(failed)?;
+                Ok(HostTensor { shape: w.shape.clone(), data: weight.dequantize().map_err(failed)? })
+            };
+            // PEFT's factors stand for what was lost without the scaling.
+            let rounds = setting("loftq_iter", 1) as usize;
+            let (_, rest) = quantization_error(&host, rank, 1.0, rounds, 0, quantize)?;
+            quantize(&rest)?
+        }
+    };
+    let base = Tensor::<2>::from_data(TensorData::new(rest.data, shape), (&weight.device(), dtype));
+    linear.original = Some(std::mem::replace(&mut linear.base, FrozenLinear::Dense(base)));
+    Ok(())
+}
+
+/// Uploads a matrix whose number of dimensions is known.
+fn matrix(tensor: &HostTensor, device: &Device) -> Tensor<2> {
+    let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
+    let shape = [tensor.data.len() / columns, columns];
+    Tensor::from_data(TensorData::new(tensor.data.clone(), shape), (device, DType::F32))
+}
+
+/// Uploads a vector as a row.
+fn row(tensor: &HostTensor, device: &Device) -> Tensor<2> {
+    Tensor::from_data(TensorData::new(tensor.data.clone(), [1, tensor.data.len()]), (device, DType::F32))
+}
+
+fn copy(tensor: &Tensor<2>, device: &Device) -> Result<Tensor<2>, ModelError> {
+    let shape = tensor.dims();
+    Ok(Tensor::from_data(TensorData::new(host_values(tensor)?, shape), (device, DType::F32)))
+}

@@ -1,0 +1,235 @@
+//! Adapters of a decoder: attach fresh ones, load and export PEFT's, switch and combine several, merge.
+//!
+//! An adapter is everything that PEFT keeps in one folder: LoRA factors of linear layers, of the embedding table and
+//! of the output head, biases of `lora_b`, DoRA's magnitudes, and modules that were trained in full. One adapter is on
+//! a decoder at a time; [`AdapterSet`] holds several by name, and combinations of them, and puts them on in turn.
+//!
+//! A tied output head has no weight of its own. When an adapter touches the head it gets one, which shares the
+//! table's memory; when an adapter touches the embedding alone, the head stays what it was, as in PEFT.
+//!
+//! Not read: adapters that use aLoRA, Arrow, KaSA, MonteCLoRA, QALoRA, BdLoRA, VeLoRA, Megatron's layers, replicated
+//! layers, `target_parameters` or `trainable_token_indices`; each is refused by its key.
+
+mod export;
+mod load;
+mod parameters;
+mod set;
+mod start;
+
+pub use set::{AdapterSet, AdapterSource};
+pub use start::CalibrationBatch;
+
+use crate::ModelError;
+use crate::decoder::Decoder;
+use burn::tensor::{FloatDType, Int, Tensor};
+use qlora_layers::target_modules::{Target, resolve, resolve_saved};
+use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Pass};
+use start::{Start, Starter};
+
+/// What an adapter put on the embedding table.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Embedding {
+    /// A low-rank update of the table.
+    pub(crate) lora: Option<LoraEmbedding>,
+    /// A table trained in full, `[vocabulary, hidden]`, f32.
+    pub(crate) whole: Option<Tensor<2>>,
+    /// The table before an adapter brought its own.
+    pub(crate) original: Option<Tensor<2>>,
+}
+
+impl Embedding {
+    /// The rows of `ids`, in the dtype of the table.
+    pub(crate) fn forward(&self, table: &Tensor<2>, ids: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
+        match (&self.whole, &self.lora) {
+            (Some(whole), _) => {
+                let whole = if pass.tracked { whole.clone() } else { whole.clone().without_autodiff() };
+                whole.select(0, ids).cast(table.dtype())
+            }
+            (None, Some(lora)) => lora.forward(table, ids, pass),
+            (None, None) => table.clone().select(0, ids),
+        }
+    }
+}
+
+impl Decoder {
+    /// The adapters that `config` asks for on this model.
+    ///
+    /// # Errors
+    /// A setting is out of range, or nothing matches (the message lists the candidates).
+    pub fn lora_targets(&self, config: &LoraConfig) -> Result<Vec<Target>, ModelError> {
+        Ok(resolve(config, &self.config.adaptable_modules())?)
+    }
+
+    /// The modules that `config` trains in full.
+    ///
+    /// # Errors
+    /// An entry of `modules_to_save` names no module.
+    pub fn saved_modules(&self, config: &LoraConfig) -> Result<Vec<String>, ModelError> {
+        let blocks = self.blocks.iter().flat_map(|block| {
+            let linears = block.linears().map(|(path, _)| path);
+            linears.chain(block.norms().map(|(path, _)| path)).collect::<Vec<_>>()
+        });
+        let others = [self.config.embed_path(), self.config.last_norm().0, self.head_path().to_string()];
+        Ok(resolve_saved(&config.modules_to_save, &blocks.chain(others).collect::<Vec<_>>())?)
+    }
+
+    /// Puts fresh adapters on the modules that `config` names, in place of any that are there. Their initial
+    /// values depend on `seed`, their number and the weights alone. Returns how many.
+    ///
+    /// # Errors
+    /// As [`lora_targets`](Self::lora_targets) and [`saved_modules`](Self::saved_modules); an initialisation does not
+    /// fit the model, or needs activations (see [`attach_lora_to`](Self::attach_lora_to)). The model is unchanged then.
+    pub fn attach_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<usize, ModelError> {
+        self.attach_lora_to(config, seed, &[])
+    }
+
+    /// [`attach_lora`](Self::attach_lora) with batches whose activations [`Initialization::Eva`] looks at.
+    ///
+    /// # Errors
+    /// As [`attach_lora`](Self::attach_lora).
+    pub fn attach_lora_to(
+        &mut self,
+        config: &LoraConfig,
+        seed: u64,
+        calibration: &[CalibrationBatch],
+    ) -> Result<usize, ModelError> {
+        let mut model = self.clone();
+        model.unload_adapter()?;
+        let mut targets = model.lora_targets(config)?;
+        let saved = model.saved_modules(config)?;
+        if let Some(both) = targets.iter().find(|target| saved.contains(&target.path)) {
+            return Err(ModelError::AdapterClash { module: both.path.clone() });
+        }
+        let (embed, head) = (model.config.embed_path(), model.head_path());
+        if targets.iter().any(|target| target.path == head) || saved.iter().any(|path| path == head) {
+            model.own_head();
+        }
+        let components = match config.init {
+            Initialization::Eva => Some(start::explain(&model, config, &mut targets, calibration)?),
+            _ => None,
+        };
+        let starter = Starter::new(&model, config, seed, components)?;
+        let mut index = 0;
+        for (path, linear) in model.linears_mut() {
+            if let Some(target) = targets.iter().find(|target| target.path == path) {
+                let Start { adapter, base } = starter.linear(linear, target, index)?;
+                if let Some(base) = base {
+                    linear.base = base;
+                }
+                linear.adapter = Some(finish(adapter, config, &linear.base));
+                index += 1;
+            }
+            if saved.contains(&path) {
+                linear.train_whole();
+            }
+        }
+        let table = model.embed_tokens.clone();
+        if let Some(target) = targets.iter().find(|target| target.path == embed) {
+            let lora = LoraEmbedding::new(&table, target.rank, target.scaling, seed);
+            model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
+        }
+        if saved.iter().any(|path| *path == embed) {
+            model.embedding.whole = Some(table.cast(FloatDType::F32));
+        }
+        for (path, norm) in model.norms_mut() {
+            if saved.contains(&path) {
+                norm.trained = Some(norm.weight.clone().unsqueeze());
+            }
+        }
+        model.adapter_config = Some(export::peft_config(config, &targets));
+        *self = model;
+        Ok(targets.len())
+    }
+
+    /// Takes the adapter off: the base model remains, without being loaded again.
+    ///
+    /// # Errors
+    /// [`ModelError::BaseChanged`] when the adapter's initialisation took its start out of the weights.
+    pub fn unload_adapter(&mut self) -> Result<(), ModelError> {
+        let changed = |linear: &LoraLinear| {
+            linear.original.is_none() && linear.adapter.as_ref().is_some_and(|adapter| adapter.initial.is_some())
+        };
+        if let Some((module, _)) = self.linears().find(|(_, linear)| changed(linear)) {
+            return Err(ModelError::BaseChanged { module });
+        }
+        self.linears_mut().for_each(|(_, linear)| linear.unload());
+        self.norms_mut().for_each(|(_, norm)| norm.trained = None);
+        let Embedding { original, .. } = std::mem::take(&mut self.embedding);
+        if let Some(table) = original {
+            self.embed_tokens = table;
+        }
+        if self.config.tie_word_embeddings {
+            self.lm_head = None;
+        }
+        self.adapter_config = None;
+        Ok(())
+    }
+
+    /// Path of the output head.
+    pub(crate) fn head_path(&self) -> &'static str {
+        self.config.root().head
+    }
+
+    /// Gives a tied head a layer of its own, over the table's memory.
+    fn own_head(&mut self) {
+        let table = &self.embed_tokens;
+        self.lm_head.get_or_insert_with(|| LoraLinear::frozen(FrozenLinear::Dense(table.clone()), None));
+    }
+
+    /// The adapters of linear layers with their paths, in the order of their numbers.
+    pub fn adapters(&self) -> impl Iterator<Item = (String, &LoraAdapter)> {
+        self.linears().filter_map(|(path, linear)| Some((path, linear.adapter.as_ref()?)))
+    }
+
+    /// Paths of the modules that are adapted or trained in full, the embedding first.
+    pub fn adapted_modules(&self) -> Vec<String> {
+        let embedding = (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
+        let linears = self.linears().filter(|(_, linear)| linear.adapter.is_some() || linear.whole.is_some());
+        let norms = self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| path);
+        embedding.into_iter().chain(linears.map(|(path, _)| path)).chain(norms).collect()
+    }
+
+    /// Makes the adapter part of the dense weights, `W + scaling * lora_b lora_a` in f32 and whatever else it holds, and
+    /// removes it. A tied head stays what it is when only the embedding changes.
+    ///
+    /// # Errors
+    /// An adapted base is quantized: rounding the sum to 4 bits again would change what the adapter does, so merging
+    /// belongs on the full-precision base. The model is unchanged then.
+    pub fn merge_adapters(&mut self) -> Result<(), ModelError> {
+        let quantized = self
+            .linears()
+            .find(|(_, linear)| linear.adapter.is_some() && matches!(linear.base, FrozenLinear::Quantized(_)));
+        if let Some((module, _)) = quantized {
+            return Err(ModelError::MergeQuantized { module });
+        }
+        if self.embedding.lora.is_some() || self.embedding.whole.is_some() {
+            self.own_head();
+        }
+        // A head that has become its own stays so.
+        if self.lm_head.is_some() {
+            self.config.tie_word_embeddings = false;
+        }
+        let dtype = self.dtype;
+        for (_, linear) in self.linears_mut() {
+            linear.merge(dtype);
+            linear.original = None;
+        }
+        for (_, norm) in self.norms_mut() {
+            if let Some(trained) = norm.trained.take() {
+                norm.weight = trained.without_autodiff().squeeze_dim::<1>(0);
+            }
+        }
+        let Embedding { lora, whole, .. } = std::mem::take(&mut self.embedding);
+        if let Some(table) = whole.or_else(|| Some(lora?.merged(&self.embed_tokens))) {
+            self.embed_tokens = table.without_autodiff().cast(dtype);
+        }
+        self.adapter_config = None;
+        Ok(())
+    }
+}
+
+/// The parts that `config` adds to an adapter's factors.
+fn finish(adapter: LoraAdapter, config: &LoraConfig, base: &FrozenLinear) -> LoraAdapter {
+    let adapter = if config.lora_bias { adapter.with_bias() } else { adapter };
+    if config.use_dora { adapter.with_dora(base, None) } else { adapter }
+}

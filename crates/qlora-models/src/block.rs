@@ -1,0 +1,168 @@
+//! One decoder block: attention and an MLP or experts, each over a normalised input and added to it.
+
+use crate::attention::{KvCache, attention};
+use crate::config::{BlockNorms, ModelConfig};
+use crate::decoder::Sequence;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
+use crate::norm::RmsNorm;
+use crate::rope;
+use burn::tensor::Tensor;
+use qlora_layers::{LoraLinear, Pass};
+
+/// A module with its path in the model.
+#[derive(Clone, Debug)]
+pub(crate) struct Named<T> {
+    pub path: String,
+    pub module: T,
+}
+
+impl<T> Named<T> {
+    pub fn pair(&self) -> (String, &T) {
+        (self.path.clone(), &self.module)
+    }
+
+    pub fn pair_mut(&mut self) -> (String, &mut T) {
+        (self.path.clone(), &mut self.module)
+    }
+}
+
+/// What follows attention.
+#[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a model has some tens, and they stay where they are")]
+pub(crate) enum FeedForward {
+    Dense(Mlp),
+    Experts(Moe),
+}
+
+/// One decoder block; its linear layers carry the adapters.
+#[derive(Clone, Debug)]
+pub struct Block {
+    pub(crate) index: usize,
+    /// Index into [`ModelConfig::attention_kinds`].
+    pub(crate) kind: usize,
+    /// Queries, keys and values, or one projection whose output holds all three in this order.
+    pub(crate) qkv: Vec<Named<LoraLinear>>,
+    pub(crate) output: Named<LoraLinear>,
+    pub(crate) feed_forward: FeedForward,
+    pub(crate) norms: BlockNorms<Named<RmsNorm>>,
+}
+
+impl Block {
+    /// Index of the block, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The linear layers with their paths in the model.
+    pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
+        let (mlp, experts) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
+            FeedForward::Experts(moe) => (None, Some(moe.linears())),
+        };
+        let attention = self.qkv.iter().chain([&self.output]);
+        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).map(Named::pair)
+    }
+
+    /// The linear layers with their paths in the model.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
+        self.parts_mut().0
+    }
+
+    /// The norms with their paths in the model.
+    pub fn norms(&self) -> impl Iterator<Item = (String, &RmsNorm)> {
+        self.norms.as_ref().into_iter().map(Named::pair)
+    }
+
+    /// The norms with their paths in the model.
+    pub fn norms_mut(&mut self) -> impl Iterator<Item = (String, &mut RmsNorm)> {
+        self.parts_mut().1
+    }
+
+    /// Linear layers and norms at once, with their paths in the model.
+    pub(crate) fn parts_mut(
+        &mut self,
+    ) -> (impl Iterator<Item = (String, &mut LoraLinear)>, impl Iterator<Item = (String, &mut RmsNorm)>) {
+        let Self { qkv, output, feed_forward, norms, .. } = self;
+        let (mlp, experts) = match feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
+            FeedForward::Experts(moe) => (None, Some(moe.linears_mut())),
+        };
+        let attention = qkv.iter_mut().chain([output]);
+        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        (linears.map(Named::pair_mut), norms.as_mut().into_iter().map(Named::pair_mut))
+    }
+
+    /// # Shapes
+    /// `[rows * len, hidden]` in and out.
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<2>,
+        config: &ModelConfig,
+        sequence: &Sequence,
+        cache: Option<&mut KvCache>,
+        pass: Pass,
+    ) -> Tensor<2> {
+        let norms = &self.norms;
+        let normalised = |norm: &Option<Named<RmsNorm>>, x: Tensor<2>| match norm {
+            Some(norm) => norm.module.forward(x, pass),
+            None => x,
+        };
+        let h = norms.attention_input.module.forward(x.clone(), pass);
+        let h = self.attend(h, config, sequence, cache, pass);
+        let x = x + normalised(&norms.attention_output, h);
+
+        let h = norms.mlp_input.module.forward(x.clone(), pass);
+        let h = match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.forward(h, pass),
+            FeedForward::Experts(moe) => moe.forward(h, pass),
+        };
+        x + normalised(&norms.mlp_output, h)
+    }
+
+    /// # Shapes
+    /// `[rows * len, hidden]` in and out.
+    fn attend(
+        &self,
+        h: Tensor<2>,
+        config: &ModelConfig,
+        sequence: &Sequence,
+        cache: Option<&mut KvCache>,
+        pass: Pass,
+    ) -> Tensor<2> {
+        let &Sequence { rows, len, .. } = sequence;
+        let view = &sequence.views[self.kind];
+        let [q, k, v] = self.project(h, config, pass);
+        let (q, k) = match &self.norms.qk {
+            Some([q_norm, k_norm]) => (q_norm.module.forward_heads(q, pass), k_norm.module.forward_heads(k, pass)),
+            None => (q, k),
+        };
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]).swap_dims(1, 2);
+        let q = rope::rotate(heads(q, config.num_attention_heads), &view.cos, &view.sin);
+        let k = rope::rotate(heads(k, config.num_key_value_heads), &view.cos, &view.sin);
+        let v = heads(v, config.num_key_value_heads);
+        let (k, v) = match cache {
+            Some(cache) => cache.extend(self.index, k, v),
+            None => (k, v),
+        };
+        let mixed = attention(q, k, v, config.score_scale, config.score_softcap, &view.mask);
+        let mixed = mixed.swap_dims(1, 2).reshape([rows * len, config.num_attention_heads * config.head_dim]);
+        self.output.module.forward(mixed, pass)
+    }
+
+    /// Queries, keys and values, each `[tokens, heads * head_dim]`.
+    fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> [Tensor<2>; 3] {
+        match &self.qkv[..] {
+            [q, k, v] => [
+                q.module.forward(h.clone(), pass),
+                k.module.forward(h.clone(), pass),
+                v.module.forward(h, pass),
+            ],
+            fused => {
+                let all = fused[0].module.forward(h, pass);
+                let [q, k, v] = config.qkv_widths();
+                [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
+            }
+        }
+    }
+}

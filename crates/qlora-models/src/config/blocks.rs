@@ -1,0 +1,102 @@
+//! What the blocks of a model differ in: their window, and whether they have experts.
+
+use super::fields::Fields;
+use super::{AttentionKind, ExpertsConfig};
+use crate::ModelError;
+use crate::family::{Experts, Window, Windowed};
+use crate::rope::Rope;
+
+const WINDOW: &str = "sliding_window";
+const LAYER_TYPES: &str = "layer_types";
+
+/// The kinds of attention, and which of them each block has.
+pub(super) fn attention_kinds(
+    fields: &Fields,
+    window: &Window,
+    layers: usize,
+    [global_rope, local_rope]: [Rope; 2],
+) -> Result<(Vec<AttentionKind>, Vec<usize>), ModelError> {
+    let enabled = window.switch.map(|key| fields.flag(key)).transpose()?.is_none_or(|on| on.unwrap_or(false));
+    let width = match window.blocks {
+        Windowed::None => None,
+        _ if fields.is_null(WINDOW) => None,
+        _ => fields.size(WINDOW)?.or(window.width).filter(|_| enabled),
+    };
+    let local: Vec<bool> = match window.blocks {
+        Windowed::None => vec![false; layers],
+        Windowed::All => vec![width.is_some(); layers],
+        Windowed::From(key, default) => {
+            let first = count(fields, key)?.unwrap_or(default);
+            let otherwise = || (0..layers).map(|index| width.is_some() && index >= first).collect();
+            layer_types(fields, layers)?.unwrap_or_else(otherwise)
+        }
+        Windowed::AllButEvery(key, default) => {
+            let every = key.map(|key| fields.size(key)).transpose()?.flatten().unwrap_or(default);
+            layer_types(fields, layers)?.unwrap_or_else(|| (1..=layers).map(|n| n % every != 0).collect())
+        }
+    };
+    let global = AttentionKind { window: None, rope: global_rope };
+    let windowed = AttentionKind { window: width, rope: local_rope };
+    Ok(match (local.contains(&false), local.contains(&true)) {
+        (_, true) if width.is_none() => return Err(fields.error(WINDOW, "is missing, and some layers have a window")),
+        (true, true) => (vec![global, windowed], local.into_iter().map(usize::from).collect()),
+        (_, false) => (vec![global], vec![0; layers]),
+        (false, true) => (vec![windowed], vec![0; layers]),
+    })
+}
+
+/// Whether each block has a window, as `layer_types` says.
+fn layer_types(fields: &Fields, layers: usize) -> Result<Option<Vec<bool>>, ModelError> {
+    let read = |value: &serde_json::Value| match value.as_str() {
+        Some("full_attention") => Some(false),
+        Some("sliding_attention") => Some(true),
+        _ => None,
+    };
+    let types = fields.list(LAYER_TYPES, "\"full_attention\" and \"sliding_attention\"", read)?;
+    match types {
+        Some(types) if types.len() != layers => {
+            Err(fields.error(LAYER_TYPES, format!("has {} entries; there are {layers} layers", types.len())))
+        }
+        types => Ok(types),
+    }
+}
+
+/// A number that may be 0.
+fn count(fields: &Fields, key: &str) -> Result<Option<usize>, ModelError> {
+    let read = |value: &serde_json::Value| {
+        let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
+        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number of layers")))
+    };
+    fields.get(key).map(read).transpose()
+}
+
+/// The sizes of a mixture of experts.
+pub(super) fn experts(fields: &Fields, names: &Experts) -> Result<ExpertsConfig, ModelError> {
+    let (count_keys, default_count) = names.count;
+    let counts = count_keys.iter().map(|key| fields.size(key)).collect::<Result<Vec<_>, _>>()?;
+    let count = counts.into_iter().flatten().next().unwrap_or(default_count);
+    let (per_token_key, default_per_token) = names.per_token;
+    let per_token = fields.required(per_token_key, Some(default_per_token))?;
+    if per_token > count {
+        return Err(fields.error(per_token_key, format!("is {per_token}; there are only {count} experts")));
+    }
+    let (width_key, default_width) = names.width;
+    Ok(ExpertsConfig {
+        count,
+        per_token,
+        intermediate_size: fields.required(width_key, default_width)?,
+        normalise: fields.switch(names.normalise)?,
+    })
+}
+
+/// Which blocks have experts.
+pub(super) fn sparse(fields: &Fields, names: Option<&Experts>, layers: usize) -> Result<Vec<bool>, ModelError> {
+    let Some(names) = names else { return Ok(vec![false; layers]) };
+    let every = names.every.map(|key| fields.size(key)).transpose()?.flatten().unwrap_or(1);
+    let index = |value: &serde_json::Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
+    let dense = match names.dense_blocks {
+        Some(key) => fields.list(key, "layer numbers", index)?.unwrap_or_default(),
+        None => Vec::new(),
+    };
+    Ok((0..layers).map(|index| !dense.contains(&index) && (index + 1).is_multiple_of(every)).collect())
+}

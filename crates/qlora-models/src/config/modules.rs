@@ -1,0 +1,253 @@
+//! Which modules a model has: their paths, shapes and roles, in the order in which the decoder holds them.
+
+use super::{ExpertsConfig, LayerConfig, ModelConfig};
+use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, QK_NORMS, Root};
+use qlora_layers::target_modules::{AdaptableModule, ModuleRole};
+
+/// A linear layer as a configuration describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// Its path in the model.
+    pub path: String,
+    /// `[out_features, in_features]`.
+    pub shape: [usize; 2],
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// What it is.
+    pub role: LinearRole,
+}
+
+/// What a linear layer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearRole {
+    /// A projection of attention or MLP: held in 4 bits, adapted by `"all-linear"`.
+    Projection,
+    /// A projection of an expert: the same.
+    Expert,
+    /// A router: dense, since a token's experts hang on its smallest differences, and adapted only when named.
+    Router,
+    /// The output head: dense, and adapted only when named.
+    Head,
+}
+
+/// The linear layers of a block with experts.
+pub(crate) struct ExpertsSpecs {
+    pub config: ExpertsConfig,
+    pub names: Experts,
+    pub router: LinearSpec,
+    /// Gate, input and output projection of each expert.
+    pub experts: Vec<[LinearSpec; 3]>,
+}
+
+impl ModelConfig {
+    /// A block.
+    pub(crate) fn layer(&self, index: usize) -> LayerConfig {
+        self.layers[index]
+    }
+
+    /// Where modules of the model lie.
+    pub(crate) fn root(&self) -> Root {
+        self.family.roots[0]
+    }
+
+    /// The path of a block.
+    pub(crate) fn block_path(&self, index: usize) -> String {
+        format!("{}.layers.{index}", self.root().model)
+    }
+
+    /// Queries, keys and values: one linear layer per group of output widths.
+    pub(crate) fn qkv_specs(&self, index: usize) -> Vec<LinearSpec> {
+        let block = self.block_path(index);
+        let widths = self.qkv_widths();
+        let outputs = match self.family.qkv {
+            [_] => vec![widths.iter().sum()],
+            _ => widths.to_vec(),
+        };
+        let spec = |(name, out): (&&str, usize)| projection(&block, name, [out, self.hidden_size], self.qkv_bias);
+        self.family.qkv.iter().zip(outputs).map(spec).collect()
+    }
+
+    /// Widths of queries, keys and values.
+    pub(crate) fn qkv_widths(&self) -> [usize; 3] {
+        let keys = self.num_key_value_heads * self.head_dim;
+        [self.num_attention_heads * self.head_dim, keys, keys]
+    }
+
+    /// The attention's output projection.
+    pub(crate) fn output_spec(&self, index: usize) -> LinearSpec {
+        let shape = [self.hidden_size, self.num_attention_heads * self.head_dim];
+        projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
+    }
+
+    /// Gate and input projection of the MLP, one linear layer or two, and its output projection.
+    pub(crate) fn mlp_specs(&self, index: usize) -> (Vec<LinearSpec>, LinearSpec) {
+        let (block, width) = (self.block_path(index), self.intermediate_size);
+        let out = if self.family.gate_up.len() == 1 { 2 * width } else { width };
+        let spec = |name: &&str| projection(&block, name, [out, self.hidden_size], self.mlp_bias);
+        let down = projection(&block, MLP_OUTPUT, [self.hidden_size, width], self.mlp_bias);
+        (self.family.gate_up.iter().map(spec).collect(), down)
+    }
+
+    /// The linear layers of a block with experts; `None` for a block without.
+    pub(crate) fn experts_specs(&self, index: usize) -> Option<ExpertsSpecs> {
+        let (config, names) = (self.experts?, self.family.experts?);
+        if !self.layers[index].sparse {
+            return None;
+        }
+        let (block, width) = (self.block_path(index), config.intermediate_size);
+        let router = LinearSpec {
+            role: LinearRole::Router,
+            ..projection(&block, names.router, [config.count, self.hidden_size], false)
+        };
+        let expert = |expert: usize| {
+            let path = format!("{block}.{}.{expert}", names.list);
+            let shapes = [[width, self.hidden_size], [width, self.hidden_size], [self.hidden_size, width]];
+            std::array::from_fn(|i| LinearSpec {
+                role: LinearRole::Expert,
+                ..projection(&path, names.projections[i], shapes[i], false)
+            })
+        };
+        Some(ExpertsSpecs { config, names, router, experts: (0..config.count).map(expert).collect() })
+    }
+
+    /// Every linear layer, in the order of [`Decoder::linears`](crate::Decoder::linears).
+    pub fn linear_specs(&self) -> Vec<LinearSpec> {
+        let mut specs = Vec::new();
+        for index in 0..self.num_hidden_layers {
+            specs.extend(self.qkv_specs(index));
+            specs.push(self.output_spec(index));
+            match self.experts_specs(index) {
+                Some(found) => {
+                    specs.push(found.router);
+                    specs.extend(found.experts.into_iter().flatten());
+                }
+                None => {
+                    let (gate_up, down) = self.mlp_specs(index);
+                    specs.extend(gate_up);
+                    specs.push(down);
+                }
+            }
+        }
+        if !self.tie_word_embeddings {
+            specs.push(LinearSpec {
+                path: self.root().head.into(),
+                shape: [self.vocab_size, self.hidden_size],
+                bias: false,
+                role: LinearRole::Head,
+            });
+        }
+        specs
+    }
+
+    /// Every linear layer's path and shape `[out_features, in_features]`, in the order of
+    /// [`Decoder::linears`](crate::Decoder::linears).
+    pub fn linears(&self) -> Vec<(String, [usize; 2])> {
+        self.linear_specs().into_iter().map(|spec| (spec.path, spec.shape)).collect()
+    }
+
+    /// Every module that can have an adapter, as target matching sees it: the linear layers, the head, also where it is
+    /// the embedding table, and the embedding. `"all-linear"` leaves out the last two and routers.
+    pub fn adaptable_modules(&self) -> Vec<AdaptableModule> {
+        let mut modules: Vec<AdaptableModule> = self
+            .linear_specs()
+            .into_iter()
+            .filter(|spec| spec.role != LinearRole::Head)
+            .map(|LinearSpec { path, role, .. }| AdaptableModule {
+                path,
+                role: if role == LinearRole::Router { ModuleRole::Router } else { ModuleRole::Linear },
+            })
+            .collect();
+        modules.push(AdaptableModule { path: self.root().head.into(), role: ModuleRole::OutputHead });
+        modules.push(AdaptableModule { path: self.embed_path(), role: ModuleRole::Embedding });
+        modules
+    }
+
+    /// The path of the embedding table.
+    pub(crate) fn embed_path(&self) -> String {
+        format!("{}.embed_tokens", self.root().model)
+    }
+
+    /// The norms of a block with their widths, as [`Block::norms`](crate::Block::norms) orders them.
+    pub(crate) fn block_norms(&self, index: usize) -> BlockNorms<(String, usize)> {
+        let block = self.block_path(index);
+        let norm = |name: &str, width| (format!("{block}.{name}"), width);
+        let Norms { attention_input, attention_output, mlp_input, mlp_output } = self.family.norms;
+        BlockNorms {
+            attention_input: norm(attention_input, self.hidden_size),
+            qk: self.family.qk_norm.then(|| QK_NORMS.map(|name| norm(name, self.head_dim))),
+            attention_output: attention_output.map(|name| norm(name, self.hidden_size)),
+            mlp_input: norm(mlp_input, self.hidden_size),
+            mlp_output: mlp_output.map(|name| norm(name, self.hidden_size)),
+        }
+    }
+
+    /// The last norm with its width.
+    pub(crate) fn last_norm(&self) -> (String, usize) {
+        (format!("{}.norm", self.root().model), self.hidden_size)
+    }
+
+    /// Every norm with its width, in the order of [`Decoder::norms`](crate::Decoder::norms).
+    pub fn norms(&self) -> Vec<(String, usize)> {
+        let mut norms: Vec<_> =
+            (0..self.num_hidden_layers).flat_map(|index| self.block_norms(index).into_iter()).collect();
+        norms.push(self.last_norm());
+        norms
+    }
+}
+
+/// The norms of a block, or something for each.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockNorms<T> {
+    pub attention_input: T,
+    pub qk: Option<[T; 2]>,
+    pub attention_output: Option<T>,
+    pub mlp_input: T,
+    pub mlp_output: Option<T>,
+}
+
+impl<T> BlockNorms<T> {
+    pub fn try_map<U, E>(self, mut f: impl FnMut(T) -> Result<U, E>) -> Result<BlockNorms<U>, E> {
+        Ok(BlockNorms {
+            attention_input: f(self.attention_input)?,
+            qk: match self.qk {
+                Some([q, k]) => Some([f(q)?, f(k)?]),
+                None => None,
+            },
+            attention_output: self.attention_output.map(&mut f).transpose()?,
+            mlp_input: f(self.mlp_input)?,
+            mlp_output: self.mlp_output.map(&mut f).transpose()?,
+        })
+    }
+
+    pub fn into_iter(self) -> impl Iterator<Item = T> {
+        std::iter::once(self.attention_input)
+            .chain(self.qk.into_iter().flatten())
+            .chain(self.attention_output)
+            .chain([self.mlp_input])
+            .chain(self.mlp_output)
+    }
+
+    pub fn as_ref(&self) -> BlockNorms<&T> {
+        BlockNorms {
+            attention_input: &self.attention_input,
+            qk: self.qk.as_ref().map(|[q, k]| [q, k]),
+            attention_output: self.attention_output.as_ref(),
+            mlp_input: &self.mlp_input,
+            mlp_output: self.mlp_output.as_ref(),
+        }
+    }
+
+    pub fn as_mut(&mut self) -> BlockNorms<&mut T> {
+        BlockNorms {
+            attention_input: &mut self.attention_input,
+            qk: self.qk.as_mut().map(|[q, k]| [q, k]),
+            attention_output: self.attention_output.as_mut(),
+            mlp_input: &mut self.mlp_input,
+            mlp_output: self.mlp_output.as_mut(),
+        }
+    }
+}
+
+fn projection(parent: &str, name: &str, shape: [usize; 2], bias: bool) -> LinearSpec {
+    LinearSpec { path: format!("{parent}.{name}"), shape, bias, role: LinearRole::Projection }
+}

@@ -1,0 +1,170 @@
+//! `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+
+use super::fields::Fields;
+use crate::ModelError;
+use crate::family::Family;
+use crate::rope::{Rope, RopeScaling};
+use serde_json::Value;
+
+/// The names that blocks without and with a window have in `rope_parameters`.
+const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
+
+/// What scalings refer to beyond their own keys.
+pub(super) struct Sizes {
+    pub head_dim: usize,
+    pub max_position_embeddings: usize,
+}
+
+/// The rotary embeddings of blocks without and with a window.
+pub(super) fn read(fields: &Fields, family: &Family, sizes: &Sizes) -> Result<[Rope; 2], ModelError> {
+    // transformers prefers the older key where both are there.
+    let scaling = fields.object("rope_scaling")?;
+    let parameters = fields.object("rope_parameters")?;
+    let theta = fields.number("rope_theta")?;
+    let partial = fields.number("partial_rotary_factor")?;
+    let outer = Outer { fields, family, sizes, partial };
+    let Some((local_key, local_theta)) = family.rotary.local_theta else {
+        let inner = scaling.or(parameters);
+        let rope = outer.rope(inner.as_ref(), theta.unwrap_or(family.rotary.theta))?;
+        return Ok([rope.clone(), rope]);
+    };
+    let local_theta = fields.number(local_key)?.unwrap_or(local_theta);
+    let theta = theta.unwrap_or(family.rotary.theta);
+    if let Some(inner) = parameters {
+        if scaling.is_some() {
+            return Err(fields.error("rope_scaling", "stands beside rope_parameters, which replaced it; remove one of them"));
+        }
+        if let Some(key) = inner.keys().find(|key| !KINDS.contains(key)) {
+            return Err(inner.error(key, format!("is not known; there has to be one object each for {}", KINDS.join(" and "))));
+        }
+        let [global, local] = [inner.object(KINDS[0])?, inner.object(KINDS[1])?];
+        return Ok([outer.rope(global.as_ref(), theta)?, outer.rope(local.as_ref(), local_theta)?]);
+    }
+    Ok([outer.rope(scaling.as_ref(), theta)?, outer.rope(None, local_theta)?])
+}
+
+struct Outer<'a> {
+    fields: &'a Fields<'a>,
+    family: &'a Family,
+    sizes: &'a Sizes,
+    partial: Option<f64>,
+}
+
+impl Outer<'_> {
+    fn rope(&self, inner: Option<&Fields>, theta: f64) -> Result<Rope, ModelError> {
+        let Some(inner) = inner else {
+            return Ok(Rope { theta, dim: self.dim(self.partial, self.fields)?, scaling: RopeScaling::Default });
+        };
+        let theta = inner.number("rope_theta")?.unwrap_or(theta);
+        let dim = match inner.number("partial_rotary_factor")? {
+            Some(factor) => self.dim(Some(factor), inner)?,
+            None => self.dim(self.partial, self.fields)?,
+        };
+        let kinds = [inner.text("rope_type")?, inner.text("type")?];
+        let kind = kinds.into_iter().flatten().next().unwrap_or("default");
+        let scaling = match kind {
+            "default" => RopeScaling::Default,
+            "linear" => RopeScaling::Linear { factor: inner.need("factor")? },
+            "dynamic" => RopeScaling::Dynamic {
+                factor: inner.need("factor")?,
+                max_position_embeddings: self.sizes.max_position_embeddings,
+            },
+            "llama3" => RopeScaling::Llama3 {
+                factor: inner.need("factor")?,
+                low_freq_factor: inner.need("low_freq_factor")?,
+                high_freq_factor: inner.need("high_freq_factor")?,
+                original_max_position_embeddings: self.original(inner)?,
+            },
+            "longrope" => self.long(inner, dim)?,
+            "su" | "yarn" if self.family.rotary.long_aliases => self.long(inner, dim)?,
+            "yarn" => self.yarn(inner)?,
+            other => {
+                return Err(inner.error(
+                    "rope_type",
+                    format!("is \"{other}\"; supported: default, linear, dynamic, llama3, yarn, longrope"),
+                ));
+            }
+        };
+        inner.nothing_left(&[])?;
+        Ok(Rope { theta, dim, scaling })
+    }
+
+    /// Dimensions of a head that are rotated.
+    fn dim(&self, factor: Option<f64>, fields: &Fields) -> Result<usize, ModelError> {
+        let factor = factor.unwrap_or(1.0);
+        if factor != 1.0 && !self.family.rotary.partial {
+            let problem = format!("is {factor}; only 1 is supported for {}", self.family.model_type);
+            return Err(fields.error("partial_rotary_factor", problem));
+        }
+        let dim = (self.sizes.head_dim as f64 * factor) as usize;
+        match dim.is_multiple_of(2) && (1..=self.sizes.head_dim).contains(&dim) {
+            true => Ok(dim),
+            false if factor == 1.0 => {
+                Err(self.fields.error("head_dim", format!("is {dim}; rotary embeddings need an even one")))
+            }
+            false => Err(fields.error(
+                "partial_rotary_factor",
+                format!("is {factor}, {dim} of {} dimensions; it has to be an even number of them", self.sizes.head_dim),
+            )),
+        }
+    }
+
+    /// The context length before an extension. A key of the whole file goes before that of the scaling.
+    fn original(&self, inner: &Fields) -> Result<f64, ModelError> {
+        let outer = self.fields.number("original_max_position_embeddings")?;
+        let outer = outer.or(self.family.rotary.original_context.map(|size| size as f64));
+        let inner = inner.number("original_max_position_embeddings")?;
+        Ok(outer.or(inner).unwrap_or(self.sizes.max_position_embeddings as f64))
+    }
+
+    fn factor(&self, inner: &Fields, original: f64) -> Result<f64, ModelError> {
+        Ok(inner.number("factor")?.unwrap_or(self.sizes.max_position_embeddings as f64 / original))
+    }
+
+    fn yarn(&self, inner: &Fields) -> Result<RopeScaling, ModelError> {
+        let original = self.original(inner)?;
+        let factor = self.factor(inner, original)?;
+        let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+        let (scale, all) = (inner.number("mscale")?, inner.number("mscale_all_dim")?);
+        let attention_factor = match (inner.number("attention_factor")?, scale, all) {
+            (Some(factor), ..) => factor,
+            (None, Some(scale), Some(all)) => magnitude(scale) / magnitude(all),
+            _ => magnitude(1.0),
+        };
+        Ok(RopeScaling::Yarn {
+            factor,
+            attention_factor,
+            beta_fast: inner.number("beta_fast")?.unwrap_or(32.0),
+            beta_slow: inner.number("beta_slow")?.unwrap_or(1.0),
+            original_max_position_embeddings: original,
+            truncate: inner.flag("truncate")?.unwrap_or(true),
+        })
+    }
+
+    fn long(&self, inner: &Fields, dim: usize) -> Result<RopeScaling, ModelError> {
+        let factors = |key: &str| {
+            let positive = |value: &Value| value.as_f64().filter(|number| *number > 0.0 && number.is_finite());
+            let list = inner.list(key, "positive numbers", positive)?.ok_or_else(|| inner.error(key, "is missing"))?;
+            match list.len() == dim / 2 {
+                true => Ok(list),
+                false => Err(inner.error(
+                    key,
+                    format!("has {} numbers; there are {} pairs of dimensions to rotate", list.len(), dim / 2),
+                )),
+            }
+        };
+        let original = self.original(inner)?;
+        let factor = self.factor(inner, original)?;
+        let attention_factor = match inner.number("attention_factor")? {
+            Some(factor) => factor,
+            None if factor <= 1.0 => 1.0,
+            None => (1.0 + factor.ln() / original.ln()).sqrt(),
+        };
+        Ok(RopeScaling::Long {
+            short: factors("short_factor")?,
+            long: factors("long_factor")?,
+            attention_factor,
+            original_max_position_embeddings: original,
+        })
+    }
+}

@@ -1,0 +1,44 @@
+//! Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32 and rounded once.
+
+use burn::tensor::{FloatDType, Tensor};
+use qlora_layers::Pass;
+
+/// `x / sqrt(mean(x²) + eps) · (weight + offset)`.
+#[derive(Clone, Debug)]
+pub struct RmsNorm {
+    /// `[width]`, f32, as checkpoints hold it.
+    pub weight: Tensor<1>,
+    /// `[1, width]`, f32: takes the weight's place while an adapter that trained the norm in full is on.
+    pub(crate) trained: Option<Tensor<2>>,
+    pub(crate) eps: f64,
+    /// Families that store the weight's distance from 1 add it here.
+    pub(crate) offset: f64,
+}
+
+impl RmsNorm {
+    /// # Shapes
+    /// `[rows, width]` in and out, dtype kept.
+    pub(crate) fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        let dtype = x.dtype();
+        let x = x.cast(FloatDType::F32);
+        let mean_square = x.clone().square().mean_dim(1);
+        let normalised = x / mean_square.add_scalar(self.eps).sqrt();
+        let weight = match &self.trained {
+            Some(trained) if pass.tracked => trained.clone(),
+            Some(trained) => trained.clone().without_autodiff(),
+            None => self.weight.clone().unsqueeze(),
+        };
+        let weight = if self.offset == 0.0 { weight } else { weight.add_scalar(self.offset) };
+        (normalised * weight).cast(dtype)
+    }
+
+    /// Normalises each head of its own.
+    ///
+    /// # Shapes
+    /// `[tokens, heads * width]` in and out, dtype kept.
+    pub(crate) fn forward_heads(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        let [tokens, features] = x.dims();
+        let width = self.weight.dims()[0];
+        self.forward(x.reshape([tokens * features / width, width]), pass).reshape([tokens, features])
+    }
+}
