@@ -1,0 +1,84 @@
+//! What the commands that convert read: adapters, combined as the flags say, and the base they belong to.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use burn_qlora::adapter_io::{Combination, combine};
+use burn_qlora::qlora_models::hub;
+use burn_qlora::{Adapter, QuantConfig, QuantType};
+
+use crate::args::{AdapterArgs, FourBitArgs, How};
+use crate::exit::UsageError;
+
+/// The adapters of the flags as one. A single one with the weight 1 stays what it is.
+pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
+    let weights = weights(args)?;
+    let mut adapters = args.adapters.iter().map(|name| load(name)).collect::<Result<Vec<_>>>()?;
+    if let ([_], [1.0]) = (&adapters[..], &weights[..]) {
+        return Ok(adapters.remove(0));
+    }
+    let how = match args.combination {
+        How::Cat => Combination::Cat,
+        How::Linear => Combination::Linear,
+        How::Svd => Combination::Svd { rank: args.svd_rank },
+    };
+    let pairs: Vec<(&Adapter, f64)> = adapters.iter().zip(weights).collect();
+    let mut combined = combine(&pairs, how)?;
+    let bases: Vec<_> = adapters.iter().map(|adapter| &adapter.config.base_model_name_or_path).collect();
+    if bases.iter().any(|base| *base != bases[0]) {
+        // Each names another base; which of them is meant is the caller's to say.
+        combined.config.base_model_name_or_path = None;
+    }
+    Ok(combined)
+}
+
+/// Reads one adapter.
+pub fn load(name: &str) -> Result<Adapter> {
+    let dir = hub::resolve(name, None)?;
+    Ok(Adapter::load(&dir)?)
+}
+
+fn weights(args: &AdapterArgs) -> Result<Vec<f64>, UsageError> {
+    let wrong = |text: String| Err(UsageError(text));
+    let (adapters, weights) = (args.adapters.len(), args.weights.len());
+    if args.svd_rank.is_some() && args.combination != How::Svd {
+        return wrong("--svd-rank belongs to --combination svd".into());
+    }
+    if args.svd_rank == Some(0) {
+        return wrong("--svd-rank must be 1 or more".into());
+    }
+    if args.weights.iter().any(|weight| !weight.is_finite()) {
+        return wrong("--weight must be a finite number".into());
+    }
+    match weights {
+        0 => Ok(vec![1.0; adapters]),
+        n if n == adapters => Ok(args.weights.clone()),
+        n => wrong(format!("{n} --weight for {adapters} --adapter: give one for each, or none")),
+    }
+}
+
+/// The folder of the base: the model that is named, or else the one that the adapter names.
+pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapter>) -> Result<PathBuf> {
+    let named = adapter.and_then(|adapter| adapter.config.base_model_name_or_path.as_deref());
+    let chosen = model.or(named).filter(|name| !name.is_empty()).ok_or_else(|| {
+        UsageError("the adapter names no base model, or several name different ones: give --model".into())
+    })?;
+    if let (Some(named), true) = (named, model.is_some_and(|model| Some(model) != named)) {
+        eprintln!("note: the adapter was trained on {named}");
+    }
+    let dir = hub::resolve(chosen, revision);
+    if model.is_none() {
+        return Ok(dir.context("can't find the base model that the adapter names; --model gives another place")?);
+    }
+    Ok(dir?)
+}
+
+/// The 4-bit form that the flags describe.
+pub fn four_bit(args: &FourBitArgs) -> Result<QuantConfig, UsageError> {
+    let quant_type = match args.quant_type.to_ascii_lowercase().as_str() {
+        "nf4" => QuantType::Nf4,
+        "fp4" => QuantType::Fp4,
+        other => return Err(UsageError(format!("--quant-type {other}: must be nf4 or fp4"))),
+    };
+    Ok(QuantConfig { quant_type, double_quant: !args.no_double_quant, ..QuantConfig::default() })
+}
