@@ -29,7 +29,6 @@ impl<T> Named<T> {
 
 /// What follows attention.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a model has some tens, and they stay where they are")]
 pub(crate) enum FeedForward {
     Dense(Mlp),
     Experts(Moe),

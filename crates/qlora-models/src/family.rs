@@ -254,8 +254,10 @@ const LLAMA: Family = Family {
     qkv_bias: Switch::Key("attention_bias"),
     output_bias: Switch::Key("attention_bias"),
     mlp_bias: Switch::Key("mlp_bias"),
-    // Splits products over several devices: the same sums.
-    harmless: &["pretraining_tp"],
+    fixed: &[("rope_interleaved", Only::Flag(false))],
+    // `pretraining_tp` splits products over several devices: the same sums. The others are in files of models
+    // that were converted to this type.
+    harmless: &["pretraining_tp", "max_sequence_length", "is_llama_config", "transformers.js_config"],
     ..BASE
 };
 
@@ -340,6 +342,12 @@ const QWEN3_MOE: Family = Family {
     }),
     window: Window { blocks: Windowed::All, ..QWEN2.window },
     sizes: Sizes { num_key_value_heads: Some(4), head_dim: None, ..QWEN3.sizes },
+    fixed: &[
+        ("mlp_bias", Only::Flag(false)),
+        ("qkv_bias", Only::Flag(false)),
+        ("use_qk_norm", Only::Flag(true)),
+        ("shared_expert_intermediate_size", Only::Number(0.0)),
+    ],
     harmless: &["output_router_logits", "router_aux_loss_coef", "max_window_layers"],
     ..QWEN3
 };
@@ -426,8 +434,11 @@ const PHI3: Family = Family {
     fixed: &[
         ("attention_bias", Only::Flag(false)),
         ("mlp_bias", Only::Flag(false)),
+        ("lm_head_bias", Only::Flag(false)),
         ("embd_pdrop", Only::Number(0.0)),
         ("resid_pdrop", Only::Number(0.0)),
+        ("full_attn_mod", Only::Number(1.0)),
+        ("interpolate_factor", Only::Number(1.0)),
     ],
     ..BASE
 };

@@ -180,6 +180,38 @@ fn earlier_configurations_mean_the_same() {
 }
 
 #[test]
+fn keys_of_published_files_are_known() {
+    let extras = [
+        (
+            "llama_linear",
+            json!({"is_llama_config": true, "rope_interleaved": false, "transformers.js_config": {"dtype": "q4"}}),
+        ),
+        (
+            "llama3",
+            json!({"_name_or_path": "x", "max_sequence_length": 2048, "unsloth_fixed": true, "pretraining_tp": 1}),
+        ),
+        (
+            "qwen2",
+            json!({"use_mrope": false, "tokenizer_class": "Qwen2Tokenizer", "_attn_implementation_autoset": true}),
+        ),
+        ("qwen3_moe", json!({"qkv_bias": false, "use_qk_norm": true, "shared_expert_intermediate_size": 0})),
+        ("gemma2", json!({"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"})),
+        (
+            "phi3",
+            json!({"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": false, "mlp_bias": false, "auto_map": {}}),
+        ),
+        ("mixtral", json!({"output_router_logits": true, "router_aux_loss_coef": 0.02, "id2label": {"0": "LABEL_0"}})),
+    ];
+    for (name, keys) in extras {
+        let mut config = json_of(name);
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        if let Err(error) = parse(&config) {
+            panic!("{name}: {error}");
+        }
+    }
+}
+
+#[test]
 fn absent_keys_have_their_familys_value_and_null_may_be_another() {
     let windows = |name: &str, edit: fn(&mut serde_json::Map<String, Value>)| {
         let mut config = json_of(name);

@@ -55,6 +55,7 @@ const HARMLESS: &[&str] = &[
     "num_assistant_tokens_schedule",
     "num_beam_groups",
     "num_beams",
+    "num_labels",
     "num_return_sequences",
     "original_max_position_embeddings",
     "output_attentions",
