@@ -170,7 +170,8 @@ impl Decoder {
 
     /// Paths of the modules that are adapted or trained in full, the embedding first.
     pub fn adapted_modules(&self) -> Vec<String> {
-        let embedding = (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
+        let embedding =
+            (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
         let linears = self.linears().filter(|(_, linear)| linear.adapter.is_some() || linear.whole.is_some());
         let norms = self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| path);
         embedding.into_iter().chain(linears.map(|(path, _)| path)).chain(norms).collect()
