@@ -9,7 +9,8 @@ use burn_qlora::adapter_io::Combination;
 use burn_qlora::qlora_models::hub;
 use burn_qlora::qlora_train::compute_dtype;
 use burn_qlora::{
-    Adapter, AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig, generate, select_device,
+    Adapter, AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
+    generate, select_device,
 };
 
 use crate::args::GenerateArgs;

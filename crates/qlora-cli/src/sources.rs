@@ -7,7 +7,7 @@ use burn_qlora::adapter_io::{Combination, combine};
 use burn_qlora::qlora_models::hub;
 use burn_qlora::{Adapter, QuantConfig, QuantType};
 
-use crate::args::{AdapterArgs, FourBitArgs, How};
+use crate::args::{AdapterArgs, How};
 use crate::exit::UsageError;
 
 /// The adapters of the flags as one. A single one with the weight 1 stays what it is.
@@ -63,7 +63,8 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
     let chosen = model.or(named).filter(|name| !name.is_empty()).ok_or_else(|| {
         UsageError("the adapter names no base model, or several name different ones: give --model".into())
     })?;
-    if let (Some(named), true) = (named, model.is_some_and(|model| Some(model) != named)) {
+    let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
+    if let Some(named) = named.filter(|named| last(named) != last(chosen)) {
         eprintln!("note: the adapter was trained on {named}");
     }
     let dir = hub::resolve(chosen, revision);
@@ -74,11 +75,11 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
 }
 
 /// The 4-bit form that the flags describe.
-pub fn four_bit(args: &FourBitArgs) -> Result<QuantConfig, UsageError> {
-    let quant_type = match args.quant_type.to_ascii_lowercase().as_str() {
+pub fn four_bit(quant_type: &str, no_double_quant: bool) -> Result<QuantConfig, UsageError> {
+    let quant_type = match quant_type.to_ascii_lowercase().as_str() {
         "nf4" => QuantType::Nf4,
         "fp4" => QuantType::Fp4,
         other => return Err(UsageError(format!("--quant-type {other}: must be nf4 or fp4"))),
     };
-    Ok(QuantConfig { quant_type, double_quant: !args.no_double_quant, ..QuantConfig::default() })
+    Ok(QuantConfig { quant_type, double_quant: !no_double_quant, ..QuantConfig::default() })
 }

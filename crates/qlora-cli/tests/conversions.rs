@@ -354,3 +354,60 @@ fn an_interrupted_merge_leaves_nothing() {
     }
     assert!(interrupted, "no signal came while it was at work");
 }
+
+/// GPTQ calibrated on rows beats rounding to the nearest, in every kind of layer and in the loss.
+#[test]
+fn gptq_is_calibrated_on_data() {
+    let bench = Bench::new();
+    let model = model();
+    let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/quickstart/word_problems.jsonl");
+    let data = all.display().to_string();
+    let gptq = [
+        "quantize",
+        "--model",
+        &model,
+        "--format",
+        "gptq",
+        "--device",
+        "cpu",
+        "--group-size",
+        "16",
+        "--output",
+        "gptq",
+    ];
+    let rows = ["--data", &data, "--calibration-rows", "24", "--eval-rows", "12", "--max-length", "128"];
+    let out = bench.ok(&[&gptq[..], &rows, &["--act-order"]].concat()).stdout;
+    assert!(out.contains("42 layers, calibrated on 24 rows") && out.contains("measured on 12"), "{out}");
+    let number = |line: &str, column: usize| -> f64 {
+        let numbers = line.split_whitespace().filter_map(|word| word.parse::<f64>().ok());
+        numbers.collect::<Vec<_>>()[column]
+    };
+    let layers: Vec<&str> = out.lines().filter(|line| line.starts_with("model.layers.*")).collect();
+    assert_eq!(layers.len(), 7, "{out}");
+    for line in layers {
+        // Layers, mean and worst of GPTQ, mean and worst of rounding.
+        assert!(number(line, 1) < number(line, 3), "{line}");
+    }
+    let loss = |name: &str| number(out.lines().find(|line| line.starts_with(name)).expect(name), 0);
+    assert!(loss("as it was") < loss("rounded to the nearest"), "{out}");
+    assert!(loss("GPTQ") < loss("rounded to the nearest"), "{out}");
+    let checkpoint = Checkpoint::open(&bench.path("gptq")).expect("a checkpoint");
+    assert!(checkpoint.contains("model.layers.5.mlp.down_proj.qweight"));
+    let config = String::from_utf8(bench.read("gptq/config.json")).expect("text");
+    assert!(config.contains("\"quant_method\": \"gptq\"") && config.contains("\"desc_act\": true"), "{config}");
+
+    bench.fails(&gptq[..9], 2, &["--output <DIR>"]);
+    bench.fails(&[&gptq[..9], &["--output", "x"]].concat(), 2, &["--data"]);
+    bench.fails(
+        &[&gptq[..9], &["--output", "x", "--quant-type", "fp4"]].concat(),
+        2,
+        &["--quant-type belongs to --format bnb-4bit"],
+    );
+    let bnb = ["quantize", "--model", &model, "--format", "bnb-4bit", "--output", "x", "--act-order"];
+    bench.fails(&bnb, 2, &["--act-order belongs to --format gptq"]);
+    let uneven =
+        ["quantize", "--model", &model, "--format", "gptq", "--device", "cpu", "--output", "x", "--data", &data];
+    bench.fails(&uneven, 3, &["down_proj", "688", "128"]);
+    bench.fails(&[&uneven[..], &["--damp-percent", "1.5"]].concat(), 2, &["--damp-percent"]);
+    assert!(!bench.path("x").exists());
+}
