@@ -92,8 +92,15 @@ fn a_merge_into_the_rounded_base_says_what_the_rounding_did() {
     let merge = ["merge", "--model", &quantized, "--adapter", &adapter, "--output", "bnb"];
     bench.fails(&merge, 3, &["full-precision"]);
     bench.ok(&[&merge[..], &["--base", "dequantized-4bit"]].concat());
-    let (one, other) = (bench.read("bnb/model.safetensors"), bench.read("rounded/model.safetensors"));
-    assert!(one == other, "its 4-bit weights are those that we round to");
+    // Its 4-bit weights are those that we round to, but for the last bit of a mean (of the absmax), which moves a
+    // weight by one step of bf16 at most, and few of them.
+    let [one, other] = ["bnb", "rounded"].map(|name| Checkpoint::open(&bench.path(name)).expect(name));
+    for name in one.names() {
+        let [one, other] = [&one, &other].map(|c| c.tensor(name).expect(name).to_f32_vec().expect("numbers"));
+        let moved = one.iter().zip(&other).filter(|(x, y)| x != y).count();
+        let far = one.iter().zip(&other).any(|(x, y)| (x - y).abs() > x.abs() / 128.0);
+        assert!(moved * 1000 <= one.len() && !far, "{name}: {moved} of {}", one.len());
+    }
     bench.fails(&[&merge[..5], &["--output", "x", "--no-double-quant"]].concat(), 2, &["--base dequantized-4bit"]);
 }
 
@@ -184,8 +191,9 @@ fn quantize_writes_what_bitsandbytes_writes() {
     assert!(ours.names().eq(theirs.names()));
     for name in ours.names() {
         let (one, other) = (ours.tensor(name).expect(name), theirs.tensor(name).expect(name));
-        // The JSON holds a mean whose last digit depends on the order of summation.
-        assert!(one.data == other.data || name.contains("quant_state"), "{name}");
+        // The statistics hang on a mean whose last bit depends on the order of summation; the codes don't.
+        let statistics = name.contains("quant_state") || name.contains("absmax");
+        assert!(statistics || one.data == other.data, "{name}");
     }
     assert!(bench.ok(&["inspect", "bnb"]).stdout.contains("quantized to 4 bits by bitsandbytes"));
     bench.fails(&quantize, 2, &["bnb exists"]);
@@ -360,8 +368,13 @@ fn an_interrupted_merge_leaves_nothing() {
 fn gptq_is_calibrated_on_data() {
     let bench = Bench::new();
     let model = model();
-    let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/quickstart/word_problems.jsonl");
-    let data = all.display().to_string();
+    // English prose, which is what the model has learnt.
+    let licence = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../LICENSE-APACHE");
+    let licence = std::fs::read_to_string(licence).expect("the licence");
+    let words: Vec<&str> = licence.split_whitespace().collect();
+    let rows = words.chunks(40).map(|words| format!("{{\"text\": {:?}}}\n", words.join(" ")));
+    bench.write("prose.jsonl", &rows.collect::<String>());
+    let data = "prose.jsonl";
     let gptq = [
         "quantize",
         "--model",
@@ -371,13 +384,13 @@ fn gptq_is_calibrated_on_data() {
         "--device",
         "cpu",
         "--group-size",
-        "16",
+        "-1",
         "--output",
         "gptq",
     ];
-    let rows = ["--data", &data, "--calibration-rows", "24", "--eval-rows", "12", "--max-length", "128"];
+    let rows = ["--data", data, "--calibration-rows", "24", "--eval-rows", "6", "--max-length", "128"];
     let out = bench.ok(&[&gptq[..], &rows, &["--act-order"]].concat()).stdout;
-    assert!(out.contains("42 layers, calibrated on 24 rows") && out.contains("measured on 12"), "{out}");
+    assert!(out.contains("42 layers, calibrated on 24 rows") && out.contains("measured on 6"), "{out}");
     let number = |line: &str, column: usize| -> f64 {
         let numbers = line.split_whitespace().filter_map(|word| word.parse::<f64>().ok());
         numbers.collect::<Vec<_>>()[column]
@@ -406,7 +419,7 @@ fn gptq_is_calibrated_on_data() {
     let bnb = ["quantize", "--model", &model, "--format", "bnb-4bit", "--output", "x", "--act-order"];
     bench.fails(&bnb, 2, &["--act-order belongs to --format gptq"]);
     let uneven =
-        ["quantize", "--model", &model, "--format", "gptq", "--device", "cpu", "--output", "x", "--data", &data];
+        ["quantize", "--model", &model, "--format", "gptq", "--device", "cpu", "--output", "x", "--data", data];
     bench.fails(&uneven, 3, &["down_proj", "688", "128"]);
     bench.fails(&[&uneven[..], &["--damp-percent", "1.5"]].concat(), 2, &["--damp-percent"]);
     assert!(!bench.path("x").exists());
