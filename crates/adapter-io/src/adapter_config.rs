@@ -251,6 +251,26 @@ impl AdapterConfig {
         .collect()
     }
 
+    /// The initialisation, if it is one after which the adapter belongs to other weights than the base's: PEFT makes
+    /// the change again whenever it loads such an adapter.
+    pub fn changed_base(&self) -> Option<&str> {
+        let InitLoraWeights::Method(method) = &self.init_lora_weights else { return None };
+        let name = method.to_lowercase();
+        let changes = name.starts_with("pissa")
+            || name.starts_with("corda")
+            || ["olora", "loftq", "lora_ga"].contains(&name.as_str());
+        changes.then_some(method)
+    }
+
+    /// Refuses an adapter of [other weights](Self::changed_base), for what would put it on the base as it is.
+    pub(crate) fn refuse_changed_base(&self) -> Result<(), FormatError> {
+        let Some(method) = self.changed_base() else { return Ok(()) };
+        let reason = format!(
+            "\"{method}\" took the adapter's start out of the base's weights, and the adapter belongs to what was left; have PEFT convert it when it saves (path_initial_model_for_weight_conversion), and use that"
+        );
+        Err(field_error(Path::new(CONFIG_FILE), "init_lora_weights", reason))
+    }
+
     fn validate(&self, path: &Path) -> Result<(), FormatError> {
         let fail = |field: &str, reason: String| Err(field_error(path, field, reason));
         if self.peft_type != "LORA" {

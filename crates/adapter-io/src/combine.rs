@@ -40,7 +40,8 @@ pub enum Combination {
 /// # Errors
 /// [`FormatError::Combine`] when there is nothing to combine, an adapter uses DoRA, two adapters replace the
 /// same tensor (`modules_to_save`), ranks differ for [`Combination::Linear`], or target modules are a list
-/// in one adapter and a pattern in another; the errors of [`Adapter::lora_module`].
+/// in one adapter and a pattern in another; [`FormatError::Field`] for one whose initialisation changed the base; the
+/// errors of [`Adapter::lora_module`].
 pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result<Adapter, FormatError> {
     let fail = |reason: String| Err(FormatError::Combine { reason });
     let Some((first, _)) = adapters.first() else { return fail("there is no adapter to combine".into()) };
@@ -50,6 +51,7 @@ pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result
     if adapters.iter().any(|(adapter, _)| adapter.config.use_dora) {
         return fail("an adapter uses DoRA, whose magnitudes cannot be added; merge it into its base instead".into());
     }
+    adapters.iter().try_for_each(|(adapter, _)| adapter.config.refuse_changed_base())?;
     let combination = if adapters.len() == 1 { Combination::Linear } else { combination };
     let ranks: Vec<usize> = adapters.iter().map(|(adapter, _)| largest_rank(&adapter.config)).collect();
     let largest = ranks.iter().copied().max().unwrap_or(0);

@@ -189,6 +189,7 @@ fn missing<'n>(base: &Checkpoint, name: &str, names: impl Iterator<Item = &'n St
 /// Refuses what would change the output and is not merged here.
 fn refuse_unsupported(adapter: &Adapter) -> Result<(), FormatError> {
     const MERGED: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
+    adapter.config.refuse_changed_base()?;
     let unsupported = adapter.config.beyond_plain_lora().into_iter().find(|key| !MERGED.contains(key));
     match unsupported {
         None => Ok(()),

@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use adapter_io::{
-    Adapter, AdapterConfig, BnbConfig, BnbOptions, Checkpoint, Dtype, HostTensor, MergeBase, MergeOptions, MergeReport,
-    Progress, TensorSpec, merge_checkpoint, quantize_checkpoint,
+    Adapter, AdapterConfig, BnbConfig, BnbOptions, Checkpoint, Dtype, HostTensor, InitLoraWeights, MergeBase,
+    MergeOptions, MergeReport, Progress, TensorSpec, merge_checkpoint, quantize_checkpoint,
 };
 use nf4_quant::{Absmax, FloatFormat, Metadata, NestedAbsmax, QuantConfig, Quantized4bit};
 use serde_json::{Value, json};
@@ -221,6 +221,10 @@ fn adapters_that_do_not_fit_are_refused_by_name_and_nothing_is_written() {
         (adapter_on(&[("model.nrm.weight", tensor(&[6], 1.0))]), vec!["model.nrm.weight", "model.norm.weight"]),
         (with(on(q, 5, 6), |a| a.config.fan_in_fan_out = true), vec!["fan_in_fan_out", "Conv1D"]),
         (with(on(q, 5, 6), |a| a.config.target_parameters = Some(json!(["x"]))), vec!["target_parameters"]),
+        (
+            with(on(q, 5, 6), |a| a.config.init_lora_weights = InitLoraWeights::Method("pissa".into())),
+            vec!["init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"],
+        ),
     ];
     for (adapter, says) in cases {
         let message = merge(&base, &adapter, &out, &MergeOptions::default()).unwrap_err();

@@ -3,7 +3,9 @@
 
 use std::fs;
 
-use adapter_io::{Adapter, AdapterConfig, Combination, HostTensor, ModuleKind, Pattern, TargetModules, combine};
+use adapter_io::{
+    Adapter, AdapterConfig, Combination, HostTensor, InitLoraWeights, ModuleKind, Pattern, TargetModules, combine,
+};
 use half::bf16;
 
 const PREFIX: &str = "base_model.model.";
@@ -262,6 +264,9 @@ fn combinations_carry_biases_and_saved_modules() {
     assert!(message(&[(&two, 1.0), (&adapter(config(3), 1), 1.0)], Combination::Linear).contains("[2, 3]"));
     let dora = adapter(AdapterConfig { use_dora: true, ..config(2) }, 1);
     assert!(message(&[(&two, 1.0), (&dora, 1.0)], Combination::Cat).contains("DoRA"));
+    let olora = InitLoraWeights::Method("olora".into());
+    let changed = adapter(AdapterConfig { init_lora_weights: olora, ..config(2) }, 1);
+    assert!(message(&[(&two, 1.0), (&changed, 1.0)], Combination::Cat).contains("olora"));
     let pattern = adapter(AdapterConfig { target_modules: Some(TargetModules::Pattern(".*".into())), ..config(2) }, 1);
     assert!(message(&[(&two, 1.0), (&pattern, 1.0)], Combination::Cat).contains("pattern"));
 }

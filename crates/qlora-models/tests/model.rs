@@ -103,7 +103,7 @@ fn an_adapter_survives_export_and_load() {
     let adapter = Adapter::load(&reference("qlora/final_adapter_f32")).unwrap();
     model.load_adapter(&adapter).unwrap();
     let exported = model.export_adapter("tiny-llama", None).unwrap();
-    assert_eq!(exported, adapter);
+    assert!(exported == adapter);
     let logits = values(model.forward(&[1, 2, 3], 1, Pass::INFERENCE));
     let mut again = load(&reference("tiny-llama"), Some(QuantConfig::default())).unwrap();
     again.load_adapter(&exported).unwrap();

@@ -17,7 +17,7 @@ pub struct MemoryEstimate {
     pub linear_weights: u64,
     /// Embeddings, output head and norms.
     pub other_weights: u64,
-    /// LoRA factors in f32.
+    /// What is trained, in f32: factors, magnitudes, biases, modules trained in full.
     pub adapters: u64,
     /// Their gradients in f32.
     pub gradients: u64,
@@ -41,7 +41,7 @@ pub struct Plan {
     pub targets: Vec<(Target, [usize; 2])>,
     /// Parameters of the base model.
     pub base_parameters: u64,
-    /// Parameters of the adapters.
+    /// Parameters that are trained.
     pub trainable_parameters: u64,
     /// Memory on the device.
     pub memory: MemoryEstimate,
@@ -86,7 +86,16 @@ impl Plan {
         }
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         let norms: u64 = model.norms().iter().map(|(_, width)| *width as u64).sum();
-        let trainable: u64 = targets.iter().map(|(target, [out, input])| (target.rank * (out + input)) as u64).sum();
+        // A bias or a magnitude for each output feature; an embedding's features are its columns.
+        let (lora, embedding) = (&config.lora, model.adaptable_modules().pop());
+        let per_target = |(target, [out, input]): &(Target, [usize; 2])| {
+            let is_embedding = embedding.as_ref().is_some_and(|module| module.path == target.path);
+            let features = if is_embedding { *input } else { *out };
+            let vectors = usize::from(lora.use_dora) + usize::from(lora.lora_bias && !is_embedding);
+            (target.rank * (out + input) + vectors * features) as u64
+        };
+        let whole: u64 = model.saved_modules(lora)?.iter().map(|(_, values)| *values as u64).sum();
+        let trainable: u64 = targets.iter().map(per_target).sum::<u64>() + whole;
 
         let linear_weights = match config.quantization.quant_config() {
             None => in_blocks * width,

@@ -2,7 +2,7 @@
 //! the output can't be written.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-use qlora_layers::{ActivationCheckpointing, LoraConfig};
+use qlora_layers::{ActivationCheckpointing, Initialization, LoraConfig, TargetModules};
 use qlora_train::metrics::{History, METRICS_FILE};
 use qlora_train::report::{Outcome, Summary};
 use qlora_train::{Resume, TrainConfig, TrainError, TrainEvents, Trainer, checkpoint};
@@ -51,6 +51,85 @@ fn losses(dir: &Path) -> Vec<(usize, u64, u64)> {
 
 fn adapter(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join("adapter/adapter_model.safetensors")).unwrap()
+}
+
+fn names(names: &[&str]) -> TargetModules {
+    TargetModules::Names(names.iter().map(ToString::to_string).collect())
+}
+
+/// Adapters beyond plain LoRA: every kind of trained tensor, and every initialisation that touches more than factors.
+fn kinds() -> Vec<(&'static str, LoraConfig)> {
+    let plain = LoraConfig { rank: 2, alpha: 4.0, dropout: 0.1, ..Default::default() };
+    let few = LoraConfig {
+        target_modules: names(&["q_proj", "down_proj"]),
+        layers_to_transform: Some(vec![0, 5]),
+        ..plain.clone()
+    };
+    vec![
+        (
+            "dora, embedding, head, norms",
+            LoraConfig {
+                use_dora: true,
+                use_rslora: true,
+                target_modules: names(&["q_proj", "down_proj", "embed_tokens", "lm_head"]),
+                modules_to_save: vec!["norm".into()],
+                ..plain.clone()
+            },
+        ),
+        (
+            "bias, whole modules",
+            LoraConfig {
+                lora_bias: true,
+                modules_to_save: vec!["layers.1.mlp".into(), "lm_head".into(), "embed_tokens".into()],
+                ..plain.clone()
+            },
+        ),
+        ("pissa", LoraConfig { init: Initialization::Pissa { iterations: None }, use_dora: true, ..few.clone() }),
+        ("loftq", LoraConfig { init: Initialization::Loftq, loftq_iterations: 2, ..few.clone() }),
+        ("eva", LoraConfig { init: Initialization::Eva, eva_batches: 2, ..few }),
+    ]
+}
+
+#[test]
+fn every_kind_resumes_bit_for_bit_and_under_both_policies() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, lora) in kinds() {
+        let of = |name: &str| {
+            let mut config = config(&dir.path().join(kind).join(name));
+            config.lora = lora.clone();
+            config.train.max_steps = Some(3);
+            config
+        };
+        let whole = of("whole");
+        run(whole.clone(), Resume::No, &mut ()).unwrap();
+        let broken = of("broken");
+        run(broken.clone(), Resume::No, &mut StopAfter(2)).unwrap();
+        run(broken.clone(), Resume::Auto, &mut ()).unwrap();
+        assert_eq!(losses(&whole.train.output_dir), losses(&broken.train.output_dir), "{kind}");
+        assert!(adapter(&whole.train.output_dir) == adapter(&broken.train.output_dir), "{kind}: resumed");
+        let mut plain = of("plain");
+        plain.train.activation_checkpointing = ActivationCheckpointing::None;
+        run(plain.clone(), Resume::No, &mut ()).unwrap();
+        assert!(adapter(&whole.train.output_dir) == adapter(&plain.train.output_dir), "{kind}: policies");
+    }
+}
+
+/// Whatever is trained moves: no parameter is listed that no gradient reaches.
+#[test]
+fn every_parameter_is_reached() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, lora) in kinds().into_iter().take(2) {
+        let mut config = config(&dir.path().join(kind));
+        (config.lora, config.train.max_steps) = (lora, Some(2));
+        let trainer = Trainer::new(config.clone(), &Resume::No, &mut ()).unwrap();
+        let before = trainer.model().export_adapter("base", None).unwrap();
+        trainer.run(&mut ()).unwrap();
+        let after = adapter_io::Adapter::load(&config.train.output_dir.join("adapter")).unwrap();
+        assert_eq!(before.tensors.keys().collect::<Vec<_>>(), after.tensors.keys().collect::<Vec<_>>(), "{kind}");
+        for (key, tensor) in &before.tensors {
+            assert!(tensor != &after.tensors[key], "{kind}: {key}");
+        }
+    }
 }
 
 #[test]

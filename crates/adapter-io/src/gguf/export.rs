@@ -208,6 +208,7 @@ pub fn export_lora_gguf(
     kind: GgmlType,
 ) -> Result<ExportReport, FormatError> {
     let model = Model::read(base_dir)?;
+    adapter.config.refuse_changed_base()?;
     if let Some(key) = adapter.config.beyond_plain_lora().first() {
         return Err(FormatError::Field {
             path: crate::adapter_config::CONFIG_FILE.into(),

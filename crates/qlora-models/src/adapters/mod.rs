@@ -22,7 +22,7 @@ pub use start::CalibrationBatch;
 use crate::ModelError;
 use crate::decoder::Decoder;
 use burn::tensor::{FloatDType, Int, Tensor};
-use qlora_layers::target_modules::{Target, resolve, resolve_saved};
+use qlora_layers::target_modules::{Target, resolve};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Pass};
 use start::{Start, Starter};
 
@@ -33,7 +33,9 @@ pub(crate) struct Embedding {
     pub(crate) lora: Option<LoraEmbedding>,
     /// A table trained in full, `[vocabulary, hidden]`, f32.
     pub(crate) whole: Option<Tensor<2>>,
-    /// The table before an adapter brought its own.
+    /// Modules whose weight the adapter's file holds too: PEFT writes it along for adapted embeddings and heads.
+    pub(crate) brought: Vec<String>,
+    /// The table before an adapter brought another.
     pub(crate) original: Option<Tensor<2>>,
 }
 
@@ -60,24 +62,11 @@ impl Decoder {
         Ok(resolve(config, &self.config.adaptable_modules())?)
     }
 
-    /// The modules that `config` trains in full.
-    ///
-    /// # Errors
-    /// An entry of `modules_to_save` names no module.
-    pub fn saved_modules(&self, config: &LoraConfig) -> Result<Vec<String>, ModelError> {
-        let blocks = self.blocks.iter().flat_map(|block| {
-            let linears = block.linears().map(|(path, _)| path);
-            linears.chain(block.norms().map(|(path, _)| path)).collect::<Vec<_>>()
-        });
-        let others = [self.config.embed_path(), self.config.last_norm().0, self.head_path().to_string()];
-        Ok(resolve_saved(&config.modules_to_save, &blocks.chain(others).collect::<Vec<_>>())?)
-    }
-
     /// Puts fresh adapters on the modules that `config` names, in place of any that are there. Their initial
     /// values depend on `seed`, their number and the weights alone. Returns how many.
     ///
     /// # Errors
-    /// As [`lora_targets`](Self::lora_targets) and [`saved_modules`](Self::saved_modules); an initialisation does not
+    /// As [`lora_targets`](Self::lora_targets); `modules_to_save` names no module, or one that has an adapter; an initialisation does not
     /// fit the model, or needs activations (see [`attach_lora_to`](Self::attach_lora_to)). The model is unchanged then.
     pub fn attach_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<usize, ModelError> {
         self.attach_lora_to(config, seed, &[])
@@ -96,7 +85,7 @@ impl Decoder {
         let mut model = self.clone();
         model.unload_adapter()?;
         let mut targets = model.lora_targets(config)?;
-        let saved = model.saved_modules(config)?;
+        let saved: Vec<String> = model.config.saved_modules(config)?.into_iter().map(|(path, _)| path).collect();
         if let Some(both) = targets.iter().find(|target| saved.contains(&target.path)) {
             return Err(ModelError::AdapterClash { module: both.path.clone() });
         }

@@ -2,7 +2,8 @@
 
 use super::{ExpertsConfig, LayerConfig, ModelConfig};
 use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, QK_NORMS, Root};
-use qlora_layers::target_modules::{AdaptableModule, ModuleRole};
+use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
+use qlora_layers::{LayerError, LoraConfig};
 
 /// A linear layer as a configuration describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,6 +161,24 @@ impl ModelConfig {
         modules.push(AdaptableModule { path: self.root().head.into(), role: ModuleRole::OutputHead });
         modules.push(AdaptableModule { path: self.embed_path(), role: ModuleRole::Embedding });
         modules
+    }
+
+    /// The modules that `config` trains in full, with the number of their values.
+    ///
+    /// # Errors
+    /// An entry of `modules_to_save` names no module.
+    pub fn saved_modules(&self, config: &LoraConfig) -> Result<Vec<(String, usize)>, LayerError> {
+        let table = self.vocab_size * self.hidden_size;
+        let size = |spec: &LinearSpec| spec.shape[0] * (spec.shape[1] + usize::from(spec.bias));
+        let linears = self.linear_specs().into_iter().map(|spec| (size(&spec), spec.path)).map(|(n, path)| (path, n));
+        let mut all: Vec<(String, usize)> = linears.chain(self.norms()).chain([(self.embed_path(), table)]).collect();
+        if self.tie_word_embeddings {
+            all.push((self.root().head.into(), table));
+        }
+        let paths: Vec<String> = all.iter().map(|(path, _)| path.clone()).collect();
+        let saved = resolve_saved(&config.modules_to_save, &paths)?;
+        all.retain(|(path, _)| saved.contains(path));
+        Ok(all)
     }
 
     /// The path of the embedding table.

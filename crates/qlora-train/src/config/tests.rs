@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use qlora_layers::TargetModules;
+use qlora_layers::{Initialization, TargetModules};
 
 use super::*;
 
@@ -70,6 +70,12 @@ fn every_key_survives_writing_and_reading() {
         ("lora.layers_to_transform", "[0, 2]"),
         ("lora.rank_pattern", "{ q_proj = 4, \"layers\\\\.0\\\\..*\" = 2 }"),
         ("lora.alpha_pattern", "{ q_proj = 8 }"),
+        ("lora.layers_pattern", "[\"layers\"]"),
+        ("lora.use_dora", "true"),
+        ("lora.modules_to_save", "[\"norm\"]"),
+        ("lora.init", "pissa_niter_16"),
+        ("lora.loftq_iterations", "5"),
+        ("lora.eva_rho", "1.5"),
         ("data.system_prompt", "Be brief."),
         ("train.max_steps", "7"),
         ("train.warmup_steps", "3"),
@@ -82,6 +88,7 @@ fn every_key_survives_writing_and_reading() {
     assert_eq!(again.to_toml().unwrap(), text);
     let ranks = [("q_proj".to_string(), 4), ("layers\\.0\\..*".to_string(), 2)];
     assert_eq!(again.lora.rank_pattern, ranks);
+    assert_eq!(again.lora.init, Initialization::Pissa { iterations: Some(16) });
     assert_eq!(again.train.max_steps, Some(7));
     assert!(again.quantization.quant_config().is_none());
 }
@@ -122,6 +129,8 @@ fn a_wrong_type_is_named_with_line_and_key() {
     assert!(text.starts_with("qlora.toml:3: lora.rank: invalid type"), "{text}");
     let text = message("[quantization]\nquant_type = \"nf5\"\n");
     assert!(text.starts_with("qlora.toml:2: quantization.quant_type: unknown variant `nf5`"), "{text}");
+    let text = message("[lora]\ninit = \"svd\"\n");
+    assert!(text.starts_with("qlora.toml:2: lora.init: unknown initialisation `svd`, expected default"), "{text}");
     let text = message("[train]\nbetas = [0.9, \"x\"]\n");
     assert!(text.starts_with("qlora.toml:2: train.betas: invalid type"), "{text}");
     let text = message("train = 3\n");
@@ -144,6 +153,9 @@ fn values_out_of_range_name_the_key_and_what_is_allowed() {
         ("device", "gpu", "device = gpu: must be auto, cpu, cuda, cuda:1 (the second card), vulkan or metal"),
         ("lora.rank", "0", "lora.rank = 0: must be at least 1; common ranks are 8 to 128"),
         ("lora.dropout", "1.0", "lora.dropout = 1: must be at least 0 and below 1"),
+        ("lora.loftq_iterations", "0", "lora.loftq_iterations = 0: must be at least 1"),
+        ("lora.eva_rho", "0.5", "lora.eva_rho = 0.5: must be at least 1"),
+        ("lora.layers_pattern", "[\"h\"]", "lora.layers_pattern = [\"h\"]: does nothing without layers_to_transform"),
         ("quantization.blocksize", "48", "quantization.blocksize = 48: must be a power of two from 32 to 4096"),
         ("quantization.blocksize", "16", "quantization.blocksize = 16: must be a power of two from 32 to 4096"),
         ("train.batch_size", "0", "train.batch_size = 0: must be 1 or more"),
@@ -166,6 +178,23 @@ fn values_out_of_range_name_the_key_and_what_is_allowed() {
     ] {
         let text = range_message(key, value);
         assert!(text.contains(key) && text.contains(": must be "), "{text}");
+    }
+}
+
+#[test]
+fn settings_that_exclude_each_other_are_refused() {
+    for (settings, says) in [
+        ([("lora.lora_bias", "true"), ("lora.use_dora", "true")], "lora.lora_bias = true: cannot be combined"),
+        ([("lora.lora_bias", "true"), ("lora.init", "pissa")], "lora.lora_bias = true: needs init"),
+        (
+            [("lora.target_modules", ".*q_proj"), ("lora.layers_to_transform", "[1]")],
+            "lora.layers_to_transform = [1]: cannot be used",
+        ),
+    ] {
+        let mut config = valid();
+        settings.iter().for_each(|(key, value)| config.set(key, value).unwrap());
+        let text = config.validate().unwrap_err().to_string();
+        assert!(text.starts_with(says), "{text}");
     }
 }
 

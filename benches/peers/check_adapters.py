@@ -1,0 +1,101 @@
+"""Adapters of every kind against PEFT, on the CPU, in both directions.
+
+    cargo build --release --bin qlora --bin conformance
+    python benches/peers/check_adapters.py --bin target/release --reference DIR
+
+1. Made by PEFT, with random values, on the reference models (DIR/tiny-llama, DIR/archs/*): combinations of DoRA, rsLoRA,
+   patterns, biases, embeddings, heads, whole modules, exclusions, PiSSA and OLoRA as saved without conversion.
+2. Trained by us for a few steps, one of each kind that the configuration reaches, and loaded by PEFT.
+
+Either way PEFT's logits on the f32 base are recorded in a folder of the reference layout, and `conformance` compares.
+Needs torch, transformers and peft==0.21.*
+"""
+import argparse, json, os, shutil, subprocess, sys, tempfile, warnings
+import torch, transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+
+warnings.filterwarnings("ignore"); os.environ["TQDM_DISABLE"] = "1"; transformers.utils.logging.disable_progress_bar()
+p = argparse.ArgumentParser(); p.add_argument("--bin", required=True); p.add_argument("--reference", required=True); p.add_argument("--only", default=""); a = p.parse_args()
+ref, bins, tmp, bad = os.path.abspath(a.reference), os.path.abspath(a.bin), tempfile.mkdtemp(), 0
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../examples/quickstart/word_problems.jsonl")
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MADE = {
+    "tiny-llama": dict(
+        dora_rslora_patterns=dict(use_dora=True, use_rslora=True, target_modules=["q_proj", "k_proj", "down_proj"], rank_pattern={"k_proj": 2, r"layers\.3\.mlp\.down_proj": 7}, alpha_pattern={"down_proj": 3}),
+        embeddings_whole=dict(target_modules=["embed_tokens", "v_proj"], modules_to_save=["norm", "lm_head"]),
+        embeddings_dora=dict(use_dora=True, target_modules=["embed_tokens", "up_proj"]),
+        head_dora=dict(use_dora=True, target_modules=["lm_head", "o_proj"]),
+        head=dict(target_modules=["lm_head", "q_proj"], lora_bias=True),
+        whole_mlp=dict(target_modules=["q_proj"], modules_to_save=["mlp", "embed_tokens"]),
+        tied=dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        tied_lora=dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+        all_linear_excluded=dict(target_modules="all-linear", exclude_modules=r".*layers\.[02]\..*|.*\.o_proj"),
+        layers_pattern=dict(target_modules=["gate_proj"], layers_to_transform=[2, 5], layers_pattern="layers"),
+        one_layer=dict(target_modules=["gate_proj"], layers_to_transform=3),
+        gaussian=dict(target_modules=["q_proj"], init_lora_weights="gaussian"),
+        pissa=dict(target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
+        olora_dora=dict(target_modules=["v_proj", "down_proj"], init_lora_weights="olora", use_dora=True),
+        olora_rslora=dict(target_modules=["v_proj", "down_proj"], init_lora_weights="olora", use_rslora=True),
+    ),
+    "qwen2": dict(bias=dict(target_modules=["q_proj", "v_proj", "o_proj"], lora_bias=True), bias_all=dict(target_modules=["q_proj", "down_proj"], bias="all"), dora=dict(target_modules="all-linear", use_dora=True), whole=dict(target_modules=["o_proj"], modules_to_save=["q_proj", "norm"])),
+    "phi3": dict(dora=dict(target_modules=["qkv_proj", "gate_up_proj", "o_proj"], use_dora=True, use_rslora=True), all_linear=dict(target_modules="all-linear", rank_pattern={"qkv_proj": 3})),
+    "gemma2": dict(embeddings=dict(target_modules=["embed_tokens", "q_proj"]), dora=dict(target_modules=["embed_tokens", "down_proj"], use_dora=True), norms=dict(target_modules=["k_proj"], modules_to_save=["layernorm", "norm"])),
+    "qwen3": dict(norms=dict(target_modules=["k_proj"], modules_to_save=["q_norm", "k_norm"]), dora=dict(target_modules=["k_proj", "up_proj"], use_dora=True)),
+}
+TRAINED = dict(
+    plain="", dora="use_dora=true use_rslora=true", bias="lora_bias=true", gaussian="init=gaussian", pissa="init=pissa", pissa_fast="init=pissa_niter_4 use_dora=true", olora="init=olora use_rslora=true", eva="init=eva eva_batches=4",
+    whole='modules_to_save=["norm","lm_head"]', table='modules_to_save=["embed_tokens"]', embeddings='target_modules=["embed_tokens","q_proj","lm_head"] use_dora=true',
+    mixed='rank_pattern={q_proj=2} alpha_pattern={v_proj=4} exclude_modules=["down_proj"] layers_to_transform=[0,3,5] layers_pattern=["layers"]',
+)
+
+def base(path): return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+@torch.no_grad()
+def logits(m, ids): return m(input_ids=ids).logits.float().contiguous()
+
+def folder(name, model):
+    """A folder of the reference layout with one model."""
+    d = os.path.join(tmp, name); os.makedirs(os.path.join(d, "adapters")); shutil.copytree(model, os.path.join(d, os.path.basename(model)))
+    g = torch.Generator().manual_seed(5); vocab = json.load(open(os.path.join(model, "config.json")))["vocab_size"]
+    return d, torch.randint(4, vocab, (3, 24), generator=g)
+
+def compare(d, ids, out):
+    global bad
+    save_file({"input_ids": ids, **out}, os.path.join(d, "adapters", "logits.safetensors"))
+    r = subprocess.run([os.path.join(bins, "conformance"), "--reference", d, "--device", "cpu", "--only", "adapters"], capture_output=True, text=True)
+    print(r.stdout, r.stderr, flush=True); bad += r.returncode != 0
+
+for arch, kinds in MADE.items():
+    if a.only and a.only not in ("made", arch): continue
+    model = os.path.join(ref, arch) if arch == "tiny-llama" else os.path.join(ref, "archs", arch)
+    if not os.path.isdir(model): print("skipped: no", model); continue
+    d, ids = folder("made-" + arch, model); out = {}
+    for seed, (kind, kw) in enumerate(kinds.items()):
+        torch.manual_seed(seed); m = get_peft_model(base(model), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"init_lora_weights": False, **kw})).eval()
+        with torch.no_grad():
+            for n, t in m.named_parameters():
+                if t.requires_grad: t.add_(torch.randn_like(t) * (0.02 if kw.get("init_lora_weights") else 0.01 if "modules_to_save" in n or "bias" in n or "magnitude" in n else 0.0))
+                if "embedding" in n: t.mul_(0.1)  # standard normal factors make rows a hundred times the table's
+                if n.endswith("bias"): t.add_(torch.randn_like(t) * (0.1 if t.requires_grad else 0))
+        m.peft_config["default"].base_model_name_or_path = os.path.basename(model)
+        path = os.path.join(d, "adapters", kind); m.save_pretrained(path); del m
+        out["logits." + kind] = logits(PeftModel.from_pretrained(base(model), path).eval(), ids)
+    compare(d, ids, out)
+
+if not a.only or a.only == "trained":
+    model = os.path.join(ref, "tiny-llama"); d, ids = folder("trained", model); out = {}
+    for kind, keys in TRAINED.items():
+        run = os.path.join(tmp, "run-" + kind); config = os.path.join(tmp, kind + ".toml"); open(config, "w").write(f'device = "cpu"\n[model]\npath = "{model}"\n[quantization]\nquant_type = "none"\n[lora]\nrank = 4\nalpha = 8\n[data]\ntrain = "{DATA}"\nmax_length = 96\n[train]\noutput_dir = "{run}"\nmax_steps = 4\nbatch_size = 2\ngradient_accumulation_steps = 1\nlearning_rate = 2e-3\n')
+        r = subprocess.run([os.path.join(bins, "qlora"), "train", config, *(f"--set=lora.{k}" for k in keys.split())], capture_output=True, text=True)
+        if r.returncode: print("WRONG", kind, r.stderr); bad += 1; continue
+        path = os.path.join(d, "adapters", kind); shutil.copytree(os.path.join(run, "adapter"), path)
+        c = json.load(open(os.path.join(path, "adapter_config.json"))); c["base_model_name_or_path"] = "tiny-llama"
+        json.dump(c, open(os.path.join(path, "adapter_config.json"), "w"), indent=2, sort_keys=True)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always"); m = PeftModel.from_pretrained(base(model), path).eval()
+        for w in seen:
+            if "adapter keys" in str(w.message): print("WRONG", kind, w.message); bad += 1
+        out["logits." + kind] = logits(m, ids)
+    compare(d, ids, out)
+shutil.rmtree(tmp); sys.exit(bad > 0)
