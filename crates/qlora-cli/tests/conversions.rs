@@ -110,7 +110,8 @@ fn adapters_are_combined_by_weights() {
     let model = model();
     let (plain, rslora) =
         (reference("adapters/plain").display().to_string(), reference("adapters/rslora").display().to_string());
-    let two = ["--adapter", &plain, "--weight", "0.5", "--adapter", &rslora, "--weight", "-0.25"];
+    let [half, minus] = [format!("{plain}:0.5"), format!("{rslora}:-0.25")];
+    let two = ["--adapter", &half, "--adapter", &minus];
     let out = bench.ok(&[&["combine", "--output", "both"], &two[..]].concat()).stdout;
     assert!(out.contains("Combined 2 adapters"), "{out}");
     let both = Adapter::load(&bench.path("both")).expect("an adapter");
@@ -130,12 +131,9 @@ fn adapters_are_combined_by_weights() {
     bench.ok(&["merge", "--model", &model, "--output", "by-hand", "--adapter", "both"]);
     assert!(bench.read("at-once/model.safetensors") == bench.read("by-hand/model.safetensors"));
 
-    bench.fails(
-        &["combine", "--output", "x", "--adapter", &plain, "--adapter", &rslora, "--weight", "1"],
-        2,
-        &["--weight"],
-    );
-    bench.fails(&["combine", "--output", "x", "--adapter", &plain, "--svd-rank", "4"], 2, &["--combination svd"]);
+    let nothing = format!("{plain}:nan");
+    bench.fails(&["combine", "--output", "x", "--adapter", &nothing], 2, &["DIR:WEIGHT"]);
+    bench.fails(&["combine", "--output", "x", "--adapter", &plain, "--svd-rank", "4"], 2, &["--combine svd"]);
     bench.fails(&["combine", "--output", "x"], 2, &["--adapter"]);
 }
 

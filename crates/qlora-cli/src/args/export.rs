@@ -7,15 +7,12 @@ use clap::{Args, ValueEnum};
 /// The adapters that a command works on.
 #[derive(Debug, Args)]
 pub struct AdapterArgs {
-    /// An adapter: a folder or a hub id; several are combined
-    #[arg(long = "adapter", value_name = "ADAPTER", required = true)]
+    /// An adapter, a folder or a hub id, with its weight (1 if left out); several are combined
+    #[arg(long = "adapter", value_name = "DIR[:WEIGHT]", required = true)]
     pub adapters: Vec<String>,
-    /// The weight of each --adapter, in their order; 1 for all when left out
-    #[arg(long = "weight", value_name = "WEIGHT", allow_negative_numbers = true)]
-    pub weights: Vec<f64>,
     /// How several adapters are combined
     #[arg(long, value_enum, default_value_t = How::Cat, value_name = "HOW")]
-    pub combination: How,
+    pub combine: How,
     /// The rank that svd keeps; the largest one combined when left out
     #[arg(long, value_name = "RANK")]
     pub svd_rank: Option<usize>,
