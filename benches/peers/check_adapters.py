@@ -11,12 +11,12 @@ Either way PEFT's logits on the f32 base are recorded in a folder of the referen
 Needs torch, transformers and peft==0.21.*
 """
 import argparse, json, os, shutil, subprocess, sys, tempfile, warnings
-import torch
+import torch, transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from peft import LoraConfig, PeftModel, get_peft_model
 
-warnings.filterwarnings("ignore")
+warnings.filterwarnings("ignore"); os.environ["TQDM_DISABLE"] = "1"; transformers.utils.logging.disable_progress_bar()
 p = argparse.ArgumentParser(); p.add_argument("--bin", required=True); p.add_argument("--reference", required=True); p.add_argument("--only", default=""); a = p.parse_args()
 ref, bins, tmp, bad = os.path.abspath(a.reference), os.path.abspath(a.bin), tempfile.mkdtemp(), 0
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../examples/quickstart/word_problems.jsonl")
@@ -76,6 +76,7 @@ for arch, kinds in MADE.items():
         with torch.no_grad():
             for n, t in m.named_parameters():
                 if t.requires_grad: t.add_(torch.randn_like(t) * (0.02 if kw.get("init_lora_weights") else 0.01 if "modules_to_save" in n or "bias" in n or "magnitude" in n else 0.0))
+                if "embedding" in n: t.mul_(0.1)  # standard normal factors make rows a hundred times the table's
                 if n.endswith("bias"): t.add_(torch.randn_like(t) * (0.1 if t.requires_grad else 0))
         m.peft_config["default"].base_model_name_or_path = os.path.basename(model)
         path = os.path.join(d, "adapters", kind); m.save_pretrained(path); del m

@@ -139,12 +139,15 @@ if llama_cpp:
     want = json.load(open(os.path.join(ref, "qlora", "merged_greedy.json")))
     convert(tiny, out("merged-f16.gguf"), "f16", "--adapter", lora)
     runs = {"merged f16": model(out("merged-f16.gguf")), "f32 base with LoRA GGUF": model(out("tiny-f32.gguf"), lora_path=out("lora.gguf"))}
+    qlora("merge", "--model", tiny, "--adapter", lora, "--output", out("merged"))
     for label, m in runs.items():
         for prompt, ids in want.items():
             mine = m.tokenize(prompt.encode(), add_bos=False, special=True)
             report(f"{label}: tokens of {prompt[:24]!r}", mine == ids[: len(mine)], "" if mine == ids[: len(mine)] else f"{mine} {ids[:len(mine)]}")
             n = len(mine); got = greedy(m, ids[:n], len(ids)); agree = next((i for i in range(len(ids)) if got[i] != ids[i]), len(ids))
             report(f"{label}: greedy {prompt[:24]!r}", agree == len(ids), f"{agree} of {len(ids)} tokens")
+            ours = subprocess.run([os.path.abspath(a.qlora), "generate", "--device", "cpu", "--quant-type", "none", "--no-chat-template", "--model", out("merged"), "--prompt", prompt, "--max-new-tokens", str(len(ids) - n)], capture_output=True, text=True, check=True).stdout
+            text = m.detokenize(got[n:], special=False).decode(); report(f"{label}: text of `qlora generate` {prompt[:24]!r}", ours.strip() == text.strip(), "" if ours.strip() == text.strip() else f"{ours!r} {text!r}")
     with safe_open(os.path.join(ref, "qlora", "logits_f32.safetensors"), "np") as f:
         for row, want_ in zip(f.get_tensor("input_ids"), f.get_tensor("logits.adapter_on_f32")):
             got = logits(runs["f32 base with LoRA GGUF"], row); report("LoRA logits", np.abs(got - want_).max() < 0.02, f"largest difference {np.abs(got - want_).max():.2e}")

@@ -87,7 +87,7 @@ one, two = os.path.join(ref, "adapters", "plain"), os.path.join(ref, "adapters",
 three = out("made_three"); torch.manual_seed(3); get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=2, init_lora_weights=False, target_modules=["q_proj", "o_proj"])).save_pretrained(three)
 for how, x, y in (("cat", one, two), ("svd", one, two), ("linear", one, three), ("cat", one, three)):
     pm = PeftModel.from_pretrained(base(), x, adapter_name="x"); pm.load_adapter(y, "y"); pm.add_weighted_adapter(["x", "y"], [0.7, -0.4], "z", combination_type=how); pm.set_adapter("z")
-    qlora("combine", "--combination", how, "--adapter", x, "--weight", 0.7, "--adapter", y, "--weight", -0.4, "--output", out("combined"), "--force"); got = logits(PeftModel.from_pretrained(base(), out("combined")).eval(), ids)
+    qlora("combine", "--combine", how, "--adapter", x + ":0.7", "--adapter", y + ":-0.4", "--output", out("combined"), "--force"); got = logits(PeftModel.from_pretrained(base(), out("combined")).eval(), ids)
     report(f"combine {how}", worst(got, logits(pm.eval(), ids)) < 1e-4, f"{worst(got, logits(pm, ids)):.1e}")
 
 # 4

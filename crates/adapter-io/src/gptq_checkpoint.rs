@@ -60,7 +60,9 @@ impl GptqCheckpoint<'_> {
             module: module.to_string(),
             reason: "it is not among the modules to quantize, or was quantized before".into(),
         })?;
-        let weight = self.base.tensor(&format!("{module}.weight"))?.to_f32_vec()?;
+        let name = format!("{module}.weight");
+        let weight = self.base.tensor(&name)?.to_f32_vec()?;
+        self.base.release(&name);
         let nearest = || GptqWeight::round_to_nearest(module, &weight, &shape, &self.options);
         let mut report = GptqReport { module: module.to_string(), output_error: None, nearest_error: None };
         let quantized = match hessian {
@@ -168,6 +170,7 @@ pub fn gptq_checkpoint<E: From<FormatError>>(
             let data = made.base.tensor(name)?.data;
             let bytes = data.len();
             made.writer.write(name, data)?;
+            made.base.release(name);
             made.written(name, bytes);
         }
         made.writer.finish()?;

@@ -163,6 +163,7 @@ pub fn merge_checkpoint(
         let mut done_bytes = 0;
         for job in &plan.jobs {
             let bytes = write_tensor(&base, job, &plan, &mut writer, &mut report)?;
+            base.release(&job.source);
             done_bytes += bytes as u64;
             progress(&Progress { tensor: &job.spec.name, done_bytes, total_bytes: report.total_bytes });
         }

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub use export::{
-    AdapterArgs, CombineArgs, ConvertArgs, Format, FourBitArgs, How, MergeArgs, MergeInto, QuantFormat, QuantizeArgs,
+    AdapterArgs, BnbArgs, CombineArgs, ConvertArgs, Format, GptqArgs, How, MergeArgs, MergeInto, QuantFormat,
+    QuantizeArgs,
 };
 pub use push::PushArgs;
 

@@ -48,7 +48,7 @@ pub fn run_combine(args: &CombineArgs) -> Result<Code> {
 }
 
 fn merge_base(args: &MergeArgs) -> Result<MergeBase, UsageError> {
-    let config = sources::four_bit(&args.four_bit)?;
+    let config = sources::four_bit(&args.four_bit.quant_type, args.four_bit.no_double_quant)?;
     let given =
         args.four_bit.no_double_quant || !args.four_bit.skip_modules.is_empty() || args.four_bit.quant_type != "nf4";
     match args.base {

@@ -7,17 +7,20 @@ use burn_qlora::adapter_io::{Combination, combine};
 use burn_qlora::qlora_models::hub;
 use burn_qlora::{Adapter, QuantConfig, QuantType};
 
-use crate::args::{AdapterArgs, FourBitArgs, How};
+use crate::args::{AdapterArgs, How};
 use crate::exit::UsageError;
+use crate::generate::adapter_argument;
 
 /// The adapters of the flags as one. A single one with the weight 1 stays what it is.
 pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
-    let weights = weights(args)?;
-    let mut adapters = args.adapters.iter().map(|name| load(name)).collect::<Result<Vec<_>>>()?;
+    check(args)?;
+    let parsed = args.adapters.iter().map(|text| adapter_argument(text)).collect::<Result<Vec<_>, _>>()?;
+    let weights: Vec<f64> = parsed.iter().map(|(_, _, weight)| *weight).collect();
+    let mut adapters = parsed.iter().map(|(_, dir, _)| load(dir)).collect::<Result<Vec<_>>>()?;
     if let ([_], [1.0]) = (&adapters[..], &weights[..]) {
         return Ok(adapters.remove(0));
     }
-    let how = match args.combination {
+    let how = match args.combine {
         How::Cat => Combination::Cat,
         How::Linear => Combination::Linear,
         How::Svd => Combination::Svd { rank: args.svd_rank },
@@ -38,22 +41,11 @@ pub fn load(name: &str) -> Result<Adapter> {
     Ok(Adapter::load(&dir)?)
 }
 
-fn weights(args: &AdapterArgs) -> Result<Vec<f64>, UsageError> {
-    let wrong = |text: String| Err(UsageError(text));
-    let (adapters, weights) = (args.adapters.len(), args.weights.len());
-    if args.svd_rank.is_some() && args.combination != How::Svd {
-        return wrong("--svd-rank belongs to --combination svd".into());
-    }
-    if args.svd_rank == Some(0) {
-        return wrong("--svd-rank must be 1 or more".into());
-    }
-    if args.weights.iter().any(|weight| !weight.is_finite()) {
-        return wrong("--weight must be a finite number".into());
-    }
-    match weights {
-        0 => Ok(vec![1.0; adapters]),
-        n if n == adapters => Ok(args.weights.clone()),
-        n => wrong(format!("{n} --weight for {adapters} --adapter: give one for each, or none")),
+fn check(args: &AdapterArgs) -> Result<(), UsageError> {
+    match args.svd_rank {
+        Some(_) if args.combine != How::Svd => Err(UsageError("--svd-rank belongs to --combine svd".into())),
+        Some(0) => Err(UsageError("--svd-rank must be 1 or more".into())),
+        _ => Ok(()),
     }
 }
 
@@ -63,7 +55,8 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
     let chosen = model.or(named).filter(|name| !name.is_empty()).ok_or_else(|| {
         UsageError("the adapter names no base model, or several name different ones: give --model".into())
     })?;
-    if let (Some(named), true) = (named, model.is_some_and(|model| Some(model) != named)) {
+    let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
+    if let Some(named) = named.filter(|named| last(named) != last(chosen)) {
         eprintln!("note: the adapter was trained on {named}");
     }
     let dir = hub::resolve(chosen, revision);
@@ -74,11 +67,11 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
 }
 
 /// The 4-bit form that the flags describe.
-pub fn four_bit(args: &FourBitArgs) -> Result<QuantConfig, UsageError> {
-    let quant_type = match args.quant_type.to_ascii_lowercase().as_str() {
+pub fn four_bit(quant_type: &str, no_double_quant: bool) -> Result<QuantConfig, UsageError> {
+    let quant_type = match quant_type.to_ascii_lowercase().as_str() {
         "nf4" => QuantType::Nf4,
         "fp4" => QuantType::Fp4,
         other => return Err(UsageError(format!("--quant-type {other}: must be nf4 or fp4"))),
     };
-    Ok(QuantConfig { quant_type, double_quant: !args.no_double_quant, ..QuantConfig::default() })
+    Ok(QuantConfig { quant_type, double_quant: !no_double_quant, ..QuantConfig::default() })
 }

@@ -92,8 +92,15 @@ fn a_merge_into_the_rounded_base_says_what_the_rounding_did() {
     let merge = ["merge", "--model", &quantized, "--adapter", &adapter, "--output", "bnb"];
     bench.fails(&merge, 3, &["full-precision"]);
     bench.ok(&[&merge[..], &["--base", "dequantized-4bit"]].concat());
-    let (one, other) = (bench.read("bnb/model.safetensors"), bench.read("rounded/model.safetensors"));
-    assert!(one == other, "its 4-bit weights are those that we round to");
+    // Its 4-bit weights are those that we round to, but for the last bit of a mean (of the absmax), which moves a
+    // weight by one step of bf16 at most, and few of them.
+    let [one, other] = ["bnb", "rounded"].map(|name| Checkpoint::open(&bench.path(name)).expect(name));
+    for name in one.names() {
+        let [one, other] = [&one, &other].map(|c| c.tensor(name).expect(name).to_f32_vec().expect("numbers"));
+        let moved = one.iter().zip(&other).filter(|(x, y)| x != y).count();
+        let far = one.iter().zip(&other).any(|(x, y)| (x - y).abs() > x.abs() / 128.0);
+        assert!(moved * 1000 <= one.len() && !far, "{name}: {moved} of {}", one.len());
+    }
     bench.fails(&[&merge[..5], &["--output", "x", "--no-double-quant"]].concat(), 2, &["--base dequantized-4bit"]);
 }
 
@@ -103,7 +110,8 @@ fn adapters_are_combined_by_weights() {
     let model = model();
     let (plain, rslora) =
         (reference("adapters/plain").display().to_string(), reference("adapters/rslora").display().to_string());
-    let two = ["--adapter", &plain, "--weight", "0.5", "--adapter", &rslora, "--weight", "-0.25"];
+    let [half, minus] = [format!("{plain}:0.5"), format!("{rslora}:-0.25")];
+    let two = ["--adapter", &half, "--adapter", &minus];
     let out = bench.ok(&[&["combine", "--output", "both"], &two[..]].concat()).stdout;
     assert!(out.contains("Combined 2 adapters"), "{out}");
     let both = Adapter::load(&bench.path("both")).expect("an adapter");
@@ -123,12 +131,9 @@ fn adapters_are_combined_by_weights() {
     bench.ok(&["merge", "--model", &model, "--output", "by-hand", "--adapter", "both"]);
     assert!(bench.read("at-once/model.safetensors") == bench.read("by-hand/model.safetensors"));
 
-    bench.fails(
-        &["combine", "--output", "x", "--adapter", &plain, "--adapter", &rslora, "--weight", "1"],
-        2,
-        &["--weight"],
-    );
-    bench.fails(&["combine", "--output", "x", "--adapter", &plain, "--svd-rank", "4"], 2, &["--combination svd"]);
+    let nothing = format!("{plain}:nan");
+    bench.fails(&["combine", "--output", "x", "--adapter", &nothing], 2, &["DIR:WEIGHT"]);
+    bench.fails(&["combine", "--output", "x", "--adapter", &plain, "--svd-rank", "4"], 2, &["--combine svd"]);
     bench.fails(&["combine", "--output", "x"], 2, &["--adapter"]);
 }
 
@@ -184,8 +189,9 @@ fn quantize_writes_what_bitsandbytes_writes() {
     assert!(ours.names().eq(theirs.names()));
     for name in ours.names() {
         let (one, other) = (ours.tensor(name).expect(name), theirs.tensor(name).expect(name));
-        // The JSON holds a mean whose last digit depends on the order of summation.
-        assert!(one.data == other.data || name.contains("quant_state"), "{name}");
+        // The statistics hang on a mean whose last bit depends on the order of summation; the codes don't.
+        let statistics = name.contains("quant_state") || name.contains("absmax");
+        assert!(statistics || one.data == other.data, "{name}");
     }
     assert!(bench.ok(&["inspect", "bnb"]).stdout.contains("quantized to 4 bits by bitsandbytes"));
     bench.fails(&quantize, 2, &["bnb exists"]);
@@ -353,4 +359,66 @@ fn an_interrupted_merge_leaves_nothing() {
         drop(std::fs::remove_dir_all(bench.path("out")));
     }
     assert!(interrupted, "no signal came while it was at work");
+}
+
+/// GPTQ calibrated on rows beats rounding to the nearest, in every kind of layer and in the loss.
+#[test]
+fn gptq_is_calibrated_on_data() {
+    let bench = Bench::new();
+    let model = model();
+    // English prose, which is what the model has learnt.
+    let licence = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../LICENSE-APACHE");
+    let licence = std::fs::read_to_string(licence).expect("the licence");
+    let words: Vec<&str> = licence.split_whitespace().collect();
+    let rows = words.chunks(40).map(|words| format!("{{\"text\": {:?}}}\n", words.join(" ")));
+    bench.write("prose.jsonl", &rows.collect::<String>());
+    let data = "prose.jsonl";
+    let gptq = [
+        "quantize",
+        "--model",
+        &model,
+        "--format",
+        "gptq",
+        "--device",
+        "cpu",
+        "--group-size",
+        "-1",
+        "--output",
+        "gptq",
+    ];
+    let rows = ["--data", data, "--calibration-rows", "24", "--eval-rows", "6", "--max-length", "128"];
+    let out = bench.ok(&[&gptq[..], &rows, &["--act-order"]].concat()).stdout;
+    assert!(out.contains("42 layers, calibrated on 24 rows") && out.contains("measured on 6"), "{out}");
+    let number = |line: &str, column: usize| -> f64 {
+        let numbers = line.split_whitespace().filter_map(|word| word.parse::<f64>().ok());
+        numbers.collect::<Vec<_>>()[column]
+    };
+    let layers: Vec<&str> = out.lines().filter(|line| line.starts_with("model.layers.*")).collect();
+    assert_eq!(layers.len(), 7, "{out}");
+    for line in layers {
+        // Layers, mean and worst of GPTQ, mean and worst of rounding.
+        assert!(number(line, 1) < number(line, 3), "{line}");
+    }
+    let loss = |name: &str| number(out.lines().find(|line| line.starts_with(name)).expect(name), 0);
+    assert!(loss("as it was") < loss("rounded to the nearest"), "{out}");
+    assert!(loss("GPTQ") < loss("rounded to the nearest"), "{out}");
+    let checkpoint = Checkpoint::open(&bench.path("gptq")).expect("a checkpoint");
+    assert!(checkpoint.contains("model.layers.5.mlp.down_proj.qweight"));
+    let config = String::from_utf8(bench.read("gptq/config.json")).expect("text");
+    assert!(config.contains("\"quant_method\": \"gptq\"") && config.contains("\"desc_act\": true"), "{config}");
+
+    bench.fails(&gptq[..9], 2, &["--output <DIR>"]);
+    bench.fails(&[&gptq[..9], &["--output", "x"]].concat(), 2, &["--data"]);
+    bench.fails(
+        &[&gptq[..9], &["--output", "x", "--quant-type", "fp4"]].concat(),
+        2,
+        &["--quant-type belongs to --format bnb-4bit"],
+    );
+    let bnb = ["quantize", "--model", &model, "--format", "bnb-4bit", "--output", "x", "--act-order"];
+    bench.fails(&bnb, 2, &["--act-order belongs to --format gptq"]);
+    let uneven =
+        ["quantize", "--model", &model, "--format", "gptq", "--device", "cpu", "--output", "x", "--data", data];
+    bench.fails(&uneven, 3, &["down_proj", "688", "128"]);
+    bench.fails(&[&uneven[..], &["--damp-percent", "1.5"]].concat(), 2, &["--damp-percent"]);
+    assert!(!bench.path("x").exists());
 }

@@ -20,7 +20,8 @@ fn push(bench: &Bench, server: &Server, token: &str, args: &[&str]) -> Run {
 fn a_trained_adapter_is_pushed_with_a_card() {
     let bench = Bench::new();
     bench.ok(&["train", "qlora.toml", "--set", "data.eval_fraction=0.2"]);
-    let server = Server::start(&[], Rules::default());
+    // The card is small, the weights are large.
+    let server = Server::start(&[], Rules { lfs_from: 100_000, ..Rules::default() });
     // Its base is a folder of this machine.
     let run = push(&bench, &server, TOKEN, &["run/adapter", "me/coins"]);
     assert_eq!(run.code, Some(2), "{}", run.stderr);

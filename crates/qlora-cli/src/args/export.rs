@@ -7,15 +7,12 @@ use clap::{Args, ValueEnum};
 /// The adapters that a command works on.
 #[derive(Debug, Args)]
 pub struct AdapterArgs {
-    /// An adapter: a folder or a hub id; several are combined
-    #[arg(long = "adapter", value_name = "ADAPTER", required = true)]
+    /// An adapter, a folder or a hub id, with its weight (1 if left out); several are combined
+    #[arg(long = "adapter", value_name = "DIR[:WEIGHT]", required = true)]
     pub adapters: Vec<String>,
-    /// The weight of each --adapter, in their order; 1 for all when left out
-    #[arg(long = "weight", value_name = "WEIGHT", allow_negative_numbers = true)]
-    pub weights: Vec<f64>,
     /// How several adapters are combined
     #[arg(long, value_enum, default_value_t = How::Cat, value_name = "HOW")]
-    pub combination: How,
+    pub combine: How,
     /// The rank that svd keeps; the largest one combined when left out
     #[arg(long, value_name = "RANK")]
     pub svd_rank: Option<usize>,
@@ -120,7 +117,11 @@ pub struct CombineArgs {
 /// `qlora quantize`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-bnb-4bit is what transformers loads without quantizing again; it needs no data.")]
+bnb-4bit is what transformers loads without quantizing again; it needs no data.
+
+gptq rounds each layer so that its outputs change least on the rows of --data, block by block: the model runs in
+the device's compute dtype, unquantized. The report gives each layer's output error beside that of rounding to
+the nearest, and the loss on rows that were held out. transformers and vLLM load the result.")]
 pub struct QuantizeArgs {
     /// The full-precision model: a folder or a hub id
     #[arg(long)]
@@ -137,18 +138,69 @@ pub struct QuantizeArgs {
     /// Replace a checkpoint that is there
     #[arg(long)]
     pub force: bool,
-    /// How bitsandbytes stores the weights.
+    /// Size of one file of weights at most: 5GB, 500MB, 2GiB
+    #[arg(long, default_value = "50GB", value_name = "SIZE", value_parser = size)]
+    pub max_shard_size: u64,
+    /// A module that is not quantized, by its path or the end of it; may be repeated
+    #[arg(long = "skip-module", value_name = "MODULE")]
+    pub skip_modules: Vec<String>,
+    /// For bnb-4bit.
     #[command(flatten)]
-    pub four_bit: FourBitArgs,
+    pub bnb: BnbArgs,
+    /// For gptq.
+    #[command(flatten)]
+    pub gptq: GptqArgs,
+}
+
+/// Flags of `--format bnb-4bit`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "For --format bnb-4bit")]
+pub struct BnbArgs {
+    /// The codebook: nf4 or fp4 [default: nf4]
+    #[arg(long, value_name = "TYPE")]
+    pub quant_type: Option<String>,
+    /// Keep the absmax in 32 bits instead of quantizing them, too
+    #[arg(long)]
+    pub no_double_quant: bool,
     /// Dtype that transformers shall compute in: f32, f16 or bf16; the checkpoint's own when left out
     #[arg(long, value_name = "DTYPE")]
     pub compute_dtype: Option<String>,
     /// Quantize the experts of a mixture, too; transformers 5 can't load them so
     #[arg(long)]
     pub quantize_experts: bool,
-    /// Size of one file of weights at most: 5GB, 500MB, 2GiB
-    #[arg(long, default_value = "50GB", value_name = "SIZE", value_parser = size)]
-    pub max_shard_size: u64,
+}
+
+/// Flags of `--format gptq`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "For --format gptq")]
+pub struct GptqArgs {
+    /// The rows to calibrate on, JSONL as for training
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Rows of it to calibrate on, chosen at random [default: 128]
+    #[arg(long, value_name = "ROWS")]
+    pub calibration_rows: Option<usize>,
+    /// Further rows to measure the loss on; 0 measures none [default: 32]
+    #[arg(long, value_name = "ROWS")]
+    pub eval_rows: Option<usize>,
+    /// Tokens of a row at most [default: 2048]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_length: Option<usize>,
+    /// Seed of the choice of rows [default: 42]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Inputs that share a scale; -1: all of an output's [default: 128]
+    #[arg(long, value_name = "INPUTS", allow_negative_numbers = true)]
+    pub group_size: Option<i64>,
+    /// Round the inputs that matter most first
+    #[arg(long)]
+    pub act_order: bool,
+    /// What is added to the Hessian's diagonal, as a part of its mean [default: 0.01]
+    #[arg(long, value_name = "PART")]
+    pub damp_percent: Option<f64>,
+    /// Where to run: auto, cpu, cuda, cuda:1, vulkan or metal [default: auto]
+    #[arg(long)]
+    pub device: Option<String>,
 }
 
 /// A format that `qlora quantize` writes.
@@ -157,6 +209,8 @@ pub enum QuantFormat {
     /// bitsandbytes' NF4 or FP4
     #[value(name = "bnb-4bit")]
     Bnb4bit,
+    /// GPTQ, 4 bits, calibrated on data
+    Gptq,
 }
 
 /// `qlora convert`.

@@ -12,7 +12,7 @@ use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::{
     Adapter, AdapterConfig, HostTensor, InitLoraWeights, OneOrMany, Pattern, TargetModules as PeftModules,
 };
-use burn::tensor::Tensor;
+use burn::tensor::{FloatDType, Tensor};
 use qlora_layers::target_modules::Target;
 use qlora_layers::{Initialization, LoraAdapter, LoraConfig, TargetModules};
 use serde_json::json;
@@ -65,9 +65,13 @@ impl Decoder {
             if let Some(dora) = &lora.dora {
                 put(format!("{embed}.lora_magnitude_vector"), host_vector(&dora.magnitude)?);
             }
-            if self.embedding.original.is_some() {
-                put(format!("{embed}.base_layer.weight"), host_tensor(&self.embed_tokens)?);
-            }
+        }
+        for path in &self.embedding.brought {
+            let base = match self.linears().find(|(other, _)| other == path) {
+                Some((_, linear)) => linear.base.to_dense(FloatDType::F32),
+                None => self.embed_tokens.clone(),
+            };
+            put(format!("{path}.base_layer.weight"), host_tensor(&base)?);
         }
         if let Some(whole) = &self.embedding.whole {
             put(format!("{embed}.weight"), host_tensor(whole)?);

@@ -5,7 +5,7 @@ use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
 use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, WholeLinear};
 
@@ -90,11 +90,15 @@ impl Decoder {
         }
         let (device, dropout) = (self.device.clone(), config.lora_dropout as f32);
         // Adapters are numbered in the model's order.
-        let mut found = 0;
+        let (mut found, mut brought) = (0, Vec::new());
         for (path, linear) in self.linears_mut() {
             let Some(module) = modules.iter().find(|module| module.path == path) else { continue };
-            let adapter = linear_adapter(module, dropout, found, &device)?;
-            linear.set_adapter(&path, adapter)?;
+            let lora = linear_adapter(module, dropout, found, &device)?;
+            linear.set_adapter(&path, lora)?;
+            if let Some(base) = adapter.saved_base(&path) {
+                put_base(&path, linear, base)?;
+                brought.push(path.clone());
+            }
             change_base(config, &path, linear)?;
             if let Some(magnitude) = module.magnitude {
                 let magnitude = row(magnitude, &device);
@@ -102,6 +106,15 @@ impl Decoder {
             }
             found += 1;
         }
+        // A tied head brings the table along that both share.
+        if self.config.tie_word_embeddings
+            && let Some(head) = &self.lm_head
+            && let (Some(_), FrozenLinear::Dense(table)) = (&head.original, &head.base)
+            && brought.iter().any(|path| path == self.head_path())
+        {
+            self.embedding.original = Some(std::mem::replace(&mut self.embed_tokens, table.clone()));
+        }
+        self.embedding.brought = brought;
         let mut placed = found as usize;
         if let Some(module) = modules.iter().find(|module| module.path == embed) {
             self.put_embedding(module, adapter.saved_base(&embed))?;
@@ -132,10 +145,11 @@ impl Decoder {
         fits("lora_embedding_B @ lora_embedding_A, transposed,", &module.weight_shape())?;
         if let Some(table) = table {
             fits("base_layer", &table.shape)?;
-            let own = TensorData::new(table.data.clone(), shape);
-            let own = Tensor::<2>::from_data(own, (&self.device, DType::from(self.dtype)));
-            self.embedding.original = Some(self.embed_tokens.clone());
-            self.embed_tokens = own;
+            if let Some(own) = other_base(&self.embed_tokens, table)? {
+                let before = std::mem::replace(&mut self.embed_tokens, own);
+                self.embedding.original.get_or_insert(before);
+            }
+            self.embedding.brought.push(embed.clone());
             // A tied head sees the same table.
             if self.config.tie_word_embeddings
                 && let Some(head) = &mut self.lm_head
@@ -257,7 +271,36 @@ fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> R
         }
     };
     let base = Tensor::<2>::from_data(TensorData::new(rest.data, shape), (&weight.device(), dtype));
-    linear.original = Some(std::mem::replace(&mut linear.base, FrozenLinear::Dense(base)));
+    let before = std::mem::replace(&mut linear.base, FrozenLinear::Dense(base));
+    linear.original.get_or_insert(before);
+    Ok(())
+}
+
+/// The weight that an adapter's file holds for its base, where it is another one than the base's own. PEFT writes it
+/// along even where nothing changed it: then one copy is enough.
+fn other_base(base: &Tensor<2>, file: &HostTensor) -> Result<Option<Tensor<2>>, ModelError> {
+    let data = TensorData::new(file.data.clone(), base.dims());
+    let own = Tensor::<2>::from_data(data, (&base.device(), base.dtype()));
+    let difference = own.clone().cast(FloatDType::F32) - base.clone().cast(FloatDType::F32);
+    Ok((host_values(&difference.abs().max().reshape([1, 1]))? != [0.0]).then_some(own))
+}
+
+/// Gives a dense layer the weight that the adapter's file holds for it.
+fn put_base(path: &str, linear: &mut LoraLinear, file: &HostTensor) -> Result<(), ModelError> {
+    let shape = linear.base.shape();
+    if file.shape != shape {
+        return Err(ModelError::WeightShape {
+            module: format!("{path}.base_layer"),
+            expected: shape.into(),
+            found: file.shape.clone(),
+        });
+    }
+    let FrozenLinear::Dense(base) = &linear.base else {
+        return Err(ModelError::AdapterFeature { feature: format!("{path}.base_layer.weight of a quantized layer") });
+    };
+    if let Some(own) = other_base(base, file)? {
+        linear.original = Some(std::mem::replace(&mut linear.base, FrozenLinear::Dense(own)));
+    }
     Ok(())
 }
 

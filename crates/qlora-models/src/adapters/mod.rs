@@ -33,7 +33,9 @@ pub(crate) struct Embedding {
     pub(crate) lora: Option<LoraEmbedding>,
     /// A table trained in full, `[vocabulary, hidden]`, f32.
     pub(crate) whole: Option<Tensor<2>>,
-    /// The table before an adapter brought its own.
+    /// Modules whose weight the adapter's file holds too: PEFT writes it along for adapted embeddings and heads.
+    pub(crate) brought: Vec<String>,
+    /// The table before an adapter brought another.
     pub(crate) original: Option<Tensor<2>>,
 }
 
