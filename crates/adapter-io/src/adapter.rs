@@ -25,8 +25,8 @@ use crate::paths::resolve_inside;
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What every key starts with: the wrappers PEFT puts around a model.
 pub const KEY_PREFIX: &str = "base_model.model.";
-const A: &str = ".lora_A.weight";
-const B: &str = ".lora_B.weight";
+pub(crate) const A: &str = ".lora_A.weight";
+pub(crate) const B: &str = ".lora_B.weight";
 const EMBEDDING_A: &str = ".lora_embedding_A";
 const EMBEDDING_B: &str = ".lora_embedding_B";
 const MAGNITUDE: &str = ".lora_magnitude_vector";

@@ -32,6 +32,7 @@ mod config_field;
 pub mod convert;
 mod eigen;
 mod error;
+pub mod experts;
 pub mod gguf;
 pub mod gptq;
 pub mod gptq_checkpoint;

@@ -174,7 +174,7 @@ fn gradients(model: &Decoder, batch: &Batch, subject: &str, report: &mut Report)
     let note = format!("{} adapters, {idle} without a token", found.len());
     report.compare_noted(format!("{subject}: adapters without a finite gradient"), bad as f64, 0.0, note);
     // The loss is smooth but where a token changes its experts; the smallest step may be too small for f32.
-    let errors = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3].map(|step| -> Result<f64> {
+    let errors = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4].map(|step| -> Result<f64> {
         let at = |sign: f64| -> Result<f64> {
             let mut moved = model.clone();
             for (adapter, grads) in adapters_mut(&mut moved).zip(&found) {
