@@ -4,10 +4,13 @@ usage: trim.py FULL_REFERENCE_DIR OUT_DIR
 
 The full folder is written by make_reference.py. The layout stays the same, so every
 program that reads the full folder reads the trimmed one. What is cut:
-  logits, adapters, qlora   the first positions (the model is causal: they depend on nothing later)
-  bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized ones with blocksize 64
+  logits, qlora             the first POSITIONS positions (the model is causal: they depend on nothing later)
+  adapters                  the first ADAPTER_POSITIONS positions
+  bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized NF4 one with blocksize 64
+  bnb/matmul_4bit           the second of three shapes
   qlora                     the final adapter and logits of the bf16 run; its losses stay
-  archs, optimizers         not yet compared by the tests in this repository
+  archs                     all of it: make_archs.py writes smaller models of the same families
+  optimizers                not yet compared by the tests in this repository
 Needs safetensors, numpy and ml_dtypes.
 """
 import json, shutil, sys
@@ -16,7 +19,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-POSITIONS, ADAPTER_POSITIONS = 6, 2
+POSITIONS, ADAPTER_POSITIONS = 3, 3
 ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -37,18 +40,19 @@ def tensors(name, edit):
     save_file({k: v.copy() for k, v in out.items()}, dst / name, metadata=meta)
 
 
-def positions(count=POSITIONS):
-    return lambda t: {k: v[:, :count] for k, v in t.items()}
+def positions(n=POSITIONS):
+    return lambda t: {k: v[:, :n] for k, v in t.items()}
 
 
 for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "logits/greedy.json", "bnb/quantize_blockwise.safetensors",
-             "bnb/matmul_4bit.safetensors", "qlora/batches.safetensors", "qlora/hyper.json", "qlora/log_f32.json", "qlora/log_bf16.json",
+             "qlora/batches.safetensors", "qlora/hyper.json", "qlora/log_f32.json", "qlora/log_bf16.json",
              "qlora/merged_greedy.json", "qlora/initial_adapter", "qlora/final_adapter_f32", *(f"adapters/{a}" for a in ADAPTERS)]:
     copy(name)
 tensors("logits/tiny-llama.safetensors", positions())
 tensors("qlora/logits_f32.safetensors", positions())
 tensors("adapters/logits.safetensors", positions(ADAPTER_POSITIONS))
 cases = json.loads((src / "bnb/quantize_4bit.json").read_text())
-kept = [c for c in cases if c["shape"][0] * c["shape"][1] < 30_000 or (c["blocksize"], c["double_quant"]) == (64, True)]
+kept = [c for c in cases if c["shape"][0] * c["shape"][1] < 30_000 or (c["quant_type"], c["blocksize"], c["double_quant"]) == ("nf4", 64, True)]
 tensors("bnb/quantize_4bit.safetensors", lambda t: {k: v for k, v in t.items() if any(k.startswith(c["prefix"]) for c in kept)})
 (dst / "bnb/quantize_4bit.json").write_text(json.dumps(kept, indent=1))
+tensors("bnb/matmul_4bit.safetensors", lambda t: {k: v for k, v in t.items() if not k.startswith("m1.")})

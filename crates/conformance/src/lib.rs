@@ -11,11 +11,13 @@
 //! | [`logits`] | logits and greedy continuations of a model, dense and quantized |
 //! | [`qlora`] | a training run step by step, its adapter, and what the adapter computes on each base |
 //! | [`adapters`] | PEFT adapters of each kind: files and logits |
+//! | [`archs`] | models of each architecture: logits, gradients, a training step, their adapters' round trip |
 //! | [`chat`] | chat templates, as text and as tokens |
 //!
 //! Every bar is stated, with its reason, where it is set.
 
 pub mod adapters;
+pub mod archs;
 pub mod bnb;
 pub mod chat;
 mod compare;
@@ -75,8 +77,9 @@ pub fn run(reference: &Reference, device: &Device, sections: &[Section], report:
             Section::Logits => logits::cases(reference, device, report),
             Section::Qlora => qlora::cases(reference, device, report),
             Section::Adapters => adapters::cases(reference, device, report),
+            Section::Archs => archs::cases(reference, device, report),
             Section::Chat => chat::cases(reference, report),
-            Section::Archs | Section::Optim => {
+            Section::Optim => {
                 report.skip(section.name(), "not compared yet");
                 Ok(())
             }

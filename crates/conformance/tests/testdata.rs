@@ -49,6 +49,11 @@ fn adapters_on_flex() {
 }
 
 #[test]
+fn archs_on_flex() {
+    run(&Device::flex(), &[Section::Archs]);
+}
+
+#[test]
 fn chat() {
     run(&Device::flex(), &[Section::Chat]);
 }

@@ -65,8 +65,11 @@ fn model(path: &Path, all: bool) -> Result<String> {
         None => "a model checkpoint",
     };
     writeln!(text, "{kind}\n")?;
+    // The language model of a larger one has a section of its own.
+    let section = config.get("text_config").filter(|section| section.is_object());
     let mut describe = |label: &str, key: &str| {
-        let value = config.get(key).filter(|value| !value.is_null());
+        let of_section = section.and_then(|section| section.get(key));
+        let value = config.get(key).or(of_section).filter(|value| !value.is_null());
         value.map_or(Ok(()), |value| writeln!(text, "{label:<24} {}", plain(value)))
     };
     describe("model type", "model_type")?;
@@ -76,6 +79,12 @@ fn model(path: &Path, all: bool) -> Result<String> {
     describe("intermediate size", "intermediate_size")?;
     describe("heads", "num_attention_heads")?;
     describe("key and value heads", "num_key_value_heads")?;
+    describe("head size", "head_dim")?;
+    describe("window", "sliding_window")?;
+    describe("experts", "num_local_experts")?;
+    describe("experts", "num_experts")?;
+    describe("experts of a token", "num_experts_per_tok")?;
+    describe("expert size", "moe_intermediate_size")?;
     describe("vocabulary", "vocab_size")?;
     describe("context", "max_position_embeddings")?;
     describe("tied embeddings", "tie_word_embeddings")?;

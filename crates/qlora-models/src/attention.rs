@@ -90,14 +90,7 @@ impl Mask {
 /// # Shapes
 /// - `q`: `[rows, heads, len, d]`; `k`, `v`: `[rows, kv_heads, all, d]`
 /// - output: `[rows, heads, len, d]`, dtype of `q`
-pub fn attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    scale: f64,
-    softcap: Option<f64>,
-    mask: &Mask,
-) -> Tensor<4> {
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, softcap: Option<f64>, mask: &Mask) -> Tensor<4> {
     let [rows, heads, len, dim] = q.dims();
     let [_, kv_heads, all, _] = k.dims();
     let group = heads / kv_heads;

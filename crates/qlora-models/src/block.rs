@@ -29,7 +29,6 @@ impl<T> Named<T> {
 
 /// What follows attention.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a model has some tens, and they stay where they are")]
 pub(crate) enum FeedForward {
     Dense(Mlp),
     Experts(Moe),
@@ -153,11 +152,9 @@ impl Block {
     /// Queries, keys and values, each `[tokens, heads * head_dim]`.
     fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> [Tensor<2>; 3] {
         match &self.qkv[..] {
-            [q, k, v] => [
-                q.module.forward(h.clone(), pass),
-                k.module.forward(h.clone(), pass),
-                v.module.forward(h, pass),
-            ],
+            [q, k, v] => {
+                [q.module.forward(h.clone(), pass), k.module.forward(h.clone(), pass), v.module.forward(h, pass)]
+            }
             fused => {
                 let all = fused[0].module.forward(h, pass);
                 let [q, k, v] = config.qkv_widths();

@@ -125,7 +125,8 @@ impl ModelConfig {
             file.error("model_type", problem)
         })?;
         let file_tied = file.flag("tie_word_embeddings")?;
-        let section = family.section.map(|key| file.object(key)?.ok_or_else(|| file.error(key, "is missing"))).transpose()?;
+        let section =
+            family.section.map(|key| file.object(key)?.ok_or_else(|| file.error(key, "is missing"))).transpose()?;
         let fields = section.as_ref().unwrap_or(&file);
         let tied = fields.flag("tie_word_embeddings")?;
 
@@ -133,6 +134,7 @@ impl ModelConfig {
         let sizes = family.sizes;
         let hidden_size = fields.required("hidden_size", sizes.hidden_size)?;
         let num_hidden_layers = fields.required("num_hidden_layers", sizes.num_hidden_layers)?;
+        fields.bounded("num_hidden_layers", num_hidden_layers, 10_000)?;
         let num_attention_heads = fields.required("num_attention_heads", sizes.num_attention_heads)?;
         let num_key_value_heads = match fields.is_null("num_key_value_heads") {
             true => None,
@@ -154,10 +156,11 @@ impl ModelConfig {
                 );
             }
         };
-        let max_position_embeddings = fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
+        let max_position_embeddings =
+            fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
         let ropes = rope::read(fields, family, &rope::Sizes { head_dim, max_position_embeddings })?;
         let (attention_kinds, kinds) = blocks::attention_kinds(fields, &family.window, num_hidden_layers, ropes)?;
-        let experts = family.experts.map(|names| blocks::experts(fields, &names)).transpose()?;
+        let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
         let score_scale = match family.query_scalar {
             Some((key, default)) => fields.number(key)?.unwrap_or(default),

@@ -254,8 +254,10 @@ const LLAMA: Family = Family {
     qkv_bias: Switch::Key("attention_bias"),
     output_bias: Switch::Key("attention_bias"),
     mlp_bias: Switch::Key("mlp_bias"),
-    // Splits products over several devices: the same sums.
-    harmless: &["pretraining_tp"],
+    fixed: &[("rope_interleaved", Only::Flag(false))],
+    // `pretraining_tp` splits products over several devices: the same sums. The others are in files of models
+    // that were converted to this type.
+    harmless: &["pretraining_tp", "max_sequence_length", "is_llama_config", "transformers.js_config"],
     ..BASE
 };
 
@@ -340,6 +342,12 @@ const QWEN3_MOE: Family = Family {
     }),
     window: Window { blocks: Windowed::All, ..QWEN2.window },
     sizes: Sizes { num_key_value_heads: Some(4), head_dim: None, ..QWEN3.sizes },
+    fixed: &[
+        ("mlp_bias", Only::Flag(false)),
+        ("qkv_bias", Only::Flag(false)),
+        ("use_qk_norm", Only::Flag(true)),
+        ("shared_expert_intermediate_size", Only::Number(0.0)),
+    ],
     harmless: &["output_router_logits", "router_aux_loss_coef", "max_window_layers"],
     ..QWEN3
 };
@@ -361,12 +369,7 @@ const GEMMA2: Family = Family {
     score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
     logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
     window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
-    sizes: Sizes {
-        num_key_value_heads: Some(4),
-        head_dim: Some(256),
-        max_position_embeddings: 8192,
-        ..BASE.sizes
-    },
+    sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
     tied: true,
     fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
     // `hidden_activation` decides; early files have both.
@@ -431,15 +434,17 @@ const PHI3: Family = Family {
     fixed: &[
         ("attention_bias", Only::Flag(false)),
         ("mlp_bias", Only::Flag(false)),
+        ("lm_head_bias", Only::Flag(false)),
         ("embd_pdrop", Only::Number(0.0)),
         ("resid_pdrop", Only::Number(0.0)),
+        ("full_attn_mod", Only::Number(1.0)),
+        ("interpolate_factor", Only::Number(1.0)),
     ],
     ..BASE
 };
 
 /// Every family that loads.
-pub static FAMILIES: &[Family] =
-    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
+pub static FAMILIES: &[Family] = &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
 
 impl Family {
     /// The family of a `model_type`.

@@ -15,7 +15,7 @@ mod config;
 mod decoder;
 mod device;
 pub mod error;
-mod family;
+pub mod family;
 mod generate;
 pub mod hub;
 mod kernel_cache;

@@ -97,9 +97,7 @@ impl Rope {
                 };
                 pairs.map(scaled).collect()
             }
-            RopeScaling::Yarn {
-                factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, ..
-            } => {
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, .. } => {
                 let dim = self.dim as f64;
                 // The dimension whose frequency makes that many rotations over the original context.
                 let dimension = |rotations: f64| {
@@ -143,7 +141,9 @@ impl Rope {
     pub fn tables(&self, start: usize, len: usize, device: &Device) -> (Tensor<4>, Tensor<4>) {
         let frequencies = self.frequencies(start + len);
         let factor = match &self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => *attention_factor,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
+                *attention_factor
+            }
             _ => 1.0,
         };
         // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.

@@ -5,9 +5,7 @@ use adapter_io::Adapter;
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use qlora_layers::{LoraConfig, Pass, TargetModules};
-use qlora_models::{
-    Decoder, GenerateOptions, KvCache, LoadOptions, ModelConfig, ModelError, RopeScaling, generate,
-};
+use qlora_models::{Decoder, GenerateOptions, KvCache, LoadOptions, ModelConfig, ModelError, RopeScaling, generate};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 

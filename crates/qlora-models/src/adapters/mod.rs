@@ -170,6 +170,11 @@ impl Decoder {
         self.linears().filter_map(|(path, linear)| Some((path, linear.adapter.as_ref()?)))
     }
 
+    /// The adapters of linear layers with their paths, in the order of their numbers.
+    pub fn adapters_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraAdapter)> {
+        self.linears_mut().filter_map(|(path, linear)| Some((path, linear.adapter.as_mut()?)))
+    }
+
     /// Paths of the modules that are adapted or trained in full, the embedding first.
     pub fn adapted_modules(&self) -> Vec<String> {
         let embedding = (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());

@@ -70,11 +70,15 @@ fn count(fields: &Fields, key: &str) -> Result<Option<usize>, ModelError> {
     fields.get(key).map(read).transpose()
 }
 
+/// All experts of a model.
+const MOST_EXPERTS: usize = 100_000;
+
 /// The sizes of a mixture of experts.
-pub(super) fn experts(fields: &Fields, names: &Experts) -> Result<ExpertsConfig, ModelError> {
+pub(super) fn experts(fields: &Fields, names: &Experts, layers: usize) -> Result<ExpertsConfig, ModelError> {
     let (count_keys, default_count) = names.count;
     let counts = count_keys.iter().map(|key| fields.size(key)).collect::<Result<Vec<_>, _>>()?;
     let count = counts.into_iter().flatten().next().unwrap_or(default_count);
+    fields.bounded(count_keys[0], count, MOST_EXPERTS / layers)?;
     let (per_token_key, default_per_token) = names.per_token;
     let per_token = fields.required(per_token_key, Some(default_per_token))?;
     if per_token > count {

@@ -55,6 +55,7 @@ const HARMLESS: &[&str] = &[
     "num_assistant_tokens_schedule",
     "num_beam_groups",
     "num_beams",
+    "num_labels",
     "num_return_sequences",
     "original_max_position_embeddings",
     "output_attentions",
@@ -168,9 +169,18 @@ impl<'a> Fields<'a> {
         self.size(key)?.or(default).ok_or_else(|| self.error(key, "is missing"))
     }
 
+    /// A number of modules, which is looked at before anything is allocated for each.
+    pub fn bounded(&self, key: &str, number: usize, most: usize) -> Result<usize, ModelError> {
+        match number <= most {
+            true => Ok(number),
+            false => Err(self.error(key, format!("is {number}; at most {most} are supported"))),
+        }
+    }
+
     pub fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
-        let read =
-            |value: &Value| value.as_bool().ok_or_else(|| self.error(key, format!("is {value}; expected true or false")));
+        let read = |value: &Value| {
+            value.as_bool().ok_or_else(|| self.error(key, format!("is {value}; expected true or false")))
+        };
         self.get(key).map(read).transpose()
     }
 
@@ -183,7 +193,8 @@ impl<'a> Fields<'a> {
     }
 
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
-        let read = |value: &'a Value| value.as_str().ok_or_else(|| self.error(key, format!("is {value}; expected text")));
+        let read =
+            |value: &'a Value| value.as_str().ok_or_else(|| self.error(key, format!("is {value}; expected text")));
         self.get(key).map(read).transpose()
     }
 

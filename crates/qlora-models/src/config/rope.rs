@@ -32,10 +32,14 @@ pub(super) fn read(fields: &Fields, family: &Family, sizes: &Sizes) -> Result<[R
     let theta = theta.unwrap_or(family.rotary.theta);
     if let Some(inner) = parameters {
         if scaling.is_some() {
-            return Err(fields.error("rope_scaling", "stands beside rope_parameters, which replaced it; remove one of them"));
+            return Err(
+                fields.error("rope_scaling", "stands beside rope_parameters, which replaced it; remove one of them")
+            );
         }
         if let Some(key) = inner.keys().find(|key| !KINDS.contains(key)) {
-            return Err(inner.error(key, format!("is not known; there has to be one object each for {}", KINDS.join(" and "))));
+            return Err(
+                inner.error(key, format!("is not known; there has to be one object each for {}", KINDS.join(" and ")))
+            );
         }
         let [global, local] = [inner.object(KINDS[0])?, inner.object(KINDS[1])?];
         return Ok([outer.rope(global.as_ref(), theta)?, outer.rope(local.as_ref(), local_theta)?]);
@@ -104,7 +108,10 @@ impl Outer<'_> {
             }
             false => Err(fields.error(
                 "partial_rotary_factor",
-                format!("is {factor}, {dim} of {} dimensions; it has to be an even number of them", self.sizes.head_dim),
+                format!(
+                    "is {factor}, {dim} of {} dimensions; it has to be an even number of them",
+                    self.sizes.head_dim
+                ),
             )),
         }
     }
@@ -114,7 +121,13 @@ impl Outer<'_> {
         let outer = self.fields.number("original_max_position_embeddings")?;
         let outer = outer.or(self.family.rotary.original_context.map(|size| size as f64));
         let inner = inner.number("original_max_position_embeddings")?;
-        Ok(outer.or(inner).unwrap_or(self.sizes.max_position_embeddings as f64))
+        let original = outer.or(inner).unwrap_or(self.sizes.max_position_embeddings as f64);
+        match original > 1.0 {
+            true => Ok(original),
+            false => {
+                Err(self.fields.error("original_max_position_embeddings", format!("is {original}; it is a length")))
+            }
+        }
     }
 
     fn factor(&self, inner: &Fields, original: f64) -> Result<f64, ModelError> {

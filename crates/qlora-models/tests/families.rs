@@ -1,0 +1,347 @@
+//! Every family of the table: configurations as transformers 4 and 5 write them, what is refused, and small
+//! models of each. `conformance` compares their logits with recorded ones.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+use adapter_io::Checkpoint;
+use burn::tensor::{Device, FloatDType, Tensor};
+use nf4_quant::QuantConfig;
+use proptest::prelude::*;
+use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
+use qlora_models::{Decoder, GenerateOptions, LinearRole, LoadOptions, ModelConfig, ModelError, RopeScaling, generate};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+fn archs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/archs")
+}
+
+fn names() -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(archs()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn load(dir: &Path, quantization: Option<QuantConfig>) -> Result<Decoder, ModelError> {
+    Decoder::load(dir, LoadOptions { quantization, dtype: FloatDType::F32 }, &Device::flex(), &mut |_| {})
+}
+
+fn values(tensor: Tensor<2>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+fn json_of(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(archs().join(name).join("config.json")).unwrap()).unwrap()
+}
+
+fn parse(config: &Value) -> Result<ModelConfig, ModelError> {
+    ModelConfig::from_json(config, Path::new("config.json"))
+}
+
+/// The message for the configuration of `name` with an edit.
+fn refusal(name: &str, edit: impl FnOnce(&mut Value)) -> String {
+    let mut config = json_of(name);
+    edit(&mut config);
+    parse(&config).unwrap_err().to_string()
+}
+
+#[test]
+fn what_a_configuration_describes_is_what_is_loaded() {
+    for name in names() {
+        let model = load(&archs().join(&name), Some(QuantConfig::default())).unwrap();
+        let config = model.config();
+        let found: Vec<_> = model.linears().map(|(path, linear)| (path, linear.base.shape())).collect();
+        assert_eq!(found, config.linears(), "{name}");
+        let found: Vec<_> = model.norms().map(|(path, norm)| (path, norm.weight.dims()[0])).collect();
+        assert_eq!(found, config.norms(), "{name}");
+        for (spec, (_, linear)) in config.linear_specs().iter().zip(model.linears()) {
+            let quantized = matches!(linear.base, FrozenLinear::Quantized(_));
+            let expected = matches!(spec.role, LinearRole::Projection | LinearRole::Expert);
+            assert_eq!((quantized, linear.bias.is_some()), (expected, spec.bias), "{name} {}", spec.path);
+        }
+    }
+}
+
+#[test]
+fn every_parameter_of_the_language_model_is_counted_once() {
+    for name in names() {
+        let checkpoint = Checkpoint::open(&archs().join(&name)).unwrap();
+        let of_language = |tensor: &&str| !tensor.starts_with("vision_tower") && !tensor.starts_with("multi_modal");
+        let stored: usize = checkpoint
+            .names()
+            .filter(of_language)
+            .map(|tensor| checkpoint.tensor(tensor).unwrap().num_elements())
+            .sum();
+        let dense = load(&archs().join(&name), None).unwrap();
+        assert_eq!(dense.num_params(), stored, "{name}");
+        // Norms are f32 whatever the dtype; here everything is.
+        assert_eq!(dense.device_bytes(), 4 * stored, "{name}");
+    }
+}
+
+#[test]
+fn half_precision_gives_nearly_the_same() {
+    let ids: Vec<u32> = (5..25).collect();
+    for name in names() {
+        let forward = |dtype| {
+            let options = LoadOptions { quantization: None, dtype };
+            let model = Decoder::load(&archs().join(&name), options, &Device::flex(), &mut |_| {}).unwrap();
+            values(model.forward(&ids, 1, Pass::INFERENCE))
+        };
+        let (full, half) = (forward(FloatDType::F32), forward(FloatDType::BF16));
+        let largest = full.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let mean = full.iter().zip(&half).map(|(a, b)| (a - b).abs()).sum::<f32>() / full.len() as f32;
+        // A few dozen roundings of 2^-9. The mean, since a token may go to another expert.
+        assert!(mean < 0.01 * largest, "{name}: {mean} of {largest}");
+    }
+}
+
+#[test]
+fn generation_continues_as_whole_sequences_would() {
+    for name in names() {
+        let model = load(&archs().join(&name), None).unwrap();
+        let prompt: Vec<u32> = (5..17).collect();
+        // Long enough to leave every window and every original context.
+        let options = GenerateOptions { max_new_tokens: 10, ..Default::default() };
+        let ours = generate(&model, &prompt, &options, |_| {}).unwrap().ids;
+        let mut ids = prompt.clone();
+        for (step, id) in ours.iter().enumerate() {
+            let logits = values(model.forward(&ids, 1, Pass::INFERENCE));
+            let last = &logits[logits.len() - model.config().vocab_size..];
+            let largest = last.iter().copied().fold(f32::MIN, f32::max);
+            // Sums in another order: logits of order 1 differ by some 1e-6.
+            assert!(largest - last[*id as usize] < 1e-5, "{name}, step {step}");
+            ids.push(*id);
+        }
+    }
+}
+
+#[test]
+fn all_linear_adapts_experts_and_leaves_routers_to_those_who_name_them() {
+    let mut model = load(&archs().join("mixtral"), Some(QuantConfig::default())).unwrap();
+    assert_eq!(model.attach_lora(&LoraConfig { rank: 2, ..Default::default() }, 0).unwrap(), 2 * (4 + 3 * 4));
+    let paths: Vec<String> = model.adapters().map(|(path, _)| path).collect();
+    assert!(paths.contains(&"model.layers.1.block_sparse_moe.experts.3.w2".into()), "{paths:?}");
+    let config =
+        LoraConfig { rank: 2, target_modules: TargetModules::Names(vec!["gate".into()]), ..Default::default() };
+    assert_eq!(model.attach_lora(&config, 0).unwrap(), 2);
+    let mut fused = load(&archs().join("phi3"), None).unwrap();
+    assert_eq!(fused.attach_lora(&LoraConfig { rank: 2, ..Default::default() }, 0).unwrap(), 2 * 4);
+    assert_eq!(fused.adapters().next().unwrap().0, "model.layers.0.self_attn.qkv_proj");
+}
+
+/// What transformers 4 wrote, and what the keys are today.
+#[test]
+fn earlier_configurations_mean_the_same() {
+    type Edit = fn(&mut serde_json::Map<String, Value>);
+    let cases: [(&str, Edit); 5] = [
+        ("mistral", |c| {
+            c.insert("rope_theta".into(), json!(10000.0));
+            c.insert("torch_dtype".into(), json!("bfloat16"));
+            c.insert("_name_or_path".into(), json!("somewhere"));
+        }),
+        ("llama_linear", |c| {
+            c.insert("rope_theta".into(), json!(10000.0));
+            c.insert("rope_scaling".into(), json!({"type": "linear", "factor": 4.0}));
+        }),
+        ("gemma3", |c| {
+            c.insert("rope_theta".into(), json!(1000000));
+            c.insert("rope_local_base_freq".into(), json!(10000));
+            c.insert("rope_scaling".into(), json!({"rope_type": "linear", "factor": 8.0}));
+            c.insert("cache_implementation".into(), json!("hybrid"));
+        }),
+        ("phi3", |c| {
+            c.insert("rope_theta".into(), json!(10000.0));
+            c.insert("partial_rotary_factor".into(), json!(0.5));
+            c.insert(
+                "rope_scaling".into(),
+                json!({"type": "su", "short_factor": [1.0, 1.1], "long_factor": [2.0, 2.3]}),
+            );
+            c.insert("auto_map".into(), json!({"AutoConfig": "configuration_phi3.Phi3Config"}));
+        }),
+        ("qwen3_moe", |c| {
+            c.insert("rope_theta".into(), json!(10000.0));
+            let count = c.remove("num_local_experts").unwrap();
+            c.insert("num_experts".into(), count);
+            c.insert("max_window_layers".into(), json!(2));
+        }),
+    ];
+    for (name, edit) in cases {
+        let new = parse(&json_of(name)).unwrap();
+        let mut config = json_of(name);
+        let map = config.as_object_mut().unwrap();
+        map.remove("rope_parameters");
+        edit(map);
+        let old = parse(&config).unwrap();
+        assert_eq!(old.attention_kinds, new.attention_kinds, "{name}");
+        assert_eq!(old.experts, new.experts, "{name}");
+        assert_eq!(old.linear_specs(), new.linear_specs(), "{name}");
+    }
+}
+
+#[test]
+fn keys_of_published_files_are_known() {
+    let extras = [
+        (
+            "llama_linear",
+            json!({"is_llama_config": true, "rope_interleaved": false, "transformers.js_config": {"dtype": "q4"}}),
+        ),
+        (
+            "llama3",
+            json!({"_name_or_path": "x", "max_sequence_length": 2048, "unsloth_fixed": true, "pretraining_tp": 1}),
+        ),
+        (
+            "qwen2",
+            json!({"use_mrope": false, "tokenizer_class": "Qwen2Tokenizer", "_attn_implementation_autoset": true}),
+        ),
+        ("qwen3_moe", json!({"qkv_bias": false, "use_qk_norm": true, "shared_expert_intermediate_size": 0})),
+        ("gemma2", json!({"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"})),
+        (
+            "phi3",
+            json!({"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": false, "mlp_bias": false, "auto_map": {}}),
+        ),
+        ("mixtral", json!({"output_router_logits": true, "router_aux_loss_coef": 0.02, "id2label": {"0": "LABEL_0"}})),
+    ];
+    for (name, keys) in extras {
+        let mut config = json_of(name);
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        if let Err(error) = parse(&config) {
+            panic!("{name}: {error}");
+        }
+    }
+}
+
+#[test]
+fn absent_keys_have_their_familys_value_and_null_may_be_another() {
+    let windows = |name: &str, edit: fn(&mut serde_json::Map<String, Value>)| {
+        let mut config = json_of(name);
+        edit(config.as_object_mut().unwrap());
+        parse(&config).unwrap().attention_kinds.iter().map(|kind| kind.window).collect::<Vec<_>>()
+    };
+    assert_eq!(windows("mistral", |_| ()), [Some(7)]);
+    let absent = |c: &mut serde_json::Map<String, Value>| drop(c.remove("sliding_window"));
+    assert_eq!(windows("mistral", absent), [Some(4096)]);
+    assert_eq!(windows("mistral", |c| c["sliding_window"] = Value::Null), [None]);
+    assert_eq!(windows("mixtral", absent), [None]);
+    assert_eq!(windows("qwen2", |c| drop(c.remove("layer_types"))), [None, Some(6)]);
+    let off = |c: &mut serde_json::Map<String, Value>| {
+        c.remove("layer_types");
+        c["use_sliding_window"] = json!(false);
+    };
+    assert_eq!(windows("qwen2", off), [None]);
+    assert_eq!(windows("gemma2", absent), [None, Some(4096)]);
+
+    let mut gemma = json_of("gemma2");
+    let map = gemma.as_object_mut().unwrap();
+    for key in ["attn_logit_softcapping", "query_pre_attn_scalar", "tie_word_embeddings", "layer_types"] {
+        map.remove(key);
+    }
+    map["final_logit_softcapping"] = Value::Null;
+    let gemma = parse(&gemma).unwrap();
+    assert_eq!((gemma.score_softcap, gemma.logit_softcap), (Some(50.0), None));
+    assert_eq!((gemma.score_scale, gemma.tie_word_embeddings), (1.0 / 16.0, true));
+
+    // As in gemma-3-4b: what equals the defaults is left out.
+    let images = json!({
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eos_token_id": [1, 106], "mm_tokens_per_image": 256, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152},
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+    });
+    let images = parse(&images).unwrap();
+    assert_eq!((images.vocab_size, images.num_attention_heads, images.num_key_value_heads), (262_208, 8, 4));
+    let [global, local] = &images.attention_kinds[..] else { panic!("{:?}", images.attention_kinds) };
+    assert_eq!((global.rope.theta, &global.rope.scaling), (1e6, &RopeScaling::Linear { factor: 8.0 }));
+    assert_eq!((local.rope.theta, local.window), (1e4, Some(1024)));
+    assert_eq!(images.linears()[0].0, "model.language_model.layers.0.self_attn.q_proj");
+}
+
+#[test]
+fn what_is_not_covered_is_refused_by_name() {
+    let has = |message: String, parts: &[&str]| {
+        for part in parts {
+            assert!(message.contains(part), "`{part}` is not in: {message}");
+        }
+    };
+    has(
+        refusal("llama3", |c| c["model_type"] = json!("llama4")),
+        &["config.json", "model_type", "llama4", "qwen3_moe"],
+    );
+    has(refusal("mistral", |c| c["attention_bias"] = json!(true)), &["attention_bias", "true", "false"]);
+    has(refusal("llama3", |c| c["sliding_window"] = json!(8)), &["sliding_window", "8"]);
+    has(refusal("llama3", |c| c["partial_rotary_factor"] = json!(0.5)), &["partial_rotary_factor", "0.5"]);
+    has(refusal("gemma3", |c| c["attn_logit_softcapping"] = json!(50.0)), &["attn_logit_softcapping", "50"]);
+    has(refusal("gemma2", |c| c["use_bidirectional_attention"] = json!(true)), &["use_bidirectional_attention"]);
+    has(refusal("gemma2", |c| c["layer_types"][0] = json!("chunked_attention")), &["layer_types", "chunked_attention"]);
+    has(refusal("gemma2", |c| c["layer_types"] = json!(["full_attention"])), &["layer_types", "1", "2 layers"]);
+    has(refusal("gemma2", |c| c["sliding_window"] = Value::Null), &["sliding_window"]);
+    has(refusal("qwen2", |c| c["use_sliding_window"] = json!(false)), &["sliding_window"]);
+    has(refusal("mixtral", |c| c["num_local_experts"] = json!(1u32 << 31)), &["num_local_experts", "50000"]);
+    has(refusal("mixtral", |c| c["num_local_experts"] = json!(60_000)), &["num_local_experts", "60000"]);
+    has(refusal("mistral", |c| c["num_hidden_layers"] = json!(1u32 << 31)), &["num_hidden_layers", "10000"]);
+    has(refusal("mixtral", |c| c["num_experts_per_tok"] = json!(5)), &["num_experts_per_tok", "5", "4 experts"]);
+    has(refusal("mixtral", |c| c["router_jitter_noise"] = json!(0.1)), &["router_jitter_noise", "0.1"]);
+    has(
+        refusal("qwen3_moe", |c| c["shared_expert_intermediate_size"] = json!(32)),
+        &["shared_expert_intermediate_size"],
+    );
+    has(
+        refusal("gemma3_images", |c| c["text_config"]["altup_num_inputs"] = json!(4)),
+        &["text_config.altup_num_inputs"],
+    );
+    has(
+        refusal("phi3", |c| c["rope_parameters"]["short_factor"] = json!([1.0])),
+        &["rope_parameters.short_factor", "1", "2"],
+    );
+    has(refusal("phi3", |c| c["resid_pdrop"] = json!(0.1)), &["resid_pdrop", "0.1"]);
+    has(refusal("gemma3", |c| c["rope_parameters"]["chunked"] = json!({})), &["rope_parameters.chunked"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_value_of_any_key_is_read_or_refused(
+        name in prop::sample::select(names()),
+        key in any::<prop::sample::Index>(),
+        value in prop::sample::select(vec![
+            json!(null), json!(0), json!(1), json!(3), json!(-1), json!(0.5), json!(1e30), json!(u64::MAX), json!(9999),
+            json!(true), json!(false), json!(""), json!("silu"), json!([]), json!([0]), json!(["full_attention"]), json!({}),
+            json!({"rope_type": "yarn", "factor": 1e-9}), json!({"type": "longrope"}), json!({"full_attention": {}}),
+        ]),
+        inside in any::<bool>(),
+    ) {
+        let mut config = json_of(&name);
+        let section = if config.get("text_config").is_some() { "text_config" } else { "rope_parameters" };
+        let map = match inside {
+            true => config[section].as_object_mut().unwrap(),
+            false => config.as_object_mut().unwrap(),
+        };
+        let keys: Vec<String> = map.keys().cloned().collect();
+        map.insert(key.get(&keys).clone(), value);
+        match parse(&config) {
+            // Whatever is accepted can be laid out and rotated.
+            Ok(config) => {
+                prop_assert!(config.linear_specs().len() > config.num_hidden_layers);
+                for kind in &config.attention_kinds {
+                    prop_assert_eq!(kind.rope.frequencies(100).len(), kind.rope.dim / 2);
+                }
+            }
+            Err(error) => prop_assert!(error.to_string().contains("config.json")),
+        }
+    }
+}
+
+#[test]
+fn a_tensor_without_a_place_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = archs().join("llama3");
+    std::fs::copy(source.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    let mut config = json_of("llama3");
+    config["attention_bias"] = json!(false);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let message = load(dir.path(), None).unwrap_err().to_string();
+    assert!(message.contains("model.layers.0.self_attn.k_proj.bias") && message.contains("llama"), "{message}");
+}

@@ -1,0 +1,88 @@
+//! A training step over small models of every architecture.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+use burn::tensor::{Device, FloatDType, Tensor};
+use nf4_quant::QuantConfig;
+use paged_optim::AdamWConfig;
+use qlora_layers::{ActivationCheckpointing, LoraConfig};
+use qlora_models::{Decoder, LoadOptions};
+use qlora_train::data::Batch;
+use qlora_train::{Engine, Plan, TrainConfig};
+use std::path::{Path, PathBuf};
+
+fn archs() -> Vec<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/archs");
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+fn engine(dir: &Path, checkpointing: ActivationCheckpointing) -> Engine {
+    let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
+    let mut model = Decoder::load(dir, options, &Device::flex(), &mut |_| ()).unwrap();
+    model.attach_lora(&LoraConfig { rank: 2, dropout: 0.1, ..Default::default() }, 3).unwrap();
+    Engine::new(model, AdamWConfig { weight_decay: 0.1, ..Default::default() }, 1.0, checkpointing).unwrap()
+}
+
+fn batch(rows: usize, len: usize) -> Batch {
+    let input_ids: Vec<u32> = (0..(rows * len) as u32).map(|i| 3 + i * 7 % 50).collect();
+    let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
+    Batch { input_ids, labels, rows, cols: len, lengths: vec![len; rows] }
+}
+
+fn values(tensor: &Tensor<2>) -> Vec<f32> {
+    tensor.clone().without_autodiff().into_data().iter::<f32>().collect()
+}
+
+#[test]
+fn activation_checkpointing_changes_no_bit_in_any_family() {
+    for dir in archs() {
+        let adapters = [ActivationCheckpointing::None, ActivationCheckpointing::Full].map(|checkpointing| {
+            let mut engine = engine(&dir, checkpointing);
+            // The second step starts from factors that are not zero.
+            let losses: Vec<f64> = (0..2).map(|seed| engine.step(&[batch(2, 12)], 1e-2, seed).unwrap().loss).collect();
+            let factors = engine.model().adapters().flat_map(|(_, a)| [values(&a.lora_a), values(&a.lora_b)]);
+            (losses, factors.collect::<Vec<_>>())
+        });
+        assert_eq!(adapters[0], adapters[1], "{}", dir.display());
+    }
+}
+
+#[test]
+fn a_plan_counts_what_is_loaded() {
+    for dir in archs() {
+        let engine = engine(&dir, ActivationCheckpointing::Full);
+        let mut config = TrainConfig::default();
+        config.lora.rank = 2;
+        let plan = Plan::new(&config, engine.model().config(), FloatDType::F32, &[]).unwrap();
+        assert_eq!(plan.base_parameters, engine.model().num_params() as u64, "{}", dir.display());
+        assert_eq!(plan.trainable_parameters, engine.model().num_trainable() as u64, "{}", dir.display());
+        let planned = plan.memory.linear_weights + plan.memory.other_weights;
+        let loaded = engine.model().device_bytes() as u64;
+        // Each of some tens of small layers has its own last nested block, and words of four bytes.
+        assert!(planned.abs_diff(loaded) < loaded / 20, "{}: {planned} and {loaded}", dir.display());
+    }
+}
+
+#[test]
+fn an_expert_without_tokens_has_a_zero_gradient() {
+    let dir = archs().into_iter().find(|path| path.ends_with("qwen3_moe")).unwrap();
+    let mut engine = engine(&dir, ActivationCheckpointing::Full);
+    let before: Vec<Vec<f32>> = engine.model().adapters().map(|(_, adapter)| values(&adapter.lora_a)).collect();
+    // Three tokens with three experts each: some of six get none.
+    engine.step(&[batch(1, 3)], 1e-2, 0).unwrap();
+    let state = engine.optimizer().state();
+    let mut idle = 0;
+    for (i, (path, adapter)) in engine.model().adapters().enumerate() {
+        if state[2 * i + 1].m.iter().all(|m| *m == 0.0) {
+            assert!(path.contains("experts"), "{path}");
+            idle += 1;
+            // Weight decay reaches it as it reaches all others.
+            let decayed = before[i].iter().map(|value| value * (1.0 - 1e-2 * 0.1));
+            for (found, expected) in values(&adapter.lora_a).iter().zip(decayed) {
+                assert!((found - expected).abs() <= 1e-7, "{path}: {found} against {expected}");
+            }
+        }
+    }
+    assert!(idle > 0, "every expert got a token");
+}

@@ -1,0 +1,80 @@
+"""Records small random models of every supported architecture, and what transformers computes with them.
+
+usage: make_archs.py testdata/reference/archs
+
+Written by transformers 5.17 with torch 2.11 on a CPU, eager attention, f32. Weights are stored in bf16, which
+holds them exactly; logits are f32. The names are those of make_reference.py where it has the family, the shapes
+are smaller and less regular: head widths that do not divide the model, windows shorter than the rows, rotary
+scalings past their original context, experts in some blocks only, files in shards and with stacked experts.
+"""
+import shutil, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
+BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def rope(kind, **more):
+    return dict(rope_type=kind, rope_theta=10000.0, **more)
+
+
+def divisors(n, first, step):
+    return [first + step * i for i in range(n)]
+
+
+TEXT = dict(BASE, head_dim=16, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=5)
+MODELS = {
+    "llama3": ("llama", dict(attention_bias=True, mlp_bias=True, num_attention_heads=8, num_key_value_heads=2, head_dim=6,
+                             rope_parameters=rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)), {}),
+    "llama_linear": ("llama", dict(tie_word_embeddings=True, hidden_act="gelu", num_key_value_heads=1, rope_parameters=rope("linear", factor=4.0)), {}),
+    "llama_dynamic": ("llama", dict(max_position_embeddings=16, rope_parameters=rope("dynamic", factor=2.0)), {}),
+    "llama_yarn": ("llama", dict(head_dim=12, rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16)), {}),
+    "mistral": ("mistral", dict(sliding_window=7, num_key_value_heads=4, head_dim=12), {}),
+    "qwen2": ("qwen2", dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1), {}),
+    "qwen3": ("qwen3", dict(head_dim=12, attention_bias=True, tie_word_embeddings=True), {}),
+    "gemma2": ("gemma2", dict(head_dim=12, query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=5.0, sliding_window=5), {}),
+    "gemma3": ("gemma3_text", dict(TEXT, query_pre_attn_scalar=24, final_logit_softcapping=4.0, rope_scaling=dict(rope_type="linear", factor=8.0)), {}),
+    "gemma3_images": ("gemma3", dict(query_pre_attn_scalar=16), {}),
+    "phi3": ("phi3", dict(num_key_value_heads=1, partial_rotary_factor=0.5, original_max_position_embeddings=16, tie_word_embeddings=True,
+                          rope_scaling=dict(type="longrope", short_factor=divisors(2, 1.0, 0.1), long_factor=divisors(2, 2.0, 0.3))), {}),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9, head_dim=12, intermediate_size=40), {}),
+    "qwen3_moe": ("qwen3_moe", dict(head_dim=12, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=False, mlp_only_layers=[1],
+                                    num_hidden_layers=3), dict(max_shard_size="40KB")),
+    "qwen3_moe_stacked": ("qwen3_moe", dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True,
+                                            decoder_sparse_step=2), dict(save_original_format=False)),
+}
+
+
+def build(kind, more):
+    if kind == "gemma3":
+        vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+        config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
+        return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **more}), attn_implementation="eager").float()
+
+
+torch.set_num_threads(1)
+for name, (kind, more, how) in MODELS.items():
+    torch.manual_seed(70)
+    model = build(kind, more).eval()
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            if path.endswith("gate.weight"):
+                p.normal_(0, 0.3)  # routers that tell experts apart
+            elif p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+            else:
+                p.mul_(4.0)
+            p.copy_(p.bfloat16().float())
+        ids = torch.randint(3, 60, (ROWS, LENGTH))
+        logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
+    folder = OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.bfloat16().save_pretrained(folder, **how)
+    save_file({"input_ids": ids, "logits": logits}, folder / "reference.safetensors")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    print(name, f"{sum(f.stat().st_size for f in folder.iterdir()) / 1024:.0f} KiB, largest logit {logits.abs().max():.2f}", flush=True)
