@@ -217,7 +217,10 @@ impl Components {
         let kept = self.kept.min(stacked.rows);
         let (_, values, vectors) = exact(&stacked, &stacked.transpose(), kept);
         (self.values, self.vectors) = (values, vectors);
-        self.mean.iter_mut().zip(&chunk_mean).for_each(|(old_mean, m)| *old_mean += (m - *old_mean) * new / (old + new));
+        self.mean
+            .iter_mut()
+            .zip(&chunk_mean)
+            .for_each(|(old_mean, m)| *old_mean += (m - *old_mean) * new / (old + new));
         self.seen += count;
     }
 
@@ -247,7 +250,10 @@ fn matrix(weight: &HostTensor, rank: usize) -> Result<Matrix, FormatError> {
         return Err(misfit(weight, "it is no matrix".into()));
     };
     if rank == 0 || rank > rows.min(columns) {
-        return Err(misfit(weight, format!("it has no part of rank {rank}; the rank is at most {}", rows.min(columns))));
+        return Err(misfit(
+            weight,
+            format!("it has no part of rank {rank}; the rank is at most {}", rows.min(columns)),
+        ));
     }
     if weight.data.iter().any(|x| !x.is_finite()) {
         return Err(misfit(weight, "it has values that are not finite".into()));

@@ -191,13 +191,7 @@ fn gradients(model: &Decoder, batch: &Batch, subject: &str, report: &mut Report)
 }
 
 /// The adapter, written, read and put on the base again.
-fn round_trip(
-    model: &Decoder,
-    dir: &Path,
-    batch: &Batch,
-    subject: &str,
-    report: &mut Report,
-) -> Result<()> {
+fn round_trip(model: &Decoder, dir: &Path, batch: &Batch, subject: &str, report: &mut Report) -> Result<()> {
     let out = tempfile::tempdir()?;
     let saved = model.export_adapter(&dir.display().to_string(), None)?;
     saved.save(out.path())?;

@@ -29,7 +29,7 @@ pub enum Command {
     /// Write a commented configuration that documents every key
     Init(InitArgs),
     /// Let a model, with or without an adapter, answer a prompt
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Say what a checkpoint, an adapter or a training checkpoint is
     Inspect(InspectArgs),
 }

@@ -201,7 +201,11 @@ impl LoraConfig {
             return bad("lora_bias", "true".into(), "needs init = \"default\"");
         }
         if self.modules_to_save.iter().any(String::is_empty) {
-            return bad("modules_to_save", format!("{:?}", self.modules_to_save), "an empty name would mean every module");
+            return bad(
+                "modules_to_save",
+                format!("{:?}", self.modules_to_save),
+                "an empty name would mean every module",
+            );
         }
         if self.loftq_iterations == 0 {
             return bad("loftq_iterations", "0".into(), "must be at least 1");

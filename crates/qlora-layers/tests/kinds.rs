@@ -123,19 +123,17 @@ fn dora_gradients_match_the_formulas() {
 
             let (x, dy, s) = (values(x), values(dy), f64::from(SCALING));
             let z = product(&x, &transposed(&sum, [OUT, IN]), [TOKENS, IN, OUT]);
-            let d_magnitude: Vec<f64> =
-                (0..OUT).map(|i| (0..TOKENS).map(|t| dy[t * OUT + i] * z[t * OUT + i]).sum::<f64>() / norms[i]).collect();
+            let d_magnitude: Vec<f64> = (0..OUT)
+                .map(|i| (0..TOKENS).map(|t| dy[t * OUT + i] * z[t * OUT + i]).sum::<f64>() / norms[i])
+                .collect();
             let dz: Vec<f64> = (0..TOKENS * OUT).map(|i| s * dy[i] * magnitude[i % OUT] / norms[i % OUT]).collect();
             let d_b = product(
                 &transposed(&dz, [TOKENS, OUT]),
                 &product(&x, &transposed(&a, [RANK, IN]), [TOKENS, IN, RANK]),
                 [OUT, TOKENS, RANK],
             );
-            let d_a = product(
-                &transposed(&product(&dz, &b, [TOKENS, OUT, RANK]), [TOKENS, RANK]),
-                &x,
-                [RANK, TOKENS, IN],
-            );
+            let d_a =
+                product(&transposed(&product(&dz, &b, [TOKENS, OUT, RANK]), [TOKENS, RANK]), &x, [RANK, TOKENS, IN]);
             let dz: Vec<f64> = dz.iter().map(|x| x / s).collect();
             let d_x = product(&dz, &sum, [TOKENS, OUT, IN]);
             let found = layer.parameters();
@@ -167,9 +165,8 @@ fn dora_drops_the_input_of_scaled_products_only() {
             let whole = product(&values(x.clone()), &weight, shape);
             let dropped = product(&kept, &weight, shape);
             let z = product(&kept, &transposed(&sum, [OUT, IN]), shape);
-            let expected: Vec<f64> = (0..TOKENS * OUT)
-                .map(|i| whole[i] - dropped[i] + magnitude[i % OUT] / norms[i % OUT] * z[i])
-                .collect();
+            let expected: Vec<f64> =
+                (0..TOKENS * OUT).map(|i| whole[i] - dropped[i] + magnitude[i % OUT] / norms[i % OUT] * z[i]).collect();
             assert_close(name, &values(layer.forward(x, pass.untracked())), &expected, 5e-5);
         }
     }
@@ -244,9 +241,8 @@ fn embeddings_look_up_adapted_rows_and_train() {
             let ids = [3i32, 10, 3, 0];
             let ids_tensor = Tensor::<1, Int>::from_data(TensorData::new(ids.to_vec(), [4]), (&device, DType::I32));
             let (a, b) = (values(lora.lora_a.clone()), values(lora.lora_b.clone()));
-            let update = product(&transposed(&a, [RANK, VOCABULARY]), &transposed(&b, [WIDTH, RANK]), [
-                VOCABULARY, RANK, WIDTH,
-            ]);
+            let update =
+                product(&transposed(&a, [RANK, VOCABULARY]), &transposed(&b, [WIDTH, RANK]), [VOCABULARY, RANK, WIDTH]);
             let mut sum: Vec<f64> =
                 values(table.clone()).iter().zip(update).map(|(w, u)| w + f64::from(SCALING) * u).collect();
             if let Some(dora) = &lora.dora {
@@ -261,7 +257,8 @@ fn embeddings_look_up_adapted_rows_and_train() {
             assert_close(name, &values(lora.merged(&table)), &sum, 1e-5);
 
             lora.track();
-            let loss = |lora: &LoraEmbedding| lora.forward(&table, ids_tensor.clone(), Pass::training(0)).square().sum();
+            let loss =
+                |lora: &LoraEmbedding| lora.forward(&table, ids_tensor.clone(), Pass::training(0)).square().sum();
             let mut grads = loss(&lora).backward();
             let d_a = values(lora.lora_a.grad_remove(&mut grads).unwrap());
             for token in [1, 2, 4, 5, 6, 7, 8, 9] {

@@ -280,9 +280,17 @@ fn pissa_keeps_more_of_a_weight_in_4_bits() {
     let (dense, quantized) = (load(None), load(Some(QuantConfig::default())));
     let (base, plain) = (logits(&dense), logits(&quantized));
     let mut model = quantized.clone();
-    model.attach_lora(&LoraConfig { rank: 32, init: Initialization::Pissa { iterations: None }, ..Default::default() }, 0)
+    model
+        .attach_lora(
+            &LoraConfig { rank: 32, init: Initialization::Pissa { iterations: None }, ..Default::default() },
+            0,
+        )
         .unwrap();
-    assert!(model.linears().all(|(_, linear)| matches!(linear.base, FrozenLinear::Quantized(_)) || linear.adapter.is_none()));
+    assert!(
+        model
+            .linears()
+            .all(|(_, linear)| matches!(linear.base, FrozenLinear::Quantized(_)) || linear.adapter.is_none())
+    );
     let error = |logits: &[f32]| logits.iter().zip(&base).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
     // arXiv 2404.02948, section 4.2: the residual's outliers are gone, so quantization loses less.
     assert!(error(&plain) / error(&logits(&model)) > 1.03);
@@ -290,17 +298,19 @@ fn pissa_keeps_more_of_a_weight_in_4_bits() {
 
 /// The Frobenius norm of what 4 bits and the factors miss of the dense weights, over all adapted layers.
 fn missed(model: &Decoder, dense: &Decoder) -> f64 {
-    let weights: BTreeMap<String, Vec<f32>> = dense
-        .linears()
-        .map(|(path, linear)| (path, values(linear.base.to_dense(FloatDType::F32))))
-        .collect();
+    let weights: BTreeMap<String, Vec<f32>> =
+        dense.linears().map(|(path, linear)| (path, values(linear.base.to_dense(FloatDType::F32)))).collect();
     let of = |path: &str, weight: Vec<f32>| {
         weight.iter().zip(&weights[path]).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>()
     };
-    model.adapters().map(|(path, adapter)| {
-        let linear = model.linears().find(|(other, _)| *other == path).unwrap().1;
-        of(&path, values(adapter.merged(&linear.base)))
-    }).sum::<f64>().sqrt()
+    model
+        .adapters()
+        .map(|(path, adapter)| {
+            let linear = model.linears().find(|(other, _)| *other == path).unwrap().1;
+            of(&path, values(adapter.merged(&linear.base)))
+        })
+        .sum::<f64>()
+        .sqrt()
 }
 
 #[test]
@@ -312,9 +322,7 @@ fn loftq_makes_up_for_what_quantization_loses() {
     let ids: Vec<u32> = view.to_i64_vec().unwrap().into_iter().map(|id| id as u32).collect();
     let logits = |model: &Decoder| values(model.forward(&ids, view.shape[0], Pass::INFERENCE));
     let base = logits(&dense);
-    let error = |model: &Decoder| {
-        logits(model).iter().zip(&base).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>()
-    };
+    let error = |model: &Decoder| logits(model).iter().zip(&base).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
     let attached = |init, loftq_iterations| {
         let mut model = quantized.clone();
         // A scaling other than 1 is part of the decomposition.
@@ -405,7 +413,9 @@ fn eva_spends_the_ranks_where_they_explain_most() {
         model.adapters().map(|(path, adapter)| (path, values(adapter.lora_a.clone())[..256].to_vec())).collect();
     assert!(a[Q0] == a["model.layers.0.self_attn.v_proj"]);
     let exported = model.export_adapter("tiny-llama", None).unwrap();
-    assert!(matches!(&exported.config.target_modules, Some(PeftModules::List(names)) if names.contains(&Q0.to_string())));
+    assert!(
+        matches!(&exported.config.target_modules, Some(PeftModules::List(names)) if names.contains(&Q0.to_string()))
+    );
     let mut again = load(Some(QuantConfig::default()));
     again.resume_lora(&config, 0, &exported).unwrap();
     assert!(logits(&again) == logits(&model));
@@ -425,7 +435,7 @@ fn several_adapters_share_one_base() {
     let mut model = load(Some(QuantConfig::default()));
     let base = logits(&model);
     let mut set = AdapterSet::new();
-    set.insert("plain", adapter("plain")).unwrap();
+    set.load("plain", &reference("adapters/plain")).unwrap();
     set.insert("patterns", adapter("patterns")).unwrap();
     set.insert("dora", adapter("dora")).unwrap();
     let alone = |model: &mut Decoder, name: &str| {

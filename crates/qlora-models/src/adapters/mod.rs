@@ -66,8 +66,9 @@ impl Decoder {
     /// values depend on `seed`, their number and the weights alone. Returns how many.
     ///
     /// # Errors
-    /// As [`lora_targets`](Self::lora_targets); `modules_to_save` names no module, or one that has an adapter; an initialisation does not
-    /// fit the model, or needs activations (see [`attach_lora_to`](Self::attach_lora_to)). The model is unchanged then.
+    /// As [`lora_targets`](Self::lora_targets); `modules_to_save` names no module, or one that has an adapter; an
+    /// initialisation does not fit the model, or needs activations (see [`attach_lora_to`](Self::attach_lora_to)). The
+    /// model is unchanged then.
     pub fn attach_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<usize, ModelError> {
         self.attach_lora_to(config, seed, &[])
     }
@@ -117,7 +118,7 @@ impl Decoder {
             let lora = LoraEmbedding::new(&table, target.rank, target.scaling, seed);
             model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
         }
-        if saved.iter().any(|path| *path == embed) {
+        if saved.contains(&embed) {
             model.embedding.whole = Some(table.cast(FloatDType::F32));
         }
         for (path, norm) in model.norms_mut() {
@@ -177,7 +178,8 @@ impl Decoder {
 
     /// Paths of the modules that are adapted or trained in full, the embedding first.
     pub fn adapted_modules(&self) -> Vec<String> {
-        let embedding = (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
+        let embedding =
+            (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
         let linears = self.linears().filter(|(_, linear)| linear.adapter.is_some() || linear.whole.is_some());
         let norms = self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| path);
         embedding.into_iter().chain(linears.map(|(path, _)| path)).chain(norms).collect()

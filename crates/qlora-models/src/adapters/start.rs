@@ -89,7 +89,7 @@ impl<'a> Starter<'a> {
             }
             Initialization::Pissa { .. } | Initialization::Olora | Initialization::Loftq => {
                 let weight = self.weight(path, linear)?;
-                let (factors, rest) = self.from_weight(path, linear, &weight, rank, scaling, index)?;
+                let (factors, rest) = self.decompose(path, linear, &weight, rank, scaling, index)?;
                 let (lora_a, lora_b) = (self.upload(&factors.a), self.upload(&factors.b));
                 let mut adapter = LoraAdapter::from_factors(lora_a, lora_b, scaling, dropout, index);
                 let base = rest.map(|rest| self.hold(path, linear, &rest)).transpose()?;
@@ -106,7 +106,7 @@ impl<'a> Starter<'a> {
     }
 
     /// The factors, and what is left of the weight where it changes.
-    fn from_weight(
+    fn decompose(
         &self,
         path: &str,
         linear: &LoraLinear,
@@ -118,7 +118,9 @@ impl<'a> Starter<'a> {
         let seed = mix(self.seed ^ mix(u64::from(index)));
         let named = |e: FormatError| self.fail(path, e.to_string());
         let factors = match self.config.init {
-            Initialization::Pissa { iterations } => principal(weight, rank, scaling, iterations, seed).map_err(named)?,
+            Initialization::Pissa { iterations } => {
+                principal(weight, rank, scaling, iterations, seed).map_err(named)?
+            }
             Initialization::Olora => orthonormal(weight, rank).map_err(named)?,
             _ => {
                 let FrozenLinear::Quantized(base) = &linear.base else {
@@ -205,11 +207,7 @@ impl<'a> Starter<'a> {
 /// The settings that a weight was quantized with.
 fn quant_config(base: &Linear4bit) -> QuantConfig {
     let layout = base.layout();
-    QuantConfig {
-        quant_type: layout.quant_type,
-        blocksize: layout.blocksize,
-        double_quant: layout.nested.is_some(),
-    }
+    QuantConfig { quant_type: layout.quant_type, blocksize: layout.blocksize, double_quant: layout.nested.is_some() }
 }
 
 /// What the observers of all layers share.
