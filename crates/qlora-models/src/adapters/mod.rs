@@ -25,6 +25,7 @@ use burn::tensor::{FloatDType, Int, Tensor};
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Pass};
 use start::{Start, Starter};
+use std::collections::{HashMap, HashSet};
 
 /// What an adapter put on the embedding table.
 #[derive(Clone, Debug, Default)]
@@ -86,12 +87,12 @@ impl Decoder {
         let mut model = self.clone();
         model.unload_adapter()?;
         let mut targets = model.lora_targets(config)?;
-        let saved: Vec<String> = model.config.saved_modules(config)?.into_iter().map(|(path, _)| path).collect();
+        let saved: HashSet<String> = model.config.saved_modules(config)?.into_iter().map(|(path, _)| path).collect();
         if let Some(both) = targets.iter().find(|target| saved.contains(&target.path)) {
             return Err(ModelError::AdapterClash { module: both.path.clone() });
         }
         let (embed, head) = (model.config.embed_path(), model.head_path());
-        if targets.iter().any(|target| target.path == head) || saved.iter().any(|path| path == head) {
+        if targets.iter().any(|target| target.path == head) || saved.contains(head) {
             model.own_head();
         }
         let components = match config.init {
@@ -99,9 +100,10 @@ impl Decoder {
             _ => None,
         };
         let starter = Starter::new(&model, config, seed, components)?;
+        let by_path: HashMap<&str, &Target> = targets.iter().map(|target| (target.path.as_str(), target)).collect();
         let mut index = 0;
         for (path, linear) in model.linears_mut() {
-            if let Some(target) = targets.iter().find(|target| target.path == path) {
+            if let Some(target) = by_path.get(path.as_str()) {
                 let Start { adapter, base } = starter.linear(linear, target, index)?;
                 if let Some(base) = base {
                     linear.base = base;
@@ -114,7 +116,7 @@ impl Decoder {
             }
         }
         let table = model.embed_tokens.clone();
-        if let Some(target) = targets.iter().find(|target| target.path == embed) {
+        if let Some(target) = by_path.get(embed.as_str()) {
             let lora = LoraEmbedding::new(&table, target.rank, target.scaling, seed);
             model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
         }
