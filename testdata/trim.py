@@ -4,8 +4,7 @@ usage: trim.py FULL_REFERENCE_DIR OUT_DIR
 
 The full folder is written by make_reference.py. The layout stays the same, so every
 program that reads the full folder reads the trimmed one. What is cut:
-  logits, qlora             the first POSITIONS positions (the model is causal: they depend on nothing later)
-  adapters                  the first ADAPTER_POSITIONS positions
+  logits, qlora, adapters   the first positions (the model is causal: they depend on nothing later)
   bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized NF4 one with blocksize 64
   bnb/matmul_4bit           the second of three shapes
   qlora                     the final adapter and logits of the bf16 run; its losses stay
@@ -19,7 +18,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-POSITIONS, ADAPTER_POSITIONS = 3, 3
+POSITIONS, ADAPTER_POSITIONS = 3, 2
 ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -40,8 +39,8 @@ def tensors(name, edit):
     save_file({k: v.copy() for k, v in out.items()}, dst / name, metadata=meta)
 
 
-def positions(n=POSITIONS):
-    return lambda t: {k: v[:, :n] for k, v in t.items()}
+def positions(count=POSITIONS):
+    return lambda t: {k: v[:, :count] for k, v in t.items()}
 
 
 for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "logits/greedy.json", "bnb/quantize_blockwise.safetensors",

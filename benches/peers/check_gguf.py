@@ -1,8 +1,8 @@
-"""Reads back what adapter-io writes as GGUF, with llama.cpp's own Python package, converter and program.
+"""Reads back what `qlora convert` writes, with llama.cpp's own Python package, converter and program.
 
-    cargo build --release -p adapter-io --example convert
+    cargo build --release --bin qlora
     pip install gguf torch transformers sentencepiece          # and, for the last step, llama-cpp-python
-    python benches/peers/check_gguf.py --convert target/release/examples/convert --reference testdata/reference \
+    python benches/peers/check_gguf.py --qlora target/release/qlora --reference testdata/reference \
         [--llama-cpp PATH_OF_LLAMA_CPP_SOURCE]
 
 1. Blocks: Q8_0, Q4_0, Q4_1, Q5_0, F16, BF16 of tiny-llama against gguf's quantizers, byte for byte.
@@ -19,11 +19,14 @@ from gguf import GGUFReader, GGMLQuantizationType as T
 from safetensors import safe_open
 
 p = argparse.ArgumentParser()
-p.add_argument("--convert", required=True); p.add_argument("--reference", required=True); p.add_argument("--llama-cpp")
+p.add_argument("--qlora", required=True); p.add_argument("--reference", required=True); p.add_argument("--llama-cpp")
 a = p.parse_args()
 ref = os.path.abspath(a.reference); tmp = tempfile.mkdtemp(); bad = 0
 def out(name): return os.path.join(tmp, name)
-def convert(*args): subprocess.run([os.path.abspath(a.convert), *args], check=True)
+def qlora(*args): subprocess.run([os.path.abspath(a.qlora), *args], check=True, stdout=subprocess.DEVNULL)
+def convert(model, target, kind, *more):
+    tokenizer = [] if os.path.exists(os.path.join(model, "tokenizer.json")) else ["--without-tokenizer"]
+    qlora("convert", "--model", model, "--output", target, "--type", kind, "--force", *tokenizer, *more)
 def report(what, ok, more=""):
     global bad; bad += not ok; print(("ok    " if ok else "WRONG ") + what, more, flush=True)
 
@@ -36,7 +39,7 @@ def entries(reader):
 
 # 1. blocks
 tiny = os.path.join(ref, "tiny-llama")
-for kind in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0"): convert("gguf", tiny, out(f"tiny-{kind}.gguf"), kind)
+for kind in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0"): convert(tiny, out(f"tiny-{kind}.gguf"), kind)
 full = {t.name: t for t in GGUFReader(out("tiny-f32.gguf")).tensors}
 for kind in ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0"):
     r = GGUFReader(out(f"tiny-{kind}.gguf")); same = True; types = {}
@@ -91,9 +94,9 @@ def compare(label, ours, theirs_):
     report(f"{label}: {len(to)} tensors, byte for byte", not wrong, [(n, to[n].tensor_type.name, tt[n].tensor_type.name, to[n].shape.tolist(), tt[n].shape.tolist()) for n in wrong][:3] or "")
 
 archs = sorted(os.listdir(os.path.join(ref, "archs"))) if os.path.isdir(os.path.join(ref, "archs")) else []
-for name in archs: convert("gguf", os.path.join(ref, "archs", name), out(f"{name}.gguf"), "f32")
+for name in archs: convert(os.path.join(ref, "archs", name), out(f"{name}.gguf"), "f32")
 lora = os.path.join(ref, "qlora", "final_adapter_f32")
-convert("lora", lora, tiny, out("lora.gguf"), "f32")
+qlora("convert", "--model", tiny, "--adapter", lora, "--adapter-only", "--type", "f32", "--output", out("lora.gguf"))
 if a.llama_cpp:
     for kind in ("f32", "f16", "bf16", "q8_0"):
         if theirs(tiny, out("t.gguf"), kind): compare(f"tiny-llama {kind}", out(f"tiny-{kind}.gguf"), out("t.gguf"))
@@ -104,16 +107,21 @@ if a.llama_cpp:
     if theirs(tiny, out("t.gguf"), "f32", lora): compare("LoRA", out("lora.gguf"), out("t.gguf"))
     else: report("LoRA", False, "their converter failed")
 
-    convert("gptq", tiny, out("gptq"), "16")
+    rows = out("rows.jsonl")
+    with open(rows, "w") as f:
+        for i in range(24): f.write(json.dumps({"text": f"Sentence number {i} says that {i} and {i + 1} make {2 * i + 1}, as everybody who counts knows."}) + "\n")
+    qlora("quantize", "--format", "gptq", "--model", tiny, "--data", rows, "--group-size", "16", "--act-order", "--device", "cpu", "--output", out("gptq"))
     if theirs(out("gptq"), out("t.gguf"), "f32"):
-        worst = 0.0
-        for t in GGUFReader(out("t.gguf")).tensors:
-            w, q = np.array(full[t.name].data, dtype=np.float32), np.array(t.data, dtype=np.float32)
-            if t.name.startswith("blk.") and w.ndim == 2:
-                step = np.abs(w.reshape(-1, 16)).max(axis=1, keepdims=True) / 7.5
-                worst = max(worst, float((np.abs(w - q).reshape(-1, 16) / step).max()))
-            elif not np.array_equal(w, q): worst = 9.9
-        report("GPTQ, rounded to the nearest, decoded by the converter", 0.4 < worst <= 0.504, f"largest error {worst:.3f} steps")
+        far = 0.0
+        with safe_open(os.path.join(out("gptq"), "model.safetensors"), "np") as f:
+            for name in f.keys():
+                if not name.endswith("v_proj.qweight"): continue
+                m = name[: -len(".qweight")]; q, s, g = (f.get_tensor(f"{m}.{x}") for x in ("qweight", "scales", "g_idx"))
+                codes = np.stack([(q.view(np.uint32) >> (4 * k)) & 15 for k in range(8)], 1).reshape(-1, q.shape[1]).astype(np.float32)
+                mine = ((codes - 8) * s.astype(np.float32)[g]).T; layer = m.split(".")[2]
+                t = next(t for t in GGUFReader(out("t.gguf")).tensors if t.name == f"blk.{layer}.attn_v.weight")
+                far = max(far, float(np.abs(np.array(t.data, dtype=np.float32) - mine).max()))
+        report("GPTQ, decoded by the converter", far == 0.0, f"largest difference {far:.1e}")
     else: report("GPTQ", False, "their converter failed")
 
 # 3. llama.cpp itself
@@ -129,14 +137,17 @@ if llama_cpp:
             t = int(np.argmax(m.scores[m.n_tokens - 1])); got.append(t); m.eval([t])
         return got
     want = json.load(open(os.path.join(ref, "qlora", "merged_greedy.json")))
-    convert("merge", tiny, lora, out("merged")); convert("gguf", out("merged"), out("merged-f16.gguf"), "f16")
+    convert(tiny, out("merged-f16.gguf"), "f16", "--adapter", lora)
     runs = {"merged f16": model(out("merged-f16.gguf")), "f32 base with LoRA GGUF": model(out("tiny-f32.gguf"), lora_path=out("lora.gguf"))}
+    qlora("merge", "--model", tiny, "--adapter", lora, "--output", out("merged"))
     for label, m in runs.items():
         for prompt, ids in want.items():
             mine = m.tokenize(prompt.encode(), add_bos=False, special=True)
             report(f"{label}: tokens of {prompt[:24]!r}", mine == ids[: len(mine)], "" if mine == ids[: len(mine)] else f"{mine} {ids[:len(mine)]}")
             n = len(mine); got = greedy(m, ids[:n], len(ids)); agree = next((i for i in range(len(ids)) if got[i] != ids[i]), len(ids))
             report(f"{label}: greedy {prompt[:24]!r}", agree == len(ids), f"{agree} of {len(ids)} tokens")
+            ours = subprocess.run([os.path.abspath(a.qlora), "generate", "--device", "cpu", "--quant-type", "none", "--no-chat-template", "--model", out("merged"), "--prompt", prompt, "--max-new-tokens", str(len(ids) - n)], capture_output=True, text=True, check=True).stdout
+            text = m.detokenize(got[n:], special=False).decode(); report(f"{label}: text of `qlora generate` {prompt[:24]!r}", ours.strip() == text.strip(), "" if ours.strip() == text.strip() else f"{ours!r} {text!r}")
     with safe_open(os.path.join(ref, "qlora", "logits_f32.safetensors"), "np") as f:
         for row, want_ in zip(f.get_tensor("input_ids"), f.get_tensor("logits.adapter_on_f32")):
             got = logits(runs["f32 base with LoRA GGUF"], row); report("LoRA logits", np.abs(got - want_).max() < 0.02, f"largest difference {np.abs(got - want_).max():.2e}")

@@ -2,15 +2,28 @@
 //!
 //! A file is written under a temporary name in its own folder (a rename across file systems would
 //! copy), flushed to the disk with fsync, renamed over the old one, and the folder is fsynced so that
-//! the rename survives a power cut. A temporary file is removed when anything fails.
+//! the rename survives a power cut. A folder changes places with the old one in one step, where the
+//! file system can do that (Linux, macOS).
+//!
+//! A temporary file or folder is removed when anything fails. A process that is killed can't do that:
+//! what it left is removed by the next one that writes the same output. Each holds a lock on what it is
+//! building, which ends with the process, so that nobody's work in progress is taken for a leftover.
 
-use std::fs::{self, File};
+use std::collections::BTreeSet;
+use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::error::FormatError;
+
+/// The letters that tempfile puts at the end of a name.
+const RANDOM_LETTERS: usize = 6;
+
+/// What this process is building, for [`abandon_all`].
+static BUILDING: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 /// Writes `path` through a temporary file beside it.
 ///
@@ -19,7 +32,10 @@ use crate::error::FormatError;
 /// file that was at `path` is unchanged then.
 pub fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<(), FormatError> {
     let attempt = || -> io::Result<()> {
-        let (file, temporary) = temporary_beside(path)?.into_parts();
+        sweep(path);
+        let (temporary, _lock) = locked(|| temporary_beside(path), NamedTempFile::path)?;
+        let _listed = Listed::new(temporary.path());
+        let (file, temporary) = temporary.into_parts();
         let mut writer = BufWriter::with_capacity(1 << 20, file);
         write(&mut writer)?;
         writer.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
@@ -40,41 +56,175 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
 /// Builds a folder under a temporary name beside `final_dir`, then puts it in that place.
 ///
 /// `fill` gets the temporary folder. All its files are fsynced before the swap. A folder that is
-/// already there is moved aside, and removed only when the new one stands; should the process be
-/// killed in between, the old one is still there as `.<name>.old-*`.
+/// already there is removed when the new one stands. Where the file system cannot exchange two folders in
+/// one step the old one is moved aside first; should the process be killed right then, it is still there as
+/// `.<name>.old-*`, and the next call puts it back before it starts.
 ///
 /// # Errors
 /// Whatever `fill` returns, and [`FormatError::Write`]; what was at `final_dir` is unchanged then.
 pub fn replace_dir<E: From<FormatError>>(final_dir: &Path, fill: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     let failed = |source: io::Error| FormatError::Write { path: final_dir.to_path_buf(), source };
-    let folder = parent(final_dir);
-    fs::create_dir_all(folder).map_err(failed)?;
-    let fresh = temporary_dir(folder, &dot_name(final_dir, "new")).map_err(failed)?;
+    let fresh = Scratch::beside(final_dir)?;
     fill(fresh.path())?;
     sync_tree(fresh.path()).map_err(failed)?;
     swap(fresh, final_dir).map_err(failed)?;
     Ok(())
 }
 
-fn swap(fresh: TempDir, final_dir: &Path) -> io::Result<()> {
+/// A folder for work in progress; removed when it is dropped, and when the process is killed, by the next one
+/// that writes the same output.
+#[derive(Debug)]
+pub struct Scratch {
+    dir: TempDir,
+    _lock: Option<File>,
+    _listed: Listed,
+}
+
+impl Scratch {
+    /// Makes a folder beside `output`, in the same file system.
+    ///
+    /// # Errors
+    /// [`FormatError::Write`].
+    pub fn beside(output: &Path) -> Result<Self, FormatError> {
+        let folder = parent(output);
+        let make = || -> io::Result<Self> {
+            fs::create_dir_all(folder)?;
+            sweep(output);
+            let (dir, _lock) = locked(|| temporary_dir(folder, &dot_name(output, "new")), TempDir::path)?;
+            let _listed = Listed::new(dir.path());
+            Ok(Self { dir, _lock, _listed })
+        };
+        make().map_err(|source| FormatError::Write { path: output.to_path_buf(), source })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// Removes what this process is building, for a program that is about to end at once.
+///
+/// Whoever is writing sees errors from now on; their outputs are as they were.
+pub fn abandon_all() {
+    for path in BUILDING.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        remove(path);
+    }
+}
+
+/// An entry of [`BUILDING`].
+#[derive(Debug)]
+struct Listed(PathBuf);
+
+impl Listed {
+    fn new(path: &Path) -> Self {
+        // Where the program's working directory is by then must not matter.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+        BUILDING.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone());
+        Self(path)
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        BUILDING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
+fn swap(fresh: Scratch, final_dir: &Path) -> io::Result<()> {
     let folder = parent(final_dir);
     if final_dir.symlink_metadata().is_err() {
         fs::rename(fresh.path(), final_dir)?;
         // The folder no longer exists under its temporary name: there is nothing left to remove.
-        let _ = fresh.keep();
+        let _ = fresh.dir.keep();
         return sync_dir(folder);
     }
+    if exchange(fresh.path(), final_dir)? {
+        sync_dir(folder)?;
+        // What carries the temporary name is the old one now, and may be a file or a link.
+        let old = fresh.dir.keep();
+        remove(&old);
+        return Ok(());
+    }
     // A rename replaces an empty folder only, so the old one steps into a fresh empty folder first.
-    let aside = temporary_dir(folder, &dot_name(final_dir, "old"))?.keep();
+    let (aside, _lock) = locked(|| temporary_dir(folder, &dot_name(final_dir, "old")), TempDir::path)?;
+    let aside = aside.keep();
     fs::rename(final_dir, aside.join("dir")).inspect_err(|_| drop(fs::remove_dir(&aside)))?;
     if let Err(error) = fs::rename(fresh.path(), final_dir) {
         fs::rename(aside.join("dir"), final_dir)?;
         drop(fs::remove_dir(&aside));
         return Err(error);
     }
-    let _ = fresh.keep();
+    let _ = fresh.dir.keep();
     sync_dir(folder)?;
-    fs::remove_dir_all(&aside)
+    remove(&aside);
+    Ok(())
+}
+
+/// Lets two paths change places in one step; `false` where that is not to be had.
+#[cfg(any(target_os = "linux", target_os = "macos"))]
+fn exchange(one: &Path, other: &Path) -> io::Result<bool> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+    match renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+fn exchange(_: &Path, _: &Path) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Removes what killed processes left beside `output`, and puts back what one had moved aside. What can't
+/// be read or removed stays: it is not in the way.
+fn sweep(output: &Path) {
+    let Ok(entries) = fs::read_dir(parent(output)) else { return };
+    let (fresh, aside) = (dot_name(output, "new"), dot_name(output, "old"));
+    let random = |rest: &str| rest.len() == RANDOM_LETTERS && rest.bytes().all(|b| b.is_ascii_alphanumeric());
+    for entry in entries.flatten() {
+        let (name, path) = (entry.file_name(), entry.path());
+        let Some(name) = name.to_str() else { continue };
+        let is_aside = name.strip_prefix(&aside).is_some_and(random);
+        if !(is_aside || name.strip_prefix(&fresh).is_some_and(random)) || !is_abandoned(&path) {
+            continue;
+        }
+        // The old output, unless a new one stands.
+        if is_aside && fs::exists(output).is_ok_and(|there| !there) {
+            drop(fs::rename(path.join("dir"), output));
+        }
+        remove(&path);
+    }
+}
+
+/// Nobody holds its lock. Where there are no locks, nothing is taken to be abandoned.
+fn is_abandoned(path: &Path) -> bool {
+    cfg!(unix)
+        && path.symlink_metadata().is_ok_and(|meta| meta.is_dir() || meta.is_file())
+        && File::open(path).is_ok_and(|file| file.try_lock().is_ok())
+}
+
+fn remove(path: &Path) {
+    let is_dir = path.symlink_metadata().is_ok_and(|meta| meta.is_dir());
+    drop(if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) });
+}
+
+/// Makes a temporary file or folder and takes its lock. Between the two a sweep may have removed it.
+fn locked<T>(make: impl Fn() -> io::Result<T>, path: impl Fn(&T) -> &Path) -> io::Result<(T, Option<File>)> {
+    loop {
+        let made = make()?;
+        if !cfg!(unix) {
+            return Ok((made, None));
+        }
+        let lock = File::open(path(&made)).ok();
+        match lock.as_ref().map(File::try_lock) {
+            // Some network file systems know no locks: then nothing there is ever swept.
+            None | Some(Ok(()) | Err(TryLockError::Error(_))) if path(&made).exists() => return Ok((made, lock)),
+            _ => {}
+        }
+    }
 }
 
 /// A named temporary file in the folder of `path`, with the permissions an ordinary file would get.

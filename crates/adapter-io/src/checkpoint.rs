@@ -134,6 +134,14 @@ impl Checkpoint {
         self.tensors.get(name).map(|&(file, position)| self.files[file].view(position))
     }
 
+    /// Lets go of a tensor's part of the mapped file, once it has been read: a conversion then holds a few tensors,
+    /// however large the checkpoint is. It can be read again.
+    pub fn release(&self, name: &str) {
+        if let Some(&(file, position)) = self.tensors.get(name) {
+            self.files[file].release(position);
+        }
+    }
+
     /// The bytes of all tensors together.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|&(file, i)| self.files[file].tensors()[i].range.len() as u64).sum()

@@ -56,12 +56,12 @@ pub use combine::{Combination, combine};
 pub use convert::{OnProgress, Progress};
 pub use error::FormatError;
 pub use gptq::{GptqOptions, GptqWeight};
-pub use gptq_checkpoint::{GptqReport, Hessians, gptq_checkpoint};
+pub use gptq_checkpoint::{GptqCheckpoint, GptqReport, gptq_checkpoint};
 pub use header::TensorSpec;
 pub use lora_module::{LoraModule, ModuleKind, WeightChange};
 pub use mapped::{Floats, TensorView};
 pub use merge::{lora_delta, merge_into};
-pub use merge_checkpoint::{MergeBase, MergeOptions, MergeReport, TensorReport, merge_checkpoint};
+pub use merge_checkpoint::{LayerReport, MergeBase, MergeOptions, MergeReport, TensorReport, merge_checkpoint};
 pub use quantize_checkpoint::{BnbOptions, QuantizeReport, quantize_checkpoint};
 pub use shard_writer::ShardedWriter;
 

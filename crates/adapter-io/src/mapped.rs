@@ -57,6 +57,22 @@ impl MappedFile {
         }
     }
 
+    /// Lets go of the pages of a tensor that has been read: they stay in the page cache, but no longer count as this
+    /// process's memory. Reading them again is allowed, and maps them again.
+    pub(crate) fn release(&self, index: usize) {
+        #[cfg(unix)]
+        {
+            let range = &self.tensors[index].range;
+            // SAFETY: the map is of a file and read-only: pages that are let go come back with the same bytes.
+            // Failing to let go costs memory, nothing else.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = index;
+    }
+
     pub(crate) fn position(&self, name: &str) -> Option<usize> {
         self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok()
     }

@@ -89,22 +89,39 @@ pub struct MergeReport {
     pub files: Vec<String>,
 }
 
+/// The largest changes in one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerReport {
+    /// `model.layers.N`, or the tensor's name outside the layers.
+    pub name: String,
+    /// The largest of its tensors' changes.
+    pub change: WeightChange,
+    /// The largest of the changes that quantization had made before.
+    pub quantization: Option<WeightChange>,
+}
+
 impl MergeReport {
     /// The largest changes of each layer: tensors whose path has the same `layers.N`, or the same name.
-    pub fn by_layer(&self) -> Vec<(String, WeightChange)> {
-        let mut layers: Vec<(String, WeightChange)> = Vec::new();
+    pub fn by_layer(&self) -> Vec<LayerReport> {
+        let mut layers: Vec<LayerReport> = Vec::new();
         for tensor in &self.tensors {
-            let layer = layer_of(&tensor.name);
-            let at = layers.iter().position(|(name, _)| *name == layer).unwrap_or_else(|| {
-                layers.push((layer, WeightChange::default()));
+            let name = layer_of(&tensor.name);
+            let at = layers.iter().position(|layer| layer.name == name).unwrap_or_else(|| {
+                layers.push(LayerReport { name, change: WeightChange::default(), quantization: None });
                 layers.len() - 1
             });
-            let change = &mut layers[at].1;
-            change.largest = change.largest.max(tensor.change.largest);
-            change.relative = change.relative.max(tensor.change.relative);
+            let layer = &mut layers[at];
+            layer.change = largest(layer.change, tensor.change);
+            if let Some(quantization) = tensor.quantization {
+                layer.quantization = Some(largest(layer.quantization.unwrap_or_default(), quantization));
+            }
         }
         layers
     }
+}
+
+fn largest(one: WeightChange, other: WeightChange) -> WeightChange {
+    WeightChange { largest: one.largest.max(other.largest), relative: one.relative.max(other.relative) }
 }
 
 fn layer_of(name: &str) -> String {
@@ -146,6 +163,7 @@ pub fn merge_checkpoint(
         let mut done_bytes = 0;
         for job in &plan.jobs {
             let bytes = write_tensor(&base, job, &plan, &mut writer, &mut report)?;
+            base.release(&job.source);
             done_bytes += bytes as u64;
             progress(&Progress { tensor: &job.spec.name, done_bytes, total_bytes: report.total_bytes });
         }

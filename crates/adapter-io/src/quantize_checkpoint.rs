@@ -125,6 +125,7 @@ pub fn quantize_checkpoint(
                     specs.extend(specs_of(module, *format, &view.shape, &absmax, &options.config));
                 }
             }
+            base.release(name);
         }
         let mut writer = ShardedWriter::create(dir, specs, options.max_shard_bytes)?;
         report.bytes_after = writer.total_bytes();
@@ -151,6 +152,7 @@ pub fn quantize_checkpoint(
                     report.quantized += 1;
                 }
             }
+            base.release(name);
             progress(&Progress { tensor: name, done_bytes, total_bytes: report.bytes_after });
         }
         writer.finish().map(drop)

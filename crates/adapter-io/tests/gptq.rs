@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use adapter_io::{Checkpoint, Dtype, GptqOptions, GptqWeight, gptq_checkpoint};
+use adapter_io::{Checkpoint, Dtype, FormatError, GptqCheckpoint, GptqOptions, GptqWeight, gptq_checkpoint};
 
 fn reference(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/reference")).join(path)
@@ -140,14 +140,20 @@ fn a_checkpoint_is_written_as_engines_load_it() {
     let (base, out) = (reference("tiny-llama"), dir.path().join("out"));
     let options = GptqOptions { group_size: Some(16), act_order: true, ..GptqOptions::default() };
     let skip = vec!["mlp.gate_proj".to_string()];
-    let mut asked = Vec::new();
-    let mut hessians = |module: &str, shape: [usize; 2]| {
-        asked.push(module.to_string());
-        Ok((shape == [128, 256]).then(|| hessian(256, 40)))
-    };
     let mut calls = 0;
-    let reports = gptq_checkpoint(&base, &out, &options, &skip, 1_000_000, &mut hessians, &mut |_| calls += 1).unwrap();
-    assert_eq!((reports.len(), asked.len(), calls), (36, 36, 56));
+    let mut wrong = String::new();
+    let calibrate = |checkpoint: &mut GptqCheckpoint<'_>| -> Result<(), FormatError> {
+        let modules: Vec<(String, [usize; 2])> = checkpoint.modules().map(|(m, s)| (m.to_string(), s)).collect();
+        // In another order than that of the files.
+        for (module, _) in modules.iter().rev().filter(|(_, shape)| *shape == [128, 256]) {
+            checkpoint.quantize(module, Some(&hessian(256, 40)))?;
+        }
+        wrong = checkpoint.quantize("lm_head", None).unwrap_err().to_string();
+        Ok(())
+    };
+    let reports = gptq_checkpoint(&base, &out, &options, &skip, 1_000_000, calibrate, &mut |_| calls += 1).unwrap();
+    assert_eq!((reports.len(), calls), (36, 4 * 36 + 20));
+    assert!(wrong.contains("lm_head") && wrong.contains("not among"), "{wrong}");
     let (before, after) = (Checkpoint::open(&base).unwrap(), Checkpoint::open(&out).unwrap());
     for report in &reports {
         let weight = before.tensor(&format!("{}.weight", report.module)).unwrap();
@@ -172,7 +178,7 @@ fn a_checkpoint_is_written_as_engines_load_it() {
     let own: serde_json::Value = serde_json::from_slice(&fs::read(out.join("quantize_config.json")).unwrap()).unwrap();
     assert_eq!(&own, block);
     // The default groups of 128 do not divide this model's MLP.
-    let none = &mut |_: &str, _| Ok(None);
+    let none = |_: &mut GptqCheckpoint<'_>| Ok::<(), FormatError>(());
     let refused =
         gptq_checkpoint(&base, &dir.path().join("x"), &GptqOptions::default(), &[], 1 << 30, none, &mut |_| {});
     let message = refused.unwrap_err().to_string();

@@ -1,6 +1,8 @@
-//! Input from strangers: whatever the bytes, an answer or an error, never a panic.
+//! Input from strangers: whatever the bytes, an answer or an error; never a panic, a hang, or memory that the input
+//! does not account for. `PROPTEST_CASES=100000` makes a long run of it.
 #![allow(clippy::unwrap_used)]
 
+mod bounded;
 mod common;
 
 use std::fs;
@@ -11,13 +13,21 @@ use adapter_io::{
     Adapter, AdapterConfig, Checkpoint, Dtype, InitLoraWeights, OneOrMany, Pattern, ShardedWriter, TargetModules,
     TensorSpec, bnb,
 };
+use bounded::bounded;
 use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
+/// What reading may hold at once: every input here is below 8 KiB, the largest buffer of a reader or writer 1 MiB.
+const BOUND: usize = 4 << 20;
+
 /// Reads everything there is to read in a file of these bytes.
 fn exercise(bytes: &[u8]) {
+    bounded(BOUND, || read_everything(bytes));
+}
+
+fn read_everything(bytes: &[u8]) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
     fs::write(&path, bytes).unwrap();
@@ -139,18 +149,19 @@ fn config() -> impl Strategy<Value = AdapterConfig> {
         )
 }
 
-/// `ADAPTER_IO_CASES=100000` for a long run; a few hundred of each otherwise.
 fn cases() -> Config {
-    let cases = std::env::var("ADAPTER_IO_CASES").ok().and_then(|n| n.parse().ok());
-    let default = Config::default();
-    Config { failure_persistence: None, cases: cases.unwrap_or(default.cases), ..default }
+    Config { failure_persistence: None, ..Config::default() }
 }
 
 /// Everything there is to read in a GGUF file of these bytes.
 fn exercise_gguf(bytes: &[u8]) {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), bytes).unwrap();
-    if let Ok(gguf) = GgufFile::open(file.path()) {
+    bounded(BOUND, || read_gguf(file.path()));
+}
+
+fn read_gguf(path: &Path) {
+    if let Ok(gguf) = GgufFile::open(path) {
         for tensor in &gguf.tensors {
             // The file is small, so a tensor that lies in it is, too.
             let values = gguf.to_f32_vec(&tensor.name).unwrap();
@@ -237,7 +248,8 @@ proptest! {
         writer.write("m.weight", &[0; 4]).unwrap();
         writer.write("m.weight.quant_state.bitsandbytes__nf4", json.as_bytes()).unwrap();
         writer.finish().unwrap();
-        prop_assert!(Checkpoint::open(dir.path()).unwrap().quantized("m").is_err());
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        prop_assert!(bounded(BOUND, || checkpoint.quantized("m").is_err()));
     }
 
     #[test]
@@ -246,8 +258,32 @@ proptest! {
         let map: serde_json::Map<_, _> = names.into_iter().map(|(k, v)| (k, v.into())).collect();
         for value in [index, serde_json::json!({"weight_map": map})] {
             fs::write(dir.path().join("model.safetensors.index.json"), value.to_string()).unwrap();
-            let _ = Checkpoint::open(dir.path()).is_ok();
+            let _ = bounded(BOUND, || Checkpoint::open(dir.path()).is_ok());
         }
+    }
+
+    /// However a name is put together, it opens nothing outside the folder.
+    #[test]
+    fn no_index_leads_out_of_its_folder(parts in vec("\\.\\.|\\.|sub|link|out|/|\\\\|model|C:|\\PC{1,3}", 1..6), separator in "/|//|\\\\", absolute in any::<bool>()) {
+        let dir = tempfile::tempdir().unwrap();
+        let (outside, inside) = (dir.path().join("out"), dir.path().join("in"));
+        for folder in [&outside, &inside, &inside.join("sub")] {
+            fs::create_dir(folder).unwrap();
+        }
+        static WEIGHTS: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(quantized_file);
+        for file in [outside.join("model"), dir.path().join("model")] {
+            fs::write(file, &*WEIGHTS).unwrap();
+        }
+        #[cfg(unix)]
+        for link in [inside.join("link"), inside.join("sub/link")] {
+            std::os::unix::fs::symlink(&outside, link).unwrap();
+        }
+        let start = if absolute { format!("{}{separator}", dir.path().display()) } else { String::new() };
+        let name = start + &parts.join(&separator);
+        let index = serde_json::json!({"weight_map": {"m.weight": name}});
+        fs::write(inside.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        // There are no weights inside.
+        prop_assert!(Checkpoint::open(&inside).is_err(), "{}", name);
     }
 
     #[test]
@@ -263,8 +299,13 @@ proptest! {
         let path = Path::new("adapter_config.json");
         let map = serde_json::Value::Object(entries.into_iter().collect());
         for text in [config.to_string(), map.to_string()] {
-            if let Ok(config) = AdapterConfig::from_json(&text, path) {
+            let read = bounded(BOUND, || AdapterConfig::from_json(&text, path));
+            if let Ok(config) = read {
                 prop_assert!(AdapterConfig::from_json(&config.to_json(), path).is_ok());
+                // What a hostile pattern costs is bounded, too.
+                bounded(BOUND, || {
+                    let _ = (config.scaling_for("model.layers.0.self_attn.q_proj").is_ok(), config.rank_for("model.layers.0.mlp").is_ok());
+                });
             }
         }
     }
@@ -283,12 +324,12 @@ proptest! {
         model.insert("model".into(), serde_json::Value::Object(inner.into_iter().collect()));
         fs::write(dir.path().join("tokenizer.json"), serde_json::Value::Object(model).to_string()).unwrap();
         // The weights' names have no place in GGUF, so that configuration and names alone are exercised...
-        let _ = export_gguf(dir.path(), &dir.path().join("m.gguf"), &GgufOptions::default(), &mut |_| {}).is_ok();
+        let _ = bounded(BOUND, || export_gguf(dir.path(), &dir.path().join("m.gguf"), &GgufOptions::default(), &mut |_| {}).is_ok());
         // ...and here the tokenizer is.
         let specs = [TensorSpec::new("model.embed_tokens.weight", Dtype::F32, &[4, 32])];
         common::write(dir.path(), &specs, u64::MAX);
         let out = dir.path().join("m.gguf");
-        if export_gguf(dir.path(), &out, &GgufOptions::default(), &mut |_| {}).is_ok() {
+        if bounded(BOUND, || export_gguf(dir.path(), &out, &GgufOptions::default(), &mut |_| {}).is_ok()) {
             GgufFile::open(&out).unwrap();
         }
     }

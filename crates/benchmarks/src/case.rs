@@ -16,6 +16,8 @@ pub(crate) struct Case {
     pub model: &'static str,
     /// What it must do at least.
     pub work: Work,
+    /// What is asked of it, where something is: see `families::bars`.
+    pub bar: Option<&'static str>,
     /// The same for the peer, one of the operations of `benches/peers/bench_kernels_bnb.py`.
     pub peer: Option<Value>,
     pub prepare: Prepare,

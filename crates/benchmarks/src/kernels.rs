@@ -1,8 +1,10 @@
 //! `qlora-bench kernels`.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use cubecl::future::block_on;
 use serde_json::{Value, json};
 
 use crate::bench::Bench;
@@ -19,6 +21,9 @@ pub(crate) struct Args {
     /// auto, cuda, `cuda:<index>` or wgpu.
     #[arg(long, default_value = "auto")]
     device: String,
+    /// The cases of which something is asked, instead of all.
+    #[arg(long)]
+    bars: bool,
     /// Only cases whose kernel, shape and model contain one of these, separated by commas.
     #[arg(long, value_delimiter = ',', value_name = "TEXT")]
     only: Vec<String>,
@@ -37,11 +42,14 @@ pub(crate) struct Args {
     /// Names the cases and ends.
     #[arg(long)]
     list: bool,
+    /// Runs each case once, without timing it, and ends: later runs find their kernels compiled.
+    #[arg(long)]
+    compile: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let bench = Bench::open(&args.device)?;
-    let mut cases = families::all(&bench);
+    let mut cases = if args.bars { families::bars(&bench) } else { families::all(&bench) };
     cases.retain(|case| args.only.is_empty() || args.only.iter().any(|text| case.name().contains(text)));
     if cases.is_empty() {
         bail!("no case is called that; --list names them");
@@ -49,6 +57,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.list {
         cases.iter().for_each(|case| println!("{}", case.name()));
         return Ok(());
+    }
+    if args.compile {
+        return compile(&bench, &cases);
     }
     println!("{}, {}", machine::gpu(&bench.client), bench.format);
 
@@ -86,6 +97,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("* waits for the device itself: the host's part is in the time");
     }
 
+    for row in &rows {
+        if let Some(ratio) = over_base(&rows, row) {
+            println!("{}: {:+.1} % over the base alone", row.case.name(), 100.0 * (ratio - 1.0));
+        }
+    }
+
     let path = match (&args.json, &args.record) {
         (Some(path), _) => path.clone(),
         (None, Some(dir)) => {
@@ -97,6 +114,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     write(&path, &record(&bench, &ceilings, peer.as_ref(), &rows))
 }
 
+fn compile(bench: &Bench, cases: &[Case]) -> Result<()> {
+    for case in cases.iter().chain(&families::peak(bench)) {
+        let start = Instant::now();
+        let mut run = (case.prepare)(bench)?;
+        (run.call)(0)?;
+        block_on(bench.client.sync_buffers(&run.outputs)).with_context(|| case.name())?;
+        drop(run);
+        bench.client.memory_cleanup()?;
+        println!("{:.1} s: {}", start.elapsed().as_secs_f64(), case.name());
+    }
+    Ok(())
+}
+
 /// Buffers live as long as their case.
 fn measure(bench: &Bench, timer: &Timer, case: &Case) -> Result<Timing> {
     let mut run = (case.prepare)(bench)?;
@@ -104,6 +134,13 @@ fn measure(bench: &Bench, timer: &Timer, case: &Case) -> Result<Timing> {
     drop(run);
     bench.client.memory_cleanup()?;
     timing
+}
+
+/// The time of a product with LoRA's folded in, over that of the same product without.
+fn over_base(rows: &[Row<'_>], row: &Row<'_>) -> Option<f64> {
+    let (base, _) = row.case.shape.split_once(" rank ")?;
+    let base = rows.iter().find(|other| other.case.kernel == row.case.kernel && other.case.shape == base)?;
+    Some(row.timing.as_ref().ok()?.seconds / base.timing.as_ref().ok()?.seconds)
 }
 
 fn record(bench: &Bench, ceilings: &Ceilings, peer: Option<&Peer>, rows: &[Row<'_>]) -> Value {
@@ -119,7 +156,14 @@ fn record(bench: &Bench, ceilings: &Ceilings, peer: Option<&Peer>, rows: &[Row<'
         "tflop_per_second": dense.map(|(flops, _)| (flops / 1e12).round()),
         "tflop_per_second_by": dense.map(|(_, by)| by),
     });
-    record["kernels"] = rows.iter().map(|row| row.json(ceilings)).collect();
+    let lines = rows.iter().map(|row| {
+        let mut line = row.json(ceilings);
+        if let Some(ratio) = over_base(rows, row) {
+            line["over_base"] = json!((ratio * 1e3).round() / 1e3);
+        }
+        line
+    });
+    record["kernels"] = lines.collect();
     record
 }
 

@@ -34,13 +34,13 @@ fn rate(work: Work, ceilings: &Ceilings, seconds: f64) -> (Rate, f64) {
 impl Row<'_> {
     pub(crate) fn header() -> String {
         let [kernel, shape, model, time] = ["kernel", "shape", "model", "us"];
-        let [rate, share, peer, ratio] = ["rate", "share", "peer us", "speed-up"];
-        format!("{kernel:<14} {shape:<44} {model:<15} {time:>10} {rate:>12} {share:>6} {peer:>10} {ratio:>9}")
+        let [rate, share, peer, ratio, bar] = ["rate", "share", "peer us", "speed-up", "bar"];
+        format!("{kernel:<11} {shape:<37} {model:<15} {time:>9} {rate:>11} {share:>6} {peer:>9} {ratio:>8} {bar}")
     }
 
     pub(crate) fn line(&self, ceilings: &Ceilings) -> String {
         let Case { kernel, shape, model, work, .. } = self.case;
-        let start = format!("{kernel:<14} {shape:<44} {model:<15}");
+        let start = format!("{kernel:<11} {shape:<37} {model:<15}");
         let (time, rate, share) = match &self.timing {
             Err(error) => return format!("{start} {}", one_line(error, 200)),
             Ok(timing) => {
@@ -58,7 +58,8 @@ impl Row<'_> {
             (Some(Err(error)), _) => (one_line(error, 60), String::new()),
             _ => (String::new(), String::new()),
         };
-        format!("{start} {time:>10} {rate:>12} {share:>6} {peer:>10} {ratio:>9}").trim_end().to_owned()
+        let bar = self.case.bar.unwrap_or_default();
+        format!("{start} {time:>9} {rate:>11} {share:>6} {peer:>9} {ratio:>8} {bar}").trim_end().to_owned()
     }
 
     pub(crate) fn json(&self, ceilings: &Ceilings) -> Value {
@@ -83,6 +84,9 @@ impl Row<'_> {
                     row["speed_up"] = rounded(peer / timing.seconds, 3);
                 }
             }
+        }
+        if let Some(bar) = self.case.bar {
+            row["bar"] = json!(bar);
         }
         match &self.peer {
             Some(Ok(peer)) => row["peer_us"] = rounded(peer * 1e6, 4),

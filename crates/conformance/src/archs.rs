@@ -19,7 +19,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_qlora::adapter_io::Adapter;
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::paged_optim::AdamWConfig;
-use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraConfig, Pass, mix};
+use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, mix};
 use burn_qlora::qlora_models::{Decoder, KvCache, LoadOptions};
 use burn_qlora::qlora_train::data::Batch;
 use burn_qlora::qlora_train::{Engine, LabelledTokens, loss_sum};
@@ -119,7 +119,7 @@ fn token_by_token(model: &Decoder, ids: &[u32], theirs: &[f32], subject: &str, r
 /// Values in ±1/8, a function of factor, position and seed.
 fn randomize(model: &mut Decoder, device: &Device) {
     let mut stream = SEED;
-    for (_, adapter) in model.adapters_mut() {
+    for adapter in adapters_mut(model) {
         for factor in [&mut adapter.lora_a, &mut adapter.lora_b] {
             stream = mix(stream);
             let [rows, columns] = factor.dims();
@@ -128,6 +128,11 @@ fn randomize(model: &mut Decoder, device: &Device) {
             *factor = Tensor::from_data(TensorData::new(values, [rows, columns]), (device, DType::F32));
         }
     }
+}
+
+/// The adapters, in the order of their numbers.
+fn adapters_mut(model: &mut Decoder) -> impl Iterator<Item = &mut LoraAdapter> {
+    model.linears_mut().filter_map(|(_, linear)| linear.adapter.as_mut())
 }
 
 /// The mean loss of a batch, as the engine takes it.
@@ -142,7 +147,7 @@ fn loss(model: &Decoder, batch: &Batch, pass: Pass) -> Tensor<1> {
 /// Gradients of all adapters by a plain backward pass; returns their norm.
 fn gradients(model: &Decoder, batch: &Batch, subject: &str, report: &mut Report) -> Result<f64> {
     let mut tracked = model.clone();
-    tracked.adapters_mut().for_each(|(_, adapter)| adapter.track());
+    tracked.track();
     let mut grads = loss(&tracked, batch, Pass::training(SEED)).backward();
     let (mut bad, mut idle, mut squares) = (0, 0, 0.0);
     let mut found: Vec<Option<[Tensor<2>; 2]>> = Vec::new();
@@ -172,7 +177,7 @@ fn gradients(model: &Decoder, batch: &Batch, subject: &str, report: &mut Report)
     let errors = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3].map(|step| -> Result<f64> {
         let at = |sign: f64| -> Result<f64> {
             let mut moved = model.clone();
-            for ((_, adapter), grads) in moved.adapters_mut().zip(&found) {
+            for (adapter, grads) in adapters_mut(&mut moved).zip(&found) {
                 let Some([grad_a, grad_b]) = grads else { continue };
                 for (factor, grad) in [(&mut adapter.lora_a, grad_a), (&mut adapter.lora_b, grad_b)] {
                     *factor = factor.clone() + grad.clone().mul_scalar(sign * step / norm);

@@ -1,5 +1,7 @@
 //! The crate's error type.
 
+use crate::Format;
+
 /// Why a kernel was not launched.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -11,6 +13,24 @@ pub enum KernelError {
         runtime: String,
         /// The module.
         operation: &'static str,
+    },
+    /// The device has no buffers of this format.
+    #[error("{runtime} can't run {operation} on {format:?}")]
+    Format {
+        /// The client's runtime.
+        runtime: String,
+        /// The module.
+        operation: &'static str,
+        /// The format.
+        format: Format,
+    },
+    /// A dimension that must not be odd, or must divide another.
+    #[error("{operation}: {reason}")]
+    Shape {
+        /// The module.
+        operation: &'static str,
+        /// What does not fit.
+        reason: String,
     },
     /// A rank that no kernel was made for.
     #[error("rank {0} is not supported: the low-rank kernels take 1 to 256")]

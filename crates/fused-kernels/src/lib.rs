@@ -1,15 +1,26 @@
-//! Training kernels of a decoder: hand-written CUDA C++ on CubeCL's stream and memory, one module per operation.
+//! Training kernels of a decoder on CubeCL's stream and memory, one module per operation.
 //!
-//! - [`low_rank`]: the products of LoRA with a narrow side
+//! | module | operation | written in |
+//! |---|---|---|
+//! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
+//! | [`rms_norm`] | root mean square normalisation | CubeCL |
+//! | [`rope`] | rotary position embeddings | CubeCL |
+//! | [`gated`] | SwiGLU, GeGLU and their kin | CubeCL |
 //!
-//! Each module has `supports`, its oracle, and launch functions on CubeCL handles. Where a device is not
-//! supported (other runtimes than CUDA, GPUs before Ampere) callers compose the operation from stock ones.
+//! Each module has its oracle and launch functions on CubeCL handles. Those in CUDA C++ have `supports` too: where
+//! a device is not supported (other runtimes than CUDA, GPUs before Ampere) callers compose the operation from
+//! stock ones. Those in CubeCL run wherever CubeCL does.
 
 mod dropout;
+mod elementwise;
 mod error;
+pub mod gated;
 pub mod low_rank;
+pub mod rms_norm;
+pub mod rope;
 
 pub use dropout::{Dropout, dropout_hash};
+pub use elementwise::{Format, supports};
 pub use error::KernelError;
 
 /// The 16-bit dtype of activations.

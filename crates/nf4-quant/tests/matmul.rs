@@ -1,4 +1,5 @@
-//! The tensor-core product against its oracle in f64, wherever a device has a path for it.
+//! The products on tensor cores against their oracle in f64: every kernel that takes a case, not only the one that
+//! would be chosen, so a Hopper card runs them all. Skipped, with the reason printed, where there is no CUDA.
 //!
 //! Tolerance: the product may not be further from f64, in relative Frobenius error, than dequantizing to
 //! the activations' format, multiplying exactly and rounding once, by more than 2 % (the order of f32 sums).
@@ -11,7 +12,9 @@ use common::{Random, narrow, round_to};
 use cubecl::client::Client;
 use cubecl::device::Device;
 use nf4_quant::kernels::DeviceWeight;
-use nf4_quant::matmul::{Direction, LowRank, Operands, Path, Problem, Weight, hopper, matmul, path, reference};
+use nf4_quant::matmul::{
+    Direction, LowRank, Operands, Path, Problem, Weight, ampere, hopper, matmul, path, paths, reference,
+};
 use nf4_quant::{Element, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 
 /// A CUDA client with a path for the product, or `None` with the reason printed.
@@ -138,119 +141,271 @@ fn check(client: &Client, path: Path, case: &Case, seed: u64) {
     );
 }
 
-fn check_all(cases: impl IntoIterator<Item = Case>) {
+/// Which kernels a test is about: each has tests of its own, so that they can run, and compile, side by side.
+#[derive(Clone, Copy)]
+enum Kernel {
+    Gemv,
+    Hopper,
+    Ampere,
+}
+
+impl Kernel {
+    fn runs(self, path: Path) -> bool {
+        match self {
+            Self::Gemv => path == Path::Gemv,
+            Self::Hopper => matches!(path, Path::Hopper(_)),
+            Self::Ampere => matches!(path, Path::Ampere(_)),
+        }
+    }
+}
+
+/// `NF4_QUANT_EVERY=n` takes every n-th case, for tools that make everything slow, such as compute-sanitizer.
+fn every() -> usize {
+    std::env::var("NF4_QUANT_EVERY").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
+}
+
+/// Runs every variant of a kernel that takes a case; each case must have one, where the device has the kernel.
+fn check_all(kernel: Kernel, cases: impl IntoIterator<Item = Case>) {
     let Some(client) = client() else { return };
-    for (seed, case) in cases.into_iter().enumerate() {
-        let path = path(&client, &case.problem).unwrap_or_else(|| panic!("no path for {:?}", case.problem));
-        check(&client, path, &case, seed as u64);
+    let here = cuda_source::device(&client).is_some_and(|device| match kernel {
+        Kernel::Hopper => device.compute_capability == (9, 0),
+        Kernel::Gemv | Kernel::Ampere => true,
+    });
+    if !here {
+        eprintln!("skipped: this kernel is for other devices");
+        return;
+    }
+    for (seed, case) in cases.into_iter().enumerate().step_by(every()) {
+        let paths: Vec<Path> = paths(&client, &case.problem).into_iter().filter(|path| kernel.runs(*path)).collect();
+        assert!(!paths.is_empty(), "no path for {:?}", case.problem);
+        for path in paths {
+            check(&client, path, &case, seed as u64);
+        }
     }
 }
 
 const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::InputGradient];
 
-#[test]
-fn tokens_from_one_to_beyond_a_tile() {
+fn tokens() -> impl Iterator<Item = Case> {
     let tokens = (1..=17).chain([63, 64, 65, 127, 128, 129, 255, 256, 257, 300]);
-    check_all(
-        tokens.flat_map(|tokens| DIRECTIONS.map(|direction| Case::new(Problem { tokens, direction, ..PROBLEM }))),
-    );
+    tokens.flat_map(|tokens| DIRECTIONS.map(|direction| Case::new(Problem { tokens, direction, ..PROBLEM })))
 }
 
-#[test]
-fn features_off_the_tile() {
+fn shapes() -> impl Iterator<Item = Case> {
     let shapes = [(8, 64), (120, 64), (128, 128), (136, 192), (200, 256), (264, 320), (72, 1280)];
-    check_all(shapes.into_iter().flat_map(|(out_features, in_features)| {
+    shapes.into_iter().flat_map(|(out_features, in_features)| {
         DIRECTIONS.map(|direction| Case::new(Problem { out_features, in_features, direction, ..PROBLEM }))
-    }));
+    })
 }
 
-#[test]
-fn every_kind_of_weight() {
+fn four_bit_weights(problem: Problem) -> Vec<Case> {
     let mut cases = Vec::new();
-    for direction in DIRECTIONS {
-        for quant_type in [QuantType::Nf4, QuantType::Fp4] {
-            for double_quant in [false, true] {
-                for blocksize in [64, 128, 256, 1024, 4096] {
-                    // 320 columns: blocks of 128 and more cross rows.
-                    let problem = Problem { blocksize: Some(blocksize), direction, ..PROBLEM };
-                    cases.push(Case { quant_type, double_quant, ..Case::new(problem) });
-                }
+    for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+        for double_quant in [false, true] {
+            for blocksize in [64, 128, 256, 1024, 4096] {
+                // 320 columns: blocks of 128 and more cross rows.
+                let problem = Problem { blocksize: Some(blocksize), ..problem };
+                cases.push(Case { quant_type, double_quant, ..Case::new(problem) });
             }
         }
+    }
+    cases
+}
+
+fn weights() -> impl Iterator<Item = Case> {
+    DIRECTIONS.into_iter().flat_map(|direction| {
+        let mut cases = four_bit_weights(Problem { direction, ..PROBLEM });
+        // Rows of a dense weight are no whole steps along the depth.
         for (out_features, in_features) in [(200, 320), (200, 328), (8, 8), (1000, 72)] {
             let problem = Problem { blocksize: None, out_features, in_features, direction, tokens: 300, ..PROBLEM };
             cases.push(Case { bias: true, ..Case::new(problem) });
         }
-    }
-    check_all(cases);
+        cases
+    })
+}
+
+/// Ranks and formats in both directions.
+fn low_rank(blocksize: Option<usize>) -> impl Iterator<Item = Case> {
+    DIRECTIONS.into_iter().flat_map(move |direction| {
+        let ranks = [8, 16, 40, 64, 72, 128, 256].map(|rank| {
+            let problem = Problem { rank, blocksize, direction, tokens: 70, ..PROBLEM };
+            Case { bias: rank == 64, ..Case::new(problem) }
+        });
+        let formats = FORMATS.into_iter().flat_map(move |(format, out)| {
+            [20, 300].map(|tokens| {
+                let problem = Problem { rank: 16, blocksize, direction, format, out, tokens, ..PROBLEM };
+                Case { bias: true, ..Case::new(problem) }
+            })
+        });
+        ranks.into_iter().chain(formats)
+    })
+}
+
+/// Formats other than those of [`PROBLEM`].
+const FORMATS: [(FloatFormat, FloatFormat); 3] =
+    [(FloatFormat::F16, FloatFormat::F16), (FloatFormat::BF16, FloatFormat::F32), (FloatFormat::F16, FloatFormat::F32)];
+
+#[test]
+fn hopper_tokens() {
+    check_all(Kernel::Hopper, tokens());
 }
 
 #[test]
-fn formats_low_rank_and_bias() {
+fn hopper_shapes() {
+    check_all(Kernel::Hopper, shapes());
+}
+
+#[test]
+fn hopper_weights() {
+    check_all(Kernel::Hopper, weights());
+}
+
+#[test]
+fn hopper_low_rank_4bit() {
+    check_all(Kernel::Hopper, low_rank(Some(64)));
+}
+
+#[test]
+fn hopper_low_rank_dense() {
+    check_all(Kernel::Hopper, low_rank(None));
+}
+
+#[test]
+fn ampere_tokens() {
+    check_all(Kernel::Ampere, tokens());
+}
+
+#[test]
+fn ampere_shapes() {
+    check_all(Kernel::Ampere, shapes());
+}
+
+#[test]
+fn ampere_weights() {
+    check_all(Kernel::Ampere, weights());
+}
+
+#[test]
+fn ampere_low_rank_4bit() {
+    check_all(Kernel::Ampere, low_rank(Some(64)));
+}
+
+#[test]
+fn ampere_low_rank_dense() {
+    check_all(Kernel::Ampere, low_rank(None));
+}
+
+#[test]
+fn gemv_tokens_and_shapes() {
+    let shapes = [(1, 64), (8, 64), (120, 64), (137, 192), (200, 256), (264, 320), (72, 1280), (17, 2304), (5000, 512)];
+    check_all(
+        Kernel::Gemv,
+        shapes.into_iter().flat_map(|(out_features, in_features)| {
+            (1..=16).map(move |tokens| {
+                let case = Case::new(Problem { tokens, out_features, in_features, ..PROBLEM });
+                Case { bias: tokens % 3 == 0, ..case }
+            })
+        }),
+    );
+}
+
+#[test]
+fn gemv_weights() {
+    check_all(Kernel::Gemv, [1, 6, 16].into_iter().flat_map(|tokens| four_bit_weights(Problem { tokens, ..PROBLEM })));
+}
+
+#[test]
+fn gemv_low_rank_and_formats() {
     let mut cases = Vec::new();
-    for direction in DIRECTIONS {
-        for blocksize in [Some(64), None] {
-            for rank in [8, 16, 40, 64, 72, 128, 256] {
-                let problem = Problem { rank, blocksize, direction, tokens: 70, ..PROBLEM };
-                cases.push(Case { bias: rank == 64, ..Case::new(problem) });
-            }
-            for (format, out) in [
-                (FloatFormat::F16, FloatFormat::F16),
-                (FloatFormat::BF16, FloatFormat::F32),
-                (FloatFormat::F16, FloatFormat::F32),
-            ] {
-                for tokens in [20, 300] {
-                    let problem = Problem { rank: 16, blocksize, direction, format, out, tokens, ..PROBLEM };
-                    cases.push(Case { bias: true, ..Case::new(problem) });
-                }
-            }
+    for tokens in [1, 3, 4, 5, 8, 9, 16] {
+        // Ranks that the other kernels refuse among them.
+        for rank in [1, 4, 5, 8, 15, 16, 17, 40, 64, 128, 200] {
+            let problem = Problem { rank, tokens, in_features: 256, ..PROBLEM };
+            cases.push(Case { bias: rank == 64, ..Case::new(problem) });
+        }
+        for (format, out) in FORMATS {
+            let problem = Problem { rank: 16, tokens, format, out, ..PROBLEM };
+            cases.push(Case { bias: true, ..Case::new(problem) });
         }
     }
-    check_all(cases);
+    check_all(Kernel::Gemv, cases);
 }
 
 #[test]
-fn tiles_split_along_the_depth_give_the_same_bits_every_time() {
+fn what_no_kernel_takes_is_left_to_the_caller() {
     let Some(client) = client() else { return };
-    for direction in DIRECTIONS {
-        let problem = Problem { tokens: 300, out_features: 1280, in_features: 1280, rank: 64, direction, ..PROBLEM };
-        let path = path(&client, &problem).unwrap();
-        check(&client, path, &Case { bias: true, ..Case::new(problem) }, 7);
-        let mut random = Random(11);
-        let mut draw = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
-        let host = Quantized4bit::quantize(&draw(1280 * 1280), &[1280, 1280], &QuantConfig::default()).unwrap();
-        let weight = DeviceWeight::from_host(&client, &host).unwrap();
-        let x = client.create_from_slice(&bytes(&draw(300 * 1280), FloatFormat::BF16));
-        let product = client.create_from_slice(&bytes(&draw(300 * 64), FloatFormat::BF16));
-        let factor = client.create_from_slice(&bytes(&draw(1280 * 64), FloatFormat::F32));
-        let operands = Operands {
-            x: &x,
-            weight: Weight::FourBit(&weight),
-            low_rank: Some(LowRank { product: &product, factor: &factor }),
-            bias: None,
-        };
-        let run = || {
-            let out = client.create_from_slice(&bytes(&vec![f32::NAN; 300 * 1280], FloatFormat::BF16));
-            matmul(&client, path, &problem, &operands, &out).unwrap();
-            client.read_one(out).unwrap().to_vec()
-        };
-        let first = run();
-        assert!((0..20).all(|_| run() == first), "{direction:?}");
+    for problem in [
+        Problem { in_features: 4090, ..PROBLEM },
+        Problem { in_features: 4064, ..PROBLEM },
+        Problem { blocksize: Some(32), ..PROBLEM },
+        Problem { format: FloatFormat::F32, out: FloatFormat::F32, ..PROBLEM },
+    ] {
+        for tokens in [1, 100] {
+            assert_eq!(paths(&client, &Problem { tokens, ..problem }), [], "{problem:?}");
+        }
     }
 }
 
 #[test]
-fn every_variant_of_the_tile() {
+fn the_same_operands_give_the_same_bits_every_time() {
     let Some(client) = client() else { return };
-    for direction in DIRECTIONS {
-        for (tokens, stages) in [(64, 6), (128, 5), (96, 2), (256, 5)] {
-            for rank in [0, 40] {
-                let problem = Problem { tokens: 300, in_features: 448, rank, direction, ..PROBLEM };
-                let Path::Hopper(_) = path(&client, &problem).unwrap();
-                check(&client, Path::Hopper(hopper::Tile { tokens, stages }), &Case::new(problem), tokens as u64);
-            }
+    // The products have few tiles, which are split along the depth.
+    for (tokens, direction) in [(300, Direction::Forward), (300, Direction::InputGradient), (3, Direction::Forward)] {
+        let problem = Problem { tokens, out_features: 1280, in_features: 1280, rank: 64, direction, ..PROBLEM };
+        for path in paths(&client, &problem) {
+            repeat(&client, path, &problem);
         }
     }
+}
+
+fn repeat(client: &Client, path: Path, problem: &Problem) {
+    let tokens = problem.tokens;
+    check(client, path, &Case { bias: true, ..Case::new(*problem) }, 7);
+    let mut random = Random(11);
+    let mut draw = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
+    let host = Quantized4bit::quantize(&draw(1280 * 1280), &[1280, 1280], &QuantConfig::default()).unwrap();
+    let weight = DeviceWeight::from_host(client, &host).unwrap();
+    let x = client.create_from_slice(&bytes(&draw(tokens * 1280), FloatFormat::BF16));
+    let product = client.create_from_slice(&bytes(&draw(tokens * 64), FloatFormat::BF16));
+    let factor = client.create_from_slice(&bytes(&draw(1280 * 64), FloatFormat::F32));
+    let operands = Operands {
+        x: &x,
+        weight: Weight::FourBit(&weight),
+        low_rank: Some(LowRank { product: &product, factor: &factor }),
+        bias: None,
+    };
+    let run = || {
+        let out = client.create_from_slice(&bytes(&vec![f32::NAN; tokens * 1280], FloatFormat::BF16));
+        matmul(client, path, problem, &operands, &out).unwrap();
+        client.read_one(out).unwrap().to_vec()
+    };
+    let first = run();
+    assert!((0..20).all(|_| run() == first), "{problem:?} {path:?}");
+}
+
+/// Tiles that other numbers of tokens would get, with tokens beyond the tile and features off it.
+fn every_tile(tiles: &[Path]) {
+    let Some(client) = client() else { return };
+    let ranks = DIRECTIONS.into_iter().flat_map(|direction| [0, 40].map(|rank| (direction, rank)));
+    let cases = ranks.flat_map(|(direction, rank)| tiles.iter().map(move |tile| (direction, rank, *tile)));
+    for (direction, rank, tile) in cases.step_by(every()) {
+        let problem = Problem { tokens: 300, in_features: 448, rank, direction, ..PROBLEM };
+        let same_kernel = |path: &Path| std::mem::discriminant(path) == std::mem::discriminant(&tile);
+        if paths(&client, &problem).iter().any(same_kernel) {
+            check(&client, tile, &Case::new(problem), 3);
+        }
+    }
+}
+
+#[test]
+fn hopper_tiles() {
+    let tile = |(tokens, stages)| Path::Hopper(hopper::Tile { tokens, stages });
+    every_tile(&[(64, 6), (128, 5), (96, 2), (256, 5)].map(tile));
+}
+
+#[test]
+fn ampere_tiles() {
+    every_tile(&[16, 64, 128].map(|tokens| Path::Ampere(ampere::Tile { tokens })));
 }
 
 #[test]

@@ -1,8 +1,17 @@
 //! The command line: commands, flags and their help.
 
+mod export;
+mod push;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+pub use export::{
+    AdapterArgs, BnbArgs, CombineArgs, ConvertArgs, Format, GptqArgs, How, MergeArgs, MergeInto, QuantFormat,
+    QuantizeArgs,
+};
+pub use push::PushArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -10,7 +19,7 @@ Exit codes:
   1    failed while running (device, memory, disk)
   2    the command line or the configuration is wrong
   3    the data, the checkpoint or the adapter can't be used
-  130  interrupted; `qlora train` has saved a checkpoint to resume from";
+  130  interrupted; `qlora train` has saved a checkpoint to resume from, the others have written nothing";
 
 /// Fine-tunes 4-bit language models with LoRA (QLoRA).
 #[derive(Debug, Parser)]
@@ -30,6 +39,16 @@ pub enum Command {
     Init(InitArgs),
     /// Let a model, with or without an adapter, answer a prompt
     Generate(Box<GenerateArgs>),
+    /// Add adapters to their base: a checkpoint that needs no adapter
+    Merge(MergeArgs),
+    /// Make one adapter of several
+    Combine(CombineArgs),
+    /// Write a checkpoint in 4 bits, for bitsandbytes or as GPTQ
+    Quantize(QuantizeArgs),
+    /// Write a model or an adapter for llama.cpp
+    Convert(ConvertArgs),
+    /// Upload an adapter or a model to the hub, with a model card
+    Push(PushArgs),
     /// Say what a checkpoint, an adapter or a training checkpoint is
     Inspect(InspectArgs),
 }

@@ -135,7 +135,7 @@ impl Adapters {
 
 /// `[NAME=]DIR[:WEIGHT]`; the folder is the name if none is given. What is behind the last colon is a weight only
 /// if it is a number, and what is before the first equals sign a name only if it has no slash and is no folder.
-fn adapter_argument(text: &str) -> Result<(&str, &str, f64), UsageError> {
+pub fn adapter_argument(text: &str) -> Result<(&str, &str, f64), UsageError> {
     let (name, rest) = match text.split_once('=') {
         Some((name, rest)) if !name.contains(['/', '\\']) && !Path::new(text).is_dir() => (Some(name), rest),
         _ => (None, text),

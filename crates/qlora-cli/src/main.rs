@@ -3,12 +3,18 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)] // a program for people
 
 mod args;
+mod convert;
 mod exit;
 mod generate;
 mod init;
 mod inspect;
+mod merge;
 mod output;
+mod outputs;
 mod progress;
+mod push;
+mod quantize;
+mod sources;
 mod train;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -28,6 +34,11 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Combine(args) => merge::run_combine(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Convert(args) => convert::run(&args),
+        Command::Push(args) => push::run(&args),
         Command::Inspect(args) => inspect::run(&args),
     };
     match catch_unwind(AssertUnwindSafe(run)) {

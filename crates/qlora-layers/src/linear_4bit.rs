@@ -31,7 +31,7 @@ impl Linear4bit {
             Absmax::Plain(absmax) => (f32_bits(absmax), vec![0], None),
             Absmax::Nested(nested) => (
                 pack_words(&nested.codes),
-                f32_bits(&nested.absmax),
+                f32_bits(&[&nested.absmax[..], &[nested.offset]].concat()),
                 Some(NestedLayout { blocksize: nested.blocksize, offset: nested.offset }),
             ),
         };

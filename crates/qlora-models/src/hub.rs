@@ -1,19 +1,24 @@
 //! Where a model comes from: a folder, or a model id of the Hugging Face hub.
 //!
-//! Downloads go through `hf-hub` into the cache that the Python libraries share, so a model is
+//! Downloads go into the cache that the Python libraries share, so a model is
 //! fetched once whoever fetched it: `models--ORG--NAME/{refs,blobs,snapshots}` under `HF_HUB_CACHE`
 //! or `HF_HOME/hub`. Only what this crate reads is downloaded: configuration, tokenizer, and
-//! safetensors weights. All files come from one commit, the one the revision pointed to at first.
+//! safetensors weights. All files come from one commit, the one the revision pointed to at first. They are
+//! resumed and checked (`hub/download.rs`); [`push`] is the way back.
+
+mod client;
+mod download;
+pub mod push;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 
 use crate::error::ModelError;
+use client::{Client, Failure, escaped, read_text};
+use download::{FetchError, Remote};
 
 const ENDPOINT: &str = "https://huggingface.co";
 const CONFIG: &str = "config.json";
@@ -35,11 +40,8 @@ const SETTINGS: [&str; 9] = [
     "chat_template.json",
 ];
 
-/// How long the hub may take to describe a model.
-const TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Attempts to continue a download that broke off.
-const RETRIES: usize = 5;
+/// The pause before a request is tried again; it doubles from try to try.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Finds the folder of a model or adapter: `model` is a folder, or a hub id, which is downloaded
 /// unless the cache has it. See [`Hub::from_env`] for the environment variables.
@@ -63,6 +65,8 @@ pub struct Hub {
     pub offline: bool,
     /// Whether downloads show a progress bar on the terminal.
     pub progress: bool,
+    /// The pause before a request is tried again; it doubles from try to try.
+    pub retry_delay: Duration,
 }
 
 impl Hub {
@@ -101,6 +105,7 @@ impl Hub {
             token,
             offline: is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE"),
             progress: true,
+            retry_delay: RETRY_DELAY,
         }
     }
 
@@ -132,12 +137,15 @@ impl Hub {
             _ => {}
         }
         let request = Request { hub: self, model, revision: revision.unwrap_or("main") };
+        if !is_plain_path(request.revision) {
+            return Err(request.error("this can't be the name of a branch or tag, or a commit".into()));
+        }
         request.resolve()
     }
 }
 
 /// `name` or `org/name`, of letters, digits, `-`, `_` and `.`.
-fn is_hub_id(model: &str) -> bool {
+pub fn is_hub_id(model: &str) -> bool {
     let is_part = |part: &str| {
         !part.is_empty()
             && !part.starts_with(['.', '-'])
@@ -204,8 +212,9 @@ impl Request<'_> {
         if let (true, Ok(Some(dir))) = (is_commit(self.revision), &cached) {
             return Ok(dir.clone());
         }
-        match self.info() {
-            Ok(info) => self.download(&info),
+        let client = Client::new(self.hub);
+        match self.info(&client) {
+            Ok(info) => self.download(&client, &info),
             Err(InfoError::Refused(error)) => Err(error),
             Err(InfoError::Unreachable(why)) => match cached {
                 Ok(Some(dir)) => {
@@ -226,110 +235,72 @@ impl Request<'_> {
         ModelError::Hub { model: self.model.to_owned(), revision: self.revision.to_owned(), problem }
     }
 
-    fn repo(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.model.to_owned(), RepoType::Model, revision.to_owned())
+    /// The model's folder in the cache.
+    fn folder(&self) -> PathBuf {
+        self.hub.cache_dir.join(format!("models--{}", self.model.replace('/', "--")))
     }
 
-    fn cache_repo(&self) -> CacheRepo {
-        Cache::new(self.hub.cache_dir.clone()).repo(self.repo(self.revision))
+    fn snapshot(&self, commit: &str) -> PathBuf {
+        self.folder().join("snapshots").join(commit)
     }
 
     /// The cached snapshot of the revision; an error names the file that an incomplete one lacks.
     fn cached(&self) -> Result<Option<PathBuf>, String> {
-        let folder = self.hub.cache_dir.join(self.repo(self.revision).folder_name());
-        let commit = match std::fs::read_to_string(folder.join("refs").join(self.revision)) {
-            Ok(commit) => commit.trim().to_owned(),
+        let commit = match std::fs::read_to_string(self.folder().join("refs").join(self.revision)) {
+            // What stands there becomes a path.
+            Ok(commit) if is_commit(commit.trim()) => commit.trim().to_owned(),
+            Ok(_) => return Ok(None),
             Err(_) if is_commit(self.revision) => self.revision.to_owned(),
             Err(_) => return Ok(None),
         };
-        let dir = self.cache_repo().pointer_path(&commit);
+        let dir = self.snapshot(&commit);
         if !dir.is_dir() {
             return Ok(None);
         }
         missing_file(&dir).map_or(Ok(Some(dir)), Err)
     }
 
-    fn api(&self, revision: &str) -> Result<ApiRepo, ModelError> {
-        let hub = self.hub;
-        let api = ApiBuilder::from_cache(Cache::new(hub.cache_dir.clone()))
-            .with_endpoint(hub.endpoint.clone())
-            .with_token(hub.token.clone())
-            .with_progress(hub.progress)
-            .with_retries(RETRIES)
-            .with_user_agent("burn-qlora", env!("CARGO_PKG_VERSION"))
-            .build()
-            .map_err(|e| self.error(e.to_string()))?;
-        Ok(api.repo(self.repo(revision)))
-    }
-
-    fn info(&self) -> Result<ModelInfo, InfoError> {
-        let api = self.api(self.revision).map_err(InfoError::Refused)?;
-        let request = api.info_request().config();
-        let request = request.http_status_as_error(false).timeout_global(Some(TIMEOUT)).build();
-        let mut response = request.call().map_err(|e| InfoError::Unreachable(e.to_string()))?;
-        let status = response.status().as_u16();
-        if status >= 500 {
-            return Err(InfoError::Unreachable(format!("it answered with HTTP status {status}")));
-        }
-        if status >= 400 {
-            let code = response.headers().get("x-error-code").and_then(|code| code.to_str().ok());
-            let problem = self.refusal(status, code.unwrap_or_default());
-            return Err(InfoError::Refused(self.error(problem)));
-        }
-        let body = response.body_mut().read_to_string();
-        let body = body.map_err(|e| InfoError::Unreachable(e.to_string()))?;
+    fn info(&self, client: &Client<'_>) -> Result<ModelInfo, InfoError> {
+        let url = client.url(&format!("/api/models/{}/revision/{}", self.model, escaped(self.revision)));
+        // Tried once: the cache may do instead.
+        let response = client.get("GET", &url, &[], false).and_then(|mut response| read_text(&mut response));
+        let body = response.map_err(|failure| match failure {
+            Failure::Unreachable(why) => InfoError::Unreachable(why),
+            Failure::Status { status, code, .. } => {
+                InfoError::Refused(self.error(refusal(self.hub, self.model, status, &code)))
+            }
+        })?;
         serde_json::from_str(&body).map_err(|e| {
             let problem = format!("{} sent a description that can't be read: {e}", self.hub.endpoint);
             InfoError::Refused(self.error(problem))
         })
     }
 
-    /// What a status means. The hub answers 401 for private and for missing models alike.
-    fn refusal(&self, status: u16, code: &str) -> String {
-        let Hub { endpoint, token, .. } = self.hub;
-        match (status, code) {
-            (_, "RevisionNotFound") => format!("{endpoint} has the model, but not this revision"),
-            (403, _) | (_, "GatedRepo") => format!(
-                "access is restricted: accept the licence at {endpoint}/{}, then set HF_TOKEN to a token \
-                 of that account",
-                self.model
-            ),
-            (401 | 404, _) => {
-                let token = match token {
-                    Some(_) => "the token in use has no access to it",
-                    None => "it is private: then set HF_TOKEN",
-                };
-                format!(
-                    "there is no folder of that name, and {endpoint} has no such model; check the \
-                     spelling, unless {token}"
-                )
-            }
-            _ => format!("{endpoint} answered with HTTP status {status}"),
-        }
-    }
-
-    fn download(&self, info: &ModelInfo) -> Result<PathBuf, ModelError> {
+    fn download(&self, client: &Client<'_>, info: &ModelInfo) -> Result<PathBuf, ModelError> {
         // Names from the network become paths: nothing may climb out of the snapshot.
         if !is_commit(&info.sha) {
             return Err(self.error(format!("{} sent the commit {:?}", self.hub.endpoint, info.sha)));
         }
-        let api = self.api(&info.sha)?;
-        let dir = self.cache_repo().pointer_path(&info.sha);
+        let folder = self.folder();
+        let dir = self.snapshot(&info.sha);
+        let remote = Remote { hub: self.hub, model: self.model, commit: &info.sha, folder: &folder };
         let files: BTreeSet<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
         let weights = self.weights(&files)?;
         for file in SETTINGS.into_iter().filter(|file| files.contains(file)).chain([weights]) {
-            self.fetch(&api, &dir, file)?;
+            self.fetch(client, &remote, file)?;
         }
         if weights == INDEX {
             for shard in shards(&dir.join(INDEX))? {
                 if !files.contains(shard.as_str()) {
                     return Err(self.error(format!("{INDEX} names {shard}, which the hub does not have")));
                 }
-                self.fetch(&api, &dir, &shard)?;
+                self.fetch(client, &remote, &shard)?;
             }
         }
-        let cached = self.cache_repo();
-        cached.create_ref(&info.sha).map_err(|e| self.error(format!("writing to the cache: {e}")))?;
+        let refs = folder.join("refs").join(self.revision);
+        let written = std::fs::create_dir_all(refs.parent().unwrap_or(&folder))
+            .map_err(|source| adapter_io::FormatError::Write { path: refs.clone(), source });
+        written.and_then(|()| adapter_io::atomic::write_bytes(&refs, info.sha.as_bytes()))?;
         Ok(dir)
     }
 
@@ -349,24 +320,43 @@ impl Request<'_> {
         )))
     }
 
-    fn fetch(&self, api: &ApiRepo, dir: &Path, file: &str) -> Result<(), ModelError> {
-        if dir.join(file).exists() {
-            return Ok(());
-        }
-        api.download(file).map(|_| ()).map_err(|error| {
-            let text = error.to_string();
-            let status = text.rsplit("status: ").next().and_then(|n| n.trim().parse().ok());
-            let problem = match (error, status) {
-                (ApiError::RequestError(_), Some(status @ (401 | 403))) => self.refusal(status, "GatedRepo"),
-                (ApiError::InvalidResume, _) => format!(
-                    "{file}: a partial download in {} is damaged; remove the `.part` files there",
-                    self.hub.cache_dir.join(self.repo("").folder_name()).join("blobs").display()
-                ),
-                _ => format!("{file}: {text}; what was downloaded is kept, run again to continue"),
-            };
-            self.error(problem)
+    fn fetch(&self, client: &Client<'_>, remote: &Remote<'_>, file: &str) -> Result<(), ModelError> {
+        remote.fetch(client, file).map_err(|error| {
+            self.error(match error {
+                FetchError::Problem(text) => text,
+                FetchError::Refused { status, code } => {
+                    format!("{file}: {}", refusal(self.hub, self.model, status, &code))
+                }
+            })
         })
     }
+}
+
+/// What a status means. The hub answers 401 for private and for missing models alike.
+fn refusal(hub: &Hub, model: &str, status: u16, code: &str) -> String {
+    let Hub { endpoint, token, .. } = hub;
+    match (status, code) {
+        (_, "RevisionNotFound") => format!("{endpoint} has the model, but not this revision"),
+        (403, _) | (_, "GatedRepo") => format!(
+            "access is restricted: accept the licence at {endpoint}/{model}, then set HF_TOKEN to a token of that account"
+        ),
+        (401 | 404, _) => {
+            let token = match token {
+                Some(_) => "the token in use has no access to it",
+                None => "it is private: then set HF_TOKEN",
+            };
+            format!(
+                "there is no folder of that name, and {endpoint} has no such model; check the spelling, unless {token}"
+            )
+        }
+        _ => format!("{endpoint} answered with HTTP status {status}"),
+    }
+}
+
+/// A relative path that stays below where it starts.
+fn is_plain_path(path: &str) -> bool {
+    let is_part = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\\', ':', '\0']);
+    path.split('/').all(is_part)
 }
 
 /// A full commit hash.

@@ -10,6 +10,15 @@ use qlora_models::chat_template::{ChatInput, ChatTemplate, Message, SpecialToken
 use qlora_models::tokenizer::Tokenizer;
 use serde_json::{Value as Json, json};
 
+#[path = "../../adapter-io/tests/bounded/mod.rs"]
+mod bounded;
+
+use bounded::bounded;
+
+/// What one rendering may hold at once. A template may create 64 bytes for each of its thirty million units of
+/// fuel; those here, of a few dozen pieces, come nowhere near.
+const BOUND: usize = 64 << 20;
+
 fn reference() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference")
 }
@@ -305,6 +314,37 @@ fn hostile_templates_end() {
 }
 
 /// Fragments that the parser and the renderer meet in real templates, in any order.
+fn any_json() -> impl Strategy<Value = Json> {
+    let text = || prop_oneof!["\\PC{0,12}", "user|assistant|system|tool|<\\|im_end\\|>|\\{\\{ x \\}\\}"];
+    let leaf = prop_oneof![
+        Just(Json::Null),
+        any::<bool>().prop_map(Json::from),
+        any::<i64>().prop_map(Json::from),
+        any::<f64>().prop_map(Json::from),
+        text().prop_map(Json::from),
+    ];
+    leaf.prop_recursive(4, 32, 6, move |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..5).prop_map(Json::from),
+            prop::collection::vec((text(), inner), 0..5)
+                .prop_map(|entries| Json::Object(entries.into_iter().collect())),
+        ]
+    })
+}
+
+fn message() -> impl Strategy<Value = Json> {
+    let key =
+        prop_oneof!["tool_calls|name|tool_call_id|reasoning_content|arguments|function|content|role", "\\PC{0,6}"];
+    let extra = prop::collection::vec((key, any_json()), 0..3);
+    ("user|assistant|system|tool|\\PC{0,5}", "\\PC{0,20}", extra).prop_map(|(role, content, extra)| {
+        let mut message = json!({"role": role, "content": content});
+        if let Some(map) = message.as_object_mut() {
+            map.extend(extra);
+        }
+        message
+    })
+}
+
 fn fragment() -> impl Strategy<Value = String> {
     prop_oneof![
         prop::sample::select(vec![
@@ -357,7 +397,7 @@ fn fragment() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn templates_never_panic(parts in prop::collection::vec(fragment(), 0..12), content in "\\PC{0,20}") {
@@ -370,13 +410,34 @@ proptest! {
                 add_generation_prompt: true,
                 special_tokens: &SpecialTokens::default(),
             };
-            let plain = template.render_input(&input);
-            if let (Ok(plain), Ok((text, spans))) = (plain, template.render_marked(&input)) {
+            let (plain, marked) = bounded(BOUND, || (template.render_input(&input), template.render_marked(&input)));
+            if let (Ok(plain), Ok((text, spans))) = (plain, marked) {
                 prop_assert_eq!(&plain, &text);
                 for span in spans {
                     prop_assert!(text.get(span).is_some());
                 }
             }
+        }
+    }
+
+    /// Conversations are data from strangers, too: any JSON in the place of messages, tools and further keys.
+    #[test]
+    fn any_conversation_is_rendered_or_refused(messages in prop::collection::vec(message(), 0..4), tools in prop::option::of(any_json()), prompt in any::<bool>(), at in any::<prop::sample::Index>()) {
+        static TEMPLATES: std::sync::LazyLock<Vec<ChatTemplate>> = std::sync::LazyLock::new(|| {
+            let path = reference().join("chat/templates.json");
+            let cases: Vec<Json> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+            let mut sources: Vec<&str> = cases.iter().filter_map(|case| case["template"].as_str()).collect();
+            sources.sort_unstable();
+            sources.dedup();
+            sources.into_iter().map(|source| ChatTemplate::new(source).unwrap()).collect()
+        });
+        let Ok(messages) = serde_json::from_value::<Vec<Message>>(Json::Array(messages)) else { return Ok(()) };
+        let special: SpecialTokens = [("bos_token", "<s>"), ("eos_token", "</s>")].into_iter().collect();
+        let input = ChatInput { messages: &messages, tools: tools.as_ref(), add_generation_prompt: prompt, special_tokens: &special };
+        let template = &TEMPLATES[at.index(TEMPLATES.len())];
+        let (plain, marked) = bounded(BOUND, || (template.render_input(&input), template.render_marked(&input)));
+        if let (Ok(plain), Ok((text, _))) = (plain, marked) {
+            prop_assert_eq!(plain, text);
         }
     }
 

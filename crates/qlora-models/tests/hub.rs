@@ -1,108 +1,27 @@
-//! Folders, the cache, and a hub on this machine that speaks the few requests a download takes.
+//! Folders, the cache, and downloads from a hub on this machine.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+mod hub_server;
 
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Duration;
+
+use hub_server::{Rules, SHA, Server, TOKEN, sha256};
 use qlora_models::hub::Hub;
 
-const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 const INDEX: &str =
     r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}}"#;
 
-/// A hub with one model, `org/tiny`, and what it was asked for.
-struct Server {
-    endpoint: String,
-    requests: Arc<Mutex<Vec<String>>>,
-    authorized: Arc<AtomicUsize>,
-}
-
-impl Server {
-    fn start(files: &[(&str, &str)], status: u16, code: &'static str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let requests = Arc::new(Mutex::new(Vec::new()));
-        let authorized = Arc::new(AtomicUsize::new(0));
-        let files: BTreeMap<String, String> = files.iter().map(|(n, c)| ((*n).into(), (*c).into())).collect();
-        let (log, count) = (requests.clone(), authorized.clone());
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                answer(stream.unwrap(), &files, status, code, &log, &count);
-            }
-        });
-        Self { endpoint, requests, authorized }
-    }
-
-    fn requests(&self) -> Vec<String> {
-        self.requests.lock().unwrap().clone()
-    }
-}
-
-/// Answers one request and closes the connection.
-fn answer(
-    mut stream: TcpStream,
-    files: &BTreeMap<String, String>,
-    status: u16,
-    code: &str,
-    log: &Mutex<Vec<String>>,
-    authorized: &AtomicUsize,
-) {
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
-    let mut line = String::new();
-    reader.read_line(&mut line).unwrap();
-    let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
-    let mut range = None;
-    loop {
-        let mut header = String::new();
-        if reader.read_line(&mut header).unwrap() <= 2 {
-            break;
-        }
-        let header = header.trim().to_ascii_lowercase();
-        if let Some(bytes) = header.strip_prefix("range: bytes=") {
-            let (start, end) = bytes.split_once('-').unwrap();
-            range = Some((start.parse::<usize>().unwrap(), end.parse::<usize>().ok()));
-        }
-        if header == "authorization: bearer secret" {
-            authorized.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-    log.lock().unwrap().push(path.clone());
-    let mut send = |head: String, body: &[u8]| {
-        let length = body.len();
-        let head = format!("HTTP/1.1 {head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
-        stream.write_all(head.as_bytes()).unwrap();
-        stream.write_all(body).unwrap();
-    };
-    let file = path.strip_prefix(&format!("/org/tiny/resolve/{SHA}/")).and_then(|name| files.get(name));
-    if path.starts_with("/api/models/org/tiny/revision/") && status == 200 {
-        let siblings: Vec<_> = files.keys().map(|f| serde_json::json!({"rfilename": f})).collect();
-        let info = serde_json::json!({"sha": SHA, "siblings": siblings, "private": false});
-        send("200 OK\r\nContent-Type: application/json".into(), info.to_string().as_bytes());
-    } else if path.starts_with("/api/") {
-        send(format!("{status} No\r\nX-Error-Code: {code}"), b"{}");
-    } else if let Some(content) = file {
-        let (start, end) = range.unwrap();
-        let end = end.map_or(content.len(), |end| end + 1).min(content.len());
-        let etag: u64 = content.bytes().fold(7, |hash, b| hash * 31 % 1_000_003 + u64::from(b));
-        let total = content.len();
-        let last = end.saturating_sub(1);
-        send(
-            format!(
-                "206 Partial Content\r\nETag: \"{etag}\"\r\nX-Repo-Commit: {SHA}\r\nContent-Range: bytes {start}-{last}/{total}"
-            ),
-            &content.as_bytes()[start..end],
-        );
-    } else {
-        send("404 Not Found".into(), b"");
-    }
-}
-
 fn hub(cache: &Path, endpoint: &str) -> Hub {
-    Hub { cache_dir: cache.join("hub"), endpoint: endpoint.to_owned(), token: None, offline: false, progress: false }
+    Hub {
+        cache_dir: cache.join("hub"),
+        endpoint: endpoint.to_owned(),
+        token: None,
+        offline: false,
+        progress: false,
+        retry_delay: Duration::from_millis(1),
+    }
 }
 
 /// An address nobody listens at: the port was free a moment ago.
@@ -110,25 +29,34 @@ fn unreachable() -> String {
     format!("http://{}", TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap())
 }
 
-fn model_files() -> Vec<(&'static str, &'static str)> {
+fn model_files() -> Vec<(&'static str, &'static [u8])> {
     vec![
-        ("README.md", "# not needed"),
-        ("config.json", "{}"),
-        ("tokenizer.json", "{\"version\": \"1.0\"}"),
-        ("model.safetensors.index.json", INDEX),
-        ("model-1.safetensors", "first shard"),
-        ("model-2.safetensors", "second shard"),
-        ("pytorch_model.bin", "not needed"),
-        ("original/consolidated.safetensors", "not needed"),
+        ("README.md", b"# not needed"),
+        ("config.json", b"{}"),
+        ("tokenizer.json", b"{\"version\": \"1.0\"}"),
+        ("model.safetensors.index.json", INDEX.as_bytes()),
+        ("model-1.safetensors", b"first shard"),
+        ("model-2.safetensors", b"second shard"),
+        ("pytorch_model.bin", b"not needed"),
+        ("original/consolidated.safetensors", b"not needed"),
     ]
+}
+
+/// A model whose weights are 300,000 bytes in LFS.
+fn large() -> Vec<u8> {
+    (0..300_000u32).map(|i| (i * i % 251) as u8).collect()
+}
+
+fn large_model(weights: &[u8], rules: Rules) -> Server {
+    Server::start(&[("config.json", b"{}"), ("model.safetensors", weights)], rules)
 }
 
 #[test]
 fn a_model_is_downloaded_once_and_found_offline() {
     let cache = tempfile::tempdir().unwrap();
-    let server = Server::start(&model_files(), 200, "");
+    let server = Server::start(&model_files(), Rules::default());
     let mut hub = hub(cache.path(), &server.endpoint);
-    hub.token = Some("secret".into());
+    hub.token = Some(TOKEN.into());
     let dir = hub.resolve("org/tiny", None).unwrap();
     assert_eq!(dir, cache.path().join("hub/models--org--tiny/snapshots").join(SHA));
     let mut names: Vec<_> =
@@ -141,15 +69,15 @@ fn a_model_is_downloaded_once_and_found_offline() {
     assert_eq!(std::fs::read_to_string(dir.join("model-2.safetensors")).unwrap(), "second shard");
     let main = cache.path().join("hub/models--org--tiny/refs/main");
     assert_eq!(std::fs::read_to_string(main).unwrap(), SHA);
-    let asked = server.requests().len();
-    assert_eq!(server.authorized.load(Ordering::Relaxed), asked, "the token goes along");
+    let asked = server.lines().len();
+    assert!(server.state().log.iter().all(|asked| asked.token.as_deref() == Some(TOKEN)), "the token goes along");
 
     // Again: only the description is asked for.
     assert_eq!(hub.resolve("org/tiny", None).unwrap(), dir);
-    assert_eq!(server.requests()[asked..], ["/api/models/org/tiny/revision/main"]);
+    assert_eq!(server.lines()[asked..], ["GET /api/models/org/tiny/revision/main"]);
     // By its commit, offline, and with the hub gone: from the cache.
     assert_eq!(hub.resolve("org/tiny", Some(SHA)).unwrap(), dir);
-    assert_eq!(server.requests().len(), asked + 1);
+    assert_eq!(server.lines().len(), asked + 1);
     hub.endpoint = unreachable();
     assert_eq!(hub.resolve("org/tiny", None).unwrap(), dir);
     hub.offline = true;
@@ -168,15 +96,15 @@ fn a_model_is_downloaded_once_and_found_offline() {
 #[test]
 fn adapters_and_single_files_are_found_too() {
     for files in [
-        vec![("adapter_config.json", "{}"), ("adapter_model.safetensors", "x")],
-        vec![("config.json", "{}"), ("model.safetensors", "x"), ("model.safetensors.index.json", "broken")],
+        vec![("adapter_config.json", &b"{}"[..]), ("adapter_model.safetensors", b"x")],
+        vec![("config.json", b"{}"), ("model.safetensors", b"x"), ("model.safetensors.index.json", b"broken")],
     ] {
         let cache = tempfile::tempdir().unwrap();
-        let server = Server::start(&files, 200, "");
+        let server = Server::start(&files, Rules::default());
         let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", Some("v1/beta")).unwrap();
         assert!(files[..2].iter().all(|(file, _)| dir.join(file).exists()));
         assert!(!dir.join("model.safetensors.index.json").exists());
-        assert_eq!(server.requests()[0], "/api/models/org/tiny/revision/v1%2Fbeta");
+        assert_eq!(server.lines()[0], "GET /api/models/org/tiny/revision/v1%2Fbeta");
         let offline = Hub { offline: true, ..hub(cache.path(), &server.endpoint) };
         assert_eq!(offline.resolve("org/tiny", Some("v1/beta")).unwrap(), dir);
         assert!(offline.resolve("org/tiny", None).is_err());
@@ -186,8 +114,9 @@ fn adapters_and_single_files_are_found_too() {
 #[test]
 fn refusals_say_what_to_do() {
     let cache = tempfile::tempdir().unwrap();
-    let error = |status, code: &'static str, files: &[(&str, &str)]| {
-        let server = Server::start(files, status, code);
+    let error = |status, code: &'static str, files: &[(&str, &[u8])]| {
+        let refuse = (status != 200).then_some((status, code));
+        let server = Server::start(files, Rules { refuse, ..Rules::default() });
         hub(cache.path(), &server.endpoint).resolve("org/tiny", Some("dev")).unwrap_err().to_string()
     };
     for (status, code, expected) in [
@@ -201,14 +130,15 @@ fn refusals_say_what_to_do() {
         let message = error(status, code, &[]);
         assert!(message.starts_with("org/tiny (revision dev): ") && message.contains(expected), "{message}");
     }
-    let message = error(200, "", &[("config.json", "{}"), ("pytorch_model.bin", "x")]);
+    let message = error(200, "", &[("config.json", b"{}"), ("pytorch_model.bin", b"x")]);
     assert!(message.contains("pytorch_model.bin") && message.contains("safetensors format"), "{message}");
     let climbing = r#"{"weight_map": {"a": "../../outside.safetensors"}}"#;
-    let message = error(200, "", &[("config.json", "{}"), ("model.safetensors.index.json", climbing)]);
+    let message = error(200, "", &[("config.json", b"{}"), ("model.safetensors.index.json", climbing.as_bytes())]);
     assert!(message.contains("weight_map") && message.contains("not a file beside it"), "{message}");
     let lost = r#"{"weight_map": {"a": "gone.safetensors"}}"#;
     let other = tempfile::tempdir().unwrap();
-    let server = Server::start(&[("config.json", "{}"), ("model.safetensors.index.json", lost)], 200, "");
+    let server =
+        Server::start(&[("config.json", b"{}"), ("model.safetensors.index.json", lost.as_bytes())], Rules::default());
     let message = hub(other.path(), &server.endpoint).resolve("org/tiny", None).unwrap_err().to_string();
     assert!(message.contains("gone.safetensors"), "{message}");
 }
@@ -273,4 +203,184 @@ fn the_environment_is_read_as_python_reads_it() {
     let xdg = hub(&[("XDG_CACHE_HOME", "/xdg"), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", "")]);
     assert_eq!(xdg.cache_dir, Path::new("/xdg/huggingface/hub"));
     assert_eq!((xdg.token, xdg.offline), (None, false));
+}
+
+/// Large files come from another host, which must not see the token.
+#[test]
+fn a_redirect_does_not_carry_the_token_away() {
+    let cache = tempfile::tempdir().unwrap();
+    let weights = large();
+    let server = large_model(&weights, Rules::default());
+    let hub = Hub { token: Some(TOKEN.into()), ..hub(cache.path(), &server.endpoint) };
+    let dir = hub.resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+    let state = server.state();
+    let tokens = |whom: &str| -> Vec<_> {
+        state.log.iter().filter(|asked| asked.whom == whom).map(|asked| asked.token.clone()).collect()
+    };
+    assert_eq!(tokens("storage"), [None]);
+    assert!(tokens("hub").iter().all(|token| token.as_deref() == Some(TOKEN)));
+    // Stored under its hash, as Python stores it.
+    let blob = cache.path().join("hub/models--org--tiny/blobs").join(sha256(&weights));
+    assert!(blob.is_file());
+    #[cfg(unix)]
+    {
+        let link = std::fs::read_link(dir.join("model.safetensors")).unwrap();
+        assert_eq!(link, Path::new("../../blobs").join(sha256(&weights)));
+    }
+}
+
+/// A redirect that stays at the hub, as of a renamed repository, is followed with the token.
+#[test]
+fn a_renamed_repository_is_followed() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(b"small", Rules::default());
+    let mut hub = Hub { token: Some(TOKEN.into()), ..hub(cache.path(), &server.endpoint) };
+    hub.endpoint += "/moved";
+    // The hub's answers name the paths below /org, which only the redirect leads to.
+    let error = hub.resolve("org/tiny", None).unwrap_err().to_string();
+    assert!(error.contains("no such model"), "{error}");
+    let lines = server.lines();
+    assert_eq!(lines[0], "GET /moved/api/models/org/tiny/revision/main");
+    assert_eq!(lines[1], "GET /org/api/models/org/tiny/revision/main");
+    assert!(server.state().log.iter().all(|asked| asked.token.as_deref() == Some(TOKEN)));
+}
+
+#[test]
+fn an_interrupted_download_goes_on_where_it_stopped() {
+    let weights = large();
+    // Within one run: the connection ends early three times.
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { cut: 3, ..Rules::default() });
+    let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+    let ranges: Vec<_> =
+        server.state().log.iter().filter(|asked| asked.whom == "storage").map(|asked| asked.range).collect();
+    assert_eq!(ranges[..2], [None, Some(150_000)], "what came is not asked for again");
+
+    // From run to run, from what Python's library or a killed process left.
+    for part in [&weights[..1], &weights[..200_000], &weights[..]] {
+        let cache = tempfile::tempdir().unwrap();
+        let server = large_model(&weights, Rules::default());
+        let blobs = cache.path().join("hub/models--org--tiny/blobs");
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::write(blobs.join(sha256(&weights) + ".incomplete"), part).unwrap();
+        let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+        assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+        let state = server.state();
+        let ranges: Vec<_> =
+            state.log.iter().filter(|asked| asked.whom == "storage").map(|asked| asked.range).collect();
+        let expected: &[_] = if part.len() == weights.len() { &[] } else { &[Some(part.len())] };
+        assert_eq!(ranges, expected);
+        assert!(!blobs.join(sha256(&weights) + ".incomplete").exists());
+    }
+
+    // A server that knows no ranges sends everything again.
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { cut: 1, whole_files: true, ..Rules::default() });
+    let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+}
+
+#[test]
+fn a_connection_that_never_lasts_is_given_up_and_gone_on_with_later() {
+    let weights = large();
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { cut: 1000, whole_files: true, ..Rules::default() });
+    let hub = hub(cache.path(), &server.endpoint);
+    let error = hub.resolve("org/tiny", None).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors") && error.contains("run again to continue"), "{error}");
+    server.state().rules.cut = 0;
+    let dir = hub.resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+}
+
+#[test]
+fn content_with_a_wrong_checksum_is_never_used() {
+    let weights = large();
+    // In LFS by SHA-256, a small file by Git's SHA-1. An empty file can't be damaged, so the other one is.
+    for (files, lfs_from) in [
+        ([("config.json", &b""[..]), ("model.safetensors", &weights)], 1000),
+        ([("config.json", b"{}"), ("model.safetensors", b"")], 1000),
+    ] {
+        let cache = tempfile::tempdir().unwrap();
+        let server = Server::start(&files, Rules { corrupt: 1, lfs_from, ..Rules::default() });
+        let hub = hub(cache.path(), &server.endpoint);
+        let error = hub.resolve("org/tiny", None).unwrap_err().to_string();
+        let damaged = if files[0].1.is_empty() { "model.safetensors" } else { "config.json" };
+        assert!(error.contains(damaged) && error.contains("checksum"), "{error}");
+        let blobs = cache.path().join("hub/models--org--tiny/blobs");
+        let left = std::fs::read_dir(&blobs).unwrap().flatten().filter(|e| e.metadata().unwrap().len() > 0).count();
+        assert_eq!(left, 0, "nothing of it stays");
+        hub.resolve("org/tiny", None).unwrap();
+    }
+
+    // A part from before that belongs to something else costs a second download, no more.
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules::default());
+    let blobs = cache.path().join("hub/models--org--tiny/blobs");
+    std::fs::create_dir_all(&blobs).unwrap();
+    for part in [vec![7u8; 1000], vec![7; 300_000], vec![7; 400_000]] {
+        let incomplete = blobs.join(sha256(&weights) + ".incomplete");
+        std::fs::write(&incomplete, part).unwrap();
+        drop(std::fs::remove_file(blobs.join(sha256(&weights))));
+        let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+        assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+        std::fs::remove_file(dir.join("model.safetensors")).unwrap();
+    }
+}
+
+/// Mirrors send ETags that are no hashes, and no names either.
+#[test]
+fn etags_that_are_no_hashes_are_names_all_the_same() {
+    let weights = large();
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { odd_etags: true, cut: 2, ..Rules::default() });
+    let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+    for entry in std::fs::read_dir(cache.path().join("hub/models--org--tiny/blobs")).unwrap() {
+        assert_eq!(entry.unwrap().file_name().len(), 64);
+    }
+}
+
+#[test]
+fn a_busy_hub_is_asked_again() {
+    let weights = large();
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { busy: 4, ..Rules::default() });
+    let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+    assert_eq!(server.state().rules.busy, 0);
+}
+
+/// Two processes that want the same model do not write into each other's file.
+#[test]
+fn two_downloads_at_once_give_one_whole_file() {
+    let weights = large();
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { cut: 4, ..Rules::default() });
+    let hub = hub(cache.path(), &server.endpoint);
+    let dirs: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| hub.resolve("org/tiny", None).unwrap())).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for dir in dirs {
+        assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+    }
+}
+
+#[test]
+fn a_revision_cannot_lead_out_of_the_cache() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(b"x", Rules::default());
+    for revision in ["../../x", "/etc", "a/../b", "", "a\\b", "a//b"] {
+        let error = hub(cache.path(), &server.endpoint).resolve("org/tiny", Some(revision)).unwrap_err().to_string();
+        assert!(error.contains("branch or tag"), "{revision}: {error}");
+    }
+    // Nor can what a damaged cache says the revision is.
+    let refs = cache.path().join("hub/models--org--tiny/refs");
+    std::fs::create_dir_all(&refs).unwrap();
+    std::fs::write(refs.join("main"), "../../../..").unwrap();
+    let offline = Hub { offline: true, ..hub(cache.path(), &server.endpoint) };
+    assert!(offline.resolve("org/tiny", None).unwrap_err().to_string().contains("not in the cache"));
 }

@@ -3,10 +3,12 @@
 //! - [`config`]: the TOML configuration, every key of it.
 //! - [`data`]: rows to tokens and labels, batches in a reproducible order.
 //! - [`Engine`]: one optimizer step; [`Trainer`]: a whole run, with evaluation, checkpoints and resume.
+//! - [`calibrate`]: GPTQ on data.
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
 //!
 //! Nothing here prints: a run tells its caller what happens through [`metrics::TrainEvents`].
 
+pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
 pub mod data;

@@ -1,5 +1,6 @@
 //! The final report: `summary.md`, `summary.json` and the loss curve as a picture, `loss.svg`.
 
+mod card;
 mod curve;
 mod device;
 mod words;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
 
+pub use card::Card;
 pub use curve::{loss_curve, smoothed};
 pub use device::device_name;
 pub use words::{count, duration, memory};

@@ -138,7 +138,9 @@ fn values(base: &Checkpoint, name: &str) -> Result<Vec<f32>, FormatError> {
             }
         });
     }
-    base.tensor(name)?.to_f32_vec()
+    let values = base.tensor(name)?.to_f32_vec();
+    base.release(name);
+    values
 }
 
 fn apply(mut values: Vec<f32>, op: Op, rows: usize) -> Vec<f32> {

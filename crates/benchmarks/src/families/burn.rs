@@ -18,6 +18,7 @@ fn square(bench: &Bench, n: usize) -> Case {
         shape: format!("{n} x {n} x {n} {}", bench.format),
         model: "",
         work: Work { bytes: 3 * n * n * bench.format.size(), flops: 2 * n * n * n },
+        bar: None,
         peer: None,
         prepare: Box::new(move |bench| {
             let dtype = burn_qlora::qlora_models::default_compute_dtype(&bench.device);

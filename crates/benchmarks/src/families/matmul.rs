@@ -18,12 +18,12 @@ use crate::shapes::{LINEAR, Shape};
 const BLOCKSIZE: usize = 64;
 
 #[derive(Debug, Clone, Copy)]
-struct Product {
-    shape: Shape,
-    tokens: usize,
-    direction: Direction,
-    rank: usize,
-    four_bit: bool,
+pub(super) struct Product {
+    pub shape: Shape,
+    pub tokens: usize,
+    pub direction: Direction,
+    pub rank: usize,
+    pub four_bit: bool,
 }
 
 pub(crate) fn cases(bench: &Bench) -> Vec<Case> {
@@ -110,7 +110,7 @@ impl Product {
         })
     }
 
-    fn case(self, bench: &Bench) -> Case {
+    pub(super) fn case(self, bench: &Bench) -> Case {
         let problem = self.problem(bench);
         let Shape { model, out_features, in_features } = self.shape;
         let fused = matmul::path(&bench.client, &problem).is_some();
@@ -127,6 +127,7 @@ impl Product {
             shape: format!("{} by {out_features} x {in_features}{fold}{composed}", self.tokens),
             model,
             work,
+            bar: None,
             peer: self.peer(&problem),
             prepare: Box::new(move |bench| match fused {
                 true => self.fused(bench, problem, bench.sets(work.bytes)),
@@ -207,7 +208,7 @@ fn four_bit_bytes(elements: usize) -> usize {
 }
 
 /// The whole of a layer with its adapter: y = x Wᵀ + scaling (x Aᵀ) Bᵀ.
-fn lora_linear(bench: &Bench, shape: Shape, tokens: usize, rank: usize) -> Case {
+pub(super) fn lora_linear(bench: &Bench, shape: Shape, tokens: usize, rank: usize) -> Case {
     let Shape { model, out_features, in_features } = shape;
     let (n, features) = (shape.elements(), in_features + out_features);
     let work = Work {
@@ -219,6 +220,7 @@ fn lora_linear(bench: &Bench, shape: Shape, tokens: usize, rank: usize) -> Case 
         shape: format!("{tokens} by {out_features} x {in_features} rank {rank}"),
         model,
         work,
+        bar: None,
         peer: Some(json!({
             "op": "lora_linear_4bit", "tokens": tokens, "out": out_features, "in": in_features, "rank": rank
         })),

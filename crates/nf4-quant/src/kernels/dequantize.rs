@@ -81,10 +81,10 @@ pub fn dequantize_range(
     let blocks = weight.num_blocks();
     let absmax = match &weight.absmax {
         DeviceAbsmax::Plain(absmax) => AbsmaxArgs::Plain(buffer(absmax, blocks)),
-        DeviceAbsmax::Nested { codes, absmax, offset, blocksize } => AbsmaxArgs::Nested(NestedLaunch::new(
+        DeviceAbsmax::Nested { codes, absmax, blocksize } => AbsmaxArgs::Nested(NestedLaunch::new(
             buffer(codes, blocks.div_ceil(4)),
-            buffer(absmax, blocks.div_ceil(*blocksize)),
-            *offset,
+            buffer(absmax, blocks.div_ceil(*blocksize) + 1),
+            blocks.div_ceil(*blocksize),
             1.0,
             *blocksize,
         )),
@@ -124,7 +124,8 @@ enum Absmax {
 struct Nested {
     codes: Box<[u32]>,
     absmax: Box<[f32]>,
-    offset: f32,
+    /// Position of the offset in `absmax`.
+    offset: usize,
     /// 1, unknown to the compiler: keeps the product's own rounding.
     one: f32,
     #[cube(comptime)]
@@ -132,13 +133,21 @@ struct Nested {
 }
 
 #[cube]
-fn absmax_of(absmax: &Absmax, table: &[f32], block: usize) -> f32 {
+fn offset_of(absmax: &Absmax) -> f32 {
+    match absmax {
+        Absmax::Plain(_) => 0.0f32.runtime(),
+        Absmax::Nested(nested) => nested.absmax[nested.offset],
+    }
+}
+
+#[cube]
+fn absmax_of(absmax: &Absmax, offset: f32, table: &[f32], block: usize) -> f32 {
     match absmax {
         Absmax::Plain(absmax) => absmax[block],
         Absmax::Nested(nested) => {
             let code = (nested.codes[block / 4] >> ((block % 4) * 8) as u32) & 255;
             let scaled = table[MAP_START + code as usize] * nested.absmax[block / nested.blocksize];
-            scaled * nested.one + nested.offset
+            scaled * nested.one + offset
         }
     }
 }
@@ -159,6 +168,7 @@ fn dequantize_kernel<F: Float, N: Size>(
 ) {
     let mut codebook = Shared::<[f32]>::new_slice(16usize);
     let unit = UNIT_POS as usize;
+    let offset = offset_of(absmax);
     if unit < 16 {
         codebook[unit] = table[codebook_start + unit];
     }
@@ -172,7 +182,7 @@ fn dequantize_kernel<F: Float, N: Size>(
         let first = (cube_start + w * UNITS + unit) * 8;
         if first < elements {
             let mut word = codes[(start + first) / 8];
-            let mut block_absmax = absmax_of(absmax, table, (start + first) >> log2_blocksize as usize);
+            let mut block_absmax = absmax_of(absmax, offset, table, (start + first) >> log2_blocksize as usize);
             #[unroll]
             for v in 0..comptime!(8 / vector) {
                 if first + v * vector < elements {
@@ -185,7 +195,7 @@ fn dequantize_kernel<F: Float, N: Size>(
                         if comptime!(!aligned) {
                             let element = start + first + position;
                             word = codes[element / 8];
-                            block_absmax = absmax_of(absmax, table, element >> log2_blocksize as usize);
+                            block_absmax = absmax_of(absmax, offset, table, element >> log2_blocksize as usize);
                             let within = (element % 8) as u32;
                             shift = (within / 2) * 8 + 4 - (within % 2) * 4;
                         }

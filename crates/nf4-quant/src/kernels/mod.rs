@@ -26,7 +26,7 @@ mod quantize;
 mod weight;
 
 pub use dequantize::{dequantize, dequantize_range};
-pub use quantize::quantize;
+pub use quantize::{Quantizing, quantize, queue_quantize};
 pub use weight::{DeviceAbsmax, DeviceWeight};
 
 use std::any::TypeId;
@@ -40,7 +40,7 @@ use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 use cubecl::server::{CubeCountSelection, Handle};
 
-use crate::codebook::signed_dynamic_thresholds;
+use crate::codebook::{NF4_THRESHOLDS, signed_dynamic_thresholds};
 use crate::reciprocal::RECIPROCALS;
 use crate::{FloatFormat, QuantError, QuantType, signed_dynamic_map};
 
@@ -111,8 +111,12 @@ pub(crate) const MAP_START: usize = 32;
 const THRESHOLDS_START: usize = MAP_START + 256;
 /// Position of the reciprocals of bf16 mantissas in the table buffer.
 const RECIPROCALS_START: usize = THRESHOLDS_START + 255;
+/// Position of NF4's cells in the table buffer: the threshold in each, then the code below it.
+const CELLS_START: usize = RECIPROCALS_START + 128;
+/// Cells, with those that only a NaN reaches.
+const CELLS: usize = 64;
 /// Floats in the table buffer.
-const TABLE_LEN: usize = RECIPROCALS_START + 128;
+const TABLE_LEN: usize = CELLS_START + 2 * CELLS;
 
 /// Both codebooks, the 8-bit map and its thresholds, and the reciprocals of bf16 mantissas in one small
 /// buffer, made once per device: kernels index them at run time, which constants in the source can't do
@@ -128,7 +132,34 @@ pub(crate) fn tables(client: &Client) -> Handle {
         values.extend_from_slice(signed_dynamic_map());
         values.extend_from_slice(signed_dynamic_thresholds());
         values.extend_from_slice(&RECIPROCALS);
+        values.extend(nf4_cells().iter().map(|(threshold, _)| *threshold));
+        values.extend(nf4_cells().iter().map(|(_, below)| f32::from(*below)));
         client.create_from_slice(bytemuck::cast_slice(&values))
     });
     handle.clone()
+}
+
+/// The threshold in each cell of [-1, 1], cell i being what lies within 1/32 of i/16 - 1, and the code below
+/// it. A cell without one has the next, which nothing in the cell exceeds.
+fn nf4_cells() -> [(f32, u8); CELLS] {
+    std::array::from_fn(|cell| {
+        let start = cell as f32 / 16.0 - 1.0 - 1.0 / 32.0;
+        let below = NF4_THRESHOLDS.iter().filter(|t| **t < start).count();
+        (NF4_THRESHOLDS.get(below).copied().unwrap_or(f32::MAX), below as u8)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_has_at_most_one_threshold_and_none_at_its_edge() {
+        for (i, threshold) in NF4_THRESHOLDS.iter().enumerate() {
+            let position = threshold * 16.0 + 16.0;
+            // The kernel's number of a cell is exact; the margin is for the rounding of this position.
+            assert!((position - position.round()).abs() < 0.5 - 1e-4, "{threshold} lies between two cells");
+            assert_eq!(nf4_cells()[position.round() as usize], (*threshold, i as u8), "two thresholds in a cell");
+        }
+    }
 }

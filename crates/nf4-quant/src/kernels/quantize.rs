@@ -3,19 +3,24 @@
 //! Idea: a cube takes whole blocks (2048 elements, or one block of 4096), each unit one word of eight
 //! consecutive elements (two of a block of 4096) that it reads once, in vectors of up to 16 bytes, and
 //! keeps in registers. The units of a block find its absmax by a tree over shared memory; then each
-//! unit encodes its values, four compares apiece as in the host codec, and writes one word.
+//! unit encodes its values and writes one word.
+//!
+//! Encoding is what could cost more than memory: 30 instructions per element, as a tree of four compares and
+//! the selects between them takes, are 0.25 ms for 28672 x 8192 on an H200, and memory takes 0.15. So NF4's
+//! thresholds lie in a table of cells, 1/16 wide, no cell with more than one: an addition gives the
+//! cell's number, and two lookups in shared memory, where 33 cells hardly ever collide, its threshold and the
+//! code below it. FP4 needs three compares and has no table.
 //!
 //! Magnitudes are compared as the integers that their bits are: the same order, and a NaN or infinity
 //! comes out on top instead of being lost as in a float maximum.
 //!
-//! Double quantization takes two more small kernels over 1/64 of the elements: the offset (see
-//! [`super::offset`]) and the 8-bit codes, one cube per nested block.
+//! Double quantization takes three more small kernels over 1/64 of the elements: two for the offset (see
+//! [`super::offset`]) and one for the 8-bit codes, one cube per nested block. Nothing waits for the host.
 //!
 //! Bytes per element, blocksize 64, bf16: 2 read, 0.5 + 4/64 written.
 //!
-//! Measured on an H200, bf16, blocksize 64, double quantization: 0.509 ms or 1.16 TB/s for
-//! 28672 x 8192, 0.086 ms for 4096 x 4096. That includes the wait for the offset: the host reads a few
-//! hundred partial sums back. Without it the kernels could be launched ahead.
+//! Measured on an H200, bf16, blocksize 64, double quantization, with the tree of compares and the offset finished on
+//! the host, which waited for it: 0.509 ms or 1.16 TB/s for 28672 x 8192, 0.086 ms for 4096 x 4096.
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
@@ -24,20 +29,45 @@ use cubecl::server::Handle;
 
 use super::weight::check_len;
 use super::{
-    DeviceAbsmax, DeviceWeight, RECIPROCALS_START, TABLE_LEN, THRESHOLDS_START, UNITS, buffer, check_size,
-    check_supported, cube_count, elem_type, offset, read, tables, vector_size,
+    CELLS, CELLS_START, DeviceAbsmax, DeviceWeight, RECIPROCALS_START, TABLE_LEN, THRESHOLDS_START, UNITS, buffer,
+    check_size, check_supported, cube_count, elem_type, offset, read, tables, vector_size,
 };
-use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS, NF4_THRESHOLDS};
+use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS};
 use crate::reciprocal::{MAX_EXPONENT, ONE};
 use crate::{Element, FloatFormat, NestedAbsmax, QuantConfig, QuantError, QuantType};
 
 /// The bits of the smallest normal f32: magnitudes below it count as zero.
 const MIN_NORMAL: u32 = 0x0080_0000;
 
-/// Quantizes a weight that lies on the device.
+/// Quantizes a weight that lies on the device, and waits for it: [`queue_quantize`] and
+/// [`Quantizing::finish`].
 ///
-/// One small reduction is read back: it gives the offset of double quantization and tells whether
-/// every element is finite.
+/// # Errors
+///
+/// As those two.
+pub fn quantize(
+    client: &Client,
+    input: Handle,
+    format: FloatFormat,
+    num_elements: usize,
+    config: &QuantConfig,
+) -> Result<DeviceWeight, QuantError> {
+    queue_quantize(client, input, format, num_elements, config)?.finish(client)
+}
+
+/// A weight whose quantization is queued.
+#[derive(Debug)]
+pub struct Quantizing {
+    weight: DeviceWeight,
+    /// f32, one per block.
+    absmax: Handle,
+    /// Not finite where an element is not, or where the sum of absmax overflows.
+    mean: Handle,
+    input: Handle,
+    format: FloatFormat,
+}
+
+/// Queues the kernels that quantize a weight on the device.
 ///
 /// # Shapes
 ///
@@ -46,16 +76,14 @@ const MIN_NORMAL: u32 = 0x0080_0000;
 /// # Errors
 ///
 /// [`QuantError::Blocksize`], [`QuantError::Empty`], [`QuantError::TooLarge`],
-/// [`QuantError::BufferSize`] for `input`, [`QuantError::UnsupportedFormat`];
-/// [`QuantError::NonFinite`] naming the first NaN or infinite element; [`QuantError::Device`] when the
-/// device fails.
-pub fn quantize(
+/// [`QuantError::BufferSize`] for `input`, [`QuantError::UnsupportedFormat`].
+pub fn queue_quantize(
     client: &Client,
     input: Handle,
     format: FloatFormat,
     num_elements: usize,
     config: &QuantConfig,
-) -> Result<DeviceWeight, QuantError> {
+) -> Result<Quantizing, QuantError> {
     config.validate()?;
     check_len(num_elements)?;
     check_supported(client, format)?;
@@ -86,16 +114,47 @@ pub fn quantize(
             elem_type(format),
         );
     }
+    let mean = offset::mean(client, &absmax, blocks);
+    let statistics = match double_quant {
+        true => quantize_nested(client, &absmax, blocks, &mean),
+        false => DeviceAbsmax::Plain(absmax.clone()),
+    };
+    let weight = DeviceWeight { codes, absmax: statistics, quant_type, blocksize, num_elements };
+    Ok(Quantizing { weight, absmax, mean, input, format })
+}
 
-    let mean = match offset::mean(client, &absmax, blocks)? {
-        Some(mean) => mean,
-        None => return Err(non_finite(client, input, format, num_elements)?),
-    };
-    let absmax = match double_quant {
-        true => quantize_nested(client, &absmax, blocks, mean),
-        false => DeviceAbsmax::Plain(absmax),
-    };
-    Ok(DeviceWeight { codes, absmax, quant_type, blocksize, num_elements })
+impl Quantizing {
+    /// The weight, for kernels that are queued behind its own.
+    pub fn weight(&self) -> &DeviceWeight {
+        &self.weight
+    }
+
+    /// Waits for the kernels and looks whether every element was finite.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError::NonFinite`] naming the first NaN or infinite element; [`QuantError::Device`] when the
+    /// device fails.
+    pub fn finish(self, client: &Client) -> Result<DeviceWeight, QuantError> {
+        let Self { mut weight, absmax, mean, input, format } = self;
+        let floats = |handle: Handle, len: usize| {
+            Ok::<_, QuantError>(bytemuck::pod_collect_to_vec::<u8, f32>(&read(client, handle)?[..4 * len]))
+        };
+        if floats(mean, 1)?[0].is_finite() {
+            return Ok(weight);
+        }
+        // Not finite, or finite values near the largest f32 whose sum overflowed.
+        let blocks = weight.num_blocks();
+        let values = floats(absmax.clone(), blocks)?;
+        if values.iter().any(|a| !a.is_finite()) {
+            return Err(non_finite(client, input, format, weight.num_elements)?);
+        }
+        if matches!(weight.absmax, DeviceAbsmax::Nested { .. }) {
+            let mean = client.create_from_slice(&NestedAbsmax::mean(&values).to_ne_bytes());
+            weight.absmax = quantize_nested(client, &absmax, blocks, &mean);
+        }
+        Ok(weight)
+    }
 }
 
 /// The error that names the first NaN or infinite element, which takes reading the input back.
@@ -120,11 +179,11 @@ fn non_finite(client: &Client, input: Handle, format: FloatFormat, len: usize) -
     })
 }
 
-fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, offset: f32) -> DeviceAbsmax {
+fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, mean: &Handle) -> DeviceAbsmax {
     let blocksize = NestedAbsmax::DEFAULT_BLOCKSIZE;
     let nested_blocks = blocks.div_ceil(blocksize);
     let codes = client.empty(4 * blocks.div_ceil(4));
-    let nested_absmax = client.empty(4 * nested_blocks);
+    let nested_absmax = client.empty(4 * (nested_blocks + 1));
     // SAFETY: every buffer is made to fit `blocks`, and the kernel stays within it.
     unsafe {
         quantize_nested_kernel::launch_unchecked(
@@ -134,12 +193,13 @@ fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, offset: f32)
             buffer(absmax, blocks),
             buffer(&tables(client), TABLE_LEN),
             buffer(&codes, blocks.div_ceil(4)),
-            buffer(&nested_absmax, nested_blocks),
+            buffer(&nested_absmax, nested_blocks + 1),
+            buffer(mean, 1),
             blocks,
-            offset,
+            nested_blocks,
         );
     }
-    DeviceAbsmax::Nested { codes, absmax: nested_absmax, offset, blocksize }
+    DeviceAbsmax::Nested { codes, absmax: nested_absmax, blocksize }
 }
 
 #[cube(launch_unchecked)]
@@ -184,6 +244,12 @@ fn quantize_kernel<F: Float, N: Size>(
     let units_per_block = comptime!(blocksize / per_unit);
     let mut shared = Shared::<[u32]>::new_slice(UNITS);
     shared[unit] = max;
+    let mut thresholds = Shared::<[f32]>::new_slice(CELLS);
+    let mut below = Shared::<[u32]>::new_slice(CELLS);
+    if comptime!(quant_type == QuantType::Nf4) && unit < CELLS {
+        thresholds[unit] = table[CELLS_START + unit];
+        below[unit] = u32::cast_from(table[CELLS_START + CELLS + unit]);
+    }
     sync_cube();
     #[unroll]
     for level in 0..comptime!(units_per_block.ilog2()) {
@@ -208,14 +274,16 @@ fn quantize_kernel<F: Float, N: Size>(
                 let mut word = 0u32;
                 #[unroll]
                 for i in 0..8usize {
-                    let code = encode(values[w * 8 + i], inverse, quant_type);
+                    let code = encode(values[w * 8 + i], inverse, &thresholds, &below, quant_type);
                     // Even elements are in the high nibble of their byte.
                     let shift = comptime!((i as u32 / 2) * 8 + 4 - (i as u32 % 2) * 4);
-                    // Beyond an odd tensor's end, the last byte's other half is the code of zero and
-                    // further bytes are padding.
-                    if first + w * 8 + comptime!(i - i % 2) < elements {
-                        word |= code << shift;
-                    }
+                    word |= code << shift;
+                }
+                // Beyond an odd tensor's end, the last byte's other half is the code of zero and further bytes
+                // are padding.
+                let left = elements - (first + w * 8);
+                if left < 7 {
+                    word &= (1u32 << ((left + 1) / 2 * 8) as u32) - 1u32;
                 }
                 // A block of zeros has code 0, whatever 0 * (1 / 0) may be here.
                 codes[first / 8 + w] = select(max == 0, 0u32, word);
@@ -224,29 +292,22 @@ fn quantize_kernel<F: Float, N: Size>(
     }
 }
 
-/// The 4-bit code of a value, given the reciprocal of its block's absmax.
+/// The 4-bit code of a value, given the reciprocal of its block's absmax, and NF4's cells.
 #[cube]
-fn encode(value: f32, inverse: f32, #[comptime] quant_type: QuantType) -> u32 {
+fn encode(
+    value: f32,
+    inverse: f32,
+    thresholds: &Shared<[f32]>,
+    below: &Shared<[u32]>,
+    #[comptime] quant_type: QuantType,
+) -> u32 {
     let x = value * inverse;
     match quant_type {
         QuantType::Nf4 => {
-            let a = x > nf4_threshold(7usize);
-            let b = x > select(a, nf4_threshold(11usize), nf4_threshold(3usize));
-            let c_low = select(b, nf4_threshold(5usize), nf4_threshold(1usize));
-            let c_high = select(b, nf4_threshold(13usize), nf4_threshold(9usize));
-            let c = x > select(a, c_high, c_low);
-            let d_low = select(
-                b,
-                select(c, nf4_threshold(6usize), nf4_threshold(4usize)),
-                select(c, nf4_threshold(2usize), nf4_threshold(0usize)),
-            );
-            let d_high = select(
-                b,
-                select(c, nf4_threshold(14usize), nf4_threshold(12usize)),
-                select(c, nf4_threshold(10usize), nf4_threshold(8usize)),
-            );
-            let d = x > select(a, d_high, d_low);
-            (u32::cast_from(a) << 3) | (u32::cast_from(b) << 2) | (u32::cast_from(c) << 1) | u32::cast_from(d)
+            // Beyond 2^23 the last bit is one: what is added is rounded to a whole number, in the low bits. A NaN
+            // stays within the table.
+            let cell = (u32::reinterpret(x * 16.0f32 + 8_388_624.0f32) & 63) as usize;
+            below[cell] + u32::cast_from(x > thresholds[cell])
         }
         QuantType::Fp4 => {
             let x = x.abs();
@@ -260,11 +321,6 @@ fn encode(value: f32, inverse: f32, #[comptime] quant_type: QuantType) -> u32 {
             code | (u32::cast_from(value < 0.0f32) << 3)
         }
     }
-}
-
-#[cube]
-fn nf4_threshold(#[comptime] i: usize) -> f32 {
-    f32::new(comptime!(NF4_THRESHOLDS[i]))
 }
 
 #[cube]
@@ -308,11 +364,16 @@ fn quantize_nested_kernel(
     table: &[f32],
     codes: &mut [u32],
     nested_absmax: &mut [f32],
+    mean: &[f32],
     blocks: usize,
-    offset: f32,
+    nested_blocks: usize,
 ) {
     let unit = UNIT_POS as usize;
     let block = CUBE_POS * UNITS + unit;
+    let offset = mean[0];
+    if CUBE_POS == 0 && unit == 0 {
+        nested_absmax[nested_blocks] = offset;
+    }
     let mut thresholds = Shared::<[f32]>::new_slice(255usize);
     let mut shared = Shared::<[u32]>::new_slice(UNITS);
     if unit < 255 {

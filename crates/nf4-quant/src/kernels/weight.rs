@@ -33,13 +33,22 @@ pub enum DeviceAbsmax {
     Nested {
         /// ceil(blocks / 4) u32 words: one byte per block, little-endian, zero-padded.
         codes: Handle,
-        /// One f32 per `blocksize` codes.
+        /// One f32 per `blocksize` codes, and behind them the offset, the mean of the absmax: it is made on the
+        /// device, and kernels find it there.
         absmax: Handle,
-        /// Mean of the absmax.
-        offset: f32,
         /// Codes per nested block.
         blocksize: usize,
     },
+}
+
+impl DeviceAbsmax {
+    /// The blocks' buffer and the nested one, or `unused` where there is none.
+    pub(crate) fn buffers<'a>(&'a self, unused: &'a Handle) -> (&'a Handle, &'a Handle) {
+        match self {
+            Self::Plain(absmax) => (absmax, unused),
+            Self::Nested { codes, absmax, .. } => (codes, absmax),
+        }
+    }
 }
 
 impl DeviceWeight {
@@ -61,8 +70,8 @@ impl DeviceWeight {
             Absmax::Plain(absmax) => DeviceAbsmax::Plain(client.create_from_slice(bytemuck::cast_slice(absmax))),
             Absmax::Nested(nested) => DeviceAbsmax::Nested {
                 codes: words(client, &nested.codes),
-                absmax: client.create_from_slice(bytemuck::cast_slice(&nested.absmax)),
-                offset: nested.offset,
+                absmax: client
+                    .create_from_slice(bytemuck::cast_slice(&[&nested.absmax[..], &[nested.offset]].concat())),
                 blocksize: nested.blocksize,
             },
         };
@@ -91,12 +100,18 @@ impl DeviceWeight {
         };
         let absmax = match &self.absmax {
             DeviceAbsmax::Plain(absmax) => Absmax::Plain(floats(absmax, self.num_blocks())?),
-            DeviceAbsmax::Nested { codes, absmax, offset, blocksize } => Absmax::Nested(NestedAbsmax {
-                codes: bytes(codes, self.num_blocks())?,
-                absmax: floats(absmax, self.num_blocks().div_ceil(*blocksize))?,
-                offset: *offset,
-                blocksize: *blocksize,
-            }),
+            DeviceAbsmax::Nested { codes, absmax, blocksize } => {
+                let nested_blocks = self.num_blocks().div_ceil(*blocksize);
+                let mut absmax = floats(absmax, nested_blocks + 1)?;
+                let offset = absmax[nested_blocks];
+                absmax.truncate(nested_blocks);
+                Absmax::Nested(NestedAbsmax {
+                    codes: bytes(codes, self.num_blocks())?,
+                    absmax,
+                    offset,
+                    blocksize: *blocksize,
+                })
+            }
         };
         let codes = bytes(&self.codes, self.num_elements.div_ceil(2))?;
         let (quant_type, blocksize) = (self.quant_type, self.blocksize);
@@ -118,7 +133,7 @@ impl DeviceWeight {
             DeviceAbsmax::Nested { blocksize: 0, .. } => Err(QuantError::NestedBlocksize),
             DeviceAbsmax::Nested { codes, absmax, blocksize, .. } => {
                 check_size("absmax", codes, 4 * self.num_blocks().div_ceil(4))?;
-                check_size("nested_absmax", absmax, 4 * self.num_blocks().div_ceil(*blocksize))
+                check_size("nested_absmax", absmax, 4 * (self.num_blocks().div_ceil(*blocksize) + 1))
             }
         }
     }

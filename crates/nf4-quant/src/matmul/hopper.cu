@@ -7,27 +7,7 @@
 // Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN, STAGES, and the instructions for that
 // BN: WGMMA (A in registers) and WGMMA_SHARED.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 struct alignas(64) TensorMap { u64 words[16]; };
-
-struct Params {
-    u32 m;             // rows of A: features of the result
-    u32 tokens;
-    u32 k;             // columns of A
-    u32 rank;          // columns of the low-rank operand, 0 without one
-    u32 whole;         // tiles that one block computes alone; the others are split along k
-    u32 split;         // parts of each other tile
-    u32 has_bias;
-    u32 log2_blocksize;
-    u32 log2_nested;   // log2 of the nested blocksize; 255: absmax is plain f32
-    u32 codebook;      // position of the codebook in `tables`
-    u32 map;           // position of the 8-bit map in `tables`
-    float offset;      // mean of the absmax, under double quantization
-};
 
 #define BM 128
 #define BK 64
@@ -68,8 +48,6 @@ struct Shared {
     u64 empty[STAGES];
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
@@ -89,17 +67,6 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap* map, u64* b
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
         ::"r"(shared_address(to)), "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row) : "memory");
-}
-
-// Two floats, rounded to 16 bits each, the first in the low half.
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 r;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
 }
 
 // One wgmma of 64 x BN x 16: accumulators = A * X^T, or += once `add` is set, with A in registers or in
@@ -269,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
             // too many for the computing warps to load: they find tables of finished values instead.
             const u32 worker = warp - CONSUMERS / 32 - 1;
             const bool plain = p.log2_nested == 255;
-            const float offset = p.offset;
+            const float offset = plain ? 0.0f : nested[p.offset];
             Cursor at;
             u32 turn = 0;
 #if TRANSPOSED

@@ -42,14 +42,15 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use cuda_source::{Arguments, CudaDevice, LaunchError, Source, Swizzle, TensorElement, TensorMap2d};
+use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorElement, TensorMap2d};
 
 use super::arrange::{Arranged, arrange};
-use super::{Direction, Operands, Problem, Weight};
-use crate::FloatFormat;
-use crate::kernels::{DeviceAbsmax, DeviceWeight, MAP_START, codebook_start, tables};
+use super::schedule::{Params, Schedule, arrivals};
+use super::{Direction, Operands, Problem, Weight, refused};
+use crate::kernels::{DeviceWeight, tables};
+use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = include_str!("hopper.cu");
+const TEXT: &str = concat!(include_str!("common.cu"), include_str!("hopper.cu"));
 /// Rows of A per tile.
 const FEATURES: usize = 128;
 /// Columns of A per step of the ring.
@@ -57,8 +58,6 @@ const DEPTH: usize = 64;
 const THREADS: u32 = 384;
 /// Threads that hold accumulators.
 const CONSUMERS: usize = 256;
-/// Parts of a split tile: more of them means more partial sums to add.
-const MAX_SPLIT: usize = 8;
 
 /// A variant of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -97,61 +96,13 @@ pub(super) fn tile(device: &CudaDevice, problem: &Problem, small: bool) -> Optio
     }
 }
 
-/// How tiles are given to cubes: `whole` ones at first, in full rounds; the rest in `split` parts each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Schedule {
-    tiles: usize,
-    whole: usize,
-    split: usize,
-}
-
-impl Schedule {
-    fn new(tiles: usize, depth_steps: usize, workers: usize) -> Self {
-        let whole = tiles / workers * workers;
-        let rest = tiles - whole;
-        // A part of fewer than four steps is mostly start-up.
-        match rest {
-            0 => Self { tiles, whole, split: 1 },
-            _ => match (workers / rest).min(MAX_SPLIT).min(depth_steps / 4) {
-                0 | 1 => Self { tiles, whole: tiles, split: 1 },
-                split => Self { tiles, whole, split },
-            },
-        }
-    }
-
-    fn slots(self) -> usize {
-        self.tiles - self.whole
-    }
-
-    fn items(self) -> usize {
-        self.whole + self.slots() * self.split
-    }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Params {
-    m: u32,
-    tokens: u32,
-    k: u32,
-    rank: u32,
-    whole: u32,
-    split: u32,
-    has_bias: u32,
-    log2_blocksize: u32,
-    log2_nested: u32,
-    codebook: u32,
-    map: u32,
-    offset: f32,
-}
-
 pub(super) fn launch(
     client: &Client,
     tile: Tile,
     problem: &Problem,
     operands: &Operands<'_>,
     out: &Handle,
-) -> Result<(), LaunchError> {
+) -> Result<(), QuantError> {
     let (features, depth, tokens) = (problem.features(), problem.depth(), problem.tokens);
     let element = element(problem.format);
     let rows_of_x = |handle: &Handle, cols| TensorMap2d {
@@ -169,7 +120,7 @@ pub(super) fn launch(
     let (product, factor) = match operands.low_rank {
         None => (x.clone(), x.clone()),
         Some(low_rank) => {
-            let Arranged { handle, rows, cols } = arrange(client, problem, low_rank.factor)?;
+            let Arranged { handle, rows, cols } = arrange(client, problem, low_rank.factor).map_err(refused)?;
             let box_rows = if problem.direction == Direction::Forward { FEATURES } else { DEPTH };
             let factor = TensorMap2d { handle, rows, cols, row_stride: cols, box_rows, ..x.clone() };
             (rows_of_x(low_rank.product, problem.rank), factor)
@@ -182,20 +133,6 @@ pub(super) fn launch(
     let partial = schedule.slots() * (schedule.split - 1) * (tile.tokens / 2) * CONSUMERS * 4;
     let partial = client.empty(partial.max(4));
 
-    let mut params = Params {
-        m: features as u32,
-        tokens: tokens as u32,
-        k: depth as u32,
-        rank: problem.rank as u32,
-        whole: schedule.whole as u32,
-        split: schedule.split as u32,
-        has_bias: operands.bias.is_some().into(),
-        log2_blocksize: 0,
-        log2_nested: 255,
-        codebook: 0,
-        map: MAP_START as u32,
-        offset: 0.0,
-    };
     let mut arguments = Arguments::new().tensor_map(x).tensor_map(product).tensor_map(factor);
     let tables = tables(client);
     match operands.weight {
@@ -204,16 +141,7 @@ pub(super) fn launch(
         }
         Weight::FourBit(weight) => {
             arguments = arguments.tensor_map(codes_map(problem, weight));
-            params.log2_blocksize = weight.blocksize.ilog2();
-            params.codebook = codebook_start(weight.quant_type) as u32;
-            let (absmax, nested) = match &weight.absmax {
-                DeviceAbsmax::Plain(absmax) => (absmax, &tables),
-                DeviceAbsmax::Nested { codes, absmax, offset, blocksize } => {
-                    params.log2_nested = blocksize.ilog2();
-                    params.offset = *offset;
-                    (codes, absmax)
-                }
-            };
+            let (absmax, nested) = weight.absmax.buffers(&tables);
             arguments = arguments.read(absmax).read(nested).read(&tables);
         }
     }
@@ -222,9 +150,9 @@ pub(super) fn launch(
         .read_write(&partial)
         .read_write(&arrivals(client, &partial, multiprocessors))
         .write(out)
-        .params(params);
+        .params(Params::new(problem, operands, schedule));
     let cubes = schedule.items().min(multiprocessors) as u32;
-    cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments)
+    cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments).map_err(refused)
 }
 
 fn element(format: FloatFormat) -> TensorElement {
@@ -263,18 +191,8 @@ fn codes_map(problem: &Problem, weight: &DeviceWeight) -> TensorMap2d {
     }
 }
 
-/// Counters of the parts of split tiles: zero between launches, so one buffer serves a stream, which is that of
-/// a buffer just made.
-fn arrivals(client: &Client, recent: &Handle, multiprocessors: usize) -> Handle {
-    static ARRIVALS: LazyLock<Mutex<HashMap<(u16, u64), Handle>>> = LazyLock::new(Mutex::default);
-    let key = (client.service_id().device.index_id, recent.stream.value);
-    let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
-    let counters = || client.create_from_slice(bytemuck::cast_slice(&vec![0_u32; multiprocessors]));
-    arrivals.entry(key).or_insert_with(counters).clone()
-}
-
 /// The text of a variant; each is put together once.
-fn source(tile: Tile, problem: &Problem) -> Source {
+pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
     type Key = (Tile, Direction, bool, FloatFormat, FloatFormat);
     static SOURCES: LazyLock<Mutex<HashMap<Key, Source>>> = LazyLock::new(Mutex::default);
     let dense = problem.blocksize.is_none();
@@ -329,27 +247,6 @@ fn wgmma(tokens: usize, half: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rounds_are_filled() {
-        // 688 tiles on 132 multiprocessors: five rounds, and 28 tiles in four parts.
-        assert_eq!(Schedule::new(688, 64, 132), Schedule { tiles: 688, whole: 660, split: 4 });
-        assert_eq!(Schedule::new(688, 64, 132).items(), 660 + 112);
-        // More than half a round left: nothing to split.
-        assert_eq!(Schedule::new(200, 64, 132), Schedule { tiles: 200, whole: 200, split: 1 });
-        assert_eq!(Schedule::new(264, 64, 132), Schedule { tiles: 264, whole: 264, split: 1 });
-        // Too shallow, and at most eight parts.
-        assert_eq!(Schedule::new(2, 4, 132).split, 1);
-        assert_eq!(Schedule::new(2, 128, 132), Schedule { tiles: 2, whole: 0, split: 8 });
-        for tiles in 1..600 {
-            let schedule = Schedule::new(tiles, 64, 132);
-            assert!(schedule.whole.is_multiple_of(132) || schedule.split == 1, "split tiles start a round");
-            assert!(
-                schedule.split == 1 || schedule.slots() * schedule.split <= 132,
-                "a part's cube waits for no round"
-            );
-        }
-    }
 
     #[test]
     fn wgmma_numbers_its_operands() {

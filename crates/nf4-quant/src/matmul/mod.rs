@@ -9,14 +9,23 @@
 //! No dequantized weight exists outside registers. Sums are f32 and rounded once, after the low-rank
 //! product and the bias have been added; weights are codebook\[code\] * absmax in f32, rounded once to the
 //! activations' format, as [`crate::kernels::dequantize`] rounds them. So the result differs from
-//! dequantizing and multiplying only in the order of an f32 sum.
+//! dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens, rounds less.
 //!
-//! [`path`] says which kernel takes a problem, from what the device is: one place, for every caller. There
-//! is a kernel for Hopper ([`mod@hopper`]); where `path` has no answer the caller dequantizes into a transient.
+//! | kernel | for |
+//! |---|---|
+//! | [`mod@gemv`] | up to 16 tokens forward, compute capability 8.0 or later |
+//! | [`mod@hopper`] | wgmma: compute capability 9.0 |
+//! | [`mod@ampere`] | mma.sync: compute capability 8.0 or later |
+//!
+//! [`path`] says which kernel takes a problem, from what the device is: one place, for every caller. Where it has
+//! no answer the caller dequantizes into a transient.
 
+pub mod ampere;
 mod arrange;
+pub mod gemv;
 pub mod hopper;
 mod reference;
+mod schedule;
 
 use std::collections::HashSet;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
@@ -113,22 +122,32 @@ pub struct Operands<'a> {
 /// The kernel that takes a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Path {
+    /// A few tokens, bound by reading the codes.
+    Gemv,
     /// wgmma, compute capability 9.0.
     Hopper(hopper::Tile),
+    /// mma.sync, compute capability 8.0 or later.
+    Ampere(ampere::Tile),
 }
 
 /// The kernel for a problem on a client's device, or `None` where dequantizing first is the way: other
-/// runtimes and older cards, f32 activations, and shapes that TMA can't address.
+/// runtimes and older cards, f32 activations, and shapes whose rows don't start at multiples of 16 bytes.
 ///
-/// The environment variable `NF4_QUANT_MATMUL` forces a choice: `dequantize` (no fused kernel) or
-/// `small-tiles` (as on drivers before CUDA 13, which limit static shared memory to 48 KB).
+/// The environment variable `NF4_QUANT_MATMUL` forces a choice: `gemv`, `hopper`, `small-tiles` (hopper, as on drivers
+/// before CUDA 13, which limit static shared memory to 48 KB), `ampere`, or `dequantize` (no kernel). What the forced
+/// kernel does not take has none.
 pub fn path(client: &Client, problem: &Problem) -> Option<Path> {
     static FORCED: OnceLock<Option<String>> = OnceLock::new();
     let forced = FORCED.get_or_init(|| std::env::var("NF4_QUANT_MATMUL").ok());
-    let device = cuda_source::device(client)?;
-    let path = choose(&device, problem, forced.as_deref());
+    let path = choose(&cuda_source::device(client)?, problem, forced.as_deref());
     log(problem, path);
     path
+}
+
+/// Every kernel that takes a problem on a client's device, the one that [`path`] prefers first.
+pub fn paths(client: &Client, problem: &Problem) -> Vec<Path> {
+    cuda_source::device(client)
+        .map_or_else(Vec::new, |device| candidates(&device, problem).map(|(_, path)| path).collect())
 }
 
 /// Says once for each kind of problem what takes it.
@@ -149,10 +168,20 @@ fn log(problem: &Problem, path: Option<Path>) {
 }
 
 fn choose(device: &CudaDevice, problem: &Problem, forced: Option<&str>) -> Option<Path> {
-    if forced == Some("dequantize") {
-        return None;
-    }
-    hopper::tile(device, problem, forced == Some("small-tiles")).map(Path::Hopper)
+    let mut candidates = candidates(device, problem);
+    candidates.find(|(name, _)| forced.is_none_or(|forced| forced == *name)).map(|(_, path)| path)
+}
+
+/// By preference, with the names that force them.
+fn candidates(device: &CudaDevice, problem: &Problem) -> impl Iterator<Item = (&'static str, Path)> + use<> {
+    let hopper = |small| hopper::tile(device, problem, small).map(Path::Hopper);
+    let known = [
+        ("gemv", gemv::fits(device, problem).then_some(Path::Gemv)),
+        ("hopper", hopper(false)),
+        ("small-tiles", hopper(true)),
+        ("ampere", ampere::tile(device, problem).map(Path::Ampere)),
+    ];
+    known.into_iter().filter_map(|(name, path)| Some((name, path?)))
 }
 
 /// Launches a product on the path that [`path`] gave.
@@ -174,9 +203,22 @@ pub fn matmul(
 ) -> Result<(), QuantError> {
     check(problem, operands, out)?;
     match path {
+        Path::Gemv => gemv::launch(client, problem, operands, out),
         Path::Hopper(tile) => hopper::launch(client, tile, problem, operands, out),
+        Path::Ampere(tile) => ampere::launch(client, tile, problem, operands, out),
     }
-    .map_err(|error: LaunchError| QuantError::Matmul(error.to_string()))
+}
+
+fn refused(error: LaunchError) -> QuantError {
+    QuantError::Matmul(error.to_string())
+}
+
+/// For kernels that move 16 bytes at a time.
+fn check_alignment(name: &'static str, handle: &Handle) -> Result<(), QuantError> {
+    match handle.offset_start.unwrap_or(0) {
+        offset if offset.is_multiple_of(16) => Ok(()),
+        offset => Err(QuantError::Matmul(format!("`{name}` starts at byte {offset} of its buffer, no multiple of 16"))),
+    }
 }
 
 fn check(problem: &Problem, operands: &Operands<'_>, out: &Handle) -> Result<(), QuantError> {
@@ -220,48 +262,4 @@ fn check(problem: &Problem, operands: &Operands<'_>, out: &Handle) -> Result<(),
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const H200: CudaDevice = CudaDevice {
-        compute_capability: (9, 0),
-        multiprocessors: 132,
-        l2_bytes: 50 << 20,
-        toolkit: (13, 0),
-        driver: (13, 0),
-    };
-    const LINEAR: Problem = Problem {
-        tokens: 2048,
-        out_features: 11008,
-        in_features: 4096,
-        direction: Direction::Forward,
-        rank: 64,
-        format: FloatFormat::BF16,
-        out: FloatFormat::BF16,
-        blocksize: Some(64),
-    };
-
-    #[test]
-    fn the_device_and_the_shape_decide() {
-        let tile = |device: &CudaDevice, problem: &Problem, forced| {
-            choose(device, problem, forced).map(|Path::Hopper(tile)| tile.tokens)
-        };
-        assert_eq!(tile(&H200, &LINEAR, None), Some(256));
-        assert_eq!(tile(&H200, &LINEAR, Some("small-tiles")), Some(96));
-        assert_eq!(tile(&H200, &LINEAR, Some("dequantize")), None);
-        assert_eq!(tile(&H200, &Problem { tokens: 17, ..LINEAR }, None), Some(64));
-        assert_eq!(tile(&CudaDevice { driver: (12, 8), ..H200 }, &LINEAR, None), Some(96));
-        for device in [(8, 0), (10, 0), (12, 0)] {
-            assert_eq!(tile(&CudaDevice { compute_capability: device, ..H200 }, &LINEAR, None), None, "{device:?}");
-        }
-        for problem in [
-            Problem { format: FloatFormat::F32, out: FloatFormat::F32, ..LINEAR },
-            Problem { in_features: 4090, ..LINEAR },
-            Problem { blocksize: Some(32), ..LINEAR },
-            Problem { rank: 4, ..LINEAR },
-            Problem { out_features: 11007, ..LINEAR },
-        ] {
-            assert_eq!(tile(&H200, &problem, None), None, "{problem:?}");
-        }
-    }
-}
+mod tests;

@@ -73,6 +73,8 @@ impl Bench {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_qlora"));
         command.current_dir(self.dir.path()).args(args).env_remove("RUST_LOG").env_remove("RUST_BACKTRACE");
+        // Names that are no folders must not be looked for outside.
+        command.env("HF_HUB_OFFLINE", "1");
         command
     }
 

@@ -59,12 +59,9 @@ pub(super) fn device_weight(
         codes: handle(codes),
         absmax: match layout.nested {
             None => DeviceAbsmax::Plain(absmax),
-            Some(nested) => DeviceAbsmax::Nested {
-                codes: absmax,
-                absmax: handle(nested_absmax),
-                offset: nested.offset,
-                blocksize: nested.blocksize,
-            },
+            Some(nested) => {
+                DeviceAbsmax::Nested { codes: absmax, absmax: handle(nested_absmax), blocksize: nested.blocksize }
+            }
         },
         quant_type: layout.quant_type,
         blocksize: layout.blocksize,

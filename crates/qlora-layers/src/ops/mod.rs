@@ -27,6 +27,7 @@ mod composed;
 mod cube;
 mod cube_products;
 mod flex;
+pub mod fused;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
@@ -83,8 +84,8 @@ pub struct LoraDropout {
 /// A weight travels as three integer tensors, so that no part of it can enter the autodiff graph:
 /// - `codes` u32 `[ceil(out * in / 8)]`: the packed byte stream, little-endian;
 /// - `absmax` u32 `[blocks]`, the bits of f32 values, or, double-quantized, u8 codes four to a word;
-/// - `nested_absmax` u32 `[ceil(blocks / nested blocksize)]`, the bits of f32 values (one unused
-///   element without double quantization).
+/// - `nested_absmax` u32 `[ceil(blocks / nested blocksize) + 1]`, the bits of f32 values, the last one the offset
+///   (one unused element without double quantization).
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait QloraOps: Backend {
     /// The dense weight `[out_features, in_features]` in `dtype`.

@@ -94,6 +94,15 @@ impl Dataset {
     }
 }
 
+impl Dataset {
+    /// Rows chosen by the seed: of the first count, and others of the second, as far as there are any.
+    pub fn choose(&self, counts: [usize; 2], seed: u64) -> [Vec<Example>; 2] {
+        let order = batch::permutation(self.examples.len(), seed, batch::Purpose::Split, 0);
+        let mut order = order.into_iter().map(|row| self.examples[row].clone());
+        counts.map(|count| order.by_ref().take(count).collect())
+    }
+}
+
 /// Reads a file of rows.
 ///
 /// # Errors

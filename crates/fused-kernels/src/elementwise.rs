@@ -1,0 +1,89 @@
+//! What the CubeCL kernels share: formats, vector widths, grids, checks.
+
+use cubecl::client::Client;
+use cubecl::features::TypeUsage;
+use cubecl::ir::{ElemType, FloatKind};
+use cubecl::prelude::*;
+use cubecl::server::{CubeCountSelection, Handle};
+
+use crate::KernelError;
+
+/// Units per cube.
+pub(crate) const UNITS: usize = 256;
+/// The most elements of a tensor: 32-bit indices with room for what the last cube overshoots.
+const MAX_ELEMENTS: usize = u32::MAX as usize - (1 << 20);
+
+/// The dtype of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Format {
+    /// Every format.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    pub(crate) fn elem_type(self) -> ElemType {
+        ElemType::Float(match self {
+            Self::F32 => FloatKind::F32,
+            Self::F16 => FloatKind::F16,
+            Self::Bf16 => FloatKind::BF16,
+        })
+    }
+}
+
+/// Whether a runtime has buffers of a format. WGSL has no bfloat16, and float16 where the device offers it.
+pub fn supports(client: &Client, format: Format) -> bool {
+    client.features().type_usage(format.elem_type()).is_superset(TypeUsage::Buffer | TypeUsage::Conversion)
+}
+
+/// Fails where `format` is not [supported](supports).
+pub(crate) fn check_format(client: &Client, operation: &'static str, format: Format) -> Result<(), KernelError> {
+    match supports(client, format) {
+        true => Ok(()),
+        false => Err(KernelError::Format { runtime: client.name().to_owned(), operation, format }),
+    }
+}
+
+/// The buffer of `elements` elements of `size` bytes, in vectors of `vector`.
+pub(crate) fn buffer(
+    name: &'static str,
+    handle: &Handle,
+    elements: usize,
+    size: usize,
+    vector: usize,
+) -> Result<BufferArg, KernelError> {
+    let actual = handle.size_in_used() as usize;
+    if elements > MAX_ELEMENTS {
+        return Err(KernelError::TooLarge { name, value: elements, limit: MAX_ELEMENTS });
+    }
+    if actual < elements * size {
+        return Err(KernelError::BufferSize { name, expected: elements * size, actual });
+    }
+    // SAFETY: the handle was just seen to hold that many elements.
+    Ok(unsafe { BufferArg::from_raw_parts(handle.clone(), elements / vector) })
+}
+
+/// The widest vector of `format`, at most 16 bytes, that divides each of `lengths`.
+pub(crate) fn vector_size(client: &Client, format: Format, lengths: &[usize]) -> usize {
+    let fits = |n: &usize| *n <= 8 && n * format.size() <= 16 && lengths.iter().all(|length| length.is_multiple_of(*n));
+    client.io_optimized_vector_sizes(format.size()).find(fits).unwrap_or(1)
+}
+
+/// A grid of at least `cubes` cubes.
+pub(crate) fn cube_count(client: &Client, cubes: usize) -> CubeCount {
+    CubeCountSelection::new(client, cubes as u32).cube_count()
+}

@@ -1,0 +1,245 @@
+//! The CubeCL kernels against their oracles in f64, on every runtime at hand.
+//!
+//! `NF4_QUANT_RUNTIMES=cuda,wgpu` names the runtimes that must be there; without it those that this machine has
+//! are used and the others are skipped with a reason.
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+
+use cubecl::client::Client;
+use cubecl::device::{Device, WgpuDeviceKind};
+use cubecl::server::Handle;
+use fused_kernels::gated::Activation;
+use fused_kernels::rms_norm::RmsNorm;
+use fused_kernels::rope::Rope;
+use fused_kernels::{Format, KernelError, gated, rms_norm, rope, supports};
+use half::{bf16, f16};
+
+/// Calls `test` with every client and each format that it has.
+fn everywhere(test: impl Fn(&Client, Format)) {
+    let required = std::env::var("NF4_QUANT_RUNTIMES").ok();
+    for (name, device) in [("cuda", Device::cuda(0)), ("wgpu", Device::wgpu(WgpuDeviceKind::default()))] {
+        if required.as_ref().is_some_and(|r| !r.split(',').any(|r| r.trim() == name)) {
+            continue;
+        }
+        match device {
+            Ok(device) => {
+                let client = device.client();
+                Format::ALL.into_iter().filter(|format| supports(&client, *format)).for_each(|f| test(&client, f));
+            }
+            Err(e) if required.is_some() => panic!("{name} is required: {e}"),
+            Err(e) => eprintln!("{name} skipped: {e}"),
+        }
+    }
+}
+
+/// Uniform in ±`scale`, from a counter.
+fn noise(seed: u64, len: usize, scale: f64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f64 / f64::from(1_u32 << 23) - 1.0
+    };
+    (0..len).map(|_| next() * scale).collect()
+}
+
+/// The values as `format` holds them, and their bytes.
+fn rounded(values: &[f64], format: Format) -> (Vec<f64>, Vec<u8>) {
+    let mut bytes = Vec::new();
+    let mut one = |value: f64| match format {
+        Format::F32 => {
+            bytes.extend((value as f32).to_le_bytes());
+            f64::from(value as f32)
+        }
+        Format::F16 => {
+            bytes.extend(f16::from_f64(value).to_le_bytes());
+            f16::from_f64(value).to_f64()
+        }
+        Format::Bf16 => {
+            bytes.extend(bf16::from_f32(value as f32).to_le_bytes());
+            f64::from(bf16::from_f32(value as f32).to_f32())
+        }
+    };
+    let values = values.iter().map(|&value| one(value)).collect();
+    (values, bytes)
+}
+
+struct Input {
+    values: Vec<f64>,
+    handle: Handle,
+}
+
+fn input(client: &Client, values: &[f64], format: Format) -> Input {
+    let (values, bytes) = rounded(values, format);
+    Input { values, handle: client.create_from_slice(&bytes) }
+}
+
+/// A buffer of NaNs: what is not written shows.
+fn poisoned(client: &Client, len: usize, format: Format) -> Handle {
+    client.create_from_slice(&vec![0xFF; len * format.size()])
+}
+
+fn read(client: &Client, handle: Handle, format: Format) -> Vec<f64> {
+    let bytes = client.read_one(handle).expect("the kernel runs");
+    match format {
+        Format::F32 => bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect(),
+        Format::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f64()).collect(),
+        Format::Bf16 => {
+            bytes.chunks_exact(2).map(|b| f64::from(bf16::from_le_bytes(b.try_into().unwrap()).to_f32())).collect()
+        }
+    }
+}
+
+/// Elements within one rounding to `format` and `f32_error` of the group's scale, its largest element or 1: f32 sums
+/// and functions are relative to their terms, not to what is left after cancellation.
+fn assert_close(what: &str, found: &[f64], expected: &[f64], format: Format, group: usize, f32_error: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    // Half a unit in the last place, and the smallest step of f16's subnormals.
+    let (relative, step) = match format {
+        Format::F32 => (6e-8, 0.0),
+        Format::F16 => (4.9e-4, 6e-8),
+        Format::Bf16 => (3.91e-3, 0.0),
+    };
+    for (g, (found, expected)) in found.chunks(group).zip(expected.chunks(group)).enumerate() {
+        let scale = expected.iter().fold(1.0_f64, |max, v| max.max(v.abs()));
+        for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+            let bar = relative * e.abs() + f32_error * scale + step;
+            assert!((f - e).abs() <= bar, "{what}, {format:?}: element {i} of group {g} is {f}, should be {e}");
+        }
+    }
+}
+
+#[test]
+fn gated_products_and_their_gradients() {
+    everywhere(|client, format| {
+        for activation in Activation::ALL {
+            for len in [1, 7, 256, 1000, 66_000] {
+                let what = format!("{activation:?} of {len}");
+                let gate = input(client, &noise(1, len, 12.0), format);
+                let up = input(client, &noise(2, len, 3.0), format);
+                let dy = input(client, &noise(3, len, 1.0), format);
+                let [out, dgate, dup] = [(); 3].map(|()| poisoned(client, len, format));
+                gated::forward(client, &gate.handle, &up.handle, &out, len, activation, format).unwrap();
+                gated::backward(client, &dy.handle, &gate.handle, &up.handle, &dgate, &dup, len, activation, format)
+                    .unwrap();
+                let inputs = || gate.values.iter().zip(&up.values);
+                let expected: Vec<f64> = inputs().map(|(g, u)| gated::oracle::forward(*g, *u, activation)).collect();
+                let (expected_gate, expected_up): (Vec<f64>, Vec<f64>) =
+                    inputs().zip(&dy.values).map(|((g, u), d)| gated::oracle::backward(*d, *g, *u, activation)).unzip();
+                // The functions' own error: CubeCL's erf is a polynomial good to 1.5e-7 of 1, which x up to 12
+                // multiplies.
+                assert_close(&what, &read(client, out, format), &expected, format, len, 4e-6);
+                assert_close(&what, &read(client, dgate, format), &expected_gate, format, len, 4e-6);
+                assert_close(&what, &read(client, dup, format), &expected_up, format, len, 4e-6);
+            }
+        }
+    });
+}
+
+#[test]
+fn extreme_gates_give_numbers() {
+    everywhere(|client, format| {
+        let values = [-60000.0, -200.0, -89.0, 89.0, 200.0, 60000.0];
+        let gate = input(client, &values, format);
+        let one = input(client, &[1.0; 6], format);
+        for activation in Activation::ALL {
+            let [out, dgate, dup] = [(); 3].map(|()| poisoned(client, 6, format));
+            gated::forward(client, &gate.handle, &one.handle, &out, 6, activation, format).unwrap();
+            gated::backward(client, &one.handle, &gate.handle, &one.handle, &dgate, &dup, 6, activation, format)
+                .unwrap();
+            for (i, y) in read(client, out, format).into_iter().enumerate() {
+                let expected = gate.values[i].max(0.0);
+                assert!((y - expected).abs() <= 1e-6 * expected, "{activation:?} of {} is {y}", gate.values[i]);
+            }
+            for (i, slope) in read(client, dgate, format).into_iter().enumerate() {
+                let expected = f64::from(gate.values[i] > 0.0);
+                assert!((slope - expected).abs() <= 1e-6, "slope of {activation:?} at {} is {slope}", gate.values[i]);
+            }
+        }
+    });
+}
+
+#[test]
+fn rows_are_normalised_and_differentiated() {
+    everywhere(|client, format| {
+        for (rows, width) in [(1, 1), (3, 5), (17, 64), (9, 128), (5, 250), (4, 688), (130, 256), (2, 4096), (3, 5000)]
+        {
+            for offset in [0.0, 1.0] {
+                let what = format!("{rows} x {width}, offset {offset}");
+                let norm = RmsNorm { rows, width, eps: 1e-5, offset };
+                let x = input(client, &noise(4, rows * width, 2.0), format);
+                let dy = input(client, &noise(5, rows * width, 1.0), format);
+                let weight = input(client, &noise(6, width, 1.0), Format::F32);
+                let [out, dx] = [(); 2].map(|()| poisoned(client, rows * width, format));
+                let dweight = poisoned(client, width, Format::F32);
+                rms_norm::forward(client, &x.handle, &weight.handle, &out, norm, format).unwrap();
+                rms_norm::backward(client, &dy.handle, &x.handle, &weight.handle, &dx, norm, format).unwrap();
+                rms_norm::weight_gradient(client, &dy.handle, &x.handle, &dweight, norm, format).unwrap();
+                let expected = rms_norm::oracle::forward(&x.values, &weight.values, norm);
+                let (expected_x, expected_weight) =
+                    rms_norm::oracle::backward(&dy.values, &x.values, &weight.values, norm);
+                // f32 sums of up to 5,000 terms in trees: some ulp of 6e-8.
+                assert_close(&what, &read(client, out, format), &expected, format, width, 1e-6);
+                // A row of one element has no gradient but what eps lets through: a difference of equal terms.
+                if width > 1 {
+                    assert_close(&what, &read(client, dx, format), &expected_x, format, width, 2e-6);
+                }
+                let found = read(client, dweight, Format::F32);
+                assert_close(&what, &found, &expected_weight, Format::F32, width, 2e-6);
+            }
+        }
+    });
+}
+
+#[test]
+fn zero_rows_stay_zero() {
+    everywhere(|client, format| {
+        let norm = RmsNorm { rows: 2, width: 96, eps: 1e-6, offset: 0.0 };
+        let zeros = input(client, &[0.0; 192], format);
+        let weight = input(client, &[1.0; 96], Format::F32);
+        let out = poisoned(client, 192, format);
+        rms_norm::forward(client, &zeros.handle, &weight.handle, &out, norm, format).unwrap();
+        assert!(read(client, out, format).iter().all(|y| *y == 0.0));
+    });
+}
+
+#[test]
+fn heads_turn_and_turn_back() {
+    everywhere(|client, format| {
+        for (sequences, len, heads, head_dim, rotary) in
+            [(1, 1, 1, 2, 2), (2, 5, 3, 16, 16), (1, 33, 4, 64, 64), (3, 7, 2, 80, 40), (1, 3, 2, 6, 0)]
+        {
+            let what = format!("{sequences} x {len} x {heads} x {head_dim}, {rotary} turn");
+            let tokens = sequences * len;
+            let shape = Rope { tokens, len, heads, head_dim, rotary };
+            let x = input(client, &noise(7, tokens * heads * head_dim, 2.0), format);
+            let angles = noise(8, (len * rotary / 2).max(1), 3.0);
+            let cos = input(client, &angles.iter().map(|a| a.cos()).collect::<Vec<_>>(), Format::F32);
+            let sin = input(client, &angles.iter().map(|a| a.sin()).collect::<Vec<_>>(), Format::F32);
+            for inverse in [false, true] {
+                let out = poisoned(client, x.values.len(), format);
+                rope::rotate(client, &x.handle, &cos.handle, &sin.handle, &out, shape, inverse, format).unwrap();
+                let expected = rope::oracle(&x.values, &cos.values, &sin.values, shape, inverse);
+                // Two f32 products and a sum.
+                assert_close(&what, &read(client, out, format), &expected, format, head_dim, 2e-7);
+            }
+        }
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    everywhere(|client, format| {
+        let small = client.empty(8);
+        let error = gated::forward(client, &small, &small, &small, 1000, Activation::Silu, format).unwrap_err();
+        assert!(matches!(error, KernelError::BufferSize { name: "gate", .. }), "{error}");
+        let norm = RmsNorm { rows: 2, width: 64, eps: 1e-5, offset: 0.0 };
+        let error = rms_norm::forward(client, &small, &small, &small, norm, format).unwrap_err();
+        assert!(matches!(error, KernelError::BufferSize { name: "x", .. }), "{error}");
+        let odd = Rope { tokens: 4, len: 4, heads: 1, head_dim: 8, rotary: 3 };
+        let large = client.empty(4096);
+        let error = rope::rotate(client, &large, &large, &large, &large, odd, false, format).unwrap_err();
+        assert!(error.to_string().contains("3 of 8 elements"), "{error}");
+        let torn = Rope { rotary: 4, len: 3, ..odd };
+        let error = rope::rotate(client, &large, &large, &large, &large, torn, false, format).unwrap_err();
+        assert!(error.to_string().contains("no whole sequences of 3"), "{error}");
+    });
+}

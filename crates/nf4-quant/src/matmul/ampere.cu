@@ -1,0 +1,546 @@
+// y = x op(W) on tensor cores with mma.sync, with W in 4 bits or dense. ampere.rs has the idea.
+//
+// The tile computed is transposed: Y^T[m, token] = A[m, k] X^T[k, token], A = W (forward) or W^T (input
+// gradient). X goes through shared memory; a thread turns the codes of its own rows of A into fragments in
+// registers, and a dense W comes from memory straight into them.
+//
+// The order of k within a sum is free as long as A and X keep the same one: of each 32 columns a thread
+// takes the eight neighbours 8 t to 8 t + 7, t = lane % 4. So one 16-byte load brings its part of X for two
+// instructions, and a word of codes or 16 bytes of a dense row its part of A. Likewise the order of rows:
+// the four that a thread holds are neighbours, 4 g to 4 g + 3, g = lane / 4, and results leave together.
+//
+// Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN (tokens per tile), STAGES, MIN_BLOCKS (per
+// multiprocessor).
+
+#define BM 128
+#define BK 32
+#define THREADS 128
+#define X_BYTES (BN * BK * 2)
+#define X_CHUNKS (BN * BK / 8)  // copies of 16 bytes
+#define PAIRS (BN / 16)         // pairs of mma's eight columns
+#define FORWARD_CODES (!DENSE && !TRANSPOSED)
+#define TRANSPOSED_CODES (!DENSE && TRANSPOSED)
+// Transposed it costs a register more than there are.
+#define INTERLEAVE (FORWARD_CODES && BN > 16)
+// Forward, a stage of codes is two of X: 32 bytes of a row, what memory moves at least.
+#define W_STAGES (FORWARD_CODES ? STAGES / 2 + 1 : STAGES)
+#define W_PLANE 144             // 128 bytes and a shift by 16: planes begin in different banks
+#define W_BYTES (FORWARD_CODES ? BM / 32 * 8 * W_PLANE : BM * BK / 2)
+
+struct Shared {
+    u8 x[STAGES][X_BYTES];
+#if !DENSE
+    u8 w[W_STAGES][W_BYTES];
+    alignas(256) float codebook[16];
+#endif
+#if TRANSPOSED_CODES
+    float absmax[2][THREADS];  // per warp, of 32 rows of W
+#endif
+    u32 last;
+};
+
+// A chunk of 16 bytes to shared memory, or zeros.
+__device__ __forceinline__ void copy(u32 to, const void* base, u32 chunk, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"((const uint4*)base + chunk), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// d += a b, 16 rows x 8 columns x 16. a: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8).
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+#if HALF
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A value of the codebook, given its address in shared memory. Volatile keeps lookups where they are
+// written, between the tensor cores' instructions.
+__device__ __forceinline__ float lookup(u32 address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+// A for 32 columns: two instructions along k, two sets of 16 rows.
+typedef u32 Fragments[2][2][4];
+
+// A unit of X, at `at` in shared memory, against its fragments. `between` is called eight times, spread over the unit.
+template <class Between>
+__device__ __forceinline__ void multiply_unit(float (&d)[2][2 * PAIRS][4], u32 at, const Fragments& a, Between between) {
+    uint4 b[2][2];
+    b[0][0] = load_shared(at), b[0][1] = load_shared(at + 512);
+    u32 next_at = at;
+#pragma unroll
+    for (u32 i = 0; i < PAIRS; i++) {
+        if (i + 1 < PAIRS) {
+            b[(i + 1) % 2][0] = load_shared(next_at + (2 * i + 2) * 512);
+            b[(i + 1) % 2][1] = load_shared(next_at + (2 * i + 3) * 512);
+        }
+        const uint4 v = b[i % 2][0], w = b[i % 2][1];
+        multiply(d[0][2 * i], a[0][0], v.x, v.y);
+        multiply(d[1][2 * i], a[0][1], v.x, v.y);
+        multiply(d[0][2 * i + 1], a[0][0], w.x, w.y);
+        multiply(d[1][2 * i + 1], a[0][1], w.x, w.y);
+        multiply(d[0][2 * i], a[1][0], v.z, v.w);
+        multiply(d[1][2 * i], a[1][1], v.z, v.w);
+        multiply(d[0][2 * i + 1], a[1][0], w.z, w.w);
+        multiply(d[1][2 * i + 1], a[1][1], w.z, w.w);
+#pragma unroll
+        for (u32 j = 8 * i / PAIRS; j < 8 * (i + 1) / PAIRS; j++)
+            next_at = at | between(j, i == 0 ? 0.0f : d[1][2 * i - 1][0]);
+    }
+}
+
+// The share of the work: a tile, or one part of its k. Part 0 also takes the low-rank product. A unit is 32
+// columns; units come in pairs.
+struct Share {
+    u32 m0, n0, first, units, slot, part, parts;
+};
+
+// Volatile, like `thread_index`: the loop has no registers for what is needed again only after it.
+__device__ __forceinline__ Share share(const Params& p) {
+    u32 block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const u32 m_tiles = (p.m + BM - 1) / BM, n_tiles = (p.tokens + BN - 1) / BN, k_pairs = (p.k + 63) / 64;
+    Share w = {0, 0, 0, 2 * k_pairs, 0, 0, 1};
+    u32 tile = block;
+    if (block >= p.whole) {
+        w.slot = (block - p.whole) / p.split, w.part = (block - p.whole) % p.split, w.parts = p.split;
+        tile = p.whole + w.slot;
+        const u32 first = k_pairs * w.part / w.parts;
+        w.first = 2 * first;
+        w.units = 2 * (k_pairs * (w.part + 1) / w.parts - first);
+    }
+    // Tokens are taken in bands of eight tiles, so that a band's activations stay in L2 while the weight
+    // streams by once per band.
+    const u32 band = tile / (m_tiles * 8), band_first = band * 8;
+    const u32 width = n_tiles - band_first < 8 ? n_tiles - band_first : 8;
+    const u32 within = tile - band * m_tiles * 8;
+    w.m0 = within / width * BM, w.n0 = (band_first + within % width) * BN;
+    return w;
+}
+
+__device__ __forceinline__ u32 thread_index() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
+    const u16* __restrict__ x,           // [tokens, k]
+    const u16* __restrict__ u,           // [tokens, rank]
+    const float* __restrict__ low_rank,  // [m, rank] forward, [rank, m] transposed
+    const void* __restrict__ weight,     // codes or the dense weight, [m, k] forward, [k, m] transposed
+#if !DENSE
+    const void* __restrict__ absmax,
+    const float* __restrict__ nested,
+    const float* __restrict__ tables,
+#endif
+    const float* __restrict__ bias,
+    float* __restrict__ partial,         // [slots, parts, BM * BN]
+    u32* __restrict__ arrived,           // per slot, zero before the launch and after it
+    void* __restrict__ out,              // [tokens, m]
+    const __grid_constant__ Params p
+) {
+    __shared__ alignas(1024) Shared s;
+    const u32 thread = thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const Share work = share(p);
+    const u32 skipped = work.part == 0 ? (p.rank + 63) / 64 * 2 : 0, total = skipped + work.units;
+    const u32 origin = work.first - skipped;              // unit + origin is its place in k
+    const u32 row_of_a = work.m0 + warp * 32 + 4 * g;     // the first of the thread's four
+    const u32 row = row_of_a < p.m ? row_of_a : p.m - 4;  // one that exists
+
+    // Copies of X, or of U, which comes first: chunk thread % 4 of rows thread / 4 + 32 i. Columns beyond the
+    // end are zeros, so that A may hold anything finite there. Registers are short: positions are computed
+    // when they are needed, in chunks of 16 bytes.
+    const u32 x_row = work.n0 + thread / 4, x_to = shared_address(s.x[0]) + thread * 16;
+    auto copy_x = [&](u32 unit) {
+        if (unit >= total) return;
+        const bool is_u = unit < skipped;
+        const u32 width = (is_u ? p.rank : p.k) / 8, column = (is_u ? unit : unit + origin) * 4 + thread % 4;
+        const int rows = column < width ? (int)(p.tokens - x_row) : 0;
+        u32 chunk = x_row * width + column;
+#pragma unroll
+        for (int i = 0; i < (X_CHUNKS + THREADS - 1) / THREADS; i++, chunk += width * 32)
+            if (X_CHUNKS >= THREADS || thread < X_CHUNKS)
+                copy(x_to + unit % STAGES * X_BYTES + i * (THREADS * 16), is_u ? u : x, chunk, 32 * i < rows);
+    };
+
+#if FORWARD_CODES
+    // Codes: halves of 32 bytes, thread % 2, of rows thread / 2 and 64 more. A warp's 32 rows lie in eight
+    // planes, of half and row % 4, in the order of row / 4: a quarter of a warp meets every bank once, here
+    // and where it reads.
+    const u32 w_to = shared_address(s.w[0]) + thread / 64 * (8 * W_PLANE) +
+                     (thread % 2 * 4 + thread / 2 % 4) * W_PLANE + thread / 8 % 8 * 16;
+    u32 w_from[2];
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const u32 m = work.m0 + thread / 2 + 64 * i;
+        w_from[i] = (m < p.m ? m : p.m - 1) * (p.k / 32) + thread % 2 + origin;
+    }
+    auto copy_w = [&](u32 unit, u32 stage) {
+        if (unit >= total) return;
+#pragma unroll
+        for (u32 i = 0; i < 2; i++)
+            copy(w_to + stage * W_BYTES + i * (16 * W_PLANE), weight, w_from[i] + unit, true);
+    };
+    // The stage of the codes of the pair of units that is multiplied.
+    u32 ring = (W_STAGES - skipped / 2 % W_STAGES) % W_STAGES;
+    auto advance_ring = [&]() { ring = ring + 1 == W_STAGES ? 0 : ring + 1; };
+#elif TRANSPOSED_CODES
+    // Codes: chunk thread % 4, 32 columns, of row thread / 4 of the unit. The chunk's place depends on the
+    // row, so that the eight rows of ldmatrix meet every bank once.
+    const u32 w_column = work.m0 / 32 + (work.m0 / 32 + thread % 4 < p.m / 32 ? thread % 4 : 0);
+    const u32 w_to = shared_address(s.w[0]) + thread / 4 * 64 + (thread % 4 ^ thread / 32) * 16;
+    auto copy_w = [&](u32 unit, u32) {
+        if (unit >= total) return;
+        const u32 k = (unit + origin) * BK + thread / 4;
+        copy(w_to + unit % STAGES * W_BYTES, weight, k * (p.m / 32) + w_column, k < p.k);
+    };
+#endif
+
+    // A group of copies holds a unit of X and the next unit of codes, which is decoded while that of X is
+    // multiplied. Where a stage of codes is two units it comes with the first.
+    auto copy_group = [&](u32 unit, u32 w_stage) {
+        copy_x(unit);
+#if !DENSE
+        if ((TRANSPOSED || unit % 2 == 1) && unit + 1 >= skipped) copy_w(unit + 1, w_stage);
+#endif
+        commit();
+    };
+#if !DENSE
+    if (skipped == 0) copy_w(0, 0);
+    if (thread < 16) s.codebook[thread] = tables[p.codebook + thread];
+#endif
+#pragma unroll
+    for (u32 i = 0; i < STAGES - 1; i++) copy_group(i, (i + 1 - skipped) / 2);
+
+    float d[2][2 * PAIRS][4] = {};
+    u32 unit = 0;  // of all, the low-rank product's among them
+    const u32 x_at = shared_address(s.x[0]) + g * (BK * 2) + t * 16;
+
+    // The next unit of X is there, for all warps, and the stage of the one before is free.
+    auto next_unit = [&]() {
+        wait<STAGES - 2>();
+        __syncthreads();
+#if FORWARD_CODES
+        // One round, less a stage, ahead.
+        copy_group(unit + STAGES - 1, ring == 0 ? W_STAGES - 1 : ring - 1);
+#else
+        copy_group(unit + STAGES - 1, 0);
+#endif
+    };
+    auto x_of_unit = [&]() { return x_at + unit % STAGES * X_BYTES; };
+    auto nothing = [](u32, float) { return 0u; };
+
+    Fragments even, odd;
+    [[maybe_unused]] const u32 zero = blockIdx.y;  // always, but the compiler can't know
+
+    // The low-rank product: its factor comes from memory as it is and is rounded here. Beyond the rank U is 0.
+    while (unit < skipped) {
+        next_unit();
+        const u32 k = unit * BK + 8 * t < p.rank ? unit * BK + 8 * t : 0;
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+            float4 v[4];
+#if TRANSPOSED
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) v[i] = *(const float4*)(low_rank + (k + 4 * j + i) * p.m + row);
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                even[j][0][2 * h] = pack(v[2 * h].x, v[2 * h + 1].x), even[j][0][2 * h + 1] = pack(v[2 * h].y, v[2 * h + 1].y);
+                even[j][1][2 * h] = pack(v[2 * h].z, v[2 * h + 1].z), even[j][1][2 * h + 1] = pack(v[2 * h].w, v[2 * h + 1].w);
+            }
+#else
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                v[i] = *(const float4*)(low_rank + (row + i) * p.rank + k + 4 * j);
+                even[j][i / 2][i % 2] = pack(v[i].x, v[i].y), even[j][i / 2][i % 2 + 2] = pack(v[i].z, v[i].w);
+            }
+#endif
+        }
+        multiply_unit(d, x_of_unit(), even, nothing);
+        unit++;
+#if FORWARD_CODES
+        if (unit % 2 == 0) advance_ring();
+#endif
+    }
+
+#if DENSE
+    // Fragments of the next unit come from memory while this one is multiplied.
+    auto load = [&](u32 unit, Fragments& a) {
+        const u32 at = (unit + origin) * BK + 8 * t, k = at < p.k ? at : p.k - 8;
+#if TRANSPOSED
+        u32 from = (k * p.m + row) / 4;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++, from += p.m / 4) {
+            const uint2 v = ((const uint2*)weight)[from];
+            a[i / 4][0][i % 4] = v.x, a[i / 4][1][i % 4] = v.y;
+        }
+#else
+        u32 from = (row * p.k + k) / 8;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++, from += p.k / 8) {
+            const uint4 v = ((const uint4*)weight)[from];
+            a[0][i / 2][i % 2] = v.x, a[0][i / 2][i % 2 + 2] = v.y;
+            a[1][i / 2][i % 2] = v.z, a[1][i / 2][i % 2 + 2] = v.w;
+        }
+#endif
+    };
+    // Transposed, memory has pairs of rows of A where a fragment takes pairs of columns. Forward, a fragment's
+    // registers come from two loads: with an instruction to move them the assembler moves them once.
+    auto arrange = [&](Fragments& a) {
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            u32 &v = a[i / 4][i / 2 % 2][i % 2 * 2], &w = a[i / 4][i / 2 % 2][i % 2 * 2 + 1];
+#if TRANSPOSED
+            const u32 low = __byte_perm(v, w, 0x5410), high = __byte_perm(v, w, 0x7632);
+            v = low, w = high;
+#else
+            v |= zero, w |= zero;
+#endif
+        }
+    };
+    load(unit, even);
+    while (unit < total) {
+        next_unit();
+        arrange(even);
+        load(unit + 1, odd);
+        multiply_unit(d, x_of_unit(), even, nothing);
+        unit++;
+        next_unit();
+        arrange(odd);
+        load(unit + 1, even);
+        multiply_unit(d, x_of_unit(), odd, nothing);
+        unit++;
+    }
+#else
+    const bool plain = p.log2_nested == 255;
+    const float offset = plain ? 0.0f : nested[p.offset];
+    // absmax in two steps: what lies in memory, and the value.
+    float absmax_value;
+    u32 absmax_code;
+    auto load_absmax = [&](u32 element) {
+        const u32 block = element >> p.log2_blocksize;
+        absmax_value = plain ? ((const float*)absmax)[block] : nested[block >> p.log2_nested];
+        absmax_code = plain ? 0 : ((const u8*)absmax)[block];
+    };
+    auto decode_absmax = [&]() {
+        return plain ? absmax_value : __fadd_rn(__fmul_rn(tables[p.map + absmax_code], absmax_value), offset);
+    };
+
+    const u32 codebook = shared_address(s.codebook);
+    u32 table = codebook, words[4];
+    float v[4];  // codebook values of the piece that is decoded
+    auto value = [&](u32 offsets, u32 byte) { return lookup(__byte_perm(offsets, table, 0x7650 + byte)); };
+#if FORWARD_CODES
+    // One absmax per row and two units; a lane decodes that of row `lane` of its warp.
+    const u32 row_of_lane = work.m0 + warp * 32 + lane;
+    u32 element = (row_of_lane < p.m ? row_of_lane : p.m - 1) * p.k + work.first * BK;
+    load_absmax(element);
+    float my_scale = 0.0f, scales[4];
+    // Decodes what was loaded and loads that of unit `next`.
+    auto advance_absmax = [&](u32 next) {
+        my_scale = decode_absmax();
+        if (next < total) element += 64;
+        load_absmax(element);
+    };
+    auto spread_absmax = [&]() {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) scales[i] = __shfl_sync(0xFFFFFFFF, my_scale, 4 * g + i);
+    };
+    // Eight codes of each of the thread's rows; a word's bytes are pairs of columns, the even one in the
+    // high nibble.
+    const u32 w_at = shared_address(s.w[0]) + warp * (8 * W_PLANE) + g * 16 + t * 4;
+    auto open = [&](u32 half) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[i]) : "r"(w_at + ring * W_BYTES + (half * 4 + i) * W_PLANE));
+    };
+    // Piece 0 to 7: half a word, four values. An address is the codebook's, with four times the code as its
+    // low byte.
+    auto look = [&](u32 piece, u32) {
+        const u32 word = words[piece / 2], byte = piece % 2 * 2;
+        const u32 high = word >> 2 & 0x3C3C3C3C, low = word << 2 & 0x3C3C3C3C;
+        v[0] = value(high, byte), v[1] = value(low, byte), v[2] = value(high, byte + 1), v[3] = value(low, byte + 1);
+    };
+    // Times absmax, rounded once.
+    auto round = [&](u32 piece, Fragments& a) {
+        u32 (&r)[4] = a[piece % 2][piece / 4];
+        const u32 i = piece / 2;
+        r[i % 2] = pack(v[0] * scales[i], v[1] * scales[i]);
+        return r[i % 2 + 2] = pack(v[2] * scales[i], v[3] * scales[i]);
+    };
+#else
+    // One absmax per row of W and half tile; a lane decodes that of row `lane` of the unit.
+    const u32 column = work.m0 + warp * 32 < p.m ? work.m0 + warp * 32 : work.m0;
+    const u32 absmax_at = shared_address(s.absmax[0] + warp * 32 + 8 * t);
+    float scales[2];
+    auto load_unit_absmax = [&](u32 unit) {
+        const u32 k = (unit + origin) * BK + lane;
+        load_absmax((k < p.k ? k : p.k - 1) * p.m + column);
+    };
+    load_unit_absmax(unit);
+    auto advance_absmax = [&](u32 parity, u32 next) {
+        s.absmax[parity][thread] = decode_absmax();
+        load_unit_absmax(next);
+    };
+    // ldmatrix: lane l gives the address of row l % 8 of matrix l / 8, and thread (g, t) gets column g of rows
+    // 2 t and 2 t + 1. A column is four codes of a row of W; rows are such that t has its eight.
+    const u32 w_k = lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2;
+    const u32 w_at = shared_address(s.w[0]) + w_k * 64 + (warp ^ w_k / 8) * 16;
+    auto open = [&](u32 unit) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(w_at + unit % STAGES * W_BYTES));
+    };
+    // Piece 0 to 7: of one word, two rows of W, the codes of two rows of A; the even one is in the high
+    // nibble. An address is the codebook's, with four times the code as its low byte.
+    auto look = [&](u32 piece, u32 parity) {
+        const u32 word = words[piece / 2], byte = piece % 2;
+        const u32 high = word >> 2 & 0x3C3C3C3C, low = word << 2 & 0x3C3C3C3C;
+        v[0] = value(high, byte), v[1] = value(high, byte + 2), v[2] = value(low, byte), v[3] = value(low, byte + 2);
+        if (piece % 2 == 0)
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scales[0]), "=f"(scales[1])
+                         : "r"(absmax_at + parity * (THREADS * 4) + piece * 4));
+    };
+    // Times absmax, rounded once.
+    auto round = [&](u32 piece, Fragments& a) {
+        u32 (&r)[4] = a[piece / 4][piece % 2];
+        const u32 h = piece / 2 % 2 * 2;
+        r[h] = pack(v[0] * scales[0], v[1] * scales[1]);
+        return r[h + 1] = pack(v[2] * scales[0], v[3] * scales[1]);
+    };
+#endif
+    // Multiplies a unit and decodes the next one: a piece is looked up and, some products later, rounded.
+    auto multiply_and_decode = [&](const Fragments& a, Fragments& following, u32 parity) {
+        look(0, parity);
+        multiply_unit(d, x_of_unit(), a, [&](u32 piece, float product) {
+            const u32 rounded = round(piece, following);
+            if (piece == 7) return 0u;
+#if INTERLEAVE
+            // The assembler would gather all products and leave the decoding for after them. So a lookup's
+            // address depends on a product, and that of X on a lookup: bits are added that are always 0.
+            table = codebook | (__float_as_uint(product) & zero) | (rounded & zero);
+            look(piece + 1, parity);
+            return __float_as_uint(v[0]) & zero;
+#else
+            look(piece + 1, parity);
+            return 0u;
+#endif
+        });
+        unit++;
+    };
+
+    // Before the loop, the first unit of the codes.
+    wait<STAGES - 2>();
+    __syncthreads();
+#if TRANSPOSED
+    advance_absmax(0, unit + 1);
+    __syncwarp();
+    open(unit);
+#else
+    advance_absmax(unit + 2);
+    spread_absmax();
+    open(0);
+#endif
+#pragma unroll
+    for (u32 piece = 0; piece < 8; piece++) {
+        look(piece, 0);
+        round(piece, even);
+    }
+#if TRANSPOSED
+    advance_absmax(1, unit + 2);
+#endif
+    while (unit < total) {
+        next_unit();
+#if TRANSPOSED
+        open(unit + 1);
+        advance_absmax(0, unit + 3);
+#else
+        open(1);
+        advance_absmax(unit + 4);
+#endif
+        multiply_and_decode(even, odd, 1);
+        next_unit();
+#if TRANSPOSED
+        open(unit + 1);
+        advance_absmax(1, unit + 3);
+#else
+        advance_ring();
+        open(0);
+        spread_absmax();
+#endif
+        multiply_and_decode(odd, even, 0);
+    }
+#endif
+
+    const Share w = share(p);
+    const u32 id = thread_index();
+    if (w.parts > 1) {
+        // Whoever comes last adds all parts, in their order, so that the sum does not depend on it.
+        float4* mine = (float4*)partial + (u64)w.slot * w.parts * (BM * BN / 4) + id;
+        float4* to = mine + w.part * (BM * BN / 4);
+#pragma unroll
+        for (u32 i = 0; i < 4 * PAIRS; i++, to += THREADS) {
+            const float (&v)[4] = d[i % 2][i / 2];
+            __stcg(to, make_float4(v[0], v[1], v[2], v[3]));
+        }
+        __threadfence();
+        __syncthreads();
+        if (id == 0) s.last = atomicAdd(arrived + w.slot, 1) == w.parts - 1;
+        __syncthreads();
+        if (!s.last) return;
+        __threadfence();
+        if (id == 0) arrived[w.slot] = 0;
+#pragma unroll
+        for (u32 i = 0; i < 4 * PAIRS; i++) {
+            const float4 v = __ldcg(mine + i * THREADS);
+            float (&sum)[4] = d[i % 2][i / 2];
+            sum[0] = v.x, sum[1] = v.y, sum[2] = v.z, sum[3] = v.w;
+        }
+        for (u32 other = 1; other < w.parts; other++) {
+            mine += BM * BN / 4;
+#pragma unroll
+            for (u32 i = 0; i < 4 * PAIRS; i++) {
+                const float4 v = __ldcg(mine + i * THREADS);
+                float (&sum)[4] = d[i % 2][i / 2];
+                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+            }
+        }
+    }
+
+    // Four features leave together, and eight lanes fill two sectors.
+    const u32 m = w.m0 + id / 4 * 4;
+    if (m >= p.m) return;
+    const float4 b = p.has_bias ? *(const float4*)(bias + m) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const u32 token = w.n0 + id % 4 * 2;
+    const u64 stride = (u64)p.m * (OUT_F32 ? 4 : 2);
+    u8* to = (u8*)out + token * stride + (u64)m * (OUT_F32 ? 4 : 2);
+#pragma unroll
+    for (u32 i = 0; i < 2 * PAIRS; i++, to += 8 * stride) {
+#pragma unroll
+        for (u32 c = 0; c < 2; c++) {
+            if (token + 8 * i + c >= p.tokens) continue;
+            const float y0 = d[0][i][c] + b.x, y1 = d[0][i][c + 2] + b.y, y2 = d[1][i][c] + b.z, y3 = d[1][i][c + 2] + b.w;
+#if OUT_F32
+            *(float4*)(to + c * stride) = make_float4(y0, y1, y2, y3);
+#else
+            *(uint2*)(to + c * stride) = make_uint2(pack(y0, y1), pack(y2, y3));
+#endif
+        }
+    }
+}

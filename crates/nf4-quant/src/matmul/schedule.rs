@@ -1,0 +1,136 @@
+//! What the kernels share: how tiles are given to cubes, and the parameter struct.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use cubecl::client::Client;
+use cubecl::server::Handle;
+
+use super::{Operands, Problem, Weight};
+use crate::kernels::{DeviceAbsmax, MAP_START, codebook_start};
+
+/// Parts of a split tile: more of them means more partial sums to add.
+const MAX_SPLIT: usize = 8;
+/// Cubes per multiprocessor of any kernel, at most.
+const MAX_CUBES: usize = 4;
+
+/// How tiles are given to cubes: `whole` ones at first, in full rounds; the rest in `split` parts each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Schedule {
+    pub tiles: usize,
+    pub whole: usize,
+    pub split: usize,
+}
+
+impl Schedule {
+    /// `depth_steps` of 64 columns in a tile, on cubes of which `workers` run at once.
+    pub(super) fn new(tiles: usize, depth_steps: usize, workers: usize) -> Self {
+        let whole = tiles / workers * workers;
+        let rest = tiles - whole;
+        // A part of fewer than four steps is mostly start-up.
+        match rest {
+            0 => Self { tiles, whole, split: 1 },
+            _ => match (workers / rest).min(MAX_SPLIT).min(depth_steps / 4) {
+                0 | 1 => Self { tiles, whole: tiles, split: 1 },
+                split => Self { tiles, whole, split },
+            },
+        }
+    }
+
+    /// Tiles that are split.
+    pub(super) fn slots(self) -> usize {
+        self.tiles - self.whole
+    }
+
+    /// Shares of the work.
+    pub(super) fn items(self) -> usize {
+        self.whole + self.slots() * self.split
+    }
+}
+
+/// `struct Params` of common.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Params {
+    m: u32,
+    tokens: u32,
+    k: u32,
+    rank: u32,
+    whole: u32,
+    split: u32,
+    has_bias: u32,
+    log2_blocksize: u32,
+    log2_nested: u32,
+    codebook: u32,
+    map: u32,
+    offset: u32,
+}
+
+impl Params {
+    /// `log2_nested` of a weight whose absmax are plain.
+    const PLAIN: u32 = 255;
+
+    pub(super) fn new(problem: &Problem, operands: &Operands<'_>, schedule: Schedule) -> Self {
+        let mut params = Self {
+            m: problem.features() as u32,
+            tokens: problem.tokens as u32,
+            k: problem.depth() as u32,
+            rank: problem.rank as u32,
+            whole: schedule.whole as u32,
+            split: schedule.split as u32,
+            has_bias: operands.bias.is_some().into(),
+            log2_blocksize: 0,
+            log2_nested: Self::PLAIN,
+            codebook: 0,
+            map: MAP_START as u32,
+            offset: 0,
+        };
+        if let Weight::FourBit(weight) = operands.weight {
+            params.log2_blocksize = weight.blocksize.ilog2();
+            params.codebook = codebook_start(weight.quant_type) as u32;
+            if let DeviceAbsmax::Nested { blocksize, .. } = &weight.absmax {
+                params.log2_nested = blocksize.ilog2();
+                params.offset = weight.num_blocks().div_ceil(*blocksize) as u32;
+            }
+        }
+        params
+    }
+}
+
+/// Counters of the parts of split tiles: zero between launches, so one buffer serves a stream, which is that of
+/// a buffer just made.
+pub(super) fn arrivals(client: &Client, recent: &Handle, multiprocessors: usize) -> Handle {
+    static ARRIVALS: LazyLock<Mutex<HashMap<(u16, u64), Handle>>> = LazyLock::new(Mutex::default);
+    let key = (client.service_id().device.index_id, recent.stream.value);
+    let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
+    let counters = || client.create_from_slice(bytemuck::cast_slice(&vec![0_u32; MAX_CUBES * multiprocessors]));
+    arrivals.entry(key).or_insert_with(counters).clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_filled() {
+        // 688 tiles on 132 multiprocessors: five rounds, and 28 tiles in four parts.
+        assert_eq!(Schedule::new(688, 64, 132), Schedule { tiles: 688, whole: 660, split: 4 });
+        assert_eq!(Schedule::new(688, 64, 132).items(), 660 + 112);
+        // More than half a round left: nothing to split.
+        assert_eq!(Schedule::new(200, 64, 132), Schedule { tiles: 200, whole: 200, split: 1 });
+        assert_eq!(Schedule::new(264, 64, 132), Schedule { tiles: 264, whole: 264, split: 1 });
+        // Too shallow, and at most eight parts.
+        assert_eq!(Schedule::new(2, 4, 132).split, 1);
+        assert_eq!(Schedule::new(2, 128, 132), Schedule { tiles: 2, whole: 0, split: 8 });
+        for workers in [132, 108 * MAX_CUBES] {
+            for tiles in 1..1000 {
+                let schedule = Schedule::new(tiles, 64, workers);
+                assert!(schedule.whole.is_multiple_of(workers) || schedule.split == 1, "split tiles start a round");
+                assert!(
+                    schedule.split == 1 || schedule.slots() * schedule.split <= workers,
+                    "a part's cube waits for no round"
+                );
+            }
+        }
+    }
+}

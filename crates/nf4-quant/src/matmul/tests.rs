@@ -1,0 +1,122 @@
+//! The choice of a kernel, and the texts of all of them.
+
+use std::fmt::Write as _;
+
+use super::*;
+
+const H200: CudaDevice = CudaDevice {
+    compute_capability: (9, 0),
+    multiprocessors: 132,
+    l2_bytes: 50 << 20,
+    toolkit: (13, 0),
+    driver: (13, 0),
+};
+const LINEAR: Problem = Problem {
+    tokens: 2048,
+    out_features: 11008,
+    in_features: 4096,
+    direction: Direction::Forward,
+    rank: 64,
+    format: FloatFormat::BF16,
+    out: FloatFormat::BF16,
+    blocksize: Some(64),
+};
+
+fn hopper(tokens: usize, stages: usize) -> Option<Path> {
+    Some(Path::Hopper(hopper::Tile { tokens, stages }))
+}
+
+fn ampere(tokens: usize) -> Option<Path> {
+    Some(Path::Ampere(ampere::Tile { tokens }))
+}
+
+#[test]
+fn the_device_decides() {
+    assert_eq!(choose(&H200, &LINEAR, None), hopper(256, 5));
+    assert_eq!(choose(&CudaDevice { driver: (12, 8), ..H200 }, &LINEAR, None), hopper(96, 2));
+    for compute_capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+        let device = CudaDevice { compute_capability, ..H200 };
+        assert_eq!(choose(&device, &LINEAR, None), ampere(128), "{compute_capability:?}");
+        assert_eq!(choose(&device, &Problem { tokens: 16, ..LINEAR }, None), Some(Path::Gemv));
+    }
+    assert_eq!(choose(&CudaDevice { compute_capability: (7, 5), ..H200 }, &LINEAR, None), None);
+}
+
+#[test]
+fn tokens_decide() {
+    let tokens = |tokens| choose(&H200, &Problem { tokens, ..LINEAR }, None);
+    assert_eq!(tokens(0), None);
+    assert_eq!((tokens(1), tokens(16)), (Some(Path::Gemv), Some(Path::Gemv)));
+    assert_eq!((tokens(17), tokens(128), tokens(129)), (hopper(64, 6), hopper(128, 5), hopper(256, 5)));
+    let gradient = Problem { tokens: 1, direction: Direction::InputGradient, ..LINEAR };
+    assert_eq!(choose(&H200, &gradient, None), hopper(64, 6));
+    let dense = Problem { tokens: 1, blocksize: None, ..LINEAR };
+    assert_eq!(choose(&H200, &dense, None), hopper(64, 6));
+}
+
+#[test]
+fn a_choice_can_be_forced() {
+    let forced = |name, problem: &Problem| choose(&H200, problem, Some(name));
+    let few = Problem { tokens: 5, ..LINEAR };
+    assert_eq!((forced("gemv", &few), forced("gemv", &LINEAR)), (Some(Path::Gemv), None));
+    assert_eq!((forced("hopper", &few), forced("hopper", &LINEAR)), (hopper(64, 6), hopper(256, 5)));
+    assert_eq!((forced("small-tiles", &few), forced("small-tiles", &LINEAR)), (hopper(96, 2), hopper(96, 2)));
+    assert_eq!((forced("ampere", &few), forced("ampere", &LINEAR)), (ampere(16), ampere(128)));
+    assert_eq!((forced("dequantize", &few), forced("dequantize", &LINEAR)), (None, None));
+}
+
+#[test]
+fn some_shapes_have_no_kernel() {
+    for problem in [
+        Problem { format: FloatFormat::F32, out: FloatFormat::F32, ..LINEAR },
+        Problem { in_features: 4090, ..LINEAR },
+        Problem { blocksize: Some(32), ..LINEAR },
+        Problem { rank: 4, ..LINEAR },
+        Problem { out_features: 11007, ..LINEAR },
+    ] {
+        assert_eq!(choose(&H200, &problem, None), None, "{problem:?}");
+    }
+    // A few tokens ask for less: no whole tiles of rows or ranks.
+    let few = Problem { tokens: 1, rank: 5, out_features: 11007, ..LINEAR };
+    assert_eq!(choose(&H200, &few, None), Some(Path::Gemv));
+}
+
+/// Writes the text of every variant to the folder that `NF4_QUANT_TEXTS` names, for compilers on machines without a
+/// GPU to look at.
+#[test]
+fn texts_are_written_where_they_are_asked_for() {
+    let Some(folder) = std::env::var_os("NF4_QUANT_TEXTS") else { return };
+    let folder = std::path::PathBuf::from(folder);
+    let mut texts = HashSet::new();
+    let mut write = |name: &str, problem: &Problem, path: Path| {
+        let sources = match path {
+            Path::Gemv => vec![gemv::source(problem, false), gemv::source(problem, true)],
+            Path::Hopper(tile) => vec![hopper::source(tile, problem)],
+            Path::Ampere(tile) => vec![ampere::source(tile, problem)],
+        };
+        for source in sources {
+            let defines = source.text().lines().map_while(|line| line.strip_prefix("#define ")?.split_once(' '));
+            let file = defines.filter(|(key, _)| !key.contains('(')).fold(name.to_owned(), |mut file, (key, value)| {
+                let _ = write!(file, "-{key}{value}");
+                file
+            });
+            std::fs::write(folder.join(format!("{file}.cu")), source.text()).unwrap();
+            texts.insert(file);
+        }
+    };
+    for direction in [Direction::Forward, Direction::InputGradient] {
+        for blocksize in [Some(64), None] {
+            for format in [FloatFormat::BF16, FloatFormat::F16] {
+                for out in [format, FloatFormat::F32] {
+                    for (tokens, in_features) in
+                        [(1, 4096), (1, 64), (5, 4096), (5, 64), (9, 4096), (9, 64), (17, 64), (65, 64), (129, 64)]
+                    {
+                        let problem = Problem { tokens, in_features, direction, blocksize, format, out, ..LINEAR };
+                        candidates(&H200, &problem).for_each(|(name, path)| write(name, &problem, path));
+                    }
+                }
+            }
+        }
+    }
+    assert!(texts.len() > 100, "{} texts", texts.len());
+}

@@ -1,0 +1,96 @@
+//! What the commands that convert write: nothing that exists is replaced unasked, and nothing half-written
+//! stays behind.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use burn_qlora::adapter_io::{Progress, atomic};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+
+use crate::exit::{Code, UsageError};
+
+/// Files of which a folder must hold one to be replaced with --force.
+const OURS: [&str; 2] = ["config.json", "adapter_config.json"];
+
+/// Checks that a folder may be written, and has Ctrl-C clean up.
+pub fn folder(path: &Path, force: bool) -> Result<()> {
+    if path.symlink_metadata().is_ok() {
+        let says = |text: &str| UsageError(format!("{} {text}", path.display()));
+        if !path.is_dir() {
+            return Err(says("is a file; give a folder").into());
+        }
+        let is_empty = path.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+        let is_ours = OURS.iter().any(|name| path.join(name).is_file());
+        match (is_empty, force) {
+            (true, _) => {}
+            (false, false) => return Err(says("exists; --force replaces it").into()),
+            // A whole folder goes: better not somebody's home.
+            (false, true) if !is_ours => {
+                return Err(says("holds neither a checkpoint nor an adapter, and is not replaced").into());
+            }
+            (false, true) => {}
+        }
+    }
+    clean_up_on_interrupt()
+}
+
+/// Checks that a file may be written, and has Ctrl-C clean up.
+pub fn file(path: &Path, force: bool) -> Result<()> {
+    if path.is_dir() {
+        return Err(UsageError(format!("{} is a folder; give a file", path.display())).into());
+    }
+    if path.symlink_metadata().is_ok() && !force {
+        return Err(UsageError(format!("{} exists; --force replaces it", path.display())).into());
+    }
+    clean_up_on_interrupt()
+}
+
+fn clean_up_on_interrupt() -> Result<()> {
+    ctrlc::set_handler(|| {
+        atomic::abandon_all();
+        eprintln!("\nInterrupted; nothing was written.");
+        std::process::exit(Code::Interrupted as i32);
+    })
+    .context("can't listen for Ctrl-C")
+}
+
+/// Shows how far a conversion is.
+pub struct ConvertBar {
+    what: &'static str,
+    bar: Option<ProgressBar>,
+    terminal: bool,
+}
+
+impl ConvertBar {
+    /// Nothing is shown before the first call of [`ConvertBar::update`].
+    pub fn new(what: &'static str) -> Self {
+        Self { what, bar: None, terminal: std::io::stderr().is_terminal() }
+    }
+
+    /// Shows the progress.
+    pub fn update(&mut self, progress: &Progress<'_>) {
+        if !self.terminal {
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::new(progress.total_bytes);
+            let template = format!(
+                "{} {{bar:16.cyan/black}} {{binary_bytes}}/{{binary_total_bytes}} {{wide_msg:.dim}}",
+                self.what
+            );
+            let style = ProgressStyle::with_template(&template);
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        bar.set_position(progress.done_bytes);
+        bar.set_message(progress.tensor.to_string());
+    }
+
+    /// Removes the bar.
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What the commands that convert read: adapters, combined as the flags say, and the base they belong to.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use burn_qlora::adapter_io::{Combination, combine};
+use burn_qlora::qlora_models::hub;
+use burn_qlora::{Adapter, QuantConfig, QuantType};
+
+use crate::args::{AdapterArgs, How};
+use crate::exit::UsageError;
+use crate::generate::adapter_argument;
+
+/// The adapters of the flags as one. A single one with the weight 1 stays what it is.
+pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
+    check(args)?;
+    let parsed = args.adapters.iter().map(|text| adapter_argument(text)).collect::<Result<Vec<_>, _>>()?;
+    let weights: Vec<f64> = parsed.iter().map(|(_, _, weight)| *weight).collect();
+    let mut adapters = parsed.iter().map(|(_, dir, _)| load(dir)).collect::<Result<Vec<_>>>()?;
+    if let ([_], [1.0]) = (&adapters[..], &weights[..]) {
+        return Ok(adapters.remove(0));
+    }
+    let how = match args.combine {
+        How::Cat => Combination::Cat,
+        How::Linear => Combination::Linear,
+        How::Svd => Combination::Svd { rank: args.svd_rank },
+    };
+    let pairs: Vec<(&Adapter, f64)> = adapters.iter().zip(weights).collect();
+    let mut combined = combine(&pairs, how)?;
+    let bases: Vec<_> = adapters.iter().map(|adapter| &adapter.config.base_model_name_or_path).collect();
+    if bases.iter().any(|base| *base != bases[0]) {
+        // Each names another base; which of them is meant is the caller's to say.
+        combined.config.base_model_name_or_path = None;
+    }
+    Ok(combined)
+}
+
+/// Reads one adapter.
+pub fn load(name: &str) -> Result<Adapter> {
+    let dir = hub::resolve(name, None)?;
+    Ok(Adapter::load(&dir)?)
+}
+
+fn check(args: &AdapterArgs) -> Result<(), UsageError> {
+    match args.svd_rank {
+        Some(_) if args.combine != How::Svd => Err(UsageError("--svd-rank belongs to --combine svd".into())),
+        Some(0) => Err(UsageError("--svd-rank must be 1 or more".into())),
+        _ => Ok(()),
+    }
+}
+
+/// The folder of the base: the model that is named, or else the one that the adapter names.
+pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapter>) -> Result<PathBuf> {
+    let named = adapter.and_then(|adapter| adapter.config.base_model_name_or_path.as_deref());
+    let chosen = model.or(named).filter(|name| !name.is_empty()).ok_or_else(|| {
+        UsageError("the adapter names no base model, or several name different ones: give --model".into())
+    })?;
+    let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
+    if let Some(named) = named.filter(|named| last(named) != last(chosen)) {
+        eprintln!("note: the adapter was trained on {named}");
+    }
+    let dir = hub::resolve(chosen, revision);
+    if model.is_none() {
+        return Ok(dir.context("can't find the base model that the adapter names; --model gives another place")?);
+    }
+    Ok(dir?)
+}
+
+/// The 4-bit form that the flags describe.
+pub fn four_bit(quant_type: &str, no_double_quant: bool) -> Result<QuantConfig, UsageError> {
+    let quant_type = match quant_type.to_ascii_lowercase().as_str() {
+        "nf4" => QuantType::Nf4,
+        "fp4" => QuantType::Fp4,
+        other => return Err(UsageError(format!("--quant-type {other}: must be nf4 or fp4"))),
+    };
+    Ok(QuantConfig { quant_type, double_quant: !no_double_quant, ..QuantConfig::default() })
+}

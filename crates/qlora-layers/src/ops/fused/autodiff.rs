@@ -1,0 +1,103 @@
+//! Backward passes, written by hand.
+
+use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
+use burn::backend::Autodiff;
+use burn::backend::autodiff::{
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn::backend::tensor::FloatTensor;
+
+#[derive(Debug)]
+struct RmsNormBackward;
+
+impl<B: FusedGradients> Backward<B, 2> for RmsNormBackward {
+    /// `x`, the weight, the constants.
+    type State = (FloatTensor<B>, FloatTensor<B>, Norm);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([x_parent, weight_parent], (x, weight, norm)) = (ops.parents, ops.state);
+        let dy = grads.consume::<B>(&ops.node);
+        if let Some(parent) = weight_parent {
+            grads.register::<B>(parent.id, B::rms_norm_weight_grad(dy.clone(), x.clone(), norm));
+        }
+        if let Some(parent) = x_parent {
+            grads.register::<B>(parent.id, B::rms_norm_input_grad(dy, x, weight, norm));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct GatedBackward;
+
+impl<B: FusedGradients> Backward<B, 2> for GatedBackward {
+    /// `gate`, `up`, the function.
+    type State = (FloatTensor<B>, FloatTensor<B>, Activation);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (parents, (gate, up, activation)) = (ops.parents, ops.state);
+        let dy = grads.consume::<B>(&ops.node);
+        for (parent, grad) in parents.into_iter().zip(B::gated_grads(dy, gate, up, activation)) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, grad);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct RotateBackward;
+
+impl<B: FusedGradients> Backward<B, 1> for RotateBackward {
+    /// The tables and the rotation.
+    type State = (FloatTensor<B>, FloatTensor<B>, Rotation);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([parent], (cos, sin, rotation)) = (ops.parents, ops.state);
+        let dy = grads.consume::<B>(&ops.node);
+        if let Some(parent) = parent {
+            let back = Rotation { inverse: !rotation.inverse, ..rotation };
+            grads.register::<B>(parent.id, B::rotate(dy, cos, sin, back));
+        }
+    }
+}
+
+impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
+        let nodes = [x.node(), weight.node()];
+        let ((x, _x_guard), (weight, _weight_guard)) = (x.into_parts(), weight.into_parts());
+        match RmsNormBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone(), norm), B::rms_norm(x, weight, norm)),
+            OpsKind::UnTracked(prep) => prep.finish(B::rms_norm(x, weight, norm)),
+        }
+    }
+
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        let nodes = [gate.node(), up.node()];
+        let ((gate, _gate_guard), (up, _up_guard)) = (gate.into_parts(), up.into_parts());
+        match GatedBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                prep.finish((gate.clone(), up.clone(), activation), B::gated(gate, up, activation))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::gated(gate, up, activation)),
+        }
+    }
+
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        rotation: Rotation,
+    ) -> FloatTensor<Self> {
+        let nodes = [x.node()];
+        let ((x, _x_guard), (cos, _cos_guard), (sin, _sin_guard)) =
+            (x.into_parts(), cos.into_parts(), sin.into_parts());
+        match RotateBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                prep.finish((cos.clone(), sin.clone(), rotation), B::rotate(x, cos, sin, rotation))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::rotate(x, cos, sin, rotation)),
+        }
+    }
+}

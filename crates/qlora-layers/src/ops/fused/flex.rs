@@ -1,0 +1,189 @@
+//! The CPU implementation: loops over rows, on all threads, sums in the order of a row's elements.
+
+use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
+use burn_flex::FlexTensor;
+use half::{bf16, f16};
+use nf4_quant::Element;
+use rayon::prelude::*;
+
+/// Work per task of the element-wise loops: large enough to hide the hand-over between threads.
+const CHUNK: usize = 1 << 13;
+
+/// Calls the generic function for the dtype of a tensor.
+macro_rules! by_dtype {
+    ($x:expr, $function:ident($($argument:expr),*)) => {
+        match FloatDType::from($x.dtype()) {
+            FloatDType::BF16 => $function::<bf16>($($argument),*),
+            FloatDType::F16 => $function::<f16>($($argument),*),
+            _ => $function::<f32>($($argument),*),
+        }
+    };
+}
+
+fn dims(x: &FlexTensor) -> [usize; 2] {
+    let shape = x.shape();
+    [shape[0], shape[1]]
+}
+
+fn values<T: Element + BurnElement + bytemuck::Pod>(x: &FlexTensor) -> Vec<T> {
+    x.to_contiguous().storage::<T>().to_vec()
+}
+
+fn tensor<T: BurnElement>(values: Vec<T>, shape: Vec<usize>) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape))
+}
+
+/// 1 / sqrt(mean(x²) + eps).
+fn scale<T: Element>(row: &[T], eps: f32) -> f32 {
+    let sum: f32 = row.iter().map(|v| v.to_f32() * v.to_f32()).sum();
+    1.0 / (sum / row.len() as f32 + eps).sqrt()
+}
+
+fn rms_norm<T: Element + BurnElement + bytemuck::Pod>(x: &FlexTensor, weight: &FlexTensor, norm: Norm) -> FlexTensor {
+    let ([rows, width], mut y, weight) = (dims(x), values::<T>(x), values::<f32>(weight));
+    y.par_chunks_mut(width.max(1)).for_each(|row| {
+        let scale = scale(row, norm.eps);
+        row.iter_mut().zip(&weight).for_each(|(v, w)| *v = T::from_f32(v.to_f32() * scale * (w + norm.offset)));
+    });
+    tensor(y, vec![rows, width])
+}
+
+fn rms_norm_input_grad<T: Element + BurnElement + bytemuck::Pod>(
+    dy: &FlexTensor,
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    norm: Norm,
+) -> FlexTensor {
+    let ([rows, width], mut dx, x, weight) = (dims(x), values::<T>(dy), values::<T>(x), values::<f32>(weight));
+    dx.par_chunks_mut(width.max(1)).zip(x.par_chunks(width.max(1))).for_each(|(dx, x)| {
+        let scale = scale(x, norm.eps);
+        let weighted = |d: &T, w: &f32| d.to_f32() * (w + norm.offset);
+        let product: f32 = dx.iter().zip(&weight).zip(x).map(|((d, w), x)| weighted(d, w) * x.to_f32()).sum();
+        let back = scale * scale * (product / width as f32);
+        for ((d, w), x) in dx.iter_mut().zip(&weight).zip(x) {
+            *d = T::from_f32(scale * (weighted(d, w) - x.to_f32() * back));
+        }
+    });
+    tensor(dx, vec![rows, width])
+}
+
+fn rms_norm_weight_grad<T: Element + BurnElement + bytemuck::Pod>(
+    dy: &FlexTensor,
+    x: &FlexTensor,
+    norm: Norm,
+) -> FlexTensor {
+    let ([_, width], dy, x) = (dims(x), values::<T>(dy), values::<T>(x));
+    let mut sums = vec![0.0_f32; width];
+    for (dy, x) in dy.chunks(width.max(1)).zip(x.chunks(width.max(1))) {
+        let scale = scale(x, norm.eps);
+        sums.iter_mut().zip(dy.iter().zip(x)).for_each(|(sum, (d, x))| *sum += d.to_f32() * x.to_f32() * scale);
+    }
+    tensor(sums, vec![width])
+}
+
+fn gated<T: Element + BurnElement + bytemuck::Pod>(
+    gate: &FlexTensor,
+    up: &FlexTensor,
+    activation: Activation,
+) -> FlexTensor {
+    let (shape, mut y, up) = (dims(gate), values::<T>(gate), values::<T>(up));
+    y.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(y, up)| {
+        y.iter_mut().zip(up).for_each(|(y, up)| *y = T::from_f32(activation.value(y.to_f32()) * up.to_f32()));
+    });
+    tensor(y, shape.to_vec())
+}
+
+fn gated_grads<T: Element + BurnElement + bytemuck::Pod>(
+    dy: &FlexTensor,
+    gate: &FlexTensor,
+    up: &FlexTensor,
+    activation: Activation,
+) -> [FlexTensor; 2] {
+    let (shape, dy, mut gate, mut up) = (dims(gate), values::<T>(dy), values::<T>(gate), values::<T>(up));
+    gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK)).for_each(|((gate, up), dy)| {
+        for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (x, dy) = (gate.to_f32(), dy.to_f32());
+            *gate = T::from_f32(dy * up.to_f32() * activation.slope(x));
+            *up = T::from_f32(dy * activation.value(x));
+        }
+    });
+    [tensor(gate, shape.to_vec()), tensor(up, shape.to_vec())]
+}
+
+fn rotate<T: Element + BurnElement + bytemuck::Pod>(
+    x: &FlexTensor,
+    cos: &FlexTensor,
+    sin: &FlexTensor,
+    rotation: Rotation,
+) -> FlexTensor {
+    let Rotation { len, head_dim, rotary, inverse } = rotation;
+    let (shape, mut y, half) = (dims(x), values::<T>(x), rotary / 2);
+    let (cos, sin, sign) = (values::<f32>(cos), values::<f32>(sin), if inverse { -1.0 } else { 1.0 });
+    y.par_chunks_mut(shape[1].max(1)).enumerate().for_each(|(token, features)| {
+        let row = token % len * half;
+        let (cos, sin) = (&cos[row..row + half], &sin[row..row + half]);
+        for head in features.chunks_mut(head_dim) {
+            let (first, second) = head.split_at_mut(half);
+            for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                let (x, y, s) = (a.to_f32(), b.to_f32(), s * sign);
+                (*a, *b) = (T::from_f32(x * c - y * s), T::from_f32(y * c + x * s));
+            }
+        }
+    });
+    tensor(y, shape.to_vec())
+}
+
+/// A gradient in the dtype of what it belongs to.
+fn as_dtype(dy: FlexTensor, x: &FlexTensor) -> FlexTensor {
+    if dy.dtype() == x.dtype() { dy } else { Flex::float_cast(dy, x.dtype().into()) }
+}
+
+impl FusedOps for Flex {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
+        by_dtype!(x, rms_norm(&x, &weight, norm))
+    }
+
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        by_dtype!(gate, gated(&gate, &up, activation))
+    }
+
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        rotation: Rotation,
+    ) -> FloatTensor<Self> {
+        by_dtype!(x, rotate(&x, &cos, &sin, rotation))
+    }
+}
+
+impl FusedGradients for Flex {
+    fn rms_norm_input_grad(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        norm: Norm,
+    ) -> FloatTensor<Self> {
+        let dy = as_dtype(dy, &x);
+        by_dtype!(x, rms_norm_input_grad(&dy, &x, &weight, norm))
+    }
+
+    fn rms_norm_weight_grad(dy: FloatTensor<Self>, x: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
+        let dy = as_dtype(dy, &x);
+        by_dtype!(x, rms_norm_weight_grad(&dy, &x, norm))
+    }
+
+    fn gated_grads(
+        dy: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+    ) -> [FloatTensor<Self>; 2] {
+        let dy = as_dtype(dy, &gate);
+        by_dtype!(gate, gated_grads(&dy, &gate, &up, activation))
+    }
+}

@@ -1,0 +1,130 @@
+//! What a decoder block computes between its products: RMSNorm, rotary embeddings, gated activations.
+//!
+//! Each is one operation with a hand-written backward, which keeps its inputs and nothing else. Composed of stock
+//! operations they would be four to ten passes over the activations, keep an f32 copy at most of them for the
+//! backward pass, and cost a launch and an autodiff node each. All compute in f32 and round once.
+//!
+//! On CubeCL they are the kernels of `fused_kernels`; on Flex, loops over rows on all threads.
+
+mod autodiff;
+mod cube;
+mod flex;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::tensor::{DType, Tensor};
+
+pub use fused_kernels::gated::Activation;
+
+/// Constants of a normalisation; see [`rms_norm`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Added to the weight: 1 in families that store its distance from 1.
+    pub offset: f32,
+}
+
+/// Which elements a rotation pairs; see [`rotate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rotation {
+    /// Tokens of a sequence.
+    pub len: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Elements of a head that turn, the first ones.
+    pub rotary: usize,
+    /// Turns the other way: the backward pass of a rotation.
+    pub inverse: bool,
+}
+
+/// The operations; the functions of this module say what they compute.
+#[backend_extension(Cube, Flex, Autodiff)]
+pub trait FusedOps: Backend {
+    /// See [`rms_norm`].
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self>;
+
+    /// See [`gated`].
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
+
+    /// See [`rotate`].
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        rotation: Rotation,
+    ) -> FloatTensor<Self>;
+}
+
+/// Their gradients, which autodiff asks of the backend below it.
+pub trait FusedGradients: FusedOps {
+    /// The gradient of [`rms_norm`]'s `x`, in its dtype.
+    fn rms_norm_input_grad(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        norm: Norm,
+    ) -> FloatTensor<Self>;
+
+    /// The gradient of [`rms_norm`]'s weight, f32.
+    fn rms_norm_weight_grad(dy: FloatTensor<Self>, x: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self>;
+
+    /// The gradients of [`gated`]'s `gate` and `up`.
+    fn gated_grads(
+        dy: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+    ) -> [FloatTensor<Self>; 2];
+}
+
+/// `x / sqrt(mean(x²) + eps) · (weight + offset)`, row by row (Zhang and Sennrich, 2019, arXiv 1910.07467).
+///
+/// # Shapes
+/// - `x`: `[rows, width]`; output the same, dtype kept
+/// - `weight`: `[width]`, f32
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, norm: Norm) -> Tensor<2> {
+    assert_eq!(x.dims()[1], weight.dims()[0], "rms_norm: one weight for each column");
+    assert_eq!(weight.dtype(), DType::F32, "rms_norm: the weight is f32");
+    Tensor::from_dispatch(<Dispatch as FusedOps>::rms_norm(x.into_dispatch(), weight.into_dispatch(), norm))
+}
+
+/// `activation(gate) · up` (Shazeer, 2020, arXiv 2002.05202).
+///
+/// # Shapes
+/// All `[tokens, width]`, one dtype.
+///
+/// # Panics
+/// When they are not.
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    assert_eq!((gate.dims(), gate.dtype()), (up.dims(), up.dtype()), "gated: gate and up are alike");
+    Tensor::from_dispatch(<Dispatch as FusedOps>::gated(gate.into_dispatch(), up.into_dispatch(), activation))
+}
+
+/// Turns each pair of a head's elements by the angle of its position (Su et al., 2021, arXiv 2104.09864), in the
+/// half-split layout of Hugging Face checkpoints.
+///
+/// # Shapes
+/// - `x`: `[tokens, heads * head_dim]`, tokens in whole sequences; output the same, dtype kept
+/// - `cos`, `sin`: `[len, rotary / 2]`, f32, constants
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn rotate(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, rotation: Rotation) -> Tensor<2> {
+    let Rotation { len, head_dim, rotary, .. } = rotation;
+    let [tokens, features] = x.dims();
+    assert!(tokens.is_multiple_of(len) && features.is_multiple_of(head_dim), "rotate: whole sequences and heads");
+    for table in [&cos, &sin] {
+        assert_eq!((table.dims(), table.dtype()), ([len, rotary / 2], DType::F32), "rotate: the tables");
+    }
+    let (cos, sin) = (cos.without_autodiff(), sin.without_autodiff());
+    Tensor::from_dispatch(<Dispatch as FusedOps>::rotate(
+        x.into_dispatch(),
+        cos.into_dispatch(),
+        sin.into_dispatch(),
+        rotation,
+    ))
+}

@@ -1,0 +1,115 @@
+//! RMSNorm, gated activations and rotary embeddings on every device: values and gradients against f64.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+mod common;
+
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use common::{devices, noise};
+use fused_kernels::rms_norm::RmsNorm;
+use fused_kernels::rope::Rope;
+use qlora_layers::ops::fused::{Activation, Norm, Rotation, gated, rms_norm, rotate};
+
+fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F32))
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data_as::<f32>().iter::<f32>().map(f64::from).collect()
+}
+
+fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().copied().map(f64::from).collect()
+}
+
+/// Sums of up to some hundred f32 products of values near 1: a hundred half-ulps.
+fn assert_close(what: &str, found: &[f64], expected: &[f64]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        assert!((f - e).abs() <= 1e-5 * e.abs().max(1.0), "{what}: element {i} is {f}, should be {e}");
+    }
+}
+
+#[test]
+fn rms_norm_and_its_gradients() {
+    for (name, device) in devices() {
+        for (rows, width, offset) in [(1, 8, 0.0), (7, 33, 1.0), (20, 256, 0.0)] {
+            let what = format!("{name}, {rows} x {width}");
+            let (x, dy, weight) = (noise(1, rows * width), noise(2, rows * width), noise(3, width));
+            let [x_leaf, w_leaf] =
+                [tensor(&x, [rows, width], &device), tensor(&weight, [width], &device).reshape([1, width])]
+                    .map(|t| t.autodiff().require_grad());
+            let y = rms_norm(x_leaf.clone(), w_leaf.clone().reshape([width]), Norm { eps: 1e-5, offset });
+            let mut grads = (y.clone() * tensor(&dy, [rows, width], &device)).sum().backward();
+            let norm = RmsNorm { rows, width, eps: 1e-5, offset };
+            let [x, dy, weight] = [x, dy, weight].map(|v| widened(&v));
+            assert_close(&what, &values(y.inner()), &fused_kernels::rms_norm::oracle::forward(&x, &weight, norm));
+            let (dx, dweight) = fused_kernels::rms_norm::oracle::backward(&dy, &x, &weight, norm);
+            assert_close(&what, &values(x_leaf.grad_remove(&mut grads).unwrap()), &dx);
+            assert_close(&what, &values(w_leaf.grad_remove(&mut grads).unwrap()), &dweight);
+        }
+    }
+}
+
+#[test]
+fn gated_activations_and_their_gradients() {
+    for (name, device) in devices() {
+        for activation in Activation::ALL {
+            let what = format!("{name}, {activation:?}");
+            let shape = [11, 37];
+            let [gate, up, dy] = [4, 5, 6].map(|seed| noise(seed, 11 * 37));
+            let [gate_leaf, up_leaf] =
+                [&gate, &up].map(|v| tensor(v, shape, &device).mul_scalar(4.0).autodiff().require_grad());
+            let y = gated(gate_leaf.clone(), up_leaf.clone(), activation);
+            let mut grads = (y.clone() * tensor(&dy, shape, &device)).sum().backward();
+            let [gate, up] = [gate, up].map(|v| v.iter().map(|v| f64::from(v * 4.0)).collect::<Vec<_>>());
+            let pairs = || gate.iter().zip(&up);
+            let expected: Vec<f64> =
+                pairs().map(|(g, u)| fused_kernels::gated::oracle::forward(*g, *u, activation)).collect();
+            let (dgate, dup): (Vec<f64>, Vec<f64>) = pairs()
+                .zip(widened(&dy))
+                .map(|((g, u), d)| fused_kernels::gated::oracle::backward(d, *g, *u, activation))
+                .unzip();
+            assert_close(&what, &values(y.inner()), &expected);
+            assert_close(&what, &values(gate_leaf.grad_remove(&mut grads).unwrap()), &dgate);
+            assert_close(&what, &values(up_leaf.grad_remove(&mut grads).unwrap()), &dup);
+        }
+    }
+}
+
+#[test]
+fn rotation_and_its_gradient() {
+    for (name, device) in devices() {
+        for (len, heads, head_dim, rotary) in [(5, 2, 8, 8), (3, 3, 20, 10)] {
+            let (tokens, what) = (2 * len, format!("{name}, {heads} heads of {head_dim}"));
+            let shape = [tokens, heads * head_dim];
+            let [x, dy] = [7, 8].map(|seed| noise(seed, tokens * heads * head_dim));
+            let angles = noise(9, len * rotary / 2);
+            let [cos, sin] = [f32::cos, f32::sin].map(|f| angles.iter().map(|a| f(3.0 * a)).collect::<Vec<_>>());
+            let leaf = tensor(&x, shape, &device).autodiff().require_grad();
+            let [cos_table, sin_table] = [&cos, &sin].map(|t| tensor(t, [len, rotary / 2], &device));
+            let y = rotate(leaf.clone(), cos_table, sin_table, Rotation { len, head_dim, rotary, inverse: false });
+            let mut grads = (y.clone() * tensor(&dy, shape, &device)).sum().backward();
+            let rope = Rope { tokens, len, heads, head_dim, rotary };
+            let [x, dy, cos, sin] = [x, dy, cos, sin].map(|v| widened(&v));
+            let oracle = |x: &[f64], inverse| fused_kernels::rope::oracle(x, &cos, &sin, rope, inverse);
+            assert_close(&what, &values(y.inner()), &oracle(&x, false));
+            assert_close(&what, &values(leaf.grad_remove(&mut grads).unwrap()), &oracle(&dy, true));
+        }
+    }
+}
+
+/// Narrow dtypes round once: within half an ulp of the f32 result, at most 2^-8 of it.
+#[test]
+fn narrow_activations_are_rounded_once() {
+    for (name, device) in devices().into_iter().filter(|(name, _)| *name != "wgpu") {
+        let shape = [6, 40];
+        let x = tensor(&noise(10, 240), shape, &device).cast(FloatDType::BF16);
+        let weight = tensor(&noise(11, 40), [40], &device);
+        let norm = Norm { eps: 1e-6, offset: 1.0 };
+        let narrow = values(rms_norm(x.clone(), weight.clone(), norm).cast(FloatDType::F32));
+        let wide = values(rms_norm(x.cast(FloatDType::F32), weight, norm));
+        for (n, w) in narrow.iter().zip(&wide) {
+            assert!((n - w).abs() <= w.abs() / 256.0 + 1e-7, "{name}: {n} is not {w}, rounded");
+        }
+    }
+}
