@@ -7,13 +7,16 @@
    patterns, biases, embeddings, heads, whole modules, exclusions, PiSSA and OLoRA as saved without conversion.
 2. Trained by us for a few steps, one of each kind that the configuration reaches, and loaded by PEFT.
 
-Either way PEFT's logits on the f32 base are recorded in a folder of the reference layout, and `conformance` compares.
+3. Trained by us for five steps, and from the first of them on by PEFT and torch's AdamW, with our moments: the same
+   adapter in the end, magnitudes, biases, embeddings and whole modules included.
+
+In 1 and 2 PEFT's logits on the f32 base are recorded in a folder of the reference layout, and `conformance` compares.
 Needs torch, transformers and peft==0.21.*
 """
 import argparse, json, os, shutil, subprocess, sys, tempfile, warnings
 import torch, transformers
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 
 warnings.filterwarnings("ignore"); os.environ["TQDM_DISABLE"] = "1"; transformers.utils.logging.disable_progress_bar()
@@ -49,6 +52,11 @@ TRAINED = dict(
     whole='modules_to_save=["norm","lm_head"]', table='modules_to_save=["embed_tokens"]', embeddings='target_modules=["embed_tokens","q_proj","lm_head"] use_dora=true',
     mixed='rank_pattern={q_proj=2} alpha_pattern={v_proj=4} exclude_modules=["down_proj"] layers_to_transform=[0,3,5] layers_pattern=["layers"]',
 )
+
+# PEFT decomposes in f32 when it loads a PiSSA adapter, and what is left of the weights then depends on the LAPACK at
+# hand: logits move by 1e-4. In f64 they don't.
+svd = torch.linalg.svd
+torch.linalg.svd = lambda x, **kw: tuple(t.to(x.dtype) for t in svd(x.double(), **kw))
 
 def base(path): return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 @torch.no_grad()
@@ -98,4 +106,38 @@ if not a.only or a.only == "trained":
             if "adapter keys" in str(w.message): print("WRONG", kind, w.message); bad += 1
         out["logits." + kind] = logits(m, ids)
     compare(d, ids, out)
+# Names of our moments, by the ends of PEFT's parameters.
+PARTS = {"lora_A.default.weight": "lora_a", "lora_B.default.weight": "lora_b", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector.default.weight": "lora_magnitude", "lora_embedding_A.default": "lora_embedding_a", "lora_embedding_B.default": "lora_embedding_b", "modules_to_save.default.weight": "weight"}
+def moments_of(name, moments):
+    name = name.removeprefix("base_model.model.")
+    for end, part in PARTS.items():
+        if name.endswith("." + end):
+            key = name.removesuffix(end) + part; shape = lambda v, p: v.reshape(p.shape)
+            return lambda p: {"step": torch.tensor(1.0), "exp_avg": shape(moments[key + ".m"], p), "exp_avg_sq": shape(moments[key + ".v"], p)}
+    raise SystemExit("no moments for " + name)
+
+if not a.only or a.only == "continued":
+    model = os.path.join(ref, "tiny-llama"); tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "The boxes hold three apples each, and there are twelve of them on the market this morning."; rows = os.path.join(tmp, "row.jsonl"); open(rows, "w").write(json.dumps({"text": text}) + "\n")
+    ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+    for kind in ("plain", "dora", "bias", "whole", "table", "embeddings", "mixed"):
+        run = os.path.join(tmp, "cont-" + kind); config = os.path.join(tmp, "cont-" + kind + ".toml")
+        open(config, "w").write(f'device = "cpu"\n[model]\npath = "{model}"\n[quantization]\nquant_type = "none"\n[lora]\nrank = 4\nalpha = 8\n[data]\ntrain = "{rows}"\nformat = "text"\nloss_on = "all"\n[train]\noutput_dir = "{run}"\nmax_steps = 5\nbatch_size = 1\ngradient_accumulation_steps = 1\nlearning_rate = 1e-3\nwarmup_steps = 0\nmax_grad_norm = 0\nsave_every = 1\nsave_limit = 0\n')
+        r = subprocess.run([os.path.join(bins, "qlora"), "train", config, *(f"--set=lora.{k}" for k in TRAINED[kind].split())], capture_output=True, text=True)
+        if r.returncode: print("WRONG", kind, r.stderr); bad += 1; continue
+        first = os.path.join(run, "checkpoint-000001"); m = PeftModel.from_pretrained(base(model), first, is_trainable=True)
+        named = [(n, t) for n, t in m.named_parameters() if t.requires_grad]; moments = load_file(os.path.join(first, "optimizer.safetensors"))
+        opt = torch.optim.AdamW([t for _, t in named], lr=1e-3, weight_decay=0.0)
+        for n, t in named: opt.state[t] = moments_of(n, moments)(t)
+        losses = []
+        for _ in range(4):
+            loss = m(input_ids=ids, labels=ids).loss; opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
+        m.save_pretrained(os.path.join(tmp, "theirs-" + kind)); ours, theirs = (load_file(os.path.join(d, "adapter_model.safetensors")) for d in (os.path.join(run, "adapter"), os.path.join(tmp, "theirs-" + kind)))
+        logged = [json.loads(l)["loss"] for l in open(os.path.join(run, "metrics.jsonl")) if '"loss"' in l][1:]
+        off = max(abs(x - y) for x, y in zip(losses, logged)); started = load_file(os.path.join(first, "adapter_model.safetensors"))
+        moved = sum((theirs[k] - started[k]).square().sum() for k in ours) ** 0.5; away = sum((theirs[k] - ours[k]).square().sum() for k in ours) ** 0.5
+        missing = [k for k in theirs if k not in ours and "base_layer" not in k] + [k for k in ours if k not in theirs]
+        # f32 in another order; AdamW divides by the root of tiny second moments, which is where most of it comes from.
+        ok = not missing and len(logged) == 4 and off < 1e-4 and away < 0.02 * moved; bad += not ok
+        print(("ok    " if ok else "WRONG ") + f"continued {kind}: losses off by {off:.1e}, adapter by {away / moved:.1e} of its way", missing, flush=True)
 shutil.rmtree(tmp); sys.exit(bad > 0)

@@ -38,7 +38,7 @@ pub enum Command {
     /// Write a commented configuration that documents every key
     Init(InitArgs),
     /// Let a model, with or without an adapter, answer a prompt
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Add adapters to their base: a checkpoint that needs no adapter
     Merge(MergeArgs),
     /// Make one adapter of several

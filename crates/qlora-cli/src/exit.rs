@@ -81,7 +81,12 @@ fn of_train(error: &TrainError) -> Code {
 fn of_model(error: &ModelError) -> Code {
     match error {
         ModelError::Device(_) => Code::Failed,
-        ModelError::NoDevice { .. } | ModelError::Dtype { .. } | ModelError::EmptyPrompt => Code::Usage,
+        ModelError::NoDevice { .. }
+        | ModelError::Dtype { .. }
+        | ModelError::EmptyPrompt
+        | ModelError::AdapterClash { .. }
+        | ModelError::AdapterName { .. }
+        | ModelError::Initialization { .. } => Code::Usage,
         ModelError::Layer(error) => of_layer(error),
         ModelError::Format(error) => of_format(error),
         _ => Code::Input,
@@ -90,7 +95,10 @@ fn of_model(error: &ModelError) -> Code {
 
 fn of_layer(error: &LayerError) -> Code {
     match error {
-        LayerError::Config { .. } | LayerError::Pattern { .. } | LayerError::NoTarget { .. } => Code::Usage,
+        LayerError::Config { .. }
+        | LayerError::Pattern { .. }
+        | LayerError::NoTarget { .. }
+        | LayerError::NoSavedModule { .. } => Code::Usage,
         _ => Code::Input,
     }
 }

@@ -9,8 +9,8 @@ use burn_qlora::adapter_io::Combination;
 use burn_qlora::qlora_models::hub;
 use burn_qlora::qlora_train::compute_dtype;
 use burn_qlora::{
-    Adapter, AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
-    generate, select_device,
+    AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig, generate,
+    select_device,
 };
 
 use crate::args::GenerateArgs;
@@ -100,7 +100,7 @@ impl Adapters {
         let mut found = Self { set: AdapterSet::new(), weights: Vec::new(), combination };
         for text in &args.adapter {
             let (name, dir, weight) = adapter_argument(text)?;
-            found.set.insert(name, Adapter::load(Path::new(dir))?)?;
+            found.set.load(name, Path::new(dir))?;
             found.weights.push((name.to_string(), weight));
         }
         Ok(found)

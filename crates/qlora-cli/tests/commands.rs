@@ -168,3 +168,28 @@ fn an_interrupted_run_resumes_to_the_same_adapter() {
     assert_eq!(losses("stopped"), losses("whole"));
     assert_eq!(losses("whole").len(), 12);
 }
+
+#[test]
+fn several_adapters_answer_on_one_base() {
+    let bench = Bench::new();
+    let model = reference("tiny-llama").display().to_string();
+    let adapter = |kind: &str| reference(&format!("adapters/{kind}")).display().to_string();
+    let ask = |adapters: &[&str], more: &[&str]| {
+        let common = ["generate", "--device", "cpu", "--model", &model, "--prompt", "Hello", "--max-new-tokens", "8"];
+        let adapters = adapters.iter().flat_map(|adapter| ["--adapter", adapter]).collect::<Vec<_>>();
+        bench.ok(&[&common[..], &adapters, more].concat()).stdout
+    };
+    let (plain, rslora, dora) = (adapter("plain"), adapter("rslora"), adapter("dora"));
+    let [one, two] = [&plain, &rslora].map(|adapter| ask(&[adapter], &[]));
+    // A weight of 0 leaves the other, whatever way they are combined.
+    let nothing = format!("second={rslora}:0");
+    for how in ["cat", "svd"] {
+        assert_eq!(ask(&[&plain, &nothing], &["--combine", how]), one);
+    }
+    let each = ask(&[&format!("first={plain}"), &format!("second={rslora}")], &["--each"]);
+    assert_eq!(each, format!("[first]\n{one}[second]\n{two}"));
+    let both = ["--adapter", &plain, "--adapter", &dora];
+    let ask = ["generate", "--device", "cpu", "--model", &model, "--prompt", "Hello"];
+    bench.fails(&[&ask[..], &both].concat(), 3, &["DoRA"]);
+    bench.fails(&[&ask[..], &["--adapter", &plain, "--combine", "ties"]].concat(), 2, &["cat, svd or linear"]);
+}

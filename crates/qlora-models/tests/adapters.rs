@@ -435,7 +435,7 @@ fn several_adapters_share_one_base() {
     let mut model = load(Some(QuantConfig::default()));
     let base = logits(&model);
     let mut set = AdapterSet::new();
-    set.insert("plain", adapter("plain")).unwrap();
+    set.load("plain", &reference("adapters/plain")).unwrap();
     set.insert("patterns", adapter("patterns")).unwrap();
     set.insert("dora", adapter("dora")).unwrap();
     let alone = |model: &mut Decoder, name: &str| {

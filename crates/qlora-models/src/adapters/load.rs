@@ -8,6 +8,7 @@ use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, WholeLinear};
+use std::collections::HashMap;
 
 /// Keys of `adapter_config.json` beyond plain LoRA that are implemented, or change nothing in the layers there are
 /// (`fan_in_fan_out` means transposed layers of another kind, and PEFT ignores it elsewhere).
@@ -91,8 +92,9 @@ impl Decoder {
         let (device, dropout) = (self.device.clone(), config.lora_dropout as f32);
         // Adapters are numbered in the model's order.
         let (mut found, mut brought) = (0, Vec::new());
+        let by_path: HashMap<&str, &LoraModule<'_>> = modules.iter().map(|m| (m.path.as_str(), m)).collect();
         for (path, linear) in self.linears_mut() {
-            let Some(module) = modules.iter().find(|module| module.path == path) else { continue };
+            let Some(module) = by_path.get(path.as_str()) else { continue };
             let lora = linear_adapter(module, dropout, found, &device)?;
             linear.set_adapter(&path, lora)?;
             if let Some(base) = adapter.saved_base(&path) {
@@ -116,7 +118,7 @@ impl Decoder {
         }
         self.embedding.brought = brought;
         let mut placed = found as usize;
-        if let Some(module) = modules.iter().find(|module| module.path == embed) {
+        if let Some(module) = by_path.get(embed.as_str()) {
             self.put_embedding(module, adapter.saved_base(&embed))?;
             placed += 1;
         }

@@ -25,6 +25,7 @@ use burn::tensor::{FloatDType, Int, Tensor};
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Pass};
 use start::{Start, Starter};
+use std::collections::{HashMap, HashSet};
 
 /// What an adapter put on the embedding table.
 #[derive(Clone, Debug, Default)]
@@ -66,8 +67,9 @@ impl Decoder {
     /// values depend on `seed`, their number and the weights alone. Returns how many.
     ///
     /// # Errors
-    /// As [`lora_targets`](Self::lora_targets); `modules_to_save` names no module, or one that has an adapter; an initialisation does not
-    /// fit the model, or needs activations (see [`attach_lora_to`](Self::attach_lora_to)). The model is unchanged then.
+    /// As [`lora_targets`](Self::lora_targets); `modules_to_save` names no module, or one that has an adapter; an
+    /// initialisation does not fit the model, or needs activations (see [`attach_lora_to`](Self::attach_lora_to)). The
+    /// model is unchanged then.
     pub fn attach_lora(&mut self, config: &LoraConfig, seed: u64) -> Result<usize, ModelError> {
         self.attach_lora_to(config, seed, &[])
     }
@@ -85,12 +87,12 @@ impl Decoder {
         let mut model = self.clone();
         model.unload_adapter()?;
         let mut targets = model.lora_targets(config)?;
-        let saved: Vec<String> = model.config.saved_modules(config)?.into_iter().map(|(path, _)| path).collect();
+        let saved: HashSet<String> = model.config.saved_modules(config)?.into_iter().map(|(path, _)| path).collect();
         if let Some(both) = targets.iter().find(|target| saved.contains(&target.path)) {
             return Err(ModelError::AdapterClash { module: both.path.clone() });
         }
         let (embed, head) = (model.config.embed_path(), model.head_path());
-        if targets.iter().any(|target| target.path == head) || saved.iter().any(|path| path == head) {
+        if targets.iter().any(|target| target.path == head) || saved.contains(head) {
             model.own_head();
         }
         let components = match config.init {
@@ -98,9 +100,10 @@ impl Decoder {
             _ => None,
         };
         let starter = Starter::new(&model, config, seed, components)?;
+        let by_path: HashMap<&str, &Target> = targets.iter().map(|target| (target.path.as_str(), target)).collect();
         let mut index = 0;
         for (path, linear) in model.linears_mut() {
-            if let Some(target) = targets.iter().find(|target| target.path == path) {
+            if let Some(target) = by_path.get(path.as_str()) {
                 let Start { adapter, base } = starter.linear(linear, target, index)?;
                 if let Some(base) = base {
                     linear.base = base;
@@ -113,11 +116,11 @@ impl Decoder {
             }
         }
         let table = model.embed_tokens.clone();
-        if let Some(target) = targets.iter().find(|target| target.path == embed) {
+        if let Some(target) = by_path.get(embed.as_str()) {
             let lora = LoraEmbedding::new(&table, target.rank, target.scaling, seed);
             model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
         }
-        if saved.iter().any(|path| *path == embed) {
+        if saved.contains(&embed) {
             model.embedding.whole = Some(table.cast(FloatDType::F32));
         }
         for (path, norm) in model.norms_mut() {
@@ -168,6 +171,11 @@ impl Decoder {
     /// The adapters of linear layers with their paths, in the order of their numbers.
     pub fn adapters(&self) -> impl Iterator<Item = (String, &LoraAdapter)> {
         self.linears().filter_map(|(path, linear)| Some((path, linear.adapter.as_ref()?)))
+    }
+
+    /// The adapters of linear layers with their paths, in the order of their numbers.
+    pub fn adapters_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraAdapter)> {
+        self.linears_mut().filter_map(|(path, linear)| Some((path, linear.adapter.as_mut()?)))
     }
 
     /// Paths of the modules that are adapted or trained in full, the embedding first.

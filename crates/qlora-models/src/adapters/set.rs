@@ -3,6 +3,7 @@
 use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::{Adapter, Combination, combine};
+use std::path::Path;
 
 /// A named adapter with a weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +24,14 @@ impl AdapterSet {
     /// An empty set.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Reads an adapter's folder and adds it.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::load`] and [`insert`](Self::insert).
+    pub fn load(&mut self, name: &str, dir: &Path) -> Result<(), ModelError> {
+        self.insert(name, Adapter::load(dir)?)
     }
 
     /// Adds an adapter.

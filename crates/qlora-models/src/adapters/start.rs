@@ -89,7 +89,7 @@ impl<'a> Starter<'a> {
             }
             Initialization::Pissa { .. } | Initialization::Olora | Initialization::Loftq => {
                 let weight = self.weight(path, linear)?;
-                let (factors, rest) = self.from_weight(path, linear, &weight, rank, scaling, index)?;
+                let (factors, rest) = self.decompose(path, linear, &weight, rank, scaling, index)?;
                 let (lora_a, lora_b) = (self.upload(&factors.a), self.upload(&factors.b));
                 let mut adapter = LoraAdapter::from_factors(lora_a, lora_b, scaling, dropout, index);
                 let base = rest.map(|rest| self.hold(path, linear, &rest)).transpose()?;
@@ -106,7 +106,7 @@ impl<'a> Starter<'a> {
     }
 
     /// The factors, and what is left of the weight where it changes.
-    fn from_weight(
+    fn decompose(
         &self,
         path: &str,
         linear: &LoraLinear,
