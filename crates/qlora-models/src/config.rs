@@ -125,8 +125,7 @@ impl ModelConfig {
             file.error("model_type", problem)
         })?;
         let file_tied = file.flag("tie_word_embeddings")?;
-        let section =
-            family.section.map(|key| file.object(key)?.ok_or_else(|| file.error(key, "is missing"))).transpose()?;
+        let section = family.section.map(|(key, kind)| section(&file, key, kind)).transpose()?;
         let fields = section.as_ref().unwrap_or(&file);
         let tied = fields.flag("tie_word_embeddings")?;
 
@@ -198,6 +197,17 @@ impl ModelConfig {
     /// Where the configuration was read from.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// The part of a file that describes the language model.
+fn section<'a>(file: &Fields<'a>, key: &str, kind: &str) -> Result<Fields<'a>, ModelError> {
+    let section = file.object(key)?.ok_or_else(|| file.error(key, "is missing"))?;
+    match section.text("model_type")? {
+        Some(other) if other != kind => {
+            Err(section.error("model_type", format!("is \"{other}\"; only \"{kind}\" is supported here")))
+        }
+        _ => Ok(section),
     }
 }
 

@@ -14,8 +14,9 @@ pub struct Family {
     /// Where the language model lies in a checkpoint. The first is what modules are called; the others occur
     /// in files.
     pub roots: &'static [Root],
-    /// The section of `config.json` that describes the language model, where it is not the whole file.
-    pub section: Option<&'static str>,
+    /// The section of `config.json` that describes the language model, where it is not the whole file, and its
+    /// `model_type`.
+    pub section: Option<(&'static str, &'static str)>,
     /// Queries, keys and values: three projections, or one whose output holds all three in this order.
     pub qkv: &'static [&'static str],
     /// Whether those have biases.
@@ -411,7 +412,7 @@ const GEMMA3: Family = Family {
         Root { model: "model.language_model", head: "lm_head" },
         Root { model: "language_model.model", head: "language_model.lm_head" },
     ],
-    section: Some("text_config"),
+    section: Some(("text_config", "gemma3_text")),
     // Not applied when the model is part of the larger one.
     logit_softcap: None,
     fixed: &[

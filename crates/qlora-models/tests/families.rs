@@ -287,6 +287,7 @@ fn what_is_not_covered_is_refused_by_name() {
         refusal("qwen3_moe", |c| c["shared_expert_intermediate_size"] = json!(32)),
         &["shared_expert_intermediate_size"],
     );
+    has(refusal("gemma3_images", |c| c["text_config"]["model_type"] = json!("llama")), &["text_config.model_type"]);
     has(
         refusal("gemma3_images", |c| c["text_config"]["altup_num_inputs"] = json!(4)),
         &["text_config.altup_num_inputs"],
