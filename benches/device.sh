@@ -20,21 +20,24 @@ export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} RUST_BACKTRACE=0 PYTHONUNBUFFERED
 export BURN_QLORA_KERNEL_CACHE=$work/kernels CUDA_CACHE_PATH=$work/driver CUDA_CACHE_MAXSIZE=4294967296
 began=$SECONDS
 
-# job NAME SECONDS COMMAND...: runs it in the background, and prints one line, or its last lines where it failed.
+# job NAME SECONDS COMMAND...: runs it in the background, and prints one line, and what went wrong where it failed.
 job() {
     local name=$1 limit=$2 start=$SECONDS
     shift 2
     {
         timeout "$limit" "$@" >"$work/$name.log" 2>&1
-        local code=$? said
-        said=$(grep -hE '^test result|passed|failed' "$work/$name.log" | tail -1 | cut -c1-90)
-        if [ $code = 0 ]; then
-            echo "ok    $name, $((SECONDS - start)) s: $said$(grep -m1 -h skipped "$work/$name.log")"
-        else
-            echo "WRONG $name, $((SECONDS - start)) s, exit $code (124: time was up): $said"
-            { grep -E -A2 'panicked|^error|FAIL|fail |=== (ERROR|Error|Invalid)' "$work/$name.log" || tail -6 "$work/$name.log"; } |
-                head -12 | cut -c1-240
+        local code=$? said verdict=WRONG
+        [ $code = 0 ] && verdict=ok
+        [ $code = 124 ] && verdict="SLOW "
+        said=$(grep -hE '^test result|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$work/$name.log" | tail -1 | cut -c1-90)
+        grep -q '^skipped' "$work/$name.log" && verdict=SKIP
+        said=$(printf '%-5s %s, %s s: %s' "$verdict" "$name" $((SECONDS - start)) "$said")
+        if [ $code != 0 ]; then
+            said+=$'\n'$({ grep -E -A3 'panicked|FAIL |=== (ERROR|Error|Invalid)' "$work/$name.log" ||
+                tail -5 "$work/$name.log"; } | head -7 | cut -c1-240)
         fi
+        # In one write: others are at it too.
+        printf '%s\n' "$said"
     } &
 }
 # The tests of a program, by name.
@@ -80,7 +83,7 @@ case " $steps " in *" sanitizer "*)
     sane() {
         local tool=$1 test=$2 every=$3
         job "$tool-$test" 70 env NF4_QUANT_EVERY="$every" "$sanitizer" --tool "$tool" --error-exitcode 9 \
-            --launch-timeout 60 --print-limit 4 "$bin/matmul" --exact "$test" --nocapture --test-threads 1
+            --report-api-errors no --print-limit 4 "$bin/matmul" --exact "$test" --nocapture --test-threads 1
     }
     for tool in memcheck racecheck; do
         sane $tool gemv_low_rank_and_formats 25

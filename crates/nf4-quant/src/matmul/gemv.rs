@@ -19,8 +19,12 @@
 //! values are, after multiplication by a number that makes this hurt least ([`book`]): the mean error of a weight
 //! is 0.38 (bf16) or 0.32 (f16) of what rounding each product leaves, and FP4's values are exact.
 //!
-//! Bytes: 0.5 per element of W and 1/64 of statistics. Per byte of codes and lane three instructions and a lookup: at
-//! 32 bytes per cycle and multiprocessor, twice what an H200's memory delivers.
+//! Bytes: 0.5 per element of W and 1/64 of statistics. Operations on shared memory: a lookup per byte of codes, so 32
+//! bytes per cycle and multiprocessor. Instructions: about 340 for the 2 KB that a warp takes at once (counted in
+//! the machine code), so 24 bytes per cycle. An H200's memory delivers 19.
+//!
+//! Not done: dequantizing by arithmetic (`prmt` on the codebook's bytes), which takes more instructions than lookups
+//! do; a copy of W in fragment order, which would have to exist beside the one for the other kernels.
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
