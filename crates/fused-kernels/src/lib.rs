@@ -1,10 +1,12 @@
 //! Training kernels of a decoder: hand-written CUDA C++ on CubeCL's stream and memory, one module per operation.
 //!
+//! - [`attention`]: causal attention whose scores never reach memory
 //! - [`low_rank`]: the products of LoRA with a narrow side
 //!
 //! Each module has `supports`, its oracle, and launch functions on CubeCL handles. Where a device is not
 //! supported (other runtimes than CUDA, GPUs before Ampere) callers compose the operation from stock ones.
 
+pub mod attention;
 mod dropout;
 mod error;
 pub mod low_rank;
