@@ -11,6 +11,9 @@ use fused_kernels::attention::{self, Backward, Operand, Options, PackedRows, Row
 use fused_kernels::{HalfFormat, KernelError};
 use half::{bf16, f16};
 
+use HalfFormat::F16;
+use Layout::{Gaps, HeadMajor};
+
 fn client() -> Option<Client> {
     let client = Device::cuda(0).ok().map(|device| device.client()).filter(attention::supports);
     if client.is_none() {
@@ -41,14 +44,14 @@ impl Random {
 fn encode(value: f32, format: HalfFormat) -> u16 {
     match format {
         HalfFormat::Bf16 => bf16::from_f32(value).to_bits(),
-        HalfFormat::F16 => f16::from_f32(value).to_bits(),
+        F16 => f16::from_f32(value).to_bits(),
     }
 }
 
 fn decode(bits: u16, format: HalfFormat) -> f32 {
     match format {
         HalfFormat::Bf16 => bf16::from_bits(bits).to_f32(),
-        HalfFormat::F16 => f16::from_bits(bits).to_f32(),
+        F16 => f16::from_bits(bits).to_f32(),
     }
 }
 
@@ -77,8 +80,8 @@ impl Place {
     fn new(rows: usize, len: usize, heads: usize, head_dim: usize, layout: Layout) -> Self {
         let strides = match layout {
             Layout::TokenMajor => Strides::token_major(len, heads, head_dim),
-            Layout::HeadMajor => Strides::head_major(len, heads, head_dim),
-            Layout::Gaps => {
+            HeadMajor => Strides::head_major(len, heads, head_dim),
+            Gaps => {
                 let token = heads * 2 * head_dim + 8;
                 Strides { row: len * token + 16, token, head: 2 * head_dim }
             }
@@ -161,9 +164,6 @@ const CASE: Case = Case {
     layout: Layout::TokenMajor,
     size: 1.0,
 };
-
-use HalfFormat::F16;
-use Layout::{Gaps, HeadMajor};
 
 /// Lengths around tiles of 16, 32 and 64; every kernel width, and widths that are padded; groups of 1, 2, 4 and 8.
 const CASES: &[Case] = &[
