@@ -1,5 +1,6 @@
 //! The kernels to measure, one file per family.
 
+mod attention;
 mod burn;
 mod codec;
 mod low_rank;
@@ -10,7 +11,10 @@ use crate::case::Case;
 
 /// Everything that `kernels` measures, in the order of the table.
 pub(crate) fn all(bench: &Bench) -> Vec<Case> {
-    [codec::cases(bench), matmul::cases(bench), low_rank::cases(bench)].into_iter().flatten().collect()
+    [codec::cases(bench), matmul::cases(bench), low_rank::cases(bench), attention::cases(bench)]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// Candidates for the fastest dense product.
