@@ -157,9 +157,49 @@ def matmul(op):
     return lambda i: torch.matmul(s[i % len(s)][0], s[i % len(s)][1], out=s[i % len(s)][2])
 
 
+def attention_operands(op):
+    """Views as projections give them: tokens before heads in memory."""
+    rows, length, dim = op["rows"], op["len"], op["head_dim"]
+    return [normal(rows, length, op[heads], dim).transpose(1, 2) for heads in ("heads", "kv_heads", "kv_heads")]
+
+
+def attention_bytes(op):
+    return 4 * op["rows"] * op["len"] * op["head_dim"] * (op["heads"] + op["kv_heads"])
+
+
+def attend(op, q, k, v):
+    grouped = op["heads"] != op["kv_heads"]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def attention(op):
+    """Causal; torch picks the kernel (flash attention or cuDNN's)."""
+    s = sets(lambda: attention_operands(op), attention_bytes(op))
+    return lambda i: attend(op, *s[i % len(s)])
+
+
+def attention_backward(op):
+    """The gradients of q, k and v alone, on a graph that is kept."""
+
+    def make():
+        with torch.enable_grad():
+            operands = [x.requires_grad_() for x in attention_operands(op)]
+            o = attend(op, *operands)
+        return operands, o, torch.randn_like(o)
+
+    s = sets(make, 2 * attention_bytes(op))
+
+    def call(i):
+        operands, o, d_out = s[i % len(s)]
+        return torch.autograd.grad(o, operands, d_out, retain_graph=True)
+
+    return call
+
+
 OPERATIONS = {
     f.__name__: f
-    for f in (dequantize, quantize, matmul_4bit, matmul_4bit_gradient, lora_linear_4bit, matmul)
+    for f in (dequantize, quantize, matmul_4bit, matmul_4bit_gradient, lora_linear_4bit, matmul, attention,
+              attention_backward)
 }
 
 

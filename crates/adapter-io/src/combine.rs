@@ -40,7 +40,7 @@ pub enum Combination {
 /// # Errors
 /// [`FormatError::Combine`] when there is nothing to combine, an adapter uses DoRA, two adapters replace the
 /// same tensor (`modules_to_save`), ranks differ for [`Combination::Linear`], or target modules are a list
-/// in one adapter and a pattern in another; [`FormatError::Field`] for one whose initialisation changed the base; the
+/// in one adapter and a pattern in another, or an adapter has stacked experts; [`FormatError::Field`] for one whose initialisation changed the base; the
 /// errors of [`Adapter::lora_module`].
 pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result<Adapter, FormatError> {
     let fail = |reason: String| Err(FormatError::Combine { reason });
@@ -50,6 +50,9 @@ pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result
     }
     if adapters.iter().any(|(adapter, _)| adapter.config.use_dora) {
         return fail("an adapter uses DoRA, whose magnitudes cannot be added; merge it into its base instead".into());
+    }
+    if adapters.iter().any(|(adapter, _)| !adapter.config.parameters().is_empty()) {
+        return fail("an adapter has stacked experts (target_parameters), whose ranks depend on the model; load it into its model and save it from there, or merge it into its base".into());
     }
     adapters.iter().try_for_each(|(adapter, _)| adapter.config.refuse_changed_base())?;
     let combination = if adapters.len() == 1 { Combination::Linear } else { combination };

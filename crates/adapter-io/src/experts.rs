@@ -70,7 +70,13 @@ fn stacks(modules: &[String]) -> Vec<Stack> {
 impl AdapterConfig {
     /// The names under `target_parameters`.
     pub fn parameters(&self) -> Vec<&str> {
-        self.target_parameters.as_ref().and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect()
+        self.target_parameters
+            .as_ref()
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect()
     }
 
     fn adapts(&self, parameter: &str) -> bool {
@@ -94,8 +100,13 @@ pub fn unstack<'a>(adapter: &'a Adapter, modules: &[String]) -> Result<Cow<'a, A
         [GATE_UP, DOWN, "gate.weight"].iter().any(|known| name == known || name.ends_with(&format!(".{known}")))
     };
     if let Some(other) = config.parameters().into_iter().find(|name| !known(name)) {
-        let reason = format!("`{other}` is not supported; only experts (gate_up_proj, down_proj) and routers (gate.weight) are");
-        return Err(FormatError::Field { path: crate::adapter_config::CONFIG_FILE.into(), field: "target_parameters".into(), reason });
+        let reason =
+            format!("`{other}` is not supported; only experts (gate_up_proj, down_proj) and routers (gate.weight) are");
+        return Err(FormatError::Field {
+            path: crate::adapter_config::CONFIG_FILE.into(),
+            field: "target_parameters".into(),
+            reason,
+        });
     }
     let mut out = Adapter { config: config.clone(), tensors: adapter.tensors.clone() };
     out.config.target_parameters = None;
@@ -103,7 +114,9 @@ pub fn unstack<'a>(adapter: &'a Adapter, modules: &[String]) -> Result<Cow<'a, A
     for Stack { path, router, experts } in stacks(modules) {
         let count = experts.len();
         let inner = adapter.lora(&format!("{path}{INNER}")).is_some();
-        for (wrapper, parameter) in [(INNER, GATE_UP), ("", if inner || !config.adapts(GATE_UP) { DOWN } else { GATE_UP })] {
+        for (wrapper, parameter) in
+            [(INNER, GATE_UP), ("", if inner || !config.adapts(GATE_UP) { DOWN } else { GATE_UP })]
+        {
             let module = format!("{path}{wrapper}");
             let Some((a, b)) = take(&mut out.tensors, &module) else { continue };
             let name = format!("{path}.{parameter}");
@@ -114,7 +127,8 @@ pub fn unstack<'a>(adapter: &'a Adapter, modules: &[String]) -> Result<Cow<'a, A
             };
             if rows != rank * count || columns != rows {
                 return fail(format!(
-                    "lora_A {:?} and lora_B {:?} do not hold rank {rank} for each of {count} experts", a.shape, b.shape
+                    "lora_A {:?} and lora_B {:?} do not hold rank {rank} for each of {count} experts",
+                    a.shape, b.shape
                 ));
             }
             let parts = if parameter == GATE_UP { 2 } else { 1 };
@@ -187,7 +201,9 @@ pub fn stack(mut adapter: Adapter, modules: &[String]) -> Result<Adapter, Format
             if factors.iter().all(Option::is_none) {
                 continue;
             }
-            let alike = |f: &Option<(HostTensor, HostTensor)>| f.as_ref().map(|(a, b)| (&a.shape, &b.shape)) == factors[0].as_ref().map(|(a, b)| (&a.shape, &b.shape));
+            let alike = |f: &Option<(HostTensor, HostTensor)>| {
+                f.as_ref().map(|(a, b)| (&a.shape, &b.shape)) == factors[0].as_ref().map(|(a, b)| (&a.shape, &b.shape))
+            };
             if !factors.iter().all(alike) {
                 let reason = "the experts of a block must be adapted alike, at one rank".to_string();
                 return Err(FormatError::Factors { module: format!("{path}.{parameter}"), reason });
@@ -204,7 +220,9 @@ pub fn stack(mut adapter: Adapter, modules: &[String]) -> Result<Adapter, Format
         // The scaling stays what it was: alpha / rank, or alpha / sqrt(rank).
         let alpha = if adapter.config.use_rslora { alpha * std::f64::consts::SQRT_2 } else { alpha * 2.0 };
         let key = format!(r".*\.{GATE_UP}");
-        for (pattern, value) in [(&mut adapter.config.rank_pattern, rank * 2.0), (&mut adapter.config.alpha_pattern, alpha)] {
+        for (pattern, value) in
+            [(&mut adapter.config.rank_pattern, rank * 2.0), (&mut adapter.config.alpha_pattern, alpha)]
+        {
             pattern.0.retain(|(known, _)| *known != key);
             pattern.0.insert(0, (key.clone(), value));
         }
@@ -244,7 +262,8 @@ fn fuse(gate: (HostTensor, HostTensor), up: (HostTensor, HostTensor), differ: bo
     }
     let (left, right) = (b.shape[1], up_b.shape[1]);
     let above = b.data.chunks(left.max(1)).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, right)));
-    let below = up_b.data.chunks(right.max(1)).flat_map(|row| std::iter::repeat_n(0.0, left).chain(row.iter().copied()));
+    let below =
+        up_b.data.chunks(right.max(1)).flat_map(|row| std::iter::repeat_n(0.0, left).chain(row.iter().copied()));
     let b = HostTensor { shape: vec![b.shape[0] + up_b.shape[0], left + right], data: above.chain(below).collect() };
     a.data.extend(up_a.data);
     a.shape[0] += up_a.shape[0];

@@ -27,6 +27,7 @@ use crate::convert::{
     ModelConfigFile, OnProgress, Owned, Progress, copy_companions, format_of, refuse_same_folder, with_owned,
 };
 use crate::error::FormatError;
+use crate::experts::unstack;
 use crate::lora_module::{ChangeSums, WeightChange};
 use crate::merge_plan::{Job, Plan, plan};
 use crate::shard_writer::{DEFAULT_SHARD_BYTES, ShardedWriter};
@@ -148,6 +149,8 @@ pub fn merge_checkpoint(
     refuse_same_folder(base_dir, out_dir)?;
     let base = Checkpoint::open(base_dir)?;
     let mut config = ModelConfigFile::read(base_dir)?;
+    let modules: Vec<String> = base.names().filter_map(|name| name.strip_suffix(".weight")).map(Into::into).collect();
+    let adapter = &*unstack(adapter, &modules)?;
     let plan = plan(&base, adapter, &options.base)?;
     config.remove("quantization_config");
     if plan.untied {

@@ -65,6 +65,27 @@ pub enum KernelError {
         /// The size of its elements.
         size: usize,
     },
+    /// A head that no attention kernel was made for.
+    #[error("head_dim {0} is not supported: the attention kernels take multiples of 8 up to 256")]
+    HeadDim(usize),
+    /// Query heads that can't share the key heads evenly.
+    #[error("{heads} query heads can't share {kv_heads} key heads evenly")]
+    Heads {
+        /// Query heads.
+        heads: usize,
+        /// Key and value heads.
+        kv_heads: usize,
+    },
+    /// An attention option out of its range.
+    #[error("attention's {name} is {value}: {reason}")]
+    Attention {
+        /// The option, or part of the shape.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// The range.
+        reason: &'static str,
+    },
     /// CUDA refused.
     #[error("{operation}: {message}")]
     Launch {

@@ -2,6 +2,7 @@
 //!
 //! | module | operation | written in |
 //! |---|---|---|
+//! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
 //! | [`rope`] | rotary position embeddings | CubeCL |
@@ -11,6 +12,7 @@
 //! a device is not supported (other runtimes than CUDA, GPUs before Ampere) callers compose the operation from
 //! stock ones. Those in CubeCL run wherever CubeCL does.
 
+pub mod attention;
 mod dropout;
 mod elementwise;
 mod error;

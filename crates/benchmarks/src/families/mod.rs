@@ -1,5 +1,6 @@
 //! The kernels to measure, one file per family.
 
+mod attention;
 mod bars;
 mod burn;
 mod codec;
@@ -11,7 +12,10 @@ use crate::case::Case;
 
 /// Everything that `kernels` measures, in the order of the table.
 pub(crate) fn all(bench: &Bench) -> Vec<Case> {
-    [codec::cases(bench), matmul::cases(bench), low_rank::cases(bench)].into_iter().flatten().collect()
+    [codec::cases(bench), matmul::cases(bench), low_rank::cases(bench), attention::cases(bench)]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// The cases of which something is asked.

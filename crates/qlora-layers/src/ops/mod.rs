@@ -22,6 +22,7 @@
 //! the input gradient (and [`dequantize_4bit`]) rounds to the quantization state's dtype first. The two differ
 //! only where activations are wider than that dtype, by half an ulp of it.
 
+mod attention;
 mod autodiff;
 mod composed;
 mod cube;
@@ -29,6 +30,7 @@ mod cube_products;
 mod flex;
 pub mod fused;
 
+pub use attention::{AttentionOps, AttentionOptions, attention};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Int, Tensor};

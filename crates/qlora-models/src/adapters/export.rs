@@ -9,6 +9,7 @@
 use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::adapter::KEY_PREFIX;
+use adapter_io::experts::stack;
 use adapter_io::{
     Adapter, AdapterConfig, HostTensor, InitLoraWeights, OneOrMany, Pattern, TargetModules as PeftModules,
 };
@@ -75,6 +76,10 @@ impl Decoder {
         }
         if let Some(whole) = &self.embedding.whole {
             put(format!("{embed}.weight"), host_tensor(whole)?);
+        }
+        // As it came, when PEFT wrote it over stacked experts.
+        if !adapter.config.parameters().is_empty() {
+            adapter = stack(adapter, &self.linear_paths())?;
         }
         Ok(adapter)
     }

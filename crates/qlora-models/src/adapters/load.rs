@@ -3,6 +3,7 @@
 use super::export::host_values;
 use crate::ModelError;
 use crate::decoder::Decoder;
+use adapter_io::experts::unstack;
 use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
 use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -12,7 +13,8 @@ use std::collections::HashMap;
 
 /// Keys of `adapter_config.json` beyond plain LoRA that are implemented, or change nothing in the layers there are
 /// (`fan_in_fan_out` means transposed layers of another kind, and PEFT ignores it elsewhere).
-const IMPLEMENTED: [&str; 5] = ["bias", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_dora"];
+const IMPLEMENTED: [&str; 6] =
+    ["bias", "fan_in_fan_out", "lora_bias", "modules_to_save", "target_parameters", "use_dora"];
 
 /// Quantization that PEFT's LoftQ works with.
 const LOFTQ: QuantConfig = QuantConfig { quant_type: nf4_quant::QuantType::Nf4, blocksize: 64, double_quant: false };
@@ -82,6 +84,7 @@ impl Decoder {
         if let Some(feature) = config.beyond_plain_lora().into_iter().find(|key| !IMPLEMENTED.contains(key)) {
             return Err(ModelError::AdapterFeature { feature: feature.into() });
         }
+        let adapter = &*unstack(adapter, &self.linear_paths())?;
         let modules = adapter.lora_modules()?;
         let saved: Vec<(String, &HostTensor)> = adapter.saved_tensors().collect();
         let (embed, head) = (self.config.embed_path(), self.head_path());

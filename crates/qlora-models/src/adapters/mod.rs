@@ -8,7 +8,8 @@
 //! table's memory; when an adapter touches the embedding alone, the head stays what it was, as in PEFT.
 //!
 //! Not read: adapters that use aLoRA, Arrow, KaSA, MonteCLoRA, QALoRA, BdLoRA, VeLoRA, Megatron's layers, replicated
-//! layers, `target_parameters` or `trainable_token_indices`; each is refused by its key.
+//! layers, `trainable_token_indices`, or `target_parameters` other than experts and routers; each is refused by its
+//! key.
 
 mod export;
 mod load;
@@ -55,6 +56,11 @@ impl Embedding {
 }
 
 impl Decoder {
+    /// The paths of the linear layers, as checkpoints name them.
+    fn linear_paths(&self) -> Vec<String> {
+        self.linears().map(|(path, _)| path).collect()
+    }
+
     /// The adapters that `config` asks for on this model.
     ///
     /// # Errors

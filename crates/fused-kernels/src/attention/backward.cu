@@ -1,0 +1,284 @@
+
+// -------------------------------------------------------------------------------------------- backward
+//
+// With P = exp(S - lse) and delta = rowsum(dO * O), both per query:
+//
+//   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q
+//
+//   KIND       1: delta, 2: dK and dV, a block per tile of keys, 3: dQ, a block per tile of queries
+//   SLICES     warps that share 16 rows: each computes all of their scores, and its part of the head's dimensions of
+//              the results, where all of it does not fit in registers
+//   VALUES_SHARED   kind 2: the values' fragments are in shared memory, not in registers
+//   MIN_BLOCKS blocks per multiprocessor that registers must leave room for
+
+#define BLOCK_ROWS (WARPS / SLICES * 16)
+#define RESULT_TILES (CHUNKS / SLICES)
+
+#if KIND == 1
+
+// Lanes of one (token, head), each with 16 bytes.
+#define TEAM (CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32)
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+attention_delta(const u16* __restrict__ o, const u16* __restrict__ d_out, const u32* __restrict__ bounds, float* __restrict__ delta,
+                const __grid_constant__ Params p) {
+    const u32 i = blockIdx.x * (THREADS / TEAM) + threadIdx.x / TEAM, member = threadIdx.x % TEAM;
+    // Heads are neighbours in memory; a token's row in the batch is what its index says, or irrelevant when packed.
+    const u32 token = i / p.heads, head = i % p.heads;
+    float sum = 0.0f;
+    if (token < p.tokens && member * 8 < p.head_dim) {
+        Row row = p.packed ? Row{0, 0, 0, 0} : Row{token / p.q_len, 0, 0, 0};
+        u32 within = p.packed ? token : token % p.q_len;
+        uint4 a = *(const uint4*)(o + head_at(p, row, p.o, head) + (size_t)within * p.o.token + member * 8);
+        uint4 b = *(const uint4*)(d_out + head_at(p, row, p.d_out, head) + (size_t)within * p.d_out.token + member * 8);
+        u32 x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (u32 n = 0; n < 4; n++) {
+            float x0, x1, y0, y1;
+            unpack2(x[n], x0, x1), unpack2(y[n], y0, y1);
+            sum = fmaf(x1, y1, fmaf(x0, y0, sum));
+        }
+    }
+#pragma unroll
+    for (u32 distance = TEAM / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (token < p.tokens && member == 0) delta[(size_t)head * p.tokens + token] = sum;
+}
+
+#else
+
+// P and dS of two score tiles; `lse` in units of log2. Element c of tile n has lse[index(n, c)] and delta alike.
+template <class Index, class Visible>
+__device__ __forceinline__ void probabilities(float (&s)[2][4], float (&ds)[2][4], const float* lse, const float* delta, bool edge,
+                                              const Params& p, Index index, Visible visible) {
+#pragma unroll
+    for (u32 n = 0; n < 2; n++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) {
+            float t = capped(s[n][c], p);
+            float weight = exp2_fast(fmaf(t, p.scale_log2, -lse[index(n, c)]));
+            float gradient = weight * (ds[n][c] - delta[index(n, c)]);
+#if SOFTCAP
+            gradient *= 1.0f - t * t;
+#endif
+            bool seen = !edge || visible(n, c);
+            s[n][c] = seen ? weight : 0.0f;
+            ds[n][c] = seen ? gradient : 0.0f;
+        }
+}
+
+#define STAGE_BYTES (2 * TILE_BYTES)
+
+#if KIND == 2
+
+#define VALUE_BYTES (VALUES_SHARED * BLOCK_ROWS * ROW_BYTES)
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
+               const u16* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ d_k,
+               u16* __restrict__ d_v, const __grid_constant__ Params p) {
+    __shared__ __align__(128) unsigned char shared[2 * STAGE_BYTES + VALUE_BYTES];
+    const u32 ring = shared_address(shared);
+    const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, slice = warp % SLICES;
+    const u32 kv_heads = p.heads / p.group, kv_head = blockIdx.x % kv_heads;
+    const Row row = row_of(p, bounds, blockIdx.x / kv_heads % p.rows);
+    // The first keys are seen by the most queries.
+    const u32 block_key = blockIdx.x / kv_heads / p.rows * BLOCK_ROWS, key = block_key + warp / SLICES * 16;
+    if (block_key >= row.keys) return;
+    const u32 past = row.keys - row.queries;
+    // Queries that see any of the block's keys.
+    const u32 begin = (block_key > past ? block_key - past : 0) / ROWS;
+    const u32 beyond = min(block_key + BLOCK_ROWS, row.keys) - 1 + p.window;
+    const u32 end = (min(row.queries, beyond > past ? beyond - past : 0) + ROWS - 1) / ROWS;
+
+    // A tile of queries and its gradients, into one half of the ring.
+    auto issue = [&](u32 head, u32 tile, u32 to) {
+        if (tile < end && head < (kv_head + 1) * p.group) {
+            load_tile(to, q + head_at(p, row, p.q, head), tile * ROWS, row.queries, p.q.token, p.head_dim);
+            load_tile(to + TILE_BYTES, d_out + head_at(p, row, p.d_out, head), tile * ROWS, row.queries, p.d_out.token, p.head_dim);
+        }
+        commit();
+    };
+    u32 tile = ring;
+    issue(kv_head * p.group, begin, tile);
+
+    u32 kf[D / 16][4];
+    load_fragments(kf, k + head_at(p, row, p.k, kv_head), key, row.keys, p.k.token, p.head_dim);
+#if VALUES_SHARED
+    // In the order in which lanes take them; warps that share rows share these.
+    uint4* own = (uint4*)(shared + 2 * STAGE_BYTES) + warp / SLICES * (D / 16) * LANES + lane;
+    {
+        u32 vf[D / 16][4];
+        load_fragments(vf, v + head_at(p, row, p.v, kv_head), key, row.keys, p.v.token, p.head_dim);
+#pragma unroll
+        for (u32 kk = 0; kk < D / 16; kk++)
+            if (kk % SLICES == slice) own[kk * LANES] = make_uint4(vf[kk][0], vf[kk][1], vf[kk][2], vf[kk][3]);
+    }
+#else
+    u32 vf[D / 16][4];
+    load_fragments(vf, v + head_at(p, row, p.v, kv_head), key, row.keys, p.v.token, p.head_dim);
+#endif
+
+    float dk[RESULT_TILES][4], dv[RESULT_TILES][4];
+#pragma unroll
+    for (u32 n = 0; n < RESULT_TILES; n++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) dk[n][c] = 0.0f, dv[n][c] = 0.0f;
+
+#pragma unroll 1
+    for (u32 head = kv_head * p.group; head < (kv_head + 1) * p.group; head++) {
+        const size_t statistics = (size_t)head * p.tokens + row.start;
+#pragma unroll 1
+        for (u32 j = begin; j < end; j++) {
+            wait_for_all_but<0>();
+            __syncthreads();
+            const u32 other = 2 * ring + STAGE_BYTES - tile;
+            issue(j + 1 < end ? head : head + 1, j + 1 < end ? j + 1 : begin, other);
+#pragma unroll 1
+            for (u32 part = 0; part < ROWS; part += 16) {
+                const u32 query = j * ROWS + part, position = query + past;
+                // Nobody sees anybody: queries before the keys, or past their window, or past the row's end.
+                if (query >= row.queries || position + 15 < key || (position > key + 15 && position - key - 15 >= p.window)) continue;
+                float row_lse[4], row_delta[4];
+#pragma unroll
+                for (u32 c = 0; c < 4; c++) {
+                    u32 i = min(query + c / 2 * 8 + lane % 4 * 2 + c % 2, row.queries - 1);
+                    row_lse[c] = lse[statistics + i] * LOG2_E, row_delta[c] = delta[statistics + i];
+                }
+                const u32 rows = tile + part * ROW_BYTES;
+                // Scores and dO V^T with keys as rows, so that their transposes need no exchange.
+                float s[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}}, ds[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+#pragma unroll
+                for (u32 kk = 0; kk < D / 16; kk++) {
+                    u32 b[4];
+                    columns(b, rows + columns_lane(), kk);
+                    mma(s[0], kf[kk], b[0], b[1]);
+                    mma(s[1], kf[kk], b[2], b[3]);
+                    columns(b, rows + TILE_BYTES + columns_lane(), kk);
+#if VALUES_SHARED
+                    uint4 four = own[kk * LANES];
+                    u32 a[4] = {four.x, four.y, four.z, four.w};
+                    mma(ds[0], a, b[0], b[1]);
+                    mma(ds[1], a, b[2], b[3]);
+#else
+                    mma(ds[0], vf[kk], b[0], b[1]);
+                    mma(ds[1], vf[kk], b[2], b[3]);
+#endif
+                }
+                bool edge = position < key + 15 || position + 15 - key >= p.window || query + 16 > row.queries;
+                probabilities(s, ds, row_lse, row_delta, edge, p, [](u32 n, u32 c) { return 2 * n + c % 2; },
+                    [&](u32 n, u32 c) {
+                        u32 i = query + n * 8 + lane % 4 * 2 + c % 2;
+                        return i < row.queries && i + past - (key + lane / 4 + c / 2 * 8) < p.window;
+                    });
+                u32 weights[4], gradients[4];
+                as_operand(weights, s[0], s[1]);
+                as_operand(gradients, ds[0], ds[1]);
+                const u32 results = rows + (contracted_lane() ^ slice * 32);
+#pragma unroll
+                for (u32 c = 0; c < RESULT_TILES; c += 2) {
+                    u32 b[4];
+                    contracted(b, results + TILE_BYTES, c * SLICES);
+                    mma(dv[c], weights, b[0], b[1]);
+                    mma(dv[c + 1], weights, b[2], b[3]);
+                    contracted(b, results, c * SLICES);
+                    mma(dk[c], gradients, b[0], b[1]);
+                    mma(dk[c + 1], gradients, b[2], b[3]);
+                }
+            }
+            tile = other;
+        }
+    }
+    store_rows<RESULT_TILES, SLICES>(d_k + head_at(p, row, p.d_k, kv_head), dk, p.scale, p.scale, key, row.keys, p.d_k.token, slice, p.head_dim);
+    store_rows<RESULT_TILES, SLICES>(d_v + head_at(p, row, p.d_v, kv_head), dv, 1.0f, 1.0f, key, row.keys, p.d_v.token, slice, p.head_dim);
+}
+
+#else
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+attention_queries(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
+                  const u16* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ d_q,
+                  const __grid_constant__ Params p) {
+    __shared__ __align__(128) unsigned char shared[2 * STAGE_BYTES];
+    const u32 ring = shared_address(shared);
+    const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, slice = warp % SLICES;
+    const u32 head = blockIdx.x % p.heads;
+    const Row row = row_of(p, bounds, blockIdx.x / p.heads % p.rows);
+    const u32 query_tile = p.tiles - 1 - blockIdx.x / p.heads / p.rows;
+    const u32 block_query = query_tile * BLOCK_ROWS, query = block_query + warp / SLICES * 16;
+    if (block_query >= row.queries) return;
+    const u32 past = row.keys - row.queries, position = query + past;
+    const u32 low_edge = block_query + past + 1;
+    const u32 begin = (low_edge > p.window ? low_edge - p.window : 0) / ROWS;
+    const u32 end = (min(block_query + BLOCK_ROWS, row.queries) + past + ROWS - 1) / ROWS;
+    const u16* keys = k + head_at(p, row, p.k, head / p.group);
+    const u16* values = v + head_at(p, row, p.v, head / p.group);
+
+    u32 next_tile = begin;
+    auto issue = [&]() {
+        if (next_tile < end) {
+            u32 to = ring + (next_tile - begin) % 2 * STAGE_BYTES;
+            load_tile(to, keys, next_tile * ROWS, row.keys, p.k.token, p.head_dim);
+            load_tile(to + TILE_BYTES, values, next_tile * ROWS, row.keys, p.v.token, p.head_dim);
+        }
+        commit();
+        next_tile++;
+    };
+    issue();
+
+    u32 qf[D / 16][4], of[D / 16][4];
+    load_fragments(qf, q + head_at(p, row, p.q, head), query, row.queries, p.q.token, p.head_dim);
+    load_fragments(of, d_out + head_at(p, row, p.d_out, head), query, row.queries, p.d_out.token, p.head_dim);
+    float row_lse[2], row_delta[2];
+#pragma unroll
+    for (u32 h = 0; h < 2; h++) {
+        size_t i = (size_t)head * p.tokens + row.start + min(query + lane / 4 + h * 8, row.queries - 1);
+        row_lse[h] = lse[i] * LOG2_E, row_delta[h] = delta[i];
+    }
+    float dq[RESULT_TILES][4];
+#pragma unroll
+    for (u32 n = 0; n < RESULT_TILES; n++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) dq[n][c] = 0.0f;
+
+#pragma unroll 1
+    for (u32 j = begin; j < end; j++) {
+        wait_for_all_but<0>();
+        __syncthreads();
+        issue();
+        const u32 tile = ring + (j - begin) % 2 * STAGE_BYTES;
+#pragma unroll 1
+        for (u32 part = 0; part < ROWS; part += 16) {
+            const u32 key = j * ROWS + part;
+            if (key > position + 15 || (position > key + 15 && position - key - 15 >= p.window)) continue;
+            const u32 rows = tile + part * ROW_BYTES;
+            float s[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}}, ds[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+#pragma unroll
+            for (u32 kk = 0; kk < D / 16; kk++) {
+                u32 b[4];
+                columns(b, rows + columns_lane(), kk);
+                mma(s[0], qf[kk], b[0], b[1]);
+                mma(s[1], qf[kk], b[2], b[3]);
+                columns(b, rows + TILE_BYTES + columns_lane(), kk);
+                mma(ds[0], of[kk], b[0], b[1]);
+                mma(ds[1], of[kk], b[2], b[3]);
+            }
+            bool edge = key + 15 > position || position + 15 - key >= p.window;
+            probabilities(s, ds, row_lse, row_delta, edge, p, [](u32, u32 c) { return c / 2; },
+                [&](u32 n, u32 c) { return position + lane / 4 + c / 2 * 8 - (key + n * 8 + lane % 4 * 2 + c % 2) < p.window; });
+            u32 gradients[4];
+            as_operand(gradients, ds[0], ds[1]);
+            const u32 results = rows + (contracted_lane() ^ slice * 32);
+#pragma unroll
+            for (u32 c = 0; c < RESULT_TILES; c += 2) {
+                u32 b[4];
+                contracted(b, results, c * SLICES);
+                mma(dq[c], gradients, b[0], b[1]);
+                mma(dq[c + 1], gradients, b[2], b[3]);
+            }
+        }
+    }
+    store_rows<RESULT_TILES, SLICES>(d_q + head_at(p, row, p.d_q, head), dq, p.scale, p.scale, query, row.queries, p.d_q.token, slice, p.head_dim);
+}
+
+#endif
+#endif

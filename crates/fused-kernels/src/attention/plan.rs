@@ -1,0 +1,152 @@
+//! Which variant of a kernel runs a shape: everything that its text depends on.
+//!
+//! Tiles were chosen so that 48 KB of shared memory and the registers suffice, not by measurement. NVIDIA's
+//! assembler reports 254 bytes of registers or fewer per thread and no spills for `sm_80` to `sm_90a`, except for
+//! [`Kind::Keys`] from head_dim 128 on, which keeps up to 48 bytes per thread in local memory.
+
+use cuda_source::Source;
+
+use crate::HalfFormat;
+
+/// Warps of a block.
+const WARPS: usize = 4;
+/// Threads of a block.
+pub(super) const THREADS: usize = 32 * WARPS;
+
+static FORWARD: &str = concat!(include_str!("primitives.cu"), include_str!("tiles.cu"), include_str!("forward.cu"));
+static BACKWARD: &str = concat!(include_str!("primitives.cu"), include_str!("tiles.cu"), include_str!("backward.cu"));
+
+/// The kernels; but for the first, by the `KIND` of `backward.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Forward,
+    /// `rowsum(dO * O)`.
+    Delta,
+    /// dK and dV.
+    Keys,
+    /// dQ.
+    Queries,
+}
+
+/// A kernel with its macros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Variant {
+    pub kind: Kind,
+    /// head_dim, padded: 64, 96, 128, 192 or 256.
+    pub dim: usize,
+    pub softcap: bool,
+    pub format: HalfFormat,
+}
+
+/// `ROWS`, `STAGES` or `SLICES`, `MIN_BLOCKS`.
+type Tiling = (usize, usize, usize);
+
+impl Variant {
+    /// # Panics
+    /// Never: the caller checked that `head_dim` is at most 256.
+    pub(super) fn new(kind: Kind, head_dim: usize, softcap: bool, format: HalfFormat) -> Self {
+        let dim = [64, 96, 128, 192].into_iter().find(|dim| head_dim <= *dim).unwrap_or(256);
+        Self { kind, dim, softcap, format }
+    }
+
+    fn tiling(self) -> Tiling {
+        match (self.kind, self.dim) {
+            (Kind::Forward, 64) => (64, 4, 3),
+            (Kind::Forward, 96 | 128) => (64, 3, 3),
+            (Kind::Forward, 192) => (32, 3, 2),
+            (Kind::Forward, _) => (16, 4, 2),
+            (Kind::Delta, _) => (16, 1, 1),
+            (Kind::Keys, 64) => (64, 1, 2),
+            (Kind::Keys, 96 | 128) => (32, 1, 2),
+            (Kind::Queries, 64) => (64, 1, 4),
+            (Kind::Queries, 96) => (32, 1, 3),
+            (Kind::Queries, 128) => (32, 1, 2),
+            (Kind::Keys | Kind::Queries, _) => (16, 2, 2),
+        }
+    }
+
+    /// Rows of queries, or keys, that a block computes.
+    pub(super) fn block_rows(self) -> usize {
+        match self.kind {
+            Kind::Forward => 16 * WARPS,
+            _ => 16 * WARPS / self.tiling().1,
+        }
+    }
+
+    /// (token, head) pairs of a block of [`Kind::Delta`].
+    pub(super) fn pairs(self) -> usize {
+        THREADS / (self.dim / 8).next_power_of_two()
+    }
+
+    /// The kernel's text.
+    pub(super) fn source(self) -> Source {
+        let (rows, stages_or_slices, min_blocks) = self.tiling();
+        let shared = [
+            ("F16", i64::from(self.format == HalfFormat::F16)),
+            ("D", self.dim as i64),
+            // It takes no part in delta, which has one text then.
+            ("SOFTCAP", i64::from(self.softcap && self.kind != Kind::Delta)),
+            ("WARPS", WARPS as i64),
+            ("ROWS", rows as i64),
+            ("MIN_BLOCKS", min_blocks as i64),
+        ];
+        let (file, name, kind) = match self.kind {
+            Kind::Forward => (FORWARD, "attention_forward", 0),
+            Kind::Delta => (BACKWARD, "attention_delta", 1),
+            Kind::Keys => (BACKWARD, "attention_keys", 2),
+            Kind::Queries => (BACKWARD, "attention_queries", 3),
+        };
+        let own: &[(&'static str, i64)] = match self.kind {
+            Kind::Forward => &[("STAGES", stages_or_slices as i64)],
+            _ => &[
+                ("KIND", kind),
+                ("SLICES", stages_or_slices as i64),
+                ("VALUES_SHARED", i64::from(self.kind == Kind::Keys && self.dim == 256)),
+            ],
+        };
+        Source::with_defines(file, name, THREADS as u32, &[&shared[..], own].concat())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Kind; 4] = [Kind::Forward, Kind::Delta, Kind::Keys, Kind::Queries];
+
+    #[test]
+    fn heads_are_padded_to_the_next_kernel() {
+        for (head_dim, dim) in [(8, 64), (64, 64), (72, 96), (96, 96), (128, 128), (160, 192), (200, 256), (256, 256)] {
+            assert_eq!(Variant::new(Kind::Keys, head_dim, false, HalfFormat::Bf16).dim, dim);
+        }
+    }
+
+    #[test]
+    fn tiles_fit_in_shared_memory_and_load_evenly() {
+        for dim in [64, 96, 128, 192, 256] {
+            for kind in KINDS {
+                let variant = Variant::new(kind, dim, false, HalfFormat::Bf16);
+                let (rows, stages, _) = variant.tiling();
+                let tiles = match kind {
+                    Kind::Forward => stages,
+                    Kind::Delta => 0,
+                    Kind::Keys | Kind::Queries => 4,
+                };
+                let values = if kind == Kind::Keys && dim == 256 { variant.block_rows() } else { 0 };
+                assert!((tiles * rows + values) * dim * 2 <= 48 << 10, "{variant:?}");
+                assert_eq!(rows * dim / 8 % THREADS, 0, "{variant:?}: threads copy equal shares");
+                assert_eq!(THREADS / 32 % if kind == Kind::Forward { 1 } else { stages }, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn signatures_are_plain() {
+        for (kind, parameters) in [(Kind::Forward, 7), (Kind::Delta, 5), (Kind::Keys, 10), (Kind::Queries, 9)] {
+            let source = Variant::new(kind, 128, true, HalfFormat::F16).source();
+            let at = source.text().find(&format!("{}(", source.name())).unwrap();
+            let list = source.text()[at..].split(')').next().unwrap();
+            assert_eq!(list.matches(',').count() + 1, parameters, "{kind:?}");
+        }
+    }
+}

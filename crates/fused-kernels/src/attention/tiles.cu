@@ -1,0 +1,124 @@
+
+// ----------------------------------------------------------------------------------------------- tiles
+
+// Elements from one row of the batch, token and head to the next.
+struct Strides {
+    u32 row, token, head;
+};
+struct Params {
+    Strides q, k, v, o, d_out, d_q, d_k, d_v;
+    u32 rows, heads;
+    u32 group;              // query heads of a key head
+    u32 head_dim;
+    u32 q_len, kv_len;      // tokens per row; packed rows have as many as their bounds say
+    u32 tokens;             // queries of all rows
+    u32 window;             // keys that a query sees, itself counted
+    u32 packed;             // 1: row r has tokens bounds[r] to bounds[r + 1]
+    u32 tiles;              // tiles of the longest row
+    float scale;            // of the scores
+    float scale_log2;       // of what exp2 gets: scale * log2(e), or cap * log2(e) after tanh
+    float cap_scale;        // scale / cap
+    u32 pad;
+};
+
+#define LANES 32
+#define THREADS (LANES * WARPS)
+#define CHUNKS (D / 8)  // of 16 bytes, per row
+#define ROW_BYTES (D * 2)
+#define TILE_BYTES (ROWS * ROW_BYTES)
+
+// One row of the batch.
+struct Row {
+    u32 index, start;       // its first query among all
+    u32 queries, keys;
+};
+__device__ __forceinline__ Row row_of(const Params& p, const u32* __restrict__ bounds, u32 index) {
+    if (!p.packed) return Row{index, index * p.q_len, p.q_len, p.kv_len};
+    u32 start = bounds[index], length = bounds[index + 1] - start;
+    return Row{index, start, length, length};
+}
+// The first element of a head.
+__device__ __forceinline__ size_t head_at(const Params& p, const Row& row, Strides s, u32 head) {
+    return (p.packed ? (size_t)row.start * s.token : (size_t)row.index * s.row) + (size_t)head * s.head;
+}
+
+// Byte of a chunk in a tile: eight neighbouring rows of one chunk lie in eight different groups of banks.
+#define SWIZZLED (CHUNKS % 8 == 0 ? 8 : 4)  // chunks that change places within a row
+__device__ __forceinline__ u32 chunk_at(u32 row, u32 chunk) {
+    return row * ROW_BYTES + (chunk ^ (SWIZZLED == 8 ? row % 8 : row / 2 % 4)) * 16;
+}
+// `chunk` chunks on, an even constant, from the address of chunk 0 or 1 of a row.
+__device__ __forceinline__ u32 later_chunk(u32 address, u32 chunk) {
+    return (address ^ chunk % SWIZZLED * 16) + chunk / SWIZZLED * SWIZZLED * 16;
+}
+
+// ROWS rows from `first` on of a head with `rows` of them; zeros beyond. The caller commits.
+__device__ __forceinline__ void load_tile(u32 to, const u16* from, u32 first, u32 rows, u32 stride, u32 head_dim) {
+#pragma unroll
+    for (u32 n = 0; n < ROWS * CHUNKS / THREADS; n++) {
+        u32 i = n * THREADS + threadIdx.x, r = i / CHUNKS, c = i % CHUNKS;
+        bool valid = first + r < rows && c * 8 < head_dim;
+        copy_async(to + chunk_at(r, c), valid ? from + (size_t)(first + r) * stride + c * 8 : from, valid);
+    }
+}
+
+// mma's first operand, 16 rows from `first` on by D, straight from memory; zeros beyond.
+__device__ __forceinline__ void load_fragments(u32 (&f)[D / 16][4], const u16* from, u32 first, u32 rows, u32 stride, u32 head_dim) {
+    u32 lane = threadIdx.x % LANES;
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        u32 r = first + lane / 4 + 8 * i;
+        const u16* at = from + (size_t)(r < rows ? r : 0) * stride;
+#pragma unroll
+        for (u32 k = 0; k < D / 16; k++)
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) {
+                u32 c = k * 16 + j * 8 + lane % 4 * 2;
+                f[k][2 * j + i] = r < rows && c < head_dim ? *(const u32*)(at + c) : 0;
+            }
+    }
+}
+
+// mma's second operand from 16 rows of a tile, whose address comes with the lane's part of it.
+// Rows as columns of the product, contraction over dimensions 16 k to 16 k + 15: registers 0, 1 belong to rows 0 to 7,
+// registers 2, 3 to rows 8 to 15.
+__device__ __forceinline__ u32 columns_lane() {
+    u32 lane = threadIdx.x % LANES;
+    return chunk_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+__device__ __forceinline__ void columns(u32 (&b)[4], u32 rows, u32 k) { load_matrices(b, later_chunk(rows, 2 * k)); }
+// Contraction over the 16 rows, dimensions as columns: registers 0, 1 belong to chunk c, registers 2, 3 to c + 1.
+__device__ __forceinline__ u32 contracted_lane() {
+    u32 lane = threadIdx.x % LANES;
+    return chunk_at(lane % 16, lane / 16);
+}
+__device__ __forceinline__ void contracted(u32 (&b)[4], u32 rows, u32 c) { load_matrices_transposed(b, later_chunk(rows, c)); }
+
+// Two tiles of 8 columns of a product, rounded, as mma's first operand.
+__device__ __forceinline__ void as_operand(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = pack2(left[0], left[1]), a[1] = pack2(left[2], left[3]);
+    a[2] = pack2(right[0], right[1]), a[3] = pack2(right[2], right[3]);
+}
+
+// 16 rows of results, as mma leaves them. Warps that share rows take turns with pairs of chunks.
+template <u32 TILES, u32 TURNS>
+__device__ __forceinline__ void store_rows(u16* to, const float (&x)[TILES][4], float low_scale, float high_scale, u32 first, u32 rows,
+                                           u32 stride, u32 turn, u32 head_dim) {
+    u32 lane = threadIdx.x % LANES, low = first + lane / 4, high = low + 8;
+#pragma unroll
+    for (u32 n = 0; n < TILES; n++) {
+        u32 c = (n / 2 * 2 * TURNS + 2 * turn + n % 2) * 8 + lane % 4 * 2;
+        if (c >= head_dim) return;
+        if (low < rows) *(u32*)(to + (size_t)low * stride + c) = pack2(x[n][0] * low_scale, x[n][1] * low_scale);
+        if (high < rows) *(u32*)(to + (size_t)high * stride + c) = pack2(x[n][2] * high_scale, x[n][3] * high_scale);
+    }
+}
+
+// A score as exp2 gets it, before scale_log2. The softcap's tanh comes from exp2 and loses no more than 1e-7 of the cap.
+__device__ __forceinline__ float capped(float s, const Params& p) {
+#if SOFTCAP
+    return 1.0f - 2.0f * reciprocal(1.0f + exp2_fast(2.0f * LOG2_E * p.cap_scale * s));
+#else
+    return s;
+#endif
+}

@@ -1,0 +1,61 @@
+//! Attention's backward pass, by hand.
+
+use super::{AttentionOps, AttentionOptions, AttentionPasses, Operands};
+use crate::ops::float_dtype;
+use burn::backend::autodiff::{
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, TensorMetadata};
+
+#[derive(Debug)]
+struct AttentionBackward;
+
+#[derive(Clone, Debug)]
+struct State<F> {
+    q: F,
+    k: F,
+    v: F,
+    o: F,
+    lse: F,
+    options: AttentionOptions,
+}
+
+impl<B: AttentionPasses> Backward<B, 3> for AttentionBackward {
+    type State = State<FloatTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let d_out = grads.consume::<B>(&ops.node);
+        if ops.parents.iter().all(Option::is_none) {
+            return;
+        }
+        let State { q, k, v, o, lse, options } = ops.state;
+        let d_out = B::float_cast(d_out, float_dtype(q.dtype()));
+        let gradients = B::attention_backward(Operands { q, k, v }, o, lse, d_out, &options);
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+impl<B: AttentionPasses, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        options: AttentionOptions,
+    ) -> FloatTensor<Self> {
+        let nodes = [q.node(), k.node(), v.node()];
+        let ((q, _q_guard), (k, _k_guard), (v, _v_guard)) = (q.into_parts(), k.into_parts(), v.into_parts());
+        let operands = Operands { q: q.clone(), k: k.clone(), v: v.clone() };
+        let (o, lse) = B::attention_forward(operands, &options);
+        match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(State { q, k, v, o: o.clone(), lse, options }, o),
+            OpsKind::UnTracked(prep) => prep.finish(o),
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Attention out of products, for backends without a kernel.
+//!
+//! Queries go in chunks, each with the keys that any of its queries sees: the scores of one chunk exist at a time, and
+//! nothing is computed for keys that come after the chunk or lie before its window. Scores, softmax and sums over chunks
+//! are f32.
+
+use super::{AttentionOptions, Operands};
+use crate::ops::{QloraOps, float_dtype};
+use burn::backend::TensorMetadata;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{FloatDType, Shape, Slice, TensorData};
+use std::ops::Range;
+
+/// Scores of a chunk, at most: 64 MiB in f32.
+const SCORES: usize = 1 << 24;
+/// Queries of a chunk, at most: a chunk computes half of its square in vain.
+const MAX_QUERIES: usize = 256;
+/// Far below any score, yet finite: WGSL has no literal for infinity.
+const HIDDEN: f32 = -1e30;
+
+/// The dimensions, and the order of the operands inside: `[rows * kv_heads, group * len, head_dim]`.
+#[derive(Clone, Copy)]
+struct Dims {
+    rows: usize,
+    q_len: usize,
+    kv_len: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+/// A chunk: its queries and keys among those of all rows.
+struct Chunk {
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+impl Dims {
+    fn of<F: TensorMetadata>(operands: &Operands<F>) -> Self {
+        let [rows, q_len, heads, dim] = operands.q.shape().dims();
+        let [_, kv_len, kv_heads, _] = operands.k.shape().dims();
+        Self { rows, q_len, kv_len, heads, kv_heads, dim }
+    }
+
+    fn batches(self) -> usize {
+        self.rows * self.kv_heads
+    }
+
+    fn group(self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// The chunks of every row, in order.
+    fn chunks(self, options: &AttentionOptions) -> Vec<Chunk> {
+        let whole = [0, self.q_len as u32];
+        let bounds = options.packed.as_deref().unwrap_or(&whole);
+        let past = self.kv_len - self.q_len;
+        let mut chunks = Vec::new();
+        for row in bounds.windows(2) {
+            let (start, end) = (row[0] as usize, row[1] as usize);
+            let longest = SCORES / (self.rows * self.heads * (end - start + past)).max(1);
+            let step = longest.clamp(1, MAX_QUERIES);
+            for first in (start..end).step_by(step) {
+                let last = (first + step).min(end);
+                // The first key of the first query's window.
+                let seen = options.window.map_or(0, |window| (first + past + 1).saturating_sub(window));
+                // A row that is not packed starts at key 0, before its queries.
+                chunks.push(Chunk { queries: first..last, keys: seen.max(start)..last + past });
+            }
+        }
+        chunks
+    }
+
+    /// 0 where a query sees a key of the chunk, `[1, 1, queries, keys]`; none if all do.
+    fn bias<B: QloraOps>(
+        self,
+        chunk: &Chunk,
+        options: &AttentionOptions,
+        like: &FloatTensor<B>,
+    ) -> Option<FloatTensor<B>> {
+        let past = self.kv_len - self.q_len;
+        let window = options.window.unwrap_or(usize::MAX);
+        let sees = |position: usize, key: usize| key <= position && position - key < window;
+        let values: Vec<f32> = chunk
+            .queries
+            .clone()
+            .flat_map(|query| chunk.keys.clone().map(move |key| if sees(query + past, key) { 0.0 } else { HIDDEN }))
+            .collect();
+        if values.iter().all(|value| *value == 0.0) {
+            return None;
+        }
+        let shape = [1, 1, chunk.queries.len(), chunk.keys.len()];
+        Some(B::float_from_data(TensorData::new(values, shape), &like.device()))
+    }
+}
+
+fn slice<B: QloraOps>(x: FloatTensor<B>, dim: usize, range: Range<usize>) -> FloatTensor<B> {
+    let mut slices: Vec<Slice> = x.shape().iter().map(|len| Slice::from(0..*len)).collect();
+    slices[dim] = Slice::from(range);
+    B::float_slice(x, &slices)
+}
+
+fn transposed<B: QloraOps>(x: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_swap_dims(x, 1, 2)
+}
+
+/// Keys or values as `[rows * kv_heads, kv_len, dim]`.
+fn key_batches<B: QloraOps>(x: FloatTensor<B>, dims: Dims) -> FloatTensor<B> {
+    B::float_reshape(B::float_swap_dims(x, 1, 2), Shape::new([dims.batches(), dims.kv_len, dims.dim]))
+}
+
+/// A chunk of queries as `[rows * kv_heads, group * chunk, dim]`, from `[rows, heads, q_len, dim]`.
+fn query_batches<B: QloraOps>(x: FloatTensor<B>, chunk: &Chunk, dims: Dims) -> FloatTensor<B> {
+    let shape = [dims.batches(), dims.group() * chunk.queries.len(), dims.dim];
+    B::float_reshape(slice::<B>(x, 2, chunk.queries.clone()), Shape::new(shape))
+}
+
+/// Scaled, capped and masked scores of a chunk, `[rows * kv_heads, group, queries, keys]`, and the cap's tanh.
+fn scores<B: QloraOps>(
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    chunk: &Chunk,
+    dims: Dims,
+    options: &AttentionOptions,
+) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
+    let scores = B::matmul(q, transposed::<B>(k), FloatDType::F32);
+    let shape = [dims.batches(), dims.group(), chunk.queries.len(), chunk.keys.len()];
+    let scores = B::float_reshape(scores, Shape::new(shape));
+    let (scores, tanh) = match options.softcap {
+        None => (B::float_mul_scalar(scores, options.scale.into()), None),
+        Some(cap) => {
+            let tanh = B::float_tanh(B::float_mul_scalar(scores, (options.scale / cap).into()));
+            (B::float_mul_scalar(tanh.clone(), cap.into()), Some(tanh))
+        }
+    };
+    match dims.bias::<B>(chunk, options, &scores) {
+        Some(bias) => (B::float_add(scores, bias), tanh),
+        None => (scores, tanh),
+    }
+}
+
+/// `AttentionPasses::attention_forward`; lse is `[rows * kv_heads, group, q_len, 1]`.
+pub(super) fn forward<B: QloraOps>(
+    operands: Operands<FloatTensor<B>>,
+    options: &AttentionOptions,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let dims = Dims::of(&operands);
+    let dtype = float_dtype(operands.q.dtype());
+    let Operands { q, k, v } = operands;
+    let (q, k, v) = (B::float_swap_dims(q, 1, 2), key_batches::<B>(k, dims), key_batches::<B>(v, dims));
+    let (mut outs, mut sums) = (Vec::new(), Vec::new());
+    for chunk in dims.chunks(options) {
+        let keys = slice::<B>(k.clone(), 1, chunk.keys.clone());
+        let (scores, _) = scores::<B>(query_batches::<B>(q.clone(), &chunk, dims), keys, &chunk, dims, options);
+        let most = B::float_max_dim(scores.clone(), 3);
+        let weights = B::float_exp(B::float_sub(scores, most.clone()));
+        let sum = B::float_sum_dim(weights.clone(), 3);
+        let weights = B::float_cast(B::float_div(weights, sum.clone()), dtype);
+        let shape = [dims.batches(), dims.group() * chunk.queries.len(), chunk.keys.len()];
+        let weights = B::float_reshape(weights, Shape::new(shape));
+        let out = B::matmul(weights, slice::<B>(v.clone(), 1, chunk.keys.clone()), dtype);
+        outs.push(B::float_reshape(out, Shape::new([dims.rows, dims.heads, chunk.queries.len(), dims.dim])));
+        sums.push(B::float_add(most, B::float_log(sum)));
+    }
+    (B::float_swap_dims(cat::<B>(outs), 1, 2), cat::<B>(sums))
+}
+
+/// Chunks of queries one after the other.
+fn cat<B: QloraOps>(mut chunks: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+    if chunks.len() == 1 { chunks.swap_remove(0) } else { B::float_cat(chunks, 2) }
+}
+
+/// `sum[.., keys, ..] += part`.
+fn add<B: QloraOps>(sum: FloatTensor<B>, keys: &Range<usize>, part: FloatTensor<B>) -> FloatTensor<B> {
+    let [batches, len, dim] = sum.shape().dims();
+    if *keys == (0..len) {
+        return B::float_add(sum, part);
+    }
+    let old = slice::<B>(sum.clone(), 1, keys.clone());
+    let place = [Slice::from(0..batches), Slice::from(keys.clone()), Slice::from(0..dim)];
+    B::float_slice_assign(sum, &place, B::float_add(old, part))
+}
+
+/// `AttentionPasses::attention_backward`.
+pub(super) fn backward<B: QloraOps>(
+    operands: Operands<FloatTensor<B>>,
+    o: FloatTensor<B>,
+    lse: FloatTensor<B>,
+    d_out: FloatTensor<B>,
+    options: &AttentionOptions,
+) -> [FloatTensor<B>; 3] {
+    let dims = Dims::of(&operands);
+    let dtype = float_dtype(operands.q.dtype());
+    let Operands { q, k, v } = operands;
+    let (k, v) = (key_batches::<B>(k, dims), key_batches::<B>(v, dims));
+    let [q, o, d_out] = [q, o, d_out].map(|x| B::float_swap_dims(x, 1, 2));
+    let zeros = || B::float_zeros(k.shape(), &k.device(), FloatDType::F32);
+    let (mut dk, mut dv, mut dqs) = (zeros(), zeros(), Vec::new());
+    for chunk in dims.chunks(options) {
+        let queries = |x: &FloatTensor<B>| query_batches::<B>(x.clone(), &chunk, dims);
+        let (q, o, d_out) = (queries(&q), queries(&o), queries(&d_out));
+        let keys = slice::<B>(k.clone(), 1, chunk.keys.clone());
+        let values = slice::<B>(v.clone(), 1, chunk.keys.clone());
+        let products = B::float_mul(B::float_cast(o, FloatDType::F32), B::float_cast(d_out.clone(), FloatDType::F32));
+        let delta = B::float_sum_dim(products, 2);
+
+        let (scores, tanh) = scores::<B>(q.clone(), keys.clone(), &chunk, dims, options);
+        let lse = slice::<B>(lse.clone(), 2, chunk.queries.clone());
+        let flat = Shape::new([dims.batches(), dims.group() * chunk.queries.len(), chunk.keys.len()]);
+        let weights = B::float_reshape(B::float_exp(B::float_sub(scores, lse)), flat.clone());
+        let gradients = B::float_sub(B::matmul(d_out.clone(), transposed::<B>(values), FloatDType::F32), delta);
+        let mut gradients = B::float_mul(weights.clone(), gradients);
+        if let Some(tanh) = tanh {
+            let slope = B::float_add_scalar(B::float_neg(B::float_mul(tanh.clone(), tanh)), 1.0.into());
+            gradients = B::float_mul(gradients, B::float_reshape(slope, flat));
+        }
+        let (weights, gradients) = (B::float_cast(weights, dtype), B::float_cast(gradients, dtype));
+
+        let dq = B::matmul(gradients.clone(), keys, FloatDType::F32);
+        let dq = B::float_cast(B::float_mul_scalar(dq, options.scale.into()), dtype);
+        dqs.push(B::float_reshape(dq, Shape::new([dims.rows, dims.heads, chunk.queries.len(), dims.dim])));
+        dk = add::<B>(dk, &chunk.keys, B::matmul(transposed::<B>(gradients), q, FloatDType::F32));
+        dv = add::<B>(dv, &chunk.keys, B::matmul(transposed::<B>(weights), d_out, FloatDType::F32));
+    }
+    let dk = B::float_mul_scalar(dk, options.scale.into());
+    let [dk, dv] = [dk, dv].map(|x| {
+        let x = B::float_reshape(x, Shape::new([dims.rows, dims.kv_heads, dims.kv_len, dims.dim]));
+        B::float_cast(B::float_swap_dims(x, 1, 2), dtype)
+    });
+    [B::float_swap_dims(cat::<B>(dqs), 1, 2), dk, dv]
+}

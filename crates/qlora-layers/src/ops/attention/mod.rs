@@ -1,0 +1,119 @@
+//! Causal attention as one operation with one backward.
+//!
+//! `o = softmax(scale · q kᵀ) v` over the keys that a query sees: itself and what came before it in its row, or of that
+//! the last `window`. Query heads share key heads in groups (GQA); scores may go through `cap · tanh(s / cap)`. For the
+//! backward, `q`, `k`, `v`, `o` and one f32 per query and head (the log-sum-exp) are kept; scores are computed again.
+//!
+//! CUDA devices run [`fused_kernels::attention`] on 16-bit tensors. Elsewhere the operation is composed of products over
+//! chunks of queries and the keys that they see ([`composed`]), so that what exists of the scores at a time does not grow
+//! with the square of the length. Both round the probabilities, and their gradients, to the dtype of `q`.
+
+mod autodiff;
+mod composed;
+mod cube;
+mod flex;
+
+use super::QloraOps;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::tensor::Tensor;
+use std::sync::Arc;
+
+/// What an attention layer is configured with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionOptions {
+    /// Of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// How many keys a query sees at most, itself counted.
+    pub window: Option<usize>,
+    /// The cap of `cap · tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// First tokens of the rows that lie one after the other in a batch of one, from 0 on, and the number of tokens.
+    pub packed: Option<Arc<[u32]>>,
+}
+
+impl AttentionOptions {
+    /// Plain causal attention.
+    pub fn causal(head_dim: usize) -> Self {
+        Self { scale: 1.0 / (head_dim as f32).sqrt(), window: None, softcap: None, packed: None }
+    }
+}
+
+/// The tensor-level part, which autodiff knows.
+#[backend_extension(Cube, Flex, Autodiff)]
+pub trait AttentionOps: Backend {
+    /// See [`attention`].
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        options: AttentionOptions,
+    ) -> FloatTensor<Self>;
+}
+
+/// Queries, keys, values: `[rows, q_len, heads, head_dim]` and twice `[rows, kv_len, kv_heads, head_dim]`.
+pub(crate) struct Operands<F> {
+    q: F,
+    k: F,
+    v: F,
+}
+
+/// The two passes, on backends without autodiff.
+pub(crate) trait AttentionPasses: QloraOps {
+    /// The output, in the shape and dtype of `q`, and the log-sum-exp, f32, in a layout of the backend's own.
+    fn attention_forward(
+        operands: Operands<FloatTensor<Self>>,
+        options: &AttentionOptions,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        composed::forward::<Self>(operands, options)
+    }
+
+    /// The gradients of `q`, `k` and `v`, in their shapes and dtype, for `d_out` in that dtype.
+    fn attention_backward(
+        operands: Operands<FloatTensor<Self>>,
+        o: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        d_out: FloatTensor<Self>,
+        options: &AttentionOptions,
+    ) -> [FloatTensor<Self>; 3] {
+        composed::backward::<Self>(operands, o, lse, d_out, options)
+    }
+}
+
+/// Causal attention; queries are the last tokens of their rows.
+///
+/// Tensors may be views with any strides over tokens and heads, such as a reshaped projection or a transposed cache:
+/// GPU kernels read them in place.
+///
+/// # Shapes
+/// - `q`: `[rows, q_len, heads, head_dim]`
+/// - `k`, `v`: `[rows, kv_len, kv_heads, head_dim]`, `kv_len >= q_len`, `heads` a multiple of `kv_heads`
+/// - output: as `q`, in its dtype
+///
+/// # Panics
+/// When shapes or dtypes don't fit one another, a window is 0, or row bounds don't cover a batch of one.
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions) -> Tensor<4> {
+    let ([rows, q_len, heads, dim], [kv_rows, kv_len, kv_heads, kv_dim]) = (q.dims(), k.dims());
+    assert_eq!(k.dims(), v.dims(), "attention: keys and values differ in shape");
+    assert!((rows, dim) == (kv_rows, kv_dim), "attention: q is {:?}, k {:?}", q.dims(), k.dims());
+    assert!(kv_len >= q_len, "attention: {q_len} queries of {kv_len} keys");
+    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {heads} query heads, {kv_heads} key heads");
+    assert!(q.dtype() == k.dtype() && k.dtype() == v.dtype(), "attention: q, k and v must have one dtype");
+    assert!(options.window != Some(0), "attention: a query sees itself at least");
+    if let Some(bounds) = &options.packed {
+        assert!(rows == 1 && q_len == kv_len, "attention: packed rows lie in a batch of one");
+        assert!(
+            bounds.first() == Some(&0) && bounds.last() == Some(&(q_len as u32)) && bounds.is_sorted(),
+            "attention: row bounds {bounds:?} don't cover {q_len} tokens"
+        );
+    }
+    if q.shape().num_elements() == 0 {
+        return q;
+    }
+    Tensor::from_dispatch(<Dispatch as AttentionOps>::attention(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        options.clone(),
+    ))
+}
