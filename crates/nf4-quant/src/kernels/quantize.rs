@@ -283,7 +283,9 @@ fn quantize_kernel<F: Float, N: Size>(
                 // are padding.
                 let left = elements - (first + w * 8);
                 if left < 7 {
-                    word &= (1u32 << ((left + 1) / 2 * 8) as u32) - 1u32;
+                    // The bits of the bytes that hold them.
+                    let bits = ((left + 1) * 4) as u32 & 24;
+                    word &= (1u32 << bits) - 1u32;
                 }
                 // A block of zeros has code 0, whatever 0 * (1 / 0) may be here.
                 codes[first / 8 + w] = select(max == 0, 0u32, word);
