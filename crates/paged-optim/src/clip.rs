@@ -1,12 +1,23 @@
 //! Clipping by global norm (Pascanu et al., 2013, arXiv 1211.5063, algorithm 1), as `torch.nn.utils.clip_grad_norm_` does it.
+//!
+//! The factor is folded into the update: no pass over the gradients applies it, and the norm stays on the device.
 
 use burn::tensor::Tensor;
+
+/// The norm of all gradients together, and what it is scaled down to.
+#[derive(Clone, Debug)]
+pub struct Clip {
+    /// [`global_norm`]. Where it is infinite or NaN, the update changes nothing.
+    pub norm: Tensor<1>,
+    /// The largest norm that is left as it is; 0 turns clipping off.
+    pub max_norm: f32,
+}
 
 /// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device.
 ///
 /// # Panics
 /// When there are no gradients.
-pub fn global_norm<'a>(grads: impl IntoIterator<Item = &'a Tensor<2>>) -> Tensor<1> {
+pub fn global_norm<'a, const D: usize>(grads: impl IntoIterator<Item = &'a Tensor<D>>) -> Tensor<1> {
     let squares: Vec<Tensor<1>> = grads.into_iter().map(|grad| grad.clone().square().sum()).collect();
     Tensor::cat(squares, 0).sum().sqrt()
 }

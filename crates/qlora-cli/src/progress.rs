@@ -217,6 +217,7 @@ mod tests {
             tokens: 1000,
             tokens_per_second: 912.4,
             memory_bytes: 412 << 20,
+            paging: None,
             elapsed_seconds: 3.0,
         };
         let words = step_words(&metrics, Some(Duration::from_secs(190)));

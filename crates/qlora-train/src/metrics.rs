@@ -19,6 +19,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use paged_optim::Paging;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::TrainError;
@@ -50,6 +51,10 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Memory in use on the device (of the process, on the CPU); the highest value seen so far.
     pub memory_bytes: u64,
+    /// Where the optimizer's state is and what of it was moved since the start or the last resume; left out while all
+    /// of it stays on the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paging: Option<Paging>,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
 }
@@ -284,6 +289,7 @@ mod tests {
             tokens: 100,
             tokens_per_second: 1000.0,
             memory_bytes: 1 << 20,
+            paging: step.is_multiple_of(2).then(|| Paging { pages: 10, bytes_in: 1 << 40, ..Default::default() }),
             elapsed_seconds: step as f64,
         }
     }

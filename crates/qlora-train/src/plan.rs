@@ -4,6 +4,7 @@ use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
 use burn::tensor::FloatDType;
+use paged_optim::OptimizerConfig;
 use qlora_layers::ActivationCheckpointing;
 use qlora_layers::target_modules::{LinearModule, Target, resolve};
 use qlora_models::ModelConfig;
@@ -20,7 +21,7 @@ pub struct MemoryEstimate {
     pub adapters: u64,
     /// Their gradients in f32.
     pub gradients: u64,
-    /// AdamW's moments in f32.
+    /// The optimizer's moments, wherever they are.
     pub optimizer: u64,
     /// Activations kept for backward, one block's working set, and the logits.
     pub activations: u64,
@@ -80,7 +81,9 @@ impl Plan {
         let head: u64 = linears.iter().filter(|(path, _)| path == "lm_head").map(|(_, shape)| elements(*shape)).sum();
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         let norms = ((2 * model.num_hidden_layers + 1) * model.hidden_size) as u64;
-        let trainable: u64 = targets.iter().map(|(target, [out, input])| (target.rank * (out + input)) as u64).sum();
+        let factors = || targets.iter().flat_map(|(target, [out, input])| [target.rank * input, target.rank * out]);
+        let trainable: u64 = factors().map(|len| len as u64).sum();
+        let optimizer = OptimizerConfig { kind: config.train.optimizer, ..Default::default() };
 
         let linear_weights = match config.quantization.quant_config() {
             None => in_blocks * width,
@@ -108,7 +111,7 @@ impl Plan {
                 other_weights: (head + embeddings + norms) * width,
                 adapters: 4 * trainable,
                 gradients: 4 * trainable,
-                optimizer: 8 * trainable,
+                optimizer: factors().map(|len| optimizer.state_bytes(len)).sum(),
                 activations: kept + 3 * 4 * tokens * model.vocab_size as u64,
             },
             targets,
