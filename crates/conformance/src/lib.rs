@@ -12,6 +12,7 @@
 //! | [`qlora`] | a training run step by step, its adapter, and what the adapter computes on each base |
 //! | [`adapters`] | PEFT adapters of each kind: files and logits |
 //! | [`chat`] | chat templates, as text and as tokens |
+//! | [`optimizers`] | parameters and state of AdamW and Lion, 32-bit, 8-bit and paged |
 //!
 //! Every bar is stated, with its reason, where it is set.
 
@@ -20,6 +21,7 @@ pub mod bnb;
 pub mod chat;
 mod compare;
 pub mod logits;
+pub mod optimizers;
 pub mod qlora;
 mod reference;
 mod report;
@@ -45,13 +47,13 @@ pub enum Section {
     /// Chat templates.
     Chat,
     /// bitsandbytes' optimizers.
-    Optim,
+    Optimizers,
 }
 
 impl Section {
     /// Every section, in the order in which they run.
     pub const ALL: [Self; 7] =
-        [Self::Bnb, Self::Logits, Self::Qlora, Self::Adapters, Self::Archs, Self::Chat, Self::Optim];
+        [Self::Bnb, Self::Logits, Self::Qlora, Self::Adapters, Self::Archs, Self::Chat, Self::Optimizers];
 
     /// The section's name, the first part of its cases' names.
     pub fn name(self) -> &'static str {
@@ -62,7 +64,7 @@ impl Section {
             Self::Adapters => "adapters",
             Self::Archs => "archs",
             Self::Chat => "chat",
-            Self::Optim => "optim",
+            Self::Optimizers => "optimizers",
         }
     }
 }
@@ -76,7 +78,8 @@ pub fn run(reference: &Reference, device: &Device, sections: &[Section], report:
             Section::Qlora => qlora::cases(reference, device, report),
             Section::Adapters => adapters::cases(reference, device, report),
             Section::Chat => chat::cases(reference, report),
-            Section::Archs | Section::Optim => {
+            Section::Optimizers => optimizers::cases(reference, device, report),
+            Section::Archs => {
                 report.skip(section.name(), "not compared yet");
                 Ok(())
             }

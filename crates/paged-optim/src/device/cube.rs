@@ -2,8 +2,8 @@
 //!
 //! # Where copies run
 //!
-//! Pages are allocated and uploaded on a stream of their own, so that on CUDA a page comes in while the kernel of the
-//! page before runs; CubeCL orders a kernel behind the stream that made its buffers. The way out is on the stream of
+//! On CUDA pages are allocated and uploaded on a stream of their own, so that a page comes in while the kernel of the
+//! page before runs (other runtimes have one queue for everything); CubeCL orders a kernel behind the stream that made its buffers. The way out is on the stream of
 //! the kernels: CubeCL knows when a buffer was made, not when another stream wrote to it, and there it is behind the
 //! update without further ado. For the same reason a page that comes in gets a new buffer instead of an old one's
 //! room.
@@ -37,8 +37,8 @@ pub(crate) struct CubeDevice {
     /// A download borrows its client, and outlives the call that starts it.
     client: &'static Client,
     device: burn_cubecl::CubeDevice,
-    /// Pages are allocated and uploaded on this one.
-    copies: StreamId,
+    /// Pages are allocated and uploaded on this stream, or with everything else.
+    copies: Option<StreamId>,
     /// The 8-bit maps.
     tables: Option<Handle>,
 }
@@ -47,7 +47,16 @@ impl CubeDevice {
     pub(crate) fn new(device: burn_cubecl::CubeDevice) -> Self {
         // One for all optimizers: every stream has memory pools of its own.
         static COPIES: LazyLock<StreamId> = LazyLock::new(StreamId::allocate);
-        Self { client: lasting(device.client()), device, copies: *COPIES, tables: None }
+        let client = lasting(device.client());
+        let copies = (client.name() == "cuda").then(|| *COPIES);
+        Self { client, device, copies, tables: None }
+    }
+
+    fn on_copies<T>(&self, work: impl FnOnce() -> T) -> T {
+        match self.copies {
+            Some(stream) => stream.executes(work),
+            None => work(),
+        }
     }
 
     fn finish(&self, download: Download) -> Result<Bytes, OptimError> {
@@ -78,27 +87,30 @@ fn lasting(client: Client) -> &'static Client {
 
 impl Memory for CubeDevice {
     type Page = Handle;
-    /// With the page's bytes.
-    type Leaving = Mutex<Download>;
+    /// The buffer too, whose room must not be used again before the copy is done.
+    type Leaving = (Handle, Mutex<Download>);
     type Host = Bytes;
 
     fn zeros(&mut self, words: usize) -> Handle {
         let (client, device) = (self.client.clone(), self.device.clone());
-        self.copies.executes(|| {
+        self.on_copies(|| {
             burn_cubecl::ops::numeric::zeros_client(client, device, Shape::new([words]), DType::U32).handle
         })
     }
 
     fn upload(&mut self, page: Bytes) -> Handle {
-        self.copies.executes(|| self.client.create(page))
+        self.on_copies(|| self.client.create(page))
     }
 
-    fn download(&mut self, page: Handle) -> Mutex<Download> {
-        Mutex::new(self.start(&page))
+    fn download(&mut self, page: Handle) -> (Handle, Mutex<Download>) {
+        let download = self.start(&page);
+        (page, Mutex::new(download))
     }
 
-    fn wait(&mut self, page: Mutex<Download>) -> Result<Bytes, OptimError> {
-        self.finish(page.into_inner().unwrap_or_else(PoisonError::into_inner))
+    fn wait(&mut self, (page, download): (Handle, Mutex<Download>)) -> Result<Bytes, OptimError> {
+        let bytes = self.finish(download.into_inner().unwrap_or_else(PoisonError::into_inner))?;
+        drop(page);
+        Ok(bytes)
     }
 
     fn host(&mut self, words: Vec<u32>) -> Bytes {
@@ -119,7 +131,7 @@ impl Memory for CubeDevice {
 
     fn trim(&mut self) {
         // Refused only while a stream records a graph; then the next time gives the memory back.
-        let _ = self.copies.executes(|| self.client.memory_cleanup());
+        let _ = self.on_copies(|| self.client.memory_cleanup());
     }
 }
 

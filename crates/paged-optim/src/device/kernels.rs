@@ -8,9 +8,10 @@
 //! A kernel has a binding for parameter and gradient of every segment, so there are few variants: the number of
 //! segments is [`MEMBERS`] or, for what is left of a page, a power of two.
 //!
-//! Every operation is written as in [`crate::reference`]. Compilers may fuse a multiplication with an addition, and
-//! WGSL's division and square root may be off by 2.5 units in the last place, so the results equal the oracle's but for
-//! rounding; on one device they are the same bits at every launch, however state is cut.
+//! Every operation is written as in [`crate::reference`], and rounded as there: compilers fuse a * b + c into one
+//! operation with one rounding, differently in each variant of a kernel, so that the cuts between pages would show in
+//! the results. Hence (a * b) * one + c with a `one` passed at run time: fused, that is round(round(a * b) * 1 + c).
+//! What is left is WGSL's division and square root, which may be off by 2.5 units in the last place.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -103,7 +104,7 @@ fn launch(
     let cube_dim = CubeDim::new_1d(UNITS as u32);
     let count = members.len();
     let Scalars { beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm } = *scalars;
-    let scalars = ScalarArgsLaunch::new(beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm);
+    let scalars = ScalarArgsLaunch::new(beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm, 1.0);
     // SAFETY: the page is as long as its layout says, the norm has one element; the kernels stay within the segments.
     unsafe {
         let norm = BufferArg::from_raw_parts(norm.clone(), 1);
@@ -176,6 +177,8 @@ struct ScalarArgs {
     eps: f32,
     keep: f32,
     max_norm: f32,
+    /// 1, unknown to the compiler: keeps each product's own rounding.
+    one: f32,
 }
 
 /// Whether the norm is finite, by its bits: compilers may take for granted that floats are.
@@ -194,10 +197,10 @@ fn clip_factor(norm: f32, max_norm: f32) -> f32 {
 #[cube]
 fn adamw_element(values: &mut Array<f32>, s: &ScalarArgs) {
     let g = values[1];
-    let m = s.beta1 * values[2] + s.rest1 * g;
-    let v = s.beta2 * values[3] + s.rest2 * (g * g);
-    let denominator = v.sqrt() / s.correction2 + s.eps;
-    values[0] = values[0] * s.keep - s.step_size * (m / denominator);
+    let m = s.beta1 * values[2] * s.one + s.rest1 * g * s.one;
+    let v = s.beta2 * values[3] * s.one + s.rest2 * (g * g) * s.one;
+    let denominator = v.sqrt() / s.correction2 * s.one + s.eps;
+    values[0] = values[0] * s.keep * s.one - s.step_size * (m / denominator) * s.one;
     values[2] = m;
     values[3] = v;
 }
@@ -207,10 +210,10 @@ fn adamw_element(values: &mut Array<f32>, s: &ScalarArgs) {
 fn lion_element(values: &mut Array<f32>, s: &ScalarArgs) {
     let g = values[1];
     let m = values[2];
-    let direction = s.beta1 * m + s.rest1 * g;
+    let direction = s.beta1 * m * s.one + s.rest1 * g * s.one;
     let sign = select(direction > 0.0f32, 1.0f32, select(direction < 0.0f32, -1.0f32, 0.0f32));
-    values[0] = values[0] * s.keep - s.step_size * sign;
-    values[2] = s.beta2 * m + s.rest2 * g;
+    values[0] = values[0] * s.keep * s.one - s.step_size * sign * s.one;
+    values[2] = s.beta2 * m * s.one + s.rest2 * g * s.one;
 }
 
 #[cube]
