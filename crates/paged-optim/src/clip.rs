@@ -2,7 +2,10 @@
 //!
 //! The factor is folded into the update: no pass over the gradients applies it, and the norm stays on the device.
 
-use burn::tensor::Tensor;
+use burn::backend::DispatchDevice;
+use burn::tensor::{DType, Tensor};
+
+use crate::device;
 
 /// The norm of all gradients together, and what it is scaled down to.
 #[derive(Clone, Debug)]
@@ -13,13 +16,26 @@ pub struct Clip {
     pub max_norm: f32,
 }
 
-/// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device.
+/// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device; the same bits at
+/// every call with the same gradients.
 ///
 /// # Panics
-/// When there are no gradients.
+/// When there are no gradients, or they are not f32.
 pub fn global_norm<'a, const D: usize>(grads: impl IntoIterator<Item = &'a Tensor<D>>) -> Tensor<1> {
-    let squares: Vec<Tensor<1>> = grads.into_iter().map(|grad| grad.clone().square().sum()).collect();
-    Tensor::cat(squares, 0).sum().sqrt()
+    let flat = |grad: &Tensor<D>| {
+        assert_eq!(grad.dtype(), DType::F32, "gradients are f32");
+        grad.clone().reshape([grad.shape().num_elements()])
+    };
+    let grads: Vec<Tensor<1>> = grads.into_iter().map(flat).collect();
+    let on_gpu = grads.first().is_some_and(|grad| matches!(grad.device().as_dispatch(), DispatchDevice::Cube(_)));
+    let composed = |grads: Vec<Tensor<1>>| {
+        let squares = grads.into_iter().map(|grad| grad.square().sum()).collect();
+        Tensor::cat(squares, 0).sum().sqrt()
+    };
+    match on_gpu {
+        true => device::global_norm(grads).unwrap_or_else(|| panic!("there are no gradients")),
+        false => composed(grads),
+    }
 }
 
 /// The factor that brings gradients of norm `norm` to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`.

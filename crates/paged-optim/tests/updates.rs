@@ -84,8 +84,7 @@ fn step(optimizer: &mut Optimizer, params: &mut [Vec<f32>], step: usize, device:
     let host_grads = grads(step);
     let present: Vec<usize> = (0..LENS.len()).filter(|&i| has_grad(step, i)).collect();
     let grads: Vec<Tensor<1>> = present.iter().map(|&i| tensor(&host_grads[i], device)).collect();
-    let squares = present.iter().flat_map(|&i| &host_grads[i]).map(|g| f64::from(*g) * f64::from(*g));
-    let norm = tensor(&[squares.sum::<f64>().sqrt() as f32], device);
+    let norm = global_norm(&grads);
     let updates = present
         .iter()
         .zip(grads)
@@ -325,6 +324,22 @@ fn gradients_that_are_not_finite_change_nothing() {
             let updated: Vec<Vec<f32>> = updated.into_iter().map(host).collect();
             assert_eq!(bits(&updated), bits(&params[3..4]), "{name} {kind}");
             assert!(optimizer.state().unwrap() == before, "{name} {kind}");
+        }
+    }
+}
+
+/// However many gradients there are, of whatever lengths; twice the same bits.
+#[test]
+fn the_global_norm_is_right_and_repeats() {
+    for (name, device) in devices() {
+        for count in [1, 3, 14] {
+            let host_grads: Vec<Vec<f32>> = grads(7).into_iter().take(count).collect();
+            let tensors: Vec<Tensor<1>> = host_grads.iter().map(|grad| tensor(grad, &device)).collect();
+            let norms: Vec<f32> = (0..3).map(|_| host(global_norm(&tensors))[0]).collect();
+            let expected = host_grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            // A sum of positive terms in f32, in runs and trees: a few ulp.
+            assert!((f64::from(norms[0]) / expected - 1.0).abs() < 1e-6, "{name}: {} against {expected}", norms[0]);
+            assert!(norms.iter().all(|norm| norm.to_bits() == norms[0].to_bits()), "{name}: {norms:?}");
         }
     }
 }

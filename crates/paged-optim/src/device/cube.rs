@@ -24,7 +24,7 @@ use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::server::{Handle, ServerError};
 
-use super::{Backend, kernels};
+use super::{Backend, kernels, norm};
 use crate::OptimError;
 use crate::config::{Rule, Scalars};
 use crate::layout::PageLayout;
@@ -69,6 +69,16 @@ impl CubeDevice {
         let client: &'static Client = self.client;
         Box::pin(client.read_async(vec![page.clone()]))
     }
+}
+
+/// The norm of gradients on one device; see [`norm`].
+pub(crate) fn global_norm(grads: Vec<Tensor<1>>) -> Option<Tensor<1>> {
+    let grads: Vec<CubeTensor> = grads.into_iter().map(CubeDevice::open).collect();
+    let (client, device) = grads.first().map(|first| (first.client.clone(), first.device.clone()))?;
+    let buffers: Vec<norm::Gradient<'_>> =
+        grads.iter().map(|grad| (&grad.handle, grad.meta.shape().num_elements())).collect();
+    let handle = norm::global_norm(&client, &buffers);
+    Some(CubeDevice::close(CubeTensor::new_contiguous(client, device, Shape::new([1]), handle, DType::F32)))
 }
 
 /// A client that is never dropped; one per device of the process.

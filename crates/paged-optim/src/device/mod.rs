@@ -6,6 +6,7 @@
 mod cube;
 mod flex;
 mod kernels;
+mod norm;
 
 use burn::tensor::Tensor;
 
@@ -14,7 +15,7 @@ use crate::config::Rule;
 use crate::layout::PageLayout;
 use crate::pager::Memory;
 
-pub(crate) use cube::CubeDevice;
+pub(crate) use cube::{CubeDevice, global_norm};
 pub(crate) use flex::FlexDevice;
 
 /// A device that updates parameters.
