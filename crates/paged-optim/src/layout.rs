@@ -80,9 +80,11 @@ pub(crate) fn pages(config: &OptimizerConfig, lens: &[usize], page_bytes: u64) -
     [Format::Full, Format::Block8]
         .into_iter()
         .flat_map(|format| {
-            let members = lens.iter().copied().enumerate().filter(move |(_, len)| {
-                *len > 0 && config.is_8bit(*len) == (format == Format::Block8)
-            });
+            let members = lens
+                .iter()
+                .copied()
+                .enumerate()
+                .filter(move |(_, len)| *len > 0 && config.is_8bit(*len) == (format == Format::Block8));
             cut(format, moments, members, capacity)
         })
         .collect()
@@ -155,8 +157,9 @@ mod tests {
         let config = OptimizerConfig { kind: OptimizerKind::AdamW8bit, ..Default::default() };
         let pages = pages(&config, &[64, 8192, 64], u64::MAX);
         assert_eq!(pages.len(), 2);
-        let parameters =
-            |format| pages.iter().filter(move |p| p.format == format).flat_map(|p| p.segments.iter().map(|s| s.parameter));
+        let parameters = |format| {
+            pages.iter().filter(move |p| p.format == format).flat_map(|p| p.segments.iter().map(|s| s.parameter))
+        };
         assert_eq!(parameters(Format::Full).collect::<Vec<_>>(), [0, 2]);
         assert_eq!(parameters(Format::Block8).collect::<Vec<_>>(), [1]);
     }

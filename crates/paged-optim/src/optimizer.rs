@@ -47,7 +47,10 @@ pub struct Optimizer {
 
 impl fmt::Debug for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Optimizer").field("config", &self.config).field("updates", &self.updates).finish_non_exhaustive()
+        f.debug_struct("Optimizer")
+            .field("config", &self.config)
+            .field("updates", &self.updates)
+            .finish_non_exhaustive()
     }
 }
 
@@ -193,10 +196,8 @@ where
         scalars: &Scalars,
     ) -> Result<(), OptimError> {
         let norm = B::open(norm);
-        let mut tensors: Vec<Option<(B::Tensor, B::Tensor)>> = work
-            .iter_mut()
-            .map(|pair| pair.take().map(|(param, grad)| (B::open_mut(param), B::open(grad))))
-            .collect();
+        let mut tensors: Vec<Option<(B::Tensor, B::Tensor)>> =
+            work.iter_mut().map(|pair| pair.take().map(|(param, grad)| (B::open_mut(param), B::open(grad)))).collect();
         let touched = |page: &&PageLayout| page.segments.iter().any(|s| tensors[s.parameter].is_some());
         let order: Vec<usize> =
             pages.iter().enumerate().filter(|(_, page)| touched(page)).map(|(index, _)| index).collect();

@@ -99,13 +99,7 @@ fn step(optimizer: &mut Optimizer, params: &mut [Vec<f32>], step: usize, device:
 }
 
 /// One step of the oracle.
-fn oracle_step(
-    config: &OptimizerConfig,
-    state: &mut [Moments],
-    params: &mut [Vec<f32>],
-    step: usize,
-    norm: f32,
-) {
+fn oracle_step(config: &OptimizerConfig, state: &mut [Moments], params: &mut [Vec<f32>], step: usize, norm: f32) {
     let scalars = config.scalars(step as u64, LEARNING_RATE, MAX_NORM);
     let factor = reference::gradient_factor(norm, MAX_NORM).unwrap();
     for (i, g) in grads(step).iter().enumerate().filter(|(i, _)| has_grad(step, *i)) {
@@ -179,10 +173,7 @@ fn same_moment(found: &Moment, expected: &Moment, exact: bool, what: &str) {
             // Two products and a sum, fused or not.
             assert_eq!(close(found, expected, 1e-9, 1e-6), 0, "{what}");
         }
-        (
-            Moment::Block8 { codes, absmax },
-            Moment::Block8 { codes: expected_codes, absmax: expected_absmax },
-        ) => {
+        (Moment::Block8 { codes, absmax }, Moment::Block8 { codes: expected_codes, absmax: expected_absmax }) => {
             assert_eq!(close(absmax, expected_absmax, 1e-12, 1e-6), 0, "{what}: absmax");
             let differing: Vec<_> = codes.iter().zip(expected_codes).filter(|(a, b)| a != b).collect();
             // A value within rounding of a threshold takes one of its two neighbours.

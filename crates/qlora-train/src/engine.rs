@@ -232,17 +232,16 @@ impl Engine {
         for ((_, adapter), grads) in self.model.adapters_mut().zip(grads) {
             let Some(grads) = grads else { continue };
             let index = 2 * adapter.index as usize;
-            for (offset, (factor, grad)) in [&mut adapter.lora_a, &mut adapter.lora_b].into_iter().zip(grads).enumerate()
+            for (offset, (factor, grad)) in
+                [&mut adapter.lora_a, &mut adapter.lora_b].into_iter().zip(grads).enumerate()
             {
                 // The gradient keeps the factor's place meanwhile: a factor that nobody else holds is updated in place.
                 let param = std::mem::replace(factor, grad.clone()).without_autodiff();
                 updates.push(Update::new(index + offset, param, grad));
             }
         }
-        let updated = self
-            .optimizer
-            .step(updates, learning_rate, Some(clip))
-            .map_err(|e| TrainError::Device(e.to_string()))?;
+        let updated =
+            self.optimizer.step(updates, learning_rate, Some(clip)).map_err(|e| TrainError::Device(e.to_string()))?;
         let mut updated = updated.into_iter();
         for ((_, adapter), present) in self.model.adapters_mut().zip(present) {
             if !present {

@@ -6,8 +6,12 @@
 //! ```json
 //! {"step":1,"epoch":0.008,"loss":8.31,"learning_rate":0.0002,"grad_norm":1.9,"tokens":1650,
 //!  "tokens_per_second":910.2,"memory_bytes":512000000,"elapsed_seconds":1.8}
+//! {"step":2,"epoch":0.016,...,"memory_bytes":512000000,"paging":{"pages":80,"resident":12,"evicted":68,
+//!  "resident_bytes":201326592,"bytes_in":1140850688,"bytes_out":2281701376},"elapsed_seconds":3.5}
 //! {"step":100,"eval_loss":0.91,"eval_tokens":20312,"elapsed_seconds":181.0}
 //! ```
+//!
+//! `paging` is there once optimizer state was moved to host memory.
 //!
 //! The file is a log: lines are appended as they come, which is the one exception to the rule that
 //! files appear whole. A run that resumes at step k first drops every later line (and a last line

@@ -4,7 +4,7 @@ use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
 use burn::tensor::FloatDType;
-use paged_optim::OptimizerConfig;
+use paged_optim::{Budget, OptimizerConfig};
 use qlora_layers::ActivationCheckpointing;
 use qlora_layers::target_modules::{LinearModule, Target, resolve};
 use qlora_models::ModelConfig;
@@ -21,7 +21,7 @@ pub struct MemoryEstimate {
     pub adapters: u64,
     /// Their gradients in f32.
     pub gradients: u64,
-    /// The optimizer's moments, wherever they are.
+    /// The optimizer's moments, as far as `train.optimizer_budget` lets them stay on the device.
     pub optimizer: u64,
     /// Activations kept for backward, one block's working set, and the logits.
     pub activations: u64,
@@ -84,6 +84,11 @@ impl Plan {
         let factors = || targets.iter().flat_map(|(target, [out, input])| [target.rank * input, target.rank * out]);
         let trainable: u64 = factors().map(|len| len as u64).sum();
         let optimizer = OptimizerConfig { kind: config.train.optimizer, ..Default::default() };
+        let state: u64 = factors().map(|len| optimizer.state_bytes(len)).sum();
+        let state_on_device = match config.train.optimizer_budget {
+            Budget::Bytes(budget) => state.min(budget),
+            Budget::Auto | Budget::Unlimited => state,
+        };
 
         let linear_weights = match config.quantization.quant_config() {
             None => in_blocks * width,
@@ -111,7 +116,7 @@ impl Plan {
                 other_weights: (head + embeddings + norms) * width,
                 adapters: 4 * trainable,
                 gradients: 4 * trainable,
-                optimizer: factors().map(|len| optimizer.state_bytes(len)).sum(),
+                optimizer: state_on_device,
                 activations: kept + 3 * 4 * tokens * model.vocab_size as u64,
             },
             targets,

@@ -118,7 +118,9 @@ fn every_optimizer_resumes_bit_for_bit_under_another_budget() {
         assert!(message.contains(&format!("train.optimizer was \"{kind}\", now is \"{other}\"")), "{message}");
         let checkpoint = checkpoint::load(&broken.join("checkpoint-000004")).unwrap();
         let message = checkpoint.moments(&[], other).unwrap_err().to_string();
-        assert!(message.contains(&format!("saved by the optimizer {kind}")) && message.contains("optimizer.safetensors"));
+        assert!(
+            message.contains(&format!("saved by the optimizer {kind}")) && message.contains("optimizer.safetensors")
+        );
     }
 }
 
