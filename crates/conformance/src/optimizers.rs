@@ -144,8 +144,7 @@ fn compare(
                 let beyond = codes.iter().zip(theirs.data).enumerate().filter(|(i, (ours, theirs))| {
                     let block = i / BLOCKSIZE;
                     let off = value(**ours, absmax[block]) - value(**theirs, their_absmax[block]);
-                    // Not `off.abs() > 3e-3`, which a NaN would pass.
-                    !(off.abs() <= 3e-3)
+                    off.is_nan() || off.abs() > 3e-3
                 });
                 (beyond.count() + codes.len().abs_diff(theirs.data.len()), 20.0, "values off by more than 3e-3")
             }
