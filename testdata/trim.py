@@ -8,8 +8,9 @@ program that reads the full folder reads the trimmed one. What is cut:
   bnb/quantize_4bit         of each group of cases over 30,000 elements only the double-quantized NF4 one with blocksize 64
   bnb/matmul_4bit           the second of three shapes
   qlora                     the final adapter and logits of the bf16 run; its losses stay
+  bnb/optimizers            the first ELEMENTS elements of every parameter, gradient and moment (blocks of 256 do not know of
+                            each other), without the paged optimizers and PyTorch's, which give the same
   archs                     all of it: make_archs.py writes smaller models of the same families
-  optimizers                not yet compared by the tests in this repository
 Needs safetensors, numpy and ml_dtypes.
 """
 import json, shutil, sys
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 POSITIONS, ADAPTER_POSITIONS = 3, 2
+ELEMENTS = 512
 ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -43,13 +45,21 @@ def positions(count=POSITIONS):
     return lambda t: {k: v[:, :count] for k, v in t.items()}
 
 
+def optimizers(t):
+    full = len(t["param0"])
+    cut = {full: ELEMENTS, full // 256: ELEMENTS // 256}
+    length = lambda k, v: v.shape[-1] if "qmap" in k else cut.get(v.shape[-1], v.shape[-1])
+    return {k: v[..., : length(k, v)] for k, v in t.items() if not k.startswith(("paged_", "torch_"))}
+
+
 for name in ["reference.json", "tiny-llama", "tiny-llama-bnb-4bit", "chat", "logits/greedy.json", "bnb/quantize_blockwise.safetensors",
-             "qlora/batches.safetensors", "qlora/hyper.json", "qlora/log_f32.json", "qlora/log_bf16.json",
+             "bnb/optimizers.json", "qlora/batches.safetensors", "qlora/hyper.json", "qlora/log_f32.json", "qlora/log_bf16.json",
              "qlora/merged_greedy.json", "qlora/initial_adapter", "qlora/final_adapter_f32", *(f"adapters/{a}" for a in ADAPTERS)]:
     copy(name)
 tensors("logits/tiny-llama.safetensors", positions())
 tensors("qlora/logits_f32.safetensors", positions())
 tensors("adapters/logits.safetensors", positions(ADAPTER_POSITIONS))
+tensors("bnb/optimizers.safetensors", optimizers)
 cases = json.loads((src / "bnb/quantize_4bit.json").read_text())
 kept = [c for c in cases if c["shape"][0] * c["shape"][1] < 30_000 or (c["quant_type"], c["blocksize"], c["double_quant"]) == ("nf4", 64, True)]
 tensors("bnb/quantize_4bit.safetensors", lambda t: {k: v for k, v in t.items() if any(k.startswith(c["prefix"]) for c in kept)})

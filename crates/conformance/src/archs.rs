@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_qlora::adapter_io::Adapter;
 use burn_qlora::nf4_quant::QuantConfig;
-use burn_qlora::paged_optim::AdamWConfig;
+use burn_qlora::paged_optim::{Budget, OptimizerConfig};
 use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, mix};
 use burn_qlora::qlora_models::{Decoder, KvCache, LoadOptions};
 use burn_qlora::qlora_train::data::Batch;
@@ -80,7 +80,8 @@ fn compare(reference: &Reference, name: &str, device: &Device, subject: &str, re
     let norm = gradients(&model, &batch, subject, report)?;
 
     // No clipping: the norm reported is the gradients' own.
-    let mut engine = Engine::new(model, AdamWConfig::default(), f32::MAX, ActivationCheckpointing::Full)?;
+    let mut engine =
+        Engine::new(model, OptimizerConfig::default(), Budget::Unlimited, f32::MAX, ActivationCheckpointing::Full)?;
     let output = engine.step(std::slice::from_ref(&batch), 1e-3, SEED)?;
     report.compare(format!("{subject}: gradient norm of a step"), relative(output.grad_norm, norm), NORM_BAR);
     let model = engine.into_model();

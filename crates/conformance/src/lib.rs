@@ -13,6 +13,7 @@
 //! | [`adapters`] | PEFT adapters of each kind: files and logits |
 //! | [`archs`] | models of each architecture: logits, gradients, a training step, their adapters' round trip |
 //! | [`chat`] | chat templates, as text and as tokens |
+//! | [`optimizers`] | parameters and state of AdamW and Lion, 32-bit, 8-bit and paged |
 //!
 //! Every bar is stated, with its reason, where it is set.
 
@@ -22,6 +23,7 @@ pub mod bnb;
 pub mod chat;
 mod compare;
 pub mod logits;
+pub mod optimizers;
 pub mod qlora;
 mod reference;
 mod report;
@@ -47,13 +49,13 @@ pub enum Section {
     /// Chat templates.
     Chat,
     /// bitsandbytes' optimizers.
-    Optim,
+    Optimizers,
 }
 
 impl Section {
     /// Every section, in the order in which they run.
     pub const ALL: [Self; 7] =
-        [Self::Bnb, Self::Logits, Self::Qlora, Self::Adapters, Self::Archs, Self::Chat, Self::Optim];
+        [Self::Bnb, Self::Logits, Self::Qlora, Self::Adapters, Self::Archs, Self::Chat, Self::Optimizers];
 
     /// The section's name, the first part of its cases' names.
     pub fn name(self) -> &'static str {
@@ -64,7 +66,7 @@ impl Section {
             Self::Adapters => "adapters",
             Self::Archs => "archs",
             Self::Chat => "chat",
-            Self::Optim => "optim",
+            Self::Optimizers => "optimizers",
         }
     }
 }
@@ -79,10 +81,7 @@ pub fn run(reference: &Reference, device: &Device, sections: &[Section], report:
             Section::Adapters => adapters::cases(reference, device, report),
             Section::Archs => archs::cases(reference, device, report),
             Section::Chat => chat::cases(reference, report),
-            Section::Optim => {
-                report.skip(section.name(), "not compared yet");
-                Ok(())
-            }
+            Section::Optimizers => optimizers::cases(reference, device, report),
         };
         if let Err(error) = outcome {
             report.fail(section.name(), &format!("{error:#}"));

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::{Device, FloatDType};
 use burn_qlora::adapter_io::{Adapter, Checkpoint};
 use burn_qlora::nf4_quant::QuantConfig;
-use burn_qlora::paged_optim::AdamWConfig;
+use burn_qlora::paged_optim::{Budget, OptimizerConfig};
 use burn_qlora::qlora_layers::ActivationCheckpointing;
 use burn_qlora::qlora_models::tokenizer::Tokenizer;
 use burn_qlora::qlora_models::{Decoder, LoadOptions};
@@ -119,8 +119,13 @@ impl Run<'_> {
             bail!("{log_name} has {} steps, qlora/batches.safetensors {}", log.len(), batches.len());
         }
         let model = self.model(&self.initial, Some(QuantConfig::default()), dtype)?;
-        let optimizer = AdamWConfig { betas: hyper.betas, eps: hyper.eps, weight_decay: hyper.weight_decay };
-        let mut engine = Engine::new(model, optimizer, hyper.max_grad_norm, bars.checkpointing)?;
+        let optimizer = OptimizerConfig {
+            betas: hyper.betas,
+            eps: hyper.eps,
+            weight_decay: hyper.weight_decay,
+            ..Default::default()
+        };
+        let mut engine = Engine::new(model, optimizer, Budget::Unlimited, hyper.max_grad_norm, bars.checkpointing)?;
         for (index, (batch, recorded)) in batches.into_iter().zip(&log).enumerate() {
             let learning_rate = hyper.lr * (((index + 1) as f64) / hyper.warmup.max(1.0)).min(1.0);
             let output = engine.step(&[batch], learning_rate, 0)?;

@@ -58,10 +58,15 @@ fn chat() {
     run(&Device::flex(), &[Section::Chat]);
 }
 
+#[test]
+fn optimizers_on_flex() {
+    run(&Device::flex(), &[Section::Optimizers]);
+}
+
 /// Logits take two minutes on a software device: adapters run the same decoder.
 #[test]
-fn bnb_and_adapters_on_vulkan() {
+fn bnb_adapters_and_optimizers_on_vulkan() {
     if let Some(device) = vulkan() {
-        run(&device, &[Section::Bnb, Section::Adapters]);
+        run(&device, &[Section::Bnb, Section::Adapters, Section::Optimizers]);
     }
 }

@@ -1,14 +1,41 @@
 //! Clipping by global norm (Pascanu et al., 2013, arXiv 1211.5063, algorithm 1), as `torch.nn.utils.clip_grad_norm_` does it.
+//!
+//! The factor is folded into the update: no pass over the gradients applies it, and the norm stays on the device.
 
-use burn::tensor::Tensor;
+use burn::backend::DispatchDevice;
+use burn::tensor::{DType, Tensor};
 
-/// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device.
+use crate::device;
+
+/// The norm of all gradients together, and what it is scaled down to.
+#[derive(Clone, Debug)]
+pub struct Clip {
+    /// [`global_norm`]. Where it is infinite or NaN, the update changes nothing.
+    pub norm: Tensor<1>,
+    /// The largest norm that is left as it is; 0 turns clipping off.
+    pub max_norm: f32,
+}
+
+/// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device; the same bits at
+/// every call with the same gradients.
 ///
 /// # Panics
-/// When there are no gradients.
-pub fn global_norm<'a>(grads: impl IntoIterator<Item = &'a Tensor<2>>) -> Tensor<1> {
-    let squares: Vec<Tensor<1>> = grads.into_iter().map(|grad| grad.clone().square().sum()).collect();
-    Tensor::cat(squares, 0).sum().sqrt()
+/// When there are no gradients, or they are not f32.
+pub fn global_norm<'a, const D: usize>(grads: impl IntoIterator<Item = &'a Tensor<D>>) -> Tensor<1> {
+    let flat = |grad: &Tensor<D>| {
+        assert_eq!(grad.dtype(), DType::F32, "gradients are f32");
+        grad.clone().reshape([grad.shape().num_elements()])
+    };
+    let grads: Vec<Tensor<1>> = grads.into_iter().map(flat).collect();
+    let on_gpu = grads.first().is_some_and(|grad| matches!(grad.device().as_dispatch(), DispatchDevice::Cube(_)));
+    let composed = |grads: Vec<Tensor<1>>| {
+        let squares = grads.into_iter().map(|grad| grad.square().sum()).collect();
+        Tensor::cat(squares, 0).sum().sqrt()
+    };
+    match on_gpu {
+        true => device::global_norm(grads).unwrap_or_else(|| panic!("there are no gradients")),
+        false => composed(grads),
+    }
 }
 
 /// The factor that brings gradients of norm `norm` to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`.

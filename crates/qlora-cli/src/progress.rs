@@ -188,8 +188,12 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
 /// A step in words. The gradient norm and the rest stand in `metrics.jsonl`.
 fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
     let left = left.map_or(String::new(), |left| format!("  {} left", duration(left.as_secs_f64())));
+    // Said only while there is something to say: optimizer state that the device had no room for.
+    let paging = metrics.paging.filter(|paging| paging.resident < paging.pages);
+    let paging =
+        paging.map_or(String::new(), |paging| format!("  optimizer {}/{} pages here", paging.resident, paging.pages));
     format!(
-        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {}{left}",
+        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {}{paging}{left}",
         metrics.loss,
         metrics.learning_rate,
         metrics.tokens_per_second,
@@ -205,6 +209,7 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn_qlora::paged_optim::Paging;
 
     #[test]
     fn a_step_reads_well() {
@@ -217,10 +222,13 @@ mod tests {
             tokens: 1000,
             tokens_per_second: 912.4,
             memory_bytes: 412 << 20,
+            paging: None,
             elapsed_seconds: 3.0,
         };
         let words = step_words(&metrics, Some(Duration::from_secs(190)));
         assert_eq!(words, "loss 1.2346  lr 2.0e-4  912 tok/s  412 MiB  3 min 10 s left");
+        let metrics = StepMetrics { paging: Some(Paging { pages: 80, resident: 12, ..Default::default() }), ..metrics };
+        assert!(step_words(&metrics, None).ends_with("412 MiB  optimizer 12/80 pages here"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! | file | content |
 //! |---|---|
 //! | `adapter_config.json`, `adapter_model.safetensors` | the adapter, readable by PEFT |
-//! | `optimizer.safetensors` | AdamW's moments, `<module>.<part>.<m or v>`, f32 |
+//! | `optimizer.safetensors` | the optimizer's moments as they are: `<module>.<part>.<m or v>`, f32, or u8 codes with `….absmax`, f32; the optimizer's name in the metadata |
 //! | `training_state.json` | step, position in the data, seed, and the run's configuration |
 //!
 //! No generator state is stored because none exists: shuffling, dropout masks and the evaluation split
@@ -16,14 +16,16 @@
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use adapter_io::{Adapter, FormatError, atomic};
-use paged_optim::Moments;
+use paged_optim::{Moment, Moments, OptimizerKind};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 const STATE_FILE: &str = "training_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// Key of the optimizer's name in that file's metadata.
+const OPTIMIZER_KEY: &str = "optimizer";
 const PREFIX: &str = "checkpoint-";
 /// Raised when a checkpoint of before can no longer be resumed.
 const VERSION: u32 = 1;
@@ -76,7 +78,7 @@ pub struct Checkpoint {
 
 /// Writes `output_dir/checkpoint-<step>`, then removes the oldest checkpoints beyond `save_limit` (0 keeps all).
 ///
-/// `moments` are those of `parameters`, named and ordered as the model lists them. Returns the folder.
+/// `moments` are those of `kind` for `parameters`, named and ordered as the model lists them. Returns the folder.
 ///
 /// # Errors
 /// The folder can't be written; older checkpoints are untouched then.
@@ -85,13 +87,13 @@ pub fn save(
     state: &TrainingState,
     adapter: &Adapter,
     parameters: &[String],
-    moments: &[Moments],
+    (kind, moments): (OptimizerKind, &[Moments]),
     save_limit: usize,
 ) -> Result<PathBuf, TrainError> {
     let path = output_dir.join(format!("{PREFIX}{:06}", state.step));
     atomic::replace_dir(&path, |dir| -> Result<(), TrainError> {
         adapter.save(dir)?;
-        let optimizer = serialize_moments(parameters, moments)
+        let optimizer = serialize_moments(parameters, kind, moments)
             .map_err(|problem| TrainError::Checkpoint { path: dir.join(OPTIMIZER_FILE), problem })?;
         atomic::write_bytes(&dir.join(OPTIMIZER_FILE), &optimizer)?;
         let json = serde_json::to_vec_pretty(state)
@@ -146,27 +148,47 @@ pub fn load(path: &Path) -> Result<Checkpoint, TrainError> {
 }
 
 impl Checkpoint {
-    /// The optimizer's moments of `parameters`.
+    /// The moments of the optimizer `kind` for `parameters`.
     ///
     /// # Errors
-    /// The file is missing or damaged, or lacks a parameter.
-    pub fn moments(&self, parameters: &[String]) -> Result<Vec<Moments>, TrainError> {
+    /// The file is missing or damaged, was saved by another optimizer, or lacks a parameter.
+    pub fn moments(&self, parameters: &[String], kind: OptimizerKind) -> Result<Vec<Moments>, TrainError> {
         let path = self.path.join(OPTIMIZER_FILE);
         let fail = |problem: String| TrainError::Checkpoint { path: path.clone(), problem };
         let bytes = std::fs::read(&path).map_err(|e| fail(e.to_string()))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| fail(format!("damaged: {e}")))?;
-        let values = |name: &str| -> Result<Vec<f32>, TrainError> {
-            let tensor = file
-                .tensor(name)
-                .map_err(|_| fail(format!("no tensor `{name}`: the checkpoint belongs to another adapter")))?;
-            if tensor.dtype() != Dtype::F32 {
-                return Err(fail(format!("`{name}` is {:?}, expected F32", tensor.dtype())));
+        let damaged = |e: safetensors::SafeTensorError| fail(format!("damaged: {e}"));
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+        // Files from before there was a choice don't say: they are AdamW's.
+        let saved = metadata.metadata().as_ref().and_then(|map| map.get(OPTIMIZER_KEY));
+        let saved = saved.map_or(OptimizerKind::AdamW32bit.name(), String::as_str);
+        if saved != kind.name() {
+            return Err(fail(format!(
+                "was saved by the optimizer {saved}, this run has train.optimizer = {kind}: restore the key, or start afresh in another train.output_dir"
+            )));
+        }
+        let file = SafeTensors::deserialize(&bytes).map_err(damaged)?;
+        let tensor = |name: &str| {
+            file.tensor(name)
+                .map_err(|_| fail(format!("no tensor `{name}`: the checkpoint belongs to another adapter")))
+        };
+        let floats = |name: &str, view: &TensorView<'_>| match view.dtype() {
+            Dtype::F32 => Ok(view.data().as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()),
+            dtype => Err(fail(format!("`{name}` is {dtype:?}, expected F32"))),
+        };
+        let moment = |name: String| -> Result<Moment, TrainError> {
+            let view = tensor(&name)?;
+            match view.dtype() {
+                Dtype::U8 => {
+                    let absmax = format!("{name}.absmax");
+                    let absmax = floats(&absmax, &tensor(&absmax)?)?;
+                    Ok(Moment::Block8 { codes: view.data().to_vec(), absmax })
+                }
+                _ => floats(&name, &view).map(Moment::Full),
             }
-            Ok(tensor.data().as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
         };
         parameters
             .iter()
-            .map(|name| Ok(Moments { m: values(&format!("{name}.m"))?, v: values(&format!("{name}.v"))? }))
+            .map(|name| kind.moments().iter().map(|part| moment(format!("{name}.{part}"))).collect())
             .collect()
     }
 
@@ -178,7 +200,11 @@ impl Checkpoint {
         let fail = |problem: String| TrainError::Checkpoint { path: self.path.clone(), problem };
         let table =
             |text: &str| text.parse::<toml::Table>().map_err(|e| fail(format!("its configuration is damaged: {e}")));
-        let (saved, now) = (table(&self.state.config)?, table(&config.to_toml()?)?);
+        let (mut saved, now) = (table(&self.state.config)?, table(&config.to_toml()?)?);
+        // From before there was a choice of optimizer.
+        if let Some(toml::Value::Table(train)) = saved.get_mut("train") {
+            train.entry("optimizer").or_insert_with(|| OptimizerKind::AdamW32bit.name().into());
+        }
         let differing: Vec<String> = differences(&saved, &now)
             .into_iter()
             .filter(|line| !FREE_KEYS.iter().any(|key| line.starts_with(&format!("{key} "))))
@@ -202,6 +228,7 @@ const FREE_KEYS: &[&str] = &[
     "train.output_dir",
     "train.epochs",
     "train.max_steps",
+    "train.optimizer_budget",
     "train.activation_checkpointing",
     "train.eval_every",
     "train.save_every",
@@ -233,21 +260,24 @@ fn differences(saved: &toml::Table, now: &toml::Table) -> Vec<String> {
         .collect()
 }
 
-fn serialize_moments(parameters: &[String], moments: &[Moments]) -> Result<Vec<u8>, String> {
-    let tensors: Vec<(String, &[f32])> = parameters
-        .iter()
-        .zip(moments)
-        .flat_map(|(name, Moments { m, v })| [(format!("{name}.m"), m.as_slice()), (format!("{name}.v"), v.as_slice())])
-        .collect();
-    let views = tensors
-        .iter()
-        .map(|(name, values)| {
-            Ok((
-                name,
-                TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values))
-                    .map_err(|e| e.to_string())?,
-            ))
-        })
-        .collect::<Result<Vec<_>, String>>()?;
-    safetensors::serialize(views, None).map_err(|e| e.to_string())
+fn serialize_moments(parameters: &[String], kind: OptimizerKind, moments: &[Moments]) -> Result<Vec<u8>, String> {
+    let mut views: Vec<(String, TensorView<'_>)> = Vec::new();
+    for (name, moments) in parameters.iter().zip(moments) {
+        for (part, moment) in kind.moments().iter().zip(moments) {
+            let name = format!("{name}.{part}");
+            let mut push = |name: String, dtype, len, data| -> Result<(), String> {
+                views.push((name, TensorView::new(dtype, vec![len], data).map_err(|e| e.to_string())?));
+                Ok(())
+            };
+            match moment {
+                Moment::Full(values) => push(name, Dtype::F32, values.len(), bytemuck::cast_slice(values))?,
+                Moment::Block8 { codes, absmax } => {
+                    push(format!("{name}.absmax"), Dtype::F32, absmax.len(), bytemuck::cast_slice(absmax))?;
+                    push(name, Dtype::U8, codes.len(), codes)?;
+                }
+            }
+        }
+    }
+    let metadata = HashMap::from([(OPTIMIZER_KEY.to_string(), kind.name().to_string())]);
+    safetensors::serialize(views, Some(metadata)).map_err(|e| e.to_string())
 }

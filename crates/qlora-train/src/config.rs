@@ -22,6 +22,7 @@ mod validate;
 use std::path::{Path, PathBuf};
 
 use nf4_quant::{QuantConfig, QuantType};
+use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use serde::{Deserialize, Serialize};
 
@@ -174,9 +175,13 @@ pub struct TrainOptions {
     pub warmup_steps: Option<usize>,
     /// Linear warmup as a part of all steps.
     pub warmup_ratio: f64,
-    /// AdamW's decoupled weight decay.
+    /// The update rule and the precision of its state.
+    pub optimizer: OptimizerKind,
+    /// How much of the optimizer's state may stay on the device.
+    pub optimizer_budget: Budget,
+    /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// AdamW's decay rates of the first and second moment.
+    /// AdamW's decay rates of the first and second moment; Lion's weight and decay rate of its moment.
     pub betas: [f64; 2],
     /// AdamW's epsilon.
     pub eps: f64,
@@ -208,6 +213,8 @@ impl Default for TrainOptions {
             schedule: Schedule::Constant,
             warmup_steps: None,
             warmup_ratio: 0.03,
+            optimizer: OptimizerKind::AdamW32bit,
+            optimizer_budget: Budget::Auto,
             weight_decay: 0.0,
             betas: [0.9, 0.999],
             eps: 1e-8,

@@ -1,14 +1,17 @@
-//! One optimizer step: forward and backward over its micro-batches, clipping, AdamW.
+//! One optimizer step: forward and backward over its micro-batches, clipping, update.
 //!
 //! The loss of a step is the sum over all unmasked tokens of all its micro-batches, divided once by
 //! their number. Accumulating k micro-batches therefore gives the gradients of one batch k times
 //! the size, however the tokens are spread over them.
+//!
+//! When the device runs out of memory, the optimizer's state makes way and the step is done once more: nothing was
+//! updated yet, and dropout draws the same masks.
 
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
-use paged_optim::{AdamW, AdamWConfig, clip_factor, global_norm};
+use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
 use qlora_layers::{ActivationCheckpointing, Pass, activation_checkpointing};
 use qlora_models::{Block, Decoder};
 
@@ -29,7 +32,7 @@ pub struct Engine {
     model: Decoder,
     /// Number of the first parameter of each block, and of the head: parameters are numbered as the model lists them.
     first_of_block: Vec<usize>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     checkpointing: ActivationCheckpointing,
     max_grad_norm: f32,
 }
@@ -44,19 +47,21 @@ impl Engine {
     /// [`TrainError::NothingToTrain`] when it has no adapter.
     pub fn new(
         mut model: Decoder,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
+        budget: Budget,
         max_grad_norm: f32,
         checkpointing: ActivationCheckpointing,
     ) -> Result<Self, TrainError> {
-        let shapes: Vec<[usize; 2]> = model.parameters().iter().map(|(_, parameter)| parameter.dims()).collect();
-        if shapes.is_empty() {
+        let lens: Vec<usize> =
+            model.parameters().iter().map(|(_, parameter)| parameter.shape().num_elements()).collect();
+        if lens.is_empty() {
             return Err(TrainError::NothingToTrain);
         }
         let mut first_of_block = vec![model.embedding_parameters().len()];
         for block in model.blocks() {
             first_of_block.push(first_of_block[first_of_block.len() - 1] + block.parameters().len());
         }
-        let optimizer = AdamW::new(optimizer, &shapes, model.device());
+        let optimizer = Optimizer::new(optimizer, &lens, model.device(), budget);
         model.track();
         Ok(Self { model, first_of_block, optimizer, checkpointing, max_grad_norm })
     }
@@ -71,13 +76,13 @@ impl Engine {
         self.model
     }
 
-    /// The optimizer's state.
-    pub fn optimizer(&self) -> &AdamW {
+    /// The optimizer.
+    pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
     }
 
-    /// The optimizer's state, to restore it.
-    pub fn optimizer_mut(&mut self) -> &mut AdamW {
+    /// The optimizer, to read its state or to restore it.
+    pub fn optimizer_mut(&mut self) -> &mut Optimizer {
         &mut self.optimizer
     }
 
@@ -92,9 +97,38 @@ impl Engine {
         if label_tokens == 0 {
             return Err(TrainError::NoLabels);
         }
+        let computed = match self.gradients(micro_batches, &labelled, label_tokens, seed) {
+            Err(TrainError::Device(_)) if self.make_room()? => {
+                self.gradients(micro_batches, &labelled, label_tokens, seed)?
+            }
+            computed => computed?,
+        };
+        let Computed { loss, grad_norm, norm, grads } = computed;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(TrainError::NotFinite { loss, grad_norm, learning_rate });
+        }
+        self.update(grads, norm, learning_rate)?;
+        Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(grad_norm), label_tokens })
+    }
+
+    /// Moves the optimizer's state out of the device's memory; false when none was there.
+    fn make_room(&mut self) -> Result<bool, TrainError> {
+        let freed = self.optimizer.make_room().map_err(|e| TrainError::Device(e.to_string()))?;
+        self.model.device().memory_cleanup();
+        Ok(freed > 0)
+    }
+
+    /// Loss and gradients of a step.
+    fn gradients(
+        &self,
+        micro_batches: &[Batch],
+        labelled: &[LabelledTokens],
+        label_tokens: usize,
+        seed: u64,
+    ) -> Result<Computed, TrainError> {
         let mut grads: ParameterGrads = vec![None; self.model.parameters().len()];
         let mut losses = Vec::with_capacity(micro_batches.len());
-        for (micro_step, (batch, labelled)) in micro_batches.iter().zip(&labelled).enumerate() {
+        for (micro_step, (batch, labelled)) in micro_batches.iter().zip(labelled).enumerate() {
             if !labelled.is_empty() {
                 let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
                 losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
@@ -104,21 +138,19 @@ impl Engine {
             return Err(TrainError::NothingToTrain);
         }
         // An expert to which no token came has a gradient, and it is zero: its moments decay like all others.
-        for ((_, parameter), grad) in self.model.parameters().into_iter().zip(&mut grads) {
-            grad.get_or_insert_with(|| parameter.clone().without_autodiff().zeros_like());
-        }
-        let present: Vec<&Tensor<2>> = grads.iter().flatten().collect();
+        let parameters = self.model.parameters().into_iter();
+        let grads: Vec<Tensor<2>> = grads
+            .into_iter()
+            .zip(parameters)
+            .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
+            .collect();
         // One read-back for both numbers: it is what waits for the device.
-        let norm = global_norm(present);
+        let norm = global_norm(&grads);
         let loss = Tensor::cat(losses, 0).sum();
-        let read =
-            Tensor::cat(vec![loss, norm], 0).try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
-        let (loss, norm) = (read[0], read[1]);
-        if !loss.is_finite() || !norm.is_finite() {
-            return Err(TrainError::NotFinite { loss, grad_norm: norm, learning_rate });
-        }
-        self.update(grads, clip_factor(norm, self.max_grad_norm), learning_rate);
-        Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(norm), label_tokens })
+        let read = Tensor::cat(vec![loss, norm.clone()], 0)
+            .try_into_vec_as::<f32>()
+            .map_err(|e| TrainError::Device(e.to_string()))?;
+        Ok(Computed { loss: read[0], grad_norm: read[1], norm, grads })
     }
 
     /// Mean loss over the unmasked tokens of `batches`, and their number, without training.
@@ -209,15 +241,30 @@ impl Engine {
     }
 
     /// Clips and applies the gradients.
-    fn update(&mut self, grads: ParameterGrads, factor: f32, learning_rate: f64) {
-        self.optimizer.begin_step();
-        let optimizer = &mut self.optimizer;
+    fn update(&mut self, grads: Vec<Tensor<2>>, norm: Tensor<1>, learning_rate: f64) -> Result<(), TrainError> {
+        let clip = Clip { norm, max_norm: self.max_grad_norm };
+        let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {
-            let Some(grad) = grad else { continue };
-            let grad = if factor < 1.0 { grad.mul_scalar(factor) } else { grad };
             debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 parameters are f32");
-            *parameter = optimizer.update(index, parameter.clone().without_autodiff(), grad, learning_rate);
+            // The gradient keeps the parameter's place meanwhile: one that nobody else holds is updated in place.
+            let param = std::mem::replace(parameter, grad.clone()).without_autodiff();
+            updates.push(Update::new(index, param, grad));
+        }
+        let updated =
+            self.optimizer.step(updates, learning_rate, Some(clip)).map_err(|e| TrainError::Device(e.to_string()))?;
+        for ((_, parameter), updated) in self.model.parameters_mut().into_iter().zip(updated) {
+            *parameter = updated.reshape(parameter.dims());
         }
         self.model.track();
+        Ok(())
     }
+}
+
+/// What a step computes before it changes anything.
+struct Computed {
+    loss: f32,
+    grad_norm: f32,
+    /// The same, on the device.
+    norm: Tensor<1>,
+    grads: Vec<Tensor<2>>,
 }

@@ -6,8 +6,12 @@
 //! ```json
 //! {"step":1,"epoch":0.008,"loss":8.31,"learning_rate":0.0002,"grad_norm":1.9,"tokens":1650,
 //!  "tokens_per_second":910.2,"memory_bytes":512000000,"elapsed_seconds":1.8}
+//! {"step":2,"epoch":0.016,...,"memory_bytes":512000000,"paging":{"pages":80,"resident":12,"evicted":68,
+//!  "resident_bytes":201326592,"bytes_in":1140850688,"bytes_out":2281701376},"elapsed_seconds":3.5}
 //! {"step":100,"eval_loss":0.91,"eval_tokens":20312,"elapsed_seconds":181.0}
 //! ```
+//!
+//! `paging` is there once optimizer state was moved to host memory.
 //!
 //! The file is a log: lines are appended as they come, which is the one exception to the rule that
 //! files appear whole. A run that resumes at step k first drops every later line (and a last line
@@ -19,6 +23,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use paged_optim::Paging;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::TrainError;
@@ -50,6 +55,10 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Memory in use on the device (of the process, on the CPU); the highest value seen so far.
     pub memory_bytes: u64,
+    /// Where the optimizer's state is and what of it was moved since the start or the last resume; left out while all
+    /// of it stays on the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paging: Option<Paging>,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
 }
@@ -284,6 +293,7 @@ mod tests {
             tokens: 100,
             tokens_per_second: 1000.0,
             memory_bytes: 1 << 20,
+            paging: step.is_multiple_of(2).then(|| Paging { pages: 10, bytes_in: 1 << 40, ..Default::default() }),
             elapsed_seconds: step as f64,
         }
     }

@@ -4,6 +4,7 @@ use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
 use burn::tensor::FloatDType;
+use paged_optim::{Budget, OptimizerConfig};
 use qlora_layers::ActivationCheckpointing;
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::{LinearRole, ModelConfig};
@@ -21,7 +22,7 @@ pub struct MemoryEstimate {
     pub adapters: u64,
     /// Their gradients in f32.
     pub gradients: u64,
-    /// AdamW's moments in f32.
+    /// The optimizer's moments, as far as `train.optimizer_budget` lets them stay on the device.
     pub optimizer: u64,
     /// Activations kept for backward, one block's working set, and the logits.
     pub activations: u64,
@@ -88,14 +89,22 @@ impl Plan {
         let norms: u64 = model.norms().iter().map(|(_, width)| *width as u64).sum();
         // A bias or a magnitude for each output feature; an embedding's features are its columns.
         let (lora, embedding) = (&config.lora, model.adaptable_modules().pop());
-        let per_target = |(target, [out, input]): &(Target, [usize; 2])| {
+        let parameters = |(target, [out, input]): &(Target, [usize; 2])| {
             let is_embedding = embedding.as_ref().is_some_and(|module| module.path == target.path);
             let features = if is_embedding { *input } else { *out };
             let vectors = usize::from(lora.use_dora) + usize::from(lora.lora_bias && !is_embedding);
-            (target.rank * (out + input) + vectors * features) as u64
+            let factors = [target.rank * input, target.rank * out];
+            factors.into_iter().chain(std::iter::repeat_n(features, vectors))
         };
-        let whole: u64 = model.saved_modules(lora)?.iter().map(|(_, values)| *values as u64).sum();
-        let trainable: u64 = targets.iter().map(per_target).sum::<u64>() + whole;
+        let whole = model.saved_modules(lora)?;
+        let lens = || targets.iter().flat_map(parameters).chain(whole.iter().map(|(_, values)| *values));
+        let trainable: u64 = lens().map(|len| len as u64).sum();
+        let optimizer = OptimizerConfig { kind: config.train.optimizer, ..Default::default() };
+        let state: u64 = lens().map(|len| optimizer.state_bytes(len)).sum();
+        let state_on_device = match config.train.optimizer_budget {
+            Budget::Bytes(budget) => state.min(budget),
+            Budget::Auto | Budget::Unlimited => state,
+        };
 
         let linear_weights = match config.quantization.quant_config() {
             None => in_blocks * width,
@@ -129,7 +138,7 @@ impl Plan {
                 other_weights: (dense + embeddings + norms) * width,
                 adapters: 4 * trainable,
                 gradients: 4 * trainable,
-                optimizer: 8 * trainable,
+                optimizer: state_on_device,
                 activations: kept + 3 * 4 * tokens * model.vocab_size as u64,
             },
             targets,

@@ -9,7 +9,7 @@ use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetr
 use crate::report::{Outcome, Summary, device_name};
 use adapter_io::FormatError;
 use burn::tensor::{Device, FloatDType};
-use paged_optim::AdamWConfig;
+use paged_optim::{OptimizerConfig, Paging};
 use qlora_layers::{Initialization, mix};
 use qlora_models::tokenizer::Tokenizer;
 use qlora_models::{CalibrationBatch, Decoder, LoadOptions, default_compute_dtype, device_memory, hub, select_device};
@@ -93,13 +93,21 @@ impl Trainer {
             }
         }
         let parameters = parameter_names(&model);
-        let optimizer = AdamWConfig {
-            betas: (config.train.betas[0], config.train.betas[1]),
-            eps: config.train.eps,
-            weight_decay: config.train.weight_decay,
+        let train_options = &config.train;
+        let optimizer = OptimizerConfig {
+            kind: train_options.optimizer,
+            betas: (train_options.betas[0], train_options.betas[1]),
+            eps: train_options.eps,
+            weight_decay: train_options.weight_decay,
+            ..Default::default()
         };
-        let mut engine =
-            Engine::new(model, optimizer, config.train.max_grad_norm as f32, config.train.activation_checkpointing)?;
+        let mut engine = Engine::new(
+            model,
+            optimizer,
+            train_options.optimizer_budget,
+            train_options.max_grad_norm as f32,
+            train_options.activation_checkpointing,
+        )?;
 
         let eval_batches =
             BatchOrder::in_file_order(&eval.examples, config.train.batch_size, pad_id).epoch(&eval.examples, 0);
@@ -122,10 +130,10 @@ impl Trainer {
                     });
                 }
                 (step, cursor) = (state.step, (state.epoch, state.position));
-                let moments = checkpoint.moments(&parameters)?;
+                let moments = checkpoint.moments(&parameters, config.train.optimizer)?;
                 engine
                     .optimizer_mut()
-                    .restore(step as u64, moments)
+                    .restore(step as u64, &moments)
                     .map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
                 MetricsWriter::resume(&metrics_path, step)?
             }
@@ -189,6 +197,7 @@ impl Trainer {
                 tokens,
                 tokens_per_second: tokens as f64 / step_started.elapsed().as_secs_f64(),
                 memory_bytes: self.peak_memory,
+                paging: Some(self.engine.optimizer().paging()).filter(|paging| *paging != resting(paging)),
                 elapsed_seconds: elapsed(),
             };
             self.metrics.step(&metrics)?;
@@ -267,9 +276,10 @@ impl Trainer {
             count_tokens(&self.train),
         )?;
         let parameters = parameter_names(self.engine.model());
-        let moments = self.engine.optimizer().state();
-        let path =
-            checkpoint::save(&options.output_dir, &state, &self.export()?, &parameters, &moments, options.save_limit)?;
+        let adapter = self.export()?;
+        let moments = self.engine.optimizer_mut().state().map_err(|e| TrainError::Device(e.to_string()))?;
+        let moments = (options.optimizer, moments.as_slice());
+        let path = checkpoint::save(&options.output_dir, &state, &adapter, &parameters, moments, options.save_limit)?;
         events.on_save(&path);
         Ok(path)
     }
@@ -316,6 +326,11 @@ fn calibration(config: &TrainConfig, order: &BatchOrder, train: &Dataset) -> Vec
             ids: batch.input_ids,
         })
         .collect()
+}
+
+/// What the pager of an optimizer reports whose state never left the device.
+fn resting(paging: &Paging) -> Paging {
+    Paging { evicted: 0, bytes_in: 0, bytes_out: 0, ..*paging }
 }
 
 /// Whether `step` is a multiple of `interval`; an interval of 0 means never.

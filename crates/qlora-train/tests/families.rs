@@ -3,7 +3,7 @@
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
-use paged_optim::AdamWConfig;
+use paged_optim::{Budget, OptimizerConfig};
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use qlora_models::{Decoder, LoadOptions};
 use qlora_train::data::Batch;
@@ -21,7 +21,8 @@ fn engine(dir: &Path, checkpointing: ActivationCheckpointing) -> Engine {
     let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
     let mut model = Decoder::load(dir, options, &Device::flex(), &mut |_| ()).unwrap();
     model.attach_lora(&LoraConfig { rank: 2, dropout: 0.1, ..Default::default() }, 3).unwrap();
-    Engine::new(model, AdamWConfig { weight_decay: 0.1, ..Default::default() }, 1.0, checkpointing).unwrap()
+    let optimizer = OptimizerConfig { weight_decay: 0.1, ..Default::default() };
+    Engine::new(model, optimizer, Budget::Unlimited, 1.0, checkpointing).unwrap()
 }
 
 fn batch(rows: usize, len: usize) -> Batch {

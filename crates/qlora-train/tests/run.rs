@@ -2,6 +2,7 @@
 //! the output can't be written.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
+use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::{ActivationCheckpointing, Initialization, LoraConfig, TargetModules};
 use qlora_train::metrics::{History, METRICS_FILE};
 use qlora_train::report::{Outcome, Summary};
@@ -154,6 +155,52 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     run(config(&broken), Resume::From(broken.join("checkpoint-000004")), &mut ()).unwrap();
     assert_eq!(losses(&whole), losses(&broken));
     assert_eq!(adapter(&whole), adapter(&broken));
+}
+
+/// With every optimizer: stopped and resumed under a budget that holds a tenth of the state, a run is the one that had
+/// all the room and never stopped.
+#[test]
+fn every_optimizer_resumes_bit_for_bit_under_another_budget() {
+    for kind in OptimizerKind::ALL {
+        let dir = tempfile::tempdir().unwrap();
+        let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+        let with = |out: &Path, budget| {
+            let mut config = config(out);
+            // Factors of 4096 elements and more: below that state is never 8-bit.
+            config.lora.rank = 16;
+            config.train.max_steps = Some(4);
+            config.train.optimizer = kind;
+            config.train.optimizer_budget = budget;
+            config
+        };
+        run(with(&whole, Budget::Unlimited), Resume::No, &mut ()).unwrap();
+        let history = History::read(&whole.join(METRICS_FILE)).unwrap();
+        assert!(history.steps.iter().all(|step| step.paging.is_none()), "nothing was moved, nothing is said");
+        let state = std::fs::metadata(whole.join("checkpoint-000004/optimizer.safetensors")).unwrap().len();
+
+        let tenth = Budget::Bytes(state / 10);
+        run(with(&broken, tenth), Resume::No, &mut StopAfter(2)).unwrap();
+        run(with(&broken, Budget::Bytes(state / 3)), Resume::Auto, &mut ()).unwrap();
+        assert_eq!(losses(&whole), losses(&broken), "{kind}");
+        assert_eq!(adapter(&whole), adapter(&broken), "{kind}");
+        let files = [&whole, &broken].map(|out| std::fs::read(out.join("checkpoint-000004/optimizer.safetensors")));
+        let [whole_state, broken_state] = files.map(Result::unwrap);
+        assert!(whole_state == broken_state, "{kind}: what is saved does not depend on the budget");
+        let history = History::read(&broken.join(METRICS_FILE)).unwrap();
+        let paging = history.steps[1].paging.unwrap();
+        assert!(paging.evicted > 0 && paging.bytes_in > state / 2 && paging.resident_bytes <= state / 10, "{paging:?}");
+
+        let other = OptimizerKind::ALL.into_iter().find(|other| *other != kind).unwrap();
+        let mut changed = with(&broken, tenth);
+        changed.train.optimizer = other;
+        let message = run(changed, Resume::Auto, &mut ()).unwrap_err().to_string();
+        assert!(message.contains(&format!("train.optimizer was \"{kind}\", now is \"{other}\"")), "{message}");
+        let checkpoint = checkpoint::load(&broken.join("checkpoint-000004")).unwrap();
+        let message = checkpoint.moments(&[], other).unwrap_err().to_string();
+        assert!(
+            message.contains(&format!("saved by the optimizer {kind}")) && message.contains("optimizer.safetensors")
+        );
+    }
 }
 
 #[test]

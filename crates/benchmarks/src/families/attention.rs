@@ -102,6 +102,7 @@ impl Sizes {
             work,
             // Torch's kernels take no window.
             peer: window.is_none().then_some(peer),
+            bar: None,
             prepare: Box::new(move |bench| self.prepare(bench, backward)),
         }
     }

@@ -25,6 +25,7 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("grad_accum", "train.gradient_accumulation_steps"),
     ("gradient_accumulation", "train.gradient_accumulation_steps"),
     ("gradient_checkpointing", "train.activation_checkpointing"),
+    ("optim", "train.optimizer"),
     ("adam_beta1", "train.betas"),
     ("adam_beta2", "train.betas"),
     ("adam_epsilon", "train.eps"),

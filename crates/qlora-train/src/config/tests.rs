@@ -80,6 +80,8 @@ fn every_key_survives_writing_and_reading() {
         ("train.max_steps", "7"),
         ("train.warmup_steps", "3"),
         ("train.schedule", "cosine"),
+        ("train.optimizer", "lion_8bit"),
+        ("train.optimizer_budget", "512MiB"),
     ] {
         config.set(key, value).unwrap();
     }
@@ -133,6 +135,11 @@ fn a_wrong_type_is_named_with_line_and_key() {
     assert!(text.starts_with("qlora.toml:2: lora.init: unknown initialisation `svd`, expected default"), "{text}");
     let text = message("[train]\nbetas = [0.9, \"x\"]\n");
     assert!(text.starts_with("qlora.toml:2: train.betas: invalid type"), "{text}");
+    let text = message("[train]\noptimizer = \"adam\"\n");
+    assert!(text.starts_with("qlora.toml:2: train.optimizer: unknown variant `adam`"), "{text}");
+    assert!(text.contains("adamw_8bit"), "{text}");
+    let text = message("[train]\noptimizer_budget = \"lots\"\n");
+    assert!(text.starts_with("qlora.toml:2: train.optimizer_budget: memory budget `lots` can't be read"), "{text}");
     let text = message("train = 3\n");
     assert!(text.starts_with("qlora.toml:1: `train` is a section"), "{text}");
     let text = message("[train\n");

@@ -20,6 +20,7 @@ fn history(steps: usize) -> History {
             tokens: 1500,
             tokens_per_second: 1000.0,
             memory_bytes: (400 << 20) + k as u64,
+            paging: None,
             elapsed_seconds: 1.5 * k as f64,
         });
         if k % 25 == 0 {
