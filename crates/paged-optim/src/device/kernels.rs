@@ -224,6 +224,12 @@ fn update_element(values: &mut Array<f32>, s: &ScalarArgs, #[comptime] rule: Rul
     }
 }
 
+/// The next multiple of [`WIDTH`], as `Segment::moment_words` has it.
+#[cube]
+fn rounded_up(words: usize) -> usize {
+    (words + comptime!(WIDTH - 1)) / WIDTH * WIDTH
+}
+
 /// Reads [`WIDTH`] elements of parameter and gradient, zeros beyond the segment's end.
 #[cube]
 fn load<N: Size>(member: &MemberArgs<N>, first: usize, p: &mut Array<f32>, g: &mut Array<f32>) {
@@ -283,7 +289,7 @@ fn full_kernel<N: Size>(
                 load::<N>(member, first, &mut p, &mut g);
                 let len = member.len as usize;
                 // The second moment comes behind the first.
-                let second = (len + 3) / 4 * 4;
+                let second = rounded_up(len);
                 #[unroll]
                 for v in 0..comptime!(WIDTH / vector) {
                     let at = first + v * vector;
@@ -375,7 +381,7 @@ fn block8_kernel<N: Size>(
             len = member.len as usize;
         }
     }
-    let code_words = ((len + 3) / 4 + 3) / 4 * 4;
+    let code_words = rounded_up(rounded_up(len) / WIDTH);
     let absmax_word = start_word + code_words * comptime!(if rule == Rule::AdamW { 2usize } else { 1usize });
     let blocks = (len + comptime!(BLOCKSIZE - 1)) / BLOCKSIZE;
 

@@ -100,7 +100,7 @@ fn tree(sums: &mut [f32], unit: usize) {
     for level in 0..comptime!(UNITS.ilog2()) {
         let stride = comptime!(UNITS >> (level as usize + 1));
         if unit < stride {
-            sums[unit] = sums[unit] + sums[unit + stride];
+            sums[unit] += sums[unit + stride];
         }
         sync_cube();
     }
