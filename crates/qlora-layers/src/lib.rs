@@ -1,6 +1,6 @@
 //! Burn layers over frozen 4-bit weights.
 //!
-//! - [`ops`]: backend extensions (Flex, every CubeCL runtime, autodiff) for the 4-bit products and for dropout.
+//! - [`ops`]: backend extensions (Flex, every CubeCL runtime, autodiff) for the 4-bit products, attention and dropout.
 //! - [`Linear4bit`]: a frozen NF4 or FP4 weight; its backward yields dX and nothing else.
 //! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter, [`LoraAdapter`], or a trained
 //!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either.

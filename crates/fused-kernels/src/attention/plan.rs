@@ -1,8 +1,8 @@
 //! Which variant of a kernel runs a shape: everything that its text depends on.
 //!
-//! Tiles were chosen so that 48 KB of shared memory and the registers suffice, not by measurement. NVIDIA's
-//! assembler reports 254 bytes of registers or fewer per thread and no spills for `sm_80` to `sm_90a`, except for
-//! [`Kind::Keys`] from head_dim 128 on, which keeps up to 48 bytes per thread in local memory.
+//! Tiles were chosen so that 48 KB of shared memory and the registers suffice, not by measurement. CUDA 13.0's
+//! assembler reports no spills for `sm_80`, `sm_86`, `sm_89` and `sm_90a`, except in the kernel of dK and dV from a
+//! head_dim of 128 on: it takes all 255 registers and keeps a few more values, up to 64 bytes, in local memory.
 
 use cuda_source::Source;
 
@@ -134,7 +134,9 @@ mod tests {
                 };
                 let values = if kind == Kind::Keys && dim == 256 { variant.block_rows() } else { 0 };
                 assert!((tiles * rows + values) * dim * 2 <= 48 << 10, "{variant:?}");
-                assert_eq!(rows * dim / 8 % THREADS, 0, "{variant:?}: threads copy equal shares");
+                if kind != Kind::Delta {
+                    assert_eq!(rows * dim / 8 % THREADS, 0, "{variant:?}: threads copy equal shares");
+                }
                 assert_eq!(THREADS / 32 % if kind == Kind::Forward { 1 } else { stages }, 0);
             }
         }
