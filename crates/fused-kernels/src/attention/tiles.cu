@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_rows(u16* to, const float (&x)[TILES][4], 
     }
 }
 
-// A score as exp2 gets it, before scale_log2. The softcap's tanh comes from exp2 and loses no more than 1e-7 of the cap.
+// A score as exp2 gets it, before scale_log2. The softcap's tanh comes from exp2: some 4e-7 of the cap.
 __device__ __forceinline__ float capped(float s, const Params& p) {
 #if SOFTCAP
     return 1.0f - 2.0f * reciprocal(1.0f + exp2_fast(2.0f * LOG2_E * p.cap_scale * s));
