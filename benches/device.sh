@@ -4,8 +4,9 @@
 # at once what came out, so that one that fails costs no other.
 #
 # usage: benches/device.sh BIN OUT [STEP...]     from the repository's root; steps: correct bars first-use sanitizer
-#   BIN  qlora-bench, conformance, and the test programs matmul, kernels (nf4-quant) and low_rank (fused-kernels), as
-#        `cargo test --release --no-run --message-format=json` names them, without their hash
+#   BIN  qlora-bench, conformance, and the test programs matmul, kernels (nf4-quant), low_rank, attention, elementwise
+#        (fused-kernels) and updates (paged-optim), as `cargo test --release --no-run --message-format=json` names
+#        them, without their hash; what is not there is left out
 #   OUT  takes the record of the bars, kernels.json, first-use.json and the logs
 # bitsandbytes is looked for by python3 (PYTHONPATH); without it the bars have no peer.
 set -uo pipefail
@@ -47,9 +48,10 @@ echo "== $(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm
 
 case " $steps " in *" correct "*)
     echo "== correct (all at once: compiling takes the host's time)"
-    for program in matmul kernels low_rank; do
+    for program in matmul kernels low_rank attention elementwise updates; do
         for test in $(tests $program); do
-            job "$program-$test" 110 env NF4_QUANT_RUNTIMES=cuda "$bin/$program" --exact "$test" --nocapture
+            job "$program-$test" 110 env NF4_QUANT_RUNTIMES=cuda FUSED_KERNELS_CUDA=1 \
+                "$bin/$program" --exact "$test" --nocapture
         done
     done
     job conformance 110 "$bin/conformance" --reference testdata/reference --device cuda

@@ -1,13 +1,14 @@
 //! One decoder block: attention and an MLP or experts, each over a normalised input and added to it.
 
-use crate::attention::{KvCache, attention};
 use crate::config::{BlockNorms, ModelConfig};
 use crate::decoder::Sequence;
+use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::RmsNorm;
-use crate::rope;
 use burn::tensor::Tensor;
+use qlora_layers::ops::attention;
+use qlora_layers::ops::fused::rotate;
 use qlora_layers::{LoraLinear, Pass};
 
 /// A module with its path in the model.
@@ -136,16 +137,20 @@ impl Block {
             Some([q_norm, k_norm]) => (q_norm.module.forward_heads(q, pass), k_norm.module.forward_heads(k, pass)),
             None => (q, k),
         };
-        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]).swap_dims(1, 2);
-        let q = rope::rotate(heads(q, config.num_attention_heads), &view.cos, &view.sin);
-        let k = rope::rotate(heads(k, config.num_key_value_heads), &view.cos, &view.sin);
+        let turn = |x: Tensor<2>| match view.rotation.rotary {
+            0 => x,
+            _ => rotate(x, view.cos.clone(), view.sin.clone(), view.rotation),
+        };
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]);
+        let q = heads(turn(q), config.num_attention_heads);
+        let k = heads(turn(k), config.num_key_value_heads);
         let v = heads(v, config.num_key_value_heads);
         let (k, v) = match cache {
             Some(cache) => cache.extend(self.index, k, v),
             None => (k, v),
         };
-        let mixed = attention(q, k, v, config.score_scale, config.score_softcap, &view.mask);
-        let mixed = mixed.swap_dims(1, 2).reshape([rows * len, config.num_attention_heads * config.head_dim]);
+        let mixed = attention(q, k, v, &view.attention);
+        let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
         self.output.module.forward(mixed, pass)
     }
 

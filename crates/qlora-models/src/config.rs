@@ -11,7 +11,7 @@ mod rope;
 
 use crate::ModelError;
 use crate::family::Family;
-use crate::mlp::Activation;
+use crate::mlp::{self, Activation};
 use crate::rope::Rope;
 use adapter_io::BnbConfig;
 use fields::Fields;
@@ -213,8 +213,8 @@ fn section<'a>(file: &Fields<'a>, key: &str, kind: &str) -> Result<Fields<'a>, M
 
 fn activation(fields: &Fields, (key, default): (&str, Activation)) -> Result<Activation, ModelError> {
     let Some(name) = fields.text(key)? else { return Ok(default) };
-    Activation::find(name).ok_or_else(|| {
-        fields.error(key, format!("is \"{name}\", which is not supported; supported: {}", Activation::supported()))
+    mlp::activation(name).ok_or_else(|| {
+        fields.error(key, format!("is \"{name}\", which is not supported; supported: {}", mlp::activation_names()))
     })
 }
 

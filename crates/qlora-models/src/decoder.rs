@@ -2,17 +2,19 @@
 //! through [`ModelConfig`].
 
 use crate::adapters::Embedding;
-use crate::attention::{KvCache, Mask, soft_capped};
 use crate::block::{Block, Named};
 use crate::config::{AttentionKind, ModelConfig};
+use crate::kv_cache::KvCache;
 use crate::norm::RmsNorm;
 use adapter_io::AdapterConfig;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use qlora_layers::ops::AttentionOptions;
+use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
 
 /// What all blocks of one forward pass share: the batch's shape, and for each kind of attention its rotary tables
-/// and mask.
+/// and options.
 #[derive(Clone, Debug)]
 pub struct Sequence {
     /// Rows of the batch.
@@ -26,9 +28,10 @@ pub struct Sequence {
 /// How blocks of one kind see a pass.
 #[derive(Clone, Debug)]
 pub(crate) struct View {
-    pub cos: Tensor<4>,
-    pub sin: Tensor<4>,
-    pub mask: Mask,
+    pub cos: Tensor<2>,
+    pub sin: Tensor<2>,
+    pub rotation: Rotation,
+    pub attention: AttentionOptions,
 }
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -82,7 +85,14 @@ impl Decoder {
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
         let view = |kind: &AttentionKind| {
             let (cos, sin) = kind.rope.tables(past, len, &self.device);
-            View { cos, sin, mask: Mask::new(len, past, kind.window, &self.device) }
+            let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.dim, inverse: false };
+            let attention = AttentionOptions {
+                scale: self.config.score_scale as f32,
+                window: kind.window,
+                softcap: self.config.score_softcap.map(|cap| cap as f32),
+                packed: None,
+            };
+            View { cos, sin, rotation, attention }
         };
         Sequence { rows, len, views: self.config.attention_kinds.iter().map(view).collect() }
     }
@@ -218,4 +228,9 @@ fn rounded(number: f64, dtype: FloatDType) -> f64 {
         FloatDType::F16 => half::f16::from_f64(number).to_f64(),
         _ => f64::from(number as f32),
     }
+}
+
+/// `cap · tanh(x / cap)` (Gemma Team, 2024, arXiv 2408.00118, section 2).
+fn soft_capped(x: Tensor<2>, cap: f64) -> Tensor<2> {
+    x.div_scalar(cap).tanh().mul_scalar(cap)
 }

@@ -1,8 +1,8 @@
 //! Token-by-token generation.
 
 use crate::ModelError;
-use crate::attention::KvCache;
 use crate::decoder::Decoder;
+use crate::kv_cache::KvCache;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -8,7 +8,6 @@
 //! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
 
 pub mod adapters;
-mod attention;
 mod block;
 pub mod chat_template;
 mod config;
@@ -19,6 +18,7 @@ pub mod family;
 mod generate;
 pub mod hub;
 mod kernel_cache;
+mod kv_cache;
 mod loader;
 mod mlp;
 mod moe;
@@ -27,7 +27,6 @@ mod rope;
 pub mod tokenizer;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
-pub use attention::{KvCache, Mask, attention};
 pub use block::Block;
 pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
 pub use decoder::{Decoder, Sequence};
@@ -35,6 +34,7 @@ pub use device::{default_compute_dtype, device_memory, select_device};
 pub use error::ModelError;
 pub use family::Family;
 pub use generate::{GenerateOptions, Generation, generate};
+pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
 pub use mlp::Activation;
 pub use norm::RmsNorm;

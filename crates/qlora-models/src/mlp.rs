@@ -1,23 +1,13 @@
 //! The gated MLP: `down(activation(gate(x)) · up(x))` (Shazeer, 2020, arXiv 2002.05202).
 
 use crate::block::Named;
-use burn::tensor::activation::{gelu, gelu_approximate, relu, silu};
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::Tensor;
+use qlora_layers::ops::fused::gated;
 use qlora_layers::{LoraLinear, Pass};
 
-/// An activation function, under the names of transformers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x · sigmoid(x)`: "silu", "swish".
-    Silu,
-    /// `x · Φ(x)`: "gelu".
-    Gelu,
-    /// Its approximation by tanh: "gelu_pytorch_tanh", "gelu_new".
-    GeluTanh,
-    /// `max(x, 0)`: "relu".
-    Relu,
-}
+pub use qlora_layers::ops::fused::Activation;
 
+/// Activation functions under the names of transformers.
 const NAMES: &[(&str, Activation)] = &[
     ("silu", Activation::Silu),
     ("swish", Activation::Silu),
@@ -27,32 +17,14 @@ const NAMES: &[(&str, Activation)] = &[
     ("relu", Activation::Relu),
 ];
 
-impl Activation {
-    /// The activation of a name.
-    pub fn find(name: &str) -> Option<Self> {
-        NAMES.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation)
-    }
+/// The activation of a name.
+pub(crate) fn activation(name: &str) -> Option<Activation> {
+    NAMES.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation)
+}
 
-    /// The supported names, for messages.
-    pub fn supported() -> String {
-        NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
-    }
-
-    /// `activation(gate) · up`, computed in f32 and rounded once.
-    ///
-    /// # Shapes
-    /// All `[tokens, width]`, one dtype.
-    fn gated(self, gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-        let dtype = gate.dtype();
-        let gate = gate.cast(FloatDType::F32);
-        let gate = match self {
-            Self::Silu => silu(gate),
-            Self::Gelu => gelu(gate),
-            Self::GeluTanh => gelu_approximate(gate),
-            Self::Relu => relu(gate),
-        };
-        (gate * up.cast(FloatDType::F32)).cast(dtype)
-    }
+/// The supported names, for messages.
+pub(crate) fn activation_names() -> String {
+    NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
 /// A gated MLP of a block or of an expert.
@@ -76,7 +48,7 @@ impl Mlp {
                 [both.clone().narrow(1, 0, width), both.narrow(1, width, width)]
             }
         };
-        self.down.module.forward(self.activation.gated(gate, up), pass)
+        self.down.module.forward(gated(gate, up, self.activation), pass)
     }
 
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {

@@ -1,7 +1,8 @@
 //! Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32 and rounded once.
 
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::Tensor;
 use qlora_layers::Pass;
+use qlora_layers::ops::fused::{Norm, rms_norm};
 
 /// `x / sqrt(mean(x²) + eps) · (weight + offset)`.
 #[derive(Clone, Debug)]
@@ -19,17 +20,17 @@ impl RmsNorm {
     /// # Shapes
     /// `[rows, width]` in and out, dtype kept.
     pub(crate) fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let dtype = x.dtype();
-        let x = x.cast(FloatDType::F32);
-        let mean_square = x.clone().square().mean_dim(1);
-        let normalised = x / mean_square.add_scalar(self.eps).sqrt();
         let weight = match &self.trained {
             Some(trained) if pass.tracked => trained.clone(),
             Some(trained) => trained.clone().without_autodiff(),
-            None => self.weight.clone().unsqueeze(),
+            None => return rms_norm(x, self.weight.clone(), self.constants()),
         };
-        let weight = if self.offset == 0.0 { weight } else { weight.add_scalar(self.offset) };
-        (normalised * weight).cast(dtype)
+        let width = weight.dims()[1];
+        rms_norm(x, weight.reshape([width]), self.constants())
+    }
+
+    fn constants(&self) -> Norm {
+        Norm { eps: self.eps as f32, offset: self.offset as f32 }
     }
 
     /// Normalises each head of its own.

@@ -1,7 +1,7 @@
 //! Rotary position embeddings (Su et al., 2021, arXiv 2104.09864), in the half-split layout of
 //! Hugging Face checkpoints, with the scalings for longer contexts that transformers knows.
 
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use std::f64::consts::PI;
 
 /// Which frequencies rotate.
@@ -137,8 +137,8 @@ impl Rope {
     /// Cosines and sines of the angles at positions `start..start + len`, the last of a sequence.
     ///
     /// # Shapes
-    /// Each `[1, 1, len, dim / 2]`, f32.
-    pub fn tables(&self, start: usize, len: usize, device: &Device) -> (Tensor<4>, Tensor<4>) {
+    /// Each `[len, dim / 2]`, f32.
+    pub fn tables(&self, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
         let frequencies = self.frequencies(start + len);
         let factor = match &self.scaling {
             RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
@@ -149,29 +149,12 @@ impl Rope {
         // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.
         let angles: Vec<f64> =
             (start..start + len).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))).collect();
-        let shape = [1, 1, len, frequencies.len()];
+        let shape = [len, frequencies.len()];
         let table = |function: fn(f64) -> f64| {
             let values: Vec<f32> = angles.iter().map(|&angle| (function(angle) * factor) as f32).collect();
             Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
         };
         (table(f64::cos), table(f64::sin))
-    }
-}
-
-/// Rotates each pair `(x_i, x_{i + r/2})` of the first r dimensions by its angle, in f32.
-///
-/// # Shapes
-/// `x` is `[rows, heads, len, head_dim]` and keeps its dtype; the tables are of [`Rope::tables`], with r/2 columns.
-pub fn rotate(x: Tensor<4>, cos: &Tensor<4>, sin: &Tensor<4>) -> Tensor<4> {
-    let (dim, half, dtype) = (x.dims()[3], cos.dims()[3], x.dtype());
-    let rotated = x.clone().cast(FloatDType::F32);
-    let (first, second) = (rotated.clone().narrow(3, 0, half), rotated.narrow(3, half, half));
-    let (cos, sin) = (cos.clone(), sin.clone());
-    let rotated = vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin];
-    let rotated = Tensor::cat(rotated, 3).cast(dtype);
-    match dim - 2 * half {
-        0 => rotated,
-        rest => Tensor::cat(vec![rotated, x.narrow(3, 2 * half, rest)], 3),
     }
 }
 
