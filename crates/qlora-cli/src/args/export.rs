@@ -217,7 +217,7 @@ pub enum QuantFormat {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A model and an adapter become a model: they are merged in a temporary folder beside the output first, so
-the disk needs room for both. --adapter-only writes the adapter by itself, for `llama-cli --lora`.")]
+the disk needs room for both. --adapter-only writes the adapter by itself, to be loaded beside its base.")]
 pub struct ConvertArgs {
     /// The model: a folder or a hub id; left out, the one that the adapter names
     #[arg(long, required_unless_present = "adapters")]
