@@ -5,14 +5,14 @@
 //! ```
 //!
 //! `IDS` is a safetensors file with `input_ids` [rows, tokens]; `OUT` becomes the logits [rows, tokens, vocabulary] as
-//! bare f32. With `RESAVED` the adapter is written there as the model holds it. All in f32 on the CPU, the base
-//! dense (a 4-bit checkpoint is decoded).
+//! bare f32. With `RESAVED` the adapter is written there as it was read. All in f32 on the CPU; the base is dense,
+//! unless its checkpoint is in 4 bits.
 
 use std::error::Error;
 use std::path::Path;
 
 use burn_qlora::qlora_layers::Pass;
-use burn_qlora::{Adapter, Checkpoint, Decoder, LoadOptions, select_device};
+use burn_qlora::{Adapter, Checkpoint, Decoder, LoadOptions, QuantConfig, select_device};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,7 +20,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("logits MODEL IDS OUT [ADAPTER [RESAVED]]".into());
     };
     let device = select_device("cpu")?;
-    let options = LoadOptions { quantization: None, dtype: burn::tensor::FloatDType::F32 };
+    // A checkpoint in 4 bits keeps its own; what stands here is then not used.
+    let quantized = !Checkpoint::open(model.as_ref())?.quantized_modules().is_empty();
+    let quantization = quantized.then(QuantConfig::default);
+    let options = LoadOptions { quantization, dtype: burn::tensor::FloatDType::F32 };
     let mut decoder = Decoder::load(Path::new(model), options, &device, &mut |_| {})?;
     if let [adapter, resaved @ ..] = rest {
         let adapter = Adapter::load(adapter.as_ref())?;

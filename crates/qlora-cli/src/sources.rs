@@ -61,7 +61,7 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
     }
     let dir = hub::resolve(chosen, revision);
     if model.is_none() {
-        return Ok(dir.context("can't find the base model that the adapter names; --model gives another place")?);
+        return dir.context("can't find the base model that the adapter names; --model gives another place");
     }
     Ok(dir?)
 }
