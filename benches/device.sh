@@ -3,16 +3,16 @@
 # use stall, does compute-sanitizer find anything. Four minutes and a half; every step has a limit of its own and says
 # at once what came out, so that one that fails costs no other.
 #
-# usage: benches/device.sh BIN OUT [STEP...]     from the repository's root; steps: correct bars first-use sanitizer
+# usage: benches/device.sh BIN OUT [STEP...]     from the repository's root; steps: correct bars attention first-use sanitizer
 #   BIN  qlora-bench, conformance, and the test programs matmul, kernels (nf4-quant), low_rank, attention, elementwise
 #        (fused-kernels) and updates (paged-optim), as `cargo test --release --no-run --message-format=json` names
 #        them, without their hash; what is not there is left out
-#   OUT  takes the record of the bars, kernels.json, first-use.json and the logs
+#   OUT  takes the record of the bars, kernels.json, attention.json, first-use.json and the logs
 # bitsandbytes is looked for by python3 (PYTHONPATH); without it the bars have no peer.
 set -uo pipefail
 bin=$(realpath "$1") out=$(realpath "$2")
 shift 2
-steps=${*:-correct bars first-use sanitizer}
+steps=${*:-correct bars attention first-use sanitizer}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
@@ -20,6 +20,8 @@ export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} RUST_BACKTRACE=0 PYTHONUNBUFFERED
 # Compiled kernels: ours, and the driver's machine code, are kept from step to step.
 export BURN_QLORA_KERNEL_CACHE=$work/kernels CUDA_CACHE_PATH=$work/driver CUDA_CACHE_MAXSIZE=4294967296
 began=$SECONDS
+peer=()
+if python3 -c 'import torch' 2>/dev/null; then peer=(--peer python3); fi
 
 # job NAME SECONDS COMMAND...: runs it in the background, and prints one line, and what went wrong where it failed.
 job() {
@@ -65,10 +67,15 @@ esac
 
 case " $steps " in *" bars "*)
     echo "== bars"
-    peer=()
-    if python3 -c 'import torch' 2>/dev/null; then peer=(--peer python3); fi
     timeout 110 "$bin/qlora-bench" kernels --bars --device cuda "${peer[@]}" --json "$out/kernels.json" 2>&1 |
         tee "$out/bars.log" | cut -c1-200
+    echo "   $((SECONDS - began)) s so far"
+esac
+
+case " $steps " in *" attention "*)
+    echo "== attention"
+    timeout 45 "$bin/qlora-bench" kernels --only attention --device cuda "${peer[@]}" --json "$out/attention.json" 2>&1 |
+        tee "$out/attention.log" | cut -c1-160
     echo "   $((SECONDS - began)) s so far"
 esac
 
