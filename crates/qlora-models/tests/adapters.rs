@@ -196,7 +196,7 @@ fn what_is_not_implemented_is_refused_by_name() {
         model.load_adapter(&adapter).unwrap_err().to_string()
     };
     let json = |text: &str| Some(serde_json::from_str(text).unwrap());
-    let list = r#"["mlp.experts.gate_up_proj"]"#;
+    let list = r#"["self_attn.q_proj.weight"]"#;
     assert!(message(&mut model, &|a| a.config.target_parameters = json(list)).contains("target_parameters"));
     assert!(message(&mut model, &|a| a.config.layer_replication = json("[[0, 4]]")).contains("layer_replication"));
     assert!(message(&mut model, &|a| a.config.alora_invocation_tokens = json("[1]")).contains("alora_invocation"));
