@@ -39,6 +39,10 @@ def ours(model, ids, *adapter):
     run("examples/logits", model, out("ids.safetensors"), out("logits.bin"), *adapter)
     return torch.from_numpy(np.fromfile(out("logits.bin"), dtype=np.float32)).reshape(*ids.shape, -1)
 def worst(x, y): return (x - y).abs().max().item()
+def rounding(theirs, folder):
+    """A random adapter with a large scaling amplifies the rounding of f32; how much, PEFT itself shows: the same adapter
+    merged into the weights is equal but for rounding. conformance has the same bar."""
+    return min(5e-4, max(1e-4, 2 * worst(theirs, logits(PeftModel.from_pretrained(base(), folder).merge_and_unload().eval(), ids))))
 def close(what, bar=lambda: 1e-4, **pairs):
     """Every pair of logits within 1e-4, or within a wider bar that is asked for only then."""
     far = {k: worst(*v) for k, v in pairs.items()}; most = max(far.values()); limit = 1e-4 if most < 1e-4 else bar()
@@ -64,10 +68,7 @@ for n, folder in folders.items():
     same = x.keys() == y.keys() and all(torch.equal(x[k].float(), y[k]) for k in x) and json.load(open(os.path.join(folder, "adapter_config.json"))) == json.load(open(out("re_" + n, "adapter_config.json")))
     theirs = logits(PeftModel.from_pretrained(base(), out("re_" + n)).eval(), ids); want = recorded.get("logits." + n)
     report(f"adapter {n}: the same after loading and saving", same)
-    # A random adapter with a large scaling amplifies the rounding of f32; how much, PEFT itself shows: the same adapter
-    # merged into the weights is equal but for rounding. conformance has the same bar.
-    def rounding(): return min(5e-4, max(1e-4, 2 * worst(theirs, logits(PeftModel.from_pretrained(base(), folder).merge_and_unload().eval(), ids))))
-    close(f"adapter {n}: our logits", rounding, PEFT=(mine, theirs), **({} if want is None else dict(recorded=(mine, want))))
+    close(f"adapter {n}: our logits", lambda: rounding(theirs, folder), PEFT=(mine, theirs), **({} if want is None else dict(recorded=(mine, want))))
 
 # 2
 for n, folder in folders.items():
@@ -75,7 +76,7 @@ for n, folder in folders.items():
     if n == "lora_bias": report("merge lora_bias: refused, as by PEFT", r.returncode == 3 and "lora_bias" in r.stderr, r.stderr.strip().splitlines()[-1][:90]); continue
     if r.returncode: report("merge " + n, False, r.stderr[:300]); continue
     mine = base(path=out("merged_" + n)); pm = PeftModel.from_pretrained(base(), folder).eval(); whole = logits(pm, ids); there = logits(mine, ids)
-    close(f"merge {n}: merged model in transformers", base_and_adapter=(there, whole), ours=(there, ours(out("merged_" + n), ids)))
+    close(f"merge {n}: merged model in transformers", lambda: rounding(whole, folder), base_and_adapter=(there, whole), ours=(there, ours(out("merged_" + n), ids)))
     if n in ("embeddings", "embeddings_dora", "head"): continue  # tied: PEFT merges into the shared tensor, we keep the function
     theirs = pm.merge_and_unload().state_dict(); own = mine.state_dict(); w = max(worst(own[k], theirs[k]) for k in theirs)
     report(f"merge {n}: weights against merge_and_unload", w < 1e-6, f"{w:.1e}")

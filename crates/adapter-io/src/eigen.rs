@@ -25,7 +25,7 @@ pub(crate) fn symmetric_eigen(a: &Matrix) -> (Vec<f64>, Matrix) {
     (order.iter().map(|&i| d[i]).collect(), vectors)
 }
 
-/// Reduces the symmetric `v` to the diagonal d and the subdiagonal e (e[i] beside d[i - 1]); `v` becomes the
+/// Reduces the symmetric `v` to the diagonal d and the subdiagonal e (`e[i]` beside `d[i - 1]`); `v` becomes the
 /// transformation, transposed: its rows are the basis.
 fn tridiagonal(v: &mut Matrix) -> (Vec<f64>, Vec<f64>) {
     let n = v.rows;

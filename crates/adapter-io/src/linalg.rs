@@ -93,7 +93,7 @@ pub(crate) fn row_basis(rows: &Matrix) -> (Matrix, Matrix) {
 /// One-sided Jacobi on the rows of `a^T` (Golub and Van Loan, 8.6.3): exact to working precision, and short.
 ///
 /// # Shapes
-/// `a` [m, n]; returns the rows u_i [k, m], s [k], the rows v_i [k, n], with k = min(m, n) at most.
+/// `a` `[m, n]`; returns the rows u_i `[k, m]`, s `[k]`, the rows v_i `[k, n]`, with k = min(m, n) at most.
 pub(crate) fn svd(a: &Matrix) -> (Matrix, Vec<f64>, Matrix) {
     // The rows of `u` are the columns of `a`; rotations make them orthogonal and are collected in `v`.
     let mut u = a.transpose();

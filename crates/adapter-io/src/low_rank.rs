@@ -122,7 +122,7 @@ pub fn quantization_error<E: From<FormatError>>(
     }
 }
 
-/// The leading singular triplets: rows u_i [k, m], s [k], rows v_i [k, n]. Vectors of vanishing singular values are 0.
+/// The leading singular triplets: rows u_i `[k, m]`, s `[k]`, rows v_i `[k, n]`. Vectors of vanishing singular values are 0.
 fn leading(w: &Matrix, rank: usize, iterations: Option<usize>, seed: u64) -> (Matrix, Vec<f64>, Matrix) {
     let transposed = w.transpose();
     if iterations.is_none() && w.rows.min(w.columns) <= EXACT_SIDE {

@@ -225,7 +225,7 @@ fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
     }
 }
 
-/// The derivative of [`activate`].
+/// The derivative of `activate`.
 #[cube]
 fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
     match activation {

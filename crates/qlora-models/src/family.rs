@@ -2,7 +2,7 @@
 //!
 //! An entry says what modules are called, which of them exist, what is computed between them, and which
 //! keys of `config.json` carry the rest, with the values that transformers takes when a key is absent.
-//! Entries are written as differences from [`BASE`], the plainest of them.
+//! Entries are written as differences from `BASE`, the plainest of them.
 
 use crate::mlp::Activation;
 

@@ -72,7 +72,7 @@ pub struct Losses {
 ///
 /// # Errors
 /// [`TrainError::NoLabels`] when there are no rows, those of loading the model, of the device, and of
-/// [`gptq_checkpoint`]. What was at `out` is unchanged then.
+/// [`gptq_checkpoint()`]. What was at `out` is unchanged then.
 pub fn gptq(
     job: &Calibration<'_>,
     on_load: &mut dyn FnMut(LoadProgress<'_>),

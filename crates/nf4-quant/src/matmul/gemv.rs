@@ -13,10 +13,10 @@
 //! for the second block, and zeros fill the rest.
 //!
 //! Warps of a cube take other rows or other columns of the same ones, whichever leaves fewest multiprocessors idle
-//! ([`Shape`]); their sums are added in a fixed order, so the same inputs give the same bits.
+//! (`Shape`); their sums are added in a fixed order, so the same inputs give the same bits.
 //!
 //! **Rounding** differs from the other paths, whose weights are rounded to 16 bits one by one. Here the codebook's 16
-//! values are, after multiplication by a number that makes this hurt least ([`book`]): the mean error of a weight
+//! values are, after multiplication by a number that makes this hurt least (`book`): the mean error of a weight
 //! is 0.38 (bf16) or 0.32 (f16) of what rounding each product leaves, and FP4's values are exact.
 //!
 //! Bytes: 0.5 per element of W and 1/64 of statistics. Operations on shared memory: a lookup per byte of codes, so 32

@@ -76,7 +76,7 @@ impl AdapterSet {
     /// Adds the combination of some adapters under a name of its own.
     ///
     /// # Errors
-    /// [`ModelError::AdapterName`], and those of [`combine`]: adapters with DoRA can't be combined.
+    /// [`ModelError::AdapterName`], and those of [`combine()`]: adapters with DoRA can't be combined.
     pub fn combine(
         &mut self,
         name: &str,
