@@ -40,9 +40,14 @@
 //! gradients once at the end; P is not normalised before it is rounded. The error against f64 is that of a computation
 //! which stores P and dS in the 16-bit format; `tests/attention.rs` compares elements with it.
 //!
+//! # Measured
+//!
+//! One H100, bf16, causal, 4 x 2048 tokens, 32 heads of 128: 0.53 ms forward (260 TFLOP/s, torch 0.26 ms), 2.32 ms for
+//! the gradients (148 TFLOP/s by five products, torch 0.88 ms); 1 x 16384: 290 and 184 TFLOP/s.
+//!
 //! # What was not done
 //!
-//! - Measurement: tile sizes were picked by what fits (`plan.rs`).
+//! - Tuning: tile sizes were picked by what fits (`plan.rs`).
 //! - wgmma and TMA. On Hopper `mma` reaches some 60 % of the tensor cores, and each warp reads all of a tile for its 16
 //!   rows: 2 KiB of shared memory per 32,768 operations.
 //! - Splitting keys between blocks: a single query over a long cache uses one block per head.

@@ -12,6 +12,8 @@
 //! Measured on an H200 (device copy: 4.3 TB/s), bf16, blocksize 64, double quantization: 0.162 ms or
 //! 3.64 TB/s for 28672 x 8192, 0.018 ms or 2.29 TB/s for 4096 x 4096.
 //!
+//! On an H100 (3.02 TB/s): 0.208 ms or 2.84 TB/s, and 0.019 ms or 2.20 TB/s.
+//!
 //! Codebook and blocksize are run-time values, so a program compiles this kernel once per output format
 //! and width, whatever it loads.
 //!

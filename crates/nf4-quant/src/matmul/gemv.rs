@@ -23,6 +23,9 @@
 //! bytes per cycle and multiprocessor. Instructions: about 340 for the 2 KB that a warp takes at once (counted in
 //! the machine code), so 24 bytes per cycle. An H200's memory delivers 19.
 //!
+//! Measured on an H100 (device copy: 3.02 TB/s), bf16, double quantization: 50.7 µs or 2.39 TB/s for one token by
+//! 28672 x 8192 (bitsandbytes 103.3), 74 µs for 8 tokens and 119 for 16; 55.8 µs with LoRA at rank 64.
+//!
 //! Not done: dequantizing by arithmetic (`prmt` on the codebook's bytes), which takes more instructions than lookups
 //! do; a copy of W in fragment order, which would have to exist beside the one for the other kernels.
 

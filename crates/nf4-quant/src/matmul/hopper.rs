@@ -34,6 +34,8 @@
 //! | three decoding warps, lookups a step before their use, fragments two steps ahead | 700 | 639 |
 //! | the gradient's tables | 680 | 672 |
 //!
+//! On an H100, where cuBLAS had 800: 642 to 689 forward and 685 to 698 for the gradient in two runs.
+//!
 //! Splitting the last round took 2048 x 11008 x 4096, 5.2 rounds, from 490 to 638.
 
 use std::collections::HashMap;
