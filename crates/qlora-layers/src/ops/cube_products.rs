@@ -11,7 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::low_rank::{self, FactorLayout, Output};
 use fused_kernels::{Dropout, HalfFormat, KernelError};
 use nf4_quant::FloatFormat;
-use nf4_quant::matmul::{Direction, LowRank, Operands, Problem, Weight, matmul, path};
+use nf4_quant::matmul::{Direction, LowRank, Operands, Path, Problem, Weight, matmul, path};
 
 /// The packed tensors of a 4-bit weight.
 pub(super) struct Packed {
@@ -37,9 +37,9 @@ pub(super) fn product_4bit(
     }
     let features = [layout.out_features, layout.in_features];
     let problem = problem(x, features, direction, low_rank, Some(layout.blocksize), out);
-    path(&x.client, &problem)?;
+    let path = path(&x.client, &problem)?;
     let weight = device_weight(&packed.codes, &packed.absmax, &packed.nested_absmax, layout);
-    Some(launch(x, &problem, Weight::FourBit(&weight), low_rank))
+    Some(launch(path, x, &problem, Weight::FourBit(&weight), low_rank))
 }
 
 /// `x Wᵀ` or `x W` for a dense `W` `[out_features, in_features]` in the dtype of `x`.
@@ -51,9 +51,9 @@ pub(super) fn product_dense(
 ) -> Option<CubeTensor> {
     let [out_features, in_features] = weight.meta.shape().dims();
     let problem = problem(x, [out_features, in_features], direction, None, None, out);
-    path(&x.client, &problem)?;
+    let path = path(&x.client, &problem)?;
     let weight = into_contiguous(weight.clone());
-    Some(launch(x, &problem, Weight::Dense(&weight.handle), None))
+    Some(launch(path, x, &problem, Weight::Dense(&weight.handle), None))
 }
 
 fn problem(
@@ -77,6 +77,7 @@ fn problem(
 }
 
 fn launch(
+    path: Path,
     x: &CubeTensor,
     problem: &Problem,
     weight: Weight<'_>,
@@ -95,9 +96,7 @@ fn launch(
     };
     let dtype = if problem.out == FloatFormat::F32 { DType::F32 } else { x.dtype };
     let out = empty(&x.client, &x.device, Shape::new([problem.tokens, problem.features()]), dtype);
-    path(&x.client, problem)
-        .ok_or_else(|| format!("no kernel for {problem:?}"))
-        .and_then(|path| matmul(&x.client, path, problem, &operands, &out.handle).map_err(|e| e.to_string()))
+    matmul(&x.client, path, problem, &operands, &out.handle)
         .unwrap_or_else(|e| panic!("operands that fitted when the path was chosen were refused: {e}"));
     out
 }
