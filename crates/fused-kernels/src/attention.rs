@@ -61,6 +61,7 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use cuda_source::Arguments;
 
+use crate::error::check_size;
 use crate::{HalfFormat, KernelError};
 use plan::{Kind, Variant};
 
@@ -468,18 +469,12 @@ fn check_operand(
         0 => 0,
         _ => (rows - 1) * row + (len - 1) * token + (heads - 1) * head + shape.head_dim,
     };
-    let (expected, actual) = (2 * elements, handle.size_in_used() as usize);
-    if actual < expected {
-        return Err(KernelError::BufferSize { name, expected, actual });
-    }
+    check_size(name, handle, 2 * elements)?;
     Ok(DeviceStrides { row: row as u32, token: token as u32, head: head as u32 })
 }
 
 fn check_statistics(name: &'static str, handle: &Handle, shape: &Shape) -> Result<(), KernelError> {
-    let (expected, actual) = (4 * shape.heads * shape.rows.queries(), handle.size_in_used() as usize);
-    if actual < expected {
-        return Err(KernelError::BufferSize { name, expected, actual });
-    }
+    check_size(name, handle, 4 * shape.heads * shape.rows.queries())?;
     match handle.offset_start.unwrap_or(0) as usize {
         offset if !offset.is_multiple_of(4) => Err(KernelError::Alignment { name, offset, size: 4 }),
         _ => Ok(()),

@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 use cubecl::server::{CubeCountSelection, Handle};
 
 use crate::KernelError;
+use crate::error::check_size;
 
 /// Units per cube.
 pub(crate) const UNITS: usize = 256;
@@ -66,13 +67,10 @@ pub(crate) fn buffer(
     size: usize,
     vector: usize,
 ) -> Result<BufferArg, KernelError> {
-    let actual = handle.size_in_used() as usize;
     if elements > MAX_ELEMENTS {
         return Err(KernelError::TooLarge { name, value: elements, limit: MAX_ELEMENTS });
     }
-    if actual < elements * size {
-        return Err(KernelError::BufferSize { name, expected: elements * size, actual });
-    }
+    check_size(name, handle, elements * size)?;
     // SAFETY: the handle was just seen to hold that many elements.
     Ok(unsafe { BufferArg::from_raw_parts(handle.clone(), elements / vector) })
 }

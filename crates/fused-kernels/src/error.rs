@@ -1,5 +1,7 @@
 //! The crate's error type.
 
+use cubecl::server::Handle;
+
 use crate::Format;
 
 /// Why a kernel was not launched.
@@ -94,4 +96,12 @@ pub enum KernelError {
         /// What the driver or compiler said.
         message: String,
     },
+}
+
+/// Fails where a buffer holds fewer than `expected` bytes.
+pub(crate) fn check_size(name: &'static str, handle: &Handle, expected: usize) -> Result<(), KernelError> {
+    match handle.size_in_used() as usize {
+        actual if actual < expected => Err(KernelError::BufferSize { name, expected, actual }),
+        _ => Ok(()),
+    }
 }

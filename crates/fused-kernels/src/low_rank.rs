@@ -91,6 +91,7 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use cuda_source::Arguments;
 
+use crate::error::check_size;
 use crate::{Dropout, HalfFormat, KernelError};
 use plan::{FLAT_THREADS, Kind, MAX_RANK, Plan, Processors, Variant};
 
@@ -364,10 +365,7 @@ fn offset(handle: &Handle) -> usize {
 }
 
 fn check_buffer(name: &'static str, handle: &Handle, elements: usize, size: usize) -> Result<(), KernelError> {
-    let (expected, actual) = (elements * size, handle.size_in_used() as usize);
-    if actual < expected {
-        return Err(KernelError::BufferSize { name, expected, actual });
-    }
+    check_size(name, handle, elements * size)?;
     match offset(handle) {
         // Outputs and factors are written and read in pairs of elements.
         offset if !offset.is_multiple_of(size * if name == "out" { 2 } else { 1 }) => {

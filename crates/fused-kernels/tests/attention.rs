@@ -3,8 +3,10 @@
 //! `FUSED_KERNELS_CUDA=1` makes a missing device a failure; without it the tests say that they were skipped.
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
 
+mod common;
+
+use common::Random;
 use cubecl::client::Client;
-use cubecl::device::Device;
 use cubecl::server::Handle;
 use fused_kernels::attention::oracle::{self, Batch};
 use fused_kernels::attention::{self, Backward, Operand, Options, PackedRows, Rows, Shape, Strides};
@@ -15,26 +17,10 @@ use HalfFormat::F16;
 use Layout::{Gaps, HeadMajor};
 
 fn client() -> Option<Client> {
-    let client = Device::cuda(0).ok().map(|device| device.client()).filter(attention::supports);
-    if client.is_none() {
-        assert!(std::env::var_os("FUSED_KERNELS_CUDA").is_none(), "FUSED_KERNELS_CUDA is set, but there is no device");
-        eprintln!("skipped: no CUDA device of compute capability 8.0 or later");
-    }
-    client
+    common::client(attention::supports)
 }
 
-/// Uniform in (-1, 1): splitmix64, so that the suite repeats everywhere.
-struct Random(u64);
-
 impl Random {
-    fn value(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / 8_388_608.0 - 1.0
-    }
-
     /// Values of a format, up to `size`.
     fn halves(&mut self, n: usize, size: f32, format: HalfFormat) -> Vec<f32> {
         (0..n).map(|_| decode(encode(self.value() * size, format), format)).collect()
