@@ -4,10 +4,9 @@
 // gradient). X comes into shared memory through TMA. 4-bit codes become 16-bit floats in registers, which
 // wgmma takes as they are; a dense W goes through shared memory.
 //
-// Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN, STAGES, and the instructions for that
-// BN: WGMMA (A in registers) and WGMMA_SHARED.
-
-struct alignas(64) TensorMap { u64 words[16]; };
+// Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN, STAGES, CLUSTER (blocks that share X),
+// STORE_TOKENS (tokens that leave through shared memory at a time; 0: straight from registers), and the
+// instructions for that BN: WGMMA (A in registers) and WGMMA_SHARED.
 
 #define BM 128
 #define BK 64
@@ -17,17 +16,20 @@ struct alignas(64) TensorMap { u64 words[16]; };
 #define DECODERS (STAGES < 3 ? STAGES : 3)
 #define X_BYTES (BN * BK * 2)
 #define W_BYTES (DENSE ? BM * BK * 2 : BM * BK / 2)
-#define TABLE_BYTES (DENSE || !TRANSPOSED ? 0 : BK * 2 * 16 * 2)
+#define TABLE_BYTES (DENSE ? 0 : BM * 16 * 2)
 #define LOW_RANK_BYTES (BM * BK * 2)
-#define PRODUCER_REGISTERS 72
-#define CONSUMER_REGISTERS 216
+#define STORE_BYTES (STORE_TOKENS * BM * 2)
+#define PRODUCER_REGISTERS 96
+#define CONSUMER_REGISTERS 200
+// Tiles of tokens in a band; see work().
+#define BAND (DENSE ? 8 : 4)
 
 // A stage of the ring. A low-rank tile lies over a stage from its start.
 struct Stage {
     u8 x[X_BYTES];
     u8 w[W_BYTES];
 #if TABLE_BYTES
-    u8 table[TABLE_BYTES];  // per row of W and half tile: the 16 values that a code can mean
+    u8 table[TABLE_BYTES];  // per block of W: the 16 values that a code can mean
 #endif
 #if X_BYTES + W_BYTES + TABLE_BYTES < LOW_RANK_BYTES
     u8 rest[LOW_RANK_BYTES - X_BYTES - W_BYTES - TABLE_BYTES];
@@ -36,76 +38,19 @@ struct Stage {
 
 struct Shared {
     Stage ring[STAGES];
+#if STORE_TOKENS
+    u8 out[STORE_BYTES];
+#endif
 #if !DENSE
     float map[256];
+    float codebook[16];
 #if !TRANSPOSED
-    float absmax[STAGES][BM];
     u64 loaded[STAGES];  // w is there, but not yet in fragment order
 #endif
-    alignas(256) float codebook[16];
 #endif
     u64 full[STAGES];
     u64 empty[STAGES];
 };
-
-__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
-    asm volatile(
-        "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra WAIT; DONE: }"
-        ::"r"(shared_address(bar)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void load_tile(void* to, const TensorMap* map, u64* bar, int column, int row) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row) : "memory");
-}
-
-// One wgmma of 64 x BN x 16: accumulators = A * X^T, or += once `add` is set, with A in registers or in
-// shared memory. The compiler must not see another write to the accumulators: it would serialize.
-__device__ __forceinline__ void multiply(float (&d)[BN / 2], const u32 (&a)[4], u64 x, u32 add) { WGMMA(d, a, x, add); }
-__device__ __forceinline__ void multiply(float (&d)[BN / 2], u64 a, u64 x, u32 add) {
-    WGMMA_SHARED(d, a, x, TRANSPOSED, add);
-}
-
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-
-// The shared memory descriptor of a tile with rows of 128 bytes, swizzled over their width.
-__device__ __forceinline__ u64 descriptor(const u8* tile) {
-    return ((u64)((shared_address(tile) & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-// What to add to the descriptor of A for the next 16 columns: 32 bytes along a row, or 16 rows.
-#define NEXT_A (TRANSPOSED ? 128 : 2)
-#define NEXT_X 2
-
-#if !DENSE
-// What a code means, given the address in shared memory: forward a value of the codebook; transposed one of
-// the table, already times absmax and rounded. Volatile keeps lookups where they are written, between the
-// tensor cores' instructions.
-#if TRANSPOSED
-typedef u32 Value;
-#define LOAD_VALUE "ld.shared.u16 %0, [%1];" : "=r"(value)
-#else
-typedef float Value;
-#define LOAD_VALUE "ld.shared.f32 %0, [%1];" : "=f"(value)
-#endif
-__device__ __forceinline__ Value lookup(u32 address) {
-    Value value;
-    asm volatile(LOAD_VALUE : "r"(address));
-    return value;
-}
-#endif
 
 // The position in the ring of stages.
 struct Cursor {
@@ -115,12 +60,18 @@ struct Cursor {
     }
 };
 
-// A share of the work: a tile, or one part of its K blocks. Part 0 also takes the low-rank product.
+// A share of the work: a tile, or one part of its K blocks. Part 0 also takes the low-rank product. A cluster
+// has one share, with a tile for each of its blocks side by side.
 struct Work {
     u32 m0, n0, first, blocks, part, parts, slot;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
+#if CLUSTER > 1
+#define CUBES __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CUBES
+#endif
+extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
     const __grid_constant__ TensorMap x_map,         // [tokens, k]
     const __grid_constant__ TensorMap u_map,         // [tokens, rank]
     const __grid_constant__ TensorMap low_rank_map,  // [m, rank] forward, [rank, m] transposed; see low_rank_row
@@ -131,9 +82,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
     const float* __restrict__ tables,
 #endif
     const float* __restrict__ bias,
-    float* __restrict__ partial,                     // [slots, parts - 1, BN / 2, CONSUMERS]
-    u32* __restrict__ arrived,                       // per slot, zero before the launch and after it
-    void* __restrict__ out,                          // [tokens, m]
+    float* __restrict__ partial,                     // [slots, blocks, parts - 1, BN / 2, CONSUMERS]
+    u32* __restrict__ arrived,                       // per slot and block, zero before the launch and after it
+#if STORE_TOKENS
+    const __grid_constant__ TensorMap out,           // [tokens, m]
+#else
+    void* __restrict__ out,
+#endif
     const __grid_constant__ Params p
 ) {
     __shared__ alignas(1024) Shared s;
@@ -143,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
     if (thread == 0) {
         for (u32 i = 0; i < STAGES; i++) {
             barrier_init(&s.full[i], DENSE ? 1 : 2);
-            barrier_init(&s.empty[i], 2);
+            barrier_init(&s.empty[i], 2 * CLUSTER);
 #if !DENSE && !TRANSPOSED
             barrier_init(&s.loaded[i], 1);
 #endif
@@ -154,14 +109,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
     if (thread < 256) s.map[thread] = tables[p.map + thread];
     if (thread < 16) s.codebook[thread] = tables[p.codebook + thread];
 #endif
+    const u32 member = blockIdx.x % CLUSTER;
+#if CLUSTER > 1
+    cluster_sync();
+#else
     __syncthreads();
+#endif
 
     const u32 k_blocks = (p.k + BK - 1) / BK;
     const u32 rank_blocks = (p.rank + BK - 1) / BK;
-    const u32 m_tiles = (p.m + BM - 1) / BM;
+    const u32 m_tiles = (p.m + CLUSTER * BM - 1) / (CLUSTER * BM);
     const u32 n_tiles = (p.tokens + BN - 1) / BN;
     const u32 items = p.whole + (m_tiles * n_tiles - p.whole) * p.split;
 
+    // A block of the cluster loads its share of a tile of X for all of them.
+    auto load_x = [&](u8* to, const TensorMap* map, u64* bar, int column, int row) {
+#if CLUSTER > 1
+        load_tile_for_all(to + member * (X_BYTES / CLUSTER), map, bar, column, row + member * (BN / CLUSTER), CLUSTER);
+#else
+        load_tile(to, map, bar, column, row);
+#endif
+    };
     auto work = [&](u32 item) {
         Work w = {0, 0, 0, k_blocks, 0, 1, 0};
         u32 tile = item;
@@ -171,12 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
             w.first = k_blocks * w.part / p.split;
             w.blocks = k_blocks * (w.part + 1) / p.split - w.first;
         }
-        // Tokens are taken in bands of eight tiles, so that a band's activations stay in L2 while the
-        // weight streams by once per band.
-        const u32 band = tile / (m_tiles * 8), band_first = band * 8;
-        const u32 width = n_tiles - band_first < 8 ? n_tiles - band_first : 8;
-        const u32 within = tile - band * m_tiles * 8;
-        w.m0 = within / width * BM;
+        // Tokens are taken in bands, so that a band's activations stay in L2 while the weight streams by once
+        // per band: as many tiles as need the fewest bytes for all that is computed at a time.
+        const u32 band = tile / (m_tiles * BAND), band_first = band * BAND;
+        const u32 width = n_tiles - band_first < BAND ? n_tiles - band_first : BAND;
+        const u32 within = tile - band * m_tiles * BAND;
+        w.m0 = (within / width * CLUSTER + member) * BM;
         w.n0 = (band_first + within % width) * BN;
         return w;
     };
@@ -187,13 +155,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
             // One thread feeds the tiles.
             if (lane == 0) {
                 Cursor at;
-                for (u32 item = blockIdx.x; item < items; item += gridDim.x) {
+                for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
                     const Work w = work(item);
                     // The low-rank product takes two stages for its two operands.
                     for (u32 b = 0; b < (w.part == 0 ? rank_blocks : 0); b++) {
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
                         barrier_expect(&s.full[at.stage], X_BYTES);
-                        load_tile(s.ring[at.stage].x, &u_map, &s.full[at.stage], b * BK, w.n0);
+                        load_x(s.ring[at.stage].x, &u_map, &s.full[at.stage], b * BK, w.n0);
                         at.advance();
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
                         barrier_expect(&s.full[at.stage], LOW_RANK_BYTES);
@@ -225,33 +193,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
                         load_tile(s.ring[at.stage].w, &w_map, full, w.m0 / 2, k);
 #endif
 #endif
-                        load_tile(s.ring[at.stage].x, &x_map, full, k, w.n0);
+                        load_x(s.ring[at.stage].x, &x_map, full, k, w.n0);
                     }
                 }
             }
         } else {
 #if !DENSE
-            // The other warps take K blocks in turn and decode their absmax. Forward, that is one per row of A,
-            // and the codes are brought into fragment order. Transposed, it is one per row of W and half tile,
-            // too many for the computing warps to load: they find tables of finished values instead.
+            // The other warps take K blocks in turn, decode their absmax and make tables of finished values: what a
+            // code means times absmax, rounded. Forward there is one for each row of A, and the codes are brought
+            // into fragment order; transposed, one for each row of W and half tile.
             const u32 worker = warp - CONSUMERS / 32 - 1;
             const bool plain = p.log2_nested == 255;
             const float offset = plain ? 0.0f : nested[p.offset];
             Cursor at;
             u32 turn = 0;
-#if TRANSPOSED
             float book[16];
 #pragma unroll
             for (u32 i = 0; i < 16; i++) book[i] = s.codebook[i];
-#else
+#if !TRANSPOSED
             u32 phases = 0;
 #endif
-            for (u32 item = blockIdx.x; item < items; item += gridDim.x) {
+            for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
                 const Work w = work(item);
                 for (u32 b = 0; b < (w.part == 0 ? 2 * rank_blocks : 0); b++, at.advance()) {
-                    if (turn == worker && lane == 0) {
+                    if (turn == worker) {
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
-                        barrier_arrive(&s.full[at.stage]);
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(&s.full[at.stage]);
                     }
                     turn = turn + 1 == DECODERS ? 0 : turn + 1;
                 }
@@ -282,48 +250,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
                     }
                     barrier_wait(&s.empty[at.stage], at.phase ^ 1);
 #if !TRANSPOSED
-                    // Of each group of 32 codes a consumer thread takes byte t of every word. A 4 x 4
-                    // transposition of the bytes puts them into one word, and ldmatrix hands out words.
                     barrier_wait(&s.loaded[at.stage], loaded_phase);
-#pragma unroll
-                    for (u32 i = 0; i < W_BYTES / 16; i += 4 * 32) {
-                        u8* tile = s.ring[at.stage].w;
-                        uint4 v[4];
-#pragma unroll
-                        for (u32 h = 0; h < 4; h++) v[h] = *(const uint4*)(tile + (i + 32 * h + lane) * 16);
-                        __syncwarp();
-#pragma unroll
-                        for (u32 h = 0; h < 4; h++) {
-                            // 16 rows are a warp's; their even and odd rows and halves make four matrices.
-                            const u32 unit = i + 32 * h + lane, row = unit / 2, matrix = row % 2 * 2 + unit % 2;
-                            const u32 a = __byte_perm(v[h].x, v[h].y, 0x5140), b = __byte_perm(v[h].z, v[h].w, 0x5140);
-                            const u32 c = __byte_perm(v[h].x, v[h].y, 0x7362), d = __byte_perm(v[h].z, v[h].w, 0x7362);
-                            *(uint4*)(tile + row / 16 * 512 + matrix * 128 + (row % 16 / 2 ^ matrix * 2) * 16) =
-                                make_uint4(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632),
-                                           __byte_perm(c, d, 0x5410), __byte_perm(c, d, 0x7632));
-                        }
-                    }
+                    order_codes(s.ring[at.stage].w, lane);
 #endif
 #pragma unroll
                     for (u32 i = 0; i < 4; i++) {
                         if (!plain) value[i] = __fadd_rn(__fmul_rn(s.map[code[i]], value[i]), offset);
-#if TRANSPOSED
-                        // 32 bytes a table. Those that the threads of a fragment's row of four read together
-                        // lie side by side, so that they never meet in a bank.
-                        const u32 row = lane + 32 * (i % 2);
-                        uint4* table = (uint4*)(s.ring[at.stage].table + i / 2 * 2048 + row / 16 * 512 +
-                                                (row % 16 / 8 * 2 + row % 2) * 128 + row % 8 / 2 * 32);
-#pragma unroll
-                        for (u32 h = 0; h < 16; h += 8)
-                            table[h / 8] = make_uint4(
-                                pack(book[h] * value[i], book[h + 1] * value[i]), pack(book[h + 2] * value[i], book[h + 3] * value[i]),
-                                pack(book[h + 4] * value[i], book[h + 5] * value[i]), pack(book[h + 6] * value[i], book[h + 7] * value[i]));
-#else
-                        s.absmax[at.stage][lane + 32 * i] = value[i];
-#endif
+                        write_table(s.ring[at.stage].table, lane + 32 * i, book, value[i]);
                     }
                     // TMA writes over what was written here.
-                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                    publish();
                     __syncwarp();
                     if (lane == 0) barrier_arrive(&s.full[at.stage]);
                 }
@@ -347,16 +283,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
         // ldmatrix: lane l gives the address of a row of matrix l / 8.
         const u32 swizzled = warp * 512 + lane / 8 * 128 + (lane % 8 ^ lane / 8 * 2) * 16;
 #endif
-#if !DENSE && !TRANSPOSED
-        const u32 codebook = shared_address(s.codebook);
-#endif
         Cursor at;
         auto ready = [&]() { barrier_wait(&s.full[at.stage], at.phase); };
         auto release = [&](u32 stage) {
+#if CLUSTER > 1
+            if (thread % 128 < CLUSTER) barrier_arrive_at(&s.empty[stage], thread % 128);
+#else
             if (thread % 128 == 0) barrier_arrive(&s.empty[stage]);
+#endif
         };
 
-        for (u32 item = blockIdx.x; item < items; item += gridDim.x) {
+        for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
             const Work w = work(item);
             float d[BN / 2];
             u32 add = 0;
@@ -403,20 +340,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
                 previous = at.stage;
             }
 #else
-            // Codes of the block that was opened last, four words of eight, and the absmax or tables they need.
+            // Codes of the block that was opened last, four words of eight, and the tables of their values.
             u32 words[4], stage, opened;
             u32 fragments[BK / 16][4];  // wgmma's layout: (row, k), (row + 1, k), (row, k + 8), (row + 1, k + 8)
-            Value values[2][8];
+            u32 previous = STAGES;
+            auto done_with = [&](u32 now) {
+                if (previous < STAGES) release(previous);
+                previous = now;
+            };
+            if (STAGES == 2) settle();
 #if TRANSPOSED
-            u32 tables_at;
-#else
-            float scales[2] = {}, opened_scales[2];
-#endif
+            u32 values[2][8], tables_at;
             auto open = [&]() {
                 ready();
                 opened = at.stage;
                 at.advance();
-#if TRANSPOSED
 #pragma unroll
                 for (u32 i = 0; i < BK / 32; i++) {
                     // Words of two rows of W and four columns, of which a warp group takes two: a byte of each half.
@@ -427,18 +365,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
                     words[2 * i] = __byte_perm(v[0], v[1], bytes), words[2 * i + 1] = __byte_perm(v[2], v[3], bytes);
                 }
                 tables_at = shared_address(s.ring[opened].table) + warp % 4 / 2 * 2048;
-#else
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                             : "r"(shared_address(s.ring[opened].w) + swizzled));
-                opened_scales[0] = s.absmax[opened][row], opened_scales[1] = s.absmax[opened][row + 1];
-#endif
             };
-            // The eight values of fragment j of the opened block. An address is the codebook's or the tables',
-            // with an offset that follows from the code as its low byte.
+            // The eight values of fragment j of the opened block. An address is the tables', with an offset that
+            // follows from the code as its low byte.
             auto look = [&](u32 j, u32 slot) {
-                Value (&v)[8] = values[slot];
-#if TRANSPOSED
+                u32 (&v)[8] = values[slot];
                 // Bytes are rows of W: k, k + 1, k + 8, k + 9; the high nibble is column m, the low one m + 1.
                 const u32 even = (words[j] >> 3 & 0x1E1E1E1E) | t * 0x20202020, odd = (words[j] << 1 & 0x1E1E1E1E) | t * 0x20202020;
                 auto value = [&](u32 offsets, u32 byte) {
@@ -446,39 +377,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
                 };
                 v[0] = value(even, 0), v[1] = value(even, 1), v[2] = value(odd, 0), v[3] = value(odd, 1);
                 v[4] = value(even, 2), v[5] = value(even, 3), v[6] = value(odd, 2), v[7] = value(odd, 3);
-#else
-                // Bytes are pairs of columns, the even one in the high nibble; half a word per fragment.
-                const u32 w0 = words[j / 2], w1 = words[2 + j / 2], byte = 2 * (j % 2);
-                const u32 even0 = w0 >> 2 & 0x3C3C3C3C, odd0 = w0 << 2 & 0x3C3C3C3C;
-                const u32 even1 = w1 >> 2 & 0x3C3C3C3C, odd1 = w1 << 2 & 0x3C3C3C3C;
-                auto value = [&](u32 offsets, u32 byte) { return lookup(__byte_perm(offsets, codebook, 0x7650 + byte)); };
-                v[0] = value(even0, byte), v[1] = value(odd0, byte), v[2] = value(even1, byte), v[3] = value(odd1, byte);
-                v[4] = value(even0, byte + 1), v[5] = value(odd0, byte + 1), v[6] = value(even1, byte + 1), v[7] = value(odd1, byte + 1);
-#endif
             };
-            // Forward: times absmax, rounded once.
-            auto round = [&](u32 slot, u32 (&a)[4]) {
-                const Value (&v)[8] = values[slot];
-#if TRANSPOSED
+            auto join = [&](u32 slot, u32 (&a)[4]) {
+                const u32 (&v)[8] = values[slot];
                 a[0] = __byte_perm(v[0], v[1], 0x5410), a[1] = __byte_perm(v[2], v[3], 0x5410);
                 a[2] = __byte_perm(v[4], v[5], 0x5410), a[3] = __byte_perm(v[6], v[7], 0x5410);
-#else
-                a[0] = pack(v[0] * scales[0], v[1] * scales[0]), a[1] = pack(v[2] * scales[1], v[3] * scales[1]);
-                a[2] = pack(v[4] * scales[0], v[5] * scales[0]), a[3] = pack(v[6] * scales[1], v[7] * scales[1]);
-#endif
             };
-            auto use_opened = [&]() {
-                stage = opened;
-#if !TRANSPOSED
-                scales[0] = opened_scales[0], scales[1] = opened_scales[1];
-#endif
-            };
-            u32 previous = STAGES;
-            auto done_with = [&](u32 now) {
-                if (previous < STAGES) release(previous);
-                previous = now;
-            };
-            // Step j of a block multiplies fragment j, looks up values three steps ahead and rounds those
+            // Step j of a block multiplies fragment j, looks up values three steps ahead and joins those
             // of two steps ahead. Only the last block has no successor.
             auto multiply_block = [&](bool more) {
                 const u64 x = descriptor(s.ring[stage].x);
@@ -495,20 +400,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
                     wait<2>();
                     if (j == 1) done_with(stage);
                     if (late && more) open();
-                    if (j == 2 && more) use_opened();
-                    if (j < 2 || more) round((j + 1) % 2, fragments[(j + 2) % 4]);
+                    if (j == 2 && more) stage = opened;
+                    if (j < 2 || more) join((j + 1) % 2, fragments[(j + 2) % 4]);
                     if (late && more) look(0, 1);
                     if (STAGES > 2 && j == 0 && more) open();
                 }
             };
-            if (STAGES == 2) settle();
             open();
-            use_opened();
+            stage = opened;
             look(0, 0);
             look(1, 1);
-            round(0, fragments[0]);
-            round(1, fragments[1]);
+            join(0, fragments[0]);
+            join(1, fragments[1]);
             look(2, 1);
+#else
+            u32 tables[2][8];  // of both rows: low bytes, high bytes
+            u32 low[2], high[2];
+            auto open = [&]() {
+                ready();
+                opened = at.stage;
+                at.advance();
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                             : "r"(shared_address(s.ring[opened].w) + swizzled));
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    u32* v = tables[i / 2] + i % 2 * 4;
+                    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                                 : "r"(shared_address(s.ring[opened].table) + warp * 512 + i * 128 + (g ^ i / 2 * 4) * 16));
+                }
+            };
+            // Fragment j of the opened block. A byte permutation takes four codes at once, of which it sees three
+            // bits, in each half of a table; another picks halves by the fourth bit. They read the low 16 bits of a
+            // selector. Bytes are pairs of columns, the even one in the high nibble.
+            auto decode = [&](u32 j, u32 (&a)[4]) {
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    if (j % 2 == 0) {
+                        const u32 word = words[2 * i + j / 2];
+                        low[i] = word & 0x77777777, high[i] = (word >> 1 & 0x44444444) | 0x32103210;
+                        // Nothing is to be computed twice to save a register.
+                        asm volatile("" : "+r"(low[i]), "+r"(high[i]));
+                    } else {
+                        low[i] >>= 16, high[i] >>= 16;
+                    }
+                    auto byte = [&](const u32* v) { return permute(permute(v[0], v[1], low[i]), permute(v[2], v[3], low[i]), high[i]); };
+                    const u32 lows = byte(tables[i]), highs = byte(tables[i] + 4);
+                    a[i] = permute(lows, highs, 0x4051), a[2 + i] = permute(lows, highs, 0x6273);
+                }
+            };
+            // Step j of a block multiplies fragment j and decodes that of two steps ahead. Only the last block
+            // has no successor.
+            auto multiply_block = [&](bool more) {
+                stage = opened;
+                const u64 x = descriptor(s.ring[stage].x);
+#pragma unroll
+                for (u32 j = 0; j < BK / 16; j++) {
+                    fence();
+                    multiply(d, fragments[j], x + NEXT_X * j, add);
+                    commit();
+                    add = 1;
+                    // The product that read the fragment two steps ahead, one block ago, is done.
+                    wait<2>();
+                    if (j == 1) done_with(stage);
+                    if (j < 2 || more) decode((j + 2) % 4, fragments[(j + 2) % 4]);
+                    if (j == 1 && more) open();
+                }
+            };
+            open();
+            decode(0, fragments[0]);
+            decode(1, fragments[1]);
+#endif
             settle();
             for (u32 left = w.blocks; left > 1; left--) multiply_block(true);
             multiply_block(false);
@@ -517,37 +479,79 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
             release(previous);
 
             if (w.parts > 1) {
-                float* mine = partial + ((u64)w.slot * (w.parts - 1)) * (BN / 2 * CONSUMERS) + thread;
-                u32* count = arrived + w.slot;
-                if (w.part > 0) {
-                    float* to = mine + (u64)(w.part - 1) * (BN / 2 * CONSUMERS);
+                const u32 slot = w.slot * CLUSTER + member, last = w.parts - 1;
+                float* theirs = partial + (u64)slot * last * (BN / 2 * CONSUMERS) + thread;
+                if (w.part < last) {
+                    float* to = theirs + (u64)w.part * (BN / 2 * CONSUMERS);
 #pragma unroll
                     for (u32 i = 0; i < BN / 2; i++) __stcg(to + i * CONSUMERS, d[i]);
                     __threadfence();
                     asm volatile("bar.sync 1, 256;" ::: "memory");
-                    if (thread == 0) atomicAdd(count, 1);
+                    if (thread == 0) atomicAdd(arrived + slot, 1);
                     continue;
                 }
-                // Part 0 adds the others in their order, so that the sum does not depend on their arrival.
+                // The last part adds the others in their order, so that the sum does not depend on their arrival.
                 if (thread == 0) {
-                    while (*(volatile u32*)count != w.parts - 1) __nanosleep(100);
-                    *(volatile u32*)count = 0;
+                    while (*(volatile u32*)(arrived + slot) != last) __nanosleep(100);
+                    *(volatile u32*)(arrived + slot) = 0;
                     __threadfence();
                 }
                 asm volatile("bar.sync 1, 256;" ::: "memory");
-                for (u32 part = 1; part < w.parts; part++, mine += BN / 2 * CONSUMERS)
+                for (u32 part = 0; part < last; part++, theirs += BN / 2 * CONSUMERS)
 #pragma unroll
-                    for (u32 i = 0; i < BN / 2; i++) d[i] += __ldcg(mine + i * CONSUMERS);
+                    for (u32 i = 0; i < BN / 2; i++) d[i] += __ldcg(theirs + i * CONSUMERS);
             }
 
             // Neighbouring features leave in pairs; eight lanes fill a 32-byte sector.
 #if DENSE
             // Here a thread holds rows eight apart: even and odd lanes of a column swap one each.
-            const u32 m = w.m0 + row + (g % 2 ? 7 : 0);
+            const u32 feature = row + (g % 2 ? 7 : 0);
 #else
-            const u32 m = w.m0 + row;
+            const u32 feature = row;
 #endif
+            const u32 m = w.m0 + feature;
             const float b0 = p.has_bias && m < p.m ? bias[m] : 0.0f, b1 = p.has_bias && m + 1 < p.m ? bias[m + 1] : 0.0f;
+            // Of token 8 i + 2 t + c.
+            auto pair = [&](u32 i, u32 c) {
+                float y0 = d[4 * i + c], y1 = d[4 * i + 2 + c];
+#if DENSE
+                const float swapped = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? y0 : y1, 4);
+                if (g % 2) y0 = swapped; else y1 = swapped;
+#endif
+                return make_float2(y0 + b0, y1 + b1);
+            };
+#if STORE_TOKENS
+            // Through shared memory, in rows of 64 features, swizzled so that a warp's pairs meet in no bank, and
+            // from there by TMA while the next tile is computed. Transposed 4-bit, a warp group has features of both
+            // halves of the tile, else of one.
+#define BOTH (TRANSPOSED && !DENSE)
+            auto join_writers = [&]() {
+                if (BOTH) asm volatile("bar.sync 1, 256;" ::: "memory");
+                else asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+            };
+            const bool sends = thread % (BOTH ? 256 : 128) == 0;
+            u8* half = s.out + feature / 64 * (STORE_BYTES / 2) + feature % 8 * 2;
+#pragma unroll
+            for (u32 first = 0; first < BN; first += STORE_TOKENS) {
+                if (sends) stores_read();
+                join_writers();
+#pragma unroll
+                for (u32 i = 0; i < STORE_TOKENS / 8; i++) {
+#pragma unroll
+                    for (u32 c = 0; c < 2; c++) {
+                        const float2 y = pair(first / 8 + i, c);
+                        *(u32*)(half + (8 * i + 2 * t + c) * 128 + (feature % 64 / 8 ^ (2 * t + c)) * 16) = pack(y.x, y.y);
+                    }
+                }
+                publish();
+                join_writers();
+                if (sends) {
+                    for (u32 h = BOTH ? 0 : group; h < (BOTH ? 2 : group + 1); h++)
+                        store_tile(s.out + h * (STORE_BYTES / 2), &out, w.m0 + 64 * h, w.n0 + first);
+                    stores_commit();
+                }
+            }
+#else
             const u32 first = w.n0 + 2 * t;
             const u32 tokens = m < p.m && first < p.tokens ? p.tokens - first : 0;
             const u64 stride = (u64)p.m * (OUT_F32 ? 4 : 2);
@@ -556,21 +560,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul(
             for (u32 i = 0; i < BN / 8; i++, to += 8 * stride) {
 #pragma unroll
                 for (u32 c = 0; c < 2; c++) {
-                    float y0 = d[4 * i + c], y1 = d[4 * i + 2 + c];
-#if DENSE
-                    const float swapped = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? y0 : y1, 4);
-                    if (g % 2) y0 = swapped; else y1 = swapped;
-#endif
-                    y0 += b0, y1 += b1;
+                    const float2 y = pair(i, c);
                     if (8 * i + c < tokens) {
 #if OUT_F32
-                        *(float2*)(to + c * stride) = make_float2(y0, y1);
+                        *(float2*)(to + c * stride) = y;
 #else
-                        *(u32*)(to + c * stride) = pack(y0, y1);
+                        *(u32*)(to + c * stride) = pack(y.x, y.y);
 #endif
                     }
                 }
             }
+#endif
         }
+#if STORE_TOKENS
+        // Shared memory outlives the stores that read it.
+        stores_done();
+#endif
+#if CLUSTER > 1
+        // And the loads and arrivals of the other block.
+        cluster_sync();
+#endif
     }
 }

@@ -52,7 +52,12 @@ use super::{Direction, Operands, Problem, Weight, refused};
 use crate::kernels::{DeviceWeight, tables};
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = concat!(include_str!("common.cu"), include_str!("hopper.cu"));
+const TEXT: &str = concat!(
+    include_str!("common.cu"),
+    include_str!("hopper_instructions.cu"),
+    include_str!("hopper_decode.cu"),
+    include_str!("hopper.cu")
+);
 /// Rows of A per tile.
 const FEATURES: usize = 128;
 /// Columns of A per step of the ring.
@@ -68,6 +73,27 @@ pub struct Tile {
     pub tokens: usize,
     /// Stages of the ring in shared memory.
     pub stages: usize,
+}
+
+impl Tile {
+    /// Cubes that share X. With few tokens the weight's bytes count, and every cube is needed for itself.
+    fn cluster(self) -> usize {
+        if self.tokens == 256 { 2 } else { 1 }
+    }
+
+    /// Tokens that leave through shared memory at a time, as many as the ring leaves room for; 0: results leave
+    /// from registers.
+    fn store_tokens(self, problem: &Problem) -> usize {
+        if self.tokens < 256 || problem.out == FloatFormat::F32 {
+            return 0;
+        }
+        match (problem.blocksize, problem.direction) {
+            (Some(_), _) => 64,
+            (None, Direction::Forward) => 128,
+            // A head's gradient sums over the vocabulary: results are rare.
+            (None, Direction::InputGradient) => 0,
+        }
+    }
 }
 
 /// The variant for a problem, or `None` where this kernel does not apply.
@@ -107,35 +133,38 @@ pub(super) fn launch(
 ) -> Result<(), QuantError> {
     let (features, depth, tokens) = (problem.features(), problem.depth(), problem.tokens);
     let element = element(problem.format);
+    let cluster = tile.cluster();
     let rows_of_x = |handle: &Handle, cols| TensorMap2d {
         handle: handle.clone(),
         rows: tokens,
         cols,
         row_stride: cols,
-        box_rows: tile.tokens,
+        box_rows: tile.tokens / cluster,
         box_cols: DEPTH,
         swizzle: Swizzle::B128,
         element,
     };
-    let x = rows_of_x(operands.x, depth);
+    let x_map = rows_of_x(operands.x, depth);
     // Without a low-rank product its maps are never read.
     let (product, factor) = match operands.low_rank {
-        None => (x.clone(), x.clone()),
+        None => (x_map.clone(), x_map.clone()),
         Some(low_rank) => {
             let Arranged { handle, rows, cols } = arrange(client, problem, low_rank.factor).map_err(refused)?;
             let box_rows = if problem.direction == Direction::Forward { FEATURES } else { DEPTH };
-            let factor = TensorMap2d { handle, rows, cols, row_stride: cols, box_rows, ..x.clone() };
+            let factor = TensorMap2d { handle, rows, cols, row_stride: cols, box_rows, ..x_map.clone() };
             (rows_of_x(low_rank.product, problem.rank), factor)
         }
     };
 
     let multiprocessors = cuda_source::device(client).map_or(1, |device| device.multiprocessors as usize);
-    let tiles = features.div_ceil(FEATURES) * tokens.div_ceil(tile.tokens);
-    let schedule = Schedule::new(tiles, depth.div_ceil(DEPTH), multiprocessors);
-    let partial = schedule.slots() * (schedule.split - 1) * (tile.tokens / 2) * CONSUMERS * 4;
+    // A share of the work is a cluster's.
+    let tiles = features.div_ceil(cluster * FEATURES) * tokens.div_ceil(tile.tokens);
+    let workers = (multiprocessors / cluster).max(1);
+    let schedule = Schedule::new(tiles, depth.div_ceil(DEPTH), workers);
+    let partial = schedule.slots() * cluster * (schedule.split - 1) * (tile.tokens / 2) * CONSUMERS * 4;
     let partial = client.empty(partial.max(4));
 
-    let mut arguments = Arguments::new().tensor_map(x).tensor_map(product).tensor_map(factor);
+    let mut arguments = Arguments::new().tensor_map(x_map.clone()).tensor_map(product).tensor_map(factor);
     let tables = tables(client);
     match operands.weight {
         Weight::Dense(weight) => {
@@ -150,10 +179,20 @@ pub(super) fn launch(
     let arguments = arguments
         .read(operands.bias.unwrap_or(&tables))
         .read_write(&partial)
-        .read_write(&arrivals(client, &partial, multiprocessors))
-        .write(out)
-        .params(Params::new(problem, operands, schedule));
-    let cubes = schedule.items().min(multiprocessors) as u32;
+        .read_write(&arrivals(client, &partial, multiprocessors));
+    let arguments = match tile.store_tokens(problem) {
+        0 => arguments.write(out),
+        box_rows => arguments.tensor_map_write(TensorMap2d {
+            handle: out.clone(),
+            rows: tokens,
+            cols: features,
+            row_stride: features,
+            box_rows,
+            ..x_map.clone()
+        }),
+    };
+    let arguments = arguments.params(Params::new(problem, operands, schedule));
+    let cubes = (schedule.items().min(workers) * cluster) as u32;
     cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments).map_err(refused)
 }
 
@@ -210,6 +249,8 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
             ("OUT_F32", (problem.out == FloatFormat::F32).into()),
             ("BN", tile.tokens),
             ("STAGES", tile.stages),
+            ("CLUSTER", tile.cluster()),
+            ("STORE_TOKENS", tile.store_tokens(problem)),
         ] {
             let _ = writeln!(text, "#define {name} {value}");
         }
