@@ -353,8 +353,9 @@ fn what_no_kernel_takes_is_left_to_the_caller() {
 #[test]
 fn the_same_operands_give_the_same_bits_every_time() {
     let Some(client) = client() else { return };
-    // The products have few tiles, which are split along the depth.
-    for (tokens, direction) in [(300, Direction::Forward), (300, Direction::InputGradient), (3, Direction::Forward)] {
+    // The products of 3 and 300 tokens have few tiles, which are split along the depth; those of 4096 have a full
+    // round of whole ones before.
+    for (tokens, direction) in [3, 300, 4096].into_iter().flat_map(|tokens| DIRECTIONS.map(|d| (tokens, d))) {
         let problem = Problem { tokens, out_features: 1280, in_features: 1280, rank: 64, direction, ..PROBLEM };
         for path in paths(&client, &problem) {
             repeat(&client, path, &problem);
@@ -364,7 +365,10 @@ fn the_same_operands_give_the_same_bits_every_time() {
 
 fn repeat(client: &Client, path: Path, problem: &Problem) {
     let tokens = problem.tokens;
-    check(client, path, &Case { bias: true, ..Case::new(*problem) }, 7);
+    // The oracle on the host takes long for many tokens.
+    if tokens < 1000 {
+        check(client, path, &Case { bias: true, ..Case::new(*problem) }, 7);
+    }
     let mut random = Random(11);
     let mut draw = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
     let host = Quantized4bit::quantize(&draw(1280 * 1280), &[1280, 1280], &QuantConfig::default()).unwrap();

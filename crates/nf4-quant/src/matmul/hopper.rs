@@ -7,36 +7,57 @@
 //! in shared memory.
 //!
 //! One persistent cube per multiprocessor computes tiles of 128 features x 256 tokens:
-//! - one thread loads, three warps decode the blocks' absmax (and, forward, bring the bytes of the codes into
-//!   fragment order), two warp groups compute;
-//! - a computing warp works three steps deep: while the tensor cores run 16 columns, it looks up values three
-//!   steps ahead and makes fragments of those of two steps ahead. Lookups are shared-memory loads that never
-//!   conflict, and an address is one byte permutation. Forward they go to the codebook's 16 values, and the block's
-//!   absmax is multiplied in; for the gradient, where every row of W has its own absmax, they go to tables of the
-//!   16 finished values that the decoding warps make for each block;
+//! - two cubes with neighbouring features share their X: each loads half of a tile, for both (a cluster, TMA
+//!   multicast). A stage of the ring is free when both have read it;
+//! - one thread loads, three warps make tables of the 16 values that a code of a block can mean, times absmax and
+//!   rounded (and, forward, bring the bytes of the codes into fragment order), two warp groups compute;
+//! - forward, a thread's codes come from two blocks. It holds both tables in registers, low bytes apart from high
+//!   ones, and a byte permutation looks up four codes at once; a fragment is made two steps of 16 columns ahead;
+//! - for the gradient, where every row of W has its own absmax, values come from shared memory, three steps ahead, by
+//!   lookups that never conflict; an address is one byte permutation;
 //! - LoRA's product comes first, as more columns of A and X, into the same sums;
+//! - 16-bit results leave through shared memory, by TMA, while the next tile is computed;
 //! - tiles that don't fill a last round are split along the depth; partial sums are added in a fixed order, so
 //!   the same inputs give the same bits.
 //!
-//! What bounds it: per 64 columns the tensor cores need 1,024 cycles for a tile, and shared memory serves
-//! 512 cycles of X to them, 256 of TMA writes and 256 of lookups: nine tenths of all its cycles at the
-//! rate that a full-power GEMM reaches. On a warm card power comes first: cuBLAS loses a tenth too.
+//! What bounds it: power. At 700 W the clock of an H100 falls from 1,980 to 1,400 to 1,480 MHz, where the tensor cores
+//! are busy for 79 % of the time (82 % with byte permutations; 95 % with a dense weight). Waiting less then only
+//! lowers the clock: without any stores the dense product had 708 TFLOP/s at 1,333 MHz, with them 708 at 1,448. What
+//! counts is what a product costs beside its wgmma: instructions, and bytes on their way from L2. ncu (first version
+//! of the second table, 1.06 ms): 6.1 TB/s from L2 to the multiprocessors, 69 % of what L2 can, as each cube loaded
+//! its own X; shared memory's pipe busy for 79 % (68 % with byte permutations forward, 81 % for the gradient), DRAM
+//! for 14 %.
 //!
 //! Measured on an H200, 8192 x 11008 x 4096, TFLOP/s, while cuBLAS had 760 to 800 for the dense product:
 //!
 //! | version | forward | gradient |
 //! |---|---|---|
 //! | codes through L1 into registers, one step ahead | 633 | |
-//! | clusters of two with multicast X: blocks wait for each other | 568 | 593 |
 //! | whole blocks of 64 columns decoded ahead: wgmma with a register operand holds its warp | 612 | 611 |
-//! | forward codebook by byte permutations instead of shared memory: more ALU work than it saves | 552 | |
+//! | forward codebook in f32 by byte permutations: more ALU work than it saves | 552 | |
 //! | codes by TMA, absmax and byte order by two warps: those two became the bottleneck | 635 | 642 |
 //! | three decoding warps, lookups a step before their use, fragments two steps ahead | 700 | 639 |
 //! | the gradient's tables | 680 | 672 |
 //!
-//! On an H100, where cuBLAS had 800: 642 to 689 forward and 685 to 698 for the gradient in two runs.
+//! On an H100 at its power limit, where cuBLAS had 705 to 718 in the same runs. Between runs the card differs by more
+//! than the versions, so a row names the version before it in its own run:
 //!
-//! Splitting the last round took 2048 x 11008 x 4096, 5.2 rounds, from 490 to 638.
+//! | version | forward | gradient | dense forward | dense gradient |
+//! |---|---|---|---|---|
+//! | bands of four tiles of tokens, not eight (16: 585 where 8 had 617) | 605 to 617 | | | |
+//! | clusters of two; `.release.cluster` at every release is a fence over the device | 617 to 469 | 590 to 479 | 708 to 521 | 753 to 525 |
+//! | the same without it | 617 to 632 | 595 to 617 | 659 to 682 | 709 to 729 |
+//! | byte permutations: 32 values take a thread 140 instructions, not 187 | 617 to 636 | | | |
+//! | results by TMA (not for the dense gradient: with clusters 717 to 700) | 632 to 634 | 617 to 621 | 682 to 711 | |
+//! | four stages instead of five, to store whole tiles | 654 to 632 | 600 to 603 | | |
+//! | the warp groups two steps apart, to hide each other's stores | 617 to 618 | | | |
+//! | all that stayed | 616 to 654 | 585 to 600 | 680 to 714 | 709 to 729 |
+//! | the same, 2048 x 11008 x 4096 | 580 to 620 | 607 to 636 | | |
+//! | the same, 2048 x 28672 x 8192 | 610 to 658 | 596 to 626 | | |
+//! | the same, 8192 tokens with rank 64 | 626 to 626 | | | |
+//!
+//! Ceilings, with wrong results: no X loaded 656 forward and 696 for the gradient (from 617 and 590), no stores 632 and
+//! 630. Next to try: two cubes that share a weight tile and decode half of it each, into both shared memories.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -176,10 +197,11 @@ pub(super) fn launch(
             arguments = arguments.read(absmax).read(nested).read(&tables);
         }
     }
-    let arguments = arguments
-        .read(operands.bias.unwrap_or(&tables))
-        .read_write(&partial)
-        .read_write(&arrivals(client, &partial, multiprocessors));
+    let arguments = arguments.read(operands.bias.unwrap_or(&tables)).read_write(&partial).read_write(&arrivals(
+        client,
+        &partial,
+        multiprocessors,
+    ));
     let arguments = match tile.store_tokens(problem) {
         0 => arguments.write(out),
         box_rows => arguments.tensor_map_write(TensorMap2d {
