@@ -149,6 +149,7 @@ impl Engine {
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(&grads);
         let loss = Tensor::cat(losses, 0).sum();
+        let _span = tracing::info_span!("read_back").entered();
         let read = Tensor::cat(vec![loss, norm.clone()], 0)
             .try_into_vec_as::<f32>()
             .map_err(|e| TrainError::Device(e.to_string()))?;

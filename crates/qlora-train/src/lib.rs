@@ -26,4 +26,4 @@ pub use error::TrainError;
 pub use loss::{LabelledTokens, loss_and_gradient, loss_sum};
 pub use metrics::TrainEvents;
 pub use plan::{MemoryEstimate, Plan};
-pub use trainer::{Resume, Trainer, compute_dtype};
+pub use trainer::{Resume, Trainer, compute_dtype, engine};

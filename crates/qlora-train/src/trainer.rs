@@ -1,7 +1,7 @@
 //! A whole run: load, train, evaluate, save, resume, report.
 
 use crate::checkpoint::{self, Checkpoint, TrainingState};
-use crate::config::{ComputeDtype, TrainConfig};
+use crate::config::{ComputeDtype, TrainConfig, TrainOptions};
 use crate::data::{self, Batch, BatchOrder, Dataset, MASKED_LABEL};
 use crate::engine::Engine;
 use crate::error::TrainError;
@@ -59,6 +59,22 @@ pub fn compute_dtype(choice: ComputeDtype, device: &Device) -> FloatDType {
     }
 }
 
+/// The engine that a configuration asks for, on a model whose adapters are in place.
+///
+/// # Errors
+/// [`TrainError::NothingToTrain`] when it has no adapter.
+pub fn engine(model: Decoder, options: &TrainOptions) -> Result<Engine, TrainError> {
+    let optimizer = OptimizerConfig {
+        kind: options.optimizer,
+        betas: (options.betas[0], options.betas[1]),
+        eps: options.eps,
+        weight_decay: options.weight_decay,
+        ..Default::default()
+    };
+    let max_grad_norm = options.max_grad_norm as f32;
+    Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, options.activation_checkpointing)
+}
+
 impl Trainer {
     /// Checks the configuration, reads the data, loads the model and puts the adapters in place.
     ///
@@ -93,21 +109,7 @@ impl Trainer {
             }
         }
         let parameters = parameter_names(&model);
-        let train_options = &config.train;
-        let optimizer = OptimizerConfig {
-            kind: train_options.optimizer,
-            betas: (train_options.betas[0], train_options.betas[1]),
-            eps: train_options.eps,
-            weight_decay: train_options.weight_decay,
-            ..Default::default()
-        };
-        let mut engine = Engine::new(
-            model,
-            optimizer,
-            train_options.optimizer_budget,
-            train_options.max_grad_norm as f32,
-            train_options.activation_checkpointing,
-        )?;
+        let mut engine = engine(model, &config.train)?;
 
         let eval_batches =
             BatchOrder::in_file_order(&eval.examples, config.train.batch_size, pad_id).epoch(&eval.examples, 0);
