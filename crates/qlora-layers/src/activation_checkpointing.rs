@@ -68,6 +68,7 @@ pub fn backward<B>(
 ) -> Option<Tensor<2>> {
     let mut grad = grad;
     for (i, (block, input)) in blocks.iter().zip(inputs.0).enumerate().rev() {
+        let _span = tracing::trace_span!("block_backward", index = i).entered();
         // Below the first block only trained embeddings need a gradient.
         let wanted = i > 0 || into_embeddings;
         let input = if wanted { input.autodiff().require_grad() } else { input };
@@ -75,7 +76,7 @@ pub fn backward<B>(
         if !output.is_tracked() {
             return None;
         }
-        let mut grads = (output * grad.clone()).sum().backward();
+        let mut grads = tracing::trace_span!("gradient").in_scope(|| (output * grad.clone()).sum().backward());
         let next = if wanted { input.grad_remove(&mut grads) } else { None };
         collect(i, block, &mut grads);
         match next {

@@ -92,6 +92,7 @@ impl Engine {
     /// No micro-batch has an unmasked token, the loss or the gradients are not finite (the adapters are
     /// unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
+        let _span = tracing::trace_span!("step").entered();
         let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
         let label_tokens: usize = labelled.iter().map(LabelledTokens::len).sum();
         if label_tokens == 0 {
@@ -130,6 +131,7 @@ impl Engine {
         let mut losses = Vec::with_capacity(micro_batches.len());
         for (micro_step, (batch, labelled)) in micro_batches.iter().zip(labelled).enumerate() {
             if !labelled.is_empty() {
+                let _span = tracing::trace_span!("micro_step", index = micro_step).entered();
                 let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
                 losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
             }
@@ -147,7 +149,7 @@ impl Engine {
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(&grads);
         let loss = Tensor::cat(losses, 0).sum();
-        let _span = tracing::info_span!("read_back").entered();
+        let _span = tracing::trace_span!("read_back").entered();
         let read = Tensor::cat(vec![loss, norm.clone()], 0)
             .try_into_vec_as::<f32>()
             .map_err(|e| TrainError::Device(e.to_string()))?;
@@ -212,7 +214,7 @@ impl Engine {
             ActivationCheckpointing::None => {
                 let x = model.blocks().iter().fold(x, |x, block| run(block, x, pass));
                 let loss = head_loss(x);
-                let mut from = loss.backward();
+                let mut from = tracing::trace_span!("backward").in_scope(|| loss.backward());
                 collect(0, model.parameters(), &mut from);
                 loss.without_autodiff()
             }
@@ -221,7 +223,7 @@ impl Engine {
                 let (x, inputs) = activation_checkpointing::forward(model.blocks(), x, pass, run);
                 let x = x.autodiff().require_grad();
                 let loss = head_loss(x.clone());
-                let mut from = loss.backward();
+                let mut from = tracing::trace_span!("head_backward").in_scope(|| loss.backward());
                 let grad = x.grad_remove(&mut from);
                 collect(head, model.head_parameters(), &mut from);
                 drop(from);
@@ -243,6 +245,7 @@ impl Engine {
 
     /// Clips and applies the gradients.
     fn update(&mut self, grads: Vec<Tensor<2>>, norm: Tensor<1>, learning_rate: f64) -> Result<(), TrainError> {
+        let _span = tracing::trace_span!("optimizer").entered();
         let clip = Clip { norm, max_norm: self.max_grad_norm };
         let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {

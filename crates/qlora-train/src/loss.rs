@@ -46,6 +46,7 @@ impl LabelledTokens {
 /// # Shapes
 /// `x` is the last block's output, `[tokens, hidden]`; the result has one element.
 pub fn loss_sum(model: &Decoder, x: Tensor<2>, labelled: &LabelledTokens, pass: Pass) -> Tensor<1> {
+    let _span = tracing::trace_span!("head_and_loss").entered();
     let count = labelled.len();
     let indices = |values: &[i32]| {
         Tensor::<1, Int>::from_data(TensorData::new(values.to_vec(), [count]), (model.device(), DType::I32))
