@@ -28,6 +28,9 @@ use crate::error::TrainError;
 pub use layer::ProfileLayer;
 pub use summary::{KernelTime, PartTime, Summary, short_name};
 
+/// Longer than any device has been on.
+const LONG_AGO: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 /// Name of the span that counts as a step.
 const STEP: &str = "step";
 
@@ -73,27 +76,48 @@ impl Profile {
         let mut state = self.recorder.state();
         self.recorder.end(&mut state);
         let launches = std::mem::take(&mut *lock(&self.recorder.launches.done));
-        let epoch = self.recorder.epoch;
-        let mut unmeasured = 0;
-        let mut kernels: Vec<Kernel> = Vec::with_capacity(launches.len());
-        for launch in launches {
-            let measured = launch.time.and_then(|time| {
-                let on_device = time.timing_method() == TimingMethod::Device;
-                let ticks = block_on(time.resolve())?;
-                let (start, end) = (ticks.start_duration_since(epoch), ticks.end_duration_since(epoch));
-                // CubeCL reports an hour for a window that it can't read.
-                (end - start < Duration::from_secs(1000)).then_some((start, end, on_device))
-            });
-            match measured {
-                Some((start, end, on_device)) => {
-                    kernels.push(Kernel { name: launch.name, place: launch.place, start, end, on_device });
-                }
-                None => unmeasured += 1,
-            }
-        }
+        let (kernels, unmeasured) = read(launches, self.recorder.epoch);
         let spans = std::mem::take(&mut state.spans);
         Trace { spans, kernels, unmeasured, steps: state.profiled }
     }
+}
+
+/// Reads the kernels' times, which waits for the device. Returns how many have none, too.
+fn read(launches: Vec<Launch>, epoch: Instant) -> (Vec<Kernel>, usize) {
+    let count = launches.len();
+    // Far enough back for every clock: differences of instants can't be negative.
+    let base = epoch.checked_sub(LONG_AGO).unwrap_or(epoch);
+    let measured: Vec<(Launch, Duration, Duration, bool)> = launches
+        .into_iter()
+        .filter_map(|mut launch| {
+            let time = launch.time.take()?;
+            let on_device = time.timing_method() == TimingMethod::Device;
+            let ticks = block_on(time.resolve())?;
+            let (start, end) = (ticks.start_duration_since(base), ticks.end_duration_since(base));
+            // CubeCL reports an hour for a window that it can't read.
+            (end - start < Duration::from_secs(1000)).then_some((launch, start, end, on_device))
+        })
+        .collect();
+    let nanos = |time: Duration| time.as_nanos() as i128;
+    // CUDA's times are placed on the host's clock. Other devices count from a beginning of their own: the kernel that
+    // began soonest after its launch then began at once.
+    let lag = measured.iter().map(|(launch, start, ..)| nanos(*start) - nanos(launch.issued - base)).min();
+    let shift = lag.filter(|lag| !(0..nanos(Duration::from_secs(1))).contains(lag)).unwrap_or(0);
+    let moved = |time: Duration| {
+        Duration::from_nanos(u64::try_from(nanos(time) - shift - nanos(epoch - base)).unwrap_or_default())
+    };
+    let kernels: Vec<Kernel> = measured
+        .into_iter()
+        .map(|(Launch { name, place, .. }, start, end, on_device)| Kernel {
+            name,
+            place,
+            start: moved(start),
+            end: moved(end),
+            on_device,
+        })
+        .collect();
+    let unmeasured = count - kernels.len();
+    (kernels, unmeasured)
 }
 
 /// What was recorded.
@@ -269,6 +293,7 @@ impl Recorder {
 struct Launch {
     name: &'static str,
     place: Arc<str>,
+    issued: Instant,
     time: Option<ProfileDuration>,
 }
 
@@ -287,10 +312,10 @@ impl std::fmt::Debug for Launches {
 }
 
 impl Launches {
-    fn push(&self, name: &'static str, time: Option<ProfileDuration>) {
+    fn push(&self, name: &'static str, issued: Instant, time: Option<ProfileDuration>) {
         let place = lock(&self.places).get(&std::thread::current().id()).cloned();
         let place = place.unwrap_or_else(|| "outside".into());
-        lock(&self.done).push(Launch { name, place, time });
+        lock(&self.done).push(Launch { name, place, issued, time });
     }
 }
 
@@ -302,14 +327,15 @@ impl LaunchObserver for Launches {
     }
 
     fn profiled(&self, kernel: &'static str, profile: ProfileDuration) {
-        self.push(kernel, Some(profile));
+        self.push(kernel, Instant::now(), Some(profile));
     }
 
     /// Only where CubeCL's own profiling log reads the measurement: its end is now.
     fn timed(&self, kernel: &'static str, duration: Duration, method: TimingMethod) {
         let end = Instant::now();
-        let ticks = cubecl::profile::ProfileTicks::from_start_end(end - duration, end);
-        self.push(kernel, Some(ProfileDuration::new(Box::pin(async move { Some(ticks) }), method)));
+        let start = end - duration;
+        let ticks = cubecl::profile::ProfileTicks::from_start_end(start, end);
+        self.push(kernel, start, Some(ProfileDuration::new(Box::pin(async move { Some(ticks) }), method)));
     }
 }
 

@@ -126,3 +126,26 @@ fn kernels_have_short_names() {
         assert_eq!(short_name(name), short);
     }
 }
+
+/// A launch as a device measures it whose clock is `ahead` of the host's, in milliseconds after `epoch`.
+fn launch(epoch: Instant, issued: u64, [start, end]: [u64; 2], ahead: Duration) -> Launch {
+    let at = |millis| epoch + Duration::from_millis(millis);
+    let ticks = cubecl::profile::ProfileTicks::from_start_end(at(start) + ahead, at(end) + ahead);
+    let time = ProfileDuration::new(Box::pin(async move { Some(ticks) }), TimingMethod::Device);
+    Launch { name: "k", place: "block".into(), issued: at(issued), time: Some(time) }
+}
+
+#[test]
+fn kernels_stand_on_the_hosts_clock() {
+    let epoch = Instant::now();
+    for ahead in [Duration::ZERO, Duration::from_secs(13_000)] {
+        let launches = || vec![launch(epoch, 1, [3, 5], ahead), launch(epoch, 4, [5, 9], ahead)];
+        let (kernels, unmeasured) = read(launches(), epoch);
+        let times: Vec<_> = kernels.iter().map(|kernel| [kernel.start, kernel.end].map(|t| t.as_millis())).collect();
+        // On a clock of its own, the second began at once, 1 ms earlier.
+        let expected = if ahead.is_zero() { [[3, 5], [5, 9]] } else { [[2, 4], [4, 8]] };
+        assert_eq!((times, unmeasured), (expected.to_vec(), 0));
+    }
+    let lost = Launch { time: None, ..launch(epoch, 1, [2, 3], Duration::ZERO) };
+    assert_eq!(read(vec![lost], epoch).1, 1);
+}
