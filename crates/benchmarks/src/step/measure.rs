@@ -25,10 +25,19 @@ use super::memory::{self, Driver, Peak};
 const READ_STEPS: usize = 2;
 
 /// How often.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Repeats {
     pub warm_up: usize,
     pub steps: usize,
+    pub tracing: Option<Tracing>,
+}
+
+/// Where.
+pub(crate) struct Place {
+    pub device: Device,
+    /// The same device's, if it is CubeCL's.
+    pub client: Option<Client>,
+    pub driver: Option<Driver>,
 }
 
 /// A trace of further steps.
@@ -83,17 +92,15 @@ pub(crate) struct Measured {
     pub losses: [f64; 2],
 }
 
-/// Measures a case on a device. `client` is the same device's, if it has one.
+/// Measures a case on a device.
 pub(crate) fn run(
     shape: &ModelConfig,
     config: &TrainConfig,
     case: Case,
-    repeats: Repeats,
-    device: &Device,
-    client: Option<&Client>,
-    driver: Option<&Driver>,
-    tracing: Option<&Tracing>,
+    repeats: &Repeats,
+    place: &Place,
 ) -> Result<Measured> {
+    let device = &place.device;
     let start = Instant::now();
     let dtype = compute_dtype(config.quantization.compute_dtype, device);
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
@@ -132,14 +139,14 @@ pub(crate) fn run(
     let (step_seconds, spread) = median(&mut seconds);
 
     device.sync()?;
-    let (output, look) = look::at(client, || steps.next());
+    let (output, look) = look::at(place.client.as_ref(), || steps.next());
     output?;
     for _ in 0..READ_STEPS {
         memory::while_running(device, &mut peak, || steps.next())?;
     }
     device.sync()?;
     peak.read(device);
-    if let Some(tracing) = tracing {
+    if let Some(tracing) = &repeats.tracing {
         trace(&mut steps, tracing)?;
     }
 
@@ -159,7 +166,7 @@ pub(crate) fn run(
         base_bytes,
         in_use_bytes: peak.in_use,
         reserved_bytes: peak.reserved,
-        driver_bytes: driver.map(Driver::peak),
+        driver_bytes: place.driver.as_ref().map(Driver::peak),
         readings,
         losses: [first.loss, last.loss],
     })
@@ -224,8 +231,13 @@ mod tests {
             config.set("train.activation_checkpointing", policy).unwrap();
             config.set("train.gradient_accumulation_steps", "2").unwrap();
             config.set("lora.rank", "8").unwrap();
-            let (case, repeats) = (Case { rows: 2, len: 16 }, Repeats { warm_up: 1, steps: 3 });
-            let measured = run(&shape, &config, case, repeats, &Device::flex(), None, None, None).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let tracing = Some(Tracing { path: dir.path().join("t.json"), steps: 2 });
+            let (case, repeats) = (Case { rows: 2, len: 16 }, Repeats { warm_up: 1, steps: 3, tracing });
+            let place = Place { device: Device::flex(), client: None, driver: None };
+            let measured = run(&shape, &config, case, &repeats, &place).unwrap();
+            let trace = std::fs::read_to_string(dir.path().join("t.json")).unwrap();
+            assert_eq!(trace.matches("\"name\":\"step\"").count(), 2, "{policy}");
             assert_eq!(measured.tokens, 2 * 2 * 16);
             assert!(measured.step_seconds > 0.0 && measured.load_seconds > 0.0 && measured.first_step_seconds > 0.0);
             // The engine's span was seen: queueing ends within the step.

@@ -28,7 +28,7 @@ use crate::kernels::write;
 use crate::machine;
 use crate::timer::Timer;
 use case::Case;
-use measure::{Measured, Repeats, Tracing};
+use measure::{Measured, Place, Repeats, Tracing};
 use memory::Driver;
 use peers::Answer;
 use report::Row;
@@ -258,11 +258,11 @@ fn measured(args: &Args, policy: &str, case: Case) -> Result<Measured> {
     };
     let driver = index.and_then(Driver::watch);
     let (device, bench) = open(&args.device)?;
-    let client = bench.as_ref().map(|bench| &bench.client);
-    let repeats = Repeats { warm_up: args.warm_up as usize, steps: args.steps as usize };
-    let driver = driver.as_ref().filter(|_| client.is_some());
+    let client = bench.map(|bench| bench.client);
+    let driver = driver.filter(|_| client.is_some());
     let tracing = trace_path(args, policy, case).map(|path| Tracing { path, steps: args.profile_steps as usize });
-    measure::run(&shape, &config, case, repeats, &device, client, driver, tracing.as_ref())
+    let repeats = Repeats { warm_up: args.warm_up as usize, steps: args.steps as usize, tracing };
+    measure::run(&shape, &config, case, &repeats, &Place { device, client, driver })
 }
 
 /// Where a case's trace goes.
