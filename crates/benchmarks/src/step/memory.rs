@@ -61,7 +61,7 @@ impl Driver {
     pub(crate) fn watch(index: usize) -> Option<Self> {
         let card = card(index);
         let mut child = Command::new("nvidia-smi")
-            .args(["-i", &card, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"])
+            .args(["-i", &card, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "250"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

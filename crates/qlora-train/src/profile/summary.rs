@@ -105,18 +105,22 @@ pub(super) fn sum_up(trace: &Trace) -> Summary {
     }
 }
 
-/// The name of a kernel without paths and nested parameters: CubeCL names kernels by their Rust type.
+/// A kernel's name without most of its path and nested parameters. CubeCL names a kernel by a Rust type that stands in a
+/// module of the function's name: `a::rms_norm::forward_kernel::ForwardKernel` is `rms_norm::forward_kernel`.
 pub fn short_name(name: &str) -> String {
     fn last(path: &str) -> &str {
         path.rsplit("::").next().unwrap_or(path)
     }
-    match name.split_once('<') {
-        None => last(name).to_owned(),
-        // One simple parameter says what a generic kernel does.
-        Some((head, rest)) => match rest.strip_suffix('>') {
-            Some(parameter) if !parameter.contains(['<', ',']) => format!("{}<{}>", last(head), last(parameter)),
-            _ => last(head).to_owned(),
-        },
+    let (head, parameters) = name.split_once('<').unwrap_or((name, ""));
+    let path: Vec<&str> = head.split("::").filter(|part| *part != "base").collect();
+    let short = match path[..] {
+        [.., module, function, _] => format!("{module}::{function}"),
+        _ => last(head).to_owned(),
+    };
+    // One simple parameter says what a generic kernel does.
+    match parameters.strip_suffix('>') {
+        Some(parameter) if !parameter.contains(['<', ',']) => format!("{short}<{}>", last(parameter)),
+        _ => short,
     }
 }
 

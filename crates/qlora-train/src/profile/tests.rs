@@ -119,9 +119,11 @@ fn a_run_that_ends_early_leaves_what_there_was() {
 fn kernels_have_short_names() {
     for (name, short) in [
         ("nf4_hopper_64", "nf4_hopper_64"),
-        ("a::b::dequantize_kernel::DequantizeKernel", "DequantizeKernel"),
-        ("a::binary::KernelBinop<a::binary::AddOp>", "KernelBinop<AddOp>"),
-        ("a::MatmulEntry<a::Args, b::Other<c::D>>", "MatmulEntry"),
+        ("a::norm::forward_kernel::ForwardKernel", "norm::forward_kernel"),
+        ("a::contiguous::base::copy_kernel::CopyKernel", "contiguous::copy_kernel"),
+        ("a::binary::kernel_binop::KernelBinop<a::binary::AddOp>", "binary::kernel_binop<AddOp>"),
+        ("a::matmul::entry::Entry<a::Args, b::Other<c::D>>", "matmul::entry"),
+        ("a::b", "b"),
     ] {
         assert_eq!(short_name(name), short);
     }
