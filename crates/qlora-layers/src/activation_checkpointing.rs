@@ -19,6 +19,7 @@ use crate::offload::{InFlight, Offloaded};
 use crate::ops::{AttentionResult, backward_from};
 use burn::tensor::{Gradients, Tensor};
 use serde::{Deserialize, Serialize};
+use tracing::trace_span;
 
 /// What the forward pass keeps for the backward pass. Bytes are those of a Llama block with bf16 activations, per
 /// token and `hidden` features.
@@ -120,7 +121,8 @@ pub fn forward<B: ResidualBlock>(
     // With autodiff enabled but nothing tracked: a backend may have fused versions of what autodiff composes
     // of several operations, and their last bits differ.
     let mut x = x.without_autodiff().autodiff();
-    for block in blocks {
+    for (index, block) in blocks.iter().enumerate() {
+        let _span = trace_span!("block", index).entered();
         let input = x.clone().without_autodiff();
         match policy {
             ActivationCheckpointing::Selective => {
@@ -167,6 +169,7 @@ pub fn backward<B: ResidualBlock>(
     let mut arriving = InFlight::default();
     while let Some(checkpoint) = kept.pop() {
         let index = kept.len();
+        let _span = trace_span!("block_backward", index).entered();
         let block = &blocks[index];
         let (input, known) = match checkpoint {
             Kept::Input(input) => (input, None),
@@ -185,14 +188,16 @@ pub fn backward<B: ResidualBlock>(
         let (middle, first) = match known {
             Some((middle, attention)) => (middle, Err(attention)),
             None => {
+                let _span = trace_span!("recompute").entered();
                 let branch = block.attention(input.clone(), pass, Purpose::Result);
                 let middle = input.clone().without_autodiff() + branch.clone().without_autodiff();
                 (middle, Ok(branch))
             }
         };
         let middle = middle.autodiff().require_grad();
-        let second = block.feed_forward(middle.clone(), pass, Purpose::Gradients(None));
-        let mut grads = backward_from(second, grad.clone());
+        let again = || block.feed_forward(middle.clone(), pass, Purpose::Gradients(None));
+        let second = trace_span!("recompute").in_scope(again);
+        let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, grad.clone()));
         if let Some(through) = middle.grad_remove(&mut grads) {
             grad = grad + through;
         }
@@ -201,10 +206,11 @@ pub fn backward<B: ResidualBlock>(
 
         let first = match first {
             Ok(branch) => branch,
-            Err(attention) => block.attention(input.clone(), pass, Purpose::Gradients(attention)),
+            Err(attention) => trace_span!("recompute")
+                .in_scope(|| block.attention(input.clone(), pass, Purpose::Gradients(attention))),
         };
         if first.is_tracked() {
-            let mut grads = backward_from(first, grad.clone());
+            let mut grads = trace_span!("gradient").in_scope(|| backward_from(first, grad.clone()));
             if let Some(through) = input.grad_remove(&mut grads) {
                 grad = grad + through;
             }

@@ -103,6 +103,7 @@ impl Decoder {
     /// # Shapes
     /// Any number of ids to `[tokens, hidden]`.
     pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
+        let _span = tracing::trace_span!("embed").entered();
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
         let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
@@ -124,6 +125,7 @@ impl Decoder {
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     pub fn run_block(&self, block: &Block, x: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
+        let _span = tracing::trace_span!("block", index = block.index).entered();
         BlockInPass { block, config: &self.config, sequence }.forward(x, pass)
     }
 

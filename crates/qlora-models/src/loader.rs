@@ -95,9 +95,7 @@ fn check(options: &LoadOptions, device: &Device) -> Result<(), ModelError> {
     options.quantization.map(|q| q.validate()).transpose()?;
     match device.supports_dtype(options.dtype) {
         true => Ok(()),
-        false => {
-            Err(ModelError::Dtype { dtype: format!("{:?}", options.dtype), device: format!("{device:?}") })
-        }
+        false => Err(ModelError::Dtype { dtype: format!("{:?}", options.dtype), device: format!("{device:?}") }),
     }
 }
 

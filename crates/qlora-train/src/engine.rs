@@ -12,7 +12,7 @@ use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
-use qlora_layers::activation_checkpointing::{self, Checkpoints, ResidualBlock};
+use qlora_layers::activation_checkpointing::{self, Checkpoints};
 use qlora_layers::ops::backward_from;
 use qlora_layers::{ActivationCheckpointing, Pass};
 use qlora_models::{BlockInPass, Decoder};
@@ -94,6 +94,7 @@ impl Engine {
     /// No micro-batch has an unmasked token, the loss or the gradients are not finite (the adapters are
     /// unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
+        let _span = tracing::trace_span!("step").entered();
         let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
         let label_tokens: usize = labelled.iter().map(LabelledTokens::len).sum();
         if label_tokens == 0 {
@@ -132,6 +133,7 @@ impl Engine {
         let mut losses = Vec::with_capacity(micro_batches.len());
         for (micro_step, (batch, labelled)) in micro_batches.iter().zip(labelled).enumerate() {
             if !labelled.is_empty() {
+                let _span = tracing::trace_span!("micro_step", index = micro_step).entered();
                 let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
                 losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads)?);
             }
@@ -149,7 +151,7 @@ impl Engine {
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(&grads);
         let loss = Tensor::cat(losses, 0).sum();
-        let _span = tracing::info_span!("read_back").entered();
+        let _span = tracing::trace_span!("read_back").entered();
         let read = Tensor::cat(vec![loss, norm.clone()], 0)
             .try_into_vec_as::<f32>()
             .map_err(|e| TrainError::Device(e.to_string()))?;
@@ -210,7 +212,8 @@ impl Engine {
         let embedded = model.embed(&batch.input_ids, pass);
         let forward = match self.checkpointing {
             ActivationCheckpointing::None => {
-                Forward::Recorded(blocks.iter().fold(embedded.clone(), |x, block| block.forward(x, pass)))
+                let run = |x, block: &_| model.run_block(block, x, &sequence, pass);
+                Forward::Recorded(model.blocks().iter().fold(embedded.clone(), run))
             }
             policy => {
                 let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, policy)
@@ -229,7 +232,8 @@ impl Engine {
         match forward {
             Forward::Recorded(x) => {
                 if x.is_tracked() {
-                    collect(0, model.parameters(), &mut backward_from(x, grad));
+                    let mut from = tracing::trace_span!("backward").in_scope(|| backward_from(x, grad));
+                    collect(0, model.parameters(), &mut from);
                 }
             }
             Forward::Checkpointed(_, kept) => {
@@ -249,6 +253,7 @@ impl Engine {
 
     /// Clips and applies the gradients.
     fn update(&mut self, grads: Vec<Tensor<2>>, norm: Tensor<1>, learning_rate: f64) -> Result<(), TrainError> {
+        let _span = tracing::trace_span!("optimizer").entered();
         let clip = Clip { norm, max_norm: self.max_grad_norm };
         let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {

@@ -66,6 +66,7 @@ impl LabelledTokens {
 
     /// The losses of some of the tokens, from their hidden states.
     fn losses(&self, model: &Decoder, chosen: Tensor<2>, chunk: Range<usize>, pass: Pass) -> Tensor<1> {
+        let _span = tracing::trace_span!("head_and_loss").entered();
         let logits = model.logits(chosen, pass);
         cross_entropy(logits, indices(&self.targets[chunk], model.device()))
     }
@@ -103,7 +104,7 @@ pub fn loss_and_gradient(
     for chunk in labelled.chunks(model.config().vocab_size) {
         let chosen = labelled.chosen(&x, &chunk).autodiff().require_grad();
         let loss = labelled.losses(model, chosen.clone(), chunk, pass).sum().mul_scalar(scale);
-        let mut from = loss.backward();
+        let mut from = tracing::trace_span!("head_backward").in_scope(|| loss.backward());
         grads.extend(chosen.grad_remove(&mut from));
         collect(&mut from);
         sums.push(loss.without_autodiff());

@@ -187,9 +187,8 @@ impl Trainer {
             let seed = mix(options.seed ^ mix(self.step as u64));
             let output = self.engine.step(&micro_batches, learning_rate, seed)?;
             self.step += 1;
-            if let Some((_, reserved)) = device_memory(self.engine.model().device()) {
-                self.peak_memory = self.peak_memory.max(reserved);
-            }
+            let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();
+            self.peak_memory = self.peak_memory.max(reserved);
             let metrics = StepMetrics {
                 step: self.step,
                 epoch: self.cursor.0 as f64 + self.cursor.1 as f64 / epoch_batches.len() as f64,
@@ -199,6 +198,8 @@ impl Trainer {
                 tokens,
                 tokens_per_second: tokens as f64 / step_started.elapsed().as_secs_f64(),
                 memory_bytes: self.peak_memory,
+                memory_in_use_bytes: in_use,
+                memory_reserved_bytes: reserved,
                 paging: Some(self.engine.optimizer().paging()).filter(|paging| *paging != resting(paging)),
                 elapsed_seconds: elapsed(),
             };
@@ -240,6 +241,7 @@ impl Trainer {
 
     /// The next `count` micro-batches; a step never reaches over the end of a pass.
     fn next_micro_batches(&mut self, epoch_batches: &mut Vec<Batch>, count: usize) -> Vec<Batch> {
+        let _span = tracing::trace_span!("data").entered();
         if self.cursor.1 >= epoch_batches.len() {
             self.cursor = (self.cursor.0 + 1, 0);
             *epoch_batches = self.order.epoch(&self.train.examples, self.cursor.0);
@@ -254,6 +256,7 @@ impl Trainer {
         if self.eval.is_empty() {
             return Ok(());
         }
+        let _span = tracing::trace_span!("evaluate").entered();
         let (eval_loss, tokens) = self.engine.evaluate(&self.eval)?;
         let metrics = EvalMetrics { step: self.step, eval_loss, eval_tokens: tokens as u64, elapsed_seconds };
         self.metrics.eval(&metrics)?;
@@ -267,6 +270,7 @@ impl Trainer {
     }
 
     fn save(&mut self, events: &mut dyn TrainEvents) -> Result<PathBuf, TrainError> {
+        let _span = tracing::trace_span!("save").entered();
         // The log must not lag behind the checkpoint: a resumed run cuts it at the checkpoint's step.
         self.metrics.sync()?;
         let options = &self.config.train;

@@ -1,15 +1,21 @@
 //! One case, measured: a model of random weights, its adapters, and whole steps of the engine that `qlora train` runs.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use burn_qlora::qlora_layers::mix;
 use burn_qlora::qlora_models::{ModelConfig, device_memory};
+use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name};
 use burn_qlora::qlora_train::{Engine, StepOutput, compute_dtype, engine};
 use burn_qlora::{Decoder, LoadOptions, TrainConfig};
 use cubecl::client::Client;
 use serde::{Deserialize, Serialize};
+use tracing::subscriber;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::{Layer as _, Registry};
 
 use super::case::Case;
 use super::look;
@@ -19,11 +25,38 @@ use super::memory::{self, Driver, Peak};
 const READ_STEPS: usize = 2;
 
 /// How often.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Repeats {
     pub warm_up: usize,
     pub steps: usize,
+    pub tracing: Option<Tracing>,
 }
+
+/// Where.
+pub(crate) struct Place {
+    pub device: Device,
+    /// The same device's, if it is CubeCL's.
+    pub client: Option<Client>,
+    pub driver: Option<Driver>,
+}
+
+/// A trace of further steps.
+#[derive(Debug, Clone)]
+pub(crate) struct Tracing {
+    pub path: PathBuf,
+    pub steps: usize,
+}
+
+/// A reading of the allocator after a timed step.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Reading {
+    pub step: usize,
+    pub in_use_bytes: u64,
+    pub reserved_bytes: u64,
+}
+
+/// How many readings are kept.
+const READINGS: usize = 10;
 
 /// The figures of a case.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -53,20 +86,21 @@ pub(crate) struct Measured {
     pub reserved_bytes: u64,
     /// The driver's figure for the process.
     pub driver_bytes: Option<u64>,
+    /// The allocator after timed steps at equal distances.
+    pub readings: Vec<Reading>,
     /// Loss of the first and the last step.
     pub losses: [f64; 2],
 }
 
-/// Measures a case on a device. `client` is the same device's, if it has one.
+/// Measures a case on a device.
 pub(crate) fn run(
     shape: &ModelConfig,
     config: &TrainConfig,
     case: Case,
-    repeats: Repeats,
-    device: &Device,
-    client: Option<&Client>,
-    driver: Option<&Driver>,
+    repeats: &Repeats,
+    place: &Place,
 ) -> Result<Measured> {
+    let device = &place.device;
     let start = Instant::now();
     let dtype = compute_dtype(config.quantization.compute_dtype, device);
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
@@ -90,26 +124,33 @@ pub(crate) fn run(
     device.sync()?;
     let mut seconds = Vec::with_capacity(repeats.steps);
     let mut last = first;
-    for _ in 0..repeats.steps {
+    let mut readings = Vec::new();
+    for step in 1..=repeats.steps {
         // The update is queued behind the read-back of the loss, and the next step queues behind it: what is timed is
         // from one read-back to the next, as in training.
         let start = Instant::now();
         last = steps.next()?;
         seconds.push(start.elapsed().as_secs_f64());
-        peak.read(device);
+        let reading = peak.read(device);
+        if step.is_multiple_of((repeats.steps / READINGS).max(1)) {
+            readings.push(Reading { step, in_use_bytes: reading.in_use, reserved_bytes: reading.reserved });
+        }
     }
     let (step_seconds, spread) = median(&mut seconds);
 
     device.sync()?;
-    let (output, look) = look::at(client, || steps.next());
+    let (output, look) = look::at(place.client.as_ref(), || steps.next());
     output?;
     for _ in 0..READ_STEPS {
         memory::while_running(device, &mut peak, || steps.next())?;
     }
     device.sync()?;
     peak.read(device);
+    if let Some(tracing) = &repeats.tracing {
+        trace(&mut steps, tracing)?;
+    }
 
-    let mut most_frequent: Vec<(String, usize)> = look.launches.iter().map(|(k, n)| (k.to_string(), *n)).collect();
+    let mut most_frequent: Vec<(String, usize)> = look.launches.iter().map(|(k, n)| (short_name(k), *n)).collect();
     most_frequent.sort_by_key(|(name, count)| (std::cmp::Reverse(*count), name.clone()));
     most_frequent.truncate(10);
     Ok(Measured {
@@ -125,9 +166,21 @@ pub(crate) fn run(
         base_bytes,
         in_use_bytes: peak.in_use,
         reserved_bytes: peak.reserved,
-        driver_bytes: driver.map(Driver::peak),
+        driver_bytes: place.driver.as_ref().map(Driver::peak),
+        readings,
         losses: [first.loss, last.loss],
     })
+}
+
+/// Profiles further steps, and prints their tables where a person sees them.
+fn trace(steps: &mut Steps<'_>, tracing: &Tracing) -> Result<()> {
+    let profile = Profile::new(Window { skip: 0, steps: tracing.steps });
+    let subscriber = Registry::default().with(profile.layer().with_filter(filter_fn(ProfileLayer::filter)));
+    subscriber::with_default(subscriber, || (0..tracing.steps).try_for_each(|_| steps.next().map(drop)))?;
+    let trace = profile.finish();
+    trace.write(&tracing.path)?;
+    eprintln!("\n{}\n{}: for https://ui.perfetto.dev\n", trace.summary(), tracing.path.display());
+    Ok(())
 }
 
 /// Steps on new tokens each.
@@ -178,8 +231,13 @@ mod tests {
             config.set("train.activation_checkpointing", policy).unwrap();
             config.set("train.gradient_accumulation_steps", "2").unwrap();
             config.set("lora.rank", "8").unwrap();
-            let (case, repeats) = (Case { rows: 2, len: 16 }, Repeats { warm_up: 1, steps: 3 });
-            let measured = run(&shape, &config, case, repeats, &Device::flex(), None, None).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let tracing = Some(Tracing { path: dir.path().join("t.json"), steps: 2 });
+            let (case, repeats) = (Case { rows: 2, len: 16 }, Repeats { warm_up: 1, steps: 3, tracing });
+            let place = Place { device: Device::flex(), client: None, driver: None };
+            let measured = run(&shape, &config, case, &repeats, &place).unwrap();
+            let trace = std::fs::read_to_string(dir.path().join("t.json")).unwrap();
+            assert_eq!(trace.matches("\"name\":\"step\"").count(), 2, "{policy}");
             assert_eq!(measured.tokens, 2 * 2 * 16);
             assert!(measured.step_seconds > 0.0 && measured.load_seconds > 0.0 && measured.first_step_seconds > 0.0);
             // The engine's span was seen: queueing ends within the step.

@@ -18,12 +18,11 @@ pub(crate) struct Peak {
 }
 
 impl Peak {
-    /// Takes a reading of the device's allocator; of the process, on the CPU.
-    pub(crate) fn read(&mut self, device: &Device) {
-        if let Some((in_use, reserved)) = device_memory(device) {
-            self.in_use = self.in_use.max(in_use);
-            self.reserved = self.reserved.max(reserved);
-        }
+    /// Takes a reading of the device's allocator (of the process, on the CPU), and returns it.
+    pub(crate) fn read(&mut self, device: &Device) -> Self {
+        let (in_use, reserved) = device_memory(device).unwrap_or_default();
+        *self = Self { in_use: self.in_use.max(in_use), reserved: self.reserved.max(reserved) };
+        Self { in_use, reserved }
     }
 }
 
@@ -62,7 +61,7 @@ impl Driver {
     pub(crate) fn watch(index: usize) -> Option<Self> {
         let card = card(index);
         let mut child = Command::new("nvidia-smi")
-            .args(["-i", &card, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"])
+            .args(["-i", &card, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "250"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

@@ -12,7 +12,7 @@ mod peers;
 mod report;
 mod shapes;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -28,7 +28,7 @@ use crate::kernels::write;
 use crate::machine;
 use crate::timer::Timer;
 use case::Case;
-use measure::{Measured, Repeats};
+use measure::{Measured, Place, Repeats, Tracing};
 use memory::Driver;
 use peers::Answer;
 use report::Row;
@@ -72,6 +72,13 @@ pub(crate) struct Args {
     /// What runs in it.
     #[arg(long = "peer-script", value_name = "FILE", value_delimiter = ',', default_values = SCRIPTS)]
     peer_scripts: Vec<PathBuf>,
+    /// Writes a trace of further steps for Perfetto, and prints tables by part of the step and by kernel. With several
+    /// cases or policies, their names go into the file's.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// How many steps.
+    #[arg(long, default_value_t = 2, requires = "profile", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    profile_steps: u32,
     /// Writes the figures to a file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -120,6 +127,9 @@ fn parent(args: &Args) -> Result<()> {
     for policy in &args.policies {
         config(args, policy)?;
     }
+    if let Some(folder) = args.profile.as_deref().and_then(Path::parent).filter(|folder| *folder != Path::new("")) {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
     let card: Card = child("ceilings").map_err(anyhow::Error::msg)?;
     let accumulation = config(args, &args.policies[0])?.train.gradient_accumulation_steps;
     let gpu = card.machine["gpu"].as_str().unwrap_or_default().to_owned();
@@ -137,6 +147,7 @@ fn parent(args: &Args) -> Result<()> {
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
             let row = Row { policy: policy.clone(), case, result, bound };
             println!("{}", row.line());
+            row.memory_line().iter().for_each(|line| println!("{line}"));
             rows.push(row);
         }
     }
@@ -247,9 +258,21 @@ fn measured(args: &Args, policy: &str, case: Case) -> Result<Measured> {
     };
     let driver = index.and_then(Driver::watch);
     let (device, bench) = open(&args.device)?;
-    let client = bench.as_ref().map(|bench| &bench.client);
-    let repeats = Repeats { warm_up: args.warm_up as usize, steps: args.steps as usize };
-    measure::run(&shape, &config, case, repeats, &device, client, driver.as_ref().filter(|_| client.is_some()))
+    let client = bench.map(|bench| bench.client);
+    let driver = driver.filter(|_| client.is_some());
+    let tracing = trace_path(args, policy, case).map(|path| Tracing { path, steps: args.profile_steps as usize });
+    let repeats = Repeats { warm_up: args.warm_up as usize, steps: args.steps as usize, tracing };
+    measure::run(&shape, &config, case, &repeats, &Place { device, client, driver })
+}
+
+/// Where a case's trace goes.
+fn trace_path(args: &Args, policy: &str, case: Case) -> Option<PathBuf> {
+    let path = args.profile.clone()?;
+    if args.cases.len() * args.policies.len() == 1 {
+        return Some(path);
+    }
+    let [stem, extension] = [path.file_stem(), path.extension()].map(|part| part.unwrap_or_default().to_string_lossy());
+    Some(path.with_file_name(format!("{stem}-{policy}-{case}.{extension}")))
 }
 
 fn run_peers(args: &Args, python: &str, accumulation: usize) -> Vec<Answer> {
@@ -300,6 +323,16 @@ mod tests {
         assert_eq!(config.train.optimizer.name(), "lion_8bit");
         assert_eq!(config.train.gradient_accumulation_steps, 1);
         assert_eq!(args.cases, [Case { rows: 1, len: 2048 }, Case { rows: 4, len: 2048 }]);
+    }
+
+    #[test]
+    fn each_case_has_a_trace_of_its_own() {
+        let path = |line: &[&str]| {
+            trace_path(&args(&[line, &["--profile", "a/t.json"]].concat()), "full", Case { rows: 1, len: 8 })
+        };
+        assert_eq!(path(&["--case", "1x8"]), Some("a/t.json".into()));
+        assert_eq!(path(&[]), Some("a/t-full-1x8.json".into()));
+        assert_eq!(trace_path(&args(&[]), "full", Case { rows: 1, len: 8 }), None);
     }
 
     #[test]

@@ -6,6 +6,9 @@ use super::case::Case;
 use super::measure::Measured;
 use super::peers::Answer;
 
+/// Steps from which on the memory's course is a line of the table.
+const LONG: usize = 100;
+
 /// A case under a policy, and what came of it.
 pub(crate) struct Row {
     pub policy: String,
@@ -49,6 +52,15 @@ impl Row {
         )
     }
 
+    /// The allocator over a long run, where there was one.
+    pub(crate) fn memory_line(&self) -> Option<String> {
+        let readings = &self.result.as_ref().ok()?.readings;
+        readings.last().filter(|last| last.step >= LONG)?;
+        let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+        let words = readings.iter().map(|r| format!("{}: {}/{}", r.step, mib(r.in_use_bytes), mib(r.reserved_bytes)));
+        Some(format!("  MiB in use/reserved after step {}", words.collect::<Vec<_>>().join(", ")))
+    }
+
     fn share(&self) -> Option<f64> {
         Some(self.bound? / self.result.as_ref().ok()?.step_seconds)
     }
@@ -61,7 +73,7 @@ impl Row {
                 line["tokens_per_second"] = json!((measured.tokens as f64 / measured.step_seconds).round());
                 line["share_of_limit"] = json!(self.share().map(|share| (share * 1e3).round() / 1e3));
                 if let Value::Object(fields) = json!(measured) {
-                    fields.into_iter().for_each(|(key, value)| line[key] = value);
+                    fields.into_iter().for_each(|(key, value)| line[key] = rounded(value));
                 }
             }
         }
@@ -82,9 +94,20 @@ pub(crate) fn ratios(row: &Row, peers: &[Answer]) -> Vec<String> {
             (Some(ours), Some(theirs)) => format!(", {:.2}x by the driver's figure", ours as f64 / theirs as f64),
             _ => String::new(),
         };
-        Some(format!("{} {case}: {speed:.2}x the speed of {}, {memory:.2}x its memory{driver}", row.policy, answer.peer))
+        Some(format!(
+            "{} {case}: {speed:.2}x the speed of {}, {memory:.2}x its memory{driver}",
+            row.policy, answer.peer
+        ))
     })
     .collect()
+}
+
+/// Times without digits that mean nothing.
+fn rounded(value: Value) -> Value {
+    match value.as_f64().filter(|_| value.is_f64()) {
+        Some(number) => json!((number * 1e5).round() / 1e5),
+        None => value,
+    }
 }
 
 fn gib(bytes: u64) -> String {
@@ -94,6 +117,7 @@ fn gib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::step::measure::Reading;
 
     fn row() -> Row {
         let measured = Measured {
@@ -110,6 +134,7 @@ mod tests {
             in_use_bytes: 6 << 30,
             reserved_bytes: 7 << 30,
             driver_bytes: None,
+            readings: vec![Reading { step: 100, in_use_bytes: 3 << 20, reserved_bytes: 5 << 20 }],
             losses: [10.4, 10.3],
         };
         Row { policy: "full".into(), case: Case { rows: 4, len: 2048 }, result: Ok(measured), bound: Some(0.4) }
@@ -121,6 +146,7 @@ mod tests {
         let header = Row::header().replace(" ms", "_ms").replace(" s", "_s").replace("in use", "in_use");
         assert_eq!(line.split_whitespace().count(), header.split_whitespace().count(), "{header}\n{line}");
         assert!(line.contains("16384") && line.contains("80%") && line.contains("6.00"), "{line}");
+        assert_eq!(row().memory_line().unwrap(), "  MiB in use/reserved after step 100: 3.0/5.0");
         let failed = Row { result: Err("out\nof memory".into()), ..row() };
         assert!(failed.line().ends_with("out of memory"));
         assert_eq!(failed.json()["error"], "out\nof memory");

@@ -15,6 +15,7 @@ use qlora_layers::mix;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::PathBuf;
 
 /// Matrices of each shape.
@@ -57,7 +58,7 @@ impl Random {
                 continue;
             };
             source.total_bytes += (rows * columns).div_ceil(2) as u64;
-            if !source.quantized.contains_key(&spec.shape) {
+            if let Entry::Vacant(place) = source.quantized.entry(spec.shape) {
                 let make = |index| {
                     let values = normal(rows * columns, stream(seed, spec.shape, index));
                     let mut weight = Quantized4bit::quantize(&values, &spec.shape, &quantization)
@@ -65,8 +66,7 @@ impl Random {
                     weight.state.dtype = state_dtype(options.dtype);
                     Ok(weight)
                 };
-                let weights = (0..EACH).map(make).collect::<Result<_, ModelError>>()?;
-                source.quantized.insert(spec.shape, weights);
+                place.insert((0..EACH).map(make).collect::<Result<_, ModelError>>()?);
             }
         }
         for shape in dense {
