@@ -11,8 +11,12 @@
 //!   needed it was kept or is computed once. For a Llama block that is a fifth of the products' second forward.
 //! - Attention that was kept is not computed again either.
 //!
+//! - The second branch works on each token alone, so long batches go through it in parts: what it holds at a time, more
+//!   than attention does, stops growing with the length.
+//!
 //! The gradients are those of the plain backward bit for bit wherever the block itself is deterministic, since the same
-//! operations run on the same values; dropout masks come from [`Pass`].
+//! operations run on the same values; dropout masks come from [`Pass`]. (Of more than two parts, the plain backward may
+//! add the gradients in another order.)
 
 use crate::Pass;
 use crate::offload::{InFlight, Offloaded};
@@ -42,6 +46,14 @@ pub enum ActivationCheckpointing {
 impl ActivationCheckpointing {
     /// Every policy.
     pub const ALL: [Self; 4] = [Self::None, Self::Selective, Self::Full, Self::Offload];
+}
+
+/// Tokens that go through the second branch at a time: enough for products at full speed.
+const PART: usize = 8192;
+
+/// Parts of so many tokens: number, first token, tokens.
+fn parts(tokens: usize) -> impl DoubleEndedIterator<Item = (usize, usize, usize)> {
+    (0..tokens.div_ceil(PART)).map(move |part| (part, part * PART, PART.min(tokens - part * PART)))
 }
 
 /// What a branch runs for.
@@ -82,7 +94,21 @@ pub trait ResidualBlock {
     /// `[tokens, hidden]` in and out.
     fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let m = x.clone() + self.attention(x, pass, Purpose::Result);
-        m.clone() + self.feed_forward(m, pass, Purpose::Result)
+        m.clone() + self.feed_forward_in_parts(m, pass)
+    }
+
+    /// The second branch, for its result, in parts of the tokens.
+    ///
+    /// # Shapes
+    /// `[tokens, hidden]` in and out.
+    fn feed_forward_in_parts(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        let tokens = x.dims()[0];
+        if tokens <= PART {
+            return self.feed_forward(x, pass, Purpose::Result);
+        }
+        let part =
+            |(part, start, len)| self.feed_forward(x.clone().narrow(0, start, len), pass.part(part), Purpose::Result);
+        Tensor::cat(parts(tokens).map(part).collect(), 0)
     }
 }
 
@@ -129,7 +155,7 @@ pub fn forward<B: ResidualBlock>(
                 let mut attention = None;
                 let m = x.clone() + block.attention(x, pass, Purpose::Keep(&mut attention));
                 let middle = m.clone().without_autodiff();
-                x = m.clone() + block.feed_forward(m, pass, Purpose::Result);
+                x = m.clone() + block.feed_forward_in_parts(m, pass);
                 kept.push(Kept::Branches { input, middle, attention });
             }
             ActivationCheckpointing::Offload => {
@@ -149,7 +175,7 @@ pub fn forward<B: ResidualBlock>(
 /// Runs the blocks again and differentiates them, from last to first.
 ///
 /// `grad` is the loss's gradient in the output of the last block. `collect` takes gradients of a block's parameters out
-/// of the container, twice per block. With `into_embeddings` the result is the gradient in the first block's input.
+/// of the container, several times per block. With `into_embeddings` the result is the gradient in the first block's input.
 ///
 /// # Shapes
 /// `grad` is `[tokens, hidden]`, without autodiff.
@@ -194,15 +220,24 @@ pub fn backward<B: ResidualBlock>(
                 (middle, Ok(branch))
             }
         };
-        let middle = middle.autodiff().require_grad();
-        let again = || block.feed_forward(middle.clone(), pass, Purpose::Gradients(None));
-        let second = trace_span!("recompute").in_scope(again);
-        let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, grad.clone()));
-        if let Some(through) = middle.grad_remove(&mut grads) {
+        // As the plain backward does, from the last tokens on.
+        let tokens = middle.dims()[0];
+        let mut through = Vec::new();
+        for (part, start, len) in parts(tokens).rev() {
+            let of_part = |x: &Tensor<2>| if len == tokens { x.clone() } else { x.clone().narrow(0, start, len) };
+            let middle = of_part(&middle).autodiff().require_grad();
+            let again = || block.feed_forward(middle.clone(), pass.part(part), Purpose::Gradients(None));
+            let second = trace_span!("recompute").in_scope(again);
+            let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, of_part(&grad)));
+            through.extend(middle.grad_remove(&mut grads));
+            collect(index, block, &mut grads);
+        }
+        drop(middle);
+        if !through.is_empty() {
+            through.reverse();
+            let through = if through.len() == 1 { through.remove(0) } else { Tensor::cat(through, 0) };
             grad = grad + through;
         }
-        collect(index, block, &mut grads);
-        drop((middle, grads));
 
         let first = match first {
             Ok(branch) => branch,
