@@ -58,6 +58,7 @@ fn parts(tokens: usize) -> impl DoubleEndedIterator<Item = (usize, usize, usize)
 
 /// What a branch runs for.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, on its way into a branch")]
 pub enum Purpose<'a> {
     /// For its result.
     Result,
@@ -114,6 +115,7 @@ pub trait ResidualBlock {
 
 /// What [`forward`] kept of a block.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each block, and they stay where they are")]
 enum Kept {
     /// The input.
     Input(Tensor<2>),

@@ -30,6 +30,7 @@ type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + S
 #[derive(Debug)]
 pub(crate) struct Offloaded(Place);
 
+#[expect(clippy::large_enum_variant, reason = "one for each block, and they stay where they are")]
 enum Place {
     /// It never left: the CPU's tensors, and what came back.
     Here(Tensor<2>),
@@ -97,10 +98,7 @@ impl InFlight {
     /// # Errors
     /// The device's message, where an earlier copy failed.
     pub(crate) fn send(&mut self, tensor: Tensor<2>) -> Result<Offloaded, String> {
-        let tensor = match on_device(tensor) {
-            Ok(tensor) => tensor,
-            Err(host) => return Ok(Offloaded(Place::Here(host))),
-        };
+        let Some(tensor) = on_device(&tensor) else { return Ok(Offloaded(Place::Here(tensor))) };
         if self.leaving.len() == 2
             && let Some(earlier) = self.leaving.pop_front()
         {
@@ -155,10 +153,7 @@ impl InFlight {
     /// Lets the host run no further ahead than two tensors: waits until the device has come to where the one before
     /// the last was received.
     fn mark(&mut self, tensor: &Tensor<2>) -> Result<(), String> {
-        let tensor = match on_device(tensor.clone()) {
-            Ok(tensor) if tensor.client.name() == CUDA => tensor,
-            _ => return Ok(()),
-        };
+        let Some(tensor) = on_device(tensor).filter(|tensor| tensor.client.name() == CUDA) else { return Ok(()) };
         if self.marks.len() == 2
             && let Some(earlier) = self.marks.pop_front()
         {
@@ -176,12 +171,11 @@ fn lock(copy: &Mutex<Copy>) -> MutexGuard<'_, Copy> {
     copy.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The tensor behind Burn's dispatch, contiguous, or the tensor itself where it is in the host's memory already.
-fn on_device(tensor: Tensor<2>) -> Result<CubeTensor, Tensor<2>> {
-    let DispatchTensor { kind, autodiff } = tensor.without_autodiff().into_dispatch();
-    match kind {
-        DispatchTensorKind::Cube(tensor) => Ok(into_contiguous(tensor.float())),
-        kind => Err(Tensor::from_dispatch(DispatchTensor { kind, autodiff })),
+/// The tensor behind Burn's dispatch, contiguous; `None` where it is in the host's memory already.
+fn on_device(tensor: &Tensor<2>) -> Option<CubeTensor> {
+    match tensor.clone().without_autodiff().into_dispatch().kind {
+        DispatchTensorKind::Cube(tensor) => Some(into_contiguous(tensor.float())),
+        _ => None,
     }
 }
 
