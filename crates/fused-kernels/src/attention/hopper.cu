@@ -4,13 +4,14 @@
 // What the kernels for compute capability 9.0 share: TMA, barriers, wgmma, and who computes what. hopper.rs tells the
 // idea. A block has two warp groups that compute, each with 64 rows of the block's 128, and a third of which one warp
 // loads. D is 64 or 128 here.
+//
+//   TURNS      1: the computing groups take turns at the tensor cores
 
 typedef unsigned char u8;
 typedef unsigned long long u64;
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
-#define GROUP_THREADS 128
 #define CONSUMERS 256
 #define THREADS 384
 #define BLOCK_ROWS 128

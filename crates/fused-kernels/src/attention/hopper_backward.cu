@@ -7,7 +7,7 @@
 //   TILE       rows of a tile of the other side
 //   STAGES     such tiles in shared memory
 
-// P from scores, in their place, in units of log2; `slope` is what the softcap's derivative takes from them.
+// P from a score, which is capped in its place: the softcap's derivative takes it from there. `lse` is in units of log2.
 __device__ __forceinline__ float probability(float& score, float lse, const Params& p) {
     score = capped(score, p);
     return exp2_fast(fmaf(score, p.scale_log2, -lse));
