@@ -91,7 +91,7 @@ pub(crate) fn units_per_row(width: usize) -> usize {
     (width / 8).next_power_of_two().clamp(32, UNITS)
 }
 
-/// How [`reduce_row`] joins two values.
+/// How `reduce_row` joins two values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Reduction {
     Sum,

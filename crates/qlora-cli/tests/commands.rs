@@ -102,8 +102,9 @@ fn a_profile_is_a_trace_of_the_steps_after_the_second() {
     let trace: serde_json::Value = serde_json::from_slice(&bench.read("trace.json")).expect("JSON");
     let events = trace["traceEvents"].as_array().expect("events");
     let named = |name: &str| events.iter().filter(|event| event["name"] == name).count();
-    // Of the four steps, the third and the fourth: six blocks run forward and once more.
-    assert_eq!((named("step"), named("block 5"), named("block_backward 5"), named("optimizer")), (2, 4, 2, 2));
+    // Of the four steps, the third and the fourth: six blocks run forward, and their two branches once more.
+    assert_eq!((named("step"), named("block 5"), named("block_backward 5"), named("optimizer")), (2, 2, 2, 2));
+    assert_eq!(named("recompute"), 2 * 6 * 2);
     // What lies between steps is there from the second's end on.
     assert_eq!((named("data"), named("save")), (2, 2));
 
