@@ -16,7 +16,7 @@ steps=${*:-correct bars attention first-use sanitizer}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
-export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} RUST_BACKTRACE=0 PYTHONUNBUFFERED=1
+export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} RUST_BACKTRACE=0 PYTHONUNBUFFERED=1 QLORA_REFERENCE=$PWD/testdata/reference
 # Compiled kernels: ours, and the driver's machine code, are kept from step to step.
 export BURN_QLORA_KERNEL_CACHE=$work/kernels CUDA_CACHE_PATH=$work/driver CUDA_CACHE_MAXSIZE=4294967296
 began=$SECONDS
@@ -56,9 +56,9 @@ case " $steps " in *" correct "*)
                 "$bin/$program" --exact "$test" --nocapture
         done
     done
-    job conformance 110 "$bin/conformance" --reference testdata/reference --device cuda
+    job conformance 200 "$bin/conformance" --reference testdata/reference --device cuda
     # The layers once more, on the kernel for other cards.
-    job conformance-ampere 110 env NF4_QUANT_MATMUL=ampere "$bin/conformance" --reference testdata/reference --device cuda
+    job conformance-ampere 200 env NF4_QUANT_MATMUL=ampere "$bin/conformance" --reference testdata/reference --device cuda
     # Bars are measured alone; what they launch is compiled here.
     job compile-bars 110 "$bin/qlora-bench" kernels --bars --compile --device cuda
     wait

@@ -59,9 +59,11 @@ fn golden(full: &Path) -> Result<()> {
     run_command(Command::new("python3").arg(testdata.join("trim.py")).arg(full).arg(testdata.join("reference")))
 }
 
-/// The workspace's folder.
+/// The workspace's folder, from what cargo says when it runs this program: checkouts that share a build folder may share
+/// the program too.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default()
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&manifest).parent().map(Path::to_owned).unwrap_or_default()
 }
 
 /// Cargo, in the workspace's folder.

@@ -1,8 +1,9 @@
-//! `qlora-bench`: what the kernels do on this machine's GPU, and what others do on the same shapes.
+//! `qlora-bench`: what kernels and training steps do on this machine's GPU, and what others do on the same shapes.
 //!
 //! - `kernels`: the median time of each kernel on real models' shapes, GB/s or TFLOP/s, and the share of
 //!   what the card gives at best, measured in the same run. With `--peer python3` the same shapes through
 //!   bitsandbytes and cuBLAS.
+//! - `step`: whole training steps of models with random weights, beside PEFT and Unsloth.
 //! - `first-use`: the time to the first 4-bit product of a process, with nothing compiled and with
 //!   everything in the cache.
 //!
@@ -19,13 +20,14 @@ mod machine;
 mod peer;
 mod report;
 mod shapes;
+mod step;
 mod timer;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Measures the kernels on a device.
+/// Measures kernels and training steps on a device.
 #[derive(Parser)]
 #[command(name = "qlora-bench", version)]
 struct Args {
@@ -37,6 +39,8 @@ struct Args {
 enum Command {
     /// Time, throughput and share of the card's ceilings for each kernel and shape.
     Kernels(kernels::Args),
+    /// Time, memory and launches of whole training steps.
+    Step(Box<step::Args>),
     /// Cold and warm time to the first 4-bit product of a process.
     FirstUse(first_use::Args),
 }
@@ -44,6 +48,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Kernels(args) => kernels::run(&args),
+        Command::Step(args) => step::run(&args),
         Command::FirstUse(args) => first_use::run(&args),
     };
     match result {

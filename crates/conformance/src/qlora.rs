@@ -1,7 +1,8 @@
 //! Section `qlora`: one recorded QLoRA run (`qlora/`), and what its adapter computes on each base.
 //!
 //! From the recorded initial adapter and batches, the run is repeated with this workspace's training
-//! engine. Compared are each step's loss and gradient norm (relative), the distance of the final
+//! engine, under every policy of activation checkpointing, with the optimizer's state on the device and in
+//! pages that come and go, and with 8-bit state. Compared are each step's loss and gradient norm (relative), the distance of the final
 //! adapter (relative Frobenius norm over all factors together), and the logits of the recorded final
 //! adapter on the 4-bit base, on the f32 base, and merged into it (absolute, per logit).
 //!
@@ -9,13 +10,14 @@
 //! quantization, and the adapters in f32.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::{Device, FloatDType};
 use burn_qlora::adapter_io::{Adapter, Checkpoint};
 use burn_qlora::nf4_quant::QuantConfig;
-use burn_qlora::paged_optim::{Budget, OptimizerConfig};
+use burn_qlora::paged_optim::{Budget, OptimizerConfig, OptimizerKind};
 use burn_qlora::qlora_layers::ActivationCheckpointing;
 use burn_qlora::qlora_models::tokenizer::Tokenizer;
 use burn_qlora::qlora_models::{Decoder, LoadOptions};
@@ -52,8 +54,30 @@ struct Bars {
     loss: f64,
     grad_norm: Option<f64>,
     adapter: Option<f64>,
-    /// Both ways of keeping activations take part.
+}
+
+/// How a run keeps activations and the optimizer's state.
+#[derive(Clone, Copy)]
+struct Ways {
     checkpointing: ActivationCheckpointing,
+    optimizer: OptimizerKind,
+    budget: Budget,
+}
+
+impl Ways {
+    const PLAIN: Self = Self {
+        checkpointing: ActivationCheckpointing::Full,
+        optimizer: OptimizerKind::AdamW32bit,
+        budget: Budget::Unlimited,
+    };
+}
+
+impl fmt::Display for Ways {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let checkpointing = format!("{:?}", self.checkpointing).to_lowercase();
+        write!(f, "{checkpointing} {}", self.optimizer)?;
+        if self.budget != Budget::Unlimited { write!(f, " paged") } else { Ok(()) }
+    }
 }
 
 /// Repeats the recorded runs and compares them.
@@ -74,12 +98,22 @@ pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Res
     let run = Run { reference, initial, base_dir, device };
     // f32: the same arithmetic in another order, through twenty updates. bf16: losses only; every
     // product is rounded to 8 bits, and where autocast rounds is PyTorch's own choice.
-    let f32_bars =
-        Bars { loss: 1e-3, grad_norm: Some(1e-2), adapter: Some(2e-2), checkpointing: ActivationCheckpointing::Full };
-    let bf16_bars = Bars { loss: 1e-2, grad_norm: None, adapter: None, checkpointing: ActivationCheckpointing::None };
+    let f32_bars = Bars { loss: 1e-3, grad_norm: Some(1e-2), adapter: Some(2e-2) };
+    let bf16_bars = Bars { loss: 1e-2, grad_norm: None, adapter: None };
     for (label, dtype, bars) in [("f32", FloatDType::F32, f32_bars), ("bf16", FloatDType::BF16, bf16_bars)] {
         if device.supports_dtype(dtype) {
-            run.training(label, dtype, &bars, report)?;
+            // Policies agree to the last bit; in half precision two of them will do.
+            let policies = ActivationCheckpointing::ALL.into_iter().skip(if dtype == FloatDType::F32 { 0 } else { 2 });
+            for checkpointing in policies {
+                run.training(label, dtype, &bars, Ways { checkpointing, ..Ways::PLAIN }, report)?;
+            }
+            // No page stays on the device.
+            let paged = Ways { budget: Budget::Bytes(0), ..Ways::PLAIN };
+            run.training(label, dtype, &bars, paged, report)?;
+            // The recorded run kept 32 bits: 8-bit state takes other steps, to nearly the same losses.
+            let narrow = Ways { optimizer: OptimizerKind::AdamW8bit, ..Ways::PLAIN };
+            let bars = Bars { loss: 1e-2, grad_norm: None, adapter: None };
+            run.training(label, dtype, &bars, narrow, report)?;
         } else {
             report.skip(format!("qlora {label}"), format!("the device has no {dtype:?}"));
         }
@@ -106,7 +140,7 @@ impl Run<'_> {
     }
 
     /// The recorded steps, one by one.
-    fn training(&self, label: &str, dtype: FloatDType, bars: &Bars, report: &mut Report) -> Result<()> {
+    fn training(&self, label: &str, dtype: FloatDType, bars: &Bars, ways: Ways, report: &mut Report) -> Result<()> {
         let log_name = format!("qlora/log_{label}.json");
         if self.reference.find(&log_name).is_none() {
             report.skip(format!("qlora {label}"), format!("no {log_name}"));
@@ -120,16 +154,17 @@ impl Run<'_> {
         }
         let model = self.model(&self.initial, Some(QuantConfig::default()), dtype)?;
         let optimizer = OptimizerConfig {
+            kind: ways.optimizer,
             betas: hyper.betas,
             eps: hyper.eps,
             weight_decay: hyper.weight_decay,
             ..Default::default()
         };
-        let mut engine = Engine::new(model, optimizer, Budget::Unlimited, hyper.max_grad_norm, bars.checkpointing)?;
+        let mut engine = Engine::new(model, optimizer, ways.budget, hyper.max_grad_norm, ways.checkpointing)?;
         for (index, (batch, recorded)) in batches.into_iter().zip(&log).enumerate() {
             let learning_rate = hyper.lr * (((index + 1) as f64) / hyper.warmup.max(1.0)).min(1.0);
             let output = engine.step(&[batch], learning_rate, 0)?;
-            let subject = format!("qlora {label} step {}", index + 1);
+            let subject = format!("qlora {label} {ways} step {}", index + 1);
             let (loss, note) = (relative(output.loss, recorded.loss), format!("{:.4}", output.loss));
             report.compare_noted(format!("{subject}: loss"), loss, bars.loss, note);
             if let Some(bar) = bars.grad_norm {
@@ -139,7 +174,7 @@ impl Run<'_> {
         let recorded = self.reference.find(&format!("qlora/final_adapter_{label}"));
         if let (Some(bar), Some(path)) = (bars.adapter, recorded) {
             let distance = distance(engine.model(), &Adapter::load(&path)?)?;
-            report.compare(format!("qlora {label}: distance of the final adapter"), distance, bar);
+            report.compare(format!("qlora {label} {ways}: distance of the final adapter"), distance, bar);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use cubecl::prelude::BufferIOAttr;
 use cubecl::server::{Handle, KernelArguments, KernelResource, MetadataBindingInfo};
 
 use crate::LaunchError;
-use crate::tensor_map::TensorMap2d;
+use crate::tensor_map::TensorMap;
 
 /// Buffers and tensor maps in the order of the kernel's parameters, and the parameter struct.
 ///
@@ -19,7 +19,7 @@ pub struct Arguments {
 #[derive(Debug)]
 enum Argument {
     Buffer(Handle),
-    Map(TensorMap2d),
+    Map(TensorMap),
 }
 
 impl Arguments {
@@ -43,15 +43,15 @@ impl Arguments {
         self.buffer(handle, BufferIOAttr::ReadWrite)
     }
 
-    /// A matrix that the kernel loads with TMA.
-    pub fn tensor_map(mut self, map: TensorMap2d) -> Self {
-        self.resources.push((Argument::Map(map), BufferIOAttr::ReadOnly));
+    /// A matrix or array that the kernel loads with TMA.
+    pub fn tensor_map(mut self, map: impl Into<TensorMap>) -> Self {
+        self.resources.push((Argument::Map(map.into()), BufferIOAttr::ReadOnly));
         self
     }
 
-    /// A matrix that the kernel stores with TMA.
-    pub fn tensor_map_write(mut self, map: TensorMap2d) -> Self {
-        self.resources.push((Argument::Map(map), BufferIOAttr::WriteOnly));
+    /// A matrix or array that the kernel stores with TMA.
+    pub fn tensor_map_write(mut self, map: impl Into<TensorMap>) -> Self {
+        self.resources.push((Argument::Map(map.into()), BufferIOAttr::WriteOnly));
         self
     }
 

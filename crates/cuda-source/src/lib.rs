@@ -59,4 +59,4 @@ pub use device::{CudaDevice, device};
 pub use error::LaunchError;
 pub use launch::launch;
 pub use source::Source;
-pub use tensor_map::{Swizzle, TensorElement, TensorMap2d};
+pub use tensor_map::{Swizzle, TensorElement, TensorMap, TensorMap2d};

@@ -1,4 +1,5 @@
-//! Causal attention whose scores never reach memory: FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
+//! Causal attention whose scores never reach memory: FlashAttention-2 (Dao, 2023, arXiv 2307.08691), and on Hopper
+//! FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608).
 //!
 //! Per head of the queries, with the key head that its group shares (GQA):
 //!
@@ -17,6 +18,10 @@
 //! length of 2048 that is some thousand operations per byte, so tensor cores and what feeds them are the bound.
 //!
 //! # How
+//!
+//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on, and wgmma on 9.0 for heads
+//! up to 128 and more than a few queries (`attention/hopper.rs` describes those). `FUSED_KERNELS_ATTENTION` forces one:
+//! `mma` or `hopper`. Those for `mma`:
 //!
 //! - A block of four warps owns 64 queries (forward, dQ) or 64 keys (dK, dV), 16 per warp, and holds their operands in
 //!   registers as `mma` wants them, with the sums. Heads wider than 128 share 16 rows between two warps in the backward
@@ -42,19 +47,29 @@
 //!
 //! # Measured
 //!
-//! One H100, bf16, causal, 4 x 2048 tokens, 32 heads of 128: 0.53 ms forward (260 TFLOP/s, torch 0.26 ms), 2.32 ms for
-//! the gradients (148 TFLOP/s by five products, torch 0.88 ms); 1 x 16384: 290 and 184 TFLOP/s.
+//! One H100, bf16, causal, 32 heads of 128, TFLOP/s, of the gradients by five products:
+//!
+//! | shape | | forward | gradients |
+//! |---|---|---|---|
+//! | 4 x 2048 | `mma` | 260 | 148 |
+//! | | wgmma | 557 | 415 |
+//! | | torch | 525 | 390 |
+//! | 1 x 16384 | `mma` | 290 | 184 |
+//! | | wgmma | 709 | 525 |
+//! | | torch | 630 | 560 |
 //!
 //! # What was not done
 //!
-//! - Tuning: tile sizes were picked by what fits (`plan.rs`).
-//! - wgmma and TMA. On Hopper `mma` reaches some 60 % of the tensor cores, and each warp reads all of a tile for its 16
-//!   rows: 2 KiB of shared memory per 32,768 operations.
+//! - Tuning for `mma`: tile sizes were picked by what fits (`plan.rs`). On Hopper it reaches some 60 % of the tensor
+//!   cores, and each warp reads all of a tile for its 16 rows: 2 KiB of shared memory per 32,768 operations.
 //! - Splitting keys between blocks: a single query over a long cache uses one block per head.
 //! - Heads that are no multiple of 8 wide.
 
+mod hopper;
 pub mod oracle;
 mod plan;
+
+pub use plan::{Path, paths};
 
 use bytemuck::{Pod, Zeroable};
 use cubecl::client::Client;
@@ -173,6 +188,18 @@ pub struct Shape {
     pub format: HalfFormat,
 }
 
+impl Shape {
+    /// Rows, tokens of each and heads of a side as its buffers have them.
+    fn extent(&self, side: Side) -> (usize, usize, usize) {
+        let heads = if side == Side::Keys { self.kv_heads } else { self.heads };
+        match (&self.rows, side) {
+            (Rows::Equal { rows, q_len, .. }, Side::Queries) => (*rows, *q_len, heads),
+            (Rows::Equal { rows, kv_len, .. }, Side::Keys) => (*rows, *kv_len, heads),
+            (Rows::Packed(packed), _) => (1, packed.tokens, heads),
+        }
+    }
+}
+
 /// Elements from one row of the batch, token and head to the next, multiples of 8. The dimensions of a head are
 /// neighbours. Packed rows have no row stride: their tokens follow one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +233,7 @@ pub struct Operand<'a> {
     pub strides: Strides,
 }
 
-/// `Strides` of `tiles.cu`.
+/// `Strides` of `shape.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 struct DeviceStrides {
@@ -215,7 +242,7 @@ struct DeviceStrides {
     head: u32,
 }
 
-/// `struct Params` of `tiles.cu`.
+/// `struct Params` of `shape.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 struct Params {
@@ -240,6 +267,8 @@ struct Params {
     scale: f32,
     scale_log2: f32,
     cap_scale: f32,
+    section: u32,
+    light: u32,
     pad: u32,
 }
 
@@ -294,6 +323,25 @@ pub fn forward(
     shape: &Shape,
     options: Options,
 ) -> Result<(), KernelError> {
+    forward_on(client, plan::path(client, shape, &[q, k, v]), q, k, v, o, lse, shape, options)
+}
+
+/// As [`forward`], by kernels of the caller's choice among [`paths`].
+///
+/// # Errors
+/// As [`forward`]; [`KernelError::Launch`] where they don't take the operands.
+#[allow(clippy::too_many_arguments)]
+pub fn forward_on(
+    client: &Client,
+    path: Path,
+    q: Operand<'_>,
+    k: Operand<'_>,
+    v: Operand<'_>,
+    o: Operand<'_>,
+    lse: &Handle,
+    shape: &Shape,
+    options: Options,
+) -> Result<(), KernelError> {
     check(client, shape, options)?;
     let mut params = Params::new(shape, options);
     params.q = check_operand("q", q, shape, Side::Queries)?;
@@ -301,6 +349,10 @@ pub fn forward(
     params.v = check_operand("v", v, shape, Side::Keys)?;
     params.o = check_operand("o", o, shape, Side::Queries)?;
     check_statistics("lse", lse, shape)?;
+    if path == Path::Hopper {
+        let bounds = bounds(shape, q);
+        return hopper::Call { client, shape, options, params, bounds }.forward(q, k, v, o.handle, lse);
+    }
     let arguments =
         Arguments::new().read(q.handle).read(k.handle).read(v.handle).read(bounds(shape, q)).write(o.handle).write(lse);
     launch(client, Kind::Forward, shape, options, arguments, params)
@@ -337,6 +389,21 @@ pub struct Backward<'a> {
 /// # Errors
 /// As [`forward`].
 pub fn backward(client: &Client, operands: Backward<'_>, shape: &Shape, options: Options) -> Result<(), KernelError> {
+    let Backward { q, k, v, d_out, .. } = operands;
+    backward_on(client, plan::path(client, shape, &[q, k, v, d_out]), operands, shape, options)
+}
+
+/// As [`backward`], by kernels of the caller's choice among [`paths`]. They need not be those of the forward pass.
+///
+/// # Errors
+/// As [`backward`]; [`KernelError::Launch`] where they don't take the operands.
+pub fn backward_on(
+    client: &Client,
+    path: Path,
+    operands: Backward<'_>,
+    shape: &Shape,
+    options: Options,
+) -> Result<(), KernelError> {
     check(client, shape, options)?;
     let Backward { q, k, v, o, lse, d_out, d_q, d_k, d_v } = operands;
     let mut params = Params::new(shape, options);
@@ -354,6 +421,9 @@ pub fn backward(client: &Client, operands: Backward<'_>, shape: &Shape, options:
     let bounds = bounds(shape, q);
     let arguments = Arguments::new().read(o.handle).read(d_out.handle).read(bounds).write(&delta);
     launch(client, Kind::Delta, shape, options, arguments, params)?;
+    if path == Path::Hopper {
+        return hopper::Call { client, shape, options, params, bounds }.backward(&operands, &delta);
+    }
     let inputs = || {
         let operands = Arguments::new().read(q.handle).read(k.handle).read(v.handle).read(bounds);
         operands.read(d_out.handle).read(lse).read(&delta)
@@ -445,7 +515,7 @@ fn check_operand(
     side: Side,
 ) -> Result<DeviceStrides, KernelError> {
     let Operand { handle, strides: Strides { row, token, head } } = operand;
-    let heads = if side == Side::Keys { shape.kv_heads } else { shape.heads };
+    let (rows, len, heads) = shape.extent(side);
     for stride in [row, token, head] {
         if !stride.is_multiple_of(8) {
             return Err(KernelError::Attention {
@@ -460,11 +530,6 @@ fn check_operand(
     if !offset.is_multiple_of(16) {
         return Err(KernelError::Alignment { name, offset, size: 16 });
     }
-    let (rows, len) = match (&shape.rows, side) {
-        (Rows::Equal { rows, q_len, .. }, Side::Queries) => (*rows, *q_len),
-        (Rows::Equal { rows, kv_len, .. }, Side::Keys) => (*rows, *kv_len),
-        (Rows::Packed(packed), _) => (1, packed.tokens),
-    };
     let elements = match rows * len {
         0 => 0,
         _ => (rows - 1) * row + (len - 1) * token + (heads - 1) * head + shape.head_dim,

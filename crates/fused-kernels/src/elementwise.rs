@@ -85,3 +85,44 @@ pub(crate) fn vector_size(client: &Client, format: Format, lengths: &[usize]) ->
 pub(crate) fn cube_count(client: &Client, cubes: usize) -> CubeCount {
     CubeCountSelection::new(client, cubes as u32).cube_count()
 }
+
+/// Units that share a row of `width` elements: one for each eight elements, 32 to 256.
+pub(crate) fn units_per_row(width: usize) -> usize {
+    (width / 8).next_power_of_two().clamp(32, UNITS)
+}
+
+/// How `reduce_row` joins two values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Reduction {
+    Sum,
+    Maximum,
+}
+
+/// Joins the values of the `units` units that share a row, in a fixed order; all of them get the result.
+#[cube]
+pub(crate) fn reduce_row(
+    value: f32,
+    shared: &mut Shared<[f32]>,
+    #[comptime] units: usize,
+    #[comptime] reduction: Reduction,
+) -> f32 {
+    let unit = UNIT_POS as usize;
+    shared[unit] = value;
+    sync_cube();
+    #[unroll]
+    for level in 0..comptime!(units.ilog2()) {
+        let stride = comptime!(units >> (level as usize + 1));
+        if unit % units < stride {
+            let other = shared[unit + stride];
+            match reduction {
+                Reduction::Sum => shared[unit] += other,
+                Reduction::Maximum => shared[unit] = max(shared[unit], other),
+            }
+        }
+        sync_cube();
+    }
+    let joined = shared[unit - unit % units];
+    // Everyone has read before the next values are written.
+    sync_cube();
+    joined
+}

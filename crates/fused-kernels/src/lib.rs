@@ -3,6 +3,7 @@
 //! | module | operation | written in |
 //! |---|---|---|
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
+//! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
 //! | [`rope`] | rotary position embeddings | CubeCL |
@@ -13,6 +14,7 @@
 //! stock ones. Those in CubeCL run wherever CubeCL does.
 
 pub mod attention;
+pub mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod error;

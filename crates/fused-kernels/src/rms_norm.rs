@@ -19,7 +19,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::elementwise::{UNITS, buffer, check_format, cube_count, vector_size};
+use crate::elementwise::{Reduction, UNITS, buffer, check_format, cube_count, reduce_row, units_per_row, vector_size};
 use crate::{Format, KernelError};
 
 const OPERATION: &str = "rms_norm";
@@ -44,9 +44,8 @@ impl RmsNorm {
         self.rows.saturating_mul(self.width)
     }
 
-    /// Units that share a row: one for each eight elements, 32 to 256.
     fn units(self) -> usize {
-        (self.width / 8).next_power_of_two().clamp(32, UNITS)
+        units_per_row(self.width)
     }
 }
 
@@ -211,26 +210,6 @@ pub fn weight_gradient(
     Ok(())
 }
 
-/// Adds the values of the `units` units that share a row; all of them get the sum.
-#[cube]
-fn sum_over_row(value: f32, shared: &mut Shared<[f32]>, #[comptime] units: usize) -> f32 {
-    let unit = UNIT_POS as usize;
-    shared[unit] = value;
-    sync_cube();
-    #[unroll]
-    for level in 0..comptime!(units.ilog2()) {
-        let stride = comptime!(units >> (level as usize + 1));
-        if unit % units < stride {
-            shared[unit] += shared[unit + stride];
-        }
-        sync_cube();
-    }
-    let sum = shared[unit - unit % units];
-    // Everyone has read before the next sum is written.
-    sync_cube();
-    sum
-}
-
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn forward_kernel<F: Float, N: Size>(
@@ -264,7 +243,7 @@ fn forward_kernel<F: Float, N: Size>(
             v += units;
         }
     }
-    let mean = sum_over_row(square, &mut shared, units) / f32::cast_from(width as u32);
+    let mean = reduce_row(square, &mut shared, units, Reduction::Sum) / f32::cast_from(width as u32);
     let scale = 1.0f32 / (mean + eps).sqrt();
     if row < rows {
         let mut v = lane;
@@ -319,8 +298,8 @@ fn backward_kernel<F: Float, N: Size>(
         }
     }
     let count = f32::cast_from(width as u32);
-    let mean_square = sum_over_row(square, &mut shared, units) / count;
-    let mean_product = sum_over_row(product, &mut shared, units) / count;
+    let mean_square = reduce_row(square, &mut shared, units, Reduction::Sum) / count;
+    let mean_product = reduce_row(product, &mut shared, units, Reduction::Sum) / count;
     let scale = 1.0f32 / (mean_square + eps).sqrt();
     let back = scale * scale * mean_product;
     if row < rows {
@@ -363,7 +342,7 @@ fn scales_kernel<F: Float>(
             i += units;
         }
     }
-    let mean = sum_over_row(square, &mut shared, units) / f32::cast_from(width as u32);
+    let mean = reduce_row(square, &mut shared, units, Reduction::Sum) / f32::cast_from(width as u32);
     if row < rows && lane == 0 {
         scales[row] = 1.0f32 / (mean + eps).sqrt();
     }

@@ -17,7 +17,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::elementwise::{UNITS, buffer, check_format, cube_count};
+use crate::elementwise::{UNITS, buffer, check_format, cube_count, vector_size};
 use crate::{Format, KernelError};
 
 const OPERATION: &str = "rope";
@@ -68,19 +68,22 @@ pub fn rotate(
         return Err(KernelError::Shape { operation: OPERATION, reason });
     }
     let elements = tokens.saturating_mul(heads * head_dim);
-    let (x, out) = (buffer("x", x, elements, format.size(), 1)?, buffer("out", out, elements, format.size(), 1)?);
+    let vector = vector_size(client, format, &[rotary / 2, head_dim]);
+    let argument = |name, handle| buffer(name, handle, elements, format.size(), vector);
+    let (x, out) = (argument("x", x)?, argument("out", out)?);
     let (cos, sin) = (buffer("cos", cos, len * rotary / 2, 4, 1)?, buffer("sin", sin, len * rotary / 2, 4, 1)?);
     if elements == 0 {
         return Ok(());
     }
-    // Of each head: pairs, then what does not turn.
-    let items = tokens * heads * (head_dim - rotary / 2);
+    // Of each head, in vectors: pairs, then what does not turn.
+    let items = tokens * heads * ((head_dim - rotary / 2) / vector);
     // SAFETY: the buffers' sizes are checked, and the kernel stays within `items`.
     unsafe {
         rotate_kernel::launch_unchecked(
             client,
             cube_count(client, items.div_ceil(UNITS)),
             CubeDim::new_1d(UNITS as u32),
+            vector,
             x,
             cos,
             sin,
@@ -88,8 +91,8 @@ pub fn rotate(
             items,
             len,
             heads,
-            head_dim,
-            rotary / 2,
+            head_dim / vector,
+            rotary / 2 / vector,
             if inverse { -1.0 } else { 1.0 },
             format.elem_type(),
         );
@@ -99,11 +102,11 @@ pub fn rotate(
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn rotate_kernel<F: Float>(
-    x: &[F],
+fn rotate_kernel<F: Float, N: Size>(
+    x: &[Vector<F, N>],
     cos: &[f32],
     sin: &[f32],
-    out: &mut [F],
+    out: &mut [Vector<F, N>],
     items: usize,
     len: usize,
     heads: usize,
@@ -112,17 +115,27 @@ fn rotate_kernel<F: Float>(
     sign: f32,
     #[define(F)] _format: ElemType,
 ) {
+    // Lengths of heads are in vectors.
+    let vector = N::value().comptime();
     let item = ABSOLUTE_POS;
     if item < items {
         let per_head = head_dim - half;
         let (head, i) = (item / per_head, item % per_head);
         let first = head * head_dim + i;
         if i < half {
-            let angle = (head / heads % len) * half + i;
-            let (c, s) = (cos[angle], sin[angle] * sign);
-            let (a, b) = (f32::cast_from(x[first]), f32::cast_from(x[first + half]));
-            out[first] = F::cast_from(a * c - b * s);
-            out[first + half] = F::cast_from(b * c + a * s);
+            let angle = ((head / heads % len) * half + i) * vector;
+            let (left, right) = (x[first], x[first + half]);
+            let mut turned_left = Vector::<F, N>::empty();
+            let mut turned_right = Vector::<F, N>::empty();
+            #[unroll]
+            for j in 0..vector {
+                let (c, s) = (cos[angle + j], sin[angle + j] * sign);
+                let (a, b) = (f32::cast_from(left.extract(j)), f32::cast_from(right.extract(j)));
+                turned_left.insert(j, F::cast_from(a * c - b * s));
+                turned_right.insert(j, F::cast_from(b * c + a * s));
+            }
+            out[first] = turned_left;
+            out[first + half] = turned_right;
         } else {
             out[first + half] = x[first + half];
         }

@@ -9,7 +9,7 @@ use common::Random;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::attention::oracle::{self, Batch};
-use fused_kernels::attention::{self, Backward, Operand, Options, PackedRows, Rows, Shape, Strides};
+use fused_kernels::attention::{self, Backward, Operand, Options, PackedRows, Path, Rows, Shape, Strides};
 use fused_kernels::{HalfFormat, KernelError};
 use half::{bf16, f16};
 
@@ -172,6 +172,12 @@ const CASES: &[Case] = &[
     Case { lens: &[333], head_dim: 96, window: Some(64), ..CASE },
     Case { lens: &[333], head_dim: 256, window: Some(100), heads: 2, kv_heads: 2, ..CASE },
     Case { lens: &[65], head_dim: 64, window: Some(1000), ..CASE },
+    // Several tiles of 128, whole and not, with and without a part outside the window; a few heads for each block.
+    Case { lens: &[600], head_dim: 128, heads: 2, kv_heads: 1, ..CASE },
+    Case { lens: &[384, 384], head_dim: 64, heads: 2, kv_heads: 2, window: Some(190), ..CASE },
+    Case { lens: &[520], head_dim: 104, heads: 1, kv_heads: 1, window: Some(129), format: F16, ..CASE },
+    // More tiles than multiprocessors.
+    Case { lens: &[9; 12], head_dim: 64, heads: 24, kv_heads: 12, ..CASE },
     // Softcap, and scales of models.
     Case { lens: &[200], head_dim: 256, softcap: Some(50.0), scale: Some(0.0625), size: 30.0, heads: 2, ..CASE },
     Case { lens: &[129], head_dim: 128, softcap: Some(5.0), size: 8.0, format: F16, heads: 4, kv_heads: 2, ..CASE },
@@ -247,11 +253,11 @@ fn assert_close(what: &str, ours: &[f32], exact: &[f64], rounded: &[f64]) {
     assert!(ours_sum.sqrt() <= bar, "{what}: errors are {} together, the bar {bar}", ours_sum.sqrt());
 }
 
-#[test]
-fn attention_and_its_gradients_are_the_oracles() {
+/// The cases with those head_dims; compiling the kernels takes the time, and tests run side by side.
+fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::RangeInclusive<usize>) {
     let Some(client) = client() else { return };
-    for (number, case) in CASES.iter().enumerate() {
-        let (what, options, format) = (case.name(), case.options(), case.format);
+    for (number, case) in CASES.iter().enumerate().filter(|(_, case)| head_dims.contains(&case.head_dim)) {
+        let (what, options, format) = (format!("{} by {path:?}", case.name()), case.options(), case.format);
         let (of_queries, of_keys) = case.places();
         let mut random = Random(number as u64);
         let count = |place: Place| place.rows * place.len * place.heads * place.head_dim;
@@ -272,6 +278,11 @@ fn attention_and_its_gradients_are_the_oracles() {
             format,
         };
 
+        if !attention::paths(&client, &shape).contains(&path) {
+            eprintln!("skipped: this device does not run {path:?}");
+            return;
+        }
+
         let [device_q, device_out] = [&q, &d_out].map(|x| of_queries.upload(&client, x, format));
         let [device_k, device_v] = [&k, &v].map(|x| of_keys.upload(&client, x, format));
         let statistics = 4 * case.heads * shape.rows.queries();
@@ -280,7 +291,8 @@ fn attention_and_its_gradients_are_the_oracles() {
             let [d_k, d_v] = [(); 2].map(|()| of_keys.output(&client));
             let lse = client.create_from_slice(&vec![0xff; statistics + 64]);
             let (q, k, v) = (of_queries.operand(&device_q), of_keys.operand(&device_k), of_keys.operand(&device_v));
-            attention::forward(&client, q, k, v, of_queries.operand(&o), &lse, &shape, options).expect("forward");
+            attention::forward_on(&client, path, q, k, v, of_queries.operand(&o), &lse, &shape, options)
+                .expect("forward");
             let operands = Backward {
                 q,
                 k,
@@ -292,7 +304,7 @@ fn attention_and_its_gradients_are_the_oracles() {
                 d_k: of_keys.operand(&d_k),
                 d_v: of_keys.operand(&d_v),
             };
-            attention::backward(&client, operands, &shape, options).expect("backward");
+            attention::backward_on(&client, path, operands, &shape, options).expect("backward");
             let lse = client.read_one(lse).expect("the kernel runs").to_vec();
             let results = [(o, of_queries), (d_q, of_queries), (d_k, of_keys), (d_v, of_keys)];
             (lse, results.map(|(handle, place)| place.download(&client, handle, format, &what)))
@@ -311,7 +323,7 @@ fn attention_and_its_gradients_are_the_oracles() {
         assert!(lse[statistics..].iter().all(|b| *b == 0xff), "{what}: wrote outside lse");
         for (i, (bytes, expected)) in lse.chunks_exact(4).zip(&expected.lse).enumerate() {
             let value = f64::from(f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-            // f32 sums of up to 256 products and of up to 400 exponentials, each 2^-22 off; tanh out of exp2 and a
+            // f32 sums of up to 256 products and of up to 600 exponentials, each 2^-22 off; tanh out of exp2 and a
             // reciprocal, some 4e-7 of the cap.
             let bar = 3e-5 * expected.abs().max(1.0) + 1e-6 * f64::from(case.softcap.unwrap_or(0.0));
             assert!((value - expected).abs() <= bar, "{what}: lse {i} is {value}, should be {expected}");
@@ -322,6 +334,41 @@ fn attention_and_its_gradients_are_the_oracles() {
         assert_close(&format!("{what}: d_k"), &d_k, &expected.k, &rounded.k);
         assert_close(&format!("{what}: d_v"), &d_v, &expected.v, &rounded.v);
     }
+}
+
+#[test]
+fn heads_up_to_64_by_mma() {
+    attention_and_its_gradients_are_the_oracles(Path::Mma, 8..=64);
+}
+
+#[test]
+fn heads_up_to_96_by_mma() {
+    attention_and_its_gradients_are_the_oracles(Path::Mma, 72..=96);
+}
+
+#[test]
+fn heads_up_to_128_by_mma() {
+    attention_and_its_gradients_are_the_oracles(Path::Mma, 104..=128);
+}
+
+#[test]
+fn heads_up_to_192_by_mma() {
+    attention_and_its_gradients_are_the_oracles(Path::Mma, 136..=192);
+}
+
+#[test]
+fn heads_up_to_256_by_mma() {
+    attention_and_its_gradients_are_the_oracles(Path::Mma, 200..=256);
+}
+
+#[test]
+fn heads_up_to_64_by_wgmma() {
+    attention_and_its_gradients_are_the_oracles(Path::Hopper, 8..=64);
+}
+
+#[test]
+fn heads_up_to_128_by_wgmma() {
+    attention_and_its_gradients_are_the_oracles(Path::Hopper, 72..=128);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use cubecl::server::Handle;
 use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::RmsNorm;
 use fused_kernels::rope::Rope;
-use fused_kernels::{Format, KernelError, gated, rms_norm, rope, supports};
+use fused_kernels::{Format, KernelError, cross_entropy, gated, rms_norm, rope, supports};
 use half::{bf16, f16};
 
 /// Calls `test` with every client and each format that it has.
@@ -105,6 +105,47 @@ fn assert_close(what: &str, found: &[f64], expected: &[f64], format: Format, gro
             assert!((f - e).abs() <= bar, "{what}, {format:?}: element {i} of group {g} is {f}, should be {e}");
         }
     }
+}
+
+#[test]
+fn losses_and_the_gradients_of_logits() {
+    everywhere(|client, format| {
+        for (rows, width, scale) in
+            [(1, 1, 4.0), (3, 7, 4.0), (5, 1000, 12.0), (9, 4099, 20.0), (3, 32_000, 30.0), (2, 1024, 3e4)]
+        {
+            let what = format!("losses of {rows} x {width}");
+            let logits = input(client, &noise(6, rows * width, scale), format);
+            // The first and the last word are among the targets.
+            let targets: Vec<i32> = (0..rows).map(|row| ((row * 7919 + width - 1) % width) as i32).collect();
+            let target_bytes: Vec<u8> = targets.iter().flat_map(|target| target.to_le_bytes()).collect();
+            let target = client.create_from_slice(&target_bytes);
+            let dloss = input(client, &noise(7, rows, 1.0), Format::F32);
+            let [losses, whole] = [(); 2].map(|()| poisoned(client, rows, Format::F32));
+            let (found, expected): (Vec<_>, Vec<_>) = (0..rows)
+                .map(|row| (&logits.values[row * width..][..width], targets[row] as usize))
+                .map(|(row, target)| {
+                    (cross_entropy::oracle::log_sum_exp(row), cross_entropy::oracle::forward(row, target))
+                })
+                .unzip();
+            cross_entropy::forward(client, &logits.handle, &target, &losses, &whole, rows, width, format).unwrap();
+            // Differences of logits up to `scale`, and sums of up to 32,000 terms.
+            let error = 2e-6 * scale.max(1.0);
+            assert_close(&what, &read(client, whole.clone(), Format::F32), &found, Format::F32, 1, error);
+            assert_close(&what, &read(client, losses, Format::F32), &expected, Format::F32, 1, error);
+
+            let grads: Vec<f64> = (0..rows)
+                .flat_map(|row| {
+                    let values = &logits.values[row * width..][..width];
+                    cross_entropy::oracle::backward(dloss.values[row], values, targets[row] as usize)
+                })
+                .collect();
+            cross_entropy::backward(client, &dloss.handle, &logits.handle, &target, &whole, rows, width, format)
+                .unwrap();
+            // A probability is an exponential of a difference whose error is that of the logits' magnitude.
+            let found = read(client, logits.handle, format);
+            assert_close(&format!("gradients, {what}"), &found, &grads, format, width, 1e-7 * scale.max(10.0));
+        }
+    });
 }
 
 #[test]

@@ -151,6 +151,7 @@ enum Kernel {
     Gemv,
     Hopper,
     Ampere,
+    Transient,
 }
 
 impl Kernel {
@@ -159,6 +160,7 @@ impl Kernel {
             Self::Gemv => path == Path::Gemv,
             Self::Hopper => matches!(path, Path::Hopper(_)),
             Self::Ampere => matches!(path, Path::Ampere(_)),
+            Self::Transient => matches!(path, Path::Transient(_)),
         }
     }
 }
@@ -173,7 +175,7 @@ fn check_all(kernel: Kernel, cases: impl IntoIterator<Item = Case>) {
     let Some(client) = client() else { return };
     let here = cuda_source::device(&client).is_some_and(|device| match kernel {
         Kernel::Hopper => device.compute_capability == (9, 0),
-        Kernel::Gemv | Kernel::Ampere => true,
+        Kernel::Gemv | Kernel::Ampere | Kernel::Transient => true,
     });
     if !here {
         eprintln!("skipped: this kernel is for other devices");
@@ -299,6 +301,22 @@ fn ampere_low_rank_dense() {
     check_all(Kernel::Ampere, low_rank(None));
 }
 
+/// Blocks and columns that nothing else takes, and some that other kernels would.
+#[test]
+fn transients() {
+    let shapes = [(200, 320, 32), (200, 320, 64), (8, 8, 64), (136, 328, 4096), (1000, 72, 128)];
+    let cases = shapes.into_iter().flat_map(|(out_features, in_features, blocksize)| {
+        DIRECTIONS.into_iter().flat_map(move |direction| {
+            [(17, 0), (300, 16)].map(|(tokens, rank)| {
+                let blocksize = Some(blocksize);
+                let problem = Problem { tokens, out_features, in_features, rank, direction, blocksize, ..PROBLEM };
+                Case { bias: rank > 0, ..Case::new(problem) }
+            })
+        })
+    });
+    check_all(Kernel::Transient, cases);
+}
+
 #[test]
 fn gemv_tokens_and_shapes() {
     let shapes = [(1, 64), (8, 64), (120, 64), (137, 192), (200, 256), (264, 320), (72, 1280), (17, 2304), (5000, 512)];
@@ -340,8 +358,6 @@ fn what_no_kernel_takes_is_left_to_the_caller() {
     let Some(client) = client() else { return };
     for problem in [
         Problem { in_features: 4090, ..PROBLEM },
-        Problem { in_features: 4064, ..PROBLEM },
-        Problem { blocksize: Some(32), ..PROBLEM },
         Problem { format: FloatFormat::F32, out: FloatFormat::F32, ..PROBLEM },
     ] {
         for tokens in [1, 100] {

@@ -5,6 +5,7 @@ mod push;
 
 use std::path::PathBuf;
 
+use burn_qlora::qlora_train::profile::{Profile, Window};
 use clap::{Args, Parser, Subcommand};
 
 pub use export::{
@@ -72,9 +73,27 @@ pub struct TrainArgs {
     /// Any key of the configuration; may be repeated
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Write where the time of a few steps goes: a trace that Perfetto opens, and tables at the end
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    pub profile: Option<PathBuf>,
+    /// How many steps, beginning with the third
+    #[arg(long, value_name = "STEPS", default_value_t = 3, requires = "profile",
+        value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub profile_steps: u32,
     /// The flags that stand for a key.
     #[command(flatten)]
     pub keys: KeyFlags,
+}
+
+impl TrainArgs {
+    /// Steps before those that are profiled: in the first, kernels are compiled.
+    const PROFILE_SKIPS: usize = 2;
+
+    /// The profile that is asked for, not begun yet.
+    pub fn profile(&self) -> Option<Profile> {
+        let window = Window { skip: Self::PROFILE_SKIPS, steps: self.profile_steps as usize };
+        self.profile.as_ref().map(|_| Profile::new(window))
+    }
 }
 
 /// Flags for the keys that are changed most.

@@ -20,18 +20,29 @@ mod train;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
+use burn_qlora::qlora_train::profile::ProfileLayer;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let profile = match &cli.command {
+        Command::Train(args) => args.profile(),
+        _ => None,
+    };
+    tracing_subscriber::registry()
+        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter))
+        .with(profile.as_ref().map(|profile| profile.layer().with_filter(filter_fn(ProfileLayer::filter))))
+        .init();
     exit::install_panic_message();
     let run = || match cli.command {
-        Command::Train(args) => train::run(&args),
+        Command::Train(args) => train::run(&args, profile),
         Command::Init(args) => init::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),

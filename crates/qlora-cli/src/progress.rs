@@ -190,14 +190,20 @@ fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
     let left = left.map_or(String::new(), |left| format!("  {} left", duration(left.as_secs_f64())));
     // Said only while there is something to say: optimizer state that the device had no room for.
     let paging = metrics.paging.filter(|paging| paging.resident < paging.pages);
-    let paging =
-        paging.map_or(String::new(), |paging| format!("  optimizer {}/{} pages here", paging.resident, paging.pages));
+    let paging = paging.map_or(String::new(), |paging| {
+        format!(
+            "  optimizer {}/{} pages here, {} in, {} out",
+            paging.resident,
+            paging.pages,
+            memory(paging.bytes_in),
+            memory(paging.bytes_out)
+        )
+    });
+    let (in_use, reserved) = (memory(metrics.memory_in_use_bytes), memory(metrics.memory_reserved_bytes));
+    let memory = if in_use == reserved { reserved } else { format!("{in_use} of {reserved}") };
     format!(
-        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {}{paging}{left}",
-        metrics.loss,
-        metrics.learning_rate,
-        metrics.tokens_per_second,
-        memory(metrics.memory_bytes)
+        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {memory}{paging}{left}",
+        metrics.loss, metrics.learning_rate, metrics.tokens_per_second,
     )
 }
 
@@ -222,13 +228,17 @@ mod tests {
             tokens: 1000,
             tokens_per_second: 912.4,
             memory_bytes: 412 << 20,
+            memory_in_use_bytes: 310 << 20,
+            memory_reserved_bytes: 400 << 20,
             paging: None,
             elapsed_seconds: 3.0,
         };
         let words = step_words(&metrics, Some(Duration::from_secs(190)));
-        assert_eq!(words, "loss 1.2346  lr 2.0e-4  912 tok/s  412 MiB  3 min 10 s left");
-        let metrics = StepMetrics { paging: Some(Paging { pages: 80, resident: 12, ..Default::default() }), ..metrics };
-        assert!(step_words(&metrics, None).ends_with("412 MiB  optimizer 12/80 pages here"));
+        assert_eq!(words, "loss 1.2346  lr 2.0e-4  912 tok/s  310 MiB of 400 MiB  3 min 10 s left");
+        let paging = Paging { pages: 80, resident: 12, bytes_in: 3 << 20, bytes_out: 5 << 20, ..Default::default() };
+        let metrics = StepMetrics { paging: Some(paging), memory_in_use_bytes: 400 << 20, ..metrics };
+        let words = step_words(&metrics, None);
+        assert!(words.ends_with("s  400 MiB  optimizer 12/80 pages here, 3.00 MiB in, 5.00 MiB out"), "{words}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use burn_qlora::qlora_models::{ModelConfig, hub};
+use burn_qlora::qlora_train::profile::Profile;
 use burn_qlora::qlora_train::report::{Outcome, count, device_name, memory};
 use burn_qlora::qlora_train::{Plan, compute_dtype, data};
 use burn_qlora::{Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, select_device};
@@ -17,8 +18,14 @@ use crate::inspect::group_name;
 use crate::output::{Table, print};
 use crate::progress::Terminal;
 
-/// Runs the command.
-pub fn run(args: &TrainArgs) -> Result<Code> {
+/// Runs the command. `profile` waits for the steps that it is to record.
+pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
+    if let Some(folder) = args.profile.as_deref().and_then(Path::parent).filter(|folder| !folder.is_dir()) {
+        // Before the run, not after it.
+        if !folder.as_os_str().is_empty() {
+            return Err(UsageError(format!("--profile: there is no folder {}", folder.display())).into());
+        }
+    }
     let config = configuration(args)?;
     let stop = Arc::new(AtomicBool::new(false));
     let mut terminal = Terminal::new(config.train.log_every, stop.clone());
@@ -39,7 +46,14 @@ pub fn run(args: &TrainArgs) -> Result<Code> {
         Some(path) => Resume::From(path.into()),
     };
     let config_path = args.config.display();
-    let summary = Trainer::new(config, &resume, &mut terminal)?.run(&mut terminal)?;
+    let result = Trainer::new(config, &resume, &mut terminal).and_then(|trainer| trainer.run(&mut terminal));
+    // A run that failed leaves what was recorded before.
+    let profiled = match (profile, &args.profile) {
+        (Some(profile), Some(path)) => write_profile(profile, path),
+        _ => Ok(()),
+    };
+    let summary = result?;
+    profiled?;
     let dir = &summary.run.output_dir;
     let mut text = format!("{}\n", summary.sentence());
     match summary.outcome {
@@ -64,6 +78,20 @@ pub fn run(args: &TrainArgs) -> Result<Code> {
             Ok(Code::Interrupted)
         }
     }
+}
+
+/// Writes the trace and prints its tables.
+fn write_profile(profile: Profile, path: &Path) -> Result<()> {
+    let trace = profile.finish();
+    if trace.steps() == 0 {
+        eprintln!(
+            "warning: the run ended before the first step that was to be profiled; {} is not written",
+            path.display()
+        );
+        return Ok(());
+    }
+    trace.write(path)?;
+    print(&format!("{}\nTrace    {}, for https://ui.perfetto.dev\n", trace.summary(), path.display()))
 }
 
 /// The file, then the named flags, then `--set` in order.

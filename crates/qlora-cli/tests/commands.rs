@@ -93,6 +93,28 @@ fn train_leaves_adapter_metrics_and_report_and_generate_uses_them() {
 }
 
 #[test]
+fn a_profile_is_a_trace_of_the_steps_after_the_second() {
+    let bench = Bench::new();
+    let run = bench.ok(&["train", "qlora.toml", "--profile", "trace.json", "--profile-steps", "5"]);
+    for word in ["2 steps profiled", "part of the step", "block_backward > gradient", "trace.json, for https"] {
+        assert!(run.stdout.contains(word), "{word}: {}", run.stdout);
+    }
+    let trace: serde_json::Value = serde_json::from_slice(&bench.read("trace.json")).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    let named = |name: &str| events.iter().filter(|event| event["name"] == name).count();
+    // Of the four steps, the third and the fourth: six blocks run forward, and their two branches once more.
+    assert_eq!((named("step"), named("block 5"), named("block_backward 5"), named("optimizer")), (2, 2, 2, 2));
+    assert_eq!(named("recompute"), 2 * 6 * 2);
+    // What lies between steps is there from the second's end on.
+    assert_eq!((named("data"), named("save")), (2, 2));
+
+    let short = bench.ok(&["train", "qlora.toml", "--profile", "no.json", "--max-steps", "2", "--output-dir", "short"]);
+    assert!(short.stderr.contains("no.json is not written"), "{}", short.stderr);
+    bench.fails(&["train", "qlora.toml", "--profile", "no/such/trace.json"], 2, &["no/such"]);
+    bench.fails(&["train", "qlora.toml", "--profile-steps", "2"], 2, &["--profile"]);
+}
+
+#[test]
 fn inspect_says_what_a_checkpoint_is() {
     let bench = Bench::new();
     let inspect = |path: &str, more: &[&str]| {

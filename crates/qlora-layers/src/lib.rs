@@ -5,7 +5,8 @@
 //! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter, [`LoraAdapter`], or a trained
 //!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either.
 //! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
-//! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw.
+//! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw, or keep it in
+//!   the host's memory.
 //!
 //! Layers are plain structs of tensors. Frozen weights never enter the autodiff graph: they are held
 //! without autodiff, and Burn treats such operands as constants. Whether a pass records a graph is
@@ -19,6 +20,7 @@ mod linear_4bit;
 mod lora;
 mod lora_config;
 mod lora_linear;
+mod offload;
 pub mod ops;
 mod pass;
 pub mod target_modules;

@@ -1,7 +1,7 @@
 //! Frozen linear layers: 4-bit or dense.
 
 use crate::LayerError;
-use crate::ops::{self, Buffers4bit, Layout4bit, LoraDropout, NestedLayout};
+use crate::ops::{self, Buffers4bit, Layout4bit, LoraTerms, NestedLayout};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use nf4_quant::{Absmax, Quantized4bit};
 
@@ -73,15 +73,8 @@ impl Linear4bit {
     /// - `x`: `[tokens, in_features]`
     /// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`, f32
     /// - output: `[tokens, out_features]`, dtype of `x`
-    pub fn lora_forward(
-        &self,
-        x: Tensor<2>,
-        lora_a: Tensor<2>,
-        lora_b: Tensor<2>,
-        scaling: f32,
-        dropout: Option<LoraDropout>,
-    ) -> Tensor<2> {
-        ops::lora_linear_4bit(x, &self.buffers, self.layout, lora_a, lora_b, scaling, dropout)
+    pub fn lora_forward(&self, x: Tensor<2>, lora_a: Tensor<2>, lora_b: Tensor<2>, terms: LoraTerms) -> Tensor<2> {
+        ops::lora_linear_4bit(x, &self.buffers, self.layout, lora_a, lora_b, terms)
     }
 
     /// The dense weight `[out_features, in_features]` in `dtype`, without autodiff.

@@ -1,7 +1,7 @@
 //! Low-rank adapters (Hu et al., 2021, arXiv 2106.09685, section 4.1) of linear layers.
 
 use crate::dora::{Dora, norms};
-use crate::ops::{LoraDropout, matmul, matmul_into, seeded_dropout};
+use crate::ops::{LoraDropout, LoraTerms, matmul, matmul_into, seeded_dropout};
 use crate::trained::{seen_by, track};
 use crate::{FrozenLinear, Pass};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -144,13 +144,16 @@ impl LoraAdapter {
     ///
     /// Without magnitudes and bias the sum is rounded once. With them a 4-bit base's sum is rounded to the dtype
     /// of `x` before it is scaled.
-    pub(crate) fn apply(&self, base: &FrozenLinear, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+    ///
+    /// With `unread` nobody reads the result; see [`LoraTerms::unread`].
+    pub(crate) fn apply(&self, base: &FrozenLinear, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
         let dtype = x.dtype();
         let Some(dora) = &self.dora else {
             let y = match base {
                 FrozenLinear::Quantized(base) => {
                     let (lora_a, lora_b) = self.factors(pass);
-                    base.lora_forward(x, lora_a, lora_b, self.scaling, self.dropout(pass))
+                    let terms = LoraTerms { scaling: self.scaling, dropout: self.dropout(pass), unread };
+                    base.lora_forward(x, lora_a, lora_b, terms)
                 }
                 FrozenLinear::Dense(_) => {
                     let y = base.forward_into(x.clone(), FloatDType::F32) + self.forward(x, pass);
@@ -165,7 +168,8 @@ impl LoraAdapter {
         let adapted = |x: Tensor<2>| match base {
             FrozenLinear::Quantized(base) => {
                 let (lora_a, lora_b) = self.factors(pass);
-                base.lora_forward(x, lora_a, lora_b, self.scaling, None).cast(FloatDType::F32)
+                let terms = LoraTerms { scaling: self.scaling, dropout: None, unread: false };
+                base.lora_forward(x, lora_a, lora_b, terms).cast(FloatDType::F32)
             }
             FrozenLinear::Dense(_) => base.forward_into(x.clone(), FloatDType::F32) + self.update(x, pass),
         };

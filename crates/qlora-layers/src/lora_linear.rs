@@ -66,13 +66,23 @@ impl LoraLinear {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        self.run(x, pass, false)
+    }
+
+    /// [`forward`](Self::forward) for its gradients alone: what it records is complete, the result holds anything.
+    /// The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit weight the product is left out.
+    pub fn forward_unread(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        self.run(x, pass, true)
+    }
+
+    fn run(&self, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
         if let Some(InputObserver(see)) = &self.observer {
             see(&x);
         }
         let dtype = x.dtype();
         let whole = self.whole.as_ref();
         let y = match (&self.adapter, whole.and_then(|whole| whole.weight.as_ref())) {
-            (Some(adapter), _) => adapter.apply(&self.base, x, pass),
+            (Some(adapter), _) => adapter.apply(&self.base, x, pass, unread),
             (None, Some(weight)) => {
                 let weight = seen_by(weight, pass).cast(dtype);
                 matmul_into(x, weight.transpose(), dtype.into())

@@ -27,6 +27,12 @@ impl Pass {
         Self { tracked: false, ..self }
     }
 
+    /// The pass over part number `part` of the tokens: its own dropout masks, those of the whole for part 0.
+    pub fn part(self, part: usize) -> Self {
+        let seed = |seed| if part == 0 { seed } else { mix(seed ^ mix(part as u64)) };
+        Self { dropout_seed: self.dropout_seed.map(seed), ..self }
+    }
+
     /// The dropout seed of adapter number `index` in this pass.
     pub fn seed_for(self, index: u32) -> Option<u64> {
         self.dropout_seed.map(|seed| mix(seed ^ mix(u64::from(index) + 1)))

@@ -3,11 +3,12 @@
 
 mod common;
 
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use common::{devices, noise};
 use fused_kernels::rms_norm::RmsNorm;
 use fused_kernels::rope::Rope;
-use qlora_layers::ops::fused::{Activation, Norm, Rotation, gated, rms_norm, rotate};
+use qlora_layers::ops::backward_from;
+use qlora_layers::ops::fused::{Activation, Norm, Rotation, cross_entropy, gated, rms_norm, rotate};
 
 fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F32))
@@ -95,6 +96,48 @@ fn rotation_and_its_gradient() {
             assert_close(&what, &values(y.inner()), &oracle(&x, false));
             assert_close(&what, &values(leaf.grad_remove(&mut grads).unwrap()), &oracle(&dy, true));
         }
+    }
+}
+
+#[test]
+fn losses_and_their_gradients() {
+    for (name, device) in devices() {
+        for (rows, width) in [(1, 5), (7, 300)] {
+            let what = format!("{name}, {rows} x {width}");
+            let (logits, dloss) = (noise(12, rows * width), noise(13, rows));
+            let targets: Vec<i32> = (0..rows).map(|row| ((row * 31 + 4) % width) as i32).collect();
+            let leaf = tensor(&logits, [rows, width], &device).autodiff().require_grad();
+            let targets_there: Tensor<1, Int> =
+                Tensor::from_data(TensorData::new(targets.clone(), [rows]), (&device, DType::I32));
+            // Doubled: the leaf itself must survive, its double may become the gradient.
+            let losses = cross_entropy(leaf.clone().mul_scalar(2.0), targets_there);
+            let weighted = losses.clone() * tensor(&dloss, [rows], &device);
+            let mut grads = weighted.sum().backward();
+            let doubled: Vec<f64> = logits.iter().map(|v| 2.0 * f64::from(*v)).collect();
+            let rows_of = || doubled.chunks(width).zip(&targets).map(|(row, target)| (row, *target as usize));
+            let oracle = fused_kernels::cross_entropy::oracle::forward;
+            let expected: Vec<f64> = rows_of().map(|(row, target)| oracle(row, target)).collect();
+            assert_close(&what, &values(losses.inner()), &expected);
+            let gradient = |((row, target), d): ((&[f64], usize), f64)| {
+                fused_kernels::cross_entropy::oracle::backward(2.0 * d, row, target)
+            };
+            let expected: Vec<f64> = rows_of().zip(widened(&dloss)).flat_map(gradient).collect();
+            assert_close(&what, &values(leaf.clone().grad_remove(&mut grads).unwrap()), &expected);
+            assert_close(&what, &values(leaf.inner()), &widened(&logits));
+        }
+    }
+}
+
+#[test]
+fn a_backward_pass_starts_from_a_given_gradient() {
+    for (name, device) in devices() {
+        let [x, dy] = [14, 15].map(|seed| noise(seed, 6 * 9));
+        let leaf = tensor(&x, [6, 9], &device).autodiff().require_grad();
+        let y = leaf.clone().square() + leaf.clone();
+        let mut grads = backward_from(y, tensor(&dy, [6, 9], &device));
+        let expected: Vec<f64> =
+            x.iter().zip(&dy).map(|(x, dy)| f64::from(*dy) * (2.0 * f64::from(*x) + 1.0)).collect();
+        assert_close(name, &values(leaf.grad_remove(&mut grads).unwrap()), &expected);
     }
 }
 

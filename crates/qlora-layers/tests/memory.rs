@@ -1,9 +1,13 @@
 //! Training over frozen 4-bit layers holds at most one dense weight at a time, and never a gradient of one.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+mod common;
+
+use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
+use common::Pair;
 use nf4_quant::{QuantConfig, Quantized4bit};
-use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass, activation_checkpointing};
+use qlora_layers::activation_checkpointing::{self, ActivationCheckpointing, ResidualBlock};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -64,25 +68,33 @@ fn one_dense_transient_at_a_time() {
     let _ = layers[0].forward(x.clone(), pass).square().sum().backward();
     PEAK.store(LIVE.load(SeqCst), SeqCst);
     let before = LIVE.load(SeqCst);
-    let y = layers.iter().fold(x.clone(), |x, layer| layer.forward(x, pass));
+    let blocks: Vec<Pair> = layers.chunks(2).map(|pair| Pair(&pair[0], &pair[1])).collect();
+    let y = blocks.iter().fold(x.clone(), |x, block| block.forward(x, pass));
     assert_eq!(LIVE.load(SeqCst), before, "the recorded graph keeps no dense weight");
     let grads = y.square().sum().backward();
-    let plain: Vec<_> =
-        layers.iter().map(|layer| layer.adapter.as_ref().unwrap().lora_b.grad(&grads).unwrap().into_data()).collect();
+    let factor = |layer: &LoraLinear| layer.adapter.as_ref().unwrap().lora_b.clone();
+    let plain: Vec<_> = layers.iter().map(|layer| factor(layer).grad(&grads).unwrap().into_data()).collect();
     assert_eq!(PEAK.load(SeqCst) - before, 1, "dense weights alive at once, forward and backward");
 
     // The same under activation checkpointing, with the same gradients bit for bit.
-    PEAK.store(before, SeqCst);
-    let run = |layer: &LoraLinear, x, pass| layer.forward(x, pass);
-    let (y, inputs) = activation_checkpointing::forward(&layers, x, pass, run);
-    let y = y.autodiff().require_grad();
-    let mut grads = y.clone().square().sum().backward();
-    let grad = y.grad_remove(&mut grads).unwrap();
-    let mut checkpointed = Vec::new();
-    activation_checkpointing::backward(&layers, inputs, grad, pass, run, false, |_, layer, grads| {
-        checkpointed.push(layer.adapter.as_ref().unwrap().lora_b.grad_remove(grads).unwrap().into_data());
-    });
-    checkpointed.reverse();
-    assert_eq!(plain, checkpointed);
-    assert_eq!(PEAK.load(SeqCst) - before, 1, "dense weights alive at once, checkpointed");
+    for policy in [ActivationCheckpointing::Selective, ActivationCheckpointing::Full, ActivationCheckpointing::Offload]
+    {
+        PEAK.store(before, SeqCst);
+        let (y, kept) = activation_checkpointing::forward(&blocks, x.clone(), pass, policy).unwrap();
+        let y = y.autodiff().require_grad();
+        let mut grads = y.clone().square().sum().backward();
+        let grad = y.grad_remove(&mut grads).unwrap();
+        let mut checkpointed = vec![None; LAYERS];
+        let collect = |index: usize, block: &Pair, grads: &mut Gradients| {
+            for (slot, layer) in checkpointed[2 * index..].iter_mut().zip([block.0, block.1]) {
+                if let Some(grad) = factor(layer).grad_remove(grads) {
+                    assert!(slot.replace(grad.into_data()).is_none(), "a gradient comes once");
+                }
+            }
+        };
+        let below = activation_checkpointing::backward(&blocks, kept, grad, pass, false, collect).unwrap();
+        assert!(below.is_none());
+        assert_eq!(plain, checkpointed.into_iter().flatten().collect::<Vec<_>>(), "{policy:?}");
+        assert_eq!(PEAK.load(SeqCst) - before, 1, "dense weights alive at once, {policy:?}");
+    }
 }

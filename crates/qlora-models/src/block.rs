@@ -7,8 +7,9 @@ use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::RmsNorm;
 use burn::tensor::Tensor;
-use qlora_layers::ops::attention;
+use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::rotate;
+use qlora_layers::ops::{attention, attention_again, attention_keeping};
 use qlora_layers::{LoraLinear, Pass};
 
 /// A module with its path in the model.
@@ -93,44 +94,47 @@ impl Block {
         (linears.map(Named::pair_mut), norms.as_mut().into_iter().map(Named::pair_mut))
     }
 
+    /// The whole block, with a cache of keys and values.
+    ///
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
-    pub(crate) fn forward(
+    pub(crate) fn forward_cached(
+        &self,
+        x: Tensor<2>,
+        config: &ModelConfig,
+        sequence: &Sequence,
+        cache: &mut KvCache,
+        pass: Pass,
+    ) -> Tensor<2> {
+        let m = x.clone() + self.attention_branch(x, config, sequence, Some(cache), pass, Purpose::Result);
+        m.clone() + self.feed_forward_branch(m, pass, Purpose::Result)
+    }
+
+    /// # Shapes
+    /// `[rows * len, hidden]` in and out.
+    fn feed_forward_branch(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        let h = self.norms.mlp_input.module.forward(x, pass);
+        let output_norm = self.norms.mlp_output.as_ref();
+        let h = match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.forward(h, pass, purpose.unread() && output_norm.is_none()),
+            FeedForward::Experts(moe) => moe.forward(h, pass),
+        };
+        output_norm.map_or(h.clone(), |norm| norm.module.forward(h, pass))
+    }
+
+    /// # Shapes
+    /// `[rows * len, hidden]` in and out.
+    fn attention_branch(
         &self,
         x: Tensor<2>,
         config: &ModelConfig,
         sequence: &Sequence,
         cache: Option<&mut KvCache>,
         pass: Pass,
-    ) -> Tensor<2> {
-        let norms = &self.norms;
-        let normalised = |norm: &Option<Named<RmsNorm>>, x: Tensor<2>| match norm {
-            Some(norm) => norm.module.forward(x, pass),
-            None => x,
-        };
-        let h = norms.attention_input.module.forward(x.clone(), pass);
-        let h = self.attend(h, config, sequence, cache, pass);
-        let x = x + normalised(&norms.attention_output, h);
-
-        let h = norms.mlp_input.module.forward(x.clone(), pass);
-        let h = match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.forward(h, pass),
-            FeedForward::Experts(moe) => moe.forward(h, pass),
-        };
-        x + normalised(&norms.mlp_output, h)
-    }
-
-    /// # Shapes
-    /// `[rows * len, hidden]` in and out.
-    fn attend(
-        &self,
-        h: Tensor<2>,
-        config: &ModelConfig,
-        sequence: &Sequence,
-        cache: Option<&mut KvCache>,
-        pass: Pass,
+        purpose: Purpose<'_>,
     ) -> Tensor<2> {
         let &Sequence { rows, len, .. } = sequence;
+        let h = self.norms.attention_input.module.forward(x, pass);
         let view = &sequence.views[self.kind];
         let [q, k, v] = self.project(h, config, pass);
         let (q, k) = match &self.norms.qk {
@@ -149,9 +153,22 @@ impl Block {
             Some(cache) => cache.extend(self.index, k, v),
             None => (k, v),
         };
-        let mixed = attention(q, k, v, &view.attention);
+        let unread = purpose.unread();
+        let mixed = match purpose {
+            Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
+            Purpose::Keep(kept) => {
+                let (mixed, result) = attention_keeping(q, k, v, &view.attention);
+                *kept = Some(result);
+                mixed
+            }
+            Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
+        };
         let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
-        self.output.module.forward(mixed, pass)
+        match &self.norms.attention_output {
+            Some(norm) => norm.module.forward(self.output.module.forward(mixed, pass), pass),
+            None if unread => self.output.module.forward_unread(mixed, pass),
+            None => self.output.module.forward(mixed, pass),
+        }
     }
 
     /// Queries, keys and values, each `[tokens, heads * head_dim]`.
@@ -166,5 +183,24 @@ impl Block {
                 [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
             }
         }
+    }
+}
+
+/// A block with what its pass shares with the others.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockInPass<'a> {
+    /// The block.
+    pub block: &'a Block,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) sequence: &'a Sequence,
+}
+
+impl ResidualBlock for BlockInPass<'_> {
+    fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        self.block.attention_branch(x, self.config, self.sequence, None, pass, purpose)
+    }
+
+    fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        self.block.feed_forward_branch(x, pass, purpose)
     }
 }

@@ -2,12 +2,13 @@
 //! through [`ModelConfig`].
 
 use crate::adapters::Embedding;
-use crate::block::{Block, Named};
+use crate::block::{Block, BlockInPass, Named};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::kv_cache::KvCache;
 use crate::norm::RmsNorm;
 use adapter_io::AdapterConfig;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use qlora_layers::activation_checkpointing::ResidualBlock;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::matmul;
@@ -102,6 +103,7 @@ impl Decoder {
     /// # Shapes
     /// Any number of ids to `[tokens, hidden]`.
     pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
+        let _span = tracing::trace_span!("embed").entered();
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
         let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
@@ -113,12 +115,18 @@ impl Decoder {
         }
     }
 
+    /// The blocks as a pass over `sequence` runs them, first to last.
+    pub fn blocks_in<'a>(&'a self, sequence: &'a Sequence) -> Vec<BlockInPass<'a>> {
+        self.blocks.iter().map(|block| BlockInPass { block, config: &self.config, sequence }).collect()
+    }
+
     /// Runs one block.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     pub fn run_block(&self, block: &Block, x: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
-        block.forward(x, &self.config, sequence, None, pass)
+        let _span = tracing::trace_span!("block", index = block.index).entered();
+        BlockInPass { block, config: &self.config, sequence }.forward(x, pass)
     }
 
     /// Final norm and output head.
@@ -164,7 +172,7 @@ impl Decoder {
         let sequence = self.sequence(1, ids.len(), past);
         let mut x = self.embed(ids, Pass::INFERENCE);
         for block in &self.blocks {
-            x = block.forward(x, &self.config, &sequence, Some(cache), Pass::INFERENCE);
+            x = block.forward_cached(x, &self.config, &sequence, cache, Pass::INFERENCE);
         }
         self.logits(x.narrow(0, ids.len() - 1, 1), Pass::INFERENCE)
     }

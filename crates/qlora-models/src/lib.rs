@@ -27,7 +27,7 @@ mod rope;
 pub mod tokenizer;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
-pub use block::Block;
+pub use block::{Block, BlockInPass};
 pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
 pub use decoder::{Decoder, Sequence};
 pub use device::{default_compute_dtype, device_memory, select_device};

@@ -3,6 +3,11 @@
 //!
 //! Peak host memory is the mapped file (page cache, reclaimable) and a few tensors; peak device
 //! memory is the finished model and one tensor.
+//!
+//! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
+
+mod random;
+mod source;
 
 use crate::ModelError;
 use crate::adapters::Embedding;
@@ -17,6 +22,8 @@ use adapter_io::{Checkpoint, Floats, TensorView};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{FloatFormat, QuantConfig, Quantized4bit};
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear};
+use random::Random;
+use source::Source;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -55,27 +62,50 @@ impl Decoder {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
         let config = ModelConfig::from_dir(dir)?;
-        options.quantization.map(|q| q.validate()).transpose()?;
-        if !device.supports_dtype(options.dtype) {
-            return Err(ModelError::Dtype { dtype: format!("{:?}", options.dtype), device: format!("{device:?}") });
-        }
+        check(&options, device)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let total_bytes = checkpoint.total_bytes();
         let holds = |root: &&Root| checkpoint.contains(&format!("{}.embed_tokens.weight", root.model));
         let root = *config.family.roots.iter().find(holds).unwrap_or(&config.root());
-        let read = BTreeSet::new();
-        Loader { checkpoint: &checkpoint, config, options, device, progress, root, read, loaded_bytes: 0, total_bytes }
-            .decoder()
+        Loader::new(&checkpoint, config, options, device, progress, root).decoder()
+    }
+
+    /// A model of a shape with random weights, to measure with: normal with deviation 0.02, norms that change nothing.
+    ///
+    /// Matrices of one shape share a few sets of numbers, each in device memory of its own. The weights are those of
+    /// the seed on every machine.
+    ///
+    /// # Errors
+    /// A dtype that the device lacks, or a quantization that does not exist.
+    pub fn random(
+        config: ModelConfig,
+        options: LoadOptions,
+        seed: u64,
+        device: &Device,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        check(&options, device)?;
+        let source = Random::new(&config, &options, seed)?;
+        let root = config.root();
+        Loader::new(&source, config, options, device, progress, root).decoder()
+    }
+}
+
+/// What can be refused before anything is read.
+fn check(options: &LoadOptions, device: &Device) -> Result<(), ModelError> {
+    options.quantization.map(|q| q.validate()).transpose()?;
+    match device.supports_dtype(options.dtype) {
+        true => Ok(()),
+        false => Err(ModelError::Dtype { dtype: format!("{:?}", options.dtype), device: format!("{device:?}") }),
     }
 }
 
 struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    source: &'a dyn Source,
     config: ModelConfig,
     options: LoadOptions,
     device: &'a Device,
     progress: &'a mut dyn FnMut(LoadProgress),
-    /// Where the model lies in this checkpoint.
+    /// Where the model lies in the source.
     root: Root,
     /// The tensors that were read, and the 4-bit modules.
     read: BTreeSet<String>,
@@ -83,7 +113,19 @@ struct Loader<'a> {
     total_bytes: u64,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
+    fn new(
+        source: &'a dyn Source,
+        config: ModelConfig,
+        options: LoadOptions,
+        device: &'a Device,
+        progress: &'a mut dyn FnMut(LoadProgress),
+        root: Root,
+    ) -> Self {
+        let total_bytes = source.total_bytes();
+        Self { source, config, options, device, progress, root, read: BTreeSet::new(), loaded_bytes: 0, total_bytes }
+    }
+
     fn decoder(mut self) -> Result<Decoder, ModelError> {
         let ModelConfig { vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, .. } = self.config;
         let Root { head, .. } = self.config.root();
@@ -135,7 +177,7 @@ impl Loader<'_> {
         let block = self.file_name(&self.config.block_path(index));
         let stacked = [names.stacked_gate_up, names.stacked_down].map(|name| format!("{block}.{name}"));
         let activation = self.config.activation;
-        let (router, experts) = if self.checkpoint.contains(&stacked[0]) {
+        let (router, experts) = if self.source.contains(&stacked[0]) {
             let weight = format!("{block}.{}", names.stacked_router);
             let base = self.frozen_linear(&weight, &router)?;
             let router = Named { path: router.path, module: LoraLinear::frozen(base, None) };
@@ -182,9 +224,8 @@ impl Loader<'_> {
         [experts, each]: [usize; 2],
         spec: LinearSpec,
     ) -> Result<Named<LoraLinear>, ModelError> {
-        let whole = self.checkpoint.tensor(name)?;
         let [rows, columns] = spec.shape;
-        whole.expect_shape(&[experts, each * rows, columns])?;
+        let whole = self.source.tensor(name, &[experts, each * rows, columns])?;
         let bytes = whole.data.len() / (experts * each);
         let view = TensorView { shape: spec.shape.into(), data: &whole.data[part * bytes..][..bytes], ..whole };
         self.read.insert(name.into());
@@ -194,12 +235,12 @@ impl Loader<'_> {
 
     /// The weight of the module `name` of the file.
     fn frozen_linear(&mut self, name: &str, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
-        if let Some(weight) = self.checkpoint.quantized(name)? {
+        if let Some(weight) = self.source.quantized(name, spec.shape)? {
             if weight.state.shape != spec.shape {
                 return Err(ModelError::WeightShape {
                     module: name.into(),
                     expected: spec.shape.into(),
-                    found: weight.state.shape,
+                    found: weight.state.shape.clone(),
                 });
             }
             self.read.insert(name.into());
@@ -211,14 +252,13 @@ impl Loader<'_> {
             });
         }
         let weight = format!("{name}.weight");
-        let view = self.checkpoint.tensor(&weight)?;
-        self.read.insert(weight);
+        let view = self.source.tensor(&weight, &spec.shape)?;
+        self.read.insert(weight.clone());
         self.weight(&view, spec)
     }
 
     /// A weight, quantized if that is asked for and it is no router.
     fn weight(&mut self, view: &TensorView, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
-        view.expect_shape(&spec.shape)?;
         let wanted = self.options.quantization.filter(|_| self.config.bnb.is_none());
         let Some(quantization) = wanted.filter(|_| spec.role != LinearRole::Router) else {
             let weight = upload(view, spec.shape, self.options.dtype.into(), self.device)?;
@@ -231,12 +271,7 @@ impl Loader<'_> {
             Floats::BF16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
         }
         .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })?;
-        // The state's dtype is that of the weight as the model would hold it unquantized.
-        weight.state.dtype = match self.options.dtype {
-            FloatDType::BF16 => FloatFormat::BF16,
-            FloatDType::F16 => FloatFormat::F16,
-            _ => FloatFormat::F32,
-        };
+        weight.state.dtype = state_dtype(self.options.dtype);
         self.advance(&spec.path, view.data.len());
         Ok(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, self.device)?))
     }
@@ -252,15 +287,14 @@ impl Loader<'_> {
     }
 
     fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D], dtype: DType) -> Result<Tensor<D>, ModelError> {
-        let view = self.checkpoint.tensor(name)?;
-        view.expect_shape(&shape)?;
+        let view = self.source.tensor(name, &shape)?;
         let tensor = upload(&view, shape, dtype, self.device)?;
         self.read.insert(name.into());
         self.advance(name, view.data.len());
         Ok(tensor)
     }
 
-    /// What a module is called in this checkpoint.
+    /// What a module is called in the source.
     fn file_name(&self, path: &str) -> String {
         let Root { model, head } = self.config.root();
         match path.strip_prefix(model) {
@@ -282,10 +316,10 @@ impl Loader<'_> {
             self.read.contains(name) || self.read.contains(module)
         };
         let left = |name: &&str| (inside(name, model) || inside(name, head)) && !harmless(name) && !read(name);
-        match self.checkpoint.names().find(left) {
+        match self.source.names().find(left) {
             None => Ok(()),
             Some(tensor) => Err(ModelError::UnexpectedTensor {
-                dir: self.checkpoint.dir().into(),
+                dir: self.config.path().parent().unwrap_or(Path::new("")).into(),
                 tensor: tensor.into(),
                 model_type: self.config.family.model_type,
             }),
@@ -299,6 +333,15 @@ impl Loader<'_> {
             loaded_bytes: self.loaded_bytes.min(self.total_bytes),
             total_bytes: self.total_bytes,
         });
+    }
+}
+
+/// The dtype of a quantization state: that of the weight as the model would hold it unquantized.
+fn state_dtype(dtype: FloatDType) -> FloatFormat {
+    match dtype {
+        FloatDType::BF16 => FloatFormat::BF16,
+        FloatDType::F16 => FloatFormat::F16,
+        _ => FloatFormat::F32,
     }
 }
 

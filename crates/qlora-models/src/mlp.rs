@@ -37,9 +37,11 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
+    /// With `unread` nobody reads the result; see [`LoraLinear::forward_unread`].
+    ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+    pub fn forward(&self, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
         let [gate, up] = match &self.gate_up[..] {
             [gate, up] => [gate.module.forward(x.clone(), pass), up.module.forward(x, pass)],
             fused => {
@@ -48,7 +50,11 @@ impl Mlp {
                 [both.clone().narrow(1, 0, width), both.narrow(1, width, width)]
             }
         };
-        self.down.module.forward(gated(gate, up, self.activation), pass)
+        let h = gated(gate, up, self.activation);
+        match unread {
+            true => self.down.module.forward_unread(h, pass),
+            false => self.down.module.forward(h, pass),
+        }
     }
 
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {

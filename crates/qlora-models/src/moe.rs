@@ -44,7 +44,7 @@ impl Moe {
         let outputs = self.experts.iter().zip(routes.groups).filter(|(_, group)| !group.is_empty());
         let outputs = outputs.map(|(expert, group)| {
             let len = group.len();
-            expert.forward(x.clone().select(0, int_tensor(group, [len], &device)), pass)
+            expert.forward(x.clone().select(0, int_tensor(group, [len], &device)), pass, false)
         });
         let outputs = Tensor::cat(outputs.collect(), 0);
         let rows = outputs.select(0, int_tensor(routes.rows, [tokens * self.per_token], &device));

@@ -7,7 +7,9 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use proptest::prelude::*;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, GenerateOptions, LinearRole, LoadOptions, ModelConfig, ModelError, RopeScaling, generate};
+use qlora_models::{
+    Decoder, GenerateOptions, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling, generate,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -345,4 +347,33 @@ fn a_tensor_without_a_place_is_refused() {
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let message = load(dir.path(), None).unwrap_err().to_string();
     assert!(message.contains("model.layers.0.self_attn.k_proj.bias") && message.contains("llama"), "{message}");
+}
+
+#[test]
+fn random_models_have_every_familys_modules() {
+    for name in names() {
+        let config = parse(&json_of(&name)).unwrap();
+        let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
+        let mut seen = Vec::new();
+        let random = |seed, seen: &mut Vec<_>| {
+            let mut progress = |p: LoadProgress| seen.push((p.loaded_bytes, p.total_bytes));
+            Decoder::random(config.clone(), options, seed, &Device::flex(), &mut progress).unwrap()
+        };
+        let model = random(1, &mut seen);
+        assert_eq!(seen.last().map(|(loaded, _)| loaded), seen.last().map(|(_, total)| total), "{name}");
+        let specs = config.linear_specs();
+        let linears: Vec<_> = model.linears().collect();
+        assert_eq!(linears.len(), specs.len(), "{name}");
+        for ((path, linear), spec) in linears.into_iter().zip(specs) {
+            assert_eq!((&path, linear.base.shape()), (&spec.path, spec.shape), "{name}");
+            let dense = matches!(spec.role, LinearRole::Head | LinearRole::Router);
+            assert_eq!(matches!(linear.base, FrozenLinear::Dense(_)), dense, "{name}: {path}");
+        }
+        let logits = |model: &Decoder| model.forward(&[1, 2, 3, 4], 1, Pass::INFERENCE).into_data();
+        let first = logits(&model);
+        assert!(first.iter::<f32>().all(f32::is_finite), "{name}");
+        // The same seed is the same model, another one is not.
+        assert_eq!(first, logits(&random(1, &mut Vec::new())), "{name}");
+        assert_ne!(first, logits(&random(2, &mut Vec::new())), "{name}");
+    }
 }

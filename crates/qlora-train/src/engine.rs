@@ -9,11 +9,13 @@
 
 use crate::data::Batch;
 use crate::error::TrainError;
-use crate::loss::{LabelledTokens, loss_sum};
+use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
-use qlora_layers::{ActivationCheckpointing, Pass, activation_checkpointing};
-use qlora_models::{Block, Decoder};
+use qlora_layers::activation_checkpointing::{self, Checkpoints};
+use qlora_layers::ops::backward_from;
+use qlora_layers::{ActivationCheckpointing, Pass};
+use qlora_models::{BlockInPass, Decoder};
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -92,6 +94,7 @@ impl Engine {
     /// No micro-batch has an unmasked token, the loss or the gradients are not finite (the adapters are
     /// unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
+        let _span = tracing::trace_span!("step").entered();
         let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
         let label_tokens: usize = labelled.iter().map(LabelledTokens::len).sum();
         if label_tokens == 0 {
@@ -130,8 +133,9 @@ impl Engine {
         let mut losses = Vec::with_capacity(micro_batches.len());
         for (micro_step, (batch, labelled)) in micro_batches.iter().zip(labelled).enumerate() {
             if !labelled.is_empty() {
+                let _span = tracing::trace_span!("micro_step", index = micro_step).entered();
                 let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
-                losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads));
+                losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads)?);
             }
         }
         if grads.iter().all(Option::is_none) {
@@ -147,6 +151,7 @@ impl Engine {
         // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(&grads);
         let loss = Tensor::cat(losses, 0).sum();
+        let _span = tracing::trace_span!("read_back").entered();
         let read = Tensor::cat(vec![loss, norm.clone()], 0)
             .try_into_vec_as::<f32>()
             .map_err(|e| TrainError::Device(e.to_string()))?;
@@ -190,12 +195,10 @@ impl Engine {
         label_tokens: usize,
         pass: Pass,
         grads: &mut ParameterGrads,
-    ) -> Tensor<1> {
+    ) -> Result<Tensor<1>, TrainError> {
         let model = &self.model;
         let sequence = model.sequence(batch.rows, batch.cols, 0);
-        let x = model.embed(&batch.input_ids, pass);
-        let run = |block: &Block, x: Tensor<2>, pass: Pass| model.run_block(block, x, &sequence, pass);
-        let head_loss = |x: Tensor<2>| loss_sum(model, x, labelled, pass).div_scalar(label_tokens as f32);
+        let blocks = model.blocks_in(&sequence);
         let mut collect = |first: usize, parameters: Vec<(String, &Tensor<2>)>, from: &mut Gradients| {
             for (slot, (_, parameter)) in grads[first..].iter_mut().zip(parameters) {
                 if let Some(grad) = parameter.grad_remove(from) {
@@ -206,42 +209,51 @@ impl Engine {
                 }
             }
         };
-        let head = self.first_of_block[model.blocks().len()];
-        match self.checkpointing {
+        let embedded = model.embed(&batch.input_ids, pass);
+        let forward = match self.checkpointing {
             ActivationCheckpointing::None => {
-                let x = model.blocks().iter().fold(x, |x, block| run(block, x, pass));
-                let loss = head_loss(x);
-                let mut from = loss.backward();
-                collect(0, model.parameters(), &mut from);
-                loss.without_autodiff()
+                let run = |x, block: &_| model.run_block(block, x, &sequence, pass);
+                Forward::Recorded(model.blocks().iter().fold(embedded.clone(), run))
             }
-            ActivationCheckpointing::Full => {
-                let embedded = x.clone();
-                let (x, inputs) = activation_checkpointing::forward(model.blocks(), x, pass, run);
-                let x = x.autodiff().require_grad();
-                let loss = head_loss(x.clone());
-                let mut from = loss.backward();
-                let grad = x.grad_remove(&mut from);
-                collect(head, model.head_parameters(), &mut from);
-                drop(from);
-                if let Some(grad) = grad {
-                    let below = self.first_of_block[0] > 0;
-                    let each = |i: usize, block: &Block, from: &mut Gradients| {
-                        collect(self.first_of_block[i], block.parameters(), from);
-                    };
-                    let grad = activation_checkpointing::backward(model.blocks(), inputs, grad, pass, run, below, each);
-                    if let Some(grad) = grad {
-                        let mut from = (embedded * grad).sum().backward();
-                        collect(0, model.embedding_parameters(), &mut from);
-                    }
+            policy => {
+                let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, policy)
+                    .map_err(TrainError::Device)?;
+                Forward::Checkpointed(x, kept)
+            }
+        };
+        let x = match &forward {
+            Forward::Recorded(x) | Forward::Checkpointed(x, _) => x.clone().without_autodiff(),
+        };
+        let head = self.first_of_block[blocks.len()];
+        let scale = 1.0 / label_tokens as f32;
+        let (loss, grad) = loss_and_gradient(model, x, labelled, scale, pass, |from| {
+            collect(head, model.head_parameters(), from);
+        });
+        match forward {
+            Forward::Recorded(x) => {
+                if x.is_tracked() {
+                    let mut from = tracing::trace_span!("backward").in_scope(|| backward_from(x, grad));
+                    collect(0, model.parameters(), &mut from);
                 }
-                loss.without_autodiff()
+            }
+            Forward::Checkpointed(_, kept) => {
+                let below = self.first_of_block[0] > 0;
+                let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
+                    collect(self.first_of_block[i], block.block.parameters(), from);
+                };
+                let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)
+                    .map_err(TrainError::Device)?;
+                if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
+                    collect(0, model.embedding_parameters(), &mut backward_from(embedded, grad));
+                }
             }
         }
+        Ok(loss)
     }
 
     /// Clips and applies the gradients.
     fn update(&mut self, grads: Vec<Tensor<2>>, norm: Tensor<1>, learning_rate: f64) -> Result<(), TrainError> {
+        let _span = tracing::trace_span!("optimizer").entered();
         let clip = Clip { norm, max_norm: self.max_grad_norm };
         let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {
@@ -258,6 +270,14 @@ impl Engine {
         self.model.track();
         Ok(())
     }
+}
+
+/// What the forward pass over the blocks left.
+enum Forward {
+    /// The last block's output, recorded.
+    Recorded(Tensor<2>),
+    /// The last block's output, and what was kept.
+    Checkpointed(Tensor<2>, Checkpoints),
 }
 
 /// What a step computes before it changes anything.

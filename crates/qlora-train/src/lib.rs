@@ -5,6 +5,7 @@
 //! - [`Engine`]: one optimizer step; [`Trainer`]: a whole run, with evaluation, checkpoints and resume.
 //! - [`calibrate`]: GPTQ on data.
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
+//! - [`profile`]: where the time of its steps goes.
 //!
 //! Nothing here prints: a run tells its caller what happens through [`metrics::TrainEvents`].
 
@@ -17,13 +18,14 @@ pub mod error;
 mod loss;
 pub mod metrics;
 mod plan;
+pub mod profile;
 pub mod report;
 mod trainer;
 
 pub use config::TrainConfig;
 pub use engine::{Engine, StepOutput};
 pub use error::TrainError;
-pub use loss::{LabelledTokens, loss_sum};
+pub use loss::{LabelledTokens, loss_and_gradient, loss_sum};
 pub use metrics::TrainEvents;
 pub use plan::{MemoryEstimate, Plan};
-pub use trainer::{Resume, Trainer, compute_dtype};
+pub use trainer::{Resume, Trainer, compute_dtype, engine};

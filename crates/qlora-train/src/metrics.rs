@@ -5,8 +5,9 @@
 //!
 //! ```json
 //! {"step":1,"epoch":0.008,"loss":8.31,"learning_rate":0.0002,"grad_norm":1.9,"tokens":1650,
-//!  "tokens_per_second":910.2,"memory_bytes":512000000,"elapsed_seconds":1.8}
-//! {"step":2,"epoch":0.016,...,"memory_bytes":512000000,"paging":{"pages":80,"resident":12,"evicted":68,
+//!  "tokens_per_second":910.2,"memory_bytes":512000000,"memory_in_use_bytes":301000000,
+//!  "memory_reserved_bytes":512000000,"elapsed_seconds":1.8}
+//! {"step":2,"epoch":0.016,...,"memory_reserved_bytes":512000000,"paging":{"pages":80,"resident":12,"evicted":68,
 //!  "resident_bytes":201326592,"bytes_in":1140850688,"bytes_out":2281701376},"elapsed_seconds":3.5}
 //! {"step":100,"eval_loss":0.91,"eval_tokens":20312,"elapsed_seconds":181.0}
 //! ```
@@ -53,8 +54,14 @@ pub struct StepMetrics {
     /// `tokens` by the time of the step.
     #[serde(deserialize_with = "number_or_nan")]
     pub tokens_per_second: f64,
-    /// Memory in use on the device (of the process, on the CPU); the highest value seen so far.
+    /// Memory reserved on the device (of the process, on the CPU); the highest value seen so far.
     pub memory_bytes: u64,
+    /// What the device's allocator has in use after the step (the process, on the CPU).
+    #[serde(default)]
+    pub memory_in_use_bytes: u64,
+    /// What it has reserved after the step.
+    #[serde(default)]
+    pub memory_reserved_bytes: u64,
     /// Where the optimizer's state is and what of it was moved since the start or the last resume; left out while all
     /// of it stays on the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -293,6 +300,8 @@ mod tests {
             tokens: 100,
             tokens_per_second: 1000.0,
             memory_bytes: 1 << 20,
+            memory_in_use_bytes: 1 << 19,
+            memory_reserved_bytes: 1 << 20,
             paging: step.is_multiple_of(2).then(|| Paging { pages: 10, bytes_in: 1 << 40, ..Default::default() }),
             elapsed_seconds: step as f64,
         }

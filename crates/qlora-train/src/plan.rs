@@ -3,9 +3,11 @@
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
+use crate::loss::MAX_LOGITS;
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_layers::ActivationCheckpointing;
+use qlora_layers::ops::MAX_SCORES;
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::{LinearRole, ModelConfig};
 use std::collections::HashMap;
@@ -52,9 +54,8 @@ impl Plan {
     /// Works a run out.
     ///
     /// Activations: a block keeps about `6 hidden + 4 attention + 6 intermediate` values a token in the compute
-    /// dtype, the last for each expert of the token, and four f32 scores per head and pair of tokens; without
-    /// checkpointing every block does, with it one does and each keeps its input. Logits count three times in f32
-    /// (logits, log-softmax, gradient).
+    /// dtype, the last for each expert of the token. Without checkpointing every block does; with it one does, and
+    /// each keeps what its policy says. Scores and logits exist for some tokens at a time.
     ///
     /// # Errors
     /// A LoRA setting is out of range, or nothing matches.
@@ -117,7 +118,8 @@ impl Plan {
         let longest = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
         let (rows, len) = (config.train.batch_size as u64, longest as u64);
         let tokens = rows * len;
-        let scores = 4 * 4 * rows * model.num_attention_heads as u64 * len * len;
+        // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel.
+        let scores = 4 * 4 * (rows * model.num_attention_heads as u64 * len * len).min(MAX_SCORES as u64);
         // Each of a token's experts reads a row of its own and gives one back.
         let feed_forward = model.experts.map_or(6 * model.intermediate_size, |experts| {
             let routed = experts.per_token * (6 * experts.intermediate_size + 3 * model.hidden_size);
@@ -126,10 +128,15 @@ impl Plan {
         let attention = model.num_attention_heads * model.head_dim;
         let block = tokens * (6 * model.hidden_size + 4 * attention + feed_forward) as u64 * width + scores;
         let blocks = model.num_hidden_layers as u64;
+        let kept = |features: usize| tokens * features as u64 * width;
         let kept = match config.train.activation_checkpointing {
             ActivationCheckpointing::None => blocks * block,
-            ActivationCheckpointing::Full => block + blocks * tokens * model.hidden_size as u64 * width,
+            ActivationCheckpointing::Selective => block + blocks * kept(2 * model.hidden_size + attention),
+            ActivationCheckpointing::Full => block + blocks * kept(model.hidden_size),
+            ActivationCheckpointing::Offload => block + 2 * kept(model.hidden_size),
         };
+        // The logits, and what a cap makes of them.
+        let logits = 2 * width * (tokens * model.vocab_size as u64).min(MAX_LOGITS as u64);
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
@@ -139,7 +146,7 @@ impl Plan {
                 adapters: 4 * trainable,
                 gradients: 4 * trainable,
                 optimizer: state_on_device,
-                activations: kept + 3 * 4 * tokens * model.vocab_size as u64,
+                activations: kept + logits,
             },
             targets,
         })

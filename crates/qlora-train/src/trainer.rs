@@ -1,7 +1,7 @@
 //! A whole run: load, train, evaluate, save, resume, report.
 
 use crate::checkpoint::{self, Checkpoint, TrainingState};
-use crate::config::{ComputeDtype, TrainConfig};
+use crate::config::{ComputeDtype, TrainConfig, TrainOptions};
 use crate::data::{self, Batch, BatchOrder, Dataset, MASKED_LABEL};
 use crate::engine::Engine;
 use crate::error::TrainError;
@@ -59,6 +59,22 @@ pub fn compute_dtype(choice: ComputeDtype, device: &Device) -> FloatDType {
     }
 }
 
+/// The engine that a configuration asks for, on a model whose adapters are in place.
+///
+/// # Errors
+/// [`TrainError::NothingToTrain`] when it has no adapter.
+pub fn engine(model: Decoder, options: &TrainOptions) -> Result<Engine, TrainError> {
+    let optimizer = OptimizerConfig {
+        kind: options.optimizer,
+        betas: (options.betas[0], options.betas[1]),
+        eps: options.eps,
+        weight_decay: options.weight_decay,
+        ..Default::default()
+    };
+    let max_grad_norm = options.max_grad_norm as f32;
+    Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, options.activation_checkpointing)
+}
+
 impl Trainer {
     /// Checks the configuration, reads the data, loads the model and puts the adapters in place.
     ///
@@ -93,21 +109,7 @@ impl Trainer {
             }
         }
         let parameters = parameter_names(&model);
-        let train_options = &config.train;
-        let optimizer = OptimizerConfig {
-            kind: train_options.optimizer,
-            betas: (train_options.betas[0], train_options.betas[1]),
-            eps: train_options.eps,
-            weight_decay: train_options.weight_decay,
-            ..Default::default()
-        };
-        let mut engine = Engine::new(
-            model,
-            optimizer,
-            train_options.optimizer_budget,
-            train_options.max_grad_norm as f32,
-            train_options.activation_checkpointing,
-        )?;
+        let mut engine = engine(model, &config.train)?;
 
         let eval_batches =
             BatchOrder::in_file_order(&eval.examples, config.train.batch_size, pad_id).epoch(&eval.examples, 0);
@@ -185,9 +187,8 @@ impl Trainer {
             let seed = mix(options.seed ^ mix(self.step as u64));
             let output = self.engine.step(&micro_batches, learning_rate, seed)?;
             self.step += 1;
-            if let Some((_, reserved)) = device_memory(self.engine.model().device()) {
-                self.peak_memory = self.peak_memory.max(reserved);
-            }
+            let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();
+            self.peak_memory = self.peak_memory.max(reserved);
             let metrics = StepMetrics {
                 step: self.step,
                 epoch: self.cursor.0 as f64 + self.cursor.1 as f64 / epoch_batches.len() as f64,
@@ -197,6 +198,8 @@ impl Trainer {
                 tokens,
                 tokens_per_second: tokens as f64 / step_started.elapsed().as_secs_f64(),
                 memory_bytes: self.peak_memory,
+                memory_in_use_bytes: in_use,
+                memory_reserved_bytes: reserved,
                 paging: Some(self.engine.optimizer().paging()).filter(|paging| *paging != resting(paging)),
                 elapsed_seconds: elapsed(),
             };
@@ -238,6 +241,7 @@ impl Trainer {
 
     /// The next `count` micro-batches; a step never reaches over the end of a pass.
     fn next_micro_batches(&mut self, epoch_batches: &mut Vec<Batch>, count: usize) -> Vec<Batch> {
+        let _span = tracing::trace_span!("data").entered();
         if self.cursor.1 >= epoch_batches.len() {
             self.cursor = (self.cursor.0 + 1, 0);
             *epoch_batches = self.order.epoch(&self.train.examples, self.cursor.0);
@@ -252,6 +256,7 @@ impl Trainer {
         if self.eval.is_empty() {
             return Ok(());
         }
+        let _span = tracing::trace_span!("evaluate").entered();
         let (eval_loss, tokens) = self.engine.evaluate(&self.eval)?;
         let metrics = EvalMetrics { step: self.step, eval_loss, eval_tokens: tokens as u64, elapsed_seconds };
         self.metrics.eval(&metrics)?;
@@ -265,6 +270,7 @@ impl Trainer {
     }
 
     fn save(&mut self, events: &mut dyn TrainEvents) -> Result<PathBuf, TrainError> {
+        let _span = tracing::trace_span!("save").entered();
         // The log must not lag behind the checkpoint: a resumed run cuts it at the checkpoint's step.
         self.metrics.sync()?;
         let options = &self.config.train;

@@ -6,6 +6,7 @@
 use anyhow::{Context, Result};
 use burn::tensor::{DType, Distribution, Tensor};
 use burn_qlora::qlora_layers::Linear4bit;
+use burn_qlora::qlora_layers::ops::LoraTerms;
 use burn_qlora::qlora_models::default_compute_dtype;
 use nf4_quant::matmul::{self, Direction, LowRank, Operands, Problem, Weight};
 use nf4_quant::{QuantConfig, Quantized4bit, kernels};
@@ -229,12 +230,13 @@ pub(super) fn lora_linear(bench: &Bench, shape: Shape, tokens: usize, rank: usiz
                 Tensor::<2>::random([rows, cols], Distribution::Normal(0.0, 0.02), (&bench.device, DType::F32))
             };
             let (lora_a, lora_b) = (factor(rank, in_features), factor(out_features, rank));
+            let terms = LoraTerms { scaling: 0.25, dropout: None, unread: false };
             let layers: Vec<(Tensor<2>, Linear4bit)> = (0..bench.sets(work.bytes))
                 .map(|_| Ok((random(bench, tokens, in_features)?, layer(bench, out_features, in_features)?)))
                 .collect::<Result<_>>()?;
             run(move |i: usize| {
                 let (x, layer) = &layers[i % layers.len()];
-                layer.lora_forward(x.clone(), lora_a.clone(), lora_b.clone(), 0.25, None)
+                layer.lora_forward(x.clone(), lora_a.clone(), lora_b.clone(), terms)
             })
         }),
     }

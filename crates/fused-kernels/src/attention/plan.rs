@@ -1,20 +1,89 @@
-//! Which variant of a kernel runs a shape: everything that its text depends on.
+//! Which kernels run a shape, and which variant of those for `mma`: everything that its text depends on.
 //!
 //! Tiles were chosen so that 48 KB of shared memory and the registers suffice, not by measurement. CUDA 13.0's
 //! assembler reports no spills for `sm_80`, `sm_86`, `sm_89` and `sm_90a`, except in the kernel of dK and dV from a
 //! head_dim of 128 on: it takes all 255 registers and keeps a few more values, up to 64 bytes, in local memory.
 
-use cuda_source::Source;
+use std::collections::HashSet;
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
+use cubecl::client::Client;
+use cuda_source::{CudaDevice, Source};
+
+use super::{Operand, Shape, hopper};
 use crate::HalfFormat;
+
+/// The kernels that take an attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// `mma.sync`, compute capability 8.0 or later.
+    Mma,
+    /// wgmma and TMA, compute capability 9.0.
+    Hopper,
+}
+
+/// The kernels that can take a shape on a client's device.
+pub fn paths(client: &Client, shape: &Shape) -> Vec<Path> {
+    let device = cuda_source::device(client);
+    device.map_or_else(Vec::new, |device| candidates(&device, shape.head_dim).collect())
+}
+
+fn candidates(device: &CudaDevice, head_dim: usize) -> impl Iterator<Item = Path> + use<> {
+    let hopper = hopper::takes(device, head_dim).then_some(Path::Hopper);
+    hopper.into_iter().chain((device.compute_capability >= (8, 0)).then_some(Path::Mma))
+}
+
+/// The kernels that take a shape: those that suit it best, or those that `FUSED_KERNELS_ATTENTION` names, if they can.
+pub(super) fn path(client: &Client, shape: &Shape, operands: &[Operand<'_>]) -> Path {
+    static FORCED: OnceLock<Option<String>> = OnceLock::new();
+    let forced = FORCED.get_or_init(|| std::env::var("FUSED_KERNELS_ATTENTION").ok());
+    let can = paths(client, shape);
+    let path = choose(&can, hopper::suits(shape, operands), forced.as_deref());
+    log(shape, path);
+    path
+}
+
+fn choose(can: &[Path], hopper_suits: bool, forced: Option<&str>) -> Path {
+    let hopper = can.contains(&Path::Hopper);
+    match forced {
+        Some("hopper") if hopper => Path::Hopper,
+        Some("mma") => Path::Mma,
+        _ if hopper && hopper_suits => Path::Hopper,
+        _ => Path::Mma,
+    }
+}
+
+/// Says once for each kind of attention what takes it.
+fn log(shape: &Shape, path: Path) {
+    type Kind = (Path, usize, usize, usize, HalfFormat);
+    static SAID: LazyLock<Mutex<HashSet<Kind>>> = LazyLock::new(Mutex::default);
+    if !tracing::enabled!(tracing::Level::DEBUG) {
+        return;
+    }
+    let &Shape { heads, kv_heads, head_dim, format, .. } = shape;
+    let kind = (path, heads, kv_heads, head_dim, format);
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(kind) {
+        tracing::debug!(heads, kv_heads, head_dim, ?format, ?path, "attention on tensor cores");
+    }
+}
 
 /// Warps of a block.
 const WARPS: usize = 4;
 /// Threads of a block.
 pub(super) const THREADS: usize = 32 * WARPS;
 
-static FORWARD: &str = concat!(include_str!("primitives.cu"), include_str!("tiles.cu"), include_str!("forward.cu"));
-static BACKWARD: &str = concat!(include_str!("primitives.cu"), include_str!("tiles.cu"), include_str!("backward.cu"));
+static FORWARD: &str = concat!(
+    include_str!("primitives.cu"),
+    include_str!("shape.cu"),
+    include_str!("tiles.cu"),
+    include_str!("forward.cu")
+);
+static BACKWARD: &str = concat!(
+    include_str!("primitives.cu"),
+    include_str!("shape.cu"),
+    include_str!("tiles.cu"),
+    include_str!("backward.cu")
+);
 
 /// The kernels; but for the first, by the `KIND` of `backward.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +182,15 @@ mod tests {
     use super::*;
 
     const KINDS: [Kind; 4] = [Kind::Forward, Kind::Delta, Kind::Keys, Kind::Queries];
+
+    #[test]
+    fn a_forced_choice_is_taken_where_it_can_be() {
+        let both = [Path::Hopper, Path::Mma];
+        assert_eq!([true, false].map(|suits| choose(&both, suits, None)), both);
+        assert_eq!(choose(&both, true, Some("mma")), Path::Mma);
+        assert_eq!(choose(&both, false, Some("hopper")), Path::Hopper);
+        assert_eq!(choose(&[Path::Mma], true, Some("hopper")), Path::Mma);
+    }
 
     #[test]
     fn heads_are_padded_to_the_next_kernel() {

@@ -6,7 +6,8 @@
 //! | forward | out_features | W | x `[tokens, in_features]` | y = x Wᵀ (+ u Bᵀ) (+ bias) |
 //! | input gradient | in_features | Wᵀ | dy `[tokens, out_features]` | dx = dy W (+ v A) |
 //!
-//! No dequantized weight exists outside registers. Sums are f32 and rounded once, after the low-rank
+//! Up to some thousand tokens no dequantized weight exists outside registers. Beyond, one transient of the weight costs
+//! less than decoding every tile again for each panel of tokens: see [`TRANSIENT_TOKENS`]. Sums are f32 and rounded once, after the low-rank
 //! product and the bias have been added; weights are codebook\[code\] * absmax in f32, rounded once to the
 //! activations' format, as [`crate::kernels::dequantize`] rounds them. So the result differs from
 //! dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens, rounds less.
@@ -16,6 +17,7 @@
 //! | [`mod@gemv`] | up to 16 tokens forward, compute capability 8.0 or later |
 //! | [`mod@hopper`] | wgmma: compute capability 9.0 |
 //! | [`mod@ampere`] | mma.sync: compute capability 8.0 or later |
+//! | transient | the dense form of the latter two, on a weight that was dequantized before it |
 //!
 //! [`path`] says which kernel takes a problem, from what the device is: one place, for every caller. Where it has
 //! no answer the caller dequantizes into a transient.
@@ -34,7 +36,7 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use cuda_source::{CudaDevice, LaunchError};
 
-use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size};
+use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size, dequantize};
 use crate::{FloatFormat, QuantError};
 
 pub use reference::reference;
@@ -119,6 +121,22 @@ pub struct Operands<'a> {
     pub bias: Option<&'a Handle>,
 }
 
+/// Tokens from which on a 4-bit product on Hopper dequantizes the weight into a transient first.
+///
+/// On a card at its power limit, 8192 tokens x 11008 x 4096, in TFLOP/s: 618 forward and 590 for the gradient with the
+/// weight decoded in registers, which is done for every 256 tokens again, and 708 and 753 of the dense kernel. A weight's
+/// way into the transient costs 0.9 ps, so it pays from some 2,100 and 1,200 tokens on; below 4,096, memory comes first.
+pub const TRANSIENT_TOKENS: usize = 4096;
+
+/// The kernel of a dense product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dense {
+    /// wgmma, compute capability 9.0.
+    Hopper(hopper::Tile),
+    /// mma.sync, compute capability 8.0 or later.
+    Ampere(ampere::Tile),
+}
+
 /// The kernel that takes a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Path {
@@ -128,13 +146,15 @@ pub enum Path {
     Hopper(hopper::Tile),
     /// mma.sync, compute capability 8.0 or later.
     Ampere(ampere::Tile),
+    /// The weight is dequantized into a transient of its own size, which a dense product multiplies.
+    Transient(Dense),
 }
 
 /// The kernel for a problem on a client's device, or `None` where dequantizing first is the way: other
 /// runtimes and older cards, f32 activations, and shapes whose rows don't start at multiples of 16 bytes.
 ///
 /// The environment variable `NF4_QUANT_MATMUL` forces a choice: `gemv`, `hopper`, `small-tiles` (hopper, as on drivers
-/// before CUDA 13, which limit static shared memory to 48 KB), `ampere`, or `dequantize` (no kernel). What the forced
+/// before CUDA 13, which limit static shared memory to 48 KB), `ampere`, `transient`, or `dequantize` (no kernel). What the forced
 /// kernel does not take has none.
 pub fn path(client: &Client, problem: &Problem) -> Option<Path> {
     static FORCED: OnceLock<Option<String>> = OnceLock::new();
@@ -175,11 +195,20 @@ fn choose(device: &CudaDevice, problem: &Problem, forced: Option<&str>) -> Optio
 /// By preference, with the names that force them.
 fn candidates(device: &CudaDevice, problem: &Problem) -> impl Iterator<Item = (&'static str, Path)> + use<> {
     let hopper = |small| hopper::tile(device, problem, small).map(Path::Hopper);
+    let transient = problem.blocksize.and_then(|_| {
+        let dense = Problem { blocksize: None, ..*problem };
+        let hopper = hopper::tile(device, &dense, false).map(Dense::Hopper);
+        hopper.or_else(|| ampere::tile(device, &dense).map(Dense::Ampere))
+    });
+    let many = |dense: &Dense| matches!(dense, Dense::Hopper(_)) && problem.tokens >= TRANSIENT_TOKENS;
     let known = [
         ("gemv", gemv::fits(device, problem).then_some(Path::Gemv)),
+        ("transient", transient.filter(many).map(Path::Transient)),
         ("hopper", hopper(false)),
         ("small-tiles", hopper(true)),
         ("ampere", ampere::tile(device, problem).map(Path::Ampere)),
+        // Blocks that the others don't take.
+        ("transient", transient.filter(|dense| !many(dense)).map(Path::Transient)),
     ];
     known.into_iter().filter_map(|(name, path)| Some((name, path?)))
 }
@@ -206,6 +235,28 @@ pub fn matmul(
         Path::Gemv => gemv::launch(client, problem, operands, out),
         Path::Hopper(tile) => hopper::launch(client, tile, problem, operands, out),
         Path::Ampere(tile) => ampere::launch(client, tile, problem, operands, out),
+        Path::Transient(dense) => by_transient(client, dense, problem, operands, out),
+    }
+}
+
+/// Dequantizes the weight and multiplies it.
+fn by_transient(
+    client: &Client,
+    dense: Dense,
+    problem: &Problem,
+    operands: &Operands<'_>,
+    out: &Handle,
+) -> Result<(), QuantError> {
+    let Weight::FourBit(weight) = operands.weight else {
+        return Err(QuantError::Matmul("a dense weight needs no transient".into()));
+    };
+    let transient = client.empty(weight.num_elements * problem.format.size());
+    dequantize(client, weight, transient.clone(), problem.format)?;
+    let problem = &Problem { blocksize: None, ..*problem };
+    let operands = &Operands { weight: Weight::Dense(&transient), ..*operands };
+    match dense {
+        Dense::Hopper(tile) => hopper::launch(client, tile, problem, operands, out),
+        Dense::Ampere(tile) => ampere::launch(client, tile, problem, operands, out),
     }
 }
 

@@ -26,6 +26,10 @@ fn hopper(tokens: usize, stages: usize) -> Option<Path> {
     Some(Path::Hopper(hopper::Tile { tokens, stages }))
 }
 
+fn transient(tokens: usize) -> Option<Path> {
+    Some(Path::Transient(Dense::Hopper(hopper::Tile { tokens, stages: if tokens == 128 { 5 } else { 4 } })))
+}
+
 fn ampere(tokens: usize) -> Option<Path> {
     Some(Path::Ampere(ampere::Tile { tokens }))
 }
@@ -48,6 +52,11 @@ fn tokens_decide() {
     assert_eq!(tokens(0), None);
     assert_eq!((tokens(1), tokens(16)), (Some(Path::Gemv), Some(Path::Gemv)));
     assert_eq!((tokens(17), tokens(128), tokens(129)), (hopper(64, 6), hopper(128, 5), hopper(256, 5)));
+    assert_eq!((tokens(TRANSIENT_TOKENS - 1), tokens(TRANSIENT_TOKENS)), (hopper(256, 5), transient(256)));
+    // Where Hopper's dense kernel is not to be had, codes are decoded in registers whatever the tokens are.
+    let many = Problem { tokens: 8192, ..LINEAR };
+    assert_eq!(choose(&CudaDevice { driver: (12, 8), ..H200 }, &many, None), hopper(96, 2));
+    assert_eq!(choose(&CudaDevice { compute_capability: (8, 0), ..H200 }, &many, None), ampere(128));
     let gradient = Problem { tokens: 1, direction: Direction::InputGradient, ..LINEAR };
     assert_eq!(choose(&H200, &gradient, None), hopper(64, 6));
     let dense = Problem { tokens: 1, blocksize: None, ..LINEAR };
@@ -62,6 +71,10 @@ fn a_choice_can_be_forced() {
     assert_eq!((forced("hopper", &few), forced("hopper", &LINEAR)), (hopper(64, 6), hopper(256, 5)));
     assert_eq!((forced("small-tiles", &few), forced("small-tiles", &LINEAR)), (hopper(96, 2), hopper(96, 2)));
     assert_eq!((forced("ampere", &few), forced("ampere", &LINEAR)), (ampere(16), ampere(128)));
+    assert_eq!(
+        (forced("transient", &LINEAR), forced("hopper", &Problem { tokens: 8192, ..LINEAR })),
+        (transient(256), hopper(256, 5))
+    );
     assert_eq!((forced("dequantize", &few), forced("dequantize", &LINEAR)), (None, None));
 }
 
@@ -70,12 +83,13 @@ fn some_shapes_have_no_kernel() {
     for problem in [
         Problem { format: FloatFormat::F32, out: FloatFormat::F32, ..LINEAR },
         Problem { in_features: 4090, ..LINEAR },
-        Problem { blocksize: Some(32), ..LINEAR },
         Problem { rank: 4, ..LINEAR },
         Problem { out_features: 11007, ..LINEAR },
     ] {
         assert_eq!(choose(&H200, &problem, None), None, "{problem:?}");
     }
+    // Blocks that no kernel decodes.
+    assert_eq!(choose(&H200, &Problem { blocksize: Some(32), ..LINEAR }, None), transient(256));
     // A few tokens ask for less: no whole tiles of rows or ranks.
     let few = Problem { tokens: 1, rank: 5, out_features: 11007, ..LINEAR };
     assert_eq!(choose(&H200, &few, None), Some(Path::Gemv));
@@ -93,6 +107,8 @@ fn texts_are_written_where_they_are_asked_for() {
             Path::Gemv => vec![gemv::source(problem, false), gemv::source(problem, true)],
             Path::Hopper(tile) => vec![hopper::source(tile, problem)],
             Path::Ampere(tile) => vec![ampere::source(tile, problem)],
+            // The texts of dense products, which are written by themselves.
+            Path::Transient(_) => Vec::new(),
         };
         for source in sources {
             let defines = source.text().lines().map_while(|line| line.strip_prefix("#define ")?.split_once(' '));

@@ -1,6 +1,6 @@
 //! Backward passes, written by hand.
 
-use super::{Layout4bit, LoraDropout, LoraFactor, QloraOps, float_dtype};
+use super::{Layout4bit, LoraDropout, LoraFactor, LoraTerms, QloraOps, float_dtype};
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
@@ -8,7 +8,7 @@ use burn::backend::autodiff::{
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, TensorMetadata};
-use burn::tensor::FloatDType;
+use burn::tensor::{FloatDType, Shape};
 
 /// Backward of `y = x Wᵀ`: `dx = dy W`, in the dtype of `x`. The state is the packed weight; `x` is not kept.
 #[derive(Debug)]
@@ -238,8 +238,7 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
         layout: Layout4bit,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
-        scaling: f32,
-        dropout: Option<LoraDropout>,
+        LoraTerms { scaling, dropout, unread }: LoraTerms,
     ) -> FloatTensor<Self> {
         let (a_tracked, b_tracked) = (lora_a.is_tracked(), lora_b.is_tracked());
         let nodes = [x.node(), lora_a.node(), lora_b.node()];
@@ -253,7 +252,10 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
         };
         match LoraLinearBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let y = product(u.clone());
+                let y = match unread {
+                    true => B::float_empty(Shape::new([x.shape()[0], layout.out_features]), &x.device(), dtype),
+                    false => product(u.clone()),
+                };
                 let state = LoraState {
                     x: a_tracked.then_some(x),
                     u: b_tracked.then_some(u),

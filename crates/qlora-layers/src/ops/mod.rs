@@ -29,13 +29,17 @@ mod cube;
 mod cube_products;
 mod flex;
 pub mod fused;
+mod seed;
 
-pub use attention::{AttentionOps, AttentionOptions, attention};
+pub use attention::{
+    AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, attention, attention_again, attention_keeping,
+};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 pub use fused_kernels::dropout_hash;
 use nf4_quant::{FloatFormat, QuantType};
+pub use seed::{SeedOps, backward_from};
 
 /// What the packed buffers of a 4-bit weight of shape `[out_features, in_features]` mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,6 +83,18 @@ pub struct LoraDropout {
     pub seed: u64,
     /// Probability of zeroing an element.
     pub p: f32,
+}
+
+/// How [`QloraOps::lora_linear_4bit`] runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraTerms {
+    /// Factor of the update.
+    pub scaling: f32,
+    /// Dropout of the update's input.
+    pub dropout: Option<LoraDropout>,
+    /// Nobody reads the result: the operation is recorded for its gradients, which don't need it, and the result
+    /// holds anything. Without autodiff it is computed all the same.
+    pub unread: bool,
 }
 
 /// Operations over 4-bit weights, and LoRA's dropout.
@@ -147,10 +163,9 @@ pub trait QloraOps: Backend {
         layout: Layout4bit,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
-        scaling: f32,
-        dropout: Option<LoraDropout>,
+        terms: LoraTerms,
     ) -> FloatTensor<Self> {
-        let u = Self::low_rank_project(x.clone(), lora_a, LoraFactor::A, scaling, dropout);
+        let u = Self::low_rank_project(x.clone(), lora_a, LoraFactor::A, terms.scaling, terms.dropout);
         Self::linear_4bit_low_rank(x, codes, absmax, nested_absmax, layout, u, lora_b)
     }
 
@@ -263,8 +278,7 @@ pub fn lora_linear_4bit(
     layout: Layout4bit,
     lora_a: Tensor<2>,
     lora_b: Tensor<2>,
-    scaling: f32,
-    dropout: Option<LoraDropout>,
+    terms: LoraTerms,
 ) -> Tensor<2> {
     let [_, features] = x.dims();
     assert_eq!(features, layout.in_features, "lora_linear_4bit: x has {features} features");
@@ -278,8 +292,7 @@ pub fn lora_linear_4bit(
         layout,
         lora_a.into_dispatch(),
         lora_b.into_dispatch(),
-        scaling,
-        dropout,
+        terms,
     ))
 }
 

@@ -3,6 +3,8 @@
 #![allow(clippy::print_stderr, dead_code, reason = "a skipped device is said; not every suite uses every helper")]
 
 use burn::tensor::{Device, DeviceKind, Tensor};
+use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
+use qlora_layers::{LoraLinear, Pass};
 
 /// The CPU, and every GPU runtime that answers. What is skipped is said on stderr.
 pub fn devices() -> Vec<(&'static str, Device)> {
@@ -28,4 +30,17 @@ pub fn noise(seed: u64, len: usize) -> Vec<f32> {
     (0..len as u64)
         .map(|i| (qlora_layers::mix(seed ^ qlora_layers::mix(i)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
         .collect()
+}
+
+/// A block whose branches are one layer each.
+pub struct Pair<'a>(pub &'a LoraLinear, pub &'a LoraLinear);
+
+impl ResidualBlock for Pair<'_> {
+    fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        if purpose.unread() { self.0.forward_unread(x, pass) } else { self.0.forward(x, pass) }
+    }
+
+    fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        if purpose.unread() { self.1.forward_unread(x, pass) } else { self.1.forward(x, pass) }
+    }
 }

@@ -20,6 +20,8 @@ fn history(steps: usize) -> History {
             tokens: 1500,
             tokens_per_second: 1000.0,
             memory_bytes: (400 << 20) + k as u64,
+            memory_in_use_bytes: 300 << 20,
+            memory_reserved_bytes: 400 << 20,
             paging: None,
             elapsed_seconds: 1.5 * k as f64,
         });

@@ -8,7 +8,7 @@ use burn::backend::autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, TensorMetadata};
+use burn::backend::{Autodiff, AutodiffBackend, TensorMetadata};
 
 #[derive(Debug)]
 struct AttentionBackward;
@@ -43,16 +43,35 @@ impl<B: AttentionPasses> Backward<B, 3> for AttentionBackward {
 }
 
 impl<B: AttentionPasses, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
-    fn attention(
+    fn attention_keeping(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         options: AttentionOptions,
-    ) -> FloatTensor<Self> {
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let nodes = [q.node(), k.node(), v.node()];
         let ((q, _q_guard), (k, _k_guard), (v, _v_guard)) = (q.into_parts(), k.into_parts(), v.into_parts());
         let operands = Operands { q: q.clone(), k: k.clone(), v: v.clone() };
         let (o, lse) = B::attention_forward(operands, &options);
+        let kept = Self::from_inner(lse.clone());
+        let o = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(State { q, k, v, o: o.clone(), lse, options }, o),
+            OpsKind::UnTracked(prep) => prep.finish(o),
+        };
+        (o, kept)
+    }
+
+    fn attention_again(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        options: AttentionOptions,
+    ) -> FloatTensor<Self> {
+        let nodes = [q.node(), k.node(), v.node()];
+        let ((q, _q_guard), (k, _k_guard), (v, _v_guard)) = (q.into_parts(), k.into_parts(), v.into_parts());
+        let ((o, _o_guard), (lse, _lse_guard)) = (output.into_parts(), log_sum_exp.into_parts());
         match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(State { q, k, v, o: o.clone(), lse, options }, o),
             OpsKind::UnTracked(prep) => prep.finish(o),

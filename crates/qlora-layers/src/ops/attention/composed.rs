@@ -12,7 +12,7 @@ use burn::tensor::{FloatDType, Shape, Slice, TensorData};
 use std::ops::Range;
 
 /// Scores of a chunk, at most: 64 MiB in f32.
-const SCORES: usize = 1 << 24;
+pub const MAX_SCORES: usize = 1 << 24;
 /// Queries of a chunk, at most: a chunk computes half of its square in vain.
 const MAX_QUERIES: usize = 256;
 /// Far below any score, yet finite: WGSL has no literal for infinity.
@@ -58,7 +58,7 @@ impl Dims {
         let mut chunks = Vec::new();
         for row in bounds.windows(2) {
             let (start, end) = (row[0] as usize, row[1] as usize);
-            let longest = SCORES / (self.rows * self.heads * (end - start + past)).max(1);
+            let longest = MAX_SCORES / (self.rows * self.heads * (end - start + past)).max(1);
             let step = longest.clamp(1, MAX_QUERIES);
             for first in (start..end).step_by(step) {
                 let last = (first + step).min(end);

@@ -65,7 +65,7 @@ impl AttentionPasses for CubeBackend {
         let Operands { q, k, v } = operands;
         let (q, k, v) = (readable(q), readable(k), readable(v));
         let o = like(&q);
-        let lse = TensorShape::new([shape.heads, shape.rows.queries()]);
+        let lse = TensorShape::new([1, 1, shape.heads, shape.rows.queries()]);
         let lse = empty(&q.client, &q.device, lse, DType::F32);
         let (q_at, k_at, v_at, o_at) = (operand(&q), operand(&k), operand(&v), operand(&o));
         expect(attention::forward(&q.client, q_at, k_at, v_at, o_at, &lse.handle, &shape, kernel_options));
@@ -102,12 +102,23 @@ impl AttentionPasses for CubeBackend {
 }
 
 impl AttentionOps for CubeBackend {
-    fn attention(
+    fn attention_keeping(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         options: AttentionOptions,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        Self::attention_forward(Operands { q, k, v }, &options)
+    }
+
+    fn attention_again(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: AttentionOptions,
     ) -> FloatTensor<Self> {
-        Self::attention_forward(Operands { q, k, v }, &options).0
+        output
     }
 }

@@ -7,12 +7,23 @@ use burn::backend::tensor::FloatTensor;
 impl AttentionPasses for Flex {}
 
 impl AttentionOps for Flex {
-    fn attention(
+    fn attention_keeping(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         options: AttentionOptions,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        Self::attention_forward(Operands { q, k, v }, &options)
+    }
+
+    fn attention_again(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: AttentionOptions,
     ) -> FloatTensor<Self> {
-        Self::attention_forward(Operands { q, k, v }, &options).0
+        output
     }
 }

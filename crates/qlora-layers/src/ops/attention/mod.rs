@@ -17,6 +17,7 @@ use super::QloraOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
+pub use composed::MAX_SCORES;
 use std::sync::Arc;
 
 /// What an attention layer is configured with.
@@ -48,6 +49,26 @@ pub trait AttentionOps: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         options: AttentionOptions,
+    ) -> FloatTensor<Self> {
+        Self::attention_keeping(q, k, v, options).0
+    }
+
+    /// See [`attention_keeping`].
+    fn attention_keeping(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        options: AttentionOptions,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// See [`attention_again`]; without autodiff, the output that is given.
+    fn attention_again(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+        options: AttentionOptions,
     ) -> FloatTensor<Self>;
 }
 
@@ -60,7 +81,7 @@ pub(crate) struct Operands<F> {
 
 /// The two passes, on backends without autodiff.
 pub(crate) trait AttentionPasses: QloraOps {
-    /// The output, in the shape and dtype of `q`, and the log-sum-exp, f32, in a layout of the backend's own.
+    /// The output, in the shape and dtype of `q`, and the log-sum-exp, f32, of rank 4 in a layout of the backend's own.
     fn attention_forward(
         operands: Operands<FloatTensor<Self>>,
         options: &AttentionOptions,
@@ -93,6 +114,74 @@ pub(crate) trait AttentionPasses: QloraOps {
 /// # Panics
 /// When shapes or dtypes don't fit one another, a window is 0, or row bounds don't cover a batch of one.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOptions) -> Tensor<4> {
+    check(&q, &k, &v, options);
+    if q.shape().num_elements() == 0 {
+        return q;
+    }
+    Tensor::from_dispatch(<Dispatch as AttentionOps>::attention(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        options.clone(),
+    ))
+}
+
+/// What a backward pass needs of attention's forward pass beside its inputs; without autodiff.
+#[derive(Clone, Debug)]
+pub struct AttentionResult {
+    output: Tensor<4>,
+    log_sum_exp: Tensor<4>,
+}
+
+/// [`attention`], and what it computed, for [`attention_again`].
+///
+/// # Shapes
+/// # Panics
+/// As [`attention`]; the batch is not empty.
+pub fn attention_keeping(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    options: &AttentionOptions,
+) -> (Tensor<4>, AttentionResult) {
+    check(&q, &k, &v, options);
+    let (output, log_sum_exp) = <Dispatch as AttentionOps>::attention_keeping(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        options.clone(),
+    );
+    let (output, log_sum_exp) = (Tensor::<4>::from_dispatch(output), Tensor::<4>::from_dispatch(log_sum_exp));
+    let kept =
+        AttentionResult { output: output.clone().without_autodiff(), log_sum_exp: log_sum_exp.without_autodiff() };
+    (output, kept)
+}
+
+/// [`attention`] whose result is known from a pass over the same inputs: records the operation without computing it.
+///
+/// # Shapes
+/// # Panics
+/// As [`attention`].
+pub fn attention_again(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    result: AttentionResult,
+    options: &AttentionOptions,
+) -> Tensor<4> {
+    check(&q, &k, &v, options);
+    assert_eq!(q.dims(), result.output.dims(), "attention: the result is that of other queries");
+    Tensor::from_dispatch(<Dispatch as AttentionOps>::attention_again(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        result.output.into_dispatch(),
+        result.log_sum_exp.into_dispatch(),
+        options.clone(),
+    ))
+}
+
+fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions) {
     let ([rows, q_len, heads, dim], [kv_rows, kv_len, kv_heads, kv_dim]) = (q.dims(), k.dims());
     assert_eq!(k.dims(), v.dims(), "attention: keys and values differ in shape");
     assert!((rows, dim) == (kv_rows, kv_dim), "attention: q is {:?}, k {:?}", q.dims(), k.dims());
@@ -107,13 +196,4 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: &AttentionOp
             "attention: row bounds {bounds:?} don't cover {q_len} tokens"
         );
     }
-    if q.shape().num_elements() == 0 {
-        return q;
-    }
-    Tensor::from_dispatch(<Dispatch as AttentionOps>::attention(
-        q.into_dispatch(),
-        k.into_dispatch(),
-        v.into_dispatch(),
-        options.clone(),
-    ))
 }

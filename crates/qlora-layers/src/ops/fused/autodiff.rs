@@ -7,7 +7,7 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 
 #[derive(Debug)]
 struct RmsNormBackward;
@@ -63,6 +63,22 @@ impl<B: FusedGradients> Backward<B, 1> for RotateBackward {
     }
 }
 
+#[derive(Debug)]
+struct CrossEntropyBackward;
+
+impl<B: FusedGradients> Backward<B, 1> for CrossEntropyBackward {
+    /// The logits, which become their gradient, the targets, and each row's log-sum-exp.
+    type State = (FloatTensor<B>, IntTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([parent], (logits, targets, log_sum_exp)) = (ops.parents, ops.state);
+        let dloss = grads.consume::<B>(&ops.node);
+        if let Some(parent) = parent {
+            grads.register::<B>(parent.id, B::logit_grads(dloss, logits, targets, log_sum_exp));
+        }
+    }
+}
+
 impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
         let nodes = [x.node(), weight.node()];
@@ -98,6 +114,18 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
                 prep.finish((cos.clone(), sin.clone(), rotation), B::rotate(x, cos, sin, rotation))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::rotate(x, cos, sin, rotation)),
+        }
+    }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        let nodes = [logits.node()];
+        let (logits, _logits_guard) = logits.into_parts();
+        match CrossEntropyBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let [losses, log_sum_exp] = B::losses(logits.clone(), targets.clone());
+                prep.finish((logits, targets, log_sum_exp), losses)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy(logits, targets)),
         }
     }
 }

@@ -2,14 +2,14 @@
 
 use super::super::cube::empty;
 use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::rms_norm::RmsNorm;
 use fused_kernels::rope::Rope;
-use fused_kernels::{Format, KernelError, gated, rms_norm, rope};
+use fused_kernels::{Format, KernelError, cross_entropy, gated, rms_norm, rope};
 
 fn format(x: &CubeTensor) -> Format {
     match x.dtype {
@@ -67,6 +67,11 @@ impl FusedOps for CubeBackend {
         launched(rope::rotate(&x.client, &x.handle, &cos.handle, &sin.handle, &y.handle, shape, inverse, format(&x)));
         y
     }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        let [losses, _] = Self::losses(logits, targets);
+        losses
+    }
 }
 
 impl FusedGradients for CubeBackend {
@@ -111,5 +116,46 @@ impl FusedGradients for CubeBackend {
             format(&gate),
         ));
         [dgate, dup]
+    }
+
+    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {
+        let (logits, targets) = (into_contiguous(logits), into_contiguous(targets));
+        let [rows, width] = logits.meta.shape().dims();
+        let [losses, log_sum_exp] =
+            [(); 2].map(|()| empty(&logits.client, &logits.device, Shape::new([rows]), DType::F32));
+        launched(cross_entropy::forward(
+            &logits.client,
+            &logits.handle,
+            &targets.handle,
+            &losses.handle,
+            &log_sum_exp.handle,
+            rows,
+            width,
+            format(&logits),
+        ));
+        [losses, log_sum_exp]
+    }
+
+    fn logit_grads(
+        dloss: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (dloss, targets) = (into_contiguous(dloss), into_contiguous(targets));
+        let logits = into_contiguous(logits);
+        let grads = if logits.can_mut() { logits } else { logits.copy() };
+        let [rows, width] = grads.meta.shape().dims();
+        launched(cross_entropy::backward(
+            &grads.client,
+            &dloss.handle,
+            &grads.handle,
+            &targets.handle,
+            &log_sum_exp.handle,
+            rows,
+            width,
+            format(&grads),
+        ));
+        grads
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
 use burn::backend::ops::FloatTensorOps;
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
@@ -137,6 +137,37 @@ fn rotate<T: Element + BurnElement + bytemuck::Pod>(
     tensor(y, shape.to_vec())
 }
 
+/// Loss and log-sum-exp of each row.
+fn losses<T: Element + BurnElement + bytemuck::Pod>(logits: &FlexTensor, targets: &FlexTensor) -> [FlexTensor; 2] {
+    let ([rows, width], logits, targets) = (dims(logits), values::<T>(logits), targets.to_contiguous());
+    let row = |(row, &target): (&[T], &i32)| {
+        let top = row.iter().map(|v| v.to_f32()).fold(f32::NEG_INFINITY, f32::max);
+        let whole = top + row.iter().map(|v| (v.to_f32() - top).exp()).sum::<f32>().ln();
+        (whole - row[target as usize].to_f32(), whole)
+    };
+    let (losses, whole) = logits.par_chunks(width.max(1)).zip(targets.storage::<i32>()).map(row).unzip();
+    [tensor::<f32>(losses, vec![rows]), tensor::<f32>(whole, vec![rows])]
+}
+
+fn logit_grads<T: Element + BurnElement + bytemuck::Pod>(
+    dloss: &FlexTensor,
+    logits: &FlexTensor,
+    targets: &FlexTensor,
+    log_sum_exp: &FlexTensor,
+) -> FlexTensor {
+    let ([rows, width], mut grads) = (dims(logits), values::<T>(logits));
+    let (dloss, whole) = (values::<f32>(dloss), values::<f32>(log_sum_exp));
+    let targets = targets.to_contiguous();
+    let each = grads.par_chunks_mut(width.max(1)).zip(targets.storage::<i32>()).zip(dloss).zip(whole);
+    each.for_each(|(((row, &target), dloss), whole)| {
+        for (i, v) in row.iter_mut().enumerate() {
+            let hit = f32::from(i == target as usize);
+            *v = T::from_f32(dloss * ((v.to_f32() - whole).exp() - hit));
+        }
+    });
+    tensor(grads, vec![rows, width])
+}
+
 /// A gradient in the dtype of what it belongs to.
 fn as_dtype(dy: FlexTensor, x: &FlexTensor) -> FlexTensor {
     if dy.dtype() == x.dtype() { dy } else { Flex::float_cast(dy, x.dtype().into()) }
@@ -158,6 +189,11 @@ impl FusedOps for Flex {
         rotation: Rotation,
     ) -> FloatTensor<Self> {
         by_dtype!(x, rotate(&x, &cos, &sin, rotation))
+    }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        let [losses, _] = Self::losses(logits, targets);
+        losses
     }
 }
 
@@ -185,5 +221,18 @@ impl FusedGradients for Flex {
     ) -> [FloatTensor<Self>; 2] {
         let dy = as_dtype(dy, &gate);
         by_dtype!(gate, gated_grads(&dy, &gate, &up, activation))
+    }
+
+    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {
+        by_dtype!(logits, losses(&logits, &targets))
+    }
+
+    fn logit_grads(
+        dloss: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        by_dtype!(logits, logit_grads(&dloss, &logits, &targets, &log_sum_exp))
     }
 }

@@ -1,6 +1,6 @@
-//! What a decoder block computes between its products: RMSNorm, rotary embeddings, gated activations.
+//! What a decoder computes beside its products: RMSNorm, rotary embeddings, gated activations, and the loss.
 //!
-//! Each is one operation with a hand-written backward, which keeps its inputs and nothing else. Composed of stock
+//! Each is one operation with a hand-written backward, which keeps its inputs and little else. Composed of stock
 //! operations they would be four to ten passes over the activations, keep an f32 copy at most of them for the
 //! backward pass, and cost a launch and an autodiff node each. All compute in f32 and round once.
 //!
@@ -10,9 +10,9 @@ mod autodiff;
 mod cube;
 mod flex;
 
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 pub use fused_kernels::gated::Activation;
 
@@ -54,6 +54,9 @@ pub trait FusedOps: Backend {
         sin: FloatTensor<Self>,
         rotation: Rotation,
     ) -> FloatTensor<Self>;
+
+    /// See [`cross_entropy`].
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// Their gradients, which autodiff asks of the backend below it.
@@ -76,6 +79,17 @@ pub trait FusedGradients: FusedOps {
         up: FloatTensor<Self>,
         activation: Activation,
     ) -> [FloatTensor<Self>; 2];
+
+    /// [`cross_entropy`]'s losses, and the log-sum-exp of each row, f32.
+    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2];
+
+    /// The gradient of [`cross_entropy`]'s logits, in their dtype; in their place where nobody else holds them.
+    fn logit_grads(
+        dloss: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        log_sum_exp: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 }
 
 /// `x / sqrt(mean(x²) + eps) · (weight + offset)`, row by row (Zhang and Sennrich, 2019, arXiv 1910.07467).
@@ -127,4 +141,20 @@ pub fn rotate(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, rotation: Rotation) 
         sin.into_dispatch(),
         rotation,
     ))
+}
+
+/// `-log softmax(logits)[target]` of each row, in f32. Its gradient is written over the logits, so that nothing of their
+/// size exists beside them.
+///
+/// # Shapes
+/// - `logits`: `[tokens, vocab]`
+/// - `targets`: i32 `[tokens]`, each below `vocab`
+/// - output: `[tokens]`, f32
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    assert_eq!(logits.dims()[0], targets.dims()[0], "cross_entropy: one target for each row");
+    assert_eq!(targets.dtype(), DType::I32, "cross_entropy: targets are i32");
+    Tensor::from_dispatch(<Dispatch as FusedOps>::cross_entropy(logits.into_dispatch(), targets.into_dispatch()))
 }

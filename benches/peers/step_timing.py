@@ -1,0 +1,119 @@
+"""What the peers' step benchmarks share: command line, shapes, the timed loop, and the line of JSON for each case.
+
+Steps are those of `qlora-bench step`: random tokens that all have a label, bf16 autocast, f32 adapters of alpha 16 on
+every linear layer of the blocks, gradients clipped at 0.3, bitsandbytes' paged optimizer. The time of a step ends with
+a synchronisation; the median counts. `allocated` and `reserved` are the highest of torch's allocator. `driver` is
+nvidia-smi's figure after the last step, less what was used before this process: the paged optimizer's state is CUDA's
+managed memory, which the allocator does not count.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import time
+
+# RoPE's scaling is left out: no time depends on it.
+SHAPES = {
+    "llama-2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=32),
+    "llama-3.1-8b": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8),
+    "llama-2-70b": dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                        num_attention_heads=64, num_key_value_heads=8),
+    "tiny": dict(vocab_size=4096, hidden_size=128, intermediate_size=344, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2),
+}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OPTIMIZERS = {"adamw_32bit": "PagedAdamW32bit", "adamw_8bit": "PagedAdamW8bit", "lion_8bit": "PagedLion8bit"}
+
+
+def case_of(text):
+    rows, length = text.split("x")
+    return int(rows), int(length)
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw_32bit")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("cases", nargs="*", type=case_of, metavar="ROWSxTOKENS")
+    args = parser.parse_args()
+    args.cases = args.cases or [(1, 2048), (4, 2048)]
+    return args
+
+
+def sizes(args):
+    shape = dict(SHAPES[args.shape])
+    if args.layers:
+        shape["num_hidden_layers"] = args.layers
+    return shape
+
+
+def used_bytes():
+    """What the driver counts as used on the first card."""
+    command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 20
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+
+
+def measure(args, rows, length, build, before):
+    import bitsandbytes as bnb
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = build(args, length)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = getattr(bnb.optim, OPTIMIZERS[args.optimizer])(parameters, lr=2e-4)
+    vocab = sizes(args)["vocab_size"]
+    seconds = []
+    for _ in range(args.warm_up + args.steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(args.accumulation):
+            ids = torch.randint(0, vocab, (rows, length), device="cuda")
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss / args.accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    seconds = statistics.median(seconds[args.warm_up:])
+    used = used_bytes()
+    return {
+        "step_seconds": seconds,
+        "tokens_per_second": rows * length * args.accumulation / seconds,
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "driver_bytes": None if None in (used, before) else used - before,
+        "loss": loss.item() * args.accumulation,
+    }
+
+
+def run(args, peer, build, before):
+    """Answers for every case with the model that `build(args, length)` makes."""
+    for rows, length in args.cases:
+        answer = {"peer": peer, "case": f"{rows}x{length}"}
+        try:
+            answer |= measure(args, rows, length, build, before)
+        except Exception as error:  # out of memory among them: the next case may fit
+            answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(json.dumps(answer), flush=True)
+
+
+def missing(args, peer, error):
+    """Answers for every case of a peer that can't be imported."""
+    for rows, length in args.cases:
+        print(json.dumps({"peer": peer, "case": f"{rows}x{length}", "error": f"can't be imported: {error}"[:200]}), flush=True)

@@ -1,0 +1,250 @@
+//! One case, measured: a model of random weights, its adapters, and whole steps of the engine that `qlora train` runs.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use burn::tensor::Device;
+use burn_qlora::qlora_layers::mix;
+use burn_qlora::qlora_models::{ModelConfig, device_memory};
+use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name};
+use burn_qlora::qlora_train::{Engine, StepOutput, compute_dtype, engine};
+use burn_qlora::{Decoder, LoadOptions, TrainConfig};
+use cubecl::client::Client;
+use serde::{Deserialize, Serialize};
+use tracing::subscriber;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::{Layer as _, Registry};
+
+use super::case::Case;
+use super::look;
+use super::memory::{self, Driver, Peak};
+
+/// Steps during which the allocator is read.
+const READ_STEPS: usize = 2;
+
+/// How often.
+#[derive(Debug, Clone)]
+pub(crate) struct Repeats {
+    pub warm_up: usize,
+    pub steps: usize,
+    pub tracing: Option<Tracing>,
+}
+
+/// Where.
+pub(crate) struct Place {
+    pub device: Device,
+    /// The same device's, if it is CubeCL's.
+    pub client: Option<Client>,
+    pub driver: Option<Driver>,
+}
+
+/// A trace of further steps.
+#[derive(Debug, Clone)]
+pub(crate) struct Tracing {
+    pub path: PathBuf,
+    pub steps: usize,
+}
+
+/// A reading of the allocator after a timed step.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Reading {
+    pub step: usize,
+    pub in_use_bytes: u64,
+    pub reserved_bytes: u64,
+}
+
+/// How many readings are kept.
+const READINGS: usize = 10;
+
+/// The figures of a case.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    /// Tokens of a step.
+    pub tokens: usize,
+    /// Random weights, quantization and upload, until the device has them.
+    pub load_seconds: f64,
+    /// The first step: kernels are compiled, or loaded from the cache.
+    pub first_step_seconds: f64,
+    /// Median of the timed steps, loss read back, update done.
+    pub step_seconds: f64,
+    /// Half of the distance between the quartiles, of the median.
+    pub spread: f64,
+    /// Until everything before the read-back was handed to the driver.
+    pub host_seconds: Option<f64>,
+    /// Launches of a step.
+    pub launches: usize,
+    /// Different kernels among them, and the most frequent ones.
+    pub kernels: usize,
+    pub most_frequent: Vec<(String, usize)>,
+    /// The allocator's bytes in use with the model loaded.
+    pub base_bytes: u64,
+    /// The allocator's most bytes in use, in a reading every millisecond.
+    pub in_use_bytes: u64,
+    /// The allocator's most bytes reserved.
+    pub reserved_bytes: u64,
+    /// The driver's figure for the process.
+    pub driver_bytes: Option<u64>,
+    /// The allocator after timed steps at equal distances.
+    pub readings: Vec<Reading>,
+    /// Loss of the first and the last step.
+    pub losses: [f64; 2],
+}
+
+/// Measures a case on a device.
+pub(crate) fn run(
+    shape: &ModelConfig,
+    config: &TrainConfig,
+    case: Case,
+    repeats: &Repeats,
+    place: &Place,
+) -> Result<Measured> {
+    let device = &place.device;
+    let start = Instant::now();
+    let dtype = compute_dtype(config.quantization.compute_dtype, device);
+    let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
+    let seed = config.train.seed;
+    let mut model = Decoder::random(shape.clone(), options, seed, device, &mut |_| {})?;
+    model.attach_lora(&config.lora, seed)?;
+    let engine = engine(model, &config.train)?;
+    device.sync().context("loading")?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let base_bytes = device_memory(device).map_or(0, |(in_use, _)| in_use);
+
+    let mut steps = Steps { engine, config, case, done: 0 };
+    let mut peak = Peak::default();
+    let start = Instant::now();
+    let first = steps.next()?;
+    let first_step_seconds = start.elapsed().as_secs_f64();
+    for _ in 1..repeats.warm_up {
+        steps.next()?;
+        peak.read(device);
+    }
+    device.sync()?;
+    let mut seconds = Vec::with_capacity(repeats.steps);
+    let mut last = first;
+    let mut readings = Vec::new();
+    for step in 1..=repeats.steps {
+        // The update is queued behind the read-back of the loss, and the next step queues behind it: what is timed is
+        // from one read-back to the next, as in training.
+        let start = Instant::now();
+        last = steps.next()?;
+        seconds.push(start.elapsed().as_secs_f64());
+        let reading = peak.read(device);
+        if step.is_multiple_of((repeats.steps / READINGS).max(1)) {
+            readings.push(Reading { step, in_use_bytes: reading.in_use, reserved_bytes: reading.reserved });
+        }
+    }
+    let (step_seconds, spread) = median(&mut seconds);
+
+    device.sync()?;
+    let (output, look) = look::at(place.client.as_ref(), || steps.next());
+    output?;
+    for _ in 0..READ_STEPS {
+        memory::while_running(device, &mut peak, || steps.next())?;
+    }
+    device.sync()?;
+    peak.read(device);
+    if let Some(tracing) = &repeats.tracing {
+        trace(&mut steps, tracing)?;
+    }
+
+    let mut most_frequent: Vec<(String, usize)> = look.launches.iter().map(|(k, n)| (short_name(k), *n)).collect();
+    most_frequent.sort_by_key(|(name, count)| (std::cmp::Reverse(*count), name.clone()));
+    most_frequent.truncate(10);
+    Ok(Measured {
+        tokens: case.rows * case.len * config.train.gradient_accumulation_steps,
+        load_seconds,
+        first_step_seconds,
+        step_seconds,
+        spread,
+        host_seconds: look.queueing.map(|time| time.as_secs_f64()),
+        launches: look.launches.values().sum(),
+        kernels: look.launches.len(),
+        most_frequent,
+        base_bytes,
+        in_use_bytes: peak.in_use,
+        reserved_bytes: peak.reserved,
+        driver_bytes: place.driver.as_ref().map(Driver::peak),
+        readings,
+        losses: [first.loss, last.loss],
+    })
+}
+
+/// Profiles further steps, and prints their tables where a person sees them.
+fn trace(steps: &mut Steps<'_>, tracing: &Tracing) -> Result<()> {
+    let profile = Profile::new(Window { skip: 0, steps: tracing.steps });
+    let subscriber = Registry::default().with(profile.layer().with_filter(filter_fn(ProfileLayer::filter)));
+    subscriber::with_default(subscriber, || (0..tracing.steps).try_for_each(|_| steps.next().map(drop)))?;
+    let trace = profile.finish();
+    trace.write(&tracing.path)?;
+    eprintln!("\n{}\n{}: for https://ui.perfetto.dev\n", trace.summary(), tracing.path.display());
+    Ok(())
+}
+
+/// Steps on new tokens each.
+struct Steps<'a> {
+    engine: Engine,
+    config: &'a TrainConfig,
+    case: Case,
+    done: u64,
+}
+
+impl Steps<'_> {
+    fn next(&mut self) -> Result<StepOutput> {
+        let options = &self.config.train;
+        let vocab = self.engine.model().config().vocab_size;
+        let seed = mix(options.seed ^ mix(self.done));
+        self.done += 1;
+        let batch = |micro_step: usize| self.case.batch(vocab, mix(seed ^ micro_step as u64));
+        let micro_batches: Vec<_> = (0..options.gradient_accumulation_steps).map(batch).collect();
+        let output = self.engine.step(&micro_batches, options.learning_rate, seed);
+        output.with_context(|| format!("step {}", self.done))
+    }
+}
+
+/// Median, and half of the distance between the quartiles as a part of it.
+fn median(seconds: &mut [f64]) -> (f64, f64) {
+    seconds.sort_by(f64::total_cmp);
+    let len = seconds.len();
+    let median = (seconds[(len - 1) / 2] + seconds[len / 2]) / 2.0;
+    (median, (seconds[len * 3 / 4] - seconds[len / 4]) / 2.0 / median)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::step::shapes;
+
+    #[test]
+    fn the_median_is_between_the_middle_ones() {
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]).0, 2.0);
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), (2.5, 0.4));
+    }
+
+    #[test]
+    fn a_tiny_model_is_measured_under_both_policies() {
+        let shape = shapes::config("tiny", None).unwrap();
+        for policy in ["none", "full"] {
+            let mut config = TrainConfig::default();
+            config.set("train.activation_checkpointing", policy).unwrap();
+            config.set("train.gradient_accumulation_steps", "2").unwrap();
+            config.set("lora.rank", "8").unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let tracing = Some(Tracing { path: dir.path().join("t.json"), steps: 2 });
+            let (case, repeats) = (Case { rows: 2, len: 16 }, Repeats { warm_up: 1, steps: 3, tracing });
+            let place = Place { device: Device::flex(), client: None, driver: None };
+            let measured = run(&shape, &config, case, &repeats, &place).unwrap();
+            let trace = std::fs::read_to_string(dir.path().join("t.json")).unwrap();
+            assert_eq!(trace.matches("\"name\":\"step\"").count(), 2, "{policy}");
+            assert_eq!(measured.tokens, 2 * 2 * 16);
+            assert!(measured.step_seconds > 0.0 && measured.load_seconds > 0.0 && measured.first_step_seconds > 0.0);
+            // The engine's span was seen: queueing ends within the step.
+            assert!(measured.host_seconds.is_some_and(|host| host > 0.0), "{policy}");
+            // Random weights know nothing: the loss is near the entropy of a uniform choice among 4,096, ln 4096 = 8.3.
+            assert!(measured.losses.iter().all(|loss| (8.0..9.0).contains(loss)), "{:?}", measured.losses);
+            assert!(measured.in_use_bytes > 0 && measured.reserved_bytes >= measured.in_use_bytes);
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! `qlora-bench step`: whole training steps of models with random weights.
+//!
+//! What runs is what `qlora train` runs: the decoder, its adapters, the engine and its optimizer, on random tokens that
+//! all have a label. Each case is a process of its own, because an allocator that has served another case holds its
+//! pages, and because a case that does not fit must not take the others with it.
+
+mod case;
+mod look;
+mod measure;
+mod memory;
+mod peers;
+mod report;
+mod shapes;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
+use burn_qlora::TrainConfig;
+use burn_qlora::qlora_train::report::device_name;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::bench::Bench;
+use crate::ceilings::Ceilings;
+use crate::kernels::write;
+use crate::machine;
+use crate::timer::Timer;
+use case::Case;
+use measure::{Measured, Place, Repeats, Tracing};
+use memory::Driver;
+use peers::Answer;
+use report::Row;
+
+/// Options of `step`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// llama-2-7b, llama-3.1-8b, llama-2-70b or tiny.
+    #[arg(long, default_value = "llama-2-7b")]
+    shape: String,
+    /// Only so many of its layers.
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Rows and tokens of a micro-batch; may be repeated.
+    #[arg(long = "case", value_name = "ROWSxTOKENS", value_delimiter = ',', default_value = "1x2048,4x2048")]
+    cases: Vec<Case>,
+    /// Values of train.activation_checkpointing, separated by commas.
+    #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', default_value = "full")]
+    policies: Vec<String>,
+    /// Rank of the adapters, on every linear layer.
+    #[arg(long, default_value_t = 64)]
+    rank: usize,
+    /// train.optimizer: adamw_32bit, adamw_8bit or lion_8bit.
+    #[arg(long, default_value = "adamw_32bit")]
+    optimizer: String,
+    /// Any other key of `qlora train`; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// Steps that are timed.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Steps before them.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    warm_up: u32,
+    /// auto, cpu, cuda, `cuda:<index>`, vulkan or metal.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// PEFT and Unsloth on the same cases, in this Python.
+    #[arg(long, value_name = "PYTHON")]
+    peer: Option<String>,
+    /// What runs in it.
+    #[arg(long = "peer-script", value_name = "FILE", value_delimiter = ',', default_values = SCRIPTS)]
+    peer_scripts: Vec<PathBuf>,
+    /// Writes a trace of further steps for Perfetto, and prints tables by part of the step and by kernel. With several
+    /// cases or policies, their names go into the file's.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// How many steps.
+    #[arg(long, default_value_t = 2, requires = "profile", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    profile_steps: u32,
+    /// Writes the figures to a file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Writes the figures to `DIR/<gpu>/<date>-step-<shape>.json`.
+    #[arg(long, value_name = "DIR", conflicts_with = "json")]
+    record: Option<PathBuf>,
+    /// One process's part: `ceilings`, or POLICY:CASE.
+    #[arg(long, hide = true)]
+    child: Option<String>,
+}
+
+const SCRIPTS: [&str; 2] = ["benches/peers/bench_step_peft.py", "benches/peers/bench_step_unsloth.py"];
+
+/// What the device is and gives at best.
+#[derive(Debug, Serialize, Deserialize)]
+struct Card {
+    machine: Value,
+    /// Operations per second of the best dense product, and whose it is.
+    flops: Option<(f64, String)>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    match args.child.as_deref() {
+        Some("ceilings") => answer(ceilings(&args.device)),
+        Some(child) => {
+            let (policy, case) = child.split_once(':').context("a child is POLICY:CASE")?;
+            let case = case.parse::<Case>().map_err(anyhow::Error::msg)?;
+            answer(measured(args, policy, case))
+        }
+        None => parent(args),
+    }
+}
+
+/// A child's last line.
+fn answer<T: Serialize>(result: Result<T>) -> Result<()> {
+    let line = match result {
+        Ok(value) => json!({"ok": value}),
+        Err(error) => json!({"error": format!("{error:#}")}),
+    };
+    println!("{line}");
+    Ok(())
+}
+
+fn parent(args: &Args) -> Result<()> {
+    let shape = shapes::config(&args.shape, args.layers)?;
+    for policy in &args.policies {
+        config(args, policy)?;
+    }
+    if let Some(folder) = args.profile.as_deref().and_then(Path::parent).filter(|folder| *folder != Path::new("")) {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    let card: Card = child("ceilings").map_err(anyhow::Error::msg)?;
+    let accumulation = config(args, &args.policies[0])?.train.gradient_accumulation_steps;
+    let gpu = card.machine["gpu"].as_str().unwrap_or_default().to_owned();
+    let layers = shape.num_hidden_layers;
+    println!("{gpu}; {}, {layers} layers, rank {}, {}", args.shape, args.rank, args.optimizer);
+    if let Some((flops, by)) = &card.flops {
+        println!("ceiling: {:.0} TFLOP/s ({by})", flops / 1e12);
+    }
+    println!("\n{}", Row::header());
+    let mut rows = Vec::new();
+    for policy in &args.policies {
+        for &case in &args.cases {
+            let result = child::<Measured>(&format!("{policy}:{case}"));
+            let work = shapes::flops(&shape, case.rows, case.len, recomputes(policy)) * accumulation as f64;
+            let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
+            let row = Row { policy: policy.clone(), case, result, bound };
+            println!("{}", row.line());
+            row.memory_line().iter().for_each(|line| println!("{line}"));
+            rows.push(row);
+        }
+    }
+    let peers = args.peer.as_deref().map(|python| run_peers(args, python, accumulation)).unwrap_or_default();
+    for row in &rows {
+        report::ratios(row, &peers).iter().for_each(|line| println!("{line}"));
+    }
+    let path = match (&args.json, &args.record) {
+        (Some(path), _) => path.clone(),
+        (None, Some(dir)) => {
+            let date = chrono::Local::now().format("%Y-%m-%d");
+            dir.join(machine::slug(&gpu)).join(format!("{date}-step-{}.json", args.shape))
+        }
+        (None, None) => return Ok(()),
+    };
+    let mut record = card.machine;
+    record["script"] = json!("cargo xtask bench step");
+    record["tflop_per_second"] = json!(card.flops.as_ref().map(|(flops, _)| (flops / 1e12).round()));
+    record["tflop_per_second_by"] = json!(card.flops.map(|(_, by)| by));
+    record["model"] = json!({
+        "shape": args.shape,
+        "layers": layers,
+        "rank": args.rank,
+        "optimizer": args.optimizer,
+        "gradient_accumulation_steps": accumulation,
+        "set": args.set,
+        "warm_up": args.warm_up,
+        "steps": args.steps,
+    });
+    record["steps"] = rows.iter().map(Row::json).collect();
+    if args.peer.is_some() {
+        record["peers"] = json!(peers);
+    }
+    write(&path, &record)
+}
+
+/// Whether a step under a policy can't do without running blocks twice. What `selective` computes again is its own
+/// affair.
+fn recomputes(policy: &str) -> bool {
+    !matches!(policy, "none" | "selective")
+}
+
+/// The configuration of `qlora train` for a policy.
+fn config(args: &Args, policy: &str) -> Result<TrainConfig> {
+    let mut config = TrainConfig::default();
+    config.model.path = args.shape.clone();
+    config.data.train = "random tokens".into();
+    config.set("train.gradient_accumulation_steps", "1")?;
+    config.set("train.activation_checkpointing", policy)?;
+    config.set("train.optimizer", &args.optimizer)?;
+    config.set("lora.rank", &args.rank.to_string())?;
+    for assignment in &args.set {
+        let (key, value) = assignment.split_once('=').context("--set takes SECTION.KEY=VALUE")?;
+        config.set(key.trim(), value.trim())?;
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+/// Runs this program once more, for a part of its work.
+fn child<T: for<'a> Deserialize<'a>>(part: &str) -> Result<T, String> {
+    let run = || -> Result<Value> {
+        let output = Command::new(std::env::current_exe()?)
+            .args(std::env::args_os().skip(1))
+            .args(["--child", part])
+            .stderr(Stdio::inherit())
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        match text.lines().rev().find(|line| line.starts_with('{')) {
+            Some(line) => Ok(serde_json::from_str(line)?),
+            None => bail!("the measured process ended: {}", output.status),
+        }
+    };
+    let mut answer = run().map_err(|error| format!("{error:#}"))?;
+    match answer["error"].as_str() {
+        Some(error) => Err(error.to_owned()),
+        None => serde_json::from_value(answer["ok"].take()).map_err(|error| error.to_string()),
+    }
+}
+
+/// A device of this name, for Burn, and for CubeCL where it is CubeCL's.
+fn open(name: &str) -> Result<(Device, Option<Bench>)> {
+    let bench = match name {
+        "cpu" => None,
+        "auto" => Bench::open("cuda").ok(),
+        "vulkan" | "metal" => Some(Bench::open("wgpu")?),
+        cuda => Some(Bench::open(cuda)?),
+    };
+    Ok((bench.as_ref().map_or_else(Device::flex, |bench| bench.device.clone()), bench))
+}
+
+fn ceilings(device: &str) -> Result<Card> {
+    let (device, bench) = open(device)?;
+    let Some(bench) = bench else {
+        let date = chrono::Local::now().format("%Y-%m-%d").to_string();
+        return Ok(Card { machine: json!({"date": date, "gpu": device_name(&device)}), flops: None });
+    };
+    let ceilings = Ceilings::measure(&bench, &Timer::new(&bench.client))?;
+    Ok(Card { machine: machine::describe(&bench.client), flops: ceilings.flops })
+}
+
+fn measured(args: &Args, policy: &str, case: Case) -> Result<Measured> {
+    let shape = shapes::config(&args.shape, args.layers)?;
+    let config = config(args, policy)?;
+    let index = match args.device.as_str() {
+        "auto" | "cuda" => Some(0),
+        name => name.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
+    };
+    let driver = index.and_then(Driver::watch);
+    let (device, bench) = open(&args.device)?;
+    let client = bench.map(|bench| bench.client);
+    let driver = driver.filter(|_| client.is_some());
+    let tracing = trace_path(args, policy, case).map(|path| Tracing { path, steps: args.profile_steps as usize });
+    let repeats = Repeats { warm_up: args.warm_up as usize, steps: args.steps as usize, tracing };
+    measure::run(&shape, &config, case, &repeats, &Place { device, client, driver })
+}
+
+/// Where a case's trace goes.
+fn trace_path(args: &Args, policy: &str, case: Case) -> Option<PathBuf> {
+    let path = args.profile.clone()?;
+    if args.cases.len() * args.policies.len() == 1 {
+        return Some(path);
+    }
+    let [stem, extension] = [path.file_stem(), path.extension()].map(|part| part.unwrap_or_default().to_string_lossy());
+    Some(path.with_file_name(format!("{stem}-{policy}-{case}.{extension}")))
+}
+
+fn run_peers(args: &Args, python: &str, accumulation: usize) -> Vec<Answer> {
+    let mut settings = vec![
+        ("shape", args.shape.clone()),
+        ("rank", args.rank.to_string()),
+        ("optimizer", args.optimizer.clone()),
+        ("accumulation", accumulation.to_string()),
+        ("warm-up", args.warm_up.to_string()),
+        ("steps", args.steps.to_string()),
+    ];
+    settings.extend(args.layers.map(|layers| ("layers", layers.to_string())));
+    let arguments = peers::arguments(&settings, &args.cases);
+    let mut answers = Vec::new();
+    println!("\n{}", Answer::header());
+    for script in &args.peer_scripts {
+        let ended = peers::run(python, script, &arguments, |answer| {
+            println!("{}", answer.line());
+            answers.push(answer);
+        });
+        if let Err(error) = ended {
+            println!("no more of this peer: {error:#}");
+        }
+    }
+    answers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(line: &[&str]) -> Args {
+        Line::try_parse_from(["step"].iter().chain(line)).unwrap().args
+    }
+
+    #[test]
+    fn the_configuration_is_that_of_qlora_train() {
+        let args = args(&["--rank", "16", "--optimizer", "lion_8bit", "--set", "lora.dropout = 0.1"]);
+        let config = config(&args, "none").unwrap();
+        assert_eq!((config.lora.rank, config.lora.dropout, config.lora.alpha), (16, 0.1, 16.0));
+        assert_eq!(config.train.optimizer.name(), "lion_8bit");
+        assert_eq!(config.train.gradient_accumulation_steps, 1);
+        assert_eq!(args.cases, [Case { rows: 1, len: 2048 }, Case { rows: 4, len: 2048 }]);
+    }
+
+    #[test]
+    fn each_case_has_a_trace_of_its_own() {
+        let path = |line: &[&str]| {
+            trace_path(&args(&[line, &["--profile", "a/t.json"]].concat()), "full", Case { rows: 1, len: 8 })
+        };
+        assert_eq!(path(&["--case", "1x8"]), Some("a/t.json".into()));
+        assert_eq!(path(&[]), Some("a/t-full-1x8.json".into()));
+        assert_eq!(trace_path(&args(&[]), "full", Case { rows: 1, len: 8 }), None);
+    }
+
+    #[test]
+    fn what_does_not_exist_is_refused() {
+        let message = |policy: &str, line: &[&str]| config(&args(line), policy).unwrap_err().to_string();
+        assert!(message("some", &[]).contains("activation_checkpointing"), "{}", message("some", &[]));
+        assert!(message("full", &["--set", "lora.rnk=3"]).contains("rnk"));
+        assert!(message("full", &["--rank", "0"]).contains("rank"));
+        assert!(Line::try_parse_from(["step", "--case", "4"]).is_err());
+        assert!(Line::try_parse_from(["step", "--steps", "0"]).is_err());
+    }
+}

@@ -1,0 +1,218 @@
+
+// ---------------------------------------------------------------------------------------------- Hopper
+//
+// What the kernels for compute capability 9.0 share: TMA, barriers, wgmma, and who computes what. hopper.rs tells the
+// idea. A block has two warp groups that compute, each with 64 rows of the block's 128, and a third of which one warp
+// loads. D is 64 or 128 here.
+//
+//   TURNS      1: the computing groups take turns at the tensor cores
+
+typedef unsigned char u8;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap { u64 words[16]; };
+
+#define CONSUMERS 256
+#define THREADS 384
+#define BLOCK_ROWS 128
+#define HALVES (D / 64)                     // of a tile: 64 columns each, rows of 128 bytes, swizzled over their width
+#define TILE_BYTES(rows) ((rows) * D * 2)
+#define NONE 0xffffffffu
+
+__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u64* bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
+    asm volatile(
+        "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra WAIT; DONE: }"
+        ::"r"(shared_address(bar)), "r"(parity) : "memory");
+}
+
+// A place in a ring of N stages, and the parity of the round.
+template <u32 N>
+struct Cursor {
+    u32 stage = 0, phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == N) stage = 0, phase ^= 1;
+    }
+};
+
+// `rows` tokens of a head, as many as the map's box has; zeros beyond the map.
+__device__ __forceinline__ void load_tile(u8* to, const TensorMap* map, u64* bar, u32 rows, u32 token, u32 head, u32 row) {
+#pragma unroll
+    for (u32 half = 0; half < HALVES; half++)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+            ::"r"(shared_address(to) + half * rows * 128), "l"(map), "r"(shared_address(bar)), "r"(half * 64), "r"(token), "r"(head), "r"(row)
+            : "memory");
+}
+
+// ----------------------------------------------------------------------------------------------- wgmma
+
+#if F16
+#define FORMATS "f16.f16"
+#else
+#define FORMATS "bf16.bf16"
+#endif
+#define NAMES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_64 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
+#define SUMS_32(d) SIXTEEN(d, 0), SIXTEEN(d, 16)
+#define SUMS_64(d) SUMS_32(d), SIXTEEN(d, 32), SIXTEEN(d, 48)
+
+// d = a b, or d += a b with `add`, over 16 columns of a and rows of b. TURNED: the contraction runs over the rows of b's
+// tile instead of its columns.
+template <int TURNED>
+__device__ __forceinline__ void multiply(float (&d)[32], u64 a, u64 b, u32 add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." FORMATS
+                 " {" NAMES_32 "}, %32, %33, p, 1, 1, 0, %35; }" : SUMS_32(d) : "l"(a), "l"(b), "r"(add), "n"(TURNED));
+}
+template <int TURNED>
+__device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, u32 add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." FORMATS
+                 " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, %67; }" : SUMS_64(d) : "l"(a), "l"(b), "r"(add), "n"(TURNED));
+}
+template <int TURNED>
+__device__ __forceinline__ void multiply(float (&d)[32], const u32* a, u64 b, u32 add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." FORMATS
+                 " {" NAMES_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38; }"
+                 : SUMS_32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
+}
+template <int TURNED>
+__device__ __forceinline__ void multiply(float (&d)[64], const u32* a, u64 b, u32 add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." FORMATS
+                 " {" NAMES_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70; }"
+                 : SUMS_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
+}
+
+// Keeps what the compiler knows of these registers on this side: it does not know that wgmma writes them later.
+template <u32 N>
+__device__ __forceinline__ void pin(float (&x)[N]) {
+#pragma unroll
+    for (u32 i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+// Keeps the assembler from waiting for wgmma before `value` is there: it takes a wait for a long way and starts it early.
+__device__ __forceinline__ void hold(float* scratch, float value) {
+    asm volatile("st.volatile.shared.f32 [%0], %1;" ::"r"(shared_address(scratch)), "f"(value) : "memory");
+}
+// Before products of registers that were written, and after a row of them.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most N committed groups run.
+template <int N>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// A tile in shared memory as an operand whose contraction runs over columns, from a multiple of 8 rows on.
+__device__ __forceinline__ u64 descriptor(const u8* tile) {
+    return (u64)((shared_address(tile) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+// 16 columns further; the tile has `rows` of them.
+__device__ __forceinline__ u64 columns_on(u64 descriptor, u32 rows, u32 k) { return descriptor + k / 4 * (rows * 8) + k % 4 * 2; }
+// The same tile with the contraction over its rows: the stride to the second half comes in.
+__device__ __forceinline__ u64 descriptor_turned(const u8* tile, u32 rows) {
+    return (u64)((shared_address(tile) & 0x3ffff) >> 4) | (u64)(rows * 8) << 16 | 64ull << 32 | 1ull << 62;
+}
+// 16 rows further.
+__device__ __forceinline__ u64 rows_on(u64 descriptor, u32 k) { return descriptor + k * 128; }
+
+// d = a b^T over D columns: a's tile has `a_rows` rows, b's has N.
+template <u32 N>
+__device__ __forceinline__ void scores(float (&d)[N / 2], u64 a, u32 a_rows, u64 b) {
+#pragma unroll
+    for (u32 k = 0; k < D / 16; k++) multiply<0>(d, columns_on(a, a_rows, k), columns_on(b, N, k), k);
+}
+// d += a b with a in registers and N rows of b.
+template <u32 N>
+__device__ __forceinline__ void accumulate(float (&d)[D / 2], const u32 (&a)[N / 4], u64 b) {
+#pragma unroll
+    for (u32 k = 0; k < N / 16; k++) multiply<1>(d, a + 4 * k, rows_on(b, k), 1);
+}
+// Sums as the first operand of the next product, rounded.
+template <u32 N>
+__device__ __forceinline__ void as_operand(u32 (&a)[N / 2], const float (&x)[N]) {
+#pragma unroll
+    for (u32 i = 0; i < N / 2; i++) a[i] = pack2(x[2 * i], x[2 * i + 1]);
+}
+
+// ------------------------------------------------------------------------------------------------ work
+
+// A tile of a head of a row.
+struct Work {
+    u32 rank, head;
+    Row row;
+};
+// Tickets go through the heads in sections, whose operands stay in the second-level cache, and there by rank, the most
+// work first. The last ranks of all heads, the least work, come at the end and fill what is left of the multiprocessors.
+__device__ __forceinline__ Work work_of(const Params& p, const u32* __restrict__ bounds, u32 heads, u32 ticket) {
+    const u32 pairs = heads * p.rows, early = p.tiles - p.light;
+    u32 pair, rank;
+    if (ticket < early * pairs) {
+        const u32 first = ticket / (early * p.section) * p.section, within = ticket % (early * p.section);
+        const u32 width = min(p.section, pairs - first);
+        pair = first + within % width, rank = within / width;
+    } else {
+        const u32 within = ticket - early * pairs;
+        pair = within % pairs, rank = early + within / pairs;
+    }
+    return Work{rank, pair % heads, row_of(p, bounds, pair / heads)};
+}
+// Where a tile of queries is among its row's keys, and the tiles of `keys` keys that any of them sees.
+struct QuerySpan {
+    u32 first, past, begin, end;
+    __device__ __forceinline__ QuerySpan(const Params& p, const Work& work, u32 keys) {
+        first = (p.tiles - 1 - work.rank) * BLOCK_ROWS;
+        // Queries are the last of their row.
+        past = work.row.keys - work.row.queries;
+        const u32 low_edge = first + past + 1;
+        begin = (low_edge > p.window ? low_edge - p.window : 0) / keys;
+        end = (min(first + BLOCK_ROWS, work.row.queries) + past + keys - 1) / keys;
+    }
+};
+// The next ticket of a block, or NONE. The first is the block's index; the last to be turned away puts the counter back.
+__device__ __forceinline__ u32 next_ticket(u32* counter, u32 tickets) {
+    const u32 drawn = atomicAdd(counter, 1);
+    if (drawn == tickets - 1) *counter = 0;
+    return drawn + gridDim.x < tickets ? drawn + gridDim.x : NONE;
+}
+
+// 64 rows of results as wgmma leaves them, times a factor for each of a thread's two rows. Four threads hold pairs of
+// columns of a row; they swap, so that each has 16 bytes.
+__device__ __forceinline__ void store_rows(u16* to, const float (&x)[D / 2], float low_scale, float high_scale, u32 first, u32 rows, u32 stride,
+                                           u32 head_dim) {
+    const u32 lane = threadIdx.x % LANES, t = lane % 4;
+#pragma unroll
+    for (u32 h = 0; h < 2; h++) {
+        const u32 r = first + lane / 4 + 8 * h;
+        const float factor = h ? high_scale : low_scale;
+        u16* at = to + (size_t)r * stride;
+#pragma unroll
+        for (u32 n = 0; n < D / 8; n += 4) {
+            u32 w[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) w[i] = pack2(x[4 * (n + i) + 2 * h] * factor, x[4 * (n + i) + 2 * h + 1] * factor);
+#pragma unroll
+            for (u32 i = 0; i < 4; i += 2) {
+                const u32 other = __shfl_xor_sync(0xffffffffu, t & 1 ? w[i] : w[i + 1], 1);
+                if (t & 1) w[i] = other; else w[i + 1] = other;
+            }
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                const u32 other = __shfl_xor_sync(0xffffffffu, t & 2 ? w[i] : w[i + 2], 2);
+                if (t & 2) w[i] = other; else w[i + 2] = other;
+            }
+            const u32 c = (n + t) * 8;
+            if (r < rows && c < head_dim) *(uint4*)(at + c) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+    }
+}
+
+// The computing groups take turns at the tensor cores: while one computes exponentials, the other's products run.
+__device__ __forceinline__ void turn_wait(u32 group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
+__device__ __forceinline__ void turn_pass(u32 group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }

@@ -1,0 +1,365 @@
+//! The kernels for Hopper, compute capability 9.0: wgmma and TMA, after FlashAttention-3 (Shah et al., 2024, arXiv
+//! 2407.08608). Formulas, masks and rounding are those of the kernels for `mma`.
+//!
+//! # How
+//!
+//! - A block of 128 queries, or keys, has two warp groups that compute, with 64 rows and 232 registers a thread each, and
+//!   a warp that loads. Tiles come by TMA from the operands where they lie (four dimensions with any strides; zeros
+//!   past a row's end) into rings in shared memory, swizzled as wgmma reads them.
+//! - Products of scores take both operands from shared memory. Their result is in the order of a first operand, so
+//!   P and dS stay in registers; the second operand of those products is the same tile with its rows contracted. dK and
+//!   dV compute transposed scores for that reason.
+//! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of one
+//!   group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The assembler
+//!   starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it back.)
+//! - As many blocks as multiprocessors draw tiles from a counter ([`counter`]), so that loads run ahead over the end of a
+//!   tile. Heads are taken in sections whose keys and values, or queries and gradients, stay in the second-level cache,
+//!   the heaviest tiles first; the lightest of all heads come last and even out the end ([`section`], [`light`]). Who
+//!   computes a tile does not matter to its bits.
+//! - dQ has a kernel of its own, as in the other kernels: seven products instead of the five of a kernel that adds dQ up
+//!   across blocks, which needs an order for the same bits every time, f32 scratch of twice q's size, and passes dS and
+//!   dQ through shared memory, whose bandwidth is what five products in one kernel are short of.
+//!
+//! # Measured
+//!
+//! One H100 at 700 W, bf16, causal, the kernels alone, in TFLOP/s of the products that each computes for visible pairs
+//! (forward two, dK and dV four, dQ three):
+//!
+//! | shape | forward | dK, dV | dQ |
+//! |---|---|---|---|
+//! | 4 x 2048, 32/32 x 128 | 557 | 629 | 616 |
+//! | 1 x 16384, 32/32 x 128 | 709 | 690 | 808 |
+//! | 4 x 2048, 32/8 x 128 | 512 | 594 | 629 |
+//! | 1 x 16384, 32/8 x 128 window 4096 | 607 | 724 | 722 |
+//! | 1 x 2048, 32/32 x 128 | 428 | 542 | 492 |
+//! | 4 x 2048, 32/32 x 64 | 352 | 518 | 468 |
+//! | 1 x 16384, 32/32 x 64 | 461 | 687 | 666 |
+//!
+//! The gradients together, with `delta`: some 0.82 ms for 4 x 2048 and 10.5 ms for 1 x 16384 with 32 heads of 128, 415
+//! and 525 TFLOP/s by five products.
+//!
+//! What else was tried, at 4 x 2048 and 1 x 16384 with 32 heads of 128:
+//!
+//! | kernel | instead | TFLOP/s |
+//! |---|---|---|
+//! | forward | groups take turns | 548, 698 against 556, 706; at a head_dim of 64 turns give 486 against 464 for long rows |
+//! | forward | tiles of 64 keys | 497, 620 |
+//! | forward | three stages | 512, 707 against 543, 707 |
+//! | dK, dV | no turns | 537, 660 against 620, 694 |
+//! | dK, dV | four stages | 587, 698 against 625, 691 |
+//! | dK, dV, head_dim 64 | tiles of 64 queries | 412, 549 against 506, 665 |
+//! | dQ | turns | 614, 790 against 616, 808; 569 against 629 with 8 key heads |
+//! | dQ | tiles of 64 keys | 585, 730 against 592, 755 |
+//! | all | one section of all heads | 332, 553 and 442 against 541, 622 and 613 at 4 x 2048 |
+//! | all | no light tiles at the end | 357, 400 and 381 against 418, 492 and 502 at 1 x 2048 |
+//!
+//! # What was not done
+//!
+//! - Tiles across the diagonal are computed whole: 6 % of the work at a length of 2048.
+//! - Heads wider than 128. Their dK and dV don't fit in the registers of two groups.
+//! - A packed row's last tile holds the first tokens of the next row; they weigh nothing, but zero times NaN is NaN.
+//! - A softcap costs a third of the forward pass: its tanh doubles what the special function unit has to do.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use cubecl::client::Client;
+use cubecl::server::Handle;
+use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorElement, TensorMap};
+
+use super::{Backward, OPERATION, Operand, Options, Params, Shape, Side, check_limit};
+use crate::{HalfFormat, KernelError};
+
+const FORWARD: &str = concat!(
+    include_str!("primitives.cu"),
+    include_str!("shape.cu"),
+    include_str!("hopper.cu"),
+    include_str!("hopper_forward.cu")
+);
+const BACKWARD: &str = concat!(
+    include_str!("primitives.cu"),
+    include_str!("shape.cu"),
+    include_str!("hopper.cu"),
+    include_str!("hopper_backward.cu")
+);
+const THREADS: u32 = 384;
+/// Rows of queries, or keys, that a block computes.
+const BLOCK_ROWS: usize = 128;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Forward,
+    /// dK and dV.
+    Keys,
+    /// dQ.
+    Queries,
+}
+
+/// A kernel with its macros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Variant {
+    kind: Kind,
+    /// head_dim, padded: 64 or 128.
+    dim: usize,
+    softcap: bool,
+    format: HalfFormat,
+}
+
+impl Variant {
+    /// Rows of a tile of the other side, and how many of them shared memory holds.
+    fn tiling(self) -> (usize, usize) {
+        match (self.kind, self.dim) {
+            (Kind::Forward, _) => (128, 2),
+            (Kind::Keys, 64) if !self.softcap => (128, 3),
+            (Kind::Keys, _) => (64, 3),
+            // The softcap's derivative needs the scores once more: registers for half a tile.
+            (Kind::Queries, 128) if self.softcap => (64, 4),
+            (Kind::Queries, _) => (128, 2),
+        }
+    }
+
+    /// Whether the two groups take turns at the tensor cores. dQ's kernel knows no turns.
+    fn turns(self) -> bool {
+        match self.kind {
+            Kind::Forward => self.dim == 64,
+            Kind::Keys => self.dim == 128 && !self.softcap,
+            Kind::Queries => false,
+        }
+    }
+
+    fn source(self) -> Source {
+        let (tile, stages) = self.tiling();
+        let (file, name, kind, tile_name) = match self.kind {
+            Kind::Forward => (FORWARD, "attention_forward", 0, "KEYS"),
+            Kind::Keys => (BACKWARD, "attention_keys", 2, "TILE"),
+            Kind::Queries => (BACKWARD, "attention_queries", 3, "TILE"),
+        };
+        let defines = [
+            ("F16", i64::from(self.format == HalfFormat::F16)),
+            ("D", self.dim as i64),
+            ("SOFTCAP", i64::from(self.softcap)),
+            ("KIND", kind),
+            (tile_name, tile as i64),
+            ("STAGES", stages as i64),
+            ("TURNS", self.turns().into()),
+        ];
+        Source::with_defines(file, name, THREADS, &defines)
+    }
+}
+
+/// Whether the device runs these kernels, and there are some for heads of that many dimensions.
+pub(super) fn takes(device: &CudaDevice, head_dim: usize) -> bool {
+    // They have more than 48 KB of static shared memory, which the assembler of CUDA 13 takes.
+    device.compute_capability == (9, 0) && device.driver >= (13, 0) && device.toolkit >= (13, 0) && head_dim <= 128
+}
+
+/// Whether they are the better ones for rows that the device takes.
+pub(super) fn suits(shape: &Shape, operands: &[Operand<'_>]) -> bool {
+    // Fewer queries leave half of a block idle. TMA's strides don't overlap.
+    let apart = |operand: &Operand<'_>| operand.strides.token.min(operand.strides.head) >= shape.head_dim;
+    shape.rows.longest().0 > BLOCK_ROWS / 2 && operands.iter().all(apart)
+}
+
+/// What all launches of a call share.
+pub(super) struct Call<'a> {
+    pub client: &'a Client,
+    pub shape: &'a Shape,
+    pub options: Options,
+    pub params: Params,
+    /// The row bounds, or some buffer in their place.
+    pub bounds: &'a Handle,
+}
+
+impl Call<'_> {
+    pub(super) fn forward(
+        &self,
+        q: Operand<'_>,
+        k: Operand<'_>,
+        v: Operand<'_>,
+        o: &Handle,
+        lse: &Handle,
+    ) -> Result<(), KernelError> {
+        self.launch(Kind::Forward, |tile, counter| {
+            Arguments::new()
+                .tensor_map(self.map(q, Side::Queries, BLOCK_ROWS))
+                .tensor_map(self.map(k, Side::Keys, tile))
+                .tensor_map(self.map(v, Side::Keys, tile))
+                .read(self.bounds)
+                .read_write(counter)
+                .write(o)
+                .write(lse)
+        })
+    }
+
+    pub(super) fn backward(&self, operands: &Backward<'_>, delta: &Handle) -> Result<(), KernelError> {
+        let Backward { q, k, v, lse, d_out, d_q, d_k, d_v, .. } = *operands;
+        let inputs = |queries, keys, counter: &Handle| {
+            Arguments::new()
+                .tensor_map(self.map(q, Side::Queries, queries))
+                .tensor_map(self.map(k, Side::Keys, keys))
+                .tensor_map(self.map(v, Side::Keys, keys))
+                .tensor_map(self.map(d_out, Side::Queries, queries))
+                .read(self.bounds)
+                .read(lse)
+                .read(delta)
+                .read_write(counter)
+        };
+        self.launch(Kind::Keys, |tile, counter| inputs(tile, BLOCK_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
+        self.launch(Kind::Queries, |tile, counter| inputs(BLOCK_ROWS, tile, counter).write(d_q.handle))
+    }
+
+    /// `[rows, heads, len, head_dim]` in boxes of that many tokens and 64 dimensions.
+    fn map(&self, operand: Operand<'_>, side: Side, tokens: usize) -> TensorMap {
+        let Operand { handle, strides } = operand;
+        let (rows, len, heads) = self.shape.extent(side);
+        // A stride that nothing is multiplied with may be anything.
+        let stride = |count: usize, stride| if count > 1 { stride } else { self.shape.head_dim };
+        TensorMap {
+            handle: handle.clone(),
+            shape: vec![rows, heads, len, self.shape.head_dim],
+            strides: vec![stride(rows, strides.row), stride(heads, strides.head), stride(len, strides.token)],
+            tile: vec![1, 1, tokens, 64],
+            swizzle: Swizzle::B128,
+            element: match self.shape.format {
+                HalfFormat::Bf16 => TensorElement::BF16,
+                HalfFormat::F16 => TensorElement::F16,
+            },
+        }
+    }
+
+    fn launch(&self, kind: Kind, arguments: impl FnOnce(usize, &Handle) -> Arguments) -> Result<(), KernelError> {
+        let Self { client, shape, options, mut params, .. } = *self;
+        let dim = if shape.head_dim <= 64 { 64 } else { 128 };
+        let variant = Variant { kind, dim, softcap: options.softcap.is_some(), format: shape.format };
+        let (queries, keys) = shape.rows.longest();
+        let (len, heads) = if kind == Kind::Keys { (keys, shape.kv_heads) } else { (queries, shape.heads) };
+        let (tiles, pairs) = (len.div_ceil(BLOCK_ROWS), heads * shape.rows.count());
+        check_limit("tiles of all heads and rows", tiles * pairs, i32::MAX as usize)?;
+        if tiles * pairs == 0 {
+            return Ok(());
+        }
+        let Some(device) = cuda_source::device(client) else {
+            return Err(KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION });
+        };
+        params.tiles = tiles as u32;
+        let blocks = (tiles * pairs).min(device.multiprocessors as usize);
+        params.section = section(kind, shape, device.l2_bytes).min(pairs) as u32;
+        params.light = light(tiles, pairs, blocks) as u32;
+        let counter = counter(client);
+        let arguments = arguments(variant.tiling().0, &counter).params(params);
+        cuda_source::launch(client, &variant.source(), (blocks as u32, 1, 1), arguments)
+            .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
+    }
+}
+
+/// Heads whose other side a sixth of the second-level cache holds: they are taken together.
+fn section(kind: Kind, shape: &Shape, l2_bytes: usize) -> usize {
+    let group = shape.heads / shape.kv_heads;
+    let (queries, keys) = shape.rows.longest();
+    // Two operands of two bytes an element.
+    match kind {
+        Kind::Keys => l2_bytes / 6 / (4 * shape.head_dim * queries * group).max(1),
+        // Query heads of a group share their keys.
+        _ => (l2_bytes / 6 / (4 * shape.head_dim * keys).max(1)).next_multiple_of(group),
+    }
+    .max(1)
+}
+
+/// How many of a head's tiles, the lightest, are left for the end, where they even out what the heavy ones left: half of
+/// the heaviest for each block.
+fn light(tiles: usize, pairs: usize, blocks: usize) -> usize {
+    // The lightest takes one step, the heaviest as many as there are tiles.
+    (0..tiles).find(|light| pairs * light * (light + 1) >= blocks * tiles).unwrap_or(tiles)
+}
+
+/// The counter of tiles: zero between launches, so one serves a stream, which is that of a buffer just made.
+fn counter(client: &Client) -> Handle {
+    static COUNTERS: LazyLock<Mutex<HashMap<(u16, u64), Handle>>> = LazyLock::new(Mutex::default);
+    let zero = || client.create_from_slice(bytemuck::bytes_of(&0_u32));
+    let key = (client.service_id().device.index_id, client.empty(4).stream.value);
+    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    counters.entry(key).or_insert_with(zero).clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Rows;
+    use super::*;
+
+    const KINDS: [Kind; 3] = [Kind::Forward, Kind::Keys, Kind::Queries];
+
+    fn variants() -> impl Iterator<Item = Variant> {
+        let of = |kind| [64, 128].map(|dim| Variant { kind, dim, softcap: true, format: HalfFormat::F16 });
+        KINDS.into_iter().flat_map(of)
+    }
+
+    #[test]
+    fn tiles_fit_in_shared_memory() {
+        for variant in variants() {
+            let (tile, stages) = variant.tiling();
+            let rows = 2 * tile * stages + if variant.kind == Kind::Forward { BLOCK_ROWS } else { 2 * BLOCK_ROWS };
+            // 227 KB less barriers and statistics.
+            assert!(rows * variant.dim * 2 <= 224 << 10, "{variant:?}");
+            assert!(tile.is_multiple_of(64) && tile <= 256, "{variant:?}: what wgmma and TMA take");
+        }
+    }
+
+    #[test]
+    fn sections_fill_a_sixth_of_the_cache() {
+        let shape = |q_len, heads, kv_heads| Shape {
+            rows: Rows::Equal { rows: 4, q_len, kv_len: q_len },
+            heads,
+            kv_heads,
+            head_dim: 128,
+            format: HalfFormat::Bf16,
+        };
+        // 1 MiB a head.
+        assert_eq!(section(Kind::Forward, &shape(2048, 32, 32), 48 << 20), 8);
+        assert_eq!(section(Kind::Queries, &shape(2048, 14, 2), 48 << 20), 14);
+        assert_eq!(section(Kind::Keys, &shape(2048, 32, 8), 48 << 20), 2);
+        for kind in KINDS {
+            assert_eq!(section(kind, &shape(1 << 20, 32, 32), 48 << 20), 1);
+        }
+    }
+
+    #[test]
+    fn the_lightest_tiles_fill_the_end() {
+        assert_eq!(light(16, 128, 132), 4);
+        assert_eq!(light(16, 32, 132), 8);
+        assert_eq!(light(128, 32, 132), 23);
+        assert_eq!(light(16, 1, 16), 16);
+        assert_eq!(light(1, 8, 8), 1);
+    }
+
+    #[test]
+    fn only_hopper_with_cuda_13_takes_them() {
+        let device = CudaDevice {
+            compute_capability: (9, 0),
+            multiprocessors: 132,
+            l2_bytes: 50 << 20,
+            toolkit: (13, 0),
+            driver: (13, 1),
+        };
+        assert!(takes(&device, 128) && takes(&device, 8));
+        assert!(!takes(&device, 136));
+        for other in [
+            CudaDevice { compute_capability: (10, 0), ..device },
+            CudaDevice { compute_capability: (8, 9), ..device },
+            CudaDevice { toolkit: (12, 9), ..device },
+            CudaDevice { driver: (12, 9), ..device },
+        ] {
+            assert!(!takes(&other, 128), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn signatures_are_plain() {
+        for variant in variants() {
+            let parameters = [8, 11, 10][KINDS.iter().position(|kind| *kind == variant.kind).unwrap()];
+            let source = variant.source();
+            let at = source.text().find(&format!("{}(", source.name())).unwrap();
+            let list = source.text()[at..].split(')').next().unwrap();
+            assert_eq!(list.matches(',').count() + 1, parameters, "{variant:?}");
+        }
+    }
+}
