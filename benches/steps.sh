@@ -23,7 +23,7 @@ measure() {
     case " $parts " in *" $part "*) ;; *) return ;; esac
     echo "== $part"
     # shellcheck disable=SC2046
-    timeout "$limit" "$bin/qlora-bench" step --device cuda --json "$out/step-$part.json" "$@" 2>&1 | cut -c1-200
+    timeout "$limit" "$bin/qlora-bench" step --device cuda --json "$out/step-$part.json" "$@" 2>&1
     echo "   $SECONDS s so far"
 }
 

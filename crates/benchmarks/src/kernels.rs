@@ -167,8 +167,15 @@ fn record(bench: &Bench, ceilings: &Ceilings, peer: Option<&Peer>, rows: &[Row<'
     record
 }
 
-/// The record with one line per case: it is read and compared by people.
+/// Saves a record and says so.
 pub(crate) fn write(path: &Path, record: &Value) -> Result<()> {
+    save(path, record)?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+/// The record with one line per case: it is read and compared by people.
+pub(crate) fn save(path: &Path, record: &Value) -> Result<()> {
     let mut text = String::from("{\n");
     let fields = record.as_object().context("a record is an object")?;
     for (index, (key, value)) in fields.iter().enumerate() {
@@ -191,7 +198,6 @@ pub(crate) fn write(path: &Path, record: &Value) -> Result<()> {
     std::fs::write(&temporary, text)
         .and_then(|()| std::fs::rename(&temporary, path))
         .with_context(|| path.display().to_string())?;
-    println!("written to {}", path.display());
     Ok(())
 }
 

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 use crate::bench::Bench;
 use crate::ceilings::Ceilings;
-use crate::kernels::write;
+use crate::kernels::save;
 use crate::machine;
 use crate::timer::Timer;
 use case::Case;
@@ -139,6 +139,7 @@ fn parent(args: &Args) -> Result<()> {
         println!("ceiling: {:.0} TFLOP/s ({by})", flops / 1e12);
     }
     println!("\n{}", Row::header());
+    let record = Record::new(args, &card, layers, accumulation);
     let mut rows = Vec::new();
     for policy in &args.policies {
         for &case in &args.cases {
@@ -149,39 +150,62 @@ fn parent(args: &Args) -> Result<()> {
             println!("{}", row.line());
             row.memory_line().iter().for_each(|line| println!("{line}"));
             rows.push(row);
+            record.save(&rows, &[])?;
         }
     }
-    let peers = args.peer.as_deref().map(|python| run_peers(args, python, accumulation)).unwrap_or_default();
-    for row in &rows {
-        report::ratios(row, &peers).iter().for_each(|line| println!("{line}"));
+    if let Some(python) = args.peer.as_deref() {
+        let peers = run_peers(args, python, accumulation, |peers| record.save(&rows, peers))?;
+        for row in &rows {
+            report::ratios(row, &peers).iter().for_each(|line| println!("{line}"));
+        }
     }
-    let path = match (&args.json, &args.record) {
-        (Some(path), _) => path.clone(),
-        (None, Some(dir)) => {
+    record.say();
+    Ok(())
+}
+
+/// The file of the figures, written anew with every one of them: a call that is cut short leaves what it has.
+struct Record {
+    path: Option<PathBuf>,
+    head: Value,
+}
+
+impl Record {
+    fn new(args: &Args, card: &Card, layers: usize, accumulation: usize) -> Self {
+        let gpu = card.machine["gpu"].as_str().unwrap_or_default();
+        let in_folder = |dir: &PathBuf| {
             let date = chrono::Local::now().format("%Y-%m-%d");
-            dir.join(machine::slug(&gpu)).join(format!("{date}-step-{}.json", args.shape))
-        }
-        (None, None) => return Ok(()),
-    };
-    let mut record = card.machine;
-    record["script"] = json!("cargo xtask bench step");
-    record["tflop_per_second"] = json!(card.flops.as_ref().map(|(flops, _)| (flops / 1e12).round()));
-    record["tflop_per_second_by"] = json!(card.flops.map(|(_, by)| by));
-    record["model"] = json!({
-        "shape": args.shape,
-        "layers": layers,
-        "rank": args.rank,
-        "optimizer": args.optimizer,
-        "gradient_accumulation_steps": accumulation,
-        "set": args.set,
-        "warm_up": args.warm_up,
-        "steps": args.steps,
-    });
-    record["steps"] = rows.iter().map(Row::json).collect();
-    if args.peer.is_some() {
-        record["peers"] = json!(peers);
+            dir.join(machine::slug(gpu)).join(format!("{date}-step-{}.json", args.shape))
+        };
+        let mut head = card.machine.clone();
+        head["script"] = json!("cargo xtask bench step");
+        head["tflop_per_second"] = json!(card.flops.as_ref().map(|(flops, _)| (flops / 1e12).round()));
+        head["tflop_per_second_by"] = json!(card.flops.as_ref().map(|(_, by)| by));
+        head["model"] = json!({
+            "shape": args.shape,
+            "layers": layers,
+            "rank": args.rank,
+            "optimizer": args.optimizer,
+            "gradient_accumulation_steps": accumulation,
+            "set": args.set,
+            "warm_up": args.warm_up,
+            "steps": args.steps,
+        });
+        Self { path: args.json.clone().or_else(|| args.record.as_ref().map(in_folder)), head }
     }
-    write(&path, &record)
+
+    fn save(&self, rows: &[Row], peers: &[Answer]) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let mut record = self.head.clone();
+        record["steps"] = rows.iter().map(Row::json).collect();
+        if !peers.is_empty() {
+            record["peers"] = json!(peers);
+        }
+        save(path, &record)
+    }
+
+    fn say(&self) {
+        self.path.iter().for_each(|path| println!("written to {}", path.display()));
+    }
 }
 
 /// Whether a step under a policy can't do without running blocks twice. What `selective` computes again is its own
@@ -275,7 +299,12 @@ fn trace_path(args: &Args, policy: &str, case: Case) -> Option<PathBuf> {
     Some(path.with_file_name(format!("{stem}-{policy}-{case}.{extension}")))
 }
 
-fn run_peers(args: &Args, python: &str, accumulation: usize) -> Vec<Answer> {
+fn run_peers(
+    args: &Args,
+    python: &str,
+    accumulation: usize,
+    answered: impl Fn(&[Answer]) -> Result<()>,
+) -> Result<Vec<Answer>> {
     let mut settings = vec![
         ("shape", args.shape.clone()),
         ("rank", args.rank.to_string()),
@@ -289,15 +318,18 @@ fn run_peers(args: &Args, python: &str, accumulation: usize) -> Vec<Answer> {
     let mut answers = Vec::new();
     println!("\n{}", Answer::header());
     for script in &args.peer_scripts {
+        let mut saved = Ok(());
         let ended = peers::run(python, script, &arguments, |answer| {
             println!("{}", answer.line());
             answers.push(answer);
+            saved = answered(&answers);
         });
+        saved?;
         if let Err(error) = ended {
             println!("no more of this peer: {error:#}");
         }
     }
-    answers
+    Ok(answers)
 }
 
 #[cfg(test)]
