@@ -374,37 +374,55 @@ fn the_same_operands_give_the_same_bits_every_time() {
     for (tokens, direction) in [3, 300, 4096].into_iter().flat_map(|tokens| DIRECTIONS.map(|d| (tokens, d))) {
         let problem = Problem { tokens, out_features: 1280, in_features: 1280, rank: 64, direction, ..PROBLEM };
         for path in paths(&client, &problem) {
-            repeat(&client, path, &problem);
+            // The oracle on the host takes long for many tokens.
+            if tokens < 1000 {
+                check(&client, path, &Case { bias: true, ..Case::new(problem) }, 7);
+            }
+            repeat(&client, path, &problem, 20);
         }
     }
 }
 
-fn repeat(client: &Client, path: Path, problem: &Problem) {
-    let tokens = problem.tokens;
-    // The oracle on the host takes long for many tokens.
-    if tokens < 1000 {
-        check(client, path, &Case { bias: true, ..Case::new(*problem) }, 7);
+/// A kernel that was right in all the cases above gave this gradient other bits in up to every third launch. The product
+/// is deep and has a rank, and split tiles that begin with the low-rank product follow a full round of whole ones; 1,030
+/// tokens and 1,536 split differently.
+#[test]
+fn hopper_gives_the_same_bits_after_a_full_round() {
+    let Some(client) = client() else { return };
+    for (tokens, direction) in [1030, 1536].into_iter().flat_map(|tokens| DIRECTIONS.map(|d| (tokens, d))) {
+        let problem = Problem { tokens, out_features: 4096, in_features: 4096, rank: 64, direction, ..PROBLEM };
+        for path in paths(&client, &problem).into_iter().filter(|path| Kernel::Hopper.runs(*path)) {
+            repeat(&client, path, &problem, 200 / every());
+        }
     }
+}
+
+/// Compares the bytes of `times` launches with those of one.
+fn repeat(client: &Client, path: Path, problem: &Problem, times: usize) {
+    let Problem { tokens, out_features, in_features, rank, format, out, .. } = *problem;
     let mut random = Random(11);
     let mut draw = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
-    let host = Quantized4bit::quantize(&draw(1280 * 1280), &[1280, 1280], &QuantConfig::default()).unwrap();
+    let weight = draw(out_features * in_features);
+    let host = Quantized4bit::quantize(&weight, &[out_features, in_features], &QuantConfig::default()).unwrap();
     let weight = DeviceWeight::from_host(client, &host).unwrap();
-    let x = client.create_from_slice(&bytes(&draw(tokens * 1280), FloatFormat::BF16));
-    let product = client.create_from_slice(&bytes(&draw(tokens * 64), FloatFormat::BF16));
-    let factor = client.create_from_slice(&bytes(&draw(1280 * 64), FloatFormat::F32));
+    let x = client.create_from_slice(&bytes(&draw(tokens * problem.depth()), format));
+    let product = client.create_from_slice(&bytes(&draw(tokens * rank), format));
+    let factor = client.create_from_slice(&bytes(&draw(problem.features() * rank), FloatFormat::F32));
     let operands = Operands {
         x: &x,
         weight: Weight::FourBit(&weight),
         low_rank: Some(LowRank { product: &product, factor: &factor }),
         bias: None,
     };
+    let poison = bytes(&vec![f32::NAN; tokens * problem.features()], out);
     let run = || {
-        let out = client.create_from_slice(&bytes(&vec![f32::NAN; tokens * 1280], FloatFormat::BF16));
+        let out = client.create_from_slice(&poison);
         matmul(client, path, problem, &operands, &out).unwrap();
         client.read_one(out).unwrap().to_vec()
     };
     let first = run();
-    assert!((0..20).all(|_| run() == first), "{problem:?} {path:?}");
+    let others = (0..times).filter(|_| run() != first).count();
+    assert_eq!(others, 0, "of {times} launches differ: {problem:?} {path:?}");
 }
 
 /// Tiles that other numbers of tokens would get, with tokens beyond the tile and features off it.
