@@ -142,7 +142,9 @@ fn losses<T: Element + BurnElement + bytemuck::Pod>(logits: &FlexTensor, targets
     let ([rows, width], logits, targets) = (dims(logits), values::<T>(logits), targets.to_contiguous());
     let row = |(row, &target): (&[T], &i32)| {
         let top = row.iter().map(|v| v.to_f32()).fold(f32::NEG_INFINITY, f32::max);
-        let whole = top + row.iter().map(|v| (v.to_f32() - top).exp()).sum::<f32>().ln();
+        // One running sum of a whole vocabulary: in f32 it would lose three digits.
+        let sum: f64 = row.iter().map(|v| f64::from((v.to_f32() - top).exp())).sum();
+        let whole = top + sum.ln() as f32;
         (whole - row[target as usize].to_f32(), whole)
     };
     let (losses, whole) = logits.par_chunks(width.max(1)).zip(targets.storage::<i32>()).map(row).unzip();
