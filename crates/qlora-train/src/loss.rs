@@ -1,11 +1,15 @@
 //! Cross-entropy of next-token prediction over the tokens that count.
 
 use crate::data::{Batch, MASKED_LABEL};
-use burn::tensor::{DType, Device, Gradients, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use qlora_layers::Pass;
 use qlora_layers::ops::fused::cross_entropy;
 use qlora_models::Decoder;
 use std::ops::Range;
+
+/// Logits that exist at a time: 128 MiB in 16 bits. Enough rows for a product that fills a GPU (2,048 with a vocabulary of
+/// 32 thousand, 512 with 128 thousand), and little beside a block's activations.
+pub(crate) const MAX_LOGITS: usize = 1 << 26;
 
 /// The positions of a batch whose next token counts, and those next tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,13 +42,7 @@ impl LabelledTokens {
     pub fn is_empty(&self) -> bool {
         self.positions.is_empty()
     }
-}
 
-/// Logits that exist at a time: 128 MiB in 16 bits. Enough rows for a product that fills a GPU (2,048 with a vocabulary of
-/// 32 thousand, 512 with 128 thousand), and little beside a block's activations.
-pub(crate) const MAX_LOGITS: usize = 1 << 26;
-
-impl LabelledTokens {
     /// Ranges of tokens whose logits exist at once.
     fn chunks(&self, vocab: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let (count, chunk) = (self.len(), (MAX_LOGITS / vocab.max(1)).max(1));
@@ -52,16 +50,19 @@ impl LabelledTokens {
         let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
         (0..count).step_by(chunk).map(move |start| start..(start + chunk).min(count))
     }
-}
 
-fn indices(values: &[i32], device: &Device) -> Tensor<1, Int> {
-    Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), (device, DType::I32))
-}
-
-impl LabelledTokens {
     /// The hidden states of some of the tokens.
     fn chosen(&self, x: &Tensor<2>, chunk: &Range<usize>) -> Tensor<2> {
         x.clone().select(0, indices(&self.positions[chunk.clone()], &x.device()))
+    }
+
+    /// For each of `tokens`, its place among the labelled ones; where it has none, the place behind them.
+    fn rows(&self, tokens: usize) -> Vec<i32> {
+        let mut rows = vec![self.len() as i32; tokens];
+        for (row, &position) in self.positions.iter().enumerate() {
+            rows[position as usize] = row as i32;
+        }
+        rows
     }
 
     /// The losses of some of the tokens, from their hidden states.
@@ -70,6 +71,10 @@ impl LabelledTokens {
         let logits = model.logits(chosen, pass);
         cross_entropy(logits, indices(&self.targets[chunk], model.device()))
     }
+}
+
+fn indices(values: &[i32], device: &Device) -> Tensor<1, Int> {
+    Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), (device, DType::I32))
 }
 
 /// The sum of `-log softmax(logits)[target]` over the labelled tokens, in f32.
@@ -109,7 +114,74 @@ pub fn loss_and_gradient(
         collect(&mut from);
         sums.push(loss.without_autodiff());
     }
-    let positions = indices(&labelled.positions, model.device());
-    let grad = x.zeros_like().select_assign(0, positions, Tensor::cat(grads, 0), IndexingUpdateOp::Add);
+    // Read by every token rather than written by the labelled ones: a row of zeros for the others.
+    grads.push(x.clone().narrow(0, 0, 1).zeros_like());
+    let grad = Tensor::cat(grads, 0).select(0, indices(&labelled.rows(x.dims()[0]), model.device()));
     (Tensor::cat(sums, 0).sum(), grad)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+    use super::*;
+    use burn::tensor::FloatDType;
+    use burn::tensor::activation::log_softmax;
+    use qlora_models::{LoadOptions, ModelConfig};
+
+    #[test]
+    fn chunks_are_all_tokens_in_order() {
+        let labelled = |count: usize| LabelledTokens { positions: vec![0; count], targets: vec![0; count] };
+        for (count, vocab, lens) in [
+            (5000, 32_000, vec![2048, 2048, 904]),
+            (600, 128_256, vec![512, 88]),
+            (3, 1 << 25, vec![2, 1]),
+            (2, 1 << 27, vec![1, 1]),
+            (7, 10, vec![7]),
+            (0, 10, vec![]),
+        ] {
+            let chunks: Vec<_> = labelled(count).chunks(vocab).collect();
+            assert_eq!(chunks.iter().map(Range::len).collect::<Vec<_>>(), lens, "{count} of {vocab}");
+            assert!(chunks.windows(2).all(|pair| pair[0].end == pair[1].start));
+        }
+    }
+
+    /// A vocabulary so large that two chunks of logits are needed, beside all logits at once.
+    #[test]
+    fn chunks_give_the_loss_and_the_gradient_of_the_whole() {
+        const VOCAB: usize = 1 << 20;
+        let shape = serde_json::json!({"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 8,
+            "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-5});
+        let shape = ModelConfig::from_json(&shape, "config.json".as_ref()).unwrap();
+        let options = LoadOptions { quantization: None, dtype: FloatDType::F32 };
+        let model = Decoder::random(shape, options, 1, &Device::flex(), &mut |_| {}).unwrap();
+        let (rows, cols) = (2, 40);
+        let input_ids: Vec<u32> = (0..rows * cols).map(|i| (i * 7919 % VOCAB) as u32).collect();
+        // Every ninth token is masked.
+        let label = |(i, id): (usize, &u32)| if i % 9 == 4 { MASKED_LABEL } else { i64::from(*id) };
+        let labels = input_ids.iter().enumerate().map(label).collect();
+        let labelled = LabelledTokens::new(&Batch { input_ids, labels, rows, cols, lengths: vec![cols; rows] });
+        assert_eq!(labelled.chunks(VOCAB).count(), 2);
+
+        let values: Vec<f32> = (0..rows * cols * 8).map(|i| (i as f32 * 0.37).sin()).collect();
+        let x = Tensor::<2>::from_data(TensorData::new(values, [rows * cols, 8]), (model.device(), DType::F32));
+        let pass = Pass::training(0);
+        let (loss, grad) = loss_and_gradient(&model, x.clone(), &labelled, 0.5, pass, |_| {});
+
+        let leaf = x.clone().autodiff().require_grad();
+        let chosen = leaf.clone().select(0, indices(&labelled.positions, model.device()));
+        let targets = indices(&labelled.targets, model.device()).reshape([labelled.len(), 1]);
+        let whole = log_softmax(model.logits(chosen, pass), 1).gather(1, targets).sum().mul_scalar(-0.5);
+        let expected = leaf.grad_remove(&mut whole.backward()).unwrap();
+        let values = |tensor: Tensor<2>| tensor.into_data().iter::<f32>().collect::<Vec<f32>>();
+        let [found, expected] = [grad, expected].map(values);
+        // Sums over a million words, in two orders.
+        let scale = expected.iter().fold(0.0_f32, |max, v| max.max(v.abs()));
+        assert!(found.iter().zip(&expected).all(|(f, e)| (f - e).abs() <= 1e-4 * scale), "{found:?}\n{expected:?}");
+        let [loss, whole, sum] =
+            [loss, whole.without_autodiff(), loss_sum(&model, x, &labelled, Pass::INFERENCE) * 0.5]
+                .map(|loss| loss.into_data().iter::<f32>().next().unwrap());
+        assert!((loss / whole - 1.0).abs() < 1e-5 && (sum / whole - 1.0).abs() < 1e-5, "{loss} {sum} {whole}");
+    }
 }
