@@ -108,7 +108,13 @@ impl Scratch {
 /// Whoever is writing sees errors from now on; their outputs are as they were.
 pub fn abandon_all() {
     for path in BUILDING.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-        remove(path);
+        // A file that is just being made keeps its folder from going: the next try takes it too.
+        for _ in 0..10 {
+            remove(path);
+            if path.symlink_metadata().is_err() {
+                break;
+            }
+        }
     }
 }
 
