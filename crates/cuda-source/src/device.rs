@@ -23,6 +23,13 @@ pub struct CudaDevice {
     pub driver: (u32, u32),
 }
 
+impl CudaDevice {
+    /// Whether a kernel may have more than 48 KB of static shared memory: CUDA 13's compiler and assembler take it.
+    pub fn takes_large_static_memory(&self) -> bool {
+        self.driver >= (13, 0) && self.toolkit >= (13, 0)
+    }
+}
+
 /// The client's CUDA device; `None` on other runtimes, where CubeCL compiles without NVRTC, and below compute
 /// capability 7.0, where parameters don't go by value. Asks the driver once per device.
 pub fn device(client: &Client) -> Option<CudaDevice> {

@@ -35,8 +35,8 @@
 //! CubeCL launches such kernels without dynamic shared memory, so everything is static, and 48 KB is the
 //! limit that every toolchain accepts. NVRTC makes PTX; the driver's own assembler makes machine code of
 //! it. CUDA 13.0's assembler accepts more than 48 KB of static shared memory for `sm_90a`, CUDA 12.8's
-//! refuses it ("uses too much shared data"). A kernel that wants more looks at [`CudaDevice::driver`]
-//! and has a smaller variant.
+//! refuses it ("uses too much shared data"). A kernel that wants more asks
+//! [`CudaDevice::takes_large_static_memory`] and has a smaller variant.
 //!
 //! # Errors
 //!

@@ -25,6 +25,39 @@ const OPERATION: &str = "cross_entropy";
 /// Smaller than any logit, and still a number: a difference of two of them is none.
 const LOWEST: f32 = -3.0e38;
 
+/// What both passes are launched with.
+struct Common {
+    vector: usize,
+    units: usize,
+    logits: BufferArg,
+    targets: BufferArg,
+    log_sum_exp: BufferArg,
+}
+
+impl Common {
+    /// Fails where the format is not supported, or a buffer does not hold its shape.
+    fn new(
+        client: &Client,
+        logits: &Handle,
+        targets: &Handle,
+        log_sum_exp: &Handle,
+        rows: usize,
+        width: usize,
+        format: Format,
+    ) -> Result<Self, KernelError> {
+        check_format(client, OPERATION, format)?;
+        let vector = vector_size(client, format, &[width]);
+        let of_rows = |name, handle| buffer(name, handle, rows, 4, 1);
+        Ok(Self {
+            vector,
+            units: units_per_row(width),
+            logits: buffer("logits", logits, rows * width, format.size(), vector)?,
+            targets: of_rows("targets", targets)?,
+            log_sum_exp: of_rows("log_sum_exp", log_sum_exp)?,
+        })
+    }
+}
+
 /// Loss and log-sum-exp of each row.
 ///
 /// # Shapes
@@ -45,16 +78,12 @@ pub fn forward(
     width: usize,
     format: Format,
 ) -> Result<(), KernelError> {
-    check_format(client, OPERATION, format)?;
-    let vector = vector_size(client, format, &[width]);
-    let logits = buffer("logits", logits, rows * width, format.size(), vector)?;
-    let of_rows = |name, handle| buffer(name, handle, rows, 4, 1);
-    let (targets, losses) = (of_rows("targets", targets)?, of_rows("losses", losses)?);
-    let log_sum_exp = of_rows("log_sum_exp", log_sum_exp)?;
+    let Common { vector, units, logits, targets, log_sum_exp } =
+        Common::new(client, logits, targets, log_sum_exp, rows, width, format)?;
+    let losses = buffer("losses", losses, rows, 4, 1)?;
     if rows * width == 0 {
         return Ok(());
     }
-    let units = units_per_row(width);
     // SAFETY: the buffers' sizes are checked, and the kernel stays within rows and width; it reads a logit by its target
     // only where the target is below the width.
     unsafe {
@@ -95,16 +124,12 @@ pub fn backward(
     width: usize,
     format: Format,
 ) -> Result<(), KernelError> {
-    check_format(client, OPERATION, format)?;
-    let vector = vector_size(client, format, &[width]);
-    let logits = buffer("logits", logits, rows * width, format.size(), vector)?;
-    let of_rows = |name, handle| buffer(name, handle, rows, 4, 1);
-    let (dloss, targets) = (of_rows("dloss", dloss)?, of_rows("targets", targets)?);
-    let log_sum_exp = of_rows("log_sum_exp", log_sum_exp)?;
+    let Common { vector, units, logits, targets, log_sum_exp } =
+        Common::new(client, logits, targets, log_sum_exp, rows, width, format)?;
+    let dloss = buffer("dloss", dloss, rows, 4, 1)?;
     if rows * width == 0 {
         return Ok(());
     }
-    let units = units_per_row(width);
     // SAFETY: as in `forward`.
     unsafe {
         backward_kernel::launch_unchecked(

@@ -19,7 +19,7 @@
 //! add the gradients in another order.)
 
 use crate::Pass;
-use crate::offload::{InFlight, Offloaded};
+use crate::offload::{Offloaded, Pace};
 use crate::ops::{AttentionResult, backward_from};
 use burn::tensor::{Gradients, Tensor};
 use serde::{Deserialize, Serialize};
@@ -145,7 +145,6 @@ pub fn forward<B: ResidualBlock>(
 ) -> Result<(Tensor<2>, Checkpoints), String> {
     let pass = pass.untracked();
     let mut kept = Vec::with_capacity(blocks.len());
-    let mut leaving = InFlight::default();
     // With autodiff enabled but nothing tracked: a backend may have fused versions of what autodiff composes
     // of several operations, and their last bits differ.
     let mut x = x.without_autodiff().autodiff();
@@ -161,7 +160,10 @@ pub fn forward<B: ResidualBlock>(
                 kept.push(Kept::Branches { input, middle, attention });
             }
             ActivationCheckpointing::Offload => {
-                kept.push(Kept::Offloaded(leaving.send(input)?));
+                if let [.., Kept::Offloaded(earlier), _] = &mut kept[..] {
+                    earlier.settle()?;
+                }
+                kept.push(Offloaded::send(&input)?.map_or(Kept::Input(input), Kept::Offloaded));
                 x = block.forward(x, pass);
             }
             ActivationCheckpointing::None | ActivationCheckpointing::Full => {
@@ -170,7 +172,11 @@ pub fn forward<B: ResidualBlock>(
             }
         }
     }
-    leaving.wait()?;
+    for kept in &mut kept {
+        if let Kept::Offloaded(leaving) = kept {
+            leaving.settle()?;
+        }
+    }
     Ok((x.without_autodiff(), Checkpoints(kept)))
 }
 
@@ -194,22 +200,21 @@ pub fn backward<B: ResidualBlock>(
 ) -> Result<Option<Tensor<2>>, String> {
     let Checkpoints(mut kept) = checkpoints;
     let mut grad = grad;
-    let mut arriving = InFlight::default();
+    let mut pace = Pace::default();
     while let Some(checkpoint) = kept.pop() {
         let index = kept.len();
         let _span = trace_span!("block_backward", index).entered();
         let block = &blocks[index];
         let (input, known) = match checkpoint {
             Kept::Input(input) => (input, None),
-            Kept::Offloaded(input) => {
-                let input = arriving.receive(input)?;
-                if let Some(Kept::Offloaded(next)) = kept.last_mut() {
-                    arriving.fetch(next)?;
-                }
-                (input, None)
-            }
+            Kept::Offloaded(input) => (input.fetch()?, None),
             Kept::Branches { input, middle, attention } => (input, Some((middle, attention))),
         };
+        // The next input comes while this block is differentiated.
+        if let Some(Kept::Offloaded(next)) = kept.pop_if(|next| matches!(next, Kept::Offloaded(_))) {
+            pace.mark(&input)?;
+            kept.push(Kept::Input(next.fetch()?));
+        }
         // Below the first block only trained embeddings need a gradient.
         let wanted = index > 0 || into_embeddings;
         let input = if wanted { input.autodiff().require_grad() } else { input.autodiff() };

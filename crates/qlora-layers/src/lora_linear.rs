@@ -66,16 +66,12 @@ impl LoraLinear {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        self.run(x, pass, false)
+        self.forward_or_record(x, pass, false)
     }
 
-    /// [`forward`](Self::forward) for its gradients alone: what it records is complete, the result holds anything.
-    /// The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit weight the product is left out.
-    pub fn forward_unread(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        self.run(x, pass, true)
-    }
-
-    fn run(&self, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
+    /// [`forward`](Self::forward), or, with `unread`, for its gradients alone: what it records is complete, the result
+    /// holds anything. The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit weight the product is left out.
+    pub fn forward_or_record(&self, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
         if let Some(InputObserver(see)) = &self.observer {
             see(&x);
         }

@@ -3,14 +3,15 @@
 //! On CUDA both ways are copies on a stream of their own, to and from pinned memory (`cuMemAllocHost`, from CubeCL's
 //! pool). CubeCL makes that stream wait for the one on which a buffer was made, up to the moment of the call; a tensor
 //! that goes out was just computed there, so its values are in. A buffer stays reserved until its copy is done. The host
-//! queues work far ahead of the device: [`InFlight`] makes it wait when two copies are on their way, so that no more
-//! than two tensors hold device memory. Other runtimes have one queue for everything and wait for each copy out (with
+//! queues work far ahead of the device: callers [settle](Offloaded::settle) the copy before the last on the way out, and
+//! keep [`Pace`] on the way back, so that no more than two tensors hold device memory. Other runtimes have one queue for everything and wait for each copy out (with
 //! WGSL, nothing else may be queued while a buffer is being read); on the CPU, a tensor is where it should be.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind, StreamId};
 use burn::tensor::{DType, Shape, Tensor};
@@ -27,148 +28,103 @@ const CUDA: &str = "cuda";
 type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
 
 /// A tensor that left the device.
-#[derive(Debug)]
-pub(crate) struct Offloaded(Place);
-
-#[expect(clippy::large_enum_variant, reason = "one for each block, and they stay where they are")]
-enum Place {
-    /// It never left: the CPU's tensors, and what came back.
-    Here(Tensor<2>),
-    /// On its way, or in the host's memory.
-    Away { copy: Arc<Mutex<Copy>>, device: CubeDevice, shape: Shape, dtype: DType },
-}
-
-impl std::fmt::Debug for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Here(tensor) => f.debug_tuple("Here").field(&tensor.dims()).finish(),
-            Self::Away { shape, dtype, .. } => {
-                f.debug_struct("Away").field("shape", shape).field("dtype", dtype).finish()
-            }
-        }
-    }
+pub(crate) struct Offloaded {
+    copy: Copy,
+    device: CubeDevice,
+    shape: Shape,
+    dtype: DType,
 }
 
 /// A copy to the host.
 enum Copy {
-    /// Not done yet. The buffer is held until it is.
-    Leaving(Handle, Download),
+    /// On its way. The buffer is held until it is done.
+    Leaving {
+        _buffer: Handle,
+        download: Download,
+    },
     Arrived(Bytes),
-    Taken,
 }
 
-impl Copy {
-    /// Waits until the values are in the host's memory.
-    fn finish(&mut self) -> Result<(), String> {
-        if let Self::Leaving(..) = self {
-            let Self::Leaving(buffer, download) = std::mem::replace(self, Self::Taken) else { return Ok(()) };
-            let mut read = cubecl::future::block_on(download).map_err(|e| e.to_string())?;
-            *self = Self::Arrived(read.pop().ok_or("the device sent nothing")?);
-            drop(buffer);
-        }
-        Ok(())
-    }
-
-    /// Makes the values the host's own: what was read may be a view of a buffer that the device can't use meanwhile.
-    fn detach(&mut self) {
-        if let Self::Arrived(bytes) = self {
-            *bytes = Bytes::from_bytes_vec(bytes.to_vec());
-        }
-    }
-
-    fn take(&mut self) -> Result<Bytes, String> {
-        self.finish()?;
-        match std::mem::replace(self, Self::Taken) {
-            Self::Arrived(bytes) => Ok(bytes),
-            _ => Err("a tensor was brought back twice".into()),
-        }
+impl fmt::Debug for Offloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Offloaded").field("shape", &self.shape).field("dtype", &self.dtype).finish_non_exhaustive()
     }
 }
 
-/// The last copies in either direction, at most two.
-#[derive(Default)]
-pub(crate) struct InFlight {
-    leaving: VecDeque<Arc<Mutex<Copy>>>,
-    marks: VecDeque<Download>,
-}
-
-impl InFlight {
-    /// Starts bringing a tensor to the host.
+impl Offloaded {
+    /// Starts bringing a tensor to the host; `None` where it is in the host's memory already.
     ///
     /// # Errors
-    /// The device's message, where an earlier copy failed.
-    pub(crate) fn send(&mut self, tensor: Tensor<2>) -> Result<Offloaded, String> {
-        let Some(tensor) = on_device(&tensor) else { return Ok(Offloaded(Place::Here(tensor))) };
-        if self.leaving.len() == 2
-            && let Some(earlier) = self.leaving.pop_front()
-        {
-            lock(&earlier).finish()?;
-        }
-        let (client, shape, dtype) = (lasting(&tensor.client), tensor.meta.shape().clone(), tensor.dtype);
-        let handle = tensor.handle.clone();
-        let download: Download = on_copies(client, || Box::pin(client.read_async(vec![handle.clone()])) as Download);
-        let mut copy = Copy::Leaving(handle, download);
+    /// The device's message, where the copy failed.
+    pub(crate) fn send(tensor: &Tensor<2>) -> Result<Option<Self>, String> {
+        let Some(tensor) = on_device(tensor) else { return Ok(None) };
+        let client = lasting(&tensor.client);
+        let buffer = tensor.handle.clone();
+        let download: Download = on_copies(client, || Box::pin(client.read_async(vec![buffer.clone()])) as Download);
+        let (shape, dtype) = (tensor.meta.shape().clone(), tensor.dtype);
+        let copy = Copy::Leaving { _buffer: buffer, download };
+        let mut sent = Self { copy, device: tensor.device, shape, dtype };
         if client.name() != CUDA {
-            copy.finish()?;
-            copy.detach();
+            // What was read may be a view of a buffer that the device can't use meanwhile.
+            let own = Bytes::from_bytes_vec(sent.settle()?.to_vec());
+            sent.copy = Copy::Arrived(own);
         }
-        let copy = Arc::new(Mutex::new(copy));
-        self.leaving.push_back(copy.clone());
-        Ok(Offloaded(Place::Away { copy, device: tensor.device, shape, dtype }))
+        Ok(Some(sent))
     }
 
-    /// Waits for all that [`send`](Self::send) started.
+    /// The values, once they are in the host's memory.
     ///
     /// # Errors
-    /// The device's message, where a copy failed.
-    pub(crate) fn wait(&mut self) -> Result<(), String> {
-        self.leaving.drain(..).try_for_each(|copy| lock(&copy).finish())
+    /// The device's message, where the copy failed.
+    pub(crate) fn settle(&mut self) -> Result<&Bytes, String> {
+        if let Copy::Leaving { download, .. } = &mut self.copy {
+            let mut read = cubecl::future::block_on(download.as_mut()).map_err(|e| e.to_string())?;
+            self.copy = Copy::Arrived(read.pop().ok_or("the device sent nothing")?);
+        }
+        match &self.copy {
+            Copy::Arrived(bytes) => Ok(bytes),
+            Copy::Leaving { .. } => Err("the device sent nothing".into()),
+        }
     }
 
-    /// Starts bringing a tensor back, ahead of its use.
+    /// Starts bringing the tensor back; whatever uses it on the device waits for it.
     ///
     /// # Errors
     /// The device's message, where its way out failed.
-    pub(crate) fn fetch(&mut self, offloaded: &mut Offloaded) -> Result<(), String> {
-        let Place::Away { copy, device, shape, dtype } = &offloaded.0 else { return Ok(()) };
-        let bytes = lock(copy).take()?;
+    pub(crate) fn fetch(mut self) -> Result<Tensor<2>, String> {
+        self.settle()?;
+        let Self { copy: Copy::Arrived(bytes), device, shape, dtype } = self else {
+            return Err("the device sent nothing".into());
+        };
         let client = device.client();
         let handle = on_copies(&client, || client.create(bytes));
-        let tensor = CubeTensor::new_contiguous(client, device.clone(), shape.clone(), handle, *dtype);
-        offloaded.0 = Place::Here(from_device(tensor));
-        Ok(())
+        Ok(from_device(CubeTensor::new_contiguous(client, device, shape, handle, dtype)))
     }
+}
 
-    /// The tensor, on the device.
+/// Lets the host run no further ahead of the device than two of the places that it [marks](Self::mark).
+#[derive(Default)]
+pub(crate) struct Pace(VecDeque<Download>);
+
+impl Pace {
+    /// Marks this place in the queue of `tensor`'s device, and waits until the device has come to the mark before the
+    /// last.
     ///
     /// # Errors
-    /// The device's message, where its way out, or an earlier use, failed.
-    pub(crate) fn receive(&mut self, mut offloaded: Offloaded) -> Result<Tensor<2>, String> {
-        self.fetch(&mut offloaded)?;
-        let Place::Here(tensor) = offloaded.0 else { return Err("a tensor did not come back".into()) };
-        self.mark(&tensor)?;
-        Ok(tensor)
-    }
-
-    /// Lets the host run no further ahead than two tensors: waits until the device has come to where the one before
-    /// the last was received.
-    fn mark(&mut self, tensor: &Tensor<2>) -> Result<(), String> {
+    /// The device's message.
+    pub(crate) fn mark(&mut self, tensor: &Tensor<2>) -> Result<(), String> {
         let Some(tensor) = on_device(tensor).filter(|tensor| tensor.client.name() == CUDA) else { return Ok(()) };
-        if self.marks.len() == 2
-            && let Some(earlier) = self.marks.pop_front()
+        if self.0.len() == 2
+            && let Some(earlier) = self.0.pop_front()
         {
             cubecl::future::block_on(earlier).map_err(|e| e.to_string())?;
         }
         // On the stream of the kernels, behind everything that was queued.
         let client = lasting(&tensor.client);
         let mark = client.create_from_slice(&[0; 4]);
-        self.marks.push_back(Box::pin(client.read_async(vec![mark])));
+        self.0.push_back(Box::pin(client.read_async(vec![mark])));
         Ok(())
     }
-}
-
-fn lock(copy: &Mutex<Copy>) -> MutexGuard<'_, Copy> {
-    copy.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The tensor behind Burn's dispatch, contiguous; `None` where it is in the host's memory already.

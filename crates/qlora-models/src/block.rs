@@ -114,12 +114,11 @@ impl Block {
     /// `[rows * len, hidden]` in and out.
     fn feed_forward_branch(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         let h = self.norms.mlp_input.module.forward(x, pass);
-        let output_norm = self.norms.mlp_output.as_ref();
-        let h = match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.forward(h, pass, purpose.unread() && output_norm.is_none()),
+        let run = |unread| match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.forward(h, pass, unread),
             FeedForward::Experts(moe) => moe.forward(h, pass),
         };
-        output_norm.map_or(h.clone(), |norm| norm.module.forward(h, pass))
+        normalised(&self.norms.mlp_output, run, pass, purpose.unread())
     }
 
     /// # Shapes
@@ -164,11 +163,8 @@ impl Block {
             Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
         };
         let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
-        match &self.norms.attention_output {
-            Some(norm) => norm.module.forward(self.output.module.forward(mixed, pass), pass),
-            None if unread => self.output.module.forward_unread(mixed, pass),
-            None => self.output.module.forward(mixed, pass),
-        }
+        let run = |unread| self.output.module.forward_or_record(mixed, pass, unread);
+        normalised(&self.norms.attention_output, run, pass, unread)
     }
 
     /// Queries, keys and values, each `[tokens, heads * head_dim]`.
@@ -183,6 +179,20 @@ impl Block {
                 [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
             }
         }
+    }
+}
+
+/// The end of a branch: what `run` gives, normalised where the family does so. `run` hears whether nobody reads its
+/// result; a norm does.
+fn normalised(
+    norm: &Option<Named<RmsNorm>>,
+    run: impl FnOnce(bool) -> Tensor<2>,
+    pass: Pass,
+    unread: bool,
+) -> Tensor<2> {
+    match norm {
+        Some(norm) => norm.module.forward(run(false), pass),
+        None => run(unread),
     }
 }
 

@@ -37,7 +37,7 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    /// With `unread` nobody reads the result; see [`LoraLinear::forward_unread`].
+    /// With `unread` nobody reads the result; see [`LoraLinear::forward_or_record`].
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
@@ -50,11 +50,7 @@ impl Mlp {
                 [both.clone().narrow(1, 0, width), both.narrow(1, width, width)]
             }
         };
-        let h = gated(gate, up, self.activation);
-        match unread {
-            true => self.down.module.forward_unread(h, pass),
-            false => self.down.module.forward(h, pass),
-        }
+        self.down.module.forward_or_record(gated(gate, up, self.activation), pass, unread)
     }
 
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {

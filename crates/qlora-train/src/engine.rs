@@ -12,7 +12,7 @@ use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
-use qlora_layers::activation_checkpointing::{self, Checkpoints};
+use qlora_layers::activation_checkpointing;
 use qlora_layers::ops::backward_from;
 use qlora_layers::{ActivationCheckpointing, Pass};
 use qlora_models::{BlockInPass, Decoder};
@@ -210,33 +210,30 @@ impl Engine {
             }
         };
         let embedded = model.embed(&batch.input_ids, pass);
-        let forward = match self.checkpointing {
+        let (x, kept) = match self.checkpointing {
             ActivationCheckpointing::None => {
                 let run = |x, block: &_| model.run_block(block, x, &sequence, pass);
-                Forward::Recorded(model.blocks().iter().fold(embedded.clone(), run))
+                (model.blocks().iter().fold(embedded.clone(), run), None)
             }
             policy => {
                 let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, policy)
                     .map_err(TrainError::Device)?;
-                Forward::Checkpointed(x, kept)
+                (x, Some(kept))
             }
-        };
-        let x = match &forward {
-            Forward::Recorded(x) | Forward::Checkpointed(x, _) => x.clone().without_autodiff(),
         };
         let head = self.first_of_block[blocks.len()];
         let scale = 1.0 / label_tokens as f32;
-        let (loss, grad) = loss_and_gradient(model, x, labelled, scale, pass, |from| {
+        let (loss, grad) = loss_and_gradient(model, x.clone().without_autodiff(), labelled, scale, pass, |from| {
             collect(head, model.head_parameters(), from);
         });
-        match forward {
-            Forward::Recorded(x) => {
-                if x.is_tracked() {
-                    let mut from = tracing::trace_span!("backward").in_scope(|| backward_from(x, grad));
-                    collect(0, model.parameters(), &mut from);
-                }
+        match kept {
+            None if x.is_tracked() => {
+                let mut from = tracing::trace_span!("backward").in_scope(|| backward_from(x, grad));
+                collect(0, model.parameters(), &mut from);
             }
-            Forward::Checkpointed(_, kept) => {
+            None => {}
+            Some(kept) => {
+                drop(x);
                 let below = self.first_of_block[0] > 0;
                 let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
                     collect(self.first_of_block[i], block.block.parameters(), from);
@@ -270,14 +267,6 @@ impl Engine {
         self.model.track();
         Ok(())
     }
-}
-
-/// What the forward pass over the blocks left.
-enum Forward {
-    /// The last block's output, recorded.
-    Recorded(Tensor<2>),
-    /// The last block's output, and what was kept.
-    Checkpointed(Tensor<2>, Checkpoints),
 }
 
 /// What a step computes before it changes anything.

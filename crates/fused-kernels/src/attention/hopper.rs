@@ -150,7 +150,7 @@ impl Variant {
 /// Whether the device runs these kernels, and there are some for heads of that many dimensions.
 pub(super) fn takes(device: &CudaDevice, head_dim: usize) -> bool {
     // They have more than 48 KB of static shared memory, which the assembler of CUDA 13 takes.
-    device.compute_capability == (9, 0) && device.driver >= (13, 0) && device.toolkit >= (13, 0) && head_dim <= 128
+    device.compute_capability == (9, 0) && device.takes_large_static_memory() && head_dim <= 128
 }
 
 /// Whether they are the better ones for rows that the device takes.

@@ -142,8 +142,7 @@ pub(super) fn tile(device: &CudaDevice, problem: &Problem, small: bool) -> Optio
         && blocksize.is_none_or(|blocksize| blocksize >= DEPTH && in_features.is_multiple_of(DEPTH))
         && tokens > 0
         && [tokens, out_features, in_features].iter().all(|n| u32::try_from(*n).is_ok());
-    // The assembler of CUDA 13 takes more than 48 KB of static shared memory.
-    let roomy = !small && device.driver >= (13, 0) && device.toolkit >= (13, 0);
+    let roomy = !small && device.takes_large_static_memory();
     match (fits, roomy, blocksize) {
         (false, _, _) | (true, false, None) => None,
         (true, false, Some(_)) => Some(Tile { tokens: 96, stages: 2 }),

@@ -17,24 +17,14 @@ use burn::tensor::{FloatDType, Gradients, Shape, Tensor};
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait SeedOps: Backend {
     /// One element that stands for `sum(output · grad)`, and is zero: its backward gives `output` the gradient `grad`.
-    fn root(output: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
-}
-
-impl SeedOps for burn_cubecl::CubeBackend {
-    fn root(output: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        zero::<Self>(&output)
+    fn root(output: FloatTensor<Self>, _grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_zeros(Shape::new([1]), &output.device(), FloatDType::F32)
     }
 }
 
-impl SeedOps for burn::backend::Flex {
-    fn root(output: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        zero::<Self>(&output)
-    }
-}
+impl SeedOps for burn_cubecl::CubeBackend {}
 
-fn zero<B: Backend>(like: &FloatTensor<B>) -> FloatTensor<B> {
-    B::float_zeros(Shape::new([1]), &like.device(), FloatDType::F32)
-}
+impl SeedOps for burn::backend::Flex {}
 
 #[derive(Debug)]
 struct SeedBackward;

@@ -37,10 +37,10 @@ pub struct Pair<'a>(pub &'a LoraLinear, pub &'a LoraLinear);
 
 impl ResidualBlock for Pair<'_> {
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        if purpose.unread() { self.0.forward_unread(x, pass) } else { self.0.forward(x, pass) }
+        self.0.forward_or_record(x, pass, purpose.unread())
     }
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        if purpose.unread() { self.1.forward_unread(x, pass) } else { self.1.forward(x, pass) }
+        self.1.forward_or_record(x, pass, purpose.unread())
     }
 }

@@ -42,6 +42,25 @@ impl<B: AttentionPasses> Backward<B, 3> for AttentionBackward {
     }
 }
 
+/// An attention of these inputs, whose forward pass is known or not: the output, recorded, and the log-sum-exp.
+fn record<B: AttentionPasses, C: CheckpointStrategy>(
+    q: FloatTensor<Autodiff<B, C>>,
+    k: FloatTensor<Autodiff<B, C>>,
+    v: FloatTensor<Autodiff<B, C>>,
+    known: Option<(FloatTensor<B>, FloatTensor<B>)>,
+    options: AttentionOptions,
+) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<B>) {
+    let nodes = [q.node(), k.node(), v.node()];
+    let ((q, _q_guard), (k, _k_guard), (v, _v_guard)) = (q.into_parts(), k.into_parts(), v.into_parts());
+    let compute = || B::attention_forward(Operands { q: q.clone(), k: k.clone(), v: v.clone() }, &options);
+    let (o, lse) = known.unwrap_or_else(compute);
+    let recorded = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(State { q, k, v, o: o.clone(), lse: lse.clone(), options }, o),
+        OpsKind::UnTracked(prep) => prep.finish(o),
+    };
+    (recorded, lse)
+}
+
 impl<B: AttentionPasses, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
     fn attention_keeping(
         q: FloatTensor<Self>,
@@ -49,16 +68,8 @@ impl<B: AttentionPasses, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> 
         v: FloatTensor<Self>,
         options: AttentionOptions,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let nodes = [q.node(), k.node(), v.node()];
-        let ((q, _q_guard), (k, _k_guard), (v, _v_guard)) = (q.into_parts(), k.into_parts(), v.into_parts());
-        let operands = Operands { q: q.clone(), k: k.clone(), v: v.clone() };
-        let (o, lse) = B::attention_forward(operands, &options);
-        let kept = Self::from_inner(lse.clone());
-        let o = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(State { q, k, v, o: o.clone(), lse, options }, o),
-            OpsKind::UnTracked(prep) => prep.finish(o),
-        };
-        (o, kept)
+        let (o, lse) = record::<B, C>(q, k, v, None, options);
+        (o, Self::from_inner(lse))
     }
 
     fn attention_again(
@@ -69,12 +80,7 @@ impl<B: AttentionPasses, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> 
         log_sum_exp: FloatTensor<Self>,
         options: AttentionOptions,
     ) -> FloatTensor<Self> {
-        let nodes = [q.node(), k.node(), v.node()];
-        let ((q, _q_guard), (k, _k_guard), (v, _v_guard)) = (q.into_parts(), k.into_parts(), v.into_parts());
         let ((o, _o_guard), (lse, _lse_guard)) = (output.into_parts(), log_sum_exp.into_parts());
-        match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(State { q, k, v, o: o.clone(), lse, options }, o),
-            OpsKind::UnTracked(prep) => prep.finish(o),
-        }
+        record::<B, C>(q, k, v, Some((o, lse)), options).0
     }
 }

@@ -15,15 +15,4 @@ impl AttentionOps for Flex {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         Self::attention_forward(Operands { q, k, v }, &options)
     }
-
-    fn attention_again(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        output: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: AttentionOptions,
-    ) -> FloatTensor<Self> {
-        output
-    }
 }
