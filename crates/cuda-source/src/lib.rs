@@ -47,6 +47,7 @@
 //! is why reads and writes are declared. An illegal address poisons the CUDA context for good, as always.
 
 mod arguments;
+mod barriers;
 mod device;
 mod error;
 mod launch;

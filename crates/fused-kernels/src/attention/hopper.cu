@@ -7,32 +7,12 @@
 //
 //   TURNS      1: the computing groups take turns at the tensor cores
 
-typedef unsigned char u8;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap { u64 words[16]; };
-
 #define CONSUMERS 256
 #define THREADS 384
 #define BLOCK_ROWS 128
 #define HALVES (D / 64)                     // of a tile: 64 columns each, rows of 128 bytes, swizzled over their width
 #define TILE_BYTES(rows) ((rows) * D * 2)
 #define NONE 0xffffffffu
-
-__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
-    asm volatile(
-        "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra WAIT; DONE: }"
-        ::"r"(shared_address(bar)), "r"(parity) : "memory");
-}
 
 // A place in a ring of N stages, and the parity of the round.
 template <u32 N>

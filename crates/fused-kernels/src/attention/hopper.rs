@@ -73,12 +73,14 @@ use crate::{HalfFormat, KernelError};
 const FORWARD: &str = concat!(
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
+    cuda_source::tma_barriers!(),
     include_str!("hopper.cu"),
     include_str!("hopper_forward.cu")
 );
 const BACKWARD: &str = concat!(
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
+    cuda_source::tma_barriers!(),
     include_str!("hopper.cu"),
     include_str!("hopper_backward.cu")
 );

@@ -7,8 +7,10 @@
 //   ROWS       queries, or keys, of a tile in shared memory
 //   SOFTCAP    1: scores go through cap * tanh(score / cap)
 
-typedef unsigned int u32;
+typedef unsigned char u8;
 typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 #define LOG2_E 1.4426950408889634f

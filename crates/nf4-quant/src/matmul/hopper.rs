@@ -85,6 +85,7 @@ use crate::{FloatFormat, QuantError};
 
 const TEXT: &str = concat!(
     include_str!("common.cu"),
+    cuda_source::tma_barriers!(),
     include_str!("hopper_instructions.cu"),
     include_str!("hopper_decode.cu"),
     include_str!("hopper.cu")

@@ -3,26 +3,10 @@
 // Defined before this text: TRANSPOSED, BN, and the instructions for that BN: WGMMA (A in registers) and
 // WGMMA_SHARED.
 
-struct alignas(64) TensorMap { u64 words[16]; };
-
-__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
 // Of a block of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(u64* bar, u32 block) {
     asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [a]; }"
                  ::"r"(shared_address(bar)), "r"(block) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
-    asm volatile(
-        "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra WAIT; DONE: }"
-        ::"r"(shared_address(bar)), "r"(parity) : "memory");
 }
 
 __device__ __forceinline__ void load_tile(void* to, const TensorMap* map, u64* bar, int column, int row) {
