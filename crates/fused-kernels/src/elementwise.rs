@@ -109,15 +109,22 @@ pub(crate) fn reduce_row(
     let unit = UNIT_POS as usize;
     shared[unit] = value;
     sync_cube();
+    // Four at a time; two in the last round where the power of two is odd. Every round costs a barrier.
+    let rounds = comptime!(units.ilog2().div_ceil(2));
     #[unroll]
-    for level in 0..comptime!(units.ilog2()) {
-        let stride = comptime!(units >> (level as usize + 1));
+    for round in 0..rounds {
+        let stride = comptime!(units >> (2 * (round + 1)).min(units.ilog2()));
         if unit % units < stride {
-            let other = shared[unit + stride];
-            match reduction {
-                Reduction::Sum => shared[unit] += other,
-                Reduction::Maximum => shared[unit] = max(shared[unit], other),
+            let mut joined = shared[unit];
+            #[unroll]
+            for part in 1..comptime!((units >> (2 * round)) / stride) {
+                let other = shared[unit + part * stride];
+                match reduction {
+                    Reduction::Sum => joined += other,
+                    Reduction::Maximum => joined = max(joined, other),
+                }
             }
+            shared[unit] = joined;
         }
         sync_cube();
     }
