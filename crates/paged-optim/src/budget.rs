@@ -13,7 +13,8 @@ use crate::OptimError;
 
 /// How much of the state may stay on the device; the rest is in host memory and comes by for its update.
 ///
-/// An update needs two pages on the device (one in use, one on its way), so a smaller budget counts as one page.
+/// An update needs two pages on the device (one in use, one on its way), so a smaller budget counts as one page, of
+/// at most 16 MiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Budget {
     /// What the driver has left at every step, less a reserve; everything on devices whose driver doesn't tell.
@@ -26,13 +27,15 @@ pub enum Budget {
 }
 
 impl Budget {
-    /// Bytes of a page of state. A figure is cut into eight pages or more, so that there is something to choose.
-    pub(crate) fn page_bytes(self) -> u64 {
+    /// Bytes of a page of `state` bytes of state. A figure is cut into eight pages or more, so that there is something
+    /// to choose, but none is smaller than a 64th of the state: a page costs a launch and two copies, and a budget of
+    /// nothing would make one of every block.
+    pub(crate) fn page_bytes(self, state: u64) -> u64 {
         /// Long enough that the bus is busy for longer than a copy takes to start, short beside any device.
         const PAGE: u64 = 16 << 20;
         match self {
             Self::Auto | Self::Unlimited => PAGE,
-            Self::Bytes(bytes) => (bytes / 8).min(PAGE),
+            Self::Bytes(bytes) => (bytes / 8).max(state / 64).min(PAGE),
         }
     }
 }

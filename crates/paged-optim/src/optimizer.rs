@@ -68,7 +68,8 @@ impl Optimizer {
         budget: Budget,
         source: Box<dyn MemorySource>,
     ) -> Self {
-        let pages = layout::pages(&config, lens, budget.page_bytes());
+        let state = lens.iter().map(|&len| config.state_bytes(len)).sum();
+        let pages = layout::pages(&config, lens, budget.page_bytes(state));
         let words: Vec<usize> = pages.iter().map(|page| page.words).collect();
         let state: Box<dyn State> = match device.as_dispatch() {
             DispatchDevice::Cube(cube) => Box::new(Pager::new(CubeDevice::new(cube.clone()), &words, budget, source)),
