@@ -19,7 +19,7 @@
 //! add the gradients in another order.)
 
 use crate::Pass;
-use crate::offload::{Offloaded, Pace};
+use crate::offload::{Pace, Parked};
 use crate::ops::{AttentionResult, backward_from};
 use burn::tensor::{Gradients, Tensor};
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,7 @@ use tracing::trace_span;
 /// What the forward pass keeps for the backward pass. Bytes are those of a Llama block with bf16 activations, per
 /// token and `hidden` features.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum ActivationCheckpointing {
     /// Every activation that a backward formula needs: fastest, most memory; about `32 hidden` bytes.
     None,
@@ -41,11 +41,29 @@ pub enum ActivationCheckpointing {
     /// As `full`, in the host's memory: inputs travel there while the next block computes, and come back ahead of
     /// their use. The device holds two.
     Offload,
+    /// As `selective`, in the host's memory: nearly as fast, on a device as empty as with `offload`. The host holds
+    /// the `6 hidden` bytes, and its bus carries them twice while blocks compute.
+    OffloadSelective,
 }
 
 impl ActivationCheckpointing {
     /// Every policy.
-    pub const ALL: [Self; 4] = [Self::None, Self::Selective, Self::Full, Self::Offload];
+    pub const ALL: [Self; 5] = [Self::None, Self::Selective, Self::Full, Self::Offload, Self::OffloadSelective];
+
+    /// Whether attention's result and the second branch's input are kept beside the block's.
+    fn keeps_branches(self) -> bool {
+        matches!(self, Self::Selective | Self::OffloadSelective)
+    }
+
+    /// Whether what is kept leaves the device.
+    fn offloads(self) -> bool {
+        matches!(self, Self::Offload | Self::OffloadSelective)
+    }
+
+    /// A tensor, where it is to wait.
+    fn park<const D: usize>(self, tensor: Tensor<D>) -> Result<Parked<D>, String> {
+        if self.offloads() { Parked::away(tensor) } else { Ok(Parked::Here(tensor)) }
+    }
 }
 
 /// Tokens that go through the second branch at a time: enough for products at full speed.
@@ -115,19 +133,67 @@ pub trait ResidualBlock {
 
 /// What [`forward`] kept of a block.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "one for each block, and they stay where they are")]
-enum Kept {
-    /// The input.
-    Input(Tensor<2>),
-    /// The input, in the host's memory.
-    Offloaded(Offloaded),
-    /// The inputs of both branches and attention's result.
-    Branches { input: Tensor<2>, middle: Tensor<2>, attention: Option<AttentionResult> },
+struct Kept {
+    input: Parked<2>,
+    branches: Option<Branches>,
+}
+
+/// What it kept within it.
+#[derive(Debug)]
+struct Branches {
+    /// The second branch's input.
+    middle: Parked<2>,
+    /// Output and log-sum-exp.
+    attention: Option<[Parked<4>; 2]>,
+}
+
+impl Kept {
+    /// Waits until everything is where it is to wait.
+    fn settle(&mut self) -> Result<(), String> {
+        self.input.settle()?;
+        let Some(Branches { middle, attention }) = &mut self.branches else { return Ok(()) };
+        middle.settle()?;
+        attention.iter_mut().flatten().try_for_each(Parked::settle)
+    }
+
+    /// With what the backward pass needs first on its way to the device.
+    fn begun(self) -> Result<Self, String> {
+        Ok(match self.branches {
+            None => Self { input: self.input.begun()?, branches: None },
+            Some(branches) => {
+                let middle = branches.middle.begun()?;
+                Self { branches: Some(Branches { middle, ..branches }), ..self }
+            }
+        })
+    }
+}
+
+/// A block's first branch during the backward pass.
+enum First {
+    /// It ran again, for the second branch's input.
+    Recorded { input: Tensor<2>, branch: Tensor<2> },
+    /// What it is to run from.
+    Waiting { input: Parked<2>, attention: Option<[Parked<4>; 2]> },
+}
+
+impl First {
+    /// With what it needs on its way to the device.
+    fn begun(self) -> Result<Self, String> {
+        let Self::Waiting { input, attention } = self else { return Ok(self) };
+        let attention = match attention {
+            Some([output, log_sum_exp]) => Some([output.begun()?, log_sum_exp.begun()?]),
+            None => None,
+        };
+        Ok(Self::Waiting { input: input.begun()?, attention })
+    }
 }
 
 /// What [`forward`] kept, for [`backward`].
 #[derive(Debug)]
-pub struct Checkpoints(Vec<Kept>);
+pub struct Checkpoints {
+    policy: ActivationCheckpointing,
+    blocks: Vec<Kept>,
+}
 
 /// Runs `blocks` on `x` without recording, and keeps what `policy` says. [`ActivationCheckpointing::None`] is no
 /// business of this function: whoever keeps everything records the blocks.
@@ -144,43 +210,41 @@ pub fn forward<B: ResidualBlock>(
     policy: ActivationCheckpointing,
 ) -> Result<(Tensor<2>, Checkpoints), String> {
     let pass = pass.untracked();
-    let mut kept = Vec::with_capacity(blocks.len());
+    let mut kept = Vec::<Kept>::with_capacity(blocks.len());
     // With autodiff enabled but nothing tracked: a backend may have fused versions of what autodiff composes
     // of several operations, and their last bits differ.
     let mut x = x.without_autodiff().autodiff();
     for (index, block) in blocks.iter().enumerate() {
         let _span = trace_span!("block", index).entered();
         let input = x.clone().without_autodiff();
-        match policy {
-            ActivationCheckpointing::Selective => {
-                let mut attention = None;
-                let m = x.clone() + block.attention(x, pass, Purpose::Keep(&mut attention));
-                let middle = m.clone().without_autodiff();
-                x = m.clone() + block.feed_forward_in_parts(m, pass);
-                kept.push(Kept::Branches { input, middle, attention });
-            }
-            ActivationCheckpointing::Offload => {
-                if let [.., Kept::Offloaded(earlier), _] = &mut kept[..] {
-                    earlier.settle()?;
-                }
-                kept.push(Offloaded::send(&input)?.map_or(Kept::Input(input), Kept::Offloaded));
-                x = block.forward(x, pass);
-            }
-            ActivationCheckpointing::None | ActivationCheckpointing::Full => {
-                kept.push(Kept::Input(input));
-                x = block.forward(x, pass);
-            }
+        if let [.., earlier, _] = &mut kept[..] {
+            earlier.settle()?;
         }
-    }
-    for kept in &mut kept {
-        if let Kept::Offloaded(leaving) = kept {
-            leaving.settle()?;
+        let input = policy.park(input)?;
+        let mut branches = None;
+        if policy.keeps_branches() {
+            let mut attention = None;
+            let m = x.clone() + block.attention(x, pass, Purpose::Keep(&mut attention));
+            let middle = policy.park(m.clone().without_autodiff())?;
+            let attention = match attention.map(AttentionResult::into_parts) {
+                Some([output, log_sum_exp]) => Some([policy.park(output)?, policy.park(log_sum_exp)?]),
+                None => None,
+            };
+            branches = Some(Branches { middle, attention });
+            x = m.clone() + block.feed_forward_in_parts(m, pass);
+        } else {
+            x = block.forward(x, pass);
         }
+        kept.push(Kept { input, branches });
     }
-    Ok((x.without_autodiff(), Checkpoints(kept)))
+    kept.iter_mut().try_for_each(Kept::settle)?;
+    Ok((x.without_autodiff(), Checkpoints { policy, blocks: kept }))
 }
 
 /// Runs the blocks again and differentiates them, from last to first.
+///
+/// Offloaded tensors come back half a block ahead of their use. A kernel that uses one waits for every copy that
+/// was started before it, so each half's copies start behind the kernels that use the last half's.
 ///
 /// `grad` is the loss's gradient in the output of the last block. `collect` takes gradients of a block's parameters out
 /// of the container, several times per block. With `into_embeddings` the result is the gradient in the first block's input.
@@ -198,33 +262,25 @@ pub fn backward<B: ResidualBlock>(
     into_embeddings: bool,
     mut collect: impl FnMut(usize, &B, &mut Gradients),
 ) -> Result<Option<Tensor<2>>, String> {
-    let Checkpoints(mut kept) = checkpoints;
+    let Checkpoints { policy, blocks: mut kept } = checkpoints;
     let mut grad = grad;
     let mut pace = Pace::default();
     while let Some(checkpoint) = kept.pop() {
         let index = kept.len();
         let _span = trace_span!("block_backward", index).entered();
         let block = &blocks[index];
-        let (input, known) = match checkpoint {
-            Kept::Input(input) => (input, None),
-            Kept::Offloaded(input) => (input.fetch()?, None),
-            Kept::Branches { input, middle, attention } => (input, Some((middle, attention))),
-        };
-        // The next input comes while this block is differentiated.
-        if let Some(Kept::Offloaded(next)) = kept.pop_if(|next| matches!(next, Kept::Offloaded(_))) {
-            pace.mark(&input)?;
-            kept.push(Kept::Input(next.fetch()?));
-        }
         // Below the first block only trained embeddings need a gradient.
         let wanted = index > 0 || into_embeddings;
-        let input = if wanted { input.autodiff().require_grad() } else { input.autodiff() };
-        let (middle, first) = match known {
-            Some((middle, attention)) => (middle, Err(attention)),
+        let leaf = |x: Tensor<2>| if wanted { x.autodiff().require_grad() } else { x.autodiff() };
+        let Kept { input, branches } = checkpoint;
+        let (middle, mut first) = match branches {
+            Some(Branches { middle, attention }) => (middle.here()?, First::Waiting { input, attention }),
             None => {
                 let _span = trace_span!("recompute").entered();
+                let input = leaf(input.here()?);
                 let branch = block.attention(input.clone(), pass, Purpose::Result);
                 let middle = input.clone().without_autodiff() + branch.clone().without_autodiff();
-                (middle, Ok(branch))
+                (middle, First::Recorded { input, branch })
             }
         };
         // As the plain backward does, from the last tokens on.
@@ -235,6 +291,7 @@ pub fn backward<B: ResidualBlock>(
             let middle = of_part(&middle).autodiff().require_grad();
             let again = || block.feed_forward(middle.clone(), pass.part(part), Purpose::Gradients(None));
             let second = trace_span!("recompute").in_scope(again);
+            first = first.begun()?;
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, of_part(&grad)));
             through.extend(middle.grad_remove(&mut grads));
             collect(index, block, &mut grads);
@@ -246,13 +303,28 @@ pub fn backward<B: ResidualBlock>(
             grad = grad + through;
         }
 
-        let first = match first {
-            Ok(branch) => branch,
-            Err(attention) => trace_span!("recompute")
-                .in_scope(|| block.attention(input.clone(), pass, Purpose::Gradients(attention))),
+        let (input, branch) = match first {
+            First::Recorded { input, branch } => (input, branch),
+            First::Waiting { input, attention } => {
+                let _span = trace_span!("recompute").entered();
+                let input = leaf(input.here()?);
+                let known = match attention {
+                    Some([output, log_sum_exp]) => {
+                        Some(AttentionResult::from_parts([output.here()?, log_sum_exp.here()?]))
+                    }
+                    None => None,
+                };
+                (input.clone(), block.attention(input, pass, Purpose::Gradients(known)))
+            }
         };
-        if first.is_tracked() {
-            let mut grads = trace_span!("gradient").in_scope(|| backward_from(first, grad.clone()));
+        if let Some(next) = kept.pop() {
+            if policy.offloads() {
+                pace.mark(&grad)?;
+            }
+            kept.push(next.begun()?);
+        }
+        if branch.is_tracked() {
+            let mut grads = trace_span!("gradient").in_scope(|| backward_from(branch, grad.clone()));
             if let Some(through) = input.grad_remove(&mut grads) {
                 grad = grad + through;
             }

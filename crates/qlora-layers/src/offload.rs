@@ -3,9 +3,10 @@
 //! On CUDA both ways are copies on a stream of their own, to and from pinned memory (`cuMemAllocHost`, from CubeCL's
 //! pool). CubeCL makes that stream wait for the one on which a buffer was made, up to the moment of the call; a tensor
 //! that goes out was just computed there, so its values are in. A buffer stays reserved until its copy is done. The host
-//! queues work far ahead of the device: callers [settle](Offloaded::settle) the copy before the last on the way out, and
-//! keep [`Pace`] on the way back, so that no more than two tensors hold device memory. Other runtimes have one queue for everything and wait for each copy out (with
-//! WGSL, nothing else may be queued while a buffer is being read); on the CPU, a tensor is where it should be.
+//! queues work far ahead of the device: callers [settle](Parked::settle) the copies before the last ones on
+//! the way out, and keep [`Pace`] on the way back, so that no more than two blocks' tensors hold device memory. Other
+//! runtimes have one queue for everything and wait for each copy out (with WGSL, nothing else may be queued while a
+//! buffer is being read); on the CPU, a tensor is where it should be.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -26,6 +27,58 @@ use cubecl::server::{Handle, ServerError};
 const CUDA: &str = "cuda";
 
 type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
+
+/// A tensor that waits for its use.
+#[derive(Debug)]
+pub(crate) enum Parked<const D: usize> {
+    /// Where it was made.
+    Here(Tensor<D>),
+    /// In the host's memory.
+    Away(Offloaded),
+}
+
+impl<const D: usize> Parked<D> {
+    /// Starts bringing a tensor to the host, unless it is there already.
+    ///
+    /// # Errors
+    /// The device's message, where the copy failed.
+    pub(crate) fn away(tensor: Tensor<D>) -> Result<Self, String> {
+        Ok(match on_device(&tensor) {
+            Some(on_device) => Self::Away(Offloaded::send(on_device)?),
+            None => Self::Here(tensor),
+        })
+    }
+
+    /// Waits until the tensor is where it is to wait.
+    ///
+    /// # Errors
+    /// The device's message, where the copy failed.
+    pub(crate) fn settle(&mut self) -> Result<(), String> {
+        match self {
+            Self::Here(_) => Ok(()),
+            Self::Away(tensor) => tensor.settle().map(|_| ()),
+        }
+    }
+
+    /// On its way to where it was made.
+    ///
+    /// # Errors
+    /// The device's message, where its way out failed.
+    pub(crate) fn begun(self) -> Result<Self, String> {
+        self.here().map(Self::Here)
+    }
+
+    /// The tensor where it was made, or on its way there: whatever uses it waits for it.
+    ///
+    /// # Errors
+    /// The device's message, where its way out failed.
+    pub(crate) fn here(self) -> Result<Tensor<D>, String> {
+        match self {
+            Self::Here(tensor) => Ok(tensor),
+            Self::Away(tensor) => tensor.fetch().map(from_device),
+        }
+    }
+}
 
 /// A tensor that left the device.
 pub(crate) struct Offloaded {
@@ -52,12 +105,8 @@ impl fmt::Debug for Offloaded {
 }
 
 impl Offloaded {
-    /// Starts bringing a tensor to the host; `None` where it is in the host's memory already.
-    ///
-    /// # Errors
-    /// The device's message, where the copy failed.
-    pub(crate) fn send(tensor: &Tensor<2>) -> Result<Option<Self>, String> {
-        let Some(tensor) = on_device(tensor) else { return Ok(None) };
+    /// Starts bringing a tensor to the host.
+    fn send(tensor: CubeTensor) -> Result<Self, String> {
         let client = lasting(&tensor.client);
         let buffer = tensor.handle.clone();
         let download: Download = on_copies(client, || Box::pin(client.read_async(vec![buffer.clone()])) as Download);
@@ -69,14 +118,11 @@ impl Offloaded {
             let own = Bytes::from_bytes_vec(sent.settle()?.to_vec());
             sent.copy = Copy::Arrived(own);
         }
-        Ok(Some(sent))
+        Ok(sent)
     }
 
     /// The values, once they are in the host's memory.
-    ///
-    /// # Errors
-    /// The device's message, where the copy failed.
-    pub(crate) fn settle(&mut self) -> Result<&Bytes, String> {
+    fn settle(&mut self) -> Result<&Bytes, String> {
         if let Copy::Leaving { download, .. } = &mut self.copy {
             let mut read = cubecl::future::block_on(download.as_mut()).map_err(|e| e.to_string())?;
             self.copy = Copy::Arrived(read.pop().ok_or("the device sent nothing")?);
@@ -87,18 +133,15 @@ impl Offloaded {
         }
     }
 
-    /// Starts bringing the tensor back; whatever uses it on the device waits for it.
-    ///
-    /// # Errors
-    /// The device's message, where its way out failed.
-    pub(crate) fn fetch(mut self) -> Result<Tensor<2>, String> {
+    /// Starts bringing the tensor back.
+    fn fetch(mut self) -> Result<CubeTensor, String> {
         self.settle()?;
         let Self { copy: Copy::Arrived(bytes), device, shape, dtype } = self else {
             return Err("the device sent nothing".into());
         };
         let client = device.client();
         let handle = on_copies(&client, || client.create(bytes));
-        Ok(from_device(CubeTensor::new_contiguous(client, device, shape, handle, dtype)))
+        Ok(CubeTensor::new_contiguous(client, device, shape, handle, dtype))
     }
 }
 
@@ -128,14 +171,14 @@ impl Pace {
 }
 
 /// The tensor behind Burn's dispatch, contiguous; `None` where it is in the host's memory already.
-fn on_device(tensor: &Tensor<2>) -> Option<CubeTensor> {
+fn on_device<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
     match tensor.clone().without_autodiff().into_dispatch().kind {
         DispatchTensorKind::Cube(tensor) => Some(into_contiguous(tensor.float())),
         _ => None,
     }
 }
 
-fn from_device(tensor: CubeTensor) -> Tensor<2> {
+fn from_device<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
     let kind = DispatchTensorKind::Cube(BackendTensor::Float(tensor));
     Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() })
 }

@@ -134,6 +134,7 @@ impl Plan {
             ActivationCheckpointing::Selective => block + blocks * kept(2 * model.hidden_size + attention),
             ActivationCheckpointing::Full => block + blocks * kept(model.hidden_size),
             ActivationCheckpointing::Offload => block + 2 * kept(model.hidden_size),
+            ActivationCheckpointing::OffloadSelective => block + 2 * kept(2 * model.hidden_size + attention),
         };
         // The logits, and what a cap makes of them.
         let logits = 2 * width * (tokens * model.vocab_size as u64).min(MAX_LOGITS as u64);

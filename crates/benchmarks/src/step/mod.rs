@@ -208,10 +208,10 @@ impl Record {
     }
 }
 
-/// Whether a step under a policy can't do without running blocks twice. What `selective` computes again is its own
-/// affair.
+/// Whether a step under a policy can't do without running blocks twice. What those that keep both branches compute
+/// again is their own affair.
 fn recomputes(policy: &str) -> bool {
-    !matches!(policy, "none" | "selective")
+    !matches!(policy, "none" | "selective" | "offload_selective")
 }
 
 /// The configuration of `qlora train` for a policy.

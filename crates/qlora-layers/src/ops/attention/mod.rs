@@ -135,6 +135,18 @@ pub struct AttentionResult {
     log_sum_exp: Tensor<4>,
 }
 
+impl AttentionResult {
+    /// Output, as the queries, and log-sum-exp.
+    pub(crate) fn into_parts(self) -> [Tensor<4>; 2] {
+        [self.output, self.log_sum_exp]
+    }
+
+    /// As [`into_parts`](Self::into_parts) gave them.
+    pub(crate) fn from_parts([output, log_sum_exp]: [Tensor<4>; 2]) -> Self {
+        Self { output, log_sum_exp }
+    }
+}
+
 /// [`attention`], and what it computed, for [`attention_again`].
 ///
 /// # Shapes
