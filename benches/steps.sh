@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Whole training steps on one NVIDIA card: the cases of docs/src/performance.md, ours beside PEFT and Unsloth where
-# python3 has them, from programs that were built elsewhere. About six minutes on an H100 with both peers.
+# python3 has them, from programs that were built elsewhere. About fifteen minutes on an H100 with both peers.
 #
-# usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: short long batch vocabulary large memory
+# usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: batch short long longest vocabulary large memory
 #   BIN  qlora-bench
 #   OUT  takes a JSON file per part
 set -uo pipefail
 bin=$(realpath "$1") out=$(realpath "$2")
 shift 2
-parts=${*:-batch short long vocabulary large memory}
+parts=${*:-batch short long longest vocabulary large memory}
 export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} PYTHONUNBUFFERED=1
 peers=() peft=() unsloth=()
 if python3 -c 'import torch, bitsandbytes, peft' 2>/dev/null; then peft=(--peer-script benches/peers/bench_step_peft.py); fi
@@ -28,12 +28,15 @@ measure() {
 }
 
 # 7B, as much as PEFT needs and as little as Unsloth does.
-measure batch 200 --policy selective,full,offload --case 4x2048 $(beside "${unsloth[@]}" "${peft[@]}")
-measure short 120 --policy full --case 1x2048,4x512 $(beside "${unsloth[@]}" "${peft[@]}")
-measure long 160 --policy selective,offload --case 1x16384 --steps 3 --warm-up 1 $(beside "${unsloth[@]}")
+measure batch 300 --policy selective,full,offload,offload_selective --case 4x2048 $(beside "${unsloth[@]}" "${peft[@]}")
+measure short 240 --policy full,offload_selective --case 1x2048,4x512 $(beside "${unsloth[@]}" "${peft[@]}")
+measure long 160 --policy offload,offload_selective --case 1x16384 --steps 3 --warm-up 2 $(beside "${unsloth[@]}")
+# What 24 GiB hold.
+measure longest 200 --policy offload --case 1x102400 --steps 1 --warm-up 1
 # 128 thousand words: the logits.
-measure vocabulary 120 --shape llama-3.1-8b --policy selective,full --case 4x2048 --steps 5 $(beside "${peft[@]}")
+measure vocabulary 160 --shape llama-3.1-8b --policy selective,full,offload_selective --case 4x2048 --steps 5 $(beside "${peft[@]}")
 # 70B, the optimizer's state in the host's memory.
-measure large 120 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=0MiB --steps 3 --warm-up 1
+measure large 240 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=256MiB --steps 3 --warm-up 1 \
+    $(beside "${peft[@]}")
 # Flat over a thousand steps.
 measure memory 60 --shape tiny --policy full --case 4x64 --steps 1000
