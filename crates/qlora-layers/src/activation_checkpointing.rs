@@ -169,6 +169,7 @@ impl Kept {
 }
 
 /// A block's first branch during the backward pass.
+#[expect(clippy::large_enum_variant, reason = "one at a time, for half a block")]
 enum First {
     /// It ran again, for the second branch's input.
     Recorded { input: Tensor<2>, branch: Tensor<2> },

@@ -24,12 +24,14 @@ use cubecl::client::Client;
 use cubecl::server::{Handle, ServerError};
 
 /// The runtime whose copies run beside its kernels.
-const CUDA: &str = "cuda";
+pub(crate) const CUDA: &str = "cuda";
 
-type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
+/// A copy to the host that was started.
+pub(crate) type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
 
 /// A tensor that waits for its use.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few for each block, and they stay where they are")]
 pub(crate) enum Parked<const D: usize> {
     /// Where it was made.
     Here(Tensor<D>),
@@ -171,7 +173,7 @@ impl Pace {
 }
 
 /// The tensor behind Burn's dispatch, contiguous; `None` where it is in the host's memory already.
-fn on_device<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
+pub(crate) fn on_device<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
     match tensor.clone().without_autodiff().into_dispatch().kind {
         DispatchTensorKind::Cube(tensor) => Some(into_contiguous(tensor.float())),
         _ => None,
@@ -195,7 +197,7 @@ fn on_copies<T>(client: &Client, work: impl FnOnce() -> T) -> T {
 
 /// A client that is never dropped, one per device of the process: a download borrows its client, and outlives the call
 /// that starts it.
-fn lasting(client: &Client) -> &'static Client {
+pub(crate) fn lasting(client: &Client) -> &'static Client {
     static CLIENTS: Mutex<Vec<&'static Client>> = Mutex::new(Vec::new());
     let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
     match clients.iter().find(|known| known.service_id() == client.service_id()) {

@@ -6,6 +6,10 @@
 //!
 //! When the device runs out of memory, the optimizer's state makes way and the step is done once more: nothing was
 //! updated yet, and dropout draws the same masks.
+//!
+//! Nothing waits for the device but the read-back of the loss, and that one when the update is queued already: while
+//! the device is at it, the host begins with the next step. The update itself heeds what the host does not know yet:
+//! where loss or gradients are not finite it changes nothing.
 
 use crate::data::Batch;
 use crate::error::TrainError;
@@ -14,7 +18,7 @@ use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
 use qlora_layers::activation_checkpointing;
 use qlora_layers::ops::backward_from;
-use qlora_layers::{ActivationCheckpointing, Pass};
+use qlora_layers::{ActivationCheckpointing, Pass, Reading};
 use qlora_models::{BlockInPass, Decoder};
 
 /// What one optimizer step did.
@@ -91,7 +95,7 @@ impl Engine {
     /// One optimizer step over `micro_batches`. `seed` picks this step's dropout masks.
     ///
     /// # Errors
-    /// No micro-batch has an unmasked token, the loss or the gradients are not finite (the adapters are
+    /// No micro-batch has an unmasked token, the loss or the gradients are not finite (adapters and moments are
     /// unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
         let _span = tracing::trace_span!("step").entered();
@@ -106,11 +110,16 @@ impl Engine {
             }
             computed => computed?,
         };
-        let Computed { loss, grad_norm, norm, grads } = computed;
+        let Computed { numbers, norm, grads } = computed;
+        self.update(grads, norm, learning_rate)?;
+        let _span = tracing::trace_span!("read_back").entered();
+        let numbers = numbers.wait().map_err(TrainError::Device)?;
+        let [loss, grad_norm] = numbers[..] else {
+            return Err(TrainError::Device(format!("{} numbers instead of loss and norm", numbers.len())));
+        };
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(TrainError::NotFinite { loss, grad_norm, learning_rate });
         }
-        self.update(grads, norm, learning_rate)?;
         Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(grad_norm), label_tokens })
     }
 
@@ -148,14 +157,13 @@ impl Engine {
             .zip(parameters)
             .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
             .collect();
-        // One read-back for both numbers: it is what waits for the device.
         let norm = global_norm(&grads);
         let loss = Tensor::cat(losses, 0).sum();
-        let _span = tracing::trace_span!("read_back").entered();
-        let read = Tensor::cat(vec![loss, norm.clone()], 0)
-            .try_into_vec_as::<f32>()
-            .map_err(|e| TrainError::Device(e.to_string()))?;
-        Ok(Computed { loss: read[0], grad_norm: read[1], norm, grads })
+        // Starting to read tells whether memory was short.
+        let numbers = Reading::start(Tensor::cat(vec![loss.clone(), norm.clone()], 0)).map_err(TrainError::Device)?;
+        // The norm, unless the loss is not finite: then neither is this.
+        let norm = norm + loss.mul_scalar(0.0);
+        Ok(Computed { numbers, norm, grads })
     }
 
     /// Mean loss over the unmasked tokens of `batches`, and their number, without training.
@@ -271,9 +279,9 @@ impl Engine {
 
 /// What a step computes before it changes anything.
 struct Computed {
-    loss: f32,
-    grad_norm: f32,
-    /// The same, on the device.
+    /// Loss and global norm, on their way.
+    numbers: Reading,
+    /// The norm for the update, which is skipped where it is not finite.
     norm: Tensor<1>,
     grads: Vec<Tensor<2>>,
 }

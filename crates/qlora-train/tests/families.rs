@@ -67,6 +67,24 @@ fn a_plan_counts_what_is_loaded() {
     }
 }
 
+/// The update is queued before the host knows the loss.
+#[test]
+fn a_step_that_is_not_finite_changes_nothing() {
+    let dir = archs().into_iter().next().unwrap();
+    let mut engine = engine(&dir, ActivationCheckpointing::Full);
+    engine.step(&[batch(2, 12)], 1e30, 0).unwrap();
+    let all = |engine: &mut Engine| {
+        let factors: Vec<_> = engine.model().adapters().flat_map(|(_, a)| [&a.lora_a, &a.lora_b]).map(values).collect();
+        (factors, engine.optimizer_mut().state().unwrap())
+    };
+    let kept = all(&mut engine);
+    for seed in 1..3 {
+        let message = engine.step(&[batch(2, 12)], 1e-2, seed).unwrap_err().to_string();
+        assert!(message.contains("training diverged: loss NaN"), "{message}");
+        assert!(all(&mut engine) == kept, "after {message}");
+    }
+}
+
 #[test]
 fn an_expert_without_tokens_has_a_zero_gradient() {
     let dir = archs().into_iter().find(|path| path.ends_with("qwen3_moe")).unwrap();
