@@ -74,7 +74,7 @@ impl Ways {
 
 impl fmt::Display for Ways {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let checkpointing = format!("{:?}", self.checkpointing).to_lowercase();
+        let checkpointing = self.checkpointing.name();
         write!(f, "{checkpointing} {}", self.optimizer)?;
         if self.budget != Budget::Unlimited { write!(f, " paged") } else { Ok(()) }
     }

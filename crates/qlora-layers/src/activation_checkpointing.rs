@@ -50,6 +50,17 @@ impl ActivationCheckpointing {
     /// Every policy.
     pub const ALL: [Self; 5] = [Self::None, Self::Selective, Self::Full, Self::Offload, Self::OffloadSelective];
 
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Selective => "selective",
+            Self::Full => "full",
+            Self::Offload => "offload",
+            Self::OffloadSelective => "offload_selective",
+        }
+    }
+
     /// Whether attention's result and the second branch's input are kept beside the block's.
     fn keeps_branches(self) -> bool {
         matches!(self, Self::Selective | Self::OffloadSelective)

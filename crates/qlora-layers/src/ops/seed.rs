@@ -16,9 +16,10 @@ use burn::tensor::{FloatDType, Gradients, Shape, Tensor};
 /// The operation at the root.
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait SeedOps: Backend {
-    /// One element that stands for `sum(output · grad)`, and is zero: its backward gives `output` the gradient `grad`.
+    /// One element that stands for `sum(output · grad)` and holds anything: its backward gives `output` the gradient
+    /// `grad`.
     fn root(output: FloatTensor<Self>, _grad: FloatTensor<Self>) -> FloatTensor<Self> {
-        Self::float_zeros(Shape::new([1]), &output.device(), FloatDType::F32)
+        Self::float_empty(Shape::new([1]), &output.device(), FloatDType::F32)
     }
 }
 

@@ -96,6 +96,15 @@ fn every_key_survives_writing_and_reading() {
 }
 
 #[test]
+fn policies_are_read_by_their_names() {
+    let mut config = valid();
+    for policy in ActivationCheckpointing::ALL {
+        config.set("train.activation_checkpointing", policy.name()).unwrap();
+        assert_eq!(config.train.activation_checkpointing, policy);
+    }
+}
+
+#[test]
 fn an_unknown_key_is_named_with_its_line_and_the_nearest_name() {
     let cases = [
         (
