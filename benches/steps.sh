@@ -2,13 +2,13 @@
 # Whole training steps on one NVIDIA card: the cases of docs/src/performance.md, ours beside PEFT and Unsloth where
 # python3 has them, from programs that were built elsewhere. About fifteen minutes on an H100 with both peers.
 #
-# usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: batch short long longest vocabulary large memory
+# usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: batch short long longest vocabulary large memory stress
 #   BIN  qlora-bench
 #   OUT  takes a JSON file per part
 set -uo pipefail
 bin=$(realpath "$1") out=$(realpath "$2")
 shift 2
-parts=${*:-batch short long longest vocabulary large memory}
+parts=${*:-batch short long longest vocabulary large memory stress}
 export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} PYTHONUNBUFFERED=1
 peers=() peft=() unsloth=()
 if python3 -c 'import torch, bitsandbytes, peft' 2>/dev/null; then peft=(--peer-script benches/peers/bench_step_peft.py); fi
@@ -40,3 +40,9 @@ measure large 240 --shape llama-2-70b --policy full --case 1x512,1x2048 --set tr
     $(beside "${peft[@]}")
 # Flat over a thousand steps.
 measure memory 60 --shape tiny --policy full --case 4x64 --steps 1000
+# Rows that grow while a few GiB are left: state makes way, the run goes on.
+case " $parts " in *" stress "*)
+    echo "== stress"
+    timeout 120 "$bin/qlora-bench" stress --device cuda --layers 4 --rank 256 --leave 6 2>&1 | tee "$out/stress.txt"
+    echo "   $SECONDS s so far"
+esac

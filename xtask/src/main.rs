@@ -19,8 +19,8 @@ usage: cargo xtask <task>
   ci                 everything CI checks: formatting, tidy, clippy, documentation, tests
   test [ARGS...]     the tests, in release, on every runtime at hand; ARGS go to `cargo test`
   tidy               the architecture's rules: crate edges, names, headers, file lengths
-  bench kernels|first-use [--binary FILE] [ARGS...]
-                     what the GPU's kernels do; ARGS go to qlora-bench, such as --peer python3 or --only TEXT;
+  bench kernels|step|stress|first-use [--binary FILE] [ARGS...]
+                     what kernels and training steps do; ARGS go to qlora-bench, such as --peer python3 or --only TEXT;
                      --binary runs one that was built elsewhere
   golden FULL_DIR    cut a full reference folder (testdata/make_reference.py) down to testdata/reference
   random-checkpoint --shape SHAPE --out DIR [--max-shard-size 5GB] [--seed 0]

@@ -4,6 +4,7 @@
 //!   what the card gives at best, measured in the same run. With `--peer python3` the same shapes through
 //!   bitsandbytes and cuBLAS.
 //! - `step`: whole training steps of models with random weights, beside PEFT and Unsloth.
+//! - `stress`: rows that grow until the device is short of memory.
 //! - `first-use`: the time to the first 4-bit product of a process, with nothing compiled and with
 //!   everything in the cache.
 //!
@@ -41,6 +42,8 @@ enum Command {
     Kernels(kernels::Args),
     /// Time, memory and launches of whole training steps.
     Step(Box<step::Args>),
+    /// Rows that grow until the device is short of memory: optimizer state makes way, and the run goes on.
+    Stress(step::stress::Args),
     /// Cold and warm time to the first 4-bit product of a process.
     FirstUse(first_use::Args),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Kernels(args) => kernels::run(&args),
         Command::Step(args) => step::run(&args),
+        Command::Stress(args) => step::stress::run(&args),
         Command::FirstUse(args) => first_use::run(&args),
     };
     match result {

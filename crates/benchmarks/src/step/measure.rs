@@ -126,8 +126,8 @@ pub(crate) fn run(
     let mut last = first;
     let mut readings = Vec::new();
     for step in 1..=repeats.steps {
-        // The update is queued behind the read-back of the loss, and the next step queues behind it: what is timed is
-        // from one read-back to the next, as in training.
+        // A step returns with its loss, while the device is at the update, and the next step queues behind that: what is
+        // timed is from one read-back to the next, as in training.
         let start = Instant::now();
         last = steps.next()?;
         seconds.push(start.elapsed().as_secs_f64());

@@ -11,6 +11,7 @@ mod memory;
 mod peers;
 mod report;
 mod shapes;
+pub(crate) mod stress;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -33,21 +34,15 @@ use memory::Driver;
 use peers::Answer;
 use report::Row;
 
-/// Options of `step`.
+/// What is trained, and where.
 #[derive(clap::Args)]
-pub(crate) struct Args {
+struct Setting {
     /// llama-2-7b, llama-3.1-8b, llama-2-70b or tiny.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Only so many of its layers.
     #[arg(long)]
     layers: Option<usize>,
-    /// Rows and tokens of a micro-batch; may be repeated.
-    #[arg(long = "case", value_name = "ROWSxTOKENS", value_delimiter = ',', default_value = "1x2048,4x2048")]
-    cases: Vec<Case>,
-    /// Values of train.activation_checkpointing, separated by commas.
-    #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', default_value = "full")]
-    policies: Vec<String>,
     /// Rank of the adapters, on every linear layer.
     #[arg(long, default_value_t = 64)]
     rank: usize,
@@ -57,15 +52,28 @@ pub(crate) struct Args {
     /// Any other key of `qlora train`; may be repeated.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
+    /// auto, cpu, cuda, `cuda:<index>`, vulkan or metal.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+/// Options of `step`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    setting: Setting,
+    /// Rows and tokens of a micro-batch; may be repeated.
+    #[arg(long = "case", value_name = "ROWSxTOKENS", value_delimiter = ',', default_value = "1x2048,4x2048")]
+    cases: Vec<Case>,
+    /// Values of train.activation_checkpointing, separated by commas.
+    #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', default_value = "full")]
+    policies: Vec<String>,
     /// Steps that are timed.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Steps before them.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     warm_up: u32,
-    /// auto, cpu, cuda, `cuda:<index>`, vulkan or metal.
-    #[arg(long, default_value = "auto")]
-    device: String,
     /// PEFT and Unsloth on the same cases, in this Python.
     #[arg(long, value_name = "PYTHON")]
     peer: Option<String>,
@@ -102,7 +110,7 @@ struct Card {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     match args.child.as_deref() {
-        Some("ceilings") => answer(ceilings(&args.device)),
+        Some("ceilings") => answer(ceilings(&args.setting.device)),
         Some(child) => {
             let (policy, case) = child.split_once(':').context("a child is POLICY:CASE")?;
             let case = case.parse::<Case>().map_err(anyhow::Error::msg)?;
@@ -123,18 +131,18 @@ fn answer<T: Serialize>(result: Result<T>) -> Result<()> {
 }
 
 fn parent(args: &Args) -> Result<()> {
-    let shape = shapes::config(&args.shape, args.layers)?;
+    let shape = shapes::config(&args.setting.shape, args.setting.layers)?;
     for policy in &args.policies {
-        config(args, policy)?;
+        args.setting.config(policy)?;
     }
     if let Some(folder) = args.profile.as_deref().and_then(Path::parent).filter(|folder| *folder != Path::new("")) {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     let card: Card = child("ceilings").map_err(anyhow::Error::msg)?;
-    let accumulation = config(args, &args.policies[0])?.train.gradient_accumulation_steps;
+    let accumulation = args.setting.config(&args.policies[0])?.train.gradient_accumulation_steps;
     let gpu = card.machine["gpu"].as_str().unwrap_or_default().to_owned();
     let layers = shape.num_hidden_layers;
-    println!("{gpu}; {}, {layers} layers, rank {}, {}", args.shape, args.rank, args.optimizer);
+    println!("{gpu}; {}, {layers} layers, rank {}, {}", args.setting.shape, args.setting.rank, args.setting.optimizer);
     if let Some((flops, by)) = &card.flops {
         println!("ceiling: {:.0} TFLOP/s ({by})", flops / 1e12);
     }
@@ -174,19 +182,19 @@ impl Record {
         let gpu = card.machine["gpu"].as_str().unwrap_or_default();
         let in_folder = |dir: &PathBuf| {
             let date = chrono::Local::now().format("%Y-%m-%d");
-            dir.join(machine::slug(gpu)).join(format!("{date}-step-{}.json", args.shape))
+            dir.join(machine::slug(gpu)).join(format!("{date}-step-{}.json", args.setting.shape))
         };
         let mut head = card.machine.clone();
         head["script"] = json!("cargo xtask bench step");
         head["tflop_per_second"] = json!(card.flops.as_ref().map(|(flops, _)| (flops / 1e12).round()));
         head["tflop_per_second_by"] = json!(card.flops.as_ref().map(|(_, by)| by));
         head["model"] = json!({
-            "shape": args.shape,
+            "shape": args.setting.shape,
             "layers": layers,
-            "rank": args.rank,
-            "optimizer": args.optimizer,
+            "rank": args.setting.rank,
+            "optimizer": args.setting.optimizer,
             "gradient_accumulation_steps": accumulation,
-            "set": args.set,
+            "set": args.setting.set,
             "warm_up": args.warm_up,
             "steps": args.steps,
         });
@@ -214,21 +222,23 @@ fn recomputes(policy: &str) -> bool {
     !matches!(policy, "none" | "selective" | "offload_selective")
 }
 
-/// The configuration of `qlora train` for a policy.
-fn config(args: &Args, policy: &str) -> Result<TrainConfig> {
-    let mut config = TrainConfig::default();
-    config.model.path = args.shape.clone();
-    config.data.train = "random tokens".into();
-    config.set("train.gradient_accumulation_steps", "1")?;
-    config.set("train.activation_checkpointing", policy)?;
-    config.set("train.optimizer", &args.optimizer)?;
-    config.set("lora.rank", &args.rank.to_string())?;
-    for assignment in &args.set {
-        let (key, value) = assignment.split_once('=').context("--set takes SECTION.KEY=VALUE")?;
-        config.set(key.trim(), value.trim())?;
+impl Setting {
+    /// The configuration of `qlora train` for a policy.
+    fn config(&self, policy: &str) -> Result<TrainConfig> {
+        let mut config = TrainConfig::default();
+        config.model.path = self.shape.clone();
+        config.data.train = "random tokens".into();
+        config.set("train.gradient_accumulation_steps", "1")?;
+        config.set("train.activation_checkpointing", policy)?;
+        config.set("train.optimizer", &self.optimizer)?;
+        config.set("lora.rank", &self.rank.to_string())?;
+        for assignment in &self.set {
+            let (key, value) = assignment.split_once('=').context("--set takes SECTION.KEY=VALUE")?;
+            config.set(key.trim(), value.trim())?;
+        }
+        config.validate()?;
+        Ok(config)
     }
-    config.validate()?;
-    Ok(config)
 }
 
 /// Runs this program once more, for a part of its work.
@@ -263,6 +273,14 @@ fn open(name: &str) -> Result<(Device, Option<Bench>)> {
     Ok((bench.as_ref().map_or_else(Device::flex, |bench| bench.device.clone()), bench))
 }
 
+/// The number of the CUDA device that a name stands for, should it be one.
+fn cuda_index(device: &str) -> Option<usize> {
+    match device {
+        "auto" | "cuda" => Some(0),
+        name => name.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
+    }
+}
+
 fn ceilings(device: &str) -> Result<Card> {
     let (device, bench) = open(device)?;
     let Some(bench) = bench else {
@@ -274,14 +292,10 @@ fn ceilings(device: &str) -> Result<Card> {
 }
 
 fn measured(args: &Args, policy: &str, case: Case) -> Result<Measured> {
-    let shape = shapes::config(&args.shape, args.layers)?;
-    let config = config(args, policy)?;
-    let index = match args.device.as_str() {
-        "auto" | "cuda" => Some(0),
-        name => name.strip_prefix("cuda:").and_then(|index| index.parse().ok()),
-    };
-    let driver = index.and_then(Driver::watch);
-    let (device, bench) = open(&args.device)?;
+    let shape = shapes::config(&args.setting.shape, args.setting.layers)?;
+    let config = args.setting.config(policy)?;
+    let driver = cuda_index(&args.setting.device).and_then(Driver::watch);
+    let (device, bench) = open(&args.setting.device)?;
     let client = bench.map(|bench| bench.client);
     let driver = driver.filter(|_| client.is_some());
     let tracing = trace_path(args, policy, case).map(|path| Tracing { path, steps: args.profile_steps as usize });
@@ -306,14 +320,14 @@ fn run_peers(
     answered: impl Fn(&[Answer]) -> Result<()>,
 ) -> Result<Vec<Answer>> {
     let mut settings = vec![
-        ("shape", args.shape.clone()),
-        ("rank", args.rank.to_string()),
-        ("optimizer", args.optimizer.clone()),
+        ("shape", args.setting.shape.clone()),
+        ("rank", args.setting.rank.to_string()),
+        ("optimizer", args.setting.optimizer.clone()),
         ("accumulation", accumulation.to_string()),
         ("warm-up", args.warm_up.to_string()),
         ("steps", args.steps.to_string()),
     ];
-    settings.extend(args.layers.map(|layers| ("layers", layers.to_string())));
+    settings.extend(args.setting.layers.map(|layers| ("layers", layers.to_string())));
     let arguments = peers::arguments(&settings, &args.cases);
     let mut answers = Vec::new();
     println!("\n{}", Answer::header());
@@ -350,7 +364,7 @@ mod tests {
     #[test]
     fn the_configuration_is_that_of_qlora_train() {
         let args = args(&["--rank", "16", "--optimizer", "lion_8bit", "--set", "lora.dropout = 0.1"]);
-        let config = config(&args, "none").unwrap();
+        let config = args.setting.config("none").unwrap();
         assert_eq!((config.lora.rank, config.lora.dropout, config.lora.alpha), (16, 0.1, 16.0));
         assert_eq!(config.train.optimizer.name(), "lion_8bit");
         assert_eq!(config.train.gradient_accumulation_steps, 1);
@@ -369,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_does_not_exist_is_refused() {
-        let message = |policy: &str, line: &[&str]| config(&args(line), policy).unwrap_err().to_string();
+        let message = |policy: &str, line: &[&str]| args(line).setting.config(policy).unwrap_err().to_string();
         assert!(message("some", &[]).contains("activation_checkpointing"), "{}", message("some", &[]));
         assert!(message("full", &["--set", "lora.rnk=3"]).contains("rnk"));
         assert!(message("full", &["--rank", "0"]).contains("rank"));
