@@ -174,8 +174,6 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b) {
 
 #if KIND == 3
 
-#define MOST_SPLITS 16  // plan.rs makes no more
-
 // One thread per four sums: adds the splits in their order.
 extern "C" __global__ void __launch_bounds__(256)
 low_rank_sum(const float4* __restrict__ partial, void* __restrict__ out, const __grid_constant__ Params p) {
@@ -185,15 +183,8 @@ low_rank_sum(const float4* __restrict__ partial, void* __restrict__ out, const _
     u32 limit = IS_PROJECT ? p.tokens : p.features;
     if (tile * ROWS >= limit || tn * RANK_TILE >= p.rank) return;
     const float4* from = partial + ((size_t)tile * p.splits * TILES_PER_BLOCK + (m * WARPS_N * NT + tn)) * LANES + lane;
-    // All loads are on their way before the first sum.
-    float4 part[MOST_SPLITS];
-#pragma unroll
-    for (u32 s = 0; s < MOST_SPLITS; s++)
-        if (s < p.splits) part[s] = from[(size_t)s * TILES_PER_BLOCK * LANES];
-    float4 sum = part[0];
-#pragma unroll
-    for (u32 s = 1; s < MOST_SPLITS; s++)
-        if (s < p.splits) sum = add4(sum, part[s]);
+    float4 sum = from[0];
+    for (u32 s = 1; s < p.splits; s++) sum = add4(sum, from[(size_t)s * TILES_PER_BLOCK * LANES]);
     store(out, p, tile, m / MT, m % MT, tn, lane, sum);
 }
 

@@ -52,7 +52,7 @@ pub(super) fn arrange(client: &Client, problem: &Problem, factor: &Handle) -> Re
         transposed: transposed.into(),
         permuted: problem.blocksize.is_some().into(),
     };
-    let cubes = (padded_features * padded_rank / 8).div_ceil(THREADS as usize) as u32;
+    let cubes = (padded_features * padded_rank).div_ceil(THREADS as usize) as u32;
     cuda_source::launch(client, &source, (cubes, 1, 1), Arguments::new().read(factor).write(&handle).params(params))?;
     let (rows, cols) = match transposed {
         true => (padded_rank, padded_features),
