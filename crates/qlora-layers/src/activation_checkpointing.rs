@@ -192,12 +192,14 @@ impl First {
     /// With what it needs on its way to the device.
     fn begun(self) -> Result<Self, String> {
         let Self::Waiting { input, attention } = self else { return Ok(self) };
-        let attention = match attention {
-            Some([output, log_sum_exp]) => Some([output.begun()?, log_sum_exp.begun()?]),
-            None => None,
-        };
+        let attention = attention.map(|parts| both(parts, Parked::begun)).transpose()?;
         Ok(Self::Waiting { input: input.begun()?, attention })
     }
+}
+
+/// `change` for each of two.
+fn both<T, U>([a, b]: [T; 2], change: impl Fn(T) -> Result<U, String>) -> Result<[U; 2], String> {
+    Ok([change(a)?, change(b)?])
 }
 
 /// What [`forward`] kept, for [`backward`].
@@ -238,10 +240,7 @@ pub fn forward<B: ResidualBlock>(
             let mut attention = None;
             let m = x.clone() + block.attention(x, pass, Purpose::Keep(&mut attention));
             let middle = policy.park(m.clone().without_autodiff())?;
-            let attention = match attention.map(AttentionResult::into_parts) {
-                Some([output, log_sum_exp]) => Some([policy.park(output)?, policy.park(log_sum_exp)?]),
-                None => None,
-            };
+            let attention = attention.map(|result| both(result.into_parts(), |part| policy.park(part))).transpose()?;
             branches = Some(Branches { middle, attention });
             x = m.clone() + block.feed_forward_in_parts(m, pass);
         } else {
@@ -320,12 +319,8 @@ pub fn backward<B: ResidualBlock>(
             First::Waiting { input, attention } => {
                 let _span = trace_span!("recompute").entered();
                 let input = leaf(input.here()?);
-                let known = match attention {
-                    Some([output, log_sum_exp]) => {
-                        Some(AttentionResult::from_parts([output.here()?, log_sum_exp.here()?]))
-                    }
-                    None => None,
-                };
+                let known = attention.map(|parts| both(parts, Parked::here)).transpose()?;
+                let known = known.map(AttentionResult::from_parts);
                 (input.clone(), block.attention(input, pass, Purpose::Gradients(known)))
             }
         };

@@ -27,7 +27,27 @@ use cubecl::server::{Handle, ServerError};
 pub(crate) const CUDA: &str = "cuda";
 
 /// A copy to the host that was started.
-pub(crate) type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
+pub(crate) struct Download {
+    /// Held until the copy is done.
+    _buffer: Handle,
+    read: Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>,
+}
+
+impl Download {
+    /// Starts copying a buffer, on the stream that this is called on.
+    pub(crate) fn start(client: &'static Client, buffer: Handle) -> Self {
+        Self { read: Box::pin(client.read_async(vec![buffer.clone()])), _buffer: buffer }
+    }
+
+    /// The bytes, once they are in the host's memory; to be called once.
+    ///
+    /// # Errors
+    /// The device's message, where the copy or what it copies failed.
+    pub(crate) fn wait(&mut self) -> Result<Bytes, String> {
+        let mut read = cubecl::future::block_on(self.read.as_mut()).map_err(|e| e.to_string())?;
+        read.pop().ok_or_else(|| "the device sent nothing".into())
+    }
+}
 
 /// A tensor that waits for its use.
 #[derive(Debug)]
@@ -58,7 +78,7 @@ impl<const D: usize> Parked<D> {
     pub(crate) fn settle(&mut self) -> Result<(), String> {
         match self {
             Self::Here(_) => Ok(()),
-            Self::Away(tensor) => tensor.settle().map(|_| ()),
+            Self::Away(tensor) => tensor.settle(),
         }
     }
 
@@ -90,13 +110,9 @@ pub(crate) struct Offloaded {
     dtype: DType,
 }
 
-/// A copy to the host.
+/// A copy in the host's memory.
 enum Copy {
-    /// On its way. The buffer is held until it is done.
-    Leaving {
-        _buffer: Handle,
-        download: Download,
-    },
+    Leaving(Download),
     Arrived(Bytes),
 }
 
@@ -110,40 +126,33 @@ impl Offloaded {
     /// Starts bringing a tensor to the host.
     fn send(tensor: CubeTensor) -> Result<Self, String> {
         let client = lasting(&tensor.client);
-        let buffer = tensor.handle.clone();
-        let download: Download = on_copies(client, || Box::pin(client.read_async(vec![buffer.clone()])) as Download);
-        let (shape, dtype) = (tensor.meta.shape().clone(), tensor.dtype);
-        let copy = Copy::Leaving { _buffer: buffer, download };
-        let mut sent = Self { copy, device: tensor.device, shape, dtype };
-        if client.name() != CUDA {
+        let mut download = on_copies(client, || Download::start(client, tensor.handle.clone()));
+        let copy = match client.name() {
+            CUDA => Copy::Leaving(download),
             // What was read may be a view of a buffer that the device can't use meanwhile.
-            let own = Bytes::from_bytes_vec(sent.settle()?.to_vec());
-            sent.copy = Copy::Arrived(own);
-        }
-        Ok(sent)
+            _ => Copy::Arrived(Bytes::from_bytes_vec(download.wait()?.to_vec())),
+        };
+        let (shape, dtype) = (tensor.meta.shape().clone(), tensor.dtype);
+        Ok(Self { copy, device: tensor.device, shape, dtype })
     }
 
-    /// The values, once they are in the host's memory.
-    fn settle(&mut self) -> Result<&Bytes, String> {
-        if let Copy::Leaving { download, .. } = &mut self.copy {
-            let mut read = cubecl::future::block_on(download.as_mut()).map_err(|e| e.to_string())?;
-            self.copy = Copy::Arrived(read.pop().ok_or("the device sent nothing")?);
+    /// Waits until the values are in the host's memory.
+    fn settle(&mut self) -> Result<(), String> {
+        if let Copy::Leaving(download) = &mut self.copy {
+            self.copy = Copy::Arrived(download.wait()?);
         }
-        match &self.copy {
-            Copy::Arrived(bytes) => Ok(bytes),
-            Copy::Leaving { .. } => Err("the device sent nothing".into()),
-        }
+        Ok(())
     }
 
     /// Starts bringing the tensor back.
-    fn fetch(mut self) -> Result<CubeTensor, String> {
-        self.settle()?;
-        let Self { copy: Copy::Arrived(bytes), device, shape, dtype } = self else {
-            return Err("the device sent nothing".into());
+    fn fetch(self) -> Result<CubeTensor, String> {
+        let bytes = match self.copy {
+            Copy::Leaving(mut download) => download.wait()?,
+            Copy::Arrived(bytes) => bytes,
         };
-        let client = device.client();
+        let client = self.device.client();
         let handle = on_copies(&client, || client.create(bytes));
-        Ok(CubeTensor::new_contiguous(client, device, shape, handle, dtype))
+        Ok(CubeTensor::new_contiguous(client, self.device, self.shape, handle, self.dtype))
     }
 }
 
@@ -160,14 +169,14 @@ impl Pace {
     pub(crate) fn mark(&mut self, tensor: &Tensor<2>) -> Result<(), String> {
         let Some(tensor) = on_device(tensor).filter(|tensor| tensor.client.name() == CUDA) else { return Ok(()) };
         if self.0.len() == 2
-            && let Some(earlier) = self.0.pop_front()
+            && let Some(mut earlier) = self.0.pop_front()
         {
-            cubecl::future::block_on(earlier).map_err(|e| e.to_string())?;
+            earlier.wait()?;
         }
         // On the stream of the kernels, behind everything that was queued.
         let client = lasting(&tensor.client);
         let mark = client.create_from_slice(&[0; 4]);
-        self.0.push_back(Box::pin(client.read_async(vec![mark])));
+        self.0.push_back(Download::start(client, mark));
         Ok(())
     }
 }

@@ -3,7 +3,6 @@
 use std::fmt;
 
 use burn::tensor::{DType, Tensor};
-use cubecl::server::Handle;
 
 use crate::offload::{CUDA, Download, lasting, on_device};
 
@@ -11,19 +10,15 @@ use crate::offload::{CUDA, Download, lasting, on_device};
 pub struct Reading(State);
 
 enum State {
-    /// The buffer is held until the copy is done.
-    Leaving {
-        _buffer: Handle,
-        download: Download,
-        len: usize,
-    },
+    /// So many numbers.
+    Leaving(Download, usize),
     Arrived(Vec<f32>),
 }
 
 impl fmt::Debug for Reading {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            State::Leaving { len, .. } => f.debug_struct("Leaving").field("len", len).finish_non_exhaustive(),
+            State::Leaving(_, len) => f.debug_tuple("Leaving").field(len).finish(),
             State::Arrived(values) => f.debug_tuple("Arrived").field(values).finish(),
         }
     }
@@ -46,8 +41,7 @@ impl Reading {
         };
         let (client, buffer) = (lasting(&on_device.client), on_device.handle);
         client.check([&buffer]).map_err(|e| e.to_string())?;
-        let download = Box::pin(client.read_async(vec![buffer.clone()]));
-        Ok(Self(State::Leaving { _buffer: buffer, download, len: tensor.dims()[0] }))
+        Ok(Self(State::Leaving(Download::start(client, buffer), tensor.dims()[0])))
     }
 
     /// The numbers, once they are there.
@@ -57,10 +51,10 @@ impl Reading {
     pub fn wait(self) -> Result<Vec<f32>, String> {
         match self.0 {
             State::Arrived(values) => Ok(values),
-            State::Leaving { download, len, .. } => {
-                let read = cubecl::future::block_on(download).map_err(|e| e.to_string())?;
-                let bytes = read.first().and_then(|bytes| bytes.get(..4 * len)).ok_or("the device sent too little")?;
-                Ok(bytemuck::pod_collect_to_vec(bytes))
+            State::Leaving(mut download, len) => {
+                let bytes = download.wait()?;
+                let numbers = bytes.get(..4 * len).ok_or("the device sent too little")?;
+                Ok(bytemuck::pod_collect_to_vec(numbers))
             }
         }
     }

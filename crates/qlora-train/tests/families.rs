@@ -35,6 +35,10 @@ fn values(tensor: &Tensor<2>) -> Vec<f32> {
     tensor.clone().without_autodiff().into_data().iter::<f32>().collect()
 }
 
+fn factors(engine: &Engine) -> Vec<Vec<f32>> {
+    engine.model().adapters().flat_map(|(_, adapter)| [&adapter.lora_a, &adapter.lora_b]).map(values).collect()
+}
+
 #[test]
 fn activation_checkpointing_changes_no_bit_in_any_family() {
     for dir in archs() {
@@ -42,8 +46,7 @@ fn activation_checkpointing_changes_no_bit_in_any_family() {
             let mut engine = engine(&dir, checkpointing);
             // The second step starts from factors that are not zero.
             let losses: Vec<f64> = (0..2).map(|seed| engine.step(&[batch(2, 12)], 1e-2, seed).unwrap().loss).collect();
-            let factors = engine.model().adapters().flat_map(|(_, a)| [values(&a.lora_a), values(&a.lora_b)]);
-            (losses, factors.collect::<Vec<_>>())
+            (losses, factors(&engine))
         });
         for (policy, of_policy) in ActivationCheckpointing::ALL.iter().zip(&adapters) {
             assert_eq!(&adapters[0], of_policy, "{policy:?}, {}", dir.display());
@@ -73,10 +76,7 @@ fn a_step_that_is_not_finite_changes_nothing() {
     let dir = archs().into_iter().next().unwrap();
     let mut engine = engine(&dir, ActivationCheckpointing::Full);
     engine.step(&[batch(2, 12)], 1e30, 0).unwrap();
-    let all = |engine: &mut Engine| {
-        let factors: Vec<_> = engine.model().adapters().flat_map(|(_, a)| [&a.lora_a, &a.lora_b]).map(values).collect();
-        (factors, engine.optimizer_mut().state().unwrap())
-    };
+    let all = |engine: &mut Engine| (factors(engine), engine.optimizer_mut().state().unwrap());
     let kept = all(&mut engine);
     for seed in 1..3 {
         let message = engine.step(&[batch(2, 12)], 1e-2, seed).unwrap_err().to_string();
