@@ -92,6 +92,16 @@ pub(crate) struct Measured {
     pub losses: [f64; 2],
 }
 
+/// A model of random weights with its adapters, ready to train.
+pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, device: &Device) -> Result<Engine> {
+    let dtype = compute_dtype(config.quantization.compute_dtype, device);
+    let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
+    let seed = config.train.seed;
+    let mut model = Decoder::random(shape.clone(), options, seed, device, &mut |_| {})?;
+    model.attach_lora(&config.lora, seed)?;
+    Ok(engine(model, &config.train)?)
+}
+
 /// Measures a case on a device.
 pub(crate) fn run(
     shape: &ModelConfig,
@@ -102,12 +112,7 @@ pub(crate) fn run(
 ) -> Result<Measured> {
     let device = &place.device;
     let start = Instant::now();
-    let dtype = compute_dtype(config.quantization.compute_dtype, device);
-    let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-    let seed = config.train.seed;
-    let mut model = Decoder::random(shape.clone(), options, seed, device, &mut |_| {})?;
-    model.attach_lora(&config.lora, seed)?;
-    let engine = engine(model, &config.train)?;
+    let engine = random_engine(shape, config, device)?;
     device.sync().context("loading")?;
     let load_seconds = start.elapsed().as_secs_f64();
     let base_bytes = device_memory(device).map_or(0, |(in_use, _)| in_use);

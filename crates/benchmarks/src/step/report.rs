@@ -24,13 +24,13 @@ impl Row {
         let [host, launches, in_use, reserved, driver] = ["host ms", "launches", "in use", "reserved", "driver"];
         let [first, load] = ["first s", "load s"];
         format!(
-            "{policy:<10} {case:>8} {ms:>9} {spread:>6} {rate:>8} {share:>6} {host:>8} {launches:>8} {in_use:>7} \
+            "{policy:<17} {case:>8} {ms:>9} {spread:>6} {rate:>8} {share:>6} {host:>8} {launches:>8} {in_use:>7} \
              {reserved:>8} {driver:>7} {first:>8} {load:>7}"
         )
     }
 
     pub(crate) fn line(&self) -> String {
-        let start = format!("{:<10} {:>8}", self.policy, self.case);
+        let start = format!("{:<17} {:>8}", self.policy, self.case);
         let m = match &self.result {
             Ok(measured) => measured,
             Err(error) => return format!("{start}  {}", error.split_whitespace().collect::<Vec<_>>().join(" ")),
@@ -56,7 +56,6 @@ impl Row {
     pub(crate) fn memory_line(&self) -> Option<String> {
         let readings = &self.result.as_ref().ok()?.readings;
         readings.last().filter(|last| last.step >= LONG)?;
-        let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
         let words = readings.iter().map(|r| format!("{}: {}/{}", r.step, mib(r.in_use_bytes), mib(r.reserved_bytes)));
         Some(format!("  MiB in use/reserved after step {}", words.collect::<Vec<_>>().join(", ")))
     }
@@ -110,8 +109,12 @@ fn rounded(value: Value) -> Value {
     }
 }
 
-fn gib(bytes: u64) -> String {
+pub(super) fn gib(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / f64::from(1 << 30))
+}
+
+pub(super) fn mib(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
 #[cfg(test)]

@@ -3,16 +3,17 @@
 //! One model trains on longer and longer rows, with the optimizer's budget left to itself. What it asks for: that state
 //! makes way as activations grow, and that a row which is too long after all fails alone, with the run able to go on.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use burn_qlora::TrainConfig;
 use burn_qlora::qlora_models::device_memory;
-use burn_qlora::qlora_train::{Engine, compute_dtype, engine};
-use burn_qlora::{Decoder, LoadOptions, TrainConfig};
+use burn_qlora::qlora_train::Engine;
 use cudarc::driver::{CudaContext, CudaSlice};
 
 use super::case::Case;
+use super::measure::random_engine;
+use super::report::{gib, mib};
 use super::{Setting, cuda_index, open, shapes};
 
 /// Rows grow by this much, up to whole multiples of [`MULTIPLE`] tokens.
@@ -42,17 +43,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let shape = shapes::config(&args.setting.shape, args.setting.layers)?;
     let config = args.setting.config(&args.policy)?;
     let (device, _) = open(&args.setting.device)?;
-    let leaving = |gib| Ballast::leaving((gib * f64::from(1 << 30)) as usize, &args.setting.device);
-    let _ballast = args.leave.map(leaving).transpose()?;
-
-    let options = LoadOptions {
-        quantization: config.quantization.quant_config(),
-        dtype: compute_dtype(config.quantization.compute_dtype, &device),
-    };
-    let mut model = Decoder::random(shape, options, config.train.seed, &device, &mut |_| {})?;
-    model.attach_lora(&config.lora, config.train.seed)?;
-    let mut engine = engine(model, &config.train)?;
-    println!("optimizer state: {:.1} MiB", mib(engine.optimizer().state_bytes()));
+    let leaving = |gib| all_but((gib * f64::from(1 << 30)) as usize, &args.setting.device);
+    let _taken = args.leave.map(leaving).transpose()?;
+    let mut engine = random_engine(&shape, &config, &device)?;
+    println!("optimizer state: {} MiB", mib(engine.optimizer().state_bytes()));
     println!("{:>10} {:>9} {:>8} {:>9} {:>9}  MiB", "case", "step ms", "in use", "resident", "evicted");
 
     let mut evicted_before_the_end = false;
@@ -87,16 +81,11 @@ fn step(engine: &mut Engine, config: &TrainConfig, case: Case) -> Result<String>
     let start = Instant::now();
     let batch = case.batch(engine.model().config().vocab_size, case.len as u64);
     engine.step(&[batch], config.train.learning_rate, config.train.seed)?;
-    let (in_use, _) = device_memory(engine.model().device()).unwrap_or_default();
-    let paging = engine.optimizer().paging();
-    let away = engine.optimizer().state_bytes() - paging.resident_bytes.min(engine.optimizer().state_bytes());
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-    let [in_use, resident, away] = [in_use, paging.resident_bytes, away].map(mib);
-    Ok(format!("{case:>10} {milliseconds:>9.1} {in_use:>8.1} {resident:>9.1} {away:>9.1}"))
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
+    let (in_use, _) = device_memory(engine.model().device()).unwrap_or_default();
+    let (state, resident) = (engine.optimizer().state_bytes(), engine.optimizer().paging().resident_bytes);
+    let [in_use, resident, away] = [in_use, resident, state - resident].map(mib);
+    Ok(format!("{case:>10} {milliseconds:>9.1} {in_use:>8} {resident:>9} {away:>9}"))
 }
 
 /// Growing lengths, `last` at most.
@@ -105,27 +94,20 @@ fn lengths(first: usize, last: usize) -> impl Iterator<Item = usize> {
     std::iter::successors(Some(first), next).take_while(move |len| *len <= last)
 }
 
-/// Memory that somebody else has.
-struct Ballast {
-    _taken: Option<CudaSlice<u8>>,
-}
-
-impl Ballast {
-    /// Takes all of a card's memory but `leave` bytes.
-    fn leaving(leave: usize, device: &str) -> Result<Self> {
-        // Without a driver, loading it panics.
-        let open = |index| std::panic::catch_unwind(|| CudaContext::new(index)).ok().and_then(Result::ok);
-        let context: Option<Arc<CudaContext>> = cuda_index(device).and_then(open);
-        let context = context.context("--leave needs a CUDA device: no other one tells what is left")?;
-        let (free, _) = context.mem_get_info()?;
-        let Some(take) = free.checked_sub(leave) else {
-            bail!("{:.1} GiB are free, less than --leave asks for", free as f64 / f64::from(1 << 30))
-        };
-        let stream = context.default_stream();
-        let taken = (take > 0).then(|| stream.alloc_zeros::<u8>(take)).transpose()?;
-        stream.synchronize()?;
-        Ok(Self { _taken: taken })
-    }
+/// Takes all of a card's memory but `leave` bytes, as another program would, until it is dropped.
+fn all_but(leave: usize, device: &str) -> Result<Option<CudaSlice<u8>>> {
+    // Without a driver, loading it panics.
+    let open = |index| std::panic::catch_unwind(|| CudaContext::new(index)).ok().and_then(Result::ok);
+    let context = cuda_index(device).and_then(open);
+    let context = context.context("--leave needs a CUDA device: no other one tells what is left")?;
+    let (free, _) = context.mem_get_info()?;
+    let Some(take) = free.checked_sub(leave) else {
+        bail!("{} GiB are free, less than --leave asks for", gib(free as u64))
+    };
+    let stream = context.default_stream();
+    let taken = (take > 0).then(|| stream.alloc_zeros::<u8>(take)).transpose()?;
+    stream.synchronize()?;
+    Ok(taken)
 }
 
 #[cfg(test)]
