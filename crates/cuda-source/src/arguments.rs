@@ -43,6 +43,12 @@ impl Arguments {
         self.buffer(handle, BufferIOAttr::ReadWrite)
     }
 
+    /// [Counters](crate::counters()) that the kernel updates and leaves at zero. A launch that does not run leaves them at
+    /// zero too, so they are declared such that its failure does not reach the launches after it, which share them.
+    pub fn counters(self, handle: &Handle) -> Self {
+        self.buffer(handle, BufferIOAttr::WriteOnly)
+    }
+
     /// A matrix or array that the kernel loads with TMA.
     pub fn tensor_map(mut self, map: impl Into<TensorMap>) -> Self {
         self.resources.push((Argument::Map(map.into()), BufferIOAttr::ReadOnly));

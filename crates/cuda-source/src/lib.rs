@@ -48,6 +48,7 @@
 
 mod arguments;
 mod barriers;
+mod counters;
 mod device;
 mod error;
 mod launch;
@@ -56,6 +57,7 @@ mod source;
 mod tensor_map;
 
 pub use arguments::Arguments;
+pub use counters::counters;
 pub use device::{CudaDevice, device};
 pub use error::LaunchError;
 pub use launch::launch;

@@ -152,6 +152,23 @@ fn what_does_not_compile_fails_the_read_of_its_outputs() {
 }
 
 #[test]
+fn counters_outlive_a_launch_that_did_not_run() {
+    let Some((client, _)) = cuda() else { return };
+    let x = client.create_from_slice(bytemuck::cast_slice(&[7_u32; 32]));
+    let counters = cuda_source::counters(client, &x, 32);
+    let spoiled = client.empty(128);
+    let wrong =
+        Source::new("wrong", 32, "extern \"C\" __global__ void wrong(float* y, unsigned* counters) { not_there; }");
+    launch(client, &wrong, (1, 1, 1), Arguments::new().write(&spoiled).counters(&counters)).unwrap();
+    client.check([&spoiled]).unwrap_err();
+    let text = "extern \"C\" __global__ void count(unsigned* x, unsigned* counters) { x[threadIdx.x] += counters[threadIdx.x]; }";
+    let again = cuda_source::counters(client, &x, 32);
+    launch(client, &Source::new("count", 32, text), (1, 1, 1), Arguments::new().read_write(&x).counters(&again))
+        .unwrap();
+    assert_eq!(bytemuck::cast_slice::<u8, u32>(&client.read_one(x).unwrap()), [7; 32]);
+}
+
+#[test]
 fn wrong_arguments_are_refused_before_the_launch() {
     let Some((client, _)) = cuda() else { return };
     let x = client.create_from_slice(bytemuck::cast_slice(&floats(32)));

@@ -425,6 +425,29 @@ fn repeat(client: &Client, path: Path, problem: &Problem, times: usize) {
     assert_eq!(others, 0, "of {times} launches differ: {problem:?} {path:?}");
 }
 
+/// As when memory was short: a product whose input was never made does not run, and leaves nothing behind that would
+/// keep later ones from running.
+#[test]
+fn a_product_that_did_not_run_leaves_the_next_ones_alone() {
+    let Some(client) = client() else { return };
+    let text = "extern \"C\" __global__ void wrong(float* y) { not_there; }";
+    let wrong = cuda_source::Source::new("wrong", 32, text);
+    for tokens in [1, 300] {
+        let problem = Problem { tokens, out_features: 1280, in_features: 1280, ..PROBLEM };
+        let host = Quantized4bit::quantize(&[0.5; 1280 * 1280], &[1280, 1280], &QuantConfig::default()).unwrap();
+        let weight = DeviceWeight::from_host(&client, &host).unwrap();
+        for path in paths(&client, &problem) {
+            let x = client.empty(tokens * 1280 * 2);
+            cuda_source::launch(&client, &wrong, (1, 1, 1), cuda_source::Arguments::new().write(&x)).unwrap();
+            let operands = Operands { x: &x, weight: Weight::FourBit(&weight), low_rank: None, bias: None };
+            let out = client.empty(tokens * 1280 * 2);
+            matmul(&client, path, &problem, &operands, &out).unwrap();
+            client.check([&out]).expect_err("its input was never made");
+            check(&client, path, &Case::new(problem), 5);
+        }
+    }
+}
+
 /// Tiles that other numbers of tokens would get, with tokens beyond the tile and features off it.
 fn every_tile(tiles: &[Path]) {
     let Some(client) = client() else { return };

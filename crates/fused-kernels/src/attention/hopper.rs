@@ -12,7 +12,7 @@
 //! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of one
 //!   group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The assembler
 //!   starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it back.)
-//! - As many blocks as multiprocessors draw tiles from a counter ([`counter`]), so that loads run ahead over the end of a
+//! - As many blocks as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads run ahead over the end of a
 //!   tile. Heads are taken in sections whose keys and values, or queries and gradients, stay in the second-level cache,
 //!   the heaviest tiles first; the lightest of all heads come last and even out the end ([`section`], [`light`]). Who
 //!   computes a tile does not matter to its bits.
@@ -59,9 +59,6 @@
 //! - Heads wider than 128. Their dK and dV don't fit in the registers of two groups.
 //! - A packed row's last tile holds the first tokens of the next row; they weigh nothing, but zero times NaN is NaN.
 //! - A softcap costs a third of the forward pass: its tanh doubles what the special function unit has to do.
-
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, PoisonError};
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -187,7 +184,7 @@ impl Call<'_> {
                 .tensor_map(self.map(k, Side::Keys, tile))
                 .tensor_map(self.map(v, Side::Keys, tile))
                 .read(self.bounds)
-                .read_write(counter)
+                .counters(counter)
                 .write(o)
                 .write(lse)
         })
@@ -204,7 +201,7 @@ impl Call<'_> {
                 .read(self.bounds)
                 .read(lse)
                 .read(delta)
-                .read_write(counter)
+                .counters(counter)
         };
         self.launch(Kind::Keys, |tile, counter| inputs(tile, BLOCK_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
         self.launch(Kind::Queries, |tile, counter| inputs(BLOCK_ROWS, tile, counter).write(d_q.handle))
@@ -247,7 +244,7 @@ impl Call<'_> {
         let blocks = (tiles * pairs).min(device.multiprocessors as usize);
         params.section = section(kind, shape, device.l2_bytes).min(pairs) as u32;
         params.light = light(tiles, pairs, blocks) as u32;
-        let counter = counter(client);
+        let counter = cuda_source::counters(client, &client.empty(4), 1);
         let arguments = arguments(variant.tiling().0, &counter).params(params);
         cuda_source::launch(client, &variant.source(), (blocks as u32, 1, 1), arguments)
             .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
@@ -272,15 +269,6 @@ fn section(kind: Kind, shape: &Shape, l2_bytes: usize) -> usize {
 fn light(tiles: usize, pairs: usize, blocks: usize) -> usize {
     // The lightest takes one step, the heaviest as many as there are tiles.
     (0..tiles).find(|light| pairs * light * (light + 1) >= blocks * tiles).unwrap_or(tiles)
-}
-
-/// The counter of tiles: zero between launches, so one serves a stream, which is that of a buffer just made.
-fn counter(client: &Client) -> Handle {
-    static COUNTERS: LazyLock<Mutex<HashMap<(u16, u64), Handle>>> = LazyLock::new(Mutex::default);
-    let zero = || client.create_from_slice(bytemuck::bytes_of(&0_u32));
-    let key = (client.service_id().device.index_id, client.empty(4).stream.value);
-    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-    counters.entry(key).or_insert_with(zero).clone()
 }
 
 #[cfg(test)]

@@ -137,7 +137,7 @@ pub(super) fn launch(
     check_alignment("out", out)?;
     let arguments = arguments
         .read_write(&partial)
-        .read_write(&arrivals(client, &partial, multiprocessors))
+        .counters(&arrivals(client, &partial, multiprocessors))
         .write(out)
         .params(Params::new(problem, operands, schedule));
     cuda_source::launch(client, &source(tile, problem), (schedule.items() as u32, 1, 1), arguments).map_err(refused)

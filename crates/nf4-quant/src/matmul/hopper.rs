@@ -207,11 +207,8 @@ pub(super) fn launch(
             arguments = arguments.read(absmax).read(nested).read(&tables);
         }
     }
-    let arguments = arguments.read(operands.bias.unwrap_or(&tables)).read_write(&partial).read_write(&arrivals(
-        client,
-        &partial,
-        multiprocessors,
-    ));
+    let arguments = arguments.read(operands.bias.unwrap_or(&tables)).read_write(&partial);
+    let arguments = arguments.counters(&arrivals(client, &partial, multiprocessors));
     let arguments = match tile.store_tokens(problem) {
         0 => arguments.write(out),
         box_rows => arguments.tensor_map_write(TensorMap2d {

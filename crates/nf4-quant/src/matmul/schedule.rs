@@ -1,8 +1,5 @@
 //! What the kernels share: how tiles are given to cubes, and the parameter struct.
 
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, PoisonError};
-
 use cubecl::client::Client;
 use cubecl::server::Handle;
 
@@ -102,14 +99,9 @@ impl Params {
     }
 }
 
-/// Counters of the parts of split tiles: zero between launches, so one buffer serves a stream, which is that of
-/// a buffer just made.
+/// Counters of the parts of split tiles, on the stream of a buffer just made.
 pub(super) fn arrivals(client: &Client, recent: &Handle, multiprocessors: usize) -> Handle {
-    static ARRIVALS: LazyLock<Mutex<HashMap<(u16, u64), Handle>>> = LazyLock::new(Mutex::default);
-    let key = (client.service_id().device.index_id, recent.stream.value);
-    let mut arrivals = ARRIVALS.lock().unwrap_or_else(PoisonError::into_inner);
-    let counters = || client.create_from_slice(bytemuck::cast_slice(&vec![0_u32; MAX_CUBES * multiprocessors]));
-    arrivals.entry(key).or_insert_with(counters).clone()
+    cuda_source::counters(client, recent, MAX_CUBES * multiprocessors)
 }
 
 #[cfg(test)]
