@@ -95,8 +95,8 @@ impl Engine {
     /// One optimizer step over `micro_batches`. `seed` picks this step's dropout masks.
     ///
     /// # Errors
-    /// No micro-batch has an unmasked token, the loss or the gradients are not finite (adapters and moments are
-    /// unchanged then), or the device fails.
+    /// No micro-batch has an unmasked token, the loss or the gradients are not finite or the device's memory is short
+    /// (adapters and moments are unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
         let _span = tracing::trace_span!("step").entered();
         let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
@@ -104,10 +104,13 @@ impl Engine {
         if label_tokens == 0 {
             return Err(TrainError::NoLabels);
         }
-        let computed = match self.gradients(micro_batches, &labelled, label_tokens, seed) {
-            Err(TrainError::Device(_)) if self.make_room()? => {
-                self.gradients(micro_batches, &labelled, label_tokens, seed)?
-            }
+        let gradients = |engine: &Self| {
+            engine
+                .gradients(micro_batches, &labelled, label_tokens, seed)
+                .map_err(|e| or_out_of_memory(e, micro_batches))
+        };
+        let computed = match gradients(self) {
+            Err(TrainError::OutOfMemory { .. }) if self.make_room()? => gradients(self)?,
             computed => computed?,
         };
         let Computed { numbers, norm, grads } = computed;
@@ -277,6 +280,19 @@ impl Engine {
     }
 }
 
+/// The error, or what it means for a step of these micro-batches: CubeCL says on every runtime with the same words that
+/// memory is short, somewhere in a report of what did not run for it.
+fn or_out_of_memory(error: TrainError, micro_batches: &[Batch]) -> TrainError {
+    const SHORT: [&str; 2] = ["out of device memory", "can't allocate buffer of size"];
+    match (&error, micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols)) {
+        (TrainError::Device(message), Some(batch)) if SHORT.iter().any(|short| message.contains(short)) => {
+            tracing::debug!(%message, "out of memory");
+            TrainError::OutOfMemory { rows: batch.rows, cols: batch.cols }
+        }
+        _ => error,
+    }
+}
+
 /// What a step computes before it changes anything.
 struct Computed {
     /// Loss and global norm, on their way.
@@ -284,4 +300,22 @@ struct Computed {
     /// The norm for the update, which is skipped where it is not finite.
     norm: Tensor<1>,
     grads: Vec<Tensor<2>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Example;
+
+    #[test]
+    fn a_short_memory_is_told_from_other_failures() {
+        let row = |len| Example { input_ids: vec![1; len], labels: vec![1; len], line: 1 };
+        let batches = [Batch::new(&[row(9)], 0), Batch::new(&[row(5), row(7)], 0), Batch::new(&[row(3)], 0)];
+        let of = |message: &str| or_out_of_memory(TrainError::Device(message.into()), &batches);
+        let report = "Several failures at once\nCaused by:\n  out of device memory allocating 312475648 bytes\n";
+        assert!(matches!(of(report), TrainError::OutOfMemory { rows: 2, cols: 7 }));
+        assert!(matches!(of("can't allocate buffer of size: 9"), TrainError::OutOfMemory { .. }));
+        assert!(matches!(of("the device is gone"), TrainError::Device(_)));
+        assert!(matches!(or_out_of_memory(TrainError::NoLabels, &batches), TrainError::NoLabels));
+    }
 }

@@ -166,6 +166,18 @@ pub enum TrainError {
         /// Learning rate of the step.
         learning_rate: f64,
     },
+    /// The device has too little memory for a step, even without the optimizer's state.
+    #[error(
+        "out of device memory: a micro-batch of {rows} rows of {cols} tokens is too large; the adapter was left as it was before this \
+         step. Resume with train.activation_checkpointing = \"offload_selective\" or \"offload\", which give the same results in less \
+         memory, or start afresh with a smaller train.batch_size or data.max_length"
+    )]
+    OutOfMemory {
+        /// Rows of the step's largest micro-batch.
+        rows: usize,
+        /// Tokens of its longest row.
+        cols: usize,
+    },
     /// Work on the device failed.
     #[error("the device failed: {0}")]
     Device(String),

@@ -180,12 +180,21 @@ impl Trainer {
             self.evaluate(elapsed(), events)?;
         }
         while self.step < total_steps {
-            let step_started = Instant::now();
+            let (step_started, before) = (Instant::now(), self.cursor);
             let micro_batches = self.next_micro_batches(&mut epoch_batches, options.gradient_accumulation_steps);
             let tokens: u64 = micro_batches.iter().flat_map(|batch| &batch.lengths).map(|&len| len as u64).sum();
             let learning_rate = options.learning_rate_at(self.step, total_steps);
             let seed = mix(options.seed ^ mix(self.step as u64));
-            let output = self.engine.step(&micro_batches, learning_rate, seed)?;
+            let output = match self.engine.step(&micro_batches, learning_rate, seed) {
+                Ok(output) => output,
+                Err(error) => {
+                    let unsaved = self.step > info.start_step && !every(options.save_every, self.step);
+                    if unsaved && matches!(error, TrainError::OutOfMemory { .. }) {
+                        self.save_before(before, events);
+                    }
+                    return Err(error);
+                }
+            };
             self.step += 1;
             let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();
             self.peak_memory = self.peak_memory.max(reserved);
@@ -290,6 +299,14 @@ impl Trainer {
         Ok(path)
     }
 
+    /// Saves what the steps before a failed one led to; `cursor` is where that one began.
+    fn save_before(&mut self, cursor: (usize, usize), events: &mut dyn TrainEvents) {
+        self.cursor = cursor;
+        if let Err(error) = self.save(events) {
+            events.on_warning(&format!("the {} steps so far could not be saved: {error}", self.step));
+        }
+    }
+
     fn info(&self, total_steps: usize) -> RunInfo {
         let model = self.engine.model();
         let options = &self.config.train;
@@ -369,5 +386,27 @@ fn refuse_other_run(output_dir: &Path) -> Result<(), TrainError> {
             ),
         }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_done_before_a_failed_step_can_be_resumed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        let mut config = TrainConfig { device: "cpu".into(), ..Default::default() };
+        config.model.path = root.join("testdata/reference/tiny-llama").display().to_string();
+        config.data.train = root.join("examples/quickstart/word_problems.jsonl");
+        config.data.max_length = 96;
+        config.train.output_dir = dir.path().into();
+        let mut trainer = Trainer::new(config.clone(), &Resume::No, &mut ()).unwrap();
+        // The step after the third took two micro-batches, and failed.
+        (trainer.step, trainer.cursor) = (3, (0, 8));
+        trainer.save_before((0, 6), &mut ());
+        let trainer = Trainer::new(config, &Resume::Auto, &mut ()).unwrap();
+        assert_eq!((trainer.step, trainer.cursor), (3, (0, 6)));
     }
 }

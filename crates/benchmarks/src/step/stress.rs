@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use burn_qlora::TrainConfig;
 use burn_qlora::qlora_models::device_memory;
-use burn_qlora::qlora_train::Engine;
+use burn_qlora::qlora_train::{Engine, TrainError};
 use cudarc::driver::{CudaContext, CudaSlice};
 
 use super::case::Case;
@@ -58,11 +58,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 println!("{line}");
                 evicted_before_the_end |= engine.optimizer().paging().evicted > 0;
             }
-            Err(error) => {
+            Err(error) if matches!(error.downcast_ref(), Some(TrainError::OutOfMemory { .. })) => {
                 println!("{case:>10} {error:#}");
                 failure = Some(case);
                 break;
             }
+            Err(error) => return Err(error),
         }
     }
     let Some(too_long) = failure else {
