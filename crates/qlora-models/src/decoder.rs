@@ -6,6 +6,7 @@ use crate::block::{Block, BlockInPass, Named};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::kv_cache::KvCache;
 use crate::norm::RmsNorm;
+use crate::rope::RotaryTables;
 use adapter_io::AdapterConfig;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::activation_checkpointing::ResidualBlock;
@@ -13,6 +14,7 @@ use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
+use std::sync::Arc;
 
 /// What all blocks of one forward pass share: the batch's shape, and for each kind of attention its rotary tables
 /// and options.
@@ -45,6 +47,8 @@ pub struct Decoder {
     pub(crate) config: ModelConfig,
     pub(crate) device: Device,
     pub(crate) dtype: FloatDType,
+    /// One for each of [`ModelConfig::attention_kinds`].
+    pub(crate) rotary: Arc<[RotaryTables]>,
     pub(crate) embed_tokens: Tensor<2>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: Named<RmsNorm>,
@@ -84,8 +88,8 @@ impl Decoder {
 
     /// Prepares a pass over `rows` rows of `len` tokens that follow `past` cached ones.
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
-        let view = |kind: &AttentionKind| {
-            let (cos, sin) = kind.rope.tables(past, len, &self.device);
+        let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
+            let (cos, sin) = tables.get(&kind.rope, past, len, &self.device);
             let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.dim, inverse: false };
             let attention = AttentionOptions {
                 scale: self.config.score_scale as f32,
@@ -95,7 +99,7 @@ impl Decoder {
             };
             View { cos, sin, rotation, attention }
         };
-        Sequence { rows, len, views: self.config.attention_kinds.iter().map(view).collect() }
+        Sequence { rows, len, views: self.config.attention_kinds.iter().zip(&*self.rotary).map(view).collect() }
     }
 
     /// Looks tokens up.

@@ -18,6 +18,7 @@ use crate::family::Root;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::RmsNorm;
+use crate::rope::RotaryTables;
 use adapter_io::{Checkpoint, Floats, TensorView};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{FloatFormat, QuantConfig, Quantized4bit};
@@ -140,8 +141,10 @@ impl<'a> Loader<'a> {
             }
         };
         self.nothing_left()?;
+        let rotary = self.config.attention_kinds.iter().map(|_| RotaryTables::default()).collect();
         Ok(Decoder {
             config: self.config,
+            rotary,
             device: self.device.clone(),
             dtype: self.options.dtype,
             embed_tokens,

@@ -3,6 +3,8 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use std::f64::consts::PI;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Which frequencies rotate.
 #[derive(Clone, Debug, PartialEq)]
@@ -134,27 +136,63 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines of the angles at positions `start..start + len`, the last of a sequence.
-    ///
-    /// # Shapes
-    /// Each `[len, dim / 2]`, f32.
-    pub fn tables(&self, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-        let frequencies = self.frequencies(start + len);
+    /// Appends the cosines and sines of the angles at `positions`, a row of frequencies for each.
+    fn turn(&self, frequencies: &[f32], positions: Range<usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         let factor = match &self.scaling {
             RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
                 *attention_factor
             }
             _ => 1.0,
         };
-        // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.
-        let angles: Vec<f64> =
-            (start..start + len).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))).collect();
-        let shape = [len, frequencies.len()];
-        let table = |function: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|&angle| (function(angle) * factor) as f32).collect();
-            Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
-        };
-        (table(f64::cos), table(f64::sin))
+        for position in positions {
+            for frequency in frequencies {
+                // The angle is an f32 product, as in transformers; its sine and cosine are then exact to an ulp.
+                let (s, c) = f64::from(position as f32 * frequency).sin_cos();
+                cos.push((c * factor) as f32);
+                sin.push((s * factor) as f32);
+            }
+        }
+    }
+}
+
+/// Cosines and sines of the first positions, kept in the host's memory from pass to pass: a step of 16 thousand tokens
+/// would wait for a million of each.
+#[derive(Debug, Default)]
+pub(crate) struct RotaryTables(Mutex<Known>);
+
+/// Rows of frequencies, from position 0 on.
+#[derive(Debug, Default)]
+struct Known {
+    frequencies: Vec<f32>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RotaryTables {
+    /// Cosines and sines of the angles at positions `start..start + len`, the last of a sequence.
+    ///
+    /// # Shapes
+    /// Each `[len, dim / 2]`, f32.
+    pub fn get(&self, rope: &Rope, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
+        let frequencies = rope.frequencies(start + len);
+        let pairs = frequencies.len();
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.frequencies != frequencies {
+            *known = Known { frequencies, ..Known::default() };
+        }
+        let Known { frequencies, cos, sin } = &mut *known;
+        let rows = cos.len() / pairs.max(1);
+        let table =
+            |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), [len, pairs]), (device, DType::F32));
+        if start > rows {
+            // A dynamic rope turns with every token: the positions before are not wanted.
+            let (mut cos, mut sin) = (Vec::new(), Vec::new());
+            rope.turn(frequencies, start..start + len, &mut cos, &mut sin);
+            return (table(&cos), table(&sin));
+        }
+        rope.turn(frequencies, rows..start + len, cos, sin);
+        let range = start * pairs..(start + len) * pairs;
+        (table(&cos[range.clone()]), table(&sin[range]))
     }
 }
 
@@ -179,5 +217,27 @@ mod tests {
         let dynamic = rope(RopeScaling::Dynamic { factor: 2.0, max_position_embeddings: 8 });
         assert_eq!([(7, 8), (8, 9), (9, 10)].map(|(before, len)| dynamic.changes(before, len)), [false, true, true]);
         assert_eq!(dynamic.frequencies(8), rope(RopeScaling::Default).frequencies(8));
+    }
+
+    #[test]
+    fn kept_tables_are_those_of_one_pass() {
+        let device = Device::flex();
+        let values =
+            |(cos, sin): (Tensor<2>, Tensor<2>)| [cos, sin].map(|table| table.try_into_vec_as::<f32>().unwrap());
+        let original_max_position_embeddings = 8.0;
+        let (short, long) = (vec![1.0; 4], vec![2.0; 4]);
+        for scaling in [
+            RopeScaling::Default,
+            RopeScaling::Dynamic { factor: 2.0, max_position_embeddings: 8 },
+            RopeScaling::Long { short, long, attention_factor: 1.5, original_max_position_embeddings },
+        ] {
+            let (rope, kept) = (rope(scaling), RotaryTables::default());
+            // Shorter and longer batches, and tokens behind a cache.
+            for (start, len) in [(0, 5), (0, 3), (5, 1), (6, 1), (0, 12), (12, 1), (13, 2), (40, 1), (2, 4)] {
+                let (mut cos, mut sin) = (Vec::new(), Vec::new());
+                rope.turn(&rope.frequencies(start + len), start..start + len, &mut cos, &mut sin);
+                assert_eq!(values(kept.get(&rope, start, len, &device)), [cos, sin], "{rope:?} {start} {len}");
+            }
+        }
     }
 }
