@@ -5,8 +5,8 @@
 //! 64 units of a block of 256 elements find its new absmax by a tree over shared memory; the maps lie in shared memory
 //! too, and a cube stays for several rounds so that loading them does not count.
 //!
-//! A kernel has a binding for parameter and gradient of every segment, so there are few variants: the number of
-//! segments is [`MEMBERS`] or, for what is left of a page, a power of two.
+//! A kernel has a binding for parameter and gradient of every segment: there is a variant for each number of segments, up
+//! to [`MEMBERS`].
 //!
 //! Every operation is written as in [`crate::reference`], and rounded as there: compilers fuse a * b + c into one
 //! operation with one rounding, differently in each variant of a kernel, so that the cuts between pages would show in
@@ -32,7 +32,7 @@ const ROUND: usize = UNITS * WIDTH;
 const UNITS_PER_BLOCK: usize = BLOCKSIZE / WIDTH;
 /// Rounds of a cube with 8-bit state: its 4 KiB of tables for 16 KiB and more of each operand.
 const ROUNDS: usize = 4;
-/// Segments of one launch, at most. More would save little: a page has tens of them.
+/// Segments of one launch, at most: a page of adapters of rank 64 has about as many.
 const MEMBERS: usize = 8;
 /// Bindings besides those of the segments: state, norm, tables, and CubeCL's own for sizes and scalars.
 const OTHER_BINDINGS: usize = 5;
@@ -75,12 +75,10 @@ pub(super) fn update(
 ) {
     let bindings = client.properties().hardware.max_bindings as usize;
     let most = (bindings.saturating_sub(OTHER_BINDINGS) / 2).clamp(1, MEMBERS);
-    let mut rest = members;
-    while !rest.is_empty() {
-        let taken = if rest.len() >= most { most } else { 1 << rest.len().ilog2() };
-        let (now, later) = rest.split_at(taken);
-        launch(client, rule, layout, page, now, norm, tables, scalars);
-        rest = later;
+    // As few launches as the bindings allow, of about the same size.
+    let launches = members.len().div_ceil(most).max(1);
+    for members in members.chunks(members.len().div_ceil(launches).max(1)) {
+        launch(client, rule, layout, page, members, norm, tables, scalars);
     }
 }
 
