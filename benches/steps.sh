@@ -30,13 +30,13 @@ measure() {
 # 7B, as much as PEFT needs and as little as Unsloth does.
 measure batch 300 --policy selective,full,offload,offload_selective --case 4x2048 $(beside "${unsloth[@]}" "${peft[@]}")
 measure short 240 --policy full,offload_selective --case 1x2048,4x512 $(beside "${unsloth[@]}" "${peft[@]}")
-measure long 160 --policy offload,offload_selective --case 1x16384 --steps 3 --warm-up 2 $(beside "${unsloth[@]}")
+measure long 220 --policy offload,offload_selective --case 1x16384 $(beside "${unsloth[@]}")
 # What 24 GiB hold.
 measure longest 200 --policy offload --case 1x102400 --steps 1 --warm-up 1
 # 128 thousand words: the logits.
-measure vocabulary 160 --shape llama-3.1-8b --policy selective,full,offload_selective --case 4x2048 --steps 5 $(beside "${peft[@]}")
+measure vocabulary 160 --shape llama-3.1-8b --policy selective,full,offload_selective --case 4x2048 $(beside "${peft[@]}")
 # 70B, the optimizer's state in the host's memory.
-measure large 240 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=256MiB --steps 3 --warm-up 1 \
+measure large 240 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=256MiB \
     $(beside "${peft[@]}")
 # Flat over a thousand steps.
 measure memory 60 --shape tiny --policy full --case 4x64 --steps 1000
