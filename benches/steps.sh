@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Whole training steps on one NVIDIA card: the cases of docs/src/performance.md, ours beside PEFT and Unsloth where
-# python3 has them, from programs that were built elsewhere. About fifteen minutes on an H100 with both peers.
+# python3 has them, from programs that were built elsewhere. About twenty minutes on an H100 with both peers.
 #
 # usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: batch short long longest vocabulary large memory stress
 #   BIN  qlora-bench
@@ -28,15 +28,15 @@ measure() {
 }
 
 # 7B, as much as PEFT needs and as little as Unsloth does.
-measure batch 300 --policy selective,full,offload,offload_selective --case 4x2048 $(beside "${unsloth[@]}" "${peft[@]}")
-measure short 240 --policy full,offload_selective --case 1x2048,4x512 $(beside "${unsloth[@]}" "${peft[@]}")
-measure long 220 --policy offload,offload_selective --case 1x16384 $(beside "${unsloth[@]}")
+measure batch 400 --policy selective,full,offload,offload_selective --case 4x2048 $(beside "${unsloth[@]}" "${peft[@]}")
+measure short 300 --policy full,offload_selective --case 1x2048,4x512 $(beside "${unsloth[@]}" "${peft[@]}")
+measure long 300 --policy offload,offload_selective --case 1x16384 $(beside "${unsloth[@]}")
 # What 24 GiB hold.
 measure longest 200 --policy offload --case 1x102400 --steps 1 --warm-up 1
 # 128 thousand words: the logits.
-measure vocabulary 160 --shape llama-3.1-8b --policy selective,full,offload_selective --case 4x2048 $(beside "${peft[@]}")
+measure vocabulary 240 --shape llama-3.1-8b --policy selective,full,offload_selective --case 4x2048 $(beside "${peft[@]}")
 # 70B, the optimizer's state in the host's memory.
-measure large 240 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=256MiB \
+measure large 300 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=256MiB \
     $(beside "${peft[@]}")
 # Flat over a thousand steps.
 measure memory 60 --shape tiny --policy full --case 4x64 --steps 1000
