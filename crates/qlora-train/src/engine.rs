@@ -280,12 +280,14 @@ impl Engine {
     }
 }
 
-/// The error, or what it means for a step of these micro-batches: CubeCL says on every runtime with the same words that
-/// memory is short, somewhere in a report of what did not run for it.
+/// The error, or what it means for a step of these micro-batches: memory was short, as CubeCL or the driver says somewhere
+/// in a report of what did not run for it.
 fn or_out_of_memory(error: TrainError, micro_batches: &[Batch]) -> TrainError {
-    const SHORT: [&str; 2] = ["out of device memory", "can't allocate buffer of size"];
+    const SHORT: [&str; 3] = ["out of device memory", "out of memory", "can't allocate"];
     match (&error, micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols)) {
-        (TrainError::Device(message), Some(batch)) if SHORT.iter().any(|short| message.contains(short)) => {
+        (TrainError::Device(message), Some(batch))
+            if SHORT.iter().any(|short| message.to_lowercase().contains(short)) =>
+        {
             tracing::debug!(%message, "out of memory");
             TrainError::OutOfMemory { rows: batch.rows, cols: batch.cols }
         }
@@ -314,7 +316,9 @@ mod tests {
         let of = |message: &str| or_out_of_memory(TrainError::Device(message.into()), &batches);
         let report = "Several failures at once\nCaused by:\n  out of device memory allocating 312475648 bytes\n";
         assert!(matches!(of(report), TrainError::OutOfMemory { rows: 2, cols: 7 }));
-        assert!(matches!(of("can't allocate buffer of size: 9"), TrainError::OutOfMemory { .. }));
+        for message in ["can't allocate buffer of size: 9", "Can't allocate 9 bytes", "CUDA_ERROR: \"out of memory\""] {
+            assert!(matches!(of(message), TrainError::OutOfMemory { .. }), "{message}");
+        }
         assert!(matches!(of("the device is gone"), TrainError::Device(_)));
         assert!(matches!(or_out_of_memory(TrainError::NoLabels, &batches), TrainError::NoLabels));
     }
