@@ -284,14 +284,15 @@ impl Engine {
 /// in a report of what did not run for it.
 fn or_out_of_memory(error: TrainError, micro_batches: &[Batch]) -> TrainError {
     const SHORT: [&str; 3] = ["out of device memory", "out of memory", "can't allocate"];
-    match (&error, micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols)) {
-        (TrainError::Device(message), Some(batch))
-            if SHORT.iter().any(|short| message.to_lowercase().contains(short)) =>
-        {
+    let TrainError::Device(message) = &error else { return error };
+    let report = message.to_lowercase();
+    let largest = micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols);
+    match largest.filter(|_| SHORT.iter().any(|short| report.contains(short))) {
+        Some(&Batch { rows, cols, .. }) => {
             tracing::debug!(%message, "out of memory");
-            TrainError::OutOfMemory { rows: batch.rows, cols: batch.cols }
+            TrainError::OutOfMemory { rows, cols }
         }
-        _ => error,
+        None => error,
     }
 }
 

@@ -12,10 +12,10 @@
 //! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of one
 //!   group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The assembler
 //!   starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it back.)
-//! - As many blocks as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads run ahead over the end of a
-//!   tile. Heads are taken in sections whose keys and values, or queries and gradients, stay in the second-level cache,
-//!   the heaviest tiles first; the lightest of all heads come last and even out the end ([`section`], [`light`]). Who
-//!   computes a tile does not matter to its bits.
+//! - As many blocks as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads run
+//!   ahead over the end of a tile. Heads are taken in sections whose keys and values, or queries and gradients, stay in
+//!   the second-level cache, the heaviest tiles first; the lightest of all heads come last and even out the end
+//!   ([`section`], [`light`]). Who computes a tile does not matter to its bits.
 //! - dQ has a kernel of its own, as in the other kernels: seven products instead of the five of a kernel that adds dQ up
 //!   across blocks, which needs an order for the same bits every time, f32 scratch of twice q's size, and passes dS and
 //!   dQ through shared memory, whose bandwidth is what five products in one kernel are short of.
