@@ -19,7 +19,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_qlora::adapter_io::Adapter;
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::paged_optim::{Budget, OptimizerConfig};
-use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, mix};
+use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, mix, trainable};
 use burn_qlora::qlora_models::{Decoder, KvCache, LoadOptions};
 use burn_qlora::qlora_train::data::Batch;
 use burn_qlora::qlora_train::{Engine, LabelledTokens, loss_sum};
@@ -126,7 +126,7 @@ fn randomize(model: &mut Decoder, device: &Device) {
             let [rows, columns] = factor.dims();
             let value = |i: u64| (mix(stream ^ i) >> 40) as f32 / 16_777_216.0 * 0.25 - 0.125;
             let values: Vec<f32> = (0..(rows * columns) as u64).map(value).collect();
-            *factor = Tensor::from_data(TensorData::new(values, [rows, columns]), (device, DType::F32));
+            *factor = trainable(Tensor::from_data(TensorData::new(values, [rows, columns]), (device, DType::F32)));
         }
     }
 }
@@ -181,7 +181,7 @@ fn gradients(model: &Decoder, batch: &Batch, subject: &str, report: &mut Report)
             for (adapter, grads) in adapters_mut(&mut moved).zip(&found) {
                 let Some([grad_a, grad_b]) = grads else { continue };
                 for (factor, grad) in [(&mut adapter.lora_a, grad_a), (&mut adapter.lora_b, grad_b)] {
-                    *factor = factor.clone() + grad.clone().mul_scalar(sign * step / norm);
+                    *factor = trainable(factor.val() + grad.clone().mul_scalar(sign * step / norm));
                 }
             }
             Ok(f64::from(to_vec(loss(&moved, batch, Pass::INFERENCE))?[0]))

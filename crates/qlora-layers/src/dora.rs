@@ -11,70 +11,77 @@
 //! ```
 //!
 //! where `‖w_i‖²` never changes and is kept, `A Wᵀ` is a frozen product of `rank` rows, and `A Aᵀ` is tiny. All
-//! in f32. While the factors stand still, [`Dora::settle`] keeps the quotient.
+//! in f32. While the factors do not change, [`Dora::keep_scale`] saves the quotient for passes without a graph.
 
 use crate::Pass;
 use crate::ops::matmul;
-use crate::trained::seen_by;
+use crate::params::{Derived, constant, frozen, in_pass, trainable_beside};
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
 /// The magnitudes of one module.
-#[derive(Clone, Debug)]
+#[derive(Module, Debug)]
 pub struct Dora {
     /// One magnitude for each output feature, `[1, out_features]`, f32.
-    pub magnitude: Tensor<2>,
-    /// `‖w_i‖²`, `[1, out_features]`, f32.
-    weight_squares: Tensor<2>,
+    pub magnitude: Param<Tensor<2>>,
+    /// `‖w_i‖²`, `[1, out_features]`, f32; not trained.
+    weight_squares: Param<Tensor<2>>,
     /// `m / ‖W + s·BA‖` of factors that do not change.
-    settled: Option<Tensor<2>>,
+    scale: Derived<Tensor<2>>,
 }
 
 impl Dora {
     /// Given magnitudes over a weight with these squared norms, both `[1, out_features]`.
-    pub fn new(magnitude: Tensor<2>, weight_squares: Tensor<2>) -> Self {
-        Self { magnitude, weight_squares, settled: None }
+    ///
+    /// The magnitudes are trained where the adapter's factor `beside` them is.
+    pub(crate) fn new(magnitude: Tensor<2>, weight_squares: Tensor<2>, beside: &Param<Tensor<2>>) -> Self {
+        Self {
+            magnitude: trainable_beside(magnitude, beside),
+            weight_squares: frozen(weight_squares.without_autodiff()),
+            scale: Derived(None),
+        }
     }
 
-    /// `m / ‖W + s·BA‖`, `[1, out_features]`; `a_w` is `A Wᵀ`, `[rank, out_features]`, computed if it is needed.
-    pub(crate) fn scale(
-        &self,
-        lora_a: &Tensor<2>,
-        lora_b: &Tensor<2>,
-        scaling: f32,
-        pass: Pass,
-        a_w: impl FnOnce(Tensor<2>) -> Tensor<2>,
-    ) -> Tensor<2> {
-        match &self.settled {
+    /// `m / ‖W + s·BA‖`, `[1, out_features]`; `a_w` computes `A Wᵀ`, `[rank, out_features]`, where that is needed.
+    pub(crate) fn scale(&self, factors: Factors<'_>, pass: Pass, a_w: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+        match &self.scale.0 {
             Some(scale) if !pass.tracked => scale.clone(),
             _ => {
-                let lora_a = lora_a.clone().without_autodiff();
-                let a_w = a_w(lora_a.clone());
-                seen_by(&self.magnitude, pass) / norms(&self.weight_squares, lora_a, lora_b, scaling, a_w)
+                let a_w = a_w(constant(factors.lora_a));
+                in_pass(&self.magnitude, pass) / norms(&constant(&self.weight_squares), factors, a_w)
             }
         }
     }
 
-    /// Keeps the quotient for passes without a graph, until [`unsettle`](Self::unsettle).
-    pub(crate) fn settle(&mut self, scale: Tensor<2>) {
-        self.settled = Some(scale);
+    /// Keeps the quotient for passes without a graph, until [`forget_scale`](Self::forget_scale) or until Burn maps the
+    /// module's parameters.
+    pub(crate) fn keep_scale(&mut self, factors: Factors<'_>, a_w: impl FnOnce(Tensor<2>) -> Tensor<2>) {
+        self.forget_scale();
+        self.scale = Derived(Some(self.scale(factors, Pass::INFERENCE, a_w)));
     }
 
     /// Forgets the quotient: the factors are about to change.
-    pub(crate) fn unsettle(&mut self) {
-        self.settled = None;
+    pub(crate) fn forget_scale(&mut self) {
+        self.scale = Derived(None);
     }
 }
 
-/// `‖W + s·BA‖` for each output feature, `[1, out_features]`, without autodiff.
-pub(crate) fn norms(
-    weight_squares: &Tensor<2>,
-    lora_a: Tensor<2>,
-    lora_b: &Tensor<2>,
-    scaling: f32,
-    a_w: Tensor<2>,
-) -> Tensor<2> {
-    let lora_a = lora_a.without_autodiff();
-    let lora_b = lora_b.clone().without_autodiff();
+/// The factors that a norm is taken with.
+#[derive(Clone, Copy)]
+pub(crate) struct Factors<'a> {
+    /// `[rank, in_features]`.
+    pub lora_a: &'a Param<Tensor<2>>,
+    /// `[out_features, rank]`.
+    pub lora_b: &'a Param<Tensor<2>>,
+    /// Factor of their product.
+    pub scaling: f32,
+}
+
+/// `‖W + s·BA‖` for each output feature, `[1, out_features]`, without autodiff; from the weight's squared norms
+/// `[1, out_features]` and `A Wᵀ` `[rank, out_features]`.
+pub(crate) fn norms(weight_squares: &Tensor<2>, factors: Factors<'_>, a_w: Tensor<2>) -> Tensor<2> {
+    let (lora_a, lora_b, scaling) = (constant(factors.lora_a), constant(factors.lora_b), factors.scaling);
+    let a_w = a_w.without_autodiff();
     let [out_features, _] = lora_b.dims();
     let row = |sums: Tensor<2>| sums.reshape([1, out_features]);
     let cross = row((a_w.transpose() * lora_b.clone()).sum_dim(1));

@@ -52,4 +52,46 @@ pub enum LayerError {
     /// A quantized weight is not a matrix or its parts disagree.
     #[error("4-bit weight: {0}")]
     Weight(String),
+    /// A layer that is to get an adapter has one already.
+    #[error("{path} has an adapter already: load the module again to put another one on")]
+    Adapted {
+        /// The layer.
+        path: String,
+    },
+    /// The configuration that an adapter is to be saved with is not that of the adapters that are there.
+    #[error("{path}: the given LoRA configuration asks for rank {expected}, the module has rank {found} (0 is no adapter): \
+             pass the configuration that the adapters were made with")]
+    OtherAdapters {
+        /// The layer.
+        path: String,
+        /// The configuration's rank.
+        expected: usize,
+        /// The module's rank.
+        found: usize,
+    },
+    /// An adapter's file names a module that is not there.
+    #[error("the adapter holds {path}, which this module does not have; it has: {known}")]
+    NoSuchModule {
+        /// The module or tensor in the file.
+        path: String,
+        /// The modules there are.
+        known: String,
+    },
+    /// An adapter's file uses what is not implemented for Burn modules.
+    #[error("the adapter's configuration sets {feature}, which is not implemented for Burn modules")]
+    AdapterFeature {
+        /// The key.
+        feature: String,
+    },
+    /// A tensor's values do not come from its device.
+    #[error("{what} can't be read from its device: {problem}")]
+    Read {
+        /// The tensor.
+        what: String,
+        /// What the device said.
+        problem: String,
+    },
+    /// An adapter's files.
+    #[error(transparent)]
+    File(#[from] adapter_io::FormatError),
 }

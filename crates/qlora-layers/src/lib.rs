@@ -4,38 +4,49 @@
 //! - [`Linear4bit`]: a frozen NF4 or FP4 weight; its backward yields dX and nothing else.
 //! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter, [`LoraAdapter`], or a trained
 //!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either.
+//! - [`apply_lora`]: adapters on the burn-nn linear layers of a module of your own; [`peft`]: those as PEFT's files.
 //! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
 //! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw, or keep it in
 //!   the host's memory.
 //!
-//! Layers are plain structs of tensors. Frozen weights never enter the autodiff graph: they are held
-//! without autodiff, and Burn treats such operands as constants. Whether a pass records a graph is
-//! decided by [`Pass`], so training, evaluation and generation run the same `forward`.
+//! Layers are Burn modules: trained factors are parameters that require gradients, frozen weights are parameters that do not,
+//! so optimizers, visitors, records and device moves work as for any module. `forward` is for Burn's way of training, in which
+//! the module's state says what is recorded (`train`, `valid`). `forward_in` is for a caller that decides for each pass, by
+//! [`Pass`], what is recorded and which dropout masks are drawn: a trainer that recomputes blocks needs that.
 
 pub mod activation_checkpointing;
 mod dora;
 mod embedding;
 mod error;
+mod frozen_linear;
 mod linear_4bit;
 mod lora;
 mod lora_config;
 mod lora_linear;
+mod lora_linear_config;
+mod module_lora;
+mod module_paths;
 mod offload;
 pub mod ops;
+mod params;
 mod pass;
+pub mod peft;
 mod reading;
 pub mod target_modules;
-mod trained;
 
 pub use activation_checkpointing::ActivationCheckpointing;
 pub use dora::Dora;
-pub use embedding::LoraEmbedding;
+pub use embedding::{EmbeddingAdapter, LoraEmbedding, LoraEmbeddingConfig};
 pub use error::LayerError;
-pub use linear_4bit::{FrozenLinear, Linear4bit};
+pub use frozen_linear::FrozenLinear;
+pub use linear_4bit::{Linear4bit, Linear4bitConfig};
 pub use lora::LoraAdapter;
 pub use lora_config::{Initialization, LoraConfig};
 pub use lora_linear::{InputObserver, LoraLinear, WholeLinear};
+pub use lora_linear_config::LoraLinearConfig;
+pub use module_lora::{LoraForward, apply_lora};
+pub use params::{frozen, track, trainable};
 pub use pass::{Pass, mix};
 pub use reading::Reading;
 pub use target_modules::TargetModules;
-pub use trained::track;
+

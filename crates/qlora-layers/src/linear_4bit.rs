@@ -1,17 +1,62 @@
-//! Frozen linear layers: 4-bit or dense.
+//! A frozen 4-bit linear layer.
 
 use crate::LayerError;
-use crate::ops::{self, Buffers4bit, Layout4bit, LoraTerms, NestedLayout};
+use crate::ops::{self, Layout4bit, LoraTerms, Packed4bit};
+use crate::params::{flattened, frozen};
+use burn::backend::Dispatch;
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use nf4_quant::{Absmax, Quantized4bit};
+use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
+
+/// Makes a [`Linear4bit`] with random weights, to be filled from a record.
+///
+/// A layer over weights that exist comes from [`Linear4bit::from_linear`] or [`Linear4bit::from_quantized`].
+#[derive(Config, Debug)]
+pub struct Linear4bitConfig {
+    /// Size of the input features.
+    pub d_input: usize,
+    /// Size of the output features.
+    pub d_output: usize,
+    /// Codebook, blocks and double quantization.
+    #[config(default = "QuantConfig::default()")]
+    pub quant: QuantConfig,
+}
+
+impl Linear4bitConfig {
+    /// A layer of uniform weights in ±1/sqrt(d_input), burn-nn's default for a linear layer, quantized from f32.
+    ///
+    /// # Errors
+    /// [`LayerError::Weight`] when a size is 0 or the blocksize is not allowed.
+    pub fn init(&self, device: &Device) -> Result<Linear4bit, LayerError> {
+        let bound = 1.0 / (self.d_input.max(1) as f64).sqrt();
+        let weight = Initializer::Uniform { min: -bound, max: bound }
+            .init::<2, _>([self.d_output, self.d_input], &device.clone().without_autodiff())
+            .into_value();
+        Linear4bit::quantize(weight, &self.quant, device)
+    }
+}
 
 /// A frozen 4-bit weight of shape `[out_features, in_features]` on a device.
 ///
-/// It holds 4 bits per weight and its block statistics, double-quantized ones in their 8-bit form.
-/// Nothing dense of the weight's size outlives one product; see [`ops`].
-#[derive(Clone, Debug)]
+/// It holds 4 bits per weight and its block statistics, double-quantized ones in their 8-bit form. No dense copy of the
+/// weight outlives one product; see [`ops`].
+///
+/// As a Burn module it consists of integer parameters: visitors, mappers and records see them, `to_device` moves them,
+/// and no optimizer touches them, because Burn's optimizers update float parameters only. For the same reason
+/// `num_params`, which counts floats, leaves them out; [`num_weights`](Self::num_weights) counts them.
+///
+/// A record fits a layer of the same codebook, dtype, blocks and shape; Burn refuses any other by the shape of a
+/// parameter (see `format`).
+#[derive(Module, Debug)]
+#[module(custom_display)]
 pub struct Linear4bit {
-    buffers: Buffers4bit,
+    codes: Param<Tensor<1, Int>>,
+    absmax: Param<Tensor<1, Int>>,
+    nested_absmax: Param<Tensor<1, Int>>,
+    /// Zeros whose *shape* stands for codebook and dtype: shapes are what Burn compares when it loads a record.
+    format: Param<Tensor<2, Int>>,
+    #[module(skip)]
     layout: Layout4bit,
 }
 
@@ -27,44 +72,69 @@ impl Linear4bit {
             return Err(LayerError::Weight(format!("expected a matrix, found shape {:?}", state.shape)));
         };
         let f32_bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-        let (absmax, nested_absmax, nested) = match &state.absmax {
+        let (absmax, nested_absmax, nested_blocksize) = match &state.absmax {
             Absmax::Plain(absmax) => (f32_bits(absmax), vec![0], None),
             Absmax::Nested(nested) => (
                 pack_words(&nested.codes),
                 f32_bits(&[&nested.absmax[..], &[nested.offset]].concat()),
-                Some(NestedLayout { blocksize: nested.blocksize, offset: nested.offset }),
+                Some(nested.blocksize),
             ),
         };
+        let layout = Layout4bit {
+            out_features,
+            in_features,
+            quant_type: state.quant_type,
+            blocksize: state.blocksize,
+            dtype: state.dtype,
+            nested_blocksize,
+        };
+        let format = format_shape(&layout);
         Ok(Self {
-            buffers: Buffers4bit {
-                codes: upload(pack_words(&weight.codes), device),
-                absmax: upload(absmax, device),
-                nested_absmax: upload(nested_absmax, device),
-            },
-            layout: Layout4bit {
-                out_features,
-                in_features,
-                quant_type: state.quant_type,
-                blocksize: state.blocksize,
-                dtype: state.dtype,
-                nested,
-            },
+            codes: frozen(upload(pack_words(&weight.codes), device)),
+            absmax: frozen(upload(absmax, device)),
+            nested_absmax: frozen(upload(nested_absmax, device)),
+            format: frozen(Tensor::zeros(format, (device, DType::U32))),
+            layout,
         })
+    }
+
+    /// Quantizes a dense weight `[out_features, in_features]`, f32, bf16 or f16, on the host; the result is on `device`.
+    ///
+    /// # Errors
+    /// [`LayerError::Weight`] when the blocksize is not allowed, the weight is empty or its values can't be read.
+    pub fn quantize(weight: Tensor<2>, quant: &QuantConfig, device: &Device) -> Result<Self, LayerError> {
+        let dtype = ops::format_of(weight.dtype());
+        let (shape, weight) = (weight.dims(), weight.without_autodiff().cast(FloatDType::F32));
+        let values = weight.try_into_vec_as::<f32>().map_err(|e| LayerError::Weight(e.to_string()))?;
+        let mut quantized =
+            Quantized4bit::quantize(&values, &shape, quant).map_err(|e| LayerError::Weight(e.to_string()))?;
+        quantized.state.dtype = dtype;
+        Self::from_quantized(&quantized, device)
+    }
+
+    /// Quantizes the weight of a burn-nn layer, which stays on the layer's device. The bias is not part of the result.
+    ///
+    /// # Errors
+    /// As [`quantize`](Self::quantize).
+    pub fn from_linear(linear: &burn::nn::Linear, quant: &QuantConfig) -> Result<Self, LayerError> {
+        let weight = linear.weight.val();
+        let device = weight.device();
+        Self::quantize(weight.transpose(), quant, &device)
     }
 
     /// `y = x Wᵀ`.
     ///
     /// # Shapes
-    /// - `x`: `[tokens, in_features]`
-    /// - output: `[tokens, out_features]`, dtype of `x`
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    /// - `x`: `[.., in_features]`
+    /// - output: `[.., out_features]`, dtype of `x`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let out = x.dtype().into();
-        self.forward_into(x, out)
+        flattened(x, |x| self.forward_into(x, out))
     }
 
-    /// [`forward`](Self::forward) with the sums kept in `out`, the dtype of `x` or f32.
+    /// [`forward`](Self::forward) of `[tokens, in_features]` with the sums kept in `out`, the dtype of `x` or f32.
     pub fn forward_into(&self, x: Tensor<2>, out: FloatDType) -> Tensor<2> {
-        ops::linear_4bit(x, &self.buffers, self.layout, out)
+        ops::linear_4bit(x, self.packed(), out)
     }
 
     /// `y = x Wᵀ + scaling·dropout(x) lora_aᵀ lora_bᵀ`, one operation with one backward.
@@ -74,12 +144,23 @@ impl Linear4bit {
     /// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`, f32
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn lora_forward(&self, x: Tensor<2>, lora_a: Tensor<2>, lora_b: Tensor<2>, terms: LoraTerms) -> Tensor<2> {
-        ops::lora_linear_4bit(x, &self.buffers, self.layout, lora_a, lora_b, terms)
+        ops::lora_linear_4bit(x, self.packed(), lora_a, lora_b, terms)
     }
 
     /// The dense weight `[out_features, in_features]` in `dtype`, without autodiff.
     pub fn dequantize(&self, dtype: FloatDType) -> Tensor<2> {
-        ops::dequantize_4bit(&self.buffers, self.layout, dtype)
+        ops::dequantize_4bit(self.packed(), dtype)
+    }
+
+    /// The weight as the operations take it.
+    pub fn packed(&self) -> Packed4bit<Dispatch> {
+        let tensor = |param: &Param<Tensor<1, Int>>| param.val().into_dispatch();
+        Packed4bit {
+            codes: tensor(&self.codes),
+            absmax: tensor(&self.absmax),
+            nested_absmax: tensor(&self.nested_absmax),
+            layout: self.layout,
+        }
     }
 
     /// Codebook, blocks and shape.
@@ -87,11 +168,45 @@ impl Linear4bit {
         &self.layout
     }
 
+    /// Elements of the weight.
+    pub fn num_weights(&self) -> usize {
+        self.layout.num_elements()
+    }
+
     /// Bytes that codes and statistics take on the device.
     pub fn device_bytes(&self) -> usize {
-        let Buffers4bit { codes, absmax, nested_absmax } = &self.buffers;
-        4 * (codes.dims()[0] + absmax.dims()[0] + nested_absmax.dims()[0])
+        4 * [&self.codes, &self.absmax, &self.nested_absmax].map(|words| words.dims()[0]).iter().sum::<usize>()
     }
+}
+
+impl ModuleDisplay for Linear4bit {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let Layout4bit { out_features, in_features, quant_type, blocksize, nested_blocksize, .. } = self.layout;
+        content
+            .add("d_input", &in_features)
+            .add("d_output", &out_features)
+            .add_formatted(&format!("{quant_type}, blocksize {blocksize}"))
+            .add("double_quant", &nested_blocksize.is_some())
+            .optional()
+    }
+}
+
+/// A shape of its own for each codebook and dtype.
+fn format_shape(layout: &Layout4bit) -> [usize; 2] {
+    let quant_type = match layout.quant_type {
+        QuantType::Nf4 => 1,
+        QuantType::Fp4 => 2,
+    };
+    let dtype = match layout.dtype {
+        FloatFormat::F32 => 1,
+        FloatFormat::F16 => 2,
+        FloatFormat::BF16 => 3,
+    };
+    [quant_type, dtype]
 }
 
 /// A byte stream as little-endian words, zero-padded to a multiple of four.
@@ -109,72 +224,4 @@ fn pack_words(bytes: &[u8]) -> Vec<u32> {
 fn upload(words: Vec<u32>, device: &Device) -> Tensor<1, Int> {
     let len = words.len();
     Tensor::from_data(TensorData::new(words, [len]), (device, DType::U32))
-}
-
-/// A frozen linear map in the form its checkpoint or configuration asks for.
-#[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a model has a few hundred, and they stay where they are")]
-pub enum FrozenLinear {
-    /// 4-bit codes.
-    Quantized(Linear4bit),
-    /// A dense weight `[out_features, in_features]` in the compute dtype.
-    Dense(Tensor<2>),
-}
-
-impl FrozenLinear {
-    /// `y = x Wᵀ`.
-    ///
-    /// # Shapes
-    /// - `x`: `[tokens, in_features]`
-    /// - output: `[tokens, out_features]`, dtype of `x`
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let out = x.dtype().into();
-        self.forward_into(x, out)
-    }
-
-    /// [`forward`](Self::forward) with the sums kept in `out`, the dtype of `x` or f32.
-    pub fn forward_into(&self, x: Tensor<2>, out: FloatDType) -> Tensor<2> {
-        match self {
-            Self::Quantized(weight) => weight.forward_into(x, out),
-            Self::Dense(weight) => ops::frozen_linear(x, weight.clone(), out),
-        }
-    }
-
-    /// `[out_features, in_features]`.
-    pub fn shape(&self) -> [usize; 2] {
-        match self {
-            Self::Quantized(weight) => [weight.layout.out_features, weight.layout.in_features],
-            Self::Dense(weight) => weight.dims(),
-        }
-    }
-
-    /// The dense weight in `dtype`, without autodiff.
-    pub fn to_dense(&self, dtype: FloatDType) -> Tensor<2> {
-        match self {
-            Self::Quantized(weight) => weight.dequantize(dtype),
-            Self::Dense(weight) => weight.clone().cast(dtype),
-        }
-    }
-
-    /// `‖w_i‖²` of each output feature's weights, `[1, out_features]`, in f32.
-    pub fn row_squares(&self) -> Tensor<2> {
-        let [out_features, _] = self.shape();
-        self.to_dense(FloatDType::F32).square().sum_dim(1).reshape([1, out_features])
-    }
-
-    /// `a Wᵀ` in f32 for a few rows `a` `[rows, in_features]` of f32, whatever the weight is held in.
-    pub fn project(&self, a: Tensor<2>) -> Tensor<2> {
-        match self {
-            Self::Quantized(weight) => weight.forward_into(a, FloatDType::F32),
-            Self::Dense(weight) => ops::matmul(a, weight.clone().cast(FloatDType::F32).transpose()),
-        }
-    }
-
-    /// Bytes on the device.
-    pub fn device_bytes(&self) -> usize {
-        match self {
-            Self::Quantized(weight) => weight.device_bytes(),
-            Self::Dense(weight) => weight.shape().num_elements() * weight.dtype().size(),
-        }
-    }
 }

@@ -1,77 +1,66 @@
 //! Low-rank adapters (Hu et al., 2021, arXiv 2106.09685, section 4.1) of linear layers.
 
-use crate::dora::{Dora, norms};
+use crate::dora::{Dora, Factors, norms};
 use crate::ops::{LoraDropout, LoraTerms, matmul, matmul_into, seeded_dropout};
-use crate::trained::{seen_by, track};
-use crate::{FrozenLinear, Pass};
+use crate::params::{constant, frozen, in_pass, track, trainable};
+use crate::{FrozenLinear, Pass, mix};
+use burn::module::{Flag, Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The trainable part: `x ↦ scaling · (dropout(x) lora_aᵀ lora_bᵀ + bias)`.
-#[derive(Clone, Debug)]
+///
+/// [`LoraLinearConfig`](crate::LoraLinearConfig) makes fresh ones.
+#[derive(Module, Debug)]
 pub struct LoraAdapter {
     /// `[rank, in_features]`, f32.
-    pub lora_a: Tensor<2>,
+    pub lora_a: Param<Tensor<2>>,
     /// `[out_features, rank]`, f32.
-    pub lora_b: Tensor<2>,
+    pub lora_b: Param<Tensor<2>>,
     /// The bias of `lora_b`, `[1, out_features]`, f32.
-    pub bias: Option<Tensor<2>>,
+    pub bias: Option<Param<Tensor<2>>>,
     /// Magnitudes of the output features.
     pub dora: Option<Dora>,
-    /// `lora_a` and `lora_b` as they started, where the frozen weight had `scaling · lora_b lora_a` taken out of it.
-    pub initial: Option<[Tensor<2>; 2]>,
+    /// `lora_a` and `lora_b` as they started, where the frozen weight had `scaling · lora_b lora_a` taken out of it; not
+    /// trained.
+    pub initial: Option<[Param<Tensor<2>>; 2]>,
     /// Factor of the update.
     pub scaling: f32,
     /// Dropout probability in training.
     pub dropout: f32,
     /// Number of this adapter within its model; picks its dropout masks.
     pub index: u32,
+    /// Whether a forward pass of a Burn module drops inputs; see [`next_pass`](Self::next_pass).
+    pub training: Param<Flag>,
+    /// Forward passes with dropout so far, which pick the next one's mask; clones of a layer share the count.
+    #[module(skip)]
+    passes: Arc<AtomicU64>,
 }
 
 impl LoraAdapter {
     /// An adapter of given factors, f32: `lora_a` `[rank, in_features]`, `lora_b` `[out_features, rank]`.
     pub fn from_factors(lora_a: Tensor<2>, lora_b: Tensor<2>, scaling: f32, dropout: f32, index: u32) -> Self {
-        Self { lora_a, lora_b, bias: None, dora: None, initial: None, scaling, dropout, index }
+        Self {
+            lora_a: trainable(lora_a),
+            lora_b: trainable(lora_b),
+            bias: None,
+            dora: None,
+            initial: None,
+            scaling,
+            dropout,
+            index,
+            training: Param::from_bool(true),
+            passes: Arc::default(),
+        }
     }
 
-    /// A fresh adapter that changes nothing yet: `lora_a` uniform in ±1/sqrt(in_features) (Kaiming with
-    /// a = sqrt(5), PEFT's default), `lora_b` zero. The values depend on `seed` and `index` alone.
-    ///
-    /// # Shapes
-    /// `shape` is the frozen weight's `[out_features, in_features]`.
-    pub fn new(
-        shape: [usize; 2],
-        rank: usize,
-        scaling: f32,
-        dropout: f32,
-        index: u32,
-        seed: u64,
-        device: &Device,
-    ) -> Self {
-        let [out_features, in_features] = shape;
-        let mut rng = generator(seed, index);
-        let bound = 1.0 / (in_features as f32).sqrt();
-        let lora_a = (0..rank * in_features).map(|_| bound * (2.0 * uniform(&mut rng) - 1.0)).collect();
-        let lora_b = Tensor::zeros([out_features, rank], (device, DType::F32));
-        Self::from_factors(matrix(lora_a, [rank, in_features], device), lora_b, scaling, dropout, index)
-    }
-
-    /// As [`new`](Self::new), with `lora_a` normal of standard deviation 1/rank.
-    pub fn gaussian(
-        shape: [usize; 2],
-        rank: usize,
-        scaling: f32,
-        dropout: f32,
-        index: u32,
-        seed: u64,
-        device: &Device,
-    ) -> Self {
-        let [out_features, in_features] = shape;
-        let deviation = 1.0 / rank as f32;
-        let lora_a = normal(seed, index, rank * in_features).map(|z| deviation * z).collect();
-        let lora_b = Tensor::zeros([out_features, rank], (device, DType::F32));
-        Self::from_factors(matrix(lora_a, [rank, in_features], device), lora_b, scaling, dropout, index)
+    /// Keeps the present factors as those that the frozen weight had taken out of it.
+    pub fn with_initial(mut self) -> Self {
+        self.initial = Some([&self.lora_a, &self.lora_b].map(|factor| frozen(constant(factor))));
+        self
     }
 
     /// The adapter's rank.
@@ -86,15 +75,15 @@ impl LoraAdapter {
 
     /// Everything that is trained, by name, in a fixed order.
     pub fn parameters(&self) -> Vec<(&'static str, &Tensor<2>)> {
-        let mut found = vec![("lora_a", &self.lora_a), ("lora_b", &self.lora_b)];
-        found.extend(self.bias.iter().map(|bias| ("lora_bias", bias)));
-        found.extend(self.dora.iter().map(|dora| ("lora_magnitude", &dora.magnitude)));
+        let mut found: Vec<(_, &Tensor<2>)> = vec![("lora_a", &self.lora_a), ("lora_b", &self.lora_b)];
+        found.extend(self.bias.iter().map(|bias| ("lora_bias", &**bias)));
+        found.extend(self.dora.iter().map(|dora| ("lora_magnitude", &*dora.magnitude)));
         found
     }
 
-    /// As [`parameters`](Self::parameters). Whoever changes one calls [`track`](Self::track) or
-    /// [`LoraLinear::settle`](crate::LoraLinear::settle) after.
-    pub fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Tensor<2>)> {
+    /// As [`parameters`](Self::parameters). After changing one, call [`track`](Self::track) or
+    /// [`LoraLinear::keep_scale`](crate::LoraLinear::keep_scale).
+    pub fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Param<Tensor<2>>)> {
         let mut found = vec![("lora_a", &mut self.lora_a), ("lora_b", &mut self.lora_b)];
         found.extend(self.bias.iter_mut().map(|bias| ("lora_bias", bias)));
         found.extend(self.dora.iter_mut().map(|dora| ("lora_magnitude", &mut dora.magnitude)));
@@ -104,7 +93,7 @@ impl LoraAdapter {
     /// A zero bias on `lora_b`.
     pub fn with_bias(mut self) -> Self {
         let [out_features, _] = self.lora_b.dims();
-        self.bias = Some(Tensor::zeros([1, out_features], (&self.lora_b.device(), DType::F32)));
+        self.bias = Some(trainable(Tensor::zeros([1, out_features], (&self.lora_b.device(), DType::F32))));
         self
     }
 
@@ -112,10 +101,10 @@ impl LoraAdapter {
     pub fn with_dora(mut self, base: &FrozenLinear, magnitude: Option<Tensor<2>>) -> Self {
         let squares = base.row_squares();
         let magnitude = magnitude.unwrap_or_else(|| {
-            let a_w = base.project(self.lora_a.clone().without_autodiff());
-            norms(&squares, self.lora_a.clone(), &self.lora_b, self.scaling, a_w)
+            let a_w = base.project(constant(&self.lora_a));
+            norms(&squares, self.factors(), a_w)
         });
-        self.dora = Some(Dora::new(magnitude, squares));
+        self.dora = Some(Dora::new(magnitude, squares, &self.lora_a));
         self
     }
 
@@ -126,7 +115,7 @@ impl LoraAdapter {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, f32
     pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let x = match self.dropout(pass) {
+        let x = match self.dropout_in(pass) {
             Some(dropout) => dropped(x, dropout),
             None => x,
         };
@@ -135,7 +124,7 @@ impl LoraAdapter {
 
     /// [`forward`](Self::forward) without dropout.
     fn update(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let (lora_a, lora_b) = self.factors(pass);
+        let (lora_a, lora_b) = self.factors_in(pass);
         let (lora_a, lora_b) = (lora_a.cast(x.dtype()).transpose(), lora_b.cast(x.dtype()).transpose());
         matmul_into(matmul(x, lora_a), lora_b, FloatDType::F32).mul_scalar(self.scaling)
     }
@@ -145,14 +134,15 @@ impl LoraAdapter {
     /// Without magnitudes and bias the sum is rounded once. With them a 4-bit base's sum is rounded to the dtype
     /// of `x` before it is scaled.
     ///
-    /// With `unread` nobody reads the result; see [`LoraTerms::unread`].
-    pub(crate) fn apply(&self, base: &FrozenLinear, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
+    /// With `gradients_only` the result is uninitialised where that saves a product; see
+    /// [`LoraTerms::gradients_only`].
+    pub(crate) fn apply(&self, base: &FrozenLinear, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
         let dtype = x.dtype();
         let Some(dora) = &self.dora else {
             let y = match base {
                 FrozenLinear::Quantized(base) => {
-                    let (lora_a, lora_b) = self.factors(pass);
-                    let terms = LoraTerms { scaling: self.scaling, dropout: self.dropout(pass), unread };
+                    let (lora_a, lora_b) = self.factors_in(pass);
+                    let terms = LoraTerms { scaling: self.scaling, dropout: self.dropout_in(pass), gradients_only };
                     base.lora_forward(x, lora_a, lora_b, terms)
                 }
                 FrozenLinear::Dense(_) => {
@@ -161,20 +151,20 @@ impl LoraAdapter {
                 }
             };
             return match &self.bias {
-                Some(bias) => y.cast(FloatDType::F32) + seen_by(bias, pass).mul_scalar(self.scaling),
+                Some(bias) => y.cast(FloatDType::F32) + in_pass(bias, pass).mul_scalar(self.scaling),
                 None => y,
             };
         };
         let adapted = |x: Tensor<2>| match base {
             FrozenLinear::Quantized(base) => {
-                let (lora_a, lora_b) = self.factors(pass);
-                let terms = LoraTerms { scaling: self.scaling, dropout: None, unread: false };
+                let (lora_a, lora_b) = self.factors_in(pass);
+                let terms = LoraTerms { scaling: self.scaling, dropout: None, gradients_only: false };
                 base.lora_forward(x, lora_a, lora_b, terms).cast(FloatDType::F32)
             }
             FrozenLinear::Dense(_) => base.forward_into(x.clone(), FloatDType::F32) + self.update(x, pass),
         };
-        let scale = dora.scale(&self.lora_a, &self.lora_b, self.scaling, pass, |a| base.project(a));
-        match self.dropout(pass) {
+        let scale = dora.scale(self.factors(), pass, |a| base.project(a));
+        match self.dropout_in(pass) {
             None => adapted(x) * scale,
             // PEFT's: x Wᵀ + (scale - 1) · x' Wᵀ + scale · update(x') with x' = dropout(x). The two products with W
             // that are not scaled are one, of the difference.
@@ -186,41 +176,65 @@ impl LoraAdapter {
     }
 
     /// The factors, recorded or not as the pass asks.
-    fn factors(&self, pass: Pass) -> (Tensor<2>, Tensor<2>) {
-        (seen_by(&self.lora_a, pass), seen_by(&self.lora_b, pass))
+    fn factors_in(&self, pass: Pass) -> (Tensor<2>, Tensor<2>) {
+        (in_pass(&self.lora_a, pass), in_pass(&self.lora_b, pass))
     }
 
-    fn dropout(&self, pass: Pass) -> Option<LoraDropout> {
+    fn factors(&self) -> Factors<'_> {
+        Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling }
+    }
+
+    fn dropout_in(&self, pass: Pass) -> Option<LoraDropout> {
         let seed = pass.seed_for(self.index).filter(|_| self.dropout > 0.0)?;
         Some(LoraDropout { seed, p: self.dropout })
+    }
+
+    /// The pass that a Burn module's `forward` runs over an input on `device`: recorded where the factors require
+    /// gradients; with dropout, a new mask at each call, where `device` records and [`training`](Self::training) is set,
+    /// as in burn-nn's `Dropout`.
+    ///
+    /// Masks depend on [`index`](Self::index) and the number of calls before, so a run repeats itself. Burn's random
+    /// generator is not used.
+    pub fn next_pass(&self, device: &Device) -> Pass {
+        let drops = self.dropout > 0.0 && self.training.is_enabled() && device.is_autodiff();
+        Pass {
+            tracked: self.lora_a.is_require_grad() || self.lora_b.is_require_grad(),
+            dropout_seed: drops.then(|| mix(self.passes.fetch_add(1, Ordering::Relaxed))),
+        }
     }
 
     /// Starts recording: everything that is trained becomes a leaf of the autodiff graph.
     pub fn track(&mut self) {
         self.parameters_mut().into_iter().for_each(|(_, parameter)| track(parameter));
-        self.dora.iter_mut().for_each(Dora::unsettle);
+        self.dora.iter_mut().for_each(Dora::forget_scale);
     }
 
-    /// Computes what stays the same while nothing is trained.
-    pub(crate) fn settle(&mut self, base: &FrozenLinear) {
-        let Some(dora) = &mut self.dora else { return };
-        dora.unsettle();
-        let scale = dora.scale(&self.lora_a, &self.lora_b, self.scaling, Pass::INFERENCE, |a| base.project(a));
-        dora.settle(scale);
+    /// Saves DoRA's norms for passes without a graph.
+    pub(crate) fn keep_scale(&mut self, base: &FrozenLinear) {
+        let factors = Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling };
+        if let Some(dora) = &mut self.dora {
+            dora.keep_scale(factors, |a| base.project(a));
+        }
     }
 
-    /// The weight with this adapter in it, f32: `W + s·BA`, scaled to the magnitudes.
-    pub fn merged(&self, base: &FrozenLinear) -> Tensor<2> {
-        let (lora_a, lora_b) = self.factors(Pass::INFERENCE);
+    /// The weight with this adapter in it, f32 `[out_features, in_features]`: `W + s·BA`, scaled to the magnitudes; recorded
+    /// or not as the pass asks, without dropout.
+    pub(crate) fn effective(&self, base: &FrozenLinear, pass: Pass) -> Tensor<2> {
+        let (lora_a, lora_b) = self.factors_in(pass);
         let weight = base.to_dense(FloatDType::F32) + matmul(lora_b, lora_a).mul_scalar(self.scaling);
         match &self.dora {
             None => weight,
             Some(dora) => {
                 let [out_features, _] = self.lora_b.dims();
-                let scale = dora.scale(&self.lora_a, &self.lora_b, self.scaling, Pass::INFERENCE, |a| base.project(a));
+                let scale = dora.scale(self.factors(), pass, |a| base.project(a));
                 weight * scale.reshape([out_features, 1])
             }
         }
+    }
+
+    /// The weight with this adapter in it, f32: `W + s·BA`, scaled to the magnitudes.
+    pub fn merged(&self, base: &FrozenLinear) -> Tensor<2> {
+        self.effective(base, Pass::INFERENCE)
     }
 }
 
@@ -236,6 +250,13 @@ fn generator(seed: u64, index: u32) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(u64::from(index));
     rng
+}
+
+/// A matrix of uniform values in ±`bound` that depend on `seed` and `index` alone.
+pub(crate) fn uniform_matrix(bound: f32, shape: [usize; 2], seed: u64, index: u32, device: &Device) -> Tensor<2> {
+    let mut rng = generator(seed, index);
+    let values = (0..shape[0] * shape[1]).map(|_| bound * (2.0 * uniform(&mut rng) - 1.0)).collect();
+    matrix(values, shape, device)
 }
 
 /// Uniform in [0, 1) with 24 random bits.

@@ -36,7 +36,7 @@ pub struct LoraConfig {
     /// Train a bias on `lora_b`, added with the update's scaling.
     pub lora_bias: bool,
     /// Modules that are trained in full, as f32 copies, and saved with the adapter: norms, `lm_head`, `embed_tokens`, ...
-    /// A module is meant when its path, or that of a module around it, ends with an entry.
+    /// An entry matches a module if the module's path, or a parent's, ends with it.
     pub modules_to_save: Vec<String>,
     /// How the factors start.
     pub init: Initialization,
@@ -221,10 +221,7 @@ impl LoraConfig {
 
     /// `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA.
     pub fn scaling(&self, rank: usize, alpha: f32) -> f32 {
-        match self.use_rslora {
-            true => (f64::from(alpha) / (rank as f64).sqrt()) as f32,
-            false => (f64::from(alpha) / rank as f64) as f32,
-        }
+        crate::lora_linear_config::scaling(alpha, rank, self.use_rslora)
     }
 }
 

@@ -1,8 +1,9 @@
 //! A linear layer as a model holds it: frozen, adapted, or trained in full.
 
 use crate::ops::matmul_into;
-use crate::trained::{seen_by, track};
+use crate::params::{constant, flattened, frozen, in_pass, track, trainable};
 use crate::{FrozenLinear, LayerError, LoraAdapter, Pass};
+use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Tensor};
 use std::fmt;
 use std::sync::Arc;
@@ -26,22 +27,26 @@ impl fmt::Debug for InputObserver {
 }
 
 /// What takes the place of a layer's weight and bias: trained in full, or replaced by an adapter's file.
-#[derive(Clone, Debug, Default)]
+#[derive(Module, Debug)]
 pub struct WholeLinear {
     /// `[out_features, in_features]`, f32; `None` leaves the frozen weight.
-    pub weight: Option<Tensor<2>>,
+    pub weight: Option<Param<Tensor<2>>>,
     /// `[1, out_features]`, f32; `None` leaves the frozen bias.
-    pub bias: Option<Tensor<2>>,
+    pub bias: Option<Param<Tensor<2>>>,
 }
 
 /// A frozen linear layer with an optional bias and an optional adapter:
 /// `y = x Wᵀ + b + scaling · dropout(x) lora_aᵀ lora_bᵀ`.
-#[derive(Clone, Debug)]
+///
+/// As a Burn module it trains with any optimizer: the factors are parameters that require gradients, everything else is
+/// frozen. [`LoraLinearConfig`](crate::LoraLinearConfig) makes one out of a burn-nn layer;
+/// [`apply_lora`](crate::apply_lora) adapts the linear layers of a whole module.
+#[derive(Module, Debug)]
 pub struct LoraLinear {
     /// The frozen weight.
     pub base: FrozenLinear,
     /// The frozen bias `[out_features]` in the compute dtype.
-    pub bias: Option<Tensor<1>>,
+    pub bias: Option<Param<Tensor<1>>>,
     /// The trainable update.
     pub adapter: Option<LoraAdapter>,
     /// What replaces weight or bias.
@@ -49,15 +54,32 @@ pub struct LoraLinear {
     /// The weight before an initialisation took the adapter's start out of it, where it must come back.
     pub original: Option<FrozenLinear>,
     /// Sees the layer's inputs.
+    #[module(skip)]
     pub observer: Option<InputObserver>,
 }
 
 impl LoraLinear {
     /// A layer without an adapter.
     pub fn frozen(base: FrozenLinear, bias: Option<Tensor<1>>) -> Self {
+        let bias = bias.map(|bias| frozen(bias.without_autodiff()));
         Self { base, bias, adapter: None, whole: None, original: None, observer: None }
     }
 
+    /// The layer as a Burn module runs it: what [`LoraAdapter::next_pass`] says is recorded and dropped.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., in_features]`
+    /// - output: `[.., out_features]`, dtype of `x`
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let pass = match &self.adapter {
+            Some(adapter) => adapter.next_pass(&x.device()),
+            None => Pass { tracked: true, dropout_seed: None },
+        };
+        flattened(x, |x| self.forward_in(x, pass))
+    }
+
+    /// The layer in a pass whose caller decides what is recorded and which masks are drawn.
+    ///
     /// With an adapter the sum is taken in f32 and rounded once. Rounding the base's part to bf16 first would
     /// swallow every update below half an ulp of it, which is what updates are in the first steps: measured
     /// on the reference run, the loss after two steps was then off by 1 %.
@@ -65,22 +87,26 @@ impl LoraLinear {
     /// # Shapes
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, dtype of `x`
-    pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        self.forward_or_record(x, pass, false)
+    pub fn forward_in(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        self.run(x, pass, false)
     }
 
-    /// [`forward`](Self::forward), or, with `unread`, for its gradients alone: what it records is complete, the result
-    /// holds anything. The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit weight the product is left out.
-    pub fn forward_or_record(&self, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
+    /// [`forward_in`](Self::forward_in) for its gradients alone. The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit
+    /// weight the product is left out, and the returned tensor is then uninitialised.
+    pub fn record(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        self.run(x, pass, true)
+    }
+
+    fn run(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
         if let Some(InputObserver(see)) = &self.observer {
             see(&x);
         }
         let dtype = x.dtype();
         let whole = self.whole.as_ref();
         let y = match (&self.adapter, whole.and_then(|whole| whole.weight.as_ref())) {
-            (Some(adapter), _) => adapter.apply(&self.base, x, pass, unread),
+            (Some(adapter), _) => adapter.apply(&self.base, x, pass, gradients_only),
             (None, Some(weight)) => {
-                let weight = seen_by(weight, pass).cast(dtype);
+                let weight = in_pass(weight, pass).cast(dtype);
                 matmul_into(x, weight.transpose(), dtype.into())
             }
             (None, None) => self.base.forward(x),
@@ -88,8 +114,8 @@ impl LoraLinear {
         // A sum that is still in f32 is rounded after the bias.
         let held = y.dtype();
         match (whole.and_then(|whole| whole.bias.as_ref()), &self.bias) {
-            (Some(bias), _) => (y.cast(FloatDType::F32) + seen_by(bias, pass)).cast(dtype),
-            (None, Some(bias)) => (y + bias.clone().cast(held).unsqueeze()).cast(dtype),
+            (Some(bias), _) => (y.cast(FloatDType::F32) + in_pass(bias, pass)).cast(dtype),
+            (None, Some(bias)) => (y + bias.val().without_autodiff().cast(held).unsqueeze()).cast(dtype),
             (None, None) => y.cast(dtype),
         }
     }
@@ -99,15 +125,15 @@ impl LoraLinear {
         match (&self.adapter, &self.whole) {
             (Some(adapter), _) => adapter.parameters(),
             (None, Some(whole)) => {
-                let weight = whole.weight.iter().map(|weight| ("weight", weight));
-                weight.chain(whole.bias.iter().map(|bias| ("bias", bias))).collect()
+                let weight = whole.weight.iter().map(|weight| ("weight", &**weight));
+                weight.chain(whole.bias.iter().map(|bias| ("bias", &**bias))).collect()
             }
             (None, None) => Vec::new(),
         }
     }
 
     /// As [`parameters`](Self::parameters).
-    pub fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Tensor<2>)> {
+    pub fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Param<Tensor<2>>)> {
         match (&mut self.adapter, &mut self.whole) {
             (Some(adapter), _) => adapter.parameters_mut(),
             (None, Some(whole)) => {
@@ -126,18 +152,18 @@ impl LoraLinear {
         }
     }
 
-    /// Computes what stays the same while nothing is trained, such as DoRA's norms.
-    pub fn settle(&mut self) {
+    /// Computes what stays the same while nothing is trained, DoRA's norms, and keeps it for passes without a graph.
+    pub fn keep_scale(&mut self) {
         if let Some(adapter) = &mut self.adapter {
-            adapter.settle(&self.base);
+            adapter.keep_scale(&self.base);
         }
     }
 
     /// Makes the layer trained in full: f32 copies of weight and bias.
     pub fn train_whole(&mut self) {
         self.whole = Some(WholeLinear {
-            weight: Some(self.base.to_dense(FloatDType::F32)),
-            bias: self.bias.as_ref().map(|bias| bias.clone().cast(FloatDType::F32).unsqueeze()),
+            weight: Some(trainable(self.base.to_dense(FloatDType::F32))),
+            bias: self.bias.as_ref().map(|bias| trainable(bias.val().cast(FloatDType::F32).unsqueeze())),
         });
     }
 
@@ -153,21 +179,22 @@ impl LoraLinear {
     /// Makes adapter and replacements part of the dense weight and bias, in `dtype`.
     pub fn merge(&mut self, dtype: FloatDType) {
         if let Some(adapter) = self.adapter.take() {
-            self.base = FrozenLinear::Dense(adapter.merged(&self.base).cast(dtype));
-            if let Some(update) = adapter.bias {
-                let update = update.without_autodiff().mul_scalar(adapter.scaling).squeeze_dim::<1>(0);
-                self.bias = Some(match self.bias.take() {
-                    Some(bias) => (bias.cast(FloatDType::F32) + update).cast(dtype),
-                    None => update.cast(dtype),
-                });
+            self.base = FrozenLinear::dense(adapter.merged(&self.base).cast(dtype));
+            if let Some(update) = &adapter.bias {
+                let update = constant(update).mul_scalar(adapter.scaling).squeeze_dim::<1>(0);
+                let update = match self.bias.take() {
+                    Some(bias) => bias.into_value().cast(FloatDType::F32) + update,
+                    None => update,
+                };
+                self.bias = Some(frozen(update.cast(dtype)));
             }
         }
         if let Some(WholeLinear { weight, bias }) = self.whole.take() {
             if let Some(weight) = weight {
-                self.base = FrozenLinear::Dense(weight.without_autodiff().cast(dtype));
+                self.base = FrozenLinear::dense(constant(&weight).cast(dtype));
             }
             if let Some(bias) = bias {
-                self.bias = Some(bias.without_autodiff().squeeze_dim::<1>(0).cast(dtype));
+                self.bias = Some(frozen(constant(&bias).squeeze_dim::<1>(0).cast(dtype)));
             }
         }
     }
@@ -183,7 +210,7 @@ impl LoraLinear {
         for (part, found, expected) in [
             ("lora_A.weight", Some(adapter.lora_a.dims()), [rank, in_features]),
             ("lora_B.weight", Some(adapter.lora_b.dims()), [out_features, rank]),
-            ("lora_B.bias", adapter.bias.as_ref().map(Tensor::dims), row),
+            ("lora_B.bias", adapter.bias.as_ref().map(|bias| bias.dims()), row),
             ("lora_magnitude_vector", adapter.dora.as_ref().map(|dora| dora.magnitude.dims()), row),
         ] {
             if found.is_some_and(|found| found != expected) {

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use common::{Pair, devices, noise};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::activation_checkpointing::{self, ActivationCheckpointing, ResidualBlock};
-use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass};
 
 const WIDTH: usize = 64;
 const BLOCKS: usize = 3;
@@ -21,7 +21,7 @@ fn every_policy_gives_the_same_gradients() {
                 let weight = Quantized4bit::quantize(&values, &[WIDTH, WIDTH], &QuantConfig::default()).unwrap();
                 let base = FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &device).unwrap());
                 let mut layer = LoraLinear::frozen(base, None);
-                let mut adapter = LoraAdapter::new([WIDTH, WIDTH], 4, 1.0, 0.1, index, 0, &device);
+                let mut adapter = LoraLinearConfig::new(4).with_alpha(4.0).with_dropout(0.1).with_index(Some(index)).adapter([WIDTH, WIDTH], &device).unwrap();
                 adapter.lora_b = Tensor::from_data(
                     TensorData::new(noise(100 + u64::from(index), 4 * WIDTH), [WIDTH, 4]),
                     (&device, DType::F32),
@@ -47,7 +47,7 @@ fn same_gradients(name: &str, layers: &[LoraLinear], tokens: usize, device: &Dev
     let (x, grad, pass) = (matrix(200), matrix(201), Pass::training(1));
     let factors = |index: usize| {
         let adapter = layers[index].adapter.as_ref().unwrap();
-        [adapter.lora_a.clone(), adapter.lora_b.clone()]
+        [adapter.lora_a.val(), adapter.lora_b.val()]
     };
 
     let input = x.clone().autodiff().require_grad();

@@ -8,7 +8,7 @@ use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use common::{devices, noise};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::ops::seeded_dropout;
-use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraEmbedding, LoraLinear, Pass, track};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, EmbeddingAdapter, LoraLinear, Pass, track, trainable};
 
 const OUT: usize = 24;
 const IN: usize = 40;
@@ -30,7 +30,7 @@ fn layer(device: &Device, quantized: bool, dropout: f32) -> LoraLinear {
     let weight = Linear4bit::from_quantized(&weight, device).unwrap();
     let base = match quantized {
         true => FrozenLinear::Quantized(weight),
-        false => FrozenLinear::Dense(weight.dequantize(FloatDType::F32)),
+        false => FrozenLinear::dense(weight.dequantize(FloatDType::F32)),
     };
     let mut layer = LoraLinear::frozen(base, None);
     let (lora_a, lora_b) = (matrix(2, [RANK, IN], device), matrix(3, [OUT, RANK], device));
@@ -59,7 +59,7 @@ fn transposed(a: &[f64], [m, n]: [usize; 2]) -> Vec<f64> {
 /// `W + s·BA` and its norm for each output feature.
 fn adapted(layer: &LoraLinear) -> (Vec<f64>, Vec<f64>) {
     let adapter = layer.adapter.as_ref().unwrap();
-    let update = product(&values(adapter.lora_b.clone()), &values(adapter.lora_a.clone()), [OUT, RANK, IN]);
+    let update = product(&values(adapter.lora_b.val()), &values(adapter.lora_a.val()), [OUT, RANK, IN]);
     let weight = values(layer.base.to_dense(FloatDType::F32));
     let sum: Vec<f64> = weight.iter().zip(update).map(|(w, u)| w + f64::from(SCALING) * u).collect();
     let norms = sum.chunks(IN).map(|row| row.iter().map(|x| x * x).sum::<f64>().sqrt()).collect();
@@ -80,15 +80,15 @@ fn dora_is_its_definition_on_4_bits_and_dense() {
             let mut layer = dora_layer(&device, quantized, 0.0);
             let x = matrix(5, [TOKENS, IN], &device);
             let (sum, norms) = adapted(&layer);
-            let magnitude = values(layer.adapter.as_ref().unwrap().dora.as_ref().unwrap().magnitude.clone());
+            let magnitude = values(layer.adapter.as_ref().unwrap().dora.as_ref().unwrap().magnitude.val());
             let weight: Vec<f64> = (0..OUT * IN).map(|i| magnitude[i / IN] / norms[i / IN] * sum[i]).collect();
             let expected = product(&values(x.clone()), &transposed(&weight, [OUT, IN]), [TOKENS, IN, OUT]);
             // Sums of 40 products of order 1 and norms of order 5, in f32.
-            assert_close(name, &values(layer.forward(x.clone(), Pass::INFERENCE)), &expected, 2e-5);
+            assert_close(name, &values(layer.forward_in(x.clone(), Pass::INFERENCE)), &expected, 2e-5);
             assert_close(name, &values(layer.adapter.as_ref().unwrap().merged(&layer.base)), &weight, 1e-5);
-            let computed = values(layer.forward(x.clone(), Pass::INFERENCE));
-            layer.settle();
-            assert_eq!(values(layer.forward(x, Pass::INFERENCE)), computed, "{name}: settled norms are the same");
+            let computed = values(layer.forward_in(x.clone(), Pass::INFERENCE));
+            layer.keep_scale();
+            assert_eq!(values(layer.forward_in(x, Pass::INFERENCE)), computed, "{name}: settled norms are the same");
         }
     }
 }
@@ -98,11 +98,11 @@ fn fresh_magnitudes_change_nothing() {
     for (name, device) in devices() {
         let mut layer = layer(&device, true, 0.0);
         let x = matrix(5, [TOKENS, IN], &device);
-        let without = values(layer.forward(x.clone(), Pass::INFERENCE));
+        let without = values(layer.forward_in(x.clone(), Pass::INFERENCE));
         let adapter = layer.adapter.take().unwrap().with_dora(&layer.base, None);
         layer.set_adapter("layer", adapter).unwrap();
         // A quotient of two equal norms: 1 within an ulp or two.
-        assert_close(name, &values(layer.forward(x, Pass::INFERENCE)), &without, 1e-5);
+        assert_close(name, &values(layer.forward_in(x, Pass::INFERENCE)), &without, 1e-5);
     }
 }
 
@@ -116,10 +116,10 @@ fn dora_gradients_match_the_formulas() {
             let x_leaf = x.clone().autodiff().require_grad();
             let (sum, norms) = adapted(&layer);
             let adapter = layer.adapter.as_ref().unwrap();
-            let (a, b) = (values(adapter.lora_a.clone()), values(adapter.lora_b.clone()));
-            let magnitude = values(adapter.dora.as_ref().unwrap().magnitude.clone());
+            let (a, b) = (values(adapter.lora_a.val()), values(adapter.lora_b.val()));
+            let magnitude = values(adapter.dora.as_ref().unwrap().magnitude.val());
             layer.track();
-            let mut grads = (layer.forward(x_leaf.clone(), Pass::training(0)) * dy.clone()).sum().backward();
+            let mut grads = (layer.forward_in(x_leaf.clone(), Pass::training(0)) * dy.clone()).sum().backward();
 
             let (x, dy, s) = (values(x), values(dy), f64::from(SCALING));
             let z = product(&x, &transposed(&sum, [OUT, IN]), [TOKENS, IN, OUT]);
@@ -160,14 +160,14 @@ fn dora_drops_the_input_of_scaled_products_only() {
             let kept = values(seeded_dropout(x.clone(), pass.seed_for(3).unwrap(), 0.4));
             let (sum, norms) = adapted(&layer);
             let weight = transposed(&values(layer.base.to_dense(FloatDType::F32)), [OUT, IN]);
-            let magnitude = values(layer.adapter.as_ref().unwrap().dora.as_ref().unwrap().magnitude.clone());
+            let magnitude = values(layer.adapter.as_ref().unwrap().dora.as_ref().unwrap().magnitude.val());
             let shape = [TOKENS, IN, OUT];
             let whole = product(&values(x.clone()), &weight, shape);
             let dropped = product(&kept, &weight, shape);
             let z = product(&kept, &transposed(&sum, [OUT, IN]), shape);
             let expected: Vec<f64> =
                 (0..TOKENS * OUT).map(|i| whole[i] - dropped[i] + magnitude[i % OUT] / norms[i % OUT] * z[i]).collect();
-            assert_close(name, &values(layer.forward(x, pass.untracked())), &expected, 5e-5);
+            assert_close(name, &values(layer.forward_in(x, pass.untracked())), &expected, 5e-5);
         }
     }
 }
@@ -179,18 +179,18 @@ fn the_bias_of_lora_b_is_scaled_and_trained() {
             let mut layer = layer(&device, quantized, 0.0);
             layer.bias = Some(Tensor::from_data(TensorData::new(noise(8, OUT), [OUT]), (&device, DType::F32)));
             let x = matrix(5, [TOKENS, IN], &device);
-            let without = values(layer.forward(x.clone(), Pass::INFERENCE));
+            let without = values(layer.forward_in(x.clone(), Pass::INFERENCE));
             let mut adapter = layer.adapter.take().unwrap().with_bias();
             let bias = matrix(9, [1, OUT], &device);
-            adapter.bias = Some(bias.clone());
+            adapter.bias = Some(trainable(bias.clone()));
             layer.set_adapter("layer", adapter).unwrap();
             let bias = values(bias);
             let expected: Vec<f64> =
                 without.iter().enumerate().map(|(i, y)| y + f64::from(SCALING) * bias[i % OUT]).collect();
-            assert_close(name, &values(layer.forward(x.clone(), Pass::INFERENCE)), &expected, 1e-5);
+            assert_close(name, &values(layer.forward_in(x.clone(), Pass::INFERENCE)), &expected, 1e-5);
             layer.track();
             let dy = matrix(6, [TOKENS, OUT], &device);
-            let mut grads = (layer.forward(x, Pass::training(0)) * dy.clone()).sum().backward();
+            let mut grads = (layer.forward_in(x, Pass::training(0)) * dy.clone()).sum().backward();
             let found = layer.adapter.as_ref().unwrap().bias.as_ref().unwrap().grad_remove(&mut grads).unwrap();
             let dy = values(dy);
             let expected: Vec<f64> =
@@ -207,12 +207,12 @@ fn a_layer_trained_in_full_has_gradients_of_weight_and_bias() {
         layer.adapter = None;
         layer.bias = Some(Tensor::from_data(TensorData::new(noise(8, OUT), [OUT]), (&device, DType::F32)));
         let x = matrix(5, [TOKENS, IN], &device);
-        let before = values(layer.forward(x.clone(), Pass::INFERENCE));
+        let before = values(layer.forward_in(x.clone(), Pass::INFERENCE));
         layer.train_whole();
-        assert_close(name, &values(layer.forward(x.clone(), Pass::INFERENCE)), &before, 1e-5);
+        assert_close(name, &values(layer.forward_in(x.clone(), Pass::INFERENCE)), &before, 1e-5);
         layer.track();
         let dy = matrix(6, [TOKENS, OUT], &device);
-        let mut grads = (layer.forward(x.clone(), Pass::training(0)) * dy.clone()).sum().backward();
+        let mut grads = (layer.forward_in(x.clone(), Pass::training(0)) * dy.clone()).sum().backward();
         let expected = product(&transposed(&values(dy), [TOKENS, OUT]), &values(x), [OUT, TOKENS, IN]);
         let parts = layer.parameters();
         assert_close(name, &values(parts[0].1.grad_remove(&mut grads).unwrap()), &expected, 1e-5);
@@ -232,21 +232,21 @@ fn embeddings_look_up_adapted_rows_and_train() {
     for (name, device) in devices() {
         for dora in [false, true] {
             let table = matrix(1, [VOCABULARY, WIDTH], &device);
-            let mut lora = LoraEmbedding::new(&table, RANK, SCALING, 7);
-            assert!(values(lora.lora_a.clone()).iter().all(|x| *x == 0.0));
-            lora.lora_a = matrix(2, [RANK, VOCABULARY], &device);
+            let mut lora = EmbeddingAdapter::new(&table, RANK, SCALING, 7);
+            assert!(values(lora.lora_a.val()).iter().all(|x| *x == 0.0));
+            lora.lora_a = trainable(matrix(2, [RANK, VOCABULARY], &device));
             if dora {
                 lora = lora.with_dora(&table, Some(matrix(3, [1, WIDTH], &device).add_scalar(2.0)));
             }
             let ids = [3i32, 10, 3, 0];
             let ids_tensor = Tensor::<1, Int>::from_data(TensorData::new(ids.to_vec(), [4]), (&device, DType::I32));
-            let (a, b) = (values(lora.lora_a.clone()), values(lora.lora_b.clone()));
+            let (a, b) = (values(lora.lora_a.val()), values(lora.lora_b.val()));
             let update =
                 product(&transposed(&a, [RANK, VOCABULARY]), &transposed(&b, [WIDTH, RANK]), [VOCABULARY, RANK, WIDTH]);
             let mut sum: Vec<f64> =
                 values(table.clone()).iter().zip(update).map(|(w, u)| w + f64::from(SCALING) * u).collect();
             if let Some(dora) = &lora.dora {
-                let magnitude = values(dora.magnitude.clone());
+                let magnitude = values(dora.magnitude.val());
                 for feature in 0..WIDTH {
                     let norm = (0..VOCABULARY).map(|t| sum[t * WIDTH + feature].powi(2)).sum::<f64>().sqrt();
                     (0..VOCABULARY).for_each(|t| sum[t * WIDTH + feature] *= magnitude[feature] / norm);
@@ -258,7 +258,7 @@ fn embeddings_look_up_adapted_rows_and_train() {
 
             lora.track();
             let loss =
-                |lora: &LoraEmbedding| lora.forward(&table, ids_tensor.clone(), Pass::training(0)).square().sum();
+                |lora: &EmbeddingAdapter| lora.forward(&table, ids_tensor.clone(), Pass::training(0)).square().sum();
             let mut grads = loss(&lora).backward();
             let d_a = values(lora.lora_a.grad_remove(&mut grads).unwrap());
             for token in [1, 2, 4, 5, 6, 7, 8, 9] {
@@ -271,7 +271,7 @@ fn embeddings_look_up_adapted_rows_and_train() {
             let direction = matrix(8, [RANK, VOCABULARY], &device);
             let shifted = |step: f32| {
                 let mut moved = lora.clone();
-                moved.lora_a = lora.lora_a.clone().without_autodiff() + direction.clone().mul_scalar(step);
+                moved.lora_a = lora.lora_a.val().without_autodiff() + direction.clone().mul_scalar(step);
                 track(&mut moved.lora_a);
                 values(loss(&moved).reshape([1, 1]))[0]
             };
@@ -291,9 +291,9 @@ fn bf16_activations_keep_f32_magnitudes() {
         }
         let mut layer = dora_layer(&device, true, 0.0);
         let x = matrix(5, [TOKENS, IN], &device);
-        let exact = values(layer.forward(x.clone(), Pass::INFERENCE));
+        let exact = values(layer.forward_in(x.clone(), Pass::INFERENCE));
         layer.track();
-        let y = layer.forward(x.cast(FloatDType::BF16), Pass::training(0));
+        let y = layer.forward_in(x.cast(FloatDType::BF16), Pass::training(0));
         assert_eq!(y.dtype(), DType::BF16);
         let mut grads = y.clone().sum().backward();
         for (part, parameter) in layer.parameters() {
@@ -308,7 +308,7 @@ fn bf16_activations_keep_f32_magnitudes() {
 fn magnitudes_of_another_layer_are_refused_by_name() {
     let device = Device::flex();
     let mut layer = layer(&device, false, 0.0);
-    let other = LoraLinear::frozen(FrozenLinear::Dense(matrix(1, [7, IN], &device)), None);
+    let other = LoraLinear::frozen(FrozenLinear::dense(matrix(1, [7, IN], &device)), None);
     let adapter = layer.adapter.take().unwrap().with_dora(&other.base, Some(matrix(4, [1, 7], &device)));
     let message = layer.set_adapter("model.layers.0.mlp.up_proj", adapter).unwrap_err().to_string();
     assert!(message.contains("model.layers.0.mlp.up_proj.lora_magnitude_vector") && message.contains("[1, 24]"));

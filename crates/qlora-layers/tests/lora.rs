@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use common::{devices, noise};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::ops::{dropout_hash, matmul, seeded_dropout};
-use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass, trainable};
 
 fn matrix(seed: u64, shape: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(noise(seed, shape[0] * shape[1]), shape), (device, DType::F32))
@@ -21,8 +21,8 @@ fn layer(device: &Device, dropout: f32) -> LoraLinear {
     let weight = Quantized4bit::quantize(&noise(1, 24 * 40), &[24, 40], &QuantConfig::default()).unwrap();
     let mut layer =
         LoraLinear::frozen(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, device).unwrap()), None);
-    let mut adapter = LoraAdapter::new([24, 40], 4, 2.0, dropout, 3, 11, device);
-    adapter.lora_b = matrix(2, [24, 4], device);
+    let mut adapter = LoraLinearConfig::new(4).with_alpha(8.0).with_dropout(dropout).with_seed(11).with_index(Some(3)).adapter([24, 40], device).unwrap();
+    adapter.lora_b = trainable(matrix(2, [24, 4], device));
     layer.set_adapter("layer", adapter).unwrap();
     layer
 }
@@ -31,14 +31,14 @@ fn layer(device: &Device, dropout: f32) -> LoraLinear {
 fn a_fresh_adapter_changes_nothing_and_is_reproducible() {
     for (name, device) in devices() {
         let mut layer = layer(&device, 0.0);
-        layer.adapter = Some(LoraAdapter::new([24, 40], 4, 2.0, 0.0, 3, 11, &device));
+        layer.adapter = Some(LoraLinearConfig::new(4).with_alpha(8.0).with_seed(11).with_index(Some(3)).adapter([24, 40], &device).unwrap());
         let x = matrix(3, [5, 40], &device);
-        assert_eq!(values(layer.forward(x.clone(), Pass::INFERENCE)), values(layer.base.forward(x)), "{name}");
-        let again = LoraAdapter::new([24, 40], 4, 2.0, 0.0, 3, 11, &device);
-        let other = LoraAdapter::new([24, 40], 4, 2.0, 0.0, 4, 11, &device);
-        let lora_a = values(layer.adapter.unwrap().lora_a);
-        assert_eq!(lora_a, values(again.lora_a));
-        assert_ne!(lora_a, values(other.lora_a));
+        assert_eq!(values(layer.forward_in(x.clone(), Pass::INFERENCE)), values(layer.base.forward(x)), "{name}");
+        let again = LoraLinearConfig::new(4).with_alpha(8.0).with_seed(11).with_index(Some(3)).adapter([24, 40], &device).unwrap();
+        let other = LoraLinearConfig::new(4).with_alpha(8.0).with_seed(11).with_index(Some(4)).adapter([24, 40], &device).unwrap();
+        let lora_a = values(layer.adapter.unwrap().lora_a.val());
+        assert_eq!(lora_a, values(again.lora_a.val()));
+        assert_ne!(lora_a, values(other.lora_a.val()));
         let bound = 1.0 / 40f32.sqrt();
         assert!(lora_a.iter().all(|v| v.abs() <= bound) && lora_a.iter().any(|v| v.abs() > 0.9 * bound));
     }
@@ -50,10 +50,10 @@ fn factor_gradients_match_the_formulas() {
         let mut layer = layer(&device, 0.0);
         let (x, dy) = (matrix(3, [5, 40], &device), matrix(4, [5, 24], &device));
         layer.adapter.as_mut().unwrap().track();
-        let y = layer.forward(x.clone(), Pass::training(0));
+        let y = layer.forward_in(x.clone(), Pass::training(0));
         let mut grads = (y * dy.clone()).sum().backward();
         let adapter = layer.adapter.as_ref().unwrap();
-        let (a, b) = (adapter.lora_a.clone().inner(), adapter.lora_b.clone().inner());
+        let (a, b) = (adapter.lora_a.val().inner(), adapter.lora_b.val().inner());
         // y = 2 (x aᵀ) bᵀ: db = 2 dyᵀ (x aᵀ), da = 2 (dy b)ᵀ x.
         // Burn's own product would be TF32 on tensor cores.
         let expected_b = matmul(dy.clone().transpose(), matmul(x.clone(), a.transpose())).mul_scalar(2.0);
@@ -78,9 +78,9 @@ fn bf16_activations_keep_f32_factors_and_f32_gradients() {
         }
         let mut layer = layer(&device, 0.0);
         let x = matrix(3, [5, 40], &device);
-        let exact = values(layer.forward(x.clone(), Pass::INFERENCE));
+        let exact = values(layer.forward_in(x.clone(), Pass::INFERENCE));
         layer.adapter.as_mut().unwrap().track();
-        let y = layer.forward(x.cast(FloatDType::BF16), Pass::training(0));
+        let y = layer.forward_in(x.cast(FloatDType::BF16), Pass::training(0));
         assert_eq!(y.dtype(), DType::BF16);
         let mut grads = y.clone().sum().backward();
         let adapter = layer.adapter.as_ref().unwrap();
@@ -126,7 +126,7 @@ fn dropout_follows_the_pass_and_the_adapter() {
     let device = Device::flex();
     let layer = layer(&device, 0.5);
     let x = matrix(3, [5, 40], &device);
-    let run = |pass: Pass| values(layer.forward(x.clone(), pass));
+    let run = |pass: Pass| values(layer.forward_in(x.clone(), pass));
     assert_eq!(run(Pass::training(1).untracked()), run(Pass::training(1).untracked()));
     assert_ne!(run(Pass::training(1).untracked()), run(Pass::training(2).untracked()));
     assert_ne!(run(Pass::training(1).untracked()), run(Pass::INFERENCE));
@@ -136,7 +136,7 @@ fn dropout_follows_the_pass_and_the_adapter() {
 fn a_factor_of_another_shape_is_refused_by_name() {
     let device = Device::flex();
     let mut layer = layer(&device, 0.0);
-    let wrong = LoraAdapter::new([24, 41], 4, 1.0, 0.0, 0, 0, &device);
+    let wrong = LoraLinearConfig::new(4).with_alpha(4.0).with_index(Some(0)).adapter([24, 41], &device).unwrap();
     let message = layer.set_adapter("model.layers.0.mlp.up_proj", wrong).unwrap_err().to_string();
     assert!(
         message.contains("model.layers.0.mlp.up_proj.lora_A.weight")

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use common::Pair;
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::activation_checkpointing::{self, ActivationCheckpointing, ResidualBlock};
-use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -56,7 +56,7 @@ fn one_dense_transient_at_a_time() {
                 FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &device).unwrap()),
                 None,
             );
-            layer.set_adapter("layer", LoraAdapter::new([WIDTH, WIDTH], 2, 1.0, 0.1, index, 0, &device)).unwrap();
+            layer.set_adapter("layer", LoraLinearConfig::new(2).with_alpha(2.0).with_dropout(0.1).with_index(Some(index)).adapter([WIDTH, WIDTH], &device).unwrap()).unwrap();
             layer
         })
         .collect();
@@ -72,7 +72,7 @@ fn one_dense_transient_at_a_time() {
     let y = blocks.iter().fold(x.clone(), |x, block| block.forward(x, pass));
     assert_eq!(LIVE.load(SeqCst), before, "the recorded graph keeps no dense weight");
     let grads = y.square().sum().backward();
-    let factor = |layer: &LoraLinear| layer.adapter.as_ref().unwrap().lora_b.clone();
+    let factor = |layer: &LoraLinear| layer.adapter.as_ref().unwrap().lora_b.val();
     let plain: Vec<_> = layers.iter().map(|layer| factor(layer).grad(&grads).unwrap().into_data()).collect();
     assert_eq!(PEAK.load(SeqCst) - before, 1, "dense weights alive at once, forward and backward");
 

@@ -114,8 +114,8 @@ impl Block {
     /// `[rows * len, hidden]` in and out.
     fn feed_forward_branch(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         let h = self.norms.mlp_input.module.forward(x, pass);
-        let run = |unread| match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.forward(h, pass, unread),
+        let run = |gradients_only| match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.forward(h, pass, gradients_only),
             FeedForward::Experts(moe) => moe.forward(h, pass),
         };
         normalised(&self.norms.mlp_output, run, pass, purpose.unread())
@@ -152,7 +152,7 @@ impl Block {
             Some(cache) => cache.extend(self.index, k, v),
             None => (k, v),
         };
-        let unread = purpose.unread();
+        let gradients_only = purpose.unread();
         let mixed = match purpose {
             Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
             Purpose::Keep(kept) => {
@@ -163,18 +163,22 @@ impl Block {
             Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
         };
         let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
-        let run = |unread| self.output.module.forward_or_record(mixed, pass, unread);
-        normalised(&self.norms.attention_output, run, pass, unread)
+        let output = &self.output.module;
+        let run = |gradients_only| match gradients_only {
+            true => output.record(mixed, pass),
+            false => output.forward_in(mixed, pass),
+        };
+        normalised(&self.norms.attention_output, run, pass, gradients_only)
     }
 
     /// Queries, keys and values, each `[tokens, heads * head_dim]`.
     fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> [Tensor<2>; 3] {
         match &self.qkv[..] {
             [q, k, v] => {
-                [q.module.forward(h.clone(), pass), k.module.forward(h.clone(), pass), v.module.forward(h, pass)]
+                [q.module.forward_in(h.clone(), pass), k.module.forward_in(h.clone(), pass), v.module.forward_in(h, pass)]
             }
             fused => {
-                let all = fused[0].module.forward(h, pass);
+                let all = fused[0].module.forward_in(h, pass);
                 let [q, k, v] = config.qkv_widths();
                 [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
             }
@@ -182,17 +186,17 @@ impl Block {
     }
 }
 
-/// The end of a branch: what `run` gives, normalised where the family does so. `run` hears whether nobody reads its
-/// result; a norm does.
+/// The end of a branch: what `run` gives, normalised where the family does so. `run` is told whether only its gradients are
+/// needed; its output is needed whenever a norm follows.
 fn normalised(
     norm: &Option<Named<RmsNorm>>,
     run: impl FnOnce(bool) -> Tensor<2>,
     pass: Pass,
-    unread: bool,
+    gradients_only: bool,
 ) -> Tensor<2> {
     match norm {
         Some(norm) => norm.module.forward(run(false), pass),
-        None => run(unread),
+        None => run(gradients_only),
     }
 }
 

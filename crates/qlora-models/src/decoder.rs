@@ -140,7 +140,7 @@ impl Decoder {
     pub fn logits(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let x = self.norm.module.forward(x, pass);
         let logits = match &self.lm_head {
-            Some(head) => head.forward(x, pass),
+            Some(head) => head.forward_in(x, pass),
             None => matmul(x, self.embed_tokens.clone().transpose()),
         };
         match self.config.logit_softcap {

@@ -137,7 +137,7 @@ impl<'a> Loader<'a> {
             true => None,
             false => {
                 let head = self.matrix(head, [vocab_size, hidden_size])?;
-                Some(LoraLinear::frozen(FrozenLinear::Dense(head), None))
+                Some(LoraLinear::frozen(FrozenLinear::dense(head), None))
             }
         };
         self.nothing_left()?;
@@ -251,7 +251,7 @@ impl<'a> Loader<'a> {
             let linear = Linear4bit::from_quantized(&weight, self.device)?;
             return Ok(match self.options.quantization.filter(|_| spec.role != LinearRole::Router) {
                 Some(_) => FrozenLinear::Quantized(linear),
-                None => FrozenLinear::Dense(linear.dequantize(self.options.dtype)),
+                None => FrozenLinear::dense(linear.dequantize(self.options.dtype)),
             });
         }
         let weight = format!("{name}.weight");
@@ -266,7 +266,7 @@ impl<'a> Loader<'a> {
         let Some(quantization) = wanted.filter(|_| spec.role != LinearRole::Router) else {
             let weight = upload(view, spec.shape, self.options.dtype.into(), self.device)?;
             self.advance(&spec.path, view.data.len());
-            return Ok(FrozenLinear::Dense(weight));
+            return Ok(FrozenLinear::dense(weight));
         };
         let mut weight = match view.floats()? {
             Floats::F32(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),

@@ -37,20 +37,24 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    /// With `unread` nobody reads the result; see [`LoraLinear::forward_or_record`].
+    /// With `gradients_only` the result may be uninitialised; see [`LoraLinear::record`].
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    pub fn forward(&self, x: Tensor<2>, pass: Pass, unread: bool) -> Tensor<2> {
+    pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
         let [gate, up] = match &self.gate_up[..] {
-            [gate, up] => [gate.module.forward(x.clone(), pass), up.module.forward(x, pass)],
+            [gate, up] => [gate.module.forward_in(x.clone(), pass), up.module.forward_in(x, pass)],
             fused => {
-                let both = fused[0].module.forward(x, pass);
+                let both = fused[0].module.forward_in(x, pass);
                 let width = both.dims()[1] / 2;
                 [both.clone().narrow(1, 0, width), both.narrow(1, width, width)]
             }
         };
-        self.down.module.forward_or_record(gated(gate, up, self.activation), pass, unread)
+        let mixed = gated(gate, up, self.activation);
+        match gradients_only {
+            true => self.down.module.record(mixed, pass),
+            false => self.down.module.forward_in(mixed, pass),
+        }
     }
 
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {

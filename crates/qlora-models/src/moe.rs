@@ -30,7 +30,7 @@ impl Moe {
     pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let [tokens, hidden] = x.dims();
         let (dtype, device) = (x.dtype(), x.device());
-        let logits = self.router.module.forward(x.clone(), pass).cast(FloatDType::F32);
+        let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
         // A device that fails here fails the pass: what follows it is not a number, which every reader reports.
         let Ok(scores) = logits.clone().without_autodiff().try_into_vec_as::<f32>() else {
             return x.mul_scalar(f32::NAN);

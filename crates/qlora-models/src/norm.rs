@@ -1,5 +1,6 @@
 //! Root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), computed in f32 and rounded once.
 
+use burn::module::Param;
 use burn::tensor::Tensor;
 use qlora_layers::Pass;
 use qlora_layers::ops::fused::{Norm, rms_norm};
@@ -10,7 +11,7 @@ pub struct RmsNorm {
     /// `[width]`, f32, as checkpoints hold it.
     pub weight: Tensor<1>,
     /// `[1, width]`, f32: takes the weight's place while an adapter that trained the norm in full is on.
-    pub(crate) trained: Option<Tensor<2>>,
+    pub(crate) trained: Option<Param<Tensor<2>>>,
     pub(crate) eps: f64,
     /// Families that store the weight's distance from 1 add it here.
     pub(crate) offset: f64,
@@ -21,8 +22,8 @@ impl RmsNorm {
     /// `[rows, width]` in and out, dtype kept.
     pub(crate) fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let weight = match &self.trained {
-            Some(trained) if pass.tracked => trained.clone(),
-            Some(trained) => trained.clone().without_autodiff(),
+            Some(trained) if pass.tracked => trained.val(),
+            Some(trained) => trained.val().without_autodiff(),
             None => return rms_norm(x, self.weight.clone(), self.constants()),
         };
         let width = weight.dims()[1];

@@ -180,7 +180,7 @@ fn replace(linear: &mut LoraLinear, weight: &GptqWeight, job: &Calibration<'_>) 
 /// The weight that engines compute with.
 fn dense(weight: &GptqWeight, device: &Device, dtype: FloatDType) -> FrozenLinear {
     let data = TensorData::new(weight.dequantize(), weight.shape);
-    FrozenLinear::Dense(Tensor::<2>::from_data(data, (device, DType::F32)).cast(dtype))
+    FrozenLinear::dense(Tensor::<2>::from_data(data, (device, DType::F32)).cast(dtype))
 }
 
 /// The mean loss over the unmasked tokens; `None` without rows.

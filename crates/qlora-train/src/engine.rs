@@ -14,6 +14,7 @@
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
+use burn::module::Param;
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
 use qlora_layers::activation_checkpointing;
@@ -266,14 +267,16 @@ impl Engine {
         let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {
             debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 parameters are f32");
-            // The gradient keeps the parameter's place meanwhile: one that nobody else holds is updated in place.
-            let param = std::mem::replace(parameter, grad.clone()).without_autodiff();
+            // The gradient keeps the parameter's place meanwhile: a buffer that has no other holder is updated in place.
+            let place = Param::initialized(parameter.id, grad.clone());
+            let param = std::mem::replace(parameter, place).into_value().without_autodiff();
             updates.push(Update::new(index, param, grad));
         }
         let updated =
             self.optimizer.step(updates, learning_rate, Some(clip)).map_err(|e| TrainError::Device(e.to_string()))?;
         for ((_, parameter), updated) in self.model.parameters_mut().into_iter().zip(updated) {
-            *parameter = updated.reshape(parameter.dims());
+            let shape = parameter.dims();
+            *parameter = Param::initialized(parameter.id, updated.reshape(shape));
         }
         self.model.track();
         Ok(())

@@ -13,7 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fused-kernels", &["cuda-source"]),
     ("adapter-io", &["nf4-quant"]),
     ("paged-optim", &[]),
-    ("qlora-layers", &["nf4-quant", "fused-kernels"]),
+    ("qlora-layers", &["nf4-quant", "fused-kernels", "adapter-io"]),
     ("qlora-models", &["qlora-layers", "adapter-io"]),
     ("qlora-train", &["qlora-models", "paged-optim", "adapter-io"]),
     ("burn-qlora", &["qlora-train"]),
@@ -21,10 +21,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("conformance", &["burn-qlora"]),
     ("benchmarks", &["burn-qlora", "nf4-quant", "fused-kernels", "cuda-source"]),
     ("xtask", &["adapter-io"]),
+    ("burn-transformer", &["qlora-layers", "paged-optim", "nf4-quant"]),
 ];
 
 /// Programs: no crate may use them, and they use nothing but their arrows.
-const PROGRAMS: &[&str] = &["qlora-cli", "conformance", "benchmarks", "xtask"];
+const PROGRAMS: &[&str] = &["qlora-cli", "conformance", "benchmarks", "xtask", "burn-transformer"];
 
 /// Edges for tests only, each with its reason.
 const DEV_ARROWS: &[(&str, &str, &str)] = &[];

@@ -1,39 +1,37 @@
 //! Backward passes, written by hand.
 
-use super::{Layout4bit, LoraDropout, LoraFactor, LoraTerms, QloraOps, float_dtype};
+use super::{LoraDropout, LoraFactor, LoraTerms, Packed4bit, QloraOps, float_dtype};
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, TensorMetadata};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, TensorMetadata};
 use burn::tensor::{FloatDType, Shape};
 
 /// Backward of `y = x Wᵀ`: `dx = dy W`, in the dtype of `x`. The state is the packed weight; `x` is not kept.
 #[derive(Debug)]
 struct Linear4bitBackward;
 
-#[derive(Clone, Debug)]
-struct Weight<I> {
-    codes: I,
-    absmax: I,
-    nested_absmax: I,
-    layout: Layout4bit,
-    /// Dtype of the input, which its gradient has too.
-    dtype: FloatDType,
+/// The packed weight, and the dtype of the input, which its gradient has too.
+type FrozenState<B> = (Packed4bit<B>, FloatDType);
+
+/// The weight as the inner backend has it: integer tensors are the same there.
+fn inner<B: Backend, C: CheckpointStrategy>(weight: Packed4bit<Autodiff<B, C>>) -> Packed4bit<B> {
+    let Packed4bit { codes, absmax, nested_absmax, layout } = weight;
+    Packed4bit { codes, absmax, nested_absmax, layout }
 }
 
 impl<B: QloraOps> Backward<B, 1> for Linear4bitBackward {
-    type State = Weight<IntTensor<B>>;
+    type State = FrozenState<B>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [parent] = ops.parents;
         let dy = grads.consume::<B>(&ops.node);
         if let Some(parent) = parent {
-            let Weight { codes, absmax, nested_absmax, layout, dtype } = ops.state;
-            let dx = B::linear_4bit_input_grad(B::float_cast(dy, dtype), codes, absmax, nested_absmax, layout);
-            grads.register::<B>(parent.id, dx);
+            let (weight, dtype) = ops.state;
+            grads.register::<B>(parent.id, B::linear_4bit_input_grad(B::float_cast(dy, dtype), weight));
         }
     }
 }
@@ -60,25 +58,26 @@ impl<B: QloraOps> Backward<B, 1> for FrozenLinearBackward {
 struct LoraLinearBackward;
 
 #[derive(Clone, Debug)]
-struct LoraState<F, I> {
+struct LoraState<B: Backend> {
     /// Kept for `dA`.
-    x: Option<F>,
+    x: Option<FloatTensor<B>>,
     /// Kept for `dB`.
-    u: Option<F>,
-    lora_a: F,
-    lora_b: F,
-    weight: Weight<I>,
+    u: Option<FloatTensor<B>>,
+    lora_a: FloatTensor<B>,
+    lora_b: FloatTensor<B>,
+    weight: Packed4bit<B>,
+    /// Dtype of `x`, which its gradient has too.
+    dtype: FloatDType,
     scaling: f32,
     dropout: Option<LoraDropout>,
 }
 
 impl<B: QloraOps> Backward<B, 3> for LoraLinearBackward {
-    type State = LoraState<FloatTensor<B>, IntTensor<B>>;
+    type State = LoraState<B>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [x_parent, a_parent, b_parent] = ops.parents;
-        let LoraState { x, u, lora_a, lora_b, weight, scaling, dropout } = ops.state;
-        let Weight { codes, absmax, nested_absmax, layout, dtype } = weight;
+        let LoraState { x, u, lora_a, lora_b, weight, dtype, scaling, dropout } = ops.state;
         let dy = B::float_cast(grads.consume::<B>(&ops.node), dtype);
         if let (Some(parent), Some(u)) = (b_parent, u) {
             grads.register::<B>(parent.id, B::low_rank_gradient(dy.clone(), u, LoraFactor::B, None));
@@ -92,10 +91,10 @@ impl<B: QloraOps> Backward<B, 3> for LoraLinearBackward {
         }
         if let Some(parent) = x_parent {
             let dx = match dropout {
-                None => B::linear_4bit_low_rank_input_grad(dy, codes, absmax, nested_absmax, layout, v, lora_a),
+                None => B::linear_4bit_low_rank_input_grad(dy, weight, v, lora_a),
                 Some(LoraDropout { seed, p }) => {
                     let update = B::matmul(v, B::float_cast(lora_a, dtype), dtype);
-                    let base = B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout);
+                    let base = B::linear_4bit_input_grad(dy, weight);
                     B::float_add(base, B::seeded_dropout(update, seed, p))
                 }
             };
@@ -147,70 +146,63 @@ impl<B: QloraOps> Backward<B, 1> for DropoutBackward {
 
 impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
     fn dequantize_4bit(
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         dtype: FloatDType,
     ) -> FloatTensor<Self> {
         use burn::backend::AutodiffBackend;
-        Self::from_inner(B::dequantize_4bit(codes, absmax, nested_absmax, layout, dtype))
+        Self::from_inner(B::dequantize_4bit(inner(weight), dtype))
     }
 
     fn linear_4bit(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         out: FloatDType,
     ) -> FloatTensor<Self> {
+        let weight = inner(weight);
         match Linear4bitBackward.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (x, _guard) = x.into_parts();
                 let dtype = float_dtype(x.dtype());
-                let y = B::linear_4bit(x, codes.clone(), absmax.clone(), nested_absmax.clone(), layout, out);
-                prep.finish(Weight { codes, absmax, nested_absmax, layout, dtype }, y)
+                let y = B::linear_4bit(x, weight.clone(), out);
+                prep.finish((weight, dtype), y)
             }
             OpsKind::UnTracked(prep) => {
                 let (x, _guard) = x.into_parts();
-                prep.finish(B::linear_4bit(x, codes, absmax, nested_absmax, layout, out))
+                prep.finish(B::linear_4bit(x, weight, out))
             }
         }
     }
 
     fn linear_4bit_input_grad(
         dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
     ) -> FloatTensor<Self> {
         // The adjoint map is linear too, so its own backward is the forward product.
         #[derive(Debug)]
         struct InputGradBackward;
         impl<B: QloraOps> Backward<B, 1> for InputGradBackward {
-            type State = Weight<IntTensor<B>>;
+            type State = FrozenState<B>;
 
             fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let [parent] = ops.parents;
                 let ddx = grads.consume::<B>(&ops.node);
                 if let Some(parent) = parent {
-                    let Weight { codes, absmax, nested_absmax, layout, dtype } = ops.state;
-                    grads.register::<B>(parent.id, B::linear_4bit(ddx, codes, absmax, nested_absmax, layout, dtype));
+                    let (weight, dtype) = ops.state;
+                    grads.register::<B>(parent.id, B::linear_4bit(ddx, weight, dtype));
                 }
             }
         }
+        let weight = inner(weight);
         match InputGradBackward.prepare::<C>([dy.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (dy, _guard) = dy.into_parts();
                 let dtype = float_dtype(dy.dtype());
-                let dx = B::linear_4bit_input_grad(dy, codes.clone(), absmax.clone(), nested_absmax.clone(), layout);
-                prep.finish(Weight { codes, absmax, nested_absmax, layout, dtype }, dx)
+                let dx = B::linear_4bit_input_grad(dy, weight.clone());
+                prep.finish((weight, dtype), dx)
             }
             OpsKind::UnTracked(prep) => {
                 let (dy, _guard) = dy.into_parts();
-                prep.finish(B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout))
+                prep.finish(B::linear_4bit_input_grad(dy, weight))
             }
         }
     }
@@ -232,14 +224,12 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
 
     fn lora_linear_4bit(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
-        LoraTerms { scaling, dropout, unread }: LoraTerms,
+        LoraTerms { scaling, dropout, gradients_only }: LoraTerms,
     ) -> FloatTensor<Self> {
+        let weight = inner(weight);
         let (a_tracked, b_tracked) = (lora_a.is_tracked(), lora_b.is_tracked());
         let nodes = [x.node(), lora_a.node(), lora_b.node()];
         let ((x, _x_guard), (lora_a, _a_guard), (lora_b, _b_guard)) =
@@ -247,13 +237,12 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
         let dtype = float_dtype(x.dtype());
         let u = B::low_rank_project(x.clone(), lora_a.clone(), LoraFactor::A, scaling, dropout);
         let product = |u| {
-            let (codes, absmax, nested_absmax) = (codes.clone(), absmax.clone(), nested_absmax.clone());
-            B::linear_4bit_low_rank(x.clone(), codes, absmax, nested_absmax, layout, u, lora_b.clone())
+            B::linear_4bit_low_rank(x.clone(), weight.clone(), u, lora_b.clone())
         };
         match LoraLinearBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let y = match unread {
-                    true => B::float_empty(Shape::new([x.shape()[0], layout.out_features]), &x.device(), dtype),
+                let y = match gradients_only {
+                    true => B::float_empty(Shape::new([x.shape()[0], weight.layout.out_features]), &x.device(), dtype),
                     false => product(u.clone()),
                 };
                 let state = LoraState {
@@ -261,7 +250,8 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
                     u: b_tracked.then_some(u),
                     lora_a,
                     lora_b,
-                    weight: Weight { codes, absmax, nested_absmax, layout, dtype },
+                    weight,
+                    dtype,
                     scaling,
                     dropout,
                 };

@@ -1,8 +1,8 @@
 //! Products out of other operations, for backends without fused kernels.
 
-use super::{Layout4bit, LoraDropout, LoraFactor, QloraOps, float_dtype, format_of};
+use super::{Layout4bit, LoraDropout, LoraFactor, Packed4bit, QloraOps, float_dtype, format_of};
 use burn::backend::TensorMetadata;
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::FloatDType;
 
 fn dropped<B: QloraOps>(x: FloatTensor<B>, dropout: Option<LoraDropout>) -> FloatTensor<B> {
@@ -15,27 +15,21 @@ fn dropped<B: QloraOps>(x: FloatTensor<B>, dropout: Option<LoraDropout>) -> Floa
 /// `B::linear_4bit`, by way of one dense transient of `W`.
 pub(super) fn linear_4bit<B: QloraOps>(
     x: FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
+    weight: Packed4bit<B>,
     out: FloatDType,
 ) -> FloatTensor<B> {
-    let layout = Layout4bit { dtype: format_of(x.dtype()), ..layout };
-    let weight = B::dequantize_4bit(codes, absmax, nested_absmax, layout, float_dtype(x.dtype()));
+    let layout = Layout4bit { dtype: format_of(x.dtype()), ..weight.layout };
+    let weight = B::dequantize_4bit(Packed4bit { layout, ..weight }, float_dtype(x.dtype()));
     frozen_linear::<B>(x, weight, out)
 }
 
 /// `B::linear_4bit_input_grad`, by way of one dense transient of `W`.
 pub(super) fn linear_4bit_input_grad<B: QloraOps>(
     dy: FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
+    weight: Packed4bit<B>,
 ) -> FloatTensor<B> {
     let dtype = float_dtype(dy.dtype());
-    let weight = B::dequantize_4bit(codes, absmax, nested_absmax, layout, dtype);
+    let weight = B::dequantize_4bit(weight, dtype);
     B::matmul(dy, weight, dtype)
 }
 
@@ -79,15 +73,12 @@ pub(super) fn gradient<B: QloraOps>(
 /// `B::linear_4bit_low_rank`.
 pub(super) fn linear<B: QloraOps>(
     x: FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
+    weight: Packed4bit<B>,
     u: FloatTensor<B>,
     lora_b: FloatTensor<B>,
 ) -> FloatTensor<B> {
     let dtype = float_dtype(x.dtype());
-    let base = B::linear_4bit(x, codes, absmax, nested_absmax, layout, FloatDType::F32);
+    let base = B::linear_4bit(x, weight, FloatDType::F32);
     let factor = B::float_swap_dims(B::float_cast(lora_b, dtype), 0, 1);
     B::float_cast(B::float_add(base, B::matmul(u, factor, FloatDType::F32)), dtype)
 }
@@ -95,15 +86,12 @@ pub(super) fn linear<B: QloraOps>(
 /// `B::linear_4bit_low_rank_input_grad`; the base's part is rounded before the update is added.
 pub(super) fn input_grad<B: QloraOps>(
     dy: FloatTensor<B>,
-    codes: IntTensor<B>,
-    absmax: IntTensor<B>,
-    nested_absmax: IntTensor<B>,
-    layout: Layout4bit,
+    weight: Packed4bit<B>,
     v: FloatTensor<B>,
     lora_a: FloatTensor<B>,
 ) -> FloatTensor<B> {
     let dtype = float_dtype(dy.dtype());
-    let base = B::float_cast(B::linear_4bit_input_grad(dy, codes, absmax, nested_absmax, layout), FloatDType::F32);
+    let base = B::float_cast(B::linear_4bit_input_grad(dy, weight), FloatDType::F32);
     let update = B::matmul(v, B::float_cast(lora_a, dtype), FloatDType::F32);
     B::float_cast(B::float_add(base, update), dtype)
 }

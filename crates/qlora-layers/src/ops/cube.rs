@@ -4,17 +4,15 @@
 //! [`super::cube_products`]). Elsewhere a 4-bit product dequantizes the weight into one transient and runs Burn's
 //! matmul on it; the transient goes back to CubeCL's memory pool at once, so one layer's worth exists at a time.
 
-use super::cube_products::{self, Packed};
-use super::{Layout4bit, LoraDropout, LoraFactor, QloraOps, composed, float_dtype};
+use super::cube_products;
+use super::cube_tensors::{device_weight, dtype_of, empty, grid};
+use super::{LoraDropout, LoraFactor, Packed4bit, QloraOps, composed, float_dtype};
 use burn::backend::cubecl::dtype_to_storage_type;
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::matmul::{MatmulStrategy, init_matmul_output, matmul};
+use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
-use burn_cubecl::tensor::CubeTensor;
-use burn_cubecl::{CubeBackend, CubeDevice};
-use cubecl::client::Client;
-use cubecl::{CubeCount, CubeDim};
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
 use cubek::matmul::launch::launch_ref;
 use cubek::matmul::multi_level;
@@ -22,63 +20,16 @@ use cubek::matmul::strategy::Strategy;
 use cubek::std::InputBinding;
 use fused_kernels::Dropout;
 use nf4_quant::FloatFormat;
-use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight, dequantize, supports};
+use nf4_quant::kernels::{dequantize, supports};
 use nf4_quant::matmul::Direction;
-
-fn dtype_of(format: FloatFormat) -> DType {
-    match format {
-        FloatFormat::F32 => DType::F32,
-        FloatFormat::F16 => DType::F16,
-        FloatFormat::BF16 => DType::BF16,
-    }
-}
-
-pub(super) fn empty(client: &Client, device: &CubeDevice, shape: Shape, dtype: DType) -> CubeTensor {
-    let handle = client.empty(shape.num_elements() * dtype.size());
-    CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, dtype)
-}
-
-/// One thread per element. Two grid dimensions: one alone holds at most 65,535 cubes on WebGPU.
-fn grid(elements: usize) -> (CubeCount, CubeDim) {
-    const CUBE_DIM: u32 = 256;
-    let cubes = (elements as u32).div_ceil(CUBE_DIM).max(1);
-    let rows = cubes.div_ceil(65_535);
-    (CubeCount::Static(cubes.div_ceil(rows), rows, 1), CubeDim::new_1d(CUBE_DIM))
-}
-
-/// The parts of a 4-bit weight as `nf4_quant` wants them.
-pub(super) fn device_weight(
-    codes: &CubeTensor,
-    absmax: &CubeTensor,
-    nested_absmax: &CubeTensor,
-    layout: Layout4bit,
-) -> DeviceWeight {
-    let handle = |tensor: &CubeTensor| into_contiguous(tensor.clone()).handle;
-    let absmax = handle(absmax);
-    DeviceWeight {
-        codes: handle(codes),
-        absmax: match layout.nested {
-            None => DeviceAbsmax::Plain(absmax),
-            Some(nested) => {
-                DeviceAbsmax::Nested { codes: absmax, absmax: handle(nested_absmax), blocksize: nested.blocksize }
-            }
-        },
-        quant_type: layout.quant_type,
-        blocksize: layout.blocksize,
-        num_elements: layout.out_features * layout.in_features,
-    }
-}
 
 impl QloraOps for CubeBackend {
     fn dequantize_4bit(
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         dtype: FloatDType,
     ) -> FloatTensor<Self> {
-        let (client, device) = (codes.client.clone(), codes.device.clone());
-        let weight = device_weight(&codes, &absmax, &nested_absmax, layout);
+        let (client, device, layout) = (weight.codes.client.clone(), weight.codes.device.clone(), weight.layout);
+        let weight = device_weight(&weight);
         let shape = Shape::new([layout.out_features, layout.in_features]);
         // Some runtimes (WGSL) have no bf16 buffers: f32 ones, rounded to bf16, hold the same values.
         let (format, round) = match layout.dtype {
@@ -98,65 +49,37 @@ impl QloraOps for CubeBackend {
 
     fn linear_4bit(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         out: FloatDType,
     ) -> FloatTensor<Self> {
-        let packed = Packed { codes, absmax, nested_absmax, layout };
-        cube_products::product_4bit(&x, &packed, Direction::Forward, None, out.into()).unwrap_or_else(|| {
-            let Packed { codes, absmax, nested_absmax, layout } = packed;
-            composed::linear_4bit::<Self>(x, codes, absmax, nested_absmax, layout, out)
-        })
+        cube_products::product_4bit(&x, &weight, Direction::Forward, None, out.into()).unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
     }
 
     fn linear_4bit_input_grad(
         dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
     ) -> FloatTensor<Self> {
-        let packed = Packed { codes, absmax, nested_absmax, layout };
-        cube_products::product_4bit(&dy, &packed, Direction::InputGradient, None, dy.dtype).unwrap_or_else(|| {
-            let Packed { codes, absmax, nested_absmax, layout } = packed;
-            composed::linear_4bit_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
-        })
+        cube_products::product_4bit(&dy, &weight, Direction::InputGradient, None, dy.dtype).unwrap_or_else(|| composed::linear_4bit_input_grad::<Self>(dy, weight))
     }
 
     fn linear_4bit_low_rank(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         u: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let packed = Packed { codes, absmax, nested_absmax, layout };
         let low_rank = Some((&u, &lora_b));
-        cube_products::product_4bit(&x, &packed, Direction::Forward, low_rank, x.dtype).unwrap_or_else(|| {
-            let Packed { codes, absmax, nested_absmax, layout } = packed;
-            composed::linear::<Self>(x, codes, absmax, nested_absmax, layout, u, lora_b)
-        })
+        cube_products::product_4bit(&x, &weight, Direction::Forward, low_rank, x.dtype).unwrap_or_else(|| composed::linear::<Self>(x, weight, u, lora_b))
     }
 
     fn linear_4bit_low_rank_input_grad(
         dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        weight: Packed4bit<Self>,
         v: FloatTensor<Self>,
         lora_a: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let packed = Packed { codes, absmax, nested_absmax, layout };
         let low_rank = Some((&v, &lora_a));
-        cube_products::product_4bit(&dy, &packed, Direction::InputGradient, low_rank, dy.dtype).unwrap_or_else(|| {
-            let Packed { codes, absmax, nested_absmax, layout } = packed;
-            composed::input_grad::<Self>(dy, codes, absmax, nested_absmax, layout, v, lora_a)
-        })
+        cube_products::product_4bit(&dy, &weight, Direction::InputGradient, low_rank, dy.dtype).unwrap_or_else(|| composed::input_grad::<Self>(dy, weight, v, lora_a))
     }
 
     fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {

@@ -3,9 +3,10 @@
 //! Every function answers `None` where the device or the shape has no kernel; its caller then composes the
 //! result from other operations.
 
-use super::cube::{device_weight, empty};
-use super::{Layout4bit, LoraDropout, LoraFactor, format_of};
+use super::cube_tensors::{device_weight, empty};
+use super::{LoraDropout, LoraFactor, Packed4bit, format_of};
 use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::low_rank::{self, FactorLayout, Output};
@@ -13,23 +14,15 @@ use fused_kernels::{Dropout, HalfFormat, KernelError};
 use nf4_quant::FloatFormat;
 use nf4_quant::matmul::{Direction, LowRank, Operands, Path, Problem, Weight, matmul, path};
 
-/// The packed tensors of a 4-bit weight.
-pub(super) struct Packed {
-    pub codes: CubeTensor,
-    pub absmax: CubeTensor,
-    pub nested_absmax: CubeTensor,
-    pub layout: Layout4bit,
-}
-
 /// `x Wᵀ` or `x W`, with an optional low-rank part: `product` `[tokens, rank]` in the dtype of `x`, and the f32 factor.
 pub(super) fn product_4bit(
     x: &CubeTensor,
-    packed: &Packed,
+    weight: &Packed4bit<CubeBackend>,
     direction: Direction,
     low_rank: Option<(&CubeTensor, &CubeTensor)>,
     out: DType,
 ) -> Option<CubeTensor> {
-    let layout = packed.layout;
+    let layout = weight.layout;
     let format = format_of(x.dtype);
     // The gradient rounds to the dtype of the quantization state first, which a fused product does not.
     if direction == Direction::InputGradient && ![FloatFormat::F32, format].contains(&layout.dtype) {
@@ -38,7 +31,7 @@ pub(super) fn product_4bit(
     let features = [layout.out_features, layout.in_features];
     let problem = problem(x, features, direction, low_rank, Some(layout.blocksize), out);
     let path = path(&x.client, &problem)?;
-    let weight = device_weight(&packed.codes, &packed.absmax, &packed.nested_absmax, layout);
+    let weight = device_weight(weight);
     Some(launch(path, x, &problem, Weight::FourBit(&weight), low_rank))
 }
 

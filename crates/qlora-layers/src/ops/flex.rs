@@ -1,9 +1,9 @@
 //! The CPU implementation, on Burn's Flex backend and the parallel host codec.
 
-use super::{Layout4bit, QloraOps, dropout_hash};
+use super::{Layout4bit, Packed4bit, QloraOps, dropout_hash};
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
 use fused_kernels::Dropout;
@@ -24,17 +24,16 @@ fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
 
 /// The absmax of every block in f32; two roundings for double-quantized ones, as the format asks.
 fn expand_absmax(absmax: &[u32], nested_absmax: &[u32], layout: Layout4bit) -> Vec<f32> {
-    let blocks = (layout.out_features * layout.in_features).div_ceil(layout.blocksize);
-    match layout.nested {
+    let blocks = layout.num_blocks();
+    match layout.nested_blocksize {
         None => absmax[..blocks].iter().map(|&bits| f32::from_bits(bits)).collect(),
-        Some(nested) => {
+        Some(blocksize) => {
             let map = signed_dynamic_map();
+            let offset = f32::from_bits(nested_absmax[blocks.div_ceil(blocksize)]);
             bytemuck::cast_slice::<u32, u8>(absmax)[..blocks]
                 .iter()
                 .enumerate()
-                .map(|(i, &code)| {
-                    map[usize::from(code)] * f32::from_bits(nested_absmax[i / nested.blocksize]) + nested.offset
-                })
+                .map(|(i, &code)| map[usize::from(code)] * f32::from_bits(nested_absmax[i / blocksize]) + offset)
                 .collect()
         }
     }
@@ -88,13 +87,8 @@ fn dropout<T: Element + BurnElement + bytemuck::Pod>(mut x: FlexTensor, seed: u6
 }
 
 impl QloraOps for Flex {
-    fn dequantize_4bit(
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
-        dtype: FloatDType,
-    ) -> FloatTensor<Self> {
+    fn dequantize_4bit(weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self> {
+        let Packed4bit { codes, absmax, nested_absmax, layout } = weight;
         let codes = words(&codes);
         let bytes = bytemuck::cast_slice::<u32, u8>(&codes);
         let absmax = expand_absmax(&words(&absmax), &words(&nested_absmax), layout);

@@ -27,45 +27,22 @@ mod autodiff;
 mod composed;
 mod cube;
 mod cube_products;
+mod cube_tensors;
 mod flex;
 pub mod fused;
+mod packed;
 mod seed;
 
 pub use attention::{
     AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, attention, attention_again, attention_keeping,
 };
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{DType, FloatDType, Int, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 pub use fused_kernels::dropout_hash;
-use nf4_quant::{FloatFormat, QuantType};
+use nf4_quant::FloatFormat;
+pub use packed::{Layout4bit, Packed4bit};
 pub use seed::{SeedOps, backward_from};
-
-/// What the packed buffers of a 4-bit weight of shape `[out_features, in_features]` mean.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Layout4bit {
-    /// Rows of the weight.
-    pub out_features: usize,
-    /// Columns of the weight.
-    pub in_features: usize,
-    /// The codebook.
-    pub quant_type: QuantType,
-    /// Elements that share one absmax; blocks run over the row-major weight and may cross rows.
-    pub blocksize: usize,
-    /// The quantization state's dtype, that of the weight before it was quantized.
-    pub dtype: FloatFormat,
-    /// Double quantization of the absmax, if any.
-    pub nested: Option<NestedLayout>,
-}
-
-/// Double quantization: `absmax = map[code] * nested_absmax[block / blocksize] + offset`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct NestedLayout {
-    /// Absmax values that share one nested absmax.
-    pub blocksize: usize,
-    /// The mean that was subtracted from the absmax values before they were quantized.
-    pub offset: f32,
-}
 
 /// One of LoRA's two factors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,26 +69,19 @@ pub struct LoraTerms {
     pub scaling: f32,
     /// Dropout of the update's input.
     pub dropout: Option<LoraDropout>,
-    /// Nobody reads the result: the operation is recorded for its gradients, which don't need it, and the result
-    /// holds anything. Without autodiff it is computed all the same.
-    pub unread: bool,
+    /// Only gradients are needed. The forward product, which they do not depend on, is skipped; the returned tensor is
+    /// then uninitialised. Without autodiff there are no gradients and the product is computed all the same.
+    pub gradients_only: bool,
 }
 
 /// Operations over 4-bit weights, and LoRA's dropout.
 ///
-/// A weight travels as three integer tensors, so that no part of it can enter the autodiff graph:
-/// - `codes` u32 `[ceil(out * in / 8)]`: the packed byte stream, little-endian;
-/// - `absmax` u32 `[blocks]`, the bits of f32 values, or, double-quantized, u8 codes four to a word;
-/// - `nested_absmax` u32 `[ceil(blocks / nested blocksize) + 1]`, the bits of f32 values, the last one the offset
-///   (one unused element without double quantization).
+/// A frozen weight comes as [`Packed4bit`] or as a dense tensor; neither gets a gradient.
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait QloraOps: Backend {
     /// The dense weight `[out_features, in_features]` in `dtype`.
     fn dequantize_4bit(
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        #[extension_type] weight: Packed4bit<Self>,
         dtype: FloatDType,
     ) -> FloatTensor<Self>;
 
@@ -119,25 +89,19 @@ pub trait QloraOps: Backend {
     /// by way of one dense transient of `W` where a backend has nothing better.
     fn linear_4bit(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        #[extension_type] weight: Packed4bit<Self>,
         out: FloatDType,
     ) -> FloatTensor<Self> {
-        composed::linear_4bit::<Self>(x, codes, absmax, nested_absmax, layout, out)
+        composed::linear_4bit::<Self>(x, weight, out)
     }
 
     /// `dx = dy W`, `[tokens, out_features]` to `[tokens, in_features]`, in the dtype of `dy`; by way of one
     /// dense transient of `W` where a backend has nothing better.
     fn linear_4bit_input_grad(
         dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        #[extension_type] weight: Packed4bit<Self>,
     ) -> FloatTensor<Self> {
-        composed::linear_4bit_input_grad::<Self>(dy, codes, absmax, nested_absmax, layout)
+        composed::linear_4bit_input_grad::<Self>(dy, weight)
     }
 
     /// `y = x Wᵀ` with a frozen dense `W` `[out_features, in_features]` in the dtype of `x`, into `out`, the dtype of
@@ -154,46 +118,36 @@ pub trait QloraOps: Backend {
 
     /// `y = x Wᵀ + scaling·dropout(x) lora_aᵀ lora_bᵀ` in the dtype of `x`, summed in f32 and rounded once. The
     /// factors are f32, `[rank, in_features]` and `[out_features, rank]`, and take part in the dtype of `x`.
-    #[allow(clippy::too_many_arguments)]
     fn lora_linear_4bit(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        #[extension_type] weight: Packed4bit<Self>,
         lora_a: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
         terms: LoraTerms,
     ) -> FloatTensor<Self> {
         let u = Self::low_rank_project(x.clone(), lora_a, LoraFactor::A, terms.scaling, terms.dropout);
-        Self::linear_4bit_low_rank(x, codes, absmax, nested_absmax, layout, u, lora_b)
+        Self::linear_4bit_low_rank(x, weight, u, lora_b)
     }
 
     /// Base and update in one sum: `x Wᵀ + u Bᵀ` with `u` `[tokens, rank]` in the dtype of `x`, and f32 `lora_b`.
     /// A part of [`lora_linear_4bit`](Self::lora_linear_4bit), as are the three that follow: autodiff does not track them.
     fn linear_4bit_low_rank(
         x: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        #[extension_type] weight: Packed4bit<Self>,
         u: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        composed::linear::<Self>(x, codes, absmax, nested_absmax, layout, u, lora_b)
+        composed::linear::<Self>(x, weight, u, lora_b)
     }
 
     /// `dx = dy W + v A` with `v` `[tokens, rank]` in the dtype of `dy`, and f32 `lora_a`.
     fn linear_4bit_low_rank_input_grad(
         dy: FloatTensor<Self>,
-        codes: IntTensor<Self>,
-        absmax: IntTensor<Self>,
-        nested_absmax: IntTensor<Self>,
-        layout: Layout4bit,
+        #[extension_type] weight: Packed4bit<Self>,
         v: FloatTensor<Self>,
         lora_a: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        composed::input_grad::<Self>(dy, codes, absmax, nested_absmax, layout, v, lora_a)
+        composed::input_grad::<Self>(dy, weight, v, lora_a)
     }
 
     /// `scaling·dropout(x) Aᵀ` or `scaling·dropout(x) B`, `[tokens, rank]` in the dtype of `x`; the factor is f32.
@@ -232,38 +186,17 @@ pub trait QloraOps: Backend {
     fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self>;
 }
 
-/// The packed buffers of one weight on a device; see [`QloraOps`] for their layout.
-#[derive(Clone, Debug)]
-pub struct Buffers4bit {
-    /// Packed codes.
-    pub codes: Tensor<1, Int>,
-    /// Bits of absmax values, or packed 8-bit codes.
-    pub absmax: Tensor<1, Int>,
-    /// Bits of nested absmax values.
-    pub nested_absmax: Tensor<1, Int>,
-}
-
 /// `y = x Wᵀ` for a frozen 4-bit weight.
 ///
 /// # Shapes
 /// - `x`: `[tokens, in_features]`, f32, bf16 or f16
 /// - output: `[tokens, out_features]` in `out`, the dtype of `x` or f32
-pub fn linear_4bit(x: Tensor<2>, weight: &Buffers4bit, layout: Layout4bit, out: FloatDType) -> Tensor<2> {
-    let [_, features] = x.dims();
-    assert_eq!(
-        features, layout.in_features,
-        "linear_4bit: x has {features} features, the weight {}",
-        layout.in_features
-    );
-    let Buffers4bit { codes, absmax, nested_absmax } = weight.clone();
-    Tensor::from_dispatch(<Dispatch as QloraOps>::linear_4bit(
-        x.into_dispatch(),
-        codes.into_dispatch(),
-        absmax.into_dispatch(),
-        nested_absmax.into_dispatch(),
-        layout,
-        out,
-    ))
+///
+/// # Panics
+/// When `x` has another number of features than the weight.
+pub fn linear_4bit(x: Tensor<2>, weight: Packed4bit<Dispatch>, out: FloatDType) -> Tensor<2> {
+    check_features("linear_4bit", &x, &weight);
+    Tensor::from_dispatch(<Dispatch as QloraOps>::linear_4bit(x.into_dispatch(), weight, out))
 }
 
 /// `y = x Wᵀ + scaling·dropout(x) lora_aᵀ lora_bᵀ` over a frozen 4-bit weight.
@@ -272,28 +205,30 @@ pub fn linear_4bit(x: Tensor<2>, weight: &Buffers4bit, layout: Layout4bit, out: 
 /// - `x`: `[tokens, in_features]`, f32, bf16 or f16
 /// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`, f32
 /// - output: `[tokens, out_features]`, dtype of `x`
+///
+/// # Panics
+/// When `x` has another number of features than the weight, or the factors are not f32.
 pub fn lora_linear_4bit(
     x: Tensor<2>,
-    weight: &Buffers4bit,
-    layout: Layout4bit,
+    weight: Packed4bit<Dispatch>,
     lora_a: Tensor<2>,
     lora_b: Tensor<2>,
     terms: LoraTerms,
 ) -> Tensor<2> {
-    let [_, features] = x.dims();
-    assert_eq!(features, layout.in_features, "lora_linear_4bit: x has {features} features");
+    check_features("lora_linear_4bit", &x, &weight);
     assert!(lora_a.dtype() == DType::F32 && lora_b.dtype() == DType::F32, "lora_linear_4bit: factors are f32");
-    let Buffers4bit { codes, absmax, nested_absmax } = weight.clone();
     Tensor::from_dispatch(<Dispatch as QloraOps>::lora_linear_4bit(
         x.into_dispatch(),
-        codes.into_dispatch(),
-        absmax.into_dispatch(),
-        nested_absmax.into_dispatch(),
-        layout,
+        weight,
         lora_a.into_dispatch(),
         lora_b.into_dispatch(),
         terms,
     ))
+}
+
+fn check_features(operation: &str, x: &Tensor<2>, weight: &Packed4bit<Dispatch>) {
+    let ([_, features], expected) = (x.dims(), weight.layout.in_features);
+    assert_eq!(features, expected, "{operation}: x has {features} features, the weight {expected}");
 }
 
 /// `y = x Wᵀ` for a frozen dense weight `[out_features, in_features]` in the dtype of `x`.
@@ -307,15 +242,8 @@ pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>, out: FloatDType) -> Tensor
 }
 
 /// The dense weight `[out_features, in_features]`, without autodiff.
-pub fn dequantize_4bit(weight: &Buffers4bit, layout: Layout4bit, dtype: FloatDType) -> Tensor<2> {
-    let Buffers4bit { codes, absmax, nested_absmax } = weight.clone();
-    Tensor::from_dispatch(<Dispatch as QloraOps>::dequantize_4bit(
-        codes.into_dispatch(),
-        absmax.into_dispatch(),
-        nested_absmax.into_dispatch(),
-        layout,
-        dtype,
-    ))
+pub fn dequantize_4bit(weight: Packed4bit<Dispatch>, dtype: FloatDType) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as QloraOps>::dequantize_4bit(weight, dtype))
 }
 
 /// The product of two matrices, or of equal batches of them; f32 operands in full precision on every runtime.

@@ -1,8 +1,8 @@
 //! A backward pass from a given gradient.
 //!
 //! Burn starts backward passes from ones. The usual way around it, `(output * grad).sum().backward()`, writes the
-//! product, sums it, spreads ones and multiplies again: four passes over the activations for a number that nobody
-//! reads. Here one operation stands at the root, whose backward hands the gradient on.
+//! product, sums it, spreads ones and multiplies again: four passes over the activations for a number that is never
+//! used. Here one operation stands at the root, whose backward hands the gradient on.
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -16,8 +16,7 @@ use burn::tensor::{FloatDType, Gradients, Shape, Tensor};
 /// The operation at the root.
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait SeedOps: Backend {
-    /// One element that stands for `sum(output · grad)` and holds anything: its backward gives `output` the gradient
-    /// `grad`.
+    /// A one-element tensor whose value is unspecified; calling backward on it gives `output` the gradient `grad`.
     fn root(output: FloatTensor<Self>, _grad: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::float_empty(Shape::new([1]), &output.device(), FloatDType::F32)
     }

@@ -37,10 +37,17 @@ pub struct Pair<'a>(pub &'a LoraLinear, pub &'a LoraLinear);
 
 impl ResidualBlock for Pair<'_> {
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.0.forward_or_record(x, pass, purpose.unread())
+        run(self.0, x, pass, purpose)
     }
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.1.forward_or_record(x, pass, purpose.unread())
+        run(self.1, x, pass, purpose)
+    }
+}
+
+fn run(layer: &LoraLinear, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+    match purpose.unread() {
+        true => layer.record(x, pass),
+        false => layer.forward_in(x, pass),
     }
 }

@@ -10,13 +10,9 @@ use crate::ModelError;
 use crate::decoder::Decoder;
 use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::experts::stack;
-use adapter_io::{
-    Adapter, AdapterConfig, HostTensor, InitLoraWeights, OneOrMany, Pattern, TargetModules as PeftModules,
-};
+use adapter_io::{Adapter, AdapterConfig, HostTensor};
 use burn::tensor::{FloatDType, Tensor};
-use qlora_layers::target_modules::Target;
-use qlora_layers::{Initialization, LoraAdapter, LoraConfig, TargetModules};
-use serde_json::json;
+use qlora_layers::LoraAdapter;
 
 impl Decoder {
     /// The adapter that is on, as PEFT stores it; `base_model` is what `adapter_config.json` names as the base.
@@ -87,12 +83,12 @@ impl Decoder {
 
 /// A module's factors on the host, beside their start where the weights lack it.
 fn factors(lora: &LoraAdapter) -> Result<(HostTensor, HostTensor), ModelError> {
-    let (a, b) = (lora.lora_a.clone().without_autodiff(), lora.lora_b.clone().without_autodiff());
+    let (a, b) = (lora.lora_a.val().without_autodiff(), lora.lora_b.val().without_autodiff());
     match &lora.initial {
         None => Ok((host_tensor(&a)?, host_tensor(&b)?)),
         Some([a0, b0]) => {
-            let a = Tensor::cat(vec![a, a0.clone()], 0);
-            let b = Tensor::cat(vec![b, b0.clone().neg()], 1);
+            let a = Tensor::cat(vec![a, a0.val()], 0);
+            let b = Tensor::cat(vec![b, b0.val().neg()], 1);
             Ok((host_tensor(&a)?, host_tensor(&b)?))
         }
     }
@@ -122,68 +118,4 @@ fn double_rank(config: &mut AdapterConfig) {
     config.lora_alpha *= alpha;
     config.rank_pattern.0.iter_mut().for_each(|(_, rank)| *rank *= 2.0);
     config.alpha_pattern.0.iter_mut().for_each(|(_, value)| *value *= alpha);
-}
-
-/// The configuration in PEFT's terms. `"all-linear"` becomes the names it stood for, as PEFT saves it, and with EVA
-/// each module its own rank.
-pub(super) fn peft_config(config: &LoraConfig, targets: &[Target]) -> AdapterConfig {
-    let modules = |modules: &TargetModules| match modules {
-        TargetModules::Names(names) => PeftModules::List(names.clone()),
-        TargetModules::Pattern(pattern) => PeftModules::Pattern(pattern.clone()),
-        TargetModules::AllLinear => {
-            let mut names: Vec<String> = Vec::new();
-            for Target { path, .. } in targets {
-                let name = path.rsplit('.').next().unwrap_or(path);
-                if !names.iter().any(|n| n == name) {
-                    names.push(name.into());
-                }
-            }
-            PeftModules::List(names)
-        }
-    };
-    let eva = config.init == Initialization::Eva;
-    let init = match config.init {
-        Initialization::Gaussian | Initialization::Eva => InitLoraWeights::Method(config.init.to_string()),
-        // What is written is an adapter of the original base, or, for LoftQ's first round, of the quantized one:
-        // any other value would have PEFT change the base when it loads the adapter.
-        _ => InitLoraWeights::Default(true),
-    };
-    let mut peft = AdapterConfig {
-        task_type: Some("CAUSAL_LM".into()),
-        r: config.rank,
-        lora_alpha: shortest(config.alpha),
-        lora_dropout: shortest(config.dropout),
-        use_rslora: config.use_rslora,
-        use_dora: config.use_dora,
-        lora_bias: config.lora_bias,
-        init_lora_weights: init,
-        target_modules: Some(modules(&config.target_modules)),
-        exclude_modules: config.exclude_modules.as_ref().map(modules),
-        modules_to_save: (!config.modules_to_save.is_empty()).then(|| config.modules_to_save.clone()),
-        rank_pattern: config.rank_pattern.iter().map(|(key, rank)| (key.clone(), *rank as f64)).collect(),
-        alpha_pattern: config.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), shortest(*alpha))).collect(),
-        layers_to_transform: config.layers_to_transform.clone().map(Into::into),
-        layers_pattern: config.layers_pattern.clone().map(OneOrMany::Many),
-        ..AdapterConfig::default()
-    };
-    if eva {
-        let differing = |wanted: &dyn Fn(&Target) -> Option<f64>| -> Pattern {
-            targets.iter().filter_map(|target| Some((target.path.clone(), wanted(target)?))).collect()
-        };
-        peft.target_modules = Some(PeftModules::List(targets.iter().map(|target| target.path.clone()).collect()));
-        peft.rank_pattern = differing(&|t| (t.rank != config.rank).then_some(t.rank as f64));
-        peft.alpha_pattern = differing(&|t| (t.alpha != config.alpha).then(|| shortest(t.alpha)));
-        // The whole paths say it already, and PEFT would apply them to suffixes only.
-        (peft.layers_to_transform, peft.layers_pattern, peft.exclude_modules) = (None, None, None);
-        peft.eva_config = Some(json!({
-            "adjust_scaling_factors": true, "label_mask_value": -100, "rho": config.eva_rho, "tau": 0.99,
-            "use_label_mask": true, "whiten": false
-        }));
-    }
-    peft
-}
-
-/// The f64 that prints like the given f32: 0.1 and not 0.10000000149.
-fn shortest(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
 }

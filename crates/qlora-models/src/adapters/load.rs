@@ -8,7 +8,9 @@ use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
 use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
-use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, WholeLinear};
+use qlora_layers::{
+    EmbeddingAdapter, FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraLinear, WholeLinear, trainable,
+};
 use std::collections::HashMap;
 
 /// Keys of `adapter_config.json` beyond plain LoRA that are implemented, or change nothing in the layers there are
@@ -32,7 +34,7 @@ impl Decoder {
         let mut model = self.clone();
         model.unload_adapter()?;
         model.put(adapter)?;
-        model.settle();
+        model.keep_scales();
         *self = model;
         Ok(())
     }
@@ -62,8 +64,8 @@ impl Decoder {
                     return Err(ModelError::WeightShape { module: format!("{path}.lora_A"), expected, found });
                 }
                 // Copies, so that the file's second half does not stay in memory beside them.
-                old.lora_a = copy(&new.lora_a.clone().narrow(0, 0, rank), &device)?;
-                old.lora_b = copy(&new.lora_b.clone().narrow(1, 0, rank), &device)?;
+                old.lora_a = trainable(copy(&new.lora_a.val().narrow(0, 0, rank), &device)?);
+                old.lora_b = trainable(copy(&new.lora_b.val().narrow(1, 0, rank), &device)?);
                 if let (Some(old), Some(new)) = (&mut old.dora, &new.dora) {
                     old.magnitude = new.magnitude.clone();
                 }
@@ -117,7 +119,7 @@ impl Decoder {
             && let (Some(_), FrozenLinear::Dense(table)) = (&head.original, &head.base)
             && brought.iter().any(|path| path == self.head_path())
         {
-            self.embedding.original = Some(std::mem::replace(&mut self.embed_tokens, table.clone()));
+            self.embedding.original = Some(std::mem::replace(&mut self.embed_tokens, table.val()));
         }
         self.embedding.brought = brought;
         let mut placed = found as usize;
@@ -159,11 +161,11 @@ impl Decoder {
             if self.config.tie_word_embeddings
                 && let Some(head) = &mut self.lm_head
             {
-                head.base = FrozenLinear::Dense(self.embed_tokens.clone());
+                head.base = FrozenLinear::dense(self.embed_tokens.clone());
             }
         }
         let (lora_a, lora_b) = (matrix(module.lora_a, &self.device), matrix(module.lora_b, &self.device));
-        let lora = LoraEmbedding { lora_a, lora_b, dora: None, scaling: module.scaling };
+        let lora = EmbeddingAdapter::from_factors(lora_a, lora_b, module.scaling);
         self.embedding.lora = Some(match module.magnitude {
             Some(magnitude) => lora.with_dora(&self.embed_tokens, Some(row(magnitude, &self.device))),
             None => lora,
@@ -187,28 +189,28 @@ impl Decoder {
         };
         if module == self.config.embed_path() && part == "weight" {
             expect(&self.embed_tokens.dims())?;
-            self.embedding.whole = Some(matrix(tensor, &device));
+            self.embedding.whole = Some(trainable(matrix(tensor, &device)));
             return Ok(());
         }
         if let Some((_, norm)) = self.norms_mut().find(|(path, _)| path == module)
             && part == "weight"
         {
             expect(&norm.weight.dims())?;
-            norm.trained = Some(row(tensor, &device));
+            norm.trained = Some(trainable(row(tensor, &device)));
             return Ok(());
         }
         let (_, linear) = self.linears_mut().find(|(path, _)| path == module).ok_or_else(unknown)?;
         let [out_features, in_features] = linear.base.shape();
         let adapted = linear.adapter.is_some();
-        let whole = linear.whole.get_or_insert_with(WholeLinear::default);
+        let whole = linear.whole.get_or_insert(WholeLinear { weight: None, bias: None });
         match part {
             "weight" if !adapted => {
                 expect(&[out_features, in_features])?;
-                whole.weight = Some(matrix(tensor, &device));
+                whole.weight = Some(trainable(matrix(tensor, &device)));
             }
             "bias" => {
                 expect(&[out_features])?;
-                whole.bias = Some(row(tensor, &device));
+                whole.bias = Some(trainable(row(tensor, &device)));
             }
             _ => return Err(unknown()),
         }
@@ -224,7 +226,7 @@ fn linear_adapter(
 ) -> Result<LoraAdapter, ModelError> {
     let (lora_a, lora_b) = (matrix(module.lora_a, device), matrix(module.lora_b, device));
     let mut adapter = LoraAdapter::from_factors(lora_a, lora_b, module.scaling, dropout, index);
-    adapter.bias = module.bias.map(|bias| row(bias, device));
+    adapter.bias = module.bias.map(|bias| trainable(row(bias, device)));
     Ok(adapter)
 }
 
@@ -276,7 +278,7 @@ fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> R
         }
     };
     let base = Tensor::<2>::from_data(TensorData::new(rest.data, shape), (&weight.device(), dtype));
-    let before = std::mem::replace(&mut linear.base, FrozenLinear::Dense(base));
+    let before = std::mem::replace(&mut linear.base, FrozenLinear::dense(base));
     linear.original.get_or_insert(before);
     Ok(())
 }
@@ -304,7 +306,7 @@ fn put_base(path: &str, linear: &mut LoraLinear, file: &HostTensor) -> Result<()
         return Err(ModelError::AdapterFeature { feature: format!("{path}.base_layer.weight of a quantized layer") });
     };
     if let Some(own) = other_base(base, file)? {
-        linear.original = Some(std::mem::replace(&mut linear.base, FrozenLinear::Dense(own)));
+        linear.original = Some(std::mem::replace(&mut linear.base, FrozenLinear::dense(own)));
     }
     Ok(())
 }

@@ -22,9 +22,13 @@ pub use start::CalibrationBatch;
 
 use crate::ModelError;
 use crate::decoder::Decoder;
+use burn::module::Param;
 use burn::tensor::{FloatDType, Int, Tensor};
+use qlora_layers::peft::peft_config;
 use qlora_layers::target_modules::{Target, resolve};
-use qlora_layers::{FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraEmbedding, LoraLinear, Pass};
+use qlora_layers::{
+    EmbeddingAdapter, FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraLinear, Pass, trainable,
+};
 use start::{Start, Starter};
 use std::collections::{HashMap, HashSet};
 
@@ -32,9 +36,9 @@ use std::collections::{HashMap, HashSet};
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Embedding {
     /// A low-rank update of the table.
-    pub(crate) lora: Option<LoraEmbedding>,
+    pub(crate) lora: Option<EmbeddingAdapter>,
     /// A table trained in full, `[vocabulary, hidden]`, f32.
-    pub(crate) whole: Option<Tensor<2>>,
+    pub(crate) whole: Option<Param<Tensor<2>>>,
     /// Modules whose weight the adapter's file holds too: PEFT writes it along for adapted embeddings and heads.
     pub(crate) brought: Vec<String>,
     /// The table before an adapter brought another.
@@ -46,7 +50,7 @@ impl Embedding {
     pub(crate) fn forward(&self, table: &Tensor<2>, ids: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
         match (&self.whole, &self.lora) {
             (Some(whole), _) => {
-                let whole = if pass.tracked { whole.clone() } else { whole.clone().without_autodiff() };
+                let whole = if pass.tracked { whole.val() } else { whole.val().without_autodiff() };
                 whole.select(0, ids).cast(table.dtype())
             }
             (None, Some(lora)) => lora.forward(table, ids, pass),
@@ -123,18 +127,18 @@ impl Decoder {
         }
         let table = model.embed_tokens.clone();
         if let Some(target) = by_path.get(embed.as_str()) {
-            let lora = LoraEmbedding::new(&table, target.rank, target.scaling, seed);
+            let lora = EmbeddingAdapter::new(&table, target.rank, target.scaling, seed);
             model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
         }
         if saved.contains(&embed) {
-            model.embedding.whole = Some(table.cast(FloatDType::F32));
+            model.embedding.whole = Some(trainable(table.cast(FloatDType::F32)));
         }
         for (path, norm) in model.norms_mut() {
             if saved.contains(&path) {
-                norm.trained = Some(norm.weight.clone().unsqueeze());
+                norm.trained = Some(trainable(norm.weight.clone().unsqueeze()));
             }
         }
-        model.adapter_config = Some(export::peft_config(config, &targets));
+        model.adapter_config = Some(peft_config(config, &targets));
         *self = model;
         Ok(targets.len())
     }
@@ -171,7 +175,7 @@ impl Decoder {
     /// Gives a tied head a layer of its own, over the table's memory.
     fn own_head(&mut self) {
         let table = &self.embed_tokens;
-        self.lm_head.get_or_insert_with(|| LoraLinear::frozen(FrozenLinear::Dense(table.clone()), None));
+        self.lm_head.get_or_insert_with(|| LoraLinear::frozen(FrozenLinear::dense(table.clone()), None));
     }
 
     /// The adapters of linear layers with their paths, in the order of their numbers.
@@ -220,10 +224,11 @@ impl Decoder {
         }
         for (_, norm) in self.norms_mut() {
             if let Some(trained) = norm.trained.take() {
-                norm.weight = trained.without_autodiff().squeeze_dim::<1>(0);
+                norm.weight = trained.into_value().without_autodiff().squeeze_dim::<1>(0);
             }
         }
         let Embedding { lora, whole, .. } = std::mem::take(&mut self.embedding);
+        let whole = whole.map(Param::into_value);
         if let Some(table) = whole.or_else(|| Some(lora?.merged(&self.embed_tokens))) {
             self.embed_tokens = table.without_autodiff().cast(dtype);
         }

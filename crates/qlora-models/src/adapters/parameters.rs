@@ -5,18 +5,19 @@
 
 use crate::block::Block;
 use crate::decoder::Decoder;
+use burn::module::Param;
 use burn::tensor::Tensor;
 use qlora_layers::track;
 
 /// Names and tensors.
 type Named<'a> = Vec<(String, &'a Tensor<2>)>;
-type NamedMut<'a> = Vec<(String, &'a mut Tensor<2>)>;
+type NamedMut<'a> = Vec<(String, &'a mut Param<Tensor<2>>)>;
 
 fn named<'a>(path: &str, parts: Vec<(&'static str, &'a Tensor<2>)>) -> Named<'a> {
     parts.into_iter().map(|(part, tensor)| (format!("{path}.{part}"), tensor)).collect()
 }
 
-fn named_mut<'a>(path: &str, parts: Vec<(&'static str, &'a mut Tensor<2>)>) -> NamedMut<'a> {
+fn named_mut<'a>(path: &str, parts: Vec<(&'static str, &'a mut Param<Tensor<2>>)>) -> NamedMut<'a> {
     parts.into_iter().map(|(part, tensor)| (format!("{path}.{part}"), tensor)).collect()
 }
 
@@ -24,7 +25,7 @@ impl Block {
     /// What is trained in this block.
     pub fn parameters(&self) -> Named<'_> {
         let linears = self.linears().flat_map(|(path, linear)| named(&path, linear.parameters()));
-        let norms = self.norms().filter_map(|(path, norm)| Some((format!("{path}.weight"), norm.trained.as_ref()?)));
+        let norms = self.norms().filter_map(|(path, norm)| Some((format!("{path}.weight"), &**norm.trained.as_ref()?)));
         linears.chain(norms).collect()
     }
 
@@ -40,14 +41,14 @@ impl Decoder {
     /// What is trained before the first block.
     pub fn embedding_parameters(&self) -> Named<'_> {
         let lora = self.embedding.lora.as_ref().map_or(Vec::new(), |lora| lora.parameters());
-        let whole = self.embedding.whole.iter().map(|whole| ("weight", whole));
+        let whole = self.embedding.whole.iter().map(|whole| ("weight", &**whole));
         named(&self.config.embed_path(), lora.into_iter().chain(whole).collect())
     }
 
     /// What is trained after the last block.
     pub fn head_parameters(&self) -> Named<'_> {
         let (path, norm) = self.norm.pair();
-        let norm = norm.trained.iter().map(move |trained| (format!("{path}.weight"), trained));
+        let norm = norm.trained.iter().map(move |trained| (format!("{path}.weight"), &**trained));
         let head = self.lm_head.iter().flat_map(|head| named(self.head_path(), head.parameters()));
         norm.chain(head).collect()
     }
@@ -59,7 +60,7 @@ impl Decoder {
     }
 
     /// Everything that is trained. Whoever changes a tensor calls [`track`](Self::track) or
-    /// [`settle`](Self::settle) after.
+    /// [`keep_scales`](Self::keep_scales) after.
     pub fn parameters_mut(&mut self) -> NamedMut<'_> {
         let (embed, head) = (self.config.embed_path(), self.head_path());
         let lora = self.embedding.lora.as_mut().map_or(Vec::new(), |lora| lora.parameters_mut());
@@ -87,11 +88,11 @@ impl Decoder {
         self.embedding.whole.iter_mut().for_each(track);
     }
 
-    /// Computes what stays the same while nothing is trained, for faster inference.
-    pub fn settle(&mut self) {
-        self.linears_mut().for_each(|(_, linear)| linear.settle());
+    /// Computes what stays the same while nothing is trained, DoRA's norms, and keeps it for faster inference.
+    pub fn keep_scales(&mut self) {
+        self.linears_mut().for_each(|(_, linear)| linear.keep_scale());
         if let Some(lora) = &mut self.embedding.lora {
-            lora.settle(&self.embed_tokens);
+            lora.keep_scale(&self.embed_tokens);
         }
     }
 }

@@ -140,6 +140,6 @@ impl Decoder {
         if let Some(lora) = &mut self.embedding.lora {
             lora.scaling *= weight;
         }
-        self.settle();
+        self.keep_scales();
     }
 }

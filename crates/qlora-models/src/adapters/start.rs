@@ -14,7 +14,8 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::target_modules::Target;
 use qlora_layers::{
-    FrozenLinear, Initialization, InputObserver, Linear4bit, LoraAdapter, LoraConfig, LoraLinear, Pass, mix,
+    FrozenLinear, Initialization, InputObserver, Linear4bit, LoraAdapter, LoraConfig, LoraLinear,
+    LoraLinearConfig, Pass, mix,
 };
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -75,11 +76,15 @@ impl<'a> Starter<'a> {
         let &Target { rank, scaling, ref path, .. } = target;
         let plain = |adapter| Ok(Start { adapter, base: None });
         match self.config.init {
-            Initialization::Default => {
-                plain(LoraAdapter::new(shape, rank, scaling, dropout, index, self.seed, &self.device))
-            }
-            Initialization::Gaussian => {
-                plain(LoraAdapter::gaussian(shape, rank, scaling, dropout, index, self.seed, &self.device))
+            Initialization::Default | Initialization::Gaussian => {
+                let settings = LoraLinearConfig::new(rank)
+                    .with_alpha(target.alpha)
+                    .with_dropout(dropout)
+                    .with_use_rslora(self.config.use_rslora)
+                    .with_init(self.config.init)
+                    .with_seed(self.seed)
+                    .with_index(Some(index));
+                plain(settings.adapter(shape, &self.device)?)
             }
             Initialization::Eva => {
                 let components = self.components.as_ref().and_then(|all| all.get(path));
@@ -91,11 +96,9 @@ impl<'a> Starter<'a> {
                 let weight = self.weight(path, linear)?;
                 let (factors, rest) = self.decompose(path, linear, &weight, rank, scaling, index)?;
                 let (lora_a, lora_b) = (self.upload(&factors.a), self.upload(&factors.b));
-                let mut adapter = LoraAdapter::from_factors(lora_a, lora_b, scaling, dropout, index);
+                let adapter = LoraAdapter::from_factors(lora_a, lora_b, scaling, dropout, index);
                 let base = rest.map(|rest| self.hold(path, linear, &rest)).transpose()?;
-                if base.is_some() {
-                    adapter.initial = Some([adapter.lora_a.clone(), adapter.lora_b.clone()]);
-                }
+                let adapter = if base.is_some() { adapter.with_initial() } else { adapter };
                 Ok(Start { adapter, base })
             }
         }
@@ -193,7 +196,7 @@ impl<'a> Starter<'a> {
             }
             FrozenLinear::Dense(base) => {
                 let data = TensorData::new(weight.data.clone(), base.dims());
-                FrozenLinear::Dense(Tensor::from_data(data, (&self.device, base.dtype())))
+                FrozenLinear::dense(Tensor::from_data(data, (&self.device, base.dtype())))
             }
         })
     }
@@ -207,7 +210,7 @@ impl<'a> Starter<'a> {
 /// The settings that a weight was quantized with.
 fn quant_config(base: &Linear4bit) -> QuantConfig {
     let layout = base.layout();
-    QuantConfig { quant_type: layout.quant_type, blocksize: layout.blocksize, double_quant: layout.nested.is_some() }
+    QuantConfig { quant_type: layout.quant_type, blocksize: layout.blocksize, double_quant: layout.nested_blocksize.is_some() }
 }
 
 /// What the observers of all layers share.

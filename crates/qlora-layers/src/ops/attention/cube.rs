@@ -1,7 +1,7 @@
 //! The GPU implementation: the fused kernels where the device and the dtype have them.
 
 use super::{AttentionOps, AttentionOptions, AttentionPasses, Operands, composed};
-use crate::ops::cube::empty;
+use crate::ops::cube_tensors::empty;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape as TensorShape};
 use burn_cubecl::CubeBackend;

@@ -1,6 +1,6 @@
 //! The GPU implementation, for every CubeCL runtime.
 
-use super::super::cube::empty;
+use super::super::cube_tensors::empty;
 use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};

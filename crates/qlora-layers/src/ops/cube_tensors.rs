@@ -1,0 +1,53 @@
+//! Burn's tensors on a CubeCL runtime as the kernels below take them.
+
+use super::Packed4bit;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
+use cubecl::client::Client;
+use cubecl::{CubeCount, CubeDim};
+use nf4_quant::FloatFormat;
+use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight};
+
+/// Burn's name of a float format.
+pub(super) fn dtype_of(format: FloatFormat) -> DType {
+    match format {
+        FloatFormat::F32 => DType::F32,
+        FloatFormat::F16 => DType::F16,
+        FloatFormat::BF16 => DType::BF16,
+    }
+}
+
+/// A contiguous tensor whose values are not written yet.
+pub(super) fn empty(client: &Client, device: &CubeDevice, shape: Shape, dtype: DType) -> CubeTensor {
+    let handle = client.empty(shape.num_elements() * dtype.size());
+    CubeTensor::new_contiguous(client.clone(), device.clone(), shape, handle, dtype)
+}
+
+/// One thread per element. Two grid dimensions: one alone holds at most 65,535 cubes on WebGPU.
+pub(super) fn grid(elements: usize) -> (CubeCount, CubeDim) {
+    const CUBE_DIM: u32 = 256;
+    let cubes = (elements as u32).div_ceil(CUBE_DIM).max(1);
+    let rows = cubes.div_ceil(65_535);
+    (CubeCount::Static(cubes.div_ceil(rows), rows, 1), CubeDim::new_1d(CUBE_DIM))
+}
+
+/// A 4-bit weight as `nf4_quant` takes it.
+pub(super) fn device_weight(weight: &Packed4bit<CubeBackend>) -> DeviceWeight {
+    let handle = |tensor: &CubeTensor| into_contiguous(tensor.clone()).handle;
+    let absmax = handle(&weight.absmax);
+    let layout = weight.layout;
+    DeviceWeight {
+        codes: handle(&weight.codes),
+        absmax: match layout.nested_blocksize {
+            None => DeviceAbsmax::Plain(absmax),
+            Some(blocksize) => {
+                DeviceAbsmax::Nested { codes: absmax, absmax: handle(&weight.nested_absmax), blocksize }
+            }
+        },
+        quant_type: layout.quant_type,
+        blocksize: layout.blocksize,
+        num_elements: layout.num_elements(),
+    }
+}
