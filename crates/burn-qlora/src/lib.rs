@@ -18,26 +18,30 @@
 //!
 //! | crate | what it has |
 //! |---|---|
-//! | [`qlora_train`] | configuration, data, training loop, checkpoints, metrics, report |
-//! | [`qlora_models`] | the decoder, streaming load, tokenizer, chat templates, generation |
+//! | [`qlora_train`] | configuration, training loop, checkpoints, metrics, report |
+//! | [`qlora_data`] | rows of text to batches of tokens |
+//! | [`qlora_models`] | the decoder, streaming load, generation |
+//! | [`chat_text`] | tokenizers, chat templates, masks |
 //! | [`qlora_layers`] | 4-bit linear layers, LoRA, their hand-written backward passes |
 //! | [`paged_optim`] | AdamW and Lion, 32-bit and 8-bit, with state that is paged to host memory |
 //! | [`adapter_io`] | safetensors shards, bitsandbytes 4-bit weights, PEFT adapters |
 //! | [`nf4_quant`] | the NF4 and FP4 codec and its kernels |
 
 pub use adapter_io;
+pub use chat_text;
 pub use nf4_quant;
 pub use paged_optim;
+pub use qlora_data;
 pub use qlora_layers;
 pub use qlora_models;
 pub use qlora_train;
 
 pub use adapter_io::{Adapter, AdapterConfig, Checkpoint};
 pub use burn::tensor::Device;
+pub use chat_text::{ChatError, Message, Tokenizer};
 pub use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
+pub use qlora_data::{DataConfig, DataError};
 pub use qlora_layers::{LoraConfig, TargetModules};
-pub use qlora_models::chat_template::Message;
-pub use qlora_models::tokenizer::Tokenizer;
 pub use qlora_models::{
     AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, ModelError, generate, select_device,
 };

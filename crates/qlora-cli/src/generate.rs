@@ -65,7 +65,7 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
 /// Prints the model's answer as it comes.
 fn answer(model: &Decoder, tokenizer: &Tokenizer, ids: &[u32], options: &GenerateOptions) -> Result<()> {
     let start = Instant::now();
-    let mut text = tokenizer.stream_decoder_after(ids, true);
+    let mut text = tokenizer.stream_decoder(ids, true);
     let mut failure = None;
     let generation = generate(model, ids, options, |id| {
         let shown = text.push(id).map_err(anyhow::Error::from).and_then(|piece| print(&piece));

@@ -8,8 +8,8 @@ use burn_qlora::nf4_quant::FloatFormat;
 use burn_qlora::qlora_models::hub;
 use burn_qlora::qlora_train::calibrate::{self, Calibration, CalibrationReport};
 use burn_qlora::qlora_train::report::{count, memory};
-use burn_qlora::qlora_train::{compute_dtype, data};
-use burn_qlora::{Tokenizer, TrainConfig, select_device};
+use burn_qlora::qlora_train::compute_dtype;
+use burn_qlora::{Tokenizer, TrainConfig, qlora_data, select_device};
 
 use crate::args::{BnbArgs, GptqArgs, QuantFormat, QuantizeArgs};
 use crate::exit::{Code, UsageError};
@@ -137,7 +137,7 @@ fn gptq(args: &QuantizeArgs) -> Result<Code> {
     let base = hub::resolve(&args.model, args.revision.as_deref())?;
     let device = select_device(flags.device.as_deref().unwrap_or("auto"))?;
     let tokenizer = Tokenizer::from_dir(&base)?;
-    let dataset = data::load(rows, &config.data, &tokenizer)?;
+    let dataset = qlora_data::load(rows, &config.data, &tokenizer)?;
     // At most a fifth of a short file is held out.
     let evaluated = flags.eval_rows.unwrap_or(32).min(dataset.examples.len() / 5);
     let [held_out, calibration] = dataset.choose([evaluated, wanted], flags.seed.unwrap_or(config.train.seed));

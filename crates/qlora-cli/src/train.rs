@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use burn_qlora::qlora_models::{ModelConfig, hub};
 use burn_qlora::qlora_train::profile::Profile;
 use burn_qlora::qlora_train::report::{Outcome, count, device_name, memory};
-use burn_qlora::qlora_train::{Plan, compute_dtype, data};
+use burn_qlora::qlora_data::load_splits;
+use burn_qlora::qlora_train::{Plan, compute_dtype};
 use burn_qlora::{Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, select_device};
 
 use crate::args::TrainArgs;
@@ -136,7 +137,7 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let model = ModelConfig::from_dir(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let (train, eval) = data::load_splits(&config.data, &tokenizer, config.train.seed)?;
+    let (train, eval) = load_splits(&config.data, &tokenizer, config.train.seed)?;
     for warning in train.report.warnings() {
         events.on_warning(&warning);
     }

@@ -5,11 +5,12 @@
 //!   into it tensor by tensor.
 //! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
 //! - [`generate()`]: sampling with a [`KvCache`].
-//! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
+//! - [`hub`]: where models come from.
+//!
+//! A model takes and gives token ids; `chat-text` makes them of text.
 
 pub mod adapters;
 mod block;
-pub mod chat_template;
 mod config;
 mod decoder;
 mod device;
@@ -24,7 +25,6 @@ mod mlp;
 mod moe;
 mod norm;
 mod rope;
-pub mod tokenizer;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
 pub use block::{Block, BlockInPass};

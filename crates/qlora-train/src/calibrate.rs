@@ -19,7 +19,7 @@ use qlora_layers::ops::matmul;
 use qlora_layers::{FrozenLinear, InputObserver, LoraLinear, Pass};
 use qlora_models::{Decoder, LoadOptions, LoadProgress};
 
-use crate::data::{Batch, Example};
+use qlora_data::{Batch, Example};
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_sum};
 

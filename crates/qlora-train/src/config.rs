@@ -26,7 +26,7 @@ use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::data::DataConfig;
+use qlora_data::DataConfig;
 use crate::error::TrainError;
 
 pub use keys::known_keys;

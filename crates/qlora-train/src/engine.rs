@@ -11,7 +11,7 @@
 //! the device is at it, the host begins with the next step. The update itself heeds what the host does not know yet:
 //! where loss or gradients are not finite it changes nothing.
 
-use crate::data::Batch;
+use qlora_data::Batch;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
@@ -308,7 +308,7 @@ struct Computed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Example;
+    use qlora_data::Example;
 
     #[test]
     fn a_short_memory_is_told_from_other_failures() {

@@ -1,7 +1,6 @@
-//! Fine-tuning: data pipeline, loss, training loop, checkpoints and reports.
+//! Fine-tuning: configuration, loss, training loop, checkpoints and reports.
 //!
 //! - [`config`]: the TOML configuration, every key of it.
-//! - [`data`]: rows to tokens and labels, batches in a reproducible order.
 //! - [`Engine`]: one optimizer step; [`Trainer`]: a whole run, with evaluation, checkpoints and resume.
 //! - [`calibrate`]: GPTQ on data.
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
@@ -12,7 +11,6 @@
 pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
-pub mod data;
 mod engine;
 pub mod error;
 mod loss;

@@ -1,6 +1,6 @@
 //! Cross-entropy of next-token prediction over the tokens that count.
 
-use crate::data::{Batch, MASKED_LABEL};
+use qlora_data::{Batch, MASKED_LABEL};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
 use qlora_layers::Pass;
 use qlora_layers::ops::fused::cross_entropy;

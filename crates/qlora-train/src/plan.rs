@@ -1,7 +1,7 @@
 //! What a run would train and need, worked out from `config.json` and the data, without loading weights.
 
 use crate::config::TrainConfig;
-use crate::data::Example;
+use qlora_data::Example;
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
 use burn::tensor::FloatDType;

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{self, Checkpoint, TrainingState};
 use crate::config::{ComputeDtype, TrainConfig, TrainOptions};
-use crate::data::{self, Batch, BatchOrder, Dataset, MASKED_LABEL};
+use qlora_data::{Batch, BatchOrder, Dataset, MASKED_LABEL, load_splits};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics, TrainEvents};
@@ -11,7 +11,7 @@ use adapter_io::FormatError;
 use burn::tensor::{Device, FloatDType};
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_layers::{Initialization, mix};
-use qlora_models::tokenizer::Tokenizer;
+use chat_text::Tokenizer;
 use qlora_models::{CalibrationBatch, Decoder, LoadOptions, default_compute_dtype, device_memory, hub, select_device};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -92,7 +92,7 @@ impl Trainer {
         let dtype = compute_dtype(config.quantization.compute_dtype, &device);
         let model_dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        let (train, eval) = data::load_splits(&config.data, &tokenizer, config.train.seed)?;
+        let (train, eval) = load_splits(&config.data, &tokenizer, config.train.seed)?;
         for warning in train.report.warnings() {
             events.on_warning(&warning);
         }

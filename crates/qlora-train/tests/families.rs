@@ -6,7 +6,7 @@ use nf4_quant::QuantConfig;
 use paged_optim::{Budget, Moment, OptimizerConfig};
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use qlora_models::{Decoder, LoadOptions};
-use qlora_train::data::Batch;
+use qlora_data::Batch;
 use qlora_train::{Engine, Plan, TrainConfig};
 use std::path::{Path, PathBuf};
 

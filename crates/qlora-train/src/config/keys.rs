@@ -9,7 +9,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
 use super::{ModelOptions, QuantizationOptions, TrainConfig, TrainOptions};
-use crate::data::DataConfig;
+use qlora_data::DataConfig;
 use crate::error::TrainError;
 
 /// What other trainers call a key of ours; the nearest spelling wouldn't find these.

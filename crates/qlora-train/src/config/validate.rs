@@ -34,7 +34,7 @@ impl TrainConfig {
         )?;
         self.lora.validate()?;
         self.train.validate()?;
-        self.data.validate()
+        Ok(self.data.validate()?)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::config::TrainConfig;
-use crate::data::{Batch, Example};
+use qlora_data::{Batch, Example};
 use burn::tensor::{Device, FloatDType};
 use qlora_models::{Decoder, LoadOptions, ModelConfig};
 use serde_json::{Value, json};

@@ -1,7 +1,7 @@
 //! Batches: padding, order, and resuming anywhere.
 
 use proptest::prelude::*;
-use qlora_train::data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
+use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
 
 fn config() -> DataConfig {
     DataConfig::default()

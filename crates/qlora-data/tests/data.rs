@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use chat_text::Tokenizer;
 use proptest::prelude::*;
-use qlora_models::tokenizer::Tokenizer;
-use qlora_train::data::{DataConfig, Dataset, Example, Format, LossOn, MASKED_LABEL, MaskReason, load, load_splits};
+use qlora_data::{DataConfig, Dataset, Example, Format, LossOn, MASKED_LABEL, MaskReason, load, load_splits};
 use safetensors::SafeTensors;
 
 fn repository() -> PathBuf {
