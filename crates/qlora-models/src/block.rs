@@ -1,33 +1,17 @@
 //! One decoder block: attention and an MLP or experts, each over a normalised input and added to it.
 
 use crate::config::{BlockNorms, ModelConfig};
-use crate::decoder::Sequence;
 use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
+use crate::named::Named;
 use crate::norm::RmsNorm;
+use crate::sequence::Sequence;
 use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::rotate;
 use qlora_layers::ops::{attention, attention_again, attention_keeping};
 use qlora_layers::{LoraLinear, Pass};
-
-/// A module with its path in the model.
-#[derive(Clone, Debug)]
-pub(crate) struct Named<T> {
-    pub path: String,
-    pub module: T,
-}
-
-impl<T> Named<T> {
-    pub fn pair(&self) -> (String, &T) {
-        (self.path.clone(), &self.module)
-    }
-
-    pub fn pair_mut(&mut self) -> (String, &mut T) {
-        (self.path.clone(), &mut self.module)
-    }
-}
 
 /// What follows attention.
 #[derive(Clone, Debug)]
@@ -182,8 +166,8 @@ impl Block {
     }
 }
 
-/// The end of a branch: what `run` gives, normalised where the family does so. `run` hears whether nobody reads its
-/// result; a norm does.
+/// The end of a branch: what `run` gives, normalised where the family does so. `run` is told whether its result is
+/// unread. It never is where a norm follows.
 fn normalised(
     norm: &Option<Named<RmsNorm>>,
     run: impl FnOnce(bool) -> Tensor<2>,

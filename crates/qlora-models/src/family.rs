@@ -4,7 +4,7 @@
 //! keys of `config.json` carry the rest, with the values that transformers takes when a key is absent.
 //! Entries are written as differences from `BASE`, the plainest of them.
 
-use crate::mlp::Activation;
+use qlora_layers::ops::fused::Activation;
 
 /// One `model_type` of `config.json`.
 #[derive(Clone, Debug, PartialEq)]

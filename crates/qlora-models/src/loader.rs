@@ -10,13 +10,14 @@ mod random;
 mod source;
 
 use crate::ModelError;
-use crate::adapters::Embedding;
-use crate::block::{Block, FeedForward, Named};
+use crate::block::{Block, FeedForward};
 use crate::config::{ExpertsSpecs, LinearRole, LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
+use crate::embedding::Embedding;
 use crate::family::Root;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
+use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use adapter_io::{Checkpoint, Floats, TensorView};
