@@ -139,10 +139,9 @@ impl BatchOrder {
         batches
     }
 
-    /// All batches of an epoch, made from the rows this order was created for.
-    pub fn epoch(&self, examples: &[Example], epoch: usize) -> Vec<Batch> {
-        let rows = self.rows(epoch);
-        rows.iter().map(|rows| self.batch(examples, rows)).collect()
+    /// The batches of one epoch, made from the rows this order was created for when they are asked for.
+    pub fn epoch<'a>(&'a self, examples: &'a [Example], epoch: usize) -> impl ExactSizeIterator<Item = Batch> + 'a {
+        self.rows(epoch).into_iter().map(|rows| self.batch(examples, &rows))
     }
 
     /// The batches from a position on, epoch after epoch; endless unless there are no rows.
@@ -168,6 +167,16 @@ impl Batches<'_> {
     /// Where the next batch stands: what a training checkpoint has to keep.
     pub fn position(&self) -> Position {
         self.position
+    }
+
+    /// The micro-batches of the next optimizer step: `count`, or fewer where the epoch ends, as no step
+    /// reaches over its end.
+    pub fn next_step(&mut self, count: usize) -> Vec<Batch> {
+        let mut step: Vec<Batch> = self.next().into_iter().collect();
+        while step.len() < count && self.position.batch < self.rows.len() {
+            step.extend(self.next());
+        }
+        step
     }
 }
 

@@ -68,7 +68,7 @@ impl Dataset {
 /// [`DataError::Line`] and [`DataError::Row`] the line and what was expected;
 /// [`DataError::AllMasked`] says why no row has anything to learn from. A conversation without
 /// a usable chat template is [`DataError::Chat`].
-pub fn load(path: &Path, config: &DataConfig, tokenizer: &Tokenizer) -> Result<Dataset, DataError> {
+pub fn load_rows(path: &Path, config: &DataConfig, tokenizer: &Tokenizer) -> Result<Dataset, DataError> {
     let bytes = std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
     let lines = JsonLines::new(path, &bytes)?;
     let wrong = |format: Format, line: usize, problem: String| DataError::Line {
@@ -134,12 +134,12 @@ pub fn load(path: &Path, config: &DataConfig, tokenizer: &Tokenizer) -> Result<D
 /// from the training rows, or none.
 ///
 /// # Errors
-/// As [`load`] and [`DataConfig::validate`].
+/// As [`load_rows`] and [`DataConfig::validate`].
 pub fn load_splits(config: &DataConfig, tokenizer: &Tokenizer, seed: u64) -> Result<(Dataset, Dataset), DataError> {
     config.validate()?;
-    let train = load(&config.train, config, tokenizer)?;
+    let train = load_rows(&config.train, config, tokenizer)?;
     match &config.eval {
-        Some(path) => Ok((train, load(path, config, tokenizer)?)),
+        Some(path) => Ok((train, load_rows(path, config, tokenizer)?)),
         None if config.eval_fraction > 0.0 => train.split(config.eval_fraction, seed),
         None => Ok((train, Dataset::default())),
     }

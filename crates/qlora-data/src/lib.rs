@@ -1,6 +1,6 @@
 //! Rows of text to batches of tokens. Host memory only; no Burn.
 //!
-//! [`load`] reads a JSONL file, writes each row as one text (a conversation through the chat
+//! [`load_rows`] reads a JSONL file, writes each row as one text (a conversation through the chat
 //! template), turns it into tokens and gives every token a label: its own id where the loss counts
 //! it, [`MASKED_LABEL`] where it does not. Which tokens count is decided on the text, by byte
 //! ranges, and carried to the tokens by their offsets; both are done by `chat_text`. [`BatchOrder`]
@@ -14,12 +14,12 @@
 //! # let folder = tempfile::tempdir()?;
 //! # let path = folder.path().join("rows.jsonl");
 //! use chat_text::Tokenizer;
-//! use qlora_data::{BatchOrder, DataConfig, Position, load};
+//! use qlora_data::{BatchOrder, DataConfig, Position, load_rows};
 //!
 //! std::fs::write(&path, r#"{"prompt": "2 + 2 =", "completion": " 4"}"#)?;
 //! let tokenizer = Tokenizer::from_dir(dir)?;
 //! let config = DataConfig::default();
-//! let rows = load(&path, &config, &tokenizer)?;
+//! let rows = load_rows(&path, &config, &tokenizer)?;
 //! // Batches of 4 rows with seed 42; one can begin anywhere.
 //! let order = BatchOrder::new(&rows.examples, &config, 4, 42, tokenizer.padding_id());
 //! let mut batches = order.batches_from(&rows.examples, Position { epoch: 3, batch: 0 });
@@ -43,7 +43,7 @@ mod source;
 pub use batch::{Batch, BatchOrder, Batches, Position};
 pub use chat_text::MASKED_LABEL;
 pub use config::{DataConfig, Format, LossOn};
-pub use dataset::{Dataset, load, load_splits};
+pub use dataset::{Dataset, load_rows, load_splits};
 pub use error::DataError;
 pub use example::Example;
 pub use report::{DataReport, MaskReason, MaskedRow, TruncatedRow};

@@ -146,16 +146,16 @@ impl DataReport {
     }
 
     fn masked_by_reason(&self) -> Vec<String> {
-        let of = |reason| self.masked.iter().filter(move |row| row.reason == reason);
+        let with = |reason| self.masked.iter().filter(move |row| row.reason == reason);
         MaskReason::ALL
             .into_iter()
-            .filter(|reason| of(*reason).next().is_some())
+            .filter(|reason| with(*reason).next().is_some())
             .map(|reason| {
                 format!(
                     "{} with {} ({})",
-                    of(reason).count(),
+                    with(reason).count(),
                     reason.describe(self.max_length),
-                    name_lines(of(reason).map(|row| row.line)),
+                    name_lines(with(reason).map(|row| row.line)),
                 )
             })
             .collect()

@@ -6,7 +6,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// What a random order is for: each use draws from a stream of its own.
+/// What a random order is for: each use draws from its own stream.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Purpose {
     Rows = 1,

@@ -46,14 +46,29 @@ fn grouping_by_length_saves_padding() {
     let grouped = DataConfig { group_by_length: true, ..config() };
     let cells = |config: &DataConfig| -> usize {
         let order = BatchOrder::new(&examples, config, 4, 1, 0);
-        order.epoch(&examples, 0).iter().map(|b| b.rows * b.cols).sum()
+        order.epoch(&examples, 0).map(|b| b.rows * b.cols).sum()
     };
     let tokens: usize = examples.iter().map(|e| e.input_ids.len()).sum();
     assert!(cells(&grouped) < tokens + tokens / 20, "less than 5 % padding");
     assert!(cells(&config()) > tokens + tokens / 4);
     let order = BatchOrder::new(&examples, &grouped, 4, 1, 0);
-    assert_eq!(order.epoch(&examples, 0)[0].cols, 500, "the longest comes first");
+    assert_eq!(order.epoch(&examples, 0).next().map(|b| b.cols), Some(500), "the longest comes first");
     assert_ne!(order.rows(1), order.rows(2));
+}
+
+#[test]
+fn a_step_ends_with_its_epoch() {
+    let examples: Vec<_> = (0..7).map(|i| example(i, 1)).collect();
+    let order = BatchOrder::new(&examples, &config(), 2, 42, 0);
+    let mut batches = order.batches_from(&examples, Position::default());
+    // Four batches an epoch, three a step.
+    let sizes = [(); 5].map(|()| (batches.next_step(3).len(), batches.position()));
+    let at = |epoch, batch| Position { epoch, batch };
+    assert_eq!(sizes, [(3, at(0, 3)), (1, at(0, 4)), (3, at(1, 3)), (1, at(1, 4)), (3, at(2, 3))]);
+    // A run that was stopped at the end of an epoch goes on with the next one.
+    let mut resumed = order.batches_from(&examples, at(0, 4));
+    let first = resumed.next_step(1);
+    assert_eq!((first.first(), resumed.position()), (order.epoch(&examples, 1).next().as_ref(), at(1, 1)));
 }
 
 proptest! {
@@ -90,8 +105,8 @@ proptest! {
             rows.sort_unstable();
             prop_assert_eq!(rows, (0..lengths.len()).collect::<Vec<_>>());
             let at = epoch * order.batches_per_epoch();
-            for (batch, same) in batches.iter().zip(uninterrupted.iter().skip(at)) {
-                prop_assert_eq!(batch, same);
+            for (batch, same) in batches.zip(uninterrupted.iter().skip(at)) {
+                prop_assert_eq!(&batch, same);
             }
         }
     }

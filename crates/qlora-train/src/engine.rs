@@ -11,15 +11,16 @@
 //! the device is at it, the host begins with the next step. The update itself heeds what the host does not know yet:
 //! where loss or gradients are not finite it changes nothing.
 
-use qlora_data::Batch;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
+use qlora_data::Batch;
 use qlora_layers::activation_checkpointing;
 use qlora_layers::ops::backward_from;
 use qlora_layers::{ActivationCheckpointing, Pass, Reading};
 use qlora_models::{BlockInPass, Decoder};
+use std::borrow::Borrow;
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -173,9 +174,10 @@ impl Engine {
     ///
     /// # Errors
     /// No batch has an unmasked token, or the device fails.
-    pub fn evaluate<'a>(&self, batches: impl IntoIterator<Item = &'a Batch>) -> Result<(f64, usize), TrainError> {
+    pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<(f64, usize), TrainError> {
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
+            let batch: &Batch = batch.borrow();
             let labelled = LabelledTokens::new(batch);
             if labelled.is_empty() {
                 continue;

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{TrainConfig, TrainOptions};
+use super::{RunConfig, TrainConfig};
 use crate::error::TrainError;
 
 impl TrainConfig {
@@ -38,7 +38,7 @@ impl TrainConfig {
     }
 }
 
-impl TrainOptions {
+impl RunConfig {
     /// Checks the section's ranges; see [`TrainConfig::validate`].
     fn validate(&self) -> Result<(), TrainError> {
         const ONE: &str = "must be 1 or more";
