@@ -35,6 +35,7 @@ mod answers;
 mod error;
 mod mask;
 mod message;
+mod stream;
 mod template;
 mod tokenizer;
 
@@ -42,5 +43,6 @@ pub use answers::Rendered;
 pub use error::ChatError;
 pub use mask::MASKED_LABEL;
 pub use message::Message;
+pub use stream::StreamDecoder;
 pub use template::{ChatInput, ChatTemplate, SpecialTokens};
-pub use tokenizer::{Encoding, StreamDecoder, Tokenizer};
+pub use tokenizer::{Encoding, Tokenizer};

@@ -144,8 +144,8 @@ impl ChatTemplate {
     /// because it cuts up or rewrites the marked text.
     pub fn render_marked(&self, input: &ChatInput) -> Result<(String, Vec<Range<usize>>), ChatError> {
         let text = self.run(input, false)?;
-        let (stripped, spans) = generation::take_marks(&self.run(input, true)?)
-            .map_err(|problem| ChatError::TemplateRender { problem })?;
+        let (stripped, spans) =
+            generation::take_marks(&self.run(input, true)?).map_err(|problem| ChatError::TemplateRender { problem })?;
         if stripped != text {
             return Err(ChatError::TemplateRender {
                 problem: "the text between its `generation` tags can't be followed to the output".into(),
@@ -174,7 +174,7 @@ const COMPILE_STACK: usize = 128 << 20;
 const MAX_TAG: usize = 32 << 10;
 const MAX_TEMPLATE: usize = 256 << 10;
 
-/// Compiles on a thread of its own, whose stack is large enough for any template in the bounds.
+/// Compiles on its own thread, whose stack is large enough for any template in the bounds.
 fn compile(source: String) -> Result<Environment<'static>, String> {
     let run = || {
         let mut env = environment();

@@ -7,7 +7,6 @@
 //! and 5.
 
 mod settings;
-mod stream;
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +15,6 @@ use crate::message::Message;
 use crate::template::{ChatInput, ChatTemplate, SpecialTokens};
 
 use settings::Settings;
-pub use stream::StreamDecoder;
 
 /// A text as tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,9 +2,7 @@
 
 use std::process::ExitCode;
 
-use burn_qlora::adapter_io::FormatError;
-use burn_qlora::qlora_layers::LayerError;
-use burn_qlora::{ChatError, DataError, ModelError, TrainError};
+use burn_qlora::{ChatError, DataError, FormatError, LayerError, ModelError, TrainError};
 
 /// How a command ended; `qlora --help` documents the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

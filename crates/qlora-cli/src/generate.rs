@@ -5,12 +5,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use burn_qlora::adapter_io::Combination;
 use burn_qlora::qlora_models::hub;
-use burn_qlora::qlora_train::compute_dtype;
 use burn_qlora::{
-    AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig, generate,
-    select_device,
+    AdapterSet, AdapterSource, Combination, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
+    compute_dtype, generate, select_device,
 };
 
 use crate::args::GenerateArgs;

@@ -124,13 +124,13 @@ impl Block {
             Some([q_norm, k_norm]) => (q_norm.module.forward_heads(q, pass), k_norm.module.forward_heads(k, pass)),
             None => (q, k),
         };
-        let turn = |x: Tensor<2>| match view.rotation.rotary {
+        let rotated = |x: Tensor<2>| match view.rotation.rotary {
             0 => x,
             _ => rotate(x, view.cos.clone(), view.sin.clone(), view.rotation),
         };
         let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]);
-        let q = heads(turn(q), config.num_attention_heads);
-        let k = heads(turn(k), config.num_key_value_heads);
+        let q = heads(rotated(q), config.num_attention_heads);
+        let k = heads(rotated(k), config.num_key_value_heads);
         let v = heads(v, config.num_key_value_heads);
         let (k, v) = match cache {
             Some(cache) => cache.extend(self.index, k, v),

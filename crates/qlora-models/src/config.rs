@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     /// The family's table entry.
-    pub family: &'static Family,
+    pub(crate) family: &'static Family,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.

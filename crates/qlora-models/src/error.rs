@@ -112,7 +112,10 @@ pub enum ModelError {
         module: String,
     },
     /// The base's weights are not the checkpoint's any more.
-    #[error("the adapter's initialisation took its start out of {module}: load the model again to be rid of it")]
+    #[error(
+        "attaching this adapter changed the base weight of {module} (initialisation by PiSSA, OLoRA or LoftQ); \
+         reload the model before attaching another"
+    )]
     BaseChanged {
         /// The module.
         module: String,

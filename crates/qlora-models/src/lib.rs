@@ -1,6 +1,6 @@
 //! Decoder-only language models, built from a Hugging Face `config.json` and loaded straight into 4 bits.
 //!
-//! - [`ModelConfig`] reads `config.json`; [`Family`] is the table of what families differ in.
+//! - [`ModelConfig`] reads `config.json`; `family` is the table of what families differ in.
 //! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
 //!   into it tensor by tensor.
 //! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
@@ -15,8 +15,8 @@ mod config;
 mod decoder;
 mod device;
 mod embedding;
-pub mod error;
-pub mod family;
+mod error;
+mod family;
 mod generate;
 pub mod hub;
 mod kernel_cache;
@@ -35,7 +35,6 @@ pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConf
 pub use decoder::Decoder;
 pub use device::{default_compute_dtype, device_memory, select_device};
 pub use error::ModelError;
-pub use family::Family;
 pub use generate::{GenerateOptions, Generation, generate};
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};

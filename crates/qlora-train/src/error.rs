@@ -6,7 +6,7 @@ use adapter_io::FormatError;
 use chat_text::ChatError;
 use qlora_data::DataError;
 use qlora_layers::LayerError;
-use qlora_models::error::ModelError;
+use qlora_models::ModelError;
 
 /// What can go wrong between a configuration file and a trained adapter.
 #[derive(Debug, thiserror::Error)]

@@ -6,13 +6,14 @@
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
 //! - [`profile`]: where the time of its steps goes.
 //!
-//! Nothing here prints: a run tells its caller what happens through [`metrics::TrainEvents`].
+//! Nothing here prints: a run tells its caller what happens through [`TrainEvents`].
 
 pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
 mod engine;
-pub mod error;
+mod error;
+mod events;
 mod loss;
 pub mod metrics;
 mod plan;
@@ -23,7 +24,7 @@ mod trainer;
 pub use config::TrainConfig;
 pub use engine::{Engine, StepOutput};
 pub use error::TrainError;
-pub use loss::{LabelledTokens, loss_and_gradient, loss_sum};
-pub use metrics::TrainEvents;
+pub use events::TrainEvents;
+pub use loss::{LabelledTokens, loss_sum};
 pub use plan::{MemoryEstimate, Plan};
 pub use trainer::{Resume, Trainer, compute_dtype, engine};

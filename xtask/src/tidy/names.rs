@@ -9,7 +9,11 @@ const MAX_LINES: usize = 600;
 const FORBIDDEN: &[(&[&str], &[&str], &str)] = &[
     (&["nf4-quant"], &["burn"], "nf4-quant knows CubeCL, not Burn"),
     (&["adapter-io"], &["burn", "cubecl"], "adapter-io works on host memory: no Burn, no GPU"),
-    (&["chat-text", "qlora-data"], &["burn", "cubecl"], "chat-text and qlora-data work on host memory: no Burn, no GPU"),
+    (
+        &["chat-text", "qlora-data"],
+        &["burn", "cubecl"],
+        "chat-text and qlora-data work on host memory: no Burn, no GPU",
+    ),
     (&["paged-optim"], &["lora", "qlora"], "paged-optim optimizes any parameters, not LoRA's"),
     (
         &[

@@ -53,7 +53,7 @@ impl Settings {
     }
 }
 
-/// The template's three homes, the newest first: a file of its own, `chat_template.json`, and
+/// The template's three homes, the newest first: its own file, `chat_template.json`, and
 /// `tokenizer_config.json`.
 fn chat_template(dir: &Path, config: &JsonFile) -> Result<Option<Result<String, String>>, ChatError> {
     let path = dir.join("chat_template.jinja");

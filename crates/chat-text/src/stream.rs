@@ -6,8 +6,7 @@
 //! scheme is that of Hugging Face's text-generation-inference.
 
 use crate::error::ChatError;
-
-use super::Tokenizer;
+use crate::tokenizer::Tokenizer;
 
 /// A UTF-8 character has at most four bytes. Tokens beyond that which still end in U+FFFD are not
 /// waiting for the rest of one: the model wrote bytes that are no text.
