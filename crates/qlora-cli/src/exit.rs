@@ -168,6 +168,12 @@ mod tests {
         assert_eq!(code(config("train.batch_size", "0")), Code::Usage);
         assert_eq!(code(config("data.max_length", "0")), Code::Usage);
         assert_eq!(code(DataError::Empty { path: "x.jsonl".into() }.into()), Code::Input);
+        // Commands that read rows or a tokenizer without a run around it meet these errors bare.
+        let key = DataError::Config { key: "train", problem: "is missing".into() };
+        assert_eq!(code_of(&key.into()), Code::Usage);
+        let template = || ChatError::NoChatTemplate { dir: "x".into() };
+        assert_eq!(code_of(&template().into()), Code::Input);
+        assert_eq!(code(template().into()), Code::Input);
         assert_eq!(code(TrainError::Device("gone".into())), Code::Failed);
         let full = || FormatError::Write { path: "x".into(), source: std::io::ErrorKind::StorageFull.into() };
         assert_eq!(code(full().into()), Code::Failed);

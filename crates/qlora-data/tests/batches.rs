@@ -1,5 +1,9 @@
 //! Batches: padding, order, and resuming anywhere.
 
+#[path = "../../adapter-io/tests/bounded/mod.rs"]
+mod bounded;
+
+use bounded::bounded;
 use proptest::prelude::*;
 use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
 
@@ -54,6 +58,20 @@ fn grouping_by_length_saves_padding() {
     let order = BatchOrder::new(&examples, &grouped, 4, 1, 0);
     assert_eq!(order.epoch(&examples, 0).next().map(|b| b.cols), Some(500), "the longest comes first");
     assert_ne!(order.rows(1), order.rows(2));
+}
+
+/// Memory does not grow with the data set: all batches of this one at once would take 9.6 MB.
+#[test]
+fn a_pass_over_the_rows_holds_one_step_at_a_time() {
+    let examples: Vec<_> = (0..8000).map(|i| example(i, 100)).collect();
+    let order = BatchOrder::new(&examples, &config(), 4, 1, 0);
+    // The order takes 8 bytes a row and 24 a batch, and a permutation while it is made: some 250 kB. A step of four
+    // batches takes 20 kB.
+    let rows = bounded(512 << 10, || {
+        let mut batches = order.batches_from(&examples, Position::default());
+        (0..500).map(|_| batches.next_step(4).iter().map(|batch| batch.rows).sum::<usize>()).sum::<usize>()
+    });
+    assert_eq!(rows, 8000);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a run trains on what, for the loop's caller and the report.
+//! What a run is about to train and on which rows, for the caller and the report.
 
 use std::path::PathBuf;
 
