@@ -8,9 +8,9 @@
 //! # fn main() -> Result<(), burn_qlora::TrainError> {
 //! use burn_qlora::{Resume, TrainConfig, Trainer};
 //!
-//! let mut config = TrainConfig::load("qlora.toml".as_ref())?;
+//! let mut config = TrainConfig::load("qlora.toml")?;
 //! config.set("train.learning_rate", "1e-4")?;
-//! let summary = Trainer::new(config, &Resume::No, &mut ())?.run(&mut ())?;
+//! let summary = Trainer::new(config, &Resume::No, &mut ())?.run()?;
 //! assert!(summary.last_loss < summary.first_loss);
 //! # Ok(())
 //! # }
@@ -18,31 +18,45 @@
 //!
 //! | crate | what it has |
 //! |---|---|
-//! | [`qlora_train`] | configuration, data, training loop, checkpoints, metrics, report |
-//! | [`qlora_models`] | the decoder, streaming load, tokenizer, chat templates, generation |
+//! | [`qlora_train`] | configuration, training loop, checkpoints, metrics, report |
+//! | [`qlora_data`] | rows of text to batches of tokens |
+//! | [`qlora_models`] | the decoder, streaming load, generation |
+//! | [`chat_text`] | tokenizers, chat templates, masks |
 //! | [`qlora_layers`] | 4-bit linear layers, LoRA, their hand-written backward passes |
 //! | [`paged_optim`] | AdamW and Lion, 32-bit and 8-bit, with state that is paged to host memory |
 //! | [`adapter_io`] | safetensors shards, bitsandbytes 4-bit weights, PEFT adapters |
 //! | [`nf4_quant`] | the NF4 and FP4 codec and its kernels |
 
-pub use adapter_io;
-pub use nf4_quant;
-pub use paged_optim;
-pub use qlora_layers;
-pub use qlora_models;
-pub use qlora_train;
+// Whole crates, for what has no short name here.
+pub use {adapter_io, chat_text, nf4_quant, paged_optim, qlora_data, qlora_layers, qlora_models, qlora_train};
 
-pub use adapter_io::{Adapter, AdapterConfig, Checkpoint};
-pub use burn::tensor::Device;
-pub use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
-pub use qlora_layers::{LoraConfig, TargetModules};
-pub use qlora_models::chat_template::Message;
-pub use qlora_models::tokenizer::Tokenizer;
-pub use qlora_models::{
-    AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, ModelError, generate, select_device,
-};
+// Training: a configuration, a run, and what it leaves behind.
+pub use paged_optim::{Budget, OptimizerKind, Paging};
+pub use qlora_layers::{ActivationCheckpointing, LayerError, LoraConfig, TargetModules};
 pub use qlora_train::report::Summary;
-pub use qlora_train::{Resume, TrainConfig, TrainError, TrainEvents, Trainer};
+pub use qlora_train::{
+    Engine, Plan, Resume, StepOutput, TrainConfig, TrainError, TrainEvents, Trainer, calibrate, checkpoint,
+    compute_dtype, config, metrics, profile, report,
+};
+
+// Text and data: conversations to token ids, files to batches.
+pub use chat_text::{ChatError, ChatTemplate, Message, Tokenizer};
+pub use qlora_data::{Batch, DataConfig, DataError, Dataset, Example, load_rows, load_splits};
+
+// Models: on a device, with adapters, answering.
+pub use burn::tensor::{Device, FloatDType};
+pub use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
+pub use qlora_layers::Pass;
+pub use qlora_models::{
+    AdapterSet, AdapterSource, Decoder, GenerateOptions, Generation, KvCache, LoadOptions, LoadProgress, ModelConfig,
+    ModelError, default_compute_dtype, device_memory, generate, select_device,
+};
+
+// Files: checkpoints and adapters of other programs, merged and converted.
+pub use adapter_io::{
+    Adapter, AdapterConfig, BnbOptions, Checkpoint, Combination, FormatError, GptqOptions, MergeBase, MergeOptions,
+    MergeReport, Progress, atomic, combine, gguf, merge_checkpoint, quantize_checkpoint,
+};
 
 /// README.md's example, compiled.
 #[cfg(doctest)]

@@ -19,9 +19,9 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_qlora::adapter_io::Adapter;
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::paged_optim::{Budget, OptimizerConfig};
+use burn_qlora::qlora_data::Batch;
 use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, mix, trainable};
 use burn_qlora::qlora_models::{Decoder, KvCache, LoadOptions};
-use burn_qlora::qlora_train::data::Batch;
 use burn_qlora::qlora_train::{Engine, LabelledTokens, loss_sum};
 
 use crate::compare::{max_abs_diff, relative, to_vec};

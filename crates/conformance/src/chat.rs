@@ -6,9 +6,7 @@
 //! file names none.
 
 use anyhow::Result;
-use burn_qlora::qlora_models::ModelError;
-use burn_qlora::qlora_models::chat_template::{ChatTemplate, Message};
-use burn_qlora::qlora_models::tokenizer::Tokenizer;
+use burn_qlora::chat_text::{ChatError, ChatTemplate, Message, Tokenizer};
 use serde::Deserialize;
 
 use crate::compare::count_different;
@@ -57,7 +55,7 @@ pub fn cases(reference: &Reference, report: &mut Report) -> Result<()> {
             }
             (Err(error), None) => {
                 let message = match error {
-                    ModelError::TemplateRefused { message } => message,
+                    ChatError::TemplateRefused { message } => message,
                     other => other.to_string(),
                 };
                 let expected = row.error.as_deref().unwrap_or_default();

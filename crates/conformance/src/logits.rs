@@ -8,10 +8,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use burn::tensor::{Device, FloatDType};
+use burn_qlora::Tokenizer;
 use burn_qlora::adapter_io::Checkpoint;
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::qlora_layers::Pass;
-use burn_qlora::qlora_models::tokenizer::Tokenizer;
 use burn_qlora::qlora_models::{Decoder, GenerateOptions, LoadOptions, generate};
 use serde::Deserialize;
 

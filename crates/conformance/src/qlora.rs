@@ -15,14 +15,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::{Device, FloatDType};
+use burn_qlora::Tokenizer;
 use burn_qlora::adapter_io::{Adapter, Checkpoint};
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::paged_optim::{Budget, OptimizerConfig, OptimizerKind};
+use burn_qlora::qlora_data::Batch;
 use burn_qlora::qlora_layers::ActivationCheckpointing;
-use burn_qlora::qlora_models::tokenizer::Tokenizer;
 use burn_qlora::qlora_models::{Decoder, LoadOptions};
 use burn_qlora::qlora_train::Engine;
-use burn_qlora::qlora_train::data::Batch;
 use serde::Deserialize;
 
 use crate::compare::{max_abs_diff, relative, to_vec};

@@ -5,7 +5,7 @@ mod push;
 
 use std::path::PathBuf;
 
-use burn_qlora::qlora_train::profile::{Profile, Window};
+use burn_qlora::profile::{Profile, Window};
 use clap::{Args, Parser, Subcommand};
 
 pub use export::{
@@ -268,7 +268,7 @@ mod tests {
         let Command::Train(args) = Cli::try_parse_from(line).unwrap().command else { panic!("train") };
         let overrides: Vec<_> = args.keys.overrides().collect();
         assert_eq!(overrides.len(), flags.len());
-        let known = burn_qlora::qlora_train::config::known_keys();
+        let known = burn_qlora::config::known_keys();
         for (key, value) in overrides {
             assert!(known.iter().any(|name| name == key), "{key}");
             assert_eq!(value, "7");

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use anyhow::Result;
-use burn_qlora::Adapter;
-use burn_qlora::adapter_io::gguf::{ExportReport, GgmlType, GgufOptions, export_gguf, export_lora_gguf};
-use burn_qlora::adapter_io::{MergeOptions, atomic, merge_checkpoint};
-use burn_qlora::qlora_train::report::memory;
+use burn_qlora::gguf::{ExportReport, GgmlType, GgufOptions, export_gguf, export_lora_gguf};
+use burn_qlora::report::memory;
+use burn_qlora::{Adapter, MergeOptions, atomic, merge_checkpoint};
 
 use crate::args::{ConvertArgs, Format};
 use crate::exit::{Code, UsageError};

@@ -2,9 +2,7 @@
 
 use std::process::ExitCode;
 
-use burn_qlora::adapter_io::FormatError;
-use burn_qlora::qlora_layers::LayerError;
-use burn_qlora::{ModelError, TrainError};
+use burn_qlora::{ChatError, DataError, FormatError, LayerError, ModelError, TrainError};
 
 /// How a command ended; `qlora --help` documents the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +46,12 @@ pub fn code_of(error: &anyhow::Error) -> Code {
         if let Some(error) = cause.downcast_ref::<TrainError>() {
             return Some(of_train(error));
         }
+        if let Some(error) = cause.downcast_ref::<DataError>() {
+            return Some(of_data(error));
+        }
+        if cause.is::<ChatError>() {
+            return Some(Code::Input);
+        }
         if let Some(error) = cause.downcast_ref::<ModelError>() {
             return Some(of_model(error));
         }
@@ -62,19 +66,20 @@ fn of_train(error: &TrainError) -> Code {
         | TrainError::ConfigSyntax { .. }
         | TrainError::UnknownKey { .. }
         | TrainError::ConfigMissing { .. }
-        | TrainError::ConfigRange { .. }
-        | TrainError::DataConfig { .. } => Code::Usage,
-        TrainError::DataRead { .. }
-        | TrainError::DataEmpty { .. }
-        | TrainError::DataLine { .. }
-        | TrainError::DataRow { .. }
-        | TrainError::DataAllMasked { .. }
-        | TrainError::Checkpoint { .. }
-        | TrainError::Optimizer { .. } => Code::Input,
+        | TrainError::ConfigRange { .. } => Code::Usage,
+        TrainError::Chat(_) | TrainError::Checkpoint { .. } | TrainError::Optimizer { .. } => Code::Input,
+        TrainError::Data(error) => of_data(error),
         TrainError::Layer(error) => of_layer(error),
         TrainError::Model(error) => of_model(error),
         TrainError::Format(error) => of_format(error),
         _ => Code::Failed,
+    }
+}
+
+fn of_data(error: &DataError) -> Code {
+    match error {
+        DataError::Config { .. } => Code::Usage,
+        _ => Code::Input,
     }
 }
 
@@ -162,7 +167,13 @@ mod tests {
         assert_eq!(code(config("lora.rank", "0")), Code::Usage);
         assert_eq!(code(config("train.batch_size", "0")), Code::Usage);
         assert_eq!(code(config("data.max_length", "0")), Code::Usage);
-        assert_eq!(code(TrainError::DataEmpty { path: "x.jsonl".into() }), Code::Input);
+        assert_eq!(code(DataError::Empty { path: "x.jsonl".into() }.into()), Code::Input);
+        // Commands that read rows or a tokenizer without a run around it meet these errors bare.
+        let key = DataError::Config { key: "train", problem: "is missing".into() };
+        assert_eq!(code_of(&key.into()), Code::Usage);
+        let template = || ChatError::NoChatTemplate { dir: "x".into() };
+        assert_eq!(code_of(&template().into()), Code::Input);
+        assert_eq!(code(template().into()), Code::Input);
         assert_eq!(code(TrainError::Device("gone".into())), Code::Failed);
         let full = || FormatError::Write { path: "x".into(), source: std::io::ErrorKind::StorageFull.into() };
         assert_eq!(code(full().into()), Code::Failed);

@@ -5,12 +5,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use burn_qlora::adapter_io::Combination;
 use burn_qlora::qlora_models::hub;
-use burn_qlora::qlora_train::compute_dtype;
 use burn_qlora::{
-    AdapterSet, AdapterSource, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig, generate,
-    select_device,
+    AdapterSet, AdapterSource, Combination, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
+    compute_dtype, generate, select_device,
 };
 
 use crate::args::GenerateArgs;
@@ -65,7 +63,7 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
 /// Prints the model's answer as it comes.
 fn answer(model: &Decoder, tokenizer: &Tokenizer, ids: &[u32], options: &GenerateOptions) -> Result<()> {
     let start = Instant::now();
-    let mut text = tokenizer.stream_decoder_after(ids, true);
+    let mut text = tokenizer.stream_decoder(ids, true);
     let mut failure = None;
     let generation = generate(model, ids, options, |id| {
         let shown = text.push(id).map_err(anyhow::Error::from).and_then(|piece| print(&piece));

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Result;
-use burn_qlora::adapter_io::atomic;
-use burn_qlora::qlora_train::config::TEMPLATE;
+use burn_qlora::atomic;
+use burn_qlora::config::TEMPLATE;
 
 use crate::args::InitArgs;
 use crate::exit::{Code, UsageError};

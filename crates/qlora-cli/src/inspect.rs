@@ -7,9 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::TargetModules;
-use burn_qlora::qlora_train::checkpoint;
-use burn_qlora::qlora_train::report::{count, memory};
-use burn_qlora::{Adapter, Checkpoint, Summary};
+use burn_qlora::report::{count, memory};
+use burn_qlora::{Adapter, Checkpoint, Summary, checkpoint};
 use serde_json::Value;
 
 use crate::args::InspectArgs;

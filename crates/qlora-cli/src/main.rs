@@ -20,7 +20,7 @@ mod train;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use burn_qlora::qlora_train::profile::ProfileLayer;
+use burn_qlora::profile::ProfileLayer;
 use clap::Parser;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;

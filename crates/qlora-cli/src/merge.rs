@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use burn_qlora::adapter_io::{MergeBase, MergeOptions, MergeReport, atomic, merge_checkpoint};
-use burn_qlora::qlora_train::report::memory;
+use burn_qlora::report::memory;
+use burn_qlora::{MergeBase, MergeOptions, MergeReport, atomic, merge_checkpoint};
 
 use crate::args::{CombineArgs, MergeArgs, MergeInto};
 use crate::exit::{Code, UsageError};

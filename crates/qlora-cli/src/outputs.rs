@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use burn_qlora::adapter_io::{Progress, atomic};
+use burn_qlora::{Progress, atomic};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 

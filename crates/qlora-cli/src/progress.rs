@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use burn_qlora::qlora_models::LoadProgress;
-use burn_qlora::qlora_train::metrics::{EvalMetrics, RunInfo, StepMetrics};
-use burn_qlora::qlora_train::report::{count, duration, memory};
-use burn_qlora::{Summary, TrainEvents};
+use burn_qlora::metrics::{EvalMetrics, RunInfo, StepMetrics};
+use burn_qlora::report::{count, duration, memory};
+use burn_qlora::{LoadProgress, Summary, TrainEvents};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Shows how far loading is.
@@ -215,7 +214,7 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn_qlora::paged_optim::Paging;
+    use burn_qlora::Paging;
 
     #[test]
     fn a_step_reads_well() {

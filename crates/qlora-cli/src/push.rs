@@ -5,12 +5,10 @@ use std::io::IsTerminal;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use burn_qlora::adapter_io::AdapterConfig;
 use burn_qlora::qlora_models::hub::push::{Content, PushOptions, PushProgress, Upload};
 use burn_qlora::qlora_models::hub::{self, Hub};
-use burn_qlora::qlora_train::checkpoint;
-use burn_qlora::qlora_train::report::{Card, memory};
-use burn_qlora::{Summary, TrainConfig};
+use burn_qlora::report::{Card, memory};
+use burn_qlora::{AdapterConfig, Summary, TrainConfig, checkpoint};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::PushArgs;

@@ -3,13 +3,14 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use burn_qlora::adapter_io::{BnbOptions, GptqOptions, quantize_checkpoint};
+use burn_qlora::calibrate::{self, Calibration, CalibrationReport};
 use burn_qlora::nf4_quant::FloatFormat;
 use burn_qlora::qlora_models::hub;
-use burn_qlora::qlora_train::calibrate::{self, Calibration, CalibrationReport};
-use burn_qlora::qlora_train::report::{count, memory};
-use burn_qlora::qlora_train::{compute_dtype, data};
-use burn_qlora::{Tokenizer, TrainConfig, select_device};
+use burn_qlora::report::{count, memory};
+use burn_qlora::{
+    BnbOptions, GptqOptions, LoadProgress, Tokenizer, TrainConfig, compute_dtype, load_rows, quantize_checkpoint,
+    select_device,
+};
 
 use crate::args::{BnbArgs, GptqArgs, QuantFormat, QuantizeArgs};
 use crate::exit::{Code, UsageError};
@@ -137,7 +138,7 @@ fn gptq(args: &QuantizeArgs) -> Result<Code> {
     let base = hub::resolve(&args.model, args.revision.as_deref())?;
     let device = select_device(flags.device.as_deref().unwrap_or("auto"))?;
     let tokenizer = Tokenizer::from_dir(&base)?;
-    let dataset = data::load(rows, &config.data, &tokenizer)?;
+    let dataset = load_rows(rows, &config.data, &tokenizer)?;
     // At most a fifth of a short file is held out.
     let evaluated = flags.eval_rows.unwrap_or(32).min(dataset.examples.len() / 5);
     let [held_out, calibration] = dataset.choose([evaluated, wanted], flags.seed.unwrap_or(config.train.seed));
@@ -153,7 +154,7 @@ fn gptq(args: &QuantizeArgs) -> Result<Code> {
         held_out: &held_out,
     };
     let (mut loading, mut bar) = (LoadBar::new(), ConvertBar::new("Quantizing"));
-    let mut loaded = |progress: burn_qlora::qlora_models::LoadProgress<'_>| {
+    let mut loaded = |progress: LoadProgress<'_>| {
         loading.update(progress);
         if progress.loaded_bytes == progress.total_bytes {
             loading.finish();

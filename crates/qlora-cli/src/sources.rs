@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use burn_qlora::adapter_io::{Combination, combine};
 use burn_qlora::qlora_models::hub;
-use burn_qlora::{Adapter, QuantConfig, QuantType};
+use burn_qlora::{Adapter, Combination, QuantConfig, QuantType, combine};
 
 use crate::args::{AdapterArgs, How};
 use crate::exit::UsageError;

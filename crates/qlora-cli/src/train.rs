@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use burn_qlora::qlora_models::{ModelConfig, hub};
-use burn_qlora::qlora_train::profile::Profile;
-use burn_qlora::qlora_train::report::{Outcome, count, device_name, memory};
-use burn_qlora::qlora_train::{Plan, compute_dtype, data};
-use burn_qlora::{Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, select_device};
+use burn_qlora::profile::Profile;
+use burn_qlora::qlora_models::hub;
+use burn_qlora::report::{Outcome, count, device_name, memory};
+use burn_qlora::{
+    ModelConfig, Plan, Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, compute_dtype, load_splits, select_device,
+};
 
 use crate::args::TrainArgs;
 use crate::exit::{Code, UsageError};
@@ -46,7 +47,7 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
         Some(path) => Resume::From(path.into()),
     };
     let config_path = args.config.display();
-    let result = Trainer::new(config, &resume, &mut terminal).and_then(|trainer| trainer.run(&mut terminal));
+    let result = Trainer::new(config, &resume, &mut terminal).and_then(Trainer::run);
     // A run that failed leaves what was recorded before.
     let profiled = match (profile, &args.profile) {
         (Some(profile), Some(path)) => write_profile(profile, path),
@@ -136,7 +137,7 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let model = ModelConfig::from_dir(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let (train, eval) = data::load_splits(&config.data, &tokenizer, config.train.seed)?;
+    let (train, eval) = load_splits(&config.data, &tokenizer, config.train.seed)?;
     for warning in train.report.warnings() {
         events.on_warning(&warning);
     }

@@ -6,9 +6,8 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use burn_qlora::Checkpoint;
-use burn_qlora::adapter_io::gguf::GgufFile;
-use burn_qlora::adapter_io::{Adapter, MergeOptions, merge_checkpoint};
+use burn_qlora::gguf::GgufFile;
+use burn_qlora::{Adapter, Checkpoint, MergeOptions, merge_checkpoint};
 use common::{Bench, reference};
 
 fn model() -> String {

@@ -1,33 +1,17 @@
 //! One decoder block: attention and an MLP or experts, each over a normalised input and added to it.
 
 use crate::config::{BlockNorms, ModelConfig};
-use crate::decoder::Sequence;
 use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
+use crate::named::Named;
 use crate::norm::RmsNorm;
+use crate::sequence::Sequence;
 use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::rotate;
 use qlora_layers::ops::{attention, attention_again, attention_keeping};
 use qlora_layers::{LoraLinear, Pass};
-
-/// A module with its path in the model.
-#[derive(Clone, Debug)]
-pub(crate) struct Named<T> {
-    pub path: String,
-    pub module: T,
-}
-
-impl<T> Named<T> {
-    pub fn pair(&self) -> (String, &T) {
-        (self.path.clone(), &self.module)
-    }
-
-    pub fn pair_mut(&mut self) -> (String, &mut T) {
-        (self.path.clone(), &mut self.module)
-    }
-}
 
 /// What follows attention.
 #[derive(Clone, Debug)]
@@ -140,13 +124,13 @@ impl Block {
             Some([q_norm, k_norm]) => (q_norm.module.forward_heads(q, pass), k_norm.module.forward_heads(k, pass)),
             None => (q, k),
         };
-        let turn = |x: Tensor<2>| match view.rotation.rotary {
+        let rotated = |x: Tensor<2>| match view.rotation.rotary {
             0 => x,
             _ => rotate(x, view.cos.clone(), view.sin.clone(), view.rotation),
         };
         let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]);
-        let q = heads(turn(q), config.num_attention_heads);
-        let k = heads(turn(k), config.num_key_value_heads);
+        let q = heads(rotated(q), config.num_attention_heads);
+        let k = heads(rotated(k), config.num_key_value_heads);
         let v = heads(v, config.num_key_value_heads);
         let (k, v) = match cache {
             Some(cache) => cache.extend(self.index, k, v),

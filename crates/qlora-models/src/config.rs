@@ -4,6 +4,7 @@
 //! that the entry does not know, and that is in no list of harmless ones, is an error: it may change what the
 //! model computes.
 
+mod activation;
 mod blocks;
 mod fields;
 mod modules;
@@ -11,12 +12,13 @@ mod rope;
 
 use crate::ModelError;
 use crate::family::Family;
-use crate::mlp::{self, Activation};
-use crate::rope::Rope;
 use adapter_io::BnbConfig;
+use blocks::LayerConfig;
+pub use blocks::{AttentionKind, ExpertsConfig};
 use fields::Fields;
 pub(crate) use modules::{BlockNorms, ExpertsSpecs};
 pub use modules::{LinearRole, LinearSpec};
+use qlora_layers::ops::fused::Activation;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -24,7 +26,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     /// The family's table entry.
-    pub family: &'static Family,
+    pub(crate) family: &'static Family,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -64,37 +66,6 @@ pub struct ModelConfig {
     output_bias: bool,
     mlp_bias: bool,
     path: PathBuf,
-}
-
-/// How blocks of a kind attend.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AttentionKind {
-    /// The number of tokens that a token sees, itself included; `None` for all before it.
-    pub window: Option<usize>,
-    /// Rotary embeddings of queries and keys.
-    pub rope: Rope,
-}
-
-/// A mixture of experts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ExpertsConfig {
-    /// Experts in a block.
-    pub count: usize,
-    /// Experts that a token is sent to.
-    pub per_token: usize,
-    /// Width of an expert.
-    pub intermediate_size: usize,
-    /// Whether the weights of a token's experts are divided by their sum.
-    pub normalise: bool,
-}
-
-/// A block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct LayerConfig {
-    /// Index into [`ModelConfig::attention_kinds`].
-    pub kind: usize,
-    /// Whether it has experts in the place of the MLP.
-    pub sparse: bool,
 }
 
 impl ModelConfig {
@@ -174,7 +145,7 @@ impl ModelConfig {
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            activation: activation(fields, family.activation)?,
+            activation: activation::activation(fields, family.activation)?,
             rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
             score_scale: 1.0 / score_scale.sqrt(),
             score_softcap: softcap(fields, family.score_softcap)?,
@@ -209,13 +180,6 @@ fn section<'a>(file: &Fields<'a>, key: &str, kind: &str) -> Result<Fields<'a>, M
         }
         _ => Ok(section),
     }
-}
-
-fn activation(fields: &Fields, (key, default): (&str, Activation)) -> Result<Activation, ModelError> {
-    let Some(name) = fields.text(key)? else { return Ok(default) };
-    mlp::activation(name).ok_or_else(|| {
-        fields.error(key, format!("is \"{name}\", which is not supported; supported: {}", mlp::activation_names()))
-    })
 }
 
 /// A soft cap; `null` turns off what would be on when the key is absent.

@@ -1,12 +1,14 @@
 //! The decoder: embeddings, blocks, and the output head. What families differ in comes from their table entry
 //! through [`ModelConfig`].
 
-use crate::adapters::Embedding;
-use crate::block::{Block, BlockInPass, Named};
+use crate::block::{Block, BlockInPass};
 use crate::config::{AttentionKind, ModelConfig};
+use crate::embedding::Embedding;
 use crate::kv_cache::KvCache;
+use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
+use crate::sequence::{Sequence, View};
 use adapter_io::AdapterConfig;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::activation_checkpointing::ResidualBlock;
@@ -15,27 +17,6 @@ use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::matmul;
 use qlora_layers::{LoraLinear, Pass};
 use std::sync::Arc;
-
-/// What all blocks of one forward pass share: the batch's shape, and for each kind of attention its rotary tables
-/// and options.
-#[derive(Clone, Debug)]
-pub struct Sequence {
-    /// Rows of the batch.
-    pub rows: usize,
-    /// Tokens per row in this pass.
-    pub len: usize,
-    /// One for each of [`ModelConfig::attention_kinds`].
-    pub(crate) views: Vec<View>,
-}
-
-/// How blocks of one kind see a pass.
-#[derive(Clone, Debug)]
-pub(crate) struct View {
-    pub cos: Tensor<2>,
-    pub sin: Tensor<2>,
-    pub rotation: Rotation,
-    pub attention: AttentionOptions,
-}
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
 /// optional adapters.

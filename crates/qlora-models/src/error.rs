@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// What can go wrong while a model, its tokenizer or its chat template is found, read or used.
+/// What can go wrong while a model is found, read or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
@@ -31,50 +31,6 @@ pub enum ModelError {
         field: String,
         /// What is wrong with it and what is expected.
         problem: String,
-    },
-    /// A folder has no `tokenizer.json`.
-    #[error("{}: no tokenizer.json{hint}", dir.display())]
-    NoTokenizer {
-        /// The folder.
-        dir: PathBuf,
-        /// What else is there and what to do, beginning with its own separator.
-        hint: &'static str,
-    },
-    /// `tokenizer.json` can't be loaded, or a text can't be encoded or decoded with it.
-    #[error("{}: {problem}", path.display())]
-    Tokenizer {
-        /// The tokenizer file.
-        path: PathBuf,
-        /// What the tokenizer library said.
-        problem: String,
-    },
-    /// A conversation has to be written and there is no template for it.
-    #[error(
-        "{}: the tokenizer has no chat template; give `chat_template` in the `[data]` section, \
-         or use rows with `prompt` and `completion`",
-        dir.display()
-    )]
-    NoChatTemplate {
-        /// The tokenizer's folder.
-        dir: PathBuf,
-    },
-    /// A chat template doesn't compile.
-    #[error("chat template: {problem}")]
-    TemplateSyntax {
-        /// What the template engine said, with the line.
-        problem: String,
-    },
-    /// A chat template failed on a conversation.
-    #[error("chat template: {problem}")]
-    TemplateRender {
-        /// What the template engine said, with the line.
-        problem: String,
-    },
-    /// A chat template refused a conversation with `raise_exception`.
-    #[error("the chat template refuses this conversation: {message}")]
-    TemplateRefused {
-        /// The template's message.
-        message: String,
     },
     /// A model is neither a folder nor a hub id.
     #[error("{model}: {problem}")]
@@ -156,7 +112,10 @@ pub enum ModelError {
         module: String,
     },
     /// The base's weights are not the checkpoint's any more.
-    #[error("the adapter's initialisation took its start out of {module}: load the model again to be rid of it")]
+    #[error(
+        "attaching this adapter changed the base weight of {module} (initialisation by PiSSA, OLoRA or LoftQ); \
+         reload the model before attaching another"
+    )]
     BaseChanged {
         /// The module.
         module: String,

@@ -4,11 +4,11 @@
 //! keys of `config.json` carry the rest, with the values that transformers takes when a key is absent.
 //! Entries are written as differences from `BASE`, the plainest of them.
 
-use crate::mlp::Activation;
+use qlora_layers::ops::fused::Activation;
 
 /// One `model_type` of `config.json`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Family {
+pub(crate) struct Family {
     /// The value of `model_type`.
     pub model_type: &'static str,
     /// Where the language model lies in a checkpoint. The first is what modules are called; the others occur
@@ -63,7 +63,7 @@ pub struct Family {
 
 /// Where the parts of a language model lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Root {
+pub(crate) struct Root {
     /// Embeddings, blocks and the last norm.
     pub model: &'static str,
     /// The output head.
@@ -72,7 +72,7 @@ pub struct Root {
 
 /// Something that a model has or has not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Switch {
+pub(crate) enum Switch {
     /// Always.
     On,
     /// Never.
@@ -83,7 +83,7 @@ pub enum Switch {
 
 /// The only value of a key that is covered.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Only {
+pub(crate) enum Only {
     /// A flag.
     Flag(bool),
     /// A number.
@@ -95,7 +95,7 @@ pub enum Only {
 /// Names of the norms of a block. Attention and MLP read a normalised input; what they give may be normalised
 /// too before it is added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Norms {
+pub(crate) struct Norms {
     /// Of the attention's input.
     pub attention_input: &'static str,
     /// Of the attention's output.
@@ -109,7 +109,7 @@ pub struct Norms {
 /// A mixture of experts in the place of the MLP. Modules have the names that checkpoints and adapters use, one module
 /// per expert and projection; transformers 5 holds them stacked, and may save them so.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Experts {
+pub(crate) struct Experts {
     /// The router.
     pub router: &'static str,
     /// What the experts' indices follow.
@@ -138,7 +138,7 @@ pub struct Experts {
 
 /// Which blocks look back no further than `sliding_window` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
+pub(crate) struct Window {
     /// The blocks.
     pub blocks: Windowed,
     /// `sliding_window` when absent.
@@ -149,7 +149,7 @@ pub struct Window {
 
 /// The blocks with a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Windowed {
+pub(crate) enum Windowed {
     /// None; the keys are unknown.
     None,
     /// All.
@@ -162,7 +162,7 @@ pub enum Windowed {
 
 /// Rotary position embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rotary {
+pub(crate) struct Rotary {
     /// `rope_theta` when absent.
     pub theta: f64,
     /// The key with another theta for blocks with a window, and what it is when absent.
@@ -177,7 +177,7 @@ pub struct Rotary {
 
 /// Sizes that may be absent; `None` where they have to be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizes {
+pub(crate) struct Sizes {
     /// `vocab_size`.
     pub vocab_size: Option<usize>,
     /// `hidden_size`.
@@ -445,7 +445,8 @@ const PHI3: Family = Family {
 };
 
 /// Every family that loads.
-pub static FAMILIES: &[Family] = &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
+pub(crate) static FAMILIES: &[Family] =
+    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
 
 impl Family {
     /// The family of a `model_type`.

@@ -1,20 +1,22 @@
 //! Decoder-only language models, built from a Hugging Face `config.json` and loaded straight into 4 bits.
 //!
-//! - [`ModelConfig`] reads `config.json`; [`Family`] is the table of what families differ in.
+//! - [`ModelConfig`] reads `config.json`; `family` is the table of what families differ in.
 //! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
 //!   into it tensor by tensor.
 //! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
 //! - [`generate()`]: sampling with a [`KvCache`].
-//! - [`tokenizer`], [`chat_template`], [`hub`]: text in, text out, and where models come from.
+//! - [`hub`]: where models come from.
+//!
+//! A model takes and gives token ids; `chat-text` makes them of text.
 
 pub mod adapters;
 mod block;
-pub mod chat_template;
 mod config;
 mod decoder;
 mod device;
-pub mod error;
-pub mod family;
+mod embedding;
+mod error;
+mod family;
 mod generate;
 pub mod hub;
 mod kernel_cache;
@@ -22,20 +24,21 @@ mod kv_cache;
 mod loader;
 mod mlp;
 mod moe;
+mod named;
 mod norm;
 mod rope;
-pub mod tokenizer;
+mod sequence;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
 pub use block::{Block, BlockInPass};
 pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
-pub use decoder::{Decoder, Sequence};
+pub use decoder::Decoder;
 pub use device::{default_compute_dtype, device_memory, select_device};
 pub use error::ModelError;
-pub use family::Family;
 pub use generate::{GenerateOptions, Generation, generate};
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
-pub use mlp::Activation;
 pub use norm::RmsNorm;
+pub use qlora_layers::ops::fused::Activation;
 pub use rope::{Rope, RopeScaling};
+pub use sequence::Sequence;

@@ -6,37 +6,30 @@
 //!
 //! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
 
+mod options;
 mod random;
 mod source;
 
 use crate::ModelError;
-use crate::adapters::Embedding;
-use crate::block::{Block, FeedForward, Named};
+use crate::block::{Block, FeedForward};
 use crate::config::{ExpertsSpecs, LinearRole, LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
+use crate::embedding::Embedding;
 use crate::family::Root;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
+use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use adapter_io::{Checkpoint, Floats, TensorView};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use nf4_quant::{FloatFormat, QuantConfig, Quantized4bit};
+use nf4_quant::Quantized4bit;
+pub use options::LoadOptions;
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear};
 use random::Random;
 use source::Source;
 use std::collections::BTreeSet;
 use std::path::Path;
-
-/// How weights are held.
-#[derive(Clone, Copy, Debug)]
-pub struct LoadOptions {
-    /// 4-bit quantization of the linear layers; `None` keeps them dense in the compute dtype.
-    /// A checkpoint that is already in 4 bits keeps its own quantization, and is expanded for `None`.
-    pub quantization: Option<QuantConfig>,
-    /// Dtype of activations and of everything that stays dense.
-    pub dtype: FloatDType,
-}
 
 /// How far loading is.
 #[derive(Clone, Copy, Debug)]
@@ -72,7 +65,7 @@ impl Decoder {
 
     /// A model of a shape with random weights, to measure with: normal with deviation 0.02, norms that change nothing.
     ///
-    /// Matrices of one shape share a few sets of numbers, each in device memory of its own. The weights are those of
+    /// Matrices of one shape share a few sets of numbers, each in its own device memory. The weights are those of
     /// the seed on every machine.
     ///
     /// # Errors
@@ -274,7 +267,7 @@ impl<'a> Loader<'a> {
             Floats::BF16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
         }
         .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })?;
-        weight.state.dtype = state_dtype(self.options.dtype);
+        weight.state.dtype = self.options.state_dtype();
         self.advance(&spec.path, view.data.len());
         Ok(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, self.device)?))
     }
@@ -336,15 +329,6 @@ impl<'a> Loader<'a> {
             loaded_bytes: self.loaded_bytes.min(self.total_bytes),
             total_bytes: self.total_bytes,
         });
-    }
-}
-
-/// The dtype of a quantization state: that of the weight as the model would hold it unquantized.
-fn state_dtype(dtype: FloatDType) -> FloatFormat {
-    match dtype {
-        FloatDType::BF16 => FloatFormat::BF16,
-        FloatDType::F16 => FloatFormat::F16,
-        _ => FloatFormat::F32,
     }
 }
 

@@ -1,31 +1,9 @@
 //! The gated MLP: `down(activation(gate(x)) · up(x))` (Shazeer, 2020, arXiv 2002.05202).
 
-use crate::block::Named;
+use crate::named::Named;
 use burn::tensor::Tensor;
-use qlora_layers::ops::fused::gated;
+use qlora_layers::ops::fused::{Activation, gated};
 use qlora_layers::{LoraLinear, Pass};
-
-pub use qlora_layers::ops::fused::Activation;
-
-/// Activation functions under the names of transformers.
-const NAMES: &[(&str, Activation)] = &[
-    ("silu", Activation::Silu),
-    ("swish", Activation::Silu),
-    ("gelu", Activation::Gelu),
-    ("gelu_pytorch_tanh", Activation::GeluTanh),
-    ("gelu_new", Activation::GeluTanh),
-    ("relu", Activation::Relu),
-];
-
-/// The activation of a name.
-pub(crate) fn activation(name: &str) -> Option<Activation> {
-    NAMES.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation)
-}
-
-/// The supported names, for messages.
-pub(crate) fn activation_names() -> String {
-    NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
-}
 
 /// A gated MLP of a block or of an expert.
 #[derive(Clone, Debug)]

@@ -8,8 +8,8 @@
 //! per block and pass. Gradients flow through the chosen weights into the router and its input, as in
 //! transformers; the choice itself has none.
 
-use crate::block::Named;
 use crate::mlp::Mlp;
+use crate::named::Named;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::{LoraLinear, Pass};

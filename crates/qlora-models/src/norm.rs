@@ -34,7 +34,7 @@ impl RmsNorm {
         Norm { eps: self.eps as f32, offset: self.offset as f32 }
     }
 
-    /// Normalises each head of its own.
+    /// Normalises each head separately.
     ///
     /// # Shapes
     /// `[tokens, heads * width]` in and out, dtype kept.

@@ -136,8 +136,8 @@ impl Rope {
         }
     }
 
-    /// Appends the cosines and sines of the angles at `positions`, a row of frequencies for each.
-    fn turn(&self, frequencies: &[f32], positions: Range<usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
+    /// Appends the cosines and sines of the angles at `positions`, one row for each.
+    fn append_angles(&self, frequencies: &[f32], positions: Range<usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         let factor = match &self.scaling {
             RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
                 *attention_factor
@@ -185,12 +185,12 @@ impl RotaryTables {
         let table =
             |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), [len, pairs]), (device, DType::F32));
         if start > rows {
-            // A dynamic rope turns with every token: the positions before are not wanted.
+            // A dynamic rope has other angles for every length: tables of earlier positions would not be used again.
             let (mut cos, mut sin) = (Vec::new(), Vec::new());
-            rope.turn(frequencies, start..start + len, &mut cos, &mut sin);
+            rope.append_angles(frequencies, start..start + len, &mut cos, &mut sin);
             return (table(&cos), table(&sin));
         }
-        rope.turn(frequencies, rows..start + len, cos, sin);
+        rope.append_angles(frequencies, rows..start + len, cos, sin);
         let range = start * pairs..(start + len) * pairs;
         (table(&cos[range.clone()]), table(&sin[range]))
     }
@@ -235,7 +235,7 @@ mod tests {
             // Shorter and longer batches, and tokens behind a cache.
             for (start, len) in [(0, 5), (0, 3), (5, 1), (6, 1), (0, 12), (12, 1), (13, 2), (40, 1), (2, 4)] {
                 let (mut cos, mut sin) = (Vec::new(), Vec::new());
-                rope.turn(&rope.frequencies(start + len), start..start + len, &mut cos, &mut sin);
+                rope.append_angles(&rope.frequencies(start + len), start..start + len, &mut cos, &mut sin);
                 assert_eq!(values(kept.get(&rope, start, len, &device)), [cos, sin], "{rope:?} {start} {len}");
             }
         }

@@ -19,9 +19,9 @@ use qlora_layers::ops::matmul;
 use qlora_layers::{FrozenLinear, InputObserver, LoraLinear, Pass};
 use qlora_models::{Decoder, LoadOptions, LoadProgress};
 
-use crate::data::{Batch, Example};
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_sum};
+use qlora_data::{Batch, Example};
 
 /// What to quantize, and on what.
 #[derive(Debug, Clone, Copy)]

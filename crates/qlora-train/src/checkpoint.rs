@@ -17,6 +17,7 @@ use crate::config::TrainConfig;
 use crate::error::TrainError;
 use adapter_io::{Adapter, FormatError, atomic};
 use paged_optim::{Moment, Moments, OptimizerKind};
+use qlora_data::Position;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -27,7 +28,7 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Key of the optimizer's name in that file's metadata.
 const OPTIMIZER_KEY: &str = "optimizer";
 const PREFIX: &str = "checkpoint-";
-/// Raised when a checkpoint of before can no longer be resumed.
+/// To be increased when older checkpoints can no longer be resumed.
 const VERSION: u32 = 1;
 
 /// Where a run stands.
@@ -50,24 +51,31 @@ pub struct TrainingState {
 }
 
 impl TrainingState {
-    /// The state of a run after `step` steps.
+    /// The state of a run after `step` steps, whose next micro-batch stands at `position`.
     ///
     /// # Errors
     /// The configuration has no form in TOML.
-    pub fn new(
+    pub(crate) fn new(
         config: &TrainConfig,
         step: usize,
-        (epoch, position): (usize, usize),
+        position: Position,
         train_rows: usize,
         train_tokens: u64,
     ) -> Result<Self, TrainError> {
-        Ok(Self { version: VERSION, step, epoch, position, train_rows, train_tokens, config: config.to_toml()? })
+        let Position { epoch, batch } = position;
+        let config = config.to_toml()?;
+        Ok(Self { version: VERSION, step, epoch, position: batch, train_rows, train_tokens, config })
+    }
+
+    /// Where the next micro-batch stands in the training rows.
+    pub(crate) fn batch_position(&self) -> Position {
+        Position { epoch: self.epoch, batch: self.position }
     }
 }
 
-/// A checkpoint read back.
+/// A training checkpoint read back.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub struct TrainingCheckpoint {
     /// Where it lies.
     pub path: PathBuf,
     /// Where the run stood.
@@ -82,7 +90,7 @@ pub struct Checkpoint {
 ///
 /// # Errors
 /// The folder can't be written; older checkpoints are untouched then.
-pub fn save(
+pub(crate) fn save(
     output_dir: &Path,
     state: &TrainingState,
     adapter: &Adapter,
@@ -136,7 +144,7 @@ pub fn list(output_dir: &Path) -> Result<Vec<(usize, PathBuf)>, TrainError> {
 ///
 /// # Errors
 /// The folder is no training checkpoint, or one of another version.
-pub fn load(path: &Path) -> Result<Checkpoint, TrainError> {
+pub fn load(path: &Path) -> Result<TrainingCheckpoint, TrainError> {
     let fail = |problem: String| TrainError::Checkpoint { path: path.into(), problem };
     let text = std::fs::read(path.join(STATE_FILE))
         .map_err(|e| fail(format!("no training checkpoint: {STATE_FILE}: {e}; give a `checkpoint-<step>` folder")))?;
@@ -144,10 +152,10 @@ pub fn load(path: &Path) -> Result<Checkpoint, TrainError> {
     if state.version != VERSION {
         return Err(fail(format!("version {} of the layout; this program reads version {VERSION}", state.version)));
     }
-    Ok(Checkpoint { path: path.into(), state, adapter: Adapter::load(path)? })
+    Ok(TrainingCheckpoint { path: path.into(), state, adapter: Adapter::load(path)? })
 }
 
-impl Checkpoint {
+impl TrainingCheckpoint {
     /// The moments of the optimizer `kind` for `parameters`.
     ///
     /// # Errors
@@ -196,7 +204,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Names the keys that differ, with both values.
-    pub fn check_config(&self, config: &TrainConfig) -> Result<(), TrainError> {
+    pub(crate) fn check_config(&self, config: &TrainConfig) -> Result<(), TrainError> {
         let fail = |problem: String| TrainError::Checkpoint { path: self.path.clone(), problem };
         let table =
             |text: &str| text.parse::<toml::Table>().map_err(|e| fail(format!("its configuration is damaged: {e}")));

@@ -26,8 +26,8 @@ use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::data::DataConfig;
 use crate::error::TrainError;
+use qlora_data::DataConfig;
 
 pub use keys::known_keys;
 pub use schedule::Schedule;
@@ -47,26 +47,26 @@ pub struct TrainConfig {
     /// Where to run: `auto`, `cpu`, `cuda`, `cuda:1`, `vulkan` or `metal`.
     pub device: String,
     /// The base model.
-    pub model: ModelOptions,
+    pub model: BaseModelConfig,
     /// How its linear layers are kept in memory.
-    pub quantization: QuantizationOptions,
+    pub quantization: QuantizationConfig,
     /// The adapters that are trained; the keys mean what they mean in PEFT's `LoraConfig`.
     pub lora: LoraConfig,
     /// The rows to learn from.
     pub data: DataConfig,
     /// The optimizer, its schedule, and what is written when.
-    pub train: TrainOptions,
+    pub train: RunConfig,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             device: "auto".into(),
-            model: ModelOptions::default(),
-            quantization: QuantizationOptions::default(),
+            model: BaseModelConfig::default(),
+            quantization: QuantizationConfig::default(),
             lora: LoraConfig::default(),
             data: DataConfig::default(),
-            train: TrainOptions::default(),
+            train: RunConfig::default(),
         }
     }
 }
@@ -74,7 +74,7 @@ impl Default for TrainConfig {
 /// `[model]`: the base model.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct ModelOptions {
+pub struct BaseModelConfig {
     /// A folder with a Hugging Face checkpoint, or a hub id such as `org/name`.
     pub path: String,
     /// Branch, tag or commit of a hub id.
@@ -85,7 +85,7 @@ pub struct ModelOptions {
 /// `[quantization]`: how the base model's linear layers are kept in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct QuantizationOptions {
+pub struct QuantizationConfig {
     /// The 4-bit data type, or `none` for unquantized weights.
     pub quant_type: BaseQuantType,
     /// Elements that share one absmax: a power of two from 32 to 4096.
@@ -96,13 +96,13 @@ pub struct QuantizationOptions {
     pub compute_dtype: ComputeDtype,
 }
 
-impl Default for QuantizationOptions {
+impl Default for QuantizationConfig {
     fn default() -> Self {
         Self { quant_type: BaseQuantType::Nf4, blocksize: 64, double_quant: true, compute_dtype: ComputeDtype::Auto }
     }
 }
 
-impl QuantizationOptions {
+impl QuantizationConfig {
     /// The codec's settings, or `None` where the base stays unquantized.
     pub fn quant_config(&self) -> Option<QuantConfig> {
         let quant_type = match self.quant_type {
@@ -154,7 +154,7 @@ pub enum ComputeDtype {
 /// `[train]`: the optimizer, its schedule, and what is written when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct TrainOptions {
+pub struct RunConfig {
     /// Folder for checkpoints, metrics, the report and the final adapter.
     pub output_dir: PathBuf,
     /// Passes over the training rows, fractions allowed; `max_steps` ends a run earlier or later.
@@ -201,7 +201,7 @@ pub struct TrainOptions {
     pub log_every: usize,
 }
 
-impl Default for TrainOptions {
+impl Default for RunConfig {
     fn default() -> Self {
         Self {
             output_dir: PathBuf::from("runs/qlora"),
@@ -229,7 +229,7 @@ impl Default for TrainOptions {
     }
 }
 
-impl TrainOptions {
+impl RunConfig {
     /// Optimizer steps of a run over `rows` training rows: `max_steps`, or as many as `epochs`
     /// takes, where the last step of an epoch may hold fewer rows. At least 1.
     pub fn total_steps(&self, rows: usize) -> usize {
@@ -258,7 +258,8 @@ impl TrainConfig {
     /// # Errors
     /// The file can't be read, isn't TOML, holds an unknown key, or a value of the wrong type. The
     /// message names the line. Ranges are checked by [`TrainConfig::validate`], after overrides.
-    pub fn load(path: &Path) -> Result<Self, TrainError> {
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, TrainError> {
+        let path = path.as_ref();
         let text =
             std::fs::read_to_string(path).map_err(|source| TrainError::ConfigRead { path: path.to_owned(), source })?;
         Self::parse(&text, &path.display().to_string())

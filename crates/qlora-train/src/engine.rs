@@ -11,16 +11,17 @@
 //! the device is at it, the host begins with the next step. The update itself heeds what the host does not know yet:
 //! where loss or gradients are not finite it changes nothing.
 
-use crate::data::Batch;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::module::Param;
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
+use qlora_data::Batch;
 use qlora_layers::activation_checkpointing;
 use qlora_layers::ops::backward_from;
 use qlora_layers::{ActivationCheckpointing, Pass, Reading};
 use qlora_models::{BlockInPass, Decoder};
+use std::borrow::Borrow;
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -174,9 +175,10 @@ impl Engine {
     ///
     /// # Errors
     /// No batch has an unmasked token, or the device fails.
-    pub fn evaluate<'a>(&self, batches: impl IntoIterator<Item = &'a Batch>) -> Result<(f64, usize), TrainError> {
+    pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<(f64, usize), TrainError> {
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
+            let batch: &Batch = batch.borrow();
             let labelled = LabelledTokens::new(batch);
             if labelled.is_empty() {
                 continue;
@@ -311,7 +313,7 @@ struct Computed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Example;
+    use qlora_data::Example;
 
     #[test]
     fn a_short_memory_is_told_from_other_failures() {

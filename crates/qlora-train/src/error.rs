@@ -3,16 +3,24 @@
 use std::path::PathBuf;
 
 use adapter_io::FormatError;
+use chat_text::ChatError;
+use qlora_data::DataError;
 use qlora_layers::LayerError;
-use qlora_models::error::ModelError;
+use qlora_models::ModelError;
 
 /// What can go wrong between a configuration file and a trained adapter.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// The model, its tokenizer or its chat template.
+    /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// A row, or a key in `[data]`.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// A checkpoint or adapter file.
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -94,58 +102,6 @@ pub enum TrainError {
     ConfigWrite {
         /// Which value, and why.
         message: String,
-    },
-    /// A value in `[data]` is out of range.
-    #[error("data.{key} {problem}")]
-    DataConfig {
-        /// The key in `[data]`.
-        key: &'static str,
-        /// What is wrong with its value and what is allowed.
-        problem: String,
-    },
-    /// A data file can't be read.
-    #[error("{}: {source}", path.display())]
-    DataRead {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A data file holds no rows.
-    #[error("{}: no rows; expected JSON lines, one object a line", path.display())]
-    DataEmpty {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A line is not what its format asks for.
-    #[error("{}:{line}: {problem}; expected {expected}", path.display())]
-    DataLine {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What was found.
-        problem: String,
-        /// What the format asks for.
-        expected: String,
-    },
-    /// A row can't be turned into tokens and labels.
-    #[error("{}:{line}: {problem}", path.display())]
-    DataRow {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What is wrong and what to do.
-        problem: String,
-    },
-    /// The loss would count no token of any row.
-    #[error("{}: no row has a token to learn from: {reasons}", path.display())]
-    DataAllMasked {
-        /// The file.
-        path: PathBuf,
-        /// How many rows for which reason, and what to do.
-        reasons: String,
     },
     /// The model has no adapter, or no gradient reached one.
     #[error("no adapter to train: attach one, or check that lora.target_modules names layers in use")]

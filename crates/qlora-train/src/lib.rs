@@ -1,20 +1,19 @@
-//! Fine-tuning: data pipeline, loss, training loop, checkpoints and reports.
+//! Fine-tuning: configuration, loss, training loop, checkpoints and reports.
 //!
 //! - [`config`]: the TOML configuration, every key of it.
-//! - [`data`]: rows to tokens and labels, batches in a reproducible order.
 //! - [`Engine`]: one optimizer step; [`Trainer`]: a whole run, with evaluation, checkpoints and resume.
 //! - [`calibrate`]: GPTQ on data.
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
 //! - [`profile`]: where the time of its steps goes.
 //!
-//! Nothing here prints: a run tells its caller what happens through [`metrics::TrainEvents`].
+//! Nothing here prints: a run tells its caller what happens through [`TrainEvents`].
 
 pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
-pub mod data;
 mod engine;
-pub mod error;
+mod error;
+mod events;
 mod loss;
 pub mod metrics;
 mod plan;
@@ -25,7 +24,7 @@ mod trainer;
 pub use config::TrainConfig;
 pub use engine::{Engine, StepOutput};
 pub use error::TrainError;
-pub use loss::{LabelledTokens, loss_and_gradient, loss_sum};
-pub use metrics::TrainEvents;
+pub use events::TrainEvents;
+pub use loss::{LabelledTokens, loss_sum};
 pub use plan::{MemoryEstimate, Plan};
 pub use trainer::{Resume, Trainer, compute_dtype, engine};

@@ -1,7 +1,7 @@
 //! Cross-entropy of next-token prediction over the tokens that count.
 
-use crate::data::{Batch, MASKED_LABEL};
 use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
+use qlora_data::{Batch, MASKED_LABEL};
 use qlora_layers::Pass;
 use qlora_layers::ops::fused::cross_entropy;
 use qlora_models::Decoder;
@@ -56,7 +56,7 @@ impl LabelledTokens {
         x.clone().select(0, indices(&self.positions[chunk.clone()], &x.device()))
     }
 
-    /// For each of `tokens`, its place among the labelled ones; where it has none, the place behind them.
+    /// For each of `tokens` its row index among the labelled ones, or `len()` for one without a label.
     fn rows(&self, tokens: usize) -> Vec<i32> {
         let mut rows = vec![self.len() as i32; tokens];
         for (row, &position) in self.positions.iter().enumerate() {
@@ -80,7 +80,7 @@ fn indices(values: &[i32], device: &Device) -> Tensor<1, Int> {
 /// The sum of `-log softmax(logits)[target]` over the labelled tokens, in f32.
 ///
 /// Only labelled positions go through the output head: masked ones cost nothing there. Without a graph their logits
-/// exist for some tokens at a time; for training, see [`loss_and_gradient`].
+/// exist for some tokens at a time; for training, see `loss_and_gradient`.
 ///
 /// # Shapes
 /// `x` is the last block's output, `[tokens, hidden]`; the result has one element.
@@ -97,7 +97,7 @@ pub fn loss_sum(model: &Decoder, x: Tensor<2>, labelled: &LabelledTokens, pass: 
 ///
 /// # Shapes
 /// `x` is the last block's output, `[tokens, hidden]`, without autodiff; so is the gradient, in the same dtype.
-pub fn loss_and_gradient(
+pub(crate) fn loss_and_gradient(
     model: &Decoder,
     x: Tensor<2>,
     labelled: &LabelledTokens,
@@ -114,7 +114,7 @@ pub fn loss_and_gradient(
         collect(&mut from);
         sums.push(loss.without_autodiff());
     }
-    // Read by every token rather than written by the labelled ones: a row of zeros for the others.
+    // Every token selects its row of the gradients; those without a label select this row of zeros.
     grads.push(x.clone().narrow(0, 0, 1).zeros_like());
     let grad = Tensor::cat(grads, 0).select(0, indices(&labelled.rows(x.dims()[0]), model.device()));
     (Tensor::cat(sums, 0).sum(), grad)

@@ -1,5 +1,4 @@
-//! What a run measures: one JSON object a line in `metrics.jsonl`, and the [`TrainEvents`] through
-//! which the loop tells its caller.
+//! What a run measures: one JSON object a line in `metrics.jsonl`.
 //!
 //! A line is a step or an evaluation; the second has the key `eval_loss`:
 //!
@@ -18,7 +17,7 @@
 //! files appear whole. A run that resumes at step k first drops every later line (and a last line
 //! that a crash cut short), so the log reads as if the run had never stopped.
 
-mod events;
+mod run_info;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
@@ -29,7 +28,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::TrainError;
 
-pub use events::{RunInfo, TrainEvents};
+pub use run_info::RunInfo;
 
 /// Name of the log in a run's output folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -147,7 +146,7 @@ impl History {
 
 /// Appends to a run's log and keeps what it wrote for the report.
 #[derive(Debug)]
-pub struct MetricsWriter {
+pub(crate) struct MetricsWriter {
     path: PathBuf,
     file: BufWriter<File>,
     history: History,
@@ -159,7 +158,7 @@ impl MetricsWriter {
     ///
     /// # Errors
     /// The file can't be created.
-    pub fn create(path: &Path) -> Result<Self, TrainError> {
+    pub(crate) fn create(path: &Path) -> Result<Self, TrainError> {
         let options = OpenOptions::new().write(true).create(true).truncate(true).to_owned();
         Self::open(path, &options, &[])
     }
@@ -169,7 +168,7 @@ impl MetricsWriter {
     ///
     /// # Errors
     /// The file can't be read or written, or a line but the last isn't an entry.
-    pub fn resume(path: &Path, step: usize) -> Result<Self, TrainError> {
+    pub(crate) fn resume(path: &Path, step: usize) -> Result<Self, TrainError> {
         if !path.exists() {
             return Self::create(path);
         }
@@ -201,7 +200,7 @@ impl MetricsWriter {
     ///
     /// # Errors
     /// The file can't be written.
-    pub fn step(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
+    pub(crate) fn step(&mut self, metrics: &StepMetrics) -> Result<(), TrainError> {
         self.append(metrics)?;
         self.history.steps.push(metrics.clone());
         Ok(())
@@ -211,7 +210,7 @@ impl MetricsWriter {
     ///
     /// # Errors
     /// The file can't be written.
-    pub fn eval(&mut self, metrics: &EvalMetrics) -> Result<(), TrainError> {
+    pub(crate) fn eval(&mut self, metrics: &EvalMetrics) -> Result<(), TrainError> {
         self.append(metrics)?;
         self.history.evals.push(metrics.clone());
         Ok(())
@@ -230,17 +229,17 @@ impl MetricsWriter {
     ///
     /// # Errors
     /// The file can't be written.
-    pub fn sync(&mut self) -> Result<(), TrainError> {
+    pub(crate) fn sync(&mut self) -> Result<(), TrainError> {
         self.file.get_ref().sync_data().map_err(|source| write_error(&self.path, source))
     }
 
     /// What the log holds, the part from before a resume included.
-    pub fn history(&self) -> &History {
+    pub(crate) fn history(&self) -> &History {
         &self.history
     }
 
     /// Seconds that the run had taken before it was resumed; add them to `elapsed_seconds`.
-    pub fn elapsed_before(&self) -> f64 {
+    pub(crate) fn elapsed_before(&self) -> f64 {
         self.elapsed_before
     }
 }

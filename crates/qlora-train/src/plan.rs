@@ -1,11 +1,11 @@
 //! What a run would train and need, worked out from `config.json` and the data, without loading weights.
 
 use crate::config::TrainConfig;
-use crate::data::Example;
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
+use qlora_data::Example;
 use qlora_layers::ActivationCheckpointing;
 use qlora_layers::ops::MAX_SCORES;
 use qlora_layers::target_modules::{Target, resolve};
@@ -120,7 +120,7 @@ impl Plan {
         let tokens = rows * len;
         // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel.
         let scores = 4 * 4 * (rows * model.num_attention_heads as u64 * len * len).min(MAX_SCORES as u64);
-        // Each of a token's experts reads a row of its own and gives one back.
+        // Each of a token's experts reads its own row and gives one back.
         let feed_forward = model.experts.map_or(6 * model.intermediate_size, |experts| {
             let routed = experts.per_token * (6 * experts.intermediate_size + 3 * model.hidden_size);
             routed.max(6 * model.intermediate_size)

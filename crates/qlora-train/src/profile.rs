@@ -26,7 +26,7 @@ use cubecl::logging::{LaunchObservation, LaunchObserver, ProfileDuration, Timing
 use crate::error::TrainError;
 
 pub use layer::ProfileLayer;
-pub use summary::{KernelTime, PartTime, Summary, short_name};
+pub use summary::{KernelTime, PartTime, TraceSummary, short_name};
 
 /// Longer than any device has been on.
 const LONG_AGO: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -137,7 +137,7 @@ impl Trace {
     }
 
     /// Sums by part of the step and by kernel.
-    pub fn summary(&self) -> Summary {
+    pub fn summary(&self) -> TraceSummary {
         summary::sum_up(self)
     }
 

@@ -13,7 +13,7 @@ use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
 
 pub use card::Card;
-pub use curve::{loss_curve, smoothed};
+use curve::loss_curve;
 pub use device::device_name;
 pub use words::{count, duration, memory};
 
@@ -62,7 +62,7 @@ pub struct Summary {
 
 impl Summary {
     /// Draws up the summary of a run from its log.
-    pub fn new(run: RunInfo, history: &History, outcome: Outcome, adapter: PathBuf) -> Self {
+    pub(crate) fn new(run: RunInfo, history: &History, outcome: Outcome, adapter: PathBuf) -> Self {
         let steps = &history.steps;
         let evals = &history.evals;
         let lowest = |pairs: &mut dyn Iterator<Item = (f64, usize)>| {
@@ -100,7 +100,7 @@ impl Summary {
     ///
     /// # Errors
     /// A file can't be written, or the picture can't be drawn.
-    pub fn write(&self, dir: &Path, history: &History) -> Result<(), TrainError> {
+    pub(crate) fn write(&self, dir: &Path, history: &History) -> Result<(), TrainError> {
         let picture = loss_curve(history)?;
         let json = serde_json::to_vec_pretty(self)
             .map_err(|e| TrainError::Report { path: dir.join("summary.json"), problem: e.to_string() })?;

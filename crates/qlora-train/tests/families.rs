@@ -4,9 +4,9 @@
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use paged_optim::{Budget, Moment, OptimizerConfig};
+use qlora_data::Batch;
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use qlora_models::{Decoder, LoadOptions};
-use qlora_train::data::Batch;
 use qlora_train::{Engine, Plan, TrainConfig};
 use std::path::{Path, PathBuf};
 

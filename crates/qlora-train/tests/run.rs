@@ -42,7 +42,7 @@ impl TrainEvents for StopAfter {
 }
 
 fn run(config: TrainConfig, resume: Resume, events: &mut dyn TrainEvents) -> Result<Summary, TrainError> {
-    Trainer::new(config, &resume, events)?.run(events)
+    Trainer::new(config, &resume, events)?.run()
 }
 
 fn losses(dir: &Path) -> Vec<(usize, u64, u64)> {
@@ -122,9 +122,10 @@ fn every_parameter_is_reached() {
     for (kind, lora) in kinds().into_iter().take(2) {
         let mut config = config(&dir.path().join(kind));
         (config.lora, config.train.max_steps) = (lora, Some(2));
-        let trainer = Trainer::new(config.clone(), &Resume::No, &mut ()).unwrap();
+        let mut silent = ();
+        let trainer = Trainer::new(config.clone(), &Resume::No, &mut silent).unwrap();
         let before = trainer.model().export_adapter("base", None).unwrap();
-        trainer.run(&mut ()).unwrap();
+        trainer.run().unwrap();
         let after = adapter_io::Adapter::load(&config.train.output_dir.join("adapter")).unwrap();
         assert_eq!(before.tensors.keys().collect::<Vec<_>>(), after.tensors.keys().collect::<Vec<_>>(), "{kind}");
         for (key, tensor) in &before.tensors {

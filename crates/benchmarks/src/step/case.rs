@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use burn_qlora::qlora_data::{Batch, Example};
 use burn_qlora::qlora_layers::mix;
-use burn_qlora::qlora_train::data::{Batch, Example};
 use serde::{Deserialize, Serialize};
 
 /// Rows and tokens of a micro-batch, written `4x2048`.

@@ -1,7 +1,7 @@
 //! The tensors of a checkpoint, layers summed up, with 4-bit weights as what they stand for.
 
 use burn_qlora::Checkpoint;
-use burn_qlora::qlora_train::report::{count, memory};
+use burn_qlora::report::{count, memory};
 use serde_json::Value;
 
 use crate::output::Table;

@@ -230,7 +230,7 @@ fn linear_adapter(
     Ok(adapter)
 }
 
-/// Takes out of a layer's weight what the adapter's initialisation took out of it.
+/// Subtracts from a layer's weight what the adapter's initialisation had subtracted from it.
 fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> Result<(), ModelError> {
     let Some(method) = config.changed_base() else { return Ok(()) };
     let fail = |problem: &str| Err(ModelError::AdapterInit { method: method.into(), problem: problem.into() });

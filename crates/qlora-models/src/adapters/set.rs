@@ -128,7 +128,7 @@ impl AdapterSet {
 
 impl Decoder {
     /// Multiplies the scaling of every update that is on.
-    pub fn scale_adapter(&mut self, weight: f32) {
+    pub(crate) fn scale_adapter(&mut self, weight: f32) {
         if weight == 1.0 {
             return;
         }

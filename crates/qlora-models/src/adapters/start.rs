@@ -257,7 +257,7 @@ pub(super) fn explain(
         if let Some(layer) = targets.iter().position(|target| target.path == path) {
             let seen = seen.clone();
             linear.observer = Some(InputObserver::new(move |x| {
-                seen.lock().unwrap_or_else(PoisonError::into_inner).take_in(layer, x, most);
+                seen.lock().unwrap_or_else(PoisonError::into_inner).add_inputs(layer, x, most);
             }));
         }
     }
@@ -278,17 +278,17 @@ pub(super) fn explain(
         }
     }
     let seen = lock(&seen);
-    let of = |layer: usize| seen.component_of[layer].map(|i| &seen.components[i].1);
+    let components_of = |layer: usize| seen.component_of[layer].map(|i| &seen.components[i].1);
     let mut ratios: Vec<(usize, f64)> = Vec::new();
     for (layer, target) in targets.iter().enumerate() {
-        let tokens = of(layer).map_or(0, Components::seen);
+        let tokens = components_of(layer).map_or(0, Components::seen);
         if tokens < limits[layer] {
             return Err(fail(format!(
                 "{} saw {tokens} tokens that count, {} components need more: raise lora.eva_batches or lower lora.rank or lora.eva_rho",
                 target.path, limits[layer]
             )));
         }
-        let explained = of(layer).map(Components::explained).unwrap_or_default();
+        let explained = components_of(layer).map(Components::explained).unwrap_or_default();
         ratios.extend(explained.into_iter().take(limits[layer]).map(|ratio| (layer, ratio)));
     }
     // A stable sort: of equal ratios the earlier layer's counts first.
@@ -299,7 +299,7 @@ pub(super) fn explain(
     let mut found = HashMap::new();
     let mut kept = Vec::new();
     for (layer, target) in targets.iter().enumerate() {
-        let (Some(components), rank @ 1..) = (of(layer), ranks[layer]) else { continue };
+        let (Some(components), rank @ 1..) = (components_of(layer), ranks[layer]) else { continue };
         let alpha = target.alpha * rank as f32 / target.rank as f32;
         found.insert(target.path.clone(), components.leading(rank));
         kept.push(Target { path: target.path.clone(), rank, alpha, scaling: config.scaling(rank, alpha) });
@@ -313,7 +313,7 @@ fn lock(seen: &Arc<Mutex<Seen>>) -> std::sync::MutexGuard<'_, Seen> {
 }
 
 impl Seen {
-    fn take_in(&mut self, layer: usize, x: &Tensor<2>, most: usize) {
+    fn add_inputs(&mut self, layer: usize, x: &Tensor<2>, most: usize) {
         let [rows, features] = x.dims();
         let known = self.component_of[layer];
         if known.is_some_and(|i| self.components[i].0 != layer) {

@@ -1,10 +1,40 @@
 //! What the blocks of a model differ in: their window, and whether they have experts.
 
 use super::fields::Fields;
-use super::{AttentionKind, ExpertsConfig};
 use crate::ModelError;
 use crate::family::{Experts, Window, Windowed};
 use crate::rope::Rope;
+
+/// How blocks of a kind attend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionKind {
+    /// The number of tokens that a token sees, itself included; `None` for all before it.
+    pub window: Option<usize>,
+    /// Rotary embeddings of queries and keys.
+    pub rope: Rope,
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertsConfig {
+    /// Experts in a block.
+    pub count: usize,
+    /// Experts that a token is sent to.
+    pub per_token: usize,
+    /// Width of an expert.
+    pub intermediate_size: usize,
+    /// Whether the weights of a token's experts are divided by their sum.
+    pub normalise: bool,
+}
+
+/// A block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LayerConfig {
+    /// Index into [`ModelConfig::attention_kinds`](super::ModelConfig::attention_kinds).
+    pub kind: usize,
+    /// Whether it has experts in the place of the MLP.
+    pub sparse: bool,
+}
 
 const WINDOW: &str = "sliding_window";
 const LAYER_TYPES: &str = "layer_types";

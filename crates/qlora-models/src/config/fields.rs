@@ -1,5 +1,5 @@
 //! Typed access to an object of `config.json`, with errors that name file and key, and a record of the keys
-//! that were read: one that nobody reads may change the arithmetic.
+//! that were read: a key that is not read may change the arithmetic.
 
 use crate::ModelError;
 use crate::family::{Only, Switch};
@@ -90,8 +90,8 @@ const HARMLESS: &[&str] = &[
     "use_cache",
 ];
 
-/// Keys that every family knows, with the only value that is covered. The dropouts act in training only,
-/// which is where they would be missed.
+/// Keys that every family knows, with the only value that is covered. The dropouts do nothing at
+/// inference but would change training, so any value but 0 is refused.
 const FIXED: &[(&str, Only)] = &[
     ("add_cross_attention", Only::Flag(false)),
     ("attention_dropout", Only::Number(0.0)),
@@ -229,7 +229,7 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    /// Refuses a key that nobody has read and that is in no list of harmless ones.
+    /// Refuses a key that was not read and is in no list of harmless ones.
     pub fn nothing_left(&self, harmless: &[&str]) -> Result<(), ModelError> {
         let read = self.read.borrow();
         let known = |key: &str| read.contains(key) || HARMLESS.contains(&key) || harmless.contains(&key);

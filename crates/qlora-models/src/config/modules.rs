@@ -1,6 +1,7 @@
 //! Which modules a model has: their paths, shapes and roles, in the order in which the decoder holds them.
 
-use super::{ExpertsConfig, LayerConfig, ModelConfig};
+use super::ModelConfig;
+use super::blocks::{ExpertsConfig, LayerConfig};
 use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, QK_NORMS, Root};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
 use qlora_layers::{LayerError, LoraConfig};
@@ -25,7 +26,7 @@ pub enum LinearRole {
     Projection,
     /// A projection of an expert: the same.
     Expert,
-    /// A router: dense, since a token's experts hang on its smallest differences, and adapted only when named.
+    /// A router: dense, since small rounding differences change which experts are chosen, and adapted only when named.
     Router,
     /// The output head: dense, and adapted only when named.
     Head,

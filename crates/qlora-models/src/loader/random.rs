@@ -2,10 +2,10 @@
 //!
 //! Making and quantizing 70 billion numbers takes longer than measuring with them, and no kernel's time depends on
 //! which numbers they are. So a few matrices are made for each shape, quantized once, and every layer of the shape
-//! uploads one of them into memory of its own.
+//! uploads one of them into its own memory.
 
+use super::options::LoadOptions;
 use super::source::Source;
-use super::{LoadOptions, state_dtype};
 use crate::ModelError;
 use crate::config::{LinearRole, ModelConfig};
 use adapter_io::{Dtype, FormatError, TensorView};
@@ -63,7 +63,7 @@ impl Random {
                     let values = normal(rows * columns, stream(seed, spec.shape, index));
                     let mut weight = Quantized4bit::quantize(&values, &spec.shape, &quantization)
                         .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })?;
-                    weight.state.dtype = state_dtype(options.dtype);
+                    weight.state.dtype = options.state_dtype();
                     Ok(weight)
                 };
                 place.insert((0..EACH).map(make).collect::<Result<_, ModelError>>()?);

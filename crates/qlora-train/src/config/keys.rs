@@ -8,9 +8,9 @@ use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
-use super::{ModelOptions, QuantizationOptions, TrainConfig, TrainOptions};
-use crate::data::DataConfig;
+use super::{BaseModelConfig, QuantizationConfig, RunConfig, TrainConfig};
 use crate::error::TrainError;
+use qlora_data::DataConfig;
 
 /// What other trainers call a key of ours; the nearest spelling wouldn't find these.
 const SYNONYMS: &[(&str, &str)] = &[
@@ -59,11 +59,11 @@ const SYNONYMS: &[(&str, &str)] = &[
 /// The sections and the keys of each.
 fn sections() -> [(&'static str, &'static [&'static str]); 5] {
     [
-        ("model", field_names::<ModelOptions>()),
-        ("quantization", field_names::<QuantizationOptions>()),
+        ("model", field_names::<BaseModelConfig>()),
+        ("quantization", field_names::<QuantizationConfig>()),
         ("lora", field_names::<LoraConfig>()),
         ("data", field_names::<DataConfig>()),
-        ("train", field_names::<TrainOptions>()),
+        ("train", field_names::<RunConfig>()),
     ]
 }
 

@@ -273,8 +273,7 @@ fn relative_paths_start_at_the_current_directory() {
 
 #[test]
 fn steps_come_from_epochs_unless_max_steps_says_otherwise() {
-    let mut train =
-        TrainOptions { batch_size: 4, gradient_accumulation_steps: 2, epochs: 2.5, ..TrainOptions::default() };
+    let mut train = RunConfig { batch_size: 4, gradient_accumulation_steps: 2, epochs: 2.5, ..RunConfig::default() };
     assert_eq!(train.total_steps(33), 13); // 5 steps an epoch, the last of them short; 12.5 rounds up
     assert_eq!(train.total_steps(1), 3);
     train.max_steps = Some(4);

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{TrainConfig, TrainOptions};
+use super::{RunConfig, TrainConfig};
 use crate::error::TrainError;
 
 impl TrainConfig {
@@ -34,11 +34,11 @@ impl TrainConfig {
         )?;
         self.lora.validate()?;
         self.train.validate()?;
-        self.data.validate()
+        Ok(self.data.validate()?)
     }
 }
 
-impl TrainOptions {
+impl RunConfig {
     /// Checks the section's ranges; see [`TrainConfig::validate`].
     fn validate(&self) -> Result<(), TrainError> {
         const ONE: &str = "must be 1 or more";

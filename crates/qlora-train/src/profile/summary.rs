@@ -8,7 +8,7 @@ use super::{STEP, Trace};
 
 /// Sums over the profiled steps.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
+pub struct TraceSummary {
     /// Steps.
     pub steps: usize,
     /// Time of the steps on the host, from each one's beginning to its end.
@@ -53,7 +53,7 @@ pub struct KernelTime {
     pub total: Duration,
 }
 
-pub(super) fn sum_up(trace: &Trace) -> Summary {
+pub(super) fn sum_up(trace: &Trace) -> TraceSummary {
     let mut parts: Vec<PartTime> = Vec::new();
     let mut index: HashMap<&str, usize> = HashMap::new();
     let mut spans: Vec<_> = trace.spans.iter().collect();
@@ -94,7 +94,7 @@ pub(super) fn sum_up(trace: &Trace) -> Summary {
     let mut kernels: Vec<KernelTime> = kernels.into_values().collect();
     kernels.sort_by(|a, b| b.total.cmp(&a.total).then_with(|| a.name.cmp(&b.name)));
     let host = parts.iter().filter(|part| part.part == STEP).map(|part| part.host).sum();
-    Summary {
+    TraceSummary {
         steps: trace.steps,
         host,
         device: kernels.iter().map(|kernel| kernel.total).sum(),
@@ -124,7 +124,7 @@ pub fn short_name(name: &str) -> String {
     }
 }
 
-impl fmt::Display for Summary {
+impl fmt::Display for TraceSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |time: Duration| 1e3 * time.as_secs_f64();
         let share = |part: Duration, whole: Duration| 100.0 * part.as_secs_f64() / whole.as_secs_f64().max(1e-12);

@@ -3,8 +3,8 @@
 
 use super::*;
 use crate::config::TrainConfig;
-use crate::data::{Batch, Example};
 use burn::tensor::{Device, FloatDType};
+use qlora_data::{Batch, Example};
 use qlora_models::{Decoder, LoadOptions, ModelConfig};
 use serde_json::{Value, json};
 use tracing_subscriber::filter::filter_fn;
@@ -145,7 +145,7 @@ fn kernels_stand_on_the_hosts_clock() {
         let launches = || vec![launch(epoch, 1, [3, 5], ahead), launch(epoch, 4, [5, 9], ahead)];
         let (kernels, unmeasured) = read(launches(), epoch);
         let times: Vec<_> = kernels.iter().map(|kernel| [kernel.start, kernel.end].map(|t| t.as_millis())).collect();
-        // On a clock of its own, the second began at once, 1 ms earlier.
+        // On its own clock, the second began at once, 1 ms earlier.
         let expected = if ahead.is_zero() { [[3, 5], [5, 9]] } else { [[2, 4], [4, 8]] };
         assert_eq!((times, unmeasured), (expected.to_vec(), 0));
     }

@@ -18,7 +18,7 @@ const EVAL: RGBColor = RGBColor(219, 109, 40);
 
 /// A centred moving average over up to 1/15 of the values. The window shrinks towards both ends and
 /// stays symmetric, so a steep start is not shifted; values that aren't finite are skipped.
-pub fn smoothed(values: &[f64]) -> Vec<f64> {
+pub(super) fn smoothed(values: &[f64]) -> Vec<f64> {
     let n = values.len();
     (0..n)
         .map(|i| {
@@ -34,7 +34,7 @@ pub fn smoothed(values: &[f64]) -> Vec<f64> {
 ///
 /// # Errors
 /// The drawing library reports a failure.
-pub fn loss_curve(history: &History) -> Result<String, TrainError> {
+pub(super) fn loss_curve(history: &History) -> Result<String, TrainError> {
     let mut svg = String::new();
     draw(history, &mut svg).map_err(|e| TrainError::Report { path: "loss.svg".into(), problem: e.to_string() })?;
     Ok(svg)

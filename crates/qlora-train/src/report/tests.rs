@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use super::curve::smoothed;
 use super::*;
 use crate::metrics::{EvalMetrics, StepMetrics};
 

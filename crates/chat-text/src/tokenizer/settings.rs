@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
-use crate::chat_template::SpecialTokens;
-use crate::error::ModelError;
+use crate::error::ChatError;
+use crate::template::SpecialTokens;
 
 /// The names templates and this crate ask for.
 const SPECIAL: [&str; 4] = ["bos_token", "eos_token", "pad_token", "unk_token"];
@@ -23,7 +23,7 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+    pub fn from_dir(dir: &Path) -> Result<Self, ChatError> {
         let config = JsonFile::read(dir, "tokenizer_config.json")?;
         let map = JsonFile::read(dir, "special_tokens_map.json")?;
         let generation = JsonFile::read(dir, "generation_config.json")?;
@@ -36,7 +36,7 @@ impl Settings {
                 }
             }
         }
-        let ids = |field: &str| -> Result<Vec<u64>, ModelError> {
+        let ids = |field: &str| -> Result<Vec<u64>, ChatError> {
             let ids = generation.token_ids(field)?;
             if ids.is_empty() { model.token_ids(field) } else { Ok(ids) }
         };
@@ -53,14 +53,14 @@ impl Settings {
     }
 }
 
-/// The template's three homes, the newest first: a file of its own, `chat_template.json`, and
+/// The template's three homes, the newest first: its own file, `chat_template.json`, and
 /// `tokenizer_config.json`.
-fn chat_template(dir: &Path, config: &JsonFile) -> Result<Option<Result<String, String>>, ModelError> {
+fn chat_template(dir: &Path, config: &JsonFile) -> Result<Option<Result<String, String>>, ChatError> {
     let path = dir.join("chat_template.jinja");
     match std::fs::read_to_string(&path) {
         Ok(source) => return Ok(Some(Ok(source))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(source) => return Err(ModelError::Read { path, source }),
+        Err(source) => return Err(ChatError::Read { path, source }),
     }
     let file = JsonFile::read(dir, "chat_template.json")?;
     Ok(match file.chat_template()? {
@@ -76,14 +76,14 @@ struct JsonFile {
 }
 
 impl JsonFile {
-    fn read(dir: &Path, name: &str) -> Result<Self, ModelError> {
+    fn read(dir: &Path, name: &str) -> Result<Self, ChatError> {
         let path = dir.join(name);
         let json = match std::fs::read(&path) {
             Ok(bytes) => {
-                serde_json::from_slice(&bytes).map_err(|source| ModelError::Json { path: path.clone(), source })?
+                serde_json::from_slice(&bytes).map_err(|source| ChatError::Json { path: path.clone(), source })?
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Json::Null,
-            Err(source) => return Err(ModelError::Read { path, source }),
+            Err(source) => return Err(ChatError::Read { path, source }),
         };
         Ok(Self { path, json })
     }
@@ -93,12 +93,12 @@ impl JsonFile {
         self.json.get(field).filter(|value| !value.is_null())
     }
 
-    fn wrong(&self, field: &str, problem: &str) -> ModelError {
-        ModelError::Field { path: self.path.clone(), field: field.to_owned(), problem: problem.to_owned() }
+    fn wrong(&self, field: &str, problem: &str) -> ChatError {
+        ChatError::Field { path: self.path.clone(), field: field.to_owned(), problem: problem.to_owned() }
     }
 
     /// A token as a string or, as older files have it, an object with `content`.
-    fn special_token(&self, name: &str) -> Result<Option<String>, ModelError> {
+    fn special_token(&self, name: &str) -> Result<Option<String>, ChatError> {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };
@@ -111,7 +111,7 @@ impl JsonFile {
     }
 
     /// One id or a list of ids.
-    fn token_ids(&self, field: &str) -> Result<Vec<u64>, ModelError> {
+    fn token_ids(&self, field: &str) -> Result<Vec<u64>, ChatError> {
         let one = |value: &Json| match value {
             // -1 stands for "none" in some older configurations.
             Json::Number(n) if n.as_i64().is_some_and(|n| n < 0) => Some(Vec::new()),
@@ -130,7 +130,7 @@ impl JsonFile {
     }
 
     /// A template, or a list of named templates of which `default` is taken.
-    fn chat_template(&self) -> Result<Option<Result<String, String>>, ModelError> {
+    fn chat_template(&self) -> Result<Option<Result<String, String>>, ChatError> {
         let field = "chat_template";
         let wrong = || self.wrong(field, "must be a string or a list of {name, template}");
         let list: Vec<(&str, &str)> = match self.get(field) {

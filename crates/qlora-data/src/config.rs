@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::TrainError;
+use crate::error::DataError;
 
 /// `[data]`: the rows to learn from.
 ///
@@ -61,9 +61,9 @@ impl DataConfig {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`TrainError::DataConfig`] names the key and what it allows.
-    pub fn validate(&self) -> Result<(), TrainError> {
-        let fail = |key: &'static str, problem: String| Err(TrainError::DataConfig { key, problem });
+    /// [`DataError::Config`] names the key and what it allows.
+    pub fn validate(&self) -> Result<(), DataError> {
+        let fail = |key: &'static str, problem: String| Err(DataError::Config { key, problem });
         if self.train.as_os_str().is_empty() {
             return fail("train", "is missing; give the path of a JSONL file".into());
         }

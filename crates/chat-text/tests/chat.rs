@@ -4,10 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use chat_text::{ChatError, ChatInput, ChatTemplate, Message, SpecialTokens, Tokenizer};
 use proptest::prelude::*;
-use qlora_models::ModelError;
-use qlora_models::chat_template::{ChatInput, ChatTemplate, Message, SpecialTokens};
-use qlora_models::tokenizer::Tokenizer;
 use serde_json::{Value as Json, json};
 
 #[path = "../../adapter-io/tests/bounded/mod.rs"]
@@ -27,7 +25,7 @@ fn tokenizer() -> Tokenizer {
     Tokenizer::from_dir(&reference().join("tiny-llama")).unwrap()
 }
 
-fn render(source: &str, messages: Json) -> Result<String, ModelError> {
+fn render(source: &str, messages: Json) -> Result<String, ChatError> {
     let messages: Vec<Message> = serde_json::from_value(messages).unwrap();
     let special: SpecialTokens = [("bos_token", "<s>"), ("eos_token", "</s>")].into_iter().collect();
     ChatTemplate::new(source)?.render(&messages, false, &special)
@@ -50,7 +48,7 @@ fn every_reference_row_is_reproduced() {
         let result = template.render(&messages, add_generation_prompt, tokenizer.special_tokens());
         match row["error"].as_str() {
             Some(expected) => match result {
-                Err(ModelError::TemplateRefused { message }) => assert_eq!(message, expected),
+                Err(ChatError::TemplateRefused { message }) => assert_eq!(message, expected),
                 other => panic!("{}: expected a refusal, got {other:?}", row["name"]),
             },
             None => {
@@ -445,7 +443,7 @@ proptest! {
     fn streamed_pieces_are_the_text(text in "[a-zé漢🙂 \\n]{0,30}", extra in prop::collection::vec(0u32..4096, 0..12)) {
         let tokenizer = tokenizer_once();
         let mut ids = tokenizer.encode(&text, false).unwrap().ids;
-        let mut stream = tokenizer.stream_decoder(true);
+        let mut stream = tokenizer.stream_decoder(&[], true);
         let mut streamed = String::new();
         for &id in &ids {
             let piece = stream.push(id).unwrap();

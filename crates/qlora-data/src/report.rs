@@ -4,7 +4,8 @@ use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::{Example, Format};
+use crate::config::Format;
+use crate::example::Example;
 
 /// Line numbers named in a message before it says how many more there are.
 const LINES_SHOWN: usize = 10;
@@ -74,11 +75,11 @@ pub struct DataReport {
 }
 
 impl DataReport {
-    pub(super) fn new(path: &Path, format: Format, max_length: usize) -> Self {
+    pub(crate) fn new(path: &Path, format: Format, max_length: usize) -> Self {
         Self { path: path.to_owned(), format, max_length, ..Self::default() }
     }
 
-    pub(super) fn count(&mut self, examples: &[Example]) {
+    pub(crate) fn count(&mut self, examples: &[Example]) {
         let lengths = || examples.iter().map(|example| example.input_ids.len());
         self.rows = examples.len();
         self.tokens = lengths().map(|n| n as u64).sum();
@@ -87,7 +88,7 @@ impl DataReport {
     }
 
     /// Reports of two parts of the rows; rows left out stay with the first.
-    pub(super) fn split(self, first: &[Example], second: &[Example]) -> (Self, Self) {
+    pub(crate) fn split(self, first: &[Example], second: &[Example]) -> (Self, Self) {
         let lines: HashSet<usize> = second.iter().map(|example| example.line).collect();
         let (theirs, ours) = (self.truncated.iter()).partition(|row| lines.contains(&row.line));
         let mut other = Self::new(&self.path, self.format, self.max_length);
@@ -129,7 +130,7 @@ impl DataReport {
     }
 
     /// Why every row was left out, and what to do.
-    pub(super) fn masked_reasons(&self) -> String {
+    pub(crate) fn masked_reasons(&self) -> String {
         let mut text = self.masked_by_reason().join("; ");
         let reasons: BTreeSet<_> = self.masked.iter().map(|row| row.reason).collect();
         for reason in reasons {
@@ -145,16 +146,16 @@ impl DataReport {
     }
 
     fn masked_by_reason(&self) -> Vec<String> {
-        let of = |reason| self.masked.iter().filter(move |row| row.reason == reason);
+        let with = |reason| self.masked.iter().filter(move |row| row.reason == reason);
         MaskReason::ALL
             .into_iter()
-            .filter(|reason| of(*reason).next().is_some())
+            .filter(|reason| with(*reason).next().is_some())
             .map(|reason| {
                 format!(
                     "{} with {} ({})",
-                    of(reason).count(),
+                    with(reason).count(),
                     reason.describe(self.max_length),
-                    name_lines(of(reason).map(|row| row.line)),
+                    name_lines(with(reason).map(|row| row.line)),
                 )
             })
             .collect()

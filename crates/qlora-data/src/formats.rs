@@ -1,13 +1,12 @@
-//! The layouts of a row, and reading lines into them.
+//! The layouts of a row: which one an object has, and reading it.
+//!
+//! Errors are words about the object; the caller adds its place and what the layout asks for.
 
-use std::path::Path;
+use chat_text::Message;
+use serde_json::Value as Json;
 
-use qlora_models::chat_template::Message;
-use serde_json::{Map, Value as Json};
-
-use crate::error::TrainError;
-
-use super::config::{DataConfig, Format};
+use crate::config::Format;
+use crate::source::Object;
 
 /// What introduces an instruction in the Alpaca data set, without and with an input.
 const ALPACA: &str = "Below is an instruction that describes a task. \
@@ -17,7 +16,7 @@ const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, 
 
 /// A row, ready to be written as one text.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Row {
+pub(crate) enum Row {
     /// A conversation.
     Chat { messages: Vec<Message>, tools: Option<Json> },
     /// A text whose first part is given and whose second part is to be learned.
@@ -26,88 +25,36 @@ pub enum Row {
     Text(String),
 }
 
-/// A file's lines that are not blank.
-pub struct Lines<'a> {
-    path: &'a Path,
-    /// Line number, from 1, and text.
-    pub rows: Vec<(usize, &'a [u8])>,
-}
-
-impl<'a> Lines<'a> {
-    pub fn new(path: &'a Path, bytes: &'a [u8]) -> Result<Self, TrainError> {
-        let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
-        let rows: Vec<_> = bytes
-            .split(|b| *b == b'\n')
-            .enumerate()
-            .map(|(index, line)| (index + 1, line.trim_ascii()))
-            .filter(|(_, line)| !line.is_empty())
-            .collect();
-        if rows.is_empty() {
-            return Err(TrainError::DataEmpty { path: path.to_owned() });
-        }
-        Ok(Self { path, rows })
+impl Format {
+    /// The layout whose keys an object has.
+    pub(crate) fn of_object(object: &Object) -> Result<Self, String> {
+        detect(object).ok_or_else(|| keys_found(object))
     }
 
-    /// The format to read all rows with: the given one, or that of the first row.
-    pub fn format(&self, given: Format) -> Result<Format, TrainError> {
-        if given != Format::Auto {
-            return Ok(given);
+    /// Reads an object of this layout as a row; `system_prompt` is that of the configuration.
+    pub(crate) fn read(self, object: Object, system_prompt: Option<&str>) -> Result<Row, String> {
+        if !has_keys_of(&object, self) {
+            return Err(keys_found(&object));
         }
-        let (line, bytes) = self.rows[0];
-        let object = self.object(Format::Auto, line, bytes)?;
-        detect(&object).ok_or_else(|| self.wrong(Format::Auto, line, keys_found(&object)))
-    }
-
-    /// Reads a line as a row of a format.
-    pub fn parse(&self, format: Format, line: usize, bytes: &[u8], config: &DataConfig) -> Result<Row, TrainError> {
-        let object = self.object(format, line, bytes)?;
-        let wrong = |problem: String| self.wrong(format, line, problem);
-        if !has_keys_of(&object, format) {
-            return Err(wrong(keys_found(&object)));
-        }
-        let system = config.system_prompt.as_deref();
-        match format {
-            Format::Chat => chat(object, system),
-            Format::PromptCompletion => text_field(&object, "prompt").and_then(|prompt| {
-                let completion = text_field(&object, "completion")?;
+        match self {
+            Self::Chat => chat(object, system_prompt),
+            Self::PromptCompletion => {
+                let (prompt, completion) = (text_field(&object, "prompt")?, text_field(&object, "completion")?);
                 Ok(Row::Completion { prompt, completion })
-            }),
-            Format::Alpaca => alpaca(&object, system),
-            Format::Text | Format::Auto => text_field(&object, "text").map(Row::Text),
+            }
+            Self::Alpaca => alpaca(&object, system_prompt),
+            Self::Text | Self::Auto => text_field(&object, "text").map(Row::Text),
         }
-        .map_err(wrong)
-    }
-
-    fn object(&self, format: Format, line: usize, bytes: &[u8]) -> Result<Map<String, Json>, TrainError> {
-        let problem = match serde_json::from_slice(bytes) {
-            Ok(Json::Object(object)) => return Ok(object),
-            Ok(Json::Array(_)) => "a JSON array, where each line must be an object".to_owned(),
-            Ok(_) => "a JSON value that is not an object".to_owned(),
-            Err(_) if bytes.first() == Some(&b'[') => {
-                "the file seems to be one JSON array, which `jq -c '.[]'` turns into lines".to_owned()
-            }
-            Err(e) => {
-                // The parser counts lines within what it was given, which is one line.
-                let message = e.to_string();
-                let message = message.split(" at line ").next().unwrap_or_default();
-                format!("not valid JSON: {message} at column {}", e.column())
-            }
-        };
-        Err(self.wrong(format, line, problem))
-    }
-
-    fn wrong(&self, format: Format, line: usize, problem: String) -> TrainError {
-        TrainError::DataLine { path: self.path.to_owned(), line, problem, expected: format.expected().to_owned() }
     }
 }
 
-fn detect(object: &Map<String, Json>) -> Option<Format> {
+fn detect(object: &Object) -> Option<Format> {
     // Conversations first: `prompt` and `completion` may be lists of messages.
     let formats = [Format::Chat, Format::PromptCompletion, Format::Alpaca, Format::Text];
     formats.into_iter().find(|format| has_keys_of(object, *format))
 }
 
-fn has_keys_of(object: &Map<String, Json>, format: Format) -> bool {
+fn has_keys_of(object: &Object, format: Format) -> bool {
     let has = |key: &str| object.contains_key(key);
     match format {
         Format::Auto => detect(object).is_some(),
@@ -118,12 +65,12 @@ fn has_keys_of(object: &Map<String, Json>, format: Format) -> bool {
     }
 }
 
-fn is_message_pair(object: &Map<String, Json>) -> bool {
+fn is_message_pair(object: &Object) -> bool {
     let is_list = |key: &str| object.get(key).is_some_and(Json::is_array);
     is_list("prompt") && is_list("completion")
 }
 
-fn keys_found(object: &Map<String, Json>) -> String {
+fn keys_found(object: &Object) -> String {
     const SHOWN: usize = 8;
     let mut keys: Vec<_> = object.keys().map(|key| format!("`{key}`")).collect();
     match keys.len() {
@@ -136,7 +83,7 @@ fn keys_found(object: &Map<String, Json>) -> String {
     }
 }
 
-fn text_field(object: &Map<String, Json>, key: &str) -> Result<String, String> {
+fn text_field(object: &Object, key: &str) -> Result<String, String> {
     match object.get(key) {
         Some(Json::String(text)) => Ok(text.clone()),
         Some(_) => Err(format!("`{key}` is not a string")),
@@ -144,7 +91,7 @@ fn text_field(object: &Map<String, Json>, key: &str) -> Result<String, String> {
     }
 }
 
-fn chat(mut object: Map<String, Json>, system: Option<&str>) -> Result<Row, String> {
+fn chat(mut object: Object, system: Option<&str>) -> Result<Row, String> {
     let mut messages = if let Some(list) = object.shift_remove("messages") {
         messages_of(list, "messages", Message::try_from)?
     } else if let Some(list) = object.shift_remove("conversations") {
@@ -205,7 +152,7 @@ fn sharegpt_message(item: Json) -> Result<Message, String> {
 }
 
 /// The prompt of the Stanford Alpaca data set (tatsu-lab/stanford_alpaca, `train.py`).
-fn alpaca(object: &Map<String, Json>, system: Option<&str>) -> Result<Row, String> {
+fn alpaca(object: &Object, system: Option<&str>) -> Result<Row, String> {
     let instruction = text_field(object, "instruction")?;
     let completion = text_field(object, "output")?;
     let input = match object.get("input") {

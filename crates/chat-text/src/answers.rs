@@ -15,12 +15,13 @@
 //!    `render(messages[..=i])` has there too.
 //!
 //! Each way is verified against the text the model will be trained on. Where none holds, the row is
-//! an error: a guess would train on the wrong tokens without anybody noticing.
+//! an error: a wrong guess would train on the wrong tokens, and no loss would show it.
 
 use std::ops::Range;
 
-use qlora_models::chat_template::{ChatInput, ChatTemplate, Message};
-use qlora_models::error::ModelError;
+use crate::error::ChatError;
+use crate::message::Message;
+use crate::template::{ChatInput, ChatTemplate};
 
 /// Marks of the third way; Unicode reserves them for a program's own use.
 const OPEN: char = '\u{FDD2}';
@@ -32,70 +33,58 @@ const END_OF_REASONING: &str = "</think>";
 /// A conversation as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rendered {
+    /// The text.
     pub text: String,
     /// Byte ranges that assistants wrote, in order.
     pub spans: Vec<Range<usize>>,
 }
 
-/// Why a conversation has no spans.
-#[derive(Debug)]
-pub enum SpanError {
-    Model(ModelError),
-    /// What this message became can't be found in the text.
-    Untraceable {
-        message: usize,
-    },
-    /// The template leaves the content of this message out.
-    NotWritten {
-        message: usize,
-    },
-}
-
-impl From<ModelError> for SpanError {
-    fn from(error: ModelError) -> Self {
-        Self::Model(error)
-    }
-}
-
-/// Writes a conversation and finds the assistant's turns in it.
-pub fn render(template: &ChatTemplate, input: &ChatInput) -> Result<Rendered, SpanError> {
-    let text = template.render_input(input)?;
-    let turns = || (0..input.messages.len()).filter(|i| input.messages[*i].role == "assistant");
-    for message in turns() {
-        let answer = answer(&input.messages[message].content);
-        if !text.contains(answer.lines().next_back().unwrap_or_default().trim()) {
-            return Err(SpanError::NotWritten { message });
+impl ChatTemplate {
+    /// Writes a conversation and finds what the assistant wrote in it: answers with the tokens that
+    /// end their turns.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`]; [`ChatError::NotWritten`] and [`ChatError::Untraceable`] name the
+    /// assistant's message that can't be found in the text.
+    pub fn render_answers(&self, input: &ChatInput) -> Result<Rendered, ChatError> {
+        let untraceable = |message: usize| ChatError::Untraceable { message: message + 1 };
+        let text = self.render_input(input)?;
+        let turns = || (0..input.messages.len()).filter(|i| input.messages[*i].role == "assistant");
+        for message in turns() {
+            let answer = answer(&input.messages[message].content);
+            if !text.contains(answer.lines().next_back().unwrap_or_default().trim()) {
+                return Err(ChatError::NotWritten { message: message + 1 });
+            }
         }
-    }
-    let mut spans = Vec::new();
-    let mut answers = None;
-    for message in turns() {
-        let finder = Turn { template, input, text: &text, message };
-        let (start, end) = (finder.start_by_prefix(), finder.end_by_prefix());
-        if let (Some(start), Some(end)) = (start, end)
-            && start <= end
-        {
+        let mut spans = Vec::new();
+        let mut answers = None;
+        for message in turns() {
+            let finder = Turn { template: self, input, text: &text, message };
+            let (start, end) = (finder.start_by_prefix(), finder.end_by_prefix());
+            if let (Some(start), Some(end)) = (start, end)
+                && start <= end
+            {
+                spans.push(start..end);
+                continue;
+            }
+            if self.has_generation_tags() {
+                let (text, spans) = self.render_marked(input)?;
+                return Ok(Rendered { text, spans });
+            }
+            let answers = answers.get_or_insert_with(|| marked_answers(self, input, &text));
+            let Some(answer) = answers.as_ref().and_then(|answers| answers[message].clone()) else {
+                return Err(untraceable(message));
+            };
+            let start = start.filter(|start| *start <= answer.start).unwrap_or(answer.start);
+            let end = end.filter(|end| *end >= answer.end);
+            let end = end.or_else(|| finder.end_after(&answer)).ok_or_else(|| untraceable(message))?;
             spans.push(start..end);
-            continue;
         }
-        if template.has_generation_tags() {
-            let (text, spans) = template.render_marked(input)?;
-            return Ok(Rendered { text, spans });
+        // Spans that run into each other would come from a template that reorders its messages.
+        match spans.windows(2).position(|pair| pair[0].end > pair[1].start) {
+            None => Ok(Rendered { text, spans }),
+            Some(turn) => Err(untraceable(turns().nth(turn).unwrap_or_default())),
         }
-        let answers = answers.get_or_insert_with(|| marked_answers(template, input, &text));
-        let untraceable = SpanError::Untraceable { message };
-        let Some(answer) = answers.as_ref().and_then(|answers| answers[message].clone()) else {
-            return Err(untraceable);
-        };
-        let start = start.filter(|start| *start <= answer.start).unwrap_or(answer.start);
-        let end = end.filter(|end| *end >= answer.end);
-        let end = end.or_else(|| finder.end_after(&answer)).ok_or(untraceable)?;
-        spans.push(start..end);
-    }
-    // Spans that run into each other would come from a template that reorders its messages.
-    match spans.windows(2).position(|pair| pair[0].end > pair[1].start) {
-        None => Ok(Rendered { text, spans }),
-        Some(turn) => Err(SpanError::Untraceable { message: turns().nth(turn).unwrap_or_default() }),
     }
 }
 
@@ -199,17 +188,17 @@ fn mark(content: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qlora_models::chat_template::SpecialTokens;
+    use crate::template::SpecialTokens;
 
     /// The parts of the text that two answers became; user turns hold single letters.
-    fn spans(template: &str, answers: [&str; 2]) -> Result<Vec<String>, SpanError> {
+    fn spans(template: &str, answers: [&str; 2]) -> Result<Vec<String>, ChatError> {
         let template = ChatTemplate::new(template)?;
         let [first, second] = answers.map(Message::assistant);
         let messages = [Message::user("a"), first, Message::user("b"), second];
         let special = SpecialTokens::default();
         let input =
             ChatInput { messages: &messages, tools: None, add_generation_prompt: false, special_tokens: &special };
-        let Rendered { text, spans } = render(&template, &input)?;
+        let Rendered { text, spans } = template.render_answers(&input)?;
         Ok(spans.into_iter().map(|span| text[span].to_owned()).collect())
     }
 
@@ -243,11 +232,11 @@ mod tests {
     #[test]
     fn templates_that_hide_the_answers_are_refused() {
         let hidden = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
-        assert!(matches!(spans(hidden, ["xyz", "y"]), Err(SpanError::NotWritten { message: 1 })));
+        assert!(matches!(spans(hidden, ["xyz", "y"]), Err(ChatError::NotWritten { message: 2 })));
         let rewritten =
             "{{ messages | length }}{% for m in messages %}{{ m.content[:9] }}{{ m.content | length }}{% endfor %}";
-        assert!(matches!(spans(rewritten, ["xyz", "y"]), Err(SpanError::Untraceable { message: 1 })));
+        assert!(matches!(spans(rewritten, ["xyz", "y"]), Err(ChatError::Untraceable { message: 2 })));
         let reversed = "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}";
-        assert!(matches!(spans(reversed, ["xyz", "y"]), Err(SpanError::Untraceable { .. })));
+        assert!(matches!(spans(reversed, ["xyz", "y"]), Err(ChatError::Untraceable { .. })));
     }
 }

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use chat_text::Tokenizer;
 use proptest::prelude::*;
-use qlora_models::tokenizer::Tokenizer;
-use qlora_train::data::{DataConfig, Dataset, Example, Format, LossOn, MASKED_LABEL, MaskReason, load, load_splits};
+use qlora_data::{DataConfig, Dataset, Example, Format, LossOn, MASKED_LABEL, MaskReason, load_rows, load_splits};
 use safetensors::SafeTensors;
 
 fn repository() -> PathBuf {
@@ -23,7 +23,7 @@ fn load_text(text: &str, config: &DataConfig) -> Result<Dataset, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     std::fs::write(&path, text).unwrap();
-    load(&path, config, tokenizer()).map_err(|e| {
+    load_rows(&path, config, tokenizer()).map_err(|e| {
         let message = e.to_string();
         message.replace(&dir.path().display().to_string(), "")
     })
@@ -66,7 +66,7 @@ fn the_reference_batches_are_among_our_examples() {
     let cols = shape[2];
     let path = repository().join("examples/quickstart/word_problems.jsonl");
     let config = DataConfig { max_length: cols, ..config() };
-    let dataset = load(&path, &config, tokenizer()).unwrap();
+    let dataset = load_rows(&path, &config, tokenizer()).unwrap();
     let ours: HashSet<(Vec<i64>, Vec<i64>)> = dataset
         .examples
         .iter()
@@ -86,7 +86,7 @@ fn the_reference_batches_are_among_our_examples() {
 #[test]
 fn the_quickstart_is_read_whole() {
     let path = repository().join("examples/quickstart/word_problems.jsonl");
-    let dataset = load(&path, &config(), tokenizer()).unwrap();
+    let dataset = load_rows(&path, &config(), tokenizer()).unwrap();
     let report = &dataset.report;
     assert_eq!((report.rows, report.format), (2000, Format::Chat));
     assert!(report.warnings().is_empty());
@@ -287,7 +287,7 @@ fn bad_files_are_reported_with_line_and_expectation() {
             assert!(error.contains(part), "{content:?}: {error}");
         }
     }
-    let error = load(Path::new("/nowhere/rows.jsonl"), &config(), tokenizer()).unwrap_err();
+    let error = load_rows(Path::new("/nowhere/rows.jsonl"), &config(), tokenizer()).unwrap_err();
     assert!(error.to_string().starts_with("/nowhere/rows.jsonl: "));
     let refusing =
         DataConfig { chat_template: Some("{{ raise_exception('roles must alternate') }}".into()), ..config() };
@@ -297,7 +297,7 @@ fn bad_files_are_reported_with_line_and_expectation() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     std::fs::write(&path, b"{\"text\": \"\xff\"}").unwrap();
-    assert!(load(&path, &config(), tokenizer()).is_err());
+    assert!(load_rows(&path, &config(), tokenizer()).is_err());
 }
 
 #[test]
@@ -310,10 +310,10 @@ fn a_tokenizer_without_template_is_enough_for_plain_rows() {
     let bare = Tokenizer::from_dir(dir.path()).unwrap();
     let rows = dir.path().join("rows.jsonl");
     std::fs::write(&rows, r#"{"prompt": "a", "completion": " b"}"#).unwrap();
-    assert_eq!(load(&rows, &config(), &bare).unwrap().examples.len(), 1);
+    assert_eq!(load_rows(&rows, &config(), &bare).unwrap().examples.len(), 1);
     std::fs::write(&rows, r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#)
         .unwrap();
-    let error = load(&rows, &config(), &bare).unwrap_err().to_string();
+    let error = load_rows(&rows, &config(), &bare).unwrap_err().to_string();
     assert!(error.contains("no chat template") && error.contains("`chat_template`"), "{error}");
 }
 
@@ -345,7 +345,7 @@ fn rows_are_held_out_by_the_seed() {
     let (train, eval) = load_splits(&config, tokenizer(), 7).unwrap();
     assert_eq!((train.examples.len(), eval.examples.len()), (1900, 100));
     assert_eq!((train.report.rows, eval.report.rows), (1900, 100));
-    let whole = load(&path, &config, tokenizer()).unwrap();
+    let whole = load_rows(&path, &config, tokenizer()).unwrap();
     let mut both: Vec<_> = train.examples.iter().chain(&eval.examples).collect();
     both.sort_by_key(|e| e.line);
     assert_eq!(both, whole.examples.iter().collect::<Vec<_>>());

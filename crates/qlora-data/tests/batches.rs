@@ -1,7 +1,11 @@
 //! Batches: padding, order, and resuming anywhere.
 
+#[path = "../../adapter-io/tests/bounded/mod.rs"]
+mod bounded;
+
+use bounded::bounded;
 use proptest::prelude::*;
-use qlora_train::data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
+use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
 
 fn config() -> DataConfig {
     DataConfig::default()
@@ -46,14 +50,43 @@ fn grouping_by_length_saves_padding() {
     let grouped = DataConfig { group_by_length: true, ..config() };
     let cells = |config: &DataConfig| -> usize {
         let order = BatchOrder::new(&examples, config, 4, 1, 0);
-        order.epoch(&examples, 0).iter().map(|b| b.rows * b.cols).sum()
+        order.epoch(&examples, 0).map(|b| b.rows * b.cols).sum()
     };
     let tokens: usize = examples.iter().map(|e| e.input_ids.len()).sum();
     assert!(cells(&grouped) < tokens + tokens / 20, "less than 5 % padding");
     assert!(cells(&config()) > tokens + tokens / 4);
     let order = BatchOrder::new(&examples, &grouped, 4, 1, 0);
-    assert_eq!(order.epoch(&examples, 0)[0].cols, 500, "the longest comes first");
+    assert_eq!(order.epoch(&examples, 0).next().map(|b| b.cols), Some(500), "the longest comes first");
     assert_ne!(order.rows(1), order.rows(2));
+}
+
+/// Memory does not grow with the data set: all batches of this one at once would take 9.6 MB.
+#[test]
+fn a_pass_over_the_rows_holds_one_step_at_a_time() {
+    let examples: Vec<_> = (0..8000).map(|i| example(i, 100)).collect();
+    let order = BatchOrder::new(&examples, &config(), 4, 1, 0);
+    // The order takes 8 bytes a row and 24 a batch, and a permutation while it is made: some 250 kB. A step of four
+    // batches takes 20 kB.
+    let rows = bounded(512 << 10, || {
+        let mut batches = order.batches_from(&examples, Position::default());
+        (0..500).map(|_| batches.next_step(4).iter().map(|batch| batch.rows).sum::<usize>()).sum::<usize>()
+    });
+    assert_eq!(rows, 8000);
+}
+
+#[test]
+fn a_step_ends_with_its_epoch() {
+    let examples: Vec<_> = (0..7).map(|i| example(i, 1)).collect();
+    let order = BatchOrder::new(&examples, &config(), 2, 42, 0);
+    let mut batches = order.batches_from(&examples, Position::default());
+    // Four batches an epoch, three a step.
+    let sizes = [(); 5].map(|()| (batches.next_step(3).len(), batches.position()));
+    let at = |epoch, batch| Position { epoch, batch };
+    assert_eq!(sizes, [(3, at(0, 3)), (1, at(0, 4)), (3, at(1, 3)), (1, at(1, 4)), (3, at(2, 3))]);
+    // A run that was stopped at the end of an epoch goes on with the next one.
+    let mut resumed = order.batches_from(&examples, at(0, 4));
+    let first = resumed.next_step(1);
+    assert_eq!((first.first(), resumed.position()), (order.epoch(&examples, 1).next().as_ref(), at(1, 1)));
 }
 
 proptest! {
@@ -90,8 +123,8 @@ proptest! {
             rows.sort_unstable();
             prop_assert_eq!(rows, (0..lengths.len()).collect::<Vec<_>>());
             let at = epoch * order.batches_per_epoch();
-            for (batch, same) in batches.iter().zip(uninterrupted.iter().skip(at)) {
-                prop_assert_eq!(batch, same);
+            for (batch, same) in batches.zip(uninterrupted.iter().skip(at)) {
+                prop_assert_eq!(&batch, same);
             }
         }
     }

@@ -5,9 +5,8 @@
 //! decoded with it, and text is released when it no longer ends in the middle of a character. The
 //! scheme is that of Hugging Face's text-generation-inference.
 
-use crate::error::ModelError;
-
-use super::Tokenizer;
+use crate::error::ChatError;
+use crate::tokenizer::Tokenizer;
 
 /// A UTF-8 character has at most four bytes. Tokens beyond that which still end in U+FFFD are not
 /// waiting for the rest of one: the model wrote bytes that are no text.
@@ -27,18 +26,22 @@ pub struct StreamDecoder<'a> {
     released: usize,
 }
 
-impl<'a> StreamDecoder<'a> {
-    pub(super) fn new(tokenizer: &'a Tokenizer, skip_special_tokens: bool, prompt: &[u32]) -> Self {
+impl Tokenizer {
+    /// A decoder for tokens that arrive one by one and continue `prompt`, whose own text is not
+    /// given out. The prompt decides whether a first word keeps its space.
+    pub fn stream_decoder(&self, prompt: &[u32], skip_special_tokens: bool) -> StreamDecoder<'_> {
         let context = &prompt[prompt.len().saturating_sub(CONTEXT)..];
-        Self { tokenizer, skip_special_tokens, ids: context.to_vec(), released: context.len() }
+        StreamDecoder { tokenizer: self, skip_special_tokens, ids: context.to_vec(), released: context.len() }
     }
+}
 
+impl StreamDecoder<'_> {
     /// Takes a token and returns the text that is complete with it; empty while a character is
     /// still in parts.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
+    pub fn push(&mut self, id: u32) -> Result<String, ChatError> {
         self.ids.push(id);
         let pending = self.ids.len() - self.released;
         self.release(pending > MAX_PENDING)
@@ -48,11 +51,11 @@ impl<'a> StreamDecoder<'a> {
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
-    pub fn finish(&mut self) -> Result<String, ModelError> {
+    pub fn finish(&mut self) -> Result<String, ChatError> {
         self.release(true)
     }
 
-    fn release(&mut self, force: bool) -> Result<String, ModelError> {
+    fn release(&mut self, force: bool) -> Result<String, ChatError> {
         let decode = |ids: &[u32]| self.tokenizer.decode(ids, self.skip_special_tokens);
         let before = decode(&self.ids[..self.released])?;
         let after = decode(&self.ids)?;

@@ -7,15 +7,14 @@
 //! and 5.
 
 mod settings;
-mod stream;
 
 use std::path::{Path, PathBuf};
 
-use crate::chat_template::{ChatInput, ChatTemplate, Message, SpecialTokens};
-use crate::error::ModelError;
+use crate::error::ChatError;
+use crate::message::Message;
+use crate::template::{ChatInput, ChatTemplate, SpecialTokens};
 
 use settings::Settings;
-pub use stream::StreamDecoder;
 
 /// A text as tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,13 +53,14 @@ impl Tokenizer {
     /// There is no `tokenizer.json`, or one of the files can't be read or has a field of the wrong
     /// type. A missing or broken chat template is no error yet: see
     /// [`Tokenizer::require_chat_template`].
-    pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self, ChatError> {
+        let dir = dir.as_ref();
         let path = dir.join("tokenizer.json");
         if !path.exists() {
-            return Err(ModelError::NoTokenizer { dir: dir.to_owned(), hint: missing_hint(dir) });
+            return Err(ChatError::NoTokenizer { dir: dir.to_owned(), hint: missing_hint(dir) });
         }
-        let bytes = std::fs::read(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
-        let fail = |problem: String| ModelError::Tokenizer { path: path.clone(), problem };
+        let bytes = std::fs::read(&path).map_err(|source| ChatError::Read { path: path.clone(), source })?;
+        let fail = |problem: String| ChatError::Tokenizer { path: path.clone(), problem };
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| fail(e.to_string()))?;
         // Lengths are decided by the caller, whatever the file was saved with.
         inner.with_padding(None);
@@ -113,9 +113,9 @@ impl Tokenizer {
     /// `add_special_tokens` adds those the tokenizer puts around a text, such as `bos`.
     ///
     /// # Errors
-    /// [`ModelError::Tokenizer`] if the text can't be encoded, e.g. a word unknown to a
+    /// [`ChatError::Tokenizer`] if the text can't be encoded, e.g. a word unknown to a
     /// vocabulary that has no unknown token.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, ModelError> {
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, ChatError> {
         let encoding = self.inner.encode(text, add_special_tokens).map_err(|e| self.fail(e.to_string()))?;
         Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
@@ -123,20 +123,9 @@ impl Tokenizer {
     /// Turns tokens into text. Bytes that are not UTF-8 come out as U+FFFD.
     ///
     /// # Errors
-    /// [`ModelError::Tokenizer`] if the tokenizer's decoder fails.
-    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, ModelError> {
+    /// [`ChatError::Tokenizer`] if the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, ChatError> {
         self.inner.decode(ids, skip_special_tokens).map_err(|e| self.fail(e.to_string()))
-    }
-
-    /// A decoder for tokens that arrive one by one.
-    pub fn stream_decoder(&self, skip_special_tokens: bool) -> StreamDecoder<'_> {
-        StreamDecoder::new(self, skip_special_tokens, &[])
-    }
-
-    /// As [`Tokenizer::stream_decoder`], for tokens that continue `prompt`, whose text is not
-    /// given out: a first word keeps its space.
-    pub fn stream_decoder_after(&self, prompt: &[u32], skip_special_tokens: bool) -> StreamDecoder<'_> {
-        StreamDecoder::new(self, skip_special_tokens, prompt)
     }
 
     /// The token that begins a text, if the checkpoint names one.
@@ -208,30 +197,23 @@ impl Tokenizer {
     /// The chat template.
     ///
     /// # Errors
-    /// [`ModelError::NoChatTemplate`] says what to do instead; [`ModelError::TemplateSyntax`] why
+    /// [`ChatError::NoChatTemplate`] says what to do instead; [`ChatError::TemplateSyntax`] why
     /// the checkpoint's template can't be used.
-    pub fn require_chat_template(&self) -> Result<&ChatTemplate, ModelError> {
+    pub fn require_chat_template(&self) -> Result<&ChatTemplate, ChatError> {
         match &self.template {
             Some(Template::Ready(template)) => Ok(template),
             Some(Template::Broken(problem)) => {
-                Err(ModelError::TemplateSyntax { problem: format!("{}: {problem}", self.dir().display()) })
+                Err(ChatError::TemplateSyntax { problem: format!("{}: {problem}", self.dir().display()) })
             }
-            None => Err(ModelError::NoChatTemplate { dir: self.dir().to_owned() }),
+            None => Err(ChatError::NoChatTemplate { dir: self.dir().to_owned() }),
         }
-    }
-
-    /// Replaces the chat template.
-    #[must_use]
-    pub fn with_chat_template(mut self, template: ChatTemplate) -> Self {
-        self.template = Some(Template::Ready(Box::new(template)));
-        self
     }
 
     /// Writes a conversation with the chat template.
     ///
     /// # Errors
     /// As [`Tokenizer::require_chat_template`] and [`ChatTemplate::render`].
-    pub fn render_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ModelError> {
+    pub fn render_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
         self.require_chat_template()?.render_input(&ChatInput {
             messages,
             tools: None,
@@ -240,8 +222,8 @@ impl Tokenizer {
         })
     }
 
-    fn fail(&self, problem: String) -> ModelError {
-        ModelError::Tokenizer { path: self.path.clone(), problem }
+    fn fail(&self, problem: String) -> ChatError {
+        ChatError::Tokenizer { path: self.path.clone(), problem }
     }
 }
 

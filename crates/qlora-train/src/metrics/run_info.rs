@@ -1,38 +1,8 @@
-//! How the training loop tells its caller what happens; libraries don't print.
+//! What a run is about to train and on which rows, for the caller and the report.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use qlora_models::LoadProgress;
 use serde::{Deserialize, Serialize};
-
-use super::{EvalMetrics, StepMetrics};
-use crate::report::Summary;
-
-/// Receives what happens in a run, in order. Every method may be left out.
-///
-/// `()` is the observer that ignores everything.
-pub trait TrainEvents {
-    /// A module of the base model was loaded.
-    fn on_load(&mut self, _progress: LoadProgress<'_>) {}
-    /// Model and data are ready; the first step follows.
-    fn on_start(&mut self, _run: &RunInfo) {}
-    /// A step is done.
-    fn on_step(&mut self, _metrics: &StepMetrics) {}
-    /// An evaluation is done.
-    fn on_eval(&mut self, _metrics: &EvalMetrics) {}
-    /// A training checkpoint was saved.
-    fn on_save(&mut self, _checkpoint: &Path) {}
-    /// Something the user should know of, which doesn't stop the run.
-    fn on_warning(&mut self, _message: &str) {}
-    /// The run is over; adapter and report are written.
-    fn on_end(&mut self, _summary: &Summary) {}
-    /// Asked after every step: whether to save a checkpoint and stop.
-    fn should_stop(&mut self) -> bool {
-        false
-    }
-}
-
-impl TrainEvents for () {}
 
 /// What is about to be trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

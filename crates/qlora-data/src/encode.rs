@@ -3,20 +3,16 @@
 use std::ops::Range;
 use std::path::Path;
 
-use qlora_models::chat_template::{ChatInput, ChatTemplate};
-use qlora_models::error::ModelError;
-use qlora_models::tokenizer::Tokenizer;
+use chat_text::{ChatError, ChatInput, ChatTemplate, Rendered, Tokenizer};
 
-use crate::error::TrainError;
-
-use super::config::{DataConfig, LossOn};
-use super::formats::Row;
-use super::report::MaskReason;
-use super::spans::{self, Rendered, SpanError};
-use super::{Example, MASKED_LABEL};
+use crate::config::{DataConfig, LossOn};
+use crate::error::DataError;
+use crate::example::Example;
+use crate::formats::Row;
+use crate::report::MaskReason;
 
 /// Everything a row needs to become tokens.
-pub struct RowEncoder<'a> {
+pub(crate) struct RowEncoder<'a> {
     pub path: &'a Path,
     pub tokenizer: &'a Tokenizer,
     pub template: Option<&'a ChatTemplate>,
@@ -25,7 +21,7 @@ pub struct RowEncoder<'a> {
 
 /// A row as tokens, and what happened to it.
 #[derive(Debug)]
-pub struct EncodedRow {
+pub(crate) struct EncodedRow {
     pub example: Example,
     /// Tokens beyond `max_length`.
     pub dropped: usize,
@@ -35,7 +31,7 @@ pub struct EncodedRow {
 
 impl RowEncoder<'_> {
     /// Encodes a row.
-    pub fn encode(&self, row: &Row, line: usize) -> Result<EncodedRow, TrainError> {
+    pub fn encode(&self, row: &Row, line: usize) -> Result<EncodedRow, DataError> {
         let (mut example, has_answer) = match row {
             Row::Chat { messages, tools } => {
                 let template = match self.template {
@@ -89,49 +85,31 @@ impl RowEncoder<'_> {
         Ok(EncodedRow { example, dropped, masked })
     }
 
-    fn render(&self, template: &ChatTemplate, input: &ChatInput, line: usize) -> Result<Rendered, TrainError> {
-        let row_error = |problem: String| TrainError::DataRow { path: self.path.to_owned(), line, problem };
-        let model_error = |error: ModelError| row_error(error.to_string());
-        if self.config.loss_on == LossOn::All {
-            let text = template.render_input(input).map_err(model_error)?;
-            let spans = std::iter::once(0..text.len()).collect();
-            return Ok(Rendered { text, spans });
-        }
-        spans::render(template, input).map_err(|error| match error {
-            SpanError::Model(error) => model_error(error),
-            SpanError::Untraceable { message } => row_error(format!(
-                "it can't be told which tokens message {} became, as the chat template changes it or what \
-                 stands before it once more turns follow; set `loss_on = \"all\"`, give a `chat_template` \
-                 with {{% generation %}} tags around what the assistant writes, or keep one assistant turn, \
-                 the last, in each row",
-                message + 1
-            )),
-            SpanError::NotWritten { message } => row_error(format!(
-                "the chat template does not write the content of message {}; it may be made for messages \
-                 with images, or drop such turns: give another `chat_template`",
-                message + 1
-            )),
+    fn render(&self, template: &ChatTemplate, input: &ChatInput, line: usize) -> Result<Rendered, DataError> {
+        let rendered = match self.config.loss_on {
+            LossOn::Assistant => template.render_answers(input),
+            LossOn::All => template.render_input(input).map(|text| {
+                let spans = std::iter::once(0..text.len()).collect();
+                Rendered { text, spans }
+            }),
+        };
+        rendered.map_err(|error: ChatError| DataError::Row {
+            path: self.path.to_owned(),
+            line,
+            problem: error.to_string(),
         })
     }
 
-    /// Encodes a text and labels the tokens that lie within the spans. A token that reaches out
-    /// of a span is masked: part of it belongs to the prompt.
+    /// Encodes a text and labels the tokens that lie within the spans.
     fn tokens(
         &self,
         text: &str,
         spans: &[Range<usize>],
         add_special_tokens: bool,
         line: usize,
-    ) -> Result<Example, TrainError> {
+    ) -> Result<Example, DataError> {
         let encoding = self.tokenizer.encode(text, add_special_tokens)?;
-        let mut spans = spans.iter().peekable();
-        let mut labels = Vec::with_capacity(encoding.ids.len());
-        for (&id, &(start, end)) in encoding.ids.iter().zip(&encoding.offsets) {
-            // Offsets never decrease but for added tokens, whose range is empty.
-            while start < end && spans.next_if(|span| span.end <= start).is_some() {}
-            let inside = spans.peek().is_some_and(|span| span.start <= start && end <= span.end);
-            labels.push(if inside { i64::from(id) } else { MASKED_LABEL });
-        }
+        let labels = encoding.labels(spans);
         Ok(Example { input_ids: encoding.ids, labels, line })
     }
 

@@ -23,10 +23,9 @@ use std::ops::Range;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, State, Value};
-use serde::{Deserialize, Serialize};
-use serde_json::Map;
 
-use crate::error::ModelError;
+use crate::error::ChatError;
+use crate::message::Message;
 
 /// What one rendering may cost: one unit for each instruction and each 64 bytes created. A
 /// conversation of a thousand turns takes less than a hundredth of it; spending all of it takes
@@ -38,73 +37,6 @@ const FUEL: u64 = 30_000_000;
 const RECURSION_LIMIT: usize = 250;
 
 const NAME: &str = "chat_template";
-
-/// One turn of a conversation.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "serde_json::Value")]
-pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, `tool`, or what else the template knows.
-    pub role: String,
-    /// What is said.
-    pub content: String,
-    /// Further keys of the message, e.g. `tool_calls`, passed on to the template.
-    #[serde(flatten)]
-    pub extra: Map<String, serde_json::Value>,
-}
-
-impl Message {
-    /// A message with no further keys.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), extra: Map::new() }
-    }
-
-    /// A message of the user.
-    pub fn user(content: impl Into<String>) -> Self {
-        Self::new("user", content)
-    }
-
-    /// A message of the assistant.
-    pub fn assistant(content: impl Into<String>) -> Self {
-        Self::new("assistant", content)
-    }
-
-    /// A system message.
-    pub fn system(content: impl Into<String>) -> Self {
-        Self::new("system", content)
-    }
-}
-
-/// Reads `{"role": .., "content": .., ..}`. Content may be a string, a list of text parts, or,
-/// beside `tool_calls`, nothing. The error says in words what is wrong.
-impl TryFrom<serde_json::Value> for Message {
-    type Error = String;
-
-    fn try_from(value: serde_json::Value) -> Result<Self, String> {
-        use serde_json::Value as Json;
-        let Json::Object(mut extra) = value else {
-            return Err("a message must be an object with `role` and `content`".into());
-        };
-        let role = match extra.shift_remove("role") {
-            Some(Json::String(role)) if !role.is_empty() => role,
-            Some(_) => return Err("`role` must be a string that is not empty".into()),
-            None => return Err("a message has no `role`".into()),
-        };
-        let content = match extra.shift_remove("content") {
-            Some(Json::String(text)) => text,
-            Some(Json::Null) | None if extra.contains_key("tool_calls") => String::new(),
-            None => return Err(format!("the message of `{role}` has no `content`")),
-            Some(Json::Array(parts)) => parts
-                .iter()
-                .map(|part| match part.get("text") {
-                    Some(Json::String(text)) => Ok(text.as_str()),
-                    _ => Err(format!("the message of `{role}` has a part that is not text")),
-                })
-                .collect::<Result<String, String>>()?,
-            Some(_) => return Err(format!("`content` of `{role}` must be a string")),
-        };
-        Ok(Self { role, content, extra })
-    }
-}
 
 /// The special tokens a template can name: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -154,10 +86,10 @@ impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
-    /// [`ModelError::TemplateSyntax`] with the engine's message and line.
-    pub fn new(source: impl Into<String>) -> Result<Self, ModelError> {
+    /// [`ChatError::TemplateSyntax`] with the engine's message and line.
+    pub fn new(source: impl Into<String>) -> Result<Self, ChatError> {
         let source = source.into();
-        let fail = |problem: String| ModelError::TemplateSyntax { problem };
+        let fail = |problem: String| ChatError::TemplateSyntax { problem };
         if source.len() > MAX_TEMPLATE {
             return Err(fail(format!("longer than {MAX_TEMPLATE} bytes")));
         }
@@ -185,14 +117,14 @@ impl ChatTemplate {
     /// Writes a conversation as one text.
     ///
     /// # Errors
-    /// [`ModelError::TemplateRefused`] if the template calls `raise_exception`,
-    /// [`ModelError::TemplateRender`] for anything else that goes wrong.
+    /// [`ChatError::TemplateRefused`] if the template calls `raise_exception`,
+    /// [`ChatError::TemplateRender`] for anything else that goes wrong.
     pub fn render(
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
         special_tokens: &SpecialTokens,
-    ) -> Result<String, ModelError> {
+    ) -> Result<String, ChatError> {
         self.render_input(&ChatInput { messages, tools: None, add_generation_prompt, special_tokens })
     }
 
@@ -200,7 +132,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`ChatTemplate::render`].
-    pub fn render_input(&self, input: &ChatInput) -> Result<String, ModelError> {
+    pub fn render_input(&self, input: &ChatInput) -> Result<String, ChatError> {
         self.run(input, false)
     }
 
@@ -210,19 +142,19 @@ impl ChatTemplate {
     /// # Errors
     /// As [`ChatTemplate::render`], and if the marks can't be followed through the template
     /// because it cuts up or rewrites the marked text.
-    pub fn render_marked(&self, input: &ChatInput) -> Result<(String, Vec<Range<usize>>), ModelError> {
+    pub fn render_marked(&self, input: &ChatInput) -> Result<(String, Vec<Range<usize>>), ChatError> {
         let text = self.run(input, false)?;
-        let (stripped, spans) = generation::take_marks(&self.run(input, true)?)
-            .map_err(|problem| ModelError::TemplateRender { problem })?;
+        let (stripped, spans) =
+            generation::take_marks(&self.run(input, true)?).map_err(|problem| ChatError::TemplateRender { problem })?;
         if stripped != text {
-            return Err(ModelError::TemplateRender {
+            return Err(ChatError::TemplateRender {
                 problem: "the text between its `generation` tags can't be followed to the output".into(),
             });
         }
         Ok((text, spans))
     }
 
-    fn run(&self, input: &ChatInput, mark: bool) -> Result<String, ModelError> {
+    fn run(&self, input: &ChatInput, mark: bool) -> Result<String, ChatError> {
         let special = input.special_tokens.0.iter();
         let context = special.map(|(name, text)| (name.as_str(), Value::from(text.as_str()))).chain([
             ("messages", Value::from(Serde(input.messages))),
@@ -242,7 +174,7 @@ const COMPILE_STACK: usize = 128 << 20;
 const MAX_TAG: usize = 32 << 10;
 const MAX_TEMPLATE: usize = 256 << 10;
 
-/// Compiles on a thread of its own, whose stack is large enough for any template in the bounds.
+/// Compiles on its own thread, whose stack is large enough for any template in the bounds.
 fn compile(source: String) -> Result<Environment<'static>, String> {
     let run = || {
         let mut env = environment();
@@ -262,11 +194,11 @@ fn compile(source: String) -> Result<Environment<'static>, String> {
 #[error("{0}")]
 struct Refusal(String);
 
-fn describe(error: minijinja::Error) -> ModelError {
+fn describe(error: minijinja::Error) -> ChatError {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(current) = source {
         if let Some(Refusal(message)) = current.downcast_ref() {
-            return ModelError::TemplateRefused { message: message.clone() };
+            return ChatError::TemplateRefused { message: message.clone() };
         }
         source = current.source();
     }
@@ -274,7 +206,7 @@ fn describe(error: minijinja::Error) -> ModelError {
         ErrorKind::OutOfFuel => "it takes too long or writes too much: does it end?".into(),
         _ => error.to_string(),
     };
-    ModelError::TemplateRender { problem }
+    ChatError::TemplateRender { problem }
 }
 
 /// The environment of transformers' `_cached_compile_jinja_template`.

@@ -7,11 +7,12 @@
 
 use std::cmp::Reverse;
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use chat_text::MASKED_LABEL;
 use serde::{Deserialize, Serialize};
 
-use super::{DataConfig, Example, MASKED_LABEL};
+use crate::config::DataConfig;
+use crate::example::Example;
+use crate::shuffle::{Purpose, permutation};
 
 /// With `group_by_length`, rows are sorted within this many batches.
 const GROUP: usize = 50;
@@ -138,10 +139,9 @@ impl BatchOrder {
         batches
     }
 
-    /// All batches of an epoch, made from the rows this order was created for.
-    pub fn epoch(&self, examples: &[Example], epoch: usize) -> Vec<Batch> {
-        let rows = self.rows(epoch);
-        rows.iter().map(|rows| self.batch(examples, rows)).collect()
+    /// The batches of one epoch, made from the rows this order was created for when they are asked for.
+    pub fn epoch<'a>(&'a self, examples: &'a [Example], epoch: usize) -> impl ExactSizeIterator<Item = Batch> + 'a {
+        self.rows(epoch).into_iter().map(|rows| self.batch(examples, &rows))
     }
 
     /// The batches from a position on, epoch after epoch; endless unless there are no rows.
@@ -168,6 +168,16 @@ impl Batches<'_> {
     pub fn position(&self) -> Position {
         self.position
     }
+
+    /// The micro-batches of the next optimizer step: `count`, or fewer where the epoch ends, as no step
+    /// reaches over its end.
+    pub fn next_step(&mut self, count: usize) -> Vec<Batch> {
+        let mut step: Vec<Batch> = self.next().into_iter().collect();
+        while step.len() < count && self.position.batch < self.rows.len() {
+            step.extend(self.next());
+        }
+        step
+    }
 }
 
 impl Iterator for Batches<'_> {
@@ -185,39 +195,5 @@ impl Iterator for Batches<'_> {
         let batch = self.order.batch(self.examples, &self.rows[self.position.batch]);
         self.position.batch += 1;
         Some(batch)
-    }
-}
-
-/// What a random order is for: each use draws from a stream of its own.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Purpose {
-    Rows = 1,
-    Batches = 2,
-    Split = 3,
-}
-
-/// A random order of `0..count`: Fisher-Yates, driven by ChaCha8 with the seed, the purpose and
-/// the epoch as its key.
-pub(super) fn permutation(count: usize, seed: u64, purpose: Purpose, epoch: u64) -> Vec<usize> {
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&(purpose as u64).to_le_bytes());
-    key[16..24].copy_from_slice(&epoch.to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(key);
-    let mut order: Vec<usize> = (0..count).collect();
-    for last in (1..count).rev() {
-        order.swap(last, below(&mut rng, last as u64 + 1) as usize);
-    }
-    order
-}
-
-/// A uniform number below `bound` (Lemire 2019, arXiv 1805.10941, algorithm 5).
-fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
-    let threshold = bound.wrapping_neg() % bound;
-    loop {
-        let product = u128::from(rng.next_u64()) * u128::from(bound);
-        if product as u64 >= threshold {
-            return (product >> 64) as u64;
-        }
     }
 }

@@ -1,0 +1,99 @@
+//! Errors of this crate. Each names the file, field or message at fault and what to do.
+
+use std::path::PathBuf;
+
+/// What can go wrong while a tokenizer or a chat template is read or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChatError {
+    /// A file can't be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file is not valid JSON.
+    #[error("{}: not valid JSON: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A field of a JSON file has a value that can't be used.
+    #[error("{}: `{field}` {problem}", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// What is wrong with it and what is expected.
+        problem: String,
+    },
+    /// A folder has no `tokenizer.json`.
+    #[error("{}: no tokenizer.json{hint}", dir.display())]
+    NoTokenizer {
+        /// The folder.
+        dir: PathBuf,
+        /// What else is there and what to do, beginning with its own separator.
+        hint: &'static str,
+    },
+    /// `tokenizer.json` can't be loaded, or a text can't be encoded or decoded with it.
+    #[error("{}: {problem}", path.display())]
+    Tokenizer {
+        /// The tokenizer file.
+        path: PathBuf,
+        /// What the tokenizer library said.
+        problem: String,
+    },
+    /// A conversation has to be written and there is no template for it.
+    #[error(
+        "{}: the tokenizer has no chat template; give `chat_template` in the `[data]` section, \
+         or use rows with `prompt` and `completion`",
+        dir.display()
+    )]
+    NoChatTemplate {
+        /// The tokenizer's folder.
+        dir: PathBuf,
+    },
+    /// A chat template doesn't compile.
+    #[error("chat template: {problem}")]
+    TemplateSyntax {
+        /// What the template engine said, with the line.
+        problem: String,
+    },
+    /// A chat template failed on a conversation.
+    #[error("chat template: {problem}")]
+    TemplateRender {
+        /// What the template engine said, with the line.
+        problem: String,
+    },
+    /// A chat template refused a conversation with `raise_exception`.
+    #[error("the chat template refuses this conversation: {message}")]
+    TemplateRefused {
+        /// The template's message.
+        message: String,
+    },
+    /// What an assistant's message became can't be found in the rendered text.
+    #[error(
+        "it can't be told which tokens message {message} became, as the chat template changes it or what \
+         stands before it once more turns follow; set `loss_on = \"all\"`, give a `chat_template` \
+         with {{% generation %}} tags around what the assistant writes, or keep one assistant turn, \
+         the last, in each row"
+    )]
+    Untraceable {
+        /// The message's number in the conversation, from 1.
+        message: usize,
+    },
+    /// A chat template leaves the content of an assistant's message out.
+    #[error(
+        "the chat template does not write the content of message {message}; it may be made for messages \
+         with images, or drop such turns: give another `chat_template`"
+    )]
+    NotWritten {
+        /// The message's number in the conversation, from 1.
+        message: usize,
+    },
+}

@@ -1,0 +1,26 @@
+//! The shape of one forward pass, and what its blocks share.
+
+use burn::tensor::Tensor;
+use qlora_layers::ops::AttentionOptions;
+use qlora_layers::ops::fused::Rotation;
+
+/// What all blocks of one forward pass share: the batch's shape, and for each kind of attention its rotary tables
+/// and options.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    /// Rows of the batch.
+    pub rows: usize,
+    /// Tokens per row in this pass.
+    pub len: usize,
+    /// One for each of [`ModelConfig::attention_kinds`](crate::ModelConfig::attention_kinds).
+    pub(crate) views: Vec<View>,
+}
+
+/// How blocks of one kind see a pass.
+#[derive(Clone, Debug)]
+pub(crate) struct View {
+    pub cos: Tensor<2>,
+    pub sin: Tensor<2>,
+    pub rotation: Rotation,
+    pub attention: AttentionOptions,
+}
