@@ -91,12 +91,13 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use cuda_source::Arguments;
 
+use crate::elementwise::check_half;
 use crate::error::check_size;
-use crate::{Dropout, HalfFormat, KernelError};
+use crate::{Dropout, FloatFormat, KernelError};
 use plan::{FLAT_THREADS, Kind, MAX_RANK, Plan, Processors, Variant};
 
 const OPERATION: &str = "low_rank";
-/// The most tokens or features: 32-bit indices with room for what the last block overshoots.
+/// The most tokens or features: 32-bit indices with room for what the last cube overshoots.
 const MAX_LENGTH: usize = 1 << 30;
 
 /// The dimensions of a product.
@@ -127,6 +128,26 @@ impl FactorLayout {
             Self::FeaturesFirst => feature * rank + rank_index,
         }
     }
+
+    fn flag(self) -> u32 {
+        match self {
+            Self::RankFirst => 0,
+            Self::FeaturesFirst => FLAG_FEATURES_FIRST,
+        }
+    }
+}
+
+/// A factor on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor<'a> {
+    /// f32, `[rank, features]` or `[features, rank]` as `layout` says.
+    pub values: &'a Handle,
+    /// `in_features` for `lora_a`, `out_features` for `lora_b`.
+    pub features: usize,
+    /// The adapter's rank.
+    pub rank: usize,
+    /// Which of the two comes first.
+    pub layout: FactorLayout,
 }
 
 /// A factor, rounded and in the order of [`project`]'s tensor-core operand.
@@ -135,7 +156,7 @@ pub struct PackedFactor {
     packed: Handle,
     features: usize,
     rank: usize,
-    format: HalfFormat,
+    format: FloatFormat,
 }
 
 /// What a projection writes.
@@ -145,6 +166,28 @@ pub enum Output {
     Half,
     /// f32.
     F32,
+}
+
+/// Operands of [`project`].
+#[derive(Clone, Copy, Debug)]
+pub struct Projection<'a> {
+    /// `[tokens, features]` of the factor's format.
+    pub x: &'a Handle,
+    /// What [`pack`] made.
+    pub factor: &'a PackedFactor,
+    /// `[tokens, rank]` of the [`Output`], which this writes.
+    pub out: &'a Handle,
+}
+
+/// Operands of [`gradient`].
+#[derive(Clone, Copy, Debug)]
+pub struct Gradient<'a> {
+    /// `[tokens, features]`.
+    pub x: &'a Handle,
+    /// The product with the narrow side, `[tokens, rank]`, in the format of `x`.
+    pub product: &'a Handle,
+    /// f32, `[rank, features]` or `[features, rank]`, which this writes.
+    pub out: &'a Handle,
 }
 
 /// `struct Params` of `kernels.cu`.
@@ -163,12 +206,11 @@ struct Params {
 }
 
 const FLAG_F32_OUT: u32 = 1;
-const FLAG_ACCUMULATE: u32 = 1;
 const FLAG_FEATURES_FIRST: u32 = 2;
 
 impl Params {
     /// Dimensions were checked: they fit.
-    fn new(shape: Shape, splits: usize, scale: f32, dropout: Option<Dropout>, flags: u32) -> Self {
+    fn new(shape: Shape, scale: f32, dropout: Option<Dropout>, flags: u32) -> Self {
         let Dropout { seed, threshold, scale: dropout_scale } =
             dropout.unwrap_or(Dropout { seed: 0, threshold: 0, scale: 1.0 });
         Self {
@@ -176,7 +218,7 @@ impl Params {
             tokens: shape.tokens as u32,
             features: shape.features as u32,
             rank: shape.rank as u32,
-            splits: splits as u32,
+            splits: 1,
             threshold,
             dropout_scale,
             scale,
@@ -190,93 +232,75 @@ pub fn supports(client: &Client) -> bool {
     cuda_source::device(client).is_some_and(|device| device.compute_capability >= (8, 0))
 }
 
-/// Rounds a factor to `format` and puts it in the order of [`project`].
-///
-/// # Shapes
-/// `factor`: f32, `[rank, features]` or `[features, rank]` as `layout` says.
+/// Rounds a factor to `format`, of 16 bits, and puts it in the order of [`project`].
 ///
 /// # Errors
-/// [`KernelError::Unsupported`], and the variants about sizes when `factor` does not hold the shape.
-pub fn pack(
-    client: &Client,
-    factor: &Handle,
-    features: usize,
-    rank: usize,
-    layout: FactorLayout,
-    format: HalfFormat,
-) -> Result<PackedFactor, KernelError> {
+/// [`KernelError::Unsupported`], [`KernelError::Format`], and the variants about sizes when the factor does not hold
+/// its shape.
+pub fn pack(client: &Client, factor: Factor<'_>, format: FloatFormat) -> Result<PackedFactor, KernelError> {
+    let Factor { values, features, rank, layout } = factor;
     let shape = Shape { tokens: 0, features, rank };
-    check(client, shape)?;
-    check_buffer("factor", factor, features * rank, 4)?;
+    check(client, shape, format)?;
+    check_buffer("factor", values, features * rank, 4)?;
     let tiling = plan::pack(rank);
-    let values = features.div_ceil(32) * 32 * tiling.padded_rank(Kind::Pack);
-    let packed = client.empty(values * 2);
-    let flags = if layout == FactorLayout::FeaturesFirst { FLAG_FEATURES_FIRST } else { 0 };
+    let elements = features.div_ceil(32) * 32 * tiling.padded_rank(Kind::Pack);
+    let packed = client.empty(elements * 2);
     let variant =
         Variant { kind: Kind::Pack, tiling, cluster: 1, dropout: false, aligned: true, small_aligned: true, format };
-    let params = Params::new(shape, 1, 1.0, None, flags);
-    launch(client, variant, (values / 8).div_ceil(FLAT_THREADS), Arguments::new().read(factor).write(&packed), params)?;
+    let params = Params::new(shape, 1.0, None, layout.flag());
+    let cubes = (elements / 8).div_ceil(FLAT_THREADS);
+    launch(client, variant, cubes, Arguments::new().read(values).write(&packed), params)?;
     Ok(PackedFactor { packed, features, rank, format })
 }
 
 /// `out = scaling · dropout(x) factorᵀ`.
 ///
 /// # Shapes
-/// - `x`: `[tokens, features]` of the factor's format
-/// - `out`: `[tokens, rank]` as `output` says
+/// [`Projection`] has them.
 ///
 /// # Errors
 /// [`KernelError::Unsupported`], and the variants about sizes when a buffer does not hold its shape.
-#[allow(clippy::too_many_arguments)]
 pub fn project(
     client: &Client,
-    x: &Handle,
-    factor: &PackedFactor,
-    out: &Handle,
+    operands: Projection<'_>,
     tokens: usize,
     output: Output,
     scaling: f32,
     dropout: Option<Dropout>,
 ) -> Result<(), KernelError> {
+    let Projection { x, factor, out } = operands;
     let shape = Shape { tokens, features: factor.features, rank: factor.rank };
-    check(client, shape)?;
+    check(client, shape, factor.format)?;
     check_buffer("x", x, tokens * shape.features, 2)?;
     check_buffer("out", out, tokens * shape.rank, if output == Output::F32 { 4 } else { 2 })?;
-    let flags = if output == Output::F32 { FLAG_F32_OUT } else { 0 };
+    let params = Params::new(shape, scaling, dropout, if output == Output::F32 { FLAG_F32_OUT } else { 0 });
     let operands = Operands { x, small: &factor.packed, out, small_aligned: true, format: factor.format };
-    product(client, Kind::Project, shape, operands, scaling, dropout, flags)
+    product(client, Kind::Project, shape, operands, dropout, params)
 }
 
-/// `out += scaling · smallᵀ dropout(x)`, or that transposed; `out =` without `accumulate`.
+/// `out = productᵀ dropout(x)`, or that transposed, as `layout` says.
 ///
 /// # Shapes
-/// - `x`: `[tokens, features]` of `format`
-/// - `small`: `[tokens, rank]` of `format`
-/// - `out`: f32, `[rank, features]` or `[features, rank]` as `layout` says
+/// [`Gradient`] has them; `x` and `product` are of `format`, which has 16 bits.
 ///
 /// # Errors
-/// As [`project`].
-#[allow(clippy::too_many_arguments)]
+/// As [`pack`].
 pub fn gradient(
     client: &Client,
-    x: &Handle,
-    small: &Handle,
-    out: &Handle,
+    operands: Gradient<'_>,
     shape: Shape,
     layout: FactorLayout,
-    accumulate: bool,
-    scaling: f32,
     dropout: Option<Dropout>,
-    format: HalfFormat,
+    format: FloatFormat,
 ) -> Result<(), KernelError> {
-    check(client, shape)?;
+    let Gradient { x, product: small, out } = operands;
+    check(client, shape, format)?;
     check_buffer("x", x, shape.tokens * shape.features, 2)?;
-    check_buffer("small", small, shape.tokens * shape.rank, 2)?;
+    check_buffer("product", small, shape.tokens * shape.rank, 2)?;
     check_buffer("out", out, shape.features * shape.rank, 4)?;
-    let flags = if accumulate { FLAG_ACCUMULATE } else { 0 }
-        | if layout == FactorLayout::FeaturesFirst { FLAG_FEATURES_FIRST } else { 0 };
     let small_aligned = shape.rank.is_multiple_of(8) && offset(small).is_multiple_of(16);
-    product(client, Kind::Gradient, shape, Operands { x, small, out, small_aligned, format }, scaling, dropout, flags)
+    let operands = Operands { x, small, out, small_aligned, format };
+    product(client, Kind::Gradient, shape, operands, dropout, Params::new(shape, 1.0, dropout, layout.flag()))
 }
 
 struct Operands<'a> {
@@ -284,7 +308,7 @@ struct Operands<'a> {
     small: &'a Handle,
     out: &'a Handle,
     small_aligned: bool,
-    format: HalfFormat,
+    format: FloatFormat,
 }
 
 /// Launches a product whose sizes were checked.
@@ -293,9 +317,8 @@ fn product(
     kind: Kind,
     shape: Shape,
     operands: Operands<'_>,
-    scaling: f32,
     dropout: Option<Dropout>,
-    flags: u32,
+    mut params: Params,
 ) -> Result<(), KernelError> {
     let Operands { x, small, out, small_aligned, format } = operands;
     let rows = if kind == Kind::Project { shape.tokens } else { shape.features };
@@ -304,39 +327,36 @@ fn product(
     }
     let device = cuda_source::device(client).ok_or_else(|| unsupported(client))?;
     // No dropout at all is the variant without it.
-    let dropout = dropout.filter(|dropout| dropout.threshold > 0 || dropout.scale != 1.0);
+    let dropout = dropout.is_some_and(|dropout| dropout.threshold > 0 || dropout.scale != 1.0);
     let processors =
         Processors { count: device.multiprocessors as usize, clusters: device.compute_capability >= (9, 0) };
-    let Plan { tiling, tiles, splits, scratch } = plan::plan(kind, shape, processors, dropout.is_some());
+    let Plan { tiling, tiles, splits, scratch } = plan::plan(kind, shape, processors, dropout);
+    params.splits = splits as u32;
     let aligned = shape.features.is_multiple_of(8) && offset(x).is_multiple_of(16);
     let cluster = if scratch { 0 } else { splits };
-    let variant = Variant { kind, tiling, cluster, dropout: dropout.is_some(), aligned, small_aligned, format };
-    let params = Params::new(shape, splits, scaling, dropout, flags);
-    let inputs = || Arguments::new().read(x).read(small);
-    let output = |arguments: Arguments| match kind == Kind::Gradient && flags & FLAG_ACCUMULATE != 0 {
-        true => arguments.read_write(out),
-        false => arguments.write(out),
-    };
+    let variant = Variant { kind, tiling, cluster, dropout, aligned, small_aligned, format };
+    let inputs = Arguments::new().read(x).read(small);
     if !scratch {
-        return launch(client, variant, tiles * splits, output(inputs()), params);
+        return launch(client, variant, tiles * splits, inputs.write(out), params);
     }
     let sums = tiles * tiling.rows(kind) * tiling.padded_rank(kind);
     let partial = client.empty(sums * splits * 4);
-    launch(client, variant, tiles * splits, inputs().write(&partial), params)?;
+    launch(client, variant, tiles * splits, inputs.write(&partial), params)?;
     let kind = Kind::Sum { project: kind == Kind::Project };
     let variant = Variant { kind, dropout: false, aligned: true, small_aligned: true, ..variant };
-    launch(client, variant, (sums / 4).div_ceil(FLAT_THREADS), output(Arguments::new().read(&partial)), params)
+    let cubes = (sums / 4).div_ceil(FLAT_THREADS);
+    launch(client, variant, cubes, Arguments::new().read(&partial).write(out), params)
 }
 
 /// The operands in the order of the kernels' parameters.
 fn launch(
     client: &Client,
     variant: Variant,
-    blocks: usize,
+    cubes: usize,
     operands: Arguments,
     params: Params,
 ) -> Result<(), KernelError> {
-    let grid = (blocks as u32, 1, 1);
+    let grid = (cubes as u32, 1, 1);
     cuda_source::launch(client, &variant.source(), grid, operands.params(params))
         .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
 }
@@ -345,10 +365,11 @@ fn unsupported(client: &Client) -> KernelError {
     KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION }
 }
 
-fn check(client: &Client, shape: Shape) -> Result<(), KernelError> {
+fn check(client: &Client, shape: Shape, format: FloatFormat) -> Result<(), KernelError> {
     if !supports(client) {
         return Err(unsupported(client));
     }
+    check_half(client, OPERATION, format)?;
     if !(1..=MAX_RANK).contains(&shape.rank) {
         return Err(KernelError::Rank(shape.rank));
     }

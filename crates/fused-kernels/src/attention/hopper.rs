@@ -62,12 +62,13 @@
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorElement, TensorMap};
+use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorMap};
 
-use super::{Backward, OPERATION, Operand, Options, Params, Shape, Side, check_limit};
-use crate::{HalfFormat, KernelError};
+use super::{Backward, Forward, OPERATION, Operand, Options, Params, Shape, Side, check_limit};
+use crate::{FloatFormat, KernelError};
 
 const FORWARD: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     cuda_source::tma_barriers!(),
@@ -75,6 +76,7 @@ const FORWARD: &str = concat!(
     include_str!("hopper_forward.cu")
 );
 const BACKWARD: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     cuda_source::tma_barriers!(),
@@ -82,8 +84,8 @@ const BACKWARD: &str = concat!(
     include_str!("hopper_backward.cu")
 );
 const THREADS: u32 = 384;
-/// Rows of queries, or keys, that a block computes.
-const BLOCK_ROWS: usize = 128;
+/// Rows of queries, or keys, that a cube computes.
+const CUBE_ROWS: usize = 128;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -101,7 +103,7 @@ struct Variant {
     /// head_dim, padded: 64 or 128.
     dim: usize,
     softcap: bool,
-    format: HalfFormat,
+    format: FloatFormat,
 }
 
 impl Variant {
@@ -117,7 +119,7 @@ impl Variant {
         }
     }
 
-    /// Whether the two groups take turns at the tensor cores. dQ's kernel knows no turns.
+    /// Whether the two groups take turns at the tensor cores. dQ's kernel has no turns.
     fn turns(self) -> bool {
         match self.kind {
             Kind::Forward => self.dim == 64,
@@ -134,7 +136,7 @@ impl Variant {
             Kind::Queries => (BACKWARD, "attention_queries", 3, "TILE"),
         };
         let defines = [
-            ("F16", i64::from(self.format == HalfFormat::F16)),
+            self.format.define(),
             ("D", self.dim as i64),
             ("SOFTCAP", i64::from(self.softcap)),
             ("KIND", kind),
@@ -154,9 +156,9 @@ pub(super) fn takes(device: &CudaDevice, head_dim: usize) -> bool {
 
 /// Whether they are the better ones for rows that the device takes.
 pub(super) fn suits(shape: &Shape, operands: &[Operand<'_>]) -> bool {
-    // Fewer queries leave half of a block idle. TMA's strides don't overlap.
+    // Fewer queries leave half of a cube idle. TMA's strides don't overlap.
     let apart = |operand: &Operand<'_>| operand.strides.token.min(operand.strides.head) >= shape.head_dim;
-    shape.rows.longest().0 > BLOCK_ROWS / 2 && operands.iter().all(apart)
+    shape.rows.longest().0 > CUBE_ROWS / 2 && operands.iter().all(apart)
 }
 
 /// What all launches of a call share.
@@ -170,22 +172,16 @@ pub(super) struct Call<'a> {
 }
 
 impl Call<'_> {
-    pub(super) fn forward(
-        &self,
-        q: Operand<'_>,
-        k: Operand<'_>,
-        v: Operand<'_>,
-        o: &Handle,
-        lse: &Handle,
-    ) -> Result<(), KernelError> {
+    pub(super) fn forward(&self, operands: &Forward<'_>) -> Result<(), KernelError> {
+        let Forward { q, k, v, o, lse } = *operands;
         self.launch(Kind::Forward, |tile, counter| {
             Arguments::new()
-                .tensor_map(self.map(q, Side::Queries, BLOCK_ROWS))
+                .tensor_map(self.map(q, Side::Queries, CUBE_ROWS))
                 .tensor_map(self.map(k, Side::Keys, tile))
                 .tensor_map(self.map(v, Side::Keys, tile))
                 .read(self.bounds)
                 .counters(counter)
-                .write(o)
+                .write(o.handle)
                 .write(lse)
         })
     }
@@ -203,8 +199,8 @@ impl Call<'_> {
                 .read(delta)
                 .counters(counter)
         };
-        self.launch(Kind::Keys, |tile, counter| inputs(tile, BLOCK_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
-        self.launch(Kind::Queries, |tile, counter| inputs(BLOCK_ROWS, tile, counter).write(d_q.handle))
+        self.launch(Kind::Keys, |tile, counter| inputs(tile, CUBE_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
+        self.launch(Kind::Queries, |tile, counter| inputs(CUBE_ROWS, tile, counter).write(d_q.handle))
     }
 
     /// `[rows, heads, len, head_dim]` in boxes of that many tokens and 64 dimensions.
@@ -219,10 +215,7 @@ impl Call<'_> {
             strides: vec![stride(rows, strides.row), stride(heads, strides.head), stride(len, strides.token)],
             tile: vec![1, 1, tokens, 64],
             swizzle: Swizzle::B128,
-            element: match self.shape.format {
-                HalfFormat::Bf16 => TensorElement::BF16,
-                HalfFormat::F16 => TensorElement::F16,
-            },
+            element: self.shape.format.tensor_element(),
         }
     }
 
@@ -232,7 +225,7 @@ impl Call<'_> {
         let variant = Variant { kind, dim, softcap: options.softcap.is_some(), format: shape.format };
         let (queries, keys) = shape.rows.longest();
         let (len, heads) = if kind == Kind::Keys { (keys, shape.kv_heads) } else { (queries, shape.heads) };
-        let (tiles, pairs) = (len.div_ceil(BLOCK_ROWS), heads * shape.rows.count());
+        let (tiles, pairs) = (len.div_ceil(CUBE_ROWS), heads * shape.rows.count());
         check_limit("tiles of all heads and rows", tiles * pairs, i32::MAX as usize)?;
         if tiles * pairs == 0 {
             return Ok(());
@@ -241,12 +234,12 @@ impl Call<'_> {
             return Err(KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION });
         };
         params.tiles = tiles as u32;
-        let blocks = (tiles * pairs).min(device.multiprocessors as usize);
+        let cubes = (tiles * pairs).min(device.multiprocessors as usize);
         params.section = section(kind, shape, device.l2_bytes).min(pairs) as u32;
-        params.light = light(tiles, pairs, blocks) as u32;
+        params.light = light(tiles, pairs, cubes) as u32;
         let counter = cuda_source::counters(client, &client.empty(4), 1);
         let arguments = arguments(variant.tiling().0, &counter).params(params);
-        cuda_source::launch(client, &variant.source(), (blocks as u32, 1, 1), arguments)
+        cuda_source::launch(client, &variant.source(), (cubes as u32, 1, 1), arguments)
             .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
     }
 }
@@ -264,11 +257,11 @@ fn section(kind: Kind, shape: &Shape, l2_bytes: usize) -> usize {
     .max(1)
 }
 
-/// How many of a head's tiles, the lightest, are left for the end, where they even out what the heavy ones left: half of
-/// the heaviest for each block.
-fn light(tiles: usize, pairs: usize, blocks: usize) -> usize {
+/// How many of a head's tiles, the lightest, are left for the end, where they even out what the heavy ones left: half
+/// of the heaviest for each cube.
+fn light(tiles: usize, pairs: usize, cubes: usize) -> usize {
     // The lightest takes one step, the heaviest as many as there are tiles.
-    (0..tiles).find(|light| pairs * light * (light + 1) >= blocks * tiles).unwrap_or(tiles)
+    (0..tiles).find(|light| pairs * light * (light + 1) >= cubes * tiles).unwrap_or(tiles)
 }
 
 #[cfg(test)]
@@ -279,7 +272,7 @@ mod tests {
     const KINDS: [Kind; 3] = [Kind::Forward, Kind::Keys, Kind::Queries];
 
     fn variants() -> impl Iterator<Item = Variant> {
-        let of = |kind| [64, 128].map(|dim| Variant { kind, dim, softcap: true, format: HalfFormat::F16 });
+        let of = |kind| [64, 128].map(|dim| Variant { kind, dim, softcap: true, format: FloatFormat::F16 });
         KINDS.into_iter().flat_map(of)
     }
 
@@ -287,7 +280,7 @@ mod tests {
     fn tiles_fit_in_shared_memory() {
         for variant in variants() {
             let (tile, stages) = variant.tiling();
-            let rows = 2 * tile * stages + if variant.kind == Kind::Forward { BLOCK_ROWS } else { 2 * BLOCK_ROWS };
+            let rows = 2 * tile * stages + if variant.kind == Kind::Forward { CUBE_ROWS } else { 2 * CUBE_ROWS };
             // 227 KB less barriers and statistics.
             assert!(rows * variant.dim * 2 <= 224 << 10, "{variant:?}");
             assert!(tile.is_multiple_of(64) && tile <= 256, "{variant:?}: what wgmma and TMA take");
@@ -301,7 +294,7 @@ mod tests {
             heads,
             kv_heads,
             head_dim: 128,
-            format: HalfFormat::Bf16,
+            format: FloatFormat::BF16,
         };
         // 1 MiB a head.
         assert_eq!(section(Kind::Forward, &shape(2048, 32, 32), 48 << 20), 8);

@@ -108,10 +108,7 @@ pub fn queue_quantize(
             buffer(&tables(client), TABLE_LEN),
             buffer(&codes, words),
             buffer(&absmax, blocks),
-            num_elements,
-            quant_type,
-            blocksize,
-            words_per_unit,
+            BlocksLaunch::new(num_elements, quant_type, blocksize, words_per_unit),
             elem_type(format),
         );
     }
@@ -130,7 +127,7 @@ impl Quantizing {
         &self.weight
     }
 
-    /// Waits for the kernels and looks whether every element was finite.
+    /// Waits for the kernels and checks that every element was finite.
     ///
     /// # Errors
     ///
@@ -203,19 +200,31 @@ fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, mean: &Handl
     DeviceAbsmax::Nested { codes, absmax: nested_absmax, blocksize }
 }
 
+/// How a weight is cut into blocks.
+#[derive(CubeType, CubeLaunch)]
+struct Blocks {
+    elements: usize,
+    #[cube(comptime)]
+    quant_type: QuantType,
+    #[cube(comptime)]
+    blocksize: usize,
+    #[cube(comptime)]
+    words_per_unit: usize,
+}
+
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn quantize_kernel<F: Float, N: Size>(
     input: &[Vector<F, N>],
     table: &[f32],
     codes: &mut [u32],
     absmax: &mut [f32],
-    elements: usize,
-    #[comptime] quant_type: QuantType,
-    #[comptime] blocksize: usize,
-    #[comptime] words_per_unit: usize,
+    of: &Blocks,
     #[define(F)] _format: ElemType,
 ) {
+    let elements = of.elements;
+    let quant_type = comptime!(of.quant_type);
+    let blocksize = comptime!(of.blocksize);
+    let words_per_unit = comptime!(of.words_per_unit);
     let vector = N::value().comptime();
     let per_unit = comptime!(8 * words_per_unit);
     let unit = UNIT_POS as usize;

@@ -41,7 +41,7 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::tables;
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = concat!(include_str!("common.cu"), include_str!("ampere.cu"));
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("common.cu"), include_str!("ampere.cu"));
 /// Rows of A per tile.
 const FEATURES: usize = 128;
 const THREADS: u32 = 128;
@@ -147,11 +147,11 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
     let defines = [
         ("TRANSPOSED", i64::from(problem.direction == Direction::InputGradient)),
         ("DENSE", i64::from(problem.blocksize.is_none())),
-        ("HALF", i64::from(problem.format == FloatFormat::F16)),
+        cuda_source::FloatFormat::from(problem.format).define(),
         ("OUT_F32", i64::from(problem.out == FloatFormat::F32)),
         ("BN", tile.tokens as i64),
         ("STAGES", STAGES),
-        ("MIN_BLOCKS", tile.cubes() as i64),
+        ("MIN_CUBES", tile.cubes() as i64),
     ];
     Source::with_defines(TEXT, "matmul", THREADS, &defines)
 }

@@ -41,7 +41,7 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::{DeviceAbsmax, MAP_START, tables};
 use crate::{FloatFormat, QuantError, QuantType};
 
-const TEXT: &str = include_str!("gemv.cu");
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("gemv.cu"));
 /// The most tokens.
 const TOKENS: usize = 16;
 /// Rows of W that a warp takes.
@@ -176,14 +176,14 @@ pub(super) fn launch(
 pub(super) fn source(problem: &Problem, nested: bool) -> Source {
     let (token_tiles, cubes) = variant(problem.tokens);
     let defines = [
-        ("HALF", i64::from(problem.format == FloatFormat::F16)),
+        cuda_source::FloatFormat::from(problem.format).define(),
         ("OUT_F32", i64::from(problem.out == FloatFormat::F32)),
         ("NESTED", nested.into()),
         ("TAIL", i64::from(!problem.in_features.is_multiple_of(STEP))),
         ("TOKEN_TILES", token_tiles as i64),
         ("ROW_TILES", 1),
         ("WARPS", WARPS as i64),
-        ("BLOCKS", cubes as i64),
+        ("CUBES", cubes as i64),
     ];
     Source::with_defines(TEXT, "gemv", 32 * WARPS as u32, &defines)
 }
@@ -197,8 +197,8 @@ struct Book {
     scale: f32,
 }
 
-/// The codebook times that number of 4,096 from 1 to 2 for which rounding to 16 bits leaves the least mean square error.
-/// Codes are taken as equally frequent, which NF4 is made for; FP4's values come out exact.
+/// The codebook times that number of 4,096 from 1 to 2 for which rounding to 16 bits leaves the least mean square
+/// error. Codes are taken as equally frequent, which NF4 is made for; FP4's values come out exact.
 fn book(quant_type: QuantType, format: FloatFormat) -> Book {
     static BOOKS: LazyLock<Mutex<HashMap<(QuantType, FloatFormat), Book>>> = LazyLock::new(Mutex::default);
     let mut books = BOOKS.lock().unwrap_or_else(PoisonError::into_inner);

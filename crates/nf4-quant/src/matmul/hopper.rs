@@ -84,6 +84,7 @@ use crate::kernels::{DeviceWeight, tables};
 use crate::{FloatFormat, QuantError};
 
 const TEXT: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("common.cu"),
     cuda_source::tma_barriers!(),
     include_str!("hopper_instructions.cu"),
@@ -163,7 +164,7 @@ pub(super) fn launch(
     out: &Handle,
 ) -> Result<(), QuantError> {
     let (features, depth, tokens) = (problem.features(), problem.depth(), problem.tokens);
-    let element = element(problem.format);
+    let element = cuda_source::FloatFormat::from(problem.format).tensor_element();
     let cluster = tile.cluster();
     let rows_of_x = |handle: &Handle, cols| TensorMap2d {
         handle: handle.clone(),
@@ -225,14 +226,6 @@ pub(super) fn launch(
     cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments).map_err(refused)
 }
 
-fn element(format: FloatFormat) -> TensorElement {
-    match format {
-        FloatFormat::F32 => TensorElement::F32,
-        FloatFormat::F16 => TensorElement::F16,
-        FloatFormat::BF16 => TensorElement::BF16,
-    }
-}
-
 fn dense_map(problem: &Problem, weight: &Handle, element: TensorElement) -> TensorMap2d {
     TensorMap2d {
         handle: weight.clone(),
@@ -274,7 +267,7 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
         for (name, value) in [
             ("TRANSPOSED", usize::from(problem.direction == Direction::InputGradient)),
             ("DENSE", dense.into()),
-            ("HALF", half.into()),
+            ("F16", half.into()),
             ("OUT_F32", (problem.out == FloatFormat::F32).into()),
             ("BN", tile.tokens),
             ("STAGES", tile.stages),
