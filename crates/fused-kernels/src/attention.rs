@@ -11,21 +11,22 @@
 //!
 //! # Work
 //!
-//! With `pairs` the visible pairs of query and key, about `len² / 2` per row: a forward pass does `4 · head_dim` operations
-//! per pair and head, a backward pass `14 · head_dim`: the scores and `dO Vᵀ` are computed twice, once for dK and dV and
-//! once for dQ, against `10 · head_dim` of kernels that add dQ up with atomics, in another order on every run. Memory
-//! sees each operand and result, plus `lse` (f32 per query and head) and, in the backward pass, as much again: at a
-//! length of 2048 that is some thousand operations per byte, so tensor cores and what feeds them are the bound.
+//! With `pairs` the visible pairs of query and key, about `len² / 2` per row: a forward pass does `4 · head_dim`
+//! operations per pair and head, a backward pass `14 · head_dim`: the scores and `dO Vᵀ` are computed twice, once for
+//! dK and dV and once for dQ, against `10 · head_dim` of kernels that add dQ up with atomics, in another order on every
+//! run. Memory sees each operand and result, plus `lse` (f32 per query and head) and, in the backward pass, as much
+//! again: at a length of 2048 that is some thousand operations per byte, so tensor cores and what feeds them are the
+//! bound.
 //!
 //! # How
 //!
-//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on, and wgmma on 9.0 for heads
-//! up to 128 and more than a few queries (`attention/hopper.rs` describes those). `FUSED_KERNELS_ATTENTION` forces one:
-//! `mma` or `hopper`. Those for `mma`:
+//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on, and wgmma on 9.0 for
+//! heads up to 128 and more than a few queries (`attention/hopper.rs` describes those). `FUSED_KERNELS_ATTENTION`
+//! forces one: `mma` or `hopper`. Those for `mma`:
 //!
-//! - A block of four warps owns 64 queries (forward, dQ) or 64 keys (dK, dV), 16 per warp, and holds their operands in
+//! - A cube of four warps owns 64 queries (forward, dQ) or 64 keys (dK, dV), 16 per warp, and holds their operands in
 //!   registers as `mma` wants them, with the sums. Heads wider than 128 share 16 rows between two warps in the backward
-//!   pass: 32 rows per block. The other side passes through a ring of tiles in shared memory, filled by `cp.async` with
+//!   pass: 32 rows per cube. The other side passes through a ring of tiles in shared memory, filled by `cp.async` with
 //!   one barrier per tile. Chunks of 16 bytes are permuted by XOR, so that `ldmatrix` meets no bank conflict.
 //! - What `mma` leaves is already in the order of its next first operand, so probabilities stay in registers. dK and dV
 //!   compute scores with keys as rows for the same reason.
@@ -33,7 +34,7 @@
 //!   `lse` instead and needs no maximum.
 //! - Tiles that no query sees are skipped: those after the diagonal and those before the window. The heaviest tiles are
 //!   started first.
-//! - A block of dK and dV goes through all query heads of its group, so that nothing is added by atomics: the same bits
+//! - A cube of dK and dV goes through all query heads of its group, so that nothing is added by atomics: the same bits
 //!   on every run.
 //!
 //! Operands and results have strides ([`Strides`]): token-major as projections write them, head-major as a cache may
@@ -47,22 +48,14 @@
 //!
 //! # Measured
 //!
-//! One H100, bf16, causal, 32 heads of 128, TFLOP/s, of the gradients by five products:
-//!
-//! | shape | | forward | gradients |
-//! |---|---|---|---|
-//! | 4 x 2048 | `mma` | 260 | 148 |
-//! | | wgmma | 557 | 415 |
-//! | | torch | 525 | 390 |
-//! | 1 x 16384 | `mma` | 290 | 184 |
-//! | | wgmma | 709 | 525 |
-//! | | torch | 630 | 560 |
+//! One H100, bf16, causal, 4 x 2048 with 32 heads of 128, TFLOP/s (the gradients counted as five products): wgmma 557
+//! forward and 415 for the gradients, `mma` 260 and 148, torch 525 and 390. `docs/src/kernels/attention.md` has more
+//! shapes.
 //!
 //! # What was not done
 //!
-//! - Tuning for `mma`: tile sizes were picked by what fits (`plan.rs`). On Hopper it reaches some 60 % of the tensor
-//!   cores, and each warp reads all of a tile for its 16 rows: 2 KiB of shared memory per 32,768 operations.
-//! - Splitting keys between blocks: a single query over a long cache uses one block per head.
+//! - Tuning for `mma`: tile sizes were picked by what fits (`plan.rs`).
+//! - Splitting keys between cubes: a single query over a long cache uses one cube per head.
 //! - Heads that are no multiple of 8 wide.
 
 mod hopper;

@@ -7,7 +7,7 @@
 //! | `U = x Aᵀ` [tokens, rank] | [`project`] of `x` by `A`, [`FactorLayout::RankFirst`] |
 //! | `V = scaling · dy B` [tokens, rank] | [`project`] of `dy` by `B`, [`FactorLayout::FeaturesFirst`] |
 //! | `dA = Vᵀ x` [rank, in] | [`gradient`] of `x` and `V`, [`FactorLayout::RankFirst`] |
-//! | `dB = scaling · dyᵀ U` [out, rank] | [`gradient`] of `dy` and `U`, [`FactorLayout::FeaturesFirst`] |
+//! | `dB = dyᵀ (scaling · U)` [out, rank] | [`gradient`] of `dy` and scaled `U`, [`FactorLayout::FeaturesFirst`] |
 //!
 //! Each reads one large matrix, `[tokens, features]`, and computes 2 · rank operations per element of it: at rank
 //! 64 and an H200's 4.3 TB/s that is 275 TFLOP/s, so memory should be the bound as long as tensor cores do the sums
@@ -21,11 +21,10 @@
 //!   different rows: it pairs them with byte permutations.
 //! - The narrow operand goes through two stages of shared memory. A factor is first rounded and put in fragment
 //!   order by a small kernel ([`pack`]); the result serves every projection until the factor changes.
-//! - Where one tile per block would leave multiprocessors idle, several blocks share a tile's contraction, and add
-//!   their sums in the order of the blocks: the same bits on every run. Either they are one cluster, of up to eight,
+//! - Where one tile per cube would leave multiprocessors idle, several cubes share a tile's contraction and add
+//!   their sums in the order of the cubes: the same bits on every run. Either they are one cluster, of up to eight,
 //!   and add through distributed shared memory, or up to sixteen write to scratch memory and one more launch adds.
-//!   At rank 64 the best variant with scratch was up to 1.5 times as fast as the best cluster (a projection of
-//!   512 x 28672: 17 µs against 25). GPUs before Hopper have no clusters.
+//!   GPUs before Hopper have no clusters.
 //! - Dropout is applied to the registers, so no masked copy of `x` exists and none is kept for the backward.
 //!
 //! Sums are f32 (in tensor cores), rounded once. Relative error (Frobenius) against f64 of the same operands, as
@@ -33,55 +32,18 @@
 //!
 //! # Measured
 //!
-//! One H200, bf16: the median of three replays of a graph of 16 launches, which rotate over copies of `x` of 64 MiB or
-//! more together, in ms (TB/s of one read of `x`, 4 bytes per element of the factor and 2 of the narrow matrix), beside
-//! `torch.matmul` in the same run. The kernels ran from a harness, not through this module, with the tilings and
-//! splits that `plan.rs` picks, which were chosen by these figures. A projection is without its [`pack`], which runs
-//! once per factor; a gradient of ours is f32, torch's bf16.
+//! One H200, bf16, 8192 x 11008: ms (TB/s), and the same of `torch.matmul` in the same run. At ranks 128 and 256 memory
+//! is not the bound. `docs/src/kernels/low-rank.md` has all shapes, how the tilings were chosen, and what was not
+//! tried.
 //!
-//! | rank | tokens x features | `project` | torch | `gradient` | torch |
-//! |---|---|---|---|---|---|
-//! | 16 | 512 x 4096 | 0.0059 (0.76) | 0.0065 (0.69) | 0.0055 (0.81) | 0.0043 (1.05) |
-//! | 16 | 2048 x 4096 | 0.0083 (2.06) | 0.0087 (1.97) | 0.0112 (1.53) | 0.0075 (2.28) |
-//! | 16 | 8192 x 4096 | 0.0182 (3.72) | 0.0190 (3.56) | 0.0269 (2.51) | 0.0218 (3.10) |
-//! | 16 | 8192 x 11008 | 0.0441 (4.11) | 0.0471 (3.85) | 0.0482 (3.76) | 0.0472 (3.84) |
-//! | 16 | 8192 x 28672 | 0.1089 (4.33) | 0.1170 (4.03) | 0.1192 (3.96) | 0.1113 (4.24) |
-//! | 64 | 512 x 4096 | 0.0073 (0.72) | 0.0067 (0.79) | 0.0073 (0.73) | 0.0044 (1.21) |
-//! | 64 | 2048 x 4096 | 0.0106 (1.70) | 0.0092 (1.98) | 0.0117 (1.55) | 0.0079 (2.28) |
-//! | 64 | 8192 x 4096 | 0.0221 (3.13) | 0.0204 (3.39) | 0.0241 (2.87) | 0.0219 (3.15) |
-//! | 64 | 8192 x 11008 | 0.0490 (3.76) | 0.0500 (3.69) | 0.0522 (3.53) | 0.0449 (4.10) |
-//! | 64 | 8192 x 28672 | 0.1176 (4.06) | 0.1276 (3.75) | 0.1339 (3.57) | 0.1129 (4.23) |
-//! | 128 | 512 x 4096 | 0.0120 (0.54) | 0.0069 (0.93) | 0.0115 (0.56) | 0.0043 (1.48) |
-//! | 128 | 2048 x 4096 | 0.0187 (1.04) | 0.0106 (1.83) | 0.0227 (0.86) | 0.0073 (2.67) |
-//! | 128 | 8192 x 4096 | 0.0354 (2.01) | 0.0208 (3.43) | 0.0637 (1.12) | 0.0203 (3.51) |
-//! | 128 | 8192 x 11008 | 0.0858 (2.19) | 0.0481 (3.91) | 0.1139 (1.65) | 0.0460 (4.09) |
-//! | 128 | 8192 x 28672 | 0.2138 (2.28) | 0.1242 (3.92) | 0.2476 (1.97) | 0.1822 (2.67) |
-//! | 256 | 512 x 4096 | 0.0156 (0.56) | 0.0076 (1.13) | 0.0139 (0.62) | 0.0050 (1.73) |
-//! | 256 | 2048 x 4096 | 0.0343 (0.64) | 0.0110 (1.99) | 0.0358 (0.62) | 0.0096 (2.30) |
-//! | 256 | 8192 x 4096 | 0.0622 (1.21) | 0.0266 (2.84) | 0.1178 (0.64) | 0.0291 (2.59) |
-//! | 256 | 8192 x 11008 | 0.1525 (1.28) | 0.0678 (2.89) | 0.2189 (0.89) | 0.0693 (2.83) |
-//! | 256 | 8192 x 28672 | 0.3856 (1.31) | 0.1761 (2.86) | 0.5177 (0.97) | 0.1761 (2.86) |
+//! | rank | [`project`] | torch | [`gradient`] | torch |
+//! |---|---|---|---|---|
+//! | 16 | 0.0441 (4.11) | 0.0471 (3.85) | 0.0482 (3.76) | 0.0472 (3.84) |
+//! | 64 | 0.0490 (3.76) | 0.0500 (3.69) | 0.0522 (3.53) | 0.0449 (4.10) |
+//! | 128 | 0.0858 (2.19) | 0.0481 (3.91) | 0.1139 (1.65) | 0.0460 (4.09) |
+//! | 256 | 0.1525 (1.28) | 0.0678 (2.89) | 0.2189 (0.89) | 0.0693 (2.83) |
 //!
-//! Over all twelve shapes (512, 2048 and 8192 tokens by 4096, 8192, 11008 and 28672 features), speed as a multiple of
-//! torch's: 0.83 to 1.11 for projections and 0.67 to 1.22 for gradients at ranks 8 and 16; 0.70 to 1.08 and 0.60 to
-//! 0.91 at rank 64, least with 512 tokens; 0.29 to 0.59 and 0.32 to 0.74 at rank 128; 0.24 to 0.49 and 0.25 to 0.38
-//! at rank 256, where the most is 312 TFLOP/s and torch reaches 683 on the same shape: memory is not the bound there.
-//!
-//! Dropout at 8192 x 4096 and rank 64 took 0.057 ms (project) and 0.066 (gradient) with the fastest of the variants
-//! that were tried, clusters of two. Its hash, some 20 integer operations per element, is estimated at 0.045 ms.
-//!
-//! Predicted, not measured: the splits through scratch that `plan.rs` picks with dropout; rank 32; features of a few
-//! hundred; anything but bf16 on an H200; launches from CubeCL's stream rather than a graph, where the second launch of
-//! scratch may cost some microseconds more.
-//!
-//! # What was not done
-//!
-//! - wgmma. `mma` should reach some 60 % of a Hopper's tensor throughput; the most measured here is about half of that,
-//!   so at ranks 128 and 256 something else comes first.
-//! - Scratch instead of clusters at other ranks than 64, where it was not measured; 128 and 256 should gain most.
-//! - One pass over `dy` for both `V` and `dB`: `dB` contracts over tokens and would have to keep `[out, rank]` sums
-//!   per block.
-//! - Unaligned rows (features not a multiple of 8) load element by element: right, several times slower.
+//! Rows that are not aligned (features not a multiple of 8) are loaded element by element: right, several times slower.
 
 pub mod oracle;
 mod plan;

@@ -3,62 +3,35 @@
 //!
 //! # How
 //!
-//! - A block of 128 queries, or keys, has two warp groups that compute, with 64 rows and 232 registers a thread each, and
-//!   a warp that loads. Tiles come by TMA from the operands where they lie (four dimensions with any strides; zeros
+//! - A cube of 128 queries, or keys, has two warp groups that compute, with 64 rows and 232 registers a thread each,
+//!   and a warp that loads. Tiles come by TMA from the operands where they lie (four dimensions with any strides; zeros
 //!   past a row's end) into rings in shared memory, swizzled as wgmma reads them.
 //! - Products of scores take both operands from shared memory. Their result is in the order of a first operand, so
 //!   P and dS stay in registers; the second operand of those products is the same tile with its rows contracted. dK and
 //!   dV compute transposed scores for that reason.
-//! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of one
-//!   group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The assembler
-//!   starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it back.)
-//! - As many blocks as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads run
-//!   ahead over the end of a tile. Heads are taken in sections whose keys and values, or queries and gradients, stay in
-//!   the second-level cache, the heaviest tiles first; the lightest of all heads come last and even out the end
-//!   ([`section`], [`light`]). Who computes a tile does not matter to its bits.
-//! - dQ has a kernel of its own, as in the other kernels: seven products instead of the five of a kernel that adds dQ up
-//!   across blocks, which needs an order for the same bits every time, f32 scratch of twice q's size, and passes dS and
-//!   dQ through shared memory, whose bandwidth is what five products in one kernel are short of.
+//! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of
+//!   one group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The
+//!   assembler starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it
+//!   back.)
+//! - As many cubes as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads
+//!   run ahead over the end of a tile. Heads are taken in sections whose keys and values, or queries and gradients,
+//!   stay in the second-level cache, the heaviest tiles first. The lightest tiles of all heads come last and even out
+//!   the end ([`section`], [`light`]). The bits of a tile do not depend on the cube that computes it.
+//! - dQ has a kernel of its own, as in the other kernels. It costs seven products instead of the five of one kernel for
+//!   all gradients, which would have to add dQ up across cubes, in an order, and pass dS and dQ through shared memory.
 //!
-//! # Measured
+//! # Bound
 //!
-//! One H100 at 700 W, bf16, causal, the kernels alone, in TFLOP/s of the products that each computes for visible pairs
-//! (forward two, dK and dV four, dQ three):
-//!
-//! | shape | forward | dK, dV | dQ |
-//! |---|---|---|---|
-//! | 4 x 2048, 32/32 x 128 | 557 | 629 | 616 |
-//! | 1 x 16384, 32/32 x 128 | 709 | 690 | 808 |
-//! | 4 x 2048, 32/8 x 128 | 512 | 594 | 629 |
-//! | 1 x 16384, 32/8 x 128 window 4096 | 607 | 724 | 722 |
-//! | 1 x 2048, 32/32 x 128 | 428 | 542 | 492 |
-//! | 4 x 2048, 32/32 x 64 | 352 | 518 | 468 |
-//! | 1 x 16384, 32/32 x 64 | 461 | 687 | 666 |
-//!
-//! The gradients together, with `delta`: some 0.82 ms for 4 x 2048 and 10.5 ms for 1 x 16384 with 32 heads of 128, 415
-//! and 525 TFLOP/s by five products.
-//!
-//! What else was tried, at 4 x 2048 and 1 x 16384 with 32 heads of 128:
-//!
-//! | kernel | instead | TFLOP/s |
-//! |---|---|---|
-//! | forward | groups take turns | 548, 698 against 556, 706; at a head_dim of 64 turns give 486 against 464 for long rows |
-//! | forward | tiles of 64 keys | 497, 620 |
-//! | forward | three stages | 512, 707 against 543, 707 |
-//! | dK, dV | no turns | 537, 660 against 620, 694 |
-//! | dK, dV | four stages | 587, 698 against 625, 691 |
-//! | dK, dV, head_dim 64 | tiles of 64 queries | 412, 549 against 506, 665 |
-//! | dQ | turns | 614, 790 against 616, 808; 569 against 629 with 8 key heads |
-//! | dQ | tiles of 64 keys | 585, 730 against 592, 755 |
-//! | all | one section of all heads | 332, 553 and 442 against 541, 622 and 613 at 4 x 2048 |
-//! | all | no light tiles at the end | 357, 400 and 381 against 418, 492 and 502 at 1 x 2048 |
+//! Tensor cores, and the exponentials that must hide behind them: with 32 heads of 128, 4 x 2048 runs at 557 TFLOP/s
+//! forward, 629 for dK and dV and 616 for dQ, 1 x 16384 at 709, 690 and 808 (one H100 at 700 W, bf16, causal, of the
+//! products that each kernel computes). `docs/src/kernels/attention.md` has more shapes and the variants that lost.
 //!
 //! # What was not done
 //!
 //! - Tiles across the diagonal are computed whole: 6 % of the work at a length of 2048.
 //! - Heads wider than 128. Their dK and dV don't fit in the registers of two groups.
 //! - A packed row's last tile holds the first tokens of the next row; they weigh nothing, but zero times NaN is NaN.
-//! - A softcap costs a third of the forward pass: its tanh doubles what the special function unit has to do.
+//! - A cheaper softcap: its tanh doubles the work of the special function units, a third of the forward pass.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;

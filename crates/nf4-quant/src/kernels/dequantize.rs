@@ -9,13 +9,11 @@
 //! Bytes per element, blocksize 64, double quantization, bf16: 0.5 + 1/64 + 4/(64 * 256) read, 2
 //! written; nothing is computed but one product per element.
 //!
-//! Measured on an H200 (device copy: 4.3 TB/s), bf16, blocksize 64, double quantization: 0.162 ms or
-//! 3.64 TB/s for 28672 x 8192, 0.018 ms or 2.29 TB/s for 4096 x 4096.
-//!
-//! On an H100 (3.02 TB/s): 0.208 ms or 2.84 TB/s, and 0.019 ms or 2.20 TB/s.
+//! Measured on an H100 (device copy: 3.02 TB/s), bf16, blocksize 64, double quantization: 0.208 ms or 2.84 TB/s for
+//! 28672 x 8192, 0.019 ms or 2.20 TB/s for 4096 x 4096.
 //!
 //! Codebook and blocksize are run-time values, so a program compiles this kernel once per output format
-//! and width, whatever it loads.
+//! and vector width, for all weights.
 //!
 //! A range that does not start on a word takes the same kernel with a lookup per element.
 

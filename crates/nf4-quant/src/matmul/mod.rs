@@ -7,10 +7,12 @@
 //! | input gradient | in_features | Wᵀ | dy `[tokens, out_features]` | dx = dy W (+ v A) |
 //!
 //! Up to some thousand tokens no dequantized weight exists outside registers. Beyond, one transient of the weight costs
-//! less than decoding every tile again for each panel of tokens: see [`TRANSIENT_TOKENS`]. Sums are f32 and rounded once, after the low-rank
-//! product and the bias have been added; weights are codebook\[code\] * absmax in f32, rounded once to the
-//! activations' format, as [`crate::kernels::dequantize`] rounds them. So the result differs from
-//! dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens, rounds less.
+//! less than decoding every tile again for each panel of tokens: see [`TRANSIENT_TOKENS`].
+//!
+//! Sums are f32 and rounded once, after the low-rank product and the bias have been added. Weights are codebook\[code\]
+//! * absmax in f32, rounded once to the activations' format, as [`crate::kernels::dequantize`] rounds them. So the
+//! result differs from dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens,
+//! rounds less.
 //!
 //! | kernel | for |
 //! |---|---|
@@ -19,8 +21,8 @@
 //! | [`mod@ampere`] | mma.sync: compute capability 8.0 or later |
 //! | transient | the dense form of the latter two, on a weight that was dequantized before it |
 //!
-//! [`path`] says which kernel takes a problem, from what the device is: one place, for every caller. Where it has
-//! no answer the caller dequantizes into a transient.
+//! [`path`] is the one place that chooses the kernel for a problem on a device. Where it returns `None` the caller
+//! dequantizes into a transient.
 
 pub mod ampere;
 mod arrange;
