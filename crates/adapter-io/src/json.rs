@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use nf4_quant::python_float;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Number, Value};
 
@@ -94,49 +95,10 @@ fn number(n: &Number) -> String {
     if n.is_f64() { n.as_f64().map_or_else(|| n.to_string(), python_float) } else { n.to_string() }
 }
 
-/// Python's `repr(float)`.
-pub(crate) fn python_float(x: f64) -> String {
-    // `{:e}` gives the shortest digits that read back, as `d.ddde-5`. Between two equally near strings
-    // of that length Python takes the even one, as rounding to a fixed number of digits does here.
-    let shortest = format!("{x:e}");
-    let digits = shortest.split('e').next().unwrap_or_default().bytes().filter(u8::is_ascii_digit).count();
-    let even = format!("{x:.*e}", digits.saturating_sub(1));
-    let text = if even.parse() == Ok(x) { even } else { shortest };
-    let Some((mantissa, exponent)) = text.split_once('e') else { return text };
-    let Ok(exponent) = exponent.parse::<i32>() else { return text };
-    if (-4..16).contains(&exponent) || x == 0.0 {
-        let decimals = usize::try_from(digits as i32 - 1 - exponent).unwrap_or(0).max(1);
-        return format!("{x:.decimals$}");
-    }
-    let sign = if exponent < 0 { '-' } else { '+' };
-    format!("{mantissa}e{sign}{:02}", exponent.unsigned_abs())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn floats_as_python_prints_them() {
-        for (x, text) in [
-            (0.0, "0.0"),
-            (0.05, "0.05"),
-            (1e-5, "1e-05"),
-            (1.5e-7, "1.5e-07"),
-            (0.0001, "0.0001"),
-            (1e16, "1e+16"),
-            (123456789012345680.0, "1.2345678901234568e+17"),
-            (1e15, "1000000000000000.0"),
-            (-2.0, "-2.0"),
-            (1e-100, "1e-100"),
-            // Halfway between ...12 and ...13.
-            (f64::from(0.223_407_75_f32), "0.22340774536132812"),
-            (123_456_789.25, "123456789.25"),
-        ] {
-            assert_eq!(python_float(x), text);
-        }
-    }
 
     #[test]
     fn layout_as_python_writes_it() {

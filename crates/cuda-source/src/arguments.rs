@@ -8,8 +8,8 @@ use crate::tensor_map::TensorMap;
 
 /// Buffers and tensor maps in the order of the kernel's parameters, and the parameter struct.
 ///
-/// What each buffer is for is declared, because a launch that fails spoils only what it was to write, and
-/// one that reads a spoiled buffer does not run.
+/// Each buffer is declared as read or written. A launch that fails invalidates only the buffers that it was to write,
+/// and a launch that reads an invalid buffer does not run.
 #[derive(Debug, Default)]
 pub struct Arguments {
     resources: Vec<(Argument, BufferIOAttr)>,
@@ -33,7 +33,7 @@ impl Arguments {
         self.buffer(handle, BufferIOAttr::ReadOnly)
     }
 
-    /// A buffer that the kernel fills without looking at it.
+    /// A buffer that the kernel fills without reading it.
     pub fn write(self, handle: &Handle) -> Self {
         self.buffer(handle, BufferIOAttr::WriteOnly)
     }
@@ -43,8 +43,8 @@ impl Arguments {
         self.buffer(handle, BufferIOAttr::ReadWrite)
     }
 
-    /// [Counters](crate::counters()) that the kernel updates and leaves at zero. A launch that does not run leaves them at
-    /// zero too, so they are declared such that its failure does not reach the launches after it, which share them.
+    /// [Counters](crate::counters()) that the kernel updates and leaves at zero. A launch that does not run leaves them
+    /// at zero too, so they are declared such that its failure does not reach the launches after it, which share them.
     pub fn counters(self, handle: &Handle) -> Self {
         self.buffer(handle, BufferIOAttr::WriteOnly)
     }

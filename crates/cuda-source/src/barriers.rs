@@ -3,9 +3,9 @@
 /// A tensor map's type, and barriers in shared memory that count threads and the bytes of TMA: text for `concat!`, from
 /// compute capability 9.0 on.
 ///
-/// Defined before it: the types `u32` and `u64`, and `u32 shared_address(const void*)`.
+/// [`prelude!`](crate::prelude!) comes before it.
 ///
-/// - `barrier_init(bar, count)`: one thread, before anyone uses it
+/// - `barrier_init(bar, count)`: one thread, before any other use
 /// - `barrier_expect(bar, bytes)`: arrives, and lets the phase wait for so many bytes of copies
 /// - `barrier_arrive(bar)`
 /// - `barrier_wait(bar, parity)`: until the phase of that parity has ended

@@ -2,8 +2,9 @@
 //!
 //! CubeCL hands a kernel's own text to NVRTC, caches what comes out in memory and on disk, and launches
 //! it in order with everything else on its stream, on buffers of its own pools. This crate is the thin
-//! layer over that: a [`Source`] (text, entry point, threads), [`Arguments`], [`launch()`], and what a kernel
-//! author asks of the card ([`device()`]). No cuBLAS and no second stream, because CubeCL's stream is not
+//! layer over that: a [`Source`] (text, entry point, threads), [`Arguments`], [`launch()`], what a kernel
+//! author asks of the card ([`device()`]), and what all kernels share: a [`prelude!`], [`FloatFormat`], [`Choices`] of
+//! one kernel among several. No cuBLAS and no second stream, because CubeCL's stream is not
 //! exposed: a foreign call would mean waiting for the device before and after it.
 //!
 //! # What a kernel looks like
@@ -48,18 +49,23 @@
 
 mod arguments;
 mod barriers;
+mod choice;
 mod counters;
 mod device;
 mod error;
+mod format;
 mod launch;
+mod prelude;
 mod signature;
 mod source;
 mod tensor_map;
 
 pub use arguments::Arguments;
+pub use choice::{Choices, choose};
 pub use counters::counters;
 pub use device::{CudaDevice, device};
 pub use error::LaunchError;
+pub use format::FloatFormat;
 pub use launch::launch;
 pub use source::Source;
 pub use tensor_map::{Swizzle, TensorElement, TensorMap, TensorMap2d};

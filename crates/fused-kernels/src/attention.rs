@@ -11,21 +11,22 @@
 //!
 //! # Work
 //!
-//! With `pairs` the visible pairs of query and key, about `len² / 2` per row: a forward pass does `4 · head_dim` operations
-//! per pair and head, a backward pass `14 · head_dim`: the scores and `dO Vᵀ` are computed twice, once for dK and dV and
-//! once for dQ, against `10 · head_dim` of kernels that add dQ up with atomics, in another order on every run. Memory
-//! sees each operand and result, plus `lse` (f32 per query and head) and, in the backward pass, as much again: at a
-//! length of 2048 that is some thousand operations per byte, so tensor cores and what feeds them are the bound.
+//! With `pairs` the visible pairs of query and key, about `len² / 2` per row: a forward pass does `4 · head_dim`
+//! operations per pair and head, a backward pass `14 · head_dim`: the scores and `dO Vᵀ` are computed twice, once for
+//! dK and dV and once for dQ, against `10 · head_dim` of kernels that add dQ up with atomics, in another order on every
+//! run. Memory sees each operand and result, plus `lse` (f32 per query and head) and, in the backward pass, as much
+//! again: at a length of 2048 that is some thousand operations per byte, so tensor cores and what feeds them are the
+//! bound.
 //!
 //! # How
 //!
-//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on, and wgmma on 9.0 for heads
-//! up to 128 and more than a few queries (`attention/hopper.rs` describes those). `FUSED_KERNELS_ATTENTION` forces one:
-//! `mma` or `hopper`. Those for `mma`:
+//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on, and wgmma on 9.0 for
+//! heads up to 128 and more than a few queries (`attention/hopper.rs` describes those). `FUSED_KERNELS_ATTENTION`
+//! forces one: `mma` or `hopper`. Those for `mma`:
 //!
-//! - A block of four warps owns 64 queries (forward, dQ) or 64 keys (dK, dV), 16 per warp, and holds their operands in
+//! - A cube of four warps owns 64 queries (forward, dQ) or 64 keys (dK, dV), 16 per warp, and holds their operands in
 //!   registers as `mma` wants them, with the sums. Heads wider than 128 share 16 rows between two warps in the backward
-//!   pass: 32 rows per block. The other side passes through a ring of tiles in shared memory, filled by `cp.async` with
+//!   pass: 32 rows per cube. The other side passes through a ring of tiles in shared memory, filled by `cp.async` with
 //!   one barrier per tile. Chunks of 16 bytes are permuted by XOR, so that `ldmatrix` meets no bank conflict.
 //! - What `mma` leaves is already in the order of its next first operand, so probabilities stay in registers. dK and dV
 //!   compute scores with keys as rows for the same reason.
@@ -33,7 +34,7 @@
 //!   `lse` instead and needs no maximum.
 //! - Tiles that no query sees are skipped: those after the diagonal and those before the window. The heaviest tiles are
 //!   started first.
-//! - A block of dK and dV goes through all query heads of its group, so that nothing is added by atomics: the same bits
+//! - A cube of dK and dV goes through all query heads of its group, so that nothing is added by atomics: the same bits
 //!   on every run.
 //!
 //! Operands and results have strides ([`Strides`]): token-major as projections write them, head-major as a cache may
@@ -47,22 +48,14 @@
 //!
 //! # Measured
 //!
-//! One H100, bf16, causal, 32 heads of 128, TFLOP/s, of the gradients by five products:
-//!
-//! | shape | | forward | gradients |
-//! |---|---|---|---|
-//! | 4 x 2048 | `mma` | 260 | 148 |
-//! | | wgmma | 557 | 415 |
-//! | | torch | 525 | 390 |
-//! | 1 x 16384 | `mma` | 290 | 184 |
-//! | | wgmma | 709 | 525 |
-//! | | torch | 630 | 560 |
+//! One H100, bf16, causal, 4 x 2048 with 32 heads of 128, TFLOP/s (the gradients counted as five products): wgmma 557
+//! forward and 415 for the gradients, `mma` 260 and 148, torch 525 and 390. `docs/src/kernels/attention.md` has more
+//! shapes.
 //!
 //! # What was not done
 //!
-//! - Tuning for `mma`: tile sizes were picked by what fits (`plan.rs`). On Hopper it reaches some 60 % of the tensor
-//!   cores, and each warp reads all of a tile for its 16 rows: 2 KiB of shared memory per 32,768 operations.
-//! - Splitting keys between blocks: a single query over a long cache uses one block per head.
+//! - Tuning for `mma`: tile sizes were picked by what fits (`plan.rs`).
+//! - Splitting keys between cubes: a single query over a long cache uses one cube per head.
 //! - Heads that are no multiple of 8 wide.
 
 mod hopper;
@@ -76,8 +69,9 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use cuda_source::Arguments;
 
+use crate::elementwise::check_half;
 use crate::error::check_size;
-use crate::{HalfFormat, KernelError};
+use crate::{FloatFormat, KernelError};
 use plan::{Kind, Variant};
 
 const OPERATION: &str = "attention";
@@ -184,8 +178,8 @@ pub struct Shape {
     pub kv_heads: usize,
     /// Dimensions of a head, a multiple of 8 up to 256.
     pub head_dim: usize,
-    /// Dtype of operands and results.
-    pub format: HalfFormat,
+    /// Format of operands and results, of 16 bits.
+    pub format: FloatFormat,
 }
 
 impl Shape {
@@ -216,11 +210,6 @@ impl Strides {
     /// Contiguous `[rows, len, heads, head_dim]`: what a projection writes.
     pub fn token_major(len: usize, heads: usize, head_dim: usize) -> Self {
         Self { row: len * heads * head_dim, token: heads * head_dim, head: head_dim }
-    }
-
-    /// Contiguous `[rows, heads, len, head_dim]`.
-    pub fn head_major(len: usize, heads: usize, head_dim: usize) -> Self {
-        Self { row: heads * len * head_dim, token: head_dim, head: len * head_dim }
     }
 }
 
@@ -304,45 +293,46 @@ pub fn supports_head_dim(head_dim: usize) -> bool {
     head_dim.is_multiple_of(8) && (8..=256).contains(&head_dim)
 }
 
+/// Operands and results of [`forward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a> {
+    /// Queries, `[rows, q_len, heads, head_dim]` by their strides.
+    pub q: Operand<'a>,
+    /// Keys, `[rows, kv_len, kv_heads, head_dim]` by their strides.
+    pub k: Operand<'a>,
+    /// Values, in the shape of the keys.
+    pub v: Operand<'a>,
+    /// The output, in the shape of the queries, which this writes.
+    pub o: Operand<'a>,
+    /// Log-sum-exp of each query's scores, f32, contiguous `[heads, queries of all rows]`, which this writes.
+    pub lse: &'a Handle,
+}
+
 /// `o = softmax(scale · q kᵀ) v`, and what [`backward`] needs of the softmax.
 ///
 /// # Shapes
-/// - `q`, `o`: `[rows, q_len, heads, head_dim]` by their strides; `k`, `v`: `[rows, kv_len, kv_heads, head_dim]`
-/// - `lse`: f32, contiguous `[heads, queries of all rows]`
+/// [`Forward`] has them.
 ///
 /// # Errors
-/// [`KernelError::Unsupported`], and the variants that name the shape, option or buffer that does not fit.
-#[allow(clippy::too_many_arguments)]
-pub fn forward(
-    client: &Client,
-    q: Operand<'_>,
-    k: Operand<'_>,
-    v: Operand<'_>,
-    o: Operand<'_>,
-    lse: &Handle,
-    shape: &Shape,
-    options: Options,
-) -> Result<(), KernelError> {
-    forward_on(client, plan::path(client, shape, &[q, k, v]), q, k, v, o, lse, shape, options)
+/// [`KernelError::Unsupported`], and the variants that name the shape, format, option or buffer that does not fit.
+pub fn forward(client: &Client, operands: Forward<'_>, shape: &Shape, options: Options) -> Result<(), KernelError> {
+    let Forward { q, k, v, .. } = operands;
+    forward_on(client, plan::path(client, shape, &[q, k, v]), operands, shape, options)
 }
 
 /// As [`forward`], by kernels of the caller's choice among [`paths`].
 ///
 /// # Errors
 /// As [`forward`]; [`KernelError::Launch`] where they don't take the operands.
-#[allow(clippy::too_many_arguments)]
 pub fn forward_on(
     client: &Client,
     path: Path,
-    q: Operand<'_>,
-    k: Operand<'_>,
-    v: Operand<'_>,
-    o: Operand<'_>,
-    lse: &Handle,
+    operands: Forward<'_>,
     shape: &Shape,
     options: Options,
 ) -> Result<(), KernelError> {
     check(client, shape, options)?;
+    let Forward { q, k, v, o, lse } = operands;
     let mut params = Params::new(shape, options);
     params.q = check_operand("q", q, shape, Side::Queries)?;
     params.k = check_operand("k", k, shape, Side::Keys)?;
@@ -351,7 +341,7 @@ pub fn forward_on(
     check_statistics("lse", lse, shape)?;
     if path == Path::Hopper {
         let bounds = bounds(shape, q);
-        return hopper::Call { client, shape, options, params, bounds }.forward(q, k, v, o.handle, lse);
+        return hopper::Call { client, shape, options, params, bounds }.forward(&operands);
     }
     let arguments =
         Arguments::new().read(q.handle).read(k.handle).read(v.handle).read(bounds(shape, q)).write(o.handle).write(lse);
@@ -450,18 +440,18 @@ fn launch(
 ) -> Result<(), KernelError> {
     let variant = Variant::new(kind, shape.head_dim, options.softcap.is_some(), shape.format);
     let (queries, keys) = shape.rows.longest();
-    let tiles = if kind == Kind::Keys { keys } else { queries }.div_ceil(variant.block_rows());
-    let blocks = match kind {
+    let tiles = if kind == Kind::Keys { keys } else { queries }.div_ceil(variant.cube_rows());
+    let cubes = match kind {
         Kind::Delta => (shape.rows.queries() * shape.heads).div_ceil(variant.pairs()),
         Kind::Keys => tiles * shape.kv_heads * shape.rows.count(),
         Kind::Forward | Kind::Queries => tiles * shape.heads * shape.rows.count(),
     };
-    check_limit("tiles of all heads and rows", blocks, i32::MAX as usize)?;
-    if blocks == 0 {
+    check_limit("tiles of all heads and rows", cubes, i32::MAX as usize)?;
+    if cubes == 0 {
         return Ok(());
     }
     params.tiles = tiles as u32;
-    cuda_source::launch(client, &variant.source(), (blocks as u32, 1, 1), arguments.params(params))
+    cuda_source::launch(client, &variant.source(), (cubes as u32, 1, 1), arguments.params(params))
         .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
 }
 
@@ -473,6 +463,7 @@ fn check(client: &Client, shape: &Shape, options: Options) -> Result<(), KernelE
     if !supports(client) {
         return Err(KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION });
     }
+    check_half(client, OPERATION, shape.format)?;
     if !supports_head_dim(shape.head_dim) {
         return Err(KernelError::HeadDim(shape.head_dim));
     }

@@ -1,105 +1,87 @@
 //! Cross-entropy of rows of logits against one target each: `loss = log Σ exp(x) - x[target]`.
 //!
-//! Forward reads the logits once: each unit keeps the largest of its values and the sum of exponentials relative to
-//! it, rescaled when a larger one comes (Milakov and Gimelshein, 2018, arXiv 1805.02867), and the units of a row join
-//! theirs in a fixed order. It writes the loss and the log-sum-exp, two f32 a row. The backward pass needs these and the
-//! logits, and writes the gradient over them:
+//! Forward reads the logits once: each unit keeps the largest of its values and the sum of exponentials relative to it,
+//! rescaled when a larger one comes (Milakov and Gimelshein, 2018, arXiv 1805.02867), and the units of a row join
+//! theirs in a fixed order. It writes the loss and the log-sum-exp, two f32 a row. The backward pass needs these and
+//! the logits, and writes the gradient over them:
 //!
 //! ```text
 //! dx = dloss · (exp(x - log_sum_exp) - [x is the target])
 //! ```
 //!
-//! Bytes per logit of 16 bits: 2 forward, 4 backward; memory is the bound. Composed of stock operations, the f32 copy of
-//! the logits, the log-softmax and its gradient would each be twice the logits' size: with 128 thousand words that is
-//! what fills the device. Callers keep the logits themselves small by passing some tokens at a time.
+//! Bytes per logit of 16 bits: 2 forward, 4 backward; memory is the bound. Composed of stock operations, the f32 copy
+//! of the logits, the log-softmax and its gradient would each be twice the logits' size: with 128 thousand words that
+//! is what fills the device. Callers keep the logits themselves small by passing some tokens at a time.
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::elementwise::{Reduction, UNITS, buffer, check_format, cube_count, reduce_row, units_per_row, vector_size};
-use crate::{Format, KernelError};
+use crate::KernelError;
+use crate::elementwise::{Matrix, Reduction, Rows, UNITS, buffer, check_format, cube_count, reduce_row, vector_size};
 
 const OPERATION: &str = "cross_entropy";
 /// Smaller than any logit, and still a number: a difference of two of them is none.
 const LOWEST: f32 = -3.0e38;
 
-/// What both passes are launched with.
-struct Common {
-    vector: usize,
-    units: usize,
-    logits: BufferArg,
-    targets: BufferArg,
-    log_sum_exp: BufferArg,
+/// Buffers of [`forward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a> {
+    /// `[rows, width]`.
+    pub logits: &'a Handle,
+    /// i32 `[rows]`, each from 0 to `width - 1`.
+    pub targets: &'a Handle,
+    /// f32 `[rows]`, which this writes.
+    pub losses: &'a Handle,
+    /// f32 `[rows]`, which this writes.
+    pub log_sum_exp: &'a Handle,
 }
 
-impl Common {
-    /// Fails where the format is not supported, or a buffer does not hold its shape.
-    fn new(
-        client: &Client,
-        logits: &Handle,
-        targets: &Handle,
-        log_sum_exp: &Handle,
-        rows: usize,
-        width: usize,
-        format: Format,
-    ) -> Result<Self, KernelError> {
-        check_format(client, OPERATION, format)?;
-        let vector = vector_size(client, format, &[width]);
-        let of_rows = |name, handle| buffer(name, handle, rows, 4, 1);
-        Ok(Self {
-            vector,
-            units: units_per_row(width),
-            logits: buffer("logits", logits, rows * width, format.size(), vector)?,
-            targets: of_rows("targets", targets)?,
-            log_sum_exp: of_rows("log_sum_exp", log_sum_exp)?,
-        })
-    }
+/// Buffers of [`backward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a> {
+    /// The gradient of the losses: f32 `[rows]`.
+    pub dloss: &'a Handle,
+    /// As in [`forward`]; this writes their gradient in their place.
+    pub logits: &'a Handle,
+    /// As in [`forward`].
+    pub targets: &'a Handle,
+    /// As [`forward`] left it.
+    pub log_sum_exp: &'a Handle,
 }
 
-/// Loss and log-sum-exp of each row.
+/// Loss and log-sum-exp of each row of `logits`.
 ///
 /// # Shapes
-/// - `logits`: `[rows, width]` of `format`, contiguous
-/// - `targets`: i32 `[rows]`, each from 0 to `width - 1`
-/// - `losses`, `log_sum_exp`: f32 `[rows]`
+/// [`Forward`] has them.
 ///
 /// # Errors
 /// [`KernelError::Format`], and the variants about sizes when a buffer does not hold its shape.
-#[allow(clippy::too_many_arguments)]
-pub fn forward(
-    client: &Client,
-    logits: &Handle,
-    targets: &Handle,
-    losses: &Handle,
-    log_sum_exp: &Handle,
-    rows: usize,
-    width: usize,
-    format: Format,
-) -> Result<(), KernelError> {
-    let Common { vector, units, logits, targets, log_sum_exp } =
-        Common::new(client, logits, targets, log_sum_exp, rows, width, format)?;
-    let losses = buffer("losses", losses, rows, 4, 1)?;
-    if rows * width == 0 {
+pub fn forward(client: &Client, buffers: Forward<'_>, logits: Matrix) -> Result<(), KernelError> {
+    let vector = check(client, logits)?;
+    let of_logits = buffer("logits", buffers.logits, logits.elements(), logits.format.size(), vector)?;
+    let of_rows = |name, handle| buffer(name, handle, logits.rows, 4, 1);
+    let targets = of_rows("targets", buffers.targets)?;
+    let log_sum_exp = of_rows("log_sum_exp", buffers.log_sum_exp)?;
+    let losses = of_rows("losses", buffers.losses)?;
+    if logits.elements() == 0 {
         return Ok(());
     }
-    // SAFETY: the buffers' sizes are checked, and the kernel stays within rows and width; it reads a logit by its target
-    // only where the target is below the width.
+    // SAFETY: the buffers' sizes are checked, and the kernel stays within rows and width; it reads a logit by its
+    // target only where the target is below the width.
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            cube_count(client, rows.div_ceil(UNITS / units)),
+            cube_count(client, logits.cubes()),
             CubeDim::new_1d(UNITS as u32),
             vector,
-            logits,
+            of_logits,
             targets,
             losses,
             log_sum_exp,
-            rows,
-            width,
-            units,
-            format.elem_type(),
+            logits.launch(),
+            logits.format.elem_type(),
         );
     }
     Ok(())
@@ -108,61 +90,56 @@ pub fn forward(
 /// The gradient of the logits, in their place.
 ///
 /// # Shapes
-/// - `dloss`: f32 `[rows]`
-/// - the others as in [`forward`]; `logits` takes the gradient
+/// [`Backward`] has them.
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
-pub fn backward(
-    client: &Client,
-    dloss: &Handle,
-    logits: &Handle,
-    targets: &Handle,
-    log_sum_exp: &Handle,
-    rows: usize,
-    width: usize,
-    format: Format,
-) -> Result<(), KernelError> {
-    let Common { vector, units, logits, targets, log_sum_exp } =
-        Common::new(client, logits, targets, log_sum_exp, rows, width, format)?;
-    let dloss = buffer("dloss", dloss, rows, 4, 1)?;
-    if rows * width == 0 {
+pub fn backward(client: &Client, buffers: Backward<'_>, logits: Matrix) -> Result<(), KernelError> {
+    let vector = check(client, logits)?;
+    let of_logits = buffer("logits", buffers.logits, logits.elements(), logits.format.size(), vector)?;
+    let of_rows = |name, handle| buffer(name, handle, logits.rows, 4, 1);
+    let targets = of_rows("targets", buffers.targets)?;
+    let log_sum_exp = of_rows("log_sum_exp", buffers.log_sum_exp)?;
+    let dloss = of_rows("dloss", buffers.dloss)?;
+    if logits.elements() == 0 {
         return Ok(());
     }
     // SAFETY: as in `forward`.
     unsafe {
         backward_kernel::launch_unchecked(
             client,
-            cube_count(client, rows.div_ceil(UNITS / units)),
+            cube_count(client, logits.cubes()),
             CubeDim::new_1d(UNITS as u32),
             vector,
             dloss,
-            logits,
+            of_logits,
             targets,
             log_sum_exp,
-            rows,
-            width,
-            units,
-            format.elem_type(),
+            logits.launch(),
+            logits.format.elem_type(),
         );
     }
     Ok(())
 }
 
+/// The width of the kernels' vectors, where the format is supported.
+fn check(client: &Client, logits: Matrix) -> Result<usize, KernelError> {
+    check_format(client, OPERATION, logits.format)?;
+    Ok(vector_size(client, logits.format, &[logits.width]))
+}
+
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn forward_kernel<F: Float, N: Size>(
     logits: &[Vector<F, N>],
     targets: &[i32],
     losses: &mut [f32],
     log_sum_exp: &mut [f32],
-    rows: usize,
-    width: usize,
-    #[comptime] units: usize,
+    matrix: &Rows,
     #[define(F)] _format: ElemType,
 ) {
     let vector = N::value().comptime();
+    let (rows, width) = (matrix.rows, matrix.width);
+    let units = comptime!(matrix.units);
     let mut shared = Shared::<[f32]>::new_slice(UNITS);
     let unit = UNIT_POS as usize;
     let row = CUBE_POS * comptime!(UNITS / units) + unit / units;
@@ -207,18 +184,17 @@ fn forward_kernel<F: Float, N: Size>(
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn backward_kernel<F: Float, N: Size>(
     dloss: &[f32],
     logits: &mut [Vector<F, N>],
     targets: &[i32],
     log_sum_exp: &[f32],
-    rows: usize,
-    width: usize,
-    #[comptime] units: usize,
+    matrix: &Rows,
     #[define(F)] _format: ElemType,
 ) {
     let vector = N::value().comptime();
+    let (rows, width) = (matrix.rows, matrix.width);
+    let units = comptime!(matrix.units);
     let unit = UNIT_POS as usize;
     let row = CUBE_POS * comptime!(UNITS / units) + unit / units;
     let (lane, vectors) = (unit % units, width / vector);

@@ -2,9 +2,9 @@
 
 use cubecl::client::Client;
 use cubecl::features::TypeUsage;
-use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 use cubecl::server::{CubeCountSelection, Handle};
+use cuda_source::FloatFormat;
 
 use crate::KernelError;
 use crate::error::check_size;
@@ -14,46 +14,65 @@ pub(crate) const UNITS: usize = 256;
 /// The most elements of a tensor: 32-bit indices with room for what the last cube overshoots.
 const MAX_ELEMENTS: usize = u32::MAX as usize - (1 << 20);
 
-/// The dtype of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
+/// Rows of one tensor, contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// Rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub width: usize,
+    /// Their format.
+    pub format: FloatFormat,
 }
 
-impl Format {
-    /// Every format.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
-
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
+impl Matrix {
+    /// Elements of all rows.
+    pub(crate) fn elements(self) -> usize {
+        self.rows.saturating_mul(self.width)
     }
 
-    pub(crate) fn elem_type(self) -> ElemType {
-        ElemType::Float(match self {
-            Self::F32 => FloatKind::F32,
-            Self::F16 => FloatKind::F16,
-            Self::Bf16 => FloatKind::BF16,
-        })
+    /// Units that share a row.
+    pub(crate) fn units(self) -> usize {
+        units_per_row(self.width)
     }
+
+    /// Cubes for all rows.
+    pub(crate) fn cubes(self) -> usize {
+        self.rows.div_ceil(UNITS / self.units())
+    }
+
+    /// The rows as kernels know them.
+    pub(crate) fn launch(self) -> RowsLaunch {
+        RowsLaunch::new(self.rows, self.width, self.units())
+    }
+}
+
+/// What kernels know of a [`Matrix`].
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Rows {
+    pub rows: usize,
+    pub width: usize,
+    /// Units that share a row.
+    #[cube(comptime)]
+    pub units: usize,
 }
 
 /// Whether a runtime has buffers of a format. WGSL has no bfloat16, and float16 where the device offers it.
-pub fn supports(client: &Client, format: Format) -> bool {
+pub fn supports(client: &Client, format: FloatFormat) -> bool {
     client.features().type_usage(format.elem_type()).is_superset(TypeUsage::Buffer | TypeUsage::Conversion)
 }
 
 /// Fails where `format` is not [supported](supports).
-pub(crate) fn check_format(client: &Client, operation: &'static str, format: Format) -> Result<(), KernelError> {
+pub(crate) fn check_format(client: &Client, operation: &'static str, format: FloatFormat) -> Result<(), KernelError> {
     match supports(client, format) {
+        true => Ok(()),
+        false => Err(KernelError::Format { runtime: client.name().to_owned(), operation, format }),
+    }
+}
+
+/// Fails where `format` has not 16 bits, for the kernels on tensor cores.
+pub(crate) fn check_half(client: &Client, operation: &'static str, format: FloatFormat) -> Result<(), KernelError> {
+    match format.is_half() {
         true => Ok(()),
         false => Err(KernelError::Format { runtime: client.name().to_owned(), operation, format }),
     }
@@ -76,7 +95,7 @@ pub(crate) fn buffer(
 }
 
 /// The widest vector of `format`, at most 16 bytes, that divides each of `lengths`.
-pub(crate) fn vector_size(client: &Client, format: Format, lengths: &[usize]) -> usize {
+pub(crate) fn vector_size(client: &Client, format: FloatFormat, lengths: &[usize]) -> usize {
     let fits = |n: &usize| *n <= 8 && n * format.size() <= 16 && lengths.iter().all(|length| length.is_multiple_of(*n));
     client.io_optimized_vector_sizes(format.size()).find(fits).unwrap_or(1)
 }
@@ -87,7 +106,7 @@ pub(crate) fn cube_count(client: &Client, cubes: usize) -> CubeCount {
 }
 
 /// Units that share a row of `width` elements: one for each eight elements, 32 to 256.
-pub(crate) fn units_per_row(width: usize) -> usize {
+fn units_per_row(width: usize) -> usize {
     (width / 8).next_power_of_two().clamp(32, UNITS)
 }
 

@@ -2,7 +2,7 @@
 
 use cubecl::server::Handle;
 
-use crate::Format;
+use crate::FloatFormat;
 
 /// Why a kernel was not launched.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -16,7 +16,7 @@ pub enum KernelError {
         /// The module.
         operation: &'static str,
     },
-    /// The device has no buffers of this format.
+    /// The device has no buffers of this format, or there is no kernel for it.
     #[error("{runtime} can't run {operation} on {format:?}")]
     Format {
         /// The client's runtime.
@@ -24,7 +24,7 @@ pub enum KernelError {
         /// The module.
         operation: &'static str,
         /// The format.
-        format: Format,
+        format: FloatFormat,
     },
     /// A dimension that must not be odd, or must divide another.
     #[error("{operation}: {reason}")]

@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::elementwise::{UNITS, buffer, check_format, cube_count, vector_size};
-use crate::{Format, KernelError};
+use crate::{FloatFormat, KernelError};
 
 const OPERATION: &str = "gated";
 
@@ -67,6 +67,32 @@ impl Activation {
     }
 }
 
+/// Buffers of [`forward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a> {
+    /// What the activation is applied to.
+    pub gate: &'a Handle,
+    /// What its result is multiplied with.
+    pub up: &'a Handle,
+    /// The product, which this writes.
+    pub out: &'a Handle,
+}
+
+/// Buffers of [`backward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a> {
+    /// The gradient of the product.
+    pub dy: &'a Handle,
+    /// As in [`forward`].
+    pub gate: &'a Handle,
+    /// As in [`forward`].
+    pub up: &'a Handle,
+    /// The gradient of `gate`, which this writes.
+    pub dgate: &'a Handle,
+    /// The gradient of `up`, which this writes.
+    pub dup: &'a Handle,
+}
+
 /// `out = activation(gate) · up`.
 ///
 /// # Shapes
@@ -76,17 +102,16 @@ impl Activation {
 /// [`KernelError::Format`], and the variants about sizes when a buffer does not hold its elements.
 pub fn forward(
     client: &Client,
-    gate: &Handle,
-    up: &Handle,
-    out: &Handle,
+    buffers: Forward<'_>,
     elements: usize,
     activation: Activation,
-    format: Format,
+    format: FloatFormat,
 ) -> Result<(), KernelError> {
     check_format(client, OPERATION, format)?;
     let vector = vector_size(client, format, &[elements]);
     let argument = |name, handle| buffer(name, handle, elements, format.size(), vector);
-    let (gate, up, out) = (argument("gate", gate)?, argument("up", up)?, argument("out", out)?);
+    let (gate, up) = (argument("gate", buffers.gate)?, argument("up", buffers.up)?);
+    let out = argument("out", buffers.out)?;
     if elements == 0 {
         return Ok(());
     }
@@ -101,8 +126,7 @@ pub fn forward(
             gate,
             up,
             out,
-            vectors,
-            activation,
+            WorkLaunch::new(vectors, activation),
             format.elem_type(),
         );
     }
@@ -116,23 +140,18 @@ pub fn forward(
 ///
 /// # Errors
 /// As [`forward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     client: &Client,
-    dy: &Handle,
-    gate: &Handle,
-    up: &Handle,
-    dgate: &Handle,
-    dup: &Handle,
+    buffers: Backward<'_>,
     elements: usize,
     activation: Activation,
-    format: Format,
+    format: FloatFormat,
 ) -> Result<(), KernelError> {
     check_format(client, OPERATION, format)?;
     let vector = vector_size(client, format, &[elements]);
     let argument = |name, handle| buffer(name, handle, elements, format.size(), vector);
-    let (dy, gate, up) = (argument("dy", dy)?, argument("gate", gate)?, argument("up", up)?);
-    let (dgate, dup) = (argument("dgate", dgate)?, argument("dup", dup)?);
+    let (dy, gate, up) = (argument("dy", buffers.dy)?, argument("gate", buffers.gate)?, argument("up", buffers.up)?);
+    let (dgate, dup) = (argument("dgate", buffers.dgate)?, argument("dup", buffers.dup)?);
     if elements == 0 {
         return Ok(());
     }
@@ -149,26 +168,32 @@ pub fn backward(
             up,
             dgate,
             dup,
-            vectors,
-            activation,
+            WorkLaunch::new(vectors, activation),
             format.elem_type(),
         );
     }
     Ok(())
 }
 
+/// What the kernels do, a vector a unit.
+#[derive(CubeType, CubeLaunch)]
+struct Work {
+    vectors: usize,
+    #[cube(comptime)]
+    activation: Activation,
+}
+
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn forward_kernel<F: Float, N: Size>(
     gate: &[Vector<F, N>],
     up: &[Vector<F, N>],
     out: &mut [Vector<F, N>],
-    vectors: usize,
-    #[comptime] activation: Activation,
+    work: &Work,
     #[define(F)] _format: ElemType,
 ) {
     let position = ABSOLUTE_POS;
-    if position < vectors {
+    let activation = comptime!(work.activation);
+    if position < work.vectors {
         let (g, u) = (gate[position], up[position]);
         let mut y = Vector::<F, N>::empty();
         #[unroll]
@@ -181,19 +206,18 @@ fn forward_kernel<F: Float, N: Size>(
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn backward_kernel<F: Float, N: Size>(
     dy: &[Vector<F, N>],
     gate: &[Vector<F, N>],
     up: &[Vector<F, N>],
     dgate: &mut [Vector<F, N>],
     dup: &mut [Vector<F, N>],
-    vectors: usize,
-    #[comptime] activation: Activation,
+    work: &Work,
     #[define(F)] _format: ElemType,
 ) {
     let position = ABSOLUTE_POS;
-    if position < vectors {
+    let activation = comptime!(work.activation);
+    if position < work.vectors {
         let (d, g, u) = (dy[position], gate[position], up[position]);
         let mut dg = Vector::<F, N>::empty();
         let mut du = Vector::<F, N>::empty();

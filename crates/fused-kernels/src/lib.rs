@@ -9,9 +9,11 @@
 //! | [`rope`] | rotary position embeddings | CubeCL |
 //! | [`gated`] | SwiGLU, GeGLU and their kin | CubeCL |
 //!
-//! Each module has its oracle and launch functions on CubeCL handles. Those in CUDA C++ have `supports` too: where
-//! a device is not supported (other runtimes than CUDA, GPUs before Ampere) callers compose the operation from
-//! stock ones. Those in CubeCL run wherever CubeCL does.
+//! Each module has its oracle, and launch functions on CubeCL handles. A launch takes its buffers in one struct with a
+//! named field for each (`Forward`, `Backward` and their like), so that no two can be mistaken for each other.
+//!
+//! Modules in CUDA C++ have `supports` too: where a device is not supported (other runtimes than CUDA, GPUs before
+//! Ampere) callers compose the operation from stock ones. Modules in CubeCL run wherever CubeCL does.
 
 pub mod attention;
 pub mod cross_entropy;
@@ -23,15 +25,7 @@ pub mod low_rank;
 pub mod rms_norm;
 pub mod rope;
 
+pub use cuda_source::FloatFormat;
 pub use dropout::{Dropout, dropout_hash};
-pub use elementwise::{Format, supports};
+pub use elementwise::{Matrix, supports};
 pub use error::KernelError;
-
-/// The 16-bit dtype of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum HalfFormat {
-    /// bfloat16.
-    Bf16,
-    /// IEEE half precision.
-    F16,
-}

@@ -12,18 +12,18 @@
 //! twice, the second time out of a cache. Bytes per element of 16 bits: 4 forward, 6 backward.
 //!
 //! 8,192 x 4,096 in bf16 on an H100 (copy 3.0 TB/s), within a training step: 55 µs forward, 75 backward (2.4 and
-//! 2.7 TB/s). With weights read one by one and twice the barriers it was 69 and 118.
+//! 2.7 TB/s).
 //!
-//! The weight's gradient, wanted only where norms are trained, is a second kernel: cubes add up slices of rows, and
-//! one more launch adds the slices in order.
+//! The weight's gradient is needed only where norms are trained. It is a second kernel: cubes add up slices of rows,
+//! and one more launch adds the slices in order.
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::elementwise::{Reduction, UNITS, buffer, check_format, cube_count, reduce_row, units_per_row, vector_size};
-use crate::{Format, KernelError};
+use crate::KernelError;
+use crate::elementwise::{Matrix, Reduction, Rows, UNITS, buffer, check_format, cube_count, reduce_row, vector_size};
 
 const OPERATION: &str = "rms_norm";
 /// Weights that are read at a time: 16 bytes.
@@ -31,109 +31,108 @@ const WEIGHTS: usize = 4;
 /// Slices of rows that the weight's gradient is summed in.
 const SLICES: usize = 64;
 
-/// The dimensions and constants of a normalisation.
+/// The constants of a normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RmsNorm {
-    /// Rows.
-    pub rows: usize,
-    /// Elements of a row.
-    pub width: usize,
+pub struct Norm {
     /// Added to the mean square.
     pub eps: f32,
     /// Added to the weight: 1 in families that store its distance from 1.
     pub offset: f32,
 }
 
-impl RmsNorm {
-    fn elements(self) -> usize {
-        self.rows.saturating_mul(self.width)
-    }
-
-    fn units(self) -> usize {
-        units_per_row(self.width)
-    }
+/// Buffers of [`forward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a> {
+    /// `[rows, width]`.
+    pub x: &'a Handle,
+    /// f32 `[width]`.
+    pub weight: &'a Handle,
+    /// The normalised rows, as `x`, which this writes.
+    pub out: &'a Handle,
 }
 
-/// `out` = the normalised `x`.
+/// Buffers of [`backward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a> {
+    /// The gradient of the result, as `x`.
+    pub dy: &'a Handle,
+    /// As in [`forward`].
+    pub x: &'a Handle,
+    /// As in [`forward`].
+    pub weight: &'a Handle,
+    /// The gradient of `x`, which this writes.
+    pub dx: &'a Handle,
+}
+
+/// Buffers of [`weight_gradient`].
+#[derive(Clone, Copy, Debug)]
+pub struct WeightGradient<'a> {
+    /// The gradient of the result, as `x`.
+    pub dy: &'a Handle,
+    /// As in [`forward`].
+    pub x: &'a Handle,
+    /// The gradient of the weight, f32 `[width]`, which this writes.
+    pub dweight: &'a Handle,
+}
+
+/// `out` = the normalised `x`, whose shape is `rows`.
 ///
 /// # Shapes
-/// - `x`, `out`: `[rows, width]` of `format`, contiguous
-/// - `weight`: f32 `[width]`
+/// [`Forward`] has them.
 ///
 /// # Errors
 /// [`KernelError::Format`], and the variants about sizes when a buffer does not hold its shape.
-pub fn forward(
-    client: &Client,
-    x: &Handle,
-    weight: &Handle,
-    out: &Handle,
-    norm: RmsNorm,
-    format: Format,
-) -> Result<(), KernelError> {
-    check_format(client, OPERATION, format)?;
-    let vector = vector_size(client, format, &[norm.width]);
-    let argument = |name, handle| buffer(name, handle, norm.elements(), format.size(), vector);
-    let (x, out) = (argument("x", x)?, argument("out", out)?);
+pub fn forward(client: &Client, buffers: Forward<'_>, rows: Matrix, norm: Norm) -> Result<(), KernelError> {
+    check_format(client, OPERATION, rows.format)?;
+    let vector = vector_size(client, rows.format, &[rows.width]);
+    let argument = |name, handle| buffer(name, handle, rows.elements(), rows.format.size(), vector);
+    let (x, out) = (argument("x", buffers.x)?, argument("out", buffers.out)?);
     let wide = vector.min(WEIGHTS);
-    let weight = buffer("weight", weight, norm.width, 4, wide)?;
-    if norm.elements() == 0 {
+    let weight = buffer("weight", buffers.weight, rows.width, 4, wide)?;
+    if rows.elements() == 0 {
         return Ok(());
     }
-    let units = norm.units();
     // SAFETY: the buffers' sizes are checked, and the kernel stays within rows and width.
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            cube_count(client, norm.rows.div_ceil(UNITS / units)),
+            cube_count(client, rows.cubes()),
             CubeDim::new_1d(UNITS as u32),
             vector,
             wide,
             x,
             weight,
             out,
-            norm.rows,
-            norm.width,
-            norm.eps,
-            norm.offset,
-            units,
-            format.elem_type(),
+            rows.launch(),
+            norm.launch(),
+            rows.format.elem_type(),
         );
     }
     Ok(())
 }
 
-/// The gradient of `x`.
+/// The gradient of `x`, whose shape is `rows`.
 ///
 /// # Shapes
-/// - `dy`, `x`, `dx`: `[rows, width]` of `format`, contiguous
-/// - `weight`: f32 `[width]`
+/// [`Backward`] has them.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward(
-    client: &Client,
-    dy: &Handle,
-    x: &Handle,
-    weight: &Handle,
-    dx: &Handle,
-    norm: RmsNorm,
-    format: Format,
-) -> Result<(), KernelError> {
-    check_format(client, OPERATION, format)?;
-    let vector = vector_size(client, format, &[norm.width]);
-    let argument = |name, handle| buffer(name, handle, norm.elements(), format.size(), vector);
-    let (dy, x, dx) = (argument("dy", dy)?, argument("x", x)?, argument("dx", dx)?);
+pub fn backward(client: &Client, buffers: Backward<'_>, rows: Matrix, norm: Norm) -> Result<(), KernelError> {
+    check_format(client, OPERATION, rows.format)?;
+    let vector = vector_size(client, rows.format, &[rows.width]);
+    let argument = |name, handle| buffer(name, handle, rows.elements(), rows.format.size(), vector);
+    let (dy, x, dx) = (argument("dy", buffers.dy)?, argument("x", buffers.x)?, argument("dx", buffers.dx)?);
     let wide = vector.min(WEIGHTS);
-    let weight = buffer("weight", weight, norm.width, 4, wide)?;
-    if norm.elements() == 0 {
+    let weight = buffer("weight", buffers.weight, rows.width, 4, wide)?;
+    if rows.elements() == 0 {
         return Ok(());
     }
-    let units = norm.units();
     // SAFETY: as in `forward`.
     unsafe {
         backward_kernel::launch_unchecked(
             client,
-            cube_count(client, norm.rows.div_ceil(UNITS / units)),
+            cube_count(client, rows.cubes()),
             CubeDim::new_1d(UNITS as u32),
             vector,
             wide,
@@ -141,57 +140,49 @@ pub fn backward(
             x,
             weight,
             dx,
-            norm.rows,
-            norm.width,
-            norm.eps,
-            norm.offset,
-            units,
-            format.elem_type(),
+            rows.launch(),
+            norm.launch(),
+            rows.format.elem_type(),
         );
     }
     Ok(())
 }
 
-/// The gradient of the weight.
+/// The gradient of the weight, from `rows` of `x`; [`Norm::offset`] takes no part in it.
 ///
 /// # Shapes
-/// - `dy`, `x`: `[rows, width]` of `format`, contiguous
-/// - `dweight`: f32 `[width]`
+/// [`WeightGradient`] has them.
 ///
 /// # Errors
 /// As [`forward`].
 pub fn weight_gradient(
     client: &Client,
-    dy: &Handle,
-    x: &Handle,
-    dweight: &Handle,
-    norm: RmsNorm,
-    format: Format,
+    buffers: WeightGradient<'_>,
+    rows: Matrix,
+    norm: Norm,
 ) -> Result<(), KernelError> {
-    check_format(client, OPERATION, format)?;
-    let argument = |name, handle| buffer(name, handle, norm.elements(), format.size(), 1);
-    let (dy, rows_of_x, x) = (argument("dy", dy)?, argument("x", x)?, argument("x", x)?);
-    let dweight = buffer("dweight", dweight, norm.width, 4, 1)?;
-    if norm.width == 0 {
+    check_format(client, OPERATION, rows.format)?;
+    let argument = |name, handle| buffer(name, handle, rows.elements(), rows.format.size(), 1);
+    let (dy, rows_of_x, x) = (argument("dy", buffers.dy)?, argument("x", buffers.x)?, argument("x", buffers.x)?);
+    let dweight = buffer("dweight", buffers.dweight, rows.width, 4, 1)?;
+    if rows.width == 0 {
         return Ok(());
     }
-    let (slices, units) = (SLICES.min(norm.rows.max(1)), norm.units());
-    let scales = client.empty((norm.rows * 4).max(4));
-    let partial = client.empty(slices * norm.width * 4);
-    let (rows, columns) = (norm.rows.div_ceil(UNITS / units).max(1), norm.width.div_ceil(UNITS));
+    let slices = SLICES.min(rows.rows.max(1));
+    let scales = client.empty((rows.rows * 4).max(4));
+    let partial = client.empty(slices * rows.width * 4);
+    let columns = rows.width.div_ceil(UNITS);
     // SAFETY: as in `forward`; the scratch buffers were just made as large as the kernels index.
     unsafe {
         scales_kernel::launch_unchecked(
             client,
-            cube_count(client, rows),
+            cube_count(client, rows.cubes().max(1)),
             CubeDim::new_1d(UNITS as u32),
             rows_of_x,
-            BufferArg::from_raw_parts(scales.clone(), norm.rows),
-            norm.rows,
-            norm.width,
+            BufferArg::from_raw_parts(scales.clone(), rows.rows),
+            rows.launch(),
             norm.eps,
-            units,
-            format.elem_type(),
+            rows.format.elem_type(),
         );
         slices_kernel::launch_unchecked(
             client,
@@ -199,40 +190,58 @@ pub fn weight_gradient(
             CubeDim::new_1d(UNITS as u32),
             dy,
             x,
-            BufferArg::from_raw_parts(scales, norm.rows),
-            BufferArg::from_raw_parts(partial.clone(), slices * norm.width),
-            norm.rows,
-            norm.width,
-            slices,
-            format.elem_type(),
+            BufferArg::from_raw_parts(scales, rows.rows),
+            BufferArg::from_raw_parts(partial.clone(), slices * rows.width),
+            SlicesLaunch::new(rows.rows, rows.width, slices),
+            rows.format.elem_type(),
         );
         sum_kernel::launch_unchecked(
             client,
             CubeCount::Static(columns as u32, 1, 1),
             CubeDim::new_1d(UNITS as u32),
-            BufferArg::from_raw_parts(partial, slices * norm.width),
+            BufferArg::from_raw_parts(partial, slices * rows.width),
             dweight,
-            norm.width,
+            rows.width,
             slices,
         );
     }
     Ok(())
 }
 
+/// What kernels know of a [`Norm`].
+#[derive(CubeType, CubeLaunch)]
+struct Constants {
+    eps: f32,
+    offset: f32,
+}
+
+/// The rows that `slices` slices share.
+#[derive(CubeType, CubeLaunch)]
+struct Slices {
+    rows: usize,
+    width: usize,
+    slices: usize,
+}
+
+impl Norm {
+    fn launch(self) -> ConstantsLaunch {
+        ConstantsLaunch::new(self.eps, self.offset)
+    }
+}
+
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn forward_kernel<F: Float, N: Size, W: Size>(
     x: &[Vector<F, N>],
     weight: &[Vector<f32, W>],
     out: &mut [Vector<F, N>],
-    rows: usize,
-    width: usize,
-    eps: f32,
-    offset: f32,
-    #[comptime] units: usize,
+    matrix: &Rows,
+    norm: &Constants,
     #[define(F)] _format: ElemType,
 ) {
     let vector = N::value().comptime();
+    let (rows, width) = (matrix.rows, matrix.width);
+    let (eps, offset) = (norm.eps, norm.offset);
+    let units = comptime!(matrix.units);
     let mut shared = Shared::<[f32]>::new_slice(UNITS);
     let unit = UNIT_POS as usize;
     let row = CUBE_POS * comptime!(UNITS / units) + unit / units;
@@ -272,20 +281,19 @@ fn forward_kernel<F: Float, N: Size, W: Size>(
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn backward_kernel<F: Float, N: Size, W: Size>(
     dy: &[Vector<F, N>],
     x: &[Vector<F, N>],
     weight: &[Vector<f32, W>],
     dx: &mut [Vector<F, N>],
-    rows: usize,
-    width: usize,
-    eps: f32,
-    offset: f32,
-    #[comptime] units: usize,
+    matrix: &Rows,
+    norm: &Constants,
     #[define(F)] _format: ElemType,
 ) {
     let vector = N::value().comptime();
+    let (rows, width) = (matrix.rows, matrix.width);
+    let (eps, offset) = (norm.eps, norm.offset);
+    let units = comptime!(matrix.units);
     let mut shared = Shared::<[f32]>::new_slice(UNITS);
     let unit = UNIT_POS as usize;
     let row = CUBE_POS * comptime!(UNITS / units) + unit / units;
@@ -330,8 +338,8 @@ fn backward_kernel<F: Float, N: Size, W: Size>(
     }
 }
 
-/// What the elements of vector `v` are multiplied by. Weights come in vectors too: read one by one by neighbouring units,
-/// they would take four times the transactions.
+/// What the elements of vector `v` are multiplied by. Weights come in vectors too: read one by one by neighbouring
+/// units, they would take four times the transactions.
 #[cube]
 fn factors<W: Size>(weight: &[Vector<f32, W>], v: usize, offset: f32, #[comptime] vector: usize) -> Array<f32> {
     let wide = W::value().comptime();
@@ -349,15 +357,9 @@ fn factors<W: Size>(weight: &[Vector<f32, W>], v: usize, offset: f32, #[comptime
 
 /// 1 / sqrt(mean(x²) + eps) of each row.
 #[cube(launch_unchecked)]
-fn scales_kernel<F: Float>(
-    x: &[F],
-    scales: &mut [f32],
-    rows: usize,
-    width: usize,
-    eps: f32,
-    #[comptime] units: usize,
-    #[define(F)] _format: ElemType,
-) {
+fn scales_kernel<F: Float>(x: &[F], scales: &mut [f32], matrix: &Rows, eps: f32, #[define(F)] _format: ElemType) {
+    let (rows, width) = (matrix.rows, matrix.width);
+    let units = comptime!(matrix.units);
     let mut shared = Shared::<[f32]>::new_slice(UNITS);
     let unit = UNIT_POS as usize;
     let row = CUBE_POS * comptime!(UNITS / units) + unit / units;
@@ -379,17 +381,15 @@ fn scales_kernel<F: Float>(
 
 /// The weight's gradient over every `slices`th row, a column a unit.
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn slices_kernel<F: Float>(
     dy: &[F],
     x: &[F],
     scales: &[f32],
     partial: &mut [f32],
-    rows: usize,
-    width: usize,
-    slices: usize,
+    of: &Slices,
     #[define(F)] _format: ElemType,
 ) {
+    let (rows, width, slices) = (of.rows, of.width, of.slices);
     let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
     let slice = CUBE_POS_Y as usize;
     if column < width {
@@ -418,9 +418,9 @@ fn sum_kernel(partial: &[f32], dweight: &mut [f32], width: usize, slices: usize)
 
 /// The scalar oracle, in f64.
 pub mod oracle {
-    use super::RmsNorm;
+    use super::Norm;
 
-    fn scale(row: &[f64], norm: RmsNorm) -> f64 {
+    fn scale(row: &[f64], norm: Norm) -> f64 {
         1.0 / (row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64 + f64::from(norm.eps)).sqrt()
     }
 
@@ -428,24 +428,25 @@ pub mod oracle {
     ///
     /// # Shapes
     /// `x`: `[rows, width]`, `weight`: `[width]`.
-    pub fn forward(x: &[f64], weight: &[f64], norm: RmsNorm) -> Vec<f64> {
+    pub fn forward(x: &[f64], weight: &[f64], norm: Norm) -> Vec<f64> {
         let row = |row: &[f64]| {
             let scale = scale(row, norm);
             row.iter().zip(weight).map(|(v, w)| v * scale * (w + f64::from(norm.offset))).collect::<Vec<_>>()
         };
-        x.chunks(norm.width).flat_map(row).collect()
+        x.chunks(weight.len()).flat_map(row).collect()
     }
 
     /// The gradients of `x` and of the weight.
     ///
     /// # Shapes
     /// `dy`, `x`: `[rows, width]`, `weight`: `[width]`.
-    pub fn backward(dy: &[f64], x: &[f64], weight: &[f64], norm: RmsNorm) -> (Vec<f64>, Vec<f64>) {
-        let (mut dx, mut dweight) = (Vec::new(), vec![0.0; norm.width]);
-        for (dy, x) in dy.chunks(norm.width).zip(x.chunks(norm.width)) {
+    pub fn backward(dy: &[f64], x: &[f64], weight: &[f64], norm: Norm) -> (Vec<f64>, Vec<f64>) {
+        let width = weight.len();
+        let (mut dx, mut dweight) = (Vec::new(), vec![0.0; width]);
+        for (dy, x) in dy.chunks(width).zip(x.chunks(width)) {
             let r = scale(x, norm);
             let g: Vec<f64> = dy.iter().zip(weight).map(|(d, w)| d * (w + f64::from(norm.offset))).collect();
-            let mean = g.iter().zip(x).map(|(g, x)| g * x).sum::<f64>() / norm.width as f64;
+            let mean = g.iter().zip(x).map(|(g, x)| g * x).sum::<f64>() / width as f64;
             dx.extend(g.iter().zip(x).map(|(g, x)| r * g - x * r.powi(3) * mean));
             dweight.iter_mut().zip(dy.iter().zip(x)).for_each(|(sum, (d, x))| *sum += d * x * r);
         }

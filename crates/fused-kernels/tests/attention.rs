@@ -9,11 +9,11 @@ use common::Random;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::attention::oracle::{self, Batch};
-use fused_kernels::attention::{self, Backward, Operand, Options, PackedRows, Path, Rows, Shape, Strides};
-use fused_kernels::{HalfFormat, KernelError};
+use fused_kernels::attention::{self, Backward, Forward, Operand, Options, PackedRows, Path, Rows, Shape, Strides};
+use fused_kernels::{FloatFormat, KernelError};
 use half::{bf16, f16};
 
-use HalfFormat::F16;
+use FloatFormat::F16;
 use Layout::{Gaps, HeadMajor};
 
 fn client() -> Option<Client> {
@@ -22,22 +22,22 @@ fn client() -> Option<Client> {
 
 impl Random {
     /// Values of a format, up to `size`.
-    fn halves(&mut self, n: usize, size: f32, format: HalfFormat) -> Vec<f32> {
+    fn halves(&mut self, n: usize, size: f32, format: FloatFormat) -> Vec<f32> {
         (0..n).map(|_| decode(encode(self.value() * size, format), format)).collect()
     }
 }
 
-fn encode(value: f32, format: HalfFormat) -> u16 {
+fn encode(value: f32, format: FloatFormat) -> u16 {
     match format {
-        HalfFormat::Bf16 => bf16::from_f32(value).to_bits(),
         F16 => f16::from_f32(value).to_bits(),
+        _ => bf16::from_f32(value).to_bits(),
     }
 }
 
-fn decode(bits: u16, format: HalfFormat) -> f32 {
+fn decode(bits: u16, format: FloatFormat) -> f32 {
     match format {
-        HalfFormat::Bf16 => bf16::from_bits(bits).to_f32(),
         F16 => f16::from_bits(bits).to_f32(),
+        _ => bf16::from_bits(bits).to_f32(),
     }
 }
 
@@ -66,7 +66,7 @@ impl Place {
     fn new(rows: usize, len: usize, heads: usize, head_dim: usize, layout: Layout) -> Self {
         let strides = match layout {
             Layout::TokenMajor => Strides::token_major(len, heads, head_dim),
-            HeadMajor => Strides::head_major(len, heads, head_dim),
+            HeadMajor => Strides { row: heads * len * head_dim, token: head_dim, head: len * head_dim },
             Gaps => {
                 let token = heads * 2 * head_dim + 8;
                 Strides { row: len * token + 16, token, head: 2 * head_dim }
@@ -89,7 +89,7 @@ impl Place {
     }
 
     /// NaN wherever there is no element, and after the end: what a kernel reads there shows.
-    fn upload(self, client: &Client, values: &[f32], format: HalfFormat) -> Handle {
+    fn upload(self, client: &Client, values: &[f32], format: FloatFormat) -> Handle {
         let mut bits = vec![0xffff_u16; self.size + 64];
         for (position, value) in self.positions().zip(values) {
             bits[position] = encode(*value, format);
@@ -103,7 +103,7 @@ impl Place {
     }
 
     /// The elements of an output; what lies between and after them must be untouched.
-    fn download(self, client: &Client, handle: Handle, format: HalfFormat, what: &str) -> Vec<f32> {
+    fn download(self, client: &Client, handle: Handle, format: FloatFormat, what: &str) -> Vec<f32> {
         let bytes = client.read_one(handle).expect("the kernel runs");
         let mut bits: Vec<u16> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
         let values = self
@@ -130,7 +130,7 @@ struct Case {
     window: Option<usize>,
     softcap: Option<f32>,
     scale: Option<f32>,
-    format: HalfFormat,
+    format: FloatFormat,
     layout: Layout,
     /// Of queries, to reach where the softcap bends.
     size: f32,
@@ -146,7 +146,7 @@ const CASE: Case = Case {
     window: None,
     softcap: None,
     scale: None,
-    format: HalfFormat::Bf16,
+    format: FloatFormat::BF16,
     layout: Layout::TokenMajor,
     size: 1.0,
 };
@@ -291,8 +291,8 @@ fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::
             let [d_k, d_v] = [(); 2].map(|()| of_keys.output(&client));
             let lse = client.create_from_slice(&vec![0xff; statistics + 64]);
             let (q, k, v) = (of_queries.operand(&device_q), of_keys.operand(&device_k), of_keys.operand(&device_v));
-            attention::forward_on(&client, path, q, k, v, of_queries.operand(&o), &lse, &shape, options)
-                .expect("forward");
+            let operands = Forward { q, k, v, o: of_queries.operand(&o), lse: &lse };
+            attention::forward_on(&client, path, operands, &shape, options).expect("forward");
             let operands = Backward {
                 q,
                 k,
@@ -379,17 +379,20 @@ fn what_does_not_fit_is_named() {
         heads,
         kv_heads,
         head_dim,
-        format: HalfFormat::Bf16,
+        format: FloatFormat::BF16,
     };
     let options = Options { scale: 1.0, window: None, softcap: None };
     let run = |shape: &Shape, options, elements: usize, strides: Strides| {
         let handle = client.empty(2 * elements);
         let lse = client.empty(4 * 64 * 64);
         let operand = Operand { handle: &handle, strides };
-        attention::forward(&client, operand, operand, operand, operand, &lse, shape, options)
+        let operands = Forward { q: operand, k: operand, v: operand, o: operand, lse: &lse };
+        attention::forward(&client, operands, shape, options)
     };
     let strides = Strides::token_major(16, 4, 64);
     let size = 2 * 16 * 4 * 64;
+    let wide = Shape { format: FloatFormat::F32, ..shape(4, 4, 64, 16) };
+    assert!(matches!(run(&wide, options, size, strides), Err(KernelError::Format { .. })));
     assert_eq!(run(&shape(4, 4, 60, 16), options, size, strides), Err(KernelError::HeadDim(60)));
     assert_eq!(run(&shape(4, 4, 264, 16), options, size, strides), Err(KernelError::HeadDim(264)));
     let heads = KernelError::Heads { heads: 4, kv_heads: 3 };

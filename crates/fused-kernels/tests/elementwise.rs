@@ -8,13 +8,13 @@ use cubecl::client::Client;
 use cubecl::device::{Device, WgpuDeviceKind};
 use cubecl::server::Handle;
 use fused_kernels::gated::Activation;
-use fused_kernels::rms_norm::RmsNorm;
-use fused_kernels::rope::Rope;
-use fused_kernels::{Format, KernelError, cross_entropy, gated, rms_norm, rope, supports};
+use fused_kernels::rms_norm::Norm;
+use fused_kernels::rope::{Buffers, Rotation};
+use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, rms_norm, rope, supports};
 use half::{bf16, f16};
 
 /// Calls `test` with every client and each format that it has.
-fn everywhere(test: impl Fn(&Client, Format)) {
+fn everywhere(test: impl Fn(&Client, FloatFormat)) {
     let required = std::env::var("NF4_QUANT_RUNTIMES").ok();
     for (name, device) in [("cuda", Device::cuda(0)), ("wgpu", Device::wgpu(WgpuDeviceKind::default()))] {
         if required.as_ref().is_some_and(|r| !r.split(',').any(|r| r.trim() == name)) {
@@ -23,7 +23,7 @@ fn everywhere(test: impl Fn(&Client, Format)) {
         match device {
             Ok(device) => {
                 let client = device.client();
-                Format::ALL.into_iter().filter(|format| supports(&client, *format)).for_each(|f| test(&client, f));
+                FloatFormat::ALL.into_iter().filter(|format| supports(&client, *format)).for_each(|f| test(&client, f));
             }
             Err(e) if required.is_some() => panic!("{name} is required: {e}"),
             Err(e) => eprintln!("{name} skipped: {e}"),
@@ -42,18 +42,18 @@ fn noise(seed: u64, len: usize, scale: f64) -> Vec<f64> {
 }
 
 /// The values as `format` holds them, and their bytes.
-fn rounded(values: &[f64], format: Format) -> (Vec<f64>, Vec<u8>) {
+fn rounded(values: &[f64], format: FloatFormat) -> (Vec<f64>, Vec<u8>) {
     let mut bytes = Vec::new();
     let mut one = |value: f64| match format {
-        Format::F32 => {
+        FloatFormat::F32 => {
             bytes.extend((value as f32).to_le_bytes());
             f64::from(value as f32)
         }
-        Format::F16 => {
+        FloatFormat::F16 => {
             bytes.extend(f16::from_f64(value).to_le_bytes());
             f16::from_f64(value).to_f64()
         }
-        Format::Bf16 => {
+        FloatFormat::BF16 => {
             bytes.extend(bf16::from_f32(value as f32).to_le_bytes());
             f64::from(bf16::from_f32(value as f32).to_f32())
         }
@@ -67,22 +67,24 @@ struct Input {
     handle: Handle,
 }
 
-fn input(client: &Client, values: &[f64], format: Format) -> Input {
+fn input(client: &Client, values: &[f64], format: FloatFormat) -> Input {
     let (values, bytes) = rounded(values, format);
     Input { values, handle: client.create_from_slice(&bytes) }
 }
 
 /// A buffer of NaNs: what is not written shows.
-fn poisoned(client: &Client, len: usize, format: Format) -> Handle {
+fn poisoned(client: &Client, len: usize, format: FloatFormat) -> Handle {
     client.create_from_slice(&vec![0xFF; len * format.size()])
 }
 
-fn read(client: &Client, handle: Handle, format: Format) -> Vec<f64> {
+fn read(client: &Client, handle: Handle, format: FloatFormat) -> Vec<f64> {
     let bytes = client.read_one(handle).expect("the kernel runs");
     match format {
-        Format::F32 => bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect(),
-        Format::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f64()).collect(),
-        Format::Bf16 => {
+        FloatFormat::F32 => {
+            bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
+        }
+        FloatFormat::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f64()).collect(),
+        FloatFormat::BF16 => {
             bytes.chunks_exact(2).map(|b| f64::from(bf16::from_le_bytes(b.try_into().unwrap()).to_f32())).collect()
         }
     }
@@ -90,13 +92,13 @@ fn read(client: &Client, handle: Handle, format: Format) -> Vec<f64> {
 
 /// Elements within one rounding to `format` and `f32_error` of the group's scale, its largest element or 1: f32 sums
 /// and functions are relative to their terms, not to what is left after cancellation.
-fn assert_close(what: &str, found: &[f64], expected: &[f64], format: Format, group: usize, f32_error: f64) {
+fn assert_close(what: &str, found: &[f64], expected: &[f64], format: FloatFormat, group: usize, f32_error: f64) {
     assert_eq!(found.len(), expected.len(), "{what}");
     // Half a unit in the last place, and the smallest step of f16's subnormals.
     let (relative, step) = match format {
-        Format::F32 => (6e-8, 0.0),
-        Format::F16 => (4.9e-4, 6e-8),
-        Format::Bf16 => (3.91e-3, 0.0),
+        FloatFormat::F32 => (6e-8, 0.0),
+        FloatFormat::F16 => (4.9e-4, 6e-8),
+        FloatFormat::BF16 => (3.91e-3, 0.0),
     };
     for (g, (found, expected)) in found.chunks(group).zip(expected.chunks(group)).enumerate() {
         let scale = expected.iter().fold(1.0_f64, |max, v| max.max(v.abs()));
@@ -119,19 +121,26 @@ fn losses_and_the_gradients_of_logits() {
             let targets: Vec<i32> = (0..rows).map(|row| ((row * 7919 + width - 1) % width) as i32).collect();
             let target_bytes: Vec<u8> = targets.iter().flat_map(|target| target.to_le_bytes()).collect();
             let target = client.create_from_slice(&target_bytes);
-            let dloss = input(client, &noise(7, rows, 1.0), Format::F32);
-            let [losses, whole] = [(); 2].map(|()| poisoned(client, rows, Format::F32));
+            let dloss = input(client, &noise(7, rows, 1.0), FloatFormat::F32);
+            let [losses, whole] = [(); 2].map(|()| poisoned(client, rows, FloatFormat::F32));
             let (found, expected): (Vec<_>, Vec<_>) = (0..rows)
                 .map(|row| (&logits.values[row * width..][..width], targets[row] as usize))
                 .map(|(row, target)| {
                     (cross_entropy::oracle::log_sum_exp(row), cross_entropy::oracle::forward(row, target))
                 })
                 .unzip();
-            cross_entropy::forward(client, &logits.handle, &target, &losses, &whole, rows, width, format).unwrap();
+            let matrix = Matrix { rows, width, format };
+            let buffers = cross_entropy::Forward {
+                logits: &logits.handle,
+                targets: &target,
+                losses: &losses,
+                log_sum_exp: &whole,
+            };
+            cross_entropy::forward(client, buffers, matrix).unwrap();
             // Differences of logits up to `scale`, and sums of up to 32,000 terms.
             let error = 2e-6 * scale.max(1.0);
-            assert_close(&what, &read(client, whole.clone(), Format::F32), &found, Format::F32, 1, error);
-            assert_close(&what, &read(client, losses, Format::F32), &expected, Format::F32, 1, error);
+            assert_close(&what, &read(client, whole.clone(), FloatFormat::F32), &found, FloatFormat::F32, 1, error);
+            assert_close(&what, &read(client, losses, FloatFormat::F32), &expected, FloatFormat::F32, 1, error);
 
             let grads: Vec<f64> = (0..rows)
                 .flat_map(|row| {
@@ -139,8 +148,13 @@ fn losses_and_the_gradients_of_logits() {
                     cross_entropy::oracle::backward(dloss.values[row], values, targets[row] as usize)
                 })
                 .collect();
-            cross_entropy::backward(client, &dloss.handle, &logits.handle, &target, &whole, rows, width, format)
-                .unwrap();
+            let buffers = cross_entropy::Backward {
+                dloss: &dloss.handle,
+                logits: &logits.handle,
+                targets: &target,
+                log_sum_exp: &whole,
+            };
+            cross_entropy::backward(client, buffers, matrix).unwrap();
             // A probability is an exponential of a difference whose error is that of the logits' magnitude.
             let found = read(client, logits.handle, format);
             assert_close(&format!("gradients, {what}"), &found, &grads, format, width, 1e-7 * scale.max(10.0));
@@ -158,9 +172,11 @@ fn gated_products_and_their_gradients() {
                 let up = input(client, &noise(2, len, 3.0), format);
                 let dy = input(client, &noise(3, len, 1.0), format);
                 let [out, dgate, dup] = [(); 3].map(|()| poisoned(client, len, format));
-                gated::forward(client, &gate.handle, &up.handle, &out, len, activation, format).unwrap();
-                gated::backward(client, &dy.handle, &gate.handle, &up.handle, &dgate, &dup, len, activation, format)
-                    .unwrap();
+                let buffers = gated::Forward { gate: &gate.handle, up: &up.handle, out: &out };
+                gated::forward(client, buffers, len, activation, format).unwrap();
+                let buffers =
+                    gated::Backward { dy: &dy.handle, gate: &gate.handle, up: &up.handle, dgate: &dgate, dup: &dup };
+                gated::backward(client, buffers, len, activation, format).unwrap();
                 let inputs = || gate.values.iter().zip(&up.values);
                 let expected: Vec<f64> = inputs().map(|(g, u)| gated::oracle::forward(*g, *u, activation)).collect();
                 let (expected_gate, expected_up): (Vec<f64>, Vec<f64>) =
@@ -183,9 +199,11 @@ fn extreme_gates_give_numbers() {
         let one = input(client, &[1.0; 6], format);
         for activation in Activation::ALL {
             let [out, dgate, dup] = [(); 3].map(|()| poisoned(client, 6, format));
-            gated::forward(client, &gate.handle, &one.handle, &out, 6, activation, format).unwrap();
-            gated::backward(client, &one.handle, &gate.handle, &one.handle, &dgate, &dup, 6, activation, format)
-                .unwrap();
+            let buffers = gated::Forward { gate: &gate.handle, up: &one.handle, out: &out };
+            gated::forward(client, buffers, 6, activation, format).unwrap();
+            let buffers =
+                gated::Backward { dy: &one.handle, gate: &gate.handle, up: &one.handle, dgate: &dgate, dup: &dup };
+            gated::backward(client, buffers, 6, activation, format).unwrap();
             for (i, y) in read(client, out, format).into_iter().enumerate() {
                 let expected = gate.values[i].max(0.0);
                 assert!((y - expected).abs() <= 1e-6 * expected, "{activation:?} of {} is {y}", gate.values[i]);
@@ -205,15 +223,20 @@ fn rows_are_normalised_and_differentiated() {
         {
             for offset in [0.0, 1.0] {
                 let what = format!("{rows} x {width}, offset {offset}");
-                let norm = RmsNorm { rows, width, eps: 1e-5, offset };
+                let norm = Norm { eps: 1e-5, offset };
+                let matrix = Matrix { rows, width, format };
                 let x = input(client, &noise(4, rows * width, 2.0), format);
                 let dy = input(client, &noise(5, rows * width, 1.0), format);
-                let weight = input(client, &noise(6, width, 1.0), Format::F32);
+                let weight = input(client, &noise(6, width, 1.0), FloatFormat::F32);
                 let [out, dx] = [(); 2].map(|()| poisoned(client, rows * width, format));
-                let dweight = poisoned(client, width, Format::F32);
-                rms_norm::forward(client, &x.handle, &weight.handle, &out, norm, format).unwrap();
-                rms_norm::backward(client, &dy.handle, &x.handle, &weight.handle, &dx, norm, format).unwrap();
-                rms_norm::weight_gradient(client, &dy.handle, &x.handle, &dweight, norm, format).unwrap();
+                let dweight = poisoned(client, width, FloatFormat::F32);
+                let (x_handle, dy_handle) = (&x.handle, &dy.handle);
+                let buffers = rms_norm::Forward { x: x_handle, weight: &weight.handle, out: &out };
+                rms_norm::forward(client, buffers, matrix, norm).unwrap();
+                let buffers = rms_norm::Backward { dy: dy_handle, x: x_handle, weight: &weight.handle, dx: &dx };
+                rms_norm::backward(client, buffers, matrix, norm).unwrap();
+                let buffers = rms_norm::WeightGradient { dy: dy_handle, x: x_handle, dweight: &dweight };
+                rms_norm::weight_gradient(client, buffers, matrix, norm).unwrap();
                 let expected = rms_norm::oracle::forward(&x.values, &weight.values, norm);
                 let (expected_x, expected_weight) =
                     rms_norm::oracle::backward(&dy.values, &x.values, &weight.values, norm);
@@ -223,8 +246,8 @@ fn rows_are_normalised_and_differentiated() {
                 if width > 1 {
                     assert_close(&what, &read(client, dx, format), &expected_x, format, width, 2e-6);
                 }
-                let found = read(client, dweight, Format::F32);
-                assert_close(&what, &found, &expected_weight, Format::F32, width, 2e-6);
+                let found = read(client, dweight, FloatFormat::F32);
+                assert_close(&what, &found, &expected_weight, FloatFormat::F32, width, 2e-6);
             }
         }
     });
@@ -233,11 +256,12 @@ fn rows_are_normalised_and_differentiated() {
 #[test]
 fn zero_rows_stay_zero() {
     everywhere(|client, format| {
-        let norm = RmsNorm { rows: 2, width: 96, eps: 1e-6, offset: 0.0 };
+        let norm = Norm { eps: 1e-6, offset: 0.0 };
         let zeros = input(client, &[0.0; 192], format);
-        let weight = input(client, &[1.0; 96], Format::F32);
+        let weight = input(client, &[1.0; 96], FloatFormat::F32);
         let out = poisoned(client, 192, format);
-        rms_norm::forward(client, &zeros.handle, &weight.handle, &out, norm, format).unwrap();
+        let buffers = rms_norm::Forward { x: &zeros.handle, weight: &weight.handle, out: &out };
+        rms_norm::forward(client, buffers, Matrix { rows: 2, width: 96, format }, norm).unwrap();
         assert!(read(client, out, format).iter().all(|y| *y == 0.0));
     });
 }
@@ -250,15 +274,17 @@ fn heads_turn_and_turn_back() {
         {
             let what = format!("{sequences} x {len} x {heads} x {head_dim}, {rotary} turn");
             let tokens = sequences * len;
-            let shape = Rope { tokens, len, heads, head_dim, rotary };
+            let matrix = Matrix { rows: tokens, width: heads * head_dim, format };
             let x = input(client, &noise(7, tokens * heads * head_dim, 2.0), format);
             let angles = noise(8, (len * rotary / 2).max(1), 3.0);
-            let cos = input(client, &angles.iter().map(|a| a.cos()).collect::<Vec<_>>(), Format::F32);
-            let sin = input(client, &angles.iter().map(|a| a.sin()).collect::<Vec<_>>(), Format::F32);
+            let cos = input(client, &angles.iter().map(|a| a.cos()).collect::<Vec<_>>(), FloatFormat::F32);
+            let sin = input(client, &angles.iter().map(|a| a.sin()).collect::<Vec<_>>(), FloatFormat::F32);
             for inverse in [false, true] {
                 let out = poisoned(client, x.values.len(), format);
-                rope::rotate(client, &x.handle, &cos.handle, &sin.handle, &out, shape, inverse, format).unwrap();
-                let expected = rope::oracle(&x.values, &cos.values, &sin.values, shape, inverse);
+                let rotation = Rotation { len, head_dim, rotary, inverse };
+                let buffers = Buffers { x: &x.handle, cos: &cos.handle, sin: &sin.handle, out: &out };
+                rope::rotate(client, buffers, matrix, rotation).unwrap();
+                let expected = rope::oracle(&x.values, &cos.values, &sin.values, heads, rotation);
                 // Two f32 products and a sum.
                 assert_close(&what, &read(client, out, format), &expected, format, head_dim, 2e-7);
             }
@@ -270,17 +296,21 @@ fn heads_turn_and_turn_back() {
 fn what_does_not_fit_is_refused() {
     everywhere(|client, format| {
         let small = client.empty(8);
-        let error = gated::forward(client, &small, &small, &small, 1000, Activation::Silu, format).unwrap_err();
+        let buffers = gated::Forward { gate: &small, up: &small, out: &small };
+        let error = gated::forward(client, buffers, 1000, Activation::Silu, format).unwrap_err();
         assert!(matches!(error, KernelError::BufferSize { name: "gate", .. }), "{error}");
-        let norm = RmsNorm { rows: 2, width: 64, eps: 1e-5, offset: 0.0 };
-        let error = rms_norm::forward(client, &small, &small, &small, norm, format).unwrap_err();
+        let buffers = rms_norm::Forward { x: &small, weight: &small, out: &small };
+        let norm = Norm { eps: 1e-5, offset: 0.0 };
+        let error = rms_norm::forward(client, buffers, Matrix { rows: 2, width: 64, format }, norm).unwrap_err();
         assert!(matches!(error, KernelError::BufferSize { name: "x", .. }), "{error}");
-        let odd = Rope { tokens: 4, len: 4, heads: 1, head_dim: 8, rotary: 3 };
+        let odd = Rotation { len: 4, head_dim: 8, rotary: 3, inverse: false };
         let large = client.empty(4096);
-        let error = rope::rotate(client, &large, &large, &large, &large, odd, false, format).unwrap_err();
-        assert!(error.to_string().contains("3 of 8 elements"), "{error}");
-        let torn = Rope { rotary: 4, len: 3, ..odd };
-        let error = rope::rotate(client, &large, &large, &large, &large, torn, false, format).unwrap_err();
-        assert!(error.to_string().contains("no whole sequences of 3"), "{error}");
+        let rotate = |width, rotation| {
+            let buffers = Buffers { x: &large, cos: &large, sin: &large, out: &large };
+            rope::rotate(client, buffers, Matrix { rows: 4, width, format }, rotation).unwrap_err().to_string()
+        };
+        assert!(rotate(8, odd).contains("3 of 8 elements"));
+        assert!(rotate(8, Rotation { rotary: 4, len: 3, ..odd }).contains("no whole sequences of 3"));
+        assert!(rotate(12, Rotation { rotary: 4, ..odd }).contains("12 elements of a token are no whole heads of 8"));
     });
 }

@@ -2,8 +2,8 @@
 //!
 //! Quantizing searches the thresholds by halving, with selects in place of branches and table loads:
 //! four compares and eleven selects for NF4, which the compiler turns into vector code (for AVX2 and
-//! AVX-512 too, chosen at run time). Counting the thresholds below a value, the obvious way to avoid
-//! branches, takes fifteen compares and measured twice the time. Dequantizing looks up two values per
+//! AVX-512 too, chosen at run time). Counting the thresholds below a value would avoid branches too, but takes fifteen
+//! compares and twice the time. Dequantizing looks up two values per
 //! byte in a table of 256 pairs. The tensor is cut at block borders into spans that fit the
 //! second-level cache.
 //!
@@ -12,8 +12,8 @@
 
 use rayon::prelude::*;
 
+use crate::blocks::check_blocksize;
 use crate::codebook::{FP4_ORDER_NIBBLES, FP4_THRESHOLDS, NF4_THRESHOLDS};
-use crate::quant_state::check_blocksize;
 use crate::reciprocal::reciprocal;
 use crate::{Element, QuantError, QuantType};
 

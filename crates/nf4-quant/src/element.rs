@@ -45,6 +45,18 @@ impl FloatFormat {
     }
 }
 
+/// The same format in a buffer on a device.
+#[cfg(feature = "kernels")]
+impl From<FloatFormat> for cuda_source::FloatFormat {
+    fn from(format: FloatFormat) -> Self {
+        match format {
+            FloatFormat::F32 => Self::F32,
+            FloatFormat::F16 => Self::F16,
+            FloatFormat::BF16 => Self::BF16,
+        }
+    }
+}
+
 impl fmt::Display for FloatFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())

@@ -32,6 +32,7 @@
 //! # Ok::<(), nf4_quant::QuantError>(())
 //! ```
 
+mod blocks;
 mod codebook;
 mod codec;
 mod element;
@@ -42,6 +43,7 @@ pub mod kernels;
 pub mod matmul;
 mod metadata;
 mod nested;
+mod python;
 mod quant_state;
 mod reciprocal;
 pub mod reference;
@@ -52,4 +54,5 @@ pub use element::{Element, FloatFormat};
 pub use error::QuantError;
 pub use metadata::{Metadata, NestedMetadata};
 pub use nested::NestedAbsmax;
+pub use python::python_float;
 pub use quant_state::{Absmax, QuantConfig, QuantState, Quantized4bit};

@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
-use crate::{FloatFormat, QuantError, QuantType};
+use crate::{FloatFormat, QuantError, QuantType, python_float};
 
 /// The scalars of a quantized weight, without its statistics.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,7 +94,7 @@ impl Metadata {
             shape,
             nested,
         };
-        crate::quant_state::check_blocksize(metadata.blocksize)?;
+        crate::blocks::check_blocksize(metadata.blocksize)?;
         Ok(metadata)
     }
 }
@@ -118,63 +118,9 @@ fn unsigned(fields: &Map<String, Value>, name: &'static str) -> Result<usize, Qu
     number.ok_or_else(|| problem(name, format!("is {value}, not a non-negative integer")))
 }
 
-/// Python's `repr` of a float: the shortest digits that read back, with an exponent of at least two
-/// digits below 1e-4 and from 1e16 on, else with a decimal point. Non-finite values as `json.dumps`
-/// writes them.
-fn python_float(value: f64) -> String {
-    if value.is_nan() {
-        return "NaN".into();
-    }
-    if value.is_infinite() {
-        return if value > 0.0 { "Infinity" } else { "-Infinity" }.into();
-    }
-    let magnitude = value.abs();
-    // The shortest digits that read back. Halfway between two of that length Python takes the even one,
-    // as rounding to a fixed number of digits does here: 0.223407745361328125 is ...812, not ...813.
-    let shortest = format!("{value:e}");
-    let digits = shortest.split('e').next().unwrap_or_default().bytes().filter(u8::is_ascii_digit).count();
-    let even = format!("{value:.*e}", digits.saturating_sub(1));
-    let scientific = if even.parse() == Ok(value) { even } else { shortest };
-    if magnitude == 0.0 || (1e-4..1e16).contains(&magnitude) {
-        let exponent: i32 = scientific.split('e').nth(1).and_then(|e| e.parse().ok()).unwrap_or_default();
-        let decimals = usize::try_from(digits as i32 - 1 - exponent).unwrap_or_default().max(1);
-        return format!("{value:.decimals$}");
-    }
-    match scientific.split_once('e') {
-        Some((digits, exponent)) => match exponent.strip_prefix('-') {
-            Some(exponent) => format!("{digits}e-{exponent:0>2}"),
-            None => format!("{digits}e+{exponent:0>2}"),
-        },
-        None => scientific,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn floats_read_as_python_prints_them() {
-        for (value, text) in [
-            (0.0, "0.0"),
-            (-0.0, "-0.0"),
-            (1.0, "1.0"),
-            (0.0001, "0.0001"),
-            (0.00009999, "9.999e-05"),
-            (1e-5, "1e-05"),
-            (1.5e-12, "1.5e-12"),
-            (2.5e-120, "2.5e-120"),
-            (123456789.25, "123456789.25"),
-            (1e15, "1000000000000000.0"),
-            (1e16, "1e+16"),
-            (-1.25e22, "-1.25e+22"),
-            (f64::from(0.1_f32), "0.10000000149011612"),
-            (f64::from(0.223_407_75_f32), "0.22340774536132812"),
-            (f64::INFINITY, "Infinity"),
-        ] {
-            assert_eq!(python_float(value), text);
-        }
-    }
 
     #[test]
     fn json_reads_back() -> Result<(), QuantError> {

@@ -1,5 +1,6 @@
 //! A quantized weight and what describes it, with bitsandbytes' field names.
 
+use crate::blocks::{check_blocksize, check_shape, num_elements};
 use crate::codec::{dequantize_blocks, quantize_blocks};
 use crate::{Element, FloatFormat, Metadata, NestedAbsmax, NestedMetadata, QuantError, QuantType};
 
@@ -31,29 +32,6 @@ impl QuantConfig {
     pub fn validate(&self) -> Result<(), QuantError> {
         check_blocksize(self.blocksize)
     }
-}
-
-pub(crate) fn check_blocksize(blocksize: usize) -> Result<(), QuantError> {
-    match blocksize.is_power_of_two() && (32..=4096).contains(&blocksize) {
-        true => Ok(()),
-        false => Err(QuantError::Blocksize(blocksize)),
-    }
-}
-
-pub(crate) fn check_shape(shape: &[usize], actual: usize) -> Result<(), QuantError> {
-    let expected = num_elements(shape);
-    if expected != actual {
-        return Err(QuantError::Shape { shape: shape.to_vec(), expected, actual });
-    }
-    match expected {
-        0 => Err(QuantError::Empty(shape.to_vec())),
-        _ => Ok(()),
-    }
-}
-
-/// The product of the dimensions; a shape too large for memory saturates, and so fits no data.
-fn num_elements(shape: &[usize]) -> usize {
-    if shape.contains(&0) { 0 } else { shape.iter().fold(1, |n, d| n.saturating_mul(*d)) }
 }
 
 /// The largest magnitude of each block, as such or quantized to 8 bits.
@@ -116,15 +94,6 @@ impl QuantState {
     /// bitsandbytes' quant_state JSON, byte for byte.
     pub fn metadata_json(&self) -> String {
         self.metadata().to_json()
-    }
-
-    /// Reads bitsandbytes' quant_state JSON.
-    ///
-    /// # Errors
-    ///
-    /// As [`Metadata::parse`].
-    pub fn parse_metadata(json: &str) -> Result<Metadata, QuantError> {
-        Metadata::parse(json)
     }
 
     /// Checks that blocksize, shape and statistics fit each other.

@@ -4,7 +4,6 @@ mod common;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use common::{devices, noise};
-use fused_kernels::attention::Options;
 use fused_kernels::attention::oracle::{self, Batch};
 use qlora_layers::ops::{AttentionOptions, attention};
 
@@ -57,12 +56,9 @@ impl Case {
     }
 
     fn options(&self) -> AttentionOptions {
-        AttentionOptions {
-            window: self.window,
-            softcap: self.softcap,
-            packed: self.packed.map(Into::into),
-            ..AttentionOptions::causal(self.dim)
-        }
+        let scale = AttentionOptions::causal(self.dim).scores.scale;
+        let packed = self.packed.map(Into::into);
+        AttentionOptions { packed, ..AttentionOptions::new(scale, self.window, self.softcap) }
     }
 
     fn batch(&self) -> Batch {
@@ -115,7 +111,7 @@ fn check(case: &Case, dtype: FloatDType, name: &str, device: &Device, tolerance:
     };
     let operands = [of_dtype(1, queries), of_dtype(2, keys), of_dtype(3, keys), of_dtype(4, queries)];
     let found = run(case, &operands, dtype, device);
-    let options = Options { scale: AttentionOptions::causal(dim).scale, window: case.window, softcap: case.softcap };
+    let options = case.options().scores;
     let [q, k, v, d_out] = &operands;
     let o = oracle::forward(q, k, v, &case.batch(), options, None).o;
     let gradients = oracle::backward(q, k, v, d_out, &case.batch(), options, None);

@@ -5,8 +5,6 @@ mod common;
 
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use common::{devices, noise};
-use fused_kernels::rms_norm::RmsNorm;
-use fused_kernels::rope::Rope;
 use qlora_layers::ops::backward_from;
 use qlora_layers::ops::fused::{Activation, Norm, Rotation, cross_entropy, gated, rms_norm, rotate};
 
@@ -39,9 +37,9 @@ fn rms_norm_and_its_gradients() {
             let [x_leaf, w_leaf] =
                 [tensor(&x, [rows, width], &device), tensor(&weight, [width], &device).reshape([1, width])]
                     .map(|t| t.autodiff().require_grad());
-            let y = rms_norm(x_leaf.clone(), w_leaf.clone().reshape([width]), Norm { eps: 1e-5, offset });
+            let norm = Norm { eps: 1e-5, offset };
+            let y = rms_norm(x_leaf.clone(), w_leaf.clone().reshape([width]), norm);
             let mut grads = (y.clone() * tensor(&dy, [rows, width], &device)).sum().backward();
-            let norm = RmsNorm { rows, width, eps: 1e-5, offset };
             let [x, dy, weight] = [x, dy, weight].map(|v| widened(&v));
             assert_close(&what, &values(y.inner()), &fused_kernels::rms_norm::oracle::forward(&x, &weight, norm));
             let (dx, dweight) = fused_kernels::rms_norm::oracle::backward(&dy, &x, &weight, norm);
@@ -88,11 +86,13 @@ fn rotation_and_its_gradient() {
             let [cos, sin] = [f32::cos, f32::sin].map(|f| angles.iter().map(|a| f(3.0 * a)).collect::<Vec<_>>());
             let leaf = tensor(&x, shape, &device).autodiff().require_grad();
             let [cos_table, sin_table] = [&cos, &sin].map(|t| tensor(t, [len, rotary / 2], &device));
-            let y = rotate(leaf.clone(), cos_table, sin_table, Rotation { len, head_dim, rotary, inverse: false });
+            let rotation = Rotation { len, head_dim, rotary, inverse: false };
+            let y = rotate(leaf.clone(), cos_table, sin_table, rotation);
             let mut grads = (y.clone() * tensor(&dy, shape, &device)).sum().backward();
-            let rope = Rope { tokens, len, heads, head_dim, rotary };
             let [x, dy, cos, sin] = [x, dy, cos, sin].map(|v| widened(&v));
-            let oracle = |x: &[f64], inverse| fused_kernels::rope::oracle(x, &cos, &sin, rope, inverse);
+            let oracle = |x: &[f64], inverse| {
+                fused_kernels::rope::oracle(x, &cos, &sin, heads, Rotation { inverse, ..rotation })
+            };
             assert_close(&what, &values(y.inner()), &oracle(&x, false));
             assert_close(&what, &values(leaf.grad_remove(&mut grads).unwrap()), &oracle(&dy, true));
         }

@@ -72,12 +72,8 @@ impl Decoder {
         let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
             let (cos, sin) = tables.get(&kind.rope, past, len, &self.device);
             let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.dim, inverse: false };
-            let attention = AttentionOptions {
-                scale: self.config.score_scale as f32,
-                window: kind.window,
-                softcap: self.config.score_softcap.map(|cap| cap as f32),
-                packed: None,
-            };
+            let softcap = self.config.score_softcap.map(|cap| cap as f32);
+            let attention = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
             View { cos, sin, rotation, attention }
         };
         Sequence { rows, len, views: self.config.attention_kinds.iter().zip(&*self.rotary).map(view).collect() }

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 use cubecl::server::Handle;
-use fused_kernels::HalfFormat;
-use fused_kernels::attention::{self, Backward, Operand, Options, Rows, Shape, Strides};
+use fused_kernels::attention::{self, Backward, Forward, Operand, Options, Rows, Shape, Strides};
 use nf4_quant::FloatFormat;
 use serde_json::json;
 
@@ -115,7 +114,7 @@ impl Sizes {
             heads,
             kv_heads,
             head_dim,
-            format: HalfFormat::Bf16,
+            format: fused_kernels::FloatFormat::BF16,
         };
         let options = Options { scale: 1.0 / (head_dim as f32).sqrt(), window, softcap: None };
         let of_queries = Strides::token_major(len, heads, head_dim);
@@ -125,7 +124,8 @@ impl Sizes {
         let forward = move |client: &cubecl::client::Client, [q, k, v, o, lse, ..]: &Buffers, shape: &Shape| {
             let queries = |handle| Operand { handle, strides: of_queries };
             let keys = |handle| Operand { handle, strides: of_keys };
-            attention::forward(client, queries(q), keys(k), keys(v), queries(o), lse, shape, options)
+            let operands = Forward { q: queries(q), k: keys(k), v: keys(v), o: queries(o), lse };
+            attention::forward(client, operands, shape, options)
         };
         if backward {
             for buffers in &sets {

@@ -1,8 +1,7 @@
 //! LoRA's products with a narrow side: u = x Aᵀ and dA = vᵀ x, and the same of dy with B.
 
 use anyhow::Result;
-use fused_kernels::HalfFormat;
-use fused_kernels::low_rank::{self, FactorLayout, Output};
+use fused_kernels::low_rank::{self, Factor, FactorLayout, Gradient, Output, Projection};
 use nf4_quant::FloatFormat;
 use serde_json::json;
 
@@ -49,21 +48,23 @@ pub(super) fn project(model: &'static str, tokens: usize, features: usize, rank:
         prepare: Box::new(move |bench| {
             let client = bench.client.clone();
             let factor = bench.random_in(FloatFormat::F32, rank * features, 1, 0.02);
-            let factor = low_rank::pack(&client, &factor, features, rank, layout, HalfFormat::Bf16)?;
+            let factor = Factor { values: &factor, features, rank, layout };
+            let factor = low_rank::pack(&client, factor, fused_kernels::FloatFormat::BF16)?;
             let sets: Vec<_> = (0..bench.sets(bytes) as u32)
                 .map(|seed| (bench.random(tokens * features, seed, 1.0), client.empty(2 * tokens * rank)))
                 .collect();
             let outputs = sets.iter().map(|(_, out)| out.clone()).collect();
             let call = Box::new(move |i: usize| {
                 let (x, out) = &sets[i % sets.len()];
-                Ok(low_rank::project(&client, x, &factor, out, tokens, Output::Half, 0.25, None)?)
+                let operands = Projection { x, factor: &factor, out };
+                Ok(low_rank::project(&client, operands, tokens, Output::Half, 0.25, None)?)
             });
             Ok(Run { call, outputs })
         }),
     }
 }
 
-/// dA = vᵀ x or dB = dyᵀ u, without accumulation.
+/// dA = vᵀ x or dB = dyᵀ u.
 pub(super) fn gradient(model: &'static str, tokens: usize, features: usize, rank: usize, layout: FactorLayout) -> Case {
     let bytes = 2 * (tokens * features + tokens * rank) + 4 * rank * features;
     Case {
@@ -88,10 +89,10 @@ pub(super) fn gradient(model: &'static str, tokens: usize, features: usize, rank
                 .collect();
             let outputs = sets.iter().map(|(_, _, out)| out.clone()).collect();
             let shape = low_rank::Shape { tokens, features, rank };
-            let format = HalfFormat::Bf16;
+            let format = fused_kernels::FloatFormat::BF16;
             let call = Box::new(move |i: usize| {
-                let (x, v, out) = &sets[i % sets.len()];
-                Ok(low_rank::gradient(&client, x, v, out, shape, layout, false, 1.0, None, format)?)
+                let (x, product, out) = &sets[i % sets.len()];
+                Ok(low_rank::gradient(&client, Gradient { x, product, out }, shape, layout, None, format)?)
             });
             Ok(Run { call, outputs })
         }),

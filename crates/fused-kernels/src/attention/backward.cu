@@ -5,13 +5,13 @@
 //
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q
 //
-//   KIND       1: delta, 2: dK and dV, a block per tile of keys, 3: dQ, a block per tile of queries
+//   KIND       1: delta, 2: dK and dV, a cube per tile of keys, 3: dQ, a cube per tile of queries
 //   SLICES     warps that share 16 rows: each computes all of their scores, and its part of the head's dimensions of
 //              the results, where all of it does not fit in registers
 //   VALUES_SHARED   kind 2: the values' fragments are in shared memory, not in registers
-//   MIN_BLOCKS blocks per multiprocessor that registers must leave room for
+//   MIN_CUBES cubes per multiprocessor that registers must leave room for
 
-#define BLOCK_ROWS (WARPS / SLICES * 16)
+#define CUBE_ROWS (WARPS / SLICES * 16)
 #define RESULT_TILES (CHUNKS / SLICES)
 
 #if KIND == 1
@@ -35,7 +35,7 @@ attention_delta(const u16* __restrict__ o, const u16* __restrict__ d_out, const 
 #pragma unroll
         for (u32 n = 0; n < 4; n++) {
             float x0, x1, y0, y1;
-            unpack2(x[n], x0, x1), unpack2(y[n], y0, y1);
+            unpack(x[n], x0, x1), unpack(y[n], y0, y1);
             sum = fmaf(x1, y1, fmaf(x0, y0, sum));
         }
     }
@@ -70,9 +70,9 @@ __device__ __forceinline__ void probabilities(float (&s)[2][4], float (&ds)[2][4
 
 #if KIND == 2
 
-#define VALUE_BYTES (VALUES_SHARED * BLOCK_ROWS * ROW_BYTES)
+#define VALUE_BYTES (VALUES_SHARED * CUBE_ROWS * ROW_BYTES)
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
                const u16* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ d_k,
                u16* __restrict__ d_v, const __grid_constant__ Params p) {
@@ -82,12 +82,12 @@ attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* 
     const u32 kv_heads = p.heads / p.group, kv_head = blockIdx.x % kv_heads;
     const Row row = row_of(p, bounds, blockIdx.x / kv_heads % p.rows);
     // The first keys are seen by the most queries.
-    const u32 block_key = blockIdx.x / kv_heads / p.rows * BLOCK_ROWS, key = block_key + warp / SLICES * 16;
-    if (block_key >= row.keys) return;
+    const u32 cube_key = blockIdx.x / kv_heads / p.rows * CUBE_ROWS, key = cube_key + warp / SLICES * 16;
+    if (cube_key >= row.keys) return;
     const u32 past = row.keys - row.queries;
-    // Queries that see any of the block's keys.
-    const u32 begin = (block_key > past ? block_key - past : 0) / ROWS;
-    const u32 beyond = min(block_key + BLOCK_ROWS, row.keys) - 1 + p.window;
+    // Queries that see any of the cube's keys.
+    const u32 begin = (cube_key > past ? cube_key - past : 0) / ROWS;
+    const u32 beyond = min(cube_key + CUBE_ROWS, row.keys) - 1 + p.window;
     const u32 end = (min(row.queries, beyond > past ? beyond - past : 0) + ROWS - 1) / ROWS;
 
     // A tile of queries and its gradients, into one half of the ring.
@@ -136,7 +136,8 @@ attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* 
 #pragma unroll 1
             for (u32 part = 0; part < ROWS; part += 16) {
                 const u32 query = j * ROWS + part, position = query + past;
-                // Nobody sees anybody: queries before the keys, or past their window, or past the row's end.
+                // None of these queries sees any of these keys: they come before the keys, or after their window or the
+                // row's end.
                 if (query >= row.queries || position + 15 < key || (position > key + 15 && position - key - 15 >= p.window)) continue;
                 float row_lse[4], row_delta[4];
 #pragma unroll
@@ -194,7 +195,7 @@ attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* 
 
 #else
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 attention_queries(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
                   const u16* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ d_q,
                   const __grid_constant__ Params p) {
@@ -204,12 +205,12 @@ attention_queries(const u16* __restrict__ q, const u16* __restrict__ k, const u1
     const u32 head = blockIdx.x % p.heads;
     const Row row = row_of(p, bounds, blockIdx.x / p.heads % p.rows);
     const u32 query_tile = p.tiles - 1 - blockIdx.x / p.heads / p.rows;
-    const u32 block_query = query_tile * BLOCK_ROWS, query = block_query + warp / SLICES * 16;
-    if (block_query >= row.queries) return;
+    const u32 cube_query = query_tile * CUBE_ROWS, query = cube_query + warp / SLICES * 16;
+    if (cube_query >= row.queries) return;
     const u32 past = row.keys - row.queries, position = query + past;
-    const u32 low_edge = block_query + past + 1;
+    const u32 low_edge = cube_query + past + 1;
     const u32 begin = (low_edge > p.window ? low_edge - p.window : 0) / ROWS;
-    const u32 end = (min(block_query + BLOCK_ROWS, row.queries) + past + ROWS - 1) / ROWS;
+    const u32 end = (min(cube_query + CUBE_ROWS, row.queries) + past + ROWS - 1) / ROWS;
     const u16* keys = k + head_at(p, row, p.k, head / p.group);
     const u16* values = v + head_at(p, row, p.v, head / p.group);
 

@@ -1,13 +1,13 @@
 
 // --------------------------------------------------------------------------------------------- forward
 //
-// A block has 16 queries per warp and goes over the key tiles that any of them sees. Keys and values take turns in a
-// ring of STAGES tiles, so that one barrier serves each tile: past it, everybody is done with the one before, and its
+// A cube has 16 queries per warp and goes over the key tiles that any of them sees. Keys and values take turns in a
+// ring of STAGES tiles, so that one barrier serves each tile: past it, all warps are done with the one before, and its
 // place is filled with the one that comes STAGES - 1 later.
 //
-//   STAGES, MIN_BLOCKS   tiles in the ring; blocks per multiprocessor that registers must leave room for
+//   STAGES, MIN_CUBES   tiles in the ring; cubes per multiprocessor that registers must leave room for
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 attention_forward(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
                   u16* __restrict__ o, float* __restrict__ lse, const __grid_constant__ Params p) {
     __shared__ __align__(128) unsigned char shared[STAGES * TILE_BYTES];
@@ -17,13 +17,13 @@ attention_forward(const u16* __restrict__ q, const u16* __restrict__ k, const u1
     const Row row = row_of(p, bounds, blockIdx.x / p.heads % p.rows);
     // The tiles with the most keys come first.
     const u32 query_tile = p.tiles - 1 - blockIdx.x / p.heads / p.rows;
-    const u32 block_query = query_tile * 16 * WARPS, query = block_query + warp * 16;
-    if (block_query >= row.queries) return;
+    const u32 cube_query = query_tile * 16 * WARPS, query = cube_query + warp * 16;
+    if (cube_query >= row.queries) return;
     // A query's position among the keys: queries are the last of their row.
     const u32 past = row.keys - row.queries;
-    const u32 block_end = min(block_query + 16 * WARPS, row.queries) + past;  // one past the last visible key
-    const u32 low_edge = block_query + past + 1;
-    const u32 begin = (low_edge > p.window ? low_edge - p.window : 0) / ROWS, end = (block_end + ROWS - 1) / ROWS;
+    const u32 cube_end = min(cube_query + 16 * WARPS, row.queries) + past;  // one past the last visible key
+    const u32 low_edge = cube_query + past + 1;
+    const u32 begin = (low_edge > p.window ? low_edge - p.window : 0) / ROWS, end = (cube_end + ROWS - 1) / ROWS;
     const u16* keys = k + head_at(p, row, p.k, head / p.group);
     const u16* values = v + head_at(p, row, p.v, head / p.group);
 

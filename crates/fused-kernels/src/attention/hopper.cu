@@ -2,14 +2,14 @@
 // ---------------------------------------------------------------------------------------------- Hopper
 //
 // What the kernels for compute capability 9.0 share: TMA, barriers, wgmma, and who computes what. hopper.rs tells the
-// idea. A block has two warp groups that compute, each with 64 rows of the block's 128, and a third of which one warp
+// idea. A cube has two warp groups that compute, each with 64 rows of the cube's 128, and a third of which one warp
 // loads. D is 64 or 128 here.
 //
 //   TURNS      1: the computing groups take turns at the tensor cores
 
 #define CONSUMERS 256
 #define THREADS 384
-#define BLOCK_ROWS 128
+#define CUBE_ROWS 128
 #define HALVES (D / 64)                     // of a tile: 64 columns each, rows of 128 bytes, swizzled over their width
 #define TILE_BYTES(rows) ((rows) * D * 2)
 #define NONE 0xffffffffu
@@ -47,8 +47,8 @@ __device__ __forceinline__ void load_tile(u8* to, const TensorMap* map, u64* bar
 #define SUMS_32(d) SIXTEEN(d, 0), SIXTEEN(d, 16)
 #define SUMS_64(d) SUMS_32(d), SIXTEEN(d, 32), SIXTEEN(d, 48)
 
-// d = a b, or d += a b with `add`, over 16 columns of a and rows of b. TURNED: the contraction runs over the rows of b's
-// tile instead of its columns.
+// d = a b, or d += a b with `add`, over 16 columns of a and rows of b. TURNED: the contraction runs over the rows of
+// b's tile instead of its columns.
 template <int TURNED>
 __device__ __forceinline__ void multiply(float (&d)[32], u64 a, u64 b, u32 add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." FORMATS
@@ -72,13 +72,15 @@ __device__ __forceinline__ void multiply(float (&d)[64], const u32* a, u64 b, u3
                  : SUMS_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
 }
 
-// Keeps what the compiler knows of these registers on this side: it does not know that wgmma writes them later.
+// Keeps the compiler from moving uses of these registers across this point: it does not know that wgmma writes them
+// later.
 template <u32 N>
 __device__ __forceinline__ void pin(float (&x)[N]) {
 #pragma unroll
     for (u32 i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
-// Keeps the assembler from waiting for wgmma before `value` is there: it takes a wait for a long way and starts it early.
+// Keeps the assembler from waiting for wgmma before `value` is computed: it assumes that a wait is long and moves it
+// forward.
 __device__ __forceinline__ void hold(float* scratch, float value) {
     asm volatile("st.volatile.shared.f32 [%0], %1;" ::"r"(shared_address(scratch)), "f"(value) : "memory");
 }
@@ -118,7 +120,7 @@ __device__ __forceinline__ void accumulate(float (&d)[D / 2], const u32 (&a)[N /
 template <u32 N>
 __device__ __forceinline__ void as_operand(u32 (&a)[N / 2], const float (&x)[N]) {
 #pragma unroll
-    for (u32 i = 0; i < N / 2; i++) a[i] = pack2(x[2 * i], x[2 * i + 1]);
+    for (u32 i = 0; i < N / 2; i++) a[i] = pack(x[2 * i], x[2 * i + 1]);
 }
 
 // ------------------------------------------------------------------------------------------------ work
@@ -129,7 +131,8 @@ struct Work {
     Row row;
 };
 // Tickets go through the heads in sections, whose operands stay in the second-level cache, and there by rank, the most
-// work first. The last ranks of all heads, the least work, come at the end and fill what is left of the multiprocessors.
+// work first. The last ranks of all heads, the least work, come at the end and fill what is left of the
+// multiprocessors.
 __device__ __forceinline__ Work work_of(const Params& p, const u32* __restrict__ bounds, u32 heads, u32 ticket) {
     const u32 pairs = heads * p.rows, early = p.tiles - p.light;
     u32 pair, rank;
@@ -147,15 +150,15 @@ __device__ __forceinline__ Work work_of(const Params& p, const u32* __restrict__
 struct QuerySpan {
     u32 first, past, begin, end;
     __device__ __forceinline__ QuerySpan(const Params& p, const Work& work, u32 keys) {
-        first = (p.tiles - 1 - work.rank) * BLOCK_ROWS;
+        first = (p.tiles - 1 - work.rank) * CUBE_ROWS;
         // Queries are the last of their row.
         past = work.row.keys - work.row.queries;
         const u32 low_edge = first + past + 1;
         begin = (low_edge > p.window ? low_edge - p.window : 0) / keys;
-        end = (min(first + BLOCK_ROWS, work.row.queries) + past + keys - 1) / keys;
+        end = (min(first + CUBE_ROWS, work.row.queries) + past + keys - 1) / keys;
     }
 };
-// The next ticket of a block, or NONE. The first is the block's index; the last to be turned away puts the counter back.
+// The next ticket of a cube, or NONE. A cube's first ticket is its index. The last cube to get NONE resets the counter.
 __device__ __forceinline__ u32 next_ticket(u32* counter, u32 tickets) {
     const u32 drawn = atomicAdd(counter, 1);
     if (drawn == tickets - 1) *counter = 0;
@@ -176,7 +179,7 @@ __device__ __forceinline__ void store_rows(u16* to, const float (&x)[D / 2], flo
         for (u32 n = 0; n < D / 8; n += 4) {
             u32 w[4];
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) w[i] = pack2(x[4 * (n + i) + 2 * h] * factor, x[4 * (n + i) + 2 * h + 1] * factor);
+            for (u32 i = 0; i < 4; i++) w[i] = pack(x[4 * (n + i) + 2 * h] * factor, x[4 * (n + i) + 2 * h + 1] * factor);
 #pragma unroll
             for (u32 i = 0; i < 4; i += 2) {
                 const u32 other = __shfl_xor_sync(0xffffffffu, t & 1 ? w[i] : w[i + 1], 1);
@@ -193,6 +196,52 @@ __device__ __forceinline__ void store_rows(u16* to, const float (&x)[D / 2], flo
     }
 }
 
+// -------------------------------------------------------------------------------- a tile of queries
+//
+// What the kernels share that have a tile of queries and stream tiles of keys and values past it: the forward pass and
+// dQ.
+
+// Their barriers, for the tile of queries (`own`) and the rings. Members of `Shared` itself: the compiler orders loads
+// and stores otherwise around those of a nested struct.
+#define BARRIERS u64 own_full, own_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES]
+// Called by one thread.
+template <class Shared>
+__device__ __forceinline__ void init_barriers(Shared& s) {
+    barrier_init(&s.own_full, 1);
+    barrier_init(&s.own_empty, CONSUMERS / LANES);
+    for (u32 i = 0; i < STAGES; i++) {
+        barrier_init(&s.k_full[i], 1), barrier_init(&s.v_full[i], 1);
+        barrier_init(&s.k_empty[i], CONSUMERS / LANES), barrier_init(&s.v_empty[i], CONSUMERS / LANES);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Loads a tile of `rows` keys and values to the place `at` of the rings, as soon as it is free.
+template <class Shared>
+__device__ __forceinline__ void load_keys_and_values(Shared& s, const Cursor<STAGES>& at, const TensorMap* k_map, const TensorMap* v_map,
+                                                     u32 rows, u32 start, u32 tile, u32 head, u32 row) {
+    u64* full = &s.k_full[at.stage];
+    barrier_wait(&s.k_empty[at.stage], at.phase ^ 1);
+    barrier_expect(full, TILE_BYTES(rows));
+    load_tile(s.k[at.stage], k_map, full, rows, start + tile * rows, head, row);
+    full = &s.v_full[at.stage];
+    barrier_wait(&s.v_empty[at.stage], at.phase ^ 1);
+    barrier_expect(full, TILE_BYTES(rows));
+    load_tile(s.v[at.stage], v_map, full, rows, start + tile * rows, head, row);
+}
+// Tells the computing groups that there is no further tile.
+template <class Shared>
+__device__ __forceinline__ void end_of_work(Shared& s, const Cursor<1>& own_at) {
+    barrier_wait(&s.own_empty, own_at.phase ^ 1);
+    s.ticket = NONE;
+    barrier_arrive(&s.own_full);
+}
+
+// -------------------------------------------------------------------------------------------- groups
+
+// Lets the loading warp fill again what `bar` guards. Called by every computing warp.
+__device__ __forceinline__ void release(u64* bar) {
+    if (threadIdx.x % LANES == 0) barrier_arrive(bar);
+}
 // The computing groups take turns at the tensor cores: while one computes exponentials, the other's products run.
 __device__ __forceinline__ void turn_wait(u32 group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
 __device__ __forceinline__ void turn_pass(u32 group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }

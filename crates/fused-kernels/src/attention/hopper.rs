@@ -3,71 +3,45 @@
 //!
 //! # How
 //!
-//! - A block of 128 queries, or keys, has two warp groups that compute, with 64 rows and 232 registers a thread each, and
-//!   a warp that loads. Tiles come by TMA from the operands where they lie (four dimensions with any strides; zeros
+//! - A cube of 128 queries, or keys, has two warp groups that compute, with 64 rows and 232 registers a thread each,
+//!   and a warp that loads. Tiles come by TMA from the operands where they lie (four dimensions with any strides; zeros
 //!   past a row's end) into rings in shared memory, swizzled as wgmma reads them.
 //! - Products of scores take both operands from shared memory. Their result is in the order of a first operand, so
 //!   P and dS stay in registers; the second operand of those products is the same tile with its rows contracted. dK and
 //!   dV compute transposed scores for that reason.
-//! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of one
-//!   group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The assembler
-//!   starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it back.)
-//! - As many blocks as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads run
-//!   ahead over the end of a tile. Heads are taken in sections whose keys and values, or queries and gradients, stay in
-//!   the second-level cache, the heaviest tiles first; the lightest of all heads come last and even out the end
-//!   ([`section`], [`light`]). Who computes a tile does not matter to its bits.
-//! - dQ has a kernel of its own, as in the other kernels: seven products instead of the five of a kernel that adds dQ up
-//!   across blocks, which needs an order for the same bits every time, f32 scratch of twice q's size, and passes dS and
-//!   dQ through shared memory, whose bandwidth is what five products in one kernel are short of.
+//! - Products are queued ahead: the scores of the next tile run behind the sums of this one, and the exponentials of
+//!   one group run under the products of the other. Where it helps, groups take turns at the tensor cores. (The
+//!   assembler starts a wait for wgmma as early as it can, over independent arithmetic; a branch or a store hold it
+//!   back.)
+//! - As many cubes as multiprocessors draw tiles from a counter ([`counters`](cuda_source::counters)), so that loads
+//!   run ahead over the end of a tile. Heads are taken in sections whose keys and values, or queries and gradients,
+//!   stay in the second-level cache, the heaviest tiles first. The lightest tiles of all heads come last and even out
+//!   the end ([`section`], [`light`]). The bits of a tile do not depend on the cube that computes it.
+//! - dQ has a kernel of its own, as in the other kernels. It costs seven products instead of the five of one kernel for
+//!   all gradients, which would have to add dQ up across cubes, in an order, and pass dS and dQ through shared memory.
 //!
-//! # Measured
+//! # Bound
 //!
-//! One H100 at 700 W, bf16, causal, the kernels alone, in TFLOP/s of the products that each computes for visible pairs
-//! (forward two, dK and dV four, dQ three):
-//!
-//! | shape | forward | dK, dV | dQ |
-//! |---|---|---|---|
-//! | 4 x 2048, 32/32 x 128 | 557 | 629 | 616 |
-//! | 1 x 16384, 32/32 x 128 | 709 | 690 | 808 |
-//! | 4 x 2048, 32/8 x 128 | 512 | 594 | 629 |
-//! | 1 x 16384, 32/8 x 128 window 4096 | 607 | 724 | 722 |
-//! | 1 x 2048, 32/32 x 128 | 428 | 542 | 492 |
-//! | 4 x 2048, 32/32 x 64 | 352 | 518 | 468 |
-//! | 1 x 16384, 32/32 x 64 | 461 | 687 | 666 |
-//!
-//! The gradients together, with `delta`: some 0.82 ms for 4 x 2048 and 10.5 ms for 1 x 16384 with 32 heads of 128, 415
-//! and 525 TFLOP/s by five products.
-//!
-//! What else was tried, at 4 x 2048 and 1 x 16384 with 32 heads of 128:
-//!
-//! | kernel | instead | TFLOP/s |
-//! |---|---|---|
-//! | forward | groups take turns | 548, 698 against 556, 706; at a head_dim of 64 turns give 486 against 464 for long rows |
-//! | forward | tiles of 64 keys | 497, 620 |
-//! | forward | three stages | 512, 707 against 543, 707 |
-//! | dK, dV | no turns | 537, 660 against 620, 694 |
-//! | dK, dV | four stages | 587, 698 against 625, 691 |
-//! | dK, dV, head_dim 64 | tiles of 64 queries | 412, 549 against 506, 665 |
-//! | dQ | turns | 614, 790 against 616, 808; 569 against 629 with 8 key heads |
-//! | dQ | tiles of 64 keys | 585, 730 against 592, 755 |
-//! | all | one section of all heads | 332, 553 and 442 against 541, 622 and 613 at 4 x 2048 |
-//! | all | no light tiles at the end | 357, 400 and 381 against 418, 492 and 502 at 1 x 2048 |
+//! Tensor cores, and the exponentials that must hide behind them: with 32 heads of 128, 4 x 2048 runs at 557 TFLOP/s
+//! forward, 629 for dK and dV and 616 for dQ, 1 x 16384 at 709, 690 and 808 (one H100 at 700 W, bf16, causal, of the
+//! products that each kernel computes). `docs/src/kernels/attention.md` has more shapes and the variants that lost.
 //!
 //! # What was not done
 //!
 //! - Tiles across the diagonal are computed whole: 6 % of the work at a length of 2048.
 //! - Heads wider than 128. Their dK and dV don't fit in the registers of two groups.
 //! - A packed row's last tile holds the first tokens of the next row; they weigh nothing, but zero times NaN is NaN.
-//! - A softcap costs a third of the forward pass: its tanh doubles what the special function unit has to do.
+//! - A cheaper softcap: its tanh doubles the work of the special function units, a third of the forward pass.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorElement, TensorMap};
+use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorMap};
 
-use super::{Backward, OPERATION, Operand, Options, Params, Shape, Side, check_limit};
-use crate::{HalfFormat, KernelError};
+use super::{Backward, Forward, OPERATION, Operand, Options, Params, Shape, Side, check_limit};
+use crate::{FloatFormat, KernelError};
 
 const FORWARD: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     cuda_source::tma_barriers!(),
@@ -75,6 +49,7 @@ const FORWARD: &str = concat!(
     include_str!("hopper_forward.cu")
 );
 const BACKWARD: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     cuda_source::tma_barriers!(),
@@ -82,8 +57,8 @@ const BACKWARD: &str = concat!(
     include_str!("hopper_backward.cu")
 );
 const THREADS: u32 = 384;
-/// Rows of queries, or keys, that a block computes.
-const BLOCK_ROWS: usize = 128;
+/// Rows of queries, or keys, that a cube computes.
+const CUBE_ROWS: usize = 128;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -101,7 +76,7 @@ struct Variant {
     /// head_dim, padded: 64 or 128.
     dim: usize,
     softcap: bool,
-    format: HalfFormat,
+    format: FloatFormat,
 }
 
 impl Variant {
@@ -117,7 +92,7 @@ impl Variant {
         }
     }
 
-    /// Whether the two groups take turns at the tensor cores. dQ's kernel knows no turns.
+    /// Whether the two groups take turns at the tensor cores. dQ's kernel has no turns.
     fn turns(self) -> bool {
         match self.kind {
             Kind::Forward => self.dim == 64,
@@ -134,7 +109,7 @@ impl Variant {
             Kind::Queries => (BACKWARD, "attention_queries", 3, "TILE"),
         };
         let defines = [
-            ("F16", i64::from(self.format == HalfFormat::F16)),
+            self.format.define(),
             ("D", self.dim as i64),
             ("SOFTCAP", i64::from(self.softcap)),
             ("KIND", kind),
@@ -154,9 +129,9 @@ pub(super) fn takes(device: &CudaDevice, head_dim: usize) -> bool {
 
 /// Whether they are the better ones for rows that the device takes.
 pub(super) fn suits(shape: &Shape, operands: &[Operand<'_>]) -> bool {
-    // Fewer queries leave half of a block idle. TMA's strides don't overlap.
+    // Fewer queries leave half of a cube idle. TMA's strides don't overlap.
     let apart = |operand: &Operand<'_>| operand.strides.token.min(operand.strides.head) >= shape.head_dim;
-    shape.rows.longest().0 > BLOCK_ROWS / 2 && operands.iter().all(apart)
+    shape.rows.longest().0 > CUBE_ROWS / 2 && operands.iter().all(apart)
 }
 
 /// What all launches of a call share.
@@ -170,22 +145,16 @@ pub(super) struct Call<'a> {
 }
 
 impl Call<'_> {
-    pub(super) fn forward(
-        &self,
-        q: Operand<'_>,
-        k: Operand<'_>,
-        v: Operand<'_>,
-        o: &Handle,
-        lse: &Handle,
-    ) -> Result<(), KernelError> {
+    pub(super) fn forward(&self, operands: &Forward<'_>) -> Result<(), KernelError> {
+        let Forward { q, k, v, o, lse } = *operands;
         self.launch(Kind::Forward, |tile, counter| {
             Arguments::new()
-                .tensor_map(self.map(q, Side::Queries, BLOCK_ROWS))
+                .tensor_map(self.map(q, Side::Queries, CUBE_ROWS))
                 .tensor_map(self.map(k, Side::Keys, tile))
                 .tensor_map(self.map(v, Side::Keys, tile))
                 .read(self.bounds)
                 .counters(counter)
-                .write(o)
+                .write(o.handle)
                 .write(lse)
         })
     }
@@ -203,8 +172,8 @@ impl Call<'_> {
                 .read(delta)
                 .counters(counter)
         };
-        self.launch(Kind::Keys, |tile, counter| inputs(tile, BLOCK_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
-        self.launch(Kind::Queries, |tile, counter| inputs(BLOCK_ROWS, tile, counter).write(d_q.handle))
+        self.launch(Kind::Keys, |tile, counter| inputs(tile, CUBE_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
+        self.launch(Kind::Queries, |tile, counter| inputs(CUBE_ROWS, tile, counter).write(d_q.handle))
     }
 
     /// `[rows, heads, len, head_dim]` in boxes of that many tokens and 64 dimensions.
@@ -219,10 +188,7 @@ impl Call<'_> {
             strides: vec![stride(rows, strides.row), stride(heads, strides.head), stride(len, strides.token)],
             tile: vec![1, 1, tokens, 64],
             swizzle: Swizzle::B128,
-            element: match self.shape.format {
-                HalfFormat::Bf16 => TensorElement::BF16,
-                HalfFormat::F16 => TensorElement::F16,
-            },
+            element: self.shape.format.tensor_element(),
         }
     }
 
@@ -232,7 +198,7 @@ impl Call<'_> {
         let variant = Variant { kind, dim, softcap: options.softcap.is_some(), format: shape.format };
         let (queries, keys) = shape.rows.longest();
         let (len, heads) = if kind == Kind::Keys { (keys, shape.kv_heads) } else { (queries, shape.heads) };
-        let (tiles, pairs) = (len.div_ceil(BLOCK_ROWS), heads * shape.rows.count());
+        let (tiles, pairs) = (len.div_ceil(CUBE_ROWS), heads * shape.rows.count());
         check_limit("tiles of all heads and rows", tiles * pairs, i32::MAX as usize)?;
         if tiles * pairs == 0 {
             return Ok(());
@@ -241,12 +207,12 @@ impl Call<'_> {
             return Err(KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION });
         };
         params.tiles = tiles as u32;
-        let blocks = (tiles * pairs).min(device.multiprocessors as usize);
+        let cubes = (tiles * pairs).min(device.multiprocessors as usize);
         params.section = section(kind, shape, device.l2_bytes).min(pairs) as u32;
-        params.light = light(tiles, pairs, blocks) as u32;
+        params.light = light(tiles, pairs, cubes) as u32;
         let counter = cuda_source::counters(client, &client.empty(4), 1);
         let arguments = arguments(variant.tiling().0, &counter).params(params);
-        cuda_source::launch(client, &variant.source(), (blocks as u32, 1, 1), arguments)
+        cuda_source::launch(client, &variant.source(), (cubes as u32, 1, 1), arguments)
             .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
     }
 }
@@ -264,11 +230,11 @@ fn section(kind: Kind, shape: &Shape, l2_bytes: usize) -> usize {
     .max(1)
 }
 
-/// How many of a head's tiles, the lightest, are left for the end, where they even out what the heavy ones left: half of
-/// the heaviest for each block.
-fn light(tiles: usize, pairs: usize, blocks: usize) -> usize {
+/// How many of a head's tiles, the lightest, are left for the end, where they even out what the heavy ones left: half
+/// of the heaviest for each cube.
+fn light(tiles: usize, pairs: usize, cubes: usize) -> usize {
     // The lightest takes one step, the heaviest as many as there are tiles.
-    (0..tiles).find(|light| pairs * light * (light + 1) >= blocks * tiles).unwrap_or(tiles)
+    (0..tiles).find(|light| pairs * light * (light + 1) >= cubes * tiles).unwrap_or(tiles)
 }
 
 #[cfg(test)]
@@ -279,7 +245,7 @@ mod tests {
     const KINDS: [Kind; 3] = [Kind::Forward, Kind::Keys, Kind::Queries];
 
     fn variants() -> impl Iterator<Item = Variant> {
-        let of = |kind| [64, 128].map(|dim| Variant { kind, dim, softcap: true, format: HalfFormat::F16 });
+        let of = |kind| [64, 128].map(|dim| Variant { kind, dim, softcap: true, format: FloatFormat::F16 });
         KINDS.into_iter().flat_map(of)
     }
 
@@ -287,7 +253,7 @@ mod tests {
     fn tiles_fit_in_shared_memory() {
         for variant in variants() {
             let (tile, stages) = variant.tiling();
-            let rows = 2 * tile * stages + if variant.kind == Kind::Forward { BLOCK_ROWS } else { 2 * BLOCK_ROWS };
+            let rows = 2 * tile * stages + if variant.kind == Kind::Forward { CUBE_ROWS } else { 2 * CUBE_ROWS };
             // 227 KB less barriers and statistics.
             assert!(rows * variant.dim * 2 <= 224 << 10, "{variant:?}");
             assert!(tile.is_multiple_of(64) && tile <= 256, "{variant:?}: what wgmma and TMA take");
@@ -301,7 +267,7 @@ mod tests {
             heads,
             kv_heads,
             head_dim: 128,
-            format: HalfFormat::Bf16,
+            format: FloatFormat::BF16,
         };
         // 1 MiB a head.
         assert_eq!(section(Kind::Forward, &shape(2048, 32, 32), 48 << 20), 8);

@@ -3,11 +3,12 @@
 //
 // The formulas are those of backward.cu.
 //
-//   KIND       2: dK and dV, a block per tile of keys, 3: dQ, a block per tile of queries
+//   KIND       2: dK and dV, a cube per tile of keys, 3: dQ, a cube per tile of queries
 //   TILE       rows of a tile of the other side
 //   STAGES     such tiles in shared memory
 
-// P from a score, which is capped in its place: the softcap's derivative takes it from there. `lse` is in units of log2.
+// P from a score, which is capped in its place: the softcap's derivative takes it from there. `lse` is in units of
+// log2.
 __device__ __forceinline__ float probability(float& score, float lse, const Params& p) {
     score = capped(score, p);
     return exp2_fast(fmaf(score, p.scale_log2, -lse));
@@ -27,8 +28,8 @@ struct Stage {
     u8 d_out[TILE_BYTES(TILE)];
 };
 struct Shared {
-    alignas(1024) u8 k[TILE_BYTES(BLOCK_ROWS)];
-    u8 v[TILE_BYTES(BLOCK_ROWS)];
+    alignas(1024) u8 k[TILE_BYTES(CUBE_ROWS)];
+    u8 v[TILE_BYTES(CUBE_ROWS)];
     Stage ring[STAGES];
     alignas(16) float lse[STAGES][TILE];     // in units of log2
     float delta[STAGES][TILE];
@@ -36,14 +37,14 @@ struct Shared {
     u32 ticket;
 };
 
-// Where a block's keys are, and the tiles of queries that see any of them.
+// Where a cube's keys are, and the tiles of queries that see any of them.
 struct Span {
     u32 first, past, begin, end;
     __device__ __forceinline__ Span(const Params& p, const Work& work) {
-        first = work.rank * BLOCK_ROWS;
+        first = work.rank * CUBE_ROWS;
         past = work.row.keys - work.row.queries;
         begin = (first > past ? first - past : 0) / TILE;
-        const u32 beyond = min(first + BLOCK_ROWS, work.row.keys) - 1 + p.window;
+        const u32 beyond = min(first + CUBE_ROWS, work.row.keys) - 1 + p.window;
         end = (min(work.row.queries, beyond > past ? beyond - past : 0) + TILE - 1) / TILE;
         end = max(begin, end);
     }
@@ -82,9 +83,9 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
                 own_at.advance();
                 if (lane == 0) {
                     s.ticket = ticket;
-                    barrier_expect(&s.own_full, 2 * TILE_BYTES(BLOCK_ROWS));
-                    load_tile(s.k, &k_map, &s.own_full, BLOCK_ROWS, start + span.first, work.head, row);
-                    load_tile(s.v, &v_map, &s.own_full, BLOCK_ROWS, start + span.first, work.head, row);
+                    barrier_expect(&s.own_full, 2 * TILE_BYTES(CUBE_ROWS));
+                    load_tile(s.k, &k_map, &s.own_full, CUBE_ROWS, start + span.first, work.head, row);
+                    load_tile(s.v, &v_map, &s.own_full, CUBE_ROWS, start + span.first, work.head, row);
                 }
                 for (u32 head = work.head * p.group; head < (work.head + 1) * p.group; head++) {
                     const float* row_lse = lse + (size_t)head * p.tokens + work.row.start;
@@ -125,9 +126,6 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const u32 group = warp / 4;
-    auto release = [&](u64* bar) {
-        if (lane == 0) barrier_arrive(bar);
-    };
 #if TURNS
     if (group == 1) turn_pass(group);
 #endif
@@ -147,12 +145,12 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         for (u32 i = 0; i < D / 2; i++) dk[i] = 0.0f, dv[i] = 0.0f;
 
         u32 j = span.begin;
-        // The operands of dV and dK from a stage whose scores are on their way. Scores and dO V^T have keys as rows: their
-        // transposes are operands as they are.
+        // The operands of dV and dK from a stage whose scores are on their way. Scores and dO V^T have keys as rows:
+        // their transposes are operands as they are.
         auto finish = [&](u32 stage, u32 phase) {
             barrier_wait(&s.d_out_full[stage], phase);
             wgmma_fence();
-            scores<TILE>(gradients, v, BLOCK_ROWS, descriptor(s.ring[stage].d_out));
+            scores<TILE>(gradients, v, CUBE_ROWS, descriptor(s.ring[stage].d_out));
             wgmma_commit();
 #if TURNS
             turn_pass(group);
@@ -221,7 +219,7 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
             turn_wait(group);
 #endif
             wgmma_fence();
-            scores<TILE>(weights, k, BLOCK_ROWS, descriptor(s.ring[at.stage].q));
+            scores<TILE>(weights, k, CUBE_ROWS, descriptor(s.ring[at.stage].q));
             wgmma_commit();
             finish(at.stage, at.phase);
 #pragma unroll 1
@@ -233,7 +231,7 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
                 turn_wait(group);
 #endif
                 add(stage);
-                scores<TILE>(weights, k, BLOCK_ROWS, descriptor(s.ring[at.stage].q));
+                scores<TILE>(weights, k, CUBE_ROWS, descriptor(s.ring[at.stage].q));
                 wgmma_commit();
                 wgmma_wait<1>();
                 pin(dk), pin(dv);
@@ -257,11 +255,11 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
 #else
 
 struct Shared {
-    alignas(1024) u8 q[TILE_BYTES(BLOCK_ROWS)];
-    u8 d_out[TILE_BYTES(BLOCK_ROWS)];
+    alignas(1024) u8 q[TILE_BYTES(CUBE_ROWS)];
+    u8 d_out[TILE_BYTES(CUBE_ROWS)];
     alignas(1024) u8 k[STAGES][TILE_BYTES(TILE)];
     alignas(1024) u8 v[STAGES][TILE_BYTES(TILE)];
-    u64 own_full, own_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    BARRIERS;
     u32 ticket;
 };
 
@@ -271,15 +269,7 @@ attention_queries(const __grid_constant__ TensorMap q_map, const __grid_constant
                   const float* __restrict__ delta, u32* __restrict__ counter, u16* __restrict__ d_q, const __grid_constant__ Params p) {
     __shared__ Shared s;
     const u32 warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    if (threadIdx.x == 0) {
-        barrier_init(&s.own_full, 1);
-        barrier_init(&s.own_empty, CONSUMERS / LANES);
-        for (u32 i = 0; i < STAGES; i++) {
-            barrier_init(&s.k_full[i], 1), barrier_init(&s.v_full[i], 1);
-            barrier_init(&s.k_empty[i], CONSUMERS / LANES), barrier_init(&s.v_empty[i], CONSUMERS / LANES);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
+    if (threadIdx.x == 0) init_barriers(s);
     __syncthreads();
 
     Cursor<1> own_at;
@@ -295,33 +285,20 @@ attention_queries(const __grid_constant__ TensorMap q_map, const __grid_constant
                 const u32 start = p.packed ? work.row.start : 0, row = p.packed ? 0 : work.row.index, kv_head = work.head / p.group;
                 barrier_wait(&s.own_empty, own_at.phase ^ 1);
                 s.ticket = ticket;
-                barrier_expect(&s.own_full, 2 * TILE_BYTES(BLOCK_ROWS));
-                load_tile(s.q, &q_map, &s.own_full, BLOCK_ROWS, start + span.first, work.head, row);
-                load_tile(s.d_out, &d_out_map, &s.own_full, BLOCK_ROWS, start + span.first, work.head, row);
+                barrier_expect(&s.own_full, 2 * TILE_BYTES(CUBE_ROWS));
+                load_tile(s.q, &q_map, &s.own_full, CUBE_ROWS, start + span.first, work.head, row);
+                load_tile(s.d_out, &d_out_map, &s.own_full, CUBE_ROWS, start + span.first, work.head, row);
                 own_at.advance();
-                for (u32 j = span.begin; j < span.end; j++, k_at.advance()) {
-                    u64* full = &s.k_full[k_at.stage];
-                    barrier_wait(&s.k_empty[k_at.stage], k_at.phase ^ 1);
-                    barrier_expect(full, TILE_BYTES(TILE));
-                    load_tile(s.k[k_at.stage], &k_map, full, TILE, start + j * TILE, kv_head, row);
-                    full = &s.v_full[k_at.stage];
-                    barrier_wait(&s.v_empty[k_at.stage], k_at.phase ^ 1);
-                    barrier_expect(full, TILE_BYTES(TILE));
-                    load_tile(s.v[k_at.stage], &v_map, full, TILE, start + j * TILE, kv_head, row);
-                }
+                for (u32 j = span.begin; j < span.end; j++, k_at.advance())
+                    load_keys_and_values(s, k_at, &k_map, &v_map, TILE, start, j, kv_head, row);
             }
-            barrier_wait(&s.own_empty, own_at.phase ^ 1);
-            s.ticket = NONE;
-            barrier_arrive(&s.own_full);
+            end_of_work(s, own_at);
         }
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const u32 group = warp / 4;
-    auto release = [&](u64* bar) {
-        if (lane == 0) barrier_arrive(bar);
-    };
     for (;;) {
         barrier_wait(&s.own_full, own_at.phase);
         own_at.advance();
@@ -346,7 +323,7 @@ attention_queries(const __grid_constant__ TensorMap q_map, const __grid_constant
         auto finish = [&](u32 j) {
             barrier_wait(&s.v_full[v_at.stage], v_at.phase);
             wgmma_fence();
-            scores<TILE>(gradients, d_out, BLOCK_ROWS, descriptor(s.v[v_at.stage]));
+            scores<TILE>(gradients, d_out, CUBE_ROWS, descriptor(s.v[v_at.stage]));
             wgmma_commit();
             wgmma_wait<1>();
             pin(weights);
@@ -391,7 +368,7 @@ attention_queries(const __grid_constant__ TensorMap q_map, const __grid_constant
 
         barrier_wait(&s.k_full[k_at.stage], k_at.phase);
         wgmma_fence();
-        scores<TILE>(weights, q, BLOCK_ROWS, descriptor(s.k[k_at.stage]));
+        scores<TILE>(weights, q, CUBE_ROWS, descriptor(s.k[k_at.stage]));
         wgmma_commit();
         finish(span.begin);
 #pragma unroll 1
@@ -400,7 +377,7 @@ attention_queries(const __grid_constant__ TensorMap q_map, const __grid_constant
             k_at.advance();
             barrier_wait(&s.k_full[k_at.stage], k_at.phase);
             add(stage);
-            scores<TILE>(weights, q, BLOCK_ROWS, descriptor(s.k[k_at.stage]));
+            scores<TILE>(weights, q, CUBE_ROWS, descriptor(s.k[k_at.stage]));
             wgmma_commit();
             wgmma_wait<1>();
             pin(dq);

@@ -5,10 +5,10 @@
 //   STAGES     tiles of keys, and of values, in shared memory
 
 struct Shared {
-    alignas(1024) u8 q[TILE_BYTES(BLOCK_ROWS)];
+    alignas(1024) u8 q[TILE_BYTES(CUBE_ROWS)];
     alignas(1024) u8 k[STAGES][TILE_BYTES(KEYS)];
     alignas(1024) u8 v[STAGES][TILE_BYTES(KEYS)];
-    u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    BARRIERS;
     u32 ticket;
     float scratch[CONSUMERS / LANES];
 };
@@ -19,17 +19,10 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
                   const __grid_constant__ Params p) {
     __shared__ Shared s;
     const u32 warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    if (threadIdx.x == 0) {
-        barrier_init(&s.q_full, 1), barrier_init(&s.q_empty, CONSUMERS / LANES);
-        for (u32 i = 0; i < STAGES; i++) {
-            barrier_init(&s.k_full[i], 1), barrier_init(&s.v_full[i], 1);
-            barrier_init(&s.k_empty[i], CONSUMERS / LANES), barrier_init(&s.v_empty[i], CONSUMERS / LANES);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
+    if (threadIdx.x == 0) init_barriers(s);
     __syncthreads();
 
-    Cursor<1> q_at;
+    Cursor<1> own_at;
     Cursor<STAGES> k_at, v_at;
     if (warp >= CONSUMERS / LANES) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -40,40 +33,27 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
                 const QuerySpan span(p, work, KEYS);
                 if (span.first >= work.row.queries) continue;
                 const u32 start = p.packed ? work.row.start : 0, row = p.packed ? 0 : work.row.index, kv_head = work.head / p.group;
-                barrier_wait(&s.q_empty, q_at.phase ^ 1);
+                barrier_wait(&s.own_empty, own_at.phase ^ 1);
                 s.ticket = ticket;
-                barrier_expect(&s.q_full, TILE_BYTES(BLOCK_ROWS));
-                load_tile(s.q, &q_map, &s.q_full, BLOCK_ROWS, start + span.first, work.head, row);
-                q_at.advance();
-                for (u32 j = span.end; j-- > span.begin; k_at.advance()) {
-                    u64* full = &s.k_full[k_at.stage];
-                    barrier_wait(&s.k_empty[k_at.stage], k_at.phase ^ 1);
-                    barrier_expect(full, TILE_BYTES(KEYS));
-                    load_tile(s.k[k_at.stage], &k_map, full, KEYS, start + j * KEYS, kv_head, row);
-                    full = &s.v_full[k_at.stage];
-                    barrier_wait(&s.v_empty[k_at.stage], k_at.phase ^ 1);
-                    barrier_expect(full, TILE_BYTES(KEYS));
-                    load_tile(s.v[k_at.stage], &v_map, full, KEYS, start + j * KEYS, kv_head, row);
-                }
+                barrier_expect(&s.own_full, TILE_BYTES(CUBE_ROWS));
+                load_tile(s.q, &q_map, &s.own_full, CUBE_ROWS, start + span.first, work.head, row);
+                own_at.advance();
+                for (u32 j = span.end; j-- > span.begin; k_at.advance())
+                    load_keys_and_values(s, k_at, &k_map, &v_map, KEYS, start, j, kv_head, row);
             }
-            barrier_wait(&s.q_empty, q_at.phase ^ 1);
-            s.ticket = NONE;
-            barrier_arrive(&s.q_full);
+            end_of_work(s, own_at);
         }
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const u32 group = warp / 4;
-    auto release = [&](u64* bar) {
-        if (lane == 0) barrier_arrive(bar);
-    };
 #if TURNS
     if (group == 1) turn_pass(group);
 #endif
     for (;;) {
-        barrier_wait(&s.q_full, q_at.phase);
-        q_at.advance();
+        barrier_wait(&s.own_full, own_at.phase);
+        own_at.advance();
         const u32 ticket = s.ticket;
         if (ticket == NONE) return;
         const Work work = work_of(p, bounds, p.heads, ticket);
@@ -125,7 +105,7 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
 
         barrier_wait(&s.k_full[k_at.stage], k_at.phase);
         wgmma_fence();
-        scores<KEYS>(weights, q, BLOCK_ROWS, descriptor(s.k[k_at.stage]));
+        scores<KEYS>(weights, q, CUBE_ROWS, descriptor(s.k[k_at.stage]));
         wgmma_commit();
         wgmma_wait<0>();
         pin(weights);
@@ -143,7 +123,7 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
 #endif
             pin(sums);
             wgmma_fence();
-            scores<KEYS>(weights, q, BLOCK_ROWS, descriptor(s.k[k_at.stage]));
+            scores<KEYS>(weights, q, CUBE_ROWS, descriptor(s.k[k_at.stage]));
             wgmma_commit();
             barrier_wait(&s.v_full[v_at.stage], v_at.phase);
             wgmma_fence();
@@ -166,7 +146,7 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
 #pragma unroll
             for (u32 i = 0; i < D / 2; i++) sums[i] *= factor[i / 2 % 2];
         }
-        release(&s.q_empty);
+        release(&s.own_empty);
         barrier_wait(&s.v_full[v_at.stage], v_at.phase);
         pin(sums);
         wgmma_fence();

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::Options;
-use crate::HalfFormat;
+use crate::FloatFormat;
 
 /// The rows of a batch: queries and keys of each. The queries are the last tokens of their row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,11 +38,12 @@ pub struct Gradients {
     pub v: Vec<f64>,
 }
 
-fn rounded(value: f64, rounding: Option<HalfFormat>) -> f64 {
+fn rounded(value: f64, rounding: Option<FloatFormat>) -> f64 {
     match rounding {
         None => value,
-        Some(HalfFormat::Bf16) => bf16::from_f64(value).to_f64(),
-        Some(HalfFormat::F16) => f16::from_f64(value).to_f64(),
+        Some(FloatFormat::BF16) => bf16::from_f64(value).to_f64(),
+        Some(FloatFormat::F16) => f16::from_f64(value).to_f64(),
+        Some(FloatFormat::F32) => f64::from(value as f32),
     }
 }
 
@@ -109,7 +110,7 @@ pub fn forward(
     v: &[f32],
     batch: &Batch,
     options: Options,
-    rounding: Option<HalfFormat>,
+    rounding: Option<FloatFormat>,
 ) -> Forward {
     let &Batch { heads, kv_heads, head_dim, .. } = batch;
     let total: usize = batch.rows.iter().map(|row| row.0).sum();
@@ -139,7 +140,6 @@ pub fn forward(
 ///
 /// # Shapes
 /// As [`forward`]; `d_out` as `q`.
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     q: &[f32],
     k: &[f32],
@@ -147,7 +147,7 @@ pub fn backward(
     d_out: &[f32],
     batch: &Batch,
     options: Options,
-    rounding: Option<HalfFormat>,
+    rounding: Option<FloatFormat>,
 ) -> Gradients {
     let &Batch { heads, kv_heads, head_dim, .. } = batch;
     let o = forward(q, k, v, batch, options, rounding).o;

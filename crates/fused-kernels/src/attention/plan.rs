@@ -4,14 +4,11 @@
 //! assembler reports no spills for `sm_80`, `sm_86`, `sm_89` and `sm_90a`, except in the kernel of dK and dV from a
 //! head_dim of 128 on: it takes all 255 registers and keeps a few more values, up to 64 bytes, in local memory.
 
-use std::collections::HashSet;
-use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
-
 use cubecl::client::Client;
-use cuda_source::{CudaDevice, Source};
+use cuda_source::{Choices, CudaDevice, Source};
 
 use super::{Operand, Shape, hopper};
-use crate::HalfFormat;
+use crate::FloatFormat;
 
 /// The kernels that take an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,50 +32,40 @@ fn candidates(device: &CudaDevice, head_dim: usize) -> impl Iterator<Item = Path
 
 /// The kernels that take a shape: those that suit it best, or those that `FUSED_KERNELS_ATTENTION` names, if they can.
 pub(super) fn path(client: &Client, shape: &Shape, operands: &[Operand<'_>]) -> Path {
-    static FORCED: OnceLock<Option<String>> = OnceLock::new();
-    let forced = FORCED.get_or_init(|| std::env::var("FUSED_KERNELS_ATTENTION").ok());
-    let can = paths(client, shape);
-    let path = choose(&can, hopper::suits(shape, operands), forced.as_deref());
-    log(shape, path);
+    static CHOICES: Choices<(Path, usize, usize, usize, FloatFormat)> = Choices::new("FUSED_KERNELS_ATTENTION");
+    let path = choose(&paths(client, shape), hopper::suits(shape, operands), CHOICES.forced());
+    let &Shape { heads, kv_heads, head_dim, format, .. } = shape;
+    if tracing::enabled!(tracing::Level::DEBUG) && CHOICES.is_new((path, heads, kv_heads, head_dim, format)) {
+        tracing::debug!(heads, kv_heads, head_dim, ?format, ?path, "attention on tensor cores");
+    }
     path
 }
 
-fn choose(can: &[Path], hopper_suits: bool, forced: Option<&str>) -> Path {
-    let hopper = can.contains(&Path::Hopper);
-    match forced {
-        Some("hopper") if hopper => Path::Hopper,
-        Some("mma") => Path::Mma,
-        _ if hopper && hopper_suits => Path::Hopper,
-        _ => Path::Mma,
-    }
+fn choose(available: &[Path], hopper_suits: bool, forced: Option<&str>) -> Path {
+    let hopper = available.contains(&Path::Hopper).then_some(("hopper", Path::Hopper));
+    let candidates = || {
+        let (first, last) = if hopper_suits { (hopper, None) } else { (None, hopper) };
+        first.into_iter().chain([("mma", Path::Mma)]).chain(last)
+    };
+    // A forced kernel that does not take the shape leaves the choice to the rule.
+    let chosen = cuda_source::choose(candidates(), forced).or_else(|| cuda_source::choose(candidates(), None));
+    chosen.unwrap_or(Path::Mma)
 }
 
-/// Says once for each kind of attention what takes it.
-fn log(shape: &Shape, path: Path) {
-    type Kind = (Path, usize, usize, usize, HalfFormat);
-    static SAID: LazyLock<Mutex<HashSet<Kind>>> = LazyLock::new(Mutex::default);
-    if !tracing::enabled!(tracing::Level::DEBUG) {
-        return;
-    }
-    let &Shape { heads, kv_heads, head_dim, format, .. } = shape;
-    let kind = (path, heads, kv_heads, head_dim, format);
-    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(kind) {
-        tracing::debug!(heads, kv_heads, head_dim, ?format, ?path, "attention on tensor cores");
-    }
-}
-
-/// Warps of a block.
+/// Warps of a cube.
 const WARPS: usize = 4;
-/// Threads of a block.
+/// Threads of a cube.
 pub(super) const THREADS: usize = 32 * WARPS;
 
 static FORWARD: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     include_str!("tiles.cu"),
     include_str!("forward.cu")
 );
 static BACKWARD: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     include_str!("tiles.cu"),
@@ -104,16 +91,16 @@ pub(super) struct Variant {
     /// head_dim, padded: 64, 96, 128, 192 or 256.
     pub dim: usize,
     pub softcap: bool,
-    pub format: HalfFormat,
+    pub format: FloatFormat,
 }
 
-/// `ROWS`, `STAGES` or `SLICES`, `MIN_BLOCKS`.
+/// `ROWS`, `STAGES` or `SLICES`, `MIN_CUBES`.
 type Tiling = (usize, usize, usize);
 
 impl Variant {
     /// # Panics
     /// Never: the caller checked that `head_dim` is at most 256.
-    pub(super) fn new(kind: Kind, head_dim: usize, softcap: bool, format: HalfFormat) -> Self {
+    pub(super) fn new(kind: Kind, head_dim: usize, softcap: bool, format: FloatFormat) -> Self {
         let dim = [64, 96, 128, 192].into_iter().find(|dim| head_dim <= *dim).unwrap_or(256);
         Self { kind, dim, softcap, format }
     }
@@ -134,30 +121,30 @@ impl Variant {
         }
     }
 
-    /// Rows of queries, or keys, that a block computes.
-    pub(super) fn block_rows(self) -> usize {
+    /// Rows of queries, or keys, that a cube computes.
+    pub(super) fn cube_rows(self) -> usize {
         match self.kind {
             Kind::Forward => 16 * WARPS,
             _ => 16 * WARPS / self.tiling().1,
         }
     }
 
-    /// (token, head) pairs of a block of [`Kind::Delta`].
+    /// (token, head) pairs of a cube of [`Kind::Delta`].
     pub(super) fn pairs(self) -> usize {
         THREADS / (self.dim / 8).next_power_of_two()
     }
 
     /// The kernel's text.
     pub(super) fn source(self) -> Source {
-        let (rows, stages_or_slices, min_blocks) = self.tiling();
+        let (rows, stages_or_slices, min_cubes) = self.tiling();
         let shared = [
-            ("F16", i64::from(self.format == HalfFormat::F16)),
+            self.format.define(),
             ("D", self.dim as i64),
             // It takes no part in delta, which has one text then.
             ("SOFTCAP", i64::from(self.softcap && self.kind != Kind::Delta)),
             ("WARPS", WARPS as i64),
             ("ROWS", rows as i64),
-            ("MIN_BLOCKS", min_blocks as i64),
+            ("MIN_CUBES", min_cubes as i64),
         ];
         let (file, name, kind) = match self.kind {
             Kind::Forward => (FORWARD, "attention_forward", 0),
@@ -195,7 +182,7 @@ mod tests {
     #[test]
     fn heads_are_padded_to_the_next_kernel() {
         for (head_dim, dim) in [(8, 64), (64, 64), (72, 96), (96, 96), (128, 128), (160, 192), (200, 256), (256, 256)] {
-            assert_eq!(Variant::new(Kind::Keys, head_dim, false, HalfFormat::Bf16).dim, dim);
+            assert_eq!(Variant::new(Kind::Keys, head_dim, false, FloatFormat::BF16).dim, dim);
         }
     }
 
@@ -203,14 +190,14 @@ mod tests {
     fn tiles_fit_in_shared_memory_and_load_evenly() {
         for dim in [64, 96, 128, 192, 256] {
             for kind in KINDS {
-                let variant = Variant::new(kind, dim, false, HalfFormat::Bf16);
+                let variant = Variant::new(kind, dim, false, FloatFormat::BF16);
                 let (rows, stages, _) = variant.tiling();
                 let tiles = match kind {
                     Kind::Forward => stages,
                     Kind::Delta => 0,
                     Kind::Keys | Kind::Queries => 4,
                 };
-                let values = if kind == Kind::Keys && dim == 256 { variant.block_rows() } else { 0 };
+                let values = if kind == Kind::Keys && dim == 256 { variant.cube_rows() } else { 0 };
                 assert!((tiles * rows + values) * dim * 2 <= 48 << 10, "{variant:?}");
                 if kind != Kind::Delta {
                     assert_eq!(rows * dim / 8 % THREADS, 0, "{variant:?}: threads copy equal shares");
@@ -223,7 +210,7 @@ mod tests {
     #[test]
     fn signatures_are_plain() {
         for (kind, parameters) in [(Kind::Forward, 7), (Kind::Delta, 5), (Kind::Keys, 10), (Kind::Queries, 9)] {
-            let source = Variant::new(kind, 128, true, HalfFormat::F16).source();
+            let source = Variant::new(kind, 128, true, FloatFormat::F16).source();
             let at = source.text().find(&format!("{}(", source.name())).unwrap();
             let list = source.text()[at..].split(')').next().unwrap();
             assert_eq!(list.matches(',').count() + 1, parameters, "{kind:?}");

@@ -1,38 +1,14 @@
-// What the attention kernels take from PTX, and the tiles that both directions share; `attention.rs` tells the idea.
-// It puts these macros in front:
+// The PTX instructions that the attention kernels use; `attention.rs` has the idea. These macros are defined before:
 //
 //   F16        1: the 16-bit dtype is f16, 0: bf16
 //   D          dimensions of a head, padded to a multiple of 32
-//   WARPS      warps of a block
+//   WARPS      warps of a cube
 //   ROWS       queries, or keys, of a tile in shared memory
 //   SOFTCAP    1: scores go through cap * tanh(score / cap)
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
-
-__device__ __forceinline__ u32 pack2(float lo, float hi) {
-    u32 d;
-#if F16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#endif
-    return d;
-}
-
-__device__ __forceinline__ void unpack2(u32 x, float& lo, float& hi) {
-#if F16
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(lo), "=f"(hi) : "r"(x));
-#else
-    lo = __uint_as_float(x << 16), hi = __uint_as_float(x & 0xFFFF0000u);
-#endif
-}
 
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if F16
@@ -43,8 +19,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 from) {

@@ -60,8 +60,8 @@ __device__ __forceinline__ void contracted(u32 (&b)[4], u32 rows, u32 c) { load_
 
 // Two tiles of 8 columns of a product, rounded, as mma's first operand.
 __device__ __forceinline__ void as_operand(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {
-    a[0] = pack2(left[0], left[1]), a[1] = pack2(left[2], left[3]);
-    a[2] = pack2(right[0], right[1]), a[3] = pack2(right[2], right[3]);
+    a[0] = pack(left[0], left[1]), a[1] = pack(left[2], left[3]);
+    a[2] = pack(right[0], right[1]), a[3] = pack(right[2], right[3]);
 }
 
 // 16 rows of results, as mma leaves them. Warps that share rows take turns with pairs of chunks.
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_rows(u16* to, const float (&x)[TILES][4], 
     for (u32 n = 0; n < TILES; n++) {
         u32 c = (n / 2 * 2 * TURNS + 2 * turn + n % 2) * 8 + lane % 4 * 2;
         if (c >= head_dim) return;
-        if (low < rows) *(u32*)(to + (size_t)low * stride + c) = pack2(x[n][0] * low_scale, x[n][1] * low_scale);
-        if (high < rows) *(u32*)(to + (size_t)high * stride + c) = pack2(x[n][2] * high_scale, x[n][3] * high_scale);
+        if (low < rows) *(u32*)(to + (size_t)low * stride + c) = pack(x[n][0] * low_scale, x[n][1] * low_scale);
+        if (high < rows) *(u32*)(to + (size_t)high * stride + c) = pack(x[n][2] * high_scale, x[n][3] * high_scale);
     }
 }

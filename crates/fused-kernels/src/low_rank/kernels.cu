@@ -1,4 +1,4 @@
-// The low-rank products of LoRA; `low_rank.rs` tells the idea. It puts these macros in front:
+// The low-rank products of LoRA; `low_rank.rs` has the idea. These macros are defined before:
 //
 //   KIND       0: pack a factor, 1: project (contraction over features), 2: gradient (over tokens),
 //              3: sum the partial results of 1 (PROJECT 1) or 2 (PROJECT 0)
@@ -7,15 +7,11 @@
 //   NT         tiles of 16 ranks, or of 8 in a gradient, per warp
 //   WARPS_M, WARPS_N, WARPS_K   warps along rows, along ranks, along the contraction
 //   DEPTH      panels of the large operand that each warp has in flight, in registers
-//   SPLITS     blocks of a cluster, which share one tile's contraction; 0: splits go to scratch
+//   SPLITS     cubes of a cluster, which share one tile's contraction; 0: splits go to scratch
 //   DROPOUT    1: mask the large operand
 //   ALIGNED    1: rows of the large operand start at multiples of 16 bytes
 //   SMALL_ALIGNED   the same of the gradient's small operand
-//   MIN_BLOCKS blocks per multiprocessor that registers must leave room for
-
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+//   MIN_CUBES  cubes per multiprocessor that registers must leave room for
 
 struct Params {
     u64 seed;
@@ -25,12 +21,11 @@ struct Params {
     u32 splits;
     u32 threshold;        // dropout: elements whose hash is below are zero
     float dropout_scale;  // of the others
-    float scale;          // of the result
+    float scale;          // of a projection
     u32 flags;
 };
-// Project: the output is f32. Gradient: add to what is there.
+// Project: the output is f32.
 #define FLAG_F32_OUT 1u
-#define FLAG_ACCUMULATE 1u
 // Gradient: the output is [features, rank], not [rank, features]. Pack: so is the factor.
 #define FLAG_FEATURES_FIRST 2u
 
@@ -49,16 +44,6 @@ struct Params {
 #endif
 #define ROWS (WARPS_M * MT * ROW_TILE)
 #define RANK_PADDED (WARPS_N * NT * RANK_TILE)
-
-__device__ __forceinline__ u32 pack2(float lo, float hi) {
-    u32 d;
-#if F16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#endif
-    return d;
-}
 
 // ---------------------------------------------------------------------------------------------- pack
 
@@ -83,12 +68,12 @@ low_rank_pack(const float* __restrict__ factor, uint4* __restrict__ packed, cons
             size_t at = p.flags & FLAG_FEATURES_FIRST ? (size_t)(k + b) * p.rank + n + a : (size_t)(n + a) * p.features + k + b;
             v[a][b] = n + a < p.rank && k + b < p.features ? factor[at] : 0.0f;
         }
-    packed[i] = make_uint4(pack2(v[0][0], v[0][1]), pack2(v[1][0], v[1][1]), pack2(v[0][2], v[0][3]), pack2(v[1][2], v[1][3]));
+    packed[i] = make_uint4(pack(v[0][0], v[0][1]), pack(v[1][0], v[1][1]), pack(v[0][2], v[0][3]), pack(v[1][2], v[1][3]));
 }
 
 #else
 
-#define STEP (WARPS_K * DEPTH * PANEL)  // of the contraction, per block and iteration
+#define STEP (WARPS_K * DEPTH * PANEL)  // of the contraction, per cube and iteration
 #define STAGE_BYTES (STEP * RANK_PADDED * 2)
 #define STAGE_CHUNKS (STAGE_BYTES / 16)
 
@@ -96,8 +81,8 @@ low_rank_pack(const float* __restrict__ factor, uint4* __restrict__ packed, cons
 
 // One warp's sums of a tile, as mma leaves them, to their place in the output.
 __device__ __forceinline__ void store(void* out, const Params& p, u32 tile, u32 wm, u32 mt, u32 tile_n, u32 lane, float4 v) {
-    v.x *= p.scale, v.y *= p.scale, v.z *= p.scale, v.w *= p.scale;
 #if IS_PROJECT
+    v.x *= p.scale, v.y *= p.scale, v.z *= p.scale, v.w *= p.scale;
     u32 n = tile_n * 16 + lane / 4 * 2;
     u32 row = tile * ROWS + (wm * MT + mt) * 8 + lane % 4 * 2;
     bool pair = n + 1 < p.rank;
@@ -116,7 +101,7 @@ __device__ __forceinline__ void store(void* out, const Params& p, u32 tile, u32 
             }
         } else {
             u16* o = (u16*)out + at;
-            u32 two = pack2(lo, hi);
+            u32 two = pack(lo, hi);
             if (p.rank % 2 == 0) *(u32*)o = two;
             else {
                 o[0] = (u16)two;
@@ -129,7 +114,6 @@ __device__ __forceinline__ void store(void* out, const Params& p, u32 tile, u32 
     u32 row = tile * ROWS + wm * MT * 16 + lane / 4 * (2 * MT) + mt * 2;
     bool pair = n + 1 < p.rank;
     if (n >= p.rank) return;
-    bool accumulate = p.flags & FLAG_ACCUMULATE;
     float* o = (float*)out;
     if (p.flags & FLAG_FEATURES_FIRST) {
 #pragma unroll
@@ -137,12 +121,10 @@ __device__ __forceinline__ void store(void* out, const Params& p, u32 tile, u32 
             if (row >= p.features) return;
             float lo = h ? v.z : v.x, hi = h ? v.w : v.y;
             float* at = o + (size_t)row * p.rank + n;
-            if (p.rank % 2 == 0) {
-                float2 old = accumulate ? *(float2*)at : make_float2(0.0f, 0.0f);
-                *(float2*)at = make_float2(old.x + lo, old.y + hi);
-            } else {
-                at[0] = (accumulate ? at[0] : 0.0f) + lo;
-                if (pair) at[1] = (accumulate ? at[1] : 0.0f) + hi;
+            if (p.rank % 2 == 0) *(float2*)at = make_float2(lo, hi);
+            else {
+                at[0] = lo;
+                if (pair) at[1] = hi;
             }
         }
     } else {
@@ -153,12 +135,10 @@ __device__ __forceinline__ void store(void* out, const Params& p, u32 tile, u32 
             if (h && !pair) return;
             float lo = h ? v.y : v.x, hi = h ? v.w : v.z;
             float* at = o + (size_t)(n + h) * p.features + row;
-            if (p.features % 2 == 0) {
-                float2 old = accumulate ? *(float2*)at : make_float2(0.0f, 0.0f);
-                *(float2*)at = make_float2(old.x + lo, old.y + hi);
-            } else {
-                at[0] = (accumulate ? at[0] : 0.0f) + lo;
-                if (pair_row) at[1] = (accumulate ? at[1] : 0.0f) + hi;
+            if (p.features % 2 == 0) *(float2*)at = make_float2(lo, hi);
+            else {
+                at[0] = lo;
+                if (pair_row) at[1] = hi;
             }
         }
     }
@@ -170,7 +150,7 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b) {
 }
 
 // Position of a warp tile's sums in scratch: [tile][split][m][n][lane].
-#define TILES_PER_BLOCK (WARPS_M * MT * WARPS_N * NT)
+#define TILES_PER_CUBE (WARPS_M * MT * WARPS_N * NT)
 
 #if KIND == 3
 
@@ -179,12 +159,12 @@ extern "C" __global__ void __launch_bounds__(256)
 low_rank_sum(const float4* __restrict__ partial, void* __restrict__ out, const __grid_constant__ Params p) {
     u32 i = blockIdx.x * 256 + threadIdx.x;
     u32 lane = i % LANES, tn = i / LANES % (WARPS_N * NT), m = i / LANES / (WARPS_N * NT) % (WARPS_M * MT);
-    u32 tile = i / LANES / TILES_PER_BLOCK;
+    u32 tile = i / LANES / TILES_PER_CUBE;
     u32 limit = IS_PROJECT ? p.tokens : p.features;
     if (tile * ROWS >= limit || tn * RANK_TILE >= p.rank) return;
-    const float4* from = partial + ((size_t)tile * p.splits * TILES_PER_BLOCK + (m * WARPS_N * NT + tn)) * LANES + lane;
+    const float4* from = partial + ((size_t)tile * p.splits * TILES_PER_CUBE + (m * WARPS_N * NT + tn)) * LANES + lane;
     float4 sum = from[0];
-    for (u32 s = 1; s < p.splits; s++) sum = add4(sum, from[(size_t)s * TILES_PER_BLOCK * LANES]);
+    for (u32 s = 1; s < p.splits; s++) sum = add4(sum, from[(size_t)s * TILES_PER_CUBE * LANES]);
     store(out, p, tile, m / MT, m % MT, tn, lane, sum);
 }
 
@@ -201,8 +181,6 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes to shared memory; zeros where `valid` is 0.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
@@ -258,15 +236,11 @@ __device__ __forceinline__ u32 finalize(u32 h) {
 // Dropout of elements `index` and `index + 1`, as `Dropout::factor`, rounded.
 __device__ __forceinline__ u32 mask2(u32 x, u32 index, const Params& p) {
     float lo, hi;
-#if F16
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(lo), "=f"(hi) : "r"(x));
-#else
-    lo = __uint_as_float(x << 16), hi = __uint_as_float(x & 0xFFFF0000u);
-#endif
+    unpack(x, lo, hi);
     u32 seed_low = (u32)p.seed, seed_high = (u32)(p.seed >> 32);
     u32 a = finalize(finalize(index ^ seed_low) ^ seed_high);
     u32 b = finalize(finalize((index + 1) ^ seed_low) ^ seed_high);
-    return pack2(a >= p.threshold ? lo * p.dropout_scale : 0.0f, b >= p.threshold ? hi * p.dropout_scale : 0.0f);
+    return pack(a >= p.threshold ? lo * p.dropout_scale : 0.0f, b >= p.threshold ? hi * p.dropout_scale : 0.0f);
 }
 #endif
 
@@ -278,11 +252,11 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void cluster_sync_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-__device__ __forceinline__ float4 load_from_block(u32 address, u32 block) {
+__device__ __forceinline__ float4 load_from_cube(u32 address, u32 cube) {
     float4 v;
     asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5;\n"
                  "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(block) : "memory");
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(cube) : "memory");
     return v;
 }
 #define CLUSTER __cluster_dims__(SPLITS, 1, 1)
@@ -300,7 +274,7 @@ __device__ __forceinline__ float4 load_from_block(u32 address, u32 block) {
 
 // Project: `large` is X [tokens, features], `small` the packed factor, a row is a token.
 // Gradient: `large` is the same, `small` is [tokens, rank], a row is a feature.
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_CUBES)
 low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, void* __restrict__ out,
                  const __grid_constant__ Params p) {
     __shared__ __align__(128) unsigned char shared[SHARED_BYTES];
@@ -490,7 +464,7 @@ low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, v
         }
     }
 
-    // Sums over the warps and blocks that share the tile, in a fixed order.
+    // Sums over the warps and cubes that share the tile, in a fixed order.
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     const u32 exchange = shared_base;
 #pragma unroll
@@ -530,7 +504,7 @@ low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, v
                         u32 place = exchange + (((warp - wk + k) * NTC + j) * MT + i) * 512 + lane * 16;
                         float4 v;
 #if SPLITS > 1
-                        v = load_from_block(place, s);
+                        v = load_from_cube(place, s);
 #else
                         asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
                                      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(place) : "memory");

@@ -1,19 +1,20 @@
 //! The scalar oracle: the definitions, summed in f64.
 
 use super::{FactorLayout, Shape};
-use crate::{Dropout, HalfFormat};
+use crate::{Dropout, FloatFormat};
 use half::{bf16, f16};
 
 /// The nearest value of the format.
-pub fn round(value: f32, format: HalfFormat) -> f32 {
+pub fn round(value: f32, format: FloatFormat) -> f32 {
     match format {
-        HalfFormat::Bf16 => bf16::from_f32(value).to_f32(),
-        HalfFormat::F16 => f16::from_f32(value).to_f32(),
+        FloatFormat::BF16 => bf16::from_f32(value).to_f32(),
+        FloatFormat::F16 => f16::from_f32(value).to_f32(),
+        FloatFormat::F32 => value,
     }
 }
 
 /// `x` as the products see it: masked, scaled and rounded.
-pub fn masked(x: &[f32], dropout: Option<Dropout>, format: HalfFormat) -> Vec<f32> {
+pub fn masked(x: &[f32], dropout: Option<Dropout>, format: FloatFormat) -> Vec<f32> {
     match dropout {
         None => x.to_vec(),
         Some(dropout) => x.iter().enumerate().map(|(i, &x)| round(x * dropout.factor(i as u32), format)).collect(),
@@ -31,7 +32,7 @@ pub fn project(
     layout: FactorLayout,
     scaling: f32,
     dropout: Option<Dropout>,
-    format: HalfFormat,
+    format: FloatFormat,
 ) -> Vec<f64> {
     let Shape { tokens, features, rank } = shape;
     let x = masked(x, dropout, format);
@@ -48,26 +49,25 @@ pub fn project(
     out
 }
 
-/// [`super::gradient`], what it adds: `scaling · smallᵀ masked(x)`, transposed as `layout` says.
+/// [`super::gradient`]: `productᵀ masked(x)`, transposed as `layout` says.
 ///
 /// # Shapes
-/// `x` `[tokens, features]` and `small` `[tokens, rank]` of values of the format.
+/// `x` `[tokens, features]` and `product` `[tokens, rank]` of values of the format.
 pub fn gradient(
     x: &[f32],
-    small: &[f32],
+    product: &[f32],
     shape: Shape,
     layout: FactorLayout,
-    scaling: f32,
     dropout: Option<Dropout>,
-    format: HalfFormat,
+    format: FloatFormat,
 ) -> Vec<f64> {
     let Shape { tokens, features, rank } = shape;
     let x = masked(x, dropout, format);
     let mut out = vec![0.0; features * rank];
     for f in 0..features {
         for r in 0..rank {
-            let products = (0..tokens).map(|t| f64::from(x[t * features + f]) * f64::from(small[t * rank + r]));
-            out[layout.index(f, r, features, rank)] = products.sum::<f64>() * f64::from(scaling);
+            let products = (0..tokens).map(|t| f64::from(x[t * features + f]) * f64::from(product[t * rank + r]));
+            out[layout.index(f, r, features, rank)] = products.sum();
         }
     }
     out
@@ -84,10 +84,10 @@ mod tests {
     #[test]
     fn products_by_hand() {
         for layout in [FactorLayout::RankFirst, FactorLayout::FeaturesFirst] {
-            let u = project(&X, &[1.0, 10.0, 100.0], SHAPE, layout, 0.5, None, HalfFormat::Bf16);
+            let u = project(&X, &[1.0, 10.0, 100.0], SHAPE, layout, 0.5, None, FloatFormat::BF16);
             assert_eq!(u, [160.5, 327.0]);
-            let d = gradient(&X, &[1.0, 10.0], SHAPE, layout, 2.0, None, HalfFormat::F16);
-            assert_eq!(d, [82.0, 104.0, 126.0]);
+            let d = gradient(&X, &[1.0, 10.0], SHAPE, layout, None, FloatFormat::F16);
+            assert_eq!(d, [41.0, 52.0, 63.0]);
         }
     }
 
@@ -95,7 +95,7 @@ mod tests {
     fn a_factor_of_rank_two_is_read_either_way() {
         let shape = Shape { rank: 2, ..SHAPE };
         let rank_first =
-            project(&X, &[1.0, 0.0, 0.0, 0.0, 1.0, 2.0], shape, FactorLayout::RankFirst, 1.0, None, HalfFormat::F16);
+            project(&X, &[1.0, 0.0, 0.0, 0.0, 1.0, 2.0], shape, FactorLayout::RankFirst, 1.0, None, FloatFormat::F16);
         let features_first = project(
             &X,
             &[1.0, 0.0, 0.0, 1.0, 0.0, 2.0],
@@ -103,7 +103,7 @@ mod tests {
             FactorLayout::FeaturesFirst,
             1.0,
             None,
-            HalfFormat::F16,
+            FloatFormat::F16,
         );
         assert_eq!(rank_first, [1.0, 8.0, 4.0, 17.0]);
         assert_eq!(features_first, rank_first);
@@ -112,8 +112,8 @@ mod tests {
     #[test]
     fn masked_values_are_scaled_and_rounded() {
         let dropout = Dropout { seed: 1, threshold: 1 << 31, scale: 1.1 };
-        for (i, value) in masked(&X, Some(dropout), HalfFormat::Bf16).into_iter().enumerate() {
-            let kept = round(X[i] * 1.1, HalfFormat::Bf16);
+        for (i, value) in masked(&X, Some(dropout), FloatFormat::BF16).into_iter().enumerate() {
+            let kept = round(X[i] * 1.1, FloatFormat::BF16);
             assert!(value == if dropout.factor(i as u32) == 0.0 { 0.0 } else { kept }, "{i}: {value}");
         }
     }

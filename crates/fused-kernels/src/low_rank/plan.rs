@@ -1,12 +1,12 @@
-//! Which variant of a kernel runs a shape: how warps tile the output, and how many blocks share a tile.
+//! Which variant of a kernel runs a shape: how warps tile the output, and how many cubes share a tile.
 
 use cuda_source::Source;
 
 use super::Shape;
-use crate::HalfFormat;
+use crate::FloatFormat;
 
 /// The text of all kernels.
-const KERNELS: &str = include_str!("kernels.cu");
+const KERNELS: &str = concat!(cuda_source::prelude!(), include_str!("kernels.cu"));
 /// Threads of the kernels that are not tiled.
 pub(super) const FLAT_THREADS: usize = 256;
 
@@ -19,7 +19,7 @@ pub(super) enum Kind {
     Sum { project: bool },
 }
 
-/// How a block's warps divide a tile of the output; the macros of `kernels.cu`.
+/// How a cube's warps divide a tile of the output; the macros of `kernels.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Tiling {
     /// Tiles of ranks per warp.
@@ -30,7 +30,7 @@ pub(super) struct Tiling {
     pub warps_n: usize,
     pub warps_k: usize,
     pub depth: usize,
-    pub min_blocks: usize,
+    pub min_cubes: usize,
 }
 
 const fn tiling(
@@ -38,9 +38,9 @@ const fn tiling(
     mt: usize,
     [warps_m, warps_n, warps_k]: [usize; 3],
     depth: usize,
-    min_blocks: usize,
+    min_cubes: usize,
 ) -> Tiling {
-    Tiling { nt, mt, warps_m, warps_n, warps_k, depth, min_blocks }
+    Tiling { nt, mt, warps_m, warps_n, warps_k, depth, min_cubes }
 }
 
 /// Everything that a kernel's text depends on.
@@ -48,26 +48,26 @@ const fn tiling(
 pub(super) struct Variant {
     pub kind: Kind,
     pub tiling: Tiling,
-    /// Blocks of a cluster; 0 where splits go through scratch.
+    /// Cubes of a cluster; 0 where splits go through scratch.
     pub cluster: usize,
     pub dropout: bool,
     /// Rows of the large operand start at multiples of 16 bytes.
     pub aligned: bool,
     /// Rows of the gradient's small operand do.
     pub small_aligned: bool,
-    pub format: HalfFormat,
+    pub format: FloatFormat,
 }
 
 /// The most ranks there is a kernel for.
 pub(super) const MAX_RANK: usize = 256;
 
-/// A tiling with the bounds on how many blocks share one of its tiles.
+/// A tiling with the bounds on how many cubes share one of its tiles.
 #[derive(Clone, Copy, Debug)]
 struct Choice {
     tiling: Tiling,
     /// How splits add up on GPUs that have clusters.
     route: Route,
-    /// Blocks to aim for, in tenths of the multiprocessors.
+    /// Cubes to aim for, in tenths of the multiprocessors.
     tenths: usize,
     most_splits: usize,
     /// The least length of the contraction (features of a projection, tokens of a gradient) per split.
@@ -89,10 +89,8 @@ const fn choice(tiling: Tiling, route: Route, tenths: usize, most_splits: usize,
 
 /// Padded ranks of projections, each with its choices in the order in which [`plan`] tries them.
 ///
-/// Fitted to the measurements that `low_rank.rs` describes; rank 32 was not measured and follows 64. Of 120 measured
-/// points (twelve shapes at ranks 8, 16, 64, 128 and 256) five are more than 5 % from the fastest variant measured
-/// there; the worst is 9.8 %, 1 µs (a gradient of rank 16, 2048 x 4096). Variants that gained no more are gone.
-/// Scratch was measured at rank 64 only.
+/// Fitted to measurements on an H200: all but five of 120 measured points are within 5 % of the fastest variant
+/// measured there. Rank 32 was not measured and follows 64. `docs/src/kernels/low-rank.md` has the figures.
 const PROJECT: &[(usize, &[Choice])] = &[
     (
         16,
@@ -127,7 +125,7 @@ const PROJECT: &[(usize, &[Choice])] = &[
     (256, &[choice(tiling(4, 4, [2, 4, 1], 1, 2), Cluster, 20, 8, 256)]),
 ];
 
-/// The same for gradients. At ranks that clusters serve, long contractions were faster with more blocks than fit at
+/// The same for gradients. At ranks that clusters serve, long contractions were faster with more cubes than fit at
 /// once, short ones slower.
 const GRADIENT: &[(usize, &[Choice])] = &[
     (
@@ -202,7 +200,7 @@ impl Kind {
 }
 
 impl Tiling {
-    /// Rows of the output (tokens, or features of a gradient) per block.
+    /// Rows of the output (tokens, or features of a gradient) per cube.
     pub fn rows(&self, kind: Kind) -> usize {
         self.warps_m * self.mt * if kind.is_project() { 8 } else { 16 }
     }
@@ -235,7 +233,7 @@ pub(super) struct Processors {
     pub clusters: bool,
 }
 
-/// Picks the first choice whose blocks, split as often as its bounds allow, come to between seven tenths and all of
+/// Picks the first choice whose cubes, split as often as its bounds allow, come to between seven tenths and all of
 /// what it aims for; the last one takes what is left. With dropout it is the last one, which has the smallest tiles:
 /// masking needs the registers. There is at least one row.
 pub(super) fn plan(kind: Kind, shape: Shape, processors: Processors, dropout: bool) -> Plan {
@@ -260,7 +258,7 @@ pub(super) fn plan(kind: Kind, shape: Shape, processors: Processors, dropout: bo
 impl Variant {
     /// The kernel's text.
     pub fn source(&self) -> Source {
-        let Tiling { nt, mt, warps_m, warps_n, warps_k, depth, min_blocks } = self.tiling;
+        let Tiling { nt, mt, warps_m, warps_n, warps_k, depth, min_cubes } = self.tiling;
         // Masking and element-wise loads need registers of their own.
         let plain = self.aligned && self.small_aligned;
         let depth = if self.dropout || !self.aligned { (depth / 2).max(1) } else { depth };
@@ -273,7 +271,7 @@ impl Variant {
         let macros = [
             ("KIND", kind),
             ("PROJECT", i64::from(project)),
-            ("F16", i64::from(self.format == HalfFormat::F16)),
+            self.format.define(),
             ("NT", nt as i64),
             ("MT", mt as i64),
             ("WARPS_M", warps_m as i64),
@@ -284,7 +282,7 @@ impl Variant {
             ("DROPOUT", i64::from(self.dropout)),
             ("ALIGNED", i64::from(self.aligned)),
             ("SMALL_ALIGNED", i64::from(self.small_aligned)),
-            ("MIN_BLOCKS", if plain { min_blocks as i64 } else { 1 }),
+            ("MIN_CUBES", if plain { min_cubes as i64 } else { 1 }),
         ];
         let threads = match self.kind {
             Kind::Pack | Kind::Sum { .. } => FLAT_THREADS,

@@ -9,13 +9,11 @@
 //! Bytes per element, blocksize 64, double quantization, bf16: 0.5 + 1/64 + 4/(64 * 256) read, 2
 //! written; nothing is computed but one product per element.
 //!
-//! Measured on an H200 (device copy: 4.3 TB/s), bf16, blocksize 64, double quantization: 0.162 ms or
-//! 3.64 TB/s for 28672 x 8192, 0.018 ms or 2.29 TB/s for 4096 x 4096.
-//!
-//! On an H100 (3.02 TB/s): 0.208 ms or 2.84 TB/s, and 0.019 ms or 2.20 TB/s.
+//! Measured on an H100 (device copy: 3.02 TB/s), bf16, blocksize 64, double quantization: 0.208 ms or 2.84 TB/s for
+//! 28672 x 8192, 0.019 ms or 2.20 TB/s for 4096 x 4096.
 //!
 //! Codebook and blocksize are run-time values, so a program compiles this kernel once per output format
-//! and width, whatever it loads.
+//! and vector width, for all weights.
 //!
 //! A range that does not start on a word takes the same kernel with a lookup per element.
 
@@ -102,15 +100,25 @@ pub fn dequantize_range(
             absmax,
             buffer(&tables(client), TABLE_LEN),
             buffer(&out, elements / vector),
-            start,
-            elements,
-            codebook_start(weight.quant_type),
-            weight.blocksize.ilog2(),
-            aligned,
+            PartLaunch::new(start, elements, codebook_start(weight.quant_type), weight.blocksize.ilog2(), aligned),
             elem_type(format),
         );
     }
     Ok(())
+}
+
+/// Which part of which weight.
+#[derive(CubeType, CubeLaunch)]
+struct Part {
+    /// First element.
+    start: usize,
+    elements: usize,
+    /// Position of the codebook in the table.
+    codebook_start: usize,
+    log2_blocksize: u32,
+    /// Whether the part starts on a word.
+    #[cube(comptime)]
+    aligned: bool,
 }
 
 /// The blocks' absmax, either way.
@@ -155,24 +163,22 @@ fn absmax_of(absmax: &Absmax, offset: f32, table: &[f32], block: usize) -> f32 {
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn dequantize_kernel<F: Float, N: Size>(
     codes: &[u32],
     absmax: &Absmax,
     table: &[f32],
     out: &mut [Vector<F, N>],
-    start: usize,
-    elements: usize,
-    codebook_start: usize,
-    log2_blocksize: u32,
-    #[comptime] aligned: bool,
+    part: &Part,
     #[define(F)] _format: ElemType,
 ) {
+    let (start, elements) = (part.start, part.elements);
+    let log2_blocksize = part.log2_blocksize;
+    let aligned = comptime!(part.aligned);
     let mut codebook = Shared::<[f32]>::new_slice(16usize);
     let unit = UNIT_POS as usize;
     let offset = offset_of(absmax);
     if unit < 16 {
-        codebook[unit] = table[codebook_start + unit];
+        codebook[unit] = table[part.codebook_start + unit];
     }
     sync_cube();
 

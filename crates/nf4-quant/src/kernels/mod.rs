@@ -36,7 +36,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use cubecl::client::Client;
 use cubecl::device::DeviceId;
 use cubecl::features::TypeUsage;
-use cubecl::ir::{ElemType, FloatKind};
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::{CubeCountSelection, Handle};
 
@@ -63,11 +63,7 @@ fn check_supported(client: &Client, format: FloatFormat) -> Result<(), QuantErro
 }
 
 fn elem_type(format: FloatFormat) -> ElemType {
-    ElemType::Float(match format {
-        FloatFormat::F32 => FloatKind::F32,
-        FloatFormat::F16 => FloatKind::F16,
-        FloatFormat::BF16 => FloatKind::BF16,
-    })
+    cuda_source::FloatFormat::from(format).elem_type()
 }
 
 /// The widest vector of a format, at most 16 bytes and eight elements, that divides `elements`.

@@ -5,8 +5,7 @@
 //! keeps in registers. The units of a block find its absmax by a tree over shared memory; then each
 //! unit encodes its values and writes one word.
 //!
-//! Encoding is what could cost more than memory: 30 instructions per element, as a tree of four compares and
-//! the selects between them takes, are 0.25 ms for 28672 x 8192 on an H200, and memory takes 0.15. So NF4's
+//! Encoding must cost less than memory, and a tree of four compares with the selects between them would not. So NF4's
 //! thresholds lie in a table of cells, 1/16 wide, no cell with more than one: an addition gives the
 //! cell's number, and two lookups in shared memory, where 33 cells hardly ever collide, its threshold and the
 //! code below it. FP4 needs three compares and has no table.
@@ -20,8 +19,7 @@
 //! Bytes per element, blocksize 64, bf16: 2 read, 0.5 + 4/64 written.
 //!
 //! Measured on an H100 (device copy: 3.02 TB/s), bf16, blocksize 64, double quantization: 0.290 ms or 2.04 TB/s for
-//! 28672 x 8192, 0.033 ms for 4096 x 4096. Before that, on an H200 with the tree of compares and the offset finished on
-//! the host, which waited for it: 0.509 and 0.086 ms.
+//! 28672 x 8192, 0.033 ms for 4096 x 4096. `docs/src/kernels/matmul.md` has the version before.
 
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
@@ -108,10 +106,7 @@ pub fn queue_quantize(
             buffer(&tables(client), TABLE_LEN),
             buffer(&codes, words),
             buffer(&absmax, blocks),
-            num_elements,
-            quant_type,
-            blocksize,
-            words_per_unit,
+            BlocksLaunch::new(num_elements, quant_type, blocksize, words_per_unit),
             elem_type(format),
         );
     }
@@ -130,7 +125,7 @@ impl Quantizing {
         &self.weight
     }
 
-    /// Waits for the kernels and looks whether every element was finite.
+    /// Waits for the kernels and checks that every element was finite.
     ///
     /// # Errors
     ///
@@ -203,19 +198,31 @@ fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, mean: &Handl
     DeviceAbsmax::Nested { codes, absmax: nested_absmax, blocksize }
 }
 
+/// How a weight is cut into blocks.
+#[derive(CubeType, CubeLaunch)]
+struct Blocks {
+    elements: usize,
+    #[cube(comptime)]
+    quant_type: QuantType,
+    #[cube(comptime)]
+    blocksize: usize,
+    #[cube(comptime)]
+    words_per_unit: usize,
+}
+
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn quantize_kernel<F: Float, N: Size>(
     input: &[Vector<F, N>],
     table: &[f32],
     codes: &mut [u32],
     absmax: &mut [f32],
-    elements: usize,
-    #[comptime] quant_type: QuantType,
-    #[comptime] blocksize: usize,
-    #[comptime] words_per_unit: usize,
+    of: &Blocks,
     #[define(F)] _format: ElemType,
 ) {
+    let elements = of.elements;
+    let quant_type = comptime!(of.quant_type);
+    let blocksize = comptime!(of.blocksize);
+    let words_per_unit = comptime!(of.words_per_unit);
     let vector = N::value().comptime();
     let per_unit = comptime!(8 * words_per_unit);
     let unit = UNIT_POS as usize;

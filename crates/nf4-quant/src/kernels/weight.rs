@@ -4,7 +4,7 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 
 use super::{MAX_ELEMENTS, check_size, read};
-use crate::quant_state::{check_blocksize, check_shape};
+use crate::blocks::{check_blocksize, check_shape};
 use crate::{Absmax, FloatFormat, NestedAbsmax, QuantError, QuantState, QuantType, Quantized4bit};
 
 /// Packed codes and statistics of one weight in device buffers.

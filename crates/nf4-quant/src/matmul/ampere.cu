@@ -9,7 +9,7 @@
 // instructions, and a word of codes or 16 bytes of a dense row its part of A. Likewise the order of rows:
 // the four that a thread holds are neighbours, 4 g to 4 g + 3, g = lane / 4, and results leave together.
 //
-// Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN (tokens per tile), STAGES, MIN_BLOCKS (per
+// Defined before this text: TRANSPOSED, DENSE, F16, OUT_F32, BN (tokens per tile), STAGES, MIN_CUBES (per
 // multiprocessor).
 
 #define BM 128
@@ -20,7 +20,7 @@
 #define PAIRS (BN / 16)         // pairs of mma's eight columns
 #define FORWARD_CODES (!DENSE && !TRANSPOSED)
 #define TRANSPOSED_CODES (!DENSE && TRANSPOSED)
-// Transposed it costs a register more than there are.
+// Forward only: transposed, it needs one register more than a thread has.
 #define INTERLEAVE (FORWARD_CODES && BN > 16)
 // Forward, a stage of codes is two of X: 32 bytes of a row, what memory moves at least.
 #define W_STAGES (FORWARD_CODES ? STAGES / 2 + 1 : STAGES)
@@ -51,7 +51,7 @@ __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" 
 // d += a b, 16 rows x 8 columns x 16. a: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8).
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
-#if HALF
+#if F16
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #else
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -112,13 +112,13 @@ struct Share {
 
 // Volatile, like `thread_index`: the loop has no registers for what is needed again only after it.
 __device__ __forceinline__ Share share(const Params& p) {
-    u32 block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    u32 cube;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cube));
     const u32 m_tiles = (p.m + BM - 1) / BM, n_tiles = (p.tokens + BN - 1) / BN, k_pairs = (p.k + 63) / 64;
     Share w = {0, 0, 0, 2 * k_pairs, 0, 0, 1};
-    u32 tile = block;
-    if (block >= p.whole) {
-        w.slot = (block - p.whole) / p.split, w.part = (block - p.whole) % p.split, w.parts = p.split;
+    u32 tile = cube;
+    if (cube >= p.whole) {
+        w.slot = (cube - p.whole) / p.split, w.part = (cube - p.whole) % p.split, w.parts = p.split;
         tile = p.whole + w.slot;
         const u32 first = k_pairs * w.part / w.parts;
         w.first = 2 * first;
@@ -139,7 +139,7 @@ __device__ __forceinline__ u32 thread_index() {
     return thread;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     const u16* __restrict__ x,           // [tokens, k]
     const u16* __restrict__ u,           // [tokens, rank]
     const float* __restrict__ low_rank,  // [m, rank] forward, [rank, m] transposed
@@ -372,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
     };
     // Piece 0 to 7: half a word, four values. An address is the codebook's, with four times the code as its
     // low byte.
-    auto look = [&](u32 piece, u32) {
+    auto look_up = [&](u32 piece, u32) {
         const u32 word = words[piece / 2], byte = piece % 2 * 2;
         const u32 high = word >> 2 & 0x3C3C3C3C, low = word << 2 & 0x3C3C3C3C;
         v[0] = value(high, byte), v[1] = value(low, byte), v[2] = value(high, byte + 1), v[3] = value(low, byte + 1);
@@ -409,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
     };
     // Piece 0 to 7: of one word, two rows of W, the codes of two rows of A; the even one is in the high
     // nibble. An address is the codebook's, with four times the code as its low byte.
-    auto look = [&](u32 piece, u32 parity) {
+    auto look_up = [&](u32 piece, u32 parity) {
         const u32 word = words[piece / 2], byte = piece % 2;
         const u32 high = word >> 2 & 0x3C3C3C3C, low = word << 2 & 0x3C3C3C3C;
         v[0] = value(high, byte), v[1] = value(high, byte + 2), v[2] = value(low, byte), v[3] = value(low, byte + 2);
@@ -427,25 +427,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
 #endif
     // Multiplies a unit and decodes the next one: a piece is looked up and, some products later, rounded.
     auto multiply_and_decode = [&](const Fragments& a, Fragments& following, u32 parity) {
-        look(0, parity);
+        look_up(0, parity);
         multiply_unit(d, x_of_unit(), a, [&](u32 piece, float product) {
             const u32 rounded = round(piece, following);
             if (piece == 7) return 0u;
 #if INTERLEAVE
-            // The assembler would gather all products and leave the decoding for after them. So a lookup's
-            // address depends on a product, and that of X on a lookup: bits are added that are always 0.
+            // The assembler would gather all products and put the decoding behind them. To prevent that, a lookup's
+            // address depends on a product, and that of X on a lookup, by added bits that are always 0.
             table = codebook | (__float_as_uint(product) & zero) | (rounded & zero);
-            look(piece + 1, parity);
+            look_up(piece + 1, parity);
             return __float_as_uint(v[0]) & zero;
 #else
-            look(piece + 1, parity);
+            look_up(piece + 1, parity);
             return 0u;
 #endif
         });
         unit++;
     };
 
-    // Before the loop, the first unit of the codes.
+    // The first unit of codes is decoded before the loop.
     wait<STAGES - 2>();
     __syncthreads();
 #if TRANSPOSED
@@ -459,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
 #endif
 #pragma unroll
     for (u32 piece = 0; piece < 8; piece++) {
-        look(piece, 0);
+        look_up(piece, 0);
         round(piece, even);
     }
 #if TRANSPOSED
@@ -491,7 +491,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) matmul(
     const Share w = share(p);
     const u32 id = thread_index();
     if (w.parts > 1) {
-        // Whoever comes last adds all parts, in their order, so that the sum does not depend on it.
+        // The cube that finishes last adds all parts in their order, so that the sum does not depend on which one it
+        // is.
         float4* mine = (float4*)partial + (u64)w.slot * w.parts * (BM * BN / 4) + id;
         float4* to = mine + w.part * (BM * BN / 4);
 #pragma unroll

@@ -1,9 +1,12 @@
-//! The product with `mma.sync`, from compute capability 8.0 on: wherever there are tensor cores and no wgmma.
+//! The product with `mma.sync`, from compute capability 8.0 on: for all tensor cores without `wgmma`.
 //!
-//! The idea is [`mod@super::hopper`]'s: compute the transposed tile Yᵀ\[features, tokens\] = A Xᵀ, A = W or Wᵀ, so
+//! **Idea.** That of [`mod@super::hopper`]: compute the transposed tile Yᵀ\[features, tokens\] = A Xᵀ, A = W or Wᵀ, so
 //! that the 4-bit operand is the one that instructions take from registers, and let each thread decode just the
-//! fragments that it feeds to them. A cube computes 128 features x 128 tokens with four warps of 32 x 128: a
-//! decoded fragment serves 16 instructions. Two cubes share a multiprocessor.
+//! fragments that it feeds to them.
+//!
+//! **Layout.** A cube computes 128 features x 128 tokens with four warps of 32 x 128: a decoded fragment serves 16
+//! instructions. Two cubes share a multiprocessor.
+//!
 //! - A thread takes eight neighbouring columns of each 32 and four neighbouring rows of A. So X comes out of shared
 //!   memory in 16-byte loads that serve two instructions and never conflict, a word of codes is a row's share, and
 //!   results leave in 8 bytes or more.
@@ -11,26 +14,23 @@
 //!   synchronised by one barrier each.
 //! - While a step is multiplied the next one is decoded: codebook values come out of shared memory (16 values never
 //!   conflict, and an address is one byte permutation), are multiplied by absmax in f32 and rounded. Forward a row
-//!   has one absmax per 64 columns, which lanes hand to each other; for the gradient, where every row of W has its
-//!   own, they go through shared memory.
+//!   has one absmax per 64 columns, which lanes exchange; for the gradient, where every row of W has its own, they go
+//!   through shared memory.
 //! - LoRA's product comes first, as more columns of A and X; its factor is read as it is and rounded on the way.
-//! - Tiles that don't fill a last round are split along the depth. Whoever comes last adds all parts in their
-//!   order: the same inputs give the same bits, and no cube waits for another.
+//! - Tiles that would not fill the last round are split along the depth. The cube that finishes last adds all parts in
+//!   their order: the same operands give the same bits, and no cube waits for another.
 //! - A dense weight takes the same kernel, its fragments straight from memory.
 //!
-//! What bounds it, per 32 columns of two cubes on one multiprocessor: instructions for the tensor cores take 1,024
+//! **Bound**, per 32 columns of two cubes on one multiprocessor: instructions for the tensor cores take 1,024
 //! cycles on an A100 and 4,096 on GeForce, whose tensor cores have a quarter of that rate with f32 sums; shared
 //! memory is busy for about 930 (512 X, 256 lookups, 160 copies and absmax) forward and 1,000 for the gradient.
 //! So GeForce is bound by its tensor cores alone, an A100 by both.
 //!
-//! Registers are what the design is short of: 128 of 255 are sums. Positions are computed when they are needed, and
-//! the tile's place a second time after the loop.
+//! Registers are scarce: 128 of 255 are sums. Positions are computed when they are needed, and the tile's place a
+//! second time after the loop. Forward, lookups are tied to products by bits that are always 0, because the assembler
+//! would otherwise move the decoding behind all products of a step, where nothing covers its loads.
 //!
-//! Left alone, the assembler gathers the products of a step and puts the decoding behind them, where nothing covers
-//! its loads. Forward, lookups are tied to products by bits that are always 0, and it alternates (seen in the machine
-//! code for 8.0 to 8.9); for the gradient that takes one register more than there are.
-//!
-//! Not measured on such cards yet.
+//! **Today**: not measured on such cards yet. `docs/src/kernels/matmul.md` says what their machine code shows.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -41,7 +41,7 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::tables;
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = concat!(include_str!("common.cu"), include_str!("ampere.cu"));
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("common.cu"), include_str!("ampere.cu"));
 /// Rows of A per tile.
 const FEATURES: usize = 128;
 const THREADS: u32 = 128;
@@ -147,11 +147,11 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
     let defines = [
         ("TRANSPOSED", i64::from(problem.direction == Direction::InputGradient)),
         ("DENSE", i64::from(problem.blocksize.is_none())),
-        ("HALF", i64::from(problem.format == FloatFormat::F16)),
+        cuda_source::FloatFormat::from(problem.format).define(),
         ("OUT_F32", i64::from(problem.out == FloatFormat::F32)),
         ("BN", tile.tokens as i64),
         ("STAGES", STAGES),
-        ("MIN_BLOCKS", tile.cubes() as i64),
+        ("MIN_CUBES", tile.cubes() as i64),
     ];
     Source::with_defines(TEXT, "matmul", THREADS, &defines)
 }

@@ -1,8 +1,5 @@
 // A LoRA factor in 16 bits and in the row order of the product's fragments. See arrange.rs.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-
 struct Params {
     u32 features, rank, padded_features, padded_rank, transposed, permuted;
 };
@@ -24,11 +21,5 @@ extern "C" __global__ void __launch_bounds__(256) arrange(
     float value = 0.0f;
     if (feature < p.features && k < p.rank)
         value = p.transposed ? factor[(size_t)k * p.features + feature] : factor[(size_t)feature * p.rank + k];
-    u16 rounded;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-#endif
-    out[at] = rounded;
+    out[at] = narrow(value);
 }

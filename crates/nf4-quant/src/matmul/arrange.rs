@@ -13,7 +13,7 @@ use cuda_source::{Arguments, LaunchError, Source};
 use super::{Direction, Problem};
 use crate::FloatFormat;
 
-const TEXT: &str = include_str!("arrange.cu");
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("arrange.cu"));
 const THREADS: u32 = 256;
 
 /// A factor in 16 bits.
@@ -43,7 +43,7 @@ pub(super) fn arrange(client: &Client, problem: &Problem, factor: &Handle) -> Re
     let transposed = problem.direction == Direction::InputGradient;
     let handle = client.empty(padded_features * padded_rank * 2);
     let source =
-        Source::with_defines(TEXT, "arrange", THREADS, &[("HALF", i64::from(problem.format == FloatFormat::F16))]);
+        Source::with_defines(TEXT, "arrange", THREADS, &[cuda_source::FloatFormat::from(problem.format).define()]);
     let params = Params {
         features: features as u32,
         rank: rank as u32,

@@ -1,12 +1,8 @@
 // y = x W^T for a few rows of x, with W in 4 bits, on tensor cores (mma.sync). gemv.rs has the idea.
 //
-// Defined before this text: HALF (x is f16, else bf16), OUT_F32, NESTED (double quantization), TAIL (the
+// Defined before this text: F16 (x is f16, else bf16), OUT_F32, NESTED (double quantization), TAIL (the
 // columns are no multiple of 256), and the variant: TOKEN_TILES (4 rows of x each), ROW_TILES (16 rows of W
-// each, per warp), WARPS, BLOCKS (thread blocks per multiprocessor).
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+// each, per warp), WARPS, CUBES (per multiprocessor).
 
 struct Params {
     u32 rows;            // of W
@@ -16,7 +12,7 @@ struct Params {
     u32 log2_nested;     // log2 of the nested blocksize
     u32 offset;          // position of the mean of the absmax, behind the nested absmax
     u32 map;             // position of the 8-bit map in `tables`
-    u32 log2_row_warps;  // warps of a block that take different rows; the others split the columns
+    u32 log2_row_warps;  // warps of a cube that take different rows; the others split the columns
     u32 has_bias;
     u32 rank;            // columns of the low-rank operand, 0 without one
     float scale;         // what the codebook was multiplied by
@@ -45,23 +41,12 @@ __device__ __forceinline__ u32 lookup(u32 address) {
 
 // d += a * b on 16 x 8 x 16.
 __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if HALF
+#if F16
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #endif
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// A float, rounded to 16 bits.
-__device__ __forceinline__ u16 narrow(float value) {
-    u16 r;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(value));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(value));
-#endif
-    return r;
 }
 
 // What a lane reads for one step: 32 codes of each row and half of the step, and one block's statistics.
@@ -71,7 +56,7 @@ struct Load {
     u32 code[ROW_TILES][2];
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
+extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
     const u8* __restrict__ codes,
     const void* __restrict__ absmax,
     const float* __restrict__ nested,
@@ -93,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(
     const u32 lane = threadIdx.x % 32;
     const u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that branches on it are uniform
     const u32 g = lane / 4, t = lane % 4;
-    const u32 bank = (u32)__cvta_generic_to_shared(pairs) + lane * 4;
+    const u32 bank = shared_address(pairs) + lane * 4;
     const u32 row_warps = 1u << p.log2_row_warps, column_warps = WARPS >> p.log2_row_warps;
     const u32 row_warp = warp & (row_warps - 1), column_warp = warp >> p.log2_row_warps;
     const u32 tile_rows = row_warps * (16 * ROW_TILES);

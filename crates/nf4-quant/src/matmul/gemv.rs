@@ -1,33 +1,38 @@
 //! y = x Wᵀ for 1 to 16 tokens, as in generation: bound by reading the codes once.
 //!
-//! Idea: multiplying is free, decoding is not. A warp takes 16 rows of W and 256 columns at a time; a lane reads
-//! 16-byte pieces of a row's codes straight from memory, two steps ahead, and turns a byte of codes into a pair of
-//! 16-bit values with one lookup: shared memory holds the 256 pairs once for each lane, in that lane's own bank. The
-//! pairs are fragments of `mma.sync` as they are. absmax comes in afterwards: blocks have 64 columns or more, so the
-//! sums of 64 columns are multiplied by it, in f32. LoRA's product is one more `mma` for each 16 ranks, from the factor
-//! as it lies in memory, into the same sums.
+//! **Idea.** Multiplying is free on tensor cores, decoding is not. So a byte of codes, two weights, becomes a pair of
+//! 16-bit values with one lookup, and absmax is applied to sums instead of weights: blocks have 64 columns or more, so
+//! the sums of 64 columns are multiplied by it, in f32.
 //!
-//! The order of columns within a sum is free as long as W and x keep the same one, so a lane's 32 consecutive codes
-//! are its part of the fragments. An instruction then has columns of two blocks: lanes 0 and 1 of a row's four have
-//! one, lanes 2 and 3 the other. So x takes up eight columns for four tokens, the second four being the same tokens
-//! for the second block, and zeros fill the rest.
+//! **Layout.**
 //!
-//! Warps of a cube take other rows or other columns of the same ones, whichever leaves fewest multiprocessors idle
-//! (`Shape`); their sums are added in a fixed order, so the same inputs give the same bits.
+//! - A warp takes 16 rows of W and 256 columns at a time. A lane reads 16-byte pieces of a row's codes straight from
+//!   memory, two steps ahead. Shared memory holds the 256 pairs once for each lane, in that lane's own bank. The pairs
+//!   are fragments of `mma.sync` as they are.
+//! - The order of columns within a sum is free as long as W and x keep the same one, so a lane's 32 consecutive codes
+//!   are its part of the fragments. One instruction then has columns of two blocks of W, whose sums must stay apart. So
+//!   x fills the eight columns of its fragment like this:
 //!
-//! **Rounding** differs from the other paths, whose weights are rounded to 16 bits one by one. Here the codebook's 16
-//! values are, after multiplication by a number that makes this hurt least (`book`): the mean error of a weight
-//! is 0.38 (bf16) or 0.32 (f16) of what rounding each product leaves, and FP4's values are exact.
+//!   ```text
+//!   lanes of a row    columns 0 to 3 of x     columns 4 to 7 of x
+//!   0 and 1           tokens 0 to 3           zero                  first block of W
+//!   2 and 3           zero                    tokens 0 to 3         second block of W
+//!   ```
 //!
-//! Bytes: 0.5 per element of W and 1/64 of statistics. Operations on shared memory: a lookup per byte of codes, so 32
-//! bytes per cycle and multiprocessor. Instructions: about 340 for the 2 KB that a warp takes at once (counted in
-//! the machine code), so 24 bytes per cycle. An H200's memory delivers 19.
+//! - LoRA's product is one more `mma` for each 16 ranks, from the factor as it lies in memory, into the same sums.
+//! - The warps of a cube take other rows, or other columns of the same rows, whichever leaves fewest multiprocessors
+//!   idle (`Shape`). Their sums are added in a fixed order: the same operands give the same bits.
 //!
-//! Measured on an H100 (device copy: 3.02 TB/s), bf16, double quantization: 50.7 µs or 2.39 TB/s for one token by
-//! 28672 x 8192 (bitsandbytes 103.3), 74 µs for 8 tokens and 119 for 16; 55.8 µs with LoRA at rank 64.
+//! **Rounding** differs from the other kernels, which round each weight to 16 bits. Here the codebook's 16 values are
+//! rounded instead, scaled by the factor that minimises their error (`book`). The mean error of a weight is 0.38 (bf16)
+//! or 0.32 (f16) of what rounding each product leaves, and FP4's values are exact.
 //!
-//! Not done: dequantizing by arithmetic (`prmt` on the codebook's bytes), which takes more instructions than lookups
-//! do; a copy of W in fragment order, which would have to exist beside the one for the other kernels.
+//! **Bound.** Memory: 0.5 bytes per element of W and 1/64 of statistics. A lookup per byte of codes lets shared memory
+//! serve 32 bytes of codes per cycle and multiprocessor; about 340 instructions (counted in the machine code) for the 2
+//! KB that a warp takes at once let the schedulers serve 24. An H200's memory delivers 19.
+//!
+//! **Today**, on an H100 (device copy: 3.02 TB/s), bf16, double quantization: 50.7 µs or 2.39 TB/s for one token by
+//! 28672 x 8192. `docs/src/kernels/matmul.md` has more tokens and what was not tried.
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -41,7 +46,7 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::{DeviceAbsmax, MAP_START, tables};
 use crate::{FloatFormat, QuantError, QuantType};
 
-const TEXT: &str = include_str!("gemv.cu");
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("gemv.cu"));
 /// The most tokens.
 const TOKENS: usize = 16;
 /// Rows of W that a warp takes.
@@ -176,14 +181,14 @@ pub(super) fn launch(
 pub(super) fn source(problem: &Problem, nested: bool) -> Source {
     let (token_tiles, cubes) = variant(problem.tokens);
     let defines = [
-        ("HALF", i64::from(problem.format == FloatFormat::F16)),
+        cuda_source::FloatFormat::from(problem.format).define(),
         ("OUT_F32", i64::from(problem.out == FloatFormat::F32)),
         ("NESTED", nested.into()),
         ("TAIL", i64::from(!problem.in_features.is_multiple_of(STEP))),
         ("TOKEN_TILES", token_tiles as i64),
         ("ROW_TILES", 1),
         ("WARPS", WARPS as i64),
-        ("BLOCKS", cubes as i64),
+        ("CUBES", cubes as i64),
     ];
     Source::with_defines(TEXT, "gemv", 32 * WARPS as u32, &defines)
 }
@@ -197,8 +202,8 @@ struct Book {
     scale: f32,
 }
 
-/// The codebook times that number of 4,096 from 1 to 2 for which rounding to 16 bits leaves the least mean square error.
-/// Codes are taken as equally frequent, which NF4 is made for; FP4's values come out exact.
+/// The codebook times that number of 4,096 from 1 to 2 for which rounding to 16 bits leaves the least mean square
+/// error. Codes are taken as equally frequent, which NF4 is made for; FP4's values come out exact.
 fn book(quant_type: QuantType, format: FloatFormat) -> Book {
     static BOOKS: LazyLock<Mutex<HashMap<(QuantType, FloatFormat), Book>>> = LazyLock::new(Mutex::default);
     let mut books = BOOKS.lock().unwrap_or_else(PoisonError::into_inner);

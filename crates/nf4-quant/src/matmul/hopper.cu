@@ -4,7 +4,7 @@
 // gradient). X comes into shared memory through TMA. 4-bit codes become 16-bit floats in registers, which
 // wgmma takes as they are; a dense W goes through shared memory.
 //
-// Defined before this text: TRANSPOSED, DENSE, HALF, OUT_F32, BN, STAGES, CLUSTER (blocks that share X),
+// Defined before this text: TRANSPOSED, DENSE, F16, OUT_F32, BN, STAGES, CLUSTER (cubes that share X),
 // STORE_TOKENS (tokens that leave through shared memory at a time; 0: straight from registers), and the
 // instructions for that BN: WGMMA (A in registers) and WGMMA_SHARED.
 
@@ -60,10 +60,10 @@ struct Cursor {
     }
 };
 
-// A share of the work: a tile, or one part of its K blocks. Part 0 also takes the low-rank product. A cluster
-// has one share, with a tile for each of its blocks side by side.
+// A share of the work: a tile, or one part of its steps of BK columns. Part 0 also takes the low-rank product. A
+// cluster has one share, with a tile for each of its cubes side by side.
 struct Work {
-    u32 m0, n0, first, blocks, part, parts, slot;
+    u32 m0, n0, first, steps, part, parts, slot;
 };
 
 #if CLUSTER > 1
@@ -82,8 +82,8 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
     const float* __restrict__ tables,
 #endif
     const float* __restrict__ bias,
-    float* __restrict__ partial,                     // [slots, blocks, parts - 1, BN / 2, CONSUMERS]
-    u32* __restrict__ arrived,                       // per slot and block, zero before the launch and after it
+    float* __restrict__ partial,                     // [slots, cubes of a cluster, parts - 1, BN / 2, CONSUMERS]
+    u32* __restrict__ arrived,                       // per slot and cube, zero before the launch and after it
 #if STORE_TOKENS
     const __grid_constant__ TensorMap out,           // [tokens, m]
 #else
@@ -116,13 +116,13 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
     __syncthreads();
 #endif
 
-    const u32 k_blocks = (p.k + BK - 1) / BK;
-    const u32 rank_blocks = (p.rank + BK - 1) / BK;
+    const u32 k_steps = (p.k + BK - 1) / BK;
+    const u32 rank_steps = (p.rank + BK - 1) / BK;
     const u32 m_tiles = (p.m + CLUSTER * BM - 1) / (CLUSTER * BM);
     const u32 n_tiles = (p.tokens + BN - 1) / BN;
     const u32 items = p.whole + (m_tiles * n_tiles - p.whole) * p.split;
 
-    // A block of the cluster loads its share of a tile of X for all of them.
+    // A cube of the cluster loads its share of a tile of X for all of them.
     auto load_x = [&](u8* to, const TensorMap* map, u64* bar, int column, int row) {
 #if CLUSTER > 1
         load_tile_for_all(to + member * (X_BYTES / CLUSTER), map, bar, column, row + member * (BN / CLUSTER), CLUSTER);
@@ -131,13 +131,13 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #endif
     };
     auto work = [&](u32 item) {
-        Work w = {0, 0, 0, k_blocks, 0, 1, 0};
+        Work w = {0, 0, 0, k_steps, 0, 1, 0};
         u32 tile = item;
         if (item >= p.whole) {
             w.slot = (item - p.whole) / p.split, w.part = (item - p.whole) % p.split, w.parts = p.split;
             tile = p.whole + w.slot;
-            w.first = k_blocks * w.part / p.split;
-            w.blocks = k_blocks * (w.part + 1) / p.split - w.first;
+            w.first = k_steps * w.part / p.split;
+            w.steps = k_steps * (w.part + 1) / p.split - w.first;
         }
         // Tokens are taken in bands, so that a band's activations stay in L2 while the weight streams by once
         // per band: as many tiles as need the fewest bytes for all that is computed at a time.
@@ -158,7 +158,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
                     const Work w = work(item);
                     // The low-rank product takes two stages for its two operands.
-                    for (u32 b = 0; b < (w.part == 0 ? rank_blocks : 0); b++) {
+                    for (u32 b = 0; b < (w.part == 0 ? rank_steps : 0); b++) {
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
                         barrier_expect(&s.full[at.stage], X_BYTES);
                         load_x(s.ring[at.stage].x, &u_map, &s.full[at.stage], b * BK, w.n0);
@@ -173,7 +173,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #endif
                         at.advance();
                     }
-                    for (u32 b = 0; b < w.blocks; b++, at.advance()) {
+                    for (u32 b = 0; b < w.steps; b++, at.advance()) {
                         const int k = (w.first + b) * BK;
                         u64* full = &s.full[at.stage];
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
@@ -199,9 +199,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             }
         } else {
 #if !DENSE
-            // The other warps take K blocks in turn, decode their absmax and make tables of finished values: what a
-            // code means times absmax, rounded. Forward there is one for each row of A, and the codes are brought
-            // into fragment order; transposed, one for each row of W and half tile.
+            // The other warps take steps in turn, decode the absmax of their blocks of W and make tables of finished
+            // values: what a code means times absmax, rounded. Forward there is one for each row of A, and the codes
+            // are brought into fragment order; transposed, one for each row of W and half tile.
             const u32 worker = warp - CONSUMERS / 32 - 1;
             const bool plain = p.log2_nested == 255;
             const float offset = plain ? 0.0f : nested[p.offset];
@@ -215,7 +215,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #endif
             for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
                 const Work w = work(item);
-                for (u32 b = 0; b < (w.part == 0 ? 2 * rank_blocks : 0); b++, at.advance()) {
+                for (u32 b = 0; b < (w.part == 0 ? 2 * rank_steps : 0); b++, at.advance()) {
                     if (turn == worker) {
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
                         __syncwarp();
@@ -223,7 +223,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                     }
                     turn = turn + 1 == DECODERS ? 0 : turn + 1;
                 }
-                for (u32 b = 0; b < w.blocks; b++, at.advance()) {
+                for (u32 b = 0; b < w.steps; b++, at.advance()) {
                     const bool mine = turn == worker;
                     turn = turn + 1 == DECODERS ? 0 : turn + 1;
 #if !TRANSPOSED
@@ -275,7 +275,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
         const u32 row = group * 64 + warp % 4 * 16 + g;
 #elif TRANSPOSED
         const u32 row = warp % 4 * 32 + g * 4 + group * 2;
-        // ldmatrix: lane l gives the address of row l of half a block, in the 16 bytes of its warp.
+        // ldmatrix: lane l gives the address of row l of half a step, in the 16 bytes of its warp.
         const u32 swizzled = lane * 64 + (warp % 4 ^ lane / 2 % 4) * 16;
         const u32 bytes = group ? 0x7531 : 0x6420;
 #else
@@ -298,17 +298,17 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             float d[BN / 2];
             u32 add = 0;
 
-            // The low-rank product, out of shared memory. Its last block still runs when the first codes are decoded.
+            // The low-rank product, out of shared memory. Its last step still runs when the first codes are decoded.
             u32 pending = 0, u_stage, low_rank_stage;
-            auto settle = [&]() {
+            auto finish_low_rank = [&]() {
                 if (!pending) return;
                 wait<0>();
                 release(u_stage);
                 release(low_rank_stage);
                 pending = 0;
             };
-            for (u32 b = 0; b < (w.part == 0 ? rank_blocks : 0); b++) {
-                settle();
+            for (u32 b = 0; b < (w.part == 0 ? rank_steps : 0); b++) {
+                finish_low_rank();
                 ready();
                 u_stage = at.stage;
                 at.advance();
@@ -325,9 +325,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             }
 
 #if DENSE
-            settle();
+            finish_low_rank();
             u32 previous = STAGES;
-            for (u32 b = 0; b < w.blocks; b++, at.advance()) {
+            for (u32 b = 0; b < w.steps; b++, at.advance()) {
                 ready();
                 const u64 x = descriptor(s.ring[at.stage].x), a = descriptor(s.ring[at.stage].w + group * (W_BYTES / 2));
                 fence();
@@ -340,7 +340,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 previous = at.stage;
             }
 #else
-            // Codes of the block that was opened last, four words of eight, and the tables of their values.
+            // Codes of the step that was opened last, four words of eight, and the tables of their values.
             u32 words[4], stage, opened;
             u32 fragments[BK / 16][4];  // wgmma's layout: (row, k), (row + 1, k), (row, k + 8), (row + 1, k + 8)
             u32 previous = STAGES;
@@ -348,7 +348,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 if (previous < STAGES) release(previous);
                 previous = now;
             };
-            if (STAGES == 2) settle();
+            if (STAGES == 2) finish_low_rank();
 #if TRANSPOSED
             u32 values[2][8], tables_at;
             auto open = [&]() {
@@ -366,9 +366,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 }
                 tables_at = shared_address(s.ring[opened].table) + warp % 4 / 2 * 2048;
             };
-            // The eight values of fragment j of the opened block. An address is the tables', with an offset that
-            // follows from the code as its low byte.
-            auto look = [&](u32 j, u32 slot) {
+            // Looks up the eight values of fragment j of the opened step. An address is the tables', with an offset
+            // that follows from the code as its low byte.
+            auto look_up = [&](u32 j, u32 slot) {
                 u32 (&v)[8] = values[slot];
                 // Bytes are rows of W: k, k + 1, k + 8, k + 9; the high nibble is column m, the low one m + 1.
                 const u32 even = (words[j] >> 3 & 0x1E1E1E1E) | t * 0x20202020, odd = (words[j] << 1 & 0x1E1E1E1E) | t * 0x20202020;
@@ -383,9 +383,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 a[0] = __byte_perm(v[0], v[1], 0x5410), a[1] = __byte_perm(v[2], v[3], 0x5410);
                 a[2] = __byte_perm(v[4], v[5], 0x5410), a[3] = __byte_perm(v[6], v[7], 0x5410);
             };
-            // Step j of a block multiplies fragment j, looks up values three steps ahead and joins those
-            // of two steps ahead. Only the last block has no successor.
-            auto multiply_block = [&](bool more) {
+            // Round j of a step multiplies fragment j, looks up the values of the fragment three rounds ahead and joins
+            // those of the one two rounds ahead. Only the last step has no successor.
+            auto multiply_step = [&](bool more) {
                 const u64 x = descriptor(s.ring[stage].x);
 #pragma unroll
                 for (u32 j = 0; j < BK / 16; j++) {
@@ -393,26 +393,26 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                     multiply(d, fragments[j], x + NEXT_X * j, add);
                     commit();
                     add = 1;
-                    // With two stages a block can be opened only after the one before it is released.
+                    // With two stages a step can be opened only after the one before it is released.
                     const bool late = STAGES == 2 && j == 1;
-                    if ((j == 0 || more) && !late) look((j + 3) % 4, j % 2);
-                    // The product that read the fragment two steps ahead, one block ago, is done.
+                    if ((j == 0 || more) && !late) look_up((j + 3) % 4, j % 2);
+                    // The product that read the fragment two rounds ahead, in the step before, is done.
                     wait<2>();
                     if (j == 1) done_with(stage);
                     if (late && more) open();
                     if (j == 2 && more) stage = opened;
                     if (j < 2 || more) join((j + 1) % 2, fragments[(j + 2) % 4]);
-                    if (late && more) look(0, 1);
+                    if (late && more) look_up(0, 1);
                     if (STAGES > 2 && j == 0 && more) open();
                 }
             };
             open();
             stage = opened;
-            look(0, 0);
-            look(1, 1);
+            look_up(0, 0);
+            look_up(1, 1);
             join(0, fragments[0]);
             join(1, fragments[1]);
-            look(2, 1);
+            look_up(2, 1);
 #else
             u32 tables[2][8];  // of both rows: low bytes, high bytes
             u32 low[2], high[2];
@@ -430,9 +430,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                                  : "r"(shared_address(s.ring[opened].table) + warp * 512 + i * 128 + (g ^ i / 2 * 4) * 16));
                 }
             };
-            // Fragment j of the opened block. A byte permutation takes four codes at once, of which it sees three
-            // bits, in each half of a table; another picks halves by the fourth bit. They read the low 16 bits of a
-            // selector. Bytes are pairs of columns, the even one in the high nibble.
+            // Decodes fragment j of the opened step. A byte permutation takes four codes at once, of which it sees
+            // three bits, in each half of a table; another picks halves by the fourth bit. They read the low 16 bits of
+            // a selector. Bytes are pairs of columns, the even one in the high nibble.
             auto decode = [&](u32 j, u32 (&a)[4]) {
 #pragma unroll
                 for (u32 i = 0; i < 2; i++) {
@@ -449,9 +449,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                     a[i] = permute(lows, highs, 0x4051), a[2 + i] = permute(lows, highs, 0x6273);
                 }
             };
-            // Step j of a block multiplies fragment j and decodes that of two steps ahead. Only the last block
-            // has no successor.
-            auto multiply_block = [&](bool more) {
+            // Round j of a step multiplies fragment j and decodes that of two rounds ahead. Only the last step has no
+            // successor.
+            auto multiply_step = [&](bool more) {
                 stage = opened;
                 const u64 x = descriptor(s.ring[stage].x);
 #pragma unroll
@@ -460,7 +460,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                     multiply(d, fragments[j], x + NEXT_X * j, add);
                     commit();
                     add = 1;
-                    // The product that read the fragment two steps ahead, one block ago, is done.
+                    // The product that read the fragment two rounds ahead, in the step before, is done.
                     wait<2>();
                     if (j == 1) done_with(stage);
                     if (j < 2 || more) decode((j + 2) % 4, fragments[(j + 2) % 4]);
@@ -471,9 +471,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             decode(0, fragments[0]);
             decode(1, fragments[1]);
 #endif
-            settle();
-            for (u32 left = w.blocks; left > 1; left--) multiply_block(true);
-            multiply_block(false);
+            finish_low_rank();
+            for (u32 left = w.steps; left > 1; left--) multiply_step(true);
+            multiply_step(false);
 #endif
             wait<0>();
             release(previous);
@@ -577,7 +577,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
         stores_done();
 #endif
 #if CLUSTER > 1
-        // And the loads and arrivals of the other block.
+        // Shared memory also outlives the loads and arrivals of the other cube.
         cluster_sync();
 #endif
     }

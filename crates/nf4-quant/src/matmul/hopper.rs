@@ -1,73 +1,36 @@
-//! The product on Hopper: wgmma with the weight dequantized in registers.
+//! The product on Hopper: `wgmma`, with the weight dequantized in registers.
 //!
-//! Idea: wgmma takes its left operand from registers, so compute the transposed tile
-//! Yᵀ\[features, tokens\] = A Xᵀ with A = W or Wᵀ, and let each thread turn 4-bit codes into just the fragment
-//! that it feeds to the tensor cores. Shared memory holds activations (TMA, 128-byte swizzle, a ring of five
-//! stages) and codes, a quarter of the bytes of a 16-bit weight. A dense weight takes the same kernel with A
-//! in shared memory.
+//! **Idea.** `wgmma` can take its left operand from registers. So the kernel computes the transposed tile Yᵀ\[features,
+//! tokens\] = A Xᵀ with A = W or Wᵀ, and each thread turns 4-bit codes into just the fragment of A that it feeds to the
+//! tensor cores. Shared memory holds activations and codes, and codes are a quarter of the bytes of a 16-bit weight. A
+//! dense weight takes the same kernel with A in shared memory.
 //!
-//! One persistent cube per multiprocessor computes tiles of 128 features x 256 tokens:
-//! - two cubes with neighbouring features share their X: each loads half of a tile, for both (a cluster, TMA
-//!   multicast). A stage of the ring is free when both have read it;
-//! - one thread loads, three warps make tables of the 16 values that a code of a block can mean, times absmax and
-//!   rounded (and, forward, bring the bytes of the codes into fragment order), two warp groups compute;
-//! - forward, a thread's codes come from two blocks. It holds both tables in registers, low bytes apart from high
-//!   ones, and a byte permutation looks up four codes at once; a fragment is made two steps of 16 columns ahead;
-//! - for the gradient, where every row of W has its own absmax, values come from shared memory, three steps ahead, by
-//!   lookups that never conflict; an address is one byte permutation;
-//! - LoRA's product comes first, as more columns of A and X, into the same sums;
-//! - 16-bit results leave through shared memory, by TMA, while the next tile is computed;
-//! - tiles that don't fill a last round are split along the depth; partial sums are added in a fixed order, so
-//!   the same inputs give the same bits.
+//! **Layout.** One persistent cube per multiprocessor computes tiles of 128 features x 256 tokens, in steps of 64
+//! columns:
 //!
-//! What bounds it: power. At 700 W the clock of an H100 falls from 1,980 to 1,400 to 1,480 MHz, where the tensor cores
-//! are busy for 79 % of the time (82 % with byte permutations; 95 % with a dense weight). Waiting less then only
-//! lowers the clock: without any stores the dense product had 708 TFLOP/s at 1,333 MHz, with them 708 at 1,448. What
-//! counts is what a product costs beside its wgmma: instructions, and bytes on their way from L2. ncu (first version
-//! of the second table, 1.06 ms): 6.1 TB/s from L2 to the multiprocessors, 69 % of what L2 can, as each cube loaded
-//! its own X; shared memory's pipe busy for 79 % (68 % with byte permutations forward, 81 % for the gradient), DRAM
-//! for 14 %.
+//! - Two cubes with neighbouring features form a cluster and share their X: each loads half of a tile for both, by TMA
+//!   multicast. A stage of the ring is free again when both have read it.
+//! - In a cube, one thread loads. Three warps make tables: for each block of the weight the 16 values that a code can
+//!   mean, times absmax and rounded. Forward, they also bring the bytes of the codes into fragment order. Two warp
+//!   groups compute.
+//! - Forward, a thread's codes come from two blocks. The thread holds both tables in registers, low bytes apart from
+//!   high bytes, and one byte permutation looks up four codes. A fragment is made two rounds of 16 columns ahead.
+//! - For the gradient every row of W has its own absmax. Values come from shared memory, three rounds ahead, by lookups
+//!   that never meet in a bank; the address of one is a byte permutation.
+//! - LoRA's product comes first, as more columns of A and X, into the same sums.
+//! - 16-bit results leave through shared memory, by TMA, while the next tile is computed.
+//! - Tiles that would not fill the last round are split along the depth, and partial sums are added in a fixed order:
+//!   the same operands give the same bits.
 //!
-//! Measured on an H200, 8192 x 11008 x 4096, TFLOP/s, while cuBLAS had 760 to 800 for the dense product:
+//! **Bound.** Power: at 700 W the clock of an H100 falls from 1,980 to some 1,450 MHz. Waiting less only lowers the
+//! clock further, so what counts is what a product costs beside its `wgmma`: instructions, and bytes on their way from
+//! L2.
 //!
-//! | version | forward | gradient |
-//! |---|---|---|
-//! | codes through L1 into registers, one step ahead | 633 | |
-//! | whole blocks of 64 columns decoded ahead: wgmma with a register operand holds its warp | 612 | 611 |
-//! | forward codebook in f32 by byte permutations: more ALU work than it saves | 552 | |
-//! | codes by TMA, absmax and byte order by two warps: those two became the bottleneck | 635 | 642 |
-//! | three decoding warps, lookups a step before their use, fragments two steps ahead | 700 | 639 |
-//! | the gradient's tables | 680 | 672 |
+//! **Today**, on an H100 at its power limit: 8192 x 11008 x 4096 runs at 654 TFLOP/s forward and 600 for the gradient,
+//! with a dense weight at 714 and 729; cuBLAS has 705 to 718 for the dense product. `docs/src/kernels/matmul.md` has
+//! the versions on the way here, the counters, and what to try next.
 //!
-//! On an H100 at its power limit, where cuBLAS had 705 to 718 in the same runs. Between runs the card differs by more
-//! than the versions, so a row names the version before it in its own run:
-//!
-//! | version | forward | gradient | dense forward | dense gradient |
-//! |---|---|---|---|---|
-//! | bands of four tiles of tokens, not eight (16: 585 where 8 had 617) | 605 to 617 | | | |
-//! | clusters of two; `.release.cluster` at every release is a fence over the device | 617 to 469 | 590 to 479 | 708 to 521 | 753 to 525 |
-//! | the same without it | 617 to 632 | 595 to 617 | 659 to 682 | 709 to 729 |
-//! | byte permutations: 32 values take a thread 140 instructions, not 187 | 617 to 636 | | | |
-//! | results by TMA (not for the dense gradient: with clusters 717 to 700) | 632 to 634 | 617 to 621 | 682 to 711 | |
-//! | four stages instead of five, to store whole tiles | 654 to 632 | 600 to 603 | | |
-//! | the warp groups two steps apart, to hide each other's stores | 617 to 618 | | | |
-//! | all that stayed | 616 to 654 | 585 to 600 | 680 to 714 | 709 to 729 |
-//! | the same, 2048 x 11008 x 4096 | 580 to 620 | 607 to 636 | | |
-//! | the same, 2048 x 28672 x 8192 | 610 to 658 | 596 to 626 | | |
-//! | the same, 8192 tokens with rank 64 | 626 to 626 | | | |
-//!
-//! The same bits every time: the version before these (single cubes, part 0 of a split tile adds the others) broke
-//! that. Its gradient of 1,030 tokens x 4096 x 4096 with rank 64 differed in 13 % to 38 % of launches, by up to 0.1 in a
-//! tile or half of one, as if a few of the tables of values had been another block's: only with rank, split tiles and
-//! tables together, and in cubes whose next share began with the low-rank product. Since then the last part adds, and
-//! at the stages of the low-rank product a whole decoding warp waits, where its first lane waited for all. A version
-//! with the first of the two still differed in 6 of 12,000 launches, forward and gradient, when four processes shared
-//! the card; with both, none of 5,600 did, and none of 250 alone. Which instruction went wrong is not known: a
-//! simulation of the barriers finds no order that breaks them, and no register of a wgmma in flight is written.
-//! `tests/matmul.rs` repeats that product.
-//!
-//! Ceilings, with wrong results: no X loaded 656 forward and 696 for the gradient (from 617 and 590), no stores 632 and
-//! 630. Next to try: two cubes that share a weight tile and decode half of it each, into both shared memories.
+//! An earlier version did not always give the same bits, and the cause is not known: `docs/src/known-issues.md`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -84,6 +47,7 @@ use crate::kernels::{DeviceWeight, tables};
 use crate::{FloatFormat, QuantError};
 
 const TEXT: &str = concat!(
+    cuda_source::prelude!(),
     include_str!("common.cu"),
     cuda_source::tma_barriers!(),
     include_str!("hopper_instructions.cu"),
@@ -163,7 +127,7 @@ pub(super) fn launch(
     out: &Handle,
 ) -> Result<(), QuantError> {
     let (features, depth, tokens) = (problem.features(), problem.depth(), problem.tokens);
-    let element = element(problem.format);
+    let element = cuda_source::FloatFormat::from(problem.format).tensor_element();
     let cluster = tile.cluster();
     let rows_of_x = |handle: &Handle, cols| TensorMap2d {
         handle: handle.clone(),
@@ -225,14 +189,6 @@ pub(super) fn launch(
     cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments).map_err(refused)
 }
 
-fn element(format: FloatFormat) -> TensorElement {
-    match format {
-        FloatFormat::F32 => TensorElement::F32,
-        FloatFormat::F16 => TensorElement::F16,
-        FloatFormat::BF16 => TensorElement::BF16,
-    }
-}
-
 fn dense_map(problem: &Problem, weight: &Handle, element: TensorElement) -> TensorMap2d {
     TensorMap2d {
         handle: weight.clone(),
@@ -274,7 +230,7 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
         for (name, value) in [
             ("TRANSPOSED", usize::from(problem.direction == Direction::InputGradient)),
             ("DENSE", dense.into()),
-            ("HALF", half.into()),
+            ("F16", half.into()),
             ("OUT_F32", (problem.out == FloatFormat::F32).into()),
             ("BN", tile.tokens),
             ("STAGES", tile.stages),

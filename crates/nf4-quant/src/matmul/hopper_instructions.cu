@@ -1,41 +1,43 @@
-// What hopper.cu says in PTX: barriers in shared memory, TMA, wgmma, byte permutations.
+// The PTX instructions of hopper.cu: cluster barriers, TMA, wgmma, byte permutations.
 //
 // Defined before this text: TRANSPOSED, BN, and the instructions for that BN: WGMMA (A in registers) and
 // WGMMA_SHARED.
 
-// Of a block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u64* bar, u32 block) {
+// Arrives at the barrier `bar` of another cube of the cluster, given by its rank.
+__device__ __forceinline__ void barrier_arrive_at(u64* bar, u32 cube) {
     asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [a]; }"
-                 ::"r"(shared_address(bar)), "r"(block) : "memory");
+                 ::"r"(shared_address(bar)), "r"(cube) : "memory");
 }
 
+// A tile from global to shared memory by TMA; `bar` counts its bytes.
 __device__ __forceinline__ void load_tile(void* to, const TensorMap* map, u64* bar, int column, int row) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
         ::"r"(shared_address(to)), "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row) : "memory");
 }
 
-// The same to the same place in each of the blocks 0 to n - 1 of the cluster, and to the barrier there.
+// Loads the tile to the same place in each of the cubes 0 to n - 1 of the cluster, and signals the barrier of each.
 __device__ __forceinline__ void load_tile_for_all(void* to, const TensorMap* map, u64* bar, int column, int row, u32 n) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%3, %4}], [%2], %5;"
         ::"r"(shared_address(to)), "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row), "h"((u16)((1 << n) - 1)) : "memory");
 }
-// A tile from shared memory. What falls outside the matrix is not written.
+
+// A tile from shared to global memory. What falls outside the matrix is not written.
 __device__ __forceinline__ void store_tile(const void* from, const TensorMap* map, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(map), "r"(column), "r"(row), "r"(shared_address(from)) : "memory");
 }
-// What this thread stored so far is one group. Shared memory may change when its groups were read, and go when
-// they are done.
+// Groups the stores that this thread started. After `stores_read` the shared memory they come from may be overwritten;
+// after `stores_done` they are in global memory.
 __device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// What this thread wrote to shared memory, for TMA and wgmma to see.
+// Makes what this thread wrote to shared memory visible to TMA and wgmma.
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// All threads of the cluster that still run.
+// Waits for all threads of the cluster that still run.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }

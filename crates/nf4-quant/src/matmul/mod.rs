@@ -7,10 +7,12 @@
 //! | input gradient | in_features | Wᵀ | dy `[tokens, out_features]` | dx = dy W (+ v A) |
 //!
 //! Up to some thousand tokens no dequantized weight exists outside registers. Beyond, one transient of the weight costs
-//! less than decoding every tile again for each panel of tokens: see [`TRANSIENT_TOKENS`]. Sums are f32 and rounded once, after the low-rank
-//! product and the bias have been added; weights are codebook\[code\] * absmax in f32, rounded once to the
-//! activations' format, as [`crate::kernels::dequantize`] rounds them. So the result differs from
-//! dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens, rounds less.
+//! less than decoding every tile again for each panel of tokens: see [`TRANSIENT_TOKENS`].
+//!
+//! Sums are f32 and rounded once, after the low-rank product and the bias have been added. Weights are codebook\[code\]
+//! * absmax in f32, rounded once to the activations' format, as [`crate::kernels::dequantize`] rounds them. So the
+//! result differs from dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens,
+//! rounds less.
 //!
 //! | kernel | for |
 //! |---|---|
@@ -19,8 +21,8 @@
 //! | [`mod@ampere`] | mma.sync: compute capability 8.0 or later |
 //! | transient | the dense form of the latter two, on a weight that was dequantized before it |
 //!
-//! [`path`] says which kernel takes a problem, from what the device is: one place, for every caller. Where it has
-//! no answer the caller dequantizes into a transient.
+//! [`path`] is the one place that chooses the kernel for a problem on a device. Where it returns `None` the caller
+//! dequantizes into a transient.
 
 pub mod ampere;
 mod arrange;
@@ -29,12 +31,9 @@ pub mod hopper;
 mod reference;
 mod schedule;
 
-use std::collections::HashSet;
-use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
-
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use cuda_source::{CudaDevice, LaunchError};
+use cuda_source::{Choices, CudaDevice, LaunchError};
 
 use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size, dequantize};
 use crate::{FloatFormat, QuantError};
@@ -123,9 +122,10 @@ pub struct Operands<'a> {
 
 /// Tokens from which on a 4-bit product on Hopper dequantizes the weight into a transient first.
 ///
-/// On a card at its power limit, 8192 tokens x 11008 x 4096, in TFLOP/s: 618 forward and 590 for the gradient with the
-/// weight decoded in registers, which is done for every 256 tokens again, and 708 and 753 of the dense kernel. A weight's
-/// way into the transient costs 0.9 ps, so it pays from some 2,100 and 1,200 tokens on; below 4,096, memory comes first.
+/// On a card at its power limit, 8192 tokens x 11008 x 4096 run at 618 TFLOP/s forward and 590 for the gradient with
+/// the weight decoded in registers, which is repeated for every 256 tokens, and at 708 and 753 in the dense kernel. To
+/// dequantize an element into the transient costs 0.9 ps. So the transient is faster from some 2,100 tokens (forward)
+/// and 1,200 (gradient) on; below 4,096, saving its memory is worth more.
 pub const TRANSIENT_TOKENS: usize = 4096;
 
 /// The kernel of a dense product.
@@ -154,13 +154,19 @@ pub enum Path {
 /// runtimes and older cards, f32 activations, and shapes whose rows don't start at multiples of 16 bytes.
 ///
 /// The environment variable `NF4_QUANT_MATMUL` forces a choice: `gemv`, `hopper`, `small-tiles` (hopper, as on drivers
-/// before CUDA 13, which limit static shared memory to 48 KB), `ampere`, `transient`, or `dequantize` (no kernel). What the forced
-/// kernel does not take has none.
+/// before CUDA 13, which limit static shared memory to 48 KB), `ampere`, `transient`, or `dequantize` (no kernel). A
+/// problem that the forced kernel does not take has none.
 pub fn path(client: &Client, problem: &Problem) -> Option<Path> {
-    static FORCED: OnceLock<Option<String>> = OnceLock::new();
-    let forced = FORCED.get_or_init(|| std::env::var("NF4_QUANT_MATMUL").ok());
-    let path = choose(&cuda_source::device(client)?, problem, forced.as_deref());
-    log(problem, path);
+    static CHOICES: Choices<(Problem, Option<Path>)> = Choices::new("NF4_QUANT_MATMUL");
+    let path = choose(&cuda_source::device(client)?, problem, CHOICES.forced());
+    // A kind is a problem without its tokens, which change from batch to batch.
+    let kind = || (Problem { tokens: 0, ..*problem }, path);
+    if tracing::enabled!(tracing::Level::DEBUG) && CHOICES.is_new(kind()) {
+        match path {
+            Some(path) => tracing::debug!(?problem, ?path, "product on tensor cores"),
+            None => tracing::debug!(?problem, "product by way of a dequantized transient"),
+        }
+    }
     path
 }
 
@@ -170,29 +176,11 @@ pub fn paths(client: &Client, problem: &Problem) -> Vec<Path> {
         .map_or_else(Vec::new, |device| candidates(&device, problem).map(|(_, path)| path).collect())
 }
 
-/// Says once for each kind of problem what takes it.
-fn log(problem: &Problem, path: Option<Path>) {
-    type Kinds = HashSet<(Problem, Option<Path>)>;
-    static SAID: LazyLock<Mutex<Kinds>> = LazyLock::new(Mutex::default);
-    if !tracing::enabled!(tracing::Level::DEBUG) {
-        return;
-    }
-    // A kind is a problem without its tokens, which change from batch to batch.
-    let kind = (Problem { tokens: 0, ..*problem }, path);
-    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(kind) {
-        match path {
-            Some(path) => tracing::debug!(?problem, ?path, "product on tensor cores"),
-            None => tracing::debug!(?problem, "product by way of a dequantized transient"),
-        }
-    }
-}
-
 fn choose(device: &CudaDevice, problem: &Problem, forced: Option<&str>) -> Option<Path> {
-    let mut candidates = candidates(device, problem);
-    candidates.find(|(name, _)| forced.is_none_or(|forced| forced == *name)).map(|(_, path)| path)
+    cuda_source::choose(candidates(device, problem), forced)
 }
 
-/// By preference, with the names that force them.
+/// The kernels that can take a problem, by preference, with the names that force them.
 fn candidates(device: &CudaDevice, problem: &Problem) -> impl Iterator<Item = (&'static str, Path)> + use<> {
     let hopper = |small| hopper::tile(device, problem, small).map(Path::Hopper);
     let transient = problem.blocksize.and_then(|_| {

@@ -8,13 +8,13 @@ use crate::kernels::{DeviceAbsmax, MAP_START, codebook_start};
 
 /// Parts of a split tile.
 const MAX_SPLIT: usize = 8;
-/// What a part costs beside its steps, and what adding its sums to the others costs, in steps: a step of 256 tokens
-/// reads 36 KB, the sums are 128 KB.
+/// The cost of starting a part, and that of adding its sums to the others', each expressed as a number of steps: a step
+/// of 256 tokens reads 36 KB, and the sums of a part are 128 KB.
 const PART_STEPS: usize = 4;
 /// Cubes per multiprocessor of any kernel, at most.
 const MAX_CUBES: usize = 4;
 
-/// How tiles are given to cubes: `whole` ones at first, in full rounds; the rest in `split` parts each.
+/// How tiles are given to cubes: first `whole` tiles, in full rounds; then the rest, each cut into `split` parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Schedule {
     pub tiles: usize,
@@ -23,7 +23,8 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// `depth_steps` of 64 columns in a tile, on cubes of which `workers` run at once.
+    /// The schedule with the least cost, for tiles of `depth_steps` steps of 64 columns on `workers` cubes that run at
+    /// once.
     pub(super) fn new(tiles: usize, depth_steps: usize, workers: usize) -> Self {
         let whole = tiles / workers * workers;
         let rest = tiles - whole;
@@ -39,12 +40,12 @@ impl Schedule {
         }
     }
 
-    /// Tiles that are split.
+    /// Tiles that are split; each has a slot for its partial sums.
     pub(super) fn slots(self) -> usize {
         self.tiles - self.whole
     }
 
-    /// Shares of the work.
+    /// Shares of the work: whole tiles and parts.
     pub(super) fn items(self) -> usize {
         self.whole + self.slots() * self.split
     }

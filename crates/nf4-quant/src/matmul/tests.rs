@@ -1,5 +1,6 @@
 //! The choice of a kernel, and the texts of all of them.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 
 use super::*;

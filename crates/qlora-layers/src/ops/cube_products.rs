@@ -9,8 +9,8 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::low_rank::{self, FactorLayout, Output};
-use fused_kernels::{Dropout, HalfFormat, KernelError};
+use fused_kernels::low_rank::{self, Factor, FactorLayout, Gradient, Output, Projection};
+use fused_kernels::{Dropout, KernelError};
 use nf4_quant::FloatFormat;
 use nf4_quant::matmul::{Direction, LowRank, Operands, Path, Problem, Weight, matmul, path};
 
@@ -95,10 +95,10 @@ fn launch(
 }
 
 /// The 16-bit format of `x`, where its device runs the low-rank kernels.
-fn half_format(x: &CubeTensor) -> Option<HalfFormat> {
+fn half_format(x: &CubeTensor) -> Option<fused_kernels::FloatFormat> {
     let format = match x.dtype {
-        DType::BF16 => HalfFormat::Bf16,
-        DType::F16 => HalfFormat::F16,
+        DType::BF16 => fused_kernels::FloatFormat::BF16,
+        DType::F16 => fused_kernels::FloatFormat::F16,
         _ => return None,
     };
     low_rank::supports(&x.client).then_some(format)
@@ -136,14 +136,14 @@ pub(super) fn project(
     let [tokens, features]: [usize; 2] = x.meta.shape().dims();
     let rank = factor.meta.shape().num_elements() / features;
     let (x, factor) = (into_contiguous(x.clone()), into_contiguous(factor.clone()));
-    let packed = low_rank::pack(&x.client, &factor.handle, features, rank, factor_layout(which), format);
-    let packed = match packed {
+    let values = Factor { values: &factor.handle, features, rank, layout: factor_layout(which) };
+    let packed = match low_rank::pack(&x.client, values, format) {
         Ok(packed) => packed,
         Err(e) => return accepted(Err(e)).and(None),
     };
     let out = empty(&x.client, &x.device, Shape::new([tokens, rank]), x.dtype);
-    let mask = dropout(mask);
-    accepted(low_rank::project(&x.client, &x.handle, &packed, &out.handle, tokens, Output::Half, scaling, mask))?;
+    let operands = Projection { x: &x.handle, factor: &packed, out: &out.handle };
+    accepted(low_rank::project(&x.client, operands, tokens, Output::Half, scaling, dropout(mask)))?;
     Some(out)
 }
 
@@ -163,17 +163,8 @@ pub(super) fn gradient(
         LoraFactor::B => [features, rank],
     };
     let out = empty(&x.client, &x.device, Shape::new(shape), DType::F32);
-    accepted(low_rank::gradient(
-        &x.client,
-        &x.handle,
-        &product.handle,
-        &out.handle,
-        low_rank::Shape { tokens, features, rank },
-        factor_layout(which),
-        false,
-        1.0,
-        dropout(mask),
-        format,
-    ))?;
+    let operands = Gradient { x: &x.handle, product: &product.handle, out: &out.handle };
+    let shape = low_rank::Shape { tokens, features, rank };
+    accepted(low_rank::gradient(&x.client, operands, shape, factor_layout(which), dropout(mask), format))?;
     Some(out)
 }

@@ -1,8 +1,8 @@
 //! Attention out of products, for backends without a kernel.
 //!
 //! Queries go in chunks, each with the keys that any of its queries sees: the scores of one chunk exist at a time, and
-//! nothing is computed for keys that come after the chunk or lie before its window. Scores, softmax and sums over chunks
-//! are f32.
+//! nothing is computed for keys that come after the chunk or lie before its window. Scores, softmax and sums over
+//! chunks are f32.
 
 use super::{AttentionOptions, Operands};
 use crate::ops::{QloraOps, float_dtype};
@@ -63,7 +63,7 @@ impl Dims {
             for first in (start..end).step_by(step) {
                 let last = (first + step).min(end);
                 // The first key of the first query's window.
-                let seen = options.window.map_or(0, |window| (first + past + 1).saturating_sub(window));
+                let seen = options.scores.window.map_or(0, |window| (first + past + 1).saturating_sub(window));
                 // A row that is not packed starts at key 0, before its queries.
                 chunks.push(Chunk { queries: first..last, keys: seen.max(start)..last + past });
             }
@@ -79,7 +79,7 @@ impl Dims {
         like: &FloatTensor<B>,
     ) -> Option<FloatTensor<B>> {
         let past = self.kv_len - self.q_len;
-        let window = options.window.unwrap_or(usize::MAX);
+        let window = options.scores.window.unwrap_or(usize::MAX);
         let sees = |position: usize, key: usize| key <= position && position - key < window;
         let values: Vec<f32> = chunk
             .queries
@@ -126,10 +126,10 @@ fn scores<B: QloraOps>(
     let scores = B::matmul(q, transposed::<B>(k), FloatDType::F32);
     let shape = [dims.batches(), dims.group(), chunk.queries.len(), chunk.keys.len()];
     let scores = B::float_reshape(scores, Shape::new(shape));
-    let (scores, tanh) = match options.softcap {
-        None => (B::float_mul_scalar(scores, options.scale.into()), None),
+    let (scores, tanh) = match options.scores.softcap {
+        None => (B::float_mul_scalar(scores, options.scores.scale.into()), None),
         Some(cap) => {
-            let tanh = B::float_tanh(B::float_mul_scalar(scores, (options.scale / cap).into()));
+            let tanh = B::float_tanh(B::float_mul_scalar(scores, (options.scores.scale / cap).into()));
             (B::float_mul_scalar(tanh.clone(), cap.into()), Some(tanh))
         }
     };
@@ -217,12 +217,12 @@ pub(super) fn backward<B: QloraOps>(
         let (weights, gradients) = (B::float_cast(weights, dtype), B::float_cast(gradients, dtype));
 
         let dq = B::matmul(gradients.clone(), keys, FloatDType::F32);
-        let dq = B::float_cast(B::float_mul_scalar(dq, options.scale.into()), dtype);
+        let dq = B::float_cast(B::float_mul_scalar(dq, options.scores.scale.into()), dtype);
         dqs.push(B::float_reshape(dq, Shape::new([dims.rows, dims.heads, chunk.queries.len(), dims.dim])));
         dk = add::<B>(dk, &chunk.keys, B::matmul(transposed::<B>(gradients), q, FloatDType::F32));
         dv = add::<B>(dv, &chunk.keys, B::matmul(transposed::<B>(weights), d_out, FloatDType::F32));
     }
-    let dk = B::float_mul_scalar(dk, options.scale.into());
+    let dk = B::float_mul_scalar(dk, options.scores.scale.into());
     let [dk, dv] = [dk, dv].map(|x| {
         let x = B::float_reshape(x, Shape::new([dims.rows, dims.kv_heads, dims.kv_len, dims.dim]));
         B::float_cast(B::float_swap_dims(x, 1, 2), dtype)

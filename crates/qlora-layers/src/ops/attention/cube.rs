@@ -7,15 +7,15 @@ use burn::tensor::{DType, Shape as TensorShape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::attention::{self, Backward, Operand, Options, PackedRows, Rows, Shape, Strides};
-use fused_kernels::{HalfFormat, KernelError};
+use fused_kernels::attention::{self, Backward, Forward, Operand, PackedRows, Rows, Shape, Strides};
+use fused_kernels::{FloatFormat, KernelError};
 
 /// The shape for the kernels, if they take it.
-fn fused(operands: &Operands<CubeTensor>, options: &AttentionOptions) -> Option<(Shape, Options)> {
+fn fused(operands: &Operands<CubeTensor>, options: &AttentionOptions) -> Option<Shape> {
     let Operands { q, k, .. } = operands;
     let format = match q.dtype {
-        DType::BF16 => HalfFormat::Bf16,
-        DType::F16 => HalfFormat::F16,
+        DType::BF16 => FloatFormat::BF16,
+        DType::F16 => FloatFormat::F16,
         _ => return None,
     };
     let [rows, q_len, heads, head_dim] = q.meta.shape().dims();
@@ -27,8 +27,7 @@ fn fused(operands: &Operands<CubeTensor>, options: &AttentionOptions) -> Option<
         None => Rows::Equal { rows, q_len, kv_len },
         Some(bounds) => Rows::Packed(expect(PackedRows::new(&q.client, bounds))),
     };
-    let shape = Shape { rows, heads, kv_heads, head_dim, format };
-    Some((shape, Options { scale: options.scale, window: options.window, softcap: options.softcap }))
+    Some(Shape { rows, heads, kv_heads, head_dim, format })
 }
 
 /// Shapes and options were checked, so what is left is a failed launch.
@@ -59,7 +58,7 @@ impl AttentionPasses for CubeBackend {
         operands: Operands<FloatTensor<Self>>,
         options: &AttentionOptions,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let Some((shape, kernel_options)) = fused(&operands, options) else {
+        let Some(shape) = fused(&operands, options) else {
             return composed::forward::<Self>(operands, options);
         };
         let Operands { q, k, v } = operands;
@@ -67,8 +66,8 @@ impl AttentionPasses for CubeBackend {
         let o = like(&q);
         let lse = TensorShape::new([1, 1, shape.heads, shape.rows.queries()]);
         let lse = empty(&q.client, &q.device, lse, DType::F32);
-        let (q_at, k_at, v_at, o_at) = (operand(&q), operand(&k), operand(&v), operand(&o));
-        expect(attention::forward(&q.client, q_at, k_at, v_at, o_at, &lse.handle, &shape, kernel_options));
+        let forward = Forward { q: operand(&q), k: operand(&k), v: operand(&v), o: operand(&o), lse: &lse.handle };
+        expect(attention::forward(&q.client, forward, &shape, options.scores));
         (o, lse)
     }
 
@@ -79,7 +78,7 @@ impl AttentionPasses for CubeBackend {
         d_out: FloatTensor<Self>,
         options: &AttentionOptions,
     ) -> [FloatTensor<Self>; 3] {
-        let Some((shape, kernel_options)) = fused(&operands, options) else {
+        let Some(shape) = fused(&operands, options) else {
             return composed::backward::<Self>(operands, o, lse, d_out, options);
         };
         let Operands { q, k, v } = operands;
@@ -96,7 +95,7 @@ impl AttentionPasses for CubeBackend {
             d_k: operand(&d_k),
             d_v: operand(&d_v),
         };
-        expect(attention::backward(&q.client, backward, &shape, kernel_options));
+        expect(attention::backward(&q.client, backward, &shape, options.scores));
         [d_q, d_k, d_v]
     }
 }

@@ -4,9 +4,9 @@
 //! the last `window`. Query heads share key heads in groups (GQA); scores may go through `cap · tanh(s / cap)`. For the
 //! backward, `q`, `k`, `v`, `o` and one f32 per query and head (the log-sum-exp) are kept; scores are computed again.
 //!
-//! CUDA devices run [`fused_kernels::attention`] on 16-bit tensors. Elsewhere the operation is composed of products over
-//! chunks of queries and the keys that they see ([`composed`]), so that what exists of the scores at a time does not grow
-//! with the square of the length. Both round the probabilities, and their gradients, to the dtype of `q`.
+//! CUDA devices run [`fused_kernels::attention`] on 16-bit tensors. Elsewhere the operation is composed of products
+//! over chunks of queries and the keys that they see ([`composed`]), so that what exists of the scores at a time does
+//! not grow with the square of the length. Both round the probabilities, and their gradients, to the dtype of `q`.
 
 mod autodiff;
 mod composed;
@@ -18,25 +18,27 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 pub use composed::MAX_SCORES;
+pub use fused_kernels::attention::Options;
 use std::sync::Arc;
 
-/// What an attention layer is configured with.
+/// What an attention layer is configured with, and how a batch divides into rows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionOptions {
-    /// Of the scores, usually `1 / sqrt(head_dim)`.
-    pub scale: f32,
-    /// How many keys a query sees at most, itself counted.
-    pub window: Option<usize>,
-    /// The cap of `cap · tanh(score / cap)`.
-    pub softcap: Option<f32>,
+    /// Scale, window and cap of the scores: what differs between models.
+    pub scores: Options,
     /// First tokens of the rows that lie one after the other in a batch of one, from 0 on, and the number of tokens.
     pub packed: Option<Arc<[u32]>>,
 }
 
 impl AttentionOptions {
-    /// Plain causal attention.
+    /// Attention over rows of one length.
+    pub fn new(scale: f32, window: Option<usize>, softcap: Option<f32>) -> Self {
+        Self { scores: Options { scale, window, softcap }, packed: None }
+    }
+
+    /// Plain causal attention: [`new`](Self::new) with the usual scale.
     pub fn causal(head_dim: usize) -> Self {
-        Self { scale: 1.0 / (head_dim as f32).sqrt(), window: None, softcap: None, packed: None }
+        Self::new(1.0 / (head_dim as f32).sqrt(), None, None)
     }
 }
 
@@ -202,7 +204,7 @@ fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions
     assert!(kv_len >= q_len, "attention: {q_len} queries of {kv_len} keys");
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {heads} query heads, {kv_heads} key heads");
     assert!(q.dtype() == k.dtype() && k.dtype() == v.dtype(), "attention: q, k and v must have one dtype");
-    assert!(options.window != Some(0), "attention: a query sees itself at least");
+    assert!(options.scores.window != Some(0), "attention: a query sees itself at least");
     if let Some(bounds) = &options.packed {
         assert!(rows == 1 && q_len == kv_len, "attention: packed rows lie in a batch of one");
         assert!(

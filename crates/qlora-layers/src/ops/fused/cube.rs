@@ -7,16 +7,20 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::rms_norm::RmsNorm;
-use fused_kernels::rope::Rope;
-use fused_kernels::{Format, KernelError, cross_entropy, gated, rms_norm, rope};
+use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, rms_norm, rope};
 
-fn format(x: &CubeTensor) -> Format {
+fn format(x: &CubeTensor) -> FloatFormat {
     match x.dtype {
-        DType::BF16 => Format::Bf16,
-        DType::F16 => Format::F16,
-        _ => Format::F32,
+        DType::BF16 => FloatFormat::BF16,
+        DType::F16 => FloatFormat::F16,
+        _ => FloatFormat::F32,
     }
+}
+
+/// The shape of a tensor of rank 2.
+fn matrix(x: &CubeTensor) -> Matrix {
+    let [rows, width] = x.meta.shape().dims();
+    Matrix { rows, width, format: format(x) }
 }
 
 fn like(x: &CubeTensor) -> CubeTensor {
@@ -32,24 +36,20 @@ fn launched(result: Result<(), KernelError>) {
     result.unwrap_or_else(|e| panic!("tensors that Burn holds were refused: {e}"));
 }
 
-fn dimensions(x: &CubeTensor, norm: Norm) -> RmsNorm {
-    let [rows, width] = x.meta.shape().dims();
-    RmsNorm { rows, width, eps: norm.eps, offset: norm.offset }
-}
-
 impl FusedOps for CubeBackend {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
-        let (x, weight, norm) = (into_contiguous(x.clone()), into_contiguous(weight), dimensions(&x, norm));
+        let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let y = like(&x);
-        launched(rms_norm::forward(&x.client, &x.handle, &weight.handle, &y.handle, norm, format(&x)));
+        let buffers = rms_norm::Forward { x: &x.handle, weight: &weight.handle, out: &y.handle };
+        launched(rms_norm::forward(&x.client, buffers, matrix(&x), norm));
         y
     }
 
     fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
         let (gate, up) = (into_contiguous(gate), into_contiguous(up));
         let (y, elements) = (like(&gate), gate.meta.shape().num_elements());
-        let format = format(&gate);
-        launched(gated::forward(&gate.client, &gate.handle, &up.handle, &y.handle, elements, activation, format));
+        let buffers = gated::Forward { gate: &gate.handle, up: &up.handle, out: &y.handle };
+        launched(gated::forward(&gate.client, buffers, elements, activation, format(&gate)));
         y
     }
 
@@ -60,11 +60,9 @@ impl FusedOps for CubeBackend {
         rotation: Rotation,
     ) -> FloatTensor<Self> {
         let (x, cos, sin) = (into_contiguous(x), into_contiguous(cos), into_contiguous(sin));
-        let [tokens, features] = x.meta.shape().dims();
-        let Rotation { len, head_dim, rotary, inverse } = rotation;
-        let shape = Rope { tokens, len, heads: features / head_dim, head_dim, rotary };
         let y = like(&x);
-        launched(rope::rotate(&x.client, &x.handle, &cos.handle, &sin.handle, &y.handle, shape, inverse, format(&x)));
+        let buffers = rope::Buffers { x: &x.handle, cos: &cos.handle, sin: &sin.handle, out: &y.handle };
+        launched(rope::rotate(&x.client, buffers, matrix(&x), rotation));
         y
     }
 
@@ -81,18 +79,19 @@ impl FusedGradients for CubeBackend {
         weight: FloatTensor<Self>,
         norm: Norm,
     ) -> FloatTensor<Self> {
-        let (x, weight, norm) = (into_contiguous(x.clone()), into_contiguous(weight), dimensions(&x, norm));
+        let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let (dy, dx) = (as_dtype(dy, &x), like(&x));
-        let format = format(&x);
-        launched(rms_norm::backward(&x.client, &dy.handle, &x.handle, &weight.handle, &dx.handle, norm, format));
+        let buffers = rms_norm::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx.handle };
+        launched(rms_norm::backward(&x.client, buffers, matrix(&x), norm));
         dx
     }
 
     fn rms_norm_weight_grad(dy: FloatTensor<Self>, x: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
-        let (x, norm) = (into_contiguous(x.clone()), dimensions(&x, norm));
-        let dy = as_dtype(dy, &x);
-        let dweight = empty(&x.client, &x.device, Shape::new([norm.width]), DType::F32);
-        launched(rms_norm::weight_gradient(&x.client, &dy.handle, &x.handle, &dweight.handle, norm, format(&x)));
+        let x = into_contiguous(x);
+        let (dy, rows) = (as_dtype(dy, &x), matrix(&x));
+        let dweight = empty(&x.client, &x.device, Shape::new([rows.width]), DType::F32);
+        let buffers = rms_norm::WeightGradient { dy: &dy.handle, x: &x.handle, dweight: &dweight.handle };
+        launched(rms_norm::weight_gradient(&x.client, buffers, rows, norm));
         dweight
     }
 
@@ -104,35 +103,30 @@ impl FusedGradients for CubeBackend {
     ) -> [FloatTensor<Self>; 2] {
         let (gate, up) = (into_contiguous(gate), into_contiguous(up));
         let (dy, dgate, dup) = (as_dtype(dy, &gate), like(&gate), like(&gate));
-        launched(gated::backward(
-            &gate.client,
-            &dy.handle,
-            &gate.handle,
-            &up.handle,
-            &dgate.handle,
-            &dup.handle,
-            gate.meta.shape().num_elements(),
-            activation,
-            format(&gate),
-        ));
+        let buffers = gated::Backward {
+            dy: &dy.handle,
+            gate: &gate.handle,
+            up: &up.handle,
+            dgate: &dgate.handle,
+            dup: &dup.handle,
+        };
+        let elements = gate.meta.shape().num_elements();
+        launched(gated::backward(&gate.client, buffers, elements, activation, format(&gate)));
         [dgate, dup]
     }
 
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {
         let (logits, targets) = (into_contiguous(logits), into_contiguous(targets));
-        let [rows, width] = logits.meta.shape().dims();
+        let shape = matrix(&logits);
         let [losses, log_sum_exp] =
-            [(); 2].map(|()| empty(&logits.client, &logits.device, Shape::new([rows]), DType::F32));
-        launched(cross_entropy::forward(
-            &logits.client,
-            &logits.handle,
-            &targets.handle,
-            &losses.handle,
-            &log_sum_exp.handle,
-            rows,
-            width,
-            format(&logits),
-        ));
+            [(); 2].map(|()| empty(&logits.client, &logits.device, Shape::new([shape.rows]), DType::F32));
+        let buffers = cross_entropy::Forward {
+            logits: &logits.handle,
+            targets: &targets.handle,
+            losses: &losses.handle,
+            log_sum_exp: &log_sum_exp.handle,
+        };
+        launched(cross_entropy::forward(&logits.client, buffers, shape));
         [losses, log_sum_exp]
     }
 
@@ -145,17 +139,13 @@ impl FusedGradients for CubeBackend {
         let (dloss, targets) = (into_contiguous(dloss), into_contiguous(targets));
         let logits = into_contiguous(logits);
         let grads = if logits.can_mut() { logits } else { logits.copy() };
-        let [rows, width] = grads.meta.shape().dims();
-        launched(cross_entropy::backward(
-            &grads.client,
-            &dloss.handle,
-            &grads.handle,
-            &targets.handle,
-            &log_sum_exp.handle,
-            rows,
-            width,
-            format(&grads),
-        ));
+        let buffers = cross_entropy::Backward {
+            dloss: &dloss.handle,
+            logits: &grads.handle,
+            targets: &targets.handle,
+            log_sum_exp: &log_sum_exp.handle,
+        };
+        launched(cross_entropy::backward(&grads.client, buffers, matrix(&grads)));
         grads
     }
 }

@@ -15,28 +15,8 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Int, Tensor};
 
 pub use fused_kernels::gated::Activation;
-
-/// Constants of a normalisation; see [`rms_norm`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Norm {
-    /// Added to the mean square.
-    pub eps: f32,
-    /// Added to the weight: 1 in families that store its distance from 1.
-    pub offset: f32,
-}
-
-/// Which elements a rotation pairs; see [`rotate`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rotation {
-    /// Tokens of a sequence.
-    pub len: usize,
-    /// Elements of a head.
-    pub head_dim: usize,
-    /// Elements of a head that turn, the first ones.
-    pub rotary: usize,
-    /// Turns the other way: the backward pass of a rotation.
-    pub inverse: bool,
-}
+pub use fused_kernels::rms_norm::Norm;
+pub use fused_kernels::rope::Rotation;
 
 /// The operations; the functions of this module say what they compute.
 #[backend_extension(Cube, Flex, Autodiff)]
@@ -83,7 +63,8 @@ pub trait FusedGradients: FusedOps {
     /// [`cross_entropy`]'s losses, and the log-sum-exp of each row, f32.
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2];
 
-    /// The gradient of [`cross_entropy`]'s logits, in their dtype; in their place where nobody else holds them.
+    /// The gradient of [`cross_entropy`]'s logits, in their dtype; in their place if no other tensor shares their
+    /// memory.
     fn logit_grads(
         dloss: FloatTensor<Self>,
         logits: FloatTensor<Self>,
@@ -118,7 +99,7 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2
     Tensor::from_dispatch(<Dispatch as FusedOps>::gated(gate.into_dispatch(), up.into_dispatch(), activation))
 }
 
-/// Turns each pair of a head's elements by the angle of its position (Su et al., 2021, arXiv 2104.09864), in the
+/// Rotates each pair of a head's elements by the angle of its position (Su et al., 2021, arXiv 2104.09864), in the
 /// half-split layout of Hugging Face checkpoints.
 ///
 /// # Shapes
@@ -143,8 +124,8 @@ pub fn rotate(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, rotation: Rotation) 
     ))
 }
 
-/// `-log softmax(logits)[target]` of each row, in f32. Its gradient is written over the logits, so that nothing of their
-/// size exists beside them.
+/// `-log softmax(logits)[target]` of each row, in f32. Its gradient is written over the logits, so that nothing of
+/// their size exists beside them.
 ///
 /// # Shapes
 /// - `logits`: `[tokens, vocab]`
