@@ -1,16 +1,13 @@
-//! The low-rank kernels against the oracle, where there is a CUDA device.
-//!
-//! `FUSED_KERNELS_CUDA=1` makes a missing device a failure; without it the tests say that they were skipped.
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+//! The low-rank kernels against the oracle, on a CUDA device.
+//! `test_support` says what becomes of them where there is none.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
 
-mod common;
-
-use common::Random;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::low_rank::{self, FactorLayout, Output, Shape, oracle};
 use fused_kernels::{Dropout, HalfFormat, KernelError};
 use half::{bf16, f16};
+use test_support::Random;
 
 const FORMATS: [HalfFormat; 2] = [HalfFormat::Bf16, HalfFormat::F16];
 const LAYOUTS: [FactorLayout; 2] = [FactorLayout::RankFirst, FactorLayout::FeaturesFirst];
@@ -36,19 +33,17 @@ const SHAPES: [(usize, usize, usize); 16] = [
     (1536, 4096, 64),
 ];
 
-fn client() -> Option<Client> {
-    common::client(low_rank::supports)
+fn client() -> Option<&'static Client> {
+    test_support::cuda(low_rank::supports)
 }
 
-impl Random {
-    fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.value()).collect()
-    }
+fn floats_of(random: &mut Random, n: usize) -> Vec<f32> {
+    (0..n).map(|_| random.signed()).collect()
+}
 
-    /// Values of a format.
-    fn halves(&mut self, n: usize, format: HalfFormat) -> Vec<f32> {
-        (0..n).map(|_| oracle::round(self.value(), format)).collect()
-    }
+/// Values of a format.
+fn halves_of(random: &mut Random, n: usize, format: HalfFormat) -> Vec<f32> {
+    (0..n).map(|_| oracle::round(random.signed(), format)).collect()
 }
 
 fn half_bytes(values: &[f32], format: HalfFormat) -> Vec<u8> {
@@ -104,12 +99,8 @@ fn guarded(client: &Client, initial: &[u8], write: impl Fn(&Handle)) -> Vec<u8> 
 /// each of n / 16 steps may lose an ulp, 2^-23 of a sum that grows to about sqrt(n) / 2 with operands below one.
 /// That is n sqrt(n) 2^-28; four times as much is allowed for sums that grow larger.
 fn assert_close(what: &str, ours: &[f32], theirs: &[f64], n: usize, rounding: f64) {
-    assert_eq!(ours.len(), theirs.len(), "{what}: length");
     let sum_error = (n as f64).powf(1.5) * 2f64.powi(-26);
-    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        let bound = sum_error + b.abs() * rounding;
-        assert!((f64::from(*a) - b).abs() <= bound, "{what}: element {i} is {a}, should be {b}");
-    }
+    test_support::assert_close(what, ours, theirs, |_, expected| sum_error + expected.abs() * rounding);
 }
 
 /// Half a unit in the last place, relative, with room for a tie that an f32 sum decides otherwise.
@@ -127,20 +118,20 @@ fn projections_are_the_oracles() {
         let (format, layout) = (FORMATS[case % 2], LAYOUTS[case / 2 % 2]);
         let shape = Shape { tokens, features, rank };
         let mut random = Random(case as u64);
-        let (x, factor) = (random.halves(tokens * features, format), random.values(rank * features));
+        let (x, factor) = (halves_of(&mut random, tokens * features, format), floats_of(&mut random, rank * features));
         let dropout = (case % 3 == 0).then(|| Dropout::new(random.0, 0.25));
         let device_factor = client.create_from_slice(bytemuck::cast_slice(&factor));
-        let packed = low_rank::pack(&client, &device_factor, features, rank, layout, format).unwrap();
+        let packed = low_rank::pack(client, &device_factor, features, rank, layout, format).unwrap();
         // One element before: no row starts at a multiple of 16 bytes.
         for before in [64, 1] {
-            let device_x = upload_between_nans(&client, &x, format, before);
+            let device_x = upload_between_nans(client, &x, format, before);
             let expected = oracle::project(&x, &factor, shape, layout, 0.5, dropout, format);
             for output in [Output::Half, Output::F32] {
                 let what =
                     format!("{shape:?} {layout:?} {format:?} {output:?} dropout {} x {before}", dropout.is_some());
                 let size = if output == Output::F32 { 4 } else { 2 };
-                let written = guarded(&client, &vec![0xff; tokens * rank * size], |out| {
-                    low_rank::project(&client, &device_x, &packed, out, tokens, output, 0.5, dropout).unwrap();
+                let written = guarded(client, &vec![0xff; tokens * rank * size], |out| {
+                    low_rank::project(client, &device_x, &packed, out, tokens, output, 0.5, dropout).unwrap();
                 });
                 match output {
                     Output::F32 => assert_close(&what, &floats(&written), &expected, features, 0.0),
@@ -160,19 +151,20 @@ fn gradients_are_the_oracles() {
         let (format, layout) = (FORMATS[case / 2 % 2], LAYOUTS[case % 2]);
         let shape = Shape { tokens, features, rank };
         let mut random = Random(100 + case as u64);
-        let (x, small) = (random.halves(tokens * features, format), random.halves(tokens * rank, format));
+        let (x, small) =
+            (halves_of(&mut random, tokens * features, format), halves_of(&mut random, tokens * rank, format));
         let dropout = (case % 3 == 0).then(|| Dropout::new(random.0, 0.25));
-        let before = random.values(rank * features);
+        let before = floats_of(&mut random, rank * features);
         let added = oracle::gradient(&x, &small, shape, layout, 0.5, dropout, format);
-        let device_small = upload_between_nans(&client, &small, format, 64);
+        let device_small = upload_between_nans(client, &small, format, 64);
         for (gap, accumulate) in [(64, false), (64, true), (1, false)] {
             let what = format!("{shape:?} {layout:?} {format:?} accumulate {accumulate} x {gap}");
-            let device_x = upload_between_nans(&client, &x, format, gap);
+            let device_x = upload_between_nans(client, &x, format, gap);
             let initial =
                 if accumulate { bytemuck::cast_slice(&before).to_vec() } else { vec![0xff; 4 * before.len()] };
-            let written = guarded(&client, &initial, |out| {
+            let written = guarded(client, &initial, |out| {
                 low_rank::gradient(
-                    &client,
+                    client,
                     &device_x,
                     &device_small,
                     out,
@@ -199,7 +191,7 @@ fn what_does_not_fit_is_named() {
     let format = HalfFormat::Bf16;
     let handle = |elements: usize| client.empty(elements * 4);
     let pack = |features, rank, factor: &Handle| {
-        low_rank::pack(&client, factor, features, rank, FactorLayout::RankFirst, format).map(|_| ())
+        low_rank::pack(client, factor, features, rank, FactorLayout::RankFirst, format).map(|_| ())
     };
     assert_eq!(pack(64, 257, &handle(64 * 257)), Err(KernelError::Rank(257)));
     assert_eq!(pack(64, 0, &handle(1)), Err(KernelError::Rank(0)));
