@@ -27,6 +27,7 @@ pub mod adapter_config;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
+mod cholesky;
 pub mod combine;
 mod config_field;
 pub mod convert;
@@ -46,6 +47,7 @@ pub mod merge;
 pub mod merge_checkpoint;
 mod merge_plan;
 mod paths;
+mod products;
 pub mod quantize_checkpoint;
 pub mod shard_writer;
 
