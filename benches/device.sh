@@ -33,7 +33,7 @@ job() {
         [ $code = 0 ] && verdict=ok
         [ $code = 124 ] && verdict="SLOW "
         said=$(grep -hE '^test result|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$work/$name.log" | tail -1 | cut -c1-90)
-        grep -q '^skipped' "$work/$name.log" && verdict=SKIP
+        grep -q '^skipped: ' "$work/$name.log" && verdict=SKIP
         said=$(printf '%-5s %s, %s s: %s' "$verdict" "$name" $((SECONDS - start)) "$said")
         if [ $code != 0 ]; then
             said+=$'\n'$({ grep -E -A3 'panicked|FAIL |=== (ERROR|Error|Invalid)' "$work/$name.log" ||
@@ -52,7 +52,7 @@ case " $steps " in *" correct "*)
     echo "== correct (all at once: compiling takes the host's time)"
     for program in matmul kernels low_rank attention elementwise updates; do
         for test in $(tests $program); do
-            job "$program-$test" 110 env NF4_QUANT_RUNTIMES=cuda FUSED_KERNELS_CUDA=1 \
+            job "$program-$test" 110 env QLORA_TEST_DEVICES=cuda \
                 "$bin/$program" --exact "$test" --nocapture
         done
     done

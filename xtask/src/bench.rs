@@ -12,10 +12,22 @@ use serde_json::Value;
 
 use crate::{cargo, root, run_command};
 
-/// Runs `qlora-bench` with `args`, less our own `--binary FILE`.
-pub fn run(args: &[String]) -> Result<()> {
-    let (binary, rest) = split(args)?;
-    let binary = match binary {
+/// What `cargo xtask bench` takes.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// kernels, step, stress or first-use
+    pub what: String,
+    /// A `qlora-bench` that was built elsewhere
+    #[arg(long)]
+    pub binary: Option<PathBuf>,
+    /// Arguments of qlora-bench, such as `--peer python3` or `--only TEXT`; after our own
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<String>,
+}
+
+/// Runs `qlora-bench`.
+pub fn run(options: &Options) -> Result<()> {
+    let binary = match &options.binary {
         Some(binary) => std::path::absolute(binary)?,
         None => build()?,
     };
@@ -23,17 +35,7 @@ pub fn run(args: &[String]) -> Result<()> {
     if root().is_dir() {
         command.current_dir(root());
     }
-    run_command(command.args(rest))
-}
-
-fn split(args: &[String]) -> Result<(Option<PathBuf>, Vec<String>)> {
-    let mut rest = args.to_vec();
-    let Some(at) = rest.iter().position(|arg| arg == "--binary") else { return Ok((None, rest)) };
-    rest.remove(at);
-    if at == rest.len() {
-        bail!("--binary needs a file");
-    }
-    Ok((Some(rest.remove(at).into()), rest))
+    run_command(command.arg(&options.what).args(&options.args))
 }
 
 /// Builds with the whole workspace's features: another set would build Burn once more.
@@ -57,17 +59,7 @@ fn executable(messages: &str) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
-
     use super::*;
-
-    #[test]
-    fn the_binary_is_taken_out_of_the_arguments() {
-        let args = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        assert_eq!(split(&args("kernels --only x")).unwrap(), (None, args("kernels --only x")));
-        assert_eq!(split(&args("kernels --binary b --only x")).unwrap(), (Some("b".into()), args("kernels --only x")));
-        assert!(split(&args("kernels --binary")).is_err());
-    }
 
     #[test]
     fn cargo_says_where_the_program_is() {

@@ -9,125 +9,57 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use adapter_io::{Dtype, ShardedWriter, TensorSpec, atomic};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use half::bf16;
-use serde_json::{Value, json};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use rand_distr::{Distribution, Normal};
+use rayon::prelude::*;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
-use crate::normal::Normal;
+/// `config.json` of the models, by name.
+const SHAPES: &str = include_str!("../../testdata/llama_shapes.json");
 
 /// The numbers of a `config.json` that decide its tensors.
-struct Shape {
-    name: &'static str,
-    vocab: usize,
-    hidden: usize,
-    intermediate: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    context: usize,
-    rope_theta: f64,
-    /// llama3's long-context scaling of RoPE.
-    rope_scaling: bool,
-    tied: bool,
+#[derive(Debug, Clone, Deserialize)]
+struct Sizes {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    tie_word_embeddings: bool,
 }
 
-const SHAPES: [Shape; 3] = [
-    Shape {
-        name: "llama-2-7b",
-        vocab: 32_000,
-        hidden: 4096,
-        intermediate: 11_008,
-        layers: 32,
-        heads: 32,
-        kv_heads: 32,
-        context: 4096,
-        rope_theta: 10_000.0,
-        rope_scaling: false,
-        tied: false,
-    },
-    Shape {
-        name: "llama-3.1-8b",
-        vocab: 128_256,
-        hidden: 4096,
-        intermediate: 14_336,
-        layers: 32,
-        heads: 32,
-        kv_heads: 8,
-        context: 131_072,
-        rope_theta: 500_000.0,
-        rope_scaling: true,
-        tied: false,
-    },
-    Shape {
-        name: "tiny",
-        vocab: 4096,
-        hidden: 128,
-        intermediate: 344,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        context: 1024,
-        rope_theta: 10_000.0,
-        rope_scaling: false,
-        tied: true,
-    },
-];
+/// A model's shape.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    name: String,
+    config: Value,
+    sizes: Sizes,
+}
 
 /// Files that make up testdata's tokenizer.
 const TOKENIZER: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 
 impl Shape {
-    fn named(name: &str) -> Result<&'static Self> {
-        let names: Vec<_> = SHAPES.iter().map(|shape| shape.name).collect();
-        SHAPES
-            .iter()
-            .find(|shape| shape.name == name)
-            .with_context(|| format!("no shape `{name}`; there are {}", names.join(", ")))
-    }
-
-    fn config(&self) -> Value {
-        let mut config = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": false,
-            "attention_dropout": 0.0,
-            "bos_token_id": 0,
-            "dtype": "bfloat16",
-            "eos_token_id": 2,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "initializer_range": 0.02,
-            "intermediate_size": self.intermediate,
-            "max_position_embeddings": self.context,
-            "mlp_bias": false,
-            "model_type": "llama",
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.kv_heads,
-            "pad_token_id": 3,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tied,
-            "use_cache": true,
-            "vocab_size": self.vocab,
-        });
-        if self.rope_scaling {
-            config["rope_scaling"] = json!({
-                "factor": 8.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            });
-        }
-        config
+    /// The shape of a model of `testdata/llama_shapes.json`.
+    pub fn named(name: &str) -> Result<Self> {
+        let mut shapes: Map<String, Value> = serde_json::from_str(SHAPES).context("testdata/llama_shapes.json")?;
+        let names = shapes.keys().cloned().collect::<Vec<_>>().join(", ");
+        let config = shapes.remove(name).with_context(|| format!("no shape `{name}`; there are {names}"))?;
+        let sizes = Sizes::deserialize(&config)?;
+        Ok(Self { name: name.to_owned(), config, sizes })
     }
 
     /// Names and shapes of all tensors, in the order of a checkpoint's files.
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (hidden, head_dim) = (self.hidden, self.hidden / self.heads);
-        let kv = self.kv_heads * head_dim;
-        let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![self.vocab, hidden])];
-        for layer in 0..self.layers {
+        let Sizes { vocab_size: vocab, hidden_size: hidden, intermediate_size: intermediate, .. } = self.sizes;
+        let kv = self.sizes.num_key_value_heads * hidden / self.sizes.num_attention_heads;
+        let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![vocab, hidden])];
+        for layer in 0..self.sizes.num_hidden_layers {
             let mut add = |name: &str, shape: &[usize]| {
                 tensors.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
             };
@@ -135,38 +67,42 @@ impl Shape {
             add("self_attn.k_proj", &[kv, hidden]);
             add("self_attn.v_proj", &[kv, hidden]);
             add("self_attn.o_proj", &[hidden, hidden]);
-            add("mlp.gate_proj", &[self.intermediate, hidden]);
-            add("mlp.up_proj", &[self.intermediate, hidden]);
-            add("mlp.down_proj", &[hidden, self.intermediate]);
+            add("mlp.gate_proj", &[intermediate, hidden]);
+            add("mlp.up_proj", &[intermediate, hidden]);
+            add("mlp.down_proj", &[hidden, intermediate]);
             add("input_layernorm", &[hidden]);
             add("post_attention_layernorm", &[hidden]);
         }
         tensors.push(("model.norm.weight".to_string(), vec![hidden]));
-        if !self.tied {
-            tensors.push(("lm_head.weight".to_string(), vec![self.vocab, hidden]));
+        if !self.sizes.tie_word_embeddings {
+            tensors.push(("lm_head.weight".to_string(), vec![vocab, hidden]));
         }
         tensors
     }
 }
 
-/// Runs the task with its arguments.
-pub fn run(args: &[String]) -> Result<()> {
-    let (mut shape, mut out, mut shard, mut seed) = (None, None, parse_size("5GB")?, 0);
-    let mut args = args.iter();
-    while let Some(flag) = args.next() {
-        let value = args.next().with_context(|| format!("{flag} needs a value"))?;
-        match flag.as_str() {
-            "--shape" => shape = Some(Shape::named(value)?),
-            "--out" => out = Some(PathBuf::from(value)),
-            "--max-shard-size" => shard = parse_size(value)?,
-            "--seed" => seed = value.parse().context("--seed must be a whole number")?,
-            _ => bail!("unknown flag {flag}; there are --shape, --out, --max-shard-size, --seed"),
-        }
-    }
-    let shape = shape.context("--shape is missing")?;
-    let out = out.context("--out is missing")?;
+/// What `cargo xtask random-checkpoint` takes.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// The model whose shape it has; testdata/llama_shapes.json names them
+    #[arg(long, value_parser = Shape::named)]
+    shape: Shape,
+    /// The folder to write
+    #[arg(long)]
+    out: PathBuf,
+    /// The most bytes of weights per file
+    #[arg(long, default_value = "5GB", value_parser = parse_size)]
+    max_shard_size: u64,
+    /// Another seed gives other weights
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// Runs the task.
+pub fn run(options: &Options) -> Result<()> {
+    let Options { shape, out, max_shard_size, seed } = options;
     let start = Instant::now();
-    let bytes = write(shape, &out, shard, seed)?;
+    let bytes = write(shape, out, *max_shard_size, *seed)?;
     println!(
         "{}: {}, {:.2} GB of weights, in {:.1} s",
         out.display(),
@@ -179,7 +115,7 @@ pub fn run(args: &[String]) -> Result<()> {
 
 fn write(shape: &Shape, out: &Path, max_shard_bytes: u64, seed: u64) -> Result<u64> {
     let tensors = shape.tensors();
-    let normal = Normal::new(0.02, seed);
+    let normal = Normal::new(0.0, 0.02).map_err(|error| anyhow!("0.02: {error}"))?;
     let mut bytes = 0;
     let mut fill = |dir: &Path| -> Result<()> {
         let specs = tensors.iter().map(|(name, shape)| TensorSpec::new(name, Dtype::BF16, shape)).collect();
@@ -190,12 +126,12 @@ fn write(shape: &Shape, out: &Path, max_shard_bytes: u64, seed: u64) -> Result<u
             values.clear();
             values.resize(shape.iter().product(), bf16::ONE);
             if shape.len() > 1 {
-                normal.fill(stream as u64, &mut values);
+                fill_random(&normal, seed, stream as u64, &mut values);
             }
             writer.write(name, bytemuck::cast_slice(&values))?;
         }
         writer.finish()?;
-        std::fs::write(dir.join("config.json"), serde_json::to_string_pretty(&shape.config())? + "\n")?;
+        std::fs::write(dir.join("config.json"), serde_json::to_string_pretty(&shape.config)? + "\n")?;
         let tokenizer = crate::root().join("testdata/reference/tiny-llama");
         for name in TOKENIZER {
             let from = tokenizer.join(name);
@@ -206,6 +142,17 @@ fn write(shape: &Shape, out: &Path, max_shard_bytes: u64, seed: u64) -> Result<u
     // The folder appears whole or not at all.
     atomic::replace_dir(out, |dir| fill(dir).map_err(Failure))?;
     Ok(bytes)
+}
+
+/// Fills a tensor with values that depend on the seed, the tensor's number and the position only.
+fn fill_random(normal: &Normal<f32>, seed: u64, tensor: u64, out: &mut [bf16]) {
+    /// Values of one generator, so that a tensor is filled by all threads.
+    const RUN: usize = 1 << 16;
+    out.par_chunks_mut(RUN).enumerate().for_each(|(run, values)| {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        random.set_stream(tensor << 32 | run as u64);
+        values.fill_with(|| bf16::from_f32(normal.sample(&mut random)));
+    });
 }
 
 /// Carries an `anyhow` error through `replace_dir`, which wants a type made from its own.
@@ -246,7 +193,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("model");
         let shape = Shape::named("tiny").unwrap();
-        let bytes = write(shape, &out, 300_000, 0).unwrap();
+        let bytes = write(&shape, &out, 300_000, 0).unwrap();
         let checkpoint = Checkpoint::open(&out).unwrap();
         assert_eq!(checkpoint.total_bytes(), bytes);
         assert!(checkpoint.files().count() > 2, "sharded");
@@ -261,12 +208,32 @@ mod tests {
     }
 
     #[test]
-    fn the_7b_shape_has_its_parameters() {
+    fn shapes_have_their_parameters() {
         let count = |name| -> usize {
             Shape::named(name).unwrap().tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
         };
         assert_eq!(count("llama-2-7b"), 6_738_415_616);
         assert_eq!(count("llama-3.1-8b"), 8_030_261_248);
+        assert_eq!(count("llama-2-70b"), 68_976_648_192);
+        assert!(Shape::named("llama-9").unwrap_err().to_string().contains("llama-2-70b"));
+    }
+
+    #[test]
+    fn random_values_are_normal_and_repeat() {
+        let fill = |seed, tensor| {
+            let mut values = vec![bf16::ZERO; 1_000_003];
+            fill_random(&Normal::new(0.0, 0.02).unwrap(), seed, tensor, &mut values);
+            values
+        };
+        let values = fill(7, 3);
+        assert!(values == fill(7, 3) && values != fill(7, 4) && values != fill(8, 3));
+        assert!(values[..100] != values[1 << 16..][..100]);
+        let n = values.len() as f64;
+        let moment = |k: i32| values.iter().map(|v| (v.to_f64() / 0.02).powi(k)).sum::<f64>() / n;
+        // Five standard errors of a million samples: 1, sqrt(2) and sqrt(96) over 1,000.
+        for (k, expected, tolerance) in [(1, 0.0, 0.005), (2, 1.0, 0.0071), (4, 3.0, 0.05)] {
+            assert!((moment(k) - expected).abs() < tolerance, "moment {k}: {}", moment(k));
+        }
     }
 
     #[test]

@@ -9,7 +9,10 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::{cargo, run_command, tidy};
+use crate::{cargo, root, run_command, tidy};
+
+/// The devices that the test suites must find; `test-support` reads it.
+const DEVICES: &str = "QLORA_TEST_DEVICES";
 
 /// Runs every check, and the tests even if a check before them failed.
 pub fn ci() -> Result<()> {
@@ -27,6 +30,13 @@ pub fn ci() -> Result<()> {
     step("clippy", run_command(cargo().args(clippy)));
     let doc = ["doc", "--release", "--workspace", "--no-deps", "--document-private-items"];
     step("doc", run_command(cargo().args(doc).env("RUSTDOCFLAGS", "--deny warnings")));
+    // What the workspace's build never does: the codec alone, and the stand-in that is no member.
+    let codec = ["check", "--release", "--package", "nf4-quant", "--no-default-features"];
+    step("nf4-quant without kernels", run_command(cargo().args(codec)));
+    let stand_in = ["test", "--release", "--manifest-path", "third_party/turso/Cargo.toml"];
+    step("third_party/turso", run_command(cargo().args(stand_in)));
+    step("deny", if_installed("cargo-deny", cargo().args(["deny", "--all-features", "check"])));
+    step("typos", if_installed("typos", Command::new("typos").current_dir(root())));
     step("test", test(&[]));
     match failed.is_empty() {
         true => Ok(()),
@@ -34,31 +44,42 @@ pub fn ci() -> Result<()> {
     }
 }
 
-/// Runs the tests. Kernel tests find the runtimes of this machine themselves and skip the others;
-/// a runtime that we know to be here is required, so that it isn't skipped unnoticed.
+/// Runs a tool that is no part of a Rust installation, where it is there.
+fn if_installed(program: &str, command: &mut Command) -> Result<()> {
+    if Command::new(program).arg("--version").output().is_err() {
+        println!("xtask: {program} is not installed: `cargo install` gets it (CONTRIBUTING.md)");
+        return Ok(());
+    }
+    run_command(command)
+}
+
+/// Runs the tests. Suites look for the GPU devices of this machine themselves and skip what is missing; a device that
+/// is known to be here is named, so that a suite without it fails. What is skipped is in the log, test by test.
 pub fn test(args: &[String]) -> Result<()> {
-    const RUNTIMES: &str = "NF4_QUANT_RUNTIMES";
-    let mut runtimes = Vec::new();
-    if software_vulkan() {
-        runtimes.push("wgpu");
-    }
-    if Path::new("/dev/nvidia0").exists() {
-        runtimes.push("cuda");
-    }
+    let named = match std::env::var(DEVICES) {
+        Ok(named) => named,
+        Err(_) => devices_here().join(","),
+    };
     let mut command = cargo();
     command.args(["test", "--release", "--workspace"]).args(args);
     if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
         // Mesa's drivers want a folder of the user's own.
         command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
     }
-    if std::env::var_os(RUNTIMES).is_none() && !runtimes.is_empty() {
-        command.env(RUNTIMES, runtimes.join(","));
+    match named.as_str() {
+        "" => println!("xtask: tests run on the CPU and on GPU devices that answer; {DEVICES} names those that must"),
+        named => {
+            println!("xtask: tests run on the CPU and on {named}, which must be there ({DEVICES})");
+            command.env(DEVICES, named);
+        }
     }
-    println!(
-        "xtask: GPU runtimes that must work: {}",
-        if runtimes.is_empty() { "none".into() } else { runtimes.join(", ") }
-    );
     run_command(&mut command)
+}
+
+/// GPU devices that are known to be on this machine.
+fn devices_here() -> Vec<&'static str> {
+    let cuda = Path::new("/dev/nvidia0").exists();
+    [("wgpu", software_vulkan()), ("cuda", cuda)].into_iter().filter(|(_, here)| *here).map(|(name, _)| name).collect()
 }
 
 /// Whether Mesa's software Vulkan is here; installs it on Linux where that needs no questions.

@@ -5,30 +5,41 @@
 mod bench;
 mod checkpoint;
 mod ci;
-mod normal;
 mod tidy;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+use clap::Parser;
 
-const HELP: &str = "\
-usage: cargo xtask <task>
-
-  ci                 everything CI checks: formatting, tidy, clippy, documentation, tests
-  test [ARGS...]     the tests, in release, on every runtime at hand; ARGS go to `cargo test`
-  tidy               the architecture's rules: crate edges, names, headers, file lengths
-  bench kernels|step|stress|first-use [--binary FILE] [ARGS...]
-                     what kernels and training steps do; ARGS go to qlora-bench, such as --peer python3 or --only TEXT;
-                     --binary runs one that was built elsewhere
-  golden FULL_DIR    cut a full reference folder (testdata/make_reference.py) down to testdata/reference
-  random-checkpoint --shape SHAPE --out DIR [--max-shard-size 5GB] [--seed 0]
-                     a checkpoint with random bf16 weights; SHAPE: llama-2-7b, llama-3.1-8b, tiny";
+/// What is done to the workspace rather than by it.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Task {
+    /// Everything CI checks: formatting, the architecture's rules, clippy, documentation, tests
+    Ci,
+    /// The tests, in release, on every device at hand
+    Test {
+        /// Arguments of `cargo test`, such as `-p nf4-quant` or `-- --nocapture`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// The architecture's rules: crate edges, names, headers, file lengths
+    Tidy,
+    /// What kernels and training steps do on a device
+    Bench(bench::Options),
+    /// Cut a full reference folder (testdata/make_reference.py) down to testdata/reference
+    Golden {
+        /// The full folder
+        full: PathBuf,
+    },
+    /// A checkpoint with random bf16 weights
+    RandomCheckpoint(checkpoint::Options),
+}
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    match run(&args) {
+    match run(Task::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -37,20 +48,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &[String]) -> Result<()> {
-    let (task, rest) = args.split_first().context(HELP)?;
-    match (task.as_str(), rest) {
-        ("ci", []) => ci::ci(),
-        ("test", rest) => ci::test(rest),
-        ("tidy", []) => tidy::tidy(),
-        ("bench", rest) => bench::run(rest),
-        ("golden", [full]) => golden(Path::new(full)),
-        ("random-checkpoint", rest) => checkpoint::run(rest),
-        ("help" | "--help" | "-h", _) => {
-            println!("{HELP}");
-            Ok(())
-        }
-        _ => bail!("{HELP}"),
+fn run(task: Task) -> Result<()> {
+    match task {
+        Task::Ci => ci::ci(),
+        Task::Test { args } => ci::test(&args),
+        Task::Tidy => tidy::tidy(),
+        Task::Bench(options) => bench::run(&options),
+        Task::Golden { full } => golden(&full),
+        Task::RandomCheckpoint(options) => checkpoint::run(&options),
     }
 }
 
@@ -79,4 +84,39 @@ fn run_command(command: &mut Command) -> Result<()> {
         bail!("{command:?} failed: {status}");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn parse(line: &str) -> Task {
+        Task::try_parse_from(line.split(' ')).unwrap()
+    }
+
+    #[test]
+    fn arguments_of_other_programs_go_through() {
+        let Task::Test { args } = parse("xtask test -p nf4-quant --test kernels -- --nocapture") else { panic!() };
+        assert_eq!(args.join(" "), "-p nf4-quant --test kernels -- --nocapture");
+        let Task::Bench(options) = parse("xtask bench kernels --binary b --only x -v") else { panic!() };
+        assert_eq!(options.binary, Some("b".into()));
+        assert_eq!((options.what.as_str(), options.args.join(" ").as_str()), ("kernels", "--only x -v"));
+        let Task::Bench(options) = parse("xtask bench step --case 4x2048") else { panic!() };
+        assert_eq!((options.binary, options.args.join(" ").as_str()), (None, "--case 4x2048"));
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        for (line, message) in [
+            ("xtask random-checkpoint --shape llama-9 --out x", "llama-2-70b"),
+            ("xtask random-checkpoint --shape tiny", "--out"),
+            ("xtask random-checkpoint --shape tiny --out x --max-shard-size 5bananas", "no size"),
+            ("xtask golden", "FULL"),
+        ] {
+            let error = Task::try_parse_from(line.split(' ')).unwrap_err().to_string();
+            assert!(error.contains(message), "{line}: {error}");
+        }
+    }
 }

@@ -17,12 +17,13 @@ use crate::adapter_config::AdapterConfig;
 use crate::atomic;
 use crate::error::FormatError;
 use crate::header::{self, TensorSpec};
-use crate::lora_module::{LoraModule, ModuleKind, check_ranks};
+use crate::host_tensor::HostTensor;
+use crate::lora_module::{LoraModule, ModuleKind};
 use crate::mapped::MappedFile;
 use crate::paths::resolve_inside;
 
 /// The weights' file name.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What every key starts with: the wrappers PEFT puts around a model.
 pub const KEY_PREFIX: &str = "base_model.model.";
 pub(crate) const A: &str = ".lora_A.weight";
@@ -32,23 +33,6 @@ const EMBEDDING_B: &str = ".lora_embedding_B";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
 const BIAS: &str = ".lora_B.bias";
 const BASE_LAYER: &str = ".base_layer.weight";
-
-/// An owned tensor of 32-bit floats, row-major.
-#[derive(Debug, Clone, PartialEq)]
-pub struct HostTensor {
-    /// The shape.
-    pub shape: Vec<usize>,
-    /// The elements.
-    pub data: Vec<f32>,
-}
-
-impl HostTensor {
-    /// A tensor from its elements, or `None` when their number does not fit the shape.
-    pub fn new(shape: &[usize], data: Vec<f32>) -> Option<Self> {
-        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
-        (elements == data.len()).then(|| Self { shape: shape.to_vec(), data })
-    }
-}
 
 /// A PEFT adapter: its configuration and its tensors by their PEFT keys.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -202,25 +186,8 @@ impl Adapter {
     }
 
     /// Any other tensor of a module by the end of its key, e.g. `.lora_magnitude_vector`.
-    pub fn module_tensor(&self, module: &str, suffix: &str) -> Option<&HostTensor> {
+    pub(crate) fn module_tensor(&self, module: &str, suffix: &str) -> Option<&HostTensor> {
         self.tensors.get(&format!("{KEY_PREFIX}{module}{suffix}"))
-    }
-
-    /// Adds a module's factors, `lora_a` [r, in] and `lora_b` [out, r].
-    ///
-    /// # Errors
-    /// [`FormatError::Factors`] when they do not fit each other or the configured rank.
-    pub fn insert_lora(&mut self, module: &str, lora_a: HostTensor, lora_b: HostTensor) -> Result<(), FormatError> {
-        self.tensors.insert(format!("{KEY_PREFIX}{module}{A}"), lora_a);
-        self.tensors.insert(format!("{KEY_PREFIX}{module}{B}"), lora_b);
-        self.check_factors(module)
-    }
-
-    fn check_factors(&self, module: &str) -> Result<(), FormatError> {
-        match self.lora(module) {
-            Some((a, b)) => check_ranks(module, a, b, &self.config),
-            None => Ok(()),
-        }
     }
 
     /// The keys that belong to no pair of LoRA factors: DoRA, embeddings, biases, saved modules.

@@ -15,7 +15,7 @@ use crate::json;
 use crate::paths::resolve_inside;
 
 /// The file's name.
-pub const CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 
 /// Defines the struct, its reader and its writer from one table, so that no key can be forgotten.
 macro_rules! adapter_config {
@@ -205,7 +205,7 @@ impl AdapterConfig {
     ///
     /// # Errors
     /// [`FormatError::Field`] for a pattern that is no regular expression.
-    pub fn alpha_for(&self, module: &str) -> Result<f64, FormatError> {
+    pub(crate) fn alpha_for(&self, module: &str) -> Result<f64, FormatError> {
         let found =
             self.alpha_pattern.lookup(module).map_err(|e| field_error(Path::new(CONFIG_FILE), "alpha_pattern", e))?;
         Ok(found.unwrap_or(self.lora_alpha))

@@ -9,11 +9,11 @@
 //! what it left is removed by the next one that writes the same output. Each holds a lock on what it is
 //! building, which ends with the process, so that nobody's work in progress is taken for a leftover.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tempfile::{Builder, NamedTempFile, TempDir};
 
@@ -22,8 +22,26 @@ use crate::error::FormatError;
 /// The letters that tempfile puts at the end of a name.
 const RANDOM_LETTERS: usize = 6;
 
-/// What this process is building, for [`abandon_all`].
-static BUILDING: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+/// What this process is building, for [`abandon_all`]. A temporary file or folder is made, and put in its place, under
+/// this lock: whoever holds it sees none that is half there.
+static BUILDING: Mutex<Building> = Mutex::new(Building { paths: BTreeMap::new(), abandoned: false });
+
+#[derive(Debug)]
+struct Building {
+    /// Temporary paths, and whether what stands there is only the old output, which the new one has replaced.
+    paths: BTreeMap<PathBuf, bool>,
+    abandoned: bool,
+}
+
+/// # Errors
+/// After [`abandon_all`].
+fn building() -> io::Result<MutexGuard<'static, Building>> {
+    let building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
+    match building.abandoned {
+        true => Err(io::Error::new(io::ErrorKind::Interrupted, "the program was interrupted and is ending")),
+        false => Ok(building),
+    }
+}
 
 /// Writes `path` through a temporary file beside it.
 ///
@@ -33,13 +51,17 @@ static BUILDING: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 pub fn write_file(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<(), FormatError> {
     let attempt = || -> io::Result<()> {
         sweep(path);
-        let (temporary, _lock) = locked(|| temporary_beside(path), NamedTempFile::path)?;
-        let _listed = Listed::new(temporary.path());
+        let (temporary, _lock, _listed) = listed(|| temporary_beside(path), NamedTempFile::path)?;
         let (file, temporary) = temporary.into_parts();
         let mut writer = BufWriter::with_capacity(1 << 20, file);
         write(&mut writer)?;
         writer.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-        temporary.persist(path).map_err(|e| e.error)?;
+        put_in_place(|building| {
+            let at = listed_path(&temporary);
+            temporary.persist(path).map_err(|e| e.error)?;
+            building.paths.remove(&at);
+            Ok(())
+        })?;
         sync_dir(parent(path))
     };
     attempt().map_err(|source| FormatError::Write { path: path.to_path_buf(), source })
@@ -90,8 +112,7 @@ impl Scratch {
         let make = || -> io::Result<Self> {
             fs::create_dir_all(folder)?;
             sweep(output);
-            let (dir, _lock) = locked(|| temporary_dir(folder, &dot_name(output, "new")), TempDir::path)?;
-            let _listed = Listed::new(dir.path());
+            let (dir, _lock, _listed) = listed(|| temporary_dir(folder, &dot_name(output, "new")), TempDir::path)?;
             Ok(Self { dir, _lock, _listed })
         };
         make().map_err(|source| FormatError::Write { path: output.to_path_buf(), source })
@@ -103,11 +124,14 @@ impl Scratch {
     }
 }
 
-/// Removes what this process is building, for a program that is about to end at once.
+/// Removes what this process is building, for a program that is about to end at once. Returns whether there was
+/// anything: an output that is as it was because of this.
 ///
-/// Whoever is writing sees errors from now on; their outputs are as they were.
-pub fn abandon_all() {
-    for path in BUILDING.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+/// Whoever is writing, or begins to, sees errors from now on.
+pub fn abandon_all() -> bool {
+    let mut building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
+    building.abandoned = true;
+    for path in building.paths.keys() {
         // A file that is just being made keeps its folder from going: the next try takes it too.
         for _ in 0..10 {
             remove(path);
@@ -116,54 +140,74 @@ pub fn abandon_all() {
             }
         }
     }
+    building.paths.values().any(|replaced| !replaced)
 }
 
 /// An entry of [`BUILDING`].
 #[derive(Debug)]
 struct Listed(PathBuf);
 
-impl Listed {
-    fn new(path: &Path) -> Self {
-        // Where the program's working directory is by then must not matter.
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-        BUILDING.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone());
-        Self(path)
+impl Drop for Listed {
+    fn drop(&mut self) {
+        BUILDING.lock().unwrap_or_else(PoisonError::into_inner).paths.remove(&self.0);
     }
 }
 
-impl Drop for Listed {
-    fn drop(&mut self) {
-        BUILDING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
-    }
+/// As [`BUILDING`] has it: where the program's working directory is by then must not matter.
+fn listed_path(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+/// Makes a temporary file or folder, [locked] and listed.
+fn listed<T>(make: impl Fn() -> io::Result<T>, path: impl Fn(&T) -> &Path) -> io::Result<(T, Option<File>, Listed)> {
+    let mut building = building()?;
+    let (made, lock) = locked(make, &path)?;
+    let listed = listed_path(path(&made));
+    building.paths.insert(listed.clone(), false);
+    Ok((made, lock, Listed(listed)))
+}
+
+/// Does the renames that make a new output stand.
+fn put_in_place(rename: impl FnOnce(&mut Building) -> io::Result<()>) -> io::Result<()> {
+    rename(&mut *building()?)
 }
 
 fn swap(fresh: Scratch, final_dir: &Path) -> io::Result<()> {
     let folder = parent(final_dir);
-    if final_dir.symlink_metadata().is_err() {
-        fs::rename(fresh.path(), final_dir)?;
-        // The folder no longer exists under its temporary name: there is nothing left to remove.
-        let _ = fresh.dir.keep();
-        return sync_dir(folder);
-    }
-    if exchange(fresh.path(), final_dir)? {
-        sync_dir(folder)?;
-        // What carries the temporary name is the old one now, and may be a file or a link.
-        let old = fresh.dir.keep();
-        remove(&old);
-        return Ok(());
-    }
-    // A rename replaces an empty folder only, so the old one steps into a fresh empty folder first.
-    let (aside, _lock) = locked(|| temporary_dir(folder, &dot_name(final_dir, "old")), TempDir::path)?;
-    let aside = aside.keep();
-    fs::rename(final_dir, aside.join("dir")).inspect_err(|_| drop(fs::remove_dir(&aside)))?;
-    if let Err(error) = fs::rename(fresh.path(), final_dir) {
-        fs::rename(aside.join("dir"), final_dir)?;
-        drop(fs::remove_dir(&aside));
-        return Err(error);
-    }
-    let _ = fresh.dir.keep();
+    let at = listed_path(fresh.path());
+    let mut old = None;
+    put_in_place(|building| {
+        if final_dir.symlink_metadata().is_err() {
+            fs::rename(fresh.path(), final_dir)?;
+            building.paths.remove(&at);
+        } else if exchange(fresh.path(), final_dir)? {
+            // What carries the temporary name is the old one now, and may be a file or a link.
+            building.paths.insert(at, true);
+            old = Some(fresh.path().to_path_buf());
+        } else {
+            // A rename replaces an empty folder only, so the old one steps into a fresh empty folder first.
+            let (aside, _lock) = locked(|| temporary_dir(folder, &dot_name(final_dir, "old")), TempDir::path)?;
+            let aside = aside.keep();
+            fs::rename(final_dir, aside.join("dir")).inspect_err(|_| drop(fs::remove_dir(&aside)))?;
+            if let Err(error) = fs::rename(fresh.path(), final_dir) {
+                fs::rename(aside.join("dir"), final_dir)?;
+                drop(fs::remove_dir(&aside));
+                return Err(error);
+            }
+            building.paths.remove(&at);
+            building.paths.insert(listed_path(&aside), true);
+            old = Some(aside);
+        }
+        Ok(())
+    })?;
+    // The folder no longer exists under its temporary name, or is the old one: there is nothing for `fresh` to remove.
+    let Scratch { dir, _lock, _listed } = fresh;
+    let _ = dir.keep();
     sync_dir(folder)?;
-    remove(&aside);
+    if let Some(old) = old {
+        remove(&old);
+        BUILDING.lock().unwrap_or_else(PoisonError::into_inner).paths.remove(&listed_path(&old));
+    }
     Ok(())
 }
 

@@ -14,9 +14,9 @@ use crate::mapped::{MappedFile, TensorView};
 use crate::paths::resolve_inside;
 
 /// The file of a checkpoint that is not sharded.
-pub const SINGLE_FILE: &str = "model.safetensors";
+pub(crate) const SINGLE_FILE: &str = "model.safetensors";
 /// The index of one that is.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// An opened checkpoint.
 #[derive(Debug)]

@@ -15,9 +15,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::adapter::{Adapter, HostTensor, KEY_PREFIX};
+use crate::adapter::{Adapter, KEY_PREFIX};
 use crate::adapter_config::{AdapterConfig, Pattern, TargetModules};
 use crate::error::FormatError;
+use crate::host_tensor::HostTensor;
 use crate::linalg::{Matrix, row_basis, svd};
 use crate::lora_module::{LoraModule, ModuleKind};
 

@@ -33,7 +33,7 @@ pub struct Progress<'a> {
 pub type OnProgress<'a> = &'a mut dyn FnMut(&Progress<'_>);
 
 /// The configuration of a model.
-pub const CONFIG_FILE: &str = "config.json";
+pub(crate) const CONFIG_FILE: &str = "config.json";
 
 /// The files of a tokenizer and of chat templates.
 const TOKENIZER_FILES: [&str; 10] = [

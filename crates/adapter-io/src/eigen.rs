@@ -88,7 +88,7 @@ fn ql(d: &mut [f64], e: &mut [f64], v: &mut Matrix) {
     e.rotate_left(1);
     e[n - 1] = 0.0;
     for l in 0..n {
-        // Thirty rounds are far more than any matrix needs; the bound only rules out a hang on NaN.
+        // Sixty rounds are far more than any matrix needs; the bound only rules out a hang on NaN.
         for _ in 0..60 {
             let small = |m: &usize| e[*m].abs() <= f64::EPSILON * (d[*m].abs() + d[*m + 1].abs());
             let m = (l..n - 1).find(small).unwrap_or(n - 1);

@@ -22,9 +22,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::adapter::{A, Adapter, B, HostTensor, KEY_PREFIX};
+use crate::adapter::{A, Adapter, B, KEY_PREFIX};
 use crate::adapter_config::{AdapterConfig, Pattern, TargetModules};
 use crate::error::FormatError;
+use crate::host_tensor::HostTensor;
 
 const GATE_UP: &str = "gate_up_proj";
 const DOWN: &str = "down_proj";

@@ -20,9 +20,10 @@ use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use crate::cholesky::upper_of_inverse;
 use crate::error::FormatError;
 use crate::header::TensorSpec;
-use crate::linalg::{Matrix, upper_of_inverse};
+use crate::linalg::Matrix;
 
 /// The code of 0.
 const ZERO: i32 = 8;

@@ -10,7 +10,7 @@
 //! | [`adapter_config`], [`adapter`] | PEFT's `adapter_config.json` and `adapter_model.safetensors` |
 //! | [`lora_module`], [`mod@combine`] | what an adapter holds for one module; several adapters in one |
 //! | [`low_rank`] | parts of a weight that adapters start from |
-//! | [`merge`], [`mod@merge_checkpoint`] | `W + scaling * B A`; a base checkpoint and an adapter in one |
+//! | [`mod@merge_checkpoint`] | a base checkpoint and an adapter in one |
 //! | [`gguf`] | GGUF files of llama.cpp: models and LoRA adapters written, both read |
 //! | [`gptq`], [`mod@gptq_checkpoint`] | GPTQ: the algorithm given a layer's Hessian, and what engines load |
 //! | [`shard_writer`] | writing a checkpoint as transformers lays it out |
@@ -27,6 +27,7 @@ pub mod adapter_config;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
+mod cholesky;
 pub mod combine;
 mod config_field;
 pub mod convert;
@@ -37,19 +38,20 @@ pub mod gguf;
 pub mod gptq;
 pub mod gptq_checkpoint;
 mod header;
+mod host_tensor;
 mod json;
 mod linalg;
 pub mod lora_module;
 pub mod low_rank;
 mod mapped;
-pub mod merge;
 pub mod merge_checkpoint;
 mod merge_plan;
 mod paths;
+mod products;
 pub mod quantize_checkpoint;
 pub mod shard_writer;
 
-pub use adapter::{Adapter, HostTensor};
+pub use adapter::Adapter;
 pub use adapter_config::{AdapterConfig, InitLoraWeights, OneOrMany, Pattern, TargetModules};
 pub use bnb::BnbConfig;
 pub use checkpoint::Checkpoint;
@@ -59,10 +61,11 @@ pub use error::FormatError;
 pub use gptq::{GptqOptions, GptqWeight};
 pub use gptq_checkpoint::{GptqCheckpoint, GptqReport, gptq_checkpoint};
 pub use header::TensorSpec;
+pub use host_tensor::HostTensor;
 pub use lora_module::{LoraModule, ModuleKind, WeightChange};
 pub use mapped::{Floats, TensorView};
-pub use merge::{lora_delta, merge_into};
-pub use merge_checkpoint::{LayerReport, MergeBase, MergeOptions, MergeReport, TensorReport, merge_checkpoint};
+pub use merge_checkpoint::{LayerReport, MergeOptions, MergeReport, TensorReport, merge_checkpoint};
+pub use merge_plan::MergeBase;
 pub use quantize_checkpoint::{BnbOptions, QuantizeReport, quantize_checkpoint};
 pub use shard_writer::ShardedWriter;
 

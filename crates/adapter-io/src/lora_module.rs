@@ -14,9 +14,9 @@ use std::borrow::Cow;
 use nf4_quant::Element;
 use rayon::prelude::*;
 
-use crate::adapter::HostTensor;
 use crate::adapter_config::AdapterConfig;
 use crate::error::FormatError;
+use crate::host_tensor::HostTensor;
 
 /// What kind of module the factors adapt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +126,16 @@ impl LoraModule<'_> {
     ///
     /// # Shapes
     /// That of the weight, [`Self::weight_shape`].
-    pub fn delta(&self) -> HostTensor {
+    ///
+    /// # Errors
+    /// [`FormatError::Factors`] when the factors do not fit each other.
+    pub fn delta(&self) -> Result<HostTensor, FormatError> {
+        if !self.fits() {
+            return Err(self.fail(format!(
+                "lora_A {:?} and lora_B {:?} are not two matrices of one rank",
+                self.lora_a.shape, self.lora_b.shape
+            )));
+        }
         let [rows, columns] = self.weight_shape();
         let mut data = vec![0.0f32; rows * columns];
         let (a, b) = self.factors();
@@ -136,7 +145,7 @@ impl LoraModule<'_> {
                 accumulate_row(&a, &b[row * rank..][..rank], self.scaling, out);
             });
         }
-        HostTensor { shape: vec![rows, columns], data }
+        Ok(HostTensor { shape: vec![rows, columns], data })
     }
 
     /// Folds the adapter into the module's weight.

@@ -8,9 +8,9 @@
 
 use rayon::prelude::*;
 
-use crate::adapter::HostTensor;
 use crate::eigen::symmetric_eigen;
 use crate::error::FormatError;
+use crate::host_tensor::HostTensor;
 use crate::linalg::{Matrix, row_basis};
 
 /// Weights with a smaller side of at most this are decomposed exactly.

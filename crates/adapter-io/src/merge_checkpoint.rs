@@ -29,24 +29,8 @@ use crate::convert::{
 use crate::error::FormatError;
 use crate::experts::unstack;
 use crate::lora_module::{ChangeSums, WeightChange};
-use crate::merge_plan::{Job, Plan, plan};
+use crate::merge_plan::{Job, MergeBase, Plan, plan};
 use crate::shard_writer::{DEFAULT_SHARD_BYTES, ShardedWriter};
-
-/// What the adapter is merged into.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub enum MergeBase {
-    /// The checkpoint's own weights, which must not be quantized.
-    #[default]
-    FullPrecision,
-    /// The weights after quantization to 4 bits and back. Of a checkpoint that bitsandbytes quantized these
-    /// are its weights, and the fields are not used.
-    Dequantized {
-        /// How the linear layers are quantized.
-        config: QuantConfig,
-        /// The modules that are not, beside the output head.
-        skip_modules: Vec<String>,
-    },
-}
 
 /// How to merge.
 #[derive(Debug, Clone)]

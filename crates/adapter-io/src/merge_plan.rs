@@ -5,15 +5,31 @@ use std::collections::{BTreeMap, BTreeSet};
 use nf4_quant::QuantConfig;
 use safetensors::Dtype;
 
-use crate::adapter::{Adapter, HostTensor};
+use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{dtype_of, quantized_module};
 use crate::error::{FormatError, nearest_names};
 use crate::header::TensorSpec;
+use crate::host_tensor::HostTensor;
 use crate::lora_module::LoraModule;
-use crate::merge_checkpoint::MergeBase;
 
 const HEAD: &str = "lm_head.weight";
+
+/// What the adapter is merged into.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum MergeBase {
+    /// The checkpoint's own weights, which must not be quantized.
+    #[default]
+    FullPrecision,
+    /// The weights after quantization to 4 bits and back. Of a checkpoint that bitsandbytes quantized these
+    /// are its weights, and the fields are not used.
+    Dequantized {
+        /// How the linear layers are quantized.
+        config: QuantConfig,
+        /// The modules that are not, beside the output head.
+        skip_modules: Vec<String>,
+    },
+}
 
 /// One tensor of the output.
 #[derive(Debug)]

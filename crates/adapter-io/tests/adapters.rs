@@ -8,8 +8,8 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use adapter_io::{
-    Adapter, AdapterConfig, BnbConfig, Checkpoint, Dtype, FormatError, HostTensor, InitLoraWeights, OneOrMany, Pattern,
-    ShardedWriter, TargetModules, TensorSpec, atomic, bnb, lora_delta, merge_into,
+    Adapter, AdapterConfig, BnbConfig, Checkpoint, Dtype, FormatError, HostTensor, InitLoraWeights, LoraModule,
+    OneOrMany, Pattern, ShardedWriter, TargetModules, TensorSpec, atomic, bnb,
 };
 use nf4_quant::{QuantConfig, Quantized4bit};
 use serde_json::json;
@@ -21,10 +21,17 @@ fn tensor(shape: &[usize]) -> HostTensor {
     HostTensor::new(shape, (0..n).map(|i| (i as f32).sin()).collect()).unwrap()
 }
 
+/// Gives the module [`Q`] its factors.
+fn insert(adapter: &mut Adapter, lora_a: HostTensor, lora_b: HostTensor) {
+    for (factor, tensor) in [("A", lora_a), ("B", lora_b)] {
+        adapter.tensors.insert(format!("base_model.model.{Q}.lora_{factor}.weight"), tensor);
+    }
+}
+
 fn small(rank: usize) -> Adapter {
     let mut adapter =
         Adapter::new(AdapterConfig { r: rank, task_type: Some("CAUSAL_LM".into()), ..AdapterConfig::default() });
-    adapter.insert_lora(Q, tensor(&[rank, 6]), tensor(&[5, rank])).unwrap();
+    insert(&mut adapter, tensor(&[rank, 6]), tensor(&[5, rank]));
     adapter
 }
 
@@ -99,7 +106,8 @@ fn ranks_that_disagree_are_refused_by_module() {
         assert!(message.contains(says) && message.contains(Q), "{message}");
     }
     let mut adapter = small(2);
-    assert!(adapter.insert_lora(Q, tensor(&[2, 6]), tensor(&[5, 3])).unwrap_err().to_string().contains("rank 3"));
+    insert(&mut adapter, tensor(&[2, 6]), tensor(&[5, 3]));
+    assert!(adapter.lora_module(Q).unwrap_err().to_string().contains("rank 3"));
 }
 
 #[test]
@@ -171,11 +179,15 @@ fn config_fields_that_cannot_be_are_named() {
 fn merging_into_another_model_is_refused() {
     let (a, b) = (tensor(&[2, 6]), tensor(&[5, 2]));
     let mut weight = vec![0f32; 5 * 7];
-    let message = merge_into(Q, &mut weight, &[5, 7], &a, &b, 1.0).unwrap_err().to_string();
+    let adapter = small(2);
+    let module = LoraModule { scaling: 3.0, ..adapter.lora_module(Q).unwrap().unwrap() };
+    let message = module.merge_into(&mut weight, &[5, 7]).unwrap_err().to_string();
     assert!(message.contains("[5, 7]") && message.contains(Q) && message.contains("another base model"), "{message}");
     // By hand: 3 * (b0 a0 + b1 a1) for one element, the same two products in the same order.
-    let delta = lora_delta(&a, &b, 3.0);
+    let delta = module.delta().unwrap();
     assert_eq!(delta.data[2 * 6 + 1], (b.data[4] * a.data[1] + b.data[5] * a.data[7]) * 3.0);
+    let message = LoraModule { lora_b: &tensor(&[5, 3]), ..module }.delta().unwrap_err().to_string();
+    assert!(message.contains(Q) && message.contains("[2, 6]") && message.contains("[5, 3]"), "{message}");
 }
 
 /// A checkpoint with one NF4 weight, after `change` has had its way with the tensors.

@@ -4,9 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use adapter_io::{
-    Adapter, AdapterConfig, BnbConfig, Checkpoint, Floats, HostTensor, TargetModules, bnb, lora_delta, merge_into,
-};
+use adapter_io::{Adapter, AdapterConfig, BnbConfig, Checkpoint, Floats, HostTensor, TargetModules, bnb};
 use nf4_quant::{FloatFormat, Metadata, QuantConfig, QuantType, Quantized4bit};
 
 fn reference(path: &str) -> PathBuf {
@@ -164,7 +162,8 @@ fn merge_adds_the_update_and_rounds_once() {
     for module in adapter.modules() {
         let (a, b) = adapter.lora(&module).unwrap();
         let scaling = adapter.config.scaling_for(&module).unwrap() as f32;
-        let delta = lora_delta(a, b, scaling);
+        let part = adapter.lora_module(&module).unwrap().unwrap();
+        let delta = part.delta().unwrap();
         let exact = naive_delta(a, b, scaling);
         assert_eq!(delta.shape, [b.shape[0], a.shape[1]]);
         for (ours, exact) in delta.data.iter().zip(&exact) {
@@ -174,10 +173,10 @@ fn merge_adds_the_update_and_rounds_once() {
         let view = base.tensor(&format!("{module}.weight")).unwrap();
         let mut merged = view.to_f32_vec().unwrap();
         let original = merged.clone();
-        let largest = merge_into(&module, &mut merged, &view.shape, a, b, scaling).unwrap();
+        let largest = part.merge_into(&mut merged, &view.shape).unwrap().largest;
         let Floats::BF16(half) = view.floats().unwrap() else { panic!("{module} is not bfloat16") };
         let mut half = half.into_owned();
-        merge_into(&module, &mut half, &view.shape, a, b, scaling).unwrap();
+        part.merge_into(&mut half, &view.shape).unwrap();
         let mut expected_largest = 0f32;
         for i in 0..merged.len() {
             assert_eq!(merged[i], original[i] + delta.data[i]);

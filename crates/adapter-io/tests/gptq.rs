@@ -5,19 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use adapter_io::{Checkpoint, Dtype, FormatError, GptqCheckpoint, GptqOptions, GptqWeight, gptq_checkpoint};
+use test_support::Random;
 
 fn reference(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/reference")).join(path)
 }
 
-/// Reproducible numbers, roughly normal.
+/// Reproducible normal numbers.
 fn noise(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed | 1;
-    let mut uniform = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..count).map(|_| uniform() + uniform() + uniform() + uniform()).collect()
+    // The deviation is that of a sum of four numbers from -1/2 to 1/2.
+    Random(seed).normals(count).into_iter().map(|x| 0.577 * x).collect()
 }
 
 /// X^T X of inputs that lie near a few directions, with sizes that differ by a factor of 30, as activations'.

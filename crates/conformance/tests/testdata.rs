@@ -16,18 +16,6 @@ fn run(device: &Device, sections: &[Section]) {
     assert!(report.passed() > 0, "nothing was compared");
 }
 
-/// Mesa's software Vulkan, or a real GPU; without a driver there is nothing to run on, unless
-/// NF4_QUANT_RUNTIMES says that there is (`cargo xtask test` sets it).
-fn vulkan() -> Option<Device> {
-    let required =
-        std::env::var("NF4_QUANT_RUNTIMES").is_ok_and(|names| names.split(',').any(|name| name.trim() == "wgpu"));
-    match burn_qlora::select_device("vulkan") {
-        Ok(device) => Some(device),
-        Err(error) if required => panic!("wgpu is required: {error}"),
-        Err(_) => None,
-    }
-}
-
 #[test]
 fn bnb_on_flex() {
     run(&Device::flex(), &[Section::Bnb]);
@@ -66,7 +54,8 @@ fn optimizers_on_flex() {
 /// Logits take two minutes on a software device: adapters run the same decoder.
 #[test]
 fn bnb_adapters_and_optimizers_on_vulkan() {
-    if let Some(device) = vulkan() {
+    let on_vulkan = test_support::devices().into_iter().find(|(name, _)| *name == "wgpu");
+    if let Some((_, device)) = on_vulkan {
         run(&device, &[Section::Bnb, Section::Adapters, Section::Optimizers]);
     }
 }

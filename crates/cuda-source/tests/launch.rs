@@ -1,12 +1,8 @@
 //! Kernels of one's own on a CUDA device: arguments arrive as they were given, and errors show where the
-//! documentation says. Skipped with a reason where there is no such device, unless `NF4_QUANT_RUNTIMES`
-//! names `cuda`.
+//! documentation says. `test_support` says what becomes of them where there is no such device.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
-use std::sync::OnceLock;
-
 use cubecl::client::Client;
-use cubecl::device::{Device, WgpuDeviceKind};
 use cuda_source::{Arguments, CudaDevice, LaunchError, Source, Swizzle, TensorElement, TensorMap2d, device, launch};
 
 const FILE: &str = include_str!("kernels.cu");
@@ -23,17 +19,8 @@ fn source(name: &'static str, cube_dim: u32) -> Source {
 }
 
 fn cuda() -> Option<(&'static Client, CudaDevice)> {
-    static CLIENT: OnceLock<Option<Client>> = OnceLock::new();
-    let client = CLIENT.get_or_init(|| match Device::cuda(0) {
-        Ok(device) => Some(device.client()),
-        Err(error) => {
-            let required = std::env::var("NF4_QUANT_RUNTIMES").is_ok_and(|r| r.split(',').any(|r| r.trim() == "cuda"));
-            assert!(!required, "cuda is required: {error}");
-            eprintln!("cuda skipped: {error}");
-            None
-        }
-    });
-    client.as_ref().map(|client| (client, device(client).expect("a CUDA device of this decade, with NVRTC")))
+    let client = test_support::cuda(|client| device(client).is_some())?;
+    Some((client, device(client).expect("a CUDA device of this decade, with NVRTC")))
 }
 
 #[repr(C)]
@@ -100,7 +87,7 @@ fn a_kernel_without_parameters_updates_in_place() {
 fn boxes_arrive_swizzled_and_filled_with_zeros() {
     let Some((client, device)) = cuda() else { return };
     if device.compute_capability < (9, 0) {
-        eprintln!("TMA skipped: compute capability {:?}", device.compute_capability);
+        test_support::skipped(format_args!("no TMA at compute capability {:?}", device.compute_capability));
         return;
     }
     let (rows, cols, row_stride, lead) = (100, 200, 208, 8);
@@ -207,13 +194,9 @@ fn much_static_shared_memory_works_or_fails_loudly() {
 
 #[test]
 fn other_runtimes_refuse() {
-    let Ok(wgpu) = Device::wgpu(WgpuDeviceKind::default()) else {
-        eprintln!("wgpu skipped: no adapter");
-        return;
-    };
-    let client = wgpu.client();
-    assert_eq!(device(&client), None);
+    let Some(client) = test_support::client("wgpu") else { return };
+    assert_eq!(device(client), None);
     let x = client.create_from_slice(bytemuck::cast_slice(&floats(32)));
-    let refused = launch(&client, &source("increment", 32), (1, 1, 1), Arguments::new().read_write(&x)).unwrap_err();
+    let refused = launch(client, &source("increment", 32), (1, 1, 1), Arguments::new().read_write(&x)).unwrap_err();
     assert!(matches!(refused, LaunchError::NotCuda { kernel: "increment", .. }), "{refused}");
 }

@@ -1,30 +1,25 @@
-//! The attention kernels against the oracle, where there is a CUDA device.
-//!
-//! `FUSED_KERNELS_CUDA=1` makes a missing device a failure; without it the tests say that they were skipped.
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+//! The attention kernels against the oracle, on a CUDA device.
+//! `test_support` says what becomes of them where there is none.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
 
-mod common;
-
-use common::Random;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::attention::oracle::{self, Batch};
 use fused_kernels::attention::{self, Backward, Forward, Operand, Options, PackedRows, Path, Rows, Shape, Strides};
 use fused_kernels::{FloatFormat, KernelError};
 use half::{bf16, f16};
+use test_support::{Random, missing, skipped};
 
 use FloatFormat::F16;
 use Layout::{Gaps, HeadMajor};
 
-fn client() -> Option<Client> {
-    common::client(attention::supports)
+fn client() -> Option<&'static Client> {
+    test_support::cuda(attention::supports)
 }
 
-impl Random {
-    /// Values of a format, up to `size`.
-    fn halves(&mut self, n: usize, size: f32, format: FloatFormat) -> Vec<f32> {
-        (0..n).map(|_| decode(encode(self.value() * size, format), format)).collect()
-    }
+/// Values of a format, up to `size`.
+fn halves(random: &mut Random, n: usize, size: f32, format: FloatFormat) -> Vec<f32> {
+    (0..n).map(|_| decode(encode(random.signed() * size, format), format)).collect()
 }
 
 fn encode(value: f32, format: FloatFormat) -> u16 {
@@ -261,9 +256,9 @@ fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::
         let (of_queries, of_keys) = case.places();
         let mut random = Random(number as u64);
         let count = |place: Place| place.rows * place.len * place.heads * place.head_dim;
-        let q = random.halves(count(of_queries), case.size, format);
-        let (k, v) = (random.halves(count(of_keys), 1.0, format), random.halves(count(of_keys), 1.0, format));
-        let d_out = random.halves(count(of_queries), 1.0, format);
+        let mut draw = |place, size| halves(&mut random, count(place), size, format);
+        let (q, k, v) = (draw(of_queries, case.size), draw(of_keys, 1.0), draw(of_keys, 1.0));
+        let d_out = draw(of_queries, 1.0);
         let batch = Batch {
             rows: case.lens.iter().map(|len| (*len, len + case.past)).collect(),
             heads: case.heads,
@@ -271,28 +266,32 @@ fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::
             head_dim: case.head_dim,
         };
         let shape = Shape {
-            rows: case.rows(&client),
+            rows: case.rows(client),
             heads: case.heads,
             kv_heads: case.kv_heads,
             head_dim: case.head_dim,
             format,
         };
 
-        if !attention::paths(&client, &shape).contains(&path) {
-            eprintln!("skipped: this device does not run {path:?}");
+        if !attention::paths(client, &shape).contains(&path) {
+            // wgmma is one generation's.
+            match path {
+                Path::Hopper => skipped("this kernel is for other devices"),
+                Path::Mma => missing("cuda", format_args!("no kernel for {what}")),
+            }
             return;
         }
 
-        let [device_q, device_out] = [&q, &d_out].map(|x| of_queries.upload(&client, x, format));
-        let [device_k, device_v] = [&k, &v].map(|x| of_keys.upload(&client, x, format));
+        let [device_q, device_out] = [&q, &d_out].map(|x| of_queries.upload(client, x, format));
+        let [device_k, device_v] = [&k, &v].map(|x| of_keys.upload(client, x, format));
         let statistics = 4 * case.heads * shape.rows.queries();
         let run = || {
-            let [o, d_q] = [(); 2].map(|()| of_queries.output(&client));
-            let [d_k, d_v] = [(); 2].map(|()| of_keys.output(&client));
+            let [o, d_q] = [(); 2].map(|()| of_queries.output(client));
+            let [d_k, d_v] = [(); 2].map(|()| of_keys.output(client));
             let lse = client.create_from_slice(&vec![0xff; statistics + 64]);
             let (q, k, v) = (of_queries.operand(&device_q), of_keys.operand(&device_k), of_keys.operand(&device_v));
             let operands = Forward { q, k, v, o: of_queries.operand(&o), lse: &lse };
-            attention::forward_on(&client, path, operands, &shape, options).expect("forward");
+            attention::forward_on(client, path, operands, &shape, options).expect("forward");
             let operands = Backward {
                 q,
                 k,
@@ -304,10 +303,10 @@ fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::
                 d_k: of_keys.operand(&d_k),
                 d_v: of_keys.operand(&d_v),
             };
-            attention::backward_on(&client, path, operands, &shape, options).expect("backward");
+            attention::backward_on(client, path, operands, &shape, options).expect("backward");
             let lse = client.read_one(lse).expect("the kernel runs").to_vec();
             let results = [(o, of_queries), (d_q, of_queries), (d_k, of_keys), (d_v, of_keys)];
-            (lse, results.map(|(handle, place)| place.download(&client, handle, format, &what)))
+            (lse, results.map(|(handle, place)| place.download(client, handle, format, &what)))
         };
         let (lse, [o, d_q, d_k, d_v]) = run();
         let bits = |values: &Vec<f32>| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -387,7 +386,7 @@ fn what_does_not_fit_is_named() {
         let lse = client.empty(4 * 64 * 64);
         let operand = Operand { handle: &handle, strides };
         let operands = Forward { q: operand, k: operand, v: operand, o: operand, lse: &lse };
-        attention::forward(&client, operands, shape, options)
+        attention::forward(client, operands, shape, options)
     };
     let strides = Strides::token_major(16, 4, 64);
     let size = 2 * 16 * 4 * 64;
@@ -410,7 +409,7 @@ fn what_does_not_fit_is_named() {
         assert!(matches!(result, Err(KernelError::Attention { .. })), "{result:?}");
     }
     for bounds in [&[][..], &[0], &[1, 2], &[0, 5, 4]] {
-        let result = PackedRows::new(&client, bounds).map(|_| ());
+        let result = PackedRows::new(client, bounds).map(|_| ());
         assert!(matches!(result, Err(KernelError::Attention { .. })), "{result:?}");
     }
 }

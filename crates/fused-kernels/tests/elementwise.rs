@@ -1,44 +1,26 @@
 //! The CubeCL kernels against their oracles in f64, on every runtime at hand.
-//!
-//! `NF4_QUANT_RUNTIMES=cuda,wgpu` names the runtimes that must be there; without it those that this machine has
-//! are used and the others are skipped with a reason.
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+//! `test_support` says which runtimes those are.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use cubecl::client::Client;
-use cubecl::device::{Device, WgpuDeviceKind};
 use cubecl::server::Handle;
 use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
 use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, rms_norm, rope, supports};
 use half::{bf16, f16};
+use test_support::clients;
 
 /// Calls `test` with every client and each format that it has.
 fn everywhere(test: impl Fn(&Client, FloatFormat)) {
-    let required = std::env::var("NF4_QUANT_RUNTIMES").ok();
-    for (name, device) in [("cuda", Device::cuda(0)), ("wgpu", Device::wgpu(WgpuDeviceKind::default()))] {
-        if required.as_ref().is_some_and(|r| !r.split(',').any(|r| r.trim() == name)) {
-            continue;
-        }
-        match device {
-            Ok(device) => {
-                let client = device.client();
-                FloatFormat::ALL.into_iter().filter(|format| supports(&client, *format)).for_each(|f| test(&client, f));
-            }
-            Err(e) if required.is_some() => panic!("{name} is required: {e}"),
-            Err(e) => eprintln!("{name} skipped: {e}"),
-        }
+    for (_, client) in clients() {
+        FloatFormat::ALL.into_iter().filter(|format| supports(client, *format)).for_each(|format| test(client, format));
     }
 }
 
-/// Uniform in ±`scale`, from a counter.
+/// Uniform in ±`scale`.
 fn noise(seed: u64, len: usize, scale: f64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f64 / f64::from(1_u32 << 23) - 1.0
-    };
-    (0..len).map(|_| next() * scale).collect()
+    test_support::noise(seed, len).into_iter().map(|value| f64::from(value) * scale).collect()
 }
 
 /// The values as `format` holds them, and their bytes.
@@ -93,20 +75,16 @@ fn read(client: &Client, handle: Handle, format: FloatFormat) -> Vec<f64> {
 /// Elements within one rounding to `format` and `f32_error` of the group's scale, its largest element or 1: f32 sums
 /// and functions are relative to their terms, not to what is left after cancellation.
 fn assert_close(what: &str, found: &[f64], expected: &[f64], format: FloatFormat, group: usize, f32_error: f64) {
-    assert_eq!(found.len(), expected.len(), "{what}");
     // Half a unit in the last place, and the smallest step of f16's subnormals.
     let (relative, step) = match format {
         FloatFormat::F32 => (6e-8, 0.0),
         FloatFormat::F16 => (4.9e-4, 6e-8),
         FloatFormat::BF16 => (3.91e-3, 0.0),
     };
-    for (g, (found, expected)) in found.chunks(group).zip(expected.chunks(group)).enumerate() {
-        let scale = expected.iter().fold(1.0_f64, |max, v| max.max(v.abs()));
-        for (i, (f, e)) in found.iter().zip(expected).enumerate() {
-            let bar = relative * e.abs() + f32_error * scale + step;
-            assert!((f - e).abs() <= bar, "{what}, {format:?}: element {i} of group {g} is {f}, should be {e}");
-        }
-    }
+    let scale_of = |group: &[f64]| group.iter().fold(1.0_f64, |max, v| max.max(v.abs()));
+    let scales: Vec<f64> = expected.chunks(group).map(scale_of).collect();
+    let bar = |i: usize, expected: f64| relative * expected.abs() + f32_error * scales[i / group] + step;
+    test_support::assert_close(format!("{what}, {format:?}"), found, expected, bar);
 }
 
 #[test]

@@ -1,16 +1,13 @@
-//! The low-rank kernels against the oracle, where there is a CUDA device.
-//!
-//! `FUSED_KERNELS_CUDA=1` makes a missing device a failure; without it the tests say that they were skipped.
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+//! The low-rank kernels against the oracle, on a CUDA device.
+//! `test_support` says what becomes of them where there is none.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
 
-mod common;
-
-use common::Random;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::low_rank::{self, Factor, FactorLayout, Gradient, Output, Projection, Shape, oracle};
 use fused_kernels::{Dropout, FloatFormat, KernelError};
 use half::{bf16, f16};
+use test_support::Random;
 
 const FORMATS: [FloatFormat; 2] = [FloatFormat::BF16, FloatFormat::F16];
 const LAYOUTS: [FactorLayout; 2] = [FactorLayout::RankFirst, FactorLayout::FeaturesFirst];
@@ -36,19 +33,17 @@ const SHAPES: [(usize, usize, usize); 16] = [
     (1536, 4096, 64),
 ];
 
-fn client() -> Option<Client> {
-    common::client(low_rank::supports)
+fn client() -> Option<&'static Client> {
+    test_support::cuda(low_rank::supports)
 }
 
-impl Random {
-    fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.value()).collect()
-    }
+fn floats_of(random: &mut Random, n: usize) -> Vec<f32> {
+    (0..n).map(|_| random.signed()).collect()
+}
 
-    /// Values of a format.
-    fn halves(&mut self, n: usize, format: FloatFormat) -> Vec<f32> {
-        (0..n).map(|_| oracle::round(self.value(), format)).collect()
-    }
+/// Values of a format.
+fn halves_of(random: &mut Random, n: usize, format: FloatFormat) -> Vec<f32> {
+    (0..n).map(|_| oracle::round(random.signed(), format)).collect()
 }
 
 fn half_bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
@@ -104,12 +99,8 @@ fn guarded(client: &Client, initial: &[u8], write: impl Fn(&Handle)) -> Vec<u8> 
 /// each of n / 16 steps may lose an ulp, 2^-23 of a sum that grows to about sqrt(n) / 2 with operands below one.
 /// That is n sqrt(n) 2^-28; four times as much is allowed for sums that grow larger.
 fn assert_close(what: &str, ours: &[f32], theirs: &[f64], n: usize, rounding: f64) {
-    assert_eq!(ours.len(), theirs.len(), "{what}: length");
     let sum_error = (n as f64).powf(1.5) * 2f64.powi(-26);
-    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        let bound = sum_error + b.abs() * rounding;
-        assert!((f64::from(*a) - b).abs() <= bound, "{what}: element {i} is {a}, should be {b}");
-    }
+    test_support::assert_close(what, ours, theirs, |_, expected| sum_error + expected.abs() * rounding);
 }
 
 /// Half a unit in the last place, relative, with room for a tie that an f32 sum decides otherwise.
@@ -127,22 +118,22 @@ fn projections_are_the_oracles() {
         let (format, layout) = (FORMATS[case % 2], LAYOUTS[case / 2 % 2]);
         let shape = Shape { tokens, features, rank };
         let mut random = Random(case as u64);
-        let (x, factor) = (random.halves(tokens * features, format), random.values(rank * features));
+        let (x, factor) = (halves_of(&mut random, tokens * features, format), floats_of(&mut random, rank * features));
         let dropout = (case % 3 == 0).then(|| Dropout::new(random.0, 0.25));
         let device_factor = client.create_from_slice(bytemuck::cast_slice(&factor));
         let values = Factor { values: &device_factor, features, rank, layout };
-        let packed = low_rank::pack(&client, values, format).unwrap();
+        let packed = low_rank::pack(client, values, format).unwrap();
         // One element before: no row starts at a multiple of 16 bytes.
         for before in [64, 1] {
-            let device_x = upload_between_nans(&client, &x, format, before);
+            let device_x = upload_between_nans(client, &x, format, before);
             let expected = oracle::project(&x, &factor, shape, layout, 0.5, dropout, format);
             for output in [Output::Half, Output::F32] {
                 let what =
                     format!("{shape:?} {layout:?} {format:?} {output:?} dropout {} x {before}", dropout.is_some());
                 let size = if output == Output::F32 { 4 } else { 2 };
-                let written = guarded(&client, &vec![0xff; tokens * rank * size], |out| {
+                let written = guarded(client, &vec![0xff; tokens * rank * size], |out| {
                     let operands = Projection { x: &device_x, factor: &packed, out };
-                    low_rank::project(&client, operands, tokens, output, 0.5, dropout).unwrap();
+                    low_rank::project(client, operands, tokens, output, 0.5, dropout).unwrap();
                 });
                 match output {
                     Output::F32 => assert_close(&what, &floats(&written), &expected, features, 0.0),
@@ -162,16 +153,17 @@ fn gradients_are_the_oracles() {
         let (format, layout) = (FORMATS[case / 2 % 2], LAYOUTS[case % 2]);
         let shape = Shape { tokens, features, rank };
         let mut random = Random(100 + case as u64);
-        let (x, small) = (random.halves(tokens * features, format), random.halves(tokens * rank, format));
+        let (x, small) =
+            (halves_of(&mut random, tokens * features, format), halves_of(&mut random, tokens * rank, format));
         let dropout = (case % 3 == 0).then(|| Dropout::new(random.0, 0.25));
         let expected = oracle::gradient(&x, &small, shape, layout, dropout, format);
-        let product = upload_between_nans(&client, &small, format, 64);
+        let product = upload_between_nans(client, &small, format, 64);
         for gap in [64, 1] {
             let what = format!("{shape:?} {layout:?} {format:?} x {gap}");
-            let device_x = upload_between_nans(&client, &x, format, gap);
-            let written = guarded(&client, &vec![0xff; 4 * rank * features], |out| {
+            let device_x = upload_between_nans(client, &x, format, gap);
+            let written = guarded(client, &vec![0xff; 4 * rank * features], |out| {
                 let operands = Gradient { x: &device_x, product: &product, out };
-                low_rank::gradient(&client, operands, shape, layout, dropout, format).unwrap();
+                low_rank::gradient(client, operands, shape, layout, dropout, format).unwrap();
             });
             assert_close(&what, &floats(&written), &expected, tokens, 0.0);
         }
@@ -185,7 +177,7 @@ fn what_does_not_fit_is_named() {
     let handle = |elements: usize| client.empty(elements * 4);
     let pack = |features, rank, values: &Handle| {
         let factor = Factor { values, features, rank, layout: FactorLayout::RankFirst };
-        low_rank::pack(&client, factor, format).map(|_| ())
+        low_rank::pack(client, factor, format).map(|_| ())
     };
     assert_eq!(pack(64, 257, &handle(64 * 257)), Err(KernelError::Rank(257)));
     assert_eq!(pack(64, 0, &handle(1)), Err(KernelError::Rank(0)));

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Random, assert_bits, narrow, round_to};
+use common::{assert_bits, narrow, round_to};
 use nf4_quant::{
     Absmax, Element, FloatFormat, NestedAbsmax, QuantConfig, QuantError, QuantState, QuantType, Quantized4bit,
     dequantize_blocks, quantize_blocks, reference,

@@ -1,48 +1,21 @@
 //! The CubeCL kernels against the oracle, bit for bit, on every runtime at hand.
 //!
-//! `NF4_QUANT_RUNTIMES=cuda,wgpu` names the runtimes that must be there; without it those that this
-//! machine has are used and the others are skipped with a reason. WGSL on a software device needs a
-//! Vulkan driver such as Mesa's, and XDG_RUNTIME_DIR set.
+//! `test_support` says which runtimes those are. WGSL on a software device needs a Vulkan driver such as Mesa's, and
+//! XDG_RUNTIME_DIR set.
 #![cfg(feature = "kernels")]
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::print_stderr)]
+#![allow(clippy::expect_used, clippy::unwrap_used)]
 
 mod common;
 
-use std::sync::OnceLock;
-
-use common::{Random, assert_bits, cases, narrow, round_to, ulps};
+use common::{assert_bits, cases, narrow, round_to, ulps};
 use cubecl::client::Client;
-use cubecl::device::{Device, WgpuDeviceKind};
 use cubecl::server::Handle;
 use nf4_quant::kernels::{self, DeviceAbsmax, DeviceWeight};
 use nf4_quant::{
     Absmax, Element, FloatFormat, NestedAbsmax, QuantConfig, QuantError, QuantState, QuantType, Quantized4bit,
     reference,
 };
-
-/// The clients to test, by runtime name.
-fn clients() -> &'static [(String, Client)] {
-    static CLIENTS: OnceLock<Vec<(String, Client)>> = OnceLock::new();
-    CLIENTS.get_or_init(|| {
-        let required = std::env::var("NF4_QUANT_RUNTIMES").ok();
-        let mut clients = Vec::new();
-        for (name, device) in [("cuda", Device::cuda(0)), ("wgpu", Device::wgpu(WgpuDeviceKind::default()))] {
-            if required.as_ref().is_some_and(|r| !r.split(',').any(|r| r.trim() == name)) {
-                continue;
-            }
-            match device {
-                Ok(device) => clients.push((format!("{name} ({device:?})"), device.client())),
-                Err(e) if required.is_some() => panic!("{name} is required: {e}"),
-                Err(e) => eprintln!("{name} skipped: {e}"),
-            }
-        }
-        for (name, client) in &clients {
-            let formats: Vec<_> = formats(client).map(FloatFormat::name).collect();
-            eprintln!("testing {name} with {formats:?}");
-        }
-        clients
-    })
-}
+use test_support::{Random, clients};
 
 fn formats(client: &Client) -> impl Iterator<Item = FloatFormat> + use<'_> {
     FloatFormat::ALL.into_iter().filter(|f| kernels::supports(client, *f))
@@ -128,13 +101,6 @@ fn weights(random: &mut Random, len: usize) -> Vec<f32> {
         };
     }
     weight
-}
-
-#[test]
-fn a_runtime_is_at_hand() {
-    if clients().is_empty() {
-        eprintln!("no GPU runtime on this machine: the kernels are not tested");
-    }
 }
 
 #[test]

@@ -1,54 +1,25 @@
 //! The optimizers on every device of this machine: against the scalar oracle, under every budget, stopped and
 //! resumed.
 
-#![allow(clippy::print_stderr, reason = "a skipped device is said")]
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use std::sync::{Arc, Mutex};
 
-use burn::tensor::{DType, Device, DeviceKind, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use paged_optim::reference::{self, Block8};
 use paged_optim::{
     BLOCKSIZE, Budget, Clip, MemorySource, Moment, Moments, Optimizer, OptimizerConfig, OptimizerKind, Update,
     global_norm,
 };
-
-/// The CPU, and every GPU runtime that answers. NF4_QUANT_RUNTIMES names those that must.
-fn devices() -> Vec<(&'static str, Device)> {
-    let required = std::env::var("NF4_QUANT_RUNTIMES").unwrap_or_default();
-    let mut found = vec![("flex", Device::flex())];
-    for (name, make) in
-        [("wgpu", (|| Device::wgpu(DeviceKind::default())) as fn() -> Device), ("cuda", || Device::cuda(0))]
-    {
-        let answers = std::panic::catch_unwind(|| {
-            let device = make();
-            Tensor::<1>::zeros([1], &device).into_data();
-            device
-        });
-        match answers {
-            Ok(device) => found.push((name, device)),
-            Err(_) if required.split(',').any(|other| other.trim() == name) => panic!("{name} is required"),
-            Err(_) => eprintln!("{name}: no such device here, skipped"),
-        }
-    }
-    found
-}
+use test_support::{Random, devices};
 
 /// Odd lengths, several segments, a vector, parameters on either side of 4096, and more than one launch holds.
 const LENS: [usize; 14] = [5, 4096, 4095, 8192, 1, 12_000, 70_001, 333, 64, 64, 64, 20_000, 4099, 256];
 
 /// Reproducible values in [-1, 1) of magnitudes from 1e-4 to 1.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..len)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            let unit = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-            unit * 10_f32.powi(-((state % 5) as i32))
-        })
-        .collect()
+    let mut random = Random(seed);
+    (0..len).map(|_| random.signed() * 10_f32.powi(-((random.next_u64() % 5) as i32))).collect()
 }
 
 fn tensor(values: &[f32], device: &Device) -> Tensor<1> {

@@ -1,6 +1,6 @@
 //! The `qlora` command. Everything that prints or exits is here; the work is done by the libraries.
 
-#![allow(clippy::print_stdout, clippy::print_stderr)] // a program for people
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit)] // a program for people
 
 mod args;
 mod convert;

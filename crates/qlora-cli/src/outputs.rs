@@ -48,8 +48,8 @@ pub fn file(path: &Path, force: bool) -> Result<()> {
 
 fn clean_up_on_interrupt() -> Result<()> {
     ctrlc::set_handler(|| {
-        atomic::abandon_all();
-        eprintln!("\nInterrupted; nothing was written.");
+        let nothing = if atomic::abandon_all() { "; nothing was written" } else { "" };
+        eprintln!("\nInterrupted{nothing}.");
         std::process::exit(Code::Interrupted as i32);
     })
     .context("can't listen for Ctrl-C")

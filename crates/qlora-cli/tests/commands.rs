@@ -152,29 +152,29 @@ fn an_interrupted_run_resumes_to_the_same_adapter() {
     use std::process::{Command, Stdio};
 
     let bench = Bench::new();
-    // Long enough that the signal arrives before the end.
-    let steps = ["--max-steps", "12"];
-    let train = |dir: &str| {
-        [&["train", "qlora.toml", "--output-dir", dir][..], &steps]
-            .concat()
-            .into_iter()
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
+    let train = |dir: &str| ["train", "qlora.toml", "--max-steps", "12", "--output-dir", dir].map(str::to_owned);
     let args = train("stopped");
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let mut child =
-        bench.command(&args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
-    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok);
-    let step = lines.find(|line| line.starts_with("step 2/12"));
-    assert!(step.is_some(), "the second step is reported");
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
-    assert!(killed.success());
-    let rest: Vec<String> = lines.collect();
-    let status = child.wait().expect("the program ends");
-    assert_eq!(status.code(), Some(130), "{rest:?}");
-    let last = rest.iter().rfind(|line| line.starts_with("saved ")).expect("a checkpoint");
-    assert!(!last.contains("000012"), "stopped before the end: {last}");
+    let mut stopped = false;
+    // A run may end before the signal comes, on a machine with much else to do.
+    for _ in 0..10 {
+        let mut child =
+            bench.command(&args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
+        let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok);
+        let step = lines.find(|line| line.starts_with("step 2/12"));
+        assert!(step.is_some(), "the second step is reported");
+        drop(Command::new("kill").args(["-INT", &child.id().to_string()]).status());
+        let rest: Vec<String> = lines.collect();
+        let code = child.wait().expect("the program ends").code();
+        let last = rest.iter().rfind(|line| line.starts_with("saved ")).expect("a checkpoint");
+        stopped = code == Some(130) && !last.contains("000012");
+        if stopped {
+            break;
+        }
+        assert!(code == Some(0) || code == Some(130), "{code:?}: {rest:?}");
+        std::fs::remove_dir_all(bench.path("stopped")).expect("removed");
+    }
+    assert!(stopped, "no signal came before the end");
 
     bench.fails(&args, 3, &["already holds a run", "resume"]);
     bench.ok(&[&args[..], &["--resume"]].concat());

@@ -1,11 +1,9 @@
 //! Attention and its backward against the oracle in f64, on every device of this machine.
 
-mod common;
-
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use common::{devices, noise};
 use fused_kernels::attention::oracle::{self, Batch};
 use qlora_layers::ops::{AttentionOptions, attention};
+use test_support::{devices, noise};
 
 struct Case {
     rows: usize,

@@ -4,10 +4,11 @@
 mod common;
 
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
-use common::{Pair, devices, noise};
+use common::Pair;
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::activation_checkpointing::{self, ActivationCheckpointing, ResidualBlock};
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass};
+use test_support::{devices, noise};
 
 const WIDTH: usize = 64;
 const BLOCKS: usize = 3;

@@ -1,12 +1,10 @@
 //! RMSNorm, gated activations and rotary embeddings on every device: values and gradients against f64.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-mod common;
-
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use common::{devices, noise};
 use qlora_layers::ops::backward_from;
 use qlora_layers::ops::fused::{Activation, Norm, Rotation, cross_entropy, gated, rms_norm, rotate};
+use test_support::{devices, noise};
 
 fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F32))

@@ -2,13 +2,11 @@
 //! against the definition in f64, gradients against hand formulas and central differences.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-mod common;
-
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use common::{devices, noise};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::ops::seeded_dropout;
-use qlora_layers::{FrozenLinear, Linear4bit, LoraAdapter, EmbeddingAdapter, LoraLinear, Pass, track, trainable};
+use qlora_layers::{EmbeddingAdapter, FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass, track, trainable};
+use test_support::{devices, noise};
 
 const OUT: usize = 24;
 const IN: usize = 40;

@@ -1,12 +1,10 @@
 //! The 4-bit product and its backward, against a dense oracle, finite differences and bitsandbytes.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-mod common;
-
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use common::{devices, noise};
 use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
 use qlora_layers::Linear4bit;
+use test_support::{devices, noise};
 
 fn matrix(values: Vec<f32>, shape: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))

@@ -1,13 +1,11 @@
 //! LoRA layers: gradients, dropout, dtype handling.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-mod common;
-
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use common::{devices, noise};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::ops::{dropout_hash, matmul, seeded_dropout};
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass, trainable};
+use test_support::{devices, noise};
 
 fn matrix(seed: u64, shape: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(noise(seed, shape[0] * shape[1]), shape), (device, DType::F32))

@@ -45,9 +45,7 @@ fn names(names: &[&str]) -> TargetModules {
 
 /// Reproducible numbers in (-1, 1).
 fn noise(shape: &[usize], seed: u64) -> HostTensor {
-    let count: usize = shape.iter().product();
-    let value = |i| (qlora_layers::mix(seed ^ qlora_layers::mix(i)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-    HostTensor::new(shape, (0..count as u64).map(value).collect()).unwrap()
+    HostTensor::new(shape, test_support::noise(seed, shape.iter().product())).unwrap()
 }
 
 /// A configuration with everything at once, as far as it goes together.

@@ -16,12 +16,14 @@ mod trace;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use cubecl::future::block_on;
 use cubecl::logging::{LaunchObservation, LaunchObserver, ProfileDuration, TimingMethod, TimingRequest};
+use tracing::subscriber::{self, NoSubscriber};
+use tracing::{Dispatch, Subscriber};
 
 use crate::error::TrainError;
 
@@ -80,6 +82,17 @@ impl Profile {
         let spans = std::mem::take(&mut state.spans);
         Trace { spans, kernels, unmeasured, steps: state.profiled }
     }
+}
+
+/// Runs `work` under a subscriber of this thread's own, which sees every span of `work`, whatever other threads do.
+///
+/// While a process has one subscriber, `tracing` asks the thread that enters a span first whether anybody wants it, and
+/// keeps the answer for all threads: a step on a thread without a subscriber would switch its spans off for good. With
+/// a second one, which wants nothing, it asks them all.
+pub fn with_subscriber<T>(subscriber: impl Subscriber + Send + Sync + 'static, work: impl FnOnce() -> T) -> T {
+    static SECOND: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::new()));
+    LazyLock::force(&SECOND);
+    subscriber::with_default(subscriber, work)
 }
 
 /// Reads the kernels' times, which waits for the device. Returns how many have none, too.

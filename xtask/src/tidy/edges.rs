@@ -8,6 +8,7 @@ use serde::Deserialize;
 /// The arrows of ARCHITECTURE.md. A library may also name the crates that its arrows reach; a
 /// program uses nothing but its arrows.
 const ARROWS: &[(&str, &[&str])] = &[
+    ("test-support", &[]),
     ("cuda-source", &[]),
     ("nf4-quant", &["cuda-source"]),
     ("fused-kernels", &["cuda-source"]),
@@ -29,8 +30,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Programs: no crate may use them, and they use nothing but their arrows.
 const PROGRAMS: &[&str] = &["qlora-cli", "conformance", "benchmarks", "xtask", "burn-transformer"];
 
-/// Edges for tests only, each with its reason.
-const DEV_ARROWS: &[(&str, &str, &str)] = &[];
+/// The crate that tests share: any crate may have it as a dev-dependency, and none otherwise.
+const FOR_TESTS: &str = "test-support";
 
 /// Crates from elsewhere that a crate must not use: the first part of the name, and why.
 const FOREIGN: &[(&str, &[&str], &str)] = &[
@@ -70,6 +71,8 @@ struct Dependency {
     name: String,
     /// `null` for an ordinary dependency, otherwise `dev` or `build`.
     kind: Option<String>,
+    #[serde(default)]
+    features: Vec<String>,
 }
 
 /// Checks every edge of the workspace.
@@ -89,14 +92,21 @@ pub(super) fn check(metadata: &serde_json::Value) -> Result<Vec<String>> {
             if arrows.contains_key(to) {
                 let allowed = direct.contains(&to)
                     || !PROGRAMS.contains(&from) && reaches(&arrows, from, to)
-                    || for_tests && DEV_ARROWS.iter().any(|(a, b, _)| (*a, *b) == (from, to));
+                    || for_tests && to == FOR_TESTS;
                 if !allowed {
                     violations.push(format!("{from} -> {to}: this edge is not in the architecture"));
                 }
             }
             for (name, foreign, reason) in FOREIGN {
-                if *name == from && foreign.iter().any(|prefix| is_of_family(to, prefix)) {
+                if *name != from {
+                    continue;
+                }
+                if foreign.iter().any(|prefix| is_of_family(to, prefix)) {
                     violations.push(format!("{from} -> {to}: {from} {reason}"));
+                }
+                // Its features are named after what they bring along.
+                if to == FOR_TESTS && dependency.features.iter().any(|feature| foreign.contains(&feature.as_str())) {
+                    violations.push(format!("{from} -> {to} with {:?}: {from} {reason}", dependency.features));
                 }
             }
         }
@@ -166,6 +176,21 @@ mod tests {
                 let found = violations(from, to, kind);
                 assert!(found.len() == 1 && found[0].starts_with(&format!("{from} -> {to}: ")), "{found:?}");
             }
+        }
+    }
+
+    #[test]
+    fn what_tests_share_is_for_tests_and_brings_nothing_foreign() {
+        assert_eq!(violations("nf4-quant", FOR_TESTS, Some("dev")), [""; 0]);
+        assert_eq!(violations("qlora-cli", FOR_TESTS, Some("dev")), [""; 0]);
+        assert!(violations("nf4-quant", FOR_TESTS, None)[0].starts_with("nf4-quant -> test-support: "));
+        let with = |from: &str, feature: &str| {
+            let dependencies = json!([{ "name": FOR_TESTS, "kind": "dev", "features": [feature] }]);
+            check(&json!({ "packages": [{ "name": from, "dependencies": dependencies }] })).unwrap()
+        };
+        assert_eq!(with("nf4-quant", "cubecl"), [""; 0]);
+        for (from, feature) in [("nf4-quant", "burn"), ("fused-kernels", "burn"), ("adapter-io", "cubecl")] {
+            assert!(with(from, feature)[0].starts_with(&format!("{from} -> test-support with ")));
         }
     }
 

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use burn_qlora::qlora_train::profile::with_subscriber;
 use cubecl::client::Client;
 use cubecl::logging::{LaunchObservation, LaunchObserver};
+use tracing::Subscriber;
 use tracing::span::Id;
-use tracing::{Subscriber, subscriber};
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{Layer, Registry};
@@ -31,7 +32,7 @@ pub(crate) fn at<T>(client: Option<&Client>, step: impl FnOnce() -> T) -> (T, Lo
     let layer = ReadBack { client: client.cloned(), end: end.clone() };
     let observation = LaunchObservation::new(launches.clone());
     let start = Instant::now();
-    let result = subscriber::with_default(Registry::default().with(layer), step);
+    let result = with_subscriber(Registry::default().with(layer), step);
     drop(observation);
     let launches = std::mem::take(&mut *launches.0.lock().unwrap_or_else(PoisonError::into_inner));
     let end = *end.lock().unwrap_or_else(PoisonError::into_inner);

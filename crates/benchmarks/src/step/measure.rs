@@ -7,12 +7,11 @@ use anyhow::{Context, Result};
 use burn::tensor::Device;
 use burn_qlora::qlora_layers::mix;
 use burn_qlora::qlora_models::{ModelConfig, device_memory};
-use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name};
+use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name, with_subscriber};
 use burn_qlora::qlora_train::{Engine, StepOutput, compute_dtype, engine};
 use burn_qlora::{Decoder, LoadOptions, TrainConfig};
 use cubecl::client::Client;
 use serde::{Deserialize, Serialize};
-use tracing::subscriber;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer as _, Registry};
@@ -181,7 +180,7 @@ pub(crate) fn run(
 fn trace(steps: &mut Steps<'_>, tracing: &Tracing) -> Result<()> {
     let profile = Profile::new(Window { skip: 0, steps: tracing.steps });
     let subscriber = Registry::default().with(profile.layer().with_filter(filter_fn(ProfileLayer::filter)));
-    subscriber::with_default(subscriber, || (0..tracing.steps).try_for_each(|_| steps.next().map(drop)))?;
+    with_subscriber(subscriber, || (0..tracing.steps).try_for_each(|_| steps.next().map(drop)))?;
     let trace = profile.finish();
     trace.write(&tracing.path)?;
     eprintln!("\n{}\n{}: for https://ui.perfetto.dev\n", trace.summary(), tracing.path.display());

@@ -4,54 +4,25 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use burn_qlora::qlora_models::{LinearRole, ModelConfig};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-/// Names that `--shape` takes.
-const NAMES: [&str; 4] = ["llama-2-7b", "llama-3.1-8b", "llama-2-70b", "tiny"];
+/// The models' own `config.json`, by the names that `--shape` takes.
+const SHAPES: &str = include_str!("../../../../testdata/llama_shapes.json");
+/// Contexts are what lengths are measured with, not what the models were made for.
+const CONTEXT: usize = 131_072;
 
 /// The configuration of a shape, with another number of layers where one is given.
 pub(crate) fn config(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
-    let mut value = json(name).with_context(|| format!("no shape `{name}`; there are {}", NAMES.join(", ")))?;
+    let mut shapes: Map<String, Value> = serde_json::from_str(SHAPES).context("testdata/llama_shapes.json")?;
+    let names = shapes.keys().cloned().collect::<Vec<_>>().join(", ");
+    let mut config = shapes.remove(name).with_context(|| format!("no shape `{name}`; there are {names}"))?;
+    config["max_position_embeddings"] = json!(CONTEXT);
+    // The output head is one more product, as in the large models.
+    config["tie_word_embeddings"] = json!(false);
     if let Some(layers) = layers {
-        value["num_hidden_layers"] = json!(layers);
+        config["num_hidden_layers"] = json!(layers);
     }
-    Ok(ModelConfig::from_json(&value, Path::new(name))?)
-}
-
-fn json(name: &str) -> Option<Value> {
-    let llama = |[vocab, hidden, intermediate, layers, heads, kv_heads, context]: [usize; 7]| {
-        json!({
-            "model_type": "llama",
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": context,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": false,
-        })
-    };
-    // Contexts are what lengths are measured with, not what the models were made for.
-    Some(match name {
-        "llama-2-7b" => llama([32_000, 4096, 11_008, 32, 32, 32, 131_072]),
-        "llama-3.1-8b" => {
-            let mut config = llama([128_256, 4096, 14_336, 32, 32, 8, 131_072]);
-            config["rope_theta"] = json!(500_000.0);
-            config["rope_scaling"] = json!({
-                "factor": 8.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            });
-            config
-        }
-        "llama-2-70b" => llama([32_000, 8192, 28_672, 80, 64, 8, 131_072]),
-        "tiny" => llama([4096, 128, 344, 2, 4, 2, 4096]),
-        _ => return None,
-    })
+    Ok(ModelConfig::from_json(&config, Path::new(name))?)
 }
 
 /// Operations of a step over rows of `len` tokens at least: two per weight and token for the forward product, two for

@@ -1,4 +1,4 @@
-//! What the test suites share: the reference cases and random weights.
+//! What the test suites share: the reference cases, and values in a format.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
 use half::{bf16, f16};
@@ -122,34 +122,6 @@ macro_rules! with_element {
 /// Rounds to a format and widens back.
 pub fn round_to(values: &[f32], format: FloatFormat) -> Vec<f32> {
     with_element!(format, E => narrow::<E>(values).iter().map(|v| Element::to_f32(*v)).collect())
-}
-
-/// A small generator (splitmix64), so that suites need no other crate and repeat everywhere.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in (0, 1].
-    pub fn uniform(&mut self) -> f64 {
-        ((self.next_u64() >> 11) + 1) as f64 / (1_u64 << 53) as f64
-    }
-
-    /// Standard normal (Box-Muller).
-    pub fn normal(&mut self) -> f32 {
-        let (r, t) = ((-2.0 * self.uniform().ln()).sqrt(), std::f64::consts::TAU * self.uniform());
-        (r * t.cos()) as f32
-    }
-
-    pub fn normals(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
-    }
 }
 
 /// Distance in representable values.

@@ -31,7 +31,7 @@ fn profiled(policy: &str, window: Window, steps: u64) -> Trace {
     let batch = Batch::new(&[Example { input_ids: ids, labels, line: 1 }], 0);
     let profile = Profile::new(window);
     let subscriber = Registry::default().with(profile.layer().with_filter(filter_fn(ProfileLayer::filter)));
-    tracing::subscriber::with_default(subscriber, || {
+    with_subscriber(subscriber, || {
         for step in 0..steps {
             engine.step(&[batch.clone(), batch.clone()], 1e-3, step).unwrap();
         }
