@@ -43,7 +43,12 @@ impl Dora {
     }
 
     /// `m / ‖W + s·BA‖`, `[1, out_features]`; `a_w` computes `A Wᵀ`, `[rank, out_features]`, where that is needed.
-    pub(crate) fn scale(&self, factors: Factors<'_>, pass: Pass, a_w: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+    pub(crate) fn scale(
+        &self,
+        factors: Factors<'_>,
+        pass: Pass,
+        a_w: impl FnOnce(Tensor<2>) -> Tensor<2>,
+    ) -> Tensor<2> {
         match &self.scale.0 {
             Some(scale) if !pass.tracked => scale.clone(),
             _ => {

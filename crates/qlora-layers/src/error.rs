@@ -59,8 +59,10 @@ pub enum LayerError {
         path: String,
     },
     /// The configuration that an adapter is to be saved with is not that of the adapters that are there.
-    #[error("{path}: the given LoRA configuration asks for rank {expected}, the module has rank {found} (0 is no adapter): \
-             pass the configuration that the adapters were made with")]
+    #[error(
+        "{path}: the given LoRA configuration asks for rank {expected}, the module has rank {found} (0 is no adapter): \
+             pass the configuration that the adapters were made with"
+    )]
     OtherAdapters {
         /// The layer.
         path: String,

@@ -49,4 +49,3 @@ pub use params::{frozen, track, trainable};
 pub use pass::{Pass, mix};
 pub use reading::Reading;
 pub use target_modules::TargetModules;
-

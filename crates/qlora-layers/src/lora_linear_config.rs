@@ -90,12 +90,7 @@ impl LoraLinearConfig {
     ///
     /// # Errors
     /// [`LayerError::Config`] naming the setting that is out of range.
-    pub fn over(
-        &self,
-        base: FrozenLinear,
-        bias: Option<Tensor<1>>,
-        device: &Device,
-    ) -> Result<LoraLinear, LayerError> {
+    pub fn over(&self, base: FrozenLinear, bias: Option<Tensor<1>>, device: &Device) -> Result<LoraLinear, LayerError> {
         let adapter = self.adapter(base.shape(), device)?;
         let adapter = if self.lora_bias { adapter.with_bias() } else { adapter };
         let adapter = if self.use_dora { adapter.with_dora(&base, None) } else { adapter };

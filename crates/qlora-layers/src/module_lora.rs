@@ -17,8 +17,8 @@
 //! a parameter, and the first one stays.
 
 use crate::lora_linear_config::LoraLinearConfig;
-use crate::params::in_pass;
 use crate::module_paths::{Found, LORA_LINEAR, WEIGHT, adaptable, inside};
+use crate::params::in_pass;
 use crate::target_modules::{Target, resolve, resolve_saved};
 use crate::{FrozenLinear, Initialization, LayerError, Linear4bit, LoraConfig, LoraLinear, Pass};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};

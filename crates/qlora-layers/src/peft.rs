@@ -33,7 +33,8 @@ const IMPLEMENTED: [&str; 3] = ["lora_bias", "modules_to_save", "use_dora"];
 pub fn export_adapter<M: Module>(module: &M, config: &LoraConfig, base_model: &str) -> Result<Adapter, LayerError> {
     let found = Found::of(module);
     let saved = resolve_saved(&config.modules_to_save, &found.modules)?;
-    let mut parts = Parts { path: Vec::new(), saved: saved.into_iter().collect(), tensors: BTreeMap::new(), failure: None };
+    let mut parts =
+        Parts { path: Vec::new(), saved: saved.into_iter().collect(), tensors: BTreeMap::new(), failure: None };
     module.visit(&mut parts);
     if let Some(error) = parts.failure {
         return Err(error);

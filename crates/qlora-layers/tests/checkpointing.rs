@@ -22,7 +22,12 @@ fn every_policy_gives_the_same_gradients() {
                 let weight = Quantized4bit::quantize(&values, &[WIDTH, WIDTH], &QuantConfig::default()).unwrap();
                 let base = FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &device).unwrap());
                 let mut layer = LoraLinear::frozen(base, None);
-                let mut adapter = LoraLinearConfig::new(4).with_alpha(4.0).with_dropout(0.1).with_index(Some(index)).adapter([WIDTH, WIDTH], &device).unwrap();
+                let mut adapter = LoraLinearConfig::new(4)
+                    .with_alpha(4.0)
+                    .with_dropout(0.1)
+                    .with_index(Some(index))
+                    .adapter([WIDTH, WIDTH], &device)
+                    .unwrap();
                 adapter.lora_b = Tensor::from_data(
                     TensorData::new(noise(100 + u64::from(index), 4 * WIDTH), [WIDTH, 4]),
                     (&device, DType::F32),

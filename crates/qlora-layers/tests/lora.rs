@@ -19,7 +19,13 @@ fn layer(device: &Device, dropout: f32) -> LoraLinear {
     let weight = Quantized4bit::quantize(&noise(1, 24 * 40), &[24, 40], &QuantConfig::default()).unwrap();
     let mut layer =
         LoraLinear::frozen(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, device).unwrap()), None);
-    let mut adapter = LoraLinearConfig::new(4).with_alpha(8.0).with_dropout(dropout).with_seed(11).with_index(Some(3)).adapter([24, 40], device).unwrap();
+    let mut adapter = LoraLinearConfig::new(4)
+        .with_alpha(8.0)
+        .with_dropout(dropout)
+        .with_seed(11)
+        .with_index(Some(3))
+        .adapter([24, 40], device)
+        .unwrap();
     adapter.lora_b = trainable(matrix(2, [24, 4], device));
     layer.set_adapter("layer", adapter).unwrap();
     layer
@@ -29,11 +35,28 @@ fn layer(device: &Device, dropout: f32) -> LoraLinear {
 fn a_fresh_adapter_changes_nothing_and_is_reproducible() {
     for (name, device) in devices() {
         let mut layer = layer(&device, 0.0);
-        layer.adapter = Some(LoraLinearConfig::new(4).with_alpha(8.0).with_seed(11).with_index(Some(3)).adapter([24, 40], &device).unwrap());
+        layer.adapter = Some(
+            LoraLinearConfig::new(4)
+                .with_alpha(8.0)
+                .with_seed(11)
+                .with_index(Some(3))
+                .adapter([24, 40], &device)
+                .unwrap(),
+        );
         let x = matrix(3, [5, 40], &device);
         assert_eq!(values(layer.forward_in(x.clone(), Pass::INFERENCE)), values(layer.base.forward(x)), "{name}");
-        let again = LoraLinearConfig::new(4).with_alpha(8.0).with_seed(11).with_index(Some(3)).adapter([24, 40], &device).unwrap();
-        let other = LoraLinearConfig::new(4).with_alpha(8.0).with_seed(11).with_index(Some(4)).adapter([24, 40], &device).unwrap();
+        let again = LoraLinearConfig::new(4)
+            .with_alpha(8.0)
+            .with_seed(11)
+            .with_index(Some(3))
+            .adapter([24, 40], &device)
+            .unwrap();
+        let other = LoraLinearConfig::new(4)
+            .with_alpha(8.0)
+            .with_seed(11)
+            .with_index(Some(4))
+            .adapter([24, 40], &device)
+            .unwrap();
         let lora_a = values(layer.adapter.unwrap().lora_a.val());
         assert_eq!(lora_a, values(again.lora_a.val()));
         assert_ne!(lora_a, values(other.lora_a.val()));

@@ -56,7 +56,17 @@ fn one_dense_transient_at_a_time() {
                 FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &device).unwrap()),
                 None,
             );
-            layer.set_adapter("layer", LoraLinearConfig::new(2).with_alpha(2.0).with_dropout(0.1).with_index(Some(index)).adapter([WIDTH, WIDTH], &device).unwrap()).unwrap();
+            layer
+                .set_adapter(
+                    "layer",
+                    LoraLinearConfig::new(2)
+                        .with_alpha(2.0)
+                        .with_dropout(0.1)
+                        .with_index(Some(index))
+                        .adapter([WIDTH, WIDTH], &device)
+                        .unwrap(),
+                )
+                .unwrap();
             layer
         })
         .collect();

@@ -158,9 +158,11 @@ impl Block {
     /// Queries, keys and values, each `[tokens, heads * head_dim]`.
     fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> [Tensor<2>; 3] {
         match &self.qkv[..] {
-            [q, k, v] => {
-                [q.module.forward_in(h.clone(), pass), k.module.forward_in(h.clone(), pass), v.module.forward_in(h, pass)]
-            }
+            [q, k, v] => [
+                q.module.forward_in(h.clone(), pass),
+                k.module.forward_in(h.clone(), pass),
+                v.module.forward_in(h, pass),
+            ],
             fused => {
                 let all = fused[0].module.forward_in(h, pass);
                 let [q, k, v] = config.qkv_widths();

@@ -255,7 +255,8 @@ fn an_adapter_in_pefts_files_comes_back() {
 fn mistakes_are_named() {
     let device = device();
     let plain = Transformer::init(&device);
-    let apply = |config: &LoraConfig| apply_lora(plain.clone(), config, QuantConfig::default(), 0).map(|_| ()).unwrap_err();
+    let apply =
+        |config: &LoraConfig| apply_lora(plain.clone(), config, QuantConfig::default(), 0).map(|_| ()).unwrap_err();
     let nothing = LoraConfig { target_modules: TargetModules::Names(vec!["q_proj".into()]), ..config() };
     assert!(apply(&nothing).to_string().contains("query"), "the message lists what there is");
     assert!(apply(&LoraConfig { rank: 0, ..config() }).to_string().contains("rank"));

@@ -145,19 +145,12 @@ impl<B: QloraOps> Backward<B, 1> for DropoutBackward {
 }
 
 impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
-    fn dequantize_4bit(
-        weight: Packed4bit<Self>,
-        dtype: FloatDType,
-    ) -> FloatTensor<Self> {
+    fn dequantize_4bit(weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self> {
         use burn::backend::AutodiffBackend;
         Self::from_inner(B::dequantize_4bit(inner(weight), dtype))
     }
 
-    fn linear_4bit(
-        x: FloatTensor<Self>,
-        weight: Packed4bit<Self>,
-        out: FloatDType,
-    ) -> FloatTensor<Self> {
+    fn linear_4bit(x: FloatTensor<Self>, weight: Packed4bit<Self>, out: FloatDType) -> FloatTensor<Self> {
         let weight = inner(weight);
         match Linear4bitBackward.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
@@ -173,10 +166,7 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
         }
     }
 
-    fn linear_4bit_input_grad(
-        dy: FloatTensor<Self>,
-        weight: Packed4bit<Self>,
-    ) -> FloatTensor<Self> {
+    fn linear_4bit_input_grad(dy: FloatTensor<Self>, weight: Packed4bit<Self>) -> FloatTensor<Self> {
         // The adjoint map is linear too, so its own backward is the forward product.
         #[derive(Debug)]
         struct InputGradBackward;
@@ -236,9 +226,7 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
             (x.into_parts(), lora_a.into_parts(), lora_b.into_parts());
         let dtype = float_dtype(x.dtype());
         let u = B::low_rank_project(x.clone(), lora_a.clone(), LoraFactor::A, scaling, dropout);
-        let product = |u| {
-            B::linear_4bit_low_rank(x.clone(), weight.clone(), u, lora_b.clone())
-        };
+        let product = |u| B::linear_4bit_low_rank(x.clone(), weight.clone(), u, lora_b.clone());
         match LoraLinearBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let y = match gradients_only {

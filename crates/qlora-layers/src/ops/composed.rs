@@ -13,21 +13,14 @@ fn dropped<B: QloraOps>(x: FloatTensor<B>, dropout: Option<LoraDropout>) -> Floa
 }
 
 /// `B::linear_4bit`, by way of one dense transient of `W`.
-pub(super) fn linear_4bit<B: QloraOps>(
-    x: FloatTensor<B>,
-    weight: Packed4bit<B>,
-    out: FloatDType,
-) -> FloatTensor<B> {
+pub(super) fn linear_4bit<B: QloraOps>(x: FloatTensor<B>, weight: Packed4bit<B>, out: FloatDType) -> FloatTensor<B> {
     let layout = Layout4bit { dtype: format_of(x.dtype()), ..weight.layout };
     let weight = B::dequantize_4bit(Packed4bit { layout, ..weight }, float_dtype(x.dtype()));
     frozen_linear::<B>(x, weight, out)
 }
 
 /// `B::linear_4bit_input_grad`, by way of one dense transient of `W`.
-pub(super) fn linear_4bit_input_grad<B: QloraOps>(
-    dy: FloatTensor<B>,
-    weight: Packed4bit<B>,
-) -> FloatTensor<B> {
+pub(super) fn linear_4bit_input_grad<B: QloraOps>(dy: FloatTensor<B>, weight: Packed4bit<B>) -> FloatTensor<B> {
     let dtype = float_dtype(dy.dtype());
     let weight = B::dequantize_4bit(weight, dtype);
     B::matmul(dy, weight, dtype)

@@ -10,8 +10,8 @@ use super::{LoraDropout, LoraFactor, Packed4bit, QloraOps, composed, float_dtype
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, FloatDType, Shape};
-use burn_cubecl::kernel::matmul::{MatmulStrategy, init_matmul_output, matmul};
 use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::matmul::{MatmulStrategy, init_matmul_output, matmul};
 use burn_cubecl::kernel::{cast, into_contiguous};
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
 use cubek::matmul::launch::launch_ref;
@@ -24,10 +24,7 @@ use nf4_quant::kernels::{dequantize, supports};
 use nf4_quant::matmul::Direction;
 
 impl QloraOps for CubeBackend {
-    fn dequantize_4bit(
-        weight: Packed4bit<Self>,
-        dtype: FloatDType,
-    ) -> FloatTensor<Self> {
+    fn dequantize_4bit(weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self> {
         let (client, device, layout) = (weight.codes.client.clone(), weight.codes.device.clone(), weight.layout);
         let weight = device_weight(&weight);
         let shape = Shape::new([layout.out_features, layout.in_features]);
@@ -47,19 +44,14 @@ impl QloraOps for CubeBackend {
         cast(out, dtype.into())
     }
 
-    fn linear_4bit(
-        x: FloatTensor<Self>,
-        weight: Packed4bit<Self>,
-        out: FloatDType,
-    ) -> FloatTensor<Self> {
-        cube_products::product_4bit(&x, &weight, Direction::Forward, None, out.into()).unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
+    fn linear_4bit(x: FloatTensor<Self>, weight: Packed4bit<Self>, out: FloatDType) -> FloatTensor<Self> {
+        cube_products::product_4bit(&x, &weight, Direction::Forward, None, out.into())
+            .unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
     }
 
-    fn linear_4bit_input_grad(
-        dy: FloatTensor<Self>,
-        weight: Packed4bit<Self>,
-    ) -> FloatTensor<Self> {
-        cube_products::product_4bit(&dy, &weight, Direction::InputGradient, None, dy.dtype).unwrap_or_else(|| composed::linear_4bit_input_grad::<Self>(dy, weight))
+    fn linear_4bit_input_grad(dy: FloatTensor<Self>, weight: Packed4bit<Self>) -> FloatTensor<Self> {
+        cube_products::product_4bit(&dy, &weight, Direction::InputGradient, None, dy.dtype)
+            .unwrap_or_else(|| composed::linear_4bit_input_grad::<Self>(dy, weight))
     }
 
     fn linear_4bit_low_rank(
@@ -69,7 +61,8 @@ impl QloraOps for CubeBackend {
         lora_b: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let low_rank = Some((&u, &lora_b));
-        cube_products::product_4bit(&x, &weight, Direction::Forward, low_rank, x.dtype).unwrap_or_else(|| composed::linear::<Self>(x, weight, u, lora_b))
+        cube_products::product_4bit(&x, &weight, Direction::Forward, low_rank, x.dtype)
+            .unwrap_or_else(|| composed::linear::<Self>(x, weight, u, lora_b))
     }
 
     fn linear_4bit_low_rank_input_grad(
@@ -79,7 +72,8 @@ impl QloraOps for CubeBackend {
         lora_a: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let low_rank = Some((&v, &lora_a));
-        cube_products::product_4bit(&dy, &weight, Direction::InputGradient, low_rank, dy.dtype).unwrap_or_else(|| composed::input_grad::<Self>(dy, weight, v, lora_a))
+        cube_products::product_4bit(&dy, &weight, Direction::InputGradient, low_rank, dy.dtype)
+            .unwrap_or_else(|| composed::input_grad::<Self>(dy, weight, v, lora_a))
     }
 
     fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {

@@ -42,9 +42,7 @@ pub(super) fn device_weight(weight: &Packed4bit<CubeBackend>) -> DeviceWeight {
         codes: handle(&weight.codes),
         absmax: match layout.nested_blocksize {
             None => DeviceAbsmax::Plain(absmax),
-            Some(blocksize) => {
-                DeviceAbsmax::Nested { codes: absmax, absmax: handle(&weight.nested_absmax), blocksize }
-            }
+            Some(blocksize) => DeviceAbsmax::Nested { codes: absmax, absmax: handle(&weight.nested_absmax), blocksize },
         },
         quant_type: layout.quant_type,
         blocksize: layout.blocksize,

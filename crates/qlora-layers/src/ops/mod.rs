@@ -80,10 +80,7 @@ pub struct LoraTerms {
 #[backend_extension(Cube, Flex, Autodiff)]
 pub trait QloraOps: Backend {
     /// The dense weight `[out_features, in_features]` in `dtype`.
-    fn dequantize_4bit(
-        #[extension_type] weight: Packed4bit<Self>,
-        dtype: FloatDType,
-    ) -> FloatTensor<Self>;
+    fn dequantize_4bit(#[extension_type] weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self>;
 
     /// `y = x Wᵀ`, `[tokens, in_features]` to `[tokens, out_features]` in `out`, the dtype of `x` or f32;
     /// by way of one dense transient of `W` where a backend has nothing better.
@@ -97,10 +94,7 @@ pub trait QloraOps: Backend {
 
     /// `dx = dy W`, `[tokens, out_features]` to `[tokens, in_features]`, in the dtype of `dy`; by way of one
     /// dense transient of `W` where a backend has nothing better.
-    fn linear_4bit_input_grad(
-        dy: FloatTensor<Self>,
-        #[extension_type] weight: Packed4bit<Self>,
-    ) -> FloatTensor<Self> {
+    fn linear_4bit_input_grad(dy: FloatTensor<Self>, #[extension_type] weight: Packed4bit<Self>) -> FloatTensor<Self> {
         composed::linear_4bit_input_grad::<Self>(dy, weight)
     }
 

@@ -14,8 +14,8 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::target_modules::Target;
 use qlora_layers::{
-    FrozenLinear, Initialization, InputObserver, Linear4bit, LoraAdapter, LoraConfig, LoraLinear,
-    LoraLinearConfig, Pass, mix,
+    FrozenLinear, Initialization, InputObserver, Linear4bit, LoraAdapter, LoraConfig, LoraLinear, LoraLinearConfig,
+    Pass, mix,
 };
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -210,7 +210,11 @@ impl<'a> Starter<'a> {
 /// The settings that a weight was quantized with.
 fn quant_config(base: &Linear4bit) -> QuantConfig {
     let layout = base.layout();
-    QuantConfig { quant_type: layout.quant_type, blocksize: layout.blocksize, double_quant: layout.nested_blocksize.is_some() }
+    QuantConfig {
+        quant_type: layout.quant_type,
+        blocksize: layout.blocksize,
+        double_quant: layout.nested_blocksize.is_some(),
+    }
 }
 
 /// What the observers of all layers share.
