@@ -159,6 +159,10 @@ fn what_is_there(dir: &Path) -> String {
     let ends = |suffix: &str| names.iter().find(|n| n.ends_with(suffix));
     if names.iter().any(|n| n == "adapter_config.json") {
         "; it is an adapter, give its base model and pass this folder as the adapter".into()
+    } else if let Some(name) = names.iter().find(|n| n.ends_with(".safetensors") && !dir.join(n).exists()) {
+        format!(
+            "; {name} is a link to a file that is missing, as a download that broke off leaves it: download the model again"
+        )
     } else if let Some(name) = ends(".gguf") {
         format!("; GGUF files such as {name} cannot be loaded, use the original checkpoint")
     } else if let Some(name) = ends(".bin").or_else(|| ends(".pth")).or_else(|| ends(".pt")) {

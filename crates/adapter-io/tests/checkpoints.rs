@@ -235,6 +235,17 @@ fn folders_without_a_checkpoint_say_what_they_hold() {
     assert!(open_error(dir.path()).contains("not valid JSON"));
 }
 
+/// What a download that broke off leaves in the hub's cache.
+#[cfg(unix)]
+#[test]
+fn a_link_to_a_missing_file_is_told_from_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("../../blobs/gone", dir.path().join("model.safetensors")).unwrap();
+    let message = open_error(dir.path());
+    assert!(message.contains("model.safetensors is a link to a file that is missing"), "{message}");
+    assert!(message.contains("download the model again"), "{message}");
+}
+
 #[test]
 fn a_shard_without_its_tensor_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -22,13 +22,16 @@
 //! | [`qlora_data`] | rows of text to batches of tokens |
 //! | [`qlora_models`] | the decoder, streaming load, generation |
 //! | [`chat_text`] | tokenizers, chat templates, masks |
+//! | [`model_hub`] | models and adapters from the Hugging Face hub, and to it |
 //! | [`qlora_layers`] | 4-bit linear layers, LoRA, their hand-written backward passes |
 //! | [`paged_optim`] | AdamW and Lion, 32-bit and 8-bit, with state that is paged to host memory |
 //! | [`adapter_io`] | safetensors shards, bitsandbytes 4-bit weights, PEFT adapters |
 //! | [`nf4_quant`] | the NF4 and FP4 codec and its kernels |
 
 // Whole crates, for what has no short name here.
-pub use {adapter_io, chat_text, nf4_quant, paged_optim, qlora_data, qlora_layers, qlora_models, qlora_train};
+pub use {
+    adapter_io, chat_text, model_hub, nf4_quant, paged_optim, qlora_data, qlora_layers, qlora_models, qlora_train,
+};
 
 // Training: a configuration, a run, and what it leaves behind.
 pub use paged_optim::{Budget, OptimizerKind, Paging};
@@ -42,6 +45,9 @@ pub use qlora_train::{
 // Text and data: conversations to token ids, files to batches.
 pub use chat_text::{ChatError, ChatTemplate, Message, Tokenizer};
 pub use qlora_data::{Batch, DataConfig, DataError, Dataset, Example, load_rows, load_splits};
+
+// The hub: models and adapters from it, and to it.
+pub use model_hub::{Hub, HubError};
 
 // Models: on a device, with adapters, answering.
 pub use burn::tensor::{Device, FloatDType};

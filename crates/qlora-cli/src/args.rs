@@ -192,7 +192,8 @@ pub struct GenerateArgs {
     /// Branch, tag or commit of a hub id
     #[arg(long)]
     pub revision: Option<String>,
-    /// An adapter's folder, with the weight of its update (1 if left out); may be repeated, and the updates add up
+    /// An adapter, a folder or a hub id, with the weight of its update (1 if left out); may be repeated, and the updates
+    /// add up
     #[arg(long, value_name = "[NAME=]DIR[:WEIGHT]")]
     pub adapter: Vec<String>,
     /// How several adapters are combined: cat (exact), svd (best of the largest rank) or linear (sums of the factors)

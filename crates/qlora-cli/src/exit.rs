@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use burn_qlora::{ChatError, DataError, FormatError, LayerError, ModelError, TrainError};
+use burn_qlora::{ChatError, DataError, FormatError, HubError, LayerError, ModelError, TrainError};
 
 /// How a command ended; `qlora --help` documents the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,9 @@ pub fn code_of(error: &anyhow::Error) -> Code {
         if let Some(error) = cause.downcast_ref::<ModelError>() {
             return Some(of_model(error));
         }
+        if let Some(error) = cause.downcast_ref::<HubError>() {
+            return Some(of_hub(error));
+        }
         cause.downcast_ref::<FormatError>().map(of_format)
     };
     error.chain().find_map(of_one).unwrap_or(Code::Failed)
@@ -70,6 +73,7 @@ fn of_train(error: &TrainError) -> Code {
         TrainError::Chat(_) | TrainError::Checkpoint { .. } | TrainError::Optimizer { .. } => Code::Input,
         TrainError::Data(error) => of_data(error),
         TrainError::Layer(error) => of_layer(error),
+        TrainError::Hub(error) => of_hub(error),
         TrainError::Model(error) => of_model(error),
         TrainError::Format(error) => of_format(error),
         _ => Code::Failed,
@@ -104,6 +108,13 @@ fn of_layer(error: &LayerError) -> Code {
         | LayerError::Pattern { .. }
         | LayerError::NoTarget { .. }
         | LayerError::NoSavedModule { .. } => Code::Usage,
+        _ => Code::Input,
+    }
+}
+
+fn of_hub(error: &HubError) -> Code {
+    match error {
+        HubError::Write { .. } => Code::Failed,
         _ => Code::Input,
     }
 }

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use burn_qlora::qlora_models::hub;
 use burn_qlora::{
     AdapterSet, AdapterSource, Combination, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
     compute_dtype, generate, select_device,
@@ -13,6 +12,7 @@ use burn_qlora::{
 
 use crate::args::GenerateArgs;
 use crate::exit::{Code, UsageError};
+use crate::hub;
 use crate::output::print;
 use crate::progress::LoadBar;
 
@@ -98,7 +98,7 @@ impl Adapters {
         let mut found = Self { set: AdapterSet::new(), weights: Vec::new(), combination };
         for text in &args.adapter {
             let (name, dir, weight) = adapter_argument(text)?;
-            found.set.load(name, Path::new(dir))?;
+            found.set.load(name, &hub::resolve(dir, None)?)?;
             found.weights.push((name.to_string(), weight));
         }
         Ok(found)

@@ -6,6 +6,7 @@ mod args;
 mod convert;
 mod exit;
 mod generate;
+mod hub;
 mod init;
 mod inspect;
 mod merge;
@@ -29,9 +30,13 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 
 use args::{Cli, Command};
 
+/// What is logged unless RUST_LOG says otherwise. hf-hub and Xet log what comes back as an error, too, with the
+/// addresses of storage.
+const LOGGED: &str = "error,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOGGED));
     let profile = match &cli.command {
         Command::Train(args) => args.profile(),
         _ => None,

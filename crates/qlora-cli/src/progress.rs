@@ -8,9 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use burn_qlora::metrics::{EvalMetrics, RunInfo, StepMetrics};
+use burn_qlora::model_hub::OnProgress;
 use burn_qlora::report::{count, duration, memory};
 use burn_qlora::{LoadProgress, Summary, TrainEvents};
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::hub;
 
 /// Shows how far loading is.
 pub struct LoadBar {
@@ -94,6 +97,10 @@ impl Terminal {
 }
 
 impl TrainEvents for Terminal {
+    fn download_progress(&mut self) -> Option<OnProgress> {
+        Some(hub::bar())
+    }
+
     fn on_load(&mut self, progress: LoadProgress<'_>) {
         self.load_start.get_or_insert_with(Instant::now);
         self.load.update(progress);

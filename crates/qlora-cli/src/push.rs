@@ -1,18 +1,16 @@
 //! `qlora push`: a folder to the hub, with a model card.
 
 use std::fmt::Write as _;
-use std::io::IsTerminal;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use burn_qlora::qlora_models::hub::push::{Content, PushOptions, PushProgress, Upload};
-use burn_qlora::qlora_models::hub::{self, Hub};
+use burn_qlora::model_hub::{Content, PushOptions, Upload, is_hub_id};
 use burn_qlora::report::{Card, memory};
 use burn_qlora::{AdapterConfig, Summary, TrainConfig, checkpoint};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::PushArgs;
 use crate::exit::{Code, UsageError};
+use crate::hub;
 use crate::output::{Table, print};
 
 const CARD: &str = "README.md";
@@ -30,14 +28,11 @@ pub fn run(args: &PushArgs) -> Result<Code> {
         return Ok(Code::Done);
     }
     let options = PushOptions { revision: args.revision.clone(), private: args.private, summary: args.message.clone() };
-    let mut bar = UploadBar { bar: None, terminal: std::io::stderr().is_terminal() };
-    let pushed = Hub::from_env().push(&args.repo, &files, &options, &mut |progress| bar.update(progress))?;
-    if let Some(bar) = bar.bar.take() {
-        bar.finish_and_clear();
-    }
-    let known = match pushed.known {
-        0 => String::new(),
-        n => format!(", {n} of them known to the hub already"),
+    let pushed = hub::hub().push(&args.repo, &files, &options)?;
+    let known = match (pushed.large_bytes, pushed.sent_bytes) {
+        (0, _) => String::new(),
+        (_, 0) => ", the large ones known to the hub already".into(),
+        (large, sent) => format!(", {} sent of {}", memory(sent), memory(large)),
     };
     print(&format!("Pushed   {} files to {}{known}\nCommit   {}\n", files.len(), pushed.repo, pushed.url))?;
     Ok(Code::Done)
@@ -107,7 +102,7 @@ fn collect(dir: &Path, below: &str, files: &mut Vec<Upload>) -> Result<()> {
 fn base_model(args: &PushArgs, config: &AdapterConfig) -> Result<String, UsageError> {
     let named = config.base_model_name_or_path.as_deref().unwrap_or_default();
     let chosen = args.base_model.as_deref().unwrap_or(named);
-    let is_id = hub::is_hub_id(chosen) && !Path::new(chosen).exists();
+    let is_id = is_hub_id(chosen) && !Path::new(chosen).exists();
     match (is_id, &args.base_model) {
         (true, _) => Ok(chosen.to_owned()),
         (false, Some(id)) => Err(UsageError(format!("--base-model {id}: a hub id looks like `org/name`"))),
@@ -164,25 +159,4 @@ fn listing(args: &PushArgs, files: &[Upload]) -> Result<String> {
         }
     }
     Ok(text)
-}
-
-struct UploadBar {
-    bar: Option<ProgressBar>,
-    terminal: bool,
-}
-
-impl UploadBar {
-    fn update(&mut self, progress: PushProgress<'_>) {
-        if !self.terminal {
-            return;
-        }
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::new(progress.total_bytes);
-            let template = "Uploading {bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}";
-            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar
-        });
-        bar.set_position(progress.done_bytes);
-        bar.set_message(progress.file.to_string());
-    }
 }

@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use burn_qlora::calibrate::{self, Calibration, CalibrationReport};
 use burn_qlora::nf4_quant::FloatFormat;
-use burn_qlora::qlora_models::hub;
 use burn_qlora::report::{count, memory};
 use burn_qlora::{
     BnbOptions, GptqOptions, LoadProgress, Tokenizer, TrainConfig, compute_dtype, load_rows, quantize_checkpoint,
@@ -14,6 +13,7 @@ use burn_qlora::{
 
 use crate::args::{BnbArgs, GptqArgs, QuantFormat, QuantizeArgs};
 use crate::exit::{Code, UsageError};
+use crate::hub;
 use crate::inspect::group_name;
 use crate::output::{Table, print};
 use crate::outputs::{self, ConvertBar};

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use burn_qlora::qlora_models::hub;
 use burn_qlora::{Adapter, Combination, QuantConfig, QuantType, combine};
 
 use crate::args::{AdapterArgs, How};
 use crate::exit::UsageError;
 use crate::generate::adapter_argument;
+use crate::hub;
 
 /// The adapters of the flags as one. A single one with the weight 1 stays what it is.
 pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {

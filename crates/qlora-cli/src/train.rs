@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use burn_qlora::profile::Profile;
-use burn_qlora::qlora_models::hub;
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
     ModelConfig, Plan, Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, compute_dtype, load_splits, select_device,
@@ -15,6 +14,7 @@ use burn_qlora::{
 
 use crate::args::TrainArgs;
 use crate::exit::{Code, UsageError};
+use crate::hub;
 use crate::inspect::group_name;
 use crate::output::{Table, print};
 use crate::progress::Terminal;

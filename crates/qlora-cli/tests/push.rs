@@ -1,6 +1,6 @@
 //! `qlora push` to a hub on this machine.
 
-#[path = "../../qlora-models/tests/hub_server/mod.rs"]
+#[path = "../../model-hub/tests/hub_server/mod.rs"]
 mod hub_server;
 
 mod common;
@@ -63,7 +63,7 @@ fn a_trained_adapter_is_pushed_with_a_card() {
     // A training checkpoint keeps its optimizer and configuration here.
     let run = push(&bench, &server, TOKEN, &["run/checkpoint-000004", "coins", "--base-model", "org/tiny-llama"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
-    assert!(run.stdout.contains("to me/coins, 1 of them known"), "{}", run.stdout);
+    assert!(run.stdout.contains("to me/coins, the large ones known"), "{}", run.stdout);
     let state = server.state();
     assert!(state.commits[1].iter().all(|line| !line.to_string().contains("optimizer")));
 }

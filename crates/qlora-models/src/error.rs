@@ -32,24 +32,6 @@ pub enum ModelError {
         /// What is wrong with it and what is expected.
         problem: String,
     },
-    /// A model is neither a folder nor a hub id.
-    #[error("{model}: {problem}")]
-    ModelPath {
-        /// The model as given.
-        model: String,
-        /// What was found and what is expected.
-        problem: String,
-    },
-    /// A model is not in the local cache and may not or can not be downloaded.
-    #[error("{model} (revision {revision}): {problem}")]
-    Hub {
-        /// The hub id.
-        model: String,
-        /// Branch, tag or commit.
-        revision: String,
-        /// What happened and what to do.
-        problem: String,
-    },
     /// A checkpoint or adapter file.
     #[error(transparent)]
     Format(#[from] adapter_io::FormatError),

@@ -5,7 +5,6 @@
 //!   into it tensor by tensor.
 //! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
 //! - [`generate()`]: sampling with a [`KvCache`].
-//! - [`hub`]: where models come from.
 //!
 //! A model takes and gives token ids; `chat-text` makes them of text.
 
@@ -18,7 +17,6 @@ mod embedding;
 mod error;
 mod family;
 mod generate;
-pub mod hub;
 mod kernel_cache;
 mod kv_cache;
 mod loader;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use adapter_io::FormatError;
 use chat_text::ChatError;
+use model_hub::HubError;
 use qlora_data::DataError;
 use qlora_layers::LayerError;
 use qlora_models::ModelError;
@@ -12,6 +13,9 @@ use qlora_models::ModelError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
+    /// The model is not found, or can't be downloaded.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use model_hub::OnProgress;
 use qlora_models::LoadProgress;
 
 use crate::metrics::{EvalMetrics, RunInfo, StepMetrics};
@@ -11,6 +12,11 @@ use crate::report::Summary;
 ///
 /// `()` is the observer that ignores everything.
 pub trait TrainEvents {
+    /// Asked before the base model is downloaded: what to tell how far that is.
+    fn download_progress(&mut self) -> Option<OnProgress> {
+        None
+    }
+
     /// A module of the base model was loaded.
     fn on_load(&mut self, _progress: LoadProgress<'_>) {}
     /// Model and data are ready; the first step follows.

@@ -12,10 +12,11 @@ use crate::report::{Outcome, Summary, device_name};
 use adapter_io::FormatError;
 use burn::tensor::{Device, FloatDType};
 use chat_text::Tokenizer;
+use model_hub::Hub;
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Position};
 use qlora_layers::mix;
-use qlora_models::{Decoder, LoadOptions, default_compute_dtype, device_memory, hub, select_device};
+use qlora_models::{Decoder, LoadOptions, default_compute_dtype, device_memory, select_device};
 use rows::Rows;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -109,7 +110,8 @@ impl<'e> Trainer<'e> {
         }
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device);
-        let model_dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
+        let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
+        let model_dir = hub.resolve(&config.model.path, config.model.revision.as_deref())?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
         let rows = Rows::load(&config, &tokenizer)?;
         for warning in rows.train.report.warnings() {

@@ -13,12 +13,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("nf4-quant", &["cuda-source"]),
     ("fused-kernels", &["cuda-source"]),
     ("adapter-io", &["nf4-quant"]),
+    ("model-hub", &[]),
     ("paged-optim", &[]),
     ("qlora-layers", &["nf4-quant", "fused-kernels", "adapter-io"]),
     ("chat-text", &[]),
     ("qlora-data", &["chat-text"]),
     ("qlora-models", &["qlora-layers", "adapter-io"]),
-    ("qlora-train", &["qlora-data", "qlora-models", "paged-optim", "adapter-io"]),
+    ("qlora-train", &["qlora-data", "qlora-models", "paged-optim", "model-hub", "adapter-io"]),
     ("burn-qlora", &["qlora-train"]),
     ("qlora-cli", &["burn-qlora"]),
     ("conformance", &["burn-qlora"]),
@@ -41,6 +42,9 @@ const FOREIGN: &[(&str, &[&str], &str)] = &[
     ("adapter-io", &["burn", "cubecl"], "works on host memory: no Burn, no GPU"),
     ("chat-text", &["burn", "cubecl"], "works on text: no Burn, no GPU"),
     ("qlora-data", &["burn", "cubecl"], "works on host memory: no Burn, no GPU"),
+    ("model-hub", &["burn", "cubecl"], "moves files: no Burn, no GPU"),
+    // qlora-cli draws what model-hub's callback is told.
+    ("model-hub", &["indicatif"], "prints nothing"),
     ("xtask", &["burn", "cubecl"], "builds in seconds"),
     ("burn-qlora", &["anyhow"], "libraries have error enums"),
     ("qlora-train", &["anyhow"], "libraries have error enums"),
@@ -53,6 +57,7 @@ const FOREIGN: &[(&str, &[&str], &str)] = &[
     ("cuda-source", &["anyhow"], "libraries have error enums"),
     ("fused-kernels", &["anyhow"], "libraries have error enums"),
     ("adapter-io", &["anyhow"], "libraries have error enums"),
+    ("model-hub", &["anyhow"], "libraries have error enums"),
 ];
 
 #[derive(Deserialize)]
@@ -144,6 +149,8 @@ mod tests {
             ("burn-qlora", "qlora-layers"),
             ("qlora-data", "chat-text"),
             ("qlora-train", "chat-text"), // reached through qlora-data
+            ("qlora-train", "model-hub"),
+            ("burn-qlora", "model-hub"), // reached through qlora-train
             ("qlora-cli", "burn-qlora"),
             ("nf4-quant", "cubecl"),
             ("nf4-quant", "serde"),
@@ -169,6 +176,11 @@ mod tests {
             ("nf4-quant", "burn"),
             ("nf4-quant", "burn-cubecl"),
             ("adapter-io", "cubecl-cuda"),
+            ("model-hub", "adapter-io"),
+            ("qlora-models", "model-hub"),
+            ("qlora-cli", "model-hub"),
+            ("model-hub", "burn-core"),
+            ("model-hub", "indicatif"),
             ("xtask", "burn"),
             ("qlora-train", "anyhow"),
         ] {

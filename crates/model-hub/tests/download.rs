@@ -5,10 +5,11 @@ mod hub_server;
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hub_server::{Rules, SHA, Server, TOKEN, sha256};
-use qlora_models::hub::Hub;
+use model_hub::Hub;
 
 const INDEX: &str =
     r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}}"#;
@@ -19,7 +20,8 @@ fn hub(cache: &Path, endpoint: &str) -> Hub {
         endpoint: endpoint.to_owned(),
         token: None,
         offline: false,
-        progress: false,
+        xet: true,
+        progress: None,
         retry_delay: Duration::from_millis(1),
     }
 }
@@ -49,6 +51,13 @@ fn large() -> Vec<u8> {
 
 fn large_model(weights: &[u8], rules: Rules) -> Server {
     Server::start(&[("config.json", b"{}"), ("model.safetensors", weights)], rules)
+}
+
+/// Where each download from the storage began.
+fn ranges(server: &Server) -> Vec<Option<usize>> {
+    let state = server.state();
+    let downloads = state.log.iter().filter(|asked| asked.whom == "storage" && asked.line.starts_with("GET "));
+    downloads.map(|asked| asked.range).collect()
 }
 
 #[test]
@@ -203,6 +212,27 @@ fn the_environment_is_read_as_python_reads_it() {
     let xdg = hub(&[("XDG_CACHE_HOME", "/xdg"), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", "")]);
     assert_eq!(xdg.cache_dir, Path::new("/xdg/huggingface/hub"));
     assert_eq!((xdg.token, xdg.offline), (None, false));
+
+    // Names from before, and what Python puts in for `~` and variables.
+    let old = hub(&[("HF_HOME", &home), ("HUGGINGFACE_HUB_CACHE", "/old"), ("HUGGING_FACE_HUB_TOKEN", "old")]);
+    assert_eq!((old.cache_dir.as_path(), old.token.as_deref()), (Path::new("/old"), Some("old")));
+    for (written, meant) in [
+        ("~/hf", "/me/hf"),
+        ("~", "/me"),
+        ("~you/hf", "~you/hf"),
+        ("/a/~/b", "/a/~/b"),
+        ("$DISK/hf", "/big/hf"),
+        ("${DISK}x/$DISK.", "/bigx//big."),
+        ("$UNSET/${UNSET}/$/${", "$UNSET/${UNSET}/$/${"),
+    ] {
+        let vars = [("HOME", "/me"), ("DISK", "/big"), ("HF_HOME", written)];
+        assert_eq!(hub(&vars).cache_dir, Path::new(meant).join("hub"), "{written}");
+        let vars = [("HOME", "/me"), ("DISK", "/big"), ("HF_HUB_CACHE", written)];
+        assert_eq!(hub(&vars).cache_dir, Path::new(meant), "{written}");
+    }
+    let without = hub(&[("HF_HOME", &home), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1"), ("HF_HUB_DISABLE_XET", "1")]);
+    assert_eq!((without.token, without.xet), (None, false));
+    assert!(plain.xet);
 }
 
 /// Large files come from another host, which must not see the token.
@@ -215,11 +245,13 @@ fn a_redirect_does_not_carry_the_token_away() {
     let dir = hub.resolve("org/tiny", None).unwrap();
     assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
     let state = server.state();
-    let tokens = |whom: &str| -> Vec<_> {
-        state.log.iter().filter(|asked| asked.whom == whom).map(|asked| asked.token.clone()).collect()
+    let tokens = |whom: &str, method: &str| -> Vec<_> {
+        let asked = state.log.iter().filter(|asked| asked.whom == whom && asked.line.starts_with(method));
+        asked.map(|asked| asked.token.clone()).collect()
     };
-    assert_eq!(tokens("storage"), [None]);
-    assert!(tokens("hub").iter().all(|token| token.as_deref() == Some(TOKEN)));
+    assert_eq!(tokens("storage", "GET"), [None]);
+    assert_eq!(tokens("storage", "HEAD"), [None]);
+    assert!(tokens("hub", "").iter().all(|token| token.as_deref() == Some(TOKEN)));
     // Stored under its hash, as Python stores it.
     let blob = cache.path().join("hub/models--org--tiny/blobs").join(sha256(&weights));
     assert!(blob.is_file());
@@ -254,9 +286,7 @@ fn an_interrupted_download_goes_on_where_it_stopped() {
     let server = large_model(&weights, Rules { cut: 3, ..Rules::default() });
     let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
     assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
-    let ranges: Vec<_> =
-        server.state().log.iter().filter(|asked| asked.whom == "storage").map(|asked| asked.range).collect();
-    assert_eq!(ranges[..2], [None, Some(150_000)], "what came is not asked for again");
+    assert_eq!(ranges(&server)[..2], [None, Some(150_000)], "what came is not asked for again");
 
     // From run to run, from what Python's library or a killed process left.
     for part in [&weights[..1], &weights[..200_000], &weights[..]] {
@@ -267,11 +297,8 @@ fn an_interrupted_download_goes_on_where_it_stopped() {
         std::fs::write(blobs.join(sha256(&weights) + ".incomplete"), part).unwrap();
         let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
         assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
-        let state = server.state();
-        let ranges: Vec<_> =
-            state.log.iter().filter(|asked| asked.whom == "storage").map(|asked| asked.range).collect();
         let expected: &[_] = if part.len() == weights.len() { &[] } else { &[Some(part.len())] };
-        assert_eq!(ranges, expected);
+        assert_eq!(ranges(&server), expected);
         assert!(!blobs.join(sha256(&weights) + ".incomplete").exists());
     }
 
@@ -383,4 +410,90 @@ fn a_revision_cannot_lead_out_of_the_cache() {
     std::fs::write(refs.join("main"), "../../../..").unwrap();
     let offline = Hub { offline: true, ..hub(cache.path(), &server.endpoint) };
     assert!(offline.resolve("org/tiny", None).unwrap_err().to_string().contains("not in the cache"));
+}
+
+/// Trainers save the base's `config.json` beside an adapter; that makes it no model.
+#[test]
+fn an_adapter_with_a_configuration_is_complete_offline() {
+    let cache = tempfile::tempdir().unwrap();
+    let files: [(&str, &[u8]); 3] =
+        [("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"x"), ("config.json", b"{}")];
+    let server = Server::start(&files, Rules::default());
+    let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+    let offline = Hub { offline: true, ..hub(cache.path(), &server.endpoint) };
+    assert_eq!(offline.resolve("org/tiny", None).unwrap(), dir);
+    let away = hub(cache.path(), &unreachable());
+    assert_eq!(away.resolve("org/tiny", None).unwrap(), dir);
+    std::fs::remove_file(dir.join("adapter_model.safetensors")).unwrap();
+    let error = offline.resolve("org/tiny", None).unwrap_err().to_string();
+    assert!(error.contains("lacks its adapter_model.safetensors"), "{error}");
+}
+
+/// What a merge copies and what GGUF is written from comes along.
+#[test]
+fn every_file_of_a_tokenizer_comes_along() {
+    let cache = tempfile::tempdir().unwrap();
+    let of_tokenizer = ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"];
+    let mut files: Vec<(&str, &[u8])> = vec![("config.json", b"{}"), ("model.safetensors", b"x")];
+    files.extend(of_tokenizer.map(|file| (file, &b"{}"[..])));
+    let server = Server::start(&files, Rules::default());
+    let dir = hub(cache.path(), &server.endpoint).resolve("org/tiny", None).unwrap();
+    of_tokenizer.iter().for_each(|file| assert!(dir.join(file).is_file(), "{file}"));
+}
+
+/// Some mirrors hand files out and know little else.
+#[test]
+fn a_mirror_that_knows_no_checksums_of_several_files_is_asked_for_each() {
+    let weights = large();
+    let cache = tempfile::tempdir().unwrap();
+    let rules = Rules { no_paths_info: true, lfs_from: usize::MAX, cut: 1, ..Rules::default() };
+    let server = large_model(&weights, rules);
+    let hub = hub(cache.path(), &server.endpoint);
+    let dir = hub.resolve("org/tiny", None).unwrap();
+    assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), weights);
+    // Checked all the same.
+    std::fs::remove_dir_all(&hub.cache_dir).unwrap();
+    server.state().rules.corrupt = 1;
+    let error = hub.resolve("org/tiny", None).unwrap_err().to_string();
+    assert!(error.contains("checksum"), "{error}");
+}
+
+#[test]
+fn progress_is_told_and_ends_at_the_whole() {
+    let weights = large();
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&weights, Rules { cut: 2, ..Rules::default() });
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let to = Arc::clone(&told);
+    let progress: model_hub::OnProgress = Arc::new(move |progress| {
+        assert_eq!(progress.direction, model_hub::Direction::Download);
+        to.lock().unwrap().push((progress.file.to_owned(), progress.done_bytes, progress.total_bytes));
+    });
+    let hub = Hub { progress: Some(progress), ..hub(cache.path(), &server.endpoint) };
+    hub.resolve("org/tiny", None).unwrap();
+    let told = told.lock().unwrap();
+    assert!(told.iter().all(|(_, done, total)| total.is_some_and(|total| *done <= total)));
+    let of_weights: Vec<u64> =
+        told.iter().filter(|(file, ..)| file == "model.safetensors").map(|told| told.1).collect();
+    assert!(of_weights.is_sorted() && of_weights.len() >= 3, "{of_weights:?}");
+    assert_eq!(of_weights.last(), Some(&300_000));
+}
+
+/// A server that serves models asks from within its runtime, where blocking on another one panics.
+#[test]
+fn a_model_is_found_from_within_a_runtime() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = large_model(&large(), Rules::default());
+    let hub = hub(cache.path(), &server.endpoint);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let dir = runtime.block_on(async { hub.resolve("org/tiny", None) }).unwrap();
+    assert!(dir.join("model.safetensors").is_file());
+}
+
+/// A token is a secret: nobody logs it by accident.
+#[test]
+fn debug_output_leaves_the_token_out() {
+    let hub = Hub { token: Some(TOKEN.into()), ..hub(Path::new("cache"), "http://hub") };
+    let text = format!("{hub:?}");
+    assert!(!text.contains(TOKEN) && text.contains("has_token: true"), "{text}");
 }

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use hub_server::{Rules, Server, TOKEN, sha256};
-use qlora_models::hub::Hub;
-use qlora_models::hub::push::{Content, PushOptions, Pushed, Upload};
+use model_hub::{Content, Hub, PushOptions, Pushed, Upload};
 use serde_json::json;
 
 fn hub(server: &Server) -> Hub {
@@ -17,7 +16,8 @@ fn hub(server: &Server) -> Hub {
         endpoint: server.endpoint.clone(),
         token: Some(TOKEN.into()),
         offline: false,
-        progress: false,
+        xet: true,
+        progress: None,
         retry_delay: Duration::from_millis(1),
     }
 }
@@ -44,14 +44,14 @@ fn files(dir: &tempfile::TempDir) -> Vec<Upload> {
 
 fn push(server: &Server, repo: &str, options: &PushOptions) -> Pushed {
     let dir = tempfile::tempdir().unwrap();
-    hub(server).push(repo, &files(&dir), options, &mut |_| {}).unwrap()
+    hub(server).push(repo, &files(&dir), options).unwrap()
 }
 
 #[test]
 fn an_adapter_arrives_in_one_commit() {
     let server = Server::start(&[], Rules::default());
     let pushed = push(&server, "org/new", &options());
-    assert_eq!((pushed.repo.as_str(), pushed.sent, pushed.known), ("org/new", 1, 0));
+    assert_eq!((pushed.repo.as_str(), pushed.large_bytes, pushed.sent_bytes), ("org/new", 50_001, 50_001));
     assert!(pushed.url.ends_with(&format!("/org/new/commit/{}", pushed.commit)), "{}", pushed.url);
     let oid = sha256(&weights());
     {
@@ -67,12 +67,13 @@ fn an_adapter_arrives_in_one_commit() {
         assert_eq!(state.commits, [expected]);
         // The storage never sees the token, the hub always.
         for asked in &state.log {
-            assert_eq!(asked.token.is_some(), asked.whom == "hub", "{}", asked.line);
+            assert_eq!(asked.token.as_deref() == Some(TOKEN), asked.whom == "hub", "{}", asked.line);
         }
+        assert!(state.log.iter().any(|asked| asked.whom == "storage" && asked.line.starts_with("POST ")));
     }
     // Again: the content is known.
     let again = push(&server, "org/new", &options());
-    assert_eq!((again.sent, again.known), (0, 1));
+    assert_eq!((again.large_bytes, again.sent_bytes), (50_001, 0));
     assert_eq!(server.state().commits.len(), 2);
 }
 
@@ -95,14 +96,32 @@ fn a_branch_is_made_once() {
 }
 
 #[test]
-fn large_files_go_in_parts_where_the_hub_asks_for_it() {
-    for chunk in [10_000, 50_001, 60_000, 25_001] {
-        let server = Server::start(&[], Rules { chunk: Some(chunk), ..Rules::default() });
-        push(&server, "org/new", &options());
-        assert_eq!(server.state().objects[&sha256(&weights())], weights(), "{chunk}");
-        let puts = server.lines().iter().filter(|line| line.starts_with("PUT ")).count();
-        assert_eq!(puts, 50_001usize.div_ceil(chunk));
-    }
+fn content_that_the_hub_has_is_not_sent_again() {
+    let server = Server::start(&[], Rules::default());
+    push(&server, "org/new", &options());
+    // Another file in another repository, of which the first 50,001 bytes are known.
+    let dir = tempfile::tempdir().unwrap();
+    let mut files = files(&dir);
+    let more = [weights(), vec![7; 1_000_000]].concat();
+    std::fs::write(dir.path().join("adapter_model.safetensors"), &more).unwrap();
+    files.retain(|file| file.path.starts_with("adapter"));
+    let pushed = hub(&server).push("org/other", &files, &options()).unwrap();
+    assert_eq!(server.state().objects[&sha256(&more)], more);
+    assert_eq!(pushed.large_bytes, more.len() as u64);
+    // The chunks that repeat are sent once.
+    assert!(pushed.sent_bytes < 300_000, "{}", pushed.sent_bytes);
+}
+
+/// A hub without Xet gets small files in the commit, and large ones are not put there by surprise.
+#[test]
+fn a_hub_without_xet_gets_no_large_files() {
+    let server = Server::start(&[], Rules { no_xet: true, ..Rules::default() });
+    push(&server, "org/new", &options());
+    assert!(server.state().commits[0].iter().all(|line| line["key"] != "lfsFile"));
+    let large = [Upload { path: "model.safetensors".into(), content: Content::Bytes(vec![0; 11 << 20]) }];
+    let error = hub(&server).push("org/new", &large, &options()).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors is large") && error.contains("hf upload"), "{error}");
+    assert_eq!(server.state().commits.len(), 1);
 }
 
 #[test]
@@ -118,7 +137,7 @@ fn refusals_say_what_to_do_and_commit_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let files = files(&dir);
     let error = |hub: Hub, repo: &str, files: &[Upload], options: &PushOptions| {
-        hub.push(repo, files, options, &mut |_| {}).unwrap_err().to_string()
+        hub.push(repo, files, options).unwrap_err().to_string()
     };
     let message = error(Hub { token: None, ..hub(&server) }, "org/new", &files, &options());
     assert!(message.contains("HF_TOKEN") && message.contains("hf auth login"), "{message}");

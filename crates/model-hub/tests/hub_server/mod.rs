@@ -1,7 +1,10 @@
 //! A hub on this machine that speaks the requests of a download and of a push, and the storage beside it, on a port
-//! of its own: another origin, as the real one's is another host. It can be told to misbehave.
+//! of its own: another origin, as the real one's is another host. Large files are in Xet (`cas`), which the storage
+//! passes requests on to. It can be told to misbehave.
 
 #![allow(dead_code, clippy::unwrap_used)] // each test program uses a part
+
+mod cas;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -22,7 +25,7 @@ pub const TOKEN: &str = "secret";
 pub struct Rules {
     /// Status of the answer to a question about the model or to a commit, when it is not 200, and its error code.
     pub refuse: Option<(u16, &'static str)>,
-    /// Files from this size on are in LFS: handed out by a redirect to the storage.
+    /// Files from this size on are large: handed out by a redirect to the storage, uploaded to Xet.
     pub lfs_from: usize,
     /// Answers that end in the middle, of those longer than 100 bytes.
     pub cut: usize,
@@ -34,8 +37,12 @@ pub struct Rules {
     pub odd_etags: bool,
     /// Requests answered with 503, other than for a model's description.
     pub busy: usize,
-    /// Parts of uploads are this long, if not sent whole.
-    pub chunk: Option<usize>,
+    /// Whether nothing is known of Xet.
+    pub no_xet: bool,
+    /// Requests to Xet that are answered with 404.
+    pub broken_xet: usize,
+    /// Whether the question for several files' checksums is not known, as at some mirrors.
+    pub no_paths_info: bool,
 }
 
 impl Default for Rules {
@@ -48,7 +55,9 @@ impl Default for Rules {
             whole_files: false,
             odd_etags: false,
             busy: 0,
-            chunk: None,
+            no_xet: false,
+            broken_xet: 0,
+            no_paths_info: false,
         }
     }
 }
@@ -73,10 +82,12 @@ pub struct Asked {
 pub struct State {
     /// The files of the model `org/tiny`.
     pub files: BTreeMap<String, Vec<u8>>,
-    /// Objects in LFS, by their SHA-256.
+    /// Large files that were uploaded, by their SHA-256.
     pub objects: BTreeMap<String, Vec<u8>>,
-    /// Parts of uploads.
-    pub parts: BTreeMap<(String, usize), Vec<u8>>,
+    /// Their names in Xet.
+    pub xet_names: BTreeMap<String, String>,
+    /// The storage behind the storage.
+    cas: Option<cas::Cas>,
     /// Repositories that were made, and whether they are private.
     pub repos: BTreeMap<String, bool>,
     /// Branches that were made.
@@ -101,6 +112,7 @@ pub struct Server {
 impl Server {
     /// Starts both.
     pub fn start(files: &[(&str, &[u8])], rules: Rules) -> Self {
+        cas::use_a_cache_of_this_process();
         let files = files.iter().map(|(name, content)| ((*name).to_owned(), content.to_vec())).collect();
         let state = Arc::new(Mutex::new(State { files, rules, ..State::default() }));
         let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
@@ -154,20 +166,38 @@ fn serve(stream: TcpStream, whom: &'static str, state: &Mutex<State>, hub: &str,
     let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
     let mut asked = Asked { whom, line: format!("{method} {path}"), token: None, range: None, body: Vec::new() };
     let mut length = 0;
+    let mut head = line.clone();
     loop {
         let mut header = String::new();
         if reader.read_line(&mut header).ok()? <= 2 {
             break;
         }
+        if !header.to_ascii_lowercase().starts_with("connection:") {
+            head += &header;
+        }
         let (name, value) = header.split_once(':')?;
         let value = value.trim();
         match name.to_ascii_lowercase().as_str() {
-            "range" => asked.range = value.strip_prefix("bytes=")?.trim_end_matches('-').parse().ok(),
+            "range" => asked.range = value.strip_prefix("bytes=")?.split('-').next()?.parse().ok(),
             "authorization" => asked.token = Some(value.strip_prefix("Bearer ")?.to_owned()),
             "content-length" => length = value.parse().ok()?,
             "expect" => (&stream).write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?,
             _ => {}
         }
+    }
+    let is_xet = whom == "storage" && (path.starts_with("/v1/") || path.starts_with("/v2/"));
+    if is_xet {
+        let mut state = state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        state.log.push(asked);
+        let broken = state.rules.broken_xet > 0;
+        state.rules.broken_xet = state.rules.broken_xet.saturating_sub(1);
+        let cas = state.cas.as_ref()?.address();
+        drop(state);
+        if broken {
+            (&stream).write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").ok()?;
+            return Some(());
+        }
+        return cas::pass_on(&head, reader, &stream, &cas);
     }
     asked.body.resize(length, 0);
     reader.read_exact(&mut asked.body).ok()?;
@@ -178,7 +208,9 @@ fn serve(stream: TcpStream, whom: &'static str, state: &Mutex<State>, hub: &str,
         state.rules.busy -= 1;
         answer("503 Busy", "")
     } else if whom == "hub" {
-        at_hub(&mut state, &method, &path, &asked, hub, storage)
+        // A proxy is asked with the whole address.
+        let path = path.strip_prefix("http://hub.invalid").unwrap_or(&path);
+        at_hub(&mut state, &method, path, &asked, hub, storage)
     } else {
         at_storage(&mut state, &method, &path, &asked)
     };
@@ -198,7 +230,16 @@ fn at_hub(state: &mut State, method: &str, path: &str, asked: &Asked, hub: &str,
     }
     if method == "GET" && path.starts_with("/api/models/org/tiny/revision/") {
         let siblings: Vec<_> = state.files.keys().map(|name| json!({"rfilename": name})).collect();
-        return ok(&json!({"sha": SHA, "siblings": siblings, "private": false}));
+        return ok(&json!({"id": "org/tiny", "sha": SHA, "siblings": siblings, "private": false}));
+    }
+    if path == format!("/api/models/org/tiny/paths-info/{SHA}") && !state.rules.no_paths_info {
+        let wanted: Value = serde_json::from_slice(&asked.body).unwrap();
+        let wanted = wanted["paths"].as_array().unwrap().iter().map(|name| name.as_str().unwrap());
+        let entries = wanted.filter_map(|name| Some(about_file(state, name, state.files.get(name)?)));
+        return ok(&entries.collect());
+    }
+    if path == format!("/api/models/org/tiny/xet-read-token/{SHA}") && !state.rules.no_xet {
+        return xet_token(state, storage);
     }
     if let Some(name) = path.strip_prefix(&format!("/org/tiny/resolve/{SHA}/")) {
         let Some(content) = state.files.get(name).cloned() else { return answer("404 Not Found", "") };
@@ -209,9 +250,11 @@ fn at_hub(state: &mut State, method: &str, path: &str, asked: &Asked, hub: &str,
         };
         if content.len() >= state.rules.lfs_from {
             let size = content.len();
+            let xet = state.xet_names.get(&sha256(&content)).map(|name| format!("X-Xet-Hash: {name}\r\n"));
             return answer(
                 &format!(
-                    "302 Found\r\nX-Repo-Commit: {SHA}\r\nX-Linked-Etag: {etag}\r\nX-Linked-Size: {size}\r\nETag: \"not this\"\r\nLocation: {storage}/get/{name}?signature=s"
+                    "302 Found\r\nX-Repo-Commit: {SHA}\r\nX-Linked-Etag: {etag}\r\nX-Linked-Size: {size}\r\nETag: \"not this\"\r\n{}Location: {storage}/get/{name}?signature=s",
+                    xet.unwrap_or_default()
                 ),
                 "elsewhere",
             );
@@ -224,7 +267,7 @@ fn at_hub(state: &mut State, method: &str, path: &str, asked: &Asked, hub: &str,
         // A repository that was renamed: the redirect stays at the hub.
         return answer(&format!("307 Moved\r\nLocation: {}", path.replacen("/moved/", "/org/", 1)), "");
     }
-    if method == "POST" || path == "/api/whoami-v2" {
+    if method == "POST" || path == "/api/whoami-v2" || path.contains("/xet-write-token/") {
         if asked.token.as_deref() != Some(TOKEN) {
             return answer("401 Unauthorized", r#"{"error": "Invalid credentials"}"#);
         }
@@ -259,22 +302,31 @@ fn content_answer(state: &mut State, content: &[u8], range: Option<usize>, spoil
     Answer { head, body, length: Some(announced) }
 }
 
+/// An entry of the answer about several files.
+fn about_file(state: &State, name: &str, content: &[u8]) -> Value {
+    let size = content.len();
+    let hash = |hash: String| if state.rules.odd_etags { format!("W/\"{size}-odd/../etag\"") } else { hash };
+    let mut entry = json!({"type": "file", "path": name, "size": size, "oid": hash(blob_sha1(content))});
+    if size >= state.rules.lfs_from {
+        entry["lfs"] = json!({"sha256": hash(sha256(content)), "size": size, "pointerSize": 134});
+    }
+    if let Some(name) = state.xet_names.get(&sha256(content)) {
+        entry["xetHash"] = name.clone().into();
+    }
+    entry
+}
+
+/// Says where Xet is, and gives a token for it that is not the hub's.
+fn xet_token(state: &mut State, storage: &str) -> Answer {
+    state.cas.get_or_insert_with(cas::Cas::start);
+    ok(&json!({"accessToken": "of-the-storage", "exp": 4_000_000_000u64, "casUrl": storage}))
+}
+
 fn at_storage(state: &mut State, method: &str, path: &str, asked: &Asked) -> Answer {
     let path = path.split('?').next().unwrap_or_default();
     if let Some(name) = path.strip_prefix("/get/") {
         let Some(content) = state.files.get(name).cloned() else { return answer("404 Not Found", "") };
         return content_answer(state, &content, asked.range, method == "GET");
-    }
-    if let (Some(oid), "PUT") = (path.strip_prefix("/put/"), method) {
-        if let Some((oid, part)) = oid.split_once('/') {
-            state.parts.insert((oid.to_owned(), part.parse().unwrap()), asked.body.clone());
-            return answer(&format!("200 OK\r\nETag: \"part-{part}\""), "");
-        }
-        if sha256(&asked.body) != oid {
-            return answer("400 Bad Request", "another checksum");
-        }
-        state.objects.insert(oid.to_owned(), asked.body.clone());
-        return answer("200 OK", "");
     }
     answer("404 Not Found", "")
 }
@@ -293,29 +345,12 @@ fn pushed(state: &mut State, path: &str, body: &[u8], hub: &str, storage: &str) 
         state.repos.insert(repo.clone(), wanted["private"].as_bool().unwrap());
         return ok(&json!({"url": format!("{hub}/{repo}")}));
     }
-    if let Some(oid) = path.strip_prefix("/complete/") {
-        let wanted = json();
-        let mut whole = Vec::new();
-        for part in wanted["parts"].as_array().unwrap() {
-            let number = part["partNumber"].as_u64().unwrap() as usize;
-            assert_eq!(part["etag"], format!("\"part-{number}\""));
-            whole.extend(state.parts.remove(&(oid.to_owned(), number)).unwrap());
-        }
-        if sha256(&whole) != oid {
-            return answer("400 Bad Request", "{}");
-        }
-        state.objects.insert(oid.to_owned(), whole);
-        return ok(&json!({}));
-    }
-    if path == "/verify" {
-        let wanted = json();
-        let known = state.objects.get(wanted["oid"].as_str().unwrap());
-        let right = known.is_some_and(|object| wanted["size"] == object.len());
-        return if right { answer("200 OK", "") } else { answer("404 Not Found", "{}") };
-    }
     let Some((repo, rest)) = split_repo(path) else { return answer("404 Not Found", "{}") };
     if !state.repos.contains_key(&repo) {
         return answer("404 Not Found\r\nX-Error-Code: RepoNotFound", r#"{"error": "Repository not found"}"#);
+    }
+    if rest.starts_with("xet-write-token/") && !state.rules.no_xet {
+        return xet_token(state, storage);
     }
     if let Some(branch) = rest.strip_prefix("branch/") {
         if state.branches.iter().any(|known| known == branch) {
@@ -340,34 +375,26 @@ fn pushed(state: &mut State, path: &str, body: &[u8], hub: &str, storage: &str) 
     }
     if rest == "info/lfs/objects/batch" {
         let wanted = json();
-        let objects: Vec<Value> = wanted["objects"].as_array().unwrap().iter().map(|object| {
-            let oid = object["oid"].as_str().unwrap();
-            if state.objects.contains_key(oid) {
-                return json!({"oid": oid, "size": object["size"]});
-            }
-            let upload = match state.rules.chunk {
-                None => json!({"href": format!("{storage}/put/{oid}")}),
-                Some(chunk) => {
-                    let mut header = json!({"chunk_size": chunk.to_string()});
-                    for part in 1..=(object["size"].as_u64().unwrap() as usize).div_ceil(chunk) {
-                        header[format!("{part:05}")] = format!("{storage}/put/{oid}/{part}").into();
-                    }
-                    json!({"href": format!("{hub}/complete/{oid}"), "header": header})
-                }
-            };
-            json!({"oid": oid, "size": object["size"], "actions": {"upload": upload, "verify": {"href": format!("{hub}/verify")}}})
-        }).collect();
-        let transfer = if state.rules.chunk.is_some() { "multipart" } else { "basic" };
-        return ok(&json!({"transfer": transfer, "objects": objects}));
+        assert!(wanted["transfers"].as_array().unwrap().contains(&json!("xet")));
+        let transfer = if state.rules.no_xet { "basic" } else { "xet" };
+        return ok(&json!({"transfer": transfer, "objects": wanted["objects"]}));
     }
     if rest.starts_with("commit/") {
         let lines: Vec<Value> =
             String::from_utf8_lossy(body).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for (name, content) in state.cas.as_ref().map(cas::Cas::files).unwrap_or_default() {
+            state.xet_names.insert(sha256(&content), name);
+            state.objects.insert(sha256(&content), content);
+        }
         let missing = |line: &&Value| {
             line["key"] == "lfsFile" && !state.objects.contains_key(line["value"]["oid"].as_str().unwrap())
         };
         if lines.iter().any(|line| missing(&line)) {
             return answer("400 Bad Request", r#"{"error": "LFS object is missing"}"#);
+        }
+        for value in lines.iter().filter(|line| line["key"] == "lfsFile").map(|line| &line["value"]) {
+            let content = state.objects[value["oid"].as_str().unwrap()].clone();
+            state.files.insert(value["path"].as_str().unwrap().to_owned(), content);
         }
         state.commits.push(lines);
         return ok(&json!({"success": true, "commitOid": SHA, "commitUrl": format!("{hub}/{repo}/commit/{SHA}")}));
