@@ -10,6 +10,7 @@ use nf4_quant::{
     dequantize_blocks, quantize_blocks, reference,
 };
 use proptest::prelude::*;
+use test_support::Random;
 
 const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 

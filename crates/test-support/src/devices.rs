@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use cubecl::client::Client;
 use cubecl::device::{Device, WgpuDeviceKind};
 
-use crate::named::{GPUS, missing, skipped, wanted};
+use crate::named::{GPUS, VARIABLE, missing, required, say, wanted};
 
 /// The GPU devices to test on, by name.
 ///
@@ -27,7 +27,7 @@ pub fn client(name: &str) -> Option<&'static Client> {
 
 fn open(name: &str) -> Option<Client> {
     if !wanted(name) {
-        skipped(format!("{name}: {} does not name it", crate::VARIABLE));
+        say(format_args!("skipped: every test on {name}: {VARIABLE} does not name it"));
         return None;
     }
     let device = match name {
@@ -37,7 +37,10 @@ fn open(name: &str) -> Option<Client> {
     match device {
         Ok(device) => Some(device.client()),
         Err(error) => {
-            missing(name, error.to_string().lines().next().unwrap_or("no such device here"));
+            let reason = error.to_string();
+            let reason = reason.lines().next().unwrap_or("no such device here");
+            assert!(!required(name), "{VARIABLE} names {name}: {reason}");
+            say(format_args!("skipped: every test on {name}: {reason}"));
             None
         }
     }

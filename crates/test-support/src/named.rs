@@ -45,9 +45,13 @@ pub(crate) fn wanted(device: &str) -> bool {
 /// Says that this test, or a part of it, does not run, where a person sees it.
 pub fn skipped(reason: impl Display) {
     let thread = std::thread::current();
-    let line = format!("skipped: {}: {reason}\n", thread.name().unwrap_or("a test"));
+    say(format_args!("skipped: {}: {reason}", thread.name().unwrap_or("a test")));
+}
+
+/// Writes a line past libtest.
+pub(crate) fn say(line: impl Display) {
     // A closed stream is no reason for a test to fail.
-    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    let _ = std::io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Something that a suite needs of a device is missing: the device, or the kernels that should run on it.

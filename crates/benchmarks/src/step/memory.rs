@@ -34,11 +34,14 @@ pub(crate) fn while_running<T>(device: &Device, peak: &mut Peak, work: impl FnOn
     let stopped = stop.clone();
     let sampler = std::thread::spawn(move || {
         let mut peak = Peak::default();
-        while !stopped.load(Ordering::Relaxed) {
+        // Once at least, however short the work is.
+        loop {
             peak.read(&device);
+            if stopped.load(Ordering::Relaxed) {
+                return peak;
+            }
             std::thread::sleep(PAUSE);
         }
-        peak
     });
     let result = work();
     stop.store(true, Ordering::Relaxed);
