@@ -165,7 +165,6 @@ mod tests {
             ("nf4-quant", "adapter-io"),
             ("adapter-io", "qlora-layers"),
             ("paged-optim", "qlora-layers"),
-            ("qlora-layers", "adapter-io"),
             ("chat-text", "qlora-data"),
             ("qlora-data", "qlora-models"),
             ("qlora-models", "qlora-data"),
