@@ -146,6 +146,7 @@ mod tests {
     use super::*;
     use anyhow::Context;
     use burn_qlora::TrainConfig;
+    use burn_qlora::qlora_train::DeviceError;
 
     #[test]
     fn failures_have_their_codes() {
@@ -163,7 +164,7 @@ mod tests {
         assert_eq!(code(config("train.batch_size", "0")), Code::Usage);
         assert_eq!(code(config("data.max_length", "0")), Code::Usage);
         assert_eq!(code(TrainError::DataEmpty { path: "x.jsonl".into() }), Code::Input);
-        assert_eq!(code(TrainError::Device("gone".into())), Code::Failed);
+        assert_eq!(code(TrainError::Device(DeviceError::Failed("gone".into()))), Code::Failed);
         let full = || FormatError::Write { path: "x".into(), source: std::io::ErrorKind::StorageFull.into() };
         assert_eq!(code(full().into()), Code::Failed);
         assert_eq!(code(ModelError::Format(full()).into()), Code::Failed);

@@ -23,7 +23,6 @@ mod lora_linear;
 mod offload;
 pub mod ops;
 mod pass;
-mod reading;
 pub mod target_modules;
 mod trained;
 
@@ -36,6 +35,5 @@ pub use lora::LoraAdapter;
 pub use lora_config::{Initialization, LoraConfig};
 pub use lora_linear::{InputObserver, LoraLinear, WholeLinear};
 pub use pass::{Pass, mix};
-pub use reading::Reading;
 pub use target_modules::TargetModules;
 pub use trained::track;

@@ -25,6 +25,7 @@ mod trainer;
 pub use config::TrainConfig;
 pub use engine::{Engine, StepOutput};
 pub use error::TrainError;
+pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_and_gradient, loss_sum};
 pub use metrics::TrainEvents;
 pub use plan::{MemoryEstimate, Plan};
