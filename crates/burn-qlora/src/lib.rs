@@ -24,7 +24,7 @@
 //! | [`chat_text`] | tokenizers, chat templates, masks |
 //! | [`model_hub`] | models and adapters from the Hugging Face hub, and to it |
 //! | [`qlora_layers`] | 4-bit linear layers, LoRA, their hand-written backward passes |
-//! | [`paged_optim`] | AdamW and Lion, 32-bit and 8-bit, with state that is paged to host memory |
+//! | [`paged_optim`] | AdamW and Lion for Burn modules, 32-bit and 8-bit, with state that is paged to host memory |
 //! | [`adapter_io`] | safetensors shards, bitsandbytes 4-bit weights, PEFT adapters |
 //! | [`nf4_quant`] | the NF4 and FP4 codec and its kernels |
 

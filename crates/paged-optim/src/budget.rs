@@ -7,17 +7,19 @@ use std::sync::Arc;
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use cudarc::driver::CudaContext;
+use host_copies::is_cuda;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::OptimError;
 
-/// How much of the state may stay on the device; the rest is in host memory and comes by for its update.
+/// How much of the state may stay on the device. The rest stays in host memory and is brought to the device for its
+/// update.
 ///
 /// An update needs two pages on the device (one in use, one on its way), so a smaller budget counts as one page, of
 /// at most 16 MiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Budget {
-    /// What the driver has left at every step, less a reserve; everything on devices whose driver doesn't tell.
+    /// What the driver has left at every step, less a reserve; everything on devices whose driver doesn't say.
     #[default]
     Auto,
     /// Everything, always.
@@ -88,12 +90,12 @@ impl<'de> Deserialize<'de> for Budget {
 
 /// What a device has left.
 pub trait MemorySource: Send {
-    /// Bytes that could still be allocated, and bytes in all; `None` where nobody knows. `resident` is how much state
-    /// lies on the device now, which a driver's figure has already left out.
+    /// Bytes that could still be allocated, and bytes in all; `None` where that is unknown. `resident` is how much state
+    /// lies on the device now, which a driver's figure doesn't count as free.
     fn free(&mut self, resident: u64) -> Option<(u64, u64)>;
 }
 
-/// A device whose driver doesn't tell, or host memory.
+/// A device whose driver doesn't say, or host memory.
 pub(crate) struct Unknown;
 
 impl MemorySource for Unknown {
@@ -115,7 +117,7 @@ impl MemorySource for Cuda {
 pub(crate) fn source_of(device: &Device) -> Box<dyn MemorySource> {
     if let DispatchDevice::Cube(cube) = device.as_dispatch() {
         let client = cube.client();
-        if client.name() == "cuda" {
+        if is_cuda(&client) {
             // CubeCL has a client on it, so the driver is loaded. The primary context is the one it uses.
             if let Ok(context) = CudaContext::new(usize::from(client.service_id().device.index_id)) {
                 return Box::new(Cuda(context));

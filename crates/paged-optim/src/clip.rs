@@ -5,7 +5,7 @@
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Tensor};
 
-use crate::device;
+use crate::{OptimError, device};
 
 /// The norm of all gradients together, and what it is scaled down to.
 #[derive(Clone, Debug)]
@@ -19,22 +19,37 @@ pub struct Clip {
 /// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device; the same bits at
 /// every call with the same gradients.
 ///
-/// # Panics
-/// When there are no gradients, or they are not f32.
-pub fn global_norm<'a, const D: usize>(grads: impl IntoIterator<Item = &'a Tensor<D>>) -> Tensor<1> {
-    let flat = |grad: &Tensor<D>| {
-        assert_eq!(grad.dtype(), DType::F32, "gradients are f32");
-        grad.clone().reshape([grad.shape().num_elements()])
+/// # Shapes
+/// `[1]`.
+///
+/// # Errors
+/// There are no gradients, one is not f32, or they are on different devices.
+pub fn global_norm<'a, const D: usize>(
+    grads: impl IntoIterator<Item = &'a Tensor<D>>,
+) -> Result<Tensor<1>, OptimError> {
+    let flat = |(index, grad): (usize, &Tensor<D>)| match grad.dtype() {
+        DType::F32 => Ok(grad.clone().reshape([grad.shape().num_elements()])),
+        found => Err(OptimError::Dtype { parameter: index.to_string(), tensor: "gradient", found }),
     };
-    let grads: Vec<Tensor<1>> = grads.into_iter().map(flat).collect();
-    let on_gpu = grads.first().is_some_and(|grad| matches!(grad.device().as_dispatch(), DispatchDevice::Cube(_)));
+    let grads = grads.into_iter().enumerate().map(flat).collect::<Result<Vec<Tensor<1>>, _>>()?;
+    let device = grads.first().ok_or(OptimError::NoGradients)?.device();
+    let on_gpu = |grad: &Tensor<1>| matches!(grad.device().as_dispatch(), DispatchDevice::Cube(_));
+    let other_device = |index: usize| OptimError::OtherDevice {
+        parameter: index.to_string(),
+        tensor: "gradient",
+        device: format!("{device:?}"),
+    };
+    if let Some(index) = grads.iter().position(|grad| on_gpu(grad) != on_gpu(&grads[0])) {
+        return Err(other_device(index));
+    }
     let composed = |grads: Vec<Tensor<1>>| {
         let squares = grads.into_iter().map(|grad| grad.square().sum()).collect();
         Tensor::cat(squares, 0).sum().sqrt()
     };
-    match on_gpu {
-        true => device::global_norm(grads).unwrap_or_else(|| panic!("there are no gradients")),
-        false => composed(grads),
+    match on_gpu(&grads[0]) {
+        // Two GPUs: which gradient is on the other one is not told here.
+        true => device::global_norm(grads).ok_or_else(|| other_device(0)),
+        false => Ok(composed(grads)),
     }
 }
 
@@ -57,7 +72,7 @@ mod tests {
         let device = Device::flex();
         let a = Tensor::<2>::from_floats([[3.0, 0.0]], &device);
         let b = Tensor::<2>::from_floats([[0.0], [4.0], [12.0]], &device);
-        let norm = global_norm([&a, &b]).into_data().iter::<f32>().next().expect("one element");
+        let norm = global_norm([&a, &b]).expect("f32 gradients").into_data().iter::<f32>().next().expect("one element");
         // 3, 4, 12, 13: every intermediate is exact in f32.
         assert_eq!(norm, 13.0);
     }

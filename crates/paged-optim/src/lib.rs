@@ -39,13 +39,45 @@
 //! The update does a few dozen operations a parameter (two searches of eight steps in a table, for 8 bits), so
 //! memory bounds it: no implementation takes less time than that traffic at the device's bandwidth.
 //!
+//! # Forms
+//!
+//! | form | launches | state |
+//! |---|---|---|
+//! | [`PagedAdamWConfig::init`], [`PagedLionConfig::init`]: Burn's `ModuleOptimizer`, for Burn's loops and `burn-train` | one per parameter | on the device |
+//! | [`PagedAdamWConfig::init_paged`], [`PagedLionConfig::init_paged`]: [`PagedOptimizer`], of a whole module | one for many parameters | in pages, within a [`Budget`] |
+//! | [`Optimizer`]: of a list of tensors, for loops that have no module | one for many parameters | in pages, within a [`Budget`] |
+//!
+//! All give the same bits. A record of one of the first two can be loaded into the other.
+//!
+//! ```
+//! use burn::module::ParamGroup;
+//! use burn::nn::LinearConfig;
+//! use burn::optim::GradientsParams;
+//! use burn::tensor::{Device, Tensor};
+//! use paged_optim::PagedAdamWConfig;
+//!
+//! let device = Device::flex().autodiff();
+//! let mut model = LinearConfig::new(8, 2).init(&device);
+//! let mut optimizer = PagedAdamWConfig::new()
+//!     .with_weight_decay(0.01)
+//!     .init_paged()
+//!     .with_group(ParamGroup::from_predicate("bias"), 1.0, 0.0)
+//!     .with_max_grad_norm(1.0);
+//! for _ in 0..3 {
+//!     let loss = model.forward(Tensor::<2>::ones([4, 8], &device)).square().mean();
+//!     let grads = GradientsParams::from_grads(loss.backward(), &model);
+//!     model = optimizer.try_step(1e-2, model, grads)?;
+//! }
+//! # Ok::<(), paged_optim::OptimError>(())
+//! ```
+//!
 //! # One launch for many parameters
 //!
 //! State lives in pages, each one buffer with the state of consecutive parameters, and of a slice of a parameter
 //! where that is larger than what is left of a page. A page is updated by few launches, each over several
-//! parameters (as many as the runtime lets a kernel bind); parameters are updated in place. Clipping and weight
-//! decay are part of it. The norm is read on the device, so nothing waits for the host; where it is not
-//! finite, nothing is changed.
+//! parameters (as many as the runtime lets a kernel bind, and of the same learning rate, weight decay and number of
+//! updates); parameters are updated in place. Clipping and weight decay are part of the launch. The norm is read on
+//! the device, so nothing waits for the host; where the norm is not finite, nothing is changed.
 //!
 //! # Paging
 //!
@@ -54,8 +86,10 @@
 //!
 //! # What was not done
 //!
-//! Momentum in bf16, percentile clipping and stochastic rounding of bitsandbytes; per-group hyper-parameters. Burn's
-//! own AdamW differs in its default ε (1e-5), clips per tensor, and ties its state to module records.
+//! Momentum in bf16, percentile clipping and stochastic rounding of bitsandbytes; parameters that are not f32; a module
+//! on several devices. Burn's own AdamW differs in its defaults (ε is 1e-5 and weight decay 1e-4 there) and clips each
+//! tensor by itself. Its `ModuleOptimizer` has no place for state that is shared by parameters, so the pager works in
+//! the other two forms only.
 
 mod budget;
 mod clip;
@@ -64,18 +98,25 @@ mod device;
 pub mod dynamic_map;
 mod error;
 mod layout;
+mod module;
+mod module_config;
 mod moments;
 mod optimizer;
 mod pager;
+mod record;
 pub mod reference;
+mod tensorwise;
 
 pub use budget::{Budget, MemorySource};
 pub use clip::{Clip, clip_factor, global_norm};
 pub use config::{OptimizerConfig, OptimizerKind, Scalars};
 pub use error::OptimError;
+pub use module::PagedOptimizer;
+pub use module_config::{PagedAdamWConfig, PagedLionConfig};
 pub use moments::{Moment, Moments};
 pub use optimizer::{Optimizer, Update};
 pub use pager::Paging;
+pub use tensorwise::{TensorState, TensorwiseOptimizer};
 
 /// Consecutive values of a moment that share one absmax.
 pub const BLOCKSIZE: usize = 256;

@@ -50,26 +50,32 @@ pub(crate) fn zeros(config: &OptimizerConfig, lens: &[usize]) -> Vec<Moments> {
 }
 
 /// Checks that a saved state is one of parameters of these lengths.
-pub(crate) fn check(config: &OptimizerConfig, lens: &[usize], state: &[Moments]) -> Result<(), OptimError> {
+pub(crate) fn check(
+    config: &OptimizerConfig,
+    lens: &[usize],
+    state: &[Moments],
+    name: impl Fn(usize) -> String,
+) -> Result<(), OptimError> {
     if state.len() != lens.len() {
         return Err(OptimError::Count { expected: lens.len(), found: state.len() });
     }
     for (index, (moments, &len)) in state.iter().zip(lens).enumerate() {
-        let kind = config.kind;
+        let (kind, parameter) = (config.kind, || name(index));
         if moments.len() != kind.moments().len() {
-            return Err(OptimError::Kind { index, kind });
+            return Err(OptimError::Kind { parameter: parameter(), kind });
         }
         for moment in moments {
             if matches!(moment, Moment::Block8 { .. }) != config.is_8bit(len) && moment.len() == len {
-                return Err(OptimError::Kind { index, kind });
+                return Err(OptimError::Kind { parameter: parameter(), kind });
             }
             if moment.len() != len {
-                return Err(OptimError::Length { index, expected: len, found: moment.len() });
+                return Err(OptimError::Length { parameter: parameter(), expected: len, found: moment.len() });
             }
             if let Moment::Block8 { absmax, .. } = moment
                 && absmax.len() != len.div_ceil(BLOCKSIZE)
             {
-                return Err(OptimError::Length { index, expected: len.div_ceil(BLOCKSIZE), found: absmax.len() });
+                let (expected, found) = (len.div_ceil(BLOCKSIZE), absmax.len());
+                return Err(OptimError::Length { parameter: parameter(), expected, found });
             }
         }
     }
@@ -96,6 +102,14 @@ pub(crate) fn unpack(page: &PageLayout, words: &[u32], into: &mut [Moments]) {
             }
         }
     }
+}
+
+/// The moments of the one parameter that a page holds.
+pub(crate) fn unpack_alone(page: &PageLayout, words: &[u32]) -> Moments {
+    let len = page.segments.iter().map(|segment| segment.len).sum();
+    let mut moments = vec![(0..page.moments).map(|_| Moment::zeros(page.format, len)).collect()];
+    unpack(page, words, &mut moments);
+    moments.swap_remove(0)
 }
 
 /// The words of a page that holds these moments, which [`check`] found to fit.
@@ -156,7 +170,7 @@ mod tests {
         for kind in OptimizerKind::ALL {
             let config = OptimizerConfig { kind, ..Default::default() };
             let state = numbered(&config);
-            check(&config, &LENS, &state).unwrap();
+            check(&config, &LENS, &state, |i| i.to_string()).unwrap();
             for page_bytes in [3000, 1 << 16, u64::MAX] {
                 let mut found = zeros(&config, &LENS);
                 for page in pages(&config, &LENS, page_bytes) {
@@ -171,15 +185,20 @@ mod tests {
     fn state_of_another_run_is_refused() {
         let config = OptimizerConfig { kind: OptimizerKind::AdamW8bit, ..Default::default() };
         let state = zeros(&config, &LENS);
-        let other = |kind| check(&OptimizerConfig { kind, ..config }, &LENS, &state).unwrap_err();
-        assert!(matches!(other(OptimizerKind::AdamW32bit), OptimError::Kind { index: 0, .. }));
-        assert!(matches!(other(OptimizerKind::Lion8bit), OptimError::Kind { index: 0, .. }));
-        assert!(matches!(check(&config, &LENS[1..], &state), Err(OptimError::Count { expected: 3, found: 4 })));
-        let error = check(&config, &[5000, 8, 4096, 100_003], &state);
-        assert!(matches!(error, Err(OptimError::Length { index: 1, expected: 8, found: 7 })));
+        let refused = |config: &OptimizerConfig, lens: &[usize], state: &[Moments]| {
+            check(config, lens, state, |i| format!("p{i}")).unwrap_err().to_string()
+        };
+        for kind in [OptimizerKind::AdamW32bit, OptimizerKind::Lion8bit] {
+            let message = refused(&OptimizerConfig { kind, ..config }, &LENS, &state);
+            assert!(message.contains("parameter p0") && message.contains(kind.name()), "{message}");
+        }
+        assert!(refused(&config, &LENS[1..], &state).contains("holds 4 parameters, the model trains 3"));
+        let message = refused(&config, &[5000, 8, 4096, 100_003], &state);
+        assert!(message.contains("parameter p1: expected 8 values, found 7"), "{message}");
         let mut cut = state.clone();
         let Moment::Block8 { absmax, .. } = &mut cut[2][1] else { panic!("4096 elements are 8-bit") };
         absmax.pop();
-        assert!(matches!(check(&config, &LENS, &cut), Err(OptimError::Length { index: 2, expected: 16, found: 15 })));
+        let message = refused(&config, &LENS, &cut);
+        assert!(message.contains("parameter p2: expected 16 values, found 15"), "{message}");
     }
 }

@@ -6,8 +6,8 @@ use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::budget::source_of;
-use crate::config::OptimizerConfig;
-use crate::device::{Backend, CubeDevice, FlexDevice};
+use crate::config::{OptimizerConfig, Rule};
+use crate::device::{Backend, CubeDevice, FlexDevice, Operands};
 use crate::layout::{self, PageLayout};
 use crate::moments::{self, Moments};
 use crate::pager::Pager;
@@ -39,6 +39,7 @@ impl Update {
 pub struct Optimizer {
     config: OptimizerConfig,
     lens: Vec<usize>,
+    names: Vec<String>,
     device: Device,
     updates: u64,
     pages: Vec<PageLayout>,
@@ -75,7 +76,14 @@ impl Optimizer {
             DispatchDevice::Cube(cube) => Box::new(Pager::new(CubeDevice::new(cube.clone()), &words, budget, source)),
             _ => Box::new(Pager::new(FlexDevice, &words, budget, source)),
         };
-        Self { config, lens: lens.to_vec(), device: device.clone(), updates: 0, pages, state }
+        let (lens, device) = (lens.to_vec(), device.clone());
+        Self { config, lens, names: Vec::new(), device, updates: 0, pages, state }
+    }
+
+    /// Names the parameters, by position, for error messages. Without this they are named by their positions.
+    pub fn with_names(mut self, names: Vec<String>) -> Self {
+        self.names = names;
+        self
     }
 
     /// The hyper-parameters.
@@ -98,40 +106,72 @@ impl Optimizer {
         self.state.paging()
     }
 
-    /// One step: the updated parameters, in the order of `updates`. Parameters without one stay as they are, their
-    /// state too. Nothing waits for the device, unless state is moved to the host.
+    /// One step: the updated parameters, in the order of `updates`. Parameters without an update stay as they are, and
+    /// so does their state. Nothing waits for the device, unless state is moved to the host.
     ///
     /// # Errors
-    /// [`OptimError::Device`] when state that was moved to the host did not arrive.
-    ///
-    /// # Panics
-    /// When a tensor is not f32 or of another length than was given to [`new`](Self::new), or an index is not
-    /// below their number or comes twice.
+    /// A tensor is not f32, of another length than was given to [`new`](Self::new) or on another device; an index is not
+    /// below the number of parameters or comes twice: nothing is changed then. [`OptimError::Device`] when state
+    /// that was moved to the host did not arrive.
     pub fn step(
         &mut self,
         updates: Vec<Update>,
         learning_rate: f64,
         clip: Option<Clip>,
     ) -> Result<Vec<Tensor<1>>, OptimError> {
-        self.updates += 1;
-        let mut work: Vec<Option<(Tensor<1>, Tensor<1>)>> = self.lens.iter().map(|_| None).collect();
-        let mut order = Vec::with_capacity(updates.len());
-        for Update { index, param, grad } in updates {
-            for tensor in [&param, &grad] {
-                assert_eq!(tensor.dims(), [self.lens[index]], "parameter {index}: length");
-                assert_eq!(tensor.dtype(), DType::F32, "parameter {index}: parameters and gradients are f32");
-            }
-            let before = work[index].replace((param, grad));
-            assert!(before.is_none(), "parameter {index} comes twice");
-            order.push(index);
-        }
+        let scalars = self.config.scalars(self.updates + 1, learning_rate, 0.0);
+        self.step_each(updates.into_iter().map(|update| (update, scalars)).collect(), clip)
+    }
+
+    /// [`step`](Self::step) with scalars for each parameter; their `max_norm` is the clip's.
+    pub(crate) fn step_each(
+        &mut self,
+        updates: Vec<(Update, Scalars)>,
+        clip: Option<Clip>,
+    ) -> Result<Vec<Tensor<1>>, OptimError> {
         let (norm, max_norm) = match clip {
             Some(Clip { norm, max_norm }) => (norm, max_norm),
             None => (Tensor::zeros([1], (&self.device, DType::F32)), 0.0),
         };
-        let scalars = self.config.scalars(self.updates, learning_rate, max_norm);
-        self.state.step(&self.config, &self.pages, &mut work, norm, &scalars)?;
-        Ok(order.into_iter().filter_map(|index| work[index].take()).map(|(param, _)| param).collect())
+        let mut work: Vec<Option<Operands<Tensor<1>>>> = self.lens.iter().map(|_| None).collect();
+        let mut order = Vec::with_capacity(updates.len());
+        for (Update { index, param, grad }, scalars) in updates {
+            self.check(index, &param, &grad)?;
+            let scalars = Scalars { max_norm, ..scalars };
+            if work[index].replace(Operands { param, grad, scalars }).is_some() {
+                return Err(OptimError::Twice { parameter: self.name(index) });
+            }
+            order.push(index);
+        }
+        let (lens, names, device) = (&self.lens, &self.names, &self.device);
+        let other_device = |index: usize, tensor| OptimError::OtherDevice {
+            // The norm comes behind the parameters.
+            parameter: if index < lens.len() { name(names, index) } else { "all gradients".into() },
+            tensor,
+            device: format!("{device:?}"),
+        };
+        self.state.step(self.config.kind.rule(), &self.pages, &mut work, norm, &other_device)?;
+        self.updates += 1;
+        Ok(order.into_iter().filter_map(|index| work[index].take()).map(|operands| operands.param).collect())
+    }
+
+    /// Checks an update's tensors.
+    fn check(&self, index: usize, param: &Tensor<1>, grad: &Tensor<1>) -> Result<(), OptimError> {
+        let &expected = self.lens.get(index).ok_or(OptimError::NoSuchParameter { index, count: self.lens.len() })?;
+        for (what, tensor) in [("value", param), ("gradient", grad)] {
+            let ([found], dtype) = (tensor.dims(), tensor.dtype());
+            if found != expected {
+                return Err(OptimError::Elements { parameter: self.name(index), tensor: what, expected, found });
+            }
+            if dtype != DType::F32 {
+                return Err(OptimError::Dtype { parameter: self.name(index), tensor: what, found: dtype });
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self, index: usize) -> String {
+        name(&self.names, index)
     }
 
     /// The state, read back from wherever it is.
@@ -149,7 +189,7 @@ impl Optimizer {
     /// # Errors
     /// The state does not fit the parameters, or is another optimizer's; nothing is changed then.
     pub fn restore(&mut self, updates: u64, state: &[Moments]) -> Result<(), OptimError> {
-        moments::check(&self.config, &self.lens, state)?;
+        moments::check(&self.config, &self.lens, state, |index| self.name(index))?;
         for (index, page) in self.pages.iter().enumerate() {
             self.state.write(index, moments::pack(page, state));
         }
@@ -168,15 +208,21 @@ impl Optimizer {
     }
 }
 
+fn name(names: &[String], index: usize) -> String {
+    names.get(index).cloned().unwrap_or_else(|| index.to_string())
+}
+
 /// Pages on some device.
 trait State: Send {
+    /// Updates the parameters of `work`. `other_device` is the error for a tensor, of the parameter at a position, that
+    /// is on another device than the pages.
     fn step(
         &mut self,
-        config: &OptimizerConfig,
+        rule: Rule,
         pages: &[PageLayout],
-        work: &mut [Option<(Tensor<1>, Tensor<1>)>],
+        work: &mut [Option<Operands<Tensor<1>>>],
         norm: Tensor<1>,
-        scalars: &Scalars,
+        other_device: &dyn Fn(usize, &'static str) -> OptimError,
     ) -> Result<(), OptimError>;
     fn read(&mut self, read: &mut dyn FnMut(usize, &[u32])) -> Result<(), OptimError>;
     fn write(&mut self, index: usize, words: Vec<u32>);
@@ -190,24 +236,36 @@ where
 {
     fn step(
         &mut self,
-        config: &OptimizerConfig,
+        rule: Rule,
         pages: &[PageLayout],
-        work: &mut [Option<(Tensor<1>, Tensor<1>)>],
+        work: &mut [Option<Operands<Tensor<1>>>],
         norm: Tensor<1>,
-        scalars: &Scalars,
+        other_device: &dyn Fn(usize, &'static str) -> OptimError,
     ) -> Result<(), OptimError> {
-        let norm = B::open(norm);
-        let mut tensors: Vec<Option<(B::Tensor, B::Tensor)>> =
-            work.iter_mut().map(|pair| pair.take().map(|(param, grad)| (B::open_mut(param), B::open(grad)))).collect();
-        let touched = |page: &&PageLayout| page.segments.iter().any(|s| tensors[s.parameter].is_some());
+        let norm = self.memory.open(norm).ok_or_else(|| other_device(work.len(), "norm"))?;
+        let mut opened: Vec<Option<Operands<B::Tensor>>> = Vec::with_capacity(work.len());
+        for (index, operands) in work.iter_mut().enumerate() {
+            opened.push(match operands.take() {
+                None => None,
+                Some(Operands { param, grad, scalars }) => Some(Operands {
+                    param: self.memory.open_mut(param).ok_or_else(|| other_device(index, "value"))?,
+                    grad: self.memory.open(grad).ok_or_else(|| other_device(index, "gradient"))?,
+                    scalars,
+                }),
+            });
+        }
+        let touched = |page: &&PageLayout| page.segments.iter().any(|s| opened[s.parameter].is_some());
         let order: Vec<usize> =
             pages.iter().enumerate().filter(|(_, page)| touched(page)).map(|(index, _)| index).collect();
-        let rule = config.kind.rule();
         self.visit(&order, |device, index, page| {
-            device.update(rule, &pages[index], page, &mut tensors, &norm, scalars);
+            device.update(rule, &pages[index], page, &mut opened, &norm);
         })?;
-        for (pair, tensors) in work.iter_mut().zip(tensors) {
-            *pair = tensors.map(|(param, grad)| (B::close(param), B::close(grad)));
+        for (operands, opened) in work.iter_mut().zip(opened) {
+            *operands = opened.map(|Operands { param, grad, scalars }| Operands {
+                param: B::close(param),
+                grad: B::close(grad),
+                scalars,
+            });
         }
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! Which pages are on the device, and their way to it and back.
 //!
-//! Pages are visited in the same order at every step, so the policy is fixed: as many pages as fit, less two, stay
-//! for good, from the first on; the others share the room of two. While one of them is updated the next is on its way
-//! to the device, and the one before on its way out. (Least recently used would be the worst choice here: it throws
-//! out just what comes next.)
+//! Pages are visited in the same order at every step, so the policy is fixed: as many pages as fit, less two, stay on
+//! the device for good, from the first on; the others share the room of two. While one of those is updated, the next is
+//! copied to the device, and the one before is copied to the host. (To evict the least recently used page would be the
+//! worst choice here: that is the page which is needed next.)
 //!
 //! ```text
 //! host      update 4        update 5        update 6
@@ -11,11 +11,12 @@
 //! copies          in 5  ·  wait for out 3 · in 6
 //! ```
 //!
-//! A page leaves right behind its update, in the order of the device's queue; the host waits for it one page later,
-//! when its room is needed. Pages of zeros that no step has touched take no memory anywhere.
+//! A page's download is queued right behind its update; the host waits for the download one page later, when the
+//! page's room is needed. Pages of zeros that no step has touched take no memory anywhere.
 
 use crate::budget::{Budget, MemorySource};
 use crate::error::OptimError;
+use host_copies::DeviceError;
 use serde::{Deserialize, Serialize};
 
 /// The device's side of the pager.
@@ -34,14 +35,14 @@ pub(crate) trait Memory {
     /// Starts bringing a page to the host, behind everything that was given to the device before.
     fn download(&mut self, page: Self::Page) -> Self::Leaving;
     /// Waits for it.
-    fn wait(&mut self, page: Self::Leaving) -> Result<Self::Host, OptimError>;
+    fn wait(&mut self, page: Self::Leaving) -> Result<Self::Host, DeviceError>;
     /// A page from words on the host.
     fn host(&mut self, words: Vec<u32>) -> Self::Host;
     /// The words of a page on the host.
     fn words<'a>(&self, page: &'a Self::Host) -> std::borrow::Cow<'a, [u32]>;
     /// The words of a page on the device, which stays there.
-    fn read(&mut self, page: &Self::Page) -> Result<Vec<u32>, OptimError>;
-    /// Gives memory that pages have left back to the driver.
+    fn read(&mut self, page: &Self::Page) -> Result<Vec<u32>, DeviceError>;
+    /// Gives the memory of pages that are no longer on the device back to the driver.
     fn trim(&mut self);
 }
 
@@ -181,7 +182,7 @@ impl<M: Memory> Pager<M> {
                 self.leave(index);
             }
             let next = order.get(position + 1).copied();
-            // The page before this one, if it leaves too, has had this one's update to do so.
+            // The previous page's download ran during this page's update; wait for it now.
             for earlier in (0..self.pages.len()).filter(|&i| !ahead || i != index) {
                 self.left(earlier)?;
             }
@@ -271,7 +272,7 @@ impl<M: Memory> Pager<M> {
                 Place::Host(host) => read(index, &self.memory.words(host)),
                 Place::Untouched => {}
                 Place::Leaving(_) | Place::Lost => {
-                    return Err(OptimError::Device(format!("page {index} was lost when a copy failed")));
+                    return Err(DeviceError::Failed(format!("page {index} was lost when a copy failed")).into());
                 }
             }
         }
@@ -325,7 +326,7 @@ mod tests {
             self.log.push(format!("out {}", page[0] % 100));
             page
         }
-        fn wait(&mut self, page: Vec<u32>) -> Result<Vec<u32>, OptimError> {
+        fn wait(&mut self, page: Vec<u32>) -> Result<Vec<u32>, DeviceError> {
             self.resident -= 1;
             self.log.push(format!("gone {}", page[0] % 100));
             Ok(page)
@@ -336,7 +337,7 @@ mod tests {
         fn words<'a>(&self, page: &'a Vec<u32>) -> Cow<'a, [u32]> {
             page.into()
         }
-        fn read(&mut self, page: &Vec<u32>) -> Result<Vec<u32>, OptimError> {
+        fn read(&mut self, page: &Vec<u32>) -> Result<Vec<u32>, DeviceError> {
             Ok(page.clone())
         }
         fn trim(&mut self) {

@@ -3,24 +3,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
+mod common;
+
 use std::sync::{Arc, Mutex};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use common::noise;
 use paged_optim::reference::{self, Block8};
 use paged_optim::{
-    BLOCKSIZE, Budget, Clip, MemorySource, Moment, Moments, Optimizer, OptimizerConfig, OptimizerKind, Update,
-    global_norm,
+    BLOCKSIZE, Budget, Clip, MemorySource, Moment, Moments, OptimError, Optimizer, OptimizerConfig, OptimizerKind,
+    Update, global_norm,
 };
-use test_support::{Random, devices};
+use test_support::devices;
 
 /// Odd lengths, several segments, a vector, parameters on either side of 4096, and more than one launch holds.
 const LENS: [usize; 14] = [5, 4096, 4095, 8192, 1, 12_000, 70_001, 333, 64, 64, 64, 20_000, 4099, 256];
-
-/// Reproducible values in [-1, 1) of magnitudes from 1e-4 to 1.
-fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut random = Random(seed);
-    (0..len).map(|_| random.signed() * 10_f32.powi(-((random.next_u64() % 5) as i32))).collect()
-}
 
 fn tensor(values: &[f32], device: &Device) -> Tensor<1> {
     Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), (device, DType::F32))
@@ -55,7 +52,7 @@ fn step(optimizer: &mut Optimizer, params: &mut [Vec<f32>], step: usize, device:
     let host_grads = grads(step);
     let present: Vec<usize> = (0..LENS.len()).filter(|&i| has_grad(step, i)).collect();
     let grads: Vec<Tensor<1>> = present.iter().map(|&i| tensor(&host_grads[i], device)).collect();
-    let norm = global_norm(&grads);
+    let norm = global_norm(&grads).unwrap();
     let updates = present
         .iter()
         .zip(grads)
@@ -282,7 +279,7 @@ fn gradients_that_are_not_finite_change_nothing() {
             let mut grad = grads(2).swap_remove(3);
             grad[100] = f32::INFINITY;
             let grad = tensor(&grad, &device);
-            let norm = global_norm([&grad]);
+            let norm = global_norm([&grad]).unwrap();
             let update = Update { index: 3, param: tensor(&params[3], &device), grad };
             let updated = optimizer.step(vec![update], LEARNING_RATE, Some(Clip { norm, max_norm: 1.0 })).unwrap();
             let updated: Vec<Vec<f32>> = updated.into_iter().map(host).collect();
@@ -299,7 +296,7 @@ fn the_global_norm_is_right_and_repeats() {
         for count in [1, 3, 14] {
             let host_grads: Vec<Vec<f32>> = grads(7).into_iter().take(count).collect();
             let tensors: Vec<Tensor<1>> = host_grads.iter().map(|grad| tensor(grad, &device)).collect();
-            let norms: Vec<f32> = (0..3).map(|_| host(global_norm(&tensors))[0]).collect();
+            let norms: Vec<f32> = (0..3).map(|_| host(global_norm(&tensors).unwrap())[0]).collect();
             let expected = host_grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
             // A sum of positive terms in f32, in runs and trees: a few ulp.
             assert!((f64::from(norms[0]) / expected - 1.0).abs() < 1e-6, "{name}: {} against {expected}", norms[0]);
@@ -325,5 +322,37 @@ fn parameters_of_any_shape_and_shared_ones() {
         }
         assert_eq!(updated[0].clone().reshape([2, 3, 4]).dims(), [2, 3, 4]);
         assert!(held.into_data().iter::<f32>().all(|x| x == 1.0), "{name}");
+    }
+}
+
+/// Updates that do not fit are errors that name the parameter, and nothing is changed.
+#[test]
+fn what_does_not_fit_is_refused() {
+    for (name, device) in devices() {
+        let mut optimizer = Optimizer::new(config(OptimizerKind::AdamW32bit), &[4, 3], &device, Budget::Unlimited)
+            .with_names(vec!["first".into()]);
+        let zeros = |len| Tensor::<1>::zeros([len], (&device, DType::F32));
+        let update = |index, param, grad| Update { index, param: zeros(param), grad: zeros(grad) };
+        let half = || Update { index: 1, param: zeros(3), grad: zeros(3).cast(DType::F16) };
+        let mut refused = |updates: Vec<Update>| optimizer.step(updates, 0.1, None).unwrap_err().to_string();
+        for (updates, expected) in [
+            (vec![update(0, 5, 5)], "the value of first has 5 elements, expected 4"),
+            (vec![update(1, 3, 4)], "the gradient of 1 has 4 elements, expected 3"),
+            (vec![half()], "the gradient of 1 is F16"),
+            (vec![update(0, 4, 4), update(1, 3, 3), update(0, 4, 4)], "parameter first has two updates"),
+            (vec![update(0, 4, 4), update(2, 3, 3)], "parameter 2, but the optimizer has 2 parameters"),
+        ] {
+            let message = refused(updates);
+            assert!(message.contains(expected), "{name}: {message}");
+        }
+        if name != "flex" {
+            let elsewhere = || Tensor::<1>::zeros([4], (&Device::flex(), DType::F32));
+            let message = refused(vec![Update { index: 0, param: zeros(4), grad: elsewhere() }]);
+            assert!(message.contains("the gradient of first is on another device"), "{name}: {message}");
+            assert!(matches!(global_norm([&zeros(4), &elsewhere()]), Err(OptimError::OtherDevice { .. })), "{name}");
+        }
+        assert_eq!(optimizer.updates(), 0, "{name}");
+        assert!(matches!(global_norm::<1>([]), Err(OptimError::NoGradients)), "{name}");
+        assert!(matches!(global_norm([&half().grad]), Err(OptimError::Dtype { .. })), "{name}");
     }
 }

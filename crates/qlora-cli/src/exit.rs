@@ -162,6 +162,7 @@ mod tests {
     use super::*;
     use anyhow::Context;
     use burn_qlora::TrainConfig;
+    use burn_qlora::qlora_train::DeviceError;
 
     #[test]
     fn failures_have_their_codes() {
@@ -185,7 +186,7 @@ mod tests {
         let template = || ChatError::NoChatTemplate { dir: "x".into() };
         assert_eq!(code_of(&template().into()), Code::Input);
         assert_eq!(code(template().into()), Code::Input);
-        assert_eq!(code(TrainError::Device("gone".into())), Code::Failed);
+        assert_eq!(code(TrainError::Device(DeviceError::Failed("gone".into()))), Code::Failed);
         let full = || FormatError::Write { path: "x".into(), source: std::io::ErrorKind::StorageFull.into() };
         assert_eq!(code(full().into()), Code::Failed);
         assert_eq!(code(ModelError::Format(full()).into()), Code::Failed);

@@ -22,6 +22,7 @@ use crate::Pass;
 use crate::offload::{Pace, Parked};
 use crate::ops::{AttentionResult, backward_from};
 use burn::tensor::{Gradients, Tensor};
+use host_copies::DeviceError;
 use serde::{Deserialize, Serialize};
 use tracing::trace_span;
 
@@ -61,19 +62,40 @@ impl ActivationCheckpointing {
         }
     }
 
-    /// Whether attention's result and the second branch's input are kept beside the block's.
-    fn keeps_branches(self) -> bool {
+    /// The policies that give the same results in less device memory than `self`, the fastest first.
+    pub fn smaller(self) -> &'static [Self] {
+        match self {
+            Self::None | Self::Selective | Self::Full => &[Self::OffloadSelective, Self::Offload],
+            Self::OffloadSelective => &[Self::Offload],
+            Self::Offload => &[],
+        }
+    }
+
+    /// Whether blocks are recorded as a whole, every activation with them: neither [`forward`] nor [`backward`] is
+    /// used then.
+    pub fn keeps_everything(self) -> bool {
+        self == Self::None
+    }
+
+    /// Whether attention's result and the second branch's input are kept beside the block's input.
+    pub fn keeps_branches(self) -> bool {
         matches!(self, Self::Selective | Self::OffloadSelective)
     }
 
-    /// Whether what is kept leaves the device.
-    fn offloads(self) -> bool {
+    /// Whether what is kept waits in the host's memory.
+    pub fn offloads(self) -> bool {
         matches!(self, Self::Offload | Self::OffloadSelective)
     }
 
-    /// A tensor, where it is to wait.
-    fn park<const D: usize>(self, tensor: Tensor<D>) -> Result<Parked<D>, String> {
-        if self.offloads() { Parked::away(tensor) } else { Ok(Parked::Here(tensor)) }
+    /// Whether the backward pass runs whole blocks a second time. The policies that keep both branches run only parts
+    /// of a block again.
+    pub fn reruns_blocks(self) -> bool {
+        matches!(self, Self::Full | Self::Offload)
+    }
+
+    /// The tensor, at the place where this policy lets it wait.
+    fn park<const D: usize>(self, tensor: Tensor<D>) -> Result<Parked<D>, DeviceError> {
+        if self.offloads() { Parked::to_host(tensor) } else { Ok(Parked::OnDevice(tensor)) }
     }
 }
 
@@ -85,20 +107,21 @@ fn parts(tokens: usize) -> impl DoubleEndedIterator<Item = (usize, usize, usize)
     (0..tokens.div_ceil(PART)).map(move |part| (part, part * PART, PART.min(tokens - part * PART)))
 }
 
-/// What a branch runs for.
+/// Why a branch is evaluated.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "one at a time, on its way into a branch")]
 pub enum Purpose<'a> {
     /// For its result.
     Result,
-    /// For its result; attention leaves its own here.
+    /// For its result; the attention result is stored here.
     Keep(&'a mut Option<AttentionResult>),
-    /// For its gradients; nobody reads the result, and attention need not run if its own is given.
+    /// For its gradients: the returned tensor's values are not used, and attention is not run where its result is
+    /// given.
     Gradients(Option<AttentionResult>),
 }
 
 impl Purpose<'_> {
-    /// Whether the branch's result is never read.
+    /// Whether the values of the branch's result are not used.
     pub fn unread(&self) -> bool {
         matches!(self, Self::Gradients(_))
     }
@@ -127,7 +150,7 @@ pub trait ResidualBlock {
         m.clone() + self.feed_forward_in_parts(m, pass)
     }
 
-    /// The second branch, for its result, in parts of the tokens.
+    /// Evaluates the second branch for its result, in parts of the tokens.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
@@ -159,20 +182,20 @@ struct Branches {
 }
 
 impl Kept {
-    /// Waits until everything is where it is to wait.
-    fn settle(&mut self) -> Result<(), String> {
-        self.input.settle()?;
+    /// Waits until every copy to the host is done.
+    fn finish_download(&mut self) -> Result<(), DeviceError> {
+        self.input.finish_download()?;
         let Some(Branches { middle, attention }) = &mut self.branches else { return Ok(()) };
-        middle.settle()?;
-        attention.iter_mut().flatten().try_for_each(Parked::settle)
+        middle.finish_download()?;
+        attention.iter_mut().flatten().try_for_each(Parked::finish_download)
     }
 
-    /// With what the backward pass needs first on its way to the device.
-    fn begun(self) -> Result<Self, String> {
+    /// Starts uploading what the backward pass needs first.
+    fn start_upload(self) -> Result<Self, DeviceError> {
         Ok(match self.branches {
-            None => Self { input: self.input.begun()?, branches: None },
+            None => Self { input: self.input.start_upload()?, branches: None },
             Some(branches) => {
-                let middle = branches.middle.begun()?;
+                let middle = branches.middle.start_upload()?;
                 Self { branches: Some(Branches { middle, ..branches }), ..self }
             }
         })
@@ -184,45 +207,45 @@ impl Kept {
 enum First {
     /// It ran again, for the second branch's input.
     Recorded { input: Tensor<2>, branch: Tensor<2> },
-    /// What it is to run from.
+    /// It is yet to run, from these.
     Waiting { input: Parked<2>, attention: Option<[Parked<4>; 2]> },
 }
 
 impl First {
-    /// With what it needs on its way to the device.
-    fn begun(self) -> Result<Self, String> {
+    /// Starts uploading what the branch needs.
+    fn start_upload(self) -> Result<Self, DeviceError> {
         let Self::Waiting { input, attention } = self else { return Ok(self) };
-        let attention = attention.map(|parts| both(parts, Parked::begun)).transpose()?;
-        Ok(Self::Waiting { input: input.begun()?, attention })
+        let attention = attention.map(|parts| both(parts, Parked::start_upload)).transpose()?;
+        Ok(Self::Waiting { input: input.start_upload()?, attention })
     }
 }
 
 /// `change` for each of two.
-fn both<T, U>([a, b]: [T; 2], change: impl Fn(T) -> Result<U, String>) -> Result<[U; 2], String> {
+fn both<T, U>([a, b]: [T; 2], change: impl Fn(T) -> Result<U, DeviceError>) -> Result<[U; 2], DeviceError> {
     Ok([change(a)?, change(b)?])
 }
 
 /// What [`forward`] kept, for [`backward`].
 #[derive(Debug)]
-pub struct Checkpoints {
+pub struct KeptActivations {
     policy: ActivationCheckpointing,
     blocks: Vec<Kept>,
 }
 
-/// Runs `blocks` on `x` without recording, and keeps what `policy` says. [`ActivationCheckpointing::None`] is no
-/// business of this function: whoever keeps everything records the blocks.
+/// Runs `blocks` on `x` without recording, and keeps what `policy` says. [`ActivationCheckpointing::None`] is not
+/// supported here: a caller that keeps everything records the blocks with autodiff instead.
 ///
 /// # Shapes
 /// `x` and the output are `[tokens, hidden]`; neither carries autodiff.
 ///
 /// # Errors
-/// The device's message, where a copy to the host failed.
+/// A copy to the host failed, or the work whose result it copies did.
 pub fn forward<B: ResidualBlock>(
     blocks: &[B],
     x: Tensor<2>,
     pass: Pass,
     policy: ActivationCheckpointing,
-) -> Result<(Tensor<2>, Checkpoints), String> {
+) -> Result<(Tensor<2>, KeptActivations), DeviceError> {
     let pass = pass.untracked();
     let mut kept = Vec::<Kept>::with_capacity(blocks.len());
     // With autodiff enabled but nothing tracked: a backend may have fused versions of what autodiff composes
@@ -232,7 +255,7 @@ pub fn forward<B: ResidualBlock>(
         let _span = trace_span!("block", index).entered();
         let input = x.clone().without_autodiff();
         if let [.., earlier, _] = &mut kept[..] {
-            earlier.settle()?;
+            earlier.finish_download()?;
         }
         let input = policy.park(input)?;
         let mut branches = None;
@@ -248,14 +271,14 @@ pub fn forward<B: ResidualBlock>(
         }
         kept.push(Kept { input, branches });
     }
-    kept.iter_mut().try_for_each(Kept::settle)?;
-    Ok((x.without_autodiff(), Checkpoints { policy, blocks: kept }))
+    kept.iter_mut().try_for_each(Kept::finish_download)?;
+    Ok((x.without_autodiff(), KeptActivations { policy, blocks: kept }))
 }
 
 /// Runs the blocks again and differentiates them, from last to first.
 ///
-/// Offloaded tensors come back half a block ahead of their use. A kernel that uses one waits for every copy that
-/// was started before it, so each half's copies start behind the kernels that use the last half's.
+/// Offloaded tensors come back half a block ahead of their use. A kernel that uses one waits for every copy that was
+/// started before the kernel, so the copies for one half start behind the kernels that use the previous half's tensors.
 ///
 /// `grad` is the loss's gradient in the output of the last block. `collect` takes gradients of a block's parameters out
 /// of the container, several times per block. With `into_embeddings` the result is the gradient in the first block's input.
@@ -264,31 +287,31 @@ pub fn forward<B: ResidualBlock>(
 /// `grad` is `[tokens, hidden]`, without autodiff.
 ///
 /// # Errors
-/// The device's message, where a copy from the host failed.
+/// A copy to the host failed, or work on the device did.
 pub fn backward<B: ResidualBlock>(
     blocks: &[B],
-    checkpoints: Checkpoints,
+    kept: KeptActivations,
     grad: Tensor<2>,
     pass: Pass,
     into_embeddings: bool,
     mut collect: impl FnMut(usize, &B, &mut Gradients),
-) -> Result<Option<Tensor<2>>, String> {
-    let Checkpoints { policy, blocks: mut kept } = checkpoints;
+) -> Result<Option<Tensor<2>>, DeviceError> {
+    let KeptActivations { policy, blocks: mut kept } = kept;
     let mut grad = grad;
     let mut pace = Pace::default();
-    while let Some(checkpoint) = kept.pop() {
+    while let Some(of_block) = kept.pop() {
         let index = kept.len();
         let _span = trace_span!("block_backward", index).entered();
         let block = &blocks[index];
         // Below the first block only trained embeddings need a gradient.
         let wanted = index > 0 || into_embeddings;
         let leaf = |x: Tensor<2>| if wanted { x.autodiff().require_grad() } else { x.autodiff() };
-        let Kept { input, branches } = checkpoint;
+        let Kept { input, branches } = of_block;
         let (middle, mut first) = match branches {
-            Some(Branches { middle, attention }) => (middle.here()?, First::Waiting { input, attention }),
+            Some(Branches { middle, attention }) => (middle.into_tensor()?, First::Waiting { input, attention }),
             None => {
                 let _span = trace_span!("recompute").entered();
-                let input = leaf(input.here()?);
+                let input = leaf(input.into_tensor()?);
                 let branch = block.attention(input.clone(), pass, Purpose::Result);
                 let middle = input.clone().without_autodiff() + branch.clone().without_autodiff();
                 (middle, First::Recorded { input, branch })
@@ -302,7 +325,7 @@ pub fn backward<B: ResidualBlock>(
             let middle = of_part(&middle).autodiff().require_grad();
             let again = || block.feed_forward(middle.clone(), pass.part(part), Purpose::Gradients(None));
             let second = trace_span!("recompute").in_scope(again);
-            first = first.begun()?;
+            first = first.start_upload()?;
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, of_part(&grad)));
             through.extend(middle.grad_remove(&mut grads));
             collect(index, block, &mut grads);
@@ -318,8 +341,8 @@ pub fn backward<B: ResidualBlock>(
             First::Recorded { input, branch } => (input, branch),
             First::Waiting { input, attention } => {
                 let _span = trace_span!("recompute").entered();
-                let input = leaf(input.here()?);
-                let known = attention.map(|parts| both(parts, Parked::here)).transpose()?;
+                let input = leaf(input.into_tensor()?);
+                let known = attention.map(|parts| both(parts, Parked::into_tensor)).transpose()?;
                 let known = known.map(AttentionResult::from_parts);
                 (input.clone(), block.attention(input, pass, Purpose::Gradients(known)))
             }
@@ -328,7 +351,7 @@ pub fn backward<B: ResidualBlock>(
             if policy.offloads() {
                 pace.mark(&grad)?;
             }
-            kept.push(next.begun()?);
+            kept.push(next.start_upload()?);
         }
         if branch.is_tracked() {
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(branch, grad.clone()));

@@ -31,7 +31,6 @@ pub mod ops;
 mod params;
 mod pass;
 pub mod peft;
-mod reading;
 pub mod target_modules;
 
 pub use activation_checkpointing::ActivationCheckpointing;
@@ -47,5 +46,4 @@ pub use lora_linear_config::LoraLinearConfig;
 pub use module_lora::{LoraForward, apply_lora};
 pub use params::{frozen, track, trainable};
 pub use pass::{Pass, mix};
-pub use reading::Reading;
 pub use target_modules::TargetModules;

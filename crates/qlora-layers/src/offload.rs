@@ -1,119 +1,102 @@
 //! Tensors that wait in the host's memory while the device computes.
 //!
-//! On CUDA both ways are copies on a stream of their own, to and from pinned memory (`cuMemAllocHost`, from CubeCL's
-//! pool). CubeCL makes that stream wait for the one on which a buffer was made, up to the moment of the call; a tensor
-//! that goes out was just computed there, so its values are in. A buffer stays reserved until its copy is done. The host
-//! queues work far ahead of the device: callers [settle](Parked::settle) the copies before the last ones on
-//! the way out, and keep [`Pace`] on the way back, so that no more than two blocks' tensors hold device memory. Other
-//! runtimes have one queue for everything and wait for each copy out (with WGSL, nothing else may be queued while a
-//! buffer is being read); on the CPU, a tensor is where it should be.
+//! On CUDA, copies in both directions run beside the kernels, to and from pinned memory ([`host_copies`]). A tensor that
+//! goes to the host was just computed on the stream that the copy waits for, so the copy carries its final values. A buffer
+//! stays reserved until its copy is done, and the host queues work far ahead of the device. Two rules therefore bound the
+//! device memory that copies hold to two blocks' tensors: on the way to the host, callers
+//! [finish](Parked::finish_download) the copies before the last ones; on the way back, they keep [`Pace`].
+//!
+//! Other runtimes have one queue for everything and wait for each copy to the host (with WGSL, nothing else may be queued
+//! while a buffer is being read). On the CPU a tensor is in the host's memory already and stays where it is.
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
-use std::sync::{LazyLock, Mutex, PoisonError};
 
-use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind, StreamId};
 use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::CubeDevice;
-use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::bytes::Bytes;
-use cubecl::client::Client;
-use cubecl::server::{Handle, ServerError};
-
-/// The runtime whose copies run beside its kernels.
-pub(crate) const CUDA: &str = "cuda";
-
-/// A copy to the host that was started.
-pub(crate) struct Download {
-    /// Held until the copy is done.
-    _buffer: Handle,
-    read: Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>,
-}
-
-impl Download {
-    /// Starts copying a buffer, on the stream that this is called on.
-    pub(crate) fn start(client: &'static Client, buffer: Handle) -> Self {
-        Self { read: Box::pin(client.read_async(vec![buffer.clone()])), _buffer: buffer }
-    }
-
-    /// The bytes, once they are in the host's memory; to be called once.
-    ///
-    /// # Errors
-    /// The device's message, where the copy or what it copies failed.
-    pub(crate) fn wait(&mut self) -> Result<Bytes, String> {
-        let mut read = cubecl::future::block_on(self.read.as_mut()).map_err(|e| e.to_string())?;
-        read.pop().ok_or_else(|| "the device sent nothing".into())
-    }
-}
+use host_copies::{Copies, DeviceError, Download, as_cube, from_cube};
 
 /// A tensor that waits for its use.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "a few for each block, and they stay where they are")]
 pub(crate) enum Parked<const D: usize> {
     /// Where it was made.
-    Here(Tensor<D>),
-    /// In the host's memory.
-    Away(Offloaded),
+    OnDevice(Tensor<D>),
+    /// In the host's memory, or on the way there.
+    OnHost(Offloaded),
 }
 
 impl<const D: usize> Parked<D> {
-    /// Starts bringing a tensor to the host, unless it is there already.
+    /// Starts copying a tensor to the host, unless the tensor is there already.
     ///
     /// # Errors
-    /// The device's message, where the copy failed.
-    pub(crate) fn away(tensor: Tensor<D>) -> Result<Self, String> {
-        Ok(match on_device(&tensor) {
-            Some(on_device) => Self::Away(Offloaded::send(on_device)?),
-            None => Self::Here(tensor),
+    /// The copy failed, or the work whose result it copies did.
+    pub(crate) fn to_host(tensor: Tensor<D>) -> Result<Self, DeviceError> {
+        Ok(match as_cube(&tensor) {
+            Some(cube) => Self::OnHost(Offloaded::start_download(cube)?),
+            None => Self::OnDevice(tensor),
         })
     }
 
-    /// Waits until the tensor is where it is to wait.
+    /// Waits until the copy to the host is done, if there is one.
     ///
     /// # Errors
-    /// The device's message, where the copy failed.
-    pub(crate) fn settle(&mut self) -> Result<(), String> {
+    /// The copy failed, or the work whose result it copies did.
+    pub(crate) fn finish_download(&mut self) -> Result<(), DeviceError> {
         match self {
-            Self::Here(_) => Ok(()),
-            Self::Away(tensor) => tensor.settle(),
+            Self::OnDevice(_) => Ok(()),
+            Self::OnHost(tensor) => tensor.finish_download(),
         }
     }
 
-    /// On its way to where it was made.
+    /// Starts the copy back to the tensor's device.
     ///
     /// # Errors
-    /// The device's message, where its way out failed.
-    pub(crate) fn begun(self) -> Result<Self, String> {
-        self.here().map(Self::Here)
+    /// The copy to the host failed.
+    pub(crate) fn start_upload(self) -> Result<Self, DeviceError> {
+        self.into_tensor().map(Self::OnDevice)
     }
 
-    /// The tensor where it was made, or on its way there: whatever uses it waits for it.
+    /// The tensor on its device. Its copy back may still be running; kernels that use the tensor wait for the copy.
     ///
     /// # Errors
-    /// The device's message, where its way out failed.
-    pub(crate) fn here(self) -> Result<Tensor<D>, String> {
+    /// The copy to the host failed.
+    pub(crate) fn into_tensor(self) -> Result<Tensor<D>, DeviceError> {
         match self {
-            Self::Here(tensor) => Ok(tensor),
-            Self::Away(tensor) => tensor.fetch().map(from_device),
+            Self::OnDevice(tensor) => Ok(tensor),
+            Self::OnHost(tensor) => tensor.upload().map(from_cube),
         }
     }
 }
 
 /// A tensor that left the device.
 pub(crate) struct Offloaded {
-    copy: Copy,
+    copy: HostCopy,
     device: CubeDevice,
     shape: Shape,
     dtype: DType,
 }
 
 /// A copy in the host's memory.
-enum Copy {
+enum HostCopy {
     Leaving(Download),
     Arrived(Bytes),
+    /// The download failed.
+    Lost,
+}
+
+impl HostCopy {
+    fn wait(self) -> Result<Bytes, DeviceError> {
+        match self {
+            Self::Leaving(download) => download.wait(),
+            Self::Arrived(bytes) => Ok(bytes),
+            Self::Lost => {
+                Err(DeviceError::Failed("an offloaded tensor was lost when its copy to the host failed".into()))
+            }
+        }
+    }
 }
 
 impl fmt::Debug for Offloaded {
@@ -123,35 +106,27 @@ impl fmt::Debug for Offloaded {
 }
 
 impl Offloaded {
-    /// Starts bringing a tensor to the host.
-    fn send(tensor: CubeTensor) -> Result<Self, String> {
-        let client = lasting(&tensor.client);
-        let mut download = on_copies(client, || Download::start(client, tensor.handle.clone()));
-        let copy = match client.name() {
-            CUDA => Copy::Leaving(download),
-            // What was read may be a view of a buffer that the device can't use meanwhile.
-            _ => Copy::Arrived(Bytes::from_bytes_vec(download.wait()?.to_vec())),
+    fn start_download(tensor: CubeTensor) -> Result<Self, DeviceError> {
+        let copies = Copies::of(&tensor.client);
+        let download = copies.download(tensor.handle);
+        let copy = if copies.run_beside_kernels() {
+            HostCopy::Leaving(download)
+        } else {
+            // The bytes may be a view of a buffer that the device can't use meanwhile.
+            HostCopy::Arrived(Bytes::from_bytes_vec(download.wait()?.to_vec()))
         };
-        let (shape, dtype) = (tensor.meta.shape().clone(), tensor.dtype);
-        Ok(Self { copy, device: tensor.device, shape, dtype })
+        Ok(Self { copy, device: tensor.device, shape: tensor.meta.shape().clone(), dtype: tensor.dtype })
     }
 
-    /// Waits until the values are in the host's memory.
-    fn settle(&mut self) -> Result<(), String> {
-        if let Copy::Leaving(download) = &mut self.copy {
-            self.copy = Copy::Arrived(download.wait()?);
-        }
+    fn finish_download(&mut self) -> Result<(), DeviceError> {
+        self.copy = HostCopy::Arrived(std::mem::replace(&mut self.copy, HostCopy::Lost).wait()?);
         Ok(())
     }
 
-    /// Starts bringing the tensor back.
-    fn fetch(self) -> Result<CubeTensor, String> {
-        let bytes = match self.copy {
-            Copy::Leaving(mut download) => download.wait()?,
-            Copy::Arrived(bytes) => bytes,
-        };
+    fn upload(self) -> Result<CubeTensor, DeviceError> {
+        let bytes = self.copy.wait()?;
         let client = self.device.client();
-        let handle = on_copies(&client, || client.create(bytes));
+        let handle = Copies::of(&client).upload(bytes);
         Ok(CubeTensor::new_contiguous(client, self.device, self.shape, handle, self.dtype))
     }
 }
@@ -165,56 +140,19 @@ impl Pace {
     /// last.
     ///
     /// # Errors
-    /// The device's message.
-    pub(crate) fn mark(&mut self, tensor: &Tensor<2>) -> Result<(), String> {
-        let Some(tensor) = on_device(tensor).filter(|tensor| tensor.client.name() == CUDA) else { return Ok(()) };
+    /// Work that was queued before the mark failed.
+    pub(crate) fn mark(&mut self, tensor: &Tensor<2>) -> Result<(), DeviceError> {
+        let Some(copies) = as_cube(tensor).map(|cube| Copies::of(&cube.client)) else { return Ok(()) };
+        if !copies.run_beside_kernels() {
+            return Ok(());
+        }
         if self.0.len() == 2
-            && let Some(mut earlier) = self.0.pop_front()
+            && let Some(earlier) = self.0.pop_front()
         {
             earlier.wait()?;
         }
-        // On the stream of the kernels, behind everything that was queued.
-        let client = lasting(&tensor.client);
-        let mark = client.create_from_slice(&[0; 4]);
-        self.0.push_back(Download::start(client, mark));
+        let mark = copies.client().create_from_slice(&[0; 4]);
+        self.0.push_back(copies.download_behind_kernels(mark));
         Ok(())
-    }
-}
-
-/// The tensor behind Burn's dispatch, contiguous; `None` where it is in the host's memory already.
-pub(crate) fn on_device<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
-    match tensor.clone().without_autodiff().into_dispatch().kind {
-        DispatchTensorKind::Cube(tensor) => Some(into_contiguous(tensor.float())),
-        _ => None,
-    }
-}
-
-fn from_device<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
-    let kind = DispatchTensorKind::Cube(BackendTensor::Float(tensor));
-    Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() })
-}
-
-/// Runs `work` on the stream of the copies, where there is one.
-fn on_copies<T>(client: &Client, work: impl FnOnce() -> T) -> T {
-    // One for all models: every stream has memory pools of its own.
-    static COPIES: LazyLock<StreamId> = LazyLock::new(StreamId::allocate);
-    match client.name() {
-        CUDA => COPIES.executes(work),
-        _ => work(),
-    }
-}
-
-/// A client that is never dropped, one per device of the process: a download borrows its client, and outlives the call
-/// that starts it.
-pub(crate) fn lasting(client: &Client) -> &'static Client {
-    static CLIENTS: Mutex<Vec<&'static Client>> = Mutex::new(Vec::new());
-    let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
-    match clients.iter().find(|known| known.service_id() == client.service_id()) {
-        Some(known) => known,
-        None => {
-            let client = Box::leak(Box::new(client.clone()));
-            clients.push(client);
-            client
-        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use host_copies::DeviceError;
+
 /// What can go wrong while a model is found, read or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -154,8 +156,8 @@ pub enum ModelError {
         device: String,
     },
     /// Work on the device failed.
-    #[error("the device failed: {0}")]
-    Device(String),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Generation from nothing.
     #[error("the prompt is empty: generation needs at least one token")]
     EmptyPrompt,

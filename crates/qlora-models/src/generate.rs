@@ -3,6 +3,7 @@
 use crate::ModelError;
 use crate::decoder::Decoder;
 use crate::kv_cache::KvCache;
+use host_copies::DeviceError;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -56,7 +57,7 @@ pub fn generate(
     let mut next_input = prompt.to_vec();
     while ids.len() < options.max_new_tokens {
         let logits = model.forward_cached(&next_input, &mut cache);
-        let logits = logits.try_into_vec_as::<f32>().map_err(|e| ModelError::Device(e.to_string()))?;
+        let logits = logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
         let id = choose(&logits, options, &mut rng);
         ids.push(id);
         on_token(id);

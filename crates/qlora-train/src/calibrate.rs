@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use adapter_io::{GptqCheckpoint, GptqOptions, GptqReport, GptqWeight, OnProgress, gptq_checkpoint};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use host_copies::DeviceError;
 use qlora_layers::ops::matmul;
 use qlora_layers::{FrozenLinear, InputObserver, LoraLinear, Pass};
 use qlora_models::{Decoder, LoadOptions, LoadProgress};
@@ -139,9 +140,7 @@ fn run_blocks(
         run(model, index, rows, states.iter().cloned());
         for (name, gram) in names.iter().zip(&grams) {
             let gram = gram.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let hessian = gram
-                .map(|gram| gram.try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string())))
-                .transpose()?;
+            let hessian = gram.map(|gram| gram.try_into_vec_as::<f32>().map_err(DeviceError::from)).transpose()?;
             // An expert that no token went to has none.
             let weight = checkpoint.quantize(name, hessian.as_deref())?;
             if let Some((_, linear)) = model.linears_mut().find(|(n, _)| n == name) {
@@ -196,7 +195,7 @@ fn loss(model: &Decoder, rows: &[Example]) -> Result<Option<f64>, TrainError> {
         let x = model.embed(&batch.input_ids, Pass::INFERENCE);
         let x = model.blocks().iter().fold(x, |x, block| model.run_block(block, x, &sequence, Pass::INFERENCE));
         let loss = loss_sum(model, x, &labelled, Pass::INFERENCE);
-        sum += f64::from(loss.try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?[0]);
+        sum += f64::from(loss.try_into_vec_as::<f32>().map_err(DeviceError::from)?[0]);
         tokens += labelled.len();
     }
     Ok((tokens > 0).then(|| sum / tokens as f64))

@@ -4,22 +4,23 @@
 //! their number. Accumulating k micro-batches therefore gives the gradients of one batch k times
 //! the size, however the tokens are spread over them.
 //!
-//! When the device runs out of memory, the optimizer's state makes way and the step is done once more: nothing was
-//! updated yet, and dropout draws the same masks.
+//! When the device runs out of memory, the optimizer's state moves to the host and the step is done once more: nothing
+//! was updated yet, and dropout draws the same masks.
 //!
-//! Nothing waits for the device but the read-back of the loss, and that one when the update is queued already: while
-//! the device is at it, the host begins with the next step. The update itself heeds what the host does not know yet:
-//! where loss or gradients are not finite it changes nothing.
+//! The host waits only once per step, to read the loss, and only after the update is queued; while the device works on
+//! the update, the host begins with the next step. If loss or gradients are not finite, the update kernel itself leaves
+//! everything unchanged.
 
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
 use burn::module::Param;
-use burn::tensor::{FloatDType, Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor};
+use host_copies::{DeviceError, Reading};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
 use qlora_data::Batch;
 use qlora_layers::activation_checkpointing;
 use qlora_layers::ops::backward_from;
-use qlora_layers::{ActivationCheckpointing, Pass, Reading};
+use qlora_layers::{ActivationCheckpointing, Pass};
 use qlora_models::{BlockInPass, Decoder};
 use std::borrow::Borrow;
 
@@ -60,8 +61,8 @@ impl Engine {
         max_grad_norm: f32,
         checkpointing: ActivationCheckpointing,
     ) -> Result<Self, TrainError> {
-        let lens: Vec<usize> =
-            model.parameters().iter().map(|(_, parameter)| parameter.shape().num_elements()).collect();
+        let (names, lens): (Vec<String>, Vec<usize>) =
+            model.parameters().into_iter().map(|(name, parameter)| (name, parameter.shape().num_elements())).unzip();
         if lens.is_empty() {
             return Err(TrainError::NothingToTrain);
         }
@@ -69,7 +70,7 @@ impl Engine {
         for block in model.blocks() {
             first_of_block.push(first_of_block[first_of_block.len() - 1] + block.parameters().len());
         }
-        let optimizer = Optimizer::new(optimizer, &lens, model.device(), budget);
+        let optimizer = Optimizer::new(optimizer, &lens, model.device(), budget).with_names(names);
         model.track();
         Ok(Self { model, first_of_block, optimizer, checkpointing, max_grad_norm })
     }
@@ -109,7 +110,7 @@ impl Engine {
         let gradients = |engine: &Self| {
             engine
                 .gradients(micro_batches, &labelled, label_tokens, seed)
-                .map_err(|e| or_out_of_memory(e, micro_batches))
+                .map_err(|e| with_largest_batch(e, micro_batches, engine.checkpointing))
         };
         let computed = match gradients(self) {
             Err(TrainError::OutOfMemory { .. }) if self.make_room()? => gradients(self)?,
@@ -118,9 +119,10 @@ impl Engine {
         let Computed { numbers, norm, grads } = computed;
         self.update(grads, norm, learning_rate)?;
         let _span = tracing::trace_span!("read_back").entered();
-        let numbers = numbers.wait().map_err(TrainError::Device)?;
+        let numbers = numbers.wait()?;
         let [loss, grad_norm] = numbers[..] else {
-            return Err(TrainError::Device(format!("{} numbers instead of loss and norm", numbers.len())));
+            let sent = format!("it sent {} numbers instead of loss and norm", numbers.len());
+            return Err(DeviceError::Failed(sent).into());
         };
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(TrainError::NotFinite { loss, grad_norm, learning_rate });
@@ -130,7 +132,7 @@ impl Engine {
 
     /// Moves the optimizer's state out of the device's memory; false when none was there.
     fn make_room(&mut self) -> Result<bool, TrainError> {
-        let freed = self.optimizer.make_room().map_err(|e| TrainError::Device(e.to_string()))?;
+        let freed = self.optimizer.make_room()?;
         self.model.device().memory_cleanup();
         Ok(freed > 0)
     }
@@ -162,10 +164,10 @@ impl Engine {
             .zip(parameters)
             .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
             .collect();
-        let norm = global_norm(&grads);
+        let norm = global_norm(&grads)?;
         let loss = Tensor::cat(losses, 0).sum();
         // Starting to read tells whether memory was short.
-        let numbers = Reading::start(Tensor::cat(vec![loss.clone(), norm.clone()], 0)).map_err(TrainError::Device)?;
+        let numbers = Reading::start(Tensor::cat(vec![loss.clone(), norm.clone()], 0))?;
         // The norm, unless the loss is not finite: then neither is this.
         let norm = norm + loss.mul_scalar(0.0);
         Ok(Computed { numbers, norm, grads })
@@ -191,7 +193,7 @@ impl Engine {
                 .iter()
                 .fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
             let loss = loss_sum(&self.model, x, &labelled, Pass::INFERENCE);
-            let loss = loss.try_into_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
+            let loss = loss.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
             sum += f64::from(loss[0]);
             tokens += labelled.len();
         }
@@ -230,8 +232,7 @@ impl Engine {
                 (model.blocks().iter().fold(embedded.clone(), run), None)
             }
             policy => {
-                let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, policy)
-                    .map_err(TrainError::Device)?;
+                let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, policy)?;
                 (x, Some(kept))
             }
         };
@@ -252,8 +253,7 @@ impl Engine {
                 let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
                     collect(self.first_of_block[i], block.block.parameters(), from);
                 };
-                let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)
-                    .map_err(TrainError::Device)?;
+                let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
                 if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
                     collect(0, model.embedding_parameters(), &mut backward_from(embedded, grad));
                 }
@@ -268,14 +268,13 @@ impl Engine {
         let clip = Clip { norm, max_norm: self.max_grad_norm };
         let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {
-            debug_assert_eq!(FloatDType::from(grad.dtype()), FloatDType::F32, "gradients of f32 parameters are f32");
-            // The gradient keeps the parameter's place meanwhile: a buffer that has no other holder is updated in place.
+            // The gradient takes the parameter's place meanwhile, so that the optimizer has the only handle of the
+            // parameter and may update the parameter in place.
             let place = Param::initialized(parameter.id, grad.clone());
             let param = std::mem::replace(parameter, place).into_value().without_autodiff();
             updates.push(Update::new(index, param, grad));
         }
-        let updated =
-            self.optimizer.step(updates, learning_rate, Some(clip)).map_err(|e| TrainError::Device(e.to_string()))?;
+        let updated = self.optimizer.step(updates, learning_rate, Some(clip))?;
         for ((_, parameter), updated) in self.model.parameters_mut().into_iter().zip(updated) {
             let shape = parameter.dims();
             *parameter = Param::initialized(parameter.id, updated.reshape(shape));
@@ -285,17 +284,17 @@ impl Engine {
     }
 }
 
-/// The error, or what it means for a step of these micro-batches: memory was short, as CubeCL or the driver says somewhere
-/// in a report of what did not run for it.
-fn or_out_of_memory(error: TrainError, micro_batches: &[Batch]) -> TrainError {
-    const SHORT: [&str; 3] = ["out of device memory", "out of memory", "can't allocate"];
-    let TrainError::Device(message) = &error else { return error };
-    let report = message.to_lowercase();
-    let largest = micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols);
-    match largest.filter(|_| SHORT.iter().any(|short| report.contains(short))) {
+/// The error of a step; where the device ran out of memory, it names the step's largest micro-batch.
+fn with_largest_batch(
+    error: TrainError,
+    micro_batches: &[Batch],
+    checkpointing: ActivationCheckpointing,
+) -> TrainError {
+    let TrainError::Device(DeviceError::OutOfMemory(report)) = &error else { return error };
+    match micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols) {
         Some(&Batch { rows, cols, .. }) => {
-            tracing::debug!(%message, "out of memory");
-            TrainError::OutOfMemory { rows, cols }
+            tracing::debug!(%report, "out of memory");
+            TrainError::OutOfMemory { rows, cols, checkpointing }
         }
         None => error,
     }
@@ -319,13 +318,23 @@ mod tests {
     fn a_short_memory_is_told_from_other_failures() {
         let row = |len| Example { input_ids: vec![1; len], labels: vec![1; len], line: 1 };
         let batches = [Batch::new(&[row(9)], 0), Batch::new(&[row(5), row(7)], 0), Batch::new(&[row(3)], 0)];
-        let of = |message: &str| or_out_of_memory(TrainError::Device(message.into()), &batches);
-        let report = "Several failures at once\nCaused by:\n  out of device memory allocating 312475648 bytes\n";
-        assert!(matches!(of(report), TrainError::OutOfMemory { rows: 2, cols: 7 }));
-        for message in ["can't allocate buffer of size: 9", "Can't allocate 9 bytes", "CUDA_ERROR: \"out of memory\""] {
-            assert!(matches!(of(message), TrainError::OutOfMemory { .. }), "{message}");
-        }
-        assert!(matches!(of("the device is gone"), TrainError::Device(_)));
-        assert!(matches!(or_out_of_memory(TrainError::NoLabels, &batches), TrainError::NoLabels));
+        let of = |error| with_largest_batch(error, &batches, ActivationCheckpointing::OffloadSelective);
+        let short = of(DeviceError::OutOfMemory("out of device memory allocating 312475648 bytes".into()).into());
+        assert!(matches!(short, TrainError::OutOfMemory { rows: 2, cols: 7, .. }));
+        let message = short.to_string();
+        assert!(message.contains("2 rows of 7 tokens") && message.contains("\"offload\", which"), "{message}");
+        let failed = of(DeviceError::Failed("the device is gone".into()).into());
+        assert!(matches!(failed, TrainError::Device(DeviceError::Failed(_))));
+        assert!(matches!(of(TrainError::NoLabels), TrainError::NoLabels));
+    }
+
+    /// A policy that needs as little memory as any has no other to propose.
+    #[test]
+    fn the_advice_depends_on_the_policy() {
+        let message = |checkpointing| TrainError::OutOfMemory { rows: 1, cols: 2, checkpointing }.to_string();
+        let full = message(ActivationCheckpointing::Full);
+        assert!(full.contains("\"offload_selective\" or \"offload\", which"), "{full}");
+        let offload = message(ActivationCheckpointing::Offload);
+        assert!(offload.ends_with("Start afresh with a smaller train.batch_size or data.max_length"), "{offload}");
     }
 }

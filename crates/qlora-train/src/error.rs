@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use adapter_io::FormatError;
 use chat_text::ChatError;
+use host_copies::DeviceError;
 use model_hub::HubError;
 use qlora_data::DataError;
-use qlora_layers::LayerError;
+use qlora_layers::{ActivationCheckpointing, LayerError};
 use qlora_models::ModelError;
 
 /// What can go wrong between a configuration file and a trained adapter.
@@ -129,18 +130,22 @@ pub enum TrainError {
     /// The device has too little memory for a step, even without the optimizer's state.
     #[error(
         "out of device memory: a micro-batch of {rows} rows of {cols} tokens is too large; the adapter was left as it was before this \
-         step. Resume with train.activation_checkpointing = \"offload_selective\" or \"offload\", which give the same results in less \
-         memory, or start afresh with a smaller train.batch_size or data.max_length"
+         step. {} a smaller train.batch_size or data.max_length", advice(.checkpointing)
     )]
     OutOfMemory {
         /// Rows of the step's largest micro-batch.
         rows: usize,
         /// Tokens of its longest row.
         cols: usize,
+        /// How activations were kept.
+        checkpointing: ActivationCheckpointing,
     },
     /// Work on the device failed.
-    #[error("the device failed: {0}")]
-    Device(String),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The optimizer was given something that it can't work with.
+    #[error("the optimizer's step failed: {0}")]
+    Update(paged_optim::OptimError),
     /// Optimizer state that does not fit.
     #[error("{}: {source}", path.display())]
     Optimizer {
@@ -157,4 +162,26 @@ pub enum TrainError {
         /// What is wrong and what to do.
         problem: String,
     },
+}
+
+impl From<paged_optim::OptimError> for TrainError {
+    fn from(error: paged_optim::OptimError) -> Self {
+        match error {
+            paged_optim::OptimError::Device(error) => Self::Device(error),
+            other => Self::Update(other),
+        }
+    }
+}
+
+/// What to do when memory was short with this way of keeping activations.
+fn advice(checkpointing: &ActivationCheckpointing) -> String {
+    let smaller: Vec<String> = checkpointing.smaller().iter().map(|policy| format!("\"{}\"", policy.name())).collect();
+    if smaller.is_empty() {
+        return "Start afresh with".into();
+    }
+    let smaller = smaller.join(" or ");
+    format!(
+        "Resume with train.activation_checkpointing = {smaller}, which gives the same results in less memory, or start \
+         afresh with"
+    )
 }

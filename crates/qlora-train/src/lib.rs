@@ -25,6 +25,7 @@ pub use config::TrainConfig;
 pub use engine::{Engine, StepOutput};
 pub use error::TrainError;
 pub use events::TrainEvents;
+pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_sum};
 pub use plan::{MemoryEstimate, Plan};
 pub use trainer::{Resume, Trainer, compute_dtype, engine};

@@ -6,7 +6,6 @@ use crate::loss::MAX_LOGITS;
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
-use qlora_layers::ActivationCheckpointing;
 use qlora_layers::ops::MAX_SCORES;
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::{LinearRole, ModelConfig};
@@ -129,12 +128,13 @@ impl Plan {
         let block = tokens * (6 * model.hidden_size + 4 * attention + feed_forward) as u64 * width + scores;
         let blocks = model.num_hidden_layers as u64;
         let kept = |features: usize| tokens * features as u64 * width;
-        let kept = match config.train.activation_checkpointing {
-            ActivationCheckpointing::None => blocks * block,
-            ActivationCheckpointing::Selective => block + blocks * kept(2 * model.hidden_size + attention),
-            ActivationCheckpointing::Full => block + blocks * kept(model.hidden_size),
-            ActivationCheckpointing::Offload => block + 2 * kept(model.hidden_size),
-            ActivationCheckpointing::OffloadSelective => block + 2 * kept(2 * model.hidden_size + attention),
+        let policy = config.train.activation_checkpointing;
+        let kept = if policy.keeps_everything() {
+            blocks * block
+        } else {
+            let branches = if policy.keeps_branches() { model.hidden_size + attention } else { 0 };
+            let on_device = if policy.offloads() { 2 } else { blocks };
+            block + on_device * kept(model.hidden_size + branches)
         };
         // The logits, and what a cap makes of them.
         let logits = 2 * width * (tokens * model.vocab_size as u64).min(MAX_LOGITS as u64);

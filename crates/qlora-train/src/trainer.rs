@@ -298,7 +298,7 @@ impl<'e> Trainer<'e> {
         let state = TrainingState::new(&self.config, self.step, self.position, report.rows, report.tokens)?;
         let parameters = parameter_names(self.engine.model());
         let adapter = self.export()?;
-        let moments = self.engine.optimizer_mut().state().map_err(|e| TrainError::Device(e.to_string()))?;
+        let moments = self.engine.optimizer_mut().state()?;
         let moments = (options.optimizer, moments.as_slice());
         let path = checkpoint::save(&options.output_dir, &state, &adapter, &parameters, moments, options.save_limit)?;
         self.events.on_save(&path);

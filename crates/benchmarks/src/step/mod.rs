@@ -152,7 +152,8 @@ fn parent(args: &Args) -> Result<()> {
     for policy in &args.policies {
         for &case in &args.cases {
             let result = child::<Measured>(&format!("{policy}:{case}"));
-            let work = shapes::flops(&shape, case.rows, case.len, recomputes(policy)) * accumulation as f64;
+            let reruns_blocks = args.setting.config(policy)?.train.activation_checkpointing.reruns_blocks();
+            let work = shapes::flops(&shape, case.rows, case.len, reruns_blocks) * accumulation as f64;
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
             let row = Row { policy: policy.clone(), case, result, bound };
             println!("{}", row.line());
@@ -214,12 +215,6 @@ impl Record {
     fn say(&self) {
         self.path.iter().for_each(|path| println!("written to {}", path.display()));
     }
-}
-
-/// Whether a step under a policy can't do without running blocks twice. What those that keep both branches compute
-/// again is their own affair.
-fn recomputes(policy: &str) -> bool {
-    !matches!(policy, "none" | "selective" | "offload_selective")
 }
 
 impl Setting {

@@ -2,125 +2,120 @@
 //!
 //! # Where copies run
 //!
-//! On CUDA pages are allocated and uploaded on a stream of their own, so that a page comes in while the kernel of the
-//! page before runs (other runtimes have one queue for everything); CubeCL orders a kernel behind the stream that made its buffers. The way out is on the stream of
-//! the kernels: CubeCL knows when a buffer was made, not when another stream wrote to it, and there it is behind the
-//! update without further ado. For the same reason a page that comes in gets a new buffer instead of an old one's
-//! room.
+//! On CUDA, pages are allocated and uploaded on the stream of the copies ([`host_copies`]), so that a page comes in while
+//! the kernel of the page before runs; CubeCL orders a kernel behind the stream that made its buffers. A page's
+//! download is on the stream of the kernels instead: CubeCL knows when a buffer was made, not when a kernel wrote to it,
+//! and on that stream the download is behind the update in any case. For the same reason a page that comes in gets a new
+//! buffer, never the room of an old one. Other runtimes have one queue for everything.
 //!
-//! Reading a buffer gives pinned memory on CUDA (`cuMemAllocHost`, from CubeCL's pool) without waiting, and a fence
-//! to wait for; a page rests in that memory and goes up again straight from it. Other runtimes give ordinary memory.
+//! On the host a page rests in the pinned memory that it was read into, and goes up again straight from there.
 
 use std::borrow::Cow;
-use std::future::Future;
-use std::pin::Pin;
-use std::sync::{LazyLock, Mutex, PoisonError};
 
-use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind, StreamId};
-use burn::tensor::{DType, Shape, Tensor};
-use burn_cubecl::kernel::into_contiguous;
+use burn::tensor::{DType, Int, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::bytes::Bytes;
-use cubecl::client::Client;
-use cubecl::server::{Handle, ServerError};
+use cubecl::server::Handle;
+use host_copies::{Copies, DeviceError, Download, cube_of_int, from_cube, int_from_cube, into_cube};
 
-use super::{Backend, kernels, norm};
-use crate::OptimError;
-use crate::config::{Rule, Scalars};
-use crate::layout::PageLayout;
+use super::{Backend, Operands, kernels, norm};
+use crate::config::Rule;
+use crate::layout::{Format, PageLayout};
 use crate::pager::Memory;
-
-type Download = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>;
 
 /// A device behind a CubeCL client.
 pub(crate) struct CubeDevice {
-    /// A download borrows its client, and outlives the call that starts it.
-    client: &'static Client,
+    copies: Copies,
     device: burn_cubecl::CubeDevice,
-    /// Pages are allocated and uploaded on this stream, or with everything else.
-    copies: Option<StreamId>,
-    /// The 8-bit maps.
+    /// The 8-bit maps, once they were needed.
     tables: Option<Handle>,
 }
 
 impl CubeDevice {
     pub(crate) fn new(device: burn_cubecl::CubeDevice) -> Self {
-        // One for all optimizers: every stream has memory pools of its own.
-        static COPIES: LazyLock<StreamId> = LazyLock::new(StreamId::allocate);
-        let client = lasting(device.client());
-        let copies = (client.name() == "cuda").then(|| *COPIES);
-        Self { client, device, copies, tables: None }
+        Self { copies: Copies::of(&device.client()), device, tables: None }
     }
 
-    fn on_copies<T>(&self, work: impl FnOnce() -> T) -> T {
-        match self.copies {
-            Some(stream) => stream.executes(work),
-            None => work(),
-        }
+    /// See [`super::update_alone`].
+    pub(super) fn update_alone(
+        &mut self,
+        rule: Rule,
+        layout: &PageLayout,
+        words: Tensor<1, Int>,
+        operands: Operands<Tensor<1>>,
+    ) -> Option<(Tensor<1, Int>, Tensor<1>)> {
+        let words = cube_of_int(words)?;
+        let words = if words.can_mut() { words } else { words.copy() };
+        let Operands { param, grad, scalars } = operands;
+        let (param, grad) = (self.open_mut(param)?, self.open(grad)?);
+        let norm = self.copies.client().create_from_slice(&[0; 4]);
+        let mut operands = [Some(Operands { param, grad, scalars })];
+        self.update_page(rule, layout, &words.handle, &mut operands, &norm);
+        let [Some(Operands { param, .. })] = operands else { return None };
+        Some((int_from_cube(words), Self::close(param)))
     }
 
-    fn finish(&self, download: Download) -> Result<Bytes, OptimError> {
-        let failed = |e: &dyn std::fmt::Display| OptimError::Device(e.to_string());
-        let mut read = cubecl::future::block_on(download).map_err(|e| failed(&e))?;
-        read.pop().ok_or_else(|| failed(&"the device sent nothing"))
-    }
-
-    fn start(&self, page: &Handle) -> Download {
-        let client: &'static Client = self.client;
-        Box::pin(client.read_async(vec![page.clone()]))
+    fn update_page(
+        &mut self,
+        rule: Rule,
+        layout: &PageLayout,
+        page: &Handle,
+        operands: &mut [Option<Operands<CubeTensor>>],
+        norm: &Handle,
+    ) {
+        let client = self.copies.client();
+        let tables = match layout.format {
+            Format::Full => None,
+            Format::Block8 => Some(&*self.tables.get_or_insert_with(|| kernels::tables(client))),
+        };
+        let members: Vec<kernels::Member<'_>> = layout
+            .segments
+            .iter()
+            .filter_map(|segment| {
+                let Operands { param, grad, scalars } = operands[segment.parameter].as_ref()?;
+                let (param, grad) = (&param.handle, &grad.handle);
+                Some(kernels::Member { segment: *segment, param, grad, scalars: *scalars })
+            })
+            .collect();
+        kernels::update(client, &kernels::Page { rule, layout, words: page, norm, tables }, members);
     }
 }
 
-/// The norm of gradients on one device; see [`norm`].
+/// The norm of gradients on one device; see [`norm`]. `None` if one is on another device, or if there are none.
 pub(crate) fn global_norm(grads: Vec<Tensor<1>>) -> Option<Tensor<1>> {
-    let grads: Vec<CubeTensor> = grads.into_iter().map(CubeDevice::open).collect();
+    let grads = grads.into_iter().map(into_cube).collect::<Option<Vec<CubeTensor>>>()?;
     let (client, device) = grads.first().map(|first| (first.client.clone(), first.device.clone()))?;
+    if grads.iter().any(|grad| grad.client.service_id() != client.service_id()) {
+        return None;
+    }
     let buffers: Vec<norm::Gradient<'_>> =
         grads.iter().map(|grad| (&grad.handle, grad.meta.shape().num_elements())).collect();
     let handle = norm::global_norm(&client, &buffers);
-    Some(CubeDevice::close(CubeTensor::new_contiguous(client, device, Shape::new([1]), handle, DType::F32)))
-}
-
-/// A client that is never dropped; one per device of the process.
-fn lasting(client: Client) -> &'static Client {
-    static CLIENTS: Mutex<Vec<&'static Client>> = Mutex::new(Vec::new());
-    let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
-    match clients.iter().find(|known| known.service_id() == client.service_id()) {
-        Some(known) => known,
-        None => {
-            let client = Box::leak(Box::new(client));
-            clients.push(client);
-            client
-        }
-    }
+    Some(from_cube(CubeTensor::new_contiguous(client, device, Shape::new([1]), handle, DType::F32)))
 }
 
 impl Memory for CubeDevice {
     type Page = Handle;
-    /// The buffer too, whose room must not be used again before the copy is done.
-    type Leaving = (Handle, Mutex<Download>);
+    type Leaving = Download;
     type Host = Bytes;
 
     fn zeros(&mut self, words: usize) -> Handle {
-        let (client, device) = (self.client.clone(), self.device.clone());
-        self.on_copies(|| {
+        let (client, device) = (self.copies.client().clone(), self.device.clone());
+        self.copies.on_stream(|| {
             burn_cubecl::ops::numeric::zeros_client(client, device, Shape::new([words]), DType::U32).handle
         })
     }
 
     fn upload(&mut self, page: Bytes) -> Handle {
-        self.on_copies(|| self.client.create(page))
+        self.copies.upload(page)
     }
 
-    fn download(&mut self, page: Handle) -> (Handle, Mutex<Download>) {
-        let download = self.start(&page);
-        (page, Mutex::new(download))
+    fn download(&mut self, page: Handle) -> Download {
+        self.copies.download_behind_kernels(page)
     }
 
-    fn wait(&mut self, (page, download): (Handle, Mutex<Download>)) -> Result<Bytes, OptimError> {
-        let bytes = self.finish(download.into_inner().unwrap_or_else(PoisonError::into_inner))?;
-        drop(page);
-        Ok(bytes)
+    fn wait(&mut self, page: Download) -> Result<Bytes, DeviceError> {
+        page.wait()
     }
 
     fn host(&mut self, words: Vec<u32>) -> Bytes {
@@ -134,35 +129,30 @@ impl Memory for CubeDevice {
         }
     }
 
-    fn read(&mut self, page: &Handle) -> Result<Vec<u32>, OptimError> {
-        let bytes = self.finish(self.start(page))?;
+    fn read(&mut self, page: &Handle) -> Result<Vec<u32>, DeviceError> {
+        let bytes = self.copies.download_behind_kernels(page.clone()).wait()?;
         Ok(bytemuck::pod_collect_to_vec(&bytes))
     }
 
     fn trim(&mut self) {
-        // Refused only while a stream records a graph; then the next time gives the memory back.
-        let _ = self.on_copies(|| self.client.memory_cleanup());
+        self.copies.give_back_memory();
     }
 }
 
 impl Backend for CubeDevice {
     type Tensor = CubeTensor;
 
-    fn open(tensor: Tensor<1>) -> CubeTensor {
-        match tensor.into_dispatch().kind {
-            DispatchTensorKind::Cube(tensor) => into_contiguous(tensor.float()),
-            other => panic!("an optimizer on a GPU got a tensor of another device: {other:?}"),
-        }
+    fn open(&self, tensor: Tensor<1>) -> Option<CubeTensor> {
+        into_cube(tensor).filter(|tensor| tensor.client.service_id() == self.copies.client().service_id())
     }
 
-    fn open_mut(tensor: Tensor<1>) -> CubeTensor {
-        let tensor = Self::open(tensor);
-        if tensor.can_mut() { tensor } else { tensor.copy() }
+    fn open_mut(&self, tensor: Tensor<1>) -> Option<CubeTensor> {
+        let tensor = self.open(tensor)?;
+        Some(if tensor.can_mut() { tensor } else { tensor.copy() })
     }
 
     fn close(tensor: CubeTensor) -> Tensor<1> {
-        let kind = DispatchTensorKind::Cube(BackendTensor::Float(tensor));
-        Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() })
+        from_cube(tensor)
     }
 
     fn update(
@@ -170,19 +160,9 @@ impl Backend for CubeDevice {
         rule: Rule,
         layout: &PageLayout,
         page: &mut Handle,
-        tensors: &mut [Option<(CubeTensor, CubeTensor)>],
+        operands: &mut [Option<Operands<CubeTensor>>],
         norm: &CubeTensor,
-        scalars: &Scalars,
     ) {
-        let tables = self.tables.get_or_insert_with(|| kernels::tables(self.client)).clone();
-        let members: Vec<kernels::Member> = layout
-            .segments
-            .iter()
-            .filter_map(|segment| {
-                let (param, grad) = tensors[segment.parameter].as_ref()?;
-                Some(kernels::Member { segment: *segment, param: &param.handle, grad: &grad.handle })
-            })
-            .collect();
-        kernels::update(self.client, rule, layout, page, &members, &norm.handle, &tables, scalars);
+        self.update_page(rule, layout, page, operands, &norm.handle);
     }
 }

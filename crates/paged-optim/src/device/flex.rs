@@ -5,16 +5,17 @@
 use std::borrow::Cow;
 
 use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind};
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 use burn_flex::FlexTensor;
+use host_copies::DeviceError;
 use rayon::prelude::*;
 
-use super::Backend;
+use super::{Backend, Operands};
+use crate::BLOCKSIZE;
 use crate::config::{Rule, Scalars};
 use crate::layout::{Format, PageLayout, Segment};
 use crate::pager::Memory;
 use crate::reference::{self, Block8, gradient_factor};
-use crate::{BLOCKSIZE, OptimError};
 
 /// Elements per task: long enough to hide the hand-over between threads.
 const CHUNK: usize = 1 << 14;
@@ -40,7 +41,7 @@ impl Memory for FlexDevice {
         page
     }
 
-    fn wait(&mut self, page: Vec<u32>) -> Result<Vec<u32>, OptimError> {
+    fn wait(&mut self, page: Vec<u32>) -> Result<Vec<u32>, DeviceError> {
         Ok(page)
     }
 
@@ -52,7 +53,7 @@ impl Memory for FlexDevice {
         page.into()
     }
 
-    fn read(&mut self, page: &Vec<u32>) -> Result<Vec<u32>, OptimError> {
+    fn read(&mut self, page: &Vec<u32>) -> Result<Vec<u32>, DeviceError> {
         Ok(page.clone())
     }
 
@@ -62,16 +63,16 @@ impl Memory for FlexDevice {
 impl Backend for FlexDevice {
     type Tensor = FlexTensor;
 
-    fn open(tensor: Tensor<1>) -> FlexTensor {
-        match tensor.into_dispatch().kind {
-            DispatchTensorKind::Flex(tensor) => FlexTensor::from_data(tensor.float().into_data()),
-            other => panic!("an optimizer on the CPU got a tensor of another device: {other:?}"),
+    fn open(&self, tensor: Tensor<1>) -> Option<FlexTensor> {
+        match tensor.without_autodiff().into_dispatch().kind {
+            DispatchTensorKind::Flex(tensor) => Some(FlexTensor::from_data(tensor.float().into_data())),
+            _ => None,
         }
     }
 
-    fn open_mut(tensor: Tensor<1>) -> FlexTensor {
+    fn open_mut(&self, tensor: Tensor<1>) -> Option<FlexTensor> {
         // `storage_mut` copies a buffer that is shared.
-        Self::open(tensor)
+        self.open(tensor)
     }
 
     fn close(tensor: FlexTensor) -> Tensor<1> {
@@ -84,20 +85,50 @@ impl Backend for FlexDevice {
         rule: Rule,
         layout: &PageLayout,
         page: &mut Vec<u32>,
-        tensors: &mut [Option<(FlexTensor, FlexTensor)>],
+        operands: &mut [Option<Operands<FlexTensor>>],
         norm: &FlexTensor,
-        scalars: &Scalars,
     ) {
-        let Some(factor) = gradient_factor(norm.storage::<f32>()[0], scalars.max_norm) else { return };
-        for segment in &layout.segments {
-            let Some((param, grad)) = &mut tensors[segment.parameter] else { continue };
-            let range = segment.start..segment.start + segment.len;
-            let (p, g) = (&mut param.storage_mut::<f32>()[range.clone()], &grad.storage::<f32>()[range]);
-            let words = &mut page[segment.word..];
-            match layout.format {
-                Format::Full => update_full(rule, segment, p, g, words, factor, scalars),
-                Format::Block8 => update_8bit(rule, segment, p, g, words, factor, scalars),
-            }
+        update_page(rule, layout, page, operands, norm.storage::<f32>()[0]);
+    }
+}
+
+impl FlexDevice {
+    /// See [`super::update_alone`].
+    pub(super) fn update_alone(
+        &mut self,
+        rule: Rule,
+        layout: &PageLayout,
+        words: Tensor<1, Int>,
+        operands: Operands<Tensor<1>>,
+    ) -> Option<(Tensor<1, Int>, Tensor<1>)> {
+        let DispatchTensorKind::Flex(words) = words.into_dispatch().kind else { return None };
+        let mut words = FlexTensor::from_data(words.int().into_data());
+        let Operands { param, grad, scalars } = operands;
+        let (param, grad) = (self.open_mut(param)?, self.open(grad)?);
+        let mut operands = [Some(Operands { param, grad, scalars })];
+        update_page(rule, layout, words.storage_mut::<u32>(), &mut operands, 0.0);
+        let [Some(Operands { param, .. })] = operands else { return None };
+        let kind = DispatchTensorKind::Flex(BackendTensor::Int(words));
+        Some((Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() }), Self::close(param)))
+    }
+}
+
+fn update_page(
+    rule: Rule,
+    layout: &PageLayout,
+    page: &mut [u32],
+    operands: &mut [Option<Operands<FlexTensor>>],
+    norm: f32,
+) {
+    for segment in &layout.segments {
+        let Some(Operands { param, grad, scalars }) = &mut operands[segment.parameter] else { continue };
+        let Some(factor) = gradient_factor(norm, scalars.max_norm) else { continue };
+        let range = segment.start..segment.start + segment.len;
+        let (p, g) = (&mut param.storage_mut::<f32>()[range.clone()], &grad.storage::<f32>()[range]);
+        let words = &mut page[segment.word..];
+        match layout.format {
+            Format::Full => update_full(rule, segment, p, g, words, factor, scalars),
+            Format::Block8 => update_8bit(rule, segment, p, g, words, factor, scalars),
         }
     }
 }

@@ -42,11 +42,24 @@ const SIGNED: usize = 0;
 const UNSIGNED: usize = 512;
 const TABLES: usize = 1024;
 
-/// A segment with its parameter's buffers.
+/// A segment with its parameter's buffers and the scalars of its update.
 pub(super) struct Member<'a> {
     pub(super) segment: Segment,
     pub(super) param: &'a Handle,
     pub(super) grad: &'a Handle,
+    pub(super) scalars: Scalars,
+}
+
+/// A page that is updated.
+pub(super) struct Page<'a> {
+    pub(super) rule: Rule,
+    pub(super) layout: &'a PageLayout,
+    /// `layout.words` words of state.
+    pub(super) words: &'a Handle,
+    /// One f32.
+    pub(super) norm: &'a Handle,
+    /// What [`tables`] gave; pages of 32-bit state have no use for them.
+    pub(super) tables: Option<&'a Handle>,
 }
 
 /// Both maps and their thresholds.
@@ -61,38 +74,26 @@ pub(super) fn tables(client: &Client) -> Handle {
     client.create_from_slice(bytemuck::cast_slice(&values))
 }
 
-/// Updates the segments of a page.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn update(
-    client: &Client,
-    rule: Rule,
-    layout: &PageLayout,
-    page: &Handle,
-    members: &[Member<'_>],
-    norm: &Handle,
-    tables: &Handle,
-    scalars: &Scalars,
-) {
+/// Updates the segments of a page. A launch has one set of scalars: members that differ in learning rate, weight decay
+/// or number of updates are in different launches.
+pub(super) fn update(client: &Client, page: &Page<'_>, members: Vec<Member<'_>>) {
     let bindings = client.properties().hardware.max_bindings as usize;
     let most = (bindings.saturating_sub(OTHER_BINDINGS) / 2).clamp(1, MEMBERS);
-    // As few launches as the bindings allow, of about the same size.
-    let launches = members.len().div_ceil(most).max(1);
-    for members in members.chunks(members.len().div_ceil(launches).max(1)) {
-        launch(client, rule, layout, page, members, norm, tables, scalars);
+    let mut rest = members;
+    while let Some(first) = rest.first() {
+        let scalars = first.scalars;
+        let (members, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|member| member.scalars == scalars);
+        // As few launches as the bindings allow, of about the same size.
+        let launches = members.len().div_ceil(most);
+        for members in members.chunks(members.len().div_ceil(launches)) {
+            launch(client, page, members, scalars);
+        }
+        rest = others;
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn launch(
-    client: &Client,
-    rule: Rule,
-    layout: &PageLayout,
-    page: &Handle,
-    members: &[Member<'_>],
-    norm: &Handle,
-    tables: &Handle,
-    scalars: &Scalars,
-) {
+fn launch(client: &Client, page: &Page<'_>, members: &[Member<'_>], scalars: Scalars) {
+    let Page { rule, layout, words, norm, tables } = *page;
     // Segments start at multiples of 256, so it is their length that decides.
     let aligned = members.iter().all(|member| member.segment.len.is_multiple_of(WIDTH));
     let vector = if aligned { WIDTH } else { 1 };
@@ -101,31 +102,31 @@ fn launch(
     let cubes = CubeCount::Static(longest.div_ceil(per_cube) as u32, members.len() as u32, 1);
     let cube_dim = CubeDim::new_1d(UNITS as u32);
     let count = members.len();
-    let Scalars { beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm } = *scalars;
+    let Scalars { beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm } = scalars;
     let scalars = ScalarArgsLaunch::new(beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm, 1.0);
     // SAFETY: the page is as long as its layout says, the norm has one element; the kernels stay within the segments.
     unsafe {
         let norm = BufferArg::from_raw_parts(norm.clone(), 1);
-        match layout.format {
-            Format::Full => full_kernel::launch_unchecked(
+        match tables {
+            None => full_kernel::launch_unchecked(
                 client,
                 cubes,
                 cube_dim,
                 vector,
                 member_args(members, vector),
-                BufferArg::from_raw_parts(page.clone(), layout.words / vector),
+                BufferArg::from_raw_parts(words.clone(), layout.words / vector),
                 norm,
                 scalars,
                 count,
                 rule,
             ),
-            Format::Block8 => block8_kernel::launch_unchecked(
+            Some(tables) => block8_kernel::launch_unchecked(
                 client,
                 cubes,
                 cube_dim,
                 vector,
                 member_args(members, vector),
-                BufferArg::from_raw_parts(page.clone(), layout.words),
+                BufferArg::from_raw_parts(words.clone(), layout.words),
                 norm,
                 BufferArg::from_raw_parts(tables.clone(), TABLES),
                 scalars,
@@ -138,7 +139,7 @@ fn launch(
 
 /// The launch's members as an argument; `N` is `vector`.
 fn member_args<N: Size>(members: &[Member<'_>], vector: usize) -> SequenceArg<MemberArgs<N>> {
-    let args = members.iter().map(|Member { segment, param, grad }| {
+    let args = members.iter().map(|Member { segment, param, grad, .. }| {
         let end = (segment.start + segment.len) / vector;
         // SAFETY: the tensors were checked to have the parameter's length, of which the segment is a part.
         let buffer = |handle: &Handle| unsafe { BufferArg::from_raw_parts(handle.clone(), end) };

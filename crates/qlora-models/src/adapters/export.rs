@@ -12,6 +12,7 @@ use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::experts::stack;
 use adapter_io::{Adapter, AdapterConfig, HostTensor};
 use burn::tensor::{FloatDType, Tensor};
+use host_copies::DeviceError;
 use qlora_layers::LoraAdapter;
 
 impl Decoder {
@@ -108,7 +109,7 @@ fn host_vector(row: &Tensor<2>) -> Result<HostTensor, ModelError> {
 
 /// A tensor's values on the host, in f32.
 pub(super) fn host_values(tensor: &Tensor<2>) -> Result<Vec<f32>, ModelError> {
-    tensor.clone().without_autodiff().try_into_vec_as::<f32>().map_err(|e| ModelError::Device(e.to_string()))
+    Ok(tensor.clone().without_autodiff().try_into_vec_as::<f32>().map_err(DeviceError::from)?)
 }
 
 /// Twice the rank at the same scaling, everywhere.

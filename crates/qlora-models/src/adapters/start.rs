@@ -226,7 +226,7 @@ struct Seen {
     components: Vec<(usize, Components)>,
     /// By layer.
     component_of: Vec<Option<usize>>,
-    failure: Option<String>,
+    failure: Option<ModelError>,
 }
 
 /// EVA: gives the targets the ranks at which components of their inputs explain most, within the same sum of ranks,
@@ -278,7 +278,7 @@ pub(super) fn explain(
         let mut seen = lock(&seen);
         seen.inputs.clear();
         if let Some(failure) = seen.failure.take() {
-            return Err(ModelError::Device(failure));
+            return Err(failure);
         }
     }
     let seen = lock(&seen);
@@ -326,7 +326,7 @@ impl Seen {
         let values = match host_values(x) {
             Ok(values) => values,
             Err(e) => {
-                self.failure.get_or_insert(e.to_string());
+                self.failure.get_or_insert(e);
                 return;
             }
         };

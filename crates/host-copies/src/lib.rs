@@ -1,0 +1,28 @@
+//! Copies between a device and the host's memory, and what can go wrong on a device.
+//!
+//! - [`Copies`] and [`Download`]: one stream for the copies of a device, one client that is never dropped, one kind of
+//!   copy to the host that was started and is waited for later.
+//! - [`Reading`]: a few numbers that the host wants while the device goes on.
+//! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back.
+//! - [`DeviceError`]: a device that is out of memory, told from one that failed.
+//!
+//! # Pinned memory
+//!
+//! On CUDA, CubeCL reads a buffer into pinned memory (`cuMemAllocHost`, from a pool of its own) without waiting, and gives
+//! a fence to wait for. The bytes may rest in that memory, and go up again straight from it. Other runtimes have one
+//! queue for everything and give ordinary memory.
+//!
+//! # What was not done
+//!
+//! A Burn tensor reveals its CubeCL tensor only through Burn's dispatch enum (`DispatchTensorKind`), which Burn changes
+//! between versions; this crate is the one that has to follow.
+
+mod copies;
+mod error;
+mod reading;
+mod tensor;
+
+pub use copies::{Copies, Download, is_cuda};
+pub use error::DeviceError;
+pub use reading::Reading;
+pub use tensor::{as_cube, cube_of_int, from_cube, int_from_cube, into_cube};

@@ -1,0 +1,46 @@
+//! The CubeCL tensor behind a Burn tensor, and back.
+
+use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind};
+use burn::tensor::{Int, Tensor};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+
+/// The CubeCL tensor that a float tensor is, contiguous; `None` where the tensor is in the host's memory. Autodiff is
+/// dropped. Where nothing else holds the tensor's buffer, the result may be changed in place.
+pub fn into_cube<const D: usize>(tensor: Tensor<D>) -> Option<CubeTensor> {
+    match tensor.without_autodiff().into_dispatch().kind {
+        DispatchTensorKind::Cube(tensor) => Some(into_contiguous(tensor.float())),
+        _ => None,
+    }
+}
+
+/// [`into_cube`] of a tensor that stays.
+pub fn as_cube<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
+    into_cube(tensor.clone())
+}
+
+/// The Burn tensor of a CubeCL tensor of floats, without autodiff.
+///
+/// # Shapes
+/// The tensor has `D` dimensions.
+pub fn from_cube<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
+    let kind = DispatchTensorKind::Cube(BackendTensor::Float(tensor));
+    Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() })
+}
+
+/// [`into_cube`] for a tensor of integers.
+pub fn cube_of_int<const D: usize>(tensor: Tensor<D, Int>) -> Option<CubeTensor> {
+    match tensor.into_dispatch().kind {
+        DispatchTensorKind::Cube(tensor) => Some(into_contiguous(tensor.int())),
+        _ => None,
+    }
+}
+
+/// [`from_cube`] for a tensor of integers.
+///
+/// # Shapes
+/// The tensor has `D` dimensions.
+pub fn int_from_cube<const D: usize>(tensor: CubeTensor) -> Tensor<D, Int> {
+    let kind = DispatchTensorKind::Cube(BackendTensor::Int(tensor));
+    Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() })
+}

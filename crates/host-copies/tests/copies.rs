@@ -1,0 +1,104 @@
+//! Readings on every device at hand, and a CUDA device that really runs out of memory.
+
+#![allow(clippy::print_stderr, reason = "a skipped device is said")]
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+use std::sync::Mutex;
+
+use burn::tensor::{DType, Device, DeviceKind, Tensor, TensorData};
+use host_copies::{Copies, DeviceError, Reading, as_cube, from_cube};
+
+/// One test at a time: another's buffers would be in the way of the one that fills the device.
+static DEVICE: Mutex<()> = Mutex::new(());
+
+/// The CPU, and every GPU runtime that answers. NF4_QUANT_RUNTIMES names those that must.
+fn devices() -> Vec<(&'static str, Device)> {
+    let required = std::env::var("NF4_QUANT_RUNTIMES").unwrap_or_default();
+    let mut found = vec![("flex", Device::flex())];
+    for (name, make) in
+        [("wgpu", (|| Device::wgpu(DeviceKind::default())) as fn() -> Device), ("cuda", || Device::cuda(0))]
+    {
+        let answers = std::panic::catch_unwind(|| {
+            let device = make();
+            Tensor::<1>::zeros([1], &device).into_data();
+            device
+        });
+        match answers {
+            Ok(device) => found.push((name, device)),
+            Err(_) if required.split(',').any(|other| other.trim() == name) => panic!("{name} is required"),
+            Err(_) => eprintln!("{name}: no such device here, skipped"),
+        }
+    }
+    found
+}
+
+fn numbers(len: usize, device: &Device) -> Tensor<1> {
+    let values: Vec<f32> = (0..len).map(|i| i as f32 - 3.0).collect();
+    Tensor::from_data(TensorData::new(values, [len]), (device, DType::F32))
+}
+
+#[test]
+fn readings_arrive() {
+    let _alone = DEVICE.lock().unwrap();
+    for (name, device) in devices() {
+        let first = Reading::start(numbers(1000, &device) * 2.0).unwrap();
+        let second = Reading::start(numbers(1, &device)).unwrap();
+        assert_eq!(second.wait().unwrap(), [-3.0], "{name}");
+        let expected: Vec<f32> = (0..1000).map(|i| 2.0 * i as f32 - 6.0).collect();
+        assert_eq!(first.wait().unwrap(), expected, "{name}");
+        let half = Reading::start(numbers(3, &device).cast(DType::F16));
+        assert!(matches!(half, Err(DeviceError::Failed(_))), "{name}: numbers are f32");
+    }
+}
+
+/// Down beside the kernels and up again, and the tensor computes as before.
+#[test]
+fn a_buffer_that_went_to_the_host_and_back_is_the_same() {
+    let _alone = DEVICE.lock().unwrap();
+    for (name, device) in devices() {
+        let tensor = numbers(5000, &device) + 1.0;
+        let Some(mut cube) = as_cube(&tensor) else {
+            assert_eq!(name, "flex", "only the CPU's tensors are no CubeCL's");
+            continue;
+        };
+        let copies = Copies::of(&cube.client);
+        assert_eq!(copies.run_beside_kernels(), name == "cuda");
+        let bytes = copies.download(cube.handle.clone()).wait().unwrap();
+        cube.handle = copies.upload(bytes);
+        let back: Tensor<1> = from_cube(cube);
+        let difference = (back - tensor).abs().sum();
+        assert_eq!(difference.into_data().iter::<f32>().next(), Some(0.0), "{name}");
+    }
+}
+
+/// Takes the device's memory until an allocation fails, and uses the device afterwards.
+#[test]
+fn an_exhausted_memory_is_told_and_leaves_the_device_usable() {
+    let _alone = DEVICE.lock().unwrap();
+    let devices = devices();
+    let Some((_, device)) = devices.iter().find(|(name, _)| *name == "cuda") else { return };
+    let mut held: Vec<Tensor<1>> = Vec::new();
+    // 1 GiB each; no card has 4 TiB.
+    let error = (0..4096).find_map(|i| {
+        let tensor = Tensor::<1>::full([1 << 28], i as f32, (device, DType::F32));
+        let reading = Reading::start(tensor.clone().slice([0..1])).and_then(Reading::wait);
+        held.push(tensor);
+        reading.err()
+    });
+    let error = error.expect("4 TiB were allocated");
+    assert!(matches!(error, DeviceError::OutOfMemory(_)), "{error}");
+    assert!(held.len() > 1, "the first GiB fitted");
+    // Burn's own way of reading tells it, too.
+    let failed = held[held.len() - 1].clone().slice([0..1]).try_into_vec_as::<f32>();
+    assert!(matches!(failed.map_err(DeviceError::from), Err(DeviceError::OutOfMemory(_))));
+    // What fitted is intact.
+    let first = Reading::start(held[0].clone().slice([0..2])).and_then(Reading::wait).unwrap();
+    assert_eq!(first, [0.0; 2]);
+
+    drop(held);
+    device.memory_cleanup();
+    let sum = Reading::start((numbers(8, device) * 3.0).sum()).and_then(Reading::wait).unwrap();
+    assert_eq!(sum, [12.0]);
+    let again = Tensor::<1>::full([1 << 28], 7.0, (device, DType::F32));
+    assert_eq!(Reading::start(again.slice([5..6])).and_then(Reading::wait).unwrap(), [7.0]);
+}
