@@ -122,7 +122,7 @@ pub enum Purpose<'a> {
 
 impl Purpose<'_> {
     /// Whether the values of the branch's result are not used.
-    pub fn unread(&self) -> bool {
+    pub fn gradients_only(&self) -> bool {
         matches!(self, Self::Gradients(_))
     }
 }

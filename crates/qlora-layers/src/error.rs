@@ -1,5 +1,7 @@
 //! Errors of this crate.
 
+use host_copies::DeviceError;
+
 /// What can be wrong with a LoRA configuration or the tensors given to a layer.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
@@ -86,12 +88,12 @@ pub enum LayerError {
         feature: String,
     },
     /// A tensor's values do not come from its device.
-    #[error("{what} can't be read from its device: {problem}")]
+    #[error("{what} can't be read: {source}")]
     Read {
         /// The tensor.
         what: String,
         /// What the device said.
-        problem: String,
+        source: DeviceError,
     },
     /// An adapter's files.
     #[error(transparent)]

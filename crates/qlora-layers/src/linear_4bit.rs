@@ -105,7 +105,9 @@ impl Linear4bit {
     pub fn quantize(weight: Tensor<2>, quant: &QuantConfig, device: &Device) -> Result<Self, LayerError> {
         let dtype = ops::format_of(weight.dtype());
         let (shape, weight) = (weight.dims(), weight.without_autodiff().cast(FloatDType::F32));
-        let values = weight.try_into_vec_as::<f32>().map_err(|e| LayerError::Weight(e.to_string()))?;
+        let values = weight.try_into_vec_as::<f32>();
+        let values =
+            values.map_err(|e| LayerError::Read { what: "the weight to quantize".into(), source: e.into() })?;
         let mut quantized =
             Quantized4bit::quantize(&values, &shape, quant).map_err(|e| LayerError::Weight(e.to_string()))?;
         quantized.state.dtype = dtype;

@@ -154,7 +154,7 @@ impl ModuleVisitor for Parts {
         let read = |tensor: Tensor<D>, name: &str| {
             let shape = tensor.shape().to_vec();
             let values = tensor.without_autodiff().cast(FloatDType::F32).try_into_vec_as::<f32>();
-            let data = values.map_err(|e| LayerError::Read { what: name.into(), problem: e.to_string() })?;
+            let data = values.map_err(|e| LayerError::Read { what: name.into(), source: e.into() })?;
             Ok(HostTensor { shape, data })
         };
         let part = match part(&self.path) {

@@ -102,7 +102,7 @@ impl Block {
             FeedForward::Dense(mlp) => mlp.forward(h, pass, gradients_only),
             FeedForward::Experts(moe) => moe.forward(h, pass),
         };
-        normalised(&self.norms.mlp_output, run, pass, purpose.unread())
+        normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only())
     }
 
     /// # Shapes
@@ -136,7 +136,7 @@ impl Block {
             Some(cache) => cache.extend(self.index, k, v),
             None => (k, v),
         };
-        let gradients_only = purpose.unread();
+        let gradients_only = purpose.gradients_only();
         let mixed = match purpose {
             Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
             Purpose::Keep(kept) => {

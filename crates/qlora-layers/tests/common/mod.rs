@@ -18,7 +18,7 @@ impl ResidualBlock for Pair<'_> {
 }
 
 fn run(layer: &LoraLinear, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-    match purpose.unread() {
+    match purpose.gradients_only() {
         true => layer.record(x, pass),
         false => layer.forward_in(x, pass),
     }
