@@ -230,7 +230,7 @@ pub(super) fn lora_linear(bench: &Bench, shape: Shape, tokens: usize, rank: usiz
                 Tensor::<2>::random([rows, cols], Distribution::Normal(0.0, 0.02), (&bench.device, DType::F32))
             };
             let (lora_a, lora_b) = (factor(rank, in_features), factor(out_features, rank));
-            let terms = LoraTerms { scaling: 0.25, dropout: None, unread: false };
+            let terms = LoraTerms { scaling: 0.25, dropout: None, gradients_only: false };
             let layers: Vec<(Tensor<2>, Linear4bit)> = (0..bench.sets(work.bytes))
                 .map(|_| Ok((random(bench, tokens, in_features)?, layer(bench, out_features, in_features)?)))
                 .collect::<Result<_>>()?;
