@@ -9,6 +9,7 @@ use burn::store::ModuleRecord;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_transformer::{Transformer, VOCABULARY, WIDTH, batch};
 use nf4_quant::{QuantConfig, QuantType};
+use paged_optim::PagedAdamWConfig;
 use qlora_layers::peft::{load_adapter, save_adapter};
 use qlora_layers::{LayerError, LoraConfig, TargetModules, apply_lora};
 
@@ -150,6 +151,34 @@ fn gradients_and_losses_are_those_of_a_dense_reference() {
         first_and_last[usize::from(step > 0)] = a;
     }
     assert!(first_and_last[1] < 0.9 * first_and_last[0], "nothing was learned: {first_and_last:?}");
+}
+
+#[test]
+fn burns_adamw_and_the_paged_one_agree_in_each_step() {
+    let device = device();
+    let start = adapted(&device);
+    // Burn's defaults, which are not PyTorch's.
+    let config = PagedAdamWConfig::new().with_epsilon(1e-5).with_weight_decay(1e-4);
+    let train = |step: &mut dyn FnMut(Transformer, GradientsParams) -> Transformer| {
+        let mut model = start.clone();
+        let mut losses = Vec::new();
+        for i in 0..20 {
+            let loss = model.loss(batch(0, i, 4, 12, &device));
+            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            model = step(model, grads);
+            losses.push(loss.into_scalar::<f32>());
+        }
+        (losses, logits(&model, &device))
+    };
+    let (mut by_burn, mut tensorwise, mut paged) = (AdamWConfig::new().init(), config.init(), config.init_paged());
+    let (burn, _) = train(&mut |model, grads| by_burn.step(5e-3, model, grads));
+    let (by_tensor, logits_by_tensor) = train(&mut |model, grads| tensorwise.step(5e-3, model, grads));
+    let (whole, logits_of_whole) = train(&mut |model, grads| paged.step(5e-3, model, grads));
+    // Burn applies the same rule in another order of operations.
+    for (step, (ours, theirs)) in whole.iter().zip(&burn).enumerate() {
+        assert!((ours - theirs).abs() <= 1e-6 * theirs.abs(), "step {step}: losses {ours} and {theirs}");
+    }
+    assert_eq!((by_tensor, logits_by_tensor), (whole, logits_of_whole), "both forms give the same bits");
 }
 
 #[test]
