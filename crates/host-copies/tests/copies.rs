@@ -1,36 +1,15 @@
 //! Readings on every device at hand, and a CUDA device that really runs out of memory.
 
-#![allow(clippy::print_stderr, reason = "a skipped device is said")]
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use std::sync::Mutex;
 
-use burn::tensor::{DType, Device, DeviceKind, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::{Copies, DeviceError, Reading, as_cube, from_cube};
+use test_support::devices;
 
 /// One test at a time: another's buffers would be in the way of the one that fills the device.
 static DEVICE: Mutex<()> = Mutex::new(());
-
-/// The CPU, and every GPU runtime that answers. NF4_QUANT_RUNTIMES names those that must.
-fn devices() -> Vec<(&'static str, Device)> {
-    let required = std::env::var("NF4_QUANT_RUNTIMES").unwrap_or_default();
-    let mut found = vec![("flex", Device::flex())];
-    for (name, make) in
-        [("wgpu", (|| Device::wgpu(DeviceKind::default())) as fn() -> Device), ("cuda", || Device::cuda(0))]
-    {
-        let answers = std::panic::catch_unwind(|| {
-            let device = make();
-            Tensor::<1>::zeros([1], &device).into_data();
-            device
-        });
-        match answers {
-            Ok(device) => found.push((name, device)),
-            Err(_) if required.split(',').any(|other| other.trim() == name) => panic!("{name} is required"),
-            Err(_) => eprintln!("{name}: no such device here, skipped"),
-        }
-    }
-    found
-}
 
 fn numbers(len: usize, device: &Device) -> Tensor<1> {
     let values: Vec<f32> = (0..len).map(|i| i as f32 - 3.0).collect();

@@ -11,11 +11,12 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::tensor::activation::relu;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use common::{devices, noise};
+use common::noise;
 use paged_optim::{
     Budget, Clip, OptimError, Optimizer, OptimizerConfig, PagedAdamWConfig, PagedLionConfig, PagedOptimizer, Update,
     clip_factor, global_norm,
 };
+use test_support::devices;
 
 /// Two layers, of which one weight is large enough for 8 bits, a frozen scale, a table of integers, and a bias that the
 /// loss does not see.
