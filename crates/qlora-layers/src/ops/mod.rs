@@ -34,7 +34,7 @@ mod packed;
 mod seed;
 
 pub use attention::{
-    AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, attention, attention_again, attention_keeping,
+    AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, attention, attention_again, attention_keeping,
 };
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
