@@ -186,7 +186,7 @@ impl Adapter {
     }
 
     /// Any other tensor of a module by the end of its key, e.g. `.lora_magnitude_vector`.
-    pub(crate) fn module_tensor(&self, module: &str, suffix: &str) -> Option<&HostTensor> {
+    pub fn module_tensor(&self, module: &str, suffix: &str) -> Option<&HostTensor> {
         self.tensors.get(&format!("{KEY_PREFIX}{module}{suffix}"))
     }
 

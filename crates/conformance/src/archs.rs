@@ -88,7 +88,7 @@ fn compare(reference: &Reference, name: &str, device: &Device, subject: &str, re
     let mut broken = 0;
     for (_, adapter) in model.adapters() {
         for factor in [&adapter.lora_a, &adapter.lora_b] {
-            broken += to_vec(factor.clone().without_autodiff())?.iter().filter(|value| !value.is_finite()).count();
+            broken += to_vec(factor.val().without_autodiff())?.iter().filter(|value| !value.is_finite()).count();
         }
     }
     report.compare(format!("{subject}: values that a step made no numbers"), broken as f64, 0.0);

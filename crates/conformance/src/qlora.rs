@@ -225,7 +225,7 @@ fn distance(model: &Decoder, theirs: &Adapter) -> Result<f64> {
             if ours.dims()[..] != theirs.shape[..] {
                 bail!("`{path}`: a factor has shape {:?}, recorded {:?}", ours.dims(), theirs.shape);
             }
-            let values = to_vec(ours.clone().without_autodiff())?;
+            let values = to_vec(ours.val().without_autodiff())?;
             for (a, b) in values.iter().zip(&theirs.data) {
                 difference += (f64::from(*a) - f64::from(*b)).powi(2);
                 norm += f64::from(*b).powi(2);

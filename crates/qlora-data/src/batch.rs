@@ -165,7 +165,7 @@ pub struct Batches<'a> {
 
 impl Batches<'_> {
     /// Where the next batch stands: what a training checkpoint has to keep.
-    pub fn position(&self) -> Position {
+    pub fn next_position(&self) -> Position {
         self.position
     }
 

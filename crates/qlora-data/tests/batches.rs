@@ -80,13 +80,13 @@ fn a_step_ends_with_its_epoch() {
     let order = BatchOrder::new(&examples, &config(), 2, 42, 0);
     let mut batches = order.batches_from(&examples, Position::default());
     // Four batches an epoch, three a step.
-    let sizes = [(); 5].map(|()| (batches.next_step(3).len(), batches.position()));
+    let sizes = [(); 5].map(|()| (batches.next_step(3).len(), batches.next_position()));
     let at = |epoch, batch| Position { epoch, batch };
     assert_eq!(sizes, [(3, at(0, 3)), (1, at(0, 4)), (3, at(1, 3)), (1, at(1, 4)), (3, at(2, 3))]);
     // A run that was stopped at the end of an epoch goes on with the next one.
     let mut resumed = order.batches_from(&examples, at(0, 4));
     let first = resumed.next_step(1);
-    assert_eq!((first.first(), resumed.position()), (order.epoch(&examples, 1).next().as_ref(), at(1, 1)));
+    assert_eq!((first.first(), resumed.next_position()), (order.epoch(&examples, 1).next().as_ref(), at(1, 1)));
 }
 
 proptest! {
@@ -110,10 +110,10 @@ proptest! {
 
         let mut first = order.batches_from(&examples, Position::default());
         let mut resumed: Vec<_> = first.by_ref().take(cut).collect();
-        let mut second = order.batches_from(&examples, first.position());
+        let mut second = order.batches_from(&examples, first.next_position());
         resumed.extend(second.by_ref().take(count - cut));
         prop_assert_eq!(&resumed, &uninterrupted);
-        prop_assert_eq!(second.position(), whole.position());
+        prop_assert_eq!(second.next_position(), whole.next_position());
 
         // Every epoch holds every row once.
         for epoch in 0..3 {

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use common::Pair;
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::activation_checkpointing::{self, ActivationCheckpointing, ResidualBlock};
-use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass, trainable};
 use test_support::{devices, noise};
 
 const WIDTH: usize = 64;
@@ -28,10 +28,10 @@ fn every_policy_gives_the_same_gradients() {
                     .with_index(Some(index))
                     .adapter([WIDTH, WIDTH], &device)
                     .unwrap();
-                adapter.lora_b = Tensor::from_data(
+                adapter.lora_b = trainable(Tensor::from_data(
                     TensorData::new(noise(100 + u64::from(index), 4 * WIDTH), [WIDTH, 4]),
                     (&device, DType::F32),
-                );
+                ));
                 layer.set_adapter("layer", adapter).unwrap();
                 layer
             })

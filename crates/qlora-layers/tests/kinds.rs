@@ -5,7 +5,9 @@
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::ops::seeded_dropout;
-use qlora_layers::{EmbeddingAdapter, FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass, track, trainable};
+use qlora_layers::{
+    EmbeddingAdapter, FrozenLinear, Linear4bit, LoraAdapter, LoraLinear, Pass, frozen, track, trainable,
+};
 use test_support::{devices, noise};
 
 const OUT: usize = 24;
@@ -175,7 +177,7 @@ fn the_bias_of_lora_b_is_scaled_and_trained() {
     for (name, device) in devices() {
         for quantized in [true, false] {
             let mut layer = layer(&device, quantized, 0.0);
-            layer.bias = Some(Tensor::from_data(TensorData::new(noise(8, OUT), [OUT]), (&device, DType::F32)));
+            layer.bias = Some(frozen(Tensor::from_data(TensorData::new(noise(8, OUT), [OUT]), (&device, DType::F32))));
             let x = matrix(5, [TOKENS, IN], &device);
             let without = values(layer.forward_in(x.clone(), Pass::INFERENCE));
             let mut adapter = layer.adapter.take().unwrap().with_bias();
@@ -203,7 +205,7 @@ fn a_layer_trained_in_full_has_gradients_of_weight_and_bias() {
     for (name, device) in devices() {
         let mut layer = layer(&device, true, 0.0);
         layer.adapter = None;
-        layer.bias = Some(Tensor::from_data(TensorData::new(noise(8, OUT), [OUT]), (&device, DType::F32)));
+        layer.bias = Some(frozen(Tensor::from_data(TensorData::new(noise(8, OUT), [OUT]), (&device, DType::F32))));
         let x = matrix(5, [TOKENS, IN], &device);
         let before = values(layer.forward_in(x.clone(), Pass::INFERENCE));
         layer.train_whole();
@@ -269,7 +271,7 @@ fn embeddings_look_up_adapted_rows_and_train() {
             let direction = matrix(8, [RANK, VOCABULARY], &device);
             let shifted = |step: f32| {
                 let mut moved = lora.clone();
-                moved.lora_a = lora.lora_a.val().without_autodiff() + direction.clone().mul_scalar(step);
+                moved.lora_a = trainable(lora.lora_a.val().without_autodiff() + direction.clone().mul_scalar(step));
                 track(&mut moved.lora_a);
                 values(loss(&moved).reshape([1, 1]))[0]
             };

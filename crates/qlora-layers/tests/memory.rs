@@ -75,7 +75,7 @@ fn one_dense_transient_at_a_time() {
     let pass = Pass::training(1);
 
     // The matrix library keeps its packing buffer from the first product on; it is no weight.
-    let _ = layers[0].forward(x.clone(), pass).square().sum().backward();
+    let _ = layers[0].forward_in(x.clone(), pass).square().sum().backward();
     PEAK.store(LIVE.load(SeqCst), SeqCst);
     let before = LIVE.load(SeqCst);
     let blocks: Vec<Pair> = layers.chunks(2).map(|pair| Pair(&pair[0], &pair[1])).collect();

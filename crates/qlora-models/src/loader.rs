@@ -22,7 +22,7 @@ use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use adapter_io::{Checkpoint, Floats, TensorView};
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use nf4_quant::Quantized4bit;
 pub use options::LoadOptions;
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear};

