@@ -48,7 +48,6 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, vocabulary, width, blocks):
         super().__init__()
-        self.config = {"model_type": "burn-transformer"}
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)

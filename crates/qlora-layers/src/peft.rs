@@ -54,6 +54,8 @@ pub fn export_adapter<M: Module>(module: &M, config: &LoraConfig, base_model: &s
     }
     let mut peft = peft_config(config, &targets);
     peft.base_model_name_or_path = Some(base_model.into());
+    // PEFT would look for methods that only a causal language model of transformers has.
+    peft.task_type = None;
     let mut adapter = Adapter::new(peft);
     for (name, tensor) in parts.tensors {
         adapter.tensors.insert(format!("{KEY_PREFIX}{name}"), tensor);
