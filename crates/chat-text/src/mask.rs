@@ -37,7 +37,7 @@ mod tests {
         let masked = MASKED_LABEL;
         assert_eq!(encoding.labels(&[2..4, 6..7]), [masked, masked, 2, masked, 4]);
         // `cd` and `ef` reach out of 3..5.
-        assert_eq!(encoding.labels(&[3..5]), [masked; 5]);
+        assert_eq!(encoding.labels(std::slice::from_ref(&(3..5))), [masked; 5]);
         assert_eq!(encoding.labels(&[]), [masked; 5]);
     }
 }

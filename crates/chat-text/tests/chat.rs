@@ -22,7 +22,7 @@ fn reference() -> PathBuf {
 }
 
 fn tokenizer() -> Tokenizer {
-    Tokenizer::from_dir(&reference().join("tiny-llama")).unwrap()
+    Tokenizer::from_dir(reference().join("tiny-llama")).unwrap()
 }
 
 fn render(source: &str, messages: Json) -> Result<String, ChatError> {
@@ -253,7 +253,7 @@ fn missing_and_broken_templates_say_what_to_do() {
     std::fs::write(&config, "{").unwrap();
     let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
     assert!(error.contains("tokenizer_config.json: not valid JSON"), "{error}");
-    let error = Tokenizer::from_dir(&dir.path().join("nowhere")).unwrap_err().to_string();
+    let error = Tokenizer::from_dir(dir.path().join("nowhere")).unwrap_err().to_string();
     assert!(error.contains("does not exist"), "{error}");
 }
 

@@ -87,12 +87,15 @@ impl Copies {
     }
 }
 
+/// A read that CubeCL was asked for.
+type Read = dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send;
+
 /// A copy to the host that was started.
 pub struct Download {
     /// The buffer's room must not be used again before the copy is done.
     _buffer: Handle,
     /// In a mutex for the sake of `Sync`.
-    read: Mutex<Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send>>>,
+    read: Mutex<Pin<Box<Read>>>,
 }
 
 impl fmt::Debug for Download {

@@ -60,7 +60,7 @@ fn an_exhausted_memory_is_told_and_leaves_the_device_usable() {
     // 1 GiB each; no card has 4 TiB.
     let error = (0..4096).find_map(|i| {
         let tensor = Tensor::<1>::full([1 << 28], i as f32, (device, DType::F32));
-        let reading = Reading::start(tensor.clone().slice([0..1])).and_then(Reading::wait);
+        let reading = Reading::start(tensor.clone().narrow(0, 0, 1)).and_then(Reading::wait);
         held.push(tensor);
         reading.err()
     });
@@ -68,10 +68,10 @@ fn an_exhausted_memory_is_told_and_leaves_the_device_usable() {
     assert!(matches!(error, DeviceError::OutOfMemory(_)), "{error}");
     assert!(held.len() > 1, "the first GiB fitted");
     // Burn's own way of reading tells it, too.
-    let failed = held[held.len() - 1].clone().slice([0..1]).try_into_vec_as::<f32>();
+    let failed = held[held.len() - 1].clone().narrow(0, 0, 1).try_into_vec_as::<f32>();
     assert!(matches!(failed.map_err(DeviceError::from), Err(DeviceError::OutOfMemory(_))));
     // What fitted is intact.
-    let first = Reading::start(held[0].clone().slice([0..2])).and_then(Reading::wait).unwrap();
+    let first = Reading::start(held[0].clone().narrow(0, 0, 2)).and_then(Reading::wait).unwrap();
     assert_eq!(first, [0.0; 2]);
 
     drop(held);
@@ -79,5 +79,5 @@ fn an_exhausted_memory_is_told_and_leaves_the_device_usable() {
     let sum = Reading::start((numbers(8, device) * 3.0).sum()).and_then(Reading::wait).unwrap();
     assert_eq!(sum, [12.0]);
     let again = Tensor::<1>::full([1 << 28], 7.0, (device, DType::F32));
-    assert_eq!(Reading::start(again.slice([5..6])).and_then(Reading::wait).unwrap(), [7.0]);
+    assert_eq!(Reading::start(again.narrow(0, 5, 1)).and_then(Reading::wait).unwrap(), [7.0]);
 }

@@ -111,6 +111,7 @@ pub struct TensorState<const D: usize> {
 }
 
 #[derive(Clone)]
+#[expect(clippy::large_enum_variant, reason = "one for each parameter, and they stay where they are")]
 enum Place {
     /// A page, u32 words.
     Device { words: Tensor<1, Int>, layout: PageLayout },

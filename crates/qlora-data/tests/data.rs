@@ -16,7 +16,7 @@ fn repository() -> PathBuf {
 
 fn tokenizer() -> &'static Tokenizer {
     static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
-    TOKENIZER.get_or_init(|| Tokenizer::from_dir(&repository().join("testdata/reference/tiny-llama")).unwrap())
+    TOKENIZER.get_or_init(|| Tokenizer::from_dir(repository().join("testdata/reference/tiny-llama")).unwrap())
 }
 
 fn load_text(text: &str, config: &DataConfig) -> Result<Dataset, String> {

@@ -42,7 +42,6 @@ impl LoraEmbeddingConfig {
     ///
     /// # Errors
     /// [`LayerError::Config`] when `rank` is 0 or `alpha` is not positive.
-    #[expect(clippy::wrong_self_convention, reason = "the settings make a layer from another layer")]
     pub fn from_embedding(&self, embedding: &Embedding) -> Result<LoraEmbedding, LayerError> {
         let bad = |field, value: String, reason| Err(LayerError::Config { field, value, reason });
         if self.rank == 0 {

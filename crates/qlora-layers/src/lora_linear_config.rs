@@ -105,7 +105,6 @@ impl LoraLinearConfig {
     /// # Errors
     /// [`LayerError::Config`] naming the setting that is out of range, or [`LayerError::Weight`] when the weight can't be
     /// quantized.
-    #[expect(clippy::wrong_self_convention, reason = "the settings make a layer from another layer")]
     pub fn from_linear(
         &self,
         linear: &Linear,

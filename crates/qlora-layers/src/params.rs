@@ -13,7 +13,7 @@ pub fn frozen<T: Parameter>(tensor: T) -> Param<T> {
 }
 
 /// A parameter that is to be trained: a leaf of the autodiff graph on an autodiff device, or after
-/// [`Module::train`](burn::module::Module::train) or [`track`].
+/// [`Module::train`] or [`track`].
 pub fn trainable(tensor: Tensor<2>) -> Param<Tensor<2>> {
     Param::from_tensor(tensor)
 }

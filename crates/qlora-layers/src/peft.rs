@@ -1,7 +1,7 @@
 //! Adapters of Burn modules as PEFT's files.
 //!
 //! A layer is known by its module path, which becomes PEFT's key: `base_model.model.layers.0.query.lora_A.weight` is the `lora_a` of
-//! `layers.0.query`, whether that is a [`LoraLinear`](crate::LoraLinear) or a burn-nn layer that
+//! `layers.0.query`, whether that is a [`LoraLinear`] or a burn-nn layer that
 //! [`apply_lora`](crate::apply_lora) adapted. Modules trained in full go by their path too, in PyTorch's layout: burn-nn's linear
 //! weights are transposed, and the `gamma` and `beta` of norms are called `weight` and `bias`.
 

@@ -36,7 +36,12 @@ fn values(tensor: &Tensor<2>) -> Vec<f32> {
 }
 
 fn factors(engine: &Engine) -> Vec<Vec<f32>> {
-    engine.model().adapters().flat_map(|(_, adapter)| [&adapter.lora_a, &adapter.lora_b]).map(|factor| values(factor)).collect()
+    engine
+        .model()
+        .adapters()
+        .flat_map(|(_, adapter)| [&adapter.lora_a, &adapter.lora_b])
+        .map(|factor| values(factor))
+        .collect()
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //!
 //! `burn-transformer [FOLDER]`: the adapter goes to FOLDER, `runs/burn-transformer` if none is named.
 
+#![expect(clippy::print_stdout, reason = "a program that tells how training goes")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -65,7 +67,7 @@ fn main() -> Result<()> {
 }
 
 fn report(what: &str, step: usize, loss: &Tensor<1>) {
-    if step % 25 == 0 {
+    if step.is_multiple_of(25) {
         println!("{what}: step {step}, loss {:.4}", loss.clone().into_scalar::<f32>());
     }
 }

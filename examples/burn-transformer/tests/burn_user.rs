@@ -1,6 +1,8 @@
 //! What a Burn user can count on: 4-bit layers with adapters inside a module of burn-nn layers train, move, record and save like any
 //! other part of a Burn module, and compute what a dense model computes.
 
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
 use std::collections::BTreeMap;
 
 use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup};

@@ -9,8 +9,8 @@
 //! Up to some thousand tokens no dequantized weight exists outside registers. Beyond, one transient of the weight costs
 //! less than decoding every tile again for each panel of tokens: see [`TRANSIENT_TOKENS`].
 //!
-//! Sums are f32 and rounded once, after the low-rank product and the bias have been added. Weights are codebook\[code\]
-//! * absmax in f32, rounded once to the activations' format, as [`crate::kernels::dequantize`] rounds them. So the
+//! Sums are f32 and rounded once, after the low-rank product and the bias have been added. Weights are the codebook's value
+//! times absmax in f32, rounded once to the activations' format, as [`crate::kernels::dequantize`] rounds them. So the
 //! result differs from dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens,
 //! rounds less.
 //!
