@@ -7,7 +7,7 @@
 
 use crate::module_lora::{attach, frozen_base};
 use crate::module_paths::{Found, adaptable, part, plain_name};
-use crate::target_modules::{Target, resolve, resolve_saved};
+use crate::target_modules::{AdaptableModule, ModuleRole, Target, resolve, resolve_saved};
 use crate::{Initialization, LayerError, LoraAdapter, LoraConfig, LoraLinear, TargetModules};
 use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::{
@@ -24,7 +24,8 @@ use std::path::Path;
 /// The keys of `adapter_config.json` beyond plain LoRA that are implemented here.
 const IMPLEMENTED: [&str; 3] = ["lora_bias", "modules_to_save", "use_dora"];
 
-/// Reads the adapters of a module into PEFT's form. `config` is the one that [`apply_lora`](crate::apply_lora) took, or for layers
+/// Reads the adapters of a module into PEFT's form. An adapted embedding must be among `target_modules` by its name:
+/// `"all-linear"` does not stand for one. `config` is the one that [`apply_lora`](crate::apply_lora) took, or for layers
 /// made one by one, one that says the same; `base_model` is what PEFT loads as the base.
 ///
 /// # Errors
@@ -39,14 +40,18 @@ pub fn export_adapter<M: Module>(module: &M, config: &LoraConfig, base_model: &s
     if let Some(error) = parts.failure {
         return Err(error);
     }
-    let ranks: BTreeMap<&str, usize> = parts
-        .tensors
-        .iter()
-        .filter_map(|(name, tensor)| Some((name.strip_suffix(".lora_A.weight")?, tensor.shape[0])))
-        .collect();
-    let adapted: Vec<String> = ranks.keys().map(ToString::to_string).collect();
-    let all: Vec<String> = found.linears.iter().cloned().chain(adapted).collect();
-    let targets = resolve(config, &adaptable(&all))?;
+    let ranks_by = |suffix: &'static str| {
+        let tensors = parts.tensors.iter();
+        tensors.filter_map(move |(name, tensor)| Some((name.strip_suffix(suffix)?, tensor.shape[0])))
+    };
+    let linears: BTreeMap<&str, usize> = ranks_by(".lora_A.weight").collect();
+    let embeddings: BTreeMap<&str, usize> = ranks_by(".lora_embedding_A").collect();
+    let all: Vec<String> = found.linears.iter().cloned().chain(linears.keys().map(ToString::to_string)).collect();
+    let mut modules = adaptable(&all);
+    modules
+        .extend(embeddings.keys().map(|path| AdaptableModule { path: path.to_string(), role: ModuleRole::Embedding }));
+    let ranks: BTreeMap<&str, usize> = linears.into_iter().chain(embeddings).collect();
+    let targets = resolve(config, &modules)?;
     let wanted: BTreeMap<&str, usize> = targets.iter().map(|target| (target.path.as_str(), target.rank)).collect();
     if let Some(path) = wanted.keys().chain(ranks.keys()).find(|path| wanted.get(**path) != ranks.get(**path)) {
         let rank = |ranks: &BTreeMap<&str, usize>| ranks.get(*path).copied().unwrap_or(0);

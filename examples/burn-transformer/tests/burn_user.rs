@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup};
+use burn::nn::EmbeddingConfig;
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::store::ModuleRecord;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -13,7 +14,7 @@ use burn_transformer::{Transformer, VOCABULARY, WIDTH, batch};
 use nf4_quant::{QuantConfig, QuantType};
 use paged_optim::PagedAdamWConfig;
 use qlora_layers::peft::{load_adapter, save_adapter};
-use qlora_layers::{LayerError, LoraConfig, TargetModules, apply_lora};
+use qlora_layers::{LayerError, LoraConfig, LoraEmbedding, LoraEmbeddingConfig, TargetModules, apply_lora};
 
 const RANK: usize = 4;
 
@@ -296,4 +297,46 @@ fn mistakes_are_named() {
     let twice = apply_lora(adapted(&device), &config(), QuantConfig::default(), 0);
     assert!(matches!(twice, Err(LayerError::Adapted { .. })));
     assert_eq!(VOCABULARY, logits(&plain, &device).len() / 18);
+}
+
+#[test]
+fn an_adapted_embedding_is_a_module_of_its_own() {
+    #[derive(Module, Debug)]
+    struct Words {
+        words: LoraEmbedding,
+    }
+
+    let device = device();
+    let table = EmbeddingConfig::new(16, 8).init(&device);
+    let settings = LoraEmbeddingConfig::new(4).with_alpha(8.0).with_use_dora(true);
+    let fresh = || Words { words: settings.from_embedding(&table).unwrap() };
+    let ids = Tensor::<2, Int>::from_data([[3, 1, 15], [0, 3, 3]], &device);
+    let rows = |model: &Words| model.words.forward(ids.clone()).try_into_vec_as::<f32>().unwrap();
+    let plain = table.forward(ids.clone()).try_into_vec_as::<f32>().unwrap();
+    let model = fresh();
+    // DoRA divides each feature by its norm and multiplies by it again.
+    assert!(difference(&rows(&model), &plain) < 1e-6, "a fresh adapter changes nothing");
+    assert_eq!(model.num_params(), 16 * 8 + 4 * (16 + 8) + 2 * 8, "table, factors, magnitudes and squared norms");
+    let loss = model.words.forward(ids.clone()).powi_scalar(2).sum();
+    let grads = GradientsParams::from_grads(loss.backward(), &model);
+    assert_eq!(grads.len(), 3, "both factors and the magnitudes");
+    let trained = PagedAdamWConfig::new().init_paged().step(1e-2, model, grads);
+    assert!(difference(&rows(&trained), &plain) > 1e-3);
+    let merged = trained.words.merged().select(0, Tensor::<1, Int>::from_data([3], &device));
+    let merged = merged.try_into_vec_as::<f32>().unwrap();
+    assert!(difference(&rows(&trained)[..8], &merged) < 1e-6);
+
+    let folder = tempfile::tempdir().unwrap();
+    let config = LoraConfig {
+        use_dora: true,
+        rank: 4,
+        alpha: 8.0,
+        target_modules: TargetModules::Names(vec!["words".into()]),
+        ..LoraConfig::default()
+    };
+    save_adapter(&trained, &config, "words", folder.path()).unwrap();
+    let loaded = load_adapter(fresh(), folder.path(), None).unwrap();
+    assert_eq!(rows(&loaded), rows(&trained));
+    let all_linear = LoraConfig { target_modules: TargetModules::AllLinear, ..config };
+    assert!(save_adapter(&trained, &all_linear, "words", folder.path()).is_err(), "it would lack the embedding");
 }
