@@ -6,6 +6,7 @@
 
 use crate::dora::{Dora, Factors, norms};
 use crate::lora::{matrix, normal};
+use crate::lora_config::{check_alpha, check_rank};
 use crate::lora_linear_config::scaling;
 use crate::ops::matmul;
 use crate::params::{constant, frozen, in_pass, track, trainable};
@@ -43,13 +44,8 @@ impl LoraEmbeddingConfig {
     /// # Errors
     /// [`LayerError::Config`] when `rank` is 0 or `alpha` is not positive.
     pub fn from_embedding(&self, embedding: &Embedding) -> Result<LoraEmbedding, LayerError> {
-        let bad = |field, value: String, reason| Err(LayerError::Config { field, value, reason });
-        if self.rank == 0 {
-            return bad("rank", "0".into(), "must be at least 1; common ranks are 8 to 128");
-        }
-        if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return bad("alpha", self.alpha.to_string(), "must be a positive number");
-        }
+        check_rank(self.rank)?;
+        check_alpha(self.alpha)?;
         let table = embedding.weight.val();
         let factor = scaling(self.alpha, self.rank, self.use_rslora);
         let adapter = EmbeddingAdapter::new(&table, self.rank, factor, self.seed);

@@ -28,10 +28,19 @@ impl FrozenLinear {
     /// # Errors
     /// As [`Linear4bit::quantize`].
     pub fn from_linear(linear: &Linear, quant: Option<&QuantConfig>) -> Result<Self, LayerError> {
-        match quant {
-            Some(quant) => Linear4bit::from_linear(linear, quant).map(Self::Quantized),
-            None => Ok(Self::dense(linear.weight.val().transpose())),
-        }
+        Self::from_weight(linear.weight.val().transpose(), quant)
+    }
+
+    /// A weight `[out_features, in_features]`, quantized or, with `None`, as it is; it stays on its device.
+    ///
+    /// # Errors
+    /// As [`Linear4bit::quantize`].
+    pub fn from_weight(weight: Tensor<2>, quant: Option<&QuantConfig>) -> Result<Self, LayerError> {
+        let device = weight.device();
+        Ok(match quant {
+            Some(quant) => Self::Quantized(Linear4bit::quantize(weight, quant, &device)?),
+            None => Self::dense(weight),
+        })
     }
 
     /// `y = x Wᵀ`.

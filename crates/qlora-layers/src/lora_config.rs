@@ -162,23 +162,17 @@ impl LoraConfig {
     /// [`LayerError::Config`] naming the setting.
     pub fn validate(&self) -> Result<(), LayerError> {
         let bad = |field, value: String, reason| Err(LayerError::Config { field, value, reason });
-        if self.rank == 0 {
-            return bad("rank", self.rank.to_string(), "must be at least 1; common ranks are 8 to 128");
-        }
+        check_rank(self.rank)?;
         if let Some((pattern, rank)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
             return bad("rank_pattern", format!("{pattern} = {rank}"), "every rank must be at least 1");
         }
-        if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return bad("alpha", self.alpha.to_string(), "must be a positive number");
-        }
+        check_alpha(self.alpha)?;
         if let Some((pattern, alpha)) =
             self.alpha_pattern.iter().find(|(_, alpha)| !(alpha.is_finite() && *alpha > 0.0))
         {
             return bad("alpha_pattern", format!("{pattern} = {alpha}"), "every alpha must be a positive number");
         }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return bad("dropout", self.dropout.to_string(), "must be at least 0 and below 1");
-        }
+        check_dropout(self.dropout)?;
         if self.layers_to_transform.is_some() && matches!(self.target_modules, TargetModules::Pattern(_)) {
             // PEFT would refuse to load the adapter.
             return bad(
@@ -223,6 +217,22 @@ impl LoraConfig {
     pub fn scaling(&self, rank: usize, alpha: f32) -> f32 {
         crate::lora_linear_config::scaling(alpha, rank, self.use_rslora)
     }
+}
+
+fn check(holds: bool, field: &'static str, value: impl fmt::Display, reason: &'static str) -> Result<(), LayerError> {
+    if holds { Ok(()) } else { Err(LayerError::Config { field, value: value.to_string(), reason }) }
+}
+
+pub(crate) fn check_rank(rank: usize) -> Result<(), LayerError> {
+    check(rank > 0, "rank", rank, "must be at least 1; common ranks are 8 to 128")
+}
+
+pub(crate) fn check_alpha(alpha: f32) -> Result<(), LayerError> {
+    check(alpha.is_finite() && alpha > 0.0, "alpha", alpha, "must be a positive number")
+}
+
+pub(crate) fn check_dropout(dropout: f32) -> Result<(), LayerError> {
+    check((0.0..1.0).contains(&dropout), "dropout", dropout, "must be at least 0 and below 1")
 }
 
 /// `rank_pattern` and `alpha_pattern` are tables in a file and keep their order here.

@@ -1,6 +1,7 @@
 //! Makes adapted layers out of burn-nn's, of given weights, or of random ones.
 
 use crate::lora::{matrix, normal, uniform_matrix};
+use crate::lora_config::{check_alpha, check_dropout, check_rank};
 use crate::{FrozenLinear, Initialization, LayerError, LoraAdapter, LoraLinear};
 use burn::config::Config;
 use burn::nn::{Linear, LinearConfig};
@@ -130,15 +131,9 @@ impl LoraLinearConfig {
 
     fn validate(&self) -> Result<(), LayerError> {
         let bad = |field, value: String, reason| Err(LayerError::Config { field, value, reason });
-        if self.rank == 0 {
-            return bad("rank", "0".into(), "must be at least 1; common ranks are 8 to 128");
-        }
-        if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            return bad("alpha", self.alpha.to_string(), "must be a positive number");
-        }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return bad("dropout", self.dropout.to_string(), "must be at least 0 and below 1");
-        }
+        check_rank(self.rank)?;
+        check_alpha(self.alpha)?;
+        check_dropout(self.dropout)?;
         if self.lora_bias && self.use_dora {
             return bad("lora_bias", "true".into(), "cannot be combined with use_dora");
         }

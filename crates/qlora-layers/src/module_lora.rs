@@ -8,7 +8,7 @@
 //! # Which `forward` to call
 //!
 //! `Linear::forward` multiplies by one dense weight, so Burn asks the attached layer for it: `W + s·BA` is computed in each
-//! pass, kept for the backward pass, and gets a gradient of its own size. The results are right, and `LoRA` needs as much
+//! pass, kept for the backward pass, and gets a gradient of its own size. The results are right, and LoRA needs as much
 //! memory as Burn's `apply_qlora`. [`LoraForward::lora_forward`] takes the same layer through [`LoraLinear::forward`]
 //! instead: one operation that dequantizes while it multiplies and saves nothing dense. Only this way a 4-bit base saves memory
 //! in training, and only this way dropout acts.
@@ -20,7 +20,7 @@ use crate::lora_linear_config::LoraLinearConfig;
 use crate::module_paths::{Found, LORA_LINEAR, WEIGHT, adaptable, inside};
 use crate::params::in_pass;
 use crate::target_modules::{Target, resolve, resolve_saved};
-use crate::{FrozenLinear, Initialization, LayerError, Linear4bit, LoraConfig, LoraLinear, Pass};
+use crate::{FrozenLinear, Initialization, LayerError, LoraConfig, LoraLinear, Pass};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::nn::Linear;
 use burn::tensor::{FloatDType, Tensor};
@@ -97,7 +97,7 @@ pub fn apply_lora<M: Module>(
     attach(module, &found, &saved, |path, weight| {
         let Some(settings) = layers.remove(path) else { return Ok(None) };
         let device = weight.device();
-        let frozen = frozen_base(weight, base.as_ref())?;
+        let frozen = FrozenLinear::from_weight(weight, base.as_ref())?;
         settings.over(frozen, None, &device).map(Some)
     })
 }
@@ -123,15 +123,6 @@ pub(crate) fn attach<M: Module>(
         Some(error) => Err(error),
         None => Ok(module),
     }
-}
-
-/// A frozen base from a weight `[out_features, in_features]`.
-pub(crate) fn frozen_base(weight: Tensor<2>, quant: Option<&QuantConfig>) -> Result<FrozenLinear, LayerError> {
-    let device = weight.device();
-    Ok(match quant {
-        Some(quant) => FrozenLinear::Quantized(Linear4bit::quantize(weight, quant, &device)?),
-        None => FrozenLinear::dense(weight),
-    })
 }
 
 struct Attach<'a, F> {

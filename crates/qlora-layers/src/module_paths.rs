@@ -26,7 +26,7 @@ pub(crate) fn part(path: &[(String, String)]) -> Option<(String, &'static str)> 
         _ => return None,
     };
     let mut names: Vec<&str> = path[..path.len().checked_sub(depth)?].iter().map(|(name, _)| name.as_str()).collect();
-    if names.ends_with(&["weight", LORA_LINEAR]) {
+    if names.ends_with(&[WEIGHT, LORA_LINEAR]) {
         names.truncate(names.len() - 2);
     }
     Some((names.join("."), suffix))
@@ -41,7 +41,7 @@ pub(crate) fn plain_name(path: &[(String, String)]) -> Option<(String, bool)> {
         "beta" => "bias",
         other => other,
     };
-    Some((format!("{}.{name}", names.join(".")), container == "Struct:Linear" && last == "weight"))
+    Some((format!("{}.{name}", names.join(".")), container == LINEAR && last == WEIGHT))
 }
 
 pub(crate) fn inside(path: &str, module: &str) -> bool {

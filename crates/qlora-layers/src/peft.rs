@@ -5,10 +5,10 @@
 //! [`apply_lora`](crate::apply_lora) adapted. Modules trained in full go by their path too, in PyTorch's layout: burn-nn's linear
 //! weights are transposed, and the `gamma` and `beta` of norms are called `weight` and `bias`.
 
-use crate::module_lora::{attach, frozen_base};
+use crate::module_lora::attach;
 use crate::module_paths::{Found, adaptable, part, plain_name};
 use crate::target_modules::{AdaptableModule, ModuleRole, Target, resolve, resolve_saved};
-use crate::{Initialization, LayerError, LoraAdapter, LoraConfig, LoraLinear, TargetModules};
+use crate::{FrozenLinear, Initialization, LayerError, LoraAdapter, LoraConfig, LoraLinear, TargetModules};
 use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::{
     Adapter, AdapterConfig, HostTensor, InitLoraWeights, LoraModule, ModuleKind, OneOrMany, Pattern,
@@ -118,7 +118,7 @@ pub fn load_adapter<M: Module>(
     let module = attach(module, &found, &saved_modules, |path, weight| {
         let Some((part, index)) = by_path.get(path) else { return Ok(None) };
         let device = weight.device();
-        let base = frozen_base(weight, base.as_ref())?;
+        let base = FrozenLinear::from_weight(weight, base.as_ref())?;
         let (lora_a, lora_b) = (matrix(part.lora_a, &device), matrix(part.lora_b, &device));
         let mut lora = LoraAdapter::from_factors(lora_a, lora_b, part.scaling, dropout, *index);
         lora.bias = part.bias.map(|bias| crate::params::trainable(matrix(bias, &device)));
@@ -129,7 +129,14 @@ pub fn load_adapter<M: Module>(
         layer.set_adapter(path, lora)?;
         Ok(Some(layer))
     })?;
-    let mut fill = Fill { path: Vec::new(), adapter: &adapter, saved, placed: HashSet::new(), failure: None };
+    let mut fill = Fill {
+        path: Vec::new(),
+        adapter: &adapter,
+        adapted: &found.adapted,
+        saved,
+        placed: HashSet::new(),
+        failure: None,
+    };
     let module = module.map(&mut fill);
     if let Some(error) = fill.failure {
         return Err(error);
@@ -196,6 +203,8 @@ impl ModuleVisitor for Parts {
 struct Fill<'a> {
     path: Vec<(String, String)>,
     adapter: &'a Adapter,
+    /// Layers that had an adapter before: those attached since were made with the file's values.
+    adapted: &'a HashSet<String>,
     saved: BTreeMap<String, &'a HostTensor>,
     placed: HashSet<String>,
     failure: Option<LayerError>,
@@ -212,6 +221,7 @@ impl ModuleMapper for Fill<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (name, tensor, transposed) = match part(&self.path) {
+            Some((module, _)) if !self.adapted.contains(&module) => return param,
             Some((module, suffix)) => match self.adapter.module_tensor(&module, suffix) {
                 Some(tensor) => (format!("{module}{suffix}"), tensor, false),
                 None => return param,
@@ -224,8 +234,7 @@ impl ModuleMapper for Fill<'_> {
                 None => return param,
             },
         };
-        let shape = param.lazy_shape();
-        let mut expected = shape.to_vec();
+        let mut expected = param.lazy_shape().to_vec();
         if transposed {
             expected.reverse();
         }
@@ -236,8 +245,7 @@ impl ModuleMapper for Fill<'_> {
             return param;
         }
         self.placed.insert(name);
-        let (data, expected) = (TensorData::new(tensor.data.clone(), Shape::from(expected.clone())), expected);
-        debug_assert_eq!(expected.len(), D);
+        let data = TensorData::new(tensor.data.clone(), Shape::from(expected));
         param.map(|old| {
             let require_grad = old.is_require_grad();
             let new = Tensor::<D>::from_data(data, (&old.device(), DType::F32)).cast(old.dtype());
