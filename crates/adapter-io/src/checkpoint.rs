@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{FormatError, nearest_names};
+use crate::header::TensorInfo;
 use crate::json;
 use crate::mapped::{MappedFile, TensorView};
 use crate::paths::resolve_inside;
@@ -96,6 +97,12 @@ impl Checkpoint {
     /// The files it is made of, in the order of their names.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(MappedFile::path)
+    }
+
+    /// Each file, and where in it the middles of its tensors lie.
+    pub(crate) fn file_layouts(&self) -> impl Iterator<Item = (&Path, Vec<u64>)> {
+        let middle = |t: &TensorInfo| (t.range.start + t.range.len() / 2) as u64;
+        self.files.iter().map(move |file| (file.path(), file.tensors().iter().map(middle).collect()))
     }
 
     /// The names of all tensors, sorted.

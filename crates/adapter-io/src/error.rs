@@ -26,6 +26,30 @@ pub enum FormatError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// A file or folder could not be removed.
+    #[error("cannot remove {}: {source}; remove it by hand", path.display())]
+    Remove {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A folder that was to be removed holds something that this program did not write.
+    #[error("{} is not removed: it holds `{entry}`, which this program did not write; move that elsewhere", dir.display())]
+    Foreign {
+        /// The folder.
+        dir: PathBuf,
+        /// The first name that is not known.
+        entry: String,
+    },
+    /// A file is not what its checksum says.
+    #[error("{} is damaged: {reason}", file.display())]
+    Damaged {
+        /// The file.
+        file: PathBuf,
+        /// What differs, and what to do.
+        reason: String,
+    },
     /// A folder holds no checkpoint that can be read.
     #[error("{} holds neither model.safetensors nor model.safetensors.index.json{hint}", dir.display())]
     NoCheckpoint {

@@ -14,6 +14,7 @@
 //! | [`gguf`] | GGUF files of llama.cpp: models and LoRA adapters written, both read |
 //! | [`gptq`], [`mod@gptq_checkpoint`] | GPTQ: the algorithm given a layer's Hessian, and what engines load |
 //! | [`shard_writer`] | writing a checkpoint as transformers lays it out |
+//! | [`checksum`] | SHA-256 of a folder's files, and a cheap identity of a checkpoint's weights |
 //! | [`atomic`] | replacing files and folders without ever leaving a half-written one |
 //!
 //! Files are untrusted input: sizes are checked before memory is taken, names that lead out of a
@@ -27,6 +28,7 @@ pub mod adapter_config;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
+pub mod checksum;
 mod cholesky;
 pub mod combine;
 mod config_field;

@@ -87,6 +87,8 @@ impl ShardedWriter {
             })?;
             let write = |source| FormatError::Write { path: path.clone(), source };
             let mut file = atomic::temporary_beside(&path).map_err(write)?;
+            // So that nobody takes it for a leftover. Where there are no locks, nobody does.
+            let _ = file.as_file().try_lock();
             file.write_all(&head).map_err(write)?;
             for (spec, offset) in specs.iter().zip(offsets) {
                 let bytes = spec.num_bytes().unwrap_or(0);

@@ -8,6 +8,12 @@
 //! A temporary file or folder is removed when anything fails. A process that is killed can't do that:
 //! what it left is removed by the next one that writes the same output. Each holds a lock on what it is
 //! building, which ends with the process, so that nobody's work in progress is taken for a leftover.
+//! [`clean_leftovers`] does the same for a whole folder, and [`remove_dir_of`] removes a folder such that a kill
+//! leaves nothing that these don't know.
+
+mod leftovers;
+
+pub use leftovers::{clean_leftovers, remove_dir_of};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -233,12 +239,11 @@ fn exchange(_: &Path, _: &Path) -> io::Result<bool> {
 fn sweep(output: &Path) {
     let Ok(entries) = fs::read_dir(parent(output)) else { return };
     let (fresh, aside) = (dot_name(output, "new"), dot_name(output, "old"));
-    let random = |rest: &str| rest.len() == RANDOM_LETTERS && rest.bytes().all(|b| b.is_ascii_alphanumeric());
     for entry in entries.flatten() {
         let (name, path) = (entry.file_name(), entry.path());
         let Some(name) = name.to_str() else { continue };
-        let is_aside = name.strip_prefix(&aside).is_some_and(random);
-        if !(is_aside || name.strip_prefix(&fresh).is_some_and(random)) || !is_abandoned(&path) {
+        let is_aside = name.strip_prefix(&aside).is_some_and(is_random);
+        if !(is_aside || name.strip_prefix(&fresh).is_some_and(is_random)) || !is_abandoned(&path) {
             continue;
         }
         // The old output, unless a new one stands.
@@ -247,6 +252,11 @@ fn sweep(output: &Path) {
         }
         remove(&path);
     }
+}
+
+/// What tempfile puts at the end of a name.
+fn is_random(rest: &str) -> bool {
+    rest.len() == RANDOM_LETTERS && rest.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
 /// Nobody holds its lock. Where there are no locks, nothing is taken to be abandoned.
