@@ -92,7 +92,7 @@ pub struct EmbeddingAdapter {
     /// Magnitudes of the features.
     pub dora: Option<Dora>,
     /// Factor of the update.
-    pub scaling: f32,
+    pub scaling: Scaling,
 }
 
 impl EmbeddingAdapter {
@@ -106,7 +106,7 @@ impl EmbeddingAdapter {
 
     /// An adapter of given factors, f32: `lora_a` `[rank, vocabulary]`, `lora_b` `[width, rank]`.
     pub fn from_factors(lora_a: Tensor<2>, lora_b: Tensor<2>, scaling: f32) -> Self {
-        Self { lora_a: trainable(lora_a), lora_b: trainable(lora_b), dora: None, scaling }
+        Self { lora_a: trainable(lora_a), lora_b: trainable(lora_b), dora: None, scaling: scaling.into() }
     }
 
     /// Magnitudes over the table: the given ones `[1, width]`, or those that change nothing yet.
@@ -121,7 +121,7 @@ impl EmbeddingAdapter {
     }
 
     fn factors(&self) -> Factors<'_> {
-        Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling }
+        Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling.get() }
     }
 
     /// The rows of `ids`, in the dtype of the table.
@@ -131,7 +131,7 @@ impl EmbeddingAdapter {
     pub fn forward(&self, table: &Tensor<2>, ids: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
         let (lora_a, lora_b) = (in_pass(&self.lora_a, pass), in_pass(&self.lora_b, pass));
         let rows = table.clone().select(0, ids.clone()).cast(FloatDType::F32);
-        let update = matmul(lora_a.select(1, ids).transpose(), lora_b.transpose()).mul_scalar(self.scaling);
+        let update = matmul(lora_a.select(1, ids).transpose(), lora_b.transpose()).mul_scalar(self.scaling.get());
         let sum = rows + update;
         let sum = match &self.dora {
             Some(dora) => sum * self.scale(dora, table, pass),
@@ -147,7 +147,7 @@ impl EmbeddingAdapter {
     /// The table with this adapter in it, f32.
     pub fn merged(&self, table: &Tensor<2>) -> Tensor<2> {
         let (lora_a, lora_b) = (constant(&self.lora_a), constant(&self.lora_b));
-        let update = matmul(lora_a.transpose(), lora_b.transpose()).mul_scalar(self.scaling);
+        let update = matmul(lora_a.transpose(), lora_b.transpose()).mul_scalar(self.scaling.get());
         let sum = table.clone().cast(FloatDType::F32) + update;
         match &self.dora {
             Some(dora) => sum * self.scale(dora, table, Pass::INFERENCE),
@@ -178,7 +178,7 @@ impl EmbeddingAdapter {
 
     /// Saves DoRA's norms for passes without a graph.
     pub fn keep_scale(&mut self, table: &Tensor<2>) {
-        let factors = Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling };
+        let factors = Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling.get() };
         if let Some(dora) = &mut self.dora {
             dora.keep_scale(factors, |lora_a| project(&lora_a, table));
         }

@@ -73,6 +73,19 @@ pub enum LayerError {
         /// The module's rank.
         found: usize,
     },
+    /// The configuration that an adapter is to be saved with scales updates in another way than the adapters that are there.
+    #[error(
+        "{path}: the given LoRA configuration scales updates by {expected}, the module's adapter by {found}: pass the alpha and \
+             use_rslora that the adapters were made with"
+    )]
+    OtherScaling {
+        /// The layer.
+        path: String,
+        /// The configuration's factor.
+        expected: f32,
+        /// The module's factor.
+        found: f32,
+    },
     /// An adapter's file names a module that is not there.
     #[error("the adapter holds {path}, which this module does not have; it has: {known}")]
     NoSuchModule {
@@ -80,6 +93,24 @@ pub enum LayerError {
         path: String,
         /// The modules there are.
         known: String,
+    },
+    /// A module with adapters lacks a part that an adapter's file has.
+    #[error(
+        "the adapter holds {name}, and the module's own adapters have no such part: load it onto the module without adapters, or make \
+             them with the same use_dora and lora_bias"
+    )]
+    NotInModule {
+        /// The tensor in the file.
+        name: String,
+    },
+    /// An adapter's file lacks a part that a module with adapters has.
+    #[error(
+        "the module has adapters with {name}, which the adapter's file does not hold: load it onto the module without adapters, or \
+             make them with the same target_modules, use_dora and lora_bias"
+    )]
+    NotInFile {
+        /// The part, by its name in PEFT's files.
+        name: String,
     },
     /// An adapter's file uses what is not implemented for Burn modules.
     #[error("the adapter's configuration sets {feature}, which is not implemented for Burn modules")]

@@ -44,6 +44,6 @@ pub use lora_config::{Initialization, LoraConfig};
 pub use lora_linear::{InputObserver, LoraLinear, WholeLinear};
 pub use lora_linear_config::LoraLinearConfig;
 pub use module_lora::{LoraForward, apply_lora};
-pub use params::{frozen, track, trainable};
+pub use params::{Scaling, frozen, track, trainable};
 pub use pass::{Pass, mix};
 pub use target_modules::TargetModules;

@@ -3,7 +3,7 @@
 use crate::dora::{Dora, Factors, norms};
 use crate::ops::{LoraDropout, LoraTerms, matmul, matmul_into, seeded_dropout};
 use crate::params::{constant, frozen, in_pass, track, trainable};
-use crate::{FrozenLinear, Pass, mix};
+use crate::{FrozenLinear, Pass, Scaling, mix};
 use burn::module::{Flag, Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
@@ -28,7 +28,7 @@ pub struct LoraAdapter {
     /// trained.
     pub initial: Option<[Param<Tensor<2>>; 2]>,
     /// Factor of the update.
-    pub scaling: f32,
+    pub scaling: Scaling,
     /// Dropout probability in training.
     pub dropout: f32,
     /// Number of this adapter within its model; picks its dropout masks.
@@ -49,7 +49,7 @@ impl LoraAdapter {
             bias: None,
             dora: None,
             initial: None,
-            scaling,
+            scaling: scaling.into(),
             dropout,
             index,
             training: Param::from_bool(true),
@@ -126,7 +126,7 @@ impl LoraAdapter {
     fn update(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let (lora_a, lora_b) = self.factors_in(pass);
         let (lora_a, lora_b) = (lora_a.cast(x.dtype()).transpose(), lora_b.cast(x.dtype()).transpose());
-        matmul_into(matmul(x, lora_a), lora_b, FloatDType::F32).mul_scalar(self.scaling)
+        matmul_into(matmul(x, lora_a), lora_b, FloatDType::F32).mul_scalar(self.scaling.get())
     }
 
     /// `x Wᵀ` and the update, in f32 where there is more to add to it, else in the dtype of `x`.
@@ -142,7 +142,7 @@ impl LoraAdapter {
             let y = match base {
                 FrozenLinear::Quantized(base) => {
                     let (lora_a, lora_b) = self.factors_in(pass);
-                    let terms = LoraTerms { scaling: self.scaling, dropout: self.dropout_in(pass), gradients_only };
+                    let terms = LoraTerms { scaling: self.scaling.get(), dropout: self.dropout_in(pass), gradients_only };
                     base.lora_forward(x, lora_a, lora_b, terms)
                 }
                 FrozenLinear::Dense(_) => {
@@ -151,14 +151,14 @@ impl LoraAdapter {
                 }
             };
             return match &self.bias {
-                Some(bias) => y.cast(FloatDType::F32) + in_pass(bias, pass).mul_scalar(self.scaling),
+                Some(bias) => y.cast(FloatDType::F32) + in_pass(bias, pass).mul_scalar(self.scaling.get()),
                 None => y,
             };
         };
         let adapted = |x: Tensor<2>| match base {
             FrozenLinear::Quantized(base) => {
                 let (lora_a, lora_b) = self.factors_in(pass);
-                let terms = LoraTerms { scaling: self.scaling, dropout: None, gradients_only: false };
+                let terms = LoraTerms { scaling: self.scaling.get(), dropout: None, gradients_only: false };
                 base.lora_forward(x, lora_a, lora_b, terms).cast(FloatDType::F32)
             }
             FrozenLinear::Dense(_) => base.forward_into(x.clone(), FloatDType::F32) + self.update(x, pass),
@@ -181,7 +181,7 @@ impl LoraAdapter {
     }
 
     fn factors(&self) -> Factors<'_> {
-        Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling }
+        Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling.get() }
     }
 
     fn dropout_in(&self, pass: Pass) -> Option<LoraDropout> {
@@ -211,7 +211,7 @@ impl LoraAdapter {
 
     /// Saves DoRA's norms for passes without a graph.
     pub(crate) fn keep_scale(&mut self, base: &FrozenLinear) {
-        let factors = Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling };
+        let factors = Factors { lora_a: &self.lora_a, lora_b: &self.lora_b, scaling: self.scaling.get() };
         if let Some(dora) = &mut self.dora {
             dora.keep_scale(factors, |a| base.project(a));
         }
@@ -221,7 +221,7 @@ impl LoraAdapter {
     /// or not as the pass asks, without dropout.
     pub(crate) fn effective(&self, base: &FrozenLinear, pass: Pass) -> Tensor<2> {
         let (lora_a, lora_b) = self.factors_in(pass);
-        let weight = base.to_dense(FloatDType::F32) + matmul(lora_b, lora_a).mul_scalar(self.scaling);
+        let weight = base.to_dense(FloatDType::F32) + matmul(lora_b, lora_a).mul_scalar(self.scaling.get());
         match &self.dora {
             None => weight,
             Some(dora) => {

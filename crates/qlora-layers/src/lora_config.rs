@@ -224,7 +224,9 @@ fn check(holds: bool, field: &'static str, value: impl fmt::Display, reason: &'s
 }
 
 pub(crate) fn check_rank(rank: usize) -> Result<(), LayerError> {
-    check(rank > 0, "rank", rank, "must be at least 1; common ranks are 8 to 128")
+    // Wider than any layer.
+    const LARGEST: usize = 1 << 16;
+    check((1..=LARGEST).contains(&rank), "rank", rank, "must be from 1 to 65536; common ranks are 8 to 128")
 }
 
 pub(crate) fn check_alpha(alpha: f32) -> Result<(), LayerError> {

@@ -181,7 +181,7 @@ impl LoraLinear {
         if let Some(adapter) = self.adapter.take() {
             self.base = FrozenLinear::dense(adapter.merged(&self.base).cast(dtype));
             if let Some(update) = &adapter.bias {
-                let update = constant(update).mul_scalar(adapter.scaling).squeeze_dim::<1>(0);
+                let update = constant(update).mul_scalar(adapter.scaling.get()).squeeze_dim::<1>(0);
                 let update = match self.bias.take() {
                     Some(bias) => bias.into_value().cast(FloatDType::F32) + update,
                     None => update,

@@ -12,6 +12,9 @@ pub(crate) const WEIGHT: &str = "weight";
 /// What they call an adapted layer that is attached to such a weight.
 pub(crate) const LORA_LINEAR: &str = "lora_linear";
 
+/// What [`part`] calls the factor of an update, which has no tensor in PEFT's files.
+pub(crate) const SCALING: &str = ".scaling";
+
 /// What a parameter is in PEFT's terms, if it is part of an adapter: its module and the end of its key. `path` are the names and
 /// the containers that Burn's traversals tell.
 pub(crate) fn part(path: &[(String, String)]) -> Option<(String, &'static str)> {
@@ -22,6 +25,7 @@ pub(crate) fn part(path: &[(String, String)]) -> Option<(String, &'static str)> 
         ("Struct:LoraAdapter", "bias") => (2, ".lora_B.bias"),
         ("Struct:EmbeddingAdapter", "lora_a") => (2, ".lora_embedding_A"),
         ("Struct:EmbeddingAdapter", "lora_b") => (2, ".lora_embedding_B"),
+        ("Struct:LoraAdapter" | "Struct:EmbeddingAdapter", "scaling") => (2, SCALING),
         ("Struct:Dora", "magnitude") => (3, ".lora_magnitude_vector"),
         _ => return None,
     };

@@ -5,7 +5,8 @@ use crate::Pass;
 use burn::module::{
     Content, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId, Parameter,
 };
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use std::ops::MulAssign;
 
 /// A parameter that asks for no gradient.
 pub fn frozen<T: Parameter>(tensor: T) -> Param<T> {
@@ -55,6 +56,93 @@ pub(crate) fn flattened<const D: usize>(x: Tensor<D>, map: impl FnOnce(Tensor<2>
     shape[D - 1] = y.dims()[1];
     y.reshape(shape)
 }
+
+/// The factor of an adapter's update: a constant for passes and optimizers.
+///
+/// Adapters' factors mean nothing without it, so Burn's visitors, mappers and records see it, as an integer parameter: the bits of
+/// its f32 value, u32 `[1]`, on the CPU whatever device the layer is on.
+#[derive(Clone, Copy, Debug)]
+pub struct Scaling {
+    value: f32,
+    id: ParamId,
+}
+
+impl Scaling {
+    /// The factor.
+    pub fn get(self) -> f32 {
+        self.value
+    }
+
+    fn parameter(self) -> Param<Tensor<1, Int>> {
+        Param::initialized(self.id, Self::tensor(self.value))
+    }
+
+    /// The factor as a parameter holds it.
+    pub(crate) fn tensor(value: f32) -> Tensor<1, Int> {
+        Tensor::from_data(TensorData::new(vec![value.to_bits()], [1]), (&Device::flex(), DType::U32))
+    }
+
+    /// The factor that a parameter holds.
+    pub(crate) fn value(tensor: Tensor<1, Int>) -> f32 {
+        let bits = tensor.try_into_vec_as::<u32>().ok().and_then(|bits| bits.first().copied());
+        // Nothing that Burn's traversals do loses the value; if a mapper of somebody else's does, results show it.
+        bits.map_or(f32::NAN, f32::from_bits)
+    }
+}
+
+impl From<f32> for Scaling {
+    fn from(value: f32) -> Self {
+        Self { value, id: ParamId::new() }
+    }
+}
+
+impl MulAssign<f32> for Scaling {
+    fn mul_assign(&mut self, factor: f32) {
+        self.value *= factor;
+    }
+}
+
+impl Module for Scaling {
+    fn collect_devices(&self, devices: Vec<Device>) -> Vec<Device> {
+        devices
+    }
+
+    fn fork(self, _: &Device) -> Self {
+        self
+    }
+
+    fn to_device(self, _: &Device) -> Self {
+        self
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        *self
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        visitor.visit_int(&self.parameter());
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        Self { value: Self::value(mapper.map_int(self.parameter()).val()), id: self.id }
+    }
+}
+
+impl ModuleDisplayDefault for Scaling {
+    fn content(&self, content: Content) -> Option<Content> {
+        content.add_formatted(&self.value).optional()
+    }
+}
+
+impl ModuleDisplay for Scaling {}
 
 /// A value that follows from parameters and is kept while they stay as they are. Burn's traversals that change or
 /// replace parameters (an optimizer's step, a record, another device) drop the value.

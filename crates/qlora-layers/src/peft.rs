@@ -6,16 +6,16 @@
 //! weights are transposed, and the `gamma` and `beta` of norms are called `weight` and `bias`.
 
 use crate::module_lora::attach;
-use crate::module_paths::{Found, adaptable, part, plain_name};
+use crate::module_paths::{Found, SCALING, adaptable, part, plain_name};
 use crate::target_modules::{AdaptableModule, ModuleRole, Target, resolve, resolve_saved};
-use crate::{FrozenLinear, Initialization, LayerError, LoraAdapter, LoraConfig, LoraLinear, TargetModules};
+use crate::{FrozenLinear, Initialization, LayerError, LoraAdapter, LoraConfig, LoraLinear, Scaling, TargetModules};
 use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::{
     Adapter, AdapterConfig, HostTensor, InitLoraWeights, LoraModule, ModuleKind, OneOrMany, Pattern,
     TargetModules as PeftModules,
 };
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{DType, Device, FloatDType, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Shape, Tensor, TensorData};
 use nf4_quant::QuantConfig;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -34,8 +34,7 @@ const IMPLEMENTED: [&str; 3] = ["lora_bias", "modules_to_save", "use_dora"];
 pub fn export_adapter<M: Module>(module: &M, config: &LoraConfig, base_model: &str) -> Result<Adapter, LayerError> {
     let found = Found::of(module);
     let saved = resolve_saved(&config.modules_to_save, &found.modules)?;
-    let mut parts =
-        Parts { path: Vec::new(), saved: saved.into_iter().collect(), tensors: BTreeMap::new(), failure: None };
+    let mut parts = Parts { saved: saved.into_iter().collect(), ..Parts::default() };
     module.visit(&mut parts);
     if let Some(error) = parts.failure {
         return Err(error);
@@ -56,6 +55,13 @@ pub fn export_adapter<M: Module>(module: &M, config: &LoraConfig, base_model: &s
     if let Some(path) = wanted.keys().chain(ranks.keys()).find(|path| wanted.get(**path) != ranks.get(**path)) {
         let rank = |ranks: &BTreeMap<&str, usize>| ranks.get(*path).copied().unwrap_or(0);
         return Err(LayerError::OtherAdapters { path: path.to_string(), expected: rank(&wanted), found: rank(&ranks) });
+    }
+    // A quotient that was read from a file is rounded in another place.
+    let same = |a: f32, b: f32| (a - b).abs() <= 1e-6 * b.abs();
+    for Target { path, scaling: expected, .. } in &targets {
+        if let Some(found) = parts.scalings.get(path).filter(|found| !same(**found, *expected)) {
+            return Err(LayerError::OtherScaling { path: path.clone(), expected: *expected, found: *found });
+        }
     }
     let mut peft = peft_config(config, &targets);
     peft.base_model_name_or_path = Some(base_model.into());
@@ -81,12 +87,13 @@ pub fn save_adapter<M: Module>(
     Ok(export_adapter(module, config, base_model)?.save(dir.as_ref())?)
 }
 
-/// Puts a PEFT adapter on a module. Layers that have adapters already take the file's values; burn-nn linear layers get the adapter
-/// attached, over weights that are quantized or, with `None`, stay dense.
+/// Puts a PEFT adapter on a module. Layers that have adapters already take the file's values and scaling, and keep their own dropout;
+/// burn-nn linear layers get the adapter attached, over weights that are quantized or, with `None`, stay dense.
 ///
 /// # Errors
 /// The folder can't be read or holds what is not implemented here ([`LayerError::AdapterFeature`]); it names a module that is not there
-/// ([`LayerError::NoSuchModule`]) or of another shape ([`LayerError::Shape`]); a weight can't be quantized.
+/// ([`LayerError::NoSuchModule`]) or of another shape ([`LayerError::Shape`]); the module's own adapters and the file's do not have the same
+/// parts ([`LayerError::NotInModule`], [`LayerError::NotInFile`]); a weight can't be quantized.
 pub fn load_adapter<M: Module>(
     module: M,
     dir: impl AsRef<Path>,
@@ -133,6 +140,7 @@ pub fn load_adapter<M: Module>(
         path: Vec::new(),
         adapter: &adapter,
         adapted: &found.adapted,
+        scalings: modules.iter().map(|module| (module.path.as_str(), module.scaling)).collect(),
         saved,
         placed: HashSet::new(),
         failure: None,
@@ -141,6 +149,13 @@ pub fn load_adapter<M: Module>(
     if let Some(error) = fill.failure {
         return Err(error);
     }
+    let optional = modules.iter().filter(|module| found.adapted.contains(&module.path)).flat_map(|module| {
+        let bias = module.bias.map(|_| format!("{}.lora_B.bias", module.path));
+        bias.into_iter().chain(module.magnitude.map(|_| format!("{}.lora_magnitude_vector", module.path)))
+    });
+    if let Some(name) = optional.into_iter().find(|name| !fill.placed.contains(name)) {
+        return Err(LayerError::NotInModule { name });
+    }
     match fill.saved.keys().find(|name| !fill.placed.contains(*name)) {
         Some(name) => Err(LayerError::NoSuchModule { path: name.clone(), known: found.modules.join(", ") }),
         None => Ok(module),
@@ -148,9 +163,12 @@ pub fn load_adapter<M: Module>(
 }
 
 /// Collects what an adapter's file holds.
+#[derive(Default)]
 struct Parts {
     path: Vec<(String, String)>,
     saved: HashSet<String>,
+    /// The factors of updates, by module.
+    scalings: HashMap<String, f32>,
     tensors: BTreeMap<String, HostTensor>,
     failure: Option<LayerError>,
 }
@@ -197,6 +215,12 @@ impl ModuleVisitor for Parts {
             Err(error) => self.failure = Some(error),
         }
     }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        if let Some((module, SCALING)) = part(&self.path) {
+            self.scalings.insert(module, Scaling::value(param.val().reshape([1])));
+        }
+    }
 }
 
 /// Gives parameters the values of an adapter's file.
@@ -205,6 +229,8 @@ struct Fill<'a> {
     adapter: &'a Adapter,
     /// Layers that had an adapter before: those attached since were made with the file's values.
     adapted: &'a HashSet<String>,
+    /// The factors of updates, by module.
+    scalings: HashMap<&'a str, f32>,
     saved: BTreeMap<String, &'a HostTensor>,
     placed: HashSet<String>,
     failure: Option<LayerError>,
@@ -224,7 +250,10 @@ impl ModuleMapper for Fill<'_> {
             Some((module, _)) if !self.adapted.contains(&module) => return param,
             Some((module, suffix)) => match self.adapter.module_tensor(&module, suffix) {
                 Some(tensor) => (format!("{module}{suffix}"), tensor, false),
-                None => return param,
+                None => {
+                    self.failure = Some(LayerError::NotInFile { name: format!("{module}{suffix}") });
+                    return param;
+                }
             },
             None => match plain_name(&self.path) {
                 Some((name, transposed)) => match self.saved.get(&name) {
@@ -252,6 +281,17 @@ impl ModuleMapper for Fill<'_> {
             let new = if transposed { new.swap_dims(0, D - 1) } else { new };
             new.set_require_grad(require_grad)
         })
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let scaling = match part(&self.path) {
+            Some((module, SCALING)) => self.scalings.get(module.as_str()),
+            _ => None,
+        };
+        match scaling {
+            Some(scaling) => param.map(|old| Scaling::tensor(*scaling).reshape(old.shape())),
+            None => param,
+        }
     }
 }
 

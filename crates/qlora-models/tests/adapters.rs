@@ -396,7 +396,7 @@ fn eva_spends_the_ranks_where_they_explain_most() {
     assert_eq!(ranks.iter().sum::<usize>(), 42 * 8, "the sum of ranks stays");
     assert!(ranks.iter().all(|rank| *rank <= 16) && ranks.iter().any(|rank| *rank != 8));
     for (path, adapter) in model.adapters() {
-        assert_eq!(adapter.scaling, 1.0, "{path}: alpha goes with the rank");
+        assert_eq!(adapter.scaling.get(), 1.0, "{path}: alpha goes with the rank");
         let (a, [rank, columns]) = (values(adapter.lora_a.val()), adapter.lora_a.dims());
         for i in 0..rank {
             for j in 0..rank {

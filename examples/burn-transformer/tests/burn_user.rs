@@ -32,6 +32,12 @@ fn adapted(device: &Device) -> Transformer {
     apply_lora(Transformer::init(device), &config(), QuantConfig::default(), 3).unwrap()
 }
 
+/// After one step of Burn's AdamW.
+fn trained(model: Transformer, device: &Device) -> Transformer {
+    let grads = GradientsParams::from_grads(model.loss(batch(0, 0, 4, 12, device)).backward(), &model);
+    AdamWConfig::new().init().step(1e-2, model, grads)
+}
+
 fn logits(model: &Transformer, device: &Device) -> Vec<f32> {
     model.forward(batch(0, 0, 2, 9, device)).try_into_vec_as::<f32>().unwrap()
 }
@@ -203,8 +209,8 @@ fn only_factors_are_trained_and_everything_is_seen() {
     // `num_params` counts floats: the dense weights are gone, the factors have come.
     assert_eq!(model.num_params(), plain.num_params() - dense_linears + factors);
     let seen = values(&model, None);
-    // Codes, statistics, nested statistics and the format of twelve layers.
-    assert_eq!(seen.integers, 4 * 12);
+    // Codes, statistics, nested statistics and the format of twelve layers, and the scaling of their adapters.
+    assert_eq!(seen.integers, 5 * 12);
     assert_eq!(seen.found.values().map(|(_, values)| values.len()).sum::<usize>(), model.num_params());
     let before = values(&model, None).found;
     let grads = GradientsParams::from_grads(model.loss(batch(0, 0, 4, 12, &device)).backward(), &model);
@@ -238,14 +244,18 @@ fn validation_and_another_device_change_nothing() {
 #[test]
 fn a_record_brings_everything_back_or_says_why_not() {
     let device = device();
-    let model = adapted(&device);
-    let bytes = model.clone().into_record().into_bytes().unwrap();
+    let trained = trained(adapted(&device), &device);
+    let bytes = trained.clone().into_record().into_bytes().unwrap();
     let other = || Transformer::init(&device);
     let record = || ModuleRecord::from_bytes(bytes.clone()).unwrap();
     let loaded = apply_lora(other(), &config(), QuantConfig::default(), 9).unwrap();
-    assert!(difference(&logits(&loaded, &device), &logits(&model, &device)) > 1e-2);
+    assert!(difference(&logits(&loaded, &device), &logits(&trained, &device)) > 1e-2);
     let loaded = loaded.try_load_record(record()).unwrap();
-    assert_eq!(logits(&loaded, &device), logits(&model, &device));
+    assert_eq!(logits(&loaded, &device), logits(&trained, &device));
+    // The scaling is part of what is saved.
+    let alpha = LoraConfig { alpha: 64.0, ..config() };
+    let loaded = apply_lora(other(), &alpha, QuantConfig::default(), 9).unwrap().try_load_record(record()).unwrap();
+    assert_eq!(logits(&loaded, &device), logits(&trained, &device));
     // FP4 codes have the same sizes as NF4's, and would be read as nonsense.
     let fp4 = QuantConfig { quant_type: QuantType::Fp4, ..QuantConfig::default() };
     for wrong in [fp4, QuantConfig { blocksize: 128, ..QuantConfig::default() }] {
@@ -266,14 +276,15 @@ fn an_adapter_in_pefts_files_comes_back() {
         ("bias", LoraConfig { lora_bias: true, rank_pattern: vec![("query".into(), 8)], ..config }),
     ] {
         let model = apply_lora(plain.clone(), &config, QuantConfig::default(), 3).unwrap();
-        let grads = GradientsParams::from_grads(model.loss(batch(0, 0, 4, 12, &device)).backward(), &model);
-        let trained = AdamWConfig::new().init().step(1e-2, model.clone(), grads);
+        let trained = trained(model.clone(), &device);
         let dir = folder.path().join(kind);
         save_adapter(&trained, &config, "burn-transformer", &dir).unwrap();
         let expected = logits(&trained, &device);
         assert!(difference(&expected, &logits(&model, &device)) > 1e-3, "{kind}: training changed nothing");
-        // On the plain module, and on one that has adapters already.
-        for start in [plain.clone(), model] {
+        // On the plain module, and on those that have adapters already, whose scaling becomes the file's.
+        let alpha = LoraConfig { alpha: 64.0, use_rslora: !config.use_rslora, ..config.clone() };
+        let scaled = apply_lora(plain.clone(), &alpha, QuantConfig::default(), 9).unwrap();
+        for start in [plain.clone(), model, scaled] {
             let loaded = load_adapter(start, &dir, QuantConfig::default()).unwrap();
             assert!(difference(&logits(&loaded, &device), &expected) < 1e-6, "{kind}");
         }
@@ -282,7 +293,42 @@ fn an_adapter_in_pefts_files_comes_back() {
             save_adapter(&trained, &other, "burn-transformer", &dir),
             Err(LayerError::OtherAdapters { expected: 3, .. })
         ));
+        let other = LoraConfig { rank: RANK, alpha: 64.0, ..other };
+        let refused = save_adapter(&trained, &other, "burn-transformer", &dir).unwrap_err();
+        assert!(matches!(refused, LayerError::OtherScaling { .. }), "{kind}: {refused}");
     }
+}
+
+#[test]
+fn adapters_of_another_kind_are_refused_by_the_part_that_differs() {
+    let device = device();
+    let folder = tempfile::tempdir().unwrap();
+    let plain = Transformer::init(&device);
+    let kinds = [
+        ("lora", config()),
+        ("dora", LoraConfig { use_dora: true, ..config() }),
+        ("bias", LoraConfig { lora_bias: true, ..config() }),
+        ("fewer", LoraConfig { target_modules: TargetModules::Names(vec!["query".into()]), ..config() }),
+    ];
+    let adapted = |config: &LoraConfig| apply_lora(plain.clone(), config, QuantConfig::default(), 3).unwrap();
+    for (kind, config) in &kinds {
+        save_adapter(&adapted(config), config, "burn-transformer", folder.path().join(kind)).unwrap();
+    }
+    // What is on the module, what is in the file, and what the message says.
+    for (module, file, part) in [
+        (0, "dora", "holds blocks.0.attention.query.lora_magnitude_vector"),
+        (0, "bias", "holds blocks.0.attention.query.lora_B.bias"),
+        (1, "lora", "adapters with blocks.0"),
+        (2, "lora", "adapters with blocks.0"),
+        (0, "fewer", "adapters with blocks.0"),
+    ] {
+        let refused = load_adapter(adapted(&kinds[module].1), folder.path().join(file), QuantConfig::default());
+        let refused = refused.map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains(part), "{file} on {}: {refused}", kinds[module].0);
+    }
+    // The file's adapters go on what is still plain.
+    let mixed = load_adapter(adapted(&kinds[3].1), folder.path().join("lora"), QuantConfig::default()).unwrap();
+    assert_eq!(logits(&mixed, &device), logits(&adapted(&kinds[0].1), &device));
 }
 
 #[test]

@@ -249,7 +249,7 @@ fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> R
         ));
     };
     let Some(adapter) = &linear.adapter else { return Ok(()) };
-    let (rank, scaling, dtype) = (adapter.rank(), adapter.scaling, weight.dtype());
+    let (rank, scaling, dtype) = (adapter.rank(), adapter.scaling.get(), weight.dtype());
     let shape = weight.dims();
     let host = HostTensor { shape: shape.into(), data: host_values(weight)? };
     let named = |e: adapter_io::FormatError| ModelError::Initialization {
