@@ -10,7 +10,7 @@
 //!
 //! let mut config = TrainConfig::load("qlora.toml")?;
 //! config.set("train.learning_rate", "1e-4")?;
-//! let summary = Trainer::new(config, &Resume::No, &mut ())?.run()?;
+//! let summary = Trainer::new(config, Resume::No, &mut ())?.run()?;
 //! assert!(summary.last_loss < summary.first_loss);
 //! # Ok(())
 //! # }
@@ -38,7 +38,7 @@ pub use paged_optim::{Budget, OptimizerKind, Paging};
 pub use qlora_layers::{ActivationCheckpointing, LayerError, LoraConfig, TargetModules};
 pub use qlora_train::report::Summary;
 pub use qlora_train::{
-    Engine, Plan, Resume, StepOutput, TrainConfig, TrainError, TrainEvents, Trainer, calibrate, checkpoint,
+    Engine, Plan, Resume, Start, StepOutput, TrainConfig, TrainError, TrainEvents, Trainer, calibrate, checkpoint,
     compute_dtype, config, metrics, profile, report,
 };
 

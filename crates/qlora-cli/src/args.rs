@@ -60,6 +60,8 @@ pub enum Command {
 Flags override the configuration; --set reaches every key, e.g. --set lora.use_rslora=true.
 `qlora init` writes a configuration that documents them all.
 
+An output folder that holds a run is refused unless --resume or --overwrite says what is to happen to it.
+
 Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.")]
 pub struct TrainArgs {
     /// The configuration, a TOML file
@@ -67,9 +69,15 @@ pub struct TrainArgs {
     /// Say what would be trained, how large it is and what the data is like, and stop
     #[arg(long)]
     pub dry_run: bool,
-    /// Go on from a training checkpoint: the newest in the output folder, or the one given
-    #[arg(long, value_name = "auto|PATH", num_args = 0..=1, default_missing_value = "auto")]
+    /// Go on from a training checkpoint: the newest in the output folder, or the one given; auto-or-start begins where there is none
+    #[arg(long, value_name = "auto|auto-or-start|PATH", num_args = 0..=1, default_missing_value = "auto")]
     pub resume: Option<String>,
+    /// Remove the run that lies in the output folder, and start over
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Resume although settings, rows or the base changed since the checkpoint; each difference is told
+    #[arg(long, requires = "resume")]
+    pub accept_changes: bool,
     /// Any key of the configuration; may be repeated
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,

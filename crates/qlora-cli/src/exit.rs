@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use burn_qlora::{ChatError, DataError, FormatError, HubError, LayerError, ModelError, TrainError};
 
+use crate::output::say;
 /// How a command ended; `qlora --help` documents the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
@@ -70,7 +71,13 @@ fn of_train(error: &TrainError) -> Code {
         | TrainError::UnknownKey { .. }
         | TrainError::ConfigMissing { .. }
         | TrainError::ConfigRange { .. } => Code::Usage,
-        TrainError::Chat(_) | TrainError::Checkpoint { .. } | TrainError::Optimizer { .. } => Code::Input,
+        TrainError::Chat(_)
+        | TrainError::Checkpoint { .. }
+        | TrainError::Optimizer { .. }
+        | TrainError::Held { .. }
+        | TrainError::Occupied { .. }
+        | TrainError::NothingToResume { .. } => Code::Input,
+        TrainError::Stopped => Code::Interrupted,
         TrainError::Data(error) => of_data(error),
         TrainError::Layer(error) => of_layer(error),
         TrainError::Hub(error) => of_hub(error),
@@ -148,8 +155,8 @@ pub fn install_panic_message() {
         let message = panic.payload_as_str().unwrap_or("no message");
         let place =
             panic.location().map_or(String::new(), |place| format!(" ({}:{})", file_name(place.file()), place.line()));
-        eprintln!("error: {message}{place}");
-        eprintln!("  This is a failure of the device or a bug. RUST_BACKTRACE=1 shows where it comes from.");
+        say!("error: {message}{place}");
+        say!("  This is a failure of the device or a bug. RUST_BACKTRACE=1 shows where it comes from.");
     }));
 }
 

@@ -13,7 +13,7 @@ use burn_qlora::{
 use crate::args::GenerateArgs;
 use crate::exit::{Code, UsageError};
 use crate::hub;
-use crate::output::print;
+use crate::output::{print, say};
 use crate::progress::LoadBar;
 
 /// Runs the command. The answer goes to stdout as it comes, everything else to stderr.
@@ -75,7 +75,7 @@ fn answer(model: &Decoder, tokenizer: &Tokenizer, ids: &[u32], options: &Generat
         let seconds = start.elapsed().as_secs_f64();
         let tokens = generation.ids.len();
         let end = if generation.stopped { "" } else { "; stopped by --max-new-tokens" };
-        eprintln!("{tokens} tokens in {seconds:.1} s, {:.1} tok/s{end}", tokens as f64 / seconds);
+        say!("{tokens} tokens in {seconds:.1} s, {:.1} tok/s{end}", tokens as f64 / seconds);
     }
     Ok(())
 }

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::TargetModules;
+use burn_qlora::metrics::{History, METRICS_FILE};
+use burn_qlora::qlora_train::run_holder;
 use burn_qlora::report::{count, memory};
 use burn_qlora::{Adapter, Checkpoint, Summary, checkpoint};
 use serde_json::Value;
@@ -32,7 +34,7 @@ pub fn run(args: &InspectArgs) -> Result<Code> {
         adapter(path)?
     } else if has("config.json") || has("model.safetensors") || has("model.safetensors.index.json") {
         model(path, args.tensors)?
-    } else if has("summary.json") || !checkpoint::list(path)?.is_empty() {
+    } else if has("summary.json") || has("metrics.jsonl") || !checkpoint::list(path)?.is_empty() {
         run_folder(path)?
     } else {
         let what =
@@ -196,7 +198,22 @@ fn run_folder(path: &Path) -> Result<String> {
         writeln!(text, "{}\n", summary.sentence())?;
         writeln!(text, "{:<24} {}", "adapter", summary.adapter.display())?;
     } else {
-        writeln!(text, "The run has not ended; `qlora train CONFIG.toml --resume` goes on.\n")?;
+        let log = path.join(METRICS_FILE);
+        let history = if log.is_file() { History::read(&log)? } else { History::default() };
+        match history.steps.last() {
+            Some(step) => writeln!(text, "{:<24} {}, loss {:.4}", "steps done", step.step, step.loss)?,
+            None => writeln!(text, "{:<24} 0", "steps done")?,
+        }
+        if let Some(eval) = history.evals.last() {
+            writeln!(text, "{:<24} {:.4} at step {}", "evaluation loss", eval.eval_loss, eval.step)?;
+        }
+        match run_holder(path)? {
+            Some(holder) => writeln!(text, "{:<24} under way: {holder}\n", "state")?,
+            None if checkpoint::list(path)?.is_empty() => {
+                writeln!(text, "{:<24} ended before its first checkpoint: --overwrite starts over\n", "state")?;
+            }
+            None => writeln!(text, "{:<24} not finished: `qlora train CONFIG.toml --resume` goes on\n", "state")?,
+        }
     }
     for (step, checkpoint) in checkpoint::list(path)? {
         writeln!(text, "{:<24} {} (step {step})", "checkpoint", checkpoint.display())?;

@@ -1,6 +1,6 @@
 //! The `qlora` command. Everything that prints or exits is here; the work is done by the libraries.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit)] // a program for people
+#![allow(clippy::exit, reason = "a program ends with a code")]
 
 mod args;
 mod convert;
@@ -16,6 +16,7 @@ mod progress;
 mod push;
 mod quantize;
 mod sources;
+mod signals;
 mod train;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +30,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use args::{Cli, Command};
+use output::say;
 
 /// What is logged unless RUST_LOG says otherwise. hf-hub and Xet log what comes back as an error, too, with the
 /// addresses of storage.
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
         _ => None,
     };
     tracing_subscriber::registry()
-        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter))
+        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).log_internal_errors(false).with_filter(filter))
         .with(profile.as_ref().map(|profile| profile.layer().with_filter(filter_fn(ProfileLayer::filter))))
         .init();
     exit::install_panic_message();
@@ -60,7 +62,7 @@ fn main() -> ExitCode {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(code)) => code.into(),
         Ok(Err(error)) => {
-            eprintln!("error: {}", exit::chain(&error));
+            say!("error: {}", exit::chain(&error));
             exit::code_of(&error).into()
         }
         // The panic hook has said what happened.

@@ -1,11 +1,31 @@
-//! Output on stdout: whole texts and tables.
+//! Everything that the program prints. Results go to stdout, what happens meanwhile to stderr.
+//!
+//! No output ends a command's work: a reader that went away, a closed terminal and a full disk under a log end the output alone.
+//! `println!` and `eprintln!` would panic there, so nothing uses them.
 
 use std::fmt;
 use std::io::Write;
 
 use anyhow::Result;
 
-/// Writes a text to stdout. A reader that has seen enough (`| head`) is no error.
+/// Says something on stderr, as `eprintln!` does.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::output::line_to_stderr(format_args!($($text)*)) };
+}
+pub(crate) use say;
+
+/// Writes a line to stderr, or gives up quietly: there is nowhere left to say why.
+pub fn line_to_stderr(text: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Writes to stdout what is of use only while somebody reads it: the work that it tells of is done and kept either way.
+pub fn tell(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Writes a result to stdout. A reader that has seen enough (`| head`) is no error; a result that is lost is one.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

@@ -3,12 +3,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use burn_qlora::{Progress, atomic};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 
 use crate::exit::{Code, UsageError};
+use crate::output::say;
+use crate::signals;
 
 /// Files of which a folder must hold one to be replaced with --force.
 const OURS: [&str; 2] = ["config.json", "adapter_config.json"];
@@ -47,12 +49,11 @@ pub fn file(path: &Path, force: bool) -> Result<()> {
 }
 
 fn clean_up_on_interrupt() -> Result<()> {
-    ctrlc::set_handler(|| {
+    signals::on_interrupt(|| {
         let nothing = if atomic::abandon_all() { "; nothing was written" } else { "" };
-        eprintln!("\nInterrupted{nothing}.");
+        say!("\nInterrupted{nothing}.");
         std::process::exit(Code::Interrupted as i32);
     })
-    .context("can't listen for Ctrl-C")
 }
 
 /// Shows how far a conversion is.

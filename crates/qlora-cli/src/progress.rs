@@ -14,6 +14,7 @@ use burn_qlora::{LoadProgress, Summary, TrainEvents};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::hub;
+use crate::output::say;
 
 /// Shows how far loading is.
 pub struct LoadBar {
@@ -83,7 +84,7 @@ impl Terminal {
     fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            None => say!("{text}"),
         }
     }
 
@@ -109,10 +110,10 @@ impl TrainEvents for Terminal {
     fn on_start(&mut self, run: &RunInfo) {
         self.load.finish();
         if let Some(start) = self.load_start.take() {
-            eprintln!("Loaded {} in {}: {}", run.model, duration(start.elapsed().as_secs_f64()), run.quantization);
+            say!("Loaded {} in {}: {}", run.model, duration(start.elapsed().as_secs_f64()), run.quantization);
         }
         for line in start_lines(run) {
-            eprintln!("{line}");
+            say!("{line}");
         }
         self.total_steps = run.total_steps;
         self.start = (run.start_step, Instant::now());
@@ -135,7 +136,7 @@ impl TrainEvents for Terminal {
             || metrics.step == self.start.0 + 1
             || metrics.step == self.total_steps
         {
-            eprintln!("step {}/{}  {}", metrics.step, self.total_steps, step_words(metrics, left));
+            say!("step {}/{}  {}", metrics.step, self.total_steps, step_words(metrics, left));
         }
     }
 

@@ -9,6 +9,7 @@ use crate::args::{AdapterArgs, How};
 use crate::exit::UsageError;
 use crate::generate::adapter_argument;
 use crate::hub;
+use crate::output::say;
 
 /// The adapters of the flags as one. A single one with the weight 1 stays what it is.
 pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
@@ -56,7 +57,7 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
     })?;
     let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
     if let Some(named) = named.filter(|named| last(named) != last(chosen)) {
-        eprintln!("note: the adapter was trained on {named}");
+        say!("note: the adapter was trained on {named}");
     }
     let dir = hub::resolve(chosen, revision);
     if model.is_none() {

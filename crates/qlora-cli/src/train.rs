@@ -1,23 +1,26 @@
 //! `qlora train`: the configuration with its overrides, a dry run, or the run itself.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    ModelConfig, Plan, Resume, Tokenizer, TrainConfig, TrainEvents, Trainer, compute_dtype, load_splits, select_device,
+    ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype, load_splits,
+    select_device,
 };
 
 use crate::args::TrainArgs;
 use crate::exit::{Code, UsageError};
 use crate::hub;
 use crate::inspect::group_name;
-use crate::output::{Table, print};
+use crate::output::{Table, print, say, tell};
 use crate::progress::Terminal;
+use crate::signals;
 
 /// Runs the command. `profile` waits for the steps that it is to record.
 pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
@@ -27,6 +30,7 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
             return Err(UsageError(format!("--profile: there is no folder {}", folder.display())).into());
         }
     }
+    let start = start(args)?;
     let config = configuration(args)?;
     let stop = Arc::new(AtomicBool::new(false));
     let mut terminal = Terminal::new(config.train.log_every, stop.clone());
@@ -34,20 +38,14 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
         print(&dry_run(&config, &mut terminal)?)?;
         return Ok(Code::Done);
     }
-    ctrlc::set_handler(move || {
+    signals::on_interrupt(move || {
         if stop.swap(true, Ordering::Relaxed) {
+            atomic::abandon_all();
             std::process::exit(Code::Interrupted as i32);
         }
-        eprintln!("\nStopping after this step; once more to stop at once, without saving.");
-    })
-    .context("can't listen for Ctrl-C")?;
-    let resume = match args.resume.as_deref() {
-        None => Resume::No,
-        Some("auto") => Resume::Auto,
-        Some(path) => Resume::From(path.into()),
-    };
-    let config_path = args.config.display();
-    let result = Trainer::new(config, &resume, &mut terminal).and_then(Trainer::run);
+        say!("\nStopping after this step; once more to stop at once, without saving.");
+    })?;
+    let result = Trainer::new(config, start, &mut terminal).and_then(Trainer::run);
     // A run that failed leaves what was recorded before.
     let profiled = match (profile, &args.profile) {
         (Some(profile), Some(path)) => write_profile(profile, path),
@@ -57,14 +55,12 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     profiled?;
     let dir = &summary.run.output_dir;
     let mut text = format!("{}\n", summary.sentence());
-    match summary.outcome {
-        Outcome::Finished => {
+    let code = match summary.outcome {
+        Outcome::Finished | Outcome::StoppedEarly => {
             writeln!(text, "Adapter  {}", summary.adapter.display())?;
             writeln!(text, "Report   {}, {}", dir.join("summary.md").display(), dir.join("loss.svg").display())?;
-            let (model, adapter) = (&summary.run.model, summary.adapter.display());
-            writeln!(text, "Try it   qlora generate --model {model} --adapter {adapter} --prompt \"...\"")?;
-            print(&text)?;
-            Ok(Code::Done)
+            writeln!(text, "Try it   {}", summary.try_it())?;
+            Code::Done
         }
         Outcome::Interrupted => {
             writeln!(
@@ -74,25 +70,64 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
                 summary.run.total_steps,
                 summary.adapter.display()
             )?;
-            writeln!(text, "Go on    qlora train {config_path} --resume")?;
-            print(&text)?;
-            Ok(Code::Interrupted)
+            writeln!(text, "Go on    {}", resume_command(std::env::args_os().skip(1)))?;
+            if let Ok(here) = std::env::current_dir() {
+                writeln!(text, "         in {}", here.display())?;
+            }
+            Code::Interrupted
+        }
+    };
+    tell(&text);
+    Ok(code)
+}
+
+/// What the flags say of where to start.
+fn start(args: &TrainArgs) -> Result<Start, UsageError> {
+    let resume = match args.resume.as_deref() {
+        None => Resume::No,
+        Some("auto") => Resume::Auto,
+        Some("auto-or-start") => Resume::AutoOrStart,
+        Some(path) => Resume::From(path.into()),
+    };
+    if args.overwrite && matches!(resume, Resume::Auto | Resume::AutoOrStart) {
+        let text = "--overwrite starts over and --resume goes on: give one of them, or --resume PATH of another run";
+        return Err(UsageError(text.into()));
+    }
+    Ok(Start { resume, overwrite: args.overwrite, accept_changes: args.accept_changes })
+}
+
+/// The command that goes on with a run that was started with `args`: the same flags, but for those that say where to start.
+fn resume_command(args: impl Iterator<Item = OsString>) -> String {
+    let args: Vec<String> = args.map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let mut kept: Vec<&str> = vec!["qlora"];
+    let mut args = args.iter().map(String::as_str).peekable();
+    while let Some(arg) = args.next() {
+        match arg {
+            "--overwrite" | "--accept-changes" => {}
+            // Its value, if it has one, is the next argument.
+            "--resume" => drop(args.next_if(|value| !value.starts_with('-'))),
+            arg if arg.starts_with("--resume=") => {}
+            arg => kept.push(arg),
         }
     }
+    kept.push("--resume");
+    // A command line holds no NUL, the only thing that can't be quoted.
+    shlex::try_join(kept.iter().copied()).unwrap_or_else(|_| kept.join(" "))
 }
 
 /// Writes the trace and prints its tables.
 fn write_profile(profile: Profile, path: &Path) -> Result<()> {
     let trace = profile.finish();
     if trace.steps() == 0 {
-        eprintln!(
+        say!(
             "warning: the run ended before the first step that was to be profiled; {} is not written",
             path.display()
         );
         return Ok(());
     }
     trace.write(path)?;
-    print(&format!("{}\nTrace    {}, for https://ui.perfetto.dev\n", trace.summary(), path.display()))
+    tell(&format!("{}\nTrace    {}, for https://ui.perfetto.dev\n", trace.summary(), path.display()));
+    Ok(())
 }
 
 /// The file, then the named flags, then `--set` in order.
@@ -232,4 +267,25 @@ fn memory_table(plan: &Plan) -> Table {
         table.row([name.to_string(), memory(bytes)]);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_that_goes_on_repeats_the_flags_and_quotes_them() {
+        let of = |line: &[&str]| resume_command(line.iter().map(OsString::from));
+        assert_eq!(
+            of(&["train", "a b.toml", "--set", "train.epochs=2", "--overwrite", "--output-dir", "two words"]),
+            "qlora train 'a b.toml' --set train.epochs=2 --output-dir 'two words' --resume"
+        );
+        for line in [
+            &["train", "x.toml", "--resume", "--rank", "8"][..],
+            &["train", "x.toml", "--resume", "auto-or-start", "--rank", "8"],
+            &["train", "x.toml", "--resume=run/checkpoint-000004", "--accept-changes", "--rank", "8"],
+        ] {
+            assert_eq!(of(line), "qlora train x.toml --rank 8 --resume", "{line:?}");
+        }
+    }
 }

@@ -13,6 +13,7 @@
 //! not at the folder of the configuration file. A file and a flag with the same text name the same
 //! thing, and a hub id such as `org/name` is never mistaken for a path beside the file.
 
+mod best;
 mod keys;
 mod schedule;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::TrainError;
 use qlora_data::DataConfig;
 
+pub use best::{FinalAdapter, KeepBest};
 pub use keys::known_keys;
 pub use schedule::Schedule;
 
@@ -193,6 +195,14 @@ pub struct RunConfig {
     pub activation_checkpointing: ActivationCheckpointing,
     /// Evaluate every so many steps; 0: only at the end. Does nothing without evaluation rows.
     pub eval_every: usize,
+    /// By what evaluations are compared, so that the best one's checkpoint is kept beside the newest ones.
+    pub keep_best: KeepBest,
+    /// Which adapter a finished run leaves: that of the last step or of the best evaluation.
+    pub final_adapter: FinalAdapter,
+    /// End the run after so many evaluations that did not improve on the best; 0: never.
+    pub early_stopping_patience: usize,
+    /// What an evaluation must gain on the best to count as an improvement.
+    pub early_stopping_threshold: f64,
     /// Save a training checkpoint every so many steps; 0: only at the end.
     pub save_every: usize,
     /// How many training checkpoints are kept, the newest ones; 0 keeps all.
@@ -222,6 +232,10 @@ impl Default for RunConfig {
             seed: 42,
             activation_checkpointing: ActivationCheckpointing::Full,
             eval_every: 100,
+            keep_best: KeepBest::Off,
+            final_adapter: FinalAdapter::Last,
+            early_stopping_patience: 0,
+            early_stopping_threshold: 0.0,
             save_every: 100,
             save_limit: 2,
             log_every: 1,
@@ -243,6 +257,21 @@ impl RunConfig {
     /// Steps of warmup in a run of `total_steps`.
     pub fn warmup_steps_of(&self, total_steps: usize) -> usize {
         self.warmup_steps.unwrap_or_else(|| (self.warmup_ratio * total_steps as f64).ceil() as usize)
+    }
+
+    /// What a user should know of these settings before a run of `total_steps`.
+    pub fn warnings(&self, total_steps: usize) -> Vec<String> {
+        let warmup = self.warmup_steps_of(total_steps);
+        let peak = self.learning_rate_at(total_steps.saturating_sub(1), total_steps) / self.learning_rate;
+        let mut warnings = Vec::new();
+        if warmup > total_steps {
+            warnings.push(format!(
+                "the run of {total_steps} steps ends inside the warmup of {warmup}, at {:.1} % of train.learning_rate: lower \
+                 train.warmup_steps or train longer",
+                100.0 * peak
+            ));
+        }
+        warnings
     }
 
     /// The learning rate of `step` (from 0) in a run of `total_steps`.

@@ -12,7 +12,7 @@
 //! everything unchanged.
 
 use crate::error::TrainError;
-use crate::loss::{LabelledTokens, loss_and_gradient, loss_sum};
+use crate::loss::{LabelledTokens, loss_and_correct, loss_and_gradient};
 use burn::module::Param;
 use burn::tensor::{Gradients, Tensor};
 use host_copies::{DeviceError, Reading};
@@ -33,6 +33,17 @@ pub struct StepOutput {
     pub grad_norm: f64,
     /// Unmasked tokens.
     pub label_tokens: usize,
+}
+
+/// What one pass over evaluation rows found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Mean loss over the unmasked tokens, in nats.
+    pub loss: f64,
+    /// Part of the unmasked tokens that the model thought likeliest.
+    pub accuracy: f64,
+    /// Unmasked tokens.
+    pub tokens: usize,
 }
 
 /// A model in training: its adapters, their optimizer, and how activations are kept.
@@ -173,12 +184,12 @@ impl Engine {
         Ok(Computed { numbers, norm, grads })
     }
 
-    /// Mean loss over the unmasked tokens of `batches`, and their number, without training.
+    /// Loss and accuracy over the unmasked tokens of `batches`, without training.
     ///
     /// # Errors
     /// No batch has an unmasked token, or the device fails.
-    pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<(f64, usize), TrainError> {
-        let (mut sum, mut tokens) = (0.0, 0);
+    pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<Evaluation, TrainError> {
+        let (mut loss, mut correct, mut tokens) = (0.0, 0.0, 0);
         for batch in batches {
             let batch: &Batch = batch.borrow();
             let labelled = LabelledTokens::new(batch);
@@ -192,15 +203,28 @@ impl Engine {
                 .blocks()
                 .iter()
                 .fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
-            let loss = loss_sum(&self.model, x, &labelled, Pass::INFERENCE);
-            let loss = loss.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
-            sum += f64::from(loss[0]);
+            let sums = loss_and_correct(&self.model, x, &labelled);
+            let sums = sums.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+            loss += f64::from(sums[0]);
+            correct += f64::from(sums[1]);
             tokens += labelled.len();
         }
         match tokens {
             0 => Err(TrainError::NoLabels),
-            _ => Ok((sum / tokens as f64, tokens)),
+            _ => Ok(Evaluation { loss: loss / tokens as f64, accuracy: correct / tokens as f64, tokens }),
         }
+    }
+
+    /// The sum of the absolute values of each parameter, by name: what a step changes.
+    pub(crate) fn checksums(&self) -> Result<Vec<(String, f32)>, TrainError> {
+        let (names, sums): (Vec<String>, Vec<Tensor<1>>) = self
+            .model
+            .parameters()
+            .into_iter()
+            .map(|(name, parameter)| (name, parameter.clone().without_autodiff().abs().sum()))
+            .unzip();
+        let sums = Tensor::cat(sums, 0).try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+        Ok(names.into_iter().zip(sums).collect())
     }
 
     /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.

@@ -117,7 +117,8 @@ pub enum TrainError {
     /// The loss or the gradients are NaN or infinite.
     #[error(
         "training diverged: loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:e}; the adapter was left as it was \
-         before this step. Lower train.learning_rate or set train.max_grad_norm, use bf16 or f32 instead of f16, and resume from the last checkpoint"
+         before this step. Lower train.learning_rate or set train.max_grad_norm, use bf16 or f32 instead of f16, and resume from the last \
+         checkpoint with --resume --accept-changes"
     )]
     NotFinite {
         /// Loss of the step.
@@ -154,6 +155,55 @@ pub enum TrainError {
         /// What does not fit.
         source: paged_optim::OptimError,
     },
+    /// Another process trains into the output folder.
+    #[error("{}: {holder} trains here: wait for it, or choose another train.output_dir", path.display())]
+    Held {
+        /// The folder.
+        path: PathBuf,
+        /// Who holds it, as it says itself.
+        holder: String,
+    },
+    /// The output folder holds a run that nobody asked to go on with or to replace.
+    #[error(
+        "{}: holds {holds}: go on with --resume, replace it with --overwrite, or choose another train.output_dir", path.display()
+    )]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+        /// What of a run it holds.
+        holds: String,
+    },
+    /// There is no checkpoint to resume.
+    #[error(
+        "{}: there is no checkpoint to resume ({holds}): leave --resume out to start; a launcher that can't know says \
+         --resume auto-or-start", path.display()
+    )]
+    NothingToResume {
+        /// The folder.
+        path: PathBuf,
+        /// What of a run it holds.
+        holds: String,
+    },
+    /// The run was stopped before its first step.
+    #[error("stopped before the first step; nothing was written")]
+    Stopped,
+    /// Updates made parameters or optimizer state infinite or not a number.
+    #[error(
+        "training diverged: after step {step} {} not finite: {}. They are not saved; {}. Lower \
+         train.learning_rate ({learning_rate:e} in the last step) or train.max_grad_norm",
+        if what.len() == 1 { "one tensor is".into() } else { format!("{} tensors are", what.len()) }, first_of(what),
+        go_on_from(saved.as_deref())
+    )]
+    Spoilt {
+        /// Steps done.
+        step: usize,
+        /// Names of the tensors.
+        what: Vec<String>,
+        /// Learning rate of the last step.
+        learning_rate: f64,
+        /// The newest checkpoint.
+        saved: Option<PathBuf>,
+    },
     /// A training checkpoint can't be used.
     #[error("{}: {problem}", path.display())]
     Checkpoint {
@@ -170,6 +220,21 @@ impl From<paged_optim::OptimError> for TrainError {
             paged_optim::OptimError::Device(error) => Self::Device(error),
             other => Self::Update(other),
         }
+    }
+}
+
+/// The first few of many names.
+fn first_of(names: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(String::as_str).collect();
+    let more = names.len().saturating_sub(SHOWN);
+    shown.join(", ") + &if more == 0 { String::new() } else { format!(" and {more} more") }
+}
+
+fn go_on_from(saved: Option<&std::path::Path>) -> String {
+    match saved {
+        Some(path) => format!("{} is whole: resume it with --resume --accept-changes", path.display()),
+        None => "no checkpoint was saved before: start again".into(),
     }
 }
 

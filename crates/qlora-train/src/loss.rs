@@ -1,6 +1,6 @@
 //! Cross-entropy of next-token prediction over the tokens that count.
 
-use burn::tensor::{DType, Device, Gradients, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Gradients, Int, IntDType, Tensor, TensorData};
 use qlora_data::{Batch, MASKED_LABEL};
 use qlora_layers::Pass;
 use qlora_layers::ops::fused::cross_entropy;
@@ -88,6 +88,22 @@ pub fn loss_sum(model: &Decoder, x: Tensor<2>, labelled: &LabelledTokens, pass: 
     let each = labelled.chunks(model.config().vocab_size);
     let sums = each.map(|chunk| labelled.losses(model, labelled.chosen(&x, &chunk), chunk, pass).sum());
     Tensor::cat(sums.collect(), 0).sum()
+}
+
+/// [`loss_sum`], and of how many of the labelled tokens the model thinks that they are the likeliest: `[2]`, f32.
+///
+/// # Shapes
+/// `x` is the last block's output, `[tokens, hidden]`.
+pub(crate) fn loss_and_correct(model: &Decoder, x: Tensor<2>, labelled: &LabelledTokens) -> Tensor<1> {
+    let (mut losses, mut correct) = (Vec::new(), Vec::new());
+    for chunk in labelled.chunks(model.config().vocab_size) {
+        let logits = model.logits(labelled.chosen(&x, &chunk), Pass::INFERENCE);
+        let targets = indices(&labelled.targets[chunk], model.device());
+        let likeliest = logits.clone().argmax(1).squeeze_dim::<1>(1).cast(IntDType::I32);
+        correct.push(likeliest.equal(targets.clone()).float().cast(FloatDType::F32).sum());
+        losses.push(cross_entropy(logits, targets).sum());
+    }
+    Tensor::cat(vec![Tensor::cat(losses, 0).sum(), Tensor::cat(correct, 0).sum()], 0)
 }
 
 /// `scale` times [`loss_sum`], and its gradient in `x`. Each chunk's logits are differentiated, in place, before the next

@@ -77,8 +77,14 @@ pub struct EvalMetrics {
     /// Mean loss over all unmasked tokens of the evaluation rows, in nats.
     #[serde(deserialize_with = "number_or_nan")]
     pub eval_loss: f64,
+    /// Part of those tokens that the model thought likeliest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_accuracy: Option<f64>,
     /// Unmasked tokens of the evaluation rows.
     pub eval_tokens: u64,
+    /// Time that it took.
+    #[serde(default)]
+    pub eval_seconds: f64,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
 }
@@ -161,6 +167,20 @@ impl MetricsWriter {
     pub(crate) fn create(path: &Path) -> Result<Self, TrainError> {
         let options = OpenOptions::new().write(true).create(true).truncate(true).to_owned();
         Self::open(path, &options, &[])
+    }
+
+    /// Copies the log of another run, from which this one goes on, where there is one.
+    ///
+    /// # Errors
+    /// The files can't be read or written.
+    pub(crate) fn copy(from: Option<&Path>, to: &Path) -> Result<(), TrainError> {
+        match from.filter(|from| from.is_file()) {
+            Some(from) => {
+                let text = read(from)?;
+                Ok(adapter_io::atomic::write_bytes(to, &text)?)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Continues the log of a run that resumes after `step`: later lines are dropped. A log that
@@ -307,7 +327,14 @@ mod tests {
     }
 
     fn eval(step: usize) -> EvalMetrics {
-        EvalMetrics { step, eval_loss: 1.25, eval_tokens: 7, elapsed_seconds: step as f64 + 0.5 }
+        EvalMetrics {
+            step,
+            eval_loss: 1.25,
+            eval_accuracy: Some(0.5),
+            eval_tokens: 7,
+            eval_seconds: 0.25,
+            elapsed_seconds: step as f64 + 0.5,
+        }
     }
 
     fn log(dir: &Path) -> PathBuf {

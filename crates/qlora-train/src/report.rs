@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
+use crate::prompts::PromptSettings;
 
 pub use card::Card;
 use curve::loss_curve;
@@ -23,6 +24,9 @@ pub use words::{count, duration, memory};
 pub enum Outcome {
     /// All steps are done.
     Finished,
+    /// Evaluations stopped improving.
+    #[serde(rename = "stopped early")]
+    StoppedEarly,
     /// Stopped on request, with a checkpoint to resume from.
     Interrupted,
 }
@@ -56,6 +60,15 @@ pub struct Summary {
     pub peak_memory_bytes: u64,
     /// Time of the whole run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
+    /// Part of the evaluation's tokens that were predicted right, in the last one.
+    #[serde(default)]
+    pub last_eval_accuracy: Option<f64>,
+    /// The step that the adapter is of: the last one, or that of the best evaluation.
+    #[serde(default)]
+    pub adapter_step: usize,
+    /// How the rows were written as text.
+    #[serde(default)]
+    pub prompts: PromptSettings,
     /// The adapter's folder; where an interrupted run stands: the checkpoint to resume from.
     pub adapter: PathBuf,
 }
@@ -92,8 +105,33 @@ impl Summary {
                 .map(|step| step.elapsed_seconds)
                 .chain(evals.iter().map(|eval| eval.elapsed_seconds))
                 .fold(0.0, f64::max),
+            last_eval_accuracy: evals.last().and_then(|eval| eval.eval_accuracy),
+            adapter_step: steps.last().map_or(0, |step| step.step),
+            prompts: PromptSettings::default(),
             adapter,
         }
+    }
+
+    /// A warning where the last steps predict all tokens alike or worse than the first one did: training destroyed the model. `vocab_size`
+    /// is the number of tokens to choose from.
+    pub(crate) fn nothing_learned(&self, history: &History, vocab_size: usize) -> Option<String> {
+        // One step says little.
+        const LAST: usize = 5;
+        let steps = &history.steps;
+        let first = self.first_loss?;
+        if steps.len() < 2 * LAST {
+            return None;
+        }
+        let last = steps[steps.len() - LAST..].iter().map(|step| step.loss).sum::<f64>() / LAST as f64;
+        let uniform = (vocab_size.max(2) as f64).ln();
+        let what = if (last / uniform - 1.0).abs() < 0.01 {
+            format!("is {last:.3}, that of a model to which all {vocab_size} tokens are equally likely")
+        } else if last > first {
+            format!("rose from {first:.3} to {last:.3}")
+        } else {
+            return None;
+        };
+        Some(format!("the training loss {what}: lower train.learning_rate, or look at the rows with `qlora preview`"))
     }
 
     /// Writes `summary.md`, `summary.json` and `loss.svg` into `dir`.

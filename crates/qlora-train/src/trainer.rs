@@ -1,42 +1,34 @@
 //! A whole run: load, train, evaluate, save, resume, report.
 
+mod first_step;
 mod rows;
+mod start;
 
-use crate::checkpoint::{self, TrainingCheckpoint, TrainingState};
-use crate::config::{ComputeDtype, RunConfig, TrainConfig};
+use crate::checkpoint::{self, Basis, Evaluations, TrainingState};
+use crate::config::{ComputeDtype, FinalAdapter, RunConfig, TrainConfig};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics};
+use crate::prompts::Prompts;
 use crate::report::{Outcome, Summary, device_name};
-use adapter_io::FormatError;
+use crate::run_folder::{ADAPTER_DIR, RunFolder};
+use adapter_io::checksum;
 use burn::tensor::{Device, FloatDType};
 use chat_text::Tokenizer;
 use model_hub::Hub;
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Position};
 use qlora_layers::mix;
-use qlora_models::{Decoder, LoadOptions, default_compute_dtype, device_memory, select_device};
+use qlora_models::{Decoder, LoadOptions, ModelConfig, default_compute_dtype, device_memory, select_device};
 use rows::Rows;
+use start::Resumed;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Folder of the finished adapter in a run's output folder.
-const ADAPTER_DIR: &str = "adapter";
-
-/// Where a run starts.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Resume {
-    /// At the beginning.
-    #[default]
-    No,
-    /// At the newest checkpoint of the output folder, or at the beginning when there is none.
-    Auto,
-    /// At this checkpoint.
-    From(PathBuf),
-}
+pub use start::{Resume, Start};
 
 /// A run that is ready to go.
 pub struct Trainer<'e> {
@@ -45,6 +37,10 @@ pub struct Trainer<'e> {
     rows: Arc<Rows>,
     metrics: MetricsWriter,
     events: &'e mut dyn TrainEvents,
+    /// What the run stands on, for its checkpoints.
+    basis: Basis,
+    prompts: Prompts,
+    evaluations: Evaluations,
     total_steps: usize,
     /// Optimizer steps done.
     step: usize,
@@ -57,6 +53,8 @@ pub struct Trainer<'e> {
     dtype: FloatDType,
     peak_memory: u64,
     started: Instant,
+    /// Held to the end; the last field, so that everything else is closed before the folder is given back.
+    folder: RunFolder,
 }
 
 impl fmt::Debug for Trainer<'_> {
@@ -95,73 +93,105 @@ pub fn engine(model: Decoder, options: &RunConfig) -> Result<Engine, TrainError>
 }
 
 impl<'e> Trainer<'e> {
-    /// Checks the configuration, reads the data, loads the model and puts the adapters in place. `events` is told of
-    /// this and of all that follows.
+    /// Checks the configuration, takes the output folder, reads the data, loads the model and puts the adapters in place.
+    /// `events` is told of this and of all that follows.
     ///
     /// # Errors
-    /// [`TrainError`], before anything is written: bad configuration, data or model, or a checkpoint that
-    /// can't be resumed. An output folder that holds another run is refused unless it is resumed.
-    pub fn new(config: TrainConfig, resume: &Resume, events: &'e mut dyn TrainEvents) -> Result<Self, TrainError> {
+    /// [`TrainError`], before anything in the output folder is changed: bad configuration, data or model, a checkpoint that can't be
+    /// resumed, a folder that holds another run or in which one is under way; [`TrainError::Stopped`] when the events ask to stop.
+    pub fn new(
+        config: TrainConfig,
+        start: impl Into<Start>,
+        events: &'e mut dyn TrainEvents,
+    ) -> Result<Self, TrainError> {
+        let start = start.into();
         config.validate()?;
-        let output_dir = config.train.output_dir.clone();
-        let resumed = find_checkpoint(&output_dir, resume)?;
-        if let Some(checkpoint) = &resumed {
-            checkpoint.check_config(&config)?;
+        let folder = RunFolder::take(&config.train.output_dir)?;
+        if folder.is_unprotected() {
+            let path = folder.path().display();
+            events.on_warning(&format!("{path}: its file system has no locks: nothing keeps a second run out of it"));
+        }
+        let resumed = Resumed::find(&folder, &start)?;
+        if let Some(Resumed { checkpoint, .. }) = &resumed {
+            let changes = checkpoint.config_changes(&config)?;
+            warn_of(checkpoint.judge(changes, start.accept_changes)?, events);
         }
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device);
         let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
         let model_dir = hub.resolve(&config.model.path, config.model.revision.as_deref())?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        let rows = Rows::load(&config, &tokenizer)?;
-        for warning in rows.train.report.warnings() {
-            events.on_warning(&warning);
+        let rows = Rows::load(&config, &tokenizer, &ModelConfig::from_dir(&model_dir)?, events)?;
+        let total_steps = config.train.total_steps(rows.train.examples.len());
+        warn_of(rows.warnings(), events);
+        warn_of(config.train.warnings(total_steps), events);
+        let prompts = rows.prompts(&config, &tokenizer)?;
+        let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());
+        if let Some(Resumed { checkpoint, .. }) = &resumed {
+            let changes = checkpoint.basis_changes(&basis, &config);
+            warn_of(checkpoint.judge(changes, start.accept_changes)?, events);
         }
 
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
         let mut model = Decoder::load(&model_dir, options, &device, &mut |progress| events.on_load(progress))?;
         match &resumed {
-            Some(checkpoint) => model.resume_lora(&config.lora, config.train.seed, &checkpoint.adapter)?,
+            Some(Resumed { checkpoint, .. }) => {
+                model.resume_lora(&config.lora, config.train.seed, &checkpoint.adapter)?;
+            }
             None => {
                 model.attach_lora_to(&config.lora, config.train.seed, &rows.calibration(&config))?;
             }
         }
         let parameters = parameter_names(&model);
         let mut engine = engine(model, &config.train)?;
+        if let Some(Resumed { checkpoint, .. }) = &resumed {
+            let moments = checkpoint.moments(&parameters, config.train.optimizer)?;
+            engine
+                .optimizer_mut()
+                .restore(checkpoint.state.step as u64, &moments)
+                .map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
+        }
+        if events.should_stop() {
+            return Err(TrainError::Stopped);
+        }
 
-        let metrics_path = output_dir.join(METRICS_FILE);
-        let (metrics, step, position) = match resumed {
-            Some(checkpoint) => {
-                rows.check(&checkpoint)?;
+        // From here on the folder is this run's.
+        let log = folder.path().join(METRICS_FILE);
+        let (metrics, step, position, evaluations) = match &resumed {
+            Some(Resumed { checkpoint, same_run }) => {
                 let state = &checkpoint.state;
-                let moments = checkpoint.moments(&parameters, config.train.optimizer)?;
-                engine
-                    .optimizer_mut()
-                    .restore(state.step as u64, &moments)
-                    .map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
-                (MetricsWriter::resume(&metrics_path, state.step)?, state.step, state.batch_position())
+                if !same_run {
+                    folder.clear()?;
+                    let before = checkpoint.path.parent().map(|run| run.join(METRICS_FILE));
+                    MetricsWriter::copy(before.as_deref(), &log)?;
+                } else if state.step < total_steps {
+                    warn_of(folder.go_on_after(state.step)?, events);
+                }
+                (MetricsWriter::resume(&log, state.step)?, state.step, state.batch_position(), state.evaluations)
             }
             None => {
-                refuse_other_run(&output_dir)?;
-                std::fs::create_dir_all(&output_dir)
-                    .map_err(|source| FormatError::Write { path: output_dir.clone(), source })?;
-                (MetricsWriter::create(&metrics_path)?, 0, Position::default())
+                folder.clear()?;
+                (MetricsWriter::create(&log)?, 0, Position::default(), Evaluations::default())
             }
         };
         Ok(Self {
-            total_steps: config.train.total_steps(rows.train.examples.len()),
             config,
             engine,
             rows: Arc::new(rows),
             metrics,
             events,
+            basis,
+            prompts,
+            evaluations,
+            total_steps,
             step,
             start_step: step,
             position,
-            saved: None,
+            saved: resumed.filter(|resumed| resumed.same_run).map(|resumed| resumed.checkpoint.path),
             dtype,
             peak_memory: 0,
             started: Instant::now(),
+            folder,
         })
     }
 
@@ -170,7 +200,7 @@ impl<'e> Trainer<'e> {
         self.engine.model()
     }
 
-    /// Trains to the end, or until the events ask to stop; then writes the adapter and the report.
+    /// Trains to the end, until early stopping ends the run, or until the events ask to stop; then writes the adapter and the report.
     ///
     /// # Errors
     /// The device fails, training diverges, or a file can't be written. Earlier checkpoints stay readable.
@@ -183,12 +213,15 @@ impl<'e> Trainer<'e> {
         }
         let rows = Arc::clone(&self.rows);
         let mut batches = rows.order.batches_from(&rows.train.examples, self.position);
-        let mut outcome = Outcome::Finished;
-        while self.step < self.total_steps && outcome == Outcome::Finished {
-            let metrics = self.step(&mut batches)?;
+        let mut outcome = self.stopped_early();
+        while self.step < self.total_steps && outcome.is_none() {
+            let metrics = match self.step == self.start_step {
+                true => self.first_step(&mut batches)?,
+                false => self.step(&mut batches)?,
+            };
             outcome = self.after_step(&metrics)?;
         }
-        self.finish(info, outcome)
+        self.finish(info, outcome.unwrap_or(Outcome::Finished))
     }
 
     /// One optimizer step over the next micro-batches.
@@ -202,6 +235,7 @@ impl<'e> Trainer<'e> {
         let seed = mix(options.seed ^ mix(self.step as u64));
         let output = match self.engine.step(&micro_batches, learning_rate, seed) {
             Ok(output) => output,
+            Err(error @ TrainError::NotFinite { .. }) => return Err(self.spoilt()?.unwrap_or(error)),
             Err(error) => {
                 if matches!(error, TrainError::OutOfMemory { .. }) {
                     self.save_steps_so_far();
@@ -230,39 +264,78 @@ impl<'e> Trainer<'e> {
         })
     }
 
-    /// Logs a step; evaluates and saves where it is time to. Returns whether the run was asked to stop here.
-    fn after_step(&mut self, metrics: &StepMetrics) -> Result<Outcome, TrainError> {
-        self.metrics.step(metrics)?;
+    /// Logs a step; evaluates and saves where it is time to. Returns how the run ends, if it ends here.
+    fn after_step(&mut self, metrics: &StepMetrics) -> Result<Option<Outcome>, TrainError> {
+        if let Err(error) = self.metrics.step(metrics) {
+            self.save_steps_so_far();
+            return Err(error);
+        }
         self.events.on_step(metrics);
         let last = self.step == self.total_steps;
         let (eval_every, save_every) = (self.config.train.eval_every, self.config.train.save_every);
-        if last || every(eval_every, self.step) {
-            self.evaluate()?;
-        }
-        let stop = !last && self.events.should_stop();
-        if last || stop || every(save_every, self.step) {
+        let evaluated = last || every(eval_every, self.step);
+        let is_best = evaluated && self.evaluate()?;
+        let early = if last { None } else { self.stopped_early() };
+        let stop = !last && early.is_none() && self.events.should_stop();
+        if last || early.is_some() || stop || is_best || every(save_every, self.step) {
             self.save()?;
         }
-        Ok(if stop { Outcome::Interrupted } else { Outcome::Finished })
+        Ok(if stop { Some(Outcome::Interrupted) } else { early })
+    }
+
+    /// Whether evaluations stopped improving for as long as the configuration allows.
+    fn stopped_early(&self) -> Option<Outcome> {
+        let patience = self.config.train.early_stopping_patience;
+        (patience > 0 && self.evaluations.since_best >= patience).then_some(Outcome::StoppedEarly)
     }
 
     /// Writes the adapter, unless the run was interrupted, and the report.
     fn finish(mut self, info: RunInfo, outcome: Outcome) -> Result<Summary, TrainError> {
         let output_dir = &self.config.train.output_dir;
-        let adapter = match outcome {
-            Outcome::Finished => {
+        let (adapter, adapter_step) = match outcome {
+            Outcome::Finished | Outcome::StoppedEarly => {
                 let dir = output_dir.join(ADAPTER_DIR);
-                let adapter = self.export()?;
-                adapter_io::atomic::replace_dir(&dir, |tmp| adapter.save(tmp))?;
-                dir
+                let (adapter, step) = self.final_adapter()?;
+                adapter_io::atomic::replace_dir(&dir, |tmp| -> Result<(), TrainError> {
+                    adapter.save(tmp)?;
+                    self.prompts.save(tmp)
+                })?;
+                (dir, step)
             }
-            Outcome::Interrupted => self.saved.clone().unwrap_or_else(|| output_dir.clone()),
+            Outcome::Interrupted => (self.saved.clone().unwrap_or_else(|| output_dir.clone()), self.step),
         };
         self.metrics.sync()?;
-        let summary = Summary::new(info, self.metrics.history(), outcome, adapter);
-        summary.write(output_dir, self.metrics.history())?;
+        let history = self.metrics.history();
+        let mut summary = Summary::new(info, history, outcome, adapter);
+        summary.adapter_step = adapter_step;
+        summary.prompts = self.prompts.settings().clone();
+        if let Some(warning) = summary.nothing_learned(history, self.engine.model().config().vocab_size) {
+            self.events.on_warning(&warning);
+        }
+        summary.write(output_dir, history)?;
         self.events.on_end(&summary);
         Ok(summary)
+    }
+
+    /// The adapter that the configuration asks for, and the step that it is of.
+    fn final_adapter(&mut self) -> Result<(adapter_io::Adapter, usize), TrainError> {
+        let best = match (self.config.train.final_adapter, self.evaluations.best) {
+            (FinalAdapter::Best, Some((step, _))) if step != self.step => Some(step),
+            _ => None,
+        };
+        let Some(step) = best else { return Ok((self.export()?, self.step)) };
+        let path = checkpoint::path_of(&self.config.train.output_dir, step);
+        match path.is_dir() {
+            true => Ok((checkpoint::load(&path)?.adapter, step)),
+            false => {
+                self.events.on_warning(&format!(
+                    "{}: the best checkpoint is not there any more; the adapter is that of the last step, {}",
+                    path.display(),
+                    self.step
+                ));
+                Ok((self.export()?, self.step))
+            }
+        }
     }
 
     /// Seconds since the run was first started, pauses between stop and resume left out.
@@ -270,18 +343,30 @@ impl<'e> Trainer<'e> {
         self.metrics.elapsed_before() + self.started.elapsed().as_secs_f64()
     }
 
-    fn evaluate(&mut self) -> Result<(), TrainError> {
+    /// Evaluates, and returns whether the result is one to keep a checkpoint for.
+    fn evaluate(&mut self) -> Result<bool, TrainError> {
         let Rows { eval, eval_order, .. } = &*self.rows;
         if eval.examples.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let _span = tracing::trace_span!("evaluate").entered();
-        let elapsed_seconds = self.elapsed_seconds();
-        let (eval_loss, tokens) = self.engine.evaluate(eval_order.epoch(&eval.examples, 0))?;
-        let metrics = EvalMetrics { step: self.step, eval_loss, eval_tokens: tokens as u64, elapsed_seconds };
+        let started = Instant::now();
+        let evaluation = self.engine.evaluate(eval_order.epoch(&eval.examples, 0))?;
+        let metrics = EvalMetrics {
+            step: self.step,
+            eval_loss: evaluation.loss,
+            eval_accuracy: Some(evaluation.accuracy),
+            eval_tokens: evaluation.tokens as u64,
+            eval_seconds: started.elapsed().as_secs_f64(),
+            elapsed_seconds: self.elapsed_seconds(),
+        };
         self.metrics.eval(&metrics)?;
         self.events.on_eval(&metrics);
-        Ok(())
+        let options = &self.config.train;
+        let value = options.keep_best.value(&metrics);
+        let (kept, counted) = self.evaluations.next(self.step, value, options.keep_best, options.early_stopping_threshold);
+        self.evaluations = counted;
+        Ok(kept && options.keep_best.is_on() && self.step > 0)
     }
 
     fn export(&self) -> Result<adapter_io::Adapter, TrainError> {
@@ -293,17 +378,54 @@ impl<'e> Trainer<'e> {
         let _span = tracing::trace_span!("save").entered();
         // The log must not lag behind the checkpoint: a resumed run cuts it at the checkpoint's step.
         self.metrics.sync()?;
-        let options = &self.config.train;
         let report = &self.rows.train.report;
-        let state = TrainingState::new(&self.config, self.step, self.position, report.rows, report.tokens)?;
+        let of_rows = (report.rows, report.tokens);
+        let state =
+            TrainingState::new(&self.config, self.step, self.position, of_rows, self.basis.clone(), self.evaluations)?;
         let parameters = parameter_names(self.engine.model());
         let adapter = self.export()?;
         let moments = self.engine.optimizer_mut().state()?;
-        let moments = (options.optimizer, moments.as_slice());
-        let path = checkpoint::save(&options.output_dir, &state, &adapter, &parameters, moments, options.save_limit)?;
+        let options = &self.config.train;
+        let contents = checkpoint::Contents {
+            adapter: &adapter,
+            prompts: &self.prompts,
+            parameters: &parameters,
+            optimizer: options.optimizer,
+            moments: &moments,
+        };
+        let what = contents.not_finite();
+        if !what.is_empty() {
+            return Err(self.spoilt_by(what));
+        }
+        let path = checkpoint::save(&options.output_dir, &state, &contents)?;
+        let best = self.evaluations.best.map(|(step, _)| step).filter(|_| options.keep_best.is_on());
+        let stay = checkpoint::prune(&options.output_dir, options.save_limit, best)?;
         self.events.on_save(&path);
+        warn_of(stay, self.events);
         self.saved = Some(path);
         Ok(())
+    }
+
+    /// The error to end with if parameters or optimizer state are not finite.
+    fn spoilt(&mut self) -> Result<Option<TrainError>, TrainError> {
+        let parameters = parameter_names(self.engine.model());
+        let adapter = self.export()?;
+        let moments = self.engine.optimizer_mut().state()?;
+        let what = checkpoint::Contents {
+            adapter: &adapter,
+            prompts: &self.prompts,
+            parameters: &parameters,
+            optimizer: self.config.train.optimizer,
+            moments: &moments,
+        }
+        .not_finite();
+        Ok((!what.is_empty()).then(|| self.spoilt_by(what)))
+    }
+
+    fn spoilt_by(&self, what: Vec<String>) -> TrainError {
+        let options = &self.config.train;
+        let learning_rate = options.learning_rate_at(self.step.saturating_sub(1), self.total_steps);
+        TrainError::Spoilt { step: self.step, what, learning_rate, saved: self.saved.clone() }
     }
 
     /// Saves what the steps before a failed one led to, unless a checkpoint has it already.
@@ -355,28 +477,8 @@ fn every(interval: usize, step: usize) -> bool {
     interval > 0 && step.is_multiple_of(interval)
 }
 
-fn find_checkpoint(output_dir: &Path, resume: &Resume) -> Result<Option<TrainingCheckpoint>, TrainError> {
-    match resume {
-        Resume::No => Ok(None),
-        Resume::From(path) => checkpoint::load(path).map(Some),
-        Resume::Auto => match checkpoint::list(output_dir)?.last() {
-            Some((_, path)) => checkpoint::load(path).map(Some),
-            None => Ok(None),
-        },
-    }
-}
-
-/// A fresh run must not mix its files with those of a run that could still be resumed.
-fn refuse_other_run(output_dir: &Path) -> Result<(), TrainError> {
-    match checkpoint::list(output_dir)?.last() {
-        Some((step, path)) => Err(TrainError::Checkpoint {
-            path: path.clone(),
-            problem: format!(
-                "the output folder already holds a run, at step {step}: resume it, remove it, or choose another train.output_dir"
-            ),
-        }),
-        None => Ok(()),
-    }
+fn warn_of(messages: Vec<String>, events: &mut dyn TrainEvents) {
+    messages.iter().for_each(|message| events.on_warning(message));
 }
 
 #[cfg(test)]
@@ -395,7 +497,7 @@ mod tests {
         config.train.gradient_accumulation_steps = 2;
         config.train.output_dir = dir.path().into();
         let mut silent = ();
-        let mut trainer = Trainer::new(config.clone(), &Resume::No, &mut silent).unwrap();
+        let mut trainer = Trainer::new(config.clone(), Resume::No, &mut silent).unwrap();
         let rows = Arc::clone(&trainer.rows);
         let mut batches = rows.order.batches_from(&rows.train.examples, trainer.position);
         trainer.step(&mut batches).unwrap();
@@ -404,7 +506,7 @@ mod tests {
         batches.next_step(2);
         trainer.save_steps_so_far();
         let mut silent = ();
-        let resumed = Trainer::new(config, &Resume::Auto, &mut silent).unwrap();
+        let resumed = Trainer::new(config, Resume::Auto, &mut silent).unwrap();
         assert_eq!((resumed.step, resumed.position), (1, Position { epoch: 0, batch: 2 }));
         assert_eq!(resumed.rows.order.batches_from(&resumed.rows.train.examples, resumed.position).next(), next);
     }

@@ -61,6 +61,19 @@ pub fn clean_leftovers(dir: &Path) -> Result<Vec<PathBuf>, FormatError> {
     failed.map_or(Ok(removed), Err)
 }
 
+/// Checks that [`remove_dir_of`] would not refuse to remove `dir`.
+///
+/// # Errors
+/// [`FormatError::Foreign`] when `dir` holds a folder, a link or a file of another name; [`FormatError::Read`].
+pub fn check_dir_of(dir: &Path, known: &[&str]) -> Result<(), FormatError> {
+    match foreign(dir, known) {
+        Ok(None) => Ok(()),
+        Ok(Some(entry)) => Err(FormatError::Foreign { dir: dir.to_path_buf(), entry }),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(FormatError::Read { path: dir.to_path_buf(), source }),
+    }
+}
+
 /// Removes the folder `dir`, which holds files of these names at most, and what killed writes of them left.
 ///
 /// It is moved away first: killed at any moment, the folder is there whole, or gone but for a hidden one that

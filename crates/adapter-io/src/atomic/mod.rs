@@ -13,7 +13,7 @@
 
 mod leftovers;
 
-pub use leftovers::{clean_leftovers, remove_dir_of};
+pub use leftovers::{check_dir_of, clean_leftovers, remove_dir_of};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};

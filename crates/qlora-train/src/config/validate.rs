@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{RunConfig, TrainConfig};
+use super::{FinalAdapter, RunConfig, TrainConfig};
 use crate::error::TrainError;
 
 impl TrainConfig {
@@ -64,7 +64,10 @@ impl RunConfig {
         let accumulation = self.gradient_accumulation_steps;
         check("train.batch_size", self.batch_size, self.batch_size >= 1, ONE)?;
         check("train.gradient_accumulation_steps", accumulation, accumulation >= 1, ONE)?;
-        check("train.learning_rate", self.learning_rate, positive(self.learning_rate), POSITIVE)?;
+        // Updates are computed in f32.
+        let rate = self.learning_rate as f32;
+        let in_f32 = self.learning_rate > 0.0 && rate > 0.0 && rate.is_finite();
+        check("train.learning_rate", self.learning_rate, in_f32, "must be above 0 and finite as a 32-bit number")?;
         let ratio = (0.0..1.0).contains(&self.warmup_ratio);
         check("train.warmup_ratio", self.warmup_ratio, ratio, "must be from 0 to below 1")?;
         check("train.weight_decay", self.weight_decay, not_negative(self.weight_decay), NOT_NEGATIVE)?;
@@ -75,6 +78,14 @@ impl RunConfig {
         check("train.max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), NOT_NEGATIVE)?;
         // TOML's integers are signed, and the seed must survive being written to a checkpoint.
         check("train.seed", self.seed, i64::try_from(self.seed).is_ok(), "must be from 0 to 2^63 - 1")?;
+        let threshold = self.early_stopping_threshold;
+        check("train.early_stopping_threshold", threshold, not_negative(threshold), NOT_NEGATIVE)?;
+        check(
+            "train.final_adapter",
+            "\"best\"",
+            self.final_adapter == FinalAdapter::Last || self.keep_best.is_on(),
+            "needs train.keep_best = \"loss\" or \"accuracy\", which says what the best is",
+        )?;
         check("train.log_every", self.log_every, self.log_every >= 1, ONE)
     }
 }

@@ -1,6 +1,7 @@
 //! The report in words, and numbers as people write them.
 
 use super::{Outcome, Summary};
+use std::path::Path;
 
 impl Summary {
     /// The summary as a Markdown page that shows `loss.svg` beside it.
@@ -55,6 +56,7 @@ impl Summary {
         let table: String = rows.iter().map(|(name, value)| format!("| {name} | {value} |\n")).collect();
         let (title, next) = match self.outcome {
             Outcome::Finished => ("Training finished", self.usage()),
+            Outcome::StoppedEarly => ("Training stopped early", self.usage()),
             Outcome::Interrupted => ("Training interrupted", self.resume_hint()),
         };
         format!("# {title}\n\n{}\n\n![Loss curve](loss.svg)\n\n| | |\n|---|---|\n{table}\n{next}", self.sentence())
@@ -81,17 +83,38 @@ impl Summary {
         text + "."
     }
 
-    fn usage(&self) -> String {
+    /// The command that prompts the adapter as its rows were written: what they were written with lies beside it.
+    pub fn try_it(&self) -> String {
         format!(
-            "The adapter lies in `{adapter}`, in PEFT's format. To use it:\n\n```sh\nqlora generate --model {model} --adapter {adapter} --prompt \"...\"\n```\n\nIn Python: `PeftModel.from_pretrained(base_model, \"{adapter}\")`.\n",
+            "qlora generate --model {} --adapter {} --prompt \"...\"",
+            quoted(Path::new(&self.run.model)),
+            quoted(&self.adapter)
+        )
+    }
+
+    fn usage(&self) -> String {
+        let of = match (self.outcome, self.adapter_step == self.steps) {
+            (_, false) => format!(" It is that of step {}, the best evaluation.", self.adapter_step),
+            (Outcome::StoppedEarly, true) => " The run ended as evaluations improved no more.".into(),
+            _ => String::new(),
+        };
+        format!(
+            "The adapter lies in `{adapter}`, in PEFT's format.{of} To use it:\n\n```sh\n{}\n```\n\nIn Python: `PeftModel.from_pretrained(base_model, \"{adapter}\")`.\n",
+            self.try_it(),
             adapter = self.adapter.display(),
-            model = self.run.model,
         )
     }
 
     fn resume_hint(&self) -> String {
         format!("The checkpoint lies in `{}`. `qlora train CONFIG --resume` goes on from it.\n", self.adapter.display())
     }
+}
+
+/// A path as a shell takes it for one word.
+fn quoted(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    // Only a NUL can't be quoted, and no path holds one.
+    shlex::try_quote(&text).map_or_else(|_| text.to_string(), |quoted| quoted.into_owned())
 }
 
 fn losses(first: f64, last: f64, best: Option<(f64, usize)>) -> String {

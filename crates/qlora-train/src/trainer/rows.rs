@@ -46,23 +46,4 @@ impl Rows {
             })
             .collect()
     }
-
-    /// Refuses to go on with other training rows than those that a checkpoint was made with.
-    pub fn check(&self, checkpoint: &TrainingCheckpoint) -> Result<(), TrainError> {
-        let (state, report) = (&checkpoint.state, &self.train.report);
-        if (state.train_rows, state.train_tokens) == (report.rows, report.tokens) {
-            return Ok(());
-        }
-        Err(TrainError::Checkpoint {
-            path: checkpoint.path.clone(),
-            problem: format!(
-                "was made with {} training rows of {} tokens, {} now holds {} rows of {} tokens: restore the data, or start afresh",
-                state.train_rows,
-                state.train_tokens,
-                report.path.display(),
-                report.rows,
-                report.tokens,
-            ),
-        })
-    }
 }

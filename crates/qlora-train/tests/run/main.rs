@@ -1,0 +1,8 @@
+//! Whole runs on the reference model.
+#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+mod best;
+mod common;
+mod exact;
+mod folder;
+mod resume;
