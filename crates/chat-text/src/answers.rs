@@ -17,6 +17,7 @@
 //! Each way is verified against the text the model will be trained on. Where none holds, the row is
 //! an error: a wrong guess would train on the wrong tokens, and no loss would show it.
 
+use std::fmt;
 use std::ops::Range;
 
 use crate::error::ChatError;
@@ -35,8 +36,59 @@ const END_OF_REASONING: &str = "</think>";
 pub struct Rendered {
     /// The text.
     pub text: String,
-    /// Byte ranges that assistants wrote, in order.
+    /// Byte ranges that assistants wrote and that are to be learned, in order.
     pub spans: Vec<Range<usize>>,
+    /// What of the conversation the template left out.
+    pub unwritten: Vec<Unwritten>,
+}
+
+/// Something of a conversation that a template does not write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unwritten {
+    /// The message's number in the conversation, from 1; 0 for the tool definitions.
+    pub message: usize,
+    /// What of it.
+    pub part: UnwrittenPart,
+}
+
+/// What a template can leave out.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum UnwrittenPart {
+    /// The content of a message.
+    Content,
+    /// `reasoning_content`, or the thinking at the beginning of the content.
+    Reasoning,
+    /// A message's tool calls.
+    ToolCalls,
+    /// The row's tool definitions.
+    Tools,
+    /// All of a message; its role.
+    Message(String),
+    /// A further field of a message, by its key.
+    Field(String),
+}
+
+impl fmt::Display for UnwrittenPart {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Content => f.write_str("content"),
+            Self::Reasoning => f.write_str("reasoning"),
+            Self::ToolCalls => f.write_str("tool calls"),
+            Self::Tools => f.write_str("tool definitions"),
+            Self::Message(role) => write!(f, "whole text of role `{role}`"),
+            Self::Field(key) => write!(f, "field `{key}`"),
+        }
+    }
+}
+
+impl fmt::Display for Unwritten {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.message {
+            0 => write!(f, "the chat template does not write the row's {}", self.part),
+            message => write!(f, "the chat template does not write the {} of message {message}", self.part),
+        }
+    }
 }
 
 impl ChatTemplate {
@@ -53,7 +105,7 @@ impl ChatTemplate {
         for message in turns() {
             let answer = answer(&input.messages[message].content);
             if !text.contains(answer.lines().next_back().unwrap_or_default().trim()) {
-                return Err(ChatError::NotWritten { message: message + 1 });
+                return Err(ChatError::NotWritten { message: message + 1, part: UnwrittenPart::Content });
             }
         }
         let mut spans = Vec::new();
@@ -61,6 +113,9 @@ impl ChatTemplate {
         for message in turns() {
             let finder = Turn { template: self, input, text: &text, message };
             let (start, end) = (finder.start_by_prefix(), finder.end_by_prefix());
+            if !input.messages[message].learn {
+                continue;
+            }
             if let (Some(start), Some(end)) = (start, end)
                 && start <= end
             {
@@ -69,7 +124,7 @@ impl ChatTemplate {
             }
             if self.has_generation_tags() {
                 let (text, spans) = self.render_marked(input)?;
-                return Ok(Rendered { text, spans });
+                return Ok(Rendered { text, spans, unwritten: Vec::new() });
             }
             let answers = answers.get_or_insert_with(|| marked_answers(self, input, &text));
             let Some(answer) = answers.as_ref().and_then(|answers| answers[message].clone()) else {
@@ -82,9 +137,21 @@ impl ChatTemplate {
         }
         // Spans that run into each other would come from a template that reorders its messages.
         match spans.windows(2).position(|pair| pair[0].end > pair[1].start) {
-            None => Ok(Rendered { text, spans }),
+            None => Ok(Rendered { text, spans, unwritten: Vec::new() }),
             Some(turn) => Err(untraceable(turns().nth(turn).unwrap_or_default())),
         }
+    }
+}
+
+impl ChatTemplate {
+    /// Writes a conversation of which everything is to be learned.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_answers`], but for answers that can't be found.
+    pub fn render_all(&self, input: &ChatInput) -> Result<Rendered, ChatError> {
+        let text = self.render_input(input)?;
+        let spans = std::iter::once(0..text.len()).collect();
+        Ok(Rendered { text, spans, unwritten: Vec::new() })
     }
 }
 
@@ -196,9 +263,14 @@ mod tests {
         let [first, second] = answers.map(Message::assistant);
         let messages = [Message::user("a"), first, Message::user("b"), second];
         let special = SpecialTokens::default();
-        let input =
-            ChatInput { messages: &messages, tools: None, add_generation_prompt: false, special_tokens: &special };
-        let Rendered { text, spans } = template.render_answers(&input)?;
+        let input = ChatInput {
+            messages: &messages,
+            tools: None,
+            add_generation_prompt: false,
+            special_tokens: &special,
+            template_kwargs: None,
+        };
+        let Rendered { text, spans, .. } = template.render_answers(&input)?;
         Ok(spans.into_iter().map(|span| text[span].to_owned()).collect())
     }
 
@@ -232,7 +304,7 @@ mod tests {
     #[test]
     fn templates_that_hide_the_answers_are_refused() {
         let hidden = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
-        assert!(matches!(spans(hidden, ["xyz", "y"]), Err(ChatError::NotWritten { message: 2 })));
+        assert!(matches!(spans(hidden, ["xyz", "y"]), Err(ChatError::NotWritten { message: 2, .. })));
         let rewritten =
             "{{ messages | length }}{% for m in messages %}{{ m.content[:9] }}{{ m.content | length }}{% endfor %}";
         assert!(matches!(spans(rewritten, ["xyz", "y"]), Err(ChatError::Untraceable { message: 2 })));

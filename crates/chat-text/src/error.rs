@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::answers::UnwrittenPart;
+
 /// What can go wrong while a tokenizer or a chat template is read or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -87,13 +89,33 @@ pub enum ChatError {
         /// The message's number in the conversation, from 1.
         message: usize,
     },
-    /// A chat template leaves the content of an assistant's message out.
+    /// A chat template leaves out what an assistant's message is to teach.
     #[error(
-        "the chat template does not write the content of message {message}; it may be made for messages \
-         with images, or drop such turns: give another `chat_template`"
+        "the chat template does not write the {part} of message {message}: give another `chat_template`, or rows \
+         without it"
     )]
     NotWritten {
         /// The message's number in the conversation, from 1.
         message: usize,
+        /// What is missing in the text.
+        part: UnwrittenPart,
+    },
+    /// A chat template used up what one rendering may cost. It will do so on every row that is like this one.
+    #[error("chat template: it takes too long or writes too much: does it end?")]
+    TemplateEndless,
+    /// A setting that should be a chat template is neither its text nor a file.
+    #[error(
+        "{setting:?} is no chat template: names are not known; give the path of a .jinja file or the \
+         template's text"
+    )]
+    NotATemplate {
+        /// What was given, shortened.
+        setting: String,
+    },
+    /// A further variable for the template has a name that is taken.
+    #[error("template_kwargs: `{name}` is given to the template already; it can't be set")]
+    ReservedVariable {
+        /// The name.
+        name: String,
     },
 }

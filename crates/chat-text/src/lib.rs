@@ -4,8 +4,8 @@
 //! - [`Tokenizer`] reads `tokenizer.json` and the settings beside it; [`StreamDecoder`] turns tokens
 //!   into text as they come.
 //! - [`ChatTemplate`] writes [`Message`]s as one text, as transformers does.
-//! - [`ChatTemplate::render_answers`] finds the answers in that text, and [`Encoding::labels`] carries
-//!   them to the tokens.
+//! - [`ChatTemplate::render_answers`] finds the answers in that text, and [`Tokenizer::encode_labelled`]
+//!   carries them to the tokens.
 //!
 //! ```
 //! # fn main() -> Result<(), chat_text::ChatError> {
@@ -19,13 +19,13 @@
 //!     tools: None,
 //!     add_generation_prompt: false,
 //!     special_tokens: tokenizer.special_tokens(),
+//!     template_kwargs: None,
 //! };
 //! let rendered = tokenizer.require_chat_template()?.render_answers(&input)?;
 //! assert_eq!(&rendered.text[rendered.spans[0].clone()], "5<|im_end|>\n");
 //!
-//! let encoding = tokenizer.encode(&rendered.text, false)?;
-//! let labels = encoding.labels(&rendered.spans);
-//! let learned: Vec<u32> = labels.iter().filter(|label| **label != MASKED_LABEL).map(|id| *id as u32).collect();
+//! let labelled = tokenizer.encode_labelled(&rendered.text, &rendered.spans, false)?;
+//! let learned: Vec<u32> = labelled.labels.iter().filter(|label| **label != MASKED_LABEL).map(|id| *id as u32).collect();
 //! assert_eq!(tokenizer.decode(&learned, false)?, "5<|im_end|>\n");
 //! # Ok(())
 //! # }
@@ -39,10 +39,10 @@ mod stream;
 mod template;
 mod tokenizer;
 
-pub use answers::Rendered;
+pub use answers::{Rendered, Unwritten, UnwrittenPart};
 pub use error::ChatError;
-pub use mask::MASKED_LABEL;
-pub use message::Message;
+pub use mask::{Labelled, MASKED_LABEL};
+pub use message::{ContentAbsent, Message};
 pub use stream::StreamDecoder;
 pub use template::{ChatInput, ChatTemplate, SpecialTokens};
 pub use tokenizer::{Encoding, Tokenizer};

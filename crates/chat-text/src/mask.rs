@@ -5,7 +5,8 @@
 
 use std::ops::Range;
 
-use crate::tokenizer::Encoding;
+use crate::error::ChatError;
+use crate::tokenizer::{Encoding, Tokenizer};
 
 /// The label of a token that the loss does not count, as in PyTorch and transformers.
 pub const MASKED_LABEL: i64 = -100;
@@ -23,6 +24,33 @@ impl Encoding {
             labels.push(if inside { i64::from(id) } else { MASKED_LABEL });
         }
         labels
+    }
+}
+
+/// A text as tokens, with what the loss counts of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Labelled {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each token its id where it is to be learned, [`MASKED_LABEL`] elsewhere.
+    pub labels: Vec<i64>,
+}
+
+impl Tokenizer {
+    /// Turns a text into tokens of which those of some byte ranges are to be learned. The ranges are
+    /// in order and don't overlap.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_labelled(
+        &self,
+        text: &str,
+        spans: &[Range<usize>],
+        add_special_tokens: bool,
+    ) -> Result<Labelled, ChatError> {
+        let encoding = self.encode(text, add_special_tokens)?;
+        let labels = encoding.labels(spans);
+        Ok(Labelled { ids: encoding.ids, labels })
     }
 }
 

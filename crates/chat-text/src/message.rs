@@ -7,22 +7,43 @@ use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
 /// One turn of a conversation.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "serde_json::Value")]
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, or what else the template knows.
     pub role: String,
-    /// What is said.
+    /// What is said; empty where `content_absent` says so.
     pub content: String,
+    /// Whether the message has no `content`, and how.
+    #[serde(skip)]
+    pub content_absent: Option<ContentAbsent>,
+    /// Whether the model is to learn this message, if an assistant wrote it. Templates don't see it.
+    #[serde(skip)]
+    pub learn: bool,
     /// Further keys of the message, e.g. `tool_calls`, passed on to the template.
     #[serde(flatten)]
     pub extra: Map<String, serde_json::Value>,
 }
 
+/// How a message has no content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ContentAbsent {
+    /// `"content": null`.
+    Null,
+    /// There is no such key.
+    Missing,
+}
+
+impl Default for Message {
+    fn default() -> Self {
+        Self::new("", "")
+    }
+}
+
 impl Message {
     /// A message with no further keys.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), extra: Map::new() }
+        Self { role: role.into(), content: content.into(), content_absent: None, learn: true, extra: Map::new() }
     }
 
     /// A message of the user.
@@ -42,7 +63,8 @@ impl Message {
 }
 
 /// Reads `{"role": .., "content": .., ..}`. Content may be a string, a list of text parts, or,
-/// beside `tool_calls`, nothing. The error says in words what is wrong.
+/// beside `tool_calls` or a reasoning, nothing. `weight` (0 or 1), `train`, `trainable`, `loss` and
+/// `training` (true or false) become `learn`. The error says in words what is wrong.
 impl TryFrom<serde_json::Value> for Message {
     type Error = String;
 
@@ -56,9 +78,14 @@ impl TryFrom<serde_json::Value> for Message {
             Some(_) => return Err("`role` must be a string that is not empty".into()),
             None => return Err("a message has no `role`".into()),
         };
+        let learn = learn(&mut extra)?;
+        let mut content_absent = None;
         let content = match extra.shift_remove("content") {
             Some(Json::String(text)) => text,
-            Some(Json::Null) | None if extra.contains_key("tool_calls") => String::new(),
+            empty @ (Some(Json::Null) | None) if SPEAKS_WITHOUT_CONTENT.iter().any(|key| extra.contains_key(*key)) => {
+                content_absent = Some(if empty.is_some() { ContentAbsent::Null } else { ContentAbsent::Missing });
+                String::new()
+            }
             None => return Err(format!("the message of `{role}` has no `content`")),
             Some(Json::Array(parts)) => parts
                 .iter()
@@ -69,6 +96,30 @@ impl TryFrom<serde_json::Value> for Message {
                 .collect::<Result<String, String>>()?,
             Some(_) => return Err(format!("`content` of `{role}` must be a string")),
         };
-        Ok(Self { role, content, extra })
+        Ok(Self { role, content, content_absent, learn, extra })
     }
+}
+
+/// Keys beside which a message needs no content.
+const SPEAKS_WITHOUT_CONTENT: [&str; 4] = ["tool_calls", "reasoning_content", "thinking", "reasoning"];
+
+/// Takes the keys by which data sets say whether a message is to be learned; by default it is.
+fn learn(extra: &mut Map<String, serde_json::Value>) -> Result<bool, String> {
+    use serde_json::Value as Json;
+    let mut learn = true;
+    for key in ["weight", "train", "trainable", "loss", "training"] {
+        let wanted = match extra.shift_remove(key) {
+            None | Some(Json::Null) => continue,
+            Some(Json::Bool(wanted)) if key != "weight" => wanted,
+            Some(Json::Number(number)) if number.as_f64() == Some(0.0) => false,
+            Some(Json::Number(number)) if number.as_f64() == Some(1.0) => true,
+            Some(other) if key == "weight" => {
+                return Err(format!("`weight` of a message must be 0 (not learned) or 1 (learned), not {other}"));
+            }
+            Some(other) => return Err(format!("`{key}` of a message must be true or false, not {other}")),
+        };
+        // One key that says no is enough.
+        learn &= wanted;
+    }
+    Ok(learn)
 }

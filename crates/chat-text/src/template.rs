@@ -19,6 +19,7 @@ mod python;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Range;
+use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
@@ -37,6 +38,9 @@ const FUEL: u64 = 30_000_000;
 const RECURSION_LIMIT: usize = 250;
 
 const NAME: &str = "chat_template";
+
+/// Variables that `template_kwargs` can't set.
+const RESERVED: [&str; 4] = ["messages", "tools", "add_generation_prompt", generation::SWITCH];
 
 /// The special tokens a template can name: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +76,9 @@ pub struct ChatInput<'a> {
     pub add_generation_prompt: bool,
     /// The tokenizer's special tokens.
     pub special_tokens: &'a SpecialTokens,
+    /// Further variables of the template, e.g. `enable_thinking`, as the keyword arguments of
+    /// transformers' `apply_chat_template`. They come before special tokens of the same name.
+    pub template_kwargs: Option<&'a serde_json::Map<String, serde_json::Value>>,
 }
 
 /// A compiled chat template.
@@ -104,6 +111,26 @@ impl ChatTemplate {
         Ok(Self { source, env, has_generation_tags })
     }
 
+    /// A template as a configuration gives it: the path of a `.jinja`, `.j2` or `.txt` file, or the text itself.
+    ///
+    /// # Errors
+    /// [`ChatError::Read`] if it is a path that can't be read, [`ChatError::NotATemplate`] if it is neither a path
+    /// nor a text with a Jinja tag, and as [`ChatTemplate::new`].
+    pub fn from_setting(setting: &str) -> Result<Self, ChatError> {
+        if setting.contains("{{") || setting.contains("{%") {
+            return Self::new(setting);
+        }
+        let path = Path::new(setting);
+        let named = path.extension().is_some_and(|e| e == "jinja" || e == "jinja2" || e == "j2" || e == "txt");
+        let one_line = !setting.contains('\n');
+        if one_line && (named || path.is_file()) {
+            let read = std::fs::read_to_string(path);
+            let source = read.map_err(|source| ChatError::Read { path: path.to_owned(), source })?;
+            return Self::new(source);
+        }
+        Err(ChatError::NotATemplate { setting: setting.chars().take(60).collect() })
+    }
+
     /// The template's text.
     pub fn source(&self) -> &str {
         &self.source
@@ -125,7 +152,13 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         special_tokens: &SpecialTokens,
     ) -> Result<String, ChatError> {
-        self.render_input(&ChatInput { messages, tools: None, add_generation_prompt, special_tokens })
+        self.render_input(&ChatInput {
+            messages,
+            tools: None,
+            add_generation_prompt,
+            special_tokens,
+            template_kwargs: None,
+        })
     }
 
     /// As [`ChatTemplate::render`], with everything a template can be given.
@@ -155,11 +188,15 @@ impl ChatTemplate {
     }
 
     fn run(&self, input: &ChatInput, mark: bool) -> Result<String, ChatError> {
-        let special = input.special_tokens.0.iter();
-        let context = special.map(|(name, text)| (name.as_str(), Value::from(text.as_str()))).chain([
+        let kwargs = input.template_kwargs.into_iter().flatten();
+        if let Some((name, _)) = kwargs.clone().find(|(name, _)| RESERVED.contains(&name.as_str())) {
+            return Err(ChatError::ReservedVariable { name: name.clone() });
+        }
+        let special = input.special_tokens.0.iter().map(|(name, text)| (name.as_str(), Value::from(text.as_str())));
+        let kwargs = kwargs.map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
+        let context = std::iter::once(("documents", Value::from(()))).chain(special).chain(kwargs).chain([
             ("messages", Value::from(Serde(input.messages))),
             ("tools", Value::from(Serde(input.tools))),
-            ("documents", Value::from(())),
             ("add_generation_prompt", Value::from(input.add_generation_prompt)),
             (generation::SWITCH, Value::from(mark)),
         ]);
@@ -202,11 +239,10 @@ fn describe(error: minijinja::Error) -> ChatError {
         }
         source = current.source();
     }
-    let problem = match error.kind() {
-        ErrorKind::OutOfFuel => "it takes too long or writes too much: does it end?".into(),
-        _ => error.to_string(),
-    };
-    ChatError::TemplateRender { problem }
+    match error.kind() {
+        ErrorKind::OutOfFuel => ChatError::TemplateEndless,
+        _ => ChatError::TemplateRender { problem: error.to_string() },
+    }
 }
 
 /// The environment of transformers' `_cached_compile_jinja_template`.

@@ -219,6 +219,7 @@ impl Tokenizer {
             tools: None,
             add_generation_prompt,
             special_tokens: &self.special_tokens,
+            template_kwargs: None,
         })
     }
 

@@ -203,6 +203,7 @@ fn generation_tags_give_the_spans_of_the_assistant() {
         tools: None,
         add_generation_prompt: false,
         special_tokens: &SpecialTokens::default(),
+        template_kwargs: None,
     };
     let (text, spans) = template.render_marked(&input).unwrap();
     let marked: Vec<&str> = spans.iter().map(|span| &text[span.clone()]).collect();
@@ -407,6 +408,7 @@ proptest! {
                 tools: None,
                 add_generation_prompt: true,
                 special_tokens: &SpecialTokens::default(),
+                template_kwargs: None,
             };
             let (plain, marked) = bounded(BOUND, || (template.render_input(&input), template.render_marked(&input)));
             if let (Ok(plain), Ok((text, spans))) = (plain, marked) {
@@ -431,7 +433,7 @@ proptest! {
         });
         let Ok(messages) = serde_json::from_value::<Vec<Message>>(Json::Array(messages)) else { return Ok(()) };
         let special: SpecialTokens = [("bos_token", "<s>"), ("eos_token", "</s>")].into_iter().collect();
-        let input = ChatInput { messages: &messages, tools: tools.as_ref(), add_generation_prompt: prompt, special_tokens: &special };
+        let input = ChatInput { messages: &messages, tools: tools.as_ref(), add_generation_prompt: prompt, special_tokens: &special, template_kwargs: None };
         let template = &TEMPLATES[at.index(TEMPLATES.len())];
         let (plain, marked) = bounded(BOUND, || (template.render_input(&input), template.render_marked(&input)));
         if let (Ok(plain), Ok((text, _))) = (plain, marked) {

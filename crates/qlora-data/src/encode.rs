@@ -45,6 +45,7 @@ impl RowEncoder<'_> {
                         tools: tools.as_ref(),
                         add_generation_prompt: false,
                         special_tokens: self.tokenizer.special_tokens(),
+                        template_kwargs: None,
                     },
                     line,
                 )?;
@@ -88,10 +89,7 @@ impl RowEncoder<'_> {
     fn render(&self, template: &ChatTemplate, input: &ChatInput, line: usize) -> Result<Rendered, DataError> {
         let rendered = match self.config.loss_on {
             LossOn::Assistant => template.render_answers(input),
-            LossOn::All => template.render_input(input).map(|text| {
-                let spans = std::iter::once(0..text.len()).collect();
-                Rendered { text, spans }
-            }),
+            LossOn::All => template.render_all(input),
         };
         rendered.map_err(|error: ChatError| DataError::Row {
             path: self.path.to_owned(),
@@ -108,9 +106,8 @@ impl RowEncoder<'_> {
         add_special_tokens: bool,
         line: usize,
     ) -> Result<Example, DataError> {
-        let encoding = self.tokenizer.encode(text, add_special_tokens)?;
-        let labels = encoding.labels(spans);
-        Ok(Example { input_ids: encoding.ids, labels, line })
+        let labelled = self.tokenizer.encode_labelled(text, spans, add_special_tokens)?;
+        Ok(Example { input_ids: labelled.ids, labels: labelled.labels, line })
     }
 
     /// Ends a text that no template ended: the model has to learn when to stop.
