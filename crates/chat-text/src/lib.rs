@@ -35,6 +35,7 @@ mod answers;
 mod error;
 mod mask;
 mod message;
+mod prompting;
 mod stream;
 mod template;
 mod tokenizer;
@@ -43,6 +44,9 @@ pub use answers::{Rendered, Unwritten, UnwrittenPart};
 pub use error::ChatError;
 pub use mask::{Labelled, MASKED_LABEL};
 pub use message::{ContentAbsent, Message};
+pub use prompting::{
+    CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Prompting, alpaca_prompt,
+};
 pub use stream::StreamDecoder;
 pub use template::{ChatInput, ChatTemplate, SpecialTokens};
 pub use tokenizer::{Encoding, Tokenizer};

@@ -193,6 +193,9 @@ pub struct InitArgs {
 
 /// `qlora generate`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+An adapter that qlora trained is prompted as its rows were written: with its chat template, system prompt and template
+variables, as an Alpaca instruction, or with the prompt as it is.")]
 pub struct GenerateArgs {
     /// The base model: a folder or a hub id; left out, the one that the first adapter names
     #[arg(long, required_unless_present = "adapter")]
@@ -219,6 +222,12 @@ pub struct GenerateArgs {
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
     pub no_chat_template: bool,
+    /// A Jinja chat template, or a file with one, in place of the adapter's or the model's
+    #[arg(long, value_name = "FILE|TEXT", conflicts_with = "no_chat_template")]
+    pub chat_template: Option<String>,
+    /// A variable for the chat template, such as enable_thinking=true; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", conflicts_with = "no_chat_template")]
+    pub template_kwarg: Vec<String>,
     /// Tokens to generate at most
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
     pub max_new_tokens: usize,

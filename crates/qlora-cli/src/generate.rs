@@ -1,12 +1,13 @@
 //! `qlora generate`: a model, with or without adapters, answers a prompt.
 
 use std::io::{IsTerminal, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use burn_qlora::chat_text::{PromptLayout, Prompting};
 use burn_qlora::{
-    AdapterSet, AdapterSource, Combination, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
+    AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, GenerateOptions, LoadOptions, Tokenizer, TrainConfig,
     compute_dtype, generate, select_device,
 };
 
@@ -34,7 +35,8 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
     let dir = hub::resolve(model, args.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let ids = prompt_ids(args, &tokenizer)?;
+    let prompting = prompting(args, &adapters)?;
+    let ids = prompt_ids(args, &tokenizer, &prompting)?;
 
     let mut bar = LoadBar::new();
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
@@ -45,7 +47,7 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         temperature: args.temperature,
         top_p: args.top_p,
         seed: args.seed,
-        stop_ids: tokenizer.eos_token_ids().to_vec(),
+        stop_ids: prompting.stop_ids(&tokenizer),
     };
     if !args.each {
         adapters.put_on(&mut model)?;
@@ -84,6 +86,8 @@ fn answer(model: &Decoder, tokenizer: &Tokenizer, ids: &[u32], options: &Generat
 struct Adapters {
     set: AdapterSet,
     weights: Vec<(String, f64)>,
+    /// Names and folders.
+    dirs: Vec<(String, PathBuf)>,
     combination: Combination,
 }
 
@@ -95,10 +99,12 @@ impl Adapters {
             "linear" => Combination::Linear,
             other => return Err(UsageError(format!("--combine {other}: must be cat, svd or linear")).into()),
         };
-        let mut found = Self { set: AdapterSet::new(), weights: Vec::new(), combination };
+        let mut found = Self { set: AdapterSet::new(), weights: Vec::new(), dirs: Vec::new(), combination };
         for text in &args.adapter {
             let (name, dir, weight) = adapter_argument(text)?;
-            found.set.load(name, &hub::resolve(dir, None)?)?;
+            let dir = hub::resolve(dir, None)?;
+            found.set.load(name, &dir)?;
+            found.dirs.push((name.to_string(), dir));
             found.weights.push((name.to_string(), weight));
         }
         Ok(found)
@@ -162,21 +168,61 @@ fn check(args: &GenerateArgs) -> Result<(), UsageError> {
     Ok(())
 }
 
-fn prompt_ids(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+/// How the prompt is written: as the flags say, else as the first adapter's rows were, else by the model's chat template.
+fn prompting(args: &GenerateArgs, adapters: &Adapters) -> Result<Prompting> {
+    let mut found: Option<(&str, Prompting)> = None;
+    for (name, dir) in &adapters.dirs {
+        let Some(other) = Prompting::of_adapter(dir)? else { continue };
+        match &found {
+            None => found = Some((name, other)),
+            Some((first, prompting)) if prompting.settings != other.settings => {
+                say!("note: {first} and {name} were trained on rows of different kinds; the prompt is written as for {first}");
+            }
+            Some(_) => {}
+        }
+    }
+    let mut prompting = found.map_or_else(Prompting::default, |(_, prompting)| prompting);
+    if args.no_chat_template {
+        prompting.settings.layout = PromptLayout::Plain;
+    }
+    if let Some(setting) = &args.chat_template {
+        prompting.template = Some(ChatTemplate::from_setting(setting)?);
+        prompting.settings.layout = PromptLayout::Chat;
+    }
+    for text in &args.template_kwarg {
+        let (name, value) = text.split_once('=').ok_or_else(|| {
+            UsageError(format!("--template-kwarg {text}: write NAME=VALUE, e.g. enable_thinking=true"))
+        })?;
+        let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+        prompting.settings.template_kwargs.insert(name.to_string(), value);
+    }
+    let ignored = match prompting.settings.layout {
+        PromptLayout::Chat => None,
+        _ if !args.template_kwarg.is_empty() => Some("--template-kwarg"),
+        PromptLayout::Plain if args.system.is_some() => Some("--system"),
+        _ => None,
+    };
+    match ignored {
+        Some(flag) => {
+            let text = format!("{flag} has no place where the prompt is no conversation; --chat-template makes it one");
+            Err(UsageError(text).into())
+        }
+        None => Ok(prompting),
+    }
+}
+
+fn prompt_ids(args: &GenerateArgs, tokenizer: &Tokenizer, prompting: &Prompting) -> Result<Vec<u32>> {
     let mut prompt = args.prompt.clone();
     if prompt == "-" {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt).context("can't read the prompt from the standard input")?;
     }
-    if args.no_chat_template {
-        return Ok(tokenizer.encode(&prompt, true)?.ids);
+    let ids = prompting.prompt(tokenizer, args.system.as_deref(), &prompt);
+    match prompting.settings.layout {
+        PromptLayout::Chat => ids
+            .context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is"),
+        _ => Ok(ids?),
     }
-    let system = args.system.iter().map(Message::system);
-    let messages: Vec<Message> = system.chain([Message::user(prompt)]).collect();
-    let text = tokenizer
-        .render_chat(&messages, true)
-        .context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is")?;
-    Ok(tokenizer.encode(&text, false)?.ids)
 }
 
 #[cfg(test)]

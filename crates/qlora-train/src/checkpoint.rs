@@ -5,7 +5,7 @@
 //! | file | content |
 //! |---|---|
 //! | `adapter_config.json`, `adapter_model.safetensors` | the adapter, readable by PEFT |
-//! | `chat_template.jinja`, `prompt_settings.json`, the tokenizer's settings | how rows were written as text: see [`prompts`](crate::prompts) |
+//! | `chat_template.jinja`, `prompt_settings.json`, the tokenizer's settings | how rows were written as text: [`chat_text::Prompting`] |
 //! | `optimizer.safetensors` | the optimizer's moments as they are: `<module>.<part>.<m or v>`, f32, or u8 codes with `….absmax`, f32; the optimizer's name in the metadata |
 //! | `training_state.json` | step, position in the data, the run's configuration, and identities of what it stands on |
 //! | `checksums.json` | SHA-256 of every other file |
@@ -44,10 +44,10 @@ pub(crate) const FILES: &[&str] = &[
     OPTIMIZER_FILE,
     STATE_FILE,
     checksum::MANIFEST_FILE,
-    prompts::TEMPLATE_FILE,
-    prompts::SETTINGS_FILE,
-    prompts::TOKENIZER_FILES[0],
-    prompts::TOKENIZER_FILES[1],
+    prompts::FILES[0],
+    prompts::FILES[1],
+    prompts::FILES[2],
+    prompts::FILES[3],
 ];
 
 /// Where a run stands.

@@ -18,7 +18,7 @@ mod loss;
 pub mod metrics;
 mod plan;
 pub mod profile;
-pub mod prompts;
+mod prompts;
 pub mod report;
 mod run_folder;
 mod trainer;

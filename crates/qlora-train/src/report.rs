@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
-use crate::prompts::PromptSettings;
 
 pub use card::Card;
 use curve::loss_curve;
@@ -66,9 +65,6 @@ pub struct Summary {
     /// The step that the adapter is of: the last one, or that of the best evaluation.
     #[serde(default)]
     pub adapter_step: usize,
-    /// How the rows were written as text.
-    #[serde(default)]
-    pub prompts: PromptSettings,
     /// The adapter's folder; where an interrupted run stands: the checkpoint to resume from.
     pub adapter: PathBuf,
 }
@@ -107,7 +103,6 @@ impl Summary {
                 .fold(0.0, f64::max),
             last_eval_accuracy: evals.last().and_then(|eval| eval.eval_accuracy),
             adapter_step: steps.last().map_or(0, |step| step.step),
-            prompts: PromptSettings::default(),
             adapter,
         }
     }

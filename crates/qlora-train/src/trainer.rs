@@ -308,7 +308,6 @@ impl<'e> Trainer<'e> {
         let history = self.metrics.history();
         let mut summary = Summary::new(info, history, outcome, adapter);
         summary.adapter_step = adapter_step;
-        summary.prompts = self.prompts.settings().clone();
         if let Some(warning) = summary.nothing_learned(history, self.engine.model().config().vocab_size) {
             self.events.on_warning(&warning);
         }

@@ -1,0 +1,161 @@
+//! How an adapter is prompted: as the rows that it learned from were written.
+//!
+//! What rows were written with lies beside an adapter:
+//!
+//! | file | content |
+//! |---|---|
+//! | `prompt_settings.json` | [`PromptSettings`] |
+//! | `chat_template.jinja` | the chat template, where rows were conversations |
+//!
+//! Generation, serving, merging and conversion take both from there, and fall back to the base model's template for adapters that were
+//! made elsewhere.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ChatError;
+use crate::message::Message;
+use crate::template::{ChatInput, ChatTemplate};
+use crate::tokenizer::Tokenizer;
+
+/// The settings' file.
+pub const PROMPT_SETTINGS_FILE: &str = "prompt_settings.json";
+/// The template's file, as transformers names it.
+pub const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
+
+/// What introduces an instruction in the Alpaca data set, without and with an input.
+const ALPACA: &str = "Below is an instruction that describes a task. \
+    Write a response that appropriately completes the request.";
+const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an \
+    input that provides further context. Write a response that appropriately completes the request.";
+
+/// How a prompt is written as text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PromptLayout {
+    /// As a conversation, by the chat template.
+    #[default]
+    Chat,
+    /// As it is.
+    Plain,
+    /// As an instruction of the Alpaca data set.
+    Alpaca,
+}
+
+/// How rows were written as text.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PromptSettings {
+    /// How a prompt is written.
+    pub layout: PromptLayout,
+    /// The system message of conversations that have none; for Alpaca, the sentence before the instruction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_prompt: Option<String>,
+    /// Further variables of the template.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub template_kwargs: serde_json::Map<String, serde_json::Value>,
+    /// The text of the token that ends an answer, where the template writes none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_token: Option<String>,
+}
+
+/// Turns prompts into tokens in one way.
+#[derive(Clone, Debug, Default)]
+pub struct Prompting {
+    /// The way.
+    pub settings: PromptSettings,
+    /// The template in place of the tokenizer's own.
+    pub template: Option<ChatTemplate>,
+}
+
+impl Prompting {
+    /// The way that lies beside an adapter; `None` where nothing does.
+    ///
+    /// # Errors
+    /// A file is there and can't be read, or holds something else.
+    pub fn of_adapter(dir: &Path) -> Result<Option<Self>, ChatError> {
+        let template = match read(&dir.join(CHAT_TEMPLATE_FILE))? {
+            Some(text) => Some(ChatTemplate::new(text)?),
+            None => None,
+        };
+        let path = dir.join(PROMPT_SETTINGS_FILE);
+        let settings = match read(&path)? {
+            Some(text) => Some(serde_json::from_str(&text).map_err(|source| ChatError::Json { path, source })?),
+            None => None,
+        };
+        Ok(match (settings, template) {
+            (None, None) => None,
+            (settings, template) => Some(Self { settings: settings.unwrap_or_default(), template }),
+        })
+    }
+
+    /// The tokens of a prompt, ready to be answered. `system` takes the place of the settings' system prompt.
+    ///
+    /// # Errors
+    /// There is no template, the template refuses the conversation, or the text can't be encoded.
+    pub fn prompt(&self, tokenizer: &Tokenizer, system: Option<&str>, prompt: &str) -> Result<Vec<u32>, ChatError> {
+        let system = system.or(self.settings.system_prompt.as_deref());
+        match self.settings.layout {
+            PromptLayout::Plain => Ok(tokenizer.encode(prompt, true)?.ids),
+            PromptLayout::Alpaca => Ok(tokenizer.encode(&alpaca_prompt(prompt, "", system), true)?.ids),
+            PromptLayout::Chat => {
+                let messages: Vec<Message> =
+                    system.into_iter().map(Message::system).chain([Message::user(prompt)]).collect();
+                self.chat(tokenizer, &messages, None)
+            }
+        }
+    }
+
+    /// The tokens of a conversation, ready to be answered.
+    ///
+    /// # Errors
+    /// As [`prompt`](Self::prompt).
+    pub fn chat(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        tools: Option<&serde_json::Value>,
+    ) -> Result<Vec<u32>, ChatError> {
+        let template = match &self.template {
+            Some(template) => template,
+            None => tokenizer.require_chat_template()?,
+        };
+        let text = template.render_input(&ChatInput {
+            messages,
+            tools,
+            add_generation_prompt: true,
+            special_tokens: tokenizer.special_tokens(),
+            template_kwargs: Some(&self.settings.template_kwargs),
+        })?;
+        // The template writes what begins a text itself.
+        Ok(tokenizer.encode(&text, false)?.ids)
+    }
+
+    /// The tokens that end an answer: the tokenizer's, and the settings'.
+    pub fn stop_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let mut ids = tokenizer.eos_token_ids().to_vec();
+        let further = self.settings.end_token.as_deref().and_then(|token| tokenizer.token_to_id(token));
+        ids.extend(further.filter(|id| !tokenizer.eos_token_ids().contains(id)));
+        ids
+    }
+}
+
+/// An instruction as the Stanford Alpaca data set writes it (tatsu-lab/stanford_alpaca, `train.py`), up to where the answer begins.
+/// `system` takes the place of the sentence before it.
+pub fn alpaca_prompt(instruction: &str, input: &str, system: Option<&str>) -> String {
+    if input.is_empty() {
+        let intro = system.unwrap_or(ALPACA);
+        format!("{intro}\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+    } else {
+        let intro = system.unwrap_or(ALPACA_WITH_INPUT);
+        format!("{intro}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+    }
+}
+
+fn read(path: &Path) -> Result<Option<String>, ChatError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ChatError::Read { path: path.to_owned(), source }),
+    }
+}
