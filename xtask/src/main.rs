@@ -5,6 +5,7 @@
 mod bench;
 mod checkpoint;
 mod ci;
+mod dependants;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// The examples as crates of their own, outside of the workspace: built and tested there
+    Dependants(dependants::Options),
     /// The architecture's rules: crate edges, names, headers, file lengths
     Tidy,
     /// What kernels and training steps do on a device
@@ -52,6 +55,7 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Ci => ci::ci(),
         Task::Test { args } => ci::test(&args),
+        Task::Dependants(options) => dependants::run(&options),
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::run(&options),
         Task::Golden { full } => golden(&full),
