@@ -50,7 +50,7 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Upload an adapter or a model to the hub, with a model card
     Push(PushArgs),
-    /// Say what a checkpoint, an adapter or a training checkpoint is
+    /// Say what a checkpoint, an adapter, a training checkpoint or a run's folder is
     Inspect(InspectArgs),
 }
 
@@ -254,7 +254,7 @@ pub struct GenerateArgs {
 /// `qlora inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A checkpoint's, an adapter's or a training checkpoint's folder, or a safetensors file
+    /// A checkpoint's, an adapter's, a training checkpoint's or a run's folder, or a safetensors file
     pub path: PathBuf,
     /// List every tensor instead of summing up layers
     #[arg(long)]
