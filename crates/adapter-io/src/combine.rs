@@ -48,7 +48,7 @@ pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result
     let Some((first, _)) = adapters.first() else { return fail("there is no adapter to combine".into()) };
     // The factors are 32-bit floats.
     if let Some((_, weight)) = adapters.iter().find(|(_, weight)| !(*weight as f32).is_finite()) {
-        return fail(format!("the weight {weight} is not a finite number, or beyond 32-bit floats"));
+        return fail(format!("the weight {weight:e} is not a finite number, or beyond 32-bit floats"));
     }
     if adapters.iter().any(|(adapter, _)| adapter.config.use_dora) {
         return fail("an adapter uses DoRA, whose magnitudes cannot be added; merge it into its base instead".into());
