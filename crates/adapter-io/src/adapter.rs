@@ -72,6 +72,7 @@ impl Adapter {
                 key: view.name.to_string(),
                 reason,
             })?;
+            view.expect_finite()?;
             tensors.insert(view.name.to_string(), HostTensor { shape: view.shape.clone(), data: view.to_f32_vec()? });
         }
         let adapter = Self { config, tensors };

@@ -107,7 +107,7 @@ impl Checkpoint {
     /// # Errors
     /// [`FormatError::QuantState`] when the parts contradict each other or the codebooks are not those
     /// of NF4, FP4 and the 8-bit dynamic map, [`FormatError::MissingTensor`], [`FormatError::Shape`],
-    /// [`FormatError::Dtype`].
+    /// [`FormatError::Dtype`], [`FormatError::NotFinite`].
     pub fn quantized(&self, module: &str) -> Result<Option<Quantized4bit>, FormatError> {
         let found = QuantType::ALL.into_iter().find_map(|t| Some((t, self.get(&format!("{module}{STATE}{t}"))?)));
         let Some((quant_type, state)) = found else {
@@ -146,7 +146,7 @@ impl Checkpoint {
         let blocks = elements.div_ceil(metadata.blocksize);
         same_codebook(&part(".quant_map")?, quant_type.quant_map())?;
         let absmax = part(".absmax")?;
-        absmax.expect_shape(&[blocks])?;
+        absmax.expect_shape(&[blocks])?.expect_finite()?;
         let absmax = match metadata.nested {
             None if absmax.dtype == Dtype::F32 => Absmax::Plain(absmax.to_f32_vec()?),
             None => return Err(absmax.wrong_dtype("F32, since there is no double quantization")),
@@ -156,7 +156,7 @@ impl Checkpoint {
                 }
                 same_codebook(&part(".nested_quant_map")?, signed_dynamic_map())?;
                 let statistics = part(".nested_absmax")?;
-                statistics.expect_shape(&[blocks.div_ceil(nested.blocksize)])?;
+                statistics.expect_shape(&[blocks.div_ceil(nested.blocksize)])?.expect_finite()?;
                 Absmax::Nested(NestedAbsmax {
                     codes: absmax.data.to_vec(),
                     absmax: f32_only(&statistics)?,

@@ -46,8 +46,9 @@ pub enum Combination {
 pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result<Adapter, FormatError> {
     let fail = |reason: String| Err(FormatError::Combine { reason });
     let Some((first, _)) = adapters.first() else { return fail("there is no adapter to combine".into()) };
-    if adapters.iter().any(|(_, weight)| !weight.is_finite()) {
-        return fail("a weight is not a finite number".into());
+    // The factors are 32-bit floats.
+    if let Some((_, weight)) = adapters.iter().find(|(_, weight)| !(*weight as f32).is_finite()) {
+        return fail(format!("the weight {weight:e} is not a finite number, or beyond 32-bit floats"));
     }
     if adapters.iter().any(|(adapter, _)| adapter.config.use_dora) {
         return fail("an adapter uses DoRA, whose magnitudes cannot be added; merge it into its base instead".into());
@@ -95,6 +96,10 @@ pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result
         }
         .map_err(|reason| FormatError::Factors { module: path.clone(), reason })?;
         let bias = bias(&parts);
+        if [Some(&a), Some(&b), bias.as_ref()].into_iter().flatten().any(|t| t.data.iter().any(|x| !x.is_finite())) {
+            let reason = "the combined factors overflow 32-bit floats; take smaller weights".into();
+            return Err(FormatError::Factors { module: path, reason });
+        }
         let (a_key, b_key) = match parts[0].0.kind {
             ModuleKind::Linear => ("lora_A.weight", "lora_B.weight"),
             ModuleKind::Embedding => ("lora_embedding_A", "lora_embedding_B"),

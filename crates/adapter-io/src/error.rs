@@ -143,6 +143,21 @@ pub enum FormatError {
         /// What would do, in words.
         expected: &'static str,
     },
+    /// A tensor holds NaN or an infinity.
+    #[error(
+        "{}: tensor `{tensor}` is {value} at element {index}: whatever is computed with it is no number either; download or copy the file again, or take an earlier checkpoint",
+        file.display()
+    )]
+    NotFinite {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The first such element, counted row-major from 0.
+        index: usize,
+        /// Its value.
+        value: f64,
+    },
     /// A bitsandbytes 4-bit weight is inconsistent.
     #[error("{}: the 4-bit weight `{tensor}` cannot be read: {reason}", file.display())]
     QuantState {

@@ -61,7 +61,7 @@ impl GptqCheckpoint<'_> {
             reason: "it is not among the modules to quantize, or was quantized before".into(),
         })?;
         let name = format!("{module}.weight");
-        let weight = self.base.tensor(&name)?.to_f32_vec()?;
+        let weight = self.base.tensor(&name)?.expect_finite()?.to_f32_vec()?;
         self.base.release(&name);
         let nearest = || GptqWeight::round_to_nearest(module, &weight, &shape, &self.options);
         let mut report = GptqReport { module: module.to_string(), output_error: None, nearest_error: None };
@@ -105,7 +105,7 @@ impl GptqCheckpoint<'_> {
 ///
 /// # Errors
 /// [`FormatError::Gptq`] for a module that cannot be quantized so, [`FormatError::QuantState`] when the
-/// checkpoint is quantized already, those of `calibrate`, and of reading and writing. What was at `out_dir` is
+/// checkpoint is quantized already, [`FormatError::NotFinite`], those of `calibrate`, and of reading and writing. What was at `out_dir` is
 /// unchanged then.
 pub fn gptq_checkpoint<E: From<FormatError>>(
     base_dir: &Path,
@@ -167,7 +167,7 @@ pub fn gptq_checkpoint<E: From<FormatError>>(
             made.quantize(&module, None)?;
         }
         for name in &kept {
-            let data = made.base.tensor(name)?.data;
+            let data = made.base.tensor(name)?.expect_finite()?.data;
             let bytes = data.len();
             made.writer.write(name, data)?;
             made.base.release(name);

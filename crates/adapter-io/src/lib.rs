@@ -15,6 +15,7 @@
 //! | [`gptq`], [`mod@gptq_checkpoint`] | GPTQ: the algorithm given a layer's Hessian, and what engines load |
 //! | [`shard_writer`] | writing a checkpoint as transformers lays it out |
 //! | [`checksum`] | SHA-256 of a folder's files, and a cheap identity of a checkpoint's weights |
+//! | [`finite`] | NaN and infinities in weights |
 //! | [`atomic`] | replacing files and folders without ever leaving a half-written one |
 //!
 //! Files are untrusted input: sizes are checked before memory is taken, names that lead out of a
@@ -36,6 +37,7 @@ pub mod convert;
 mod eigen;
 mod error;
 pub mod experts;
+pub mod finite;
 pub mod gguf;
 pub mod gptq;
 pub mod gptq_checkpoint;

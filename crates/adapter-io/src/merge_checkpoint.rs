@@ -121,8 +121,8 @@ fn layer_of(name: &str) -> String {
 /// # Errors
 /// [`FormatError::MissingTensor`] and [`FormatError::Factors`] when the adapter does not fit the base,
 /// [`FormatError::Field`] for kinds of adapters that cannot be merged, [`FormatError::QuantState`] for a
-/// quantized base without [`MergeBase::Dequantized`], and those of reading and writing. What was at
-/// `out_dir` is unchanged then.
+/// quantized base without [`MergeBase::Dequantized`], [`FormatError::NotFinite`], and those of reading and
+/// writing. What was at `out_dir` is unchanged then.
 pub fn merge_checkpoint(
     base_dir: &Path,
     adapter: &Adapter,
@@ -172,12 +172,13 @@ fn write_tensor(
     let touched = job.weight_of.is_some() || job.bias_of.is_some() || job.replacement.is_some();
     if !touched && job.quantized.is_none() && job.requantize.is_none() {
         let view = base.tensor(&job.source)?;
+        view.expect_finite()?;
         writer.write(name, view.data)?;
         return Ok(view.data.len());
     }
     let mut values = match &job.quantized {
         Some(module) => decoded(base, module)?,
-        None => Owned::read(&base.tensor(&job.source)?)?,
+        None => Owned::read(base.tensor(&job.source)?.expect_finite()?)?,
     };
     let mut quantization = None;
     if let Some(config) = &job.requantize {

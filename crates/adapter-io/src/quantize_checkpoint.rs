@@ -68,7 +68,7 @@ pub struct QuantizeReport {
 ///
 /// # Errors
 /// [`FormatError::Field`] for a blocksize that transformers could not load, [`FormatError::QuantState`] when
-/// the checkpoint is quantized already, and those of reading and writing. What was at `out_dir` is unchanged
+/// the checkpoint is quantized already, [`FormatError::NotFinite`], and those of reading and writing. What was at `out_dir` is unchanged
 /// then.
 pub fn quantize_checkpoint(
     base_dir: &Path,
@@ -117,6 +117,7 @@ pub fn quantize_checkpoint(
         let mut specs = Vec::new();
         for (name, module) in &jobs {
             let view = base.tensor(name)?;
+            view.expect_finite()?;
             match module {
                 None => specs.push(TensorSpec::new(*name, view.dtype, &view.shape)),
                 Some((module, format)) => {

@@ -4,7 +4,8 @@
 use std::fs;
 
 use adapter_io::{
-    Adapter, AdapterConfig, Combination, HostTensor, InitLoraWeights, ModuleKind, Pattern, TargetModules, combine,
+    Adapter, AdapterConfig, Combination, FormatError, HostTensor, InitLoraWeights, ModuleKind, Pattern, TargetModules,
+    combine,
 };
 use half::bf16;
 
@@ -217,6 +218,26 @@ fn combinations_give_the_weighted_sum_of_updates() {
     };
     let errors: Vec<f64> = [Some(1), Some(2), None, Some(4)].into_iter().map(residual).collect();
     assert!(errors.windows(2).all(|w| w[0] > w[1]) && errors[2] > 1e-3, "{errors:?}");
+}
+
+#[test]
+fn combinations_that_overflow_are_refused() {
+    let (one, other) = (adapter(config(2), 1), adapter(config(2), 2));
+    for how in [Combination::Cat, Combination::Linear, Combination::Svd { rank: None }] {
+        for weight in [1e39, 1e300, f64::NAN] {
+            let error = combine(&[(&one, weight), (&other, 1.0)], how).unwrap_err();
+            assert!(matches!(error, FormatError::Combine { .. }), "{how:?}: {error}");
+        }
+        // The weight is a 32-bit float; of its product with the scaling, 12, only the root is one.
+        let large = adapter(AdapterConfig { lora_alpha: 24.0, ..config(2) }, 3);
+        let result = combine(&[(&large, 3e38), (&other, 1.0)], how);
+        if how == Combination::Linear {
+            result.unwrap();
+        } else {
+            let error = result.unwrap_err();
+            assert!(matches!(&error, FormatError::Factors { .. }) && error.to_string().contains("overflow"), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -261,6 +261,7 @@ impl<'a> Loader<'a> {
             self.advance(&spec.path, view.data.len());
             return Ok(FrozenLinear::dense(weight));
         };
+        view.expect_finite()?;
         let mut weight = match view.floats()? {
             Floats::F32(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
             Floats::F16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
@@ -339,6 +340,7 @@ fn upload<const D: usize>(
     dtype: DType,
     device: &Device,
 ) -> Result<Tensor<D>, ModelError> {
+    view.expect_finite()?;
     let data = match (view.floats()?, dtype) {
         (Floats::BF16(values), DType::BF16) => TensorData::new(values.into_owned(), shape),
         (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),

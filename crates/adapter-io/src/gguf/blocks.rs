@@ -102,6 +102,28 @@ impl GgmlType {
         (total / elements).checked_mul(bytes)
     }
 
+    /// From this magnitude on an element, or the scale of its block, rounds to infinity.
+    fn overflow(self) -> f32 {
+        // Halfway between the largest f16 and the next power of two.
+        const F16: f32 = 65_520.0;
+        match self {
+            Self::F32 => f32::INFINITY,
+            // The same of bf16.
+            Self::BF16 => f32::from_bits(0x7f7f_8000),
+            Self::F16 | Self::Q4_1 => F16,
+            Self::Q8_0 => F16 * 127.0,
+            Self::Q4_0 => F16 * 8.0,
+            Self::Q5_0 => F16 * 16.0,
+        }
+    }
+
+    /// The element of largest magnitude, if it is beyond what this type holds.
+    pub(crate) fn beyond(self, values: &[f32]) -> Option<f32> {
+        let larger = |a: f32, b: f32| if b.abs() > a.abs() { b } else { a };
+        let largest = values.par_iter().copied().reduce(|| 0.0, larger);
+        (largest.abs() >= self.overflow()).then_some(largest)
+    }
+
     /// Encodes whole blocks.
     pub fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {

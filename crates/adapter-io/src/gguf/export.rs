@@ -55,7 +55,7 @@ pub struct ExportReport {
 ///
 /// # Errors
 /// [`FormatError::Field`] for a model type, a configuration or a tokenizer that GGUF or llama.cpp has no
-/// place for, and those of reading and writing. A file that was at `out` is unchanged then.
+/// place for, [`FormatError::NotFinite`], and those of reading and writing. A file that was at `out` is unchanged then.
 pub fn export_gguf(
     base_dir: &Path,
     out: &Path,
@@ -97,16 +97,16 @@ pub fn export_gguf(
     writer::write(out, &metadata, &planned, |i| {
         let target = &planned[i];
         let bytes = match &sources[i] {
-            Source::Values(values) => target.kind.encode(values),
+            Source::Values(values) => encode(out, target, values)?,
             Source::One(name, op) => {
                 let values = values(&base, name)?;
                 let rows = target.shape.first().copied().unwrap_or(1);
-                target.kind.encode(&apply(values, *op, rows))
+                encode(out, target, &apply(values, *op, rows))?
             }
             Source::Stack(names) => {
                 let mut bytes = Vec::new();
                 for name in names {
-                    bytes.extend(target.kind.encode(&values(&base, name)?));
+                    bytes.extend(encode(out, target, &values(&base, name)?)?);
                 }
                 bytes
             }
@@ -138,9 +138,24 @@ fn values(base: &Checkpoint, name: &str) -> Result<Vec<f32>, FormatError> {
             }
         });
     }
-    let values = base.tensor(name)?.to_f32_vec();
+    let values = base.tensor(name)?.expect_finite()?.to_f32_vec();
     base.release(name);
     values
+}
+
+/// The bytes of a tensor, or of an expert of it.
+fn encode(out: &Path, target: &Planned, values: &[f32]) -> Result<Vec<u8>, FormatError> {
+    match target.kind.beyond(values) {
+        None => Ok(target.kind.encode(values)),
+        Some(largest) => Err(FormatError::Plan {
+            path: out.to_path_buf(),
+            tensor: target.name.clone(),
+            reason: format!(
+                "its element {largest:e} is beyond what {} holds and would become infinite; write BF16 or F32",
+                target.kind.name()
+            ),
+        }),
+    }
 }
 
 fn apply(mut values: Vec<f32>, op: Op, rows: usize) -> Vec<f32> {
@@ -261,7 +276,7 @@ pub fn export_lora_gguf(
         }
     }
     let total_bytes = writer::total_bytes(out, &planned)?;
-    writer::write(out, &metadata, &planned, |i| Ok(planned[i].kind.encode(&data[i])))?;
+    writer::write(out, &metadata, &planned, |i| encode(out, &planned[i], &data[i]))?;
     Ok(ExportReport { tensors: planned.len(), total_bytes, fallbacks: Vec::new() })
 }
 

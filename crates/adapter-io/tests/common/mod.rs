@@ -41,3 +41,32 @@ pub fn specs() -> Vec<TensorSpec> {
 pub fn content(spec: &TensorSpec) -> Vec<u8> {
     (0..spec.num_bytes().unwrap()).map(|i| (i * 7 + spec.name.len()) as u8 & 0x3f).collect()
 }
+
+/// A model of one layer in bf16, with its `config.json`.
+pub fn model(dir: &Path) {
+    let bf16 = |name: &str, shape: &[usize]| TensorSpec::new(name, Dtype::BF16, shape);
+    let block = |name: &str, shape: &[usize]| bf16(&format!("model.layers.0.{name}.weight"), shape);
+    let specs = [
+        bf16("model.embed_tokens.weight", &[32, 16]),
+        bf16("model.norm.weight", &[16]),
+        bf16("lm_head.weight", &[32, 16]),
+        block("input_layernorm", &[16]),
+        block("post_attention_layernorm", &[16]),
+        block("self_attn.q_proj", &[16, 16]),
+        block("self_attn.k_proj", &[8, 16]),
+        block("self_attn.v_proj", &[8, 16]),
+        block("self_attn.o_proj", &[16, 16]),
+        block("mlp.gate_proj", &[32, 16]),
+        block("mlp.up_proj", &[32, 16]),
+        block("mlp.down_proj", &[16, 32]),
+    ];
+    write(dir, &specs, 1 << 30);
+    fs::write(dir.join("config.json"), MODEL_CONFIG).unwrap();
+}
+
+/// The configuration of [`model`].
+pub const MODEL_CONFIG: &str = r#"{
+  "model_type": "llama", "hidden_act": "silu", "hidden_size": 16, "intermediate_size": 32,
+  "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "num_key_value_heads": 2,
+  "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": false, "vocab_size": 32
+}"#;
