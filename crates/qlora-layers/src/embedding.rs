@@ -10,7 +10,7 @@ use crate::lora_config::{check_alpha, check_rank};
 use crate::lora_linear_config::scaling;
 use crate::ops::matmul;
 use crate::params::{constant, frozen, in_pass, track, trainable};
-use crate::{LayerError, Pass};
+use crate::{LayerError, Pass, Scaling};
 use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::nn::Embedding;
