@@ -32,6 +32,7 @@
 //! ```
 
 mod answers;
+mod boundary;
 mod error;
 mod mask;
 mod message;

@@ -1,12 +1,12 @@
 //! From byte ranges of a text to a label for each of its tokens.
 //!
 //! What the model should learn is decided on the text and carried to the tokens by their offsets.
-//! A token that reaches out of a range is masked: part of it belongs to the prompt.
+//! A token that reaches out of a range is masked: part of it belongs to the prompt. `boundary.rs` sees to it that
+//! there is none in training data.
 
 use std::ops::Range;
 
-use crate::error::ChatError;
-use crate::tokenizer::{Encoding, Tokenizer};
+use crate::tokenizer::Encoding;
 
 /// The label of a token that the loss does not count, as in PyTorch and transformers.
 pub const MASKED_LABEL: i64 = -100;
@@ -18,8 +18,7 @@ impl Encoding {
         let mut spans = spans.iter().peekable();
         let mut labels = Vec::with_capacity(self.ids.len());
         for (&id, &(start, end)) in self.ids.iter().zip(&self.offsets) {
-            // Offsets never decrease but for added tokens, whose range is empty.
-            while start < end && spans.next_if(|span| span.end <= start).is_some() {}
+            while spans.next_if(|span| span.end <= start).is_some() {}
             let inside = spans.peek().is_some_and(|span| span.start <= start && end <= span.end);
             labels.push(if inside { i64::from(id) } else { MASKED_LABEL });
         }
@@ -34,24 +33,6 @@ pub struct Labelled {
     pub ids: Vec<u32>,
     /// For each token its id where it is to be learned, [`MASKED_LABEL`] elsewhere.
     pub labels: Vec<i64>,
-}
-
-impl Tokenizer {
-    /// Turns a text into tokens of which those of some byte ranges are to be learned. The ranges are
-    /// in order and don't overlap.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_labelled(
-        &self,
-        text: &str,
-        spans: &[Range<usize>],
-        add_special_tokens: bool,
-    ) -> Result<Labelled, ChatError> {
-        let encoding = self.encode(text, add_special_tokens)?;
-        let labels = encoding.labels(spans);
-        Ok(Labelled { ids: encoding.ids, labels })
-    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 mod settings;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::ChatError;
@@ -35,6 +36,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Vec<u32>,
     pad: Option<u32>,
+    /// Tokens that texts are split at before anything else.
+    added: BTreeSet<u32>,
     model_max_length: Option<usize>,
     template: Option<Template>,
 }
@@ -103,6 +106,7 @@ impl Tokenizer {
             bos: bos.first().copied(),
             eos,
             pad: pad.first().copied(),
+            added: inner.get_added_tokens_decoder().into_keys().collect(),
             model_max_length: settings.model_max_length,
             template,
             inner,
@@ -110,14 +114,34 @@ impl Tokenizer {
     }
 
     /// Turns a text into tokens. Special tokens written in the text are recognised either way;
-    /// `add_special_tokens` adds those the tokenizer puts around a text, such as `bos`.
+    /// `add_special_tokens` adds those the tokenizer puts around a text, such as `bos`, but no second `bos` to a
+    /// text that begins with it.
     ///
     /// # Errors
     /// [`ChatError::Tokenizer`] if the text can't be encoded, e.g. a word unknown to a
     /// vocabulary that has no unknown token.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, ChatError> {
         let encoding = self.inner.encode(text, add_special_tokens).map_err(|e| self.fail(e.to_string()))?;
-        Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+        let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
+        let mut at = 0;
+        let offsets = offsets.iter().map(|&(start, end)| {
+            // What the tokenizer adds has the range 0..0, also at the end of a text.
+            let (start, end) = if start < end { (start, end) } else { (at, at) };
+            at = at.max(end);
+            (start, end)
+        });
+        let mut encoding = Encoding { ids: ids.to_vec(), offsets: offsets.collect() };
+        let twice = matches!(encoding.ids[..], [first, second, ..] if first == second && self.bos == Some(first));
+        if twice && encoding.offsets[0].1 == 0 && encoding.offsets[1].1 > 0 {
+            encoding.ids.remove(0);
+            encoding.offsets.remove(0);
+        }
+        Ok(encoding)
+    }
+
+    /// Whether texts are split at this token before anything else.
+    pub(crate) fn is_added(&self, id: u32) -> bool {
+        self.added.contains(&id)
     }
 
     /// Turns tokens into text. Bytes that are not UTF-8 come out as U+FFFD.
