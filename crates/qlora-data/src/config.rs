@@ -3,7 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value as Json};
 
 use crate::error::DataError;
 
@@ -38,6 +39,34 @@ pub struct DataConfig {
     /// file that ends in `.jinja` or `.j2`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,
+    /// Further variables for the chat template, such as `enable_thinking = true`. Those of a row's
+    /// `chat_template_kwargs` go before them. A date without quotes is given as its text.
+    #[serde(deserialize_with = "template_kwargs")]
+    pub template_kwargs: Map<String, Json>,
+    /// Text of a token that ends a row where the chat template writes none after the last answer;
+    /// in rows without a template it takes the place of the tokenizer's end token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_token: Option<String>,
+    /// Whether what would be a warning is an error.
+    pub strict: bool,
+}
+
+/// A TOML table as JSON. TOML's dates, which JSON has no value for, come as a table with one key.
+fn template_kwargs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map<String, Json>, D::Error> {
+    const DATE: &str = "$__toml_private_datetime";
+    fn dates_as_text(value: &mut Json) {
+        match value {
+            Json::Object(table) => match table.get_mut(DATE) {
+                Some(text) => *value = text.take(),
+                None => table.values_mut().for_each(dates_as_text),
+            },
+            Json::Array(list) => list.iter_mut().for_each(dates_as_text),
+            _ => {}
+        }
+    }
+    let mut table = Map::deserialize(deserializer)?;
+    table.values_mut().for_each(dates_as_text);
+    Ok(table)
 }
 
 impl Default for DataConfig {
@@ -53,6 +82,9 @@ impl Default for DataConfig {
             group_by_length: false,
             system_prompt: None,
             chat_template: None,
+            template_kwargs: Map::new(),
+            end_token: None,
+            strict: false,
         }
     }
 }
@@ -84,9 +116,9 @@ impl DataConfig {
 ///
 /// | format | keys of a row |
 /// |---|---|
-/// | `chat` | `messages`: a list of `{role, content}`, or `conversations`: a list of `{from, value}`; also `prompt` and `completion` as lists of messages. Optionally `tools` |
+/// | `chat` | `messages`: a list of `{role, content}`, or `conversations`: a list of `{from, value}`; also `prompt` and `completion` as lists of messages, of which the completion is learned. Optionally `system`, `tools` and `chat_template_kwargs` |
 /// | `prompt_completion` | `prompt` and `completion`, two strings |
-/// | `alpaca` | `instruction`, optionally `input`, and `output` |
+/// | `alpaca` | `instruction` and `output`; optionally `input`, `system`, and `history`, a list of `[instruction, output]` |
 /// | `text` | `text` |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -117,7 +149,10 @@ impl Format {
                  (or `conversations`: a list of objects with `from` and `value`)"
             }
             Self::PromptCompletion => "an object with the strings `prompt` and `completion`",
-            Self::Alpaca => "an object with the strings `instruction`, `output` and optionally `input`",
+            Self::Alpaca => {
+                "an object with the strings `instruction`, `output` and optionally `input` and `system`, \
+                 and `history`: a list of pairs [instruction, output]"
+            }
             Self::Text => "an object with the string `text`",
         }
     }

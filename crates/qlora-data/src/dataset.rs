@@ -1,17 +1,11 @@
-//! Files to data sets: read, encoded, counted, split.
+//! Rows to learn from, with what was read, cut and left out.
 
-use std::path::Path;
+use sha2::{Digest, Sha256};
 
-use chat_text::{ChatTemplate, Tokenizer};
-use rayon::prelude::*;
-
-use crate::config::{DataConfig, Format};
-use crate::encode::RowEncoder;
 use crate::error::DataError;
 use crate::example::Example;
-use crate::report::{DataReport, MaskedRow, TruncatedRow};
+use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
-use crate::source::{self, JsonLines};
 
 /// The rows of a file that have something to learn from, in the file's order.
 #[derive(Clone, Debug, Default)]
@@ -53,108 +47,32 @@ impl Dataset {
         Ok((Self { examples: kept, report: kept_report }, Self { examples: taken, report: taken_report }))
     }
 
+    /// What a run that goes on has to find unchanged: the SHA-256 of tokens and labels of all rows in their order,
+    /// in hexadecimal digits. Prompts of other words, another template and another order give another one.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut bytes = Vec::new();
+        hash.update((self.examples.len() as u64).to_le_bytes());
+        for example in &self.examples {
+            bytes.clear();
+            for length in [example.input_ids.len(), example.labels.len()] {
+                bytes.extend((length as u64).to_le_bytes());
+            }
+            bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
+            bytes.extend(example.labels.iter().flat_map(|label| label.to_le_bytes()));
+            hash.update(&bytes);
+        }
+        let mut text = String::with_capacity(64);
+        for byte in hash.finalize() {
+            text.extend([byte >> 4, byte & 15].map(|digit| char::from_digit(digit.into(), 16).unwrap_or_default()));
+        }
+        text
+    }
+
     /// Rows chosen by the seed: of the first count, and others of the second, as far as there are any.
     pub fn choose(&self, counts: [usize; 2], seed: u64) -> [Vec<Example>; 2] {
         let order = permutation(self.examples.len(), seed, Purpose::Split, 0);
         let mut order = order.into_iter().map(|row| self.examples[row].clone());
         counts.map(|count| order.by_ref().take(count).collect())
     }
-}
-
-/// Reads a file of rows.
-///
-/// # Errors
-/// [`DataError::Read`] and [`DataError::Empty`] name the file,
-/// [`DataError::Line`] and [`DataError::Row`] the line and what was expected;
-/// [`DataError::AllMasked`] says why no row has anything to learn from. A conversation without
-/// a usable chat template is [`DataError::Chat`].
-pub fn load_rows(path: &Path, config: &DataConfig, tokenizer: &Tokenizer) -> Result<Dataset, DataError> {
-    let bytes = std::fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
-    let lines = JsonLines::new(path, &bytes)?;
-    let wrong = |format: Format, line: usize, problem: String| DataError::Line {
-        path: path.to_owned(),
-        line,
-        problem,
-        expected: format.expected().to_owned(),
-    };
-    let format = match config.format {
-        Format::Auto => {
-            let (line, bytes) = lines.rows[0];
-            let detected = source::object(bytes).and_then(|object| Format::of_object(&object));
-            detected.map_err(|problem| wrong(Format::Auto, line, problem))?
-        }
-        given => given,
-    };
-    let given = chat_template(config)?;
-    for (key, is_given, used) in [
-        ("chat_template", given.is_some(), format == Format::Chat),
-        ("system_prompt", config.system_prompt.is_some(), matches!(format, Format::Chat | Format::Alpaca)),
-    ] {
-        if is_given && !used {
-            return Err(DataError::Config {
-                key,
-                problem: format!("has no place in {format} rows, which {} holds; leave it out", path.display()),
-            });
-        }
-    }
-    let template = match (&given, format) {
-        (Some(template), _) => Some(template),
-        (None, Format::Chat) => Some(tokenizer.require_chat_template()?),
-        (None, _) => None,
-    };
-    let encoder = RowEncoder { path, tokenizer, template, config };
-    let encode = |&(line, bytes): &(usize, &[u8])| {
-        let row = source::object(bytes).and_then(|object| format.read(object, config.system_prompt.as_deref()));
-        encoder.encode(&row.map_err(|problem| wrong(format, line, problem))?, line)
-    };
-    // Parallel, but the first error in the file is the one that is reported.
-    let rows: Vec<_> = lines.rows.par_iter().map(encode).collect();
-    let mut examples = Vec::with_capacity(rows.len());
-    let mut report = DataReport::new(path, format, config.max_length);
-    for row in rows {
-        let row = row?;
-        let line = row.example.line;
-        if row.dropped > 0 {
-            let dropped = row.dropped;
-            report.truncated.push(TruncatedRow { line, dropped });
-        }
-        match row.masked {
-            Some(reason) => report.masked.push(MaskedRow { line, reason }),
-            None => examples.push(row.example),
-        }
-    }
-    report.count(&examples);
-    if examples.is_empty() {
-        return Err(DataError::AllMasked { path: path.to_owned(), reasons: report.masked_reasons() });
-    }
-    Ok(Dataset { examples, report })
-}
-
-/// Reads the training rows and the evaluation rows; the latter from their own file, or held out
-/// from the training rows, or none.
-///
-/// # Errors
-/// As [`load_rows`] and [`DataConfig::validate`].
-pub fn load_splits(config: &DataConfig, tokenizer: &Tokenizer, seed: u64) -> Result<(Dataset, Dataset), DataError> {
-    config.validate()?;
-    let train = load_rows(&config.train, config, tokenizer)?;
-    match &config.eval {
-        Some(path) => Ok((train, load_rows(path, config, tokenizer)?)),
-        None if config.eval_fraction > 0.0 => train.split(config.eval_fraction, seed),
-        None => Ok((train, Dataset::default())),
-    }
-}
-
-/// The template that `[data]` gives in place of the tokenizer's.
-fn chat_template(config: &DataConfig) -> Result<Option<ChatTemplate>, DataError> {
-    let Some(given) = &config.chat_template else {
-        return Ok(None);
-    };
-    let is_file = !given.contains('{') && (given.ends_with(".jinja") || given.ends_with(".j2"));
-    let source = if is_file {
-        std::fs::read_to_string(given).map_err(|source| DataError::Read { path: given.into(), source })?
-    } else {
-        given.clone()
-    };
-    Ok(Some(ChatTemplate::new(source)?))
 }

@@ -1,15 +1,22 @@
 //! A row as tokens and labels.
 
-use std::ops::Range;
+mod chat;
+mod end;
+mod prefix;
+
 use std::path::Path;
 
-use chat_text::{ChatError, ChatInput, ChatTemplate, Rendered, Tokenizer};
+use chat_text::{ChatError, ChatTemplate, Tokenizer};
 
 use crate::config::{DataConfig, LossOn};
 use crate::error::DataError;
 use crate::example::Example;
-use crate::formats::Row;
-use crate::report::MaskReason;
+use crate::formats::{Read, Row, Turn};
+use crate::notice::{NoticeFacts, NoticeKind};
+use crate::report::{MaskReason, TruncatedRow};
+
+pub(crate) use end::EndTokens;
+use prefix::Tokens;
 
 /// Everything a row needs to become tokens.
 pub(crate) struct RowEncoder<'a> {
@@ -17,112 +24,164 @@ pub(crate) struct RowEncoder<'a> {
     pub tokenizer: &'a Tokenizer,
     pub template: Option<&'a ChatTemplate>,
     pub config: &'a DataConfig,
+    pub end: EndTokens,
+    /// Rows of the model's embedding, if it is known.
+    pub embedding_rows: Option<usize>,
+    /// What the words of notices need, among it the length that the model was made for.
+    pub facts: NoticeFacts,
 }
 
 /// A row as tokens, and what happened to it.
 #[derive(Debug)]
 pub(crate) struct EncodedRow {
-    pub example: Example,
-    /// Tokens beyond `max_length`.
-    pub dropped: usize,
-    /// Why the loss counts none of it.
-    pub masked: Option<MaskReason>,
+    pub line: usize,
+    /// The row, or why the loss counts none of it.
+    pub example: Result<Example, MaskReason>,
+    pub truncated: Option<TruncatedRow>,
+    /// What is to be known of a row that is there.
+    pub notices: Vec<(NoticeKind, String)>,
+}
+
+/// A row's tokens before they are cut, and what is to be known of it.
+#[derive(Default)]
+struct Draft {
+    tokens: Tokens,
+    notices: Vec<(NoticeKind, String)>,
 }
 
 impl RowEncoder<'_> {
     /// Encodes a row.
-    pub fn encode(&self, row: &Row, line: usize) -> Result<EncodedRow, DataError> {
-        let (mut example, has_answer) = match row {
-            Row::Chat { messages, tools } => {
-                let template = match self.template {
-                    Some(template) => template,
-                    None => self.tokenizer.require_chat_template()?,
-                };
-                let rendered = self.render(
-                    template,
-                    &ChatInput {
-                        messages,
-                        tools: tools.as_ref(),
-                        add_generation_prompt: false,
-                        special_tokens: self.tokenizer.special_tokens(),
-                        template_kwargs: None,
-                    },
-                    line,
-                )?;
-                // The template writes `bos` itself.
-                let example = self.tokens(&rendered.text, &rendered.spans, false, line)?;
-                let has_answer = messages.iter().any(|message| message.role == "assistant");
-                (example, has_answer)
-            }
-            Row::Completion { prompt, completion } => {
-                let text = format!("{prompt}{completion}");
-                let start = match self.config.loss_on {
-                    LossOn::Assistant => prompt.len(),
-                    LossOn::All => 0,
-                };
-                let span = start..text.len();
-                let mut example = self.tokens(&text, &[span], true, line)?;
-                self.end(&mut example);
-                (example, true)
-            }
-            Row::Text(text) => {
-                let span = 0..text.len();
-                let mut example = self.tokens(text, &[span], true, line)?;
-                self.end(&mut example);
-                (example, true)
-            }
+    ///
+    /// # Errors
+    /// The row can't be written or traced, it has a token outside the embedding, or, with `data.strict`,
+    /// there is something to know of it.
+    pub fn encode(&self, read: Read, line: usize) -> Result<EncodedRow, DataError> {
+        let draft = match read.row {
+            Row::Chat { messages, tools, template_kwargs } => self.chat(messages, tools, template_kwargs),
+            Row::Completion(turns) => self.completion(turns),
+            Row::Text(text) => self.text(&text),
         };
-        let labelled_before = example.label_tokens();
-        let max_length = self.config.max_length;
-        let dropped = example.input_ids.len().saturating_sub(max_length);
-        example.input_ids.truncate(max_length);
-        example.labels.truncate(max_length);
-        let masked = match example.label_tokens() {
-            0 if labelled_before > 0 => Some(MaskReason::Truncated),
-            0 if !has_answer => Some(MaskReason::NoAssistantTurn),
-            0 => Some(MaskReason::EmptyAnswer),
-            _ => None,
-        };
-        Ok(EncodedRow { example, dropped, masked })
-    }
-
-    fn render(&self, template: &ChatTemplate, input: &ChatInput, line: usize) -> Result<Rendered, DataError> {
-        let rendered = match self.config.loss_on {
-            LossOn::Assistant => template.render_answers(input),
-            LossOn::All => template.render_all(input),
-        };
-        rendered.map_err(|error: ChatError| DataError::Row {
+        let draft = draft.map_err(|error| DataError::Row {
             path: self.path.to_owned(),
             line,
             problem: error.to_string(),
-        })
-    }
-
-    /// Encodes a text and labels the tokens that lie within the spans.
-    fn tokens(
-        &self,
-        text: &str,
-        spans: &[Range<usize>],
-        add_special_tokens: bool,
-        line: usize,
-    ) -> Result<Example, DataError> {
-        let labelled = self.tokenizer.encode_labelled(text, spans, add_special_tokens)?;
-        Ok(Example { input_ids: labelled.ids, labels: labelled.labels, line })
-    }
-
-    /// Ends a text that no template ended: the model has to learn when to stop.
-    fn end(&self, example: &mut Example) {
-        let Some(eos) = self.tokenizer.eos_token_id() else {
-            return;
+        })?;
+        let Draft { tokens, mut notices } = match draft {
+            Ok(draft) => draft,
+            Err(reason) => return self.finish(EncodedRow { line, example: Err(reason), truncated: None, notices: vec![] }),
         };
-        if example.input_ids.last() == Some(&eos) {
-            // Written in the text, or added by the tokenizer with no place in the text.
-            if let Some(label) = example.labels.last_mut() {
-                *label = i64::from(eos);
+        notices.extend(read.unread.into_iter().map(|key| (NoticeKind::UnreadKey, key)));
+        let max_length = self.config.max_length;
+        let dropped = tokens.ids.len().saturating_sub(max_length);
+        let was_learned = tokens.learned_beyond || tokens.label_tokens() > 0;
+        let mut example = Example { input_ids: tokens.ids, labels: tokens.labels, line };
+        example.input_ids.truncate(max_length);
+        example.labels.truncate(max_length);
+        example.input_ids.shrink_to_fit();
+        example.labels.shrink_to_fit();
+        let truncated = (dropped > 0).then_some(TruncatedRow { line, dropped, at_least: tokens.is_prefix });
+        let example = match example.label_tokens() {
+            0 if was_learned => Err(MaskReason::Truncated),
+            0 => Err(MaskReason::EmptyAnswer),
+            _ => Ok(example),
+        };
+        if let Ok(example) = &example {
+            self.check_ids(example)?;
+            if self.facts.positions.is_some_and(|(positions, _)| example.input_ids.len() > positions) {
+                notices.push((NoticeKind::LongerThanModel, String::new()));
             }
         } else {
-            example.input_ids.push(eos);
-            example.labels.push(i64::from(eos));
+            notices.clear();
         }
+        self.finish(EncodedRow { line, example, truncated, notices })
+    }
+
+    /// A prompt and what should follow it, turn after turn. `Err` says why there is nothing to learn.
+    fn completion(&self, turns: Vec<Turn>) -> Result<Result<Draft, MaskReason>, ChatError> {
+        let answers_only = self.config.loss_on == LossOn::Assistant;
+        let (mut text, mut spans, mut notices) = (String::new(), Vec::new(), Vec::new());
+        let last = turns.len() - 1;
+        let mut ends_learned = true;
+        for (index, Turn { prompt, completion }) in turns.into_iter().enumerate() {
+            // The text of a single turn may be large: it grows in place.
+            if text.is_empty() {
+                text = prompt;
+            } else {
+                text.push_str(&prompt);
+            }
+            let start = text.len();
+            text.push_str(&completion);
+            if index < last {
+                text.push_str(self.end.text_of_appended());
+            }
+            let is_empty = completion.trim().is_empty();
+            if is_empty {
+                notices.push((NoticeKind::EmptyAnswer, String::new()));
+            } else {
+                spans.push(start..text.len());
+            }
+            ends_learned = !is_empty;
+        }
+        if answers_only && spans.is_empty() {
+            return Ok(Err(MaskReason::EmptyAnswer));
+        }
+        if !answers_only {
+            spans = std::iter::once(0..text.len()).collect();
+        }
+        let mut tokens = self.tokens(&text, &spans, true)?;
+        if !self.end.append(&mut tokens, ends_learned || !answers_only) {
+            notices.push((NoticeKind::NoEndToken, String::new()));
+        }
+        Ok(Ok(Draft { tokens, notices }))
+    }
+
+    /// A text to learn whole.
+    fn text(&self, text: &str) -> Result<Result<Draft, MaskReason>, ChatError> {
+        if text.trim().is_empty() {
+            return Ok(Err(MaskReason::EmptyAnswer));
+        }
+        let mut draft = Draft { tokens: self.tokens(text, &[0..text.len()], true)?, ..Draft::default() };
+        if !self.end.append(&mut draft.tokens, true) {
+            draft.notices.push((NoticeKind::NoEndToken, String::new()));
+        }
+        Ok(Ok(draft))
+    }
+
+    /// Refuses a token that the model has no row for.
+    fn check_ids(&self, example: &Example) -> Result<(), DataError> {
+        let Some(embedding_rows) = self.embedding_rows else {
+            return Ok(());
+        };
+        match example.input_ids.iter().find(|id| **id as usize >= embedding_rows) {
+            None => Ok(()),
+            Some(&id) => Err(DataError::OutsideEmbedding {
+                path: self.path.to_owned(),
+                line: example.line,
+                token: self.tokenizer.id_to_token(id).unwrap_or_default(),
+                id,
+                embedding_rows,
+            }),
+        }
+    }
+
+    /// With `data.strict`, refuses a row of which there is something to know.
+    fn finish(&self, row: EncodedRow) -> Result<EncodedRow, DataError> {
+        if !self.config.strict {
+            return Ok(row);
+        }
+        let max_length = self.config.max_length;
+        let problem = if let Some((kind, subject)) = row.notices.first() {
+            let (what, cure) = kind.words(&self.facts);
+            let subject = if subject.is_empty() { String::new() } else { format!(": {subject}") };
+            format!("{what}{subject}; {cure}")
+        } else if let Err(reason) = row.example {
+            format!("nothing to learn from, with {}. {}", reason.describe(max_length), reason.cure())
+        } else if let Some(TruncatedRow { dropped, at_least, .. }) = row.truncated {
+            let at_least = if at_least { "at least " } else { "" };
+            format!("longer than data.max_length = {max_length} by {at_least}{dropped} tokens; raise it, or split the row")
+        } else {
+            return Ok(row);
+        };
+        Err(DataError::Strict { path: self.path.to_owned(), line: row.line, problem })
     }
 }

@@ -27,6 +27,14 @@ pub enum DataError {
         /// Why.
         source: std::io::Error,
     },
+    /// A data file is no JSONL.
+    #[error("{}: {problem}", path.display())]
+    FileKind {
+        /// The file.
+        path: PathBuf,
+        /// What it is and what to do.
+        problem: String,
+    },
     /// A data file holds no rows.
     #[error("{}: no rows; expected JSON lines, one object a line", path.display())]
     Empty {
@@ -54,6 +62,40 @@ pub enum DataError {
         line: usize,
         /// What is wrong and what to do.
         problem: String,
+    },
+    /// A row has a token that the model has no embedding for.
+    #[error(
+        "{}:{line}: the token {token:?} has the id {id}, and the model's embedding has {embedding_rows} rows: give the \
+         tokenizer that the model was trained with, or set model.resize_embeddings = true to add rows",
+        path.display()
+    )]
+    OutsideEmbedding {
+        /// The file.
+        path: PathBuf,
+        /// The first line that has the token, from 1.
+        line: usize,
+        /// The token's text.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Rows of the embedding.
+        embedding_rows: usize,
+    },
+    /// With `data.strict`, what would be a warning.
+    #[error("{}:{line}: {problem} (data.strict = false makes this a warning)", path.display())]
+    Strict {
+        /// The file.
+        path: PathBuf,
+        /// The first such line, from 1.
+        line: usize,
+        /// What would be told and what to do.
+        problem: String,
+    },
+    /// The caller asked to stop while rows were read.
+    #[error("stopped while {} was read", path.display())]
+    Interrupted {
+        /// The file.
+        path: PathBuf,
     },
     /// The loss would count no token of any row.
     #[error("{}: no row has a token to learn from: {reasons}", path.display())]

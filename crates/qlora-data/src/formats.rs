@@ -1,28 +1,46 @@
 //! The layouts of a row: which one an object has, and reading it.
 //!
-//! Errors are words about the object; the caller adds its place and what the layout asks for.
+//! Reading takes the keys it knows out of the object; what is left says something that nobody reads,
+//! and is handed on to be told. Errors are words about the object; the caller adds its place and what
+//! the layout asks for.
+
+mod alpaca;
+mod chat;
 
 use chat_text::Message;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
 use crate::config::Format;
 use crate::source::Object;
-
-/// What introduces an instruction in the Alpaca data set, without and with an input.
-const ALPACA: &str = "Below is an instruction that describes a task. \
-    Write a response that appropriately completes the request.";
-const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an \
-    input that provides further context. Write a response that appropriately completes the request.";
 
 /// A row, ready to be written as one text.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Row {
     /// A conversation.
-    Chat { messages: Vec<Message>, tools: Option<Json> },
-    /// A text whose first part is given and whose second part is to be learned.
-    Completion { prompt: String, completion: String },
+    Chat {
+        messages: Vec<Message>,
+        tools: Option<Json>,
+        /// Variables for the template of this row alone.
+        template_kwargs: Map<String, Json>,
+    },
+    /// What is given and what is to be learned, turn by turn; there is at least one.
+    Completion(Vec<Turn>),
     /// A text to learn from beginning to end.
     Text(String),
+}
+
+/// A part that is given and the part that should follow it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Turn {
+    pub prompt: String,
+    pub completion: String,
+}
+
+/// A row, and what of its object was not read: keys, in words.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Read {
+    pub row: Row,
+    pub unread: Vec<String>,
 }
 
 impl Format {
@@ -32,19 +50,23 @@ impl Format {
     }
 
     /// Reads an object of this layout as a row; `system_prompt` is that of the configuration.
-    pub(crate) fn read(self, object: Object, system_prompt: Option<&str>) -> Result<Row, String> {
+    pub(crate) fn read(self, mut object: Object, system_prompt: Option<&str>) -> Result<Read, String> {
         if !has_keys_of(&object, self) {
             return Err(keys_found(&object));
         }
-        match self {
-            Self::Chat => chat(object, system_prompt),
-            Self::PromptCompletion => {
-                let (prompt, completion) = (text_field(&object, "prompt")?, text_field(&object, "completion")?);
-                Ok(Row::Completion { prompt, completion })
-            }
-            Self::Alpaca => alpaca(&object, system_prompt),
-            Self::Text | Self::Auto => text_field(&object, "text").map(Row::Text),
-        }
+        let mut unread = Vec::new();
+        let row = match self {
+            Self::Chat => chat::read(&mut object, system_prompt, &mut unread)?,
+            Self::PromptCompletion => Row::Completion(vec![Turn {
+                prompt: take_text(&mut object, "prompt")?,
+                completion: take_text(&mut object, "completion")?,
+            }]),
+            Self::Alpaca => alpaca::read(&mut object, system_prompt)?,
+            Self::Text | Self::Auto => Row::Text(take_text(&mut object, "text")?),
+        };
+        let rest = object.into_iter().filter(|(_, value)| !says_nothing(value));
+        unread.extend(rest.map(|(key, _)| format!("`{key}`")));
+        Ok(Read { row, unread })
     }
 }
 
@@ -70,6 +92,17 @@ fn is_message_pair(object: &Object) -> bool {
     is_list("prompt") && is_list("completion")
 }
 
+/// Whether a value is what tables write where a row has none.
+pub(crate) fn says_nothing(value: &Json) -> bool {
+    match value {
+        Json::Null => true,
+        Json::String(text) => text.is_empty(),
+        Json::Array(list) => list.is_empty(),
+        Json::Object(object) => object.is_empty(),
+        Json::Bool(_) | Json::Number(_) => false,
+    }
+}
+
 fn keys_found(object: &Object) -> String {
     const SHOWN: usize = 8;
     let mut keys: Vec<_> = object.keys().map(|key| format!("`{key}`")).collect();
@@ -83,88 +116,21 @@ fn keys_found(object: &Object) -> String {
     }
 }
 
-fn text_field(object: &Object, key: &str) -> Result<String, String> {
-    match object.get(key) {
-        Some(Json::String(text)) => Ok(text.clone()),
+/// Takes a text that must be there.
+fn take_text(object: &mut Object, key: &str) -> Result<String, String> {
+    match object.shift_remove(key) {
+        Some(Json::String(text)) => Ok(text),
         Some(_) => Err(format!("`{key}` is not a string")),
         None => Err(format!("`{key}` is missing")),
     }
 }
 
-fn chat(mut object: Object, system: Option<&str>) -> Result<Row, String> {
-    let mut messages = if let Some(list) = object.shift_remove("messages") {
-        messages_of(list, "messages", Message::try_from)?
-    } else if let Some(list) = object.shift_remove("conversations") {
-        messages_of(list, "conversations", sharegpt_message)?
-    } else {
-        let mut both = Vec::new();
-        for key in ["prompt", "completion"] {
-            let list = object.shift_remove(key).unwrap_or_default();
-            both.extend(messages_of(list, key, Message::try_from)?);
-        }
-        both
-    };
-    if messages.is_empty() {
-        return Err("the conversation has no messages".into());
+/// Takes a text that may be missing, null or blank.
+fn take_optional_text(object: &mut Object, key: &str) -> Result<Option<String>, String> {
+    match object.shift_remove(key) {
+        None | Some(Json::Null) => Ok(None),
+        Some(Json::String(text)) if text.trim().is_empty() => Ok(None),
+        Some(Json::String(text)) => Ok(Some(text)),
+        Some(_) => Err(format!("`{key}` is not a string")),
     }
-    if let Some(system) = system
-        && messages[0].role != "system"
-    {
-        messages.insert(0, Message::system(system));
-    }
-    // Some data sets keep the tools as JSON in a string.
-    let tools = match object.shift_remove("tools") {
-        Some(Json::String(text)) => {
-            Some(serde_json::from_str(&text).map_err(|e| format!("`tools` is not valid JSON: {e}"))?)
-        }
-        Some(Json::Null) | None => None,
-        tools => tools,
-    };
-    Ok(Row::Chat { messages, tools })
-}
-
-fn messages_of(list: Json, key: &str, read: impl Fn(Json) -> Result<Message, String>) -> Result<Vec<Message>, String> {
-    let Json::Array(list) = list else {
-        return Err(format!("`{key}` is not a list"));
-    };
-    list.into_iter().enumerate().map(|(index, item)| read(item).map_err(|e| format!("`{key}[{index}]`: {e}"))).collect()
-}
-
-/// A message of the ShareGPT layout: `{"from": .., "value": ..}`, or the usual keys.
-fn sharegpt_message(item: Json) -> Result<Message, String> {
-    if item.get("role").is_some() {
-        return Message::try_from(item);
-    }
-    let text = |key: &str| match item.get(key) {
-        Some(Json::String(text)) => Ok(text.as_str()),
-        _ => Err(format!("must be an object with the strings `from` and `value`; `{key}` is not")),
-    };
-    let role = match text("from")? {
-        "human" | "user" => "user",
-        "gpt" | "chatgpt" | "bot" | "model" | "assistant" => "assistant",
-        "system" => "system",
-        "tool" | "observation" | "function_response" => "tool",
-        other => {
-            return Err(format!("`from` is {other:?}; known are human, user, gpt, assistant, model, system and tool"));
-        }
-    };
-    Ok(Message::new(role, text("value")?))
-}
-
-/// The prompt of the Stanford Alpaca data set (tatsu-lab/stanford_alpaca, `train.py`).
-fn alpaca(object: &Object, system: Option<&str>) -> Result<Row, String> {
-    let instruction = text_field(object, "instruction")?;
-    let completion = text_field(object, "output")?;
-    let input = match object.get("input") {
-        None | Some(Json::Null) => String::new(),
-        Some(_) => text_field(object, "input")?,
-    };
-    let prompt = if input.is_empty() {
-        let intro = system.unwrap_or(ALPACA);
-        format!("{intro}\n\n### Instruction:\n{instruction}\n\n### Response:\n")
-    } else {
-        let intro = system.unwrap_or(ALPACA_WITH_INPUT);
-        format!("{intro}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
-    };
-    Ok(Row::Completion { prompt, completion })
 }

@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::config::Format;
 use crate::example::Example;
-
-/// Line numbers named in a message before it says how many more there are.
-const LINES_SHOWN: usize = 10;
+use crate::notice::{self, Notice, NoticeFacts};
+use crate::words::{count, grouped, name_lines};
 
 /// A row that was cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +16,8 @@ pub struct TruncatedRow {
     pub line: usize,
     /// Tokens beyond `max_length`.
     pub dropped: usize,
+    /// Whether there are more than that: of a row that is much longer only a beginning is made tokens.
+    pub at_least: bool,
 }
 
 /// A row that was left out because the loss would count none of it.
@@ -33,6 +34,8 @@ pub struct MaskedRow {
 pub enum MaskReason {
     /// The conversation has no assistant turn.
     NoAssistantTurn,
+    /// The row says of each of its answers that it is not to be learned.
+    NotToBeLearned,
     /// What the model should write is empty.
     EmptyAnswer,
     /// The answer begins after `max_length`.
@@ -40,11 +43,22 @@ pub enum MaskReason {
 }
 
 impl MaskReason {
-    const ALL: [Self; 3] = [Self::NoAssistantTurn, Self::EmptyAnswer, Self::Truncated];
+    const ALL: [Self; 4] = [Self::NoAssistantTurn, Self::NotToBeLearned, Self::EmptyAnswer, Self::Truncated];
 
-    fn describe(self, max_length: usize) -> String {
+    /// What to do about it.
+    pub(crate) fn cure(self) -> &'static str {
+        match self {
+            Self::NoAssistantTurn => "Answers must have the role `assistant`, or set data.loss_on = \"all\"",
+            Self::NotToBeLearned => "One answer at least must not have `weight` 0 or `train` false",
+            Self::EmptyAnswer => "Fill in the answers",
+            Self::Truncated => "Raise data.max_length",
+        }
+    }
+
+    pub(crate) fn describe(self, max_length: usize) -> String {
         match self {
             Self::NoAssistantTurn => "no assistant turn".into(),
+            Self::NotToBeLearned => "answers that are not to be learned".into(),
             Self::EmptyAnswer => "an empty answer".into(),
             Self::Truncated => format!("the answer beyond max_length = {max_length}"),
         }
@@ -72,6 +86,10 @@ pub struct DataReport {
     pub truncated: Vec<TruncatedRow>,
     /// Rows that were left out, in the file's order.
     pub masked: Vec<MaskedRow>,
+    /// What is to be known of rows that are there all the same, by kind.
+    pub notices: Vec<Notice>,
+    /// What their words need.
+    pub facts: NoticeFacts,
 }
 
 impl DataReport {
@@ -87,7 +105,7 @@ impl DataReport {
         self.longest = lengths().max().unwrap_or(0);
     }
 
-    /// Reports of two parts of the rows; rows left out stay with the first.
+    /// Reports of two parts of the rows; rows left out and notices stay with the first.
     pub(crate) fn split(self, first: &[Example], second: &[Example]) -> (Self, Self) {
         let lines: HashSet<usize> = second.iter().map(|example| example.line).collect();
         let (theirs, ours) = (self.truncated.iter()).partition(|row| lines.contains(&row.line));
@@ -99,23 +117,27 @@ impl DataReport {
         (this, other)
     }
 
-    /// Tokens that were cut off.
+    /// Tokens that were cut off, as far as they were counted.
     pub fn dropped_tokens(&self) -> u64 {
         self.truncated.iter().map(|row| row.dropped as u64).sum()
     }
 
-    /// What a user should know before training: rows that were cut or left out.
+    /// What a user should know before training: rows that were cut or left out, what of others is not read or
+    /// learned, and what of them the model was not made for. One line each.
     pub fn warnings(&self) -> Vec<String> {
-        let mut warnings = Vec::new();
+        let sentences = notice::sentences(&self.notices, &self.facts);
+        let mut warnings: Vec<_> =
+            sentences.into_iter().map(|sentence| format!("{}: {sentence}", self.path.display())).collect();
         if !self.truncated.is_empty() {
             let lines = self.truncated.iter().map(|row| row.line);
+            let at_least = if self.truncated.iter().any(|row| row.at_least) { "at least " } else { "" };
             warnings.push(format!(
-                "{}: {} cut to data.max_length = {}, {} dropped ({})",
+                "{}: {} cut to data.max_length = {}, {at_least}{} dropped ({})",
                 self.path.display(),
                 count(self.truncated.len() as u64, "row was", "rows were"),
                 self.max_length,
                 count(self.dropped_tokens(), "token", "tokens"),
-                name_lines(lines),
+                name_lines(lines, self.truncated.len()),
             ));
         }
         if !self.masked.is_empty() {
@@ -131,21 +153,13 @@ impl DataReport {
 
     /// Why every row was left out, and what to do.
     pub(crate) fn masked_reasons(&self) -> String {
-        let mut text = self.masked_by_reason().join("; ");
         let reasons: BTreeSet<_> = self.masked.iter().map(|row| row.reason).collect();
-        for reason in reasons {
-            text.push_str(match reason {
-                MaskReason::NoAssistantTurn => {
-                    ". Answers must have the role `assistant`, or set data.loss_on = \"all\""
-                }
-                MaskReason::EmptyAnswer => ". Fill in the answers",
-                MaskReason::Truncated => ". Raise data.max_length",
-            });
-        }
-        text
+        let cures: Vec<_> = reasons.into_iter().map(MaskReason::cure).collect();
+        format!("{}. {}", self.masked_by_reason().join("; "), cures.join(". "))
     }
 
-    fn masked_by_reason(&self) -> Vec<String> {
+    /// How many rows were left out, by reason, each with its first lines.
+    pub fn masked_by_reason(&self) -> Vec<String> {
         let with = |reason| self.masked.iter().filter(move |row| row.reason == reason);
         MaskReason::ALL
             .into_iter()
@@ -155,7 +169,7 @@ impl DataReport {
                     "{} with {} ({})",
                     with(reason).count(),
                     reason.describe(self.max_length),
-                    name_lines(with(reason).map(|row| row.line)),
+                    name_lines(with(reason).map(|row| row.line), with(reason).count()),
                 )
             })
             .collect()
@@ -182,34 +196,6 @@ impl fmt::Display for DataReport {
     }
 }
 
-fn count(n: u64, one: &str, many: &str) -> String {
-    format!("{} {}", grouped(n), if n == 1 { one } else { many })
-}
-
-/// Digits in groups of three.
-fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-fn name_lines(lines: impl Iterator<Item = usize>) -> String {
-    let lines: Vec<_> = lines.collect();
-    let shown: Vec<_> = lines.iter().take(LINES_SHOWN).map(usize::to_string).collect();
-    let word = if lines.len() == 1 { "line" } else { "lines" };
-    let more = match lines.len().saturating_sub(LINES_SHOWN) {
-        0 => String::new(),
-        n => format!(" and {n} more"),
-    };
-    format!("{word} {}{more}", shown.join(", "))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,7 +210,7 @@ mod tests {
             tokens: 1_234_567,
             label_tokens: 1000,
             longest: 999,
-            truncated: vec![TruncatedRow { line: 3, dropped: 1 }],
+            truncated: vec![TruncatedRow { line: 3, dropped: 1, at_least: false }],
             masked: (1..=12)
                 .map(|line| MaskedRow {
                     line,
@@ -234,6 +220,7 @@ mod tests {
                     },
                 })
                 .collect(),
+            ..DataReport::default()
         };
         assert_eq!(
             report.to_string(),

@@ -1,0 +1,125 @@
+//! Conversations: through the chat template, and what of them is to be learned.
+
+use chat_text::{ChatError, ChatInput, Message, Rendered};
+use serde_json::{Map, Value as Json};
+
+use super::{Draft, RowEncoder};
+use crate::config::LossOn;
+use crate::formats::says_nothing;
+use crate::notice::NoticeKind;
+use crate::report::MaskReason;
+
+/// Keys of a message by which an assistant says something without content.
+const SPEAKING: [&str; 5] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
+
+impl RowEncoder<'_> {
+    /// Writes a conversation. `Err` says why there is nothing to learn.
+    pub(super) fn chat(
+        &self,
+        mut messages: Vec<Message>,
+        tools: Option<Json>,
+        of_row: Map<String, Json>,
+    ) -> Result<Result<Draft, MaskReason>, ChatError> {
+        let mut notices = Vec::new();
+        let silenced = silence_empty_answers(&mut messages);
+        let answers = || messages.iter().filter(|message| is_answer(message));
+        if self.config.loss_on == LossOn::Assistant && !answers().any(|message| message.learn) {
+            return Ok(Err(match answers().next() {
+                None => MaskReason::NoAssistantTurn,
+                Some(_) if silenced => MaskReason::EmptyAnswer,
+                Some(_) => MaskReason::NotToBeLearned,
+            }));
+        }
+        if silenced {
+            notices.push((NoticeKind::EmptyAnswer, String::new()));
+        }
+        let template = match self.template {
+            Some(template) => template,
+            None => self.tokenizer.require_chat_template()?,
+        };
+        let merged;
+        let template_kwargs = if of_row.is_empty() {
+            &self.config.template_kwargs
+        } else {
+            merged = self.config.template_kwargs.iter().map(|(k, v)| (k.clone(), v.clone())).chain(of_row).collect();
+            &merged
+        };
+        let input = ChatInput {
+            messages: &messages,
+            tools: tools.as_ref(),
+            add_generation_prompt: false,
+            special_tokens: self.tokenizer.special_tokens(),
+            template_kwargs: Some(template_kwargs),
+        };
+        let mut rendered = match self.config.loss_on {
+            LossOn::Assistant => template.render_answers(&input)?,
+            LossOn::All => template.render_all(&input)?,
+        };
+        notices.extend(rendered.unwritten.iter().map(|left_out| (NoticeKind::Unwritten, left_out.part.to_string())));
+        let last = answers().next_back().filter(|message| message.learn).map(|message| message.content.trim().to_owned());
+        drop(messages);
+        let ends = match last {
+            // Nothing is learned of how the last answer ends.
+            None => true,
+            Some(answer) => self.end_text(&mut rendered, &answer),
+        };
+        // The template writes `bos` itself.
+        let tokens = self.tokens(&rendered.text, &rendered.spans, false)?;
+        let ends = match self.config.loss_on {
+            LossOn::Assistant => ends && (tokens.is_prefix || self.end.is_learned_last(&tokens)),
+            LossOn::All => ends,
+        };
+        if !ends {
+            notices.push((NoticeKind::NoEndToken, String::new()));
+        }
+        Ok(Ok(Draft { tokens, notices }))
+    }
+
+    /// Sees to it that an end token follows the last answer: the template's, or `data.end_token`.
+    /// Returns whether one does.
+    fn end_text(&self, rendered: &mut Rendered, answer: &str) -> bool {
+        let Rendered { text, spans, .. } = rendered;
+        let Some(span) = spans.last_mut() else {
+            return true;
+        };
+        let found = if answer.is_empty() { None } else { text[span.clone()].rfind(answer) };
+        let after = found.map_or(span.start, |at| span.start + at + answer.len());
+        if self.end.is_in(&text[after..span.end]) {
+            return true;
+        }
+        let Some(end) = self.end.mend() else {
+            return false;
+        };
+        // The template may write it where it does not count it as the answer's.
+        let blanks = text[span.end..].len() - text[span.end..].trim_start().len();
+        if text[span.end + blanks..].starts_with(end) {
+            span.end += blanks + end.len();
+            return true;
+        }
+        // Before a line break of the template: what follows an end token is never asked for.
+        let at = span.start + text[span.clone()].trim_end().len();
+        text.insert_str(at, end);
+        match self.config.loss_on {
+            LossOn::Assistant => span.end = at + end.len(),
+            LossOn::All => span.end += end.len(),
+        }
+        true
+    }
+}
+
+fn is_answer(message: &Message) -> bool {
+    message.role == "assistant"
+}
+
+/// Takes answers that say nothing out of what is learned. Returns whether there are any.
+fn silence_empty_answers(messages: &mut [Message]) -> bool {
+    let mut silenced = false;
+    for message in messages.iter_mut().filter(|message| is_answer(message) && message.learn) {
+        let speaks = SPEAKING.iter().any(|key| message.extra.get(*key).is_some_and(|value| !says_nothing(value)));
+        if message.content.trim().is_empty() && !speaks {
+            message.learn = false;
+            silenced = true;
+        }
+    }
+    silenced
+}

@@ -1,0 +1,116 @@
+//! The layouts of rows: what is read of each, and what of it is learned.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{config, labelled, load_text};
+use qlora_data::{DataConfig, Format, LossOn};
+
+#[test]
+fn every_format_is_detected_and_labelled() {
+    let cases = [
+        (
+            r#"{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}, {"role": "assistant", "content": " e "}]}"#,
+            Format::Chat,
+            "c<|im_end|>\ne<|im_end|>\n",
+            "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n<|im_start|>user\nd<|im_end|>\n<|im_start|>assistant\ne<|im_end|>\n",
+        ),
+        (
+            r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#,
+            Format::Chat,
+            "b<|im_end|>\n",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
+        ),
+        (
+            r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#,
+            Format::Chat,
+            "b<|im_end|>\n",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
+        ),
+        (
+            r#"{"prompt": "2 + 2 =", "completion": " 4"}"#,
+            Format::PromptCompletion,
+            " 4<|im_end|>",
+            "2 + 2 = 4<|im_end|>",
+        ),
+        (
+            r#"{"instruction": "Add.", "input": "2, 2", "output": "4"}"#,
+            Format::Alpaca,
+            "4<|im_end|>",
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2, 2\n\n### Response:\n4<|im_end|>",
+        ),
+        (
+            r#"{"instruction": "Greet.", "input": "", "output": "Hi"}"#,
+            Format::Alpaca,
+            "Hi<|im_end|>",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nGreet.\n\n### Response:\nHi<|im_end|>",
+        ),
+        (r#"{"text": "naïve 漢字 🙂"}"#, Format::Text, "naïve 漢字 🙂<|im_end|>", "naïve 漢字 🙂<|im_end|>"),
+    ];
+    for (row, format, answer, whole) in cases {
+        for named in [Format::Auto, format] {
+            let given = DataConfig { format: named, ..config() };
+            let dataset = load_text(&format!("\u{feff}\n{row}\r\n\n"), &given).unwrap();
+            assert_eq!(dataset.report.format, format);
+            assert_eq!(dataset.examples[0].line, 2);
+            let (counted, all) = labelled(&dataset.examples[0]);
+            assert_eq!((counted.as_str(), all.as_str()), (answer, whole));
+        }
+        let all = DataConfig { loss_on: LossOn::All, ..config() };
+        let dataset = load_text(row, &all).unwrap();
+        assert_eq!(labelled(&dataset.examples[0]), (whole.to_owned(), whole.to_owned()));
+    }
+}
+
+#[test]
+fn system_prompt_and_template_are_taken_from_the_configuration() {
+    let row = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+    let given = DataConfig {
+        system_prompt: Some("Be brief.".into()),
+        chat_template: Some(
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}".into(),
+        ),
+        ..config()
+    };
+    let dataset = load_text(row, &given).unwrap();
+    let (counted, all) = labelled(&dataset.examples[0]);
+    assert_eq!((counted.as_str(), all.as_str()), ("b", "[system]Be brief.[user]a[assistant]b"));
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("template.jinja");
+    std::fs::write(&file, given.chat_template.as_deref().unwrap()).unwrap();
+    let from_file = DataConfig { chat_template: Some(file.display().to_string()), ..given.clone() };
+    assert_eq!(load_text(row, &from_file).unwrap().examples, dataset.examples);
+
+    let alpaca = r#"{"instruction": "Greet.", "output": "Hi"}"#;
+    let system = DataConfig { system_prompt: Some("Do it.".into()), ..config() };
+    let dataset = load_text(alpaca, &system).unwrap();
+    assert!(labelled(&dataset.examples[0]).1.starts_with("Do it.\n\n### Instruction:\nGreet."));
+    let error = load_text(r#"{"text": "x y"}"#, &system).unwrap_err();
+    assert!(error.contains("data.system_prompt has no place in text rows"), "{error}");
+    let broken = DataConfig { chat_template: Some("{% if".into()), ..config() };
+    assert!(load_text(row, &broken).unwrap_err().contains("syntax error"));
+}
+
+#[test]
+fn turns_that_cannot_be_traced_are_refused_with_advice() {
+    let row = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "y"}]}"#;
+    let given = |template: &str, loss_on| DataConfig { chat_template: Some(template.into()), loss_on, ..config() };
+    // The header counts all turns and the length of the answer stands before it.
+    let counting = "{{ messages | length }}{% for m in messages %}<{{ m.role }} {{ m.content | length }}>{{ m.content }}{% endfor %}";
+    let error = load_text(row, &given(counting, LossOn::Assistant)).unwrap_err();
+    assert!(error.starts_with("/rows.jsonl:1: it can't be told which tokens message 2 became"), "{error}");
+    assert!(error.contains("loss_on") && error.contains("{% generation %}"), "{error}");
+    let all = load_text(row, &given(counting, LossOn::All)).unwrap();
+    assert_eq!(labelled(&all.examples[0]).0, "4<user 1>a<assistant 1>x<user 1>c<assistant 1>y");
+
+    let tagged = counting.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
+    let dataset = load_text(row, &given(&tagged, LossOn::Assistant)).unwrap();
+    let (counted, _) = labelled(&dataset.examples[0]);
+    // A letter may share a token with the header before it, and is masked then.
+    assert_eq!(counted.replace(['x', 'y'], ""), "<|im_end|><|im_end|>");
+
+    let silent = "{% for m in messages %}<{{ m.role }}>{% endfor %}";
+    let error = load_text(row, &given(silent, LossOn::Assistant)).unwrap_err();
+    assert!(error.contains("does not write the content of message 2"), "{error}");
+}
