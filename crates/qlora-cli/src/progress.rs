@@ -158,6 +158,10 @@ impl TrainEvents for Terminal {
         }
     }
 
+    fn stop_flag(&mut self) -> Option<Arc<AtomicBool>> {
+        Some(Arc::clone(&self.stop))
+    }
+
     fn should_stop(&mut self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }

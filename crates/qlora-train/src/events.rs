@@ -1,6 +1,8 @@
 //! How the training loop tells its caller what happens; libraries don't print.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use model_hub::OnProgress;
 use qlora_models::LoadProgress;
@@ -31,7 +33,11 @@ pub trait TrainEvents {
     fn on_warning(&mut self, _message: &str) {}
     /// The run is over; adapter and report are written.
     fn on_end(&mut self, _summary: &Summary) {}
-    /// Asked after every step: whether to save a checkpoint and stop.
+    /// Asked before long work on other threads begins: a flag that is raised to stop it.
+    fn stop_flag(&mut self) -> Option<Arc<AtomicBool>> {
+        None
+    }
+    /// Asked after every step, and before the first: whether to save a checkpoint and stop.
     fn should_stop(&mut self) -> bool {
         false
     }

@@ -2,14 +2,19 @@
 //!
 //! Batches are made when they are needed: beyond the rows themselves, a run holds one step's batches.
 
-use chat_text::Tokenizer;
-use qlora_data::{BatchOrder, Dataset, MASKED_LABEL, load_splits};
-use qlora_layers::Initialization;
-use qlora_models::CalibrationBatch;
+use std::sync::atomic::Ordering;
 
-use crate::checkpoint::TrainingCheckpoint;
+use chat_text::{ChatTemplate, Tokenizer};
+use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, MASKED_LABEL, load_splits_with};
+use qlora_layers::Initialization;
+use qlora_models::{CalibrationBatch, ModelConfig};
+use sha2::{Digest as _, Sha256};
+
+use crate::checkpoint::Basis;
 use crate::config::TrainConfig;
 use crate::error::TrainError;
+use crate::events::TrainEvents;
+use crate::prompts::Prompts;
 
 /// Training and evaluation rows with their orders.
 pub(super) struct Rows {
@@ -20,8 +25,28 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    pub fn load(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Self, TrainError> {
-        let (train, eval) = load_splits(&config.data, tokenizer, config.train.seed)?;
+    /// Reads the rows; `model` says which tokens it knows and how long its rows may be.
+    ///
+    /// # Errors
+    /// As [`load_splits_with`]; [`TrainError::Stopped`] when the events ask to stop meanwhile.
+    pub fn load(
+        config: &TrainConfig,
+        tokenizer: &Tokenizer,
+        model: &ModelConfig,
+        events: &mut dyn TrainEvents,
+    ) -> Result<Self, TrainError> {
+        let flag = events.stop_flag();
+        let should_stop = || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+        let options = LoadOptions {
+            max_positions: Some(model.max_position_embeddings),
+            embedding_rows: Some(model.vocab_size),
+            should_stop: &should_stop,
+            ..LoadOptions::default()
+        };
+        let (train, eval) = match load_splits_with(&config.data, tokenizer, config.train.seed, &options) {
+            Err(DataError::Interrupted { .. }) => return Err(TrainError::Stopped),
+            loaded => loaded?,
+        };
         let (batch_size, pad_id) = (config.train.batch_size, tokenizer.padding_id());
         Ok(Self {
             order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id),
@@ -29,6 +54,38 @@ impl Rows {
             train,
             eval,
         })
+    }
+
+    /// What a user should know of the rows.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.train.report.warnings();
+        // Of rows that were held out, the training rows' report tells.
+        let eval = self.eval.report.warnings();
+        warnings.extend(eval.into_iter().filter(|warning| !self.train.report.warnings().contains(warning)));
+        warnings
+    }
+
+    /// How the rows are written as text.
+    ///
+    /// # Errors
+    /// The chat template can't be used.
+    pub fn prompts(&self, config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Prompts, TrainError> {
+        let format = self.train.report.format;
+        let given = config.data.chat_template.as_deref().map(ChatTemplate::from_setting).transpose()?;
+        let template = given.as_ref().or(tokenizer.chat_template());
+        Ok(Prompts::new(&config.data, format, template, tokenizer))
+    }
+
+    /// What a run over these rows stands on.
+    pub fn basis(&self, base: String, template: Option<&str>) -> Basis {
+        let sha256 = |text: &str| Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
+        Basis {
+            program: env!("CARGO_PKG_VERSION").into(),
+            base,
+            train_rows: self.train.fingerprint(),
+            eval_rows: self.eval.fingerprint(),
+            template: template.map(sha256),
+        }
     }
 
     /// The first micro-batches of the run, for an initialisation that looks at activations. As in PEFT only tokens
