@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use burn_qlora::profile::Profile;
+use burn_qlora::qlora_train::{load_rows, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype, load_splits,
+    ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
     select_device,
 };
 
@@ -172,9 +173,12 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let model = ModelConfig::from_dir(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let (train, eval) = load_splits(&config.data, &tokenizer, config.train.seed)?;
-    for warning in train.report.warnings() {
-        events.on_warning(&warning);
+    let (train, eval) = load_rows(config, &tokenizer, &model, events)?;
+    let total_steps = config.train.total_steps(train.examples.len());
+    config.train.warnings(total_steps).iter().for_each(|warning| events.on_warning(warning));
+    if let Some(holds) = run_in(&config.train.output_dir)? {
+        let path = config.train.output_dir.display();
+        events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
     let plan = Plan::new(config, &model, dtype, &train.examples)?;
 
@@ -209,10 +213,9 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
         writeln!(text, "Eval     {} rows, {} tokens", eval.report.rows, count(eval.report.tokens))?;
     }
     let options = &config.train;
-    let steps = options.total_steps(train.examples.len());
     writeln!(
         text,
-        "Steps    {steps}, {} rows each ({} x {})",
+        "Steps    {total_steps}, {} rows each ({} x {})",
         options.batch_size * options.gradient_accumulation_steps,
         options.batch_size,
         options.gradient_accumulation_steps

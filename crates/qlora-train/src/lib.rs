@@ -30,5 +30,5 @@ pub use events::TrainEvents;
 pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_sum};
 pub use plan::{MemoryEstimate, Plan};
-pub use run_folder::run_holder;
-pub use trainer::{Resume, Start, Trainer, compute_dtype, engine};
+pub use run_folder::{run_holder, run_in};
+pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows};

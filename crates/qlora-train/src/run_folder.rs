@@ -252,6 +252,15 @@ pub fn run_holder(folder: &Path) -> Result<Option<String>, TrainError> {
     })
 }
 
+/// What of a run lies in a folder, in words; `None` where a fresh run may have it.
+///
+/// # Errors
+/// The folder can't be read.
+pub fn run_in(folder: &Path) -> Result<Option<String>, TrainError> {
+    let contents = Contents::of(folder)?;
+    Ok((!contents.is_empty()).then(|| contents.describe()))
+}
+
 /// Who holds a lock, as its file says.
 fn holder_of(file: &mut File) -> String {
     let mut holder = String::new();

@@ -28,6 +28,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use rows::load_rows;
 pub use start::{Resume, Start};
 
 /// A run that is ready to go.
@@ -123,7 +124,6 @@ impl<'e> Trainer<'e> {
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
         let rows = Rows::load(&config, &tokenizer, &ModelConfig::from_dir(&model_dir)?, events)?;
         let total_steps = config.train.total_steps(rows.train.examples.len());
-        warn_of(rows.warnings(), events);
         warn_of(config.train.warnings(total_steps), events);
         let prompts = rows.prompts(&config, &tokenizer)?;
         let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());

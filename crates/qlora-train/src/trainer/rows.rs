@@ -16,6 +16,36 @@ use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::prompts::Prompts;
 
+/// Reads the training and the evaluation rows of a configuration; `model` says which tokens there are and how long its rows may be. The
+/// events are told what a user should know of them.
+///
+/// # Errors
+/// As [`load_splits_with`]; [`TrainError::Stopped`] when the events ask to stop meanwhile.
+pub fn load_rows(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    model: &ModelConfig,
+    events: &mut dyn TrainEvents,
+) -> Result<(Dataset, Dataset), TrainError> {
+    let flag = events.stop_flag();
+    let should_stop = || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+    let options = LoadOptions {
+        max_positions: Some(model.max_position_embeddings),
+        embedding_rows: Some(model.vocab_size),
+        should_stop: &should_stop,
+        ..LoadOptions::default()
+    };
+    let (train, eval) = match load_splits_with(&config.data, tokenizer, config.train.seed, &options) {
+        Err(DataError::Interrupted { .. }) => return Err(TrainError::Stopped),
+        loaded => loaded?,
+    };
+    let of_train = train.report.warnings();
+    // Of rows that were held out, the training rows' report tells too.
+    let of_eval = eval.report.warnings().into_iter().filter(|warning| !of_train.contains(warning));
+    of_train.iter().cloned().chain(of_eval).for_each(|warning| events.on_warning(&warning));
+    Ok((train, eval))
+}
+
 /// Training and evaluation rows with their orders.
 pub(super) struct Rows {
     pub train: Dataset,
@@ -25,28 +55,14 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Reads the rows; `model` says which tokens it knows and how long its rows may be.
-    ///
-    /// # Errors
-    /// As [`load_splits_with`]; [`TrainError::Stopped`] when the events ask to stop meanwhile.
+    /// Reads the rows as [`load_rows`] does.
     pub fn load(
         config: &TrainConfig,
         tokenizer: &Tokenizer,
         model: &ModelConfig,
         events: &mut dyn TrainEvents,
     ) -> Result<Self, TrainError> {
-        let flag = events.stop_flag();
-        let should_stop = || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
-        let options = LoadOptions {
-            max_positions: Some(model.max_position_embeddings),
-            embedding_rows: Some(model.vocab_size),
-            should_stop: &should_stop,
-            ..LoadOptions::default()
-        };
-        let (train, eval) = match load_splits_with(&config.data, tokenizer, config.train.seed, &options) {
-            Err(DataError::Interrupted { .. }) => return Err(TrainError::Stopped),
-            loaded => loaded?,
-        };
+        let (train, eval) = load_rows(config, tokenizer, model, events)?;
         let (batch_size, pad_id) = (config.train.batch_size, tokenizer.padding_id());
         Ok(Self {
             order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id),
@@ -54,15 +70,6 @@ impl Rows {
             train,
             eval,
         })
-    }
-
-    /// What a user should know of the rows.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut warnings = self.train.report.warnings();
-        // Of rows that were held out, the training rows' report tells.
-        let eval = self.eval.report.warnings();
-        warnings.extend(eval.into_iter().filter(|warning| !self.train.report.warnings().contains(warning)));
-        warnings
     }
 
     /// How the rows are written as text.
