@@ -111,17 +111,38 @@ macro_rules! field {
 }
 
 field! {
-    bool: "true or false",
     String: "a string",
     usize: "a whole number",
     Value: "any value",
     Option<Value>: "any value or null",
+    Option<usize>: "a whole number or null",
     Option<String>: "a string or null",
     Option<Vec<String>>: "a list of strings or null",
     Option<TargetModules>: "a list of module names, a regular expression or null",
     Option<OneOrMany<String>>: "a string, a list of strings or null",
     Option<OneOrMany<usize>>: "a layer index, a list of them or null",
-    InitLoraWeights: "true, false or the name of a method",
+}
+
+impl Field for bool {
+    fn read(value: Value) -> Result<Self, String> {
+        // Python takes null for false.
+        if value.is_null() { Ok(false) } else { read(value, "true or false") }
+    }
+    fn write(&self) -> Value {
+        Value::from(*self)
+    }
+}
+
+impl Field for InitLoraWeights {
+    fn read(value: Value) -> Result<Self, String> {
+        if value.is_null() { Ok(Self::Default(false)) } else { read(value, "true, false or the name of a method") }
+    }
+    fn write(&self) -> Value {
+        match self {
+            Self::Default(whether) => Value::from(*whether),
+            Self::Method(name) => Value::from(name.as_str()),
+        }
+    }
 }
 
 impl Field for f64 {

@@ -26,6 +26,7 @@ compile_error!("safetensors data is little-endian and is read in place; big-endi
 
 pub mod adapter;
 pub mod adapter_config;
+mod adapter_names;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;

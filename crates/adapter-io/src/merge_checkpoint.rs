@@ -66,6 +66,8 @@ pub struct TensorReport {
 pub struct MergeReport {
     /// Every tensor that the adapter changes, in file order.
     pub tensors: Vec<TensorReport>,
+    /// Modules that the adapter's configuration names and its file has no weights for: they are the base's.
+    pub missing: Vec<String>,
     /// Whether the output head got a tensor of its own.
     pub untied: bool,
     /// The data of all tensors written.
@@ -133,14 +135,18 @@ pub fn merge_checkpoint(
     refuse_same_folder(base_dir, out_dir)?;
     let base = Checkpoint::open(base_dir)?;
     let mut config = ModelConfigFile::read(base_dir)?;
-    let modules: Vec<String> = base.names().filter_map(|name| name.strip_suffix(".weight")).map(Into::into).collect();
-    let adapter = &*unstack(adapter, &modules)?;
+    let modules: Vec<String> = base.names().filter_map(module_of).collect();
+    let adapter = adapter.named_as(&modules)?;
+    let adapter = &*unstack(&adapter, &modules)?;
     let plan = plan(&base, adapter, &options.base)?;
     config.remove("quantization_config");
     if plan.untied {
         config.set("tie_word_embeddings", Value::Bool(false));
     }
-    let mut report = MergeReport { untied: plan.untied, ..MergeReport::default() };
+    let matrices: Vec<String> =
+        plan.jobs.iter().filter(|job| job.spec.shape.len() == 2).filter_map(|job| module_of(&job.spec.name)).collect();
+    let missing = adapter.missing_modules(&matrices)?;
+    let mut report = MergeReport { untied: plan.untied, missing, ..MergeReport::default() };
     atomic::replace_dir(out_dir, |dir| {
         config.write(dir)?;
         copy_companions(base_dir, options.tokenizer_from.as_deref(), dir)?;
@@ -159,6 +165,11 @@ pub fn merge_checkpoint(
         Ok(())
     })
     .map(|()| report)
+}
+
+/// The module of a weight.
+fn module_of(tensor: &str) -> Option<String> {
+    tensor.strip_suffix(".weight").map(Into::into)
 }
 
 fn write_tensor(
