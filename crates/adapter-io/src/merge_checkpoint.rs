@@ -1,8 +1,8 @@
 //! A base checkpoint and an adapter become a checkpoint, tensor by tensor.
 //!
 //! Only the tensor at work is in memory, in its own type, and one row of the update for each thread. The
-//! output is sharded as transformers shards it; `config.json`, tokenizer, chat templates and generation
-//! settings come along, `quantization_config` does not.
+//! output is sharded as transformers shards it; `config.json`, tokenizer, chat templates, the settings of generation
+//! and of processors, and a model's own code come along, `quantization_config` does not.
 //!
 //! **Which base.** An adapter trained on a 4-bit base has learned to correct that base's rounding. Merged
 //! into the full-precision weights it meets weights it has not seen, yet those are closer to the model that
@@ -13,12 +13,12 @@
 //!
 //! **Tied embeddings.** Where the output head is the embedding's tensor, an adapter on one of them must not
 //! change the other: the head gets a tensor of its own and `tie_word_embeddings` becomes false, unless the
-//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.)
+//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.) It does not
+//! matter whether the file holds a head beside the embedding: loaders go by `tie_word_embeddings`.
 
 use std::path::{Path, PathBuf};
 
 use nf4_quant::{Element, QuantConfig, Quantized4bit};
-use serde_json::Value;
 
 use crate::adapter::Adapter;
 use crate::atomic;
@@ -138,11 +138,12 @@ pub fn merge_checkpoint(
     let modules: Vec<String> = base.names().filter_map(module_of).collect();
     let adapter = adapter.named_as(&modules)?;
     let adapter = &*unstack(&adapter, &modules)?;
-    let plan = plan(&base, adapter, &options.base)?;
+    let plan = plan(&base, adapter, &options.base, config.is_tied())?;
     config.remove("quantization_config");
     if plan.untied {
-        config.set("tie_word_embeddings", Value::Bool(false));
+        config.untie();
     }
+    config.keep_code(base_dir)?;
     let matrices: Vec<String> =
         plan.jobs.iter().filter(|job| job.spec.shape.len() == 2).filter_map(|job| module_of(&job.spec.name)).collect();
     let missing = adapter.missing_modules(&matrices)?;
