@@ -94,8 +94,7 @@ impl ModelConfigFile {
             source: std::io::Error::new(std::io::ErrorKind::NotFound, "the model's folder has none; download it again"),
         })?;
         let text = fs::read(&path).map_err(|source| FormatError::Read { path: path.clone(), source })?;
-        let map = serde_json::from_slice(&text)
-            .map_err(|e| FormatError::Json { path: path.clone(), reason: e.to_string() })?;
+        let map = json::parse(&text, &path)?;
         Ok(Self { path, map, text, changed: false })
     }
 

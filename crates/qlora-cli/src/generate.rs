@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::{
     AdapterSet, AdapterSource, Combination, Decoder, GenerateOptions, LoadOptions, Message, Tokenizer, TrainConfig,
     compute_dtype, generate, select_device,
@@ -15,6 +16,7 @@ use crate::exit::{Code, UsageError};
 use crate::hub;
 use crate::output::print;
 use crate::progress::LoadBar;
+use crate::sources::warn_of_missing;
 
 /// Runs the command. The answer goes to stdout as it comes, everything else to stderr.
 pub fn run(args: &GenerateArgs) -> Result<Code> {
@@ -33,6 +35,7 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         .or(named)
         .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
     let dir = hub::resolve(model, args.revision.as_deref())?;
+    refuse_adapter(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let ids = prompt_ids(args, &tokenizer)?;
 
@@ -99,6 +102,7 @@ impl Adapters {
         for text in &args.adapter {
             let (name, dir, weight) = adapter_argument(text)?;
             found.set.load(name, &hub::resolve(dir, None)?)?;
+            warn_of_missing(name, found.set.get(name)?);
             found.weights.push((name.to_string(), weight));
         }
         Ok(found)
