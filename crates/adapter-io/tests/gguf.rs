@@ -278,6 +278,27 @@ fn model_types_differ_by_the_table() {
     assert!(!dir.path().join("out.gguf").exists());
 }
 
+/// As transformers saves a model without its head.
+#[test]
+fn a_bare_model_becomes_the_same_file() {
+    let dir = small(json!({"model_type": "llama"}), &[]);
+    let whole = export(dir.path()).unwrap();
+    let base = Checkpoint::open(dir.path()).unwrap();
+    let bare = tempfile::tempdir().unwrap();
+    let name = |name: &str| name.strip_prefix("model.").unwrap().to_string();
+    let specs: Vec<_> =
+        base.names().map(|full| TensorSpec::new(name(full), Dtype::F32, &base.tensor(full).unwrap().shape)).collect();
+    let mut writer = adapter_io::ShardedWriter::create(bare.path(), specs, 1 << 20).unwrap();
+    base.names().for_each(|full| writer.write(&name(full), base.tensor(full).unwrap().data).unwrap());
+    writer.finish().unwrap();
+    fs::copy(dir.path().join("config.json"), bare.path().join("config.json")).unwrap();
+    let other = export(bare.path()).unwrap();
+    assert_eq!(other.tensors.len(), whole.tensors.len());
+    for tensor in &whole.tensors {
+        assert_eq!(other.to_f32_vec(&tensor.name).unwrap(), whole.to_f32_vec(&tensor.name).unwrap());
+    }
+}
+
 /// A file whose metadata contradict its tensors is loaded by nobody.
 #[test]
 fn a_configuration_that_is_not_the_tensors_is_refused() {
