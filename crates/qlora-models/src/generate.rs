@@ -41,7 +41,7 @@ pub struct Generation {
 /// Continues `prompt`, calling `on_token` with each new id.
 ///
 /// # Errors
-/// The prompt is empty, or the device fails.
+/// The prompt is empty, or holds a token that the model has no embedding for; the device fails.
 pub fn generate(
     model: &Decoder,
     prompt: &[u32],
@@ -50,6 +50,10 @@ pub fn generate(
 ) -> Result<Generation, ModelError> {
     if prompt.is_empty() {
         return Err(ModelError::EmptyPrompt);
+    }
+    let [vocab_size, _] = model.embed_tokens.dims();
+    if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
+        return Err(ModelError::BeyondVocabulary { token, vocab_size });
     }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let mut cache = KvCache::new();
