@@ -161,6 +161,11 @@ pub enum ModelError {
     /// Generation from nothing.
     #[error("the prompt is empty: generation needs at least one token")]
     EmptyPrompt,
+    /// The model gives no numbers.
+    #[error(
+        "the model's logits are not numbers (NaN): its activations overflow in this compute dtype; try bf16 or f32 (--compute-dtype)"
+    )]
+    NotANumber,
     /// A token that the model has no embedding for.
     #[error(
         "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or resize its embeddings"
