@@ -161,8 +161,8 @@ impl Checkpoint {
 /// [`FormatError::NoCheckpoint`].
 pub fn refuse_adapter(dir: &Path) -> Result<(), FormatError> {
     let has = |name: &str| dir.join(name).is_file();
-    let is_adapter = has(crate::adapter_config::CONFIG_FILE);
-    if !is_adapter || has(crate::convert::CONFIG_FILE) || has(SINGLE_FILE) || has(INDEX_FILE) {
+    // Trainers save the base's config.json beside an adapter: only weights make it a model.
+    if !has(crate::adapter_config::CONFIG_FILE) || has(SINGLE_FILE) || has(INDEX_FILE) {
         return Ok(());
     }
     Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) })

@@ -275,8 +275,10 @@ fn an_adapter_is_not_taken_for_a_model() {
     fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
     let message = refused().unwrap_err();
     assert!(message.contains("it is an adapter") && message.contains("--adapter"), "{message}");
-    // A folder may be both: a model that was saved over an adapter.
+    // The base's configuration beside it makes it no model; weights do.
     fs::write(dir.path().join("config.json"), "{}").unwrap();
+    assert_eq!(refused().unwrap_err(), message);
+    write_checkpoint(dir.path(), 64);
     assert_eq!(refused(), Ok(()));
 }
 

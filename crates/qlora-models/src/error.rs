@@ -163,7 +163,7 @@ pub enum ModelError {
     EmptyPrompt,
     /// The model gives no numbers.
     #[error(
-        "the model's logits are not numbers (NaN): its activations overflow in this compute dtype; try bf16 or f32 (--compute-dtype)"
+        "the model's logits are not numbers (NaN): its activations overflow in this compute dtype; try bf16 or f32"
     )]
     NotANumber,
     /// A token that the model has no embedding for.
