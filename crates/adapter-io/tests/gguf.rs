@@ -308,8 +308,8 @@ fn a_configuration_that_is_not_the_tensors_is_refused() {
     export(dir.path()).unwrap();
     for (key, value, says) in [
         ("intermediate_size", json!(1), "`model.layers.0.mlp"),
-        ("num_hidden_layers", json!(0), "it is 0, the tensors are of 1 layers"),
-        ("num_hidden_layers", json!(2), "it is 2, the tensors are of 1 layers"),
+        ("num_hidden_layers", json!(0), "it is 0, the checkpoint has 1 layers"),
+        ("num_hidden_layers", json!(2), "it is 2, the checkpoint has 1 layers"),
         ("num_hidden_layers", json!(1_048_576), "it is 1048576"),
         ("vocab_size", json!(1), "`model.embed_tokens.weight` is [1, 8], the checkpoint has [4, 8]"),
         ("hidden_size", json!(16), "`model.embed_tokens.weight` is [4, 16]"),

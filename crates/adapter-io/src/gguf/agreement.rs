@@ -112,9 +112,12 @@ pub(super) fn check(model: &Model, tensors: &[(Planned, Source)]) -> Result<(), 
     }
     let numbers = || blocks.keys().copied();
     if sizes.layers == 0 || blocks.len() != sizes.layers || numbers().ne(0..sizes.layers) {
-        let last =
-            numbers().next_back().map_or("no layer".into(), |last| format!("{} layers, up to {last}", blocks.len()));
-        return Err(model.fail("num_hidden_layers", format!("it is {}, the tensors are of {last}", sizes.layers)));
+        let found = numbers().next_back().map_or("no layer".into(), |last| match blocks.len() {
+            count if count == last + 1 => format!("{count} layers"),
+            count => format!("{count} layers, the last of which is layer {last}"),
+        });
+        let reason = format!("it is {}, the checkpoint has {found}", sizes.layers);
+        return Err(model.fail("num_hidden_layers", reason));
     }
     let lacks = |what: &str, name: &str| {
         model.fail("model_type", format!("{what} has no tensor for `{name}`; the checkpoint is incomplete"))
@@ -143,7 +146,9 @@ pub(super) fn check(model: &Model, tensors: &[(Planned, Source)]) -> Result<(), 
         let key = other.or_else(|| shape.first().zip(planned.shape.first())).map_or("model_type", |((_, key), _)| key);
         let name = if let Source::One(name, _) = source { name } else { &planned.name };
         let have = &planned.shape;
-        return Err(model.fail(key, format!("by it and its like `{name}` is {numbers:?}, the checkpoint has {have:?}")));
+        return Err(
+            model.fail(key, format!("by the configuration `{name}` is {numbers:?}, the checkpoint has {have:?}"))
+        );
     }
     Ok(())
 }
