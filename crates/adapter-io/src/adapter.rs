@@ -1,8 +1,8 @@
 //! PEFT's `adapter_model.safetensors` with its `adapter_config.json`.
 //!
 //! Keys are `base_model.model.<module path>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], with
-//! no adapter name inside: PEFT silently ignores keys that have one and then runs the bare base model,
-//! so such a file is an error here. Beside them: `.lora_embedding_A` [r, vocabulary] and
+//! no adapter name inside: PEFT silently ignores keys that have one other than `default` and then runs the bare base
+//! model, so such a file is an error here. Beside them: `.lora_embedding_A` [r, vocabulary] and
 //! `.lora_embedding_B` [width, r] of an embedding, DoRA's `.lora_magnitude_vector`, `.lora_B.bias` with
 //! `lora_bias`, and whole tensors `base_model.model.<name>` of modules that were trained in full.
 //! Tensors of kinds that are not interpreted here are kept, and survive a load and save.
@@ -14,6 +14,7 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::adapter_config::AdapterConfig;
+use crate::adapter_names::plain_key;
 use crate::atomic;
 use crate::error::FormatError;
 use crate::header::{self, TensorSpec};
@@ -52,8 +53,8 @@ impl Adapter {
     /// Reads an adapter's folder. Weights in F16, BF16 or F64 are converted to 32-bit floats.
     ///
     /// # Errors
-    /// [`FormatError::NotAnAdapter`] when a file is missing, [`FormatError::AdapterKey`] for keys that
-    /// PEFT would ignore or that lack their counterpart, [`FormatError::Factors`] when `lora_a`,
+    /// [`FormatError::NotAnAdapter`] when a file is missing or holds no tensors, [`FormatError::NotFinite`],
+    /// [`FormatError::AdapterKey`] for keys that PEFT would ignore or that lack their counterpart, [`FormatError::Factors`] when `lora_a`,
     /// `lora_b` and the configured rank disagree, and the errors of [`AdapterConfig::load`].
     pub fn load(dir: &Path) -> Result<Self, FormatError> {
         let config = AdapterConfig::load(dir)?;
@@ -67,13 +68,23 @@ impl Adapter {
         let mut tensors = BTreeMap::new();
         for index in 0..file.tensors().len() {
             let view = file.view(index);
-            check_key(view.name).map_err(|reason| FormatError::AdapterKey {
-                file: path.clone(),
-                key: view.name.to_string(),
-                reason,
-            })?;
+            let bad_key = |reason| FormatError::AdapterKey { file: path.clone(), key: view.name.to_string(), reason };
+            let key = plain_key(view.name).map_err(bad_key)?.into_owned();
             view.expect_finite()?;
-            tensors.insert(view.name.to_string(), HostTensor { shape: view.shape.clone(), data: view.to_f32_vec()? });
+            let tensor = HostTensor { shape: view.shape.clone(), data: view.to_f32_vec()? };
+            if tensors.insert(key, tensor).is_some() {
+                return Err(bad_key(
+                    "it is there twice, with the adapter's name inside and without; remove one".into(),
+                ));
+            }
+        }
+        if tensors.is_empty() {
+            return Err(FormatError::NotAnAdapter {
+                dir: dir.to_path_buf(),
+                reason: format!(
+                    "{WEIGHTS_FILE} holds no tensors, as a save that got the wrong state leaves it (one process of a sharded run, say); save the adapter again from its training checkpoint"
+                ),
+            });
         }
         let adapter = Self { config, tensors };
         adapter.check_pairs(&path)?;
@@ -228,27 +239,4 @@ impl Adapter {
         }
         Ok(())
     }
-}
-
-/// Whether PEFT would take this key; the reason and the cure if not.
-fn check_key(key: &str) -> Result<(), String> {
-    for factor in ["lora_A", "lora_B"] {
-        let Some((stem, rest)) = key.split_once(&format!(".{factor}.")) else { continue };
-        if rest == "weight" || rest == "bias" {
-            continue;
-        }
-        if let Some(name) = rest.strip_suffix(".weight") {
-            return Err(format!(
-                "it has the adapter's name `{name}` inside, and PEFT ignores such weights; rename it to `{stem}.{factor}.weight`"
-            ));
-        }
-        return Err(format!("`.{factor}.` must be followed by `weight`"));
-    }
-    if key.contains(".lora_a.") || key.contains(".lora_b.") {
-        return Err("PEFT writes the factors as lora_A and lora_B, in capitals; rename it".into());
-    }
-    if !key.starts_with(KEY_PREFIX) {
-        return Err(format!("PEFT's keys start with `{KEY_PREFIX}`; rename it to `{KEY_PREFIX}{key}`"));
-    }
-    Ok(())
 }

@@ -1,7 +1,8 @@
 //! PEFT's `adapter_config.json`: every key of version 0.21 with its default, unknown keys kept.
 //!
 //! Source: `LoraConfig` and `PeftConfig` of PEFT 0.21. Keys are written sorted, indented by two, and
-//! all of them, as `save_pretrained` does; a file that was only loaded and saved is unchanged.
+//! all of them, as `save_pretrained` does; a file that was only loaded and saved is unchanged, but for a flag that is
+//! null, which is off and is written as `false`.
 
 use std::path::{Path, PathBuf};
 
@@ -111,7 +112,7 @@ adapter_config! {
     /// The version of PEFT whose format this is.
     peft_version: Option<String> = Some("0.21.0".into()),
     /// QALoRA's group size.
-    qalora_group_size: usize = 16,
+    qalora_group_size: Option<usize> = Some(16),
     /// The rank.
     r: usize = 8,
     /// `r` for modules that match a key.
@@ -224,7 +225,13 @@ impl AdapterConfig {
     /// The keys that are set to something other than plain LoRA: a loader that does not implement one
     /// of them must refuse the adapter, since ignoring it would change the output.
     pub fn beyond_plain_lora(&self) -> Vec<&'static str> {
-        let some = |v: &Option<Value>| v.is_some();
+        // Empty is off, as null is.
+        let some = |v: &Option<Value>| match v {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(Value::Object(map)) => !map.is_empty(),
+            Some(_) => true,
+        };
         [
             ("alora_invocation_tokens", some(&self.alora_invocation_tokens)),
             ("arrow_config", some(&self.arrow_config)),
@@ -236,10 +243,7 @@ impl AdapterConfig {
             ("megatron_config", some(&self.megatron_config)),
             ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|m| !m.is_empty())),
             ("monteclora_config", some(&self.monteclora_config)),
-            (
-                "target_parameters",
-                self.target_parameters.as_ref().is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty())),
-            ),
+            ("target_parameters", some(&self.target_parameters)),
             ("trainable_token_indices", some(&self.trainable_token_indices)),
             ("use_bdlora", some(&self.use_bdlora)),
             ("use_dora", self.use_dora),
@@ -297,6 +301,6 @@ impl AdapterConfig {
     }
 }
 
-fn field_error(path: &Path, field: &str, reason: String) -> FormatError {
+pub(crate) fn field_error(path: &Path, field: &str, reason: String) -> FormatError {
     FormatError::Field { path: PathBuf::from(path), field: field.to_string(), reason }
 }

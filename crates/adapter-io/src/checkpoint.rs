@@ -155,6 +155,19 @@ impl Checkpoint {
     }
 }
 
+/// Refuses a folder that is a PEFT adapter and no model, for who is about to look for a model's files in it.
+///
+/// # Errors
+/// [`FormatError::NoCheckpoint`].
+pub fn refuse_adapter(dir: &Path) -> Result<(), FormatError> {
+    let has = |name: &str| dir.join(name).is_file();
+    // Trainers save the base's config.json beside an adapter: only weights make it a model.
+    if !has(crate::adapter_config::CONFIG_FILE) || has(SINGLE_FILE) || has(INDEX_FILE) {
+        return Ok(());
+    }
+    Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) })
+}
+
 /// For the message that there is no checkpoint: what was probably meant.
 fn what_is_there(dir: &Path) -> String {
     if !dir.is_dir() {
@@ -164,9 +177,10 @@ fn what_is_there(dir: &Path) -> String {
         .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
         .unwrap_or_default();
     let ends = |suffix: &str| names.iter().find(|n| n.ends_with(suffix));
+    let is_weights = |name: &str| name.ends_with(".safetensors") || name == INDEX_FILE;
     if names.iter().any(|n| n == "adapter_config.json") {
-        "; it is an adapter, give its base model and pass this folder as the adapter".into()
-    } else if let Some(name) = names.iter().find(|n| n.ends_with(".safetensors") && !dir.join(n).exists()) {
+        "; it is an adapter, give its base model and pass this folder as the adapter (--adapter)".into()
+    } else if let Some(name) = names.iter().find(|n| is_weights(n) && !dir.join(n).exists()) {
         format!(
             "; {name} is a link to a file that is missing, as a download that broke off leaves it: download the model again"
         )

@@ -7,7 +7,8 @@
 //! Reading all of a base model to know it again takes as long as loading it. [`fingerprint`] reads the headers and
 //! some of the data: [`WINDOWS`] windows spread over each file, and one in the middle of each tensor, so that no
 //! tensor can be trained, merged or quantized without being seen. A change to a few elements is not seen, and
-//! neither is one of `config.json`, which [`sha256`] is for.
+//! neither is one of `config.json`, which [`sha256`] is for. Measured on 2 GiB of 256 tensors in the page cache, with
+//! two cores that had other work: 3 to 7 ms, where the sum of all bytes takes 2.4 to 2.9 s.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

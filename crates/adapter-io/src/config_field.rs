@@ -71,6 +71,12 @@ impl Pattern {
     /// The key that is not a valid regular expression, and why.
     pub fn lookup(&self, module: &str) -> Result<Option<f64>, String> {
         for (key, value) in &self.0 {
+            if let Some(matches) = plain_match(key, module) {
+                if matches {
+                    return Ok(Some(*value));
+                }
+                continue;
+            }
             let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
                 .map_err(|e| format!("`{key}` is not a valid pattern: {e}"))?;
             if regex.is_match(module).map_err(|e| format!("`{key}` cannot be matched: {e}"))? {
@@ -79,6 +85,19 @@ impl Pattern {
         }
         Ok(None)
     }
+}
+
+/// Whether a path ends with a key that is a plain name, whose dots stand for any character: nearly all keys are, and
+/// an adapter may have one for each module. `None` for other keys.
+fn plain_match(key: &str, path: &str) -> Option<bool> {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+    if !key.bytes().all(is_plain) || !path.bytes().all(is_plain) {
+        return None;
+    }
+    let Some(start) = path.len().checked_sub(key.len()) else { return Some(false) };
+    let (before, end) = path.as_bytes().split_at(start);
+    let same = end.iter().zip(key.bytes()).all(|(have, wanted)| *have == wanted || wanted == b'.');
+    Some(same && before.last().is_none_or(|b| *b == b'.'))
 }
 
 /// How a field's value is read from JSON and written as Python would.
@@ -111,17 +130,38 @@ macro_rules! field {
 }
 
 field! {
-    bool: "true or false",
     String: "a string",
     usize: "a whole number",
     Value: "any value",
     Option<Value>: "any value or null",
+    Option<usize>: "a whole number or null",
     Option<String>: "a string or null",
     Option<Vec<String>>: "a list of strings or null",
     Option<TargetModules>: "a list of module names, a regular expression or null",
     Option<OneOrMany<String>>: "a string, a list of strings or null",
     Option<OneOrMany<usize>>: "a layer index, a list of them or null",
-    InitLoraWeights: "true, false or the name of a method",
+}
+
+impl Field for bool {
+    fn read(value: Value) -> Result<Self, String> {
+        // Python takes null for false.
+        if value.is_null() { Ok(false) } else { read(value, "true or false") }
+    }
+    fn write(&self) -> Value {
+        Value::from(*self)
+    }
+}
+
+impl Field for InitLoraWeights {
+    fn read(value: Value) -> Result<Self, String> {
+        if value.is_null() { Ok(Self::Default(false)) } else { read(value, "true, false or the name of a method") }
+    }
+    fn write(&self) -> Value {
+        match self {
+            Self::Default(whether) => Value::from(*whether),
+            Self::Method(name) => Value::from(name.as_str()),
+        }
+    }
 }
 
 impl Field for f64 {
@@ -155,4 +195,21 @@ impl Field for Pattern {
 pub(crate) fn whole(x: f64) -> Value {
     // 2^53: up to there a float holds every whole number.
     if x.fract() == 0.0 && x.abs() <= 9_007_199_254_740_992.0 { Value::from(x as i64) } else { Value::from(x) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_keys_match_as_the_regular_expression_does() {
+        let keys = ["q_proj", "proj", "self_attn.q_proj", "a.b", ".", "", "x", "q-proj", "0.q_proj", "...."];
+        let paths =
+            ["q_proj", "model.layers.0.self_attn.q_proj", "a.b", "aXb", "x.aXb", "", "x", ".", "xa.b", "q-proj"];
+        for (key, path) in keys.iter().flat_map(|key| paths.map(|path| (key, path))) {
+            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")).unwrap();
+            assert_eq!(plain_match(key, path), Some(regex.is_match(path).unwrap()), "`{key}` in `{path}`");
+        }
+        assert_eq!((plain_match("q.*", "q"), plain_match("q", "a\nq")), (None, None));
+    }
 }

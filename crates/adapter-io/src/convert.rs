@@ -34,22 +34,47 @@ pub type OnProgress<'a> = &'a mut dyn FnMut(&Progress<'_>);
 
 /// The configuration of a model.
 pub(crate) const CONFIG_FILE: &str = "config.json";
+/// Its key for a head that is the embedding.
+const TIE: &str = "tie_word_embeddings";
+/// Its section for the language model of a larger one.
+const TEXT_SECTION: &str = "text_config";
 
 /// The files of a tokenizer and of chat templates.
-const TOKENIZER_FILES: [&str; 10] = [
+const TOKENIZER_FILES: [&str; 13] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "tokenizer.model.v3",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 ];
-/// What else belongs to a model.
-const OTHER_FILES: [&str; 1] = ["generation_config.json"];
+/// `tokenizer.model.v3` and its like, of Mistral's.
+const TOKENIZER_VERSIONS: &str = "tokenizer.model.v";
+/// How the names of a model's other files end: the settings of generation and of processors, code.
+const OTHER_FILES: [&str; 6] = [".json", ".jinja", ".py", ".model", ".tiktoken", ".txt"];
+/// How the names of its terms of use begin.
+const TERMS: [&str; 3] = ["LICENSE", "NOTICE", "USE_POLICY"];
+/// Those of these names that are of the base's weights or of a run, and not of the model.
+const NOT_COPIED: [&str; 9] = [
+    CONFIG_FILE,
+    "quantize_config.json",
+    "quant_config.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "training_state.json",
+    "all_results.json",
+    "summary.json",
+    crate::checksum::MANIFEST_FILE,
+];
+/// The bytes of such a file at most; a larger one is no setting and no code.
+const LARGEST_FILE: u64 = 64 << 20;
 /// A folder of more chat templates.
 const MORE_TEMPLATES: &str = "additional_chat_templates";
 
@@ -69,8 +94,7 @@ impl ModelConfigFile {
             source: std::io::Error::new(std::io::ErrorKind::NotFound, "the model's folder has none; download it again"),
         })?;
         let text = fs::read(&path).map_err(|source| FormatError::Read { path: path.clone(), source })?;
-        let map = serde_json::from_slice(&text)
-            .map_err(|e| FormatError::Json { path: path.clone(), reason: e.to_string() })?;
+        let map = json::parse(&text, &path)?;
         Ok(Self { path, map, text, changed: false })
     }
 
@@ -85,6 +109,48 @@ impl ModelConfigFile {
         self.changed |= self.map.shift_remove(key).is_some();
     }
 
+    /// Whether output head and embedding are one tensor, as far as the file says so.
+    pub(crate) fn is_tied(&self) -> bool {
+        let of = |map: &Map<String, Value>| map.get(TIE).and_then(Value::as_bool);
+        let section = || of(self.map.get(TEXT_SECTION)?.as_object()?);
+        of(&self.map).or_else(section).unwrap_or(false)
+    }
+
+    /// Says that output head and embedding are two tensors.
+    pub(crate) fn untie(&mut self) {
+        self.set(TIE, Value::Bool(false));
+        if let Some(flag) = self.map.get_mut(TEXT_SECTION).and_then(|section| section.get_mut(TIE)) {
+            *flag = Value::Bool(false);
+            self.changed = true;
+        }
+    }
+
+    /// Takes out the entries of `auto_map` whose code is neither beside the model nor in a repository that they
+    /// name: transformers would look for it in the new folder.
+    ///
+    /// # Errors
+    /// [`FormatError::Read`].
+    pub(crate) fn keep_code(&mut self, dir: &Path) -> Result<(), FormatError> {
+        let Some(Value::Object(entries)) = self.map.get("auto_map") else { return Ok(()) };
+        let there = names(dir)?;
+        let mut kept = entries.clone();
+        kept.retain(|_, value| {
+            // `module.Class`, `repository--module.Class`, or a list of them for slow and fast tokenizers.
+            let classes: Vec<&str> = match value {
+                Value::String(class) => vec![class],
+                Value::Array(list) => list.iter().filter_map(Value::as_str).collect(),
+                _ => Vec::new(),
+            };
+            let file = |class: &str| format!("{}.py", class.split('.').next().unwrap_or_default());
+            classes.iter().all(|class| class.contains("--") || there.contains(&file(class)))
+        });
+        match kept.is_empty() {
+            true => self.remove("auto_map"),
+            false => self.set("auto_map", Value::Object(kept)),
+        }
+        Ok(())
+    }
+
     /// Writes the file as transformers does; unchanged ones keep their bytes.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), FormatError> {
         let text = match self.changed {
@@ -95,13 +161,15 @@ impl ModelConfigFile {
     }
 }
 
-/// Copies tokenizer, chat templates and generation settings; the tokenizer's from another folder if given.
+/// Copies what lies beside a model's weights and belongs to it: tokenizer, chat templates, settings, code. The
+/// tokenizer's files come from another folder if given.
 pub(crate) fn copy_companions(base: &Path, tokenizer_from: Option<&Path>, out: &Path) -> Result<(), FormatError> {
-    for name in OTHER_FILES {
+    let is_tokenizers = |name: &str| TOKENIZER_FILES.contains(&name) || name.starts_with(TOKENIZER_VERSIONS);
+    for name in companions(base)?.iter().filter(|name| !is_tokenizers(name)) {
         copy(base, name, out)?;
     }
     let tokenizer = tokenizer_from.unwrap_or(base);
-    for name in TOKENIZER_FILES {
+    for name in names(tokenizer)?.iter().filter(|name| is_tokenizers(name)) {
         copy(tokenizer, name, out)?;
     }
     let templates = tokenizer.join(MORE_TEMPLATES);
@@ -115,6 +183,30 @@ pub(crate) fn copy_companions(base: &Path, tokenizer_from: Option<&Path>, out: &
         }
     }
     Ok(())
+}
+
+/// The names in a folder, sorted.
+fn names(dir: &Path) -> Result<Vec<String>, FormatError> {
+    let read = |source| FormatError::Read { path: dir.to_path_buf(), source };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(read)? {
+        names.extend(entry.map_err(read)?.file_name().into_string().ok());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The files of a model's folder that belong to the model and are no weights.
+fn companions(dir: &Path) -> Result<Vec<String>, FormatError> {
+    let mut names = names(dir)?;
+    names.retain(|name| {
+        (OTHER_FILES.iter().any(|end| name.ends_with(end)) || TERMS.iter().any(|start| name.starts_with(start)))
+            && !NOT_COPIED.contains(&name.as_str())
+            && !name.starts_with('.')
+            && !name.ends_with(".index.json")
+            && dir.join(name).metadata().is_ok_and(|meta| meta.is_file() && meta.len() <= LARGEST_FILE)
+    });
+    Ok(names)
 }
 
 fn copy(from: &Path, name: &str, out: &Path) -> Result<(), FormatError> {
@@ -203,16 +295,24 @@ pub(crate) fn format_of(dtype: Dtype) -> Option<FloatFormat> {
     FloatFormat::ALL.into_iter().find(|f| dtype_of(*f) == dtype)
 }
 
+/// Whether a module's own name is that of an embedding.
+fn is_embedding(name: &str) -> bool {
+    let mut parts = name.split('_');
+    parts.next() == Some("embed")
+        || name.split('_').next_back().is_some_and(|last| ["embed", "embedding", "embeddings"].contains(&last))
+}
+
 /// The module whose weight bitsandbytes quantizes under this name, by transformers' rule: every linear
 /// layer but the output head and the modules of `skip`.
 ///
 /// A name of `skip` fits as a whole path, as its end, or as a folder of it. Embeddings are matrices too and
-/// are known by their name; so are the routers of expert layers, which transformers 5 keeps as plain
+/// are known by their name (`embed_tokens`, `position_embedding`, `wte`); so are the routers of expert layers, which transformers 5 keeps as plain
 /// parameters.
 pub(crate) fn quantized_module<'a>(name: &'a str, shape: &[usize], skip: &[String]) -> Option<&'a str> {
     let module = name.strip_suffix(".weight")?;
     let last = module.rsplit('.').next()?;
-    let linear = shape.len() == 2 && !["embed_tokens", "lm_head", "gate", "wte", "wpe"].contains(&last);
+    let kept = ["lm_head", "gate", "wte", "wpe", "shared", "relative_attention_bias"].contains(&last);
+    let linear = shape.len() == 2 && !kept && !is_embedding(last);
     let skipped = skip.iter().any(|s| {
         module == s
             || module.strip_suffix(s.as_str()).is_some_and(|rest| rest.ends_with('.'))

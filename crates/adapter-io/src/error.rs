@@ -266,11 +266,17 @@ fn nearest_hint(nearest: &[String]) -> String {
     }
 }
 
+/// The longest name that others are compared with: the comparison takes the square of it.
+const MAX_COMPARED: usize = 512;
+
 /// The names most like `name`, at most three, best first; nothing when none is alike.
 pub(crate) fn nearest_names<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<String> {
     // Whole names differ in one path segment as a rule, so a plain edit distance ranks well; beyond
     // half the length two names have little to do with each other.
     let limit = name.len().div_ceil(2);
+    if name.len() > MAX_COMPARED {
+        return Vec::new();
+    }
     let mut scored: Vec<(usize, &str)> = candidates
         .filter(|c| c.len().abs_diff(name.len()) <= limit)
         .map(|c| (strsim::levenshtein(name, c), c))

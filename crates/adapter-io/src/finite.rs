@@ -7,7 +7,8 @@
 //!
 //! What is looked for is an exponent of ones: a mask and a comparison for each element, with no branch, which
 //! compilers turn into vector code. Measured on a server's core at 1 GiB in memory: 16 GB/s of BF16, 20 GB/s of F32,
-//! an eighth of a second for each billion parameters in BF16. More cores wait for the memory.
+//! an eighth of a second for each billion parameters in BF16; more cores wait for the memory. A mapped checkpoint of
+//! 2 GiB in the page cache takes two cores 0.09 to 0.15 s, of which 0.07 s are for mapping its pages.
 
 use rayon::prelude::*;
 use safetensors::Dtype;

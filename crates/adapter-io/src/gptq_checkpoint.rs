@@ -126,6 +126,7 @@ pub fn gptq_checkpoint<E: From<FormatError>>(
             reason: "the checkpoint is quantized already; start from the full-precision one".into(),
         }));
     }
+    config.keep_code(base_dir)?;
     let mut planned: Vec<TensorSpec> = Vec::new();
     let mut modules = BTreeMap::new();
     let mut kept = Vec::new();

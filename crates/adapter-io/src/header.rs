@@ -15,6 +15,7 @@ use serde::de::{IgnoredAny, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::error::FormatError;
+use crate::json;
 
 /// The longest header that is read, the limit of the format's own readers.
 const MAX_HEADER: u64 = 100_000_000;
@@ -68,12 +69,15 @@ pub(crate) fn parse(file: &Path, bytes: &[u8]) -> Result<Vec<TensorInfo>, Format
         return Err(bad(format!("not a safetensors file: it has {size} bytes, a header takes at least 8")));
     };
     let n = u64::from_le_bytes(*length);
+    if json::is_lfs_pointer(bytes) {
+        return Err(bad(json::LFS_POINTER.into()));
+    }
     if n > MAX_HEADER {
         return Err(bad(format!("not a safetensors file: its first 8 bytes announce a header of {n} bytes")));
     }
     // n is at most MAX_HEADER, so neither the sum nor the cast can overflow.
     let start = 8 + n as usize;
-    let Some(json) = bytes.get(8..start) else {
+    let Some(text) = bytes.get(8..start) else {
         return Err(FormatError::Truncated {
             file: file.into(),
             tensor: "(header)".into(),
@@ -81,8 +85,8 @@ pub(crate) fn parse(file: &Path, bytes: &[u8]) -> Result<Vec<TensorInfo>, Format
             actual: size,
         });
     };
-    let json = std::str::from_utf8(json).map_err(|e| bad(format!("the header is not UTF-8: {e}")))?;
-    let raw: RawHeader = serde_json::from_str(json).map_err(|e| bad(format!("the header is not valid: {e}")))?;
+    let text = std::str::from_utf8(text).map_err(|e| bad(format!("the header is not UTF-8: {e}")))?;
+    let raw: RawHeader = serde_json::from_str(text).map_err(|e| bad(format!("the header is not valid: {e}")))?;
     let mut tensors = Vec::with_capacity(raw.0.len());
     for (name, info) in raw.0 {
         tensors.push(checked(name, info, start).map_err(bad)?);

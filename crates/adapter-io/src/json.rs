@@ -15,8 +15,23 @@ use crate::error::FormatError;
 /// Reads and parses a JSON file.
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
     let text = std::fs::read(path).map_err(|source| FormatError::Read { path: path.to_path_buf(), source })?;
-    serde_json::from_slice(&text).map_err(|e| FormatError::Json { path: path.to_path_buf(), reason: e.to_string() })
+    parse(&text, path)
 }
+
+/// Parses the text of a JSON file; `path` is named in errors.
+pub(crate) fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, FormatError> {
+    let reason = |e: serde_json::Error| if is_lfs_pointer(text) { LFS_POINTER.into() } else { e.to_string() };
+    serde_json::from_slice(text).map_err(|e| FormatError::Json { path: path.to_path_buf(), reason: reason(e) })
+}
+
+/// What lies in the place of a large file when a repository was cloned without Git LFS.
+pub(crate) fn is_lfs_pointer(bytes: &[u8]) -> bool {
+    // The specification has it as the first line (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>).
+    bytes.starts_with(b"version https://git-lfs.github.com/spec/")
+}
+
+/// What is said of one.
+pub(crate) const LFS_POINTER: &str = "it is a Git LFS pointer in the place of the file, as a clone without Git LFS leaves it; run `git lfs pull` in its folder, or download the file";
 
 /// `json.dumps(value, indent=2, sort_keys=True)`.
 pub(crate) fn to_python(value: &Value) -> String {

@@ -16,6 +16,7 @@
 //! | [`shard_writer`] | writing a checkpoint as transformers lays it out |
 //! | [`checksum`] | SHA-256 of a folder's files, and a cheap identity of a checkpoint's weights |
 //! | [`finite`] | NaN and infinities in weights |
+//! | [`listing`], [`mod@printable`] | what a checkpoint holds, in words that are fit for a terminal |
 //! | [`atomic`] | replacing files and folders without ever leaving a half-written one |
 //!
 //! Files are untrusted input: sizes are checked before memory is taken, names that lead out of a
@@ -26,6 +27,7 @@ compile_error!("safetensors data is little-endian and is read in place; big-endi
 
 pub mod adapter;
 pub mod adapter_config;
+mod adapter_names;
 pub mod atomic;
 pub mod bnb;
 pub mod checkpoint;
@@ -45,12 +47,14 @@ mod header;
 mod host_tensor;
 mod json;
 mod linalg;
+pub mod listing;
 pub mod lora_module;
 pub mod low_rank;
 mod mapped;
 pub mod merge_checkpoint;
 mod merge_plan;
 mod paths;
+pub mod printable;
 mod products;
 pub mod quantize_checkpoint;
 pub mod shard_writer;

@@ -1,8 +1,8 @@
 //! A base checkpoint and an adapter become a checkpoint, tensor by tensor.
 //!
 //! Only the tensor at work is in memory, in its own type, and one row of the update for each thread. The
-//! output is sharded as transformers shards it; `config.json`, tokenizer, chat templates and generation
-//! settings come along, `quantization_config` does not.
+//! output is sharded as transformers shards it; `config.json`, tokenizer, chat templates, the settings of generation
+//! and of processors, and a model's own code come along, `quantization_config` does not.
 //!
 //! **Which base.** An adapter trained on a 4-bit base has learned to correct that base's rounding. Merged
 //! into the full-precision weights it meets weights it has not seen, yet those are closer to the model that
@@ -13,12 +13,12 @@
 //!
 //! **Tied embeddings.** Where the output head is the embedding's tensor, an adapter on one of them must not
 //! change the other: the head gets a tensor of its own and `tie_word_embeddings` becomes false, unless the
-//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.)
+//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.) It does not
+//! matter whether the file holds a head beside the embedding: loaders go by `tie_word_embeddings`.
 
 use std::path::{Path, PathBuf};
 
 use nf4_quant::{Element, QuantConfig, Quantized4bit};
-use serde_json::Value;
 
 use crate::adapter::Adapter;
 use crate::atomic;
@@ -66,6 +66,8 @@ pub struct TensorReport {
 pub struct MergeReport {
     /// Every tensor that the adapter changes, in file order.
     pub tensors: Vec<TensorReport>,
+    /// Modules that the adapter's configuration names and its file has no weights for: they are the base's.
+    pub missing: Vec<String>,
     /// Whether the output head got a tensor of its own.
     pub untied: bool,
     /// The data of all tensors written.
@@ -133,14 +135,19 @@ pub fn merge_checkpoint(
     refuse_same_folder(base_dir, out_dir)?;
     let base = Checkpoint::open(base_dir)?;
     let mut config = ModelConfigFile::read(base_dir)?;
-    let modules: Vec<String> = base.names().filter_map(|name| name.strip_suffix(".weight")).map(Into::into).collect();
-    let adapter = &*unstack(adapter, &modules)?;
-    let plan = plan(&base, adapter, &options.base)?;
+    let modules: Vec<String> = base.names().filter_map(module_of).collect();
+    let adapter = adapter.named_as(&modules)?;
+    let adapter = &*unstack(&adapter, &modules)?;
+    let plan = plan(&base, adapter, &options.base, config.is_tied())?;
     config.remove("quantization_config");
     if plan.untied {
-        config.set("tie_word_embeddings", Value::Bool(false));
+        config.untie();
     }
-    let mut report = MergeReport { untied: plan.untied, ..MergeReport::default() };
+    config.keep_code(base_dir)?;
+    let matrices: Vec<String> =
+        plan.jobs.iter().filter(|job| job.spec.shape.len() == 2).filter_map(|job| module_of(&job.spec.name)).collect();
+    let missing = adapter.missing_modules(&matrices)?;
+    let mut report = MergeReport { untied: plan.untied, missing, ..MergeReport::default() };
     atomic::replace_dir(out_dir, |dir| {
         config.write(dir)?;
         copy_companions(base_dir, options.tokenizer_from.as_deref(), dir)?;
@@ -159,6 +166,11 @@ pub fn merge_checkpoint(
         Ok(())
     })
     .map(|()| report)
+}
+
+/// The module of a weight.
+fn module_of(tensor: &str) -> Option<String> {
+    tensor.strip_suffix(".weight").map(Into::into)
 }
 
 fn write_tensor(

@@ -14,6 +14,8 @@ use crate::host_tensor::HostTensor;
 use crate::lora_module::LoraModule;
 
 const HEAD: &str = "lm_head.weight";
+/// What the head is called beside a language model inside a larger one, before transformers 4.52.
+const OLD_HEAD: &str = "language_model.lm_head.weight";
 
 /// What the adapter is merged into.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -58,8 +60,14 @@ pub(crate) struct Plan<'a> {
     pub untied: bool,
 }
 
-/// Decides where everything comes from.
-pub(crate) fn plan<'a>(base: &Checkpoint, adapter: &'a Adapter, mode: &MergeBase) -> Result<Plan<'a>, FormatError> {
+/// Decides where everything comes from. `tied` is what the model's configuration says: a head in the file is not
+/// looked at then, the embedding is the head.
+pub(crate) fn plan<'a>(
+    base: &Checkpoint,
+    adapter: &'a Adapter,
+    mode: &MergeBase,
+    tied: bool,
+) -> Result<Plan<'a>, FormatError> {
     refuse_unsupported(adapter)?;
     let quantized: BTreeSet<String> = base.quantized_modules().into_iter().map(str::to_string).collect();
     if let (MergeBase::FullPrecision, Some(module)) = (mode, quantized.first()) {
@@ -76,11 +84,12 @@ pub(crate) fn plan<'a>(base: &Checkpoint, adapter: &'a Adapter, mode: &MergeBase
         }
     }
     let modules = adapter.lora_modules()?;
-    let untied = untie(base, adapter, &modules, &mut jobs);
+    let untied = untie(base, adapter, &modules, &mut jobs, tied);
     let by_name: BTreeMap<String, usize> = jobs.iter().enumerate().map(|(i, j)| (j.spec.name.clone(), i)).collect();
-    let shared_head = !by_name.contains_key(HEAD);
+    let head = [HEAD, OLD_HEAD].into_iter().find_map(|head| by_name.get(head).copied());
     let find = |name: &str| {
-        by_name.get(name).copied().or_else(|| (shared_head && name == HEAD).then(|| embedding(&by_name)).flatten())
+        let is_head = name == HEAD || name == OLD_HEAD;
+        by_name.get(name).copied().or_else(|| is_head.then(|| head.or_else(|| embedding(&by_name))).flatten())
     };
     for (i, module) in modules.iter().enumerate() {
         let name = format!("{}.weight", module.path);
@@ -153,20 +162,36 @@ fn base_job<'a>(
 }
 
 /// Gives a tied output head a tensor of its own when the adapter changes only one side, so that the merged
-/// model computes what base and adapter computed.
-fn untie<'a>(base: &Checkpoint, adapter: &'a Adapter, modules: &[LoraModule<'a>], jobs: &mut Vec<Job<'a>>) -> bool {
+/// model computes what base and adapter computed. Where the two stay one and the adapter changes it, a copy of the
+/// head in the file is left out: it would be the old one.
+fn untie<'a>(
+    base: &Checkpoint,
+    adapter: &'a Adapter,
+    modules: &[LoraModule<'a>],
+    jobs: &mut Vec<Job<'a>>,
+    tied: bool,
+) -> bool {
     let by_name: BTreeMap<String, usize> = jobs.iter().enumerate().map(|(i, j)| (j.spec.name.clone(), i)).collect();
-    let Some(at) = embedding(&by_name).filter(|_| !base.contains(HEAD)) else { return false };
+    let in_file = [HEAD, OLD_HEAD].into_iter().find(|head| base.contains(head));
+    let Some(at) = embedding(&by_name).filter(|_| in_file.is_none() || tied) else { return false };
     let embed = jobs[at].spec.name.clone();
     let saved: BTreeMap<String, &HostTensor> = adapter.saved_tensors().collect();
     let adapted = |name: &str| modules.iter().any(|m| format!("{}.weight", m.path) == name);
-    let touched = adapted(HEAD) || adapted(&embed) || saved.contains_key(HEAD) || saved.contains_key(&embed);
-    let same = !adapted(HEAD) && !adapted(&embed) && saved.get(HEAD) == saved.get(embed.as_str());
-    if !touched || same || adapter.config.ensure_weight_tying {
+    let saved_head = || saved.get(HEAD).or_else(|| saved.get(OLD_HEAD));
+    let head_touched = adapted(HEAD) || adapted(OLD_HEAD);
+    let touched = head_touched || adapted(&embed) || saved_head().is_some() || saved.contains_key(&embed);
+    let same = !head_touched && !adapted(&embed) && saved_head() == saved.get(embed.as_str());
+    if !touched {
         return false;
     }
+    jobs.retain(|job| Some(job.spec.name.as_str()) != in_file);
+    if same || adapter.config.ensure_weight_tying {
+        return false;
+    }
+    let Some(at) = jobs.iter().position(|job| job.spec.name == embed) else { return false };
     let source = jobs[at].source.clone();
-    let spec = TensorSpec { name: HEAD.into(), ..jobs[at].spec.clone() };
+    let name = if embed.starts_with("language_model.") { OLD_HEAD } else { HEAD };
+    let spec = TensorSpec { name: name.into(), ..jobs[at].spec.clone() };
     jobs.push(Job {
         spec,
         source,

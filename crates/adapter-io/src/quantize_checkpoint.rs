@@ -96,6 +96,7 @@ pub fn quantize_checkpoint(
             reason: "the checkpoint is quantized already; start from the full-precision one".into(),
         });
     }
+    config.keep_code(base_dir)?;
     let mut jobs = Vec::new();
     let mut skip = options.skip_modules.clone();
     if !options.quantize_experts {

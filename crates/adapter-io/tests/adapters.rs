@@ -77,7 +77,9 @@ fn adapters_survive_save_and_load() {
 fn keys_with_an_adapter_name_inside_are_refused_with_the_cure() {
     let key = |middle: &str| format!("base_model.model.{Q}.{middle}");
     for (name, says) in [
-        (key("lora_A.default.weight"), "rename it to `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`"),
+        (key("lora_A.other.weight"), "rename it to `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`"),
+        (key("lora_embedding_A.default"), "self_attn.q_proj.lora_embedding_A`"),
+        (key("lora_magnitude_vector.other.weight"), "adapter's name `other` inside"),
         (key("lora_A.my.run.weight"), "adapter's name `my.run` inside, and PEFT ignores"),
         (key("lora_a.weight"), "capitals"),
         (format!("{Q}.lora_A.weight"), "rename it to `base_model.model.model.layers"),

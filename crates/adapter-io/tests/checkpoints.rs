@@ -6,6 +6,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
+use adapter_io::checkpoint::refuse_adapter;
 use adapter_io::{Checkpoint, Dtype, FormatError, ShardedWriter, TensorSpec, atomic};
 use common::{content, file_of, specs, write_checkpoint};
 
@@ -244,6 +245,41 @@ fn a_link_to_a_missing_file_is_told_from_another_name() {
     let message = open_error(dir.path());
     assert!(message.contains("model.safetensors is a link to a file that is missing"), "{message}");
     assert!(message.contains("download the model again"), "{message}");
+}
+
+/// What a clone without Git LFS leaves in the place of large files.
+#[test]
+fn a_pointer_of_git_lfs_is_called_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 4096\n", "0".repeat(64));
+    write_checkpoint(dir.path(), 64);
+    for name in ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "model.safetensors"] {
+        fs::write(dir.path().join(name), &pointer).unwrap();
+        let message = open_error(dir.path());
+        assert!(message.contains(name) && message.contains("git lfs pull"), "{message}");
+    }
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    fs::write(dir.path().join("config.json"), &pointer).unwrap();
+    write_checkpoint(dir.path(), 64);
+    let out = dir.path().join("out");
+    let result = adapter_io::quantize_checkpoint(dir.path(), &out, &adapter_io::BnbOptions::default(), &mut |_| {});
+    let message = result.unwrap_err().to_string();
+    assert!(message.contains("config.json") && message.contains("git lfs pull"), "{message}");
+}
+
+#[test]
+fn an_adapter_is_not_taken_for_a_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = || refuse_adapter(dir.path()).map_err(|e| e.to_string());
+    assert_eq!(refused(), Ok(()));
+    fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
+    let message = refused().unwrap_err();
+    assert!(message.contains("it is an adapter") && message.contains("--adapter"), "{message}");
+    // The base's configuration beside it makes it no model; weights do.
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
+    assert_eq!(refused().unwrap_err(), message);
+    write_checkpoint(dir.path(), 64);
+    assert_eq!(refused(), Ok(()));
 }
 
 #[test]

@@ -173,10 +173,31 @@ fn an_adapter_becomes_a_lora_file() {
     assert!(message(head).contains("lm_head"));
 }
 
-/// A model of one block with these configuration keys, and tensors of these shapes.
+/// What a model of one block has beside the given tensors.
+fn common_tensors(config: &serde_json::Value, given: &[(&str, &[usize])]) -> Vec<(String, Vec<usize>)> {
+    let mut block = vec!["input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj"];
+    block.extend(["self_attn.v_proj", "self_attn.o_proj"]);
+    if config["model_type"].as_str().is_some_and(|kind| kind.starts_with("gemma")) {
+        block.extend(["pre_feedforward_layernorm", "post_feedforward_layernorm"]);
+    }
+    if !given.iter().any(|(name, _)| name.contains("experts")) {
+        block.extend(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]);
+    }
+    let width = config["hidden_size"].as_u64().map_or(8, |n| n as usize);
+    let shape = |name: &str| if name.ends_with("norm") { vec![width] } else { vec![width, width] };
+    let vocabulary = config["vocab_size"].as_u64().map_or(4, |n| n as usize);
+    let mut all: Vec<_> = block.iter().map(|name| (format!("model.layers.0.{name}.weight"), shape(name))).collect();
+    all.push(("model.norm.weight".into(), vec![width]));
+    all.push(("model.embed_tokens.weight".into(), vec![vocabulary, width]));
+    all.retain(|(name, _)| !given.iter().any(|(other, _)| other == name));
+    all
+}
+
+/// A model of one block with these configuration keys, and tensors of these shapes among the usual ones.
 fn small(config: serde_json::Value, tensors: &[(&str, &[usize])]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let specs: Vec<_> = tensors.iter().map(|(n, s)| TensorSpec::new(*n, Dtype::F32, s)).collect();
+    let mut specs: Vec<_> = tensors.iter().map(|(n, s)| TensorSpec::new(*n, Dtype::F32, s)).collect();
+    specs.extend(common_tensors(&config, tensors).iter().map(|(n, s)| TensorSpec::new(n, Dtype::F32, s)));
     common::write(dir.path(), &specs, 1 << 20);
     let mut all = json!({"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
         "max_position_embeddings": 64, "vocab_size": 4});
@@ -255,6 +276,89 @@ fn model_types_differ_by_the_table() {
     let dir = small(json!({"model_type": "llama"}), &[("model.vision.weight", &[8])]);
     assert!(export(dir.path()).unwrap_err().contains("model.vision"));
     assert!(!dir.path().join("out.gguf").exists());
+}
+
+/// As transformers saves a model without its head.
+#[test]
+fn a_bare_model_becomes_the_same_file() {
+    let dir = small(json!({"model_type": "llama"}), &[]);
+    let whole = export(dir.path()).unwrap();
+    let base = Checkpoint::open(dir.path()).unwrap();
+    let bare = tempfile::tempdir().unwrap();
+    let name = |name: &str| name.strip_prefix("model.").unwrap().to_string();
+    let specs: Vec<_> =
+        base.names().map(|full| TensorSpec::new(name(full), Dtype::F32, &base.tensor(full).unwrap().shape)).collect();
+    let mut writer = adapter_io::ShardedWriter::create(bare.path(), specs, 1 << 20).unwrap();
+    base.names().for_each(|full| writer.write(&name(full), base.tensor(full).unwrap().data).unwrap());
+    writer.finish().unwrap();
+    fs::copy(dir.path().join("config.json"), bare.path().join("config.json")).unwrap();
+    let other = export(bare.path()).unwrap();
+    assert_eq!(other.tensors.len(), whole.tensors.len());
+    for tensor in &whole.tensors {
+        assert_eq!(other.to_f32_vec(&tensor.name).unwrap(), whole.to_f32_vec(&tensor.name).unwrap());
+    }
+}
+
+/// A file whose metadata contradict its tensors is loaded by nobody.
+#[test]
+fn a_configuration_that_is_not_the_tensors_is_refused() {
+    let dir = small(json!({"model_type": "llama", "num_key_value_heads": 2}), &[]);
+    let path = dir.path().join("config.json");
+    let whole: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    export(dir.path()).unwrap();
+    for (key, value, says) in [
+        ("intermediate_size", json!(1), "`model.layers.0.mlp"),
+        ("num_hidden_layers", json!(0), "it is 0, the checkpoint has 1 layers"),
+        ("num_hidden_layers", json!(2), "it is 2, the checkpoint has 1 layers"),
+        ("num_hidden_layers", json!(1_048_576), "it is 1048576"),
+        ("vocab_size", json!(1), "`model.embed_tokens.weight` is [1, 8], the checkpoint has [4, 8]"),
+        ("hidden_size", json!(16), "`model.embed_tokens.weight` is [4, 16]"),
+        ("hidden_act", json!("x"), "\"x\""),
+        ("hidden_act", json!("gelu"), "\"gelu\""),
+        ("num_attention_heads", json!(1), "num_key_value_heads"),
+        ("num_key_value_heads", json!(1), "`model.layers.0.self_attn.k_proj.weight` is [4, 8]"),
+        ("head_dim", json!(8), "is [16, 8], the checkpoint has [8, 8]"),
+        ("rms_norm_eps", json!(0), "above 0"),
+        ("rms_norm_eps", json!(-1e-6), "above 0"),
+    ] {
+        let mut config = whole.clone();
+        config[key] = value.clone();
+        fs::write(&path, config.to_string()).unwrap();
+        let message = export(dir.path()).map(drop).unwrap_err();
+        assert!(message.contains(says) && message.contains("config.json"), "{key} = {value}: {message}");
+        assert!(message.contains(key) || key == "head_dim", "{key} = {value}: {message}");
+    }
+    let lacks = |name: &str, says: &str| {
+        let empty = small(json!({"model_type": "llama"}), &[(&format!("model.layers.1.{name}.weight"), &[8, 8])]);
+        let mut config = whole.clone();
+        config["num_hidden_layers"] = json!(2);
+        fs::write(empty.path().join("config.json"), config.to_string()).unwrap();
+        let message = export(empty.path()).map(drop).unwrap_err();
+        assert!(message.contains(says) && message.contains("incomplete"), "{message}");
+    };
+    lacks("mlp.up_proj", "layer 1 has no tensor for `attn_norm.weight`");
+}
+
+/// llama.cpp takes the width over the heads for one number of layers in each family, and the width of a head
+/// otherwise (`llama-model.cpp`).
+#[test]
+fn the_scale_of_queries_is_the_one_that_llama_cpp_has_built_in() {
+    let result = |kind: &str, layers: u32, scalar: f64| {
+        let config = json!({"model_type": kind, "sliding_window": 4, "head_dim": 16, "hidden_size": 24,
+            "num_attention_heads": 2, "num_hidden_layers": layers, "query_pre_attn_scalar": scalar});
+        let dir = small(config, &[("model.norm.weight", &[8])]);
+        export(dir.path()).map(drop).unwrap_err().contains("query_pre_attn_scalar")
+    };
+    for (kind, largest) in [("gemma2", 46), ("gemma3_text", 62)] {
+        for layers in [1, 26, 42, 46, 62] {
+            let by_width = layers == largest;
+            assert_eq!(
+                (result(kind, layers, 12.0), result(kind, layers, 16.0)),
+                (!by_width, by_width),
+                "{kind} {layers}"
+            );
+        }
+    }
 }
 
 #[test]

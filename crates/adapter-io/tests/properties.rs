@@ -170,17 +170,10 @@ fn read_gguf(path: &Path) {
     }
 }
 
-/// A model of two tensors, with metadata of every kind that a writer gives.
+/// A model of one layer, with metadata of every kind that a writer gives.
 fn gguf_file() -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
-    let specs = [
-        TensorSpec::new("model.embed_tokens.weight", Dtype::F32, &[4, 32]),
-        TensorSpec::new("model.norm.weight", Dtype::F32, &[32]),
-    ];
-    common::write(dir.path(), &specs, u64::MAX);
-    let config = serde_json::json!({"model_type": "llama", "hidden_size": 32, "intermediate_size": 8,
-        "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 64, "vocab_size": 4});
-    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    common::model(dir.path());
     let tokenizer = serde_json::json!({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
         "pre_tokenizer": {"type": "ByteLevel"}});
     fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use burn_qlora::adapter_io::printable::printable_lines;
 use burn_qlora::{ChatError, DataError, FormatError, HubError, LayerError, ModelError, TrainError};
 
 use crate::output::say;
@@ -142,7 +143,8 @@ pub fn chain(error: &anyhow::Error) -> String {
             text += &format!("\n  because: {cause}");
         }
     }
-    text
+    // Names of files' content are in it.
+    printable_lines(&text).into_owned()
 }
 
 /// Replaces Rust's panic message: a panic is a bug or a driver's failure, and a backtrace is no help

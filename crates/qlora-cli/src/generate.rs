@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::chat_text::{PromptLayout, Prompting};
 use burn_qlora::{
     AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, GenerateOptions, LoadOptions, Tokenizer, TrainConfig,
@@ -16,6 +17,7 @@ use crate::exit::{Code, UsageError};
 use crate::hub;
 use crate::output::{print, say};
 use crate::progress::LoadBar;
+use crate::sources::warn_of_missing;
 
 /// Runs the command. The answer goes to stdout as it comes, everything else to stderr.
 pub fn run(args: &GenerateArgs) -> Result<Code> {
@@ -34,6 +36,7 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         .or(named)
         .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
     let dir = hub::resolve(model, args.revision.as_deref())?;
+    refuse_adapter(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let prompting = prompting(args, &adapters)?;
     let ids = prompt_ids(args, &tokenizer, &prompting)?;
@@ -104,6 +107,7 @@ impl Adapters {
             let (name, dir, weight) = adapter_argument(text)?;
             let dir = hub::resolve(dir, None)?;
             found.set.load(name, &dir)?;
+            warn_of_missing(name, found.set.get(name)?);
             found.dirs.push((name.to_string(), dir));
             found.weights.push((name.to_string(), weight));
         }

@@ -2,11 +2,14 @@
 
 mod tensors;
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::TargetModules;
+use burn_qlora::adapter_io::listing::Listing;
+use burn_qlora::adapter_io::printable::{printable, printable_lines, shortened};
 use burn_qlora::metrics::{History, METRICS_FILE};
 use burn_qlora::qlora_train::run_holder;
 use burn_qlora::report::{count, memory};
@@ -16,9 +19,11 @@ use serde_json::Value;
 use crate::args::InspectArgs;
 use crate::exit::{Code, UsageError};
 use crate::output::{Table, print};
-use tensors::Listing;
 
-pub use tensors::group_name;
+pub use burn_qlora::adapter_io::listing::group_name;
+
+/// The characters that a value of a file is shown with at most.
+const WIDEST: usize = 400;
 
 /// Runs the command.
 pub fn run(args: &InspectArgs) -> Result<Code> {
@@ -41,13 +46,21 @@ pub fn run(args: &InspectArgs) -> Result<Code> {
             "neither a checkpoint (config.json), an adapter (adapter_config.json) nor a training run (summary.json)";
         return Err(UsageError(format!("{}: {what}", path.display())).into());
     };
-    print(&text)?;
+    // Names and values of strangers; a terminal must not obey them.
+    print(&printable_lines(&text))?;
+    // Last, because it reads all of the file. An adapter was checked while it was loaded.
+    if path.is_file() {
+        Checkpoint::open_file(path)?.check_finite()?;
+    } else if !has("adapter_config.json") && (has("model.safetensors") || has("model.safetensors.index.json")) {
+        Checkpoint::open(path)?.check_finite()?;
+    }
     Ok(Code::Done)
 }
 
 fn file(path: &Path, all: bool) -> Result<String> {
     let listing = Listing::new(&Checkpoint::open_file(path)?);
-    Ok(format!("{}: safetensors, {}\n\n{}", path.display(), listing.totals(), listing.table(all)))
+    let (totals, table) = (tensors::totals(&listing), tensors::table(&listing, all));
+    Ok(format!("{}: safetensors, {totals}\n\n{table}", path.display()))
 }
 
 fn model(path: &Path, all: bool) -> Result<String> {
@@ -91,11 +104,11 @@ fn model(path: &Path, all: bool) -> Result<String> {
     describe("tied embeddings", "tie_word_embeddings")?;
     if let Some(Value::Object(keys)) = quantized {
         for (key, value) in keys.iter().filter(|(key, _)| key.starts_with("bnb_4bit_")) {
-            writeln!(text, "{key:<24} {}", plain(value))?;
+            writeln!(text, "{:<24} {}", one_line(key), plain(value))?;
         }
     }
     let files = checkpoint.files().count();
-    writeln!(text, "{:<24} {files}, {}", if files == 1 { "file" } else { "files" }, listing.totals())?;
+    writeln!(text, "{:<24} {files}, {}", if files == 1 { "file" } else { "files" }, tensors::totals(&listing))?;
     let tokenizer = ["tokenizer.json", "chat_template.jinja"].map(|name| path.join(name).is_file());
     let template = tokenizer[1]
         || std::fs::read_to_string(path.join("tokenizer_config.json"))
@@ -106,14 +119,23 @@ fn model(path: &Path, all: bool) -> Result<String> {
         (true, true) => "with chat template",
     };
     writeln!(text, "{:<24} {words}\n", "tokenizer")?;
-    Ok(text + &listing.table(all).to_string())
+    Ok(text + &tensors::table(&listing, all).to_string())
+}
+
+/// A text of a file on one line.
+fn one_line(text: &str) -> String {
+    shortened(&printable(text), WIDEST).into_owned()
 }
 
 /// A JSON value as people write it.
 fn plain(value: &Value) -> String {
+    one_line(&words(value))
+}
+
+fn words(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
-        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(", "),
+        Value::Array(values) => values.iter().map(words).collect::<Vec<_>>().join(", "),
         Value::Bool(true) => "yes".into(),
         Value::Bool(false) => "no".into(),
         other => other.to_string(),
@@ -131,7 +153,7 @@ fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
     let config = &adapter.config;
     let modules = adapter.modules();
     let mut text = String::new();
-    let mut line = |label: &str, value: &str| writeln!(text, "{label:<24} {value}");
+    let mut line = |label: &str, value: &str| writeln!(text, "{label:<24} {}", one_line(value));
     line("base model", config.base_model_name_or_path.as_deref().unwrap_or("not named"))?;
     line("rank, alpha, dropout", &format!("{}, {}, {}", config.r, config.lora_alpha, config.lora_dropout))?;
     line("scaling", if config.use_rslora { "alpha / sqrt(rank) (rsLoRA)" } else { "alpha / rank" })?;
@@ -140,6 +162,10 @@ fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
         TargetModules::Pattern(pattern) => format!("regular expression {pattern}"),
     };
     line("target modules", &targets)?;
+    let missing = adapter.missing_targets();
+    if !missing.is_empty() {
+        line("no weights for", &format!("{}: the configuration names them, the file lost them", missing.join(", ")))?;
+    }
     if !config.beyond_plain_lora().is_empty() {
         line("beyond plain LoRA", &config.beyond_plain_lora().join(", "))?;
     }
@@ -149,15 +175,17 @@ fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
 
     let mut table = Table::new(["module", "layers", "rank", "scaling", "lora_a", "lora_b"]);
     let mut groups: Vec<([String; 5], usize)> = Vec::new();
+    let mut known: HashMap<[String; 5], usize> = HashMap::new();
     for module in &modules {
         let Some((lora_a, lora_b)) = adapter.lora(module) else { continue };
         let rank = lora_a.shape.first().map_or(String::new(), usize::to_string);
         let scaling = format!("{:.4}", config.scaling_for(module)?);
         let key = [group_name(module), rank, scaling, format!("{:?}", lora_a.shape), format!("{:?}", lora_b.shape)];
-        match groups.iter_mut().find(|group| group.0 == key) {
-            Some(group) => group.1 += 1,
-            None => groups.push((key, 1)),
-        }
+        let at = *known.entry(key).or_insert_with_key(|key| {
+            groups.push((key.clone(), 0));
+            groups.len() - 1
+        });
+        groups[at].1 += 1;
     }
     for ([name, rank, scaling, lora_a, lora_b], layers) in groups {
         table.row([name, layers.to_string(), rank, scaling, lora_a, lora_b]);
@@ -165,7 +193,7 @@ fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
     write!(text, "\n{table}")?;
     let others: Vec<&str> = adapter.other_keys().collect();
     if !others.is_empty() {
-        writeln!(text, "\n{} tensors beyond lora_a and lora_b, the first is {}", others.len(), others[0])?;
+        writeln!(text, "\n{} tensors beyond lora_a and lora_b, the first is {}", others.len(), one_line(others[0]))?;
     }
     Ok(text)
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
+use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::report::memory;
 use burn_qlora::{MergeBase, MergeOptions, MergeReport, atomic, merge_checkpoint};
 
@@ -89,6 +90,14 @@ fn describe(args: &MergeArgs, report: &MergeReport) -> Result<String> {
     if rounded {
         text += "The base was rounded to 4 bits before the adapter was added: the merged model computes what the\n\
                  adapter was trained on, rounding included. Without --base dequantized-4bit that rounding is left out.\n";
+    }
+    if let Some(first) = report.missing.first() {
+        writeln!(
+            text,
+            "The adapter has no weights for {} modules that its configuration names (the first is {}): they are the base's.",
+            report.missing.len(),
+            printable(first)
+        )?;
     }
     if report.untied {
         text += "The output head was the embedding's tensor; the adapter changes one of them, so they are two now.\n";

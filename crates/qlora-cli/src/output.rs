@@ -7,6 +7,10 @@ use std::fmt;
 use std::io::Write;
 
 use anyhow::Result;
+use burn_qlora::adapter_io::printable::{printable, shortened};
+
+/// The characters of a table's cell at most: names come from files, and may have any length.
+const WIDEST: usize = 120;
 
 /// Says something on stderr, as `eprintln!` does.
 macro_rules! say {
@@ -45,9 +49,9 @@ impl Table {
         Self { rows: vec![headings.iter().map(|heading| (*heading).to_string()).collect()] }
     }
 
-    /// Adds a row.
+    /// Adds a row. What a terminal would obey is written out, and the middle of long cells left out.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.into());
+        self.rows.push(cells.iter().map(|cell| shortened(&printable(cell), WIDEST).into_owned()).collect());
     }
 }
 
@@ -75,6 +79,16 @@ impl fmt::Display for Table {
 #[cfg(test)]
 mod tests {
     use super::Table;
+
+    #[test]
+    fn cells_of_any_content_are_fit_to_be_shown() {
+        let mut table = Table::new(["name", "n"]);
+        table.row(["n".repeat(65_536), "1".into()]);
+        table.row(["\u{1b}[2J\n".into(), "2".into()]);
+        let text = table.to_string();
+        assert!(text.lines().count() == 3 && text.lines().all(|line| line.chars().count() <= 130), "{text}");
+        assert!(text.contains(r"\u{1b}[2J\n") && !text.contains('\u{1b}'), "{text}");
+    }
 
     #[test]
     fn columns_are_aligned() {

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
+use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::calibrate::{self, Calibration, CalibrationReport};
 use burn_qlora::nf4_quant::FloatFormat;
 use burn_qlora::report::{count, memory};
@@ -136,6 +137,7 @@ fn gptq(args: &QuantizeArgs) -> Result<Code> {
     config.data.validate()?;
     outputs::folder(&args.output, args.force)?;
     let base = hub::resolve(&args.model, args.revision.as_deref())?;
+    refuse_adapter(&base)?;
     let device = select_device(flags.device.as_deref().unwrap_or("auto"))?;
     let tokenizer = Tokenizer::from_dir(&base)?;
     let dataset = load_rows(rows, &config.data, &tokenizer)?;

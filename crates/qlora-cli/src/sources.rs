@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::checkpoint::refuse_adapter;
+use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::{Adapter, Combination, QuantConfig, QuantType, combine};
 
 use crate::args::{AdapterArgs, How};
@@ -38,7 +40,18 @@ pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
 /// Reads one adapter.
 pub fn load(name: &str) -> Result<Adapter> {
     let dir = hub::resolve(name, None)?;
-    Ok(Adapter::load(&dir)?)
+    let adapter = Adapter::load(&dir)?;
+    warn_of_missing(name, &adapter);
+    Ok(adapter)
+}
+
+/// Says so when an adapter has no weights for modules that its configuration names.
+pub fn warn_of_missing(name: &str, adapter: &Adapter) {
+    let missing = adapter.missing_targets();
+    if !missing.is_empty() {
+        let names = printable(&missing.join(", ")).into_owned();
+        eprintln!("warning: {name} has no weights for {names}, which its configuration names: they stay the base's");
+    }
 }
 
 fn check(args: &AdapterArgs) -> Result<(), UsageError> {
@@ -60,10 +73,12 @@ pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapte
         say!("note: the adapter was trained on {named}");
     }
     let dir = hub::resolve(chosen, revision);
-    if model.is_none() {
-        return dir.context("can't find the base model that the adapter names; --model gives another place");
-    }
-    Ok(dir?)
+    let dir = match model {
+        None => dir.context("can't find the base model that the adapter names; --model gives another place")?,
+        Some(_) => dir?,
+    };
+    refuse_adapter(&dir)?;
+    Ok(dir)
 }
 
 /// The 4-bit form that the flags describe.

@@ -70,6 +70,21 @@ pub(crate) struct Root {
     pub head: &'static str,
 }
 
+impl Root {
+    /// The name of something in the model: `rest` begins with a dot.
+    pub(crate) fn below(&self, rest: &str) -> String {
+        // The bare model was saved without a path of its own.
+        if self.model.is_empty() { rest.trim_start_matches('.').into() } else { format!("{}{rest}", self.model) }
+    }
+
+    /// Whether a tensor belongs to the model or its head.
+    pub(crate) fn has(&self, tensor: &str) -> bool {
+        let inside =
+            |module: &str| module.is_empty() || tensor.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+        inside(self.model) || inside(self.head)
+    }
+}
+
 /// Something that a model has or has not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Switch {
@@ -206,12 +221,14 @@ pub(crate) const QK_NORMS: [&str; 2] = ["self_attn.q_norm", "self_attn.k_norm"];
 const SEPARATE_QKV: &[&str] = &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
 const SEPARATE_GATE_UP: &[&str] = &["mlp.gate_proj", "mlp.up_proj"];
 const PLAIN_ROOT: Root = Root { model: "model", head: "lm_head" };
+/// As transformers saves a model without its head.
+const BARE_ROOT: Root = Root { model: "", head: "lm_head" };
 const NO_BIAS: &[(&str, Only)] = &[("attention_bias", Only::Flag(false)), ("mlp_bias", Only::Flag(false))];
 
 /// The plainest entry: pre-normalisation, grouped queries, SwiGLU, nothing else.
 const BASE: Family = Family {
     model_type: "",
-    roots: &[PLAIN_ROOT],
+    roots: &[PLAIN_ROOT, BARE_ROOT],
     section: None,
     qkv: SEPARATE_QKV,
     qkv_bias: Switch::Off,
@@ -411,6 +428,7 @@ const GEMMA3: Family = Family {
     roots: &[
         Root { model: "model.language_model", head: "lm_head" },
         Root { model: "language_model.model", head: "language_model.lm_head" },
+        Root { model: "language_model", head: "lm_head" },
     ],
     section: Some(("text_config", "gemma3_text")),
     // Not applied when the model is part of the larger one.

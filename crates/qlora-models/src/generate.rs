@@ -41,7 +41,7 @@ pub struct Generation {
 /// Continues `prompt`, calling `on_token` with each new id.
 ///
 /// # Errors
-/// The prompt is empty, or the device fails.
+/// The prompt is empty, or holds a token that the model has no embedding for; the logits are NaN; the device fails.
 pub fn generate(
     model: &Decoder,
     prompt: &[u32],
@@ -51,6 +51,10 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(ModelError::EmptyPrompt);
     }
+    let [vocab_size, _] = model.embed_tokens.dims();
+    if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
+        return Err(ModelError::BeyondVocabulary { token, vocab_size });
+    }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let mut cache = KvCache::new();
     let mut ids = Vec::new();
@@ -58,6 +62,9 @@ pub fn generate(
     while ids.len() < options.max_new_tokens {
         let logits = model.forward_cached(&next_input, &mut cache);
         let logits = logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+        if logits.iter().any(|x| x.is_nan()) {
+            return Err(ModelError::NotANumber);
+        }
         let id = choose(&logits, options, &mut rng);
         ids.push(id);
         on_token(id);

@@ -55,10 +55,14 @@ impl Decoder {
         device: &Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let config = ModelConfig::from_dir(dir)?;
+        let mut config = ModelConfig::from_dir(dir)?;
         check(&options, device)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let holds = |root: &&Root| checkpoint.contains(&format!("{}.embed_tokens.weight", root.model));
+        if checkpoint.quantized_modules().is_empty() {
+            // Weights in 16 bits under the configuration of a 4-bit model: they are what counts.
+            config.bnb = None;
+        }
+        let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
         let root = *config.family.roots.iter().find(holds).unwrap_or(&config.root());
         Loader::new(&checkpoint, config, options, device, progress, root).decoder()
     }
@@ -295,7 +299,7 @@ impl<'a> Loader<'a> {
     fn file_name(&self, path: &str) -> String {
         let Root { model, head } = self.config.root();
         match path.strip_prefix(model) {
-            Some(rest) => format!("{}{rest}", self.root.model),
+            Some(rest) => self.root.below(rest),
             None if path == head => self.root.head.into(),
             None => path.into(),
         }
@@ -303,8 +307,7 @@ impl<'a> Loader<'a> {
 
     /// Refuses tensors of the language model that nothing has read: the model would compute without them.
     fn nothing_left(&self) -> Result<(), ModelError> {
-        let Root { model, head } = self.root;
-        let inside = |name: &str, module: &str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+        let head = self.root.head;
         // A tied head is saved by some and is the embedding table. Early files hold the rotary frequencies.
         let harmless = |name: &str| name == format!("{head}.weight") || name.ends_with(".rotary_emb.inv_freq");
         // The parts of a 4-bit weight all begin with the weight's name.
@@ -312,7 +315,7 @@ impl<'a> Loader<'a> {
             let module = name.split_once(".weight").map_or(name, |(module, _)| module);
             self.read.contains(name) || self.read.contains(module)
         };
-        let left = |name: &&str| (inside(name, model) || inside(name, head)) && !harmless(name) && !read(name);
+        let left = |name: &&str| self.root.has(name) && !harmless(name) && !read(name);
         match self.source.names().find(left) {
             None => Ok(()),
             Some(tensor) => Err(ModelError::UnexpectedTensor {

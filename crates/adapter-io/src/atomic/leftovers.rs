@@ -7,7 +7,9 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use super::{dot_name, is_abandoned, is_random, parent, sync_dir, temporary_dir};
+use tempfile::TempDir;
+
+use super::{dot_name, is_abandoned, is_random, locked, parent, sync_dir, temporary_dir};
 use crate::error::FormatError;
 
 /// What the middle of a temporary name says.
@@ -46,8 +48,9 @@ pub fn clean_leftovers(dir: &Path) -> Result<Vec<PathBuf>, FormatError> {
     leftovers.sort_by(|a, b| a.0.cmp(&b.0));
     let (mut removed, mut failed) = (Vec::new(), None);
     for (path, output, kind) in leftovers {
-        // Nobody works on what is being removed; two that remove it are not in each other's way.
-        if kind != Kind::Removed && !is_abandoned(&path) {
+        // Where there are no locks, what is to be removed can be: two that remove it are not in each other's way.
+        let goes_anyway = kind == Kind::Removed && !cfg!(unix);
+        if !goes_anyway && !is_abandoned(&path) {
             continue;
         }
         if kind == Kind::Old && fs::exists(&output).is_ok_and(|there| !there) {
@@ -96,7 +99,8 @@ pub fn remove_dir_of(dir: &Path, known: &[&str]) -> Result<(), FormatError> {
         return refuse(entry);
     }
     let folder = parent(dir);
-    let away = temporary_dir(folder, &dot_name(dir, "removed")).map_err(fail)?.keep();
+    let (away, _lock) = locked(|| temporary_dir(folder, &dot_name(dir, "removed")), TempDir::path).map_err(fail)?;
+    let away = away.keep();
     let moved = away.join("dir");
     if let Err(error) = fs::rename(dir, &moved) {
         drop(fs::remove_dir(&away));

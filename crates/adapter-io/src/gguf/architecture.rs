@@ -43,6 +43,9 @@ pub(super) struct ModelType {
     pub space_prefix: Option<bool>,
     /// Metadata beyond the common one.
     pub keys: Vec<String>,
+    /// The number of layers of the one model whose queries are scaled by the width over the heads, and not by the
+    /// width of a head.
+    pub layers_scaled_by_width: Option<u32>,
     /// Names in place of the common ones.
     pub names: BTreeMap<String, String>,
     /// Configuration that llama.cpp takes for granted: a key, where it is there and not null, has one of

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use super::agreement;
 use super::architecture::Model;
 use super::blocks::GgmlType;
 use super::metadata::model_metadata;
@@ -55,7 +56,7 @@ pub struct ExportReport {
 ///
 /// # Errors
 /// [`FormatError::Field`] for a model type, a configuration or a tokenizer that GGUF or llama.cpp has no
-/// place for, [`FormatError::NotFinite`], and those of reading and writing. A file that was at `out` is unchanged then.
+/// place for, and for a configuration that is not the tensors'; [`FormatError::NotFinite`], and those of reading and writing. A file that was at `out` is unchanged then.
 pub fn export_gguf(
     base_dir: &Path,
     out: &Path,
@@ -66,6 +67,7 @@ pub fn export_gguf(
     let base = Checkpoint::open(base_dir)?;
     let own = model_metadata(&model, options.kind)?;
     let jobs = plan(&model, &base, options.kind, own.tensors)?;
+    agreement::check(&model, &jobs)?;
     let mut metadata = general(&model, "model", Some(options.name.clone().unwrap_or_else(|| folder_name(base_dir))));
     let expert_count = own.entries.iter().find(|(k, _)| k.ends_with(".expert_count")).and_then(|(_, v)| v.as_u64());
     metadata.push(("general.size_label".into(), size_label(&jobs, expert_count).as_str().into()));
@@ -79,11 +81,6 @@ pub fn export_gguf(
             metadata.push((key, Value::U32(model.needed(&["vocab_size"])?)));
         }
     } else {
-        let rows = base.get("model.embed_tokens.weight").map_or(0, |v| v.shape.first().copied().unwrap_or(0));
-        let size = model.needed(&["vocab_size"])? as usize;
-        if size > rows.max(1 << 20) {
-            return Err(model.fail("vocab_size", format!("it is {size}, the embedding has {rows} rows")));
-        }
         metadata.extend(tokenizer_metadata(base_dir, &model, options.pre_tokenizer.as_deref())?);
     }
     let (planned, sources): (Vec<Planned>, Vec<Source>) = jobs.into_iter().unzip();

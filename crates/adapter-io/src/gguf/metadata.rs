@@ -163,14 +163,18 @@ fn check_fixed(model: &Model) -> Result<(), FormatError> {
     if model.kind.has("query_scalar")
         && let Some(scalar) = model.number("query_pre_attn_scalar")?
     {
-        // The largest models of these families use the width per head instead, and llama.cpp knows them by
-        // their number of layers.
-        let (heads, _) = model.heads()?;
-        let per_head = f64::from(model.needed(&["hidden_size"])?) / f64::from(heads);
-        if scalar != f64::from(model.head_dim()?) && scalar != per_head {
+        // llama.cpp knows the largest model of these families by its number of layers.
+        let layers = model.needed(&["num_hidden_layers"])?;
+        let (wanted, what) = if model.kind.layers_scaled_by_width == Some(layers) {
+            let (heads, _) = model.heads()?;
+            (f64::from(model.needed(&["hidden_size"])?) / f64::from(heads), "the width over the heads")
+        } else {
+            (f64::from(model.head_dim()?), "the width of a head")
+        };
+        if scalar != wanted {
             return Err(model.fail(
                 "query_pre_attn_scalar",
-                format!("it is {scalar}, and readers of GGUF scale queries by the width of a head"),
+                format!("it is {scalar}, and readers of GGUF scale queries of {layers} layers by {what}, {wanted}"),
             ));
         }
     }

@@ -15,6 +15,7 @@
 //! `architectures.json`, a table and not code, checked against `conversion/` of llama.cpp as packed in
 //! llama-cpp-python 0.3.36.
 
+mod agreement;
 mod architecture;
 pub mod blocks;
 pub mod export;

@@ -113,13 +113,16 @@ pub(super) fn plan(
     for (name, values) in extra {
         found.push((name, vec![values.len()], Source::Values(values)));
     }
+    // A checkpoint of the bare model lacks the model's own path.
+    let bare = base.contains("embed_tokens.weight") && !base.contains("model.embed_tokens.weight");
     for name in base.names_in_file_order() {
         let shape = match name.split_once(".weight").filter(|(module, _)| quantized.contains(*module)) {
             Some((_, part)) if !part.is_empty() => continue,
             Some((module, _)) => base.quantized(module)?.map(|w| w.state.shape).unwrap_or_default(),
             None => base.tensor(name)?.shape,
         };
-        let Some(mapped) = map_name(model, name)? else { continue };
+        let full_name = if bare && !name.starts_with("lm_head.") { &format!("model.{name}") } else { name };
+        let Some(mapped) = map_name(model, full_name)? else { continue };
         if let Op::Permute(heads) = mapped.op
             && !shape.first().is_some_and(|rows| rows.is_multiple_of(2 * heads))
         {

@@ -82,11 +82,13 @@ impl Decoder {
 
     /// Puts an adapter on a model without one.
     fn put(&mut self, adapter: &Adapter) -> Result<(), ModelError> {
+        let paths = self.linear_paths();
+        let adapter = &*adapter.named_as(&paths)?;
         let config = &adapter.config;
         if let Some(feature) = config.beyond_plain_lora().into_iter().find(|key| !IMPLEMENTED.contains(key)) {
             return Err(ModelError::AdapterFeature { feature: feature.into() });
         }
-        let adapter = &*unstack(adapter, &self.linear_paths())?;
+        let adapter = &*unstack(adapter, &paths)?;
         let modules = adapter.lora_modules()?;
         let saved: Vec<(String, &HostTensor)> = adapter.saved_tensors().collect();
         let (embed, head) = (self.config.embed_path(), self.head_path());

@@ -173,7 +173,7 @@ impl<'a> Starter<'a> {
         let own = self.roots[0];
         for root in self.roots {
             let module = match path.strip_prefix(own.model) {
-                Some(rest) => format!("{}{rest}", root.model),
+                Some(rest) => root.below(rest),
                 None => root.head.to_string(),
             };
             let name = format!("{module}.weight");

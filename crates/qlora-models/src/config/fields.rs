@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Keys that change nothing about what a model computes from tokens: names, identifiers, training-time
-/// initialisation, what the Python classes return, and defaults of generation, which transformers keeps in
-/// `generation_config.json` today.
+/// initialisation, what the Python classes return, defaults of generation, which transformers keeps in
+/// `generation_config.json` today, and what other programs read and transformers does not (`attn_factor`,
+/// `dual_chunk_attention_config`).
 const HARMLESS: &[&str] = &[
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -20,6 +21,7 @@ const HARMLESS: &[&str] = &[
     "_flash_attn_2_enabled",
     "_name_or_path",
     "architectures",
+    "attn_factor",
     "attn_implementation",
     "auto_map",
     "bad_words_ids",
@@ -30,6 +32,7 @@ const HARMLESS: &[&str] = &[
     "diversity_penalty",
     "do_sample",
     "dtype",
+    "dual_chunk_attention_config",
     "early_stopping",
     "encoder_no_repeat_ngram_size",
     "encoder_repetition_penalty",
@@ -37,17 +40,20 @@ const HARMLESS: &[&str] = &[
     "epsilon_cutoff",
     "eta_cutoff",
     "exponential_decay_length_penalty",
+    "finetuned",
     "finetuning_task",
     "forced_bos_token_id",
     "forced_eos_token_id",
     "id2label",
     "initializer_range",
+    "internal_version",
     "is_decoder",
     "label2id",
     "length_penalty",
     "max_length",
     "max_new_tokens",
     "min_length",
+    "model_max_length",
     "model_type",
     "name_or_path",
     "no_repeat_ngram_size",
