@@ -33,6 +33,7 @@
 
 mod answers;
 mod boundary;
+mod conversation;
 mod error;
 mod mask;
 mod message;
@@ -42,9 +43,9 @@ mod template;
 mod tokenizer;
 
 pub use answers::{Rendered, Unwritten, UnwrittenPart};
-pub use error::ChatError;
+pub use error::{ChatError, Untraceable};
 pub use mask::{Labelled, MASKED_LABEL};
-pub use message::{ContentAbsent, Message};
+pub use message::Message;
 pub use prompting::{
     CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Prompting, alpaca_prompt,
 };
