@@ -61,14 +61,13 @@ impl RowEncoder<'_> {
             Row::Completion(turns) => self.completion(turns),
             Row::Text(text) => self.text(&text),
         };
-        let draft = draft.map_err(|error| DataError::Row {
-            path: self.path.to_owned(),
-            line,
-            problem: error.to_string(),
-        })?;
+        let draft =
+            draft.map_err(|error| DataError::Row { path: self.path.to_owned(), line, problem: error.to_string() })?;
         let Draft { tokens, mut notices } = match draft {
             Ok(draft) => draft,
-            Err(reason) => return self.finish(EncodedRow { line, example: Err(reason), truncated: None, notices: vec![] }),
+            Err(reason) => {
+                return self.finish(EncodedRow { line, example: Err(reason), truncated: None, notices: vec![] });
+            }
         };
         notices.extend(read.unread.into_iter().map(|key| (NoticeKind::UnreadKey, key)));
         let max_length = self.config.max_length;
@@ -178,7 +177,9 @@ impl RowEncoder<'_> {
             format!("nothing to learn from, with {}. {}", reason.describe(max_length), reason.cure())
         } else if let Some(TruncatedRow { dropped, at_least, .. }) = row.truncated {
             let at_least = if at_least { "at least " } else { "" };
-            format!("longer than data.max_length = {max_length} by {at_least}{dropped} tokens; raise it, or split the row")
+            format!(
+                "longer than data.max_length = {max_length} by {at_least}{dropped} tokens; raise it, or split the row"
+            )
         } else {
             return Ok(row);
         };

@@ -247,6 +247,7 @@ fn chat_template(config: &DataConfig, format: Format, path: &Path) -> Result<Opt
 /// The smaller of the lengths that model and tokenizer name, and who names it.
 fn positions(options: &LoadOptions<'_>, tokenizer: &Tokenizer) -> Option<(usize, &'static str)> {
     let of_model = options.max_positions.map(|positions| (positions, "max_position_embeddings of its config.json"));
-    let of_tokenizer = tokenizer.model_max_length().map(|length| (length, "model_max_length of its tokenizer_config.json"));
+    let of_tokenizer =
+        tokenizer.model_max_length().map(|length| (length, "model_max_length of its tokenizer_config.json"));
     of_model.into_iter().chain(of_tokenizer).min_by_key(|(positions, _)| *positions)
 }

@@ -64,15 +64,12 @@ impl NoticeKind {
             ),
             Self::NoEndToken => {
                 let (stops, cure) = match facts.end_tokens.as_slice() {
-                    [] => ("the tokenizer names none".into(), "data.end_token = \"TOKEN\" names and appends one".into()),
-                    [first, ..] => {
-                        (facts.end_tokens.join(" or "), format!("data.end_token = {first:?} appends one"))
+                    [] => {
+                        ("the tokenizer names none".into(), "data.end_token = \"TOKEN\" names and appends one".into())
                     }
+                    [first, ..] => (facts.end_tokens.join(" or "), format!("data.end_token = {first:?} appends one")),
                 };
-                (
-                    format!("no end token ({stops}) after the last answer, so the model does not learn to stop"),
-                    cure,
-                )
+                (format!("no end token ({stops}) after the last answer, so the model does not learn to stop"), cure)
             }
             Self::LongerThanModel => {
                 let (positions, source) = facts.positions.unwrap_or_default();

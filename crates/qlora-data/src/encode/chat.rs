@@ -56,7 +56,8 @@ impl RowEncoder<'_> {
             LossOn::All => template.render_all(&input)?,
         };
         notices.extend(rendered.unwritten.iter().map(|left_out| (NoticeKind::Unwritten, left_out.part.to_string())));
-        let last = answers().next_back().filter(|message| message.learn).map(|message| message.content.trim().to_owned());
+        let last =
+            answers().next_back().filter(|message| message.learn).map(|message| message.content.trim().to_owned());
         drop(messages);
         let ends = match last {
             // Nothing is learned of how the last answer ends.
@@ -82,9 +83,15 @@ impl RowEncoder<'_> {
         let Some(span) = spans.last_mut() else {
             return true;
         };
-        let found = if answer.is_empty() { None } else { text[span.clone()].rfind(answer) };
-        let after = found.map_or(span.start, |at| span.start + at + answer.len());
-        if self.end.is_in(&text[after..span.end]) {
+        // A span begins with its answer; the whole text may say the same earlier. A short answer may be a part of the
+        // end token's own text.
+        let written = &text[span.clone()];
+        let at = match self.config.loss_on {
+            LossOn::Assistant => written.find(answer),
+            LossOn::All => written.rfind(answer),
+        };
+        let after = at.filter(|_| !answer.is_empty()).map_or(0, |at| at + answer.len());
+        if self.end.is_in(&written[after..]) || self.end.ends(written) {
             return true;
         }
         let Some(end) = self.end.mend() else {

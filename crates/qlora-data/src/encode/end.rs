@@ -68,6 +68,11 @@ impl EndTokens {
         self.stops.iter().any(|(_, stop)| !stop.is_empty() && text.contains(stop))
     }
 
+    /// Whether a text ends with one of the tokens, and blanks.
+    pub fn ends(&self, text: &str) -> bool {
+        self.stops.iter().any(|(_, stop)| !stop.is_empty() && text.trim_end().ends_with(stop))
+    }
+
     /// Whether one of the tokens is among the last ones that are learned without a gap.
     pub(super) fn is_learned_last(&self, tokens: &Tokens) -> bool {
         let run = tokens.labels.iter().rev().skip_while(|label| **label == MASKED_LABEL);

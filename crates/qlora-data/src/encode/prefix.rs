@@ -49,16 +49,14 @@ impl RowEncoder<'_> {
         spans: &[Range<usize>],
         add_special_tokens: bool,
     ) -> Result<Tokens, ChatError> {
-        let encode = |text: &str, spans: &[Range<usize>]| self.tokenizer.encode_labelled(text, spans, add_special_tokens);
+        let encode =
+            |text: &str, spans: &[Range<usize>]| self.tokenizer.encode_labelled(text, spans, add_special_tokens);
         let max_length = self.config.max_length;
         let mut bytes = max_length.saturating_mul(BYTES_PER_TOKEN).max(SHORT_TEXT);
         while bytes < text.len() {
             let cut = cut_before(text, bytes);
-            let before: Vec<_> = spans
-                .iter()
-                .filter(|span| span.start < cut)
-                .map(|span| span.start..span.end.min(cut))
-                .collect();
+            let before: Vec<_> =
+                spans.iter().filter(|span| span.start < cut).map(|span| span.start..span.end.min(cut)).collect();
             let Labelled { ids, labels } = encode(&text[..cut], &before)?;
             if ids.len() >= max_length.saturating_add(SAFE_TOKENS) {
                 let learned_beyond = spans.last().is_some_and(|span| span.end > cut);
