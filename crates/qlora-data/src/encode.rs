@@ -139,7 +139,9 @@ impl RowEncoder<'_> {
         if text.trim().is_empty() {
             return Ok(Err(MaskReason::EmptyAnswer));
         }
-        let mut draft = Draft { tokens: self.tokens(text, &[0..text.len()], true)?, ..Draft::default() };
+        let whole = 0..text.len();
+        let tokens = self.tokens(text, std::slice::from_ref(&whole), true)?;
+        let mut draft = Draft { tokens, ..Draft::default() };
         if !self.end.append(&mut draft.tokens, true) {
             draft.notices.push((NoticeKind::NoEndToken, String::new()));
         }
