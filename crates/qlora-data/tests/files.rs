@@ -35,6 +35,8 @@ fn bad_files_are_reported_with_line_and_expectation() {
         ("[\n{\"text\": \"a\"}\n]", vec!["/rows.jsonl: ", "jq -c '.[]'"]),
         ("[{\"text\": \"a\"}]", vec!["/rows.jsonl: is one JSON array"]),
         ("3", vec!["not an object"]),
+        ("{\"text\": \"a\", \"text\": \"b\"}", vec!["/rows.jsonl:1: not valid JSON: the key `text` stands twice"]),
+        ("{\"messages\": [{\"role\": \"user\", \"role\": \"user\"}]}", vec!["the key `role` stands twice"]),
         ("{}", vec!["the object is empty"]),
         ("{\"text\": null}", vec!["`text` is not a string"]),
         ("{\"messages\": []}", vec!["no messages"]),

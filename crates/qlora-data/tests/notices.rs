@@ -139,7 +139,7 @@ fn a_template_without_end_is_told_and_mended() {
     assert_eq!(
         warnings(&row, &endless),
         ["no end token (<|im_end|>) after the last answer, so the model does not learn to stop: 1 row (line 1); \
-          data.end_token = \"<|im_end|>\" appends one"]
+          data.end_token = \"<|im_end|>\" appends one, and may name another that the template writes"]
     );
     let mended = DataConfig { end_token: Some("<|im_end|>".into()), ..endless.clone() };
     let dataset = load_text(&row, &mended).unwrap();
@@ -151,6 +151,16 @@ fn a_template_without_end_is_told_and_mended() {
     assert_eq!(labelled(&load_text(&row, &whole).unwrap().examples[0]).0, all);
     let whole = DataConfig { loss_on: LossOn::All, ..endless.clone() };
     assert_eq!(load_text(&row, &whole).unwrap().report.notices[0].kind, NoticeKind::NoEndToken);
+
+    // Another special token ends the turns: it is named, and can be what generation stops at.
+    let other =
+        DataConfig { chat_template: Some(ENDLESS.replace("content }}", "content }}<|endoftext|>")), ..endless.clone() };
+    let told = warnings(&row, &other).join("\n");
+    assert!(told.contains("does not learn to stop: <|endoftext|> instead in 1 row (line 1)"), "{told}");
+    let named = DataConfig { end_token: Some("<|endoftext|>".into()), ..other.clone() };
+    let dataset = load_text(&row, &named).unwrap();
+    assert_eq!(dataset.report.notices, []);
+    assert_eq!(dataset.examples, load_text(&row, &other).unwrap().examples);
 
     // A template that ends its turns is left as it is.
     let given = DataConfig { end_token: Some("<|im_end|>".into()), ..config() };

@@ -71,7 +71,8 @@ impl RowEncoder<'_> {
             LossOn::All => ends,
         };
         if !ends {
-            notices.push((NoticeKind::NoEndToken, String::new()));
+            let instead = self.end.other_end(&tokens, self.tokenizer)?;
+            notices.push((NoticeKind::NoEndToken, instead.map(|token| format!("{token} instead")).unwrap_or_default()));
         }
         Ok(Ok(Draft { tokens, notices }))
     }
