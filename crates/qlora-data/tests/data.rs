@@ -74,6 +74,34 @@ fn a_tokenizer_without_template_is_enough_for_plain_rows() {
     assert!(error.contains("no chat template") && error.contains("`chat_template`"), "{error}");
 }
 
+/// A tokenizer that puts `bos` before a text, as Llama's and Gemma's do.
+#[test]
+fn a_text_that_begins_with_bos_does_not_get_a_second() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = repository().join("testdata/reference/tiny-llama");
+    std::fs::copy(from.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
+    let file = std::fs::read(from.join("tokenizer.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&file).unwrap();
+    let bos = serde_json::json!({"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}});
+    json["post_processor"]["single"].as_array_mut().unwrap().insert(0, bos);
+    json["post_processor"]["special_tokens"] = serde_json::json!({
+        "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let adding = Tokenizer::from_dir(dir.path()).unwrap();
+    let load = |row: &str| {
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, row).unwrap();
+        load_rows(&path, &config(), &adding).unwrap().examples
+    };
+    let text = load(r#"{"text": "a b"}"#);
+    assert_eq!(text[0].input_ids[0], 0);
+    assert_eq!(text, load(r#"{"text": "<|endoftext|>a b"}"#));
+    let pair = load(r#"{"prompt": "a", "completion": " b"}"#);
+    assert_eq!(pair, load(r#"{"prompt": "<|endoftext|>a", "completion": " b"}"#));
+    assert_eq!(pair[0].input_ids.iter().filter(|id| **id == 0).count(), 1);
+}
+
 #[test]
 fn configurations_out_of_range_name_the_key() {
     let valid = DataConfig { train: "x".into(), ..config() };
