@@ -221,3 +221,25 @@ fn template_variables_come_from_the_configuration_and_the_row() {
     let error = load_text(r#"{"text": "a b"}"#, &DataConfig { chat_template: None, ..given }).unwrap_err();
     assert!(error.contains("data.template_kwargs has no place in text rows"), "{error}");
 }
+
+/// A tokenizer joins a prompt's last blank with the first letters of an answer, where generation sees the blank alone.
+#[test]
+fn an_answer_is_learned_from_its_first_letter_behind_a_blank() {
+    for answer in ["blue", "green", "white", "black"] {
+        let pair = format!(r#"{{"prompt": "Color of it: ", "completion": "{answer}"}}"#);
+        let (counted, all) = labelled(&load_text(&pair, &config()).unwrap().examples[0]);
+        assert_eq!((counted, all), (format!("{answer}<|im_end|>"), format!("Color of it: {answer}<|im_end|>")));
+
+        let header = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+        let chat = format!(
+            r#"{{"messages": [{{"role": "user", "content": "Color?"}}, {{"role": "assistant", "content": "{answer}"}}]}}"#
+        );
+        let given = DataConfig { chat_template: Some(header.into()), ..config() };
+        let dataset = load_text(&chat, &given).unwrap();
+        assert_eq!(labelled(&dataset.examples[0]).0, format!("{answer}<|im_end|>\n"));
+        // As many as behind a header without a blank.
+        let bare = DataConfig { chat_template: Some(header.replace(": ", ":")), ..config() };
+        let same = load_text(&chat, &bare).unwrap().examples[0].label_tokens();
+        assert_eq!(dataset.examples[0].label_tokens(), same);
+    }
+}
