@@ -1,35 +1,36 @@
 //! Which part of a conversation's text the assistant wrote.
 //!
-//! A template turns a list of messages into one text, and says nothing about which part of it came
-//! from which message. Three ways to find out, the first that applies to a turn is taken:
+//! A template turns a list of messages into one text, and says nothing about which part of it came from which
+//! message. What the assistant writes is its reasoning, its content, its tool calls and what ends its turn. Ways to
+//! find it, the first that applies is taken:
 //!
-//! 1. Prefixes. When the model is to answer turn i, it sees `render(messages[..i])` with the
-//!    generation prompt, and what it should write then is what `render(messages[..=i])` has beyond
-//!    that: the answer and the tokens that end a turn. So the span lies between the lengths of the
-//!    two, as long as both are beginnings of the whole text.
-//! 2. `{% generation %}` tags, where a template breaks 1, e.g. by leaving the reasoning out of all
-//!    but the last answer, and has them.
-//! 3. Marks around the answers. The conversation is rendered once more with two code points, which
-//!    no text should hold, around each answer. If the output without them is the same text, the
-//!    answers lie where they stood. What follows an answer up to the end of its turn is what
-//!    `render(messages[..=i])` has there too.
+//! 1. `{% generation %}` tags, where the template has them.
+//! 2. Prefixes. When the model is to answer turn i, it sees `render(messages[..i])` with the generation prompt, and
+//!    what it should write then is what `render(messages[..=i])` has beyond that. So the span lies between the
+//!    lengths of the two, as long as both are beginnings of the whole text.
+//! 3. Marks. The conversation is rendered once more with marks around everything that is said (see `marks.rs`). The
+//!    span begins where, behind the last thing said before the turn, the generation prompt ends, and it ends where
+//!    what follows the turn's last word when the turn is the last one ends.
 //!
-//! Each way is verified against the text the model will be trained on. Where none holds, the row is
-//! an error: a wrong guess would train on the wrong tokens, and no loss would show it.
+//! Each way is verified against the text the model will be trained on: the text without marks is the same, everything
+//! that the turn says lies in its span, and nothing that anybody else says does. Where none holds, the row is an
+//! error: a wrong guess would train on the wrong tokens, and no loss would show it.
+
+mod marks;
+mod turns;
 
 use std::fmt;
 use std::ops::Range;
 
+use minijinja::Value;
+
+use crate::conversation::{message_json, values};
 use crate::error::ChatError;
-use crate::message::Message;
-use crate::template::{ChatInput, ChatTemplate};
+use crate::message::{Message, REASONING};
+use crate::template::{ChatInput, ChatTemplate, Run};
 
-/// Marks of the third way; Unicode reserves them for a program's own use.
-const OPEN: char = '\u{FDD2}';
-const CLOSE: char = '\u{FDD3}';
-
-/// Ends the reasoning that some models write before their answer.
-const END_OF_REASONING: &str = "</think>";
+use marks::{Field, Kind, Marking, Unmarked};
+use turns::Turns;
 
 /// A conversation as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,166 +92,169 @@ impl fmt::Display for Unwritten {
     }
 }
 
+/// A conversation with marks whose text without them is the conversation's.
+struct Marked {
+    messages: Vec<Value>,
+    fields: Vec<Field>,
+    unmarked: Unmarked,
+}
+
+impl Marked {
+    /// The first marking that leaves the text as it is.
+    fn find(template: &ChatTemplate, input: &ChatInput, messages: &[JsonMessage], text: &str) -> Option<Self> {
+        Marking::ALL.into_iter().find_map(|marking| {
+            let mut messages = messages.to_vec();
+            let fields = marks::mark(&mut messages, marking)?;
+            let messages = values(&messages);
+            let run = Run { messages: &messages, kwargs: &[], mark: template.has_generation_tags() };
+            let unmarked = marks::unmark(&template.run(input, &run).ok()?)?;
+            (unmarked.text == text).then_some(Self { messages, fields, unmarked })
+        })
+    }
+
+    /// Whether some of the fields of a kind are not in the text, or only in parts.
+    fn lost(&self, message: usize, kinds: &[Kind]) -> bool {
+        let mut of_kind =
+            self.fields.iter().enumerate().filter(|(_, f)| f.message == message && kinds.contains(&f.kind));
+        of_kind.any(|(field, _)| {
+            !self.unmarked.places.iter().any(|place| place.field == field) || self.unmarked.broken.contains(&field)
+        })
+    }
+}
+
+type JsonMessage = serde_json::Map<String, serde_json::Value>;
+
 impl ChatTemplate {
-    /// Writes a conversation and finds what the assistant wrote in it: answers with the tokens that
-    /// end their turns.
+    /// Writes a conversation and finds what the assistant wrote in it: reasoning, answers and tool calls, with the
+    /// tokens that end their turns. Messages whose `learn` is false get no span.
     ///
     /// # Errors
     /// As [`ChatTemplate::render`]; [`ChatError::NotWritten`] and [`ChatError::Untraceable`] name the
     /// assistant's message that can't be found in the text.
     pub fn render_answers(&self, input: &ChatInput) -> Result<Rendered, ChatError> {
-        let untraceable = |message: usize| ChatError::Untraceable { message: message + 1 };
-        let text = self.render_input(input)?;
-        let turns = || (0..input.messages.len()).filter(|i| input.messages[*i].role == "assistant");
-        for message in turns() {
-            let answer = answer(&input.messages[message].content);
-            if !text.contains(answer.lines().next_back().unwrap_or_default().trim()) {
-                return Err(ChatError::NotWritten { message: message + 1, part: UnwrittenPart::Content });
-            }
-        }
-        let mut spans = Vec::new();
-        let mut answers = None;
-        for message in turns() {
-            let finder = Turn { template: self, input, text: &text, message };
-            let (start, end) = (finder.start_by_prefix(), finder.end_by_prefix());
-            if !input.messages[message].learn {
+        let (text, form) = self.render_form(input)?;
+        let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
+        let marked = Marked::find(self, input, &messages, &text);
+        let unwritten = self.unwritten(input, &messages, &text, marked.as_ref());
+        for lost in &unwritten {
+            let Some(message) = lost.message.checked_sub(1).and_then(|index| input.messages.get(index)) else {
                 continue;
-            }
-            if let (Some(start), Some(end)) = (start, end)
-                && start <= end
-            {
-                spans.push(start..end);
-                continue;
-            }
-            if self.has_generation_tags() {
-                let (text, spans) = self.render_marked(input)?;
-                return Ok(Rendered { text, spans, unwritten: Vec::new() });
-            }
-            let answers = answers.get_or_insert_with(|| marked_answers(self, input, &text));
-            let Some(answer) = answers.as_ref().and_then(|answers| answers[message].clone()) else {
-                return Err(untraceable(message));
             };
-            let start = start.filter(|start| *start <= answer.start).unwrap_or(answer.start);
-            let end = end.filter(|end| *end >= answer.end);
-            let end = end.or_else(|| finder.end_after(&answer)).ok_or_else(|| untraceable(message))?;
-            spans.push(start..end);
+            // Of a turn without its content, or without the calls that are all it says, a wrong answer is learned.
+            let wrong = match lost.part {
+                UnwrittenPart::Content => true,
+                UnwrittenPart::ToolCalls => message.content.trim().is_empty(),
+                _ => false,
+            };
+            if message.role == ASSISTANT && message.learn && wrong {
+                return Err(ChatError::NotWritten { message: lost.message, part: lost.part.clone() });
+            }
         }
-        // Spans that run into each other would come from a template that reorders its messages.
-        match spans.windows(2).position(|pair| pair[0].end > pair[1].start) {
-            None => Ok(Rendered { text, spans, unwritten: Vec::new() }),
-            Some(turn) => Err(untraceable(turns().nth(turn).unwrap_or_default())),
-        }
+        let plain = values(&messages);
+        let turns = Turns::new(self, input, &plain, &text, marked.as_ref());
+        let spans = turns.spans()?;
+        Ok(Rendered { text, spans, unwritten })
     }
-}
 
-impl ChatTemplate {
     /// Writes a conversation of which everything is to be learned.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render_answers`], but for answers that can't be found.
+    /// As [`ChatTemplate::render`].
     pub fn render_all(&self, input: &ChatInput) -> Result<Rendered, ChatError> {
-        let text = self.render_input(input)?;
+        let (text, form) = self.render_form(input)?;
+        let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
+        let marked = Marked::find(self, input, &messages, &text);
+        let unwritten = self.unwritten(input, &messages, &text, marked.as_ref());
         let spans = std::iter::once(0..text.len()).collect();
-        Ok(Rendered { text, spans, unwritten: Vec::new() })
-    }
-}
-
-/// One assistant's turn of a conversation.
-struct Turn<'a> {
-    template: &'a ChatTemplate,
-    input: &'a ChatInput<'a>,
-    text: &'a str,
-    message: usize,
-}
-
-impl Turn<'_> {
-    fn start_by_prefix(&self) -> Option<usize> {
-        self.prefix(&self.input.messages[..self.message], true)
+        Ok(Rendered { text, spans, unwritten })
     }
 
-    fn end_by_prefix(&self) -> Option<usize> {
-        self.prefix(&self.input.messages[..=self.message], false)
-    }
-
-    /// Length of what a part of the conversation becomes, if the whole text begins with it. A
-    /// template that refuses the part has no such beginning.
-    fn prefix(&self, messages: &[Message], add_generation_prompt: bool) -> Option<usize> {
-        let part = ChatInput { messages, add_generation_prompt, ..*self.input };
-        let part = self.template.render_input(&part).ok()?;
-        self.text.starts_with(&part).then_some(part.len())
-    }
-
-    /// Where the turn ends whose answer lies at `answer`: after what follows the answer both in
-    /// the whole text and when this turn is the last one. They may part in the middle of the next
-    /// turn's header (`<|user|>` and `<|endoftext|>`): then the end is after the last complete tag
-    /// or line.
-    fn end_after(&self, answer: &Range<usize>) -> Option<usize> {
-        let mut messages = self.input.messages[..=self.message].to_vec();
-        let last = messages.last_mut()?;
-        last.content = mark(&last.content)?;
-        let part = ChatInput { messages: &messages, ..*self.input };
-        let part = self.template.render_input(&part).ok()?;
-        let (_, tail) = part.split_once(CLOSE)?;
-        let rest = &self.text[answer.end..];
-        let common: usize = tail.chars().zip(rest.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum();
-        let whole = common == tail.len();
-        let common = &rest[..common];
-        let length = if whole { common.len() } else { common.rfind(['>', ']', '\n']).map_or(0, |at| at + 1) };
-        Some(answer.end + length)
-    }
-}
-
-/// Where each assistant's answer stands in the text, by message; `None` if the marks change it.
-fn marked_answers(template: &ChatTemplate, input: &ChatInput, text: &str) -> Option<Vec<Option<Range<usize>>>> {
-    let mut messages = input.messages.to_vec();
-    let mut marked = Vec::new();
-    for (index, message) in messages.iter_mut().enumerate() {
-        if message.role == "assistant"
-            && let Some(content) = mark(&message.content)
-        {
-            message.content = content;
-            marked.push(index);
-        }
-    }
-    let with_marks = template.render_input(&ChatInput { messages: &messages, ..*input }).ok()?;
-    let mut answers = vec![None; messages.len()];
-    let mut plain = String::with_capacity(text.len());
-    let mut marked = marked.into_iter();
-    let mut open = None;
-    for c in with_marks.chars() {
-        match (c, open) {
-            (OPEN, None) => open = Some((marked.next()?, plain.len())),
-            (CLOSE, Some((index, start))) => {
-                // A template that reorders its messages would give one turn's answer to another.
-                if plain[start..] != *answer(&input.messages[index].content) {
-                    return None;
-                }
-                answers[index] = Some(start..plain.len());
-                open = None;
+    /// What of a conversation does not stand in its text.
+    fn unwritten(
+        &self,
+        input: &ChatInput,
+        messages: &[JsonMessage],
+        text: &str,
+        marked: Option<&Marked>,
+    ) -> Vec<Unwritten> {
+        let mut unwritten = Vec::new();
+        for (index, message) in input.messages.iter().enumerate() {
+            let assistant = message.role == ASSISTANT;
+            let lost = |kinds: &[Kind]| marked.is_some_and(|marked| marked.lost(index, kinds));
+            let mut report = |part| unwritten.push(Unwritten { message: index + 1, part });
+            let content = match marked {
+                Some(_) => lost(&[Kind::Content]),
+                None => !text.contains(message.content.lines().next_back().unwrap_or_default().trim()),
+            };
+            if content {
+                report(if assistant { UnwrittenPart::Content } else { UnwrittenPart::Message(message.role.clone()) });
             }
-            (OPEN | CLOSE, _) => return None,
-            _ => plain.push(c),
+            if self.reasoning_lost(index, message, text, marked) {
+                report(UnwrittenPart::Reasoning);
+            }
+            let calls = match marked {
+                Some(marked) if marked.fields.iter().any(|f| f.message == index && f.kind == Kind::CallName) => {
+                    lost(&[Kind::CallName, Kind::CallArgument])
+                }
+                _ => crate::conversation::calls(&message.extra)
+                    .any(|call| call.get("name").and_then(|n| n.as_str()).is_some_and(|name| !text.contains(name))),
+            };
+            if calls {
+                report(UnwrittenPart::ToolCalls);
+            }
+        }
+        self.unread(input, messages, text, &mut unwritten);
+        unwritten
+    }
+
+    /// Whether a message's reasoning does not stand in the text. It is given under several names, of which one is
+    /// enough.
+    fn reasoning_lost(&self, index: usize, message: &Message, text: &str, marked: Option<&Marked>) -> bool {
+        if let Some(marked) = marked {
+            let of_message = |f: &&Field| f.message == index && f.kind == Kind::Reasoning;
+            let given = marked.fields.iter().any(|f| of_message(&f));
+            let written = |place: &marks::Place| {
+                of_message(&&marked.fields[place.field]) && !marked.unmarked.broken.contains(&place.field)
+            };
+            return given && !marked.unmarked.places.iter().any(written);
+        }
+        let reasoning = REASONING.iter().find_map(|key| message.extra.get(*key)).and_then(|value| value.as_str());
+        let last = reasoning.and_then(|reasoning| reasoning.lines().next_back());
+        last.is_some_and(|line| !text.contains(line.trim()))
+    }
+
+    /// Tool definitions and further fields without which the text is the same.
+    fn unread(&self, input: &ChatInput, messages: &[JsonMessage], text: &str, unwritten: &mut Vec<Unwritten>) {
+        let given =
+            |value: &serde_json::Value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty());
+        let same = |messages: &[JsonMessage], input: &ChatInput| {
+            let run = Run { messages: &values(messages), kwargs: &[], mark: false };
+            self.run(input, &run).is_ok_and(|other| other == text)
+        };
+        if input.tools.is_some_and(given) && same(messages, &ChatInput { tools: None, ..*input }) {
+            unwritten.push(Unwritten { message: 0, part: UnwrittenPart::Tools });
+        }
+        let further = |key: &str| !EXPECTED.contains(&key) && !REASONING.contains(&key);
+        if !messages.iter().any(|message| message.keys().any(|key| further(key))) {
+            return;
+        }
+        let without = |message: &JsonMessage| -> JsonMessage {
+            message.iter().filter(|(key, _)| !further(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
+        };
+        if same(&messages.iter().map(without).collect::<Vec<_>>(), input) {
+            for (index, message) in messages.iter().enumerate() {
+                let fields = message.keys().filter(|key| further(key)).cloned();
+                unwritten.extend(fields.map(|key| Unwritten { message: index + 1, part: UnwrittenPart::Field(key) }));
+            }
         }
     }
-    (open.is_none() && marked.next().is_none() && plain == text).then_some(answers)
 }
 
-/// What of a content is the answer: without surrounding whitespace, which templates trim, and
-/// without the reasoning, which they may leave out.
-fn answer(content: &str) -> &str {
-    content.rsplit_once(END_OF_REASONING).map_or(content, |(_, answer)| answer).trim()
-}
+/// Keys of messages that are known, or of which it doesn't matter whether they are written.
+const EXPECTED: [&str; 6] = ["role", "content", "tool_calls", "tool_call_id", "name", "id"];
 
-/// The content with its answer marked; `None` if there is nothing to mark.
-fn mark(content: &str) -> Option<String> {
-    let answer = answer(content);
-    if answer.is_empty() || content.contains([OPEN, CLOSE]) {
-        return None;
-    }
-    let end = content.trim_end().len();
-    let start = end - answer.len();
-    Some(format!("{}{OPEN}{answer}{CLOSE}{}", &content[..start], &content[end..]))
-}
+/// The role whose messages are learned.
+const ASSISTANT: &str = "assistant";
 
 #[cfg(test)]
 mod tests {

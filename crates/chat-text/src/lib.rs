@@ -33,6 +33,7 @@
 
 mod answers;
 mod boundary;
+mod conversation;
 mod error;
 mod mask;
 mod message;
@@ -43,7 +44,7 @@ mod tokenizer;
 pub use answers::{Rendered, Unwritten, UnwrittenPart};
 pub use error::ChatError;
 pub use mask::{Labelled, MASKED_LABEL};
-pub use message::{ContentAbsent, Message};
+pub use message::Message;
 pub use stream::StreamDecoder;
 pub use template::{ChatInput, ChatTemplate, SpecialTokens};
 pub use tokenizer::{Encoding, Tokenizer};

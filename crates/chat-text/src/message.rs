@@ -12,11 +12,11 @@ use serde_json::Map;
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, or what else the template knows.
     pub role: String,
-    /// What is said; empty where `content_absent` says so.
+    /// What is said.
     pub content: String,
-    /// Whether the message has no `content`, and how.
+    /// Whether there is a `content`: beside tool calls it may be missing or null. Then `content` is empty.
     #[serde(skip)]
-    pub content_absent: Option<ContentAbsent>,
+    pub has_content: bool,
     /// Whether the model is to learn this message, if an assistant wrote it. Templates don't see it.
     #[serde(skip)]
     pub learn: bool,
@@ -25,14 +25,8 @@ pub struct Message {
     pub extra: Map<String, serde_json::Value>,
 }
 
-/// How a message has no content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ContentAbsent {
-    /// `"content": null`.
-    Null,
-    /// There is no such key.
-    Missing,
-}
+/// Names that data sets give a reasoning beside the content; the first is the one that most templates read.
+pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 impl Default for Message {
     fn default() -> Self {
@@ -43,7 +37,7 @@ impl Default for Message {
 impl Message {
     /// A message with no further keys.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), content_absent: None, learn: true, extra: Map::new() }
+        Self { role: role.into(), content: content.into(), has_content: true, learn: true, extra: Map::new() }
     }
 
     /// A message of the user.
@@ -79,11 +73,11 @@ impl TryFrom<serde_json::Value> for Message {
             None => return Err("a message has no `role`".into()),
         };
         let learn = learn(&mut extra)?;
-        let mut content_absent = None;
+        let mut has_content = true;
         let content = match extra.shift_remove("content") {
             Some(Json::String(text)) => text,
-            empty @ (Some(Json::Null) | None) if SPEAKS_WITHOUT_CONTENT.iter().any(|key| extra.contains_key(*key)) => {
-                content_absent = Some(if empty.is_some() { ContentAbsent::Null } else { ContentAbsent::Missing });
+            Some(Json::Null) | None if SAYS_WITHOUT_CONTENT.iter().any(|key| extra.contains_key(*key)) => {
+                has_content = false;
                 String::new()
             }
             None => return Err(format!("the message of `{role}` has no `content`")),
@@ -96,12 +90,12 @@ impl TryFrom<serde_json::Value> for Message {
                 .collect::<Result<String, String>>()?,
             Some(_) => return Err(format!("`content` of `{role}` must be a string")),
         };
-        Ok(Self { role, content, content_absent, learn, extra })
+        Ok(Self { role, content, has_content, learn, extra })
     }
 }
 
 /// Keys beside which a message needs no content.
-const SPEAKS_WITHOUT_CONTENT: [&str; 4] = ["tool_calls", "reasoning_content", "thinking", "reasoning"];
+const SAYS_WITHOUT_CONTENT: [&str; 4] = ["tool_calls", REASONING[0], REASONING[1], REASONING[2]];
 
 /// Takes the keys by which data sets say whether a message is to be learned; by default it is.
 fn learn(extra: &mut Map<String, serde_json::Value>) -> Result<bool, String> {

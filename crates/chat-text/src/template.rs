@@ -12,9 +12,12 @@
 //! written, and freeing a list nested tens of thousands deep recurses. No template that means to
 //! write a prompt does either.
 
+mod filters;
 mod generation;
 mod json;
 mod python;
+
+pub(crate) use generation::{END as GENERATION_END, START as GENERATION_START};
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -23,8 +26,9 @@ use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
-use minijinja::{AutoEscape, Environment, ErrorKind, State, Value};
+use minijinja::{AutoEscape, Environment, ErrorKind, Value};
 
+use crate::conversation::{Arguments, Form, has_python_dict, message_json, values};
 use crate::error::ChatError;
 use crate::message::Message;
 
@@ -164,9 +168,31 @@ impl ChatTemplate {
     /// As [`ChatTemplate::render`], with everything a template can be given.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`].
+    /// As [`ChatTemplate::render`]; [`ChatError::ReservedVariable`] names a `template_kwargs` that is taken.
     pub fn render_input(&self, input: &ChatInput) -> Result<String, ChatError> {
-        self.run(input, false)
+        self.render_form(input).map(|(text, _)| text)
+    }
+
+    /// Renders a conversation in the first form that the template takes.
+    pub(crate) fn render_form(&self, input: &ChatInput) -> Result<(String, Form), ChatError> {
+        let mut first = None;
+        let mut dict = None;
+        for form in Form::of(input.messages) {
+            let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
+            let run = Run { messages: &values(&messages), kwargs: &[], mark: false };
+            match self.run(input, &run) {
+                Ok(text) if form.arguments == Arguments::Object && has_python_dict(&text, input.messages) => {
+                    dict.get_or_insert((text, form));
+                }
+                Ok(text) => return Ok((text, form)),
+                Err(error @ (ChatError::TemplateEndless | ChatError::ReservedVariable { .. })) => return Err(error),
+                Err(error) => {
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        // There is always one form.
+        dict.ok_or_else(|| first.unwrap_or(ChatError::TemplateEndless))
     }
 
     /// Writes a conversation and gives the byte ranges of the text that lie between
@@ -176,9 +202,11 @@ impl ChatTemplate {
     /// As [`ChatTemplate::render`], and if the marks can't be followed through the template
     /// because it cuts up or rewrites the marked text.
     pub fn render_marked(&self, input: &ChatInput) -> Result<(String, Vec<Range<usize>>), ChatError> {
-        let text = self.run(input, false)?;
+        let (text, form) = self.render_form(input)?;
+        let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
+        let marked = self.run(input, &Run { messages: &values(&messages), kwargs: &[], mark: true })?;
         let (stripped, spans) =
-            generation::take_marks(&self.run(input, true)?).map_err(|problem| ChatError::TemplateRender { problem })?;
+            generation::take_marks(&marked).map_err(|problem| ChatError::TemplateRender { problem })?;
         if stripped != text {
             return Err(ChatError::TemplateRender {
                 problem: "the text between its `generation` tags can't be followed to the output".into(),
@@ -187,22 +215,34 @@ impl ChatTemplate {
         Ok((text, spans))
     }
 
-    fn run(&self, input: &ChatInput, mark: bool) -> Result<String, ChatError> {
+    /// Renders messages that are ready, with what else the input holds.
+    pub(crate) fn run(&self, input: &ChatInput, run: &Run) -> Result<String, ChatError> {
         let kwargs = input.template_kwargs.into_iter().flatten();
         if let Some((name, _)) = kwargs.clone().find(|(name, _)| RESERVED.contains(&name.as_str())) {
             return Err(ChatError::ReservedVariable { name: name.clone() });
         }
         let special = input.special_tokens.0.iter().map(|(name, text)| (name.as_str(), Value::from(text.as_str())));
         let kwargs = kwargs.map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
-        let context = std::iter::once(("documents", Value::from(()))).chain(special).chain(kwargs).chain([
-            ("messages", Value::from(Serde(input.messages))),
+        let further = run.kwargs.iter().map(|(name, value)| (*name, value.clone()));
+        let context = std::iter::once(("documents", Value::from(()))).chain(special).chain(kwargs).chain(further);
+        let context = context.chain([
+            ("messages", Value::from(run.messages.to_vec())),
             ("tools", Value::from(Serde(input.tools))),
             ("add_generation_prompt", Value::from(input.add_generation_prompt)),
-            (generation::SWITCH, Value::from(mark)),
+            (generation::SWITCH, Value::from(run.mark)),
         ]);
         let context = Value::from_pairs(context);
         self.env.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
     }
+}
+
+/// Messages for one rendering.
+pub(crate) struct Run<'a> {
+    pub messages: &'a [Value],
+    /// Variables that override the input's.
+    pub kwargs: &'a [(&'a str, Value)],
+    /// Whether `generation` tags write their marks.
+    pub mark: bool,
 }
 
 /// The engine's parser recurses along chains of operators and `elif`s, so the length of a template
@@ -266,7 +306,7 @@ fn environment() -> Environment<'static> {
         }
         Ok(())
     });
-    env.add_filter("string", |state: &State, value: &Value| python::to_text(state, value));
+    filters::add(&mut env);
     env.add_test("iterable", python::is_iterable);
     env.add_test("sequence", python::is_sequence);
     env.add_filter("tojson", json::tojson);

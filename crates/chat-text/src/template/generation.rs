@@ -19,8 +19,8 @@ use std::ops::Range;
 /// The variable that turns the marks on.
 pub const SWITCH: &str = "__mark_generation";
 
-const START: char = '\u{FDD0}';
-const END: char = '\u{FDD1}';
+pub const START: char = '\u{FDD0}';
+pub const END: char = '\u{FDD1}';
 
 /// A template with its tags rewritten.
 pub struct Rewritten {

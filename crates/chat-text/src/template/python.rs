@@ -1,8 +1,11 @@
 //! What the engine lacks of Python: `str(x)` of numbers and containers, methods of strings, and what
 //! Jinja's tests say of `none` and of strings.
 
-use minijinja::value::{ValueKind, from_args};
+use minijinja::formatting::FormatStyle;
+use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
+
+use super::filters;
 
 /// Nesting that is certainly a cycle or an attack.
 pub const MAX_DEPTH: usize = 64;
@@ -137,37 +140,163 @@ pub fn is_sequence(value: &Value) -> bool {
         || (matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) && value.len().is_some())
 }
 
+/// Where padding goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Left,
+    Right,
+    Both,
+}
+
+/// A text filled up to a width in characters.
+pub fn pad(state: &State, text: &str, width: i64, fill: char, side: Side) -> Result<String, Error> {
+    let length = text.chars().count();
+    let missing = usize::try_from(width).unwrap_or(0).saturating_sub(length);
+    state.consume_fuel(missing as u64 / 16)?;
+    let left = match side {
+        Side::Left => missing,
+        Side::Right => 0,
+        // Python puts the odd blank to the left where the width is odd.
+        Side::Both => missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1),
+    };
+    let filling = |count: usize| std::iter::repeat_n(fill, count);
+    Ok(filling(left).chain(text.chars()).chain(filling(missing - left)).collect())
+}
+
+/// `str.splitlines()`.
+pub fn lines(text: &str) -> Vec<&str> {
+    let breaks = ['\n', '\r', '\u{b}', '\u{c}', '\u{1c}', '\u{1d}', '\u{1e}', '\u{85}', '\u{2028}', '\u{2029}'];
+    let mut lines = Vec::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(breaks) {
+        lines.push(&rest[..at]);
+        let length =
+            if rest[at..].starts_with("\r\n") { 2 } else { rest[at..].chars().next().map_or(1, char::len_utf8) };
+        rest = &rest[at + length..];
+    }
+    if !rest.is_empty() {
+        lines.push(rest);
+    }
+    lines
+}
+
+/// `repr(x)`, which is what `pprint` writes of what fits a line.
+pub fn to_repr(state: &State, value: &Value) -> Result<String, Error> {
+    let mut out = Repr { state, out: String::new(), paid: 0 };
+    out.value(value, 0)?;
+    Ok(out.out)
+}
+
 /// Answers method calls that the engine does not know itself.
 pub fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    if value.kind() == ValueKind::String
-        && let Some(text) = value.as_str()
-    {
-        match name {
-            "removeprefix" => {
-                let (prefix,): (&str,) = from_args(args)?;
-                return Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)));
-            }
-            "removesuffix" => {
-                let (suffix,): (&str,) = from_args(args)?;
-                return Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)));
-            }
-            "partition" | "rpartition" => {
-                let (separator,): (&str,) = from_args(args)?;
-                let (split, missing) = match name {
-                    "partition" => (text.split_once(separator), [text, "", ""]),
-                    _ => (text.rsplit_once(separator), ["", "", text]),
-                };
-                let parts = split.map_or(missing, |(head, tail)| [head, separator, tail]);
-                return Ok(Value::from(parts.map(Value::from).to_vec()));
-            }
-            "rsplit" => {
-                let (separator, limit): (Option<&str>, Option<i64>) = from_args(args)?;
-                return Ok(rsplit(text, separator, limit));
-            }
-            _ => {}
+    let known = match value.kind() {
+        ValueKind::String => value.as_str().map(|text| string_method(state, text, name, args)),
+        ValueKind::Map if name == "copy" && args.is_empty() => Some(Ok(Some(value.clone()))),
+        ValueKind::Seq if name == "copy" && args.is_empty() => Some(Ok(Some(value.clone()))),
+        ValueKind::Seq if name == "index" => {
+            let (wanted,): (Value,) = from_args(args)?;
+            let at = value.try_iter()?.position(|item| item == wanted);
+            Some(at.map(|at| Some(Value::from(at))).ok_or_else(|| not_found("the value is not in the list")))
         }
+        _ => None,
+    };
+    match known.transpose()?.flatten() {
+        Some(answer) => Ok(answer),
+        None => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
     }
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+fn not_found(problem: &str) -> Error {
+    Error::new(ErrorKind::InvalidOperation, problem.to_owned())
+}
+
+fn string_method(state: &State, text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+    Ok(Some(match name {
+        "removeprefix" => {
+            let (prefix,): (&str,) = from_args(args)?;
+            Value::from(text.strip_prefix(prefix).unwrap_or(text))
+        }
+        "removesuffix" => {
+            let (suffix,): (&str,) = from_args(args)?;
+            Value::from(text.strip_suffix(suffix).unwrap_or(text))
+        }
+        "partition" | "rpartition" => {
+            let (separator,): (&str,) = from_args(args)?;
+            let (split, missing) = match name {
+                "partition" => (text.split_once(separator), [text, "", ""]),
+                _ => (text.rsplit_once(separator), ["", "", text]),
+            };
+            let parts = split.map_or(missing, |(head, tail)| [head, separator, tail]);
+            Value::from(Tuple::from(parts.map(Value::from).to_vec()))
+        }
+        "split" | "rsplit" => {
+            let (separator, limit, kwargs): (Option<&str>, Option<i64>, Kwargs) = from_args(args)?;
+            let separator = separator.map_or_else(|| kwargs.get::<Option<&str>>("sep"), |s| Ok(Some(s)))?;
+            let limit = limit.map_or_else(|| kwargs.get::<Option<i64>>("maxsplit"), |n| Ok(Some(n)))?;
+            kwargs.assert_all_used()?;
+            if separator == Some("") {
+                return Err(not_found("split: empty separator"));
+            }
+            if name == "split" { split(text, separator, limit) } else { rsplit(text, separator, limit) }
+        }
+        "splitlines" if args.is_empty() => lines(text).into_iter().map(Value::from).collect(),
+        "index" | "rindex" => {
+            let (wanted,): (&str,) = from_args(args)?;
+            let at = if name == "index" { text.find(wanted) } else { text.rfind(wanted) };
+            let at = at.ok_or_else(|| not_found("substring not found"))?;
+            Value::from(text[..at].chars().count())
+        }
+        "ljust" | "rjust" | "center" => {
+            let (width, fill): (i64, Option<char>) = from_args(args)?;
+            let side = match name {
+                "ljust" => Side::Right,
+                "rjust" => Side::Left,
+                _ => Side::Both,
+            };
+            Value::from(pad(state, text, width, fill.unwrap_or(' '), side)?)
+        }
+        "zfill" => {
+            let (width,): (i64,) = from_args(args)?;
+            let (sign, digits) = text.split_at(usize::from(text.starts_with(['-', '+'])));
+            let width = width.saturating_sub(sign.len() as i64);
+            Value::from(format!("{sign}{}", pad(state, digits, width, '0', Side::Left)?))
+        }
+        "casefold" => Value::from(text.to_lowercase()),
+        "swapcase" => text
+            .chars()
+            .flat_map(|c| match c.is_uppercase() {
+                true => c.to_lowercase().collect::<Vec<_>>(),
+                false => c.to_uppercase().collect(),
+            })
+            .collect::<String>()
+            .into(),
+        "format" => Value::from(filters::formatted(state, FormatStyle::StrFormat, text, args)?),
+        _ => return Ok(None),
+    }))
+}
+
+/// `str.split`: at most `limit` cuts from the left; whitespace runs without a separator.
+fn split(text: &str, separator: Option<&str>, limit: Option<i64>) -> Value {
+    let limit = limit.and_then(|n| usize::try_from(n).ok());
+    let parts: Vec<&str> = match (separator, limit) {
+        (Some(separator), Some(limit)) => text.splitn(limit.saturating_add(1), separator).collect(),
+        (Some(separator), None) => text.split(separator).collect(),
+        (None, None) => text.split_whitespace().collect(),
+        (None, Some(limit)) => {
+            let mut parts = Vec::new();
+            let mut rest = text.trim_start();
+            while !rest.is_empty() && parts.len() < limit {
+                let cut = rest.find(char::is_whitespace).unwrap_or(rest.len());
+                parts.push(&rest[..cut]);
+                rest = rest[cut..].trim_start();
+            }
+            if !rest.is_empty() {
+                parts.push(rest);
+            }
+            parts
+        }
+    };
+    parts.into_iter().map(Value::from).collect()
 }
 
 /// `str.rsplit`: at most `limit` cuts from the right; whitespace runs without a separator.

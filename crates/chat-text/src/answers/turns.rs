@@ -1,0 +1,195 @@
+//! Where the turns of assistants begin and end in a text.
+
+use std::ops::Range;
+
+use minijinja::Value;
+
+use super::marks::{Place, unmark};
+use super::{ASSISTANT, Marked};
+use crate::error::ChatError;
+use crate::template::{ChatInput, ChatTemplate, Run};
+
+/// Variables by which templates decide on the reasoning in their generation prompt.
+const THINKING: [&str; 2] = ["enable_thinking", "thinking"];
+
+/// What finds the turns of one conversation.
+pub(super) struct Turns<'a> {
+    template: &'a ChatTemplate,
+    input: &'a ChatInput<'a>,
+    /// The messages without marks.
+    plain: &'a [Value],
+    text: &'a str,
+    marked: Option<&'a Marked>,
+    /// Variables for generation prompts: none, then those that turn reasoning on and off.
+    prompts: Vec<Vec<(&'static str, Value)>>,
+}
+
+impl<'a> Turns<'a> {
+    pub fn new(
+        template: &'a ChatTemplate,
+        input: &'a ChatInput<'a>,
+        plain: &'a [Value],
+        text: &'a str,
+        marked: Option<&'a Marked>,
+    ) -> Self {
+        let known = THINKING.into_iter().filter(|name| template.source().contains(name));
+        let thinking = known.flat_map(|name| [true, false].map(|on| vec![(name, Value::from(on))]));
+        let prompts = std::iter::once(Vec::new()).chain(thinking).collect();
+        Self { template, input, plain, text, marked, prompts }
+    }
+
+    /// The spans of all messages that are to be learned, in order.
+    pub fn spans(&self) -> Result<Vec<Range<usize>>, ChatError> {
+        if let Some(spans) = self.generated() {
+            return Ok(spans);
+        }
+        let mut spans = Vec::new();
+        for (message, turn) in self.input.messages.iter().enumerate() {
+            if turn.role == ASSISTANT && turn.learn {
+                spans.extend(self.turn(message)?.into_iter().map(|span| (message, span)));
+            }
+        }
+        spans.sort_by_key(|(_, span)| span.start);
+        // Spans that run into each other would come from a template that reorders its messages.
+        match spans.windows(2).find(|pair| pair[0].1.end > pair[1].1.start) {
+            None => Ok(spans.into_iter().map(|(_, span)| span).collect()),
+            Some(pair) => Err(ChatError::Untraceable { message: pair[0].0 + 1 }),
+        }
+    }
+
+    /// What the template's own tags enclose, if there are any and every turn that is in the text is in them.
+    fn generated(&self) -> Option<Vec<Range<usize>>> {
+        let marked = self.marked?;
+        let spans = &marked.unmarked.generated;
+        let within =
+            |place: &Place, span: &Range<usize>| span.start <= place.range.start && place.range.end <= span.end;
+        let learned = |message: usize| self.input.messages.get(message).is_some_and(|m| m.learn);
+        let mut wanted = Vec::new();
+        for span in spans {
+            let of = marked.unmarked.places.iter().find(|place| within(place, span) && self.assistant(place));
+            match of {
+                Some(place) if !learned(marked.fields[place.field].message) => {}
+                _ if span.is_empty() => {}
+                _ => wanted.push(span.clone()),
+            }
+        }
+        let covered = (marked.unmarked.places.iter()).all(|place| {
+            !self.assistant(place) || spans.iter().any(|span| within(place, span)) || self.is_repeated(place)
+        });
+        (!spans.is_empty() && covered).then_some(wanted)
+    }
+
+    fn assistant(&self, place: &Place) -> bool {
+        let message = self.marked.and_then(|marked| marked.fields.get(place.field)).map(|field| field.message);
+        message.and_then(|message| self.input.messages.get(message)).is_some_and(|m| m.role == ASSISTANT)
+    }
+
+    /// Whether a field stands in the text before as well: a tool's name above its result.
+    fn is_repeated(&self, place: &Place) -> bool {
+        let places = self.marked.map(|marked| &marked.unmarked.places[..]).unwrap_or_default();
+        places.iter().any(|other| other.field == place.field && other.range.start < place.range.start)
+    }
+
+    /// Where fields of a message stand for the first time, in order.
+    fn places(&self, message: usize) -> Vec<&Place> {
+        let places = self.marked.map(|marked| (&marked.unmarked.places[..], &marked.fields));
+        let mut own: Vec<&Place> = places
+            .into_iter()
+            .flat_map(|(places, fields)| places.iter().filter(move |place| fields[place.field].message == message))
+            .filter(|place| !self.is_repeated(place))
+            .collect();
+        own.sort_by_key(|place| place.range.start);
+        own
+    }
+
+    /// What a message of an assistant became: one range, or more if others speak in between.
+    fn turn(&self, message: usize) -> Result<Vec<Range<usize>>, ChatError> {
+        let untraceable = || ChatError::Untraceable { message: message + 1 };
+        let own = self.places(message);
+        let first = own.first().map(|place| place.range.start);
+        let last = own.iter().map(|place| place.range.end).max();
+        let start = self.start(message, first)?.ok_or_else(untraceable)?;
+        let end = self.end(message, last)?.filter(|end| start <= *end).ok_or_else(untraceable)?;
+        let contained = first.is_none_or(|first| start <= first) && last.is_none_or(|last| last <= end);
+        if !contained {
+            return Err(untraceable());
+        }
+        let mut others: Vec<&Place> = self.marked.map_or_else(Vec::new, |marked| {
+            let places = marked.unmarked.places.iter();
+            let theirs = places.filter(|place| marked.fields[place.field].message != message);
+            theirs.filter(|place| start < place.range.end && place.range.start < end).collect()
+        });
+        others.sort_by_key(|place| place.range.start);
+        if others.is_empty() {
+            return Ok(vec![start..end]);
+        }
+        Err(untraceable())
+    }
+
+    /// Renders the first messages.
+    fn render(&self, messages: &[Value], prompt: bool, kwargs: &[(&str, Value)]) -> Result<Option<String>, ChatError> {
+        let input = ChatInput { add_generation_prompt: prompt, ..*self.input };
+        match self.template.run(&input, &Run { messages, kwargs, mark: false }) {
+            Ok(text) => Ok(Some(text)),
+            Err(ChatError::TemplateEndless) => Err(ChatError::TemplateEndless),
+            // A template may refuse a part of a conversation.
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Where the model begins to write, before `first`.
+    fn start(&self, message: usize, first: Option<usize>) -> Result<Option<usize>, ChatError> {
+        let before = |at: usize| first.is_none_or(|first| at <= first);
+        for kwargs in &self.prompts {
+            if let Some(prompt) = self.render(&self.plain[..message], true, kwargs)?
+                && self.text.starts_with(&prompt)
+                && before(prompt.len())
+            {
+                return Ok(Some(prompt.len()));
+            }
+        }
+        let Some(marked) = self.marked else { return Ok(None) };
+        let mut common = None;
+        for kwargs in &self.prompts {
+            let Some(prompt) = self.render(&marked.messages[..message], true, kwargs)? else { continue };
+            let Some(prompt) = unmark(&prompt) else { continue };
+            let Some(last) = prompt.places.iter().max_by_key(|place| place.range.end) else { continue };
+            let places = marked.unmarked.places.iter();
+            let same = places.filter(|place| place.field == last.field && before(place.range.end));
+            let Some(here) = same.max_by_key(|place| place.range.end) else { continue };
+            let (tail, rest) = (&prompt.text[last.range.end..], &self.text[here.range.end..]);
+            if rest.starts_with(tail) && before(here.range.end + tail.len()) {
+                return Ok(Some(here.range.end + tail.len()));
+            }
+            let shared = here.range.end + common_tags(tail, rest);
+            if before(shared) {
+                common = common.max(Some(shared));
+            }
+        }
+        Ok(common)
+    }
+
+    /// Where the turn ends, behind `last`.
+    fn end(&self, message: usize, last: Option<usize>) -> Result<Option<usize>, ChatError> {
+        let behind = |at: usize| last.is_none_or(|last| last <= at);
+        if let Some(part) = self.render(&self.plain[..=message], false, &[])?
+            && self.text.starts_with(&part)
+            && behind(part.len())
+        {
+            return Ok(Some(part.len()));
+        }
+        let (Some(marked), Some(last)) = (self.marked, last) else { return Ok(None) };
+        let Some(part) = self.render(&marked.messages[..=message], false, &[])? else { return Ok(None) };
+        let Some(part) = unmark(&part) else { return Ok(None) };
+        let own = part.places.iter().filter(|place| marked.fields[place.field].message == message);
+        let Some(tail) = own.map(|place| place.range.end).max() else { return Ok(None) };
+        Ok(Some(last + common_tags(&part.text[tail..], &self.text[last..])))
+    }
+}
+
+/// Length of what two texts begin with. They may part in the middle of a tag (`<|user|>` and `<|endoftext|>`): then
+/// it ends after the last complete tag or line.
+fn common_tags(tail: &str, rest: &str) -> usize {
+    let common: usize = tail.chars().zip(rest.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum();
+    if common == tail.len() { common } else { tail[..common].rfind(['>', ']', '\n']).map_or(0, |at| at + 1) }
+}
