@@ -60,8 +60,8 @@ impl NoticeKind {
                 "give a data.chat_template that does, or rows without it".into(),
             ),
             Self::EmptyAnswer => (
-                "empty answers among others, which are not learned".into(),
-                "fill them in, or leave the turns out".into(),
+                "empty answers among others".into(),
+                "only data.loss_on = \"all\" learns them: fill them in, or leave the turns out".into(),
             ),
             Self::NoEndToken => {
                 let (stops, cure) = match facts.end_tokens.as_slice() {

@@ -83,7 +83,10 @@ fn an_empty_answer_among_others_is_not_learned() {
     assert_eq!(labelled(&dataset.examples[0]).0, "d<|im_end|>\n");
     assert_eq!(
         warnings(&row, &config()),
-        ["empty answers among others, which are not learned: 1 row (line 1); fill them in, or leave the turns out"]
+        [
+            "empty answers among others: 1 row (line 1); only data.loss_on = \"all\" learns them: fill them in, or leave \
+          the turns out"
+        ]
     );
     // The last of several turns says nothing: neither it nor its end is learned.
     let row = r#"{"instruction": "b", "output": "", "history": [["a", "x"]]}"#;
@@ -128,6 +131,40 @@ fn keys_that_are_not_read_are_named() {
     );
     let row = r#"{"system": "A", "messages": [{"role": "system", "content": "B"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
     assert!(warnings(row, &config())[0].contains("`system` beside a system message in 1 row (line 1)"));
+}
+
+/// The reference template knows no tool calls.
+#[test]
+fn what_the_template_leaves_out_is_told_or_refused() {
+    let row = r#"{"messages": [{"role": "user", "content": "Weather in Oslo?"}, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "It rains."}]}"#;
+    let told = match load_text(row, &config()) {
+        Ok(dataset) => dataset.report.warnings().join("\n"),
+        Err(error) => error,
+    };
+    assert!(told.contains("the chat template does not write") && told.contains("tool calls"), "{told}");
+}
+
+#[test]
+fn fields_and_roles_that_the_template_does_not_read_are_told() {
+    let row =
+        r#"{"messages": [{"role": "user", "content": "Hi", "timestamp": 3}, {"role": "assistant", "content": "Yo"}]}"#;
+    let told = warnings(&format!("{row}\n{row}"), &config());
+    assert_eq!(
+        told,
+        ["the chat template does not write: field `timestamp` in 2 rows (lines 1, 2); give a data.chat_template that \
+          does, or rows without it"]
+    );
+    let deaf = "{% for m in messages %}{% if m.role != 'developer' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let deaf = DataConfig { chat_template: Some(deaf.into()), ..config() };
+    let row = chat(&[("developer", "Be brief."), ("user", "Hi"), ("assistant", "Yo")]);
+    let told = warnings(&row, &deaf).join("\n");
+    assert!(
+        told.contains("the chat template does not write: whole text of role `developer` in 1 row (line 1)"),
+        "{told}"
+    );
+    let strict = DataConfig { strict: true, ..deaf };
+    let error = load_text(&row, &strict).unwrap_err();
+    assert!(error.starts_with("/rows.jsonl:1: the chat template does not write: whole text of role"), "{error}");
 }
 
 const ENDLESS: &str = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}";

@@ -21,7 +21,8 @@ pub struct LengthBin {
 /// The lengths of rows in tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lengths {
-    /// Bins of one width, a power of two, up to the longest row that was not cut or to `max_length`.
+    /// Bins of one width, a power of two, from the shortest row to the longest that was not cut, or to `max_length` if
+    /// any was. At most 17.
     pub bins: Vec<LengthBin>,
     /// Rows that were cut to `max_length`; some may have been left out then.
     pub cut: usize,
@@ -38,12 +39,14 @@ impl Lengths {
         let whole = || dataset.examples.iter().filter(|example| !cut.contains(&example.line));
         let lengths = || whole().map(|example| example.input_ids.len());
         let longest = if cut.is_empty() { lengths().max().unwrap_or(0) } else { max_length };
-        let width = longest.div_ceil(BINS).next_power_of_two();
-        let mut bins: Vec<_> = (0..longest.div_ceil(width))
+        let shortest = lengths().min().unwrap_or(longest).max(1);
+        let width = (longest + 1).saturating_sub(shortest).div_ceil(BINS).next_power_of_two();
+        let first = (shortest - 1) / width;
+        let mut bins: Vec<_> = (first..longest.div_ceil(width))
             .map(|bin| LengthBin { from: bin * width + 1, to: ((bin + 1) * width).min(max_length), rows: 0 })
             .collect();
         for length in lengths() {
-            if let Some(bin) = bins.get_mut(length.saturating_sub(1) / width) {
+            if let Some(bin) = bins.get_mut(length.saturating_sub(1) / width - first) {
                 bin.rows += 1;
             }
         }

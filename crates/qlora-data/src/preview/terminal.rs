@@ -11,6 +11,9 @@ const COLUMNS: usize = 100;
 /// Columns of the longest bar.
 const BAR: usize = 40;
 
+/// What stands for a token that is a part of a character.
+const PART: &str = "…";
+
 const LEARNED: &str = "\u{1b}[32m";
 const LEARNED_SPECIAL: &str = "\u{1b}[1;32m";
 const SPECIAL: &str = "\u{1b}[1m";
@@ -54,7 +57,7 @@ impl PreviewRow {
         for (position, token) in self.tokens.iter().enumerate() {
             let mark = if token.learned { '^' } else { ' ' };
             let (on, off) = style(color, token.learned, token.special);
-            let shown = visible::text(&token.text);
+            let shown = if token.text.is_empty() { PART.into() } else { visible::text(&token.text) };
             line_of(text, format!("{position:>6} {:>8} {mark} {on}{shown}{off}", token.id).trim_end());
         }
     }
