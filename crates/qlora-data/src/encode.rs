@@ -14,6 +14,7 @@ use crate::example::Example;
 use crate::formats::{Read, Row, Turn};
 use crate::notice::{NoticeFacts, NoticeKind};
 use crate::report::{MaskReason, TruncatedRow};
+use crate::visible;
 
 pub(crate) use end::EndTokens;
 use prefix::Tokens;
@@ -61,8 +62,11 @@ impl RowEncoder<'_> {
             Row::Completion(turns) => self.completion(turns),
             Row::Text(text) => self.text(&text),
         };
-        let draft =
-            draft.map_err(|error| DataError::Row { path: self.path.to_owned(), line, problem: error.to_string() })?;
+        let draft = draft.map_err(|error| DataError::Row {
+            path: self.path.to_owned(),
+            line,
+            problem: visible::lines(&error.to_string()),
+        })?;
         let Draft { tokens, mut notices } = match draft {
             Ok(draft) => draft,
             Err(reason) => {

@@ -43,6 +43,7 @@ pub mod preview;
 mod report;
 mod shuffle;
 mod source;
+mod visible;
 mod words;
 
 pub use batch::{Batch, BatchOrder, Batches, Padding, Position, padding_id};

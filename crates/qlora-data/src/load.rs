@@ -17,6 +17,7 @@ use crate::error::DataError;
 use crate::notice::{NoticeFacts, Notices};
 use crate::report::{DataReport, MaskedRow};
 use crate::source::{self, JsonLines, Line};
+use crate::visible;
 
 /// Bytes of a piece for each thread: some tenth of a second of tokenizing.
 const PIECE: usize = 256 << 10;
@@ -176,7 +177,7 @@ struct LineReader<'a> {
 impl LineReader<'_> {
     fn wrong(&self, line: usize, problem: String) -> DataError {
         let expected = self.format.expected().to_owned();
-        DataError::Line { path: self.path.to_owned(), line, problem, expected }
+        DataError::Line { path: self.path.to_owned(), line, problem: visible::lines(&problem), expected }
     }
 
     /// Reads and encodes a line, whose text is given back as soon as it is read.

@@ -6,7 +6,6 @@
 mod html;
 mod lengths;
 mod terminal;
-mod visible;
 
 use std::collections::HashMap;
 

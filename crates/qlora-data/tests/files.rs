@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{config, load_file, load_text, load_text_with, tokenizer};
+use common::{config, load_file, load_text, load_text_with, tokenizer, warnings};
 use qlora_data::{DataConfig, LoadOptions, load_rows};
 
 #[test]
@@ -111,6 +111,23 @@ fn other_kinds_of_files_are_named_with_the_command_that_helps() {
     let error = load_text(row, &template).unwrap_err();
     assert!(error.contains("\"chatml\" is no chat template: names are not known"), "{error}");
     assert!(error.contains("data.chat_template"), "{error}");
+}
+
+/// What stands in a file is quoted in messages, and never obeyed by a terminal.
+#[test]
+fn messages_hold_no_escape_sequences_of_the_data() {
+    let escape = "\\u001b[31m";
+    for (text, expected) in [
+        (format!(r#"{{"{escape}": 1}}"#), "the object has `␛[31m`"),
+        (format!(r#"{{"conversations": [{{"from": "{escape}", "value": "a"}}]}}"#), "`from` is"),
+        (format!(r#"{{"messages": [{{"role": "{escape}"}}]}}"#), "␛[31m"),
+        (format!(r#"{{"text": "a", "{escape}": 1, "{escape}": 1}}"#), "␛[31m"),
+    ] {
+        let error = load_text(&text, &config()).unwrap_err();
+        assert!(error.contains(expected) && !error.contains('\u{1b}'), "{error:?}");
+    }
+    let told = warnings(&format!(r#"{{"text": "a b", "{escape}": 1}}"#), &config()).join("\n");
+    assert!(told.contains("`␛[31m` in 1 row"), "{told:?}");
 }
 
 /// Several rows are broken, and the pieces of the file are encoded in parallel: the first line is reported.

@@ -8,6 +8,7 @@ use crate::config::LossOn;
 use crate::formats::says_nothing;
 use crate::notice::NoticeKind;
 use crate::report::MaskReason;
+use crate::visible;
 
 /// Keys of a message by which an assistant says something without content.
 const SPEAKING: [&str; 5] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
@@ -55,7 +56,12 @@ impl RowEncoder<'_> {
             LossOn::Assistant => template.render_answers(&input)?,
             LossOn::All => template.render_all(&input)?,
         };
-        notices.extend(rendered.unwritten.iter().map(|left_out| (NoticeKind::Unwritten, left_out.part.to_string())));
+        notices.extend(
+            rendered
+                .unwritten
+                .iter()
+                .map(|left_out| (NoticeKind::Unwritten, visible::text(&left_out.part.to_string()))),
+        );
         let last =
             answers().next_back().filter(|message| message.learn).map(|message| message.content.trim().to_owned());
         drop(messages);

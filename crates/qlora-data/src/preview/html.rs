@@ -1,6 +1,7 @@
 //! A preview as a page of its own: no script, nothing loaded.
 
-use super::{Lengths, Preview, PreviewRow, visible};
+use super::{Lengths, Preview, PreviewRow};
+use crate::visible;
 use crate::words::grouped;
 
 const STYLE: &str = "\

@@ -2,7 +2,8 @@
 
 use unicode_width::UnicodeWidthChar;
 
-use super::{Lengths, Preview, PreviewRow, visible};
+use super::{Lengths, Preview, PreviewRow};
+use crate::visible;
 use crate::words::grouped;
 
 /// Columns of a line: marks stand beneath their text, so lines are broken before a terminal breaks them.

@@ -1,11 +1,11 @@
 //! Characters of data as something to see: no terminal and no browser takes them for its own.
 
 /// What stands for a line break, which then follows.
-pub(super) const LINE_BREAK: char = '↵';
+pub(crate) const LINE_BREAK: char = '↵';
 
 /// Adds a character that can be seen and does nothing: control characters as their pictures (U+2400 to U+2421), other
 /// characters without a shape of their own as their code point.
-pub(super) fn push(out: &mut String, c: char) {
+pub(crate) fn push(out: &mut String, c: char) {
     match c {
         '\n' => out.push(LINE_BREAK),
         '\0'..='\u{1F}' => out.extend(char::from_u32(0x2400 + u32::from(c))),
@@ -16,10 +16,15 @@ pub(super) fn push(out: &mut String, c: char) {
 }
 
 /// A text in one line that does nothing.
-pub(super) fn text(text: &str) -> String {
+pub(crate) fn text(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     text.chars().for_each(|c| push(&mut out, c));
     out
+}
+
+/// A text that does nothing but break its lines.
+pub(crate) fn lines(text: &str) -> String {
+    text.split('\n').map(self::text).collect::<Vec<_>>().join("\n")
 }
 
 /// Unicode's format characters (general category Cf), which turn the direction of writing or join what stands around
@@ -57,6 +62,7 @@ mod tests {
     fn nothing_of_a_text_acts() {
         assert_eq!(text("a\x1b[31mb\r\n\t\x7f"), "a␛[31mb␍↵␉␡");
         assert_eq!(text("\u{9b}31m\u{202e}\u{feff}"), "\\u{9b}31m\\u{202e}\\u{feff}");
+        assert_eq!(lines("a\x1b\nb"), "a␛\nb");
         assert_eq!(text("naïve 漢字 🙂"), "naïve 漢字 🙂");
     }
 }
