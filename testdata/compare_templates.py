@@ -121,10 +121,10 @@ def conversations():
     yield make("weight 0", lambda s, u, a, r: [u(), a(learn=False), u(), a()])
 
 
-def their_text(template, messages, tools):
+def their_text(template, messages, tools, **more):
     messages = [{k: v for k, v in m.items() if v is not None and k != "weight"} for m in messages]
     try:
-        return theirs.render_jinja_template([messages], tools=tools, chat_template=template, **SPECIAL)[0][0], None
+        return theirs.render_jinja_template([messages], tools=tools, chat_template=template, **SPECIAL, **more)[0][0], None
     except Exception as e:
         return None, f"{type(e).__name__}: {e}"
 
@@ -138,24 +138,34 @@ def parsed(messages):
     return messages
 
 
-def judge(ours, owner):
+def judge(ours, owner, template, messages, tools):
     """What is wrong with a mask; an empty list if nothing is."""
     text, problems = ours["text"], []
+
+    def partial(word):
+        """The text up to the assistant's message that holds a word."""
+        index = next(i for i, m in enumerate(messages) if word in json.dumps(m))
+        return their_text(template, parsed(messages[: index + 1]), tools)[0] or ""
+
+    def prompts(before):
+        """Whether a generation prompt of transformers is exactly this text."""
+        return any(their_text(template, parsed(messages[:i]), tools, add_generation_prompt=True)[0] == before for i in range(1, len(messages)))
+
     raw = text.encode()
     spans = [(len(raw[:a].decode()), len(raw[:b].decode())) for a, b in ours["spans"]]
     inside = lambda a, b: any(s <= a and b <= e for s, e in spans)
-    reported = {(u["message"], u["part"]) for u in ours["unwritten"]}
+    reported = {u["part"].split(" of role")[0] for u in ours["unwritten"]}
+    part_of = dict(content=("content", "whole text"), reasoning=("reasoning",), name=("tool calls",), arguments=("tool calls",), tools=("tool definitions",))
     last = {}
     for word, (who, kind) in owner.items():
         places = [m.start() for m in re.finditer(word, text)]
+        if not places and not reported.intersection(part_of[kind]):
+            problems.append(f"dropped in silence: {kind}")
         if who == "other":
             problems += [f"learned: {word} ({kind})" for p in places if any(s < p + len(word) and p < e for s, e in spans)]
             continue
         learned = [inside(p, p + len(word)) for p in places]
-        if not places:
-            if not reported:
-                problems.append(f"dropped in silence: {kind}")
-        elif not (any(learned) if kind == "name" else all(learned)):
+        if places and not (any(learned) if kind == "name" else all(learned)):
             problems.append(f"masked: {word} ({kind})")
         for p, l in zip(places, learned):
             if l:
@@ -164,9 +174,14 @@ def judge(ours, owner):
     for who, at in last.items():
         stop = next((p for p, word in words if p >= at), len(text))
         end = ENDS.search(text, at, stop)
-        if end and not inside(end.start(), end.end()):
+        # What ends the turn when it is the last one: some templates write another token in a history.
+        written = max((m.end(), m.group()) for m in re.finditer("zq[a-z]{3}w", text[:at]))[1]
+        own = ENDS.search(partial(written).partition(written)[2]) if end else None
+        if end and not inside(end.start(), end.end()) and (not own or own.group() == end.group()):
             problems.append(f"end masked: {end.group()}")
     for s, e in spans:
+        if "generation %}" in template or prompts(text[:s]):
+            continue
         if re.search(r"<\|im_start\|>(assistant|user)|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|turn>|<\|START_OF_TURN_TOKEN\|><\|USER", text[s:e]):
             problems.append("header learned: " + repr(text[s:e][-60:]))
     return problems
@@ -214,7 +229,7 @@ def main():
             if ours.get("plain"):
                 detail += "\n" + ours["plain"]
         else:
-            problems = judge(ours, owner)
+            problems = judge(ours, owner, template, messages, tools)
             mask = "wrong: " + problems[0].split(":")[0] if problems else "right"
             if mask == "right" and ours["unwritten"]:
                 mask = "right, and what is not written is told"

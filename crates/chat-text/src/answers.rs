@@ -311,7 +311,7 @@ mod tests {
         assert!(matches!(spans(hidden, ["xyz", "y"]), Err(ChatError::NotWritten { message: 2, .. })));
         let rewritten =
             "{{ messages | length }}{% for m in messages %}{{ m.content[:9] }}{{ m.content | length }}{% endfor %}";
-        assert!(matches!(spans(rewritten, ["xyz", "y"]), Err(ChatError::Untraceable { message: 2 })));
+        assert!(matches!(spans(rewritten, ["xyz", "y"]), Err(ChatError::Untraceable { message: 2, .. })));
         let reversed = "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}";
         assert!(matches!(spans(reversed, ["xyz", "y"]), Err(ChatError::Untraceable { .. })));
     }

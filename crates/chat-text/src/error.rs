@@ -4,6 +4,27 @@ use std::path::PathBuf;
 
 use crate::answers::UnwrittenPart;
 
+/// Why the text of an assistant's message can't be told from that of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Untraceable {
+    /// The text changes with marks in it.
+    #[error("the chat template does something with the texts of messages, or they hold code points U+FDD0 to U+FDEF")]
+    Changed,
+    /// Nothing says where the turn begins.
+    #[error("the chat template writes what stands before it differently once more turns follow")]
+    NoStart,
+    /// Nothing says where the turn ends.
+    #[error("the chat template writes what stands behind it differently once more turns follow")]
+    NoEnd,
+    /// Part of the message stands outside of its turn.
+    #[error("the chat template writes part of it outside of its turn")]
+    Outside,
+    /// Something that somebody else says stands in the middle of it.
+    #[error("the chat template writes a tool's result or another message in the middle of it")]
+    Interrupted,
+}
+
 /// What can go wrong while a tokenizer or a chat template is read or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -80,14 +101,15 @@ pub enum ChatError {
     },
     /// What an assistant's message became can't be found in the rendered text.
     #[error(
-        "it can't be told which tokens message {message} became, as the chat template changes it or what \
-         stands before it once more turns follow; set `loss_on = \"all\"`, give a `chat_template` \
-         with {{% generation %}} tags around what the assistant writes, or keep one assistant turn, \
-         the last, in each row"
+        "it can't be told which tokens message {message} became: {reason}; give a `chat_template` with \
+         {{% generation %}} tags around what the assistant writes, set `loss_on = \"all\"`, or keep one assistant \
+         turn, the last, in each row"
     )]
     Untraceable {
         /// The message's number in the conversation, from 1.
         message: usize,
+        /// Why.
+        reason: Untraceable,
     },
     /// A chat template leaves out what an assistant's message is to teach.
     #[error(

@@ -42,7 +42,7 @@ mod template;
 mod tokenizer;
 
 pub use answers::{Rendered, Unwritten, UnwrittenPart};
-pub use error::ChatError;
+pub use error::{ChatError, Untraceable};
 pub use mask::{Labelled, MASKED_LABEL};
 pub use message::Message;
 pub use stream::StreamDecoder;

@@ -28,7 +28,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, Value};
 
-use crate::conversation::{Arguments, Form, has_python_dict, message_json, values};
+use crate::conversation::{Form, has_python_dict, message_json, values};
 use crate::error::ChatError;
 use crate::message::Message;
 
@@ -181,7 +181,7 @@ impl ChatTemplate {
             let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
             let run = Run { messages: &values(&messages), kwargs: &[], mark: false };
             match self.run(input, &run) {
-                Ok(text) if form.arguments == Arguments::Object && has_python_dict(&text, input.messages) => {
+                Ok(text) if has_python_dict(&text, input.messages) => {
                     dict.get_or_insert((text, form));
                 }
                 Ok(text) => return Ok((text, form)),

@@ -1,12 +1,15 @@
 //! Where the turns of assistants begin and end in a text.
 
+use std::cell::OnceCell;
 use std::ops::Range;
 
 use minijinja::Value;
 
-use super::marks::{Place, unmark};
+use super::marks::{Kind, Place, unmark};
 use super::{ASSISTANT, Marked};
-use crate::error::ChatError;
+use crate::conversation::{Arguments, Form, message_json, values};
+use crate::error::{ChatError, Untraceable};
+use crate::message::Message;
 use crate::template::{ChatInput, ChatTemplate, Run};
 
 /// Variables by which templates decide on the reasoning in their generation prompt.
@@ -22,6 +25,7 @@ pub(super) struct Turns<'a> {
     marked: Option<&'a Marked>,
     /// Variables for generation prompts: none, then those that turn reasoning on and off.
     prompts: Vec<Vec<(&'static str, Value)>>,
+    ends_turns: OnceCell<bool>,
 }
 
 impl<'a> Turns<'a> {
@@ -35,7 +39,7 @@ impl<'a> Turns<'a> {
         let known = THINKING.into_iter().filter(|name| template.source().contains(name));
         let thinking = known.flat_map(|name| [true, false].map(|on| vec![(name, Value::from(on))]));
         let prompts = std::iter::once(Vec::new()).chain(thinking).collect();
-        Self { template, input, plain, text, marked, prompts }
+        Self { template, input, plain, text, marked, prompts, ends_turns: OnceCell::new() }
     }
 
     /// The spans of all messages that are to be learned, in order.
@@ -46,14 +50,14 @@ impl<'a> Turns<'a> {
         let mut spans = Vec::new();
         for (message, turn) in self.input.messages.iter().enumerate() {
             if turn.role == ASSISTANT && turn.learn {
-                spans.extend(self.turn(message)?.into_iter().map(|span| (message, span)));
+                spans.push((message, self.turn(message)?));
             }
         }
         spans.sort_by_key(|(_, span)| span.start);
         // Spans that run into each other would come from a template that reorders its messages.
         match spans.windows(2).find(|pair| pair[0].1.end > pair[1].1.start) {
             None => Ok(spans.into_iter().map(|(_, span)| span).collect()),
-            Some(pair) => Err(ChatError::Untraceable { message: pair[0].0 + 1 }),
+            Some(pair) => Err(ChatError::Untraceable { message: pair[0].0 + 1, reason: Untraceable::Outside }),
         }
     }
 
@@ -102,28 +106,30 @@ impl<'a> Turns<'a> {
         own
     }
 
-    /// What a message of an assistant became: one range, or more if others speak in between.
-    fn turn(&self, message: usize) -> Result<Vec<Range<usize>>, ChatError> {
-        let untraceable = || ChatError::Untraceable { message: message + 1 };
+    /// What a message of an assistant became.
+    fn turn(&self, message: usize) -> Result<Range<usize>, ChatError> {
+        let untraceable = |reason| ChatError::Untraceable { message: message + 1, reason };
+        let missing = |reason| untraceable(if self.marked.is_some() { reason } else { Untraceable::Changed });
         let own = self.places(message);
         let first = own.first().map(|place| place.range.start);
         let last = own.iter().map(|place| place.range.end).max();
-        let start = self.start(message, first)?.ok_or_else(untraceable)?;
-        let end = self.end(message, last)?.filter(|end| start <= *end).ok_or_else(untraceable)?;
-        let contained = first.is_none_or(|first| start <= first) && last.is_none_or(|last| last <= end);
-        if !contained {
-            return Err(untraceable());
+        let start = self.start(message, first)?.ok_or_else(|| missing(Untraceable::NoStart))?;
+        let end = self.end(message, last)?.filter(|end| start <= *end).ok_or_else(|| missing(Untraceable::NoEnd))?;
+        if self.others(message).any(|place| start < place.range.end && place.range.start < end) {
+            return Err(untraceable(Untraceable::Interrupted));
         }
-        let mut others: Vec<&Place> = self.marked.map_or_else(Vec::new, |marked| {
-            let places = marked.unmarked.places.iter();
-            let theirs = places.filter(|place| marked.fields[place.field].message != message);
-            theirs.filter(|place| start < place.range.end && place.range.start < end).collect()
-        });
-        others.sort_by_key(|place| place.range.start);
-        if others.is_empty() {
-            return Ok(vec![start..end]);
+        match first.is_none_or(|first| start <= first) && last.is_none_or(|last| last <= end) {
+            true => Ok(start..end),
+            false => Err(untraceable(Untraceable::Outside)),
         }
-        Err(untraceable())
+    }
+
+    /// Where fields of other messages stand.
+    fn others(&self, message: usize) -> impl Iterator<Item = &'a Place> {
+        let marked = self.marked.into_iter();
+        marked.flat_map(move |marked| {
+            marked.unmarked.places.iter().filter(move |place| marked.fields[place.field].message != message)
+        })
     }
 
     /// Renders the first messages.
@@ -161,6 +167,16 @@ impl<'a> Turns<'a> {
             if rest.starts_with(tail) && before(here.range.end + tail.len()) {
                 return Ok(Some(here.range.end + tail.len()));
             }
+            // What ends the turn before may be written differently when more follows; the header is what the
+            // prompt adds.
+            let header = self.header(message, kwargs)?;
+            let between = first.map_or(rest, |first| &self.text[here.range.end..first]);
+            if let Some(at) = header
+                .filter(|header| !header.trim().is_empty())
+                .and_then(|header| between.rfind(&header).map(|at| at + header.len()))
+            {
+                return Ok(Some(here.range.end + at));
+            }
             let shared = here.range.end + common_tags(tail, rest);
             if before(shared) {
                 common = common.max(Some(shared));
@@ -169,12 +185,32 @@ impl<'a> Turns<'a> {
         Ok(common)
     }
 
+    /// What the generation prompt adds to the messages before one.
+    fn header(&self, message: usize, kwargs: &[(&str, Value)]) -> Result<Option<String>, ChatError> {
+        let before = &self.plain[..message];
+        let (Some(with), Some(without)) = (self.render(before, true, kwargs)?, self.render(before, false, kwargs)?)
+        else {
+            return Ok(None);
+        };
+        Ok(with.strip_prefix(&without).map(str::to_owned))
+    }
+
     /// Where the turn ends, behind `last`.
     fn end(&self, message: usize, last: Option<usize>) -> Result<Option<usize>, ChatError> {
-        let behind = |at: usize| last.is_none_or(|last| last <= at);
+        let Some(end) = self.end_of_last(message, last)? else { return Ok(None) };
+        if end == self.text.len() || self.ends_turns()? {
+            return Ok(Some(end));
+        }
+        // The last turn is not ended, but this one may be: by a tag that is not the next message's own.
+        let next = self.others(message).map(|place| place.range.start).filter(|start| end <= *start).min();
+        Ok(Some(end + next.map_or(0, |next| first_tag(&self.text[end..next]))))
+    }
+
+    /// What of the text behind the turn's last word is there as well when this turn is the last one.
+    fn end_of_last(&self, message: usize, last: Option<usize>) -> Result<Option<usize>, ChatError> {
         if let Some(part) = self.render(&self.plain[..=message], false, &[])?
             && self.text.starts_with(&part)
-            && behind(part.len())
+            && last.is_none_or(|last| last <= part.len())
         {
             return Ok(Some(part.len()));
         }
@@ -183,7 +219,53 @@ impl<'a> Turns<'a> {
         let Some(part) = unmark(&part) else { return Ok(None) };
         let own = part.places.iter().filter(|place| marked.fields[place.field].message == message);
         let Some(tail) = own.map(|place| place.range.end).max() else { return Ok(None) };
-        Ok(Some(last + common_tags(&part.text[tail..], &self.text[last..])))
+        let tail = &part.text[tail..];
+        let next = self.others(message).map(|place| place.range.start).filter(|start| last <= *start).min();
+        let rest = &self.text[last..next.unwrap_or(self.text.len())];
+        let common = common_tags(tail, rest);
+        if common == tail.len() {
+            return Ok(Some(last + common));
+        }
+        // What closes a call may differ, e.g. by an id, when its result follows; what ends the turn does not.
+        let ends = tail.match_indices(['<', '[']).map(|(at, _)| &tail[at..]);
+        let end = ends.filter_map(|end| rest.find(end).map(|at| at + end.len())).find(|end| *end >= common);
+        let spoken = part.places.iter().filter(|place| marked.fields[place.field].message == message);
+        let call = spoken.max_by_key(|place| place.range.end).map(|place| marked.fields[place.field].kind);
+        let cut = matches!(call, Some(Kind::CallName | Kind::CallArgument));
+        Ok(match end {
+            Some(end) => Some(last + end),
+            // A call without what closes it is none.
+            None if common == 0 && cut => None,
+            None => Some(last + common),
+        })
+    }
+
+    /// Whether the template writes something behind the last answer.
+    fn ends_turns(&self) -> Result<bool, ChatError> {
+        if let Some(known) = self.ends_turns.get() {
+            return Ok(*known);
+        }
+        let messages = [Message::user("1 + 1"), Message::assistant("2 = 1 + 1")];
+        let form = Form { arguments: Arguments::Object, empty_content: true };
+        let messages = messages.map(|message| message_json(&message, form));
+        let text = self.render(&values(&messages), false, &[])?;
+        let tail = text.as_deref().and_then(|text| text.rsplit_once("2 = 1 + 1"));
+        let ends = tail.is_none_or(|(_, tail)| !tail.trim().is_empty());
+        Ok(*self.ends_turns.get_or_init(|| ends))
+    }
+}
+
+/// Length of the first of several tags with the whitespace before it, 0 if there are fewer than two.
+fn first_tag(text: &str) -> usize {
+    let tag = |text: &str| -> Option<usize> {
+        let open = text.find(['<', '['])?;
+        let close = if text[open..].starts_with('<') { '>' } else { ']' };
+        text[open..].find(close).map(|length| open + length + 1)
+    };
+    let blank = text.len() - text.trim_start().len();
+    match tag(text) {
+        Some(end) if text[blank..].starts_with(['<', '[']) && tag(&text[end..]).is_some() => end,
+        _ => 0,
     }
 }
 
