@@ -7,7 +7,7 @@
 
 use std::cmp::Reverse;
 
-use chat_text::MASKED_LABEL;
+use chat_text::{MASKED_LABEL, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use crate::config::DataConfig;
@@ -16,6 +16,13 @@ use crate::shuffle::{Purpose, permutation};
 
 /// With `group_by_length`, rows are sorted within this many batches.
 const GROUP: usize = 50;
+
+/// A token to pad rows with: the tokenizer's choice, or 0 where the model's embedding has no row for that one. The
+/// loss counts no padding and attention does not see it, so any token will do.
+pub fn padding_id(tokenizer: &Tokenizer, embedding_rows: usize) -> u32 {
+    let chosen = tokenizer.padding_id();
+    if (chosen as usize) < embedding_rows { chosen } else { 0 }
+}
 
 /// Rows padded to the same length.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +76,25 @@ pub struct Position {
     pub batch: usize,
 }
 
+/// Places for tokens in batches, and how many of them are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Padding {
+    /// Tokens of rows.
+    pub tokens: u64,
+    /// Places, padded ones included.
+    pub cells: u64,
+}
+
+impl Padding {
+    /// The fraction of places that hold padding, from 0 to below 1.
+    pub fn waste(self) -> f64 {
+        match self.cells {
+            0 => 0.0,
+            cells => (cells - self.tokens) as f64 / cells as f64,
+        }
+    }
+}
+
 /// Which rows go into which batch.
 #[derive(Clone, Debug)]
 pub struct BatchOrder {
@@ -106,6 +132,17 @@ impl BatchOrder {
     /// Batches in one epoch; the last one may hold fewer rows.
     pub fn batches_per_epoch(&self) -> usize {
         self.lengths.len().div_ceil(self.batch_size)
+    }
+
+    /// What an epoch's batches hold. The last batch of an epoch is not filled up with rows.
+    pub fn padding(&self, epoch: usize) -> Padding {
+        let mut padding = Padding::default();
+        for batch in self.rows(epoch) {
+            let lengths = || batch.iter().map(|row| self.lengths[*row] as u64);
+            padding.tokens += lengths().sum::<u64>();
+            padding.cells += lengths().max().unwrap_or(0) * batch.len() as u64;
+        }
+        padding
     }
 
     /// Indices of the rows of each batch of an epoch.

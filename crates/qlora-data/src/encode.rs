@@ -14,6 +14,7 @@ use crate::example::Example;
 use crate::formats::{Read, Row, Turn};
 use crate::notice::{NoticeFacts, NoticeKind};
 use crate::report::{MaskReason, TruncatedRow};
+use crate::visible;
 
 pub(crate) use end::EndTokens;
 use prefix::Tokens;
@@ -64,11 +65,13 @@ impl RowEncoder<'_> {
         let draft = draft.map_err(|error| DataError::Row {
             path: self.path.to_owned(),
             line,
-            problem: error.to_string(),
+            problem: visible::lines(&error.to_string()),
         })?;
         let Draft { tokens, mut notices } = match draft {
             Ok(draft) => draft,
-            Err(reason) => return self.finish(EncodedRow { line, example: Err(reason), truncated: None, notices: vec![] }),
+            Err(reason) => {
+                return self.finish(EncodedRow { line, example: Err(reason), truncated: None, notices: vec![] });
+            }
         };
         notices.extend(read.unread.into_iter().map(|key| (NoticeKind::UnreadKey, key)));
         let max_length = self.config.max_length;
@@ -140,7 +143,9 @@ impl RowEncoder<'_> {
         if text.trim().is_empty() {
             return Ok(Err(MaskReason::EmptyAnswer));
         }
-        let mut draft = Draft { tokens: self.tokens(text, &[0..text.len()], true)?, ..Draft::default() };
+        let whole = 0..text.len();
+        let tokens = self.tokens(text, std::slice::from_ref(&whole), true)?;
+        let mut draft = Draft { tokens, ..Draft::default() };
         if !self.end.append(&mut draft.tokens, true) {
             draft.notices.push((NoticeKind::NoEndToken, String::new()));
         }
@@ -178,7 +183,9 @@ impl RowEncoder<'_> {
             format!("nothing to learn from, with {}. {}", reason.describe(max_length), reason.cure())
         } else if let Some(TruncatedRow { dropped, at_least, .. }) = row.truncated {
             let at_least = if at_least { "at least " } else { "" };
-            format!("longer than data.max_length = {max_length} by {at_least}{dropped} tokens; raise it, or split the row")
+            format!(
+                "longer than data.max_length = {max_length} by {at_least}{dropped} tokens; raise it, or split the row"
+            )
         } else {
             return Ok(row);
         };

@@ -12,6 +12,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::config::Format;
 use crate::source::Object;
+use crate::visible;
 
 /// A row, ready to be written as one text.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +66,7 @@ impl Format {
             Self::Text | Self::Auto => Row::Text(take_text(&mut object, "text")?),
         };
         let rest = object.into_iter().filter(|(_, value)| !says_nothing(value));
-        unread.extend(rest.map(|(key, _)| format!("`{key}`")));
+        unread.extend(rest.map(|(key, _)| format!("`{}`", visible::text(&key))));
         Ok(Read { row, unread })
     }
 }

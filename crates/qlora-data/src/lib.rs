@@ -6,7 +6,8 @@
 //! ranges, and carried to the tokens by their offsets; both are done by `chat_text`. [`BatchOrder`]
 //! then puts the rows into batches, in an order that depends on the seed and the epoch alone.
 //!
-//! What is left out or cut is never silent: [`DataReport`] counts it and names the lines.
+//! What is left out, cut, not read or not learned is never silent: [`DataReport`] counts it and names the lines, and
+//! with [`DataConfig::strict`] it is an error. [`Preview`] shows rows as they are trained.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -38,12 +39,14 @@ mod example;
 mod formats;
 mod load;
 mod notice;
+pub mod preview;
 mod report;
 mod shuffle;
 mod source;
+mod visible;
 mod words;
 
-pub use batch::{Batch, BatchOrder, Batches, Position};
+pub use batch::{Batch, BatchOrder, Batches, Padding, Position, padding_id};
 pub use chat_text::MASKED_LABEL;
 pub use config::{DataConfig, Format, LossOn};
 pub use dataset::Dataset;
@@ -51,4 +54,5 @@ pub use error::DataError;
 pub use example::Example;
 pub use load::{LoadOptions, LoadProgress, load_rows, load_rows_with, load_splits, load_splits_with};
 pub use notice::{Notice, NoticeFacts, NoticeKind};
+pub use preview::{Preview, PreviewChoice, PreviewRow, PreviewToken};
 pub use report::{DataReport, MaskReason, MaskedRow, TruncatedRow};

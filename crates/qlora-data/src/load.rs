@@ -17,6 +17,7 @@ use crate::error::DataError;
 use crate::notice::{NoticeFacts, Notices};
 use crate::report::{DataReport, MaskedRow};
 use crate::source::{self, JsonLines, Line};
+use crate::visible;
 
 /// Bytes of a piece for each thread: some tenth of a second of tokenizing.
 const PIECE: usize = 256 << 10;
@@ -176,7 +177,7 @@ struct LineReader<'a> {
 impl LineReader<'_> {
     fn wrong(&self, line: usize, problem: String) -> DataError {
         let expected = self.format.expected().to_owned();
-        DataError::Line { path: self.path.to_owned(), line, problem, expected }
+        DataError::Line { path: self.path.to_owned(), line, problem: visible::lines(&problem), expected }
     }
 
     /// Reads and encodes a line, whose text is given back as soon as it is read.
@@ -247,6 +248,7 @@ fn chat_template(config: &DataConfig, format: Format, path: &Path) -> Result<Opt
 /// The smaller of the lengths that model and tokenizer name, and who names it.
 fn positions(options: &LoadOptions<'_>, tokenizer: &Tokenizer) -> Option<(usize, &'static str)> {
     let of_model = options.max_positions.map(|positions| (positions, "max_position_embeddings of its config.json"));
-    let of_tokenizer = tokenizer.model_max_length().map(|length| (length, "model_max_length of its tokenizer_config.json"));
+    let of_tokenizer =
+        tokenizer.model_max_length().map(|length| (length, "model_max_length of its tokenizer_config.json"));
     of_model.into_iter().chain(of_tokenizer).min_by_key(|(positions, _)| *positions)
 }

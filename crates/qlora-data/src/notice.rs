@@ -18,7 +18,8 @@ pub enum NoticeKind {
     Unwritten,
     /// A conversation has an empty answer among others.
     EmptyAnswer,
-    /// No token at which generation stops is learned after the last answer.
+    /// No token at which generation stops is learned after the last answer; the subject is the special token that
+    /// the template writes instead, if it writes one.
     NoEndToken,
     /// A row is longer than what the model was made for.
     LongerThanModel,
@@ -59,20 +60,22 @@ impl NoticeKind {
                 "give a data.chat_template that does, or rows without it".into(),
             ),
             Self::EmptyAnswer => (
-                "empty answers among others, which are not learned".into(),
-                "fill them in, or leave the turns out".into(),
+                "empty answers among others".into(),
+                "only data.loss_on = \"all\" learns them: fill them in, or leave the turns out".into(),
             ),
             Self::NoEndToken => {
                 let (stops, cure) = match facts.end_tokens.as_slice() {
-                    [] => ("the tokenizer names none".into(), "data.end_token = \"TOKEN\" names and appends one".into()),
-                    [first, ..] => {
-                        (facts.end_tokens.join(" or "), format!("data.end_token = {first:?} appends one"))
+                    [] => {
+                        ("the tokenizer names none".into(), "data.end_token = \"TOKEN\" names and appends one".into())
                     }
+                    [first, ..] => (
+                        facts.end_tokens.join(" or "),
+                        format!(
+                            "data.end_token = {first:?} appends one, and may name another that the template writes"
+                        ),
+                    ),
                 };
-                (
-                    format!("no end token ({stops}) after the last answer, so the model does not learn to stop"),
-                    cure,
-                )
+                (format!("no end token ({stops}) after the last answer, so the model does not learn to stop"), cure)
             }
             Self::LongerThanModel => {
                 let (positions, source) = facts.positions.unwrap_or_default();
@@ -173,7 +176,8 @@ mod tests {
                 "keys of rows that are not read: `id` in 12 rows (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more), \
                  `source` in 1 row (line 3); rename them to what data.format knows, or leave them out",
                 "no end token (</s>) after the last answer, so the model does not learn to stop: 12 rows \
-                 (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more); data.end_token = \"</s>\" appends one",
+                 (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more); data.end_token = \"</s>\" appends one, and \
+                 may name another that the template writes",
             ]
         );
     }

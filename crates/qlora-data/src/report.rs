@@ -125,9 +125,8 @@ impl DataReport {
     /// What a user should know before training: rows that were cut or left out, what of others is not read or
     /// learned, and what of them the model was not made for. One line each.
     pub fn warnings(&self) -> Vec<String> {
-        let sentences = notice::sentences(&self.notices, &self.facts);
-        let mut warnings: Vec<_> =
-            sentences.into_iter().map(|sentence| format!("{}: {sentence}", self.path.display())).collect();
+        let sentences = self.notice_sentences().into_iter();
+        let mut warnings: Vec<_> = sentences.map(|sentence| format!("{}: {sentence}", self.path.display())).collect();
         if !self.truncated.is_empty() {
             let lines = self.truncated.iter().map(|row| row.line);
             let at_least = if self.truncated.iter().any(|row| row.at_least) { "at least " } else { "" };
@@ -149,6 +148,11 @@ impl DataReport {
             ));
         }
         warnings
+    }
+
+    /// What is to be known of rows that are there all the same: a sentence for each kind.
+    pub fn notice_sentences(&self) -> Vec<String> {
+        notice::sentences(&self.notices, &self.facts)
     }
 
     /// Why every row was left out, and what to do.

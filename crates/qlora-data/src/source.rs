@@ -5,6 +5,7 @@
 //! and, when it can't be read, what is wrong with it in words.
 
 mod kind;
+mod unique;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -90,7 +91,7 @@ impl JsonLines {
 /// before it: then the file as a whole may be something else.
 pub(crate) fn object(path: &Path, line: &[u8], first: bool) -> Result<Object, String> {
     let hint = || if first { kind::by_first_line(path, line) } else { None };
-    match serde_json::from_slice(line) {
+    match serde_json::from_slice(line).map(|unique::Unique(value)| value) {
         Ok(Json::Object(object)) => Ok(object),
         Ok(Json::Array(_)) => Err(hint().unwrap_or_else(|| "a JSON array, where each line must be an object".into())),
         Ok(_) => Err(hint().unwrap_or_else(|| "a JSON value that is not an object".into())),

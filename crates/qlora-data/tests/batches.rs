@@ -53,6 +53,12 @@ fn grouping_by_length_saves_padding() {
         order.epoch(&examples, 0).map(|b| b.rows * b.cols).sum()
     };
     let tokens: usize = examples.iter().map(|e| e.input_ids.len()).sum();
+    for config in [&grouped, &config()] {
+        let padding = BatchOrder::new(&examples, config, 4, 1, 0).padding(0);
+        assert_eq!((padding.tokens, padding.cells), (tokens as u64, cells(config) as u64));
+        // Two roundings of numbers below 1.
+        assert!((padding.waste() - (1.0 - tokens as f64 / cells(config) as f64)).abs() < 1e-15);
+    }
     assert!(cells(&grouped) < tokens + tokens / 20, "less than 5 % padding");
     assert!(cells(&config()) > tokens + tokens / 4);
     let order = BatchOrder::new(&examples, &grouped, 4, 1, 0);

@@ -5,8 +5,11 @@ mod common;
 
 use std::path::Path;
 
-use common::{config, load_text, tokenizer};
-use qlora_data::{DataConfig, load_rows};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::{config, load_file, load_text, load_text_with, tokenizer, warnings};
+use qlora_data::{DataConfig, LoadOptions, load_rows};
 
 #[test]
 fn bad_files_are_reported_with_line_and_expectation() {
@@ -29,9 +32,11 @@ fn bad_files_are_reported_with_line_and_expectation() {
             "{\"question\": 1, \"answer\": 2}",
             vec!["/rows.jsonl:1: the object has `question`, `answer`", "`messages`", "`instruction`"],
         ),
-        ("[\n{\"text\": \"a\"}\n]", vec!["/rows.jsonl:1:", "jq -c '.[]'"]),
-        ("[{\"text\": \"a\"}]", vec!["/rows.jsonl:1: a JSON array"]),
+        ("[\n{\"text\": \"a\"}\n]", vec!["/rows.jsonl: ", "jq -c '.[]'"]),
+        ("[{\"text\": \"a\"}]", vec!["/rows.jsonl: is one JSON array"]),
         ("3", vec!["not an object"]),
+        ("{\"text\": \"a\", \"text\": \"b\"}", vec!["/rows.jsonl:1: not valid JSON: the key `text` stands twice"]),
+        ("{\"messages\": [{\"role\": \"user\", \"role\": \"user\"}]}", vec!["the key `role` stands twice"]),
         ("{}", vec!["the object is empty"]),
         ("{\"text\": null}", vec!["`text` is not a string"]),
         ("{\"messages\": []}", vec!["no messages"]),
@@ -58,4 +63,118 @@ fn bad_files_are_reported_with_line_and_expectation() {
     let path = dir.path().join("rows.jsonl");
     std::fs::write(&path, b"{\"text\": \"\xff\"}").unwrap();
     assert!(load_rows(&path, &config(), tokenizer()).is_err());
+}
+
+/// What a file is that is no JSONL, and what turns it into one.
+#[test]
+fn other_kinds_of_files_are_named_with_the_command_that_helps() {
+    let cases: [(&str, &[u8], &[&str]); 13] = [
+        (
+            "data.jsonl.gz",
+            b"\x1f\x8b\x08\x00",
+            &["/data.jsonl.gz: is gzip: unpack it first", "gunzip -c", "> /data.jsonl`"],
+        ),
+        ("data.jsonl", b"\x1f\x8b\x08\x00", &["is gzip", "> /data.rows.jsonl`"]),
+        ("data.zst", b"\x28\xb5\x2f\xfd", &["is Zstandard", "zstd -dc"]),
+        ("data.bz2", b"BZh91AY", &["is bzip2"]),
+        ("data.xz", b"\xfd7zXZ\x00", &["is xz"]),
+        ("data.zip", b"PK\x03\x04", &["is a zip archive"]),
+        ("data.parquet", b"PAR1\x15\x04", &["is Parquet", "pandas.read_parquet", "/data.jsonl`"]),
+        ("data.arrow", b"ARROW1\0\0", &["is Arrow"]),
+        ("data.jsonl", b"\xff\xfe{\0\"\0", &["is UTF-16", "iconv"]),
+        (
+            "array.json",
+            b"[{\"text\": \"a\"}, {\"text\": \"b\"}]",
+            &["is one JSON array", "jq -c '.[]' /array.json > /array.jsonl"],
+        ),
+        ("array.json", b"\xEF\xBB\xBF [\n{\"text\": \"a\"}\n]", &["is one JSON array"]),
+        (
+            "data.csv",
+            b"prompt,completion\na,b\n",
+            &["/data.csv:1: the file looks like CSV", "csv.DictReader", "expected an object"],
+        ),
+        ("data.tsv", b"prompt\tcompletion\na\tb\n", &["tab-separated values", "delimiter='\\t'"]),
+    ];
+    for (name, bytes, parts) in cases {
+        let error = load_file(name, bytes, &config(), &LoadOptions::default()).unwrap_err();
+        for part in parts {
+            assert!(error.contains(part), "{name}: {error}");
+        }
+    }
+    let spread = load_text("{\n  \"text\": \"a\"\n}\n", &config()).unwrap_err();
+    assert!(spread.contains("/rows.jsonl:1: not valid JSON") && spread.contains("`jq -c . "), "{spread}");
+    // Further down, one broken line is one broken line.
+    let later = load_text("{\"text\": \"a\"}\na,b\n", &config()).unwrap_err();
+    assert!(later.contains("/rows.jsonl:2: not valid JSON") && !later.contains("CSV"), "{later}");
+    let template = DataConfig { chat_template: Some("chatml".into()), ..config() };
+    let row = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}"#;
+    let error = load_text(row, &template).unwrap_err();
+    assert!(error.contains("\"chatml\" is no chat template: names are not known"), "{error}");
+    assert!(error.contains("data.chat_template"), "{error}");
+}
+
+/// What stands in a file is quoted in messages, and never obeyed by a terminal.
+#[test]
+fn messages_hold_no_escape_sequences_of_the_data() {
+    let escape = "\\u001b[31m";
+    for (text, expected) in [
+        (format!(r#"{{"{escape}": 1}}"#), "the object has `␛[31m`"),
+        (format!(r#"{{"conversations": [{{"from": "{escape}", "value": "a"}}]}}"#), "`from` is"),
+        (format!(r#"{{"messages": [{{"role": "{escape}"}}]}}"#), "␛[31m"),
+        (format!(r#"{{"text": "a", "{escape}": 1, "{escape}": 1}}"#), "␛[31m"),
+    ] {
+        let error = load_text(&text, &config()).unwrap_err();
+        assert!(error.contains(expected) && !error.contains('\u{1b}'), "{error:?}");
+    }
+    let told = warnings(&format!(r#"{{"text": "a b", "{escape}": 1}}"#), &config()).join("\n");
+    assert!(told.contains("`␛[31m` in 1 row"), "{told:?}");
+}
+
+/// Several rows are broken, and the pieces of the file are encoded in parallel: the first line is reported.
+#[test]
+fn the_first_broken_row_is_reported_and_none_behind_it_is_begun() {
+    let good = format!("{{\"text\": \"{}\"}}\n", "word ".repeat(20));
+    let mut text = good.repeat(1000);
+    for line in [400, 401, 900] {
+        text = text
+            .lines()
+            .enumerate()
+            .map(|(i, l)| if i + 1 == line { "{\n".into() } else { format!("{l}\n") })
+            .collect();
+    }
+    let begun = AtomicUsize::new(0);
+    let options = LoadOptions {
+        should_stop: &|| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            false
+        },
+        ..LoadOptions::default()
+    };
+    let text = text + &good.repeat(100_000);
+    let error = load_text_with(&text, &config(), &options).unwrap_err();
+    assert!(error.starts_with("/rows.jsonl:400: not valid JSON"), "{error}");
+    // A piece of the file, of which there are some: far from all of 101,000.
+    let begun = begun.into_inner();
+    assert!(begun < 50_000, "{begun} rows were begun");
+}
+
+#[test]
+fn reading_stops_when_asked_and_tells_how_far_it_is() {
+    let good = format!("{{\"text\": \"{}\"}}\n", "word ".repeat(20));
+    let text = good.repeat(20_000);
+    let (asked, told) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let options = LoadOptions {
+        should_stop: &|| asked.fetch_add(1, Ordering::Relaxed) >= 15_000,
+        progress: &|progress| told.lock().unwrap().push((progress.rows, progress.bytes, progress.total_bytes)),
+        ..LoadOptions::default()
+    };
+    let error = load_text_with(&text, &config(), &options).unwrap_err();
+    assert_eq!(error, "stopped while /rows.jsonl was read");
+    let whole = LoadOptions { should_stop: &|| false, ..options };
+    told.lock().unwrap().clear();
+    load_text_with(&text, &config(), &whole).unwrap();
+    let told = told.into_inner().unwrap();
+    let size = text.len() as u64;
+    assert!(told.len() > 1 && told.windows(2).all(|pair| pair[0] < pair[1]), "{told:?}");
+    assert_eq!(told.last(), Some(&(20_000, size, size)));
 }

@@ -104,13 +104,136 @@ fn turns_that_cannot_be_traced_are_refused_with_advice() {
     let all = load_text(row, &given(counting, LossOn::All)).unwrap();
     assert_eq!(labelled(&all.examples[0]).0, "4<user 1>a<assistant 1>x<user 1>c<assistant 1>y");
 
-    let tagged = counting.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
-    let dataset = load_text(row, &given(&tagged, LossOn::Assistant)).unwrap();
-    let (counted, _) = labelled(&dataset.examples[0]);
-    // A letter may share a token with the header before it, and is masked then.
-    assert_eq!(counted.replace(['x', 'y'], ""), "<|im_end|><|im_end|>");
-
     let silent = "{% for m in messages %}<{{ m.role }}>{% endfor %}";
     let error = load_text(row, &given(silent, LossOn::Assistant)).unwrap_err();
     assert!(error.contains("does not write the content of message 2"), "{error}");
+}
+
+/// A template that writes every message, with its tool calls, and the row's tools.
+const WITH_TOOLS: &str = "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+fn with_tools() -> DataConfig {
+    DataConfig { chat_template: Some(WITH_TOOLS.into()), ..config() }
+}
+
+#[test]
+fn sharegpt_rows_bring_a_system_message_tools_and_calls() {
+    let row = r#"{"system": "Be a pirate.", "tools": "[{\"name\": \"weather\"}]", "conversations": [{"from": "human", "value": "Rain?"}, {"from": "function_call", "value": "{\"name\": \"weather\", \"arguments\": {\"city\": \"Oslo\"}}"}, {"from": "observation", "value": "wet"}, {"from": "gpt", "value": "Arr", "weight": 0}, {"from": "human", "value": "So?"}, {"from": "gpt", "value": "Aye"}]}"#;
+    let dataset = load_text(row, &with_tools()).unwrap();
+    assert_eq!(dataset.report.notices, []);
+    let (counted, all) = labelled(&dataset.examples[0]);
+    let call = r#"{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>"#;
+    assert_eq!(
+        all,
+        format!(
+            "<tools>[{{\"name\": \"weather\"}}]</tools><|im_start|>system\nBe a pirate.<|im_end|>\n<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n{call}\n<|im_start|>tool\nwet<|im_end|>\n<|im_start|>assistant\nArr<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\nAye<|im_end|>\n"
+        )
+    );
+    assert_eq!(counted, format!("{call}\nAye<|im_end|>\n"));
+
+    for (value, expected) in [
+        ("weather()", "`conversations[0]`: `value` of function_call is not valid JSON"),
+        ("{}", "has a call without a name"),
+        ("[]", "has no call"),
+    ] {
+        let row = serde_json::json!({"conversations": [{"from": "function_call", "value": value}]}).to_string();
+        let error = load_text(&row, &with_tools()).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_system_of_the_row_goes_before_the_configurations() {
+    let given = DataConfig { system_prompt: Some("Be brief.".into()), ..config() };
+    let row = |system: &str, first: &str| {
+        format!(
+            r#"{{"system": {system}, "messages": [{first}{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b"}}]}}"#
+        )
+    };
+    for (row, expected) in [
+        (row("\"Be rude.\"", ""), "<|im_start|>system\nBe rude.<|im_end|>\n<|im_start|>user"),
+        (row("\"\"", ""), "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"),
+        (row("null", ""), "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"),
+        (
+            row("null", r#"{"role": "system", "content": "Be."}, "#),
+            "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user",
+        ),
+    ] {
+        let (_, all) = labelled(&load_text(&row, &given).unwrap().examples[0]);
+        assert!(all.starts_with(expected), "{all}");
+    }
+}
+
+/// Of a conversation in two parts only the second is what the model should write.
+#[test]
+fn of_message_lists_only_the_completion_is_learned() {
+    let row = r#"{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]}"#;
+    let (counted, all) = labelled(&load_text(row, &config()).unwrap().examples[0]);
+    assert_eq!(counted, "d<|im_end|>\n");
+    assert!(all.contains("assistant\nb<|im_end|>"), "{all}");
+}
+
+#[test]
+fn alpaca_rows_bring_a_system_and_earlier_turns() {
+    let row = r#"{"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Count.", "history": [["One?", "1"], ["Two?", "2"]]}"#;
+    let given = DataConfig { system_prompt: Some("Be brief.".into()), ..config() };
+    let (counted, all) = labelled(&load_text(row, &given).unwrap().examples[0]);
+    assert_eq!(
+        all,
+        "Count.\n\n### Instruction:\nOne?\n\n### Response:\n1<|im_end|>\n\n### Instruction:\nTwo?\n\n### Response:\n2<|im_end|>\n\n### Instruction:\nAdd.\n\n### Input:\n2, 2\n\n### Response:\n4<|im_end|>"
+    );
+    assert_eq!(counted, "1<|im_end|>2<|im_end|>4<|im_end|>");
+    for history in ["3", r#"[["a"]]"#, r#"[["a", 1]]"#, r#"[{"a": "b"}]"#] {
+        let row = format!(r#"{{"instruction": "Add.", "output": "4", "history": {history}}}"#);
+        let error = load_text(&row, &config()).unwrap_err();
+        assert!(error.contains("`history") && error.contains("[instruction, output]"), "{error}");
+    }
+}
+
+#[test]
+fn template_variables_come_from_the_configuration_and_the_row() {
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let given: DataConfig = toml::from_str(&format!(
+        "chat_template = '''{{{{ date }}}} {{{{ mode }}}}{template}'''\n[template_kwargs]\ndate = 2024-07-26\nmode = \"a\"",
+    ))
+    .unwrap();
+    assert_eq!(toml::from_str::<DataConfig>(&toml::to_string(&given).unwrap()).unwrap(), given);
+    let messages = r#""messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]"#;
+    for (row, expected) in [
+        (format!("{{{messages}}}"), "2024-07-26 a<|im_start|>"),
+        (format!("{{{messages}, \"chat_template_kwargs\": {{\"mode\": \"b\"}}}}"), "2024-07-26 b<|im_start|>"),
+        (
+            format!("{{{messages}, \"chat_template_kwargs\": \"{{\\\"mode\\\": \\\"c\\\"}}\"}}"),
+            "2024-07-26 c<|im_start|>",
+        ),
+    ] {
+        let dataset = load_text(&row, &given).unwrap();
+        assert_eq!(dataset.report.notices, []);
+        let (_, all) = labelled(&dataset.examples[0]);
+        assert!(all.starts_with(expected), "{all}");
+    }
+    let error = load_text(r#"{"text": "a b"}"#, &DataConfig { chat_template: None, ..given }).unwrap_err();
+    assert!(error.contains("data.template_kwargs has no place in text rows"), "{error}");
+}
+
+/// A tokenizer joins a prompt's last blank with the first letters of an answer, where generation sees the blank alone.
+#[test]
+fn an_answer_is_learned_from_its_first_letter_behind_a_blank() {
+    for answer in ["blue", "green", "white", "black"] {
+        let pair = format!(r#"{{"prompt": "Color of it: ", "completion": "{answer}"}}"#);
+        let (counted, all) = labelled(&load_text(&pair, &config()).unwrap().examples[0]);
+        assert_eq!((counted, all), (format!("{answer}<|im_end|>"), format!("Color of it: {answer}<|im_end|>")));
+
+        let header = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+        let chat = format!(
+            r#"{{"messages": [{{"role": "user", "content": "Color?"}}, {{"role": "assistant", "content": "{answer}"}}]}}"#
+        );
+        let given = DataConfig { chat_template: Some(header.into()), ..config() };
+        let dataset = load_text(&chat, &given).unwrap();
+        assert_eq!(labelled(&dataset.examples[0]).0, format!("{answer}<|im_end|>\n"));
+        // As many as behind a header without a blank.
+        let bare = DataConfig { chat_template: Some(header.replace(": ", ":")), ..config() };
+        let same = load_text(&chat, &bare).unwrap().examples[0].label_tokens();
+        assert_eq!(dataset.examples[0].label_tokens(), same);
+    }
 }

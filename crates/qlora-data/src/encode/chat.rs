@@ -8,6 +8,7 @@ use crate::config::LossOn;
 use crate::formats::says_nothing;
 use crate::notice::NoticeKind;
 use crate::report::MaskReason;
+use crate::visible;
 
 /// Keys of a message by which an assistant says something without content.
 const SPEAKING: [&str; 5] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
@@ -55,8 +56,14 @@ impl RowEncoder<'_> {
             LossOn::Assistant => template.render_answers(&input)?,
             LossOn::All => template.render_all(&input)?,
         };
-        notices.extend(rendered.unwritten.iter().map(|left_out| (NoticeKind::Unwritten, left_out.part.to_string())));
-        let last = answers().next_back().filter(|message| message.learn).map(|message| message.content.trim().to_owned());
+        notices.extend(
+            rendered
+                .unwritten
+                .iter()
+                .map(|left_out| (NoticeKind::Unwritten, visible::text(&left_out.part.to_string()))),
+        );
+        let last =
+            answers().next_back().filter(|message| message.learn).map(|message| message.content.trim().to_owned());
         drop(messages);
         let ends = match last {
             // Nothing is learned of how the last answer ends.
@@ -70,7 +77,8 @@ impl RowEncoder<'_> {
             LossOn::All => ends,
         };
         if !ends {
-            notices.push((NoticeKind::NoEndToken, String::new()));
+            let instead = self.end.other_end(&tokens, self.tokenizer)?;
+            notices.push((NoticeKind::NoEndToken, instead.map(|token| format!("{token} instead")).unwrap_or_default()));
         }
         Ok(Ok(Draft { tokens, notices }))
     }
@@ -82,9 +90,15 @@ impl RowEncoder<'_> {
         let Some(span) = spans.last_mut() else {
             return true;
         };
-        let found = if answer.is_empty() { None } else { text[span.clone()].rfind(answer) };
-        let after = found.map_or(span.start, |at| span.start + at + answer.len());
-        if self.end.is_in(&text[after..span.end]) {
+        // A span begins with its answer; the whole text may say the same earlier. A short answer may be a part of the
+        // end token's own text.
+        let written = &text[span.clone()];
+        let at = match self.config.loss_on {
+            LossOn::Assistant => written.find(answer),
+            LossOn::All => written.rfind(answer),
+        };
+        let after = at.filter(|_| !answer.is_empty()).map_or(0, |at| at + answer.len());
+        if self.end.is_in(&written[after..]) || self.end.ends(written) {
             return true;
         }
         let Some(end) = self.end.mend() else {

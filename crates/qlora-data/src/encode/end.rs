@@ -1,10 +1,14 @@
 //! The token that ends a row: without one a model does not learn to stop.
 
-use chat_text::{MASKED_LABEL, Tokenizer};
+use chat_text::{ChatError, MASKED_LABEL, Tokenizer};
 
 use super::prefix::Tokens;
 use crate::config::DataConfig;
 use crate::error::DataError;
+
+/// Tokens from the end of what is learned among which a template's own end token is looked for: it has a line break
+/// or two behind it at most.
+const NEAR_THE_END: usize = 4;
 
 /// The tokens at which generation stops.
 #[derive(Clone, Debug, Default)]
@@ -68,11 +72,30 @@ impl EndTokens {
         self.stops.iter().any(|(_, stop)| !stop.is_empty() && text.contains(stop))
     }
 
+    /// Whether a text ends with one of the tokens, and blanks.
+    pub fn ends(&self, text: &str) -> bool {
+        self.stops.iter().any(|(_, stop)| !stop.is_empty() && text.trim_end().ends_with(stop))
+    }
+
     /// Whether one of the tokens is among the last ones that are learned without a gap.
     pub(super) fn is_learned_last(&self, tokens: &Tokens) -> bool {
         let run = tokens.labels.iter().rev().skip_while(|label| **label == MASKED_LABEL);
         let mut run = run.take_while(|label| **label != MASKED_LABEL);
         run.any(|label| self.stops.iter().any(|(stop, _)| i64::from(*stop) == *label))
+    }
+
+    /// The special token that is learned last where none of these is: what a template ends turns with, and what
+    /// generation does not stop at.
+    pub(super) fn other_end(&self, tokens: &Tokens, tokenizer: &Tokenizer) -> Result<Option<String>, ChatError> {
+        let last = tokens.labels.iter().rev().skip_while(|label| **label == MASKED_LABEL);
+        for id in last.take_while(|label| **label != MASKED_LABEL).take(NEAR_THE_END) {
+            let Ok(id) = u32::try_from(*id) else { continue };
+            // Special tokens are those that decoding can leave out.
+            if tokenizer.decode(&[id], true)?.is_empty() && !tokenizer.decode(&[id], false)?.is_empty() {
+                return Ok(tokenizer.id_to_token(id));
+            }
+        }
+        Ok(None)
     }
 
     /// Ends a text that no template ended. Returns whether there is a token to end it with.

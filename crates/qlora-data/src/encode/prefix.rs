@@ -49,16 +49,22 @@ impl RowEncoder<'_> {
         spans: &[Range<usize>],
         add_special_tokens: bool,
     ) -> Result<Tokens, ChatError> {
-        let encode = |text: &str, spans: &[Range<usize>]| self.tokenizer.encode_labelled(text, spans, add_special_tokens);
+        let bos = self.tokenizer.bos_token_id().filter(|_| add_special_tokens);
+        let encode = |text: &str, spans: &[Range<usize>]| -> Result<Labelled, ChatError> {
+            let mut labelled = self.tokenizer.encode_labelled(text, spans, add_special_tokens)?;
+            // A text that begins with the token already doesn't get a second.
+            if bos.is_some_and(|bos| labelled.ids.starts_with(&[bos, bos])) {
+                labelled.ids.remove(0);
+                labelled.labels.remove(0);
+            }
+            Ok(labelled)
+        };
         let max_length = self.config.max_length;
         let mut bytes = max_length.saturating_mul(BYTES_PER_TOKEN).max(SHORT_TEXT);
         while bytes < text.len() {
             let cut = cut_before(text, bytes);
-            let before: Vec<_> = spans
-                .iter()
-                .filter(|span| span.start < cut)
-                .map(|span| span.start..span.end.min(cut))
-                .collect();
+            let before: Vec<_> =
+                spans.iter().filter(|span| span.start < cut).map(|span| span.start..span.end.min(cut)).collect();
             let Labelled { ids, labels } = encode(&text[..cut], &before)?;
             if ids.len() >= max_length.saturating_add(SAFE_TOKENS) {
                 let learned_beyond = spans.last().is_some_and(|span| span.end > cut);

@@ -10,11 +10,7 @@ use crate::source::Object;
 const ASSISTANT: &str = "assistant";
 
 /// Takes a conversation out of an object; what can't be read of it goes to `unread`.
-pub(super) fn read(
-    object: &mut Object,
-    system_prompt: Option<&str>,
-    unread: &mut Vec<String>,
-) -> Result<Row, String> {
+pub(super) fn read(object: &mut Object, system_prompt: Option<&str>, unread: &mut Vec<String>) -> Result<Row, String> {
     let mut messages = if let Some(list) = object.shift_remove("messages") {
         messages_of(list, "messages", Message::try_from)?
     } else if let Some(list) = object.shift_remove("conversations") {

@@ -17,7 +17,7 @@ fn rows_path(path: &Path) -> String {
     let has = |path: &Path, extension: &str| path.extension().is_some_and(|found| found == extension);
     let stem = path.with_extension("");
     let target = match path {
-        path if has(&stem, "jsonl") => stem,
+        _ if has(&stem, "jsonl") => stem,
         path if has(path, "jsonl") => path.with_extension("rows.jsonl"),
         path => path.with_extension("jsonl"),
     };

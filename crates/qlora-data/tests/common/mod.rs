@@ -26,12 +26,7 @@ pub fn load_text_with(text: &str, config: &DataConfig, options: &LoadOptions<'_>
 }
 
 /// Reads bytes as a file of this name.
-pub fn load_file(
-    name: &str,
-    bytes: &[u8],
-    config: &DataConfig,
-    options: &LoadOptions<'_>,
-) -> Result<Dataset, String> {
+pub fn load_file(name: &str, bytes: &[u8], config: &DataConfig, options: &LoadOptions<'_>) -> Result<Dataset, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(name);
     std::fs::write(&path, bytes).unwrap();
