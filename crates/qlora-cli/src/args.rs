@@ -36,6 +36,8 @@ pub struct Cli {
 pub enum Command {
     /// Train an adapter as a configuration says
     Train(Box<TrainArgs>),
+    /// Show rows as they are trained, and what an epoch of them is
+    Preview(PreviewArgs),
     /// Write a commented configuration that documents every key
     Init(InitArgs),
     /// Let a model, with or without an adapter, answer a prompt
@@ -102,6 +104,40 @@ impl TrainArgs {
         let window = Window { skip: Self::PROFILE_SKIPS, steps: self.profile_steps as usize };
         self.profile.as_ref().map(|_| Profile::new(window))
     }
+}
+
+/// `qlora preview`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Learned tokens are green; without colour (NO_COLOR, or output to a file) they are marked beneath. Control characters of the data are shown
+as pictures.")]
+pub struct PreviewArgs {
+    /// The configuration, a TOML file
+    pub config: PathBuf,
+    /// How many rows to show
+    #[arg(long, default_value_t = 5)]
+    pub rows: usize,
+    /// Rows drawn with this seed instead of the first ones
+    #[arg(long, value_name = "SEED")]
+    pub random: Option<u64>,
+    /// A line for each token, with its id
+    #[arg(long)]
+    pub ids: bool,
+    /// The evaluation rows instead of the training rows
+    #[arg(long)]
+    pub eval_rows: bool,
+    /// Write a page to look at in a browser, too
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Replace a page that exists
+    #[arg(long, requires = "html")]
+    pub force: bool,
+    /// Any key of the configuration; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// The flags that stand for a key.
+    #[command(flatten)]
+    pub keys: KeyFlags,
 }
 
 /// Flags for the keys that are changed most.

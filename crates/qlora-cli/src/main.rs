@@ -12,6 +12,7 @@ mod inspect;
 mod merge;
 mod output;
 mod outputs;
+mod preview;
 mod progress;
 mod push;
 mod quantize;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
     exit::install_panic_message();
     let run = || match cli.command {
         Command::Train(args) => train::run(&args, profile),
+        Command::Preview(args) => preview::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),

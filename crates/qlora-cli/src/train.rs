@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use burn_qlora::profile::Profile;
+use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_train::{load_rows, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
@@ -15,11 +16,12 @@ use burn_qlora::{
     select_device,
 };
 
-use crate::args::TrainArgs;
+use crate::args::{KeyFlags, TrainArgs};
 use crate::exit::{Code, UsageError};
 use crate::hub;
 use crate::inspect::group_name;
 use crate::output::{Table, print, say, tell};
+use crate::preview;
 use crate::progress::Terminal;
 use crate::signals;
 
@@ -32,7 +34,7 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
         }
     }
     let start = start(args)?;
-    let config = configuration(args)?;
+    let config = configuration(&args.config, &args.keys, &args.set)?;
     let stop = Arc::new(AtomicBool::new(false));
     let mut terminal = Terminal::new(config.train.log_every, stop.clone());
     if args.dry_run {
@@ -132,19 +134,19 @@ fn write_profile(profile: Profile, path: &Path) -> Result<()> {
 }
 
 /// The file, then the named flags, then `--set` in order.
-fn configuration(args: &TrainArgs) -> Result<TrainConfig> {
-    let mut config = TrainConfig::load(&args.config)?;
-    for (key, value) in args.keys.overrides() {
+pub fn configuration(file: &Path, keys: &KeyFlags, set: &[String]) -> Result<TrainConfig> {
+    let mut config = TrainConfig::load(file)?;
+    for (key, value) in keys.overrides() {
         config.set(key, value)?;
     }
-    for assignment in &args.set {
+    for assignment in set {
         let (key, value) = assignment.split_once('=').ok_or_else(|| {
             UsageError(format!("--set {assignment}: write SECTION.KEY=VALUE, e.g. train.learning_rate=1e-4"))
         })?;
         config.set(key.trim(), value.trim())?;
     }
     config.validate()?;
-    hint_at_paths_beside_the_file(&args.config, &config)?;
+    hint_at_paths_beside_the_file(file, &config)?;
     Ok(config)
 }
 
@@ -224,6 +226,9 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     text += &targets(&plan).to_string();
     text += "\n";
     text += &memory_table(&plan).to_string();
+    let first = preview::of_rows(config, &tokenizer, &train, 1, PreviewChoice::First)?;
+    text += "\nThe first row as it is trained (`qlora preview` shows more):\n";
+    text.extend(first.rows.iter().map(|row| row.to_terminal(preview::color(), false)));
     Ok(text)
 }
 

@@ -1,0 +1,61 @@
+//! `qlora preview`: rows as a run would train on them, before it is paid for.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+
+use anyhow::Result;
+use burn_qlora::qlora_data::BatchOrder;
+use burn_qlora::qlora_data::preview::{Preview, PreviewChoice};
+use burn_qlora::qlora_train::load_rows;
+use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, atomic};
+
+use crate::args::PreviewArgs;
+use crate::exit::{Code, UsageError};
+use crate::hub;
+use crate::output::{print, say};
+use crate::outputs;
+use crate::progress::Terminal;
+use crate::train::configuration;
+
+/// Runs the command.
+pub fn run(args: &PreviewArgs) -> Result<Code> {
+    let config = configuration(&args.config, &args.keys, &args.set)?;
+    if let Some(page) = &args.html {
+        outputs::file(page, args.force)?;
+    }
+    let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let mut events = Terminal::new(config.train.log_every, Arc::default());
+    let (train, eval) = load_rows(&config, &tokenizer, &ModelConfig::from_dir(&dir)?, &mut events)?;
+    let rows = if args.eval_rows { &eval } else { &train };
+    if rows.examples.is_empty() {
+        return Err(UsageError("there are no evaluation rows: data.eval and data.eval_fraction name none".into()).into());
+    }
+    let choice = args.random.map_or(PreviewChoice::First, PreviewChoice::Random);
+    let preview = of_rows(&config, &tokenizer, rows, args.rows, choice)?;
+    print(&preview.to_terminal(color(), args.ids))?;
+    if let Some(page) = &args.html {
+        atomic::write_bytes(page, preview.to_html().as_bytes())?;
+        say!("Wrote {}", page.display());
+    }
+    Ok(Code::Done)
+}
+
+/// A preview of `shown` rows.
+pub fn of_rows(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    rows: &Dataset,
+    shown: usize,
+    choice: PreviewChoice,
+) -> Result<Preview> {
+    let train = &config.train;
+    let order =
+        BatchOrder::new(&rows.examples, &config.data, train.batch_size, train.seed, tokenizer.padding_id());
+    Ok(Preview::new(rows, &order, tokenizer, shown, choice)?)
+}
+
+/// Whether stdout shows colours (<https://no-color.org>).
+pub fn color() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
