@@ -143,13 +143,14 @@ impl Prompting {
 /// An instruction as the Stanford Alpaca data set writes it (tatsu-lab/stanford_alpaca, `train.py`), up to where the answer begins.
 /// `system` takes the place of the sentence before it.
 pub fn alpaca_prompt(instruction: &str, input: &str, system: Option<&str>) -> String {
-    if input.is_empty() {
-        let intro = system.unwrap_or(ALPACA);
-        format!("{intro}\n\n### Instruction:\n{instruction}\n\n### Response:\n")
-    } else {
-        let intro = system.unwrap_or(ALPACA_WITH_INPUT);
-        format!("{intro}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
-    }
+    let introduction = system.unwrap_or(if input.is_empty() { ALPACA } else { ALPACA_WITH_INPUT });
+    format!("{introduction}\n\n{}", alpaca_turn(instruction, input))
+}
+
+/// [`alpaca_prompt`] without the sentence before it, as in a later turn.
+pub fn alpaca_turn(instruction: &str, input: &str) -> String {
+    let input = if input.is_empty() { String::new() } else { format!("### Input:\n{input}\n\n") };
+    format!("### Instruction:\n{instruction}\n\n{input}### Response:\n")
 }
 
 fn read(path: &Path) -> Result<Option<String>, ChatError> {

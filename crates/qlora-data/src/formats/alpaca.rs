@@ -6,13 +6,6 @@ use serde_json::Value as Json;
 use super::{Row, Turn, take_optional_text, take_text};
 use crate::source::Object;
 
-/// What introduces an instruction in the Alpaca data set, without and with an input
-/// (tatsu-lab/stanford_alpaca, `train.py`).
-const INTRODUCTION: &str = "Below is an instruction that describes a task. \
-    Write a response that appropriately completes the request.";
-const INTRODUCTION_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an \
-    input that provides further context. Write a response that appropriately completes the request.";
-
 /// Takes an instruction out of an object. A `system` of the row goes before the configuration's.
 ///
 /// Earlier turns are written as the last one is, without an introduction of their own, a blank line
@@ -31,19 +24,17 @@ pub(super) fn read(object: &mut Object, system_prompt: Option<&str>) -> Result<R
         Some(Json::Array(pairs)) => pairs.into_iter().enumerate().map(pair).collect::<Result<_, _>>()?,
         Some(_) => return Err("`history` is not a list of pairs [instruction, output]".into()),
     };
-    let default = if input.is_empty() { INTRODUCTION } else { INTRODUCTION_WITH_INPUT };
-    let introduction = system.as_deref().or(system_prompt).unwrap_or(default);
-    let input = if input.is_empty() { String::new() } else { format!("### Input:\n{input}\n\n") };
+    let first = |instruction: &str, input: &str| {
+        chat_text::alpaca_prompt(instruction, input, system.as_deref().or(system_prompt))
+    };
+    let later = |instruction: &str, input: &str| format!("\n\n{}", chat_text::alpaca_turn(instruction, input));
     let earlier = history.into_iter().map(|(instruction, output)| (instruction, String::new(), output));
     let turns = earlier.chain([(instruction, input, output)]).enumerate();
     Ok(Row::Completion(
         turns
-            .map(|(index, (instruction, input, completion))| {
-                let before = if index == 0 { introduction } else { "" };
-                Turn {
-                    prompt: format!("{before}\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"),
-                    completion,
-                }
+            .map(|(index, (instruction, input, completion))| Turn {
+                prompt: if index == 0 { first(&instruction, &input) } else { later(&instruction, &input) },
+                completion,
             })
             .collect(),
     ))
