@@ -18,13 +18,14 @@ pub fn on_interrupt(handler: impl FnMut() + Send + 'static) -> Result<()> {
 
 #[cfg(unix)]
 fn ignored_hangup() -> bool {
-    let before = ignore_hangup();
-    if let Some(before) = before.filter(|before| before.handler() != nix::sys::signal::SigHandler::SigIgn) {
-        // SAFETY: gives back what was set when the program started; no handler of ours runs before.
-        let _ = unsafe { nix::sys::signal::sigaction(nix::sys::signal::Signal::SIGHUP, &before) };
-        return false;
+    use nix::sys::signal::{SigHandler, Signal, sigaction};
+    let Some(before) = ignore_hangup() else { return false };
+    let ignored = matches!(before.handler(), SigHandler::SigIgn);
+    if !ignored {
+        // SAFETY: gives back what was set when the program started.
+        let _ = unsafe { sigaction(Signal::SIGHUP, &before) };
     }
-    before.is_some()
+    ignored
 }
 
 /// Ignores SIGHUP; returns what was set before.

@@ -29,7 +29,6 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 pub use changes::Basis;
-pub(crate) use changes::Changes;
 
 const STATE_FILE: &str = "training_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";

@@ -291,7 +291,7 @@ impl<'e> Trainer<'e> {
 
     /// Writes the adapter, unless the run was interrupted, and the report.
     fn finish(mut self, info: RunInfo, outcome: Outcome) -> Result<Summary, TrainError> {
-        let output_dir = &self.config.train.output_dir;
+        let output_dir = self.folder.path().to_owned();
         let (adapter, adapter_step) = match outcome {
             Outcome::Finished | Outcome::StoppedEarly => {
                 let dir = output_dir.join(ADAPTER_DIR);
@@ -311,7 +311,7 @@ impl<'e> Trainer<'e> {
         if let Some(warning) = summary.nothing_learned(history, self.engine.model().config().vocab_size) {
             self.events.on_warning(&warning);
         }
-        summary.write(output_dir, history)?;
+        summary.write(&output_dir, history)?;
         self.events.on_end(&summary);
         Ok(summary)
     }
@@ -483,6 +483,7 @@ fn warn_of(messages: Vec<String>, events: &mut dyn TrainEvents) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn what_was_done_before_a_failed_step_can_be_resumed() {

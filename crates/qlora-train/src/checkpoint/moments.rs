@@ -1,7 +1,6 @@
 //! The optimizer's moments as a safetensors file.
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use paged_optim::{Moment, Moments, OptimizerKind};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};

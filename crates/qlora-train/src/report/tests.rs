@@ -31,7 +31,9 @@ fn history(steps: usize) -> History {
             history.evals.push(EvalMetrics {
                 step: k,
                 eval_loss,
+                eval_accuracy: Some(0.5),
                 eval_tokens: 900,
+                eval_seconds: 0.5,
                 elapsed_seconds: 1.5 * k as f64 + 1.0,
             });
         }
