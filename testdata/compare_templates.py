@@ -152,7 +152,12 @@ def judge(ours, owner, template, messages, tools):
         return any(their_text(template, parsed(messages[:i]), tools, add_generation_prompt=True)[0] == before for i in range(1, len(messages)))
 
     raw = text.encode()
-    spans = [(len(raw[:a].decode()), len(raw[:b].decode())) for a, b in ours["spans"]]
+    spans = []
+    for a, b in ours["spans"]:
+        a, b = len(raw[:a].decode()), len(raw[:b].decode())
+        if spans and spans[-1][1] == a:
+            a = spans.pop()[0]
+        spans.append((a, b))
     inside = lambda a, b: any(s <= a and b <= e for s, e in spans)
     reported = {u["part"].split(" of role")[0] for u in ours["unwritten"]}
     part_of = dict(content=("content", "whole text"), reasoning=("reasoning",), name=("tool calls",), arguments=("tool calls",), tools=("tool definitions",))
@@ -179,7 +184,27 @@ def judge(ours, owner, template, messages, tools):
         own = ENDS.search(partial(written).partition(written)[2]) if end else None
         if end and not inside(end.start(), end.end()) and (not own or own.group() == end.group()):
             problems.append(f"end masked: {end.group()}")
+    for (a, first), (b, second) in zip(words, words[1:]):
+        # A turn's words with nobody else's between them are learned with all that joins them.
+        whose = owner[first][0]
+        if whose != "other" and whose == owner[second][0] and (inside(a, a + 1) and inside(b, b + 1)) and not inside(a, b + len(second)):
+            problems.append(f"gap: {text[a:b]!r}")
     for s, e in spans:
+        # A span begins where a generation prompt of transformers ends, but for a thinking block that it opens or closes.
+        # (Where the text has a header: some templates write none behind a tool's result.)
+        variants = [{}, *({name: on} for name in ("enable_thinking", "thinking") for on in (True, False) if name in template)]
+        before = max([p + len(word) for p, word in words if p < s], default=0)
+        theirs = set()
+        for i in range(1, len(messages)):
+            plain = their_text(template, parsed(messages[:i]), tools)[0]
+            for variant in variants:
+                prompt = their_text(template, parsed(messages[:i]), tools, add_generation_prompt=True, **variant)[0]
+                if plain and prompt and prompt.startswith(plain):
+                    tag = re.match(r"\s*<[^>]*>", prompt[len(plain):])
+                    if tag and tag.group().strip() in text[before:s]:
+                        theirs.add(prompt[-100:])
+        if "generation %}" not in template and theirs and not any(text[:s][-8:] in prompt for prompt in theirs):
+            problems.append(f"start: {text[:s][-40:]!r} | {text[s:e][:40]!r}")
         if "generation %}" in template or prompts(text[:s]):
             continue
         if re.search(r"<\|im_start\|>(assistant|user)|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|turn>|<\|START_OF_TURN_TOKEN\|><\|USER", text[s:e]):
