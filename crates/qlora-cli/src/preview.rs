@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 
 use anyhow::Result;
-use burn_qlora::qlora_data::BatchOrder;
+use burn_qlora::qlora_data::{BatchOrder, padding_id};
 use burn_qlora::qlora_data::preview::{Preview, PreviewChoice};
 use burn_qlora::qlora_train::load_rows;
 use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, atomic};
@@ -26,13 +26,14 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut events = Terminal::new(config.train.log_every, Arc::default());
-    let (train, eval) = load_rows(&config, &tokenizer, &ModelConfig::from_dir(&dir)?, &mut events)?;
+    let model = ModelConfig::from_dir(&dir)?;
+    let (train, eval) = load_rows(&config, &tokenizer, &model, &mut events)?;
     let rows = if args.eval_rows { &eval } else { &train };
     if rows.examples.is_empty() {
         return Err(UsageError("there are no evaluation rows: data.eval and data.eval_fraction name none".into()).into());
     }
     let choice = args.random.map_or(PreviewChoice::First, PreviewChoice::Random);
-    let preview = of_rows(&config, &tokenizer, rows, args.rows, choice)?;
+    let preview = of_rows(&config, &tokenizer, &model, rows, args.rows, choice)?;
     print(&preview.to_terminal(color(), args.ids))?;
     if let Some(page) = &args.html {
         atomic::write_bytes(page, preview.to_html().as_bytes())?;
@@ -45,13 +46,14 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
 pub fn of_rows(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
+    model: &ModelConfig,
     rows: &Dataset,
     shown: usize,
     choice: PreviewChoice,
 ) -> Result<Preview> {
     let train = &config.train;
-    let order =
-        BatchOrder::new(&rows.examples, &config.data, train.batch_size, train.seed, tokenizer.padding_id());
+    let pad_id = padding_id(tokenizer, model.vocab_size);
+    let order = BatchOrder::new(&rows.examples, &config.data, train.batch_size, train.seed, pad_id);
     Ok(Preview::new(rows, &order, tokenizer, shown, choice)?)
 }
 

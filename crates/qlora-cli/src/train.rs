@@ -226,7 +226,7 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     text += &targets(&plan).to_string();
     text += "\n";
     text += &memory_table(&plan).to_string();
-    let first = preview::of_rows(config, &tokenizer, &train, 1, PreviewChoice::First)?;
+    let first = preview::of_rows(config, &tokenizer, &model, &train, 1, PreviewChoice::First)?;
     text += "\nThe first row as it is trained (`qlora preview` shows more):\n";
     text.extend(first.rows.iter().map(|row| row.to_terminal(preview::color(), false)));
     Ok(text)

@@ -5,7 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use chat_text::{ChatTemplate, Tokenizer};
-use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, MASKED_LABEL, load_splits_with};
+use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, MASKED_LABEL, load_splits_with, padding_id};
 use qlora_layers::Initialization;
 use qlora_models::{CalibrationBatch, ModelConfig};
 use sha2::{Digest as _, Sha256};
@@ -63,7 +63,7 @@ impl Rows {
         events: &mut dyn TrainEvents,
     ) -> Result<Self, TrainError> {
         let (train, eval) = load_rows(config, tokenizer, model, events)?;
-        let (batch_size, pad_id) = (config.train.batch_size, tokenizer.padding_id());
+        let (batch_size, pad_id) = (config.train.batch_size, padding_id(tokenizer, model.vocab_size));
         Ok(Self {
             order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id),
             eval_order: BatchOrder::in_file_order(&eval.examples, batch_size, pad_id),
