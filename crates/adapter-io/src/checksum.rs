@@ -97,6 +97,9 @@ impl Manifest {
         };
         let sums: Result<BTreeMap<String, String>, _> = serde_json::from_slice(&text);
         let mut sums = sums.map_err(|e| damaged(&format!("it is no list of checksums ({e})")))?;
+        if sums.keys().any(|name| name.contains(['/', '\\']) || name == "..") {
+            return Err(damaged("it names files outside of its folder"));
+        }
         let own = sums.remove(MANIFEST_FILE);
         let manifest = Self { sums };
         match own.is_some_and(|own| own == manifest.own_sum()) {

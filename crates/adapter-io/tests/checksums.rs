@@ -103,6 +103,16 @@ fn a_damaged_manifest_is_told_from_damaged_files() {
     assert!(unseen < 10, "{unseen}");
 }
 
+#[test]
+fn a_manifest_leads_nowhere_else() {
+    let dir = checkpoint();
+    for name in ["../secret", "/etc/passwd", "folder/x", ".."] {
+        fs::write(dir.path().join(MANIFEST_FILE), format!("{{\"{name}\": \"00\"}}")).unwrap();
+        let message = Manifest::load(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("outside of its folder"), "{message}");
+    }
+}
+
 /// A checkpoint of three tensors, the last of which holds `value` in its middle.
 fn base(dir: &Path, shard_bytes: u64, value: u8) {
     let spec = |name, rows| TensorSpec::new(name, Dtype::BF16, &[rows, 512]);

@@ -47,7 +47,7 @@ fn a_header_of_any_size_takes_linear_time() {
     let listing = Listing::new(&checkpoint);
     assert_eq!((listing.tensors().len(), listing.groups().len()), (count, count));
     // A second without optimisation, on two cores that are busy.
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }
 
 #[test]
