@@ -215,6 +215,12 @@ fn copy(from: &Path, name: &str, out: &Path) -> Result<(), FormatError> {
     atomic::write_bytes(&out.join(name), &bytes)
 }
 
+/// Copies a file into a folder, under its own name.
+pub(crate) fn copy_file(path: &Path, out: &Path) -> Result<(), FormatError> {
+    let bytes = fs::read(path).map_err(|source| FormatError::Read { path: path.to_path_buf(), source })?;
+    atomic::write_bytes(&out.join(path.file_name().unwrap_or_default()), &bytes)
+}
+
 /// Whether `out` would overwrite what is being read.
 pub(crate) fn refuse_same_folder(base: &Path, out: &Path) -> Result<(), FormatError> {
     let same = match (base.canonicalize(), out.canonicalize()) {

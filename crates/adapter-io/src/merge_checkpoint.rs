@@ -24,7 +24,7 @@ use crate::adapter::Adapter;
 use crate::atomic;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{
-    ModelConfigFile, OnProgress, Owned, Progress, copy_companions, format_of, refuse_same_folder, with_owned,
+    ModelConfigFile, OnProgress, Owned, Progress, copy_companions, copy_file, format_of, refuse_same_folder, with_owned,
 };
 use crate::error::FormatError;
 use crate::experts::unstack;
@@ -42,11 +42,14 @@ pub struct MergeOptions {
     /// Where to take the tokenizer and chat template from, if not from the base: an adapter's folder may
     /// hold newer ones.
     pub tokenizer_from: Option<PathBuf>,
+    /// Further small files for the output, which take the place of the base's of the same names: what says how an
+    /// adapter is prompted.
+    pub companions: Vec<PathBuf>,
 }
 
 impl Default for MergeOptions {
     fn default() -> Self {
-        Self { base: MergeBase::default(), max_shard_bytes: DEFAULT_SHARD_BYTES, tokenizer_from: None }
+        Self { base: MergeBase::default(), max_shard_bytes: DEFAULT_SHARD_BYTES, tokenizer_from: None, companions: Vec::new() }
     }
 }
 
@@ -151,6 +154,7 @@ pub fn merge_checkpoint(
     atomic::replace_dir(out_dir, |dir| {
         config.write(dir)?;
         copy_companions(base_dir, options.tokenizer_from.as_deref(), dir)?;
+        options.companions.iter().try_for_each(|path| copy_file(path, dir))?;
         let specs = plan.jobs.iter().map(|job| job.spec.clone()).collect();
         let mut writer = ShardedWriter::create(dir, specs, options.max_shard_bytes)?;
         report.total_bytes = writer.total_bytes();

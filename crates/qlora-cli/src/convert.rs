@@ -58,7 +58,9 @@ fn merged(args: &ConvertArgs, base: &Path, adapter: &Adapter, kind: GgmlType) ->
     let scratch = atomic::Scratch::beside(&args.output)?;
     let dir = scratch.path().join("merged");
     let mut bar = ConvertBar::new("Merging");
-    merge_checkpoint(base, adapter, &dir, &MergeOptions::default(), &mut |progress| bar.update(progress))?;
+    let named: Vec<String> = args.adapters.iter().cloned().collect();
+    let options = MergeOptions { companions: sources::prompt_files(&named)?, ..MergeOptions::default() };
+    merge_checkpoint(base, adapter, &dir, &options, &mut |progress| bar.update(progress))?;
     bar.finish();
     // The temporary folder's name is nobody's name for a model.
     let own = base.canonicalize().ok().and_then(|dir| Some(dir.file_name()?.to_string_lossy().into_owned()));

@@ -38,7 +38,7 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
     let dir = hub::resolve(model, args.revision.as_deref())?;
     refuse_adapter(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let prompting = prompting(args, &adapters)?;
+    let prompting = prompting(args, &adapters, &dir)?;
     let ids = prompt_ids(args, &tokenizer, &prompting)?;
 
     let mut bar = LoadBar::new();
@@ -173,7 +173,7 @@ fn check(args: &GenerateArgs) -> Result<(), UsageError> {
 }
 
 /// How the prompt is written: as the flags say, else as the first adapter's rows were, else by the model's chat template.
-fn prompting(args: &GenerateArgs, adapters: &Adapters) -> Result<Prompting> {
+fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<Prompting> {
     let mut found: Option<(&str, Prompting)> = None;
     for (name, dir) in &adapters.dirs {
         let Some(other) = Prompting::of_adapter(dir)? else { continue };
@@ -185,7 +185,12 @@ fn prompting(args: &GenerateArgs, adapters: &Adapters) -> Result<Prompting> {
             Some(_) => {}
         }
     }
-    let mut prompting = found.map_or_else(Prompting::default, |(_, prompting)| prompting);
+    let mut prompting = match found {
+        Some((_, prompting)) => prompting,
+        // A merged model has what its adapter had.
+        None if adapters.dirs.is_empty() => Prompting::of_adapter(model)?.unwrap_or_default(),
+        None => Prompting::default(),
+    };
     if args.no_chat_template {
         prompting.settings.layout = PromptLayout::Plain;
     }

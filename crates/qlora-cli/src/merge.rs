@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::report::memory;
 use burn_qlora::{MergeBase, MergeOptions, MergeReport, atomic, merge_checkpoint};
@@ -19,6 +19,7 @@ pub fn run(args: &MergeArgs) -> Result<Code> {
         base: merge_base(args)?,
         max_shard_bytes: args.max_shard_size,
         tokenizer_from: args.tokenizer.clone(),
+        companions: sources::prompt_files(&args.adapters.adapters)?,
     };
     if let Some(dir) = args.tokenizer.as_deref().filter(|dir| !dir.is_dir()) {
         return Err(UsageError(format!("--tokenizer {}: no such folder", dir.display())).into());
@@ -37,7 +38,15 @@ pub fn run(args: &MergeArgs) -> Result<Code> {
 pub fn run_combine(args: &CombineArgs) -> Result<Code> {
     outputs::folder(&args.output, args.force)?;
     let adapter = sources::adapter(&args.adapters)?;
-    atomic::replace_dir(&args.output, |dir| adapter.save(dir))?;
+    let companions = sources::prompt_files(&args.adapters.adapters)?;
+    atomic::replace_dir(&args.output, |dir| -> Result<()> {
+        adapter.save(dir)?;
+        for path in &companions {
+            std::fs::copy(path, dir.join(path.file_name().unwrap_or_default()))
+                .with_context(|| format!("can't copy {}", path.display()))?;
+        }
+        Ok(())
+    })?;
     print(&format!(
         "Combined {} adapters: rank {} on {} modules\nAdapter  {}\n",
         args.adapters.adapters.len(),

@@ -16,7 +16,7 @@ use crate::output::{Table, print};
 const CARD: &str = "README.md";
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// What resumes a run: of no use elsewhere, and with the paths of this machine inside.
-const PRIVATE: [&str; 2] = ["optimizer.safetensors", "training_state.json"];
+const PRIVATE: [&str; 3] = ["checksums.json", "optimizer.safetensors", "training_state.json"];
 /// Folders whose files belong to a model.
 const FOLDERS: [&str; 1] = ["additional_chat_templates"];
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::adapter_io::printable::printable;
+use burn_qlora::chat_text::{CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE};
 use burn_qlora::{Adapter, Combination, QuantConfig, QuantType, combine};
 
 use crate::args::{AdapterArgs, How};
@@ -45,12 +46,26 @@ pub fn load(name: &str) -> Result<Adapter> {
     Ok(adapter)
 }
 
+/// What lies beside the first adapter that has something of the kind, and says how it is prompted.
+pub fn prompt_files(adapters: &[String]) -> Result<Vec<PathBuf>> {
+    for text in adapters {
+        let (_, name, _) = adapter_argument(text)?;
+        let dir = hub::resolve(name, None)?;
+        let files = [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE].map(|file| dir.join(file));
+        let files: Vec<PathBuf> = files.into_iter().filter(|path| path.is_file()).collect();
+        if !files.is_empty() {
+            return Ok(files);
+        }
+    }
+    Ok(Vec::new())
+}
+
 /// Says so when an adapter has no weights for modules that its configuration names.
 pub fn warn_of_missing(name: &str, adapter: &Adapter) {
     let missing = adapter.missing_targets();
     if !missing.is_empty() {
         let names = printable(&missing.join(", ")).into_owned();
-        eprintln!("warning: {name} has no weights for {names}, which its configuration names: they stay the base's");
+        say!("warning: {name} has no weights for {names}, which its configuration names: they stay the base's");
     }
 }
 

@@ -286,7 +286,7 @@ mod tests {
         let of = |line: &[&str]| resume_command(line.iter().map(OsString::from));
         assert_eq!(
             of(&["train", "a b.toml", "--set", "train.epochs=2", "--overwrite", "--output-dir", "two words"]),
-            "qlora train 'a b.toml' --set train.epochs=2 --output-dir 'two words' --resume"
+            "qlora train 'a b.toml' --set 'train.epochs=2' --output-dir 'two words' --resume"
         );
         for line in [
             &["train", "x.toml", "--resume", "--rank", "8"][..],

@@ -176,7 +176,7 @@ fn an_interrupted_run_resumes_to_the_same_adapter() {
     }
     assert!(stopped, "no signal came before the end");
 
-    bench.fails(&args, 3, &["already holds a run", "resume"]);
+    bench.fails(&args, 3, &["holds 2 checkpoints", "--resume", "--overwrite"]);
     bench.ok(&[&args[..], &["--resume"]].concat());
     let whole = train("whole");
     bench.ok(&whole.iter().map(String::as_str).collect::<Vec<_>>());

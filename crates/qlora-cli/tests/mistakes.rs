@@ -34,7 +34,7 @@ fn the_configuration() {
     );
     bench.write("type.toml", &config.replace("max_steps = 4", "max_steps = \"four\""));
     bench.fails(&["train", "type.toml"], 2, &["type.toml:11: train.max_steps: invalid type"]);
-    bench.fails(&train(&["--rank", "0"]), 2, &["lora.rank = 0: must be at least 1"]);
+    bench.fails(&train(&["--rank", "0"]), 2, &["lora.rank = 0: must be from 1 to 65536"]);
     bench.fails(&train(&["--set", "lora.dropout=1.0"]), 2, &["lora.dropout = 1: must be at least 0 and below 1"]);
     bench.fails(
         &train(&["--set", "quantization.blocksize=48"]),

@@ -51,12 +51,20 @@ fn a_trained_adapter_is_pushed_with_a_card() {
 
     let run = push(&bench, &server, TOKEN, &args);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
-    assert!(run.stdout.contains("Pushed   3 files to me/coins"), "{}", run.stdout);
+    assert!(run.stdout.contains("Pushed   6 files to me/coins"), "{}", run.stdout);
     {
         let state = server.state();
         assert_eq!(state.repos.get("me/coins"), Some(&true));
         let paths: Vec<_> = state.commits[0][1..].iter().map(|line| line["value"]["path"].clone()).collect();
-        assert_eq!(paths, ["README.md", "adapter_config.json", "adapter_model.safetensors"]);
+        let expected = [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "chat_template.jinja",
+            "prompt_settings.json",
+            "tokenizer_config.json",
+        ];
+        assert_eq!(paths, expected, "what prompts the adapter as its rows were written comes along");
         let object = state.objects.values().next().expect("the weights");
         assert!(*object == bench.read("run/adapter/adapter_model.safetensors"));
     }

@@ -66,7 +66,7 @@ pub enum DataError {
     /// A row has a token that the model has no embedding for.
     #[error(
         "{}:{line}: the token {token:?} has the id {id}, and the model's embedding has {embedding_rows} rows: give the \
-         tokenizer that the model was trained with, or set model.resize_embeddings = true to add rows",
+         tokenizer that the model was trained with, or add rows in transformers with resize_token_embeddings and save the model",
         path.display()
     )]
     OutsideEmbedding {

@@ -66,6 +66,20 @@ pub fn default_compute_dtype(device: &Device) -> FloatDType {
     }
 }
 
+/// The most bytes in use so far: reserved by the device's allocator, which rarely gives memory back, as far as this is called after
+/// each step; on the CPU, resident of the whole process, as the system counts it (Linux; elsewhere what is resident now).
+pub fn peak_memory(device: &Device) -> Option<u64> {
+    let (_, now) = device_memory(device)?;
+    let of_process = || {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+        Some(kib * 1024)
+    };
+    let on_cpu = device.memory_pool_usage().is_none();
+    Some(if on_cpu { of_process().unwrap_or(now).max(now) } else { now })
+}
+
 /// Bytes in use: of the device's allocator (in use, reserved), or of the process on the CPU (resident, twice).
 pub fn device_memory(device: &Device) -> Option<(u64, u64)> {
     match device.memory_pool_usage() {

@@ -20,7 +20,7 @@ use model_hub::Hub;
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Position};
 use qlora_layers::mix;
-use qlora_models::{Decoder, LoadOptions, ModelConfig, default_compute_dtype, device_memory, select_device};
+use qlora_models::{Decoder, LoadOptions, ModelConfig, default_compute_dtype, device_memory, peak_memory, select_device};
 use rows::Rows;
 use start::Resumed;
 use std::fmt;
@@ -246,7 +246,7 @@ impl<'e> Trainer<'e> {
         self.step += 1;
         self.position = batches.next_position();
         let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();
-        self.peak_memory = self.peak_memory.max(reserved);
+        self.peak_memory = self.peak_memory.max(peak_memory(self.engine.model().device()).unwrap_or(reserved));
         let epoch_part = self.position.batch as f64 / self.rows.order.batches_per_epoch() as f64;
         Ok(StepMetrics {
             step: self.step,
@@ -505,6 +505,7 @@ mod tests {
         // The second step takes its micro-batches, and fails.
         batches.next_step(2);
         trainer.save_steps_so_far();
+        drop(trainer);
         let mut silent = ();
         let resumed = Trainer::new(config, Resume::Auto, &mut silent).unwrap();
         assert_eq!((resumed.step, resumed.position), (1, Position { epoch: 0, batch: 2 }));

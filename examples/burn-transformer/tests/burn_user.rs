@@ -316,8 +316,8 @@ fn adapters_of_another_kind_are_refused_by_the_part_that_differs() {
     }
     // What is on the module, what is in the file, and what the message says.
     for (module, file, part) in [
-        (0, "dora", "holds blocks.0.attention.query.lora_magnitude_vector"),
-        (0, "bias", "holds blocks.0.attention.query.lora_B.bias"),
+        (0, "dora", "holds blocks.0.attention.key.lora_magnitude_vector"),
+        (0, "bias", "holds blocks.0.attention.key.lora_B.bias"),
         (1, "lora", "adapters with blocks.0"),
         (2, "lora", "adapters with blocks.0"),
         (0, "fewer", "adapters with blocks.0"),

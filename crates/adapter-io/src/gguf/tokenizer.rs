@@ -312,15 +312,17 @@ impl Files {
     }
 
     fn chat_template(&self, dir: &Path) -> Result<Option<String>, FormatError> {
-        if let Some(template) = self.config.get("chat_template").and_then(Json::as_str) {
-            return Ok(Some(template.to_string()));
-        }
+        // A file of its own goes first, as in transformers.
         if let Some(path) = resolve_inside(dir, "chat_template.jinja", dir)? {
             let text = std::fs::read_to_string(&path).map_err(|source| FormatError::Read { path, source })?;
             return Ok(Some(text));
         }
-        let Some(path) = resolve_inside(dir, "chat_template.json", dir)? else { return Ok(None) };
-        let map: Map<String, Json> = json::read(&path)?;
-        Ok(map.get("chat_template").and_then(Json::as_str).map(str::to_string))
+        if let Some(path) = resolve_inside(dir, "chat_template.json", dir)? {
+            let map: Map<String, Json> = json::read(&path)?;
+            if let Some(template) = map.get("chat_template").and_then(Json::as_str) {
+                return Ok(Some(template.to_string()));
+            }
+        }
+        Ok(self.config.get("chat_template").and_then(Json::as_str).map(str::to_string))
     }
 }

@@ -167,7 +167,7 @@ fn a_missing_file_is_named() {
 fn values_out_of_range_name_the_key_and_what_is_allowed() {
     let cases = [
         ("device", "gpu", "device = gpu: must be auto, cpu, cuda, cuda:1 (the second card), vulkan or metal"),
-        ("lora.rank", "0", "lora.rank = 0: must be at least 1; common ranks are 8 to 128"),
+        ("lora.rank", "0", "lora.rank = 0: must be from 1 to 65536; common ranks are 8 to 128"),
         ("lora.dropout", "1.0", "lora.dropout = 1: must be at least 0 and below 1"),
         ("lora.loftq_iterations", "0", "lora.loftq_iterations = 0: must be at least 1"),
         ("lora.eva_rho", "0.5", "lora.eva_rho = 0.5: must be at least 1"),
