@@ -146,6 +146,7 @@ impl<'a> Turns<'a> {
     /// Where the model begins to write, before `first`.
     fn start(&self, message: usize, first: Option<usize>) -> Result<Option<usize>, ChatError> {
         let before = |at: usize| first.is_none_or(|first| at <= first);
+        let mut common = None;
         for kwargs in &self.prompts {
             if let Some(prompt) = self.render(&self.plain[..message], true, kwargs)?
                 && self.text.starts_with(&prompt)
@@ -153,10 +154,7 @@ impl<'a> Turns<'a> {
             {
                 return Ok(Some(prompt.len()));
             }
-        }
-        let Some(marked) = self.marked else { return Ok(None) };
-        let mut common = None;
-        for kwargs in &self.prompts {
+            let Some(marked) = self.marked else { continue };
             let Some(prompt) = self.render(&marked.messages[..message], true, kwargs)? else { continue };
             let Some(prompt) = unmark(&prompt) else { continue };
             let Some(last) = prompt.places.iter().max_by_key(|place| place.range.end) else { continue };
