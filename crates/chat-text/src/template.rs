@@ -28,7 +28,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, Value};
 
-use crate::conversation::{Form, has_python_dict, message_json, values};
+use crate::conversation::{Form, has_python_dict, message_json, says_nothing, values};
 use crate::error::ChatError;
 use crate::message::Message;
 
@@ -186,13 +186,13 @@ impl ChatTemplate {
     /// Renders a conversation in the first form that the template takes.
     pub(crate) fn render_form(&self, input: &ChatInput) -> Result<(String, Form), ChatError> {
         let mut first = None;
-        let mut dict = None;
+        let mut second = None;
         for form in Form::of(input.messages) {
             let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
             let run = Run { messages: &values(&messages), kwargs: &[], mark: false };
             match self.run(input, &run) {
-                Ok(text) if has_python_dict(&text, input.messages) => {
-                    dict.get_or_insert((text, form));
+                Ok(text) if has_python_dict(&text, input.messages) || says_nothing(&text, input.messages) => {
+                    second.get_or_insert((text, form));
                 }
                 Ok(text) => return Ok((text, form)),
                 Err(error @ (ChatError::TemplateEndless | ChatError::ReservedVariable { .. })) => return Err(error),
@@ -202,7 +202,7 @@ impl ChatTemplate {
             }
         }
         // There is always one form.
-        dict.ok_or_else(|| first.unwrap_or(ChatError::TemplateEndless))
+        second.ok_or_else(|| first.unwrap_or(ChatError::TemplateEndless))
     }
 
     /// Writes a conversation and gives the byte ranges of the text that lie between

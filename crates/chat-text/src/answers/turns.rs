@@ -244,7 +244,7 @@ impl<'a> Turns<'a> {
             return Ok(*known);
         }
         let messages = [Message::user("1 + 1"), Message::assistant("2 = 1 + 1")];
-        let form = Form { arguments: Arguments::Object, empty_content: true };
+        let form = Form { arguments: Arguments::Object, empty_content: true, parts: false };
         let messages = messages.map(|message| message_json(&message, form));
         let text = self.render(&values(&messages), false, &[])?;
         let tail = text.as_deref().and_then(|text| text.rsplit_once("2 = 1 + 1"));
