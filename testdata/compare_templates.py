@@ -121,7 +121,17 @@ def conversations():
     yield make("weight 0", lambda s, u, a, r: [u(), a(learn=False), u(), a()])
 
 
+RENDERED = {}
+
+
 def their_text(template, messages, tools, **more):
+    key = (template, json.dumps([messages, tools, more]))
+    if key not in RENDERED:
+        RENDERED[key] = render_theirs(template, messages, tools, **more)
+    return RENDERED[key]
+
+
+def render_theirs(template, messages, tools, **more):
     messages = [{k: v for k, v in m.items() if v is not None and k != "weight"} for m in messages]
     try:
         return theirs.render_jinja_template([messages], tools=tools, chat_template=template, **SPECIAL, **more)[0][0], None
@@ -136,6 +146,10 @@ def parsed(messages):
             if isinstance(call["function"]["arguments"], str):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return messages
+
+
+def parts(messages):
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m for m in messages]
 
 
 def judge(ours, owner, template, messages, tools):
@@ -239,6 +253,8 @@ def main():
             kind = "equal"
         elif their_text(template, parsed(messages), tools)[0] == ours["plain"]:
             kind = "equal with arguments as an object"
+        elif their_text(template, parts(parsed(messages)), tools)[0] == ours["plain"]:
+            kind = "equal with contents as lists of parts"
         else:
             kind = "different"
         texts[kind] += 1
@@ -249,6 +265,9 @@ def main():
             detail = f" {error}"
         show(options, "text: " + kind, name, title, detail)
         if "text" not in ours:
+            kinds = dict(content=("content",), tool=("name", "arguments")).get(ours["kind"].removeprefix("not written: ").split(" ")[0], ())
+            if kinds and all(word in ours.get("plain", "") for word, (_, kind) in owner.items() if kind in kinds):
+                ours["kind"] = "without a reason"
             mask = "error: " + ours["kind"] if text is not None or ours.get("plain") is not None else "both refuse"
             detail = " " + ours["error"]
             if ours.get("plain"):

@@ -97,6 +97,11 @@ struct Marked {
     messages: Vec<Value>,
     fields: Vec<Field>,
     unmarked: Unmarked,
+    /// Where each field stands for the first time; `None` if it does not, or was cut up. (A tool's name may stand
+    /// above its result once more.)
+    first: Vec<Option<Range<usize>>>,
+    /// The places of all fields with their messages, in the order of their beginnings.
+    order: Vec<(Range<usize>, usize)>,
 }
 
 impl Marked {
@@ -108,17 +113,41 @@ impl Marked {
             let messages = values(&messages);
             let run = Run { messages: &messages, kwargs: &[], mark: template.has_generation_tags() };
             let unmarked = marks::unmark(&template.run(input, &run).ok()?)?;
-            (unmarked.text == text).then_some(Self { messages, fields, unmarked })
+            (unmarked.text == text).then(|| Self::new(messages, fields, unmarked))
         })
+    }
+
+    fn new(messages: Vec<Value>, fields: Vec<Field>, unmarked: Unmarked) -> Self {
+        let mut first: Vec<Option<Range<usize>>> = vec![None; fields.len()];
+        for place in &unmarked.places {
+            let known = first.get_mut(place.field);
+            if let Some(known) = known.filter(|known| known.as_ref().is_none_or(|at| place.range.start < at.start)) {
+                *known = Some(place.range.clone());
+            }
+        }
+        for field in &unmarked.broken {
+            if let Some(known) = first.get_mut(*field) {
+                *known = None;
+            }
+        }
+        let places = unmarked.places.iter();
+        let mut order: Vec<_> =
+            places.filter_map(|place| Some((place.range.clone(), fields.get(place.field)?.message))).collect();
+        order.sort_by_key(|(range, _)| range.start);
+        Self { messages, fields, unmarked, first, order }
+    }
+
+    /// The fields of a message: their kinds, and where each stands for the first time.
+    fn of(&self, message: usize) -> impl Iterator<Item = (Kind, Option<&Range<usize>>)> {
+        // Fields are numbered in the order of messages.
+        let from = self.fields.partition_point(|field| field.message < message);
+        let to = self.fields.partition_point(|field| field.message <= message);
+        (from..to).map(|field| (self.fields[field].kind, self.first[field].as_ref()))
     }
 
     /// Whether some of the fields of a kind are not in the text, or only in parts.
     fn lost(&self, message: usize, kinds: &[Kind]) -> bool {
-        let mut of_kind =
-            self.fields.iter().enumerate().filter(|(_, f)| f.message == message && kinds.contains(&f.kind));
-        of_kind.any(|(field, _)| {
-            !self.unmarked.places.iter().any(|place| place.field == field) || self.unmarked.broken.contains(&field)
-        })
+        self.of(message).any(|(kind, place)| kinds.contains(&kind) && place.is_none())
     }
 }
 
@@ -193,7 +222,7 @@ impl ChatTemplate {
                 report(UnwrittenPart::Reasoning);
             }
             let calls = match marked {
-                Some(marked) if marked.fields.iter().any(|f| f.message == index && f.kind == Kind::CallName) => {
+                Some(marked) if marked.of(index).any(|(kind, _)| kind == Kind::CallName) => {
                     lost(&[Kind::CallName, Kind::CallArgument])
                 }
                 _ => crate::conversation::calls(&message.extra)
@@ -211,12 +240,8 @@ impl ChatTemplate {
     /// enough.
     fn reasoning_lost(&self, index: usize, message: &Message, text: &str, marked: Option<&Marked>) -> bool {
         if let Some(marked) = marked {
-            let of_message = |f: &&Field| f.message == index && f.kind == Kind::Reasoning;
-            let given = marked.fields.iter().any(|f| of_message(&f));
-            let written = |place: &marks::Place| {
-                of_message(&&marked.fields[place.field]) && !marked.unmarked.broken.contains(&place.field)
-            };
-            return given && !marked.unmarked.places.iter().any(written);
+            let mut given = marked.of(index).filter(|(kind, _)| *kind == Kind::Reasoning).peekable();
+            return given.peek().is_some() && given.all(|(_, place)| place.is_none());
         }
         let reasoning = REASONING.iter().find_map(|key| message.extra.get(*key)).and_then(|value| value.as_str());
         let last = reasoning.and_then(|reasoning| reasoning.lines().next_back());

@@ -1,16 +1,17 @@
 //! A conversation as a template sees it.
 //!
 //! Messages reach a template as transformers' `apply_chat_template` gives them: keys that are null are left out, and
-//! a reasoning is given as `reasoning_content` and as `thinking`, whichever name the data uses. Two things differ
+//! a reasoning is given as `reasoning_content` and as `thinking`, whichever name the data uses. Three things differ
 //! from it, as what transformers does there is of no use in training:
 //!
 //! - Tool calls whose `arguments` are JSON in a string (OpenAI's layout) are given as an object. A template that
 //!   fails on an object, or writes it as Python would, gets the JSON text instead.
 //! - A message without content gets an empty one, where a template fails without.
+//! - Contents are given as lists of one text each, where a template fails on texts or writes none of them.
 
 use minijinja::Value;
 use minijinja::value::Serde;
-use serde_json::{Map, Value as Json};
+use serde_json::{Map, Value as Json, json};
 
 use crate::message::{Message, REASONING};
 
@@ -27,6 +28,8 @@ pub(crate) struct Form {
     pub arguments: Arguments,
     /// Whether a message without content gets an empty one.
     pub empty_content: bool,
+    /// Whether contents are lists of parts, as templates of models that see images want them.
+    pub parts: bool,
 }
 
 impl Form {
@@ -35,10 +38,12 @@ impl Form {
         let calls = messages.iter().any(|message| calls(&message.extra).next().is_some());
         let missing = messages.iter().any(|message| !message.has_content);
         let mut forms = Vec::new();
-        for arguments in [Arguments::Object, Arguments::Text] {
-            for empty_content in [false, true] {
-                if (calls || arguments == Arguments::Object) && (missing || !empty_content) {
-                    forms.push(Self { arguments, empty_content });
+        for parts in [false, true] {
+            for arguments in [Arguments::Object, Arguments::Text] {
+                for empty_content in [false, true] {
+                    if (calls || arguments == Arguments::Object) && (missing || !empty_content) {
+                        forms.push(Self { arguments, empty_content, parts });
+                    }
                 }
             }
         }
@@ -66,7 +71,9 @@ pub(crate) fn message_json(message: &Message, form: Form) -> Map<String, Json> {
     let mut json = Map::new();
     json.insert("role".into(), message.role.as_str().into());
     if message.has_content || form.empty_content {
-        json.insert("content".into(), message.content.as_str().into());
+        let content = message.content.as_str();
+        let content = if form.parts { json!([{"type": "text", "text": content}]) } else { content.into() };
+        json.insert("content".into(), content);
     }
     let extra = message.extra.iter().filter(|(_, value)| !value.is_null());
     json.extend(extra.map(|(key, value)| (key.clone(), value.clone())));
@@ -113,6 +120,13 @@ pub(crate) fn has_python_dict(text: &str, messages: &[Message]) -> bool {
         let first = arguments.as_object().and_then(|arguments| arguments.keys().next());
         first.is_some_and(|key| text.contains(&format!("{{'{key}': ")))
     })
+}
+
+/// Whether a text holds none of what messages say.
+pub(crate) fn says_nothing(text: &str, messages: &[Message]) -> bool {
+    let last = |message: &Message| message.content.trim().lines().next_back().map(str::to_owned);
+    let mut lines = messages.iter().filter_map(last).peekable();
+    lines.peek().is_some() && lines.all(|line| !text.contains(line.trim()))
 }
 
 /// JSON with blanks, as `json.dumps` writes it.

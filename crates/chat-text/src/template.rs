@@ -28,14 +28,24 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, Value};
 
-use crate::conversation::{Form, has_python_dict, message_json, values};
+use crate::conversation::{Form, has_python_dict, message_json, says_nothing, values};
 use crate::error::ChatError;
 use crate::message::Message;
 
-/// What one rendering may cost: one unit for each instruction and each 64 bytes created. A
-/// conversation of a thousand turns takes less than a hundredth of it; spending all of it takes
-/// about a second.
-const FUEL: u64 = 30_000_000;
+/// What one rendering may cost: one unit for each instruction and each 64 bytes created, so that 256 MiB are never
+/// held for a conversation of usual size. A conversation of a few dozen turns takes a hundredth of it; spending all of it takes a few tenths of a second.
+const FUEL: u64 = 2_000_000;
+
+/// What a conversation may cost beyond that: the text is copied by each step that a template puts it through, and
+/// some templates look at every message for each message.
+const FUEL_PER_BYTE_OF_TEXT: f64 = 0.5;
+const FUEL_PER_PAIR_OF_MESSAGES: u64 = 16;
+
+/// Conversations whose size adds less than this are rendered with [`FUEL`].
+const SMALL: u64 = FUEL / 16;
+
+/// Most that a number of messages adds.
+const MOST_BY_MESSAGES: u64 = 30_000_000;
 
 /// Depth of nested calls, blocks and includes: half of what the engine allows, as rendering runs
 /// on threads with small stacks.
@@ -176,13 +186,13 @@ impl ChatTemplate {
     /// Renders a conversation in the first form that the template takes.
     pub(crate) fn render_form(&self, input: &ChatInput) -> Result<(String, Form), ChatError> {
         let mut first = None;
-        let mut dict = None;
+        let mut second = None;
         for form in Form::of(input.messages) {
             let messages: Vec<_> = input.messages.iter().map(|message| message_json(message, form)).collect();
             let run = Run { messages: &values(&messages), kwargs: &[], mark: false };
             match self.run(input, &run) {
-                Ok(text) if has_python_dict(&text, input.messages) => {
-                    dict.get_or_insert((text, form));
+                Ok(text) if has_python_dict(&text, input.messages) || says_nothing(&text, input.messages) => {
+                    second.get_or_insert((text, form));
                 }
                 Ok(text) => return Ok((text, form)),
                 Err(error @ (ChatError::TemplateEndless | ChatError::ReservedVariable { .. })) => return Err(error),
@@ -192,7 +202,7 @@ impl ChatTemplate {
             }
         }
         // There is always one form.
-        dict.ok_or_else(|| first.unwrap_or(ChatError::TemplateEndless))
+        second.ok_or_else(|| first.unwrap_or(ChatError::TemplateEndless))
     }
 
     /// Writes a conversation and gives the byte ranges of the text that lie between
@@ -232,8 +242,28 @@ impl ChatTemplate {
             (generation::SWITCH, Value::from(run.mark)),
         ]);
         let context = Value::from_pairs(context);
-        self.env.get_template(NAME).and_then(|template| template.render(context)).map_err(describe)
+        let render = |env: &Environment| env.get_template(NAME)?.render(&context);
+        match further_fuel(input) {
+            further if further < SMALL => render(&self.env),
+            further => {
+                let mut env = self.env.clone();
+                env.set_fuel(Some(FUEL + further));
+                render(&env)
+            }
+        }
+        .map_err(describe)
     }
+}
+
+/// What a conversation's size adds to [`FUEL`].
+fn further_fuel(input: &ChatInput) -> u64 {
+    let size = |value: &serde_json::Value| serde_json::to_string(value).map_or(0, |text| text.len());
+    let further = |message: &Message| message.extra.values().map(size).sum::<usize>();
+    let bytes: usize = input.messages.iter().map(|message| message.content.len() + further(message)).sum();
+    let bytes = bytes + input.tools.map_or(0, size);
+    let messages = input.messages.len() as u64;
+    let pairs = messages.saturating_mul(messages).saturating_mul(FUEL_PER_PAIR_OF_MESSAGES);
+    (bytes as f64 * FUEL_PER_BYTE_OF_TEXT) as u64 + pairs.min(MOST_BY_MESSAGES)
 }
 
 /// Messages for one rendering.

@@ -6,6 +6,7 @@
 //! the chat template files; [`Tokenizer::from_dir`] gathers it from the layouts of transformers 4
 //! and 5.
 
+mod check;
 mod settings;
 
 use std::collections::BTreeSet;
@@ -64,7 +65,9 @@ impl Tokenizer {
         }
         let bytes = std::fs::read(&path).map_err(|source| ChatError::Read { path: path.clone(), source })?;
         let fail = |problem: String| ChatError::Tokenizer { path: path.clone(), problem };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| fail(e.to_string()))?;
+        check::check(&bytes).map_err(fail)?;
+        let read = || tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string());
+        let mut inner = guarded(read).map_err(fail)?;
         // Lengths are decided by the caller, whatever the file was saved with.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
@@ -121,7 +124,8 @@ impl Tokenizer {
     /// [`ChatError::Tokenizer`] if the text can't be encoded, e.g. a word unknown to a
     /// vocabulary that has no unknown token.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Encoding, ChatError> {
-        let encoding = self.inner.encode(text, add_special_tokens).map_err(|e| self.fail(e.to_string()))?;
+        let encode = || self.inner.encode(text, add_special_tokens).map_err(|e| e.to_string());
+        let encoding = guarded(encode).map_err(|problem| self.fail(problem))?;
         let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
         let mut at = 0;
         let offsets = offsets.iter().map(|&(start, end)| {
@@ -149,7 +153,8 @@ impl Tokenizer {
     /// # Errors
     /// [`ChatError::Tokenizer`] if the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, ChatError> {
-        self.inner.decode(ids, skip_special_tokens).map_err(|e| self.fail(e.to_string()))
+        let decode = || self.inner.decode(ids, skip_special_tokens).map_err(|e| e.to_string());
+        guarded(decode).map_err(|problem| self.fail(problem))
     }
 
     /// The token that begins a text, if the checkpoint names one.
@@ -250,6 +255,13 @@ impl Tokenizer {
     fn fail(&self, problem: String) -> ChatError {
         ChatError::Tokenizer { path: self.path.clone(), problem }
     }
+}
+
+/// Runs what the `tokenizers` crate does with a file that may be broken in a way that [`check`] does not know: a panic
+/// becomes an error that names the file.
+fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    result.unwrap_or_else(|_| Err("the tokenizers library fails on this file: is it whole?".into()))
 }
 
 /// What a folder without `tokenizer.json` has instead.

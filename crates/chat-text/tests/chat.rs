@@ -130,6 +130,50 @@ fn python_values_print_as_in_python() {
 }
 
 #[test]
+fn filters_and_methods_are_those_of_jinja_and_python() {
+    // Each right side was printed by Jinja2 3.1.6 in the environment of transformers 5.24.
+    for (expression, expected) in [
+        ("'a\\n' | indent(2)", "a\n"),
+        ("'a\\nb\\n\\nc' | indent(2)", "a\n  b\n\n  c"),
+        ("'a\\n\\nb' | indent('> ', first=true, blank=true)", "> a\n> \n> b"),
+        ("'a\\nb' | indent(width=1, first=true)", " a\n b"),
+        ("'x' | int", "0"),
+        ("'12.7' | int", "12"),
+        ("' -3 ' | int", "-3"),
+        ("'ff' | int(base=16)", "255"),
+        ("none | int(default=7)", "7"),
+        ("'x' | float", "0.0"),
+        ("'a,b,c'.split(sep=',', maxsplit=1) | tojson", "[\"a\", \"b,c\"]"),
+        ("'a b  c'.split(maxsplit=1) | tojson", "[\"a\", \"b  c\"]"),
+        ("'a-b-c'.rsplit('-', maxsplit=1) | tojson", "[\"a-b\", \"c\"]"),
+        ("'one two three four' | truncate(9)", "one..."),
+        ("'one two three four' | truncate(9, true, '!', 0)", "one two !"),
+        ("'one two three' | truncate(length=9, leeway=0)", "one..."),
+        ("'Hi, you two_x!' | wordcount", "3"),
+        ("'ab' | center(7)", "   ab  "),
+        ("'abc'.center(6, '*')", "*abc**"),
+        ("'abc'.center(7, '*') ~ 'ab'.center(5, '*')", "**abc****ab*"),
+        ("'<b>x &amp; y</b>  <!-- c --> z' | striptags", "x & y z"),
+        ("'a b/ü?' | urlencode", "a%20b/%C3%BC%3F"),
+        ("{'a b': 'c&d'} | urlencode", "a+b=c%26d"),
+        ("'ab'.ljust(4) ~ '|' ~ 'ab'.rjust(4, '.') ~ '|' ~ '-7'.zfill(4)", "ab  |..ab|-007"),
+        ("'abc'.index('c')", "2"),
+        ("[1, 2].index(2)", "1"),
+        ("{'a': 1}.copy() | tojson", "{\"a\": 1}"),
+        ("'k=v'.partition('=')", "('k', '=', 'v')"),
+        ("'a\\r\\nb\\nc'.splitlines() | tojson", "[\"a\", \"b\", \"c\"]"),
+        ("'%s and %d' | format('x', 3)", "x and 3"),
+        ("'{:>4}|{:<3}|{x}'.format('a', 'b', x=1)", "   a|b  |1"),
+        ("'aBc'.swapcase()", "AbC"),
+        ("'<a href=\"x\">\\'&' | escape", "&lt;a href=&#34;x&#34;&gt;&#39;&amp;"),
+        ("{'b': [1, 'x']} | pprint", "{'b': [1, 'x']}"),
+        ("'a' | string | upper", "A"),
+    ] {
+        assert_eq!(eval(expression), expected, "{expression}");
+    }
+}
+
+#[test]
 fn tojson_is_json_dumps() {
     // Each right side was printed by Python's json.dumps with the same arguments.
     for (expression, expected) in [

@@ -85,20 +85,16 @@ pub(super) fn mark(messages: &mut [Map<String, Json>], marking: Marking) -> Opti
                 *text = marker.mark(text, Kind::Reasoning)?;
             }
         }
-        if let Some(Json::String(content)) = message.get_mut("content") {
-            *content = match content.rsplit_once(END_OF_REASONING) {
-                Some((reasoning, answer)) if assistant => {
-                    let (tag, reasoning) = match reasoning.split_once("<think>") {
-                        Some((before, reasoning)) if before.trim().is_empty() => {
-                            (format!("{before}<think>"), reasoning)
-                        }
-                        _ => (String::new(), reasoning),
-                    };
-                    let reasoning = marker.mark(reasoning, Kind::Reasoning)?;
-                    format!("{tag}{reasoning}{END_OF_REASONING}{}", marker.mark(answer, Kind::Content)?)
+        match message.get_mut("content") {
+            Some(Json::String(content)) => *content = marker.mark_content(content)?,
+            Some(Json::Array(parts)) => {
+                for part in parts {
+                    if let Some(Json::String(text)) = part.get_mut("text") {
+                        *text = marker.mark_content(text)?;
+                    }
                 }
-                _ => marker.mark(content, Kind::Content)?,
-            };
+            }
+            _ => {}
         }
         for call in calls_mut(message) {
             if let Some(Json::String(name)) = call.get_mut("name") {
@@ -135,6 +131,19 @@ impl Marker<'_> {
         let digits: String =
             (0..DIGITS).rev().filter_map(|digit| char::from_u32(DIGIT + (number >> (4 * digit) & 15))).collect();
         Some(format!("{before}{OPEN}{digits}{said}{CLOSE}{digits}{after}"))
+    }
+
+    /// Marks a content, the thinking at its beginning apart.
+    fn mark_content(&mut self, content: &str) -> Option<String> {
+        let Some((reasoning, answer)) = content.rsplit_once(END_OF_REASONING).filter(|_| self.assistant) else {
+            return self.mark(content, Kind::Content);
+        };
+        let (tag, reasoning) = match reasoning.split_once("<think>") {
+            Some((before, reasoning)) if before.trim().is_empty() => (format!("{before}<think>"), reasoning),
+            _ => (String::new(), reasoning),
+        };
+        let reasoning = self.mark(reasoning, Kind::Reasoning)?;
+        Some(format!("{tag}{reasoning}{END_OF_REASONING}{}", self.mark(answer, Kind::Content)?))
     }
 
     /// Marks the texts of a call's arguments.

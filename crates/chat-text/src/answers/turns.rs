@@ -1,11 +1,11 @@
 //! Where the turns of assistants begin and end in a text.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::ops::Range;
 
 use minijinja::Value;
 
-use super::marks::{Kind, Place, unmark};
+use super::marks::{Kind, unmark};
 use super::{ASSISTANT, Marked};
 use crate::conversation::{Arguments, Form, message_json, values};
 use crate::error::{ChatError, Untraceable};
@@ -26,6 +26,15 @@ pub(super) struct Turns<'a> {
     /// Variables for generation prompts: none, then those that turn reasoning on and off.
     prompts: Vec<Vec<(&'static str, Value)>>,
     ends_turns: OnceCell<bool>,
+    /// What stands between the last word of a message and the beginning or end of a turn.
+    known: RefCell<Vec<(Beside<'a>, &'a str)>>,
+}
+
+/// What a text stands beside, by the role of the message on the other side of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beside<'a> {
+    Before(Option<&'a str>),
+    Behind(Option<&'a str>),
 }
 
 impl<'a> Turns<'a> {
@@ -39,7 +48,7 @@ impl<'a> Turns<'a> {
         let known = THINKING.into_iter().filter(|name| template.source().contains(name));
         let thinking = known.flat_map(|name| [true, false].map(|on| vec![(name, Value::from(on))]));
         let prompts = std::iter::once(Vec::new()).chain(thinking).collect();
-        Self { template, input, plain, text, marked, prompts, ends_turns: OnceCell::new() }
+        Self { template, input, plain, text, marked, prompts, ends_turns: OnceCell::new(), known: RefCell::default() }
     }
 
     /// The spans of all messages that are to be learned, in order.
@@ -65,57 +74,47 @@ impl<'a> Turns<'a> {
     fn generated(&self) -> Option<Vec<Range<usize>>> {
         let marked = self.marked?;
         let spans = &marked.unmarked.generated;
-        let within =
-            |place: &Place, span: &Range<usize>| span.start <= place.range.start && place.range.end <= span.end;
-        let learned = |message: usize| self.input.messages.get(message).is_some_and(|m| m.learn);
+        let is = |message: usize, wanted: fn(&Message) -> bool| self.input.messages.get(message).is_some_and(wanted);
+        let assistant = |message: usize| is(message, |m| m.role == ASSISTANT);
         let mut wanted = Vec::new();
-        for span in spans {
-            let of = marked.unmarked.places.iter().find(|place| within(place, span) && self.assistant(place));
-            match of {
-                Some(place) if !learned(marked.fields[place.field].message) => {}
-                _ if span.is_empty() => {}
-                _ => wanted.push(span.clone()),
+        for span in spans.iter().filter(|span| !span.is_empty()) {
+            let from = marked.order.partition_point(|(range, _)| range.start < span.start);
+            let inside = marked.order[from..].iter().take_while(|(range, _)| range.end <= span.end);
+            let message = inside.map(|(_, message)| *message).find(|message| assistant(*message));
+            if message.is_none_or(|message| is(message, |m| m.learn)) {
+                wanted.push(span.clone());
             }
         }
-        let covered = (marked.unmarked.places.iter()).all(|place| {
-            !self.assistant(place) || spans.iter().any(|span| within(place, span)) || self.is_repeated(place)
-        });
-        (!spans.is_empty() && covered).then_some(wanted)
-    }
-
-    fn assistant(&self, place: &Place) -> bool {
-        let message = self.marked.and_then(|marked| marked.fields.get(place.field)).map(|field| field.message);
-        message.and_then(|message| self.input.messages.get(message)).is_some_and(|m| m.role == ASSISTANT)
-    }
-
-    /// Whether a field stands in the text before as well: a tool's name above its result.
-    fn is_repeated(&self, place: &Place) -> bool {
-        let places = self.marked.map(|marked| &marked.unmarked.places[..]).unwrap_or_default();
-        places.iter().any(|other| other.field == place.field && other.range.start < place.range.start)
-    }
-
-    /// Where fields of a message stand for the first time, in order.
-    fn places(&self, message: usize) -> Vec<&Place> {
-        let places = self.marked.map(|marked| (&marked.unmarked.places[..], &marked.fields));
-        let mut own: Vec<&Place> = places
-            .into_iter()
-            .flat_map(|(places, fields)| places.iter().filter(move |place| fields[place.field].message == message))
-            .filter(|place| !self.is_repeated(place))
-            .collect();
-        own.sort_by_key(|place| place.range.start);
-        own
+        let covered = |place: &Range<usize>| {
+            let at = spans.partition_point(|span| span.end < place.end);
+            spans.get(at).is_some_and(|span| span.start <= place.start)
+        };
+        let turns = (0..self.input.messages.len()).filter(|message| assistant(*message));
+        let all = turns.flat_map(|message| marked.of(message)).all(|(_, place)| place.is_none_or(covered));
+        (!spans.is_empty() && all).then_some(wanted)
     }
 
     /// What a message of an assistant became.
     fn turn(&self, message: usize) -> Result<Range<usize>, ChatError> {
         let untraceable = |reason| ChatError::Untraceable { message: message + 1, reason };
         let missing = |reason| untraceable(if self.marked.is_some() { reason } else { Untraceable::Changed });
-        let own = self.places(message);
-        let first = own.first().map(|place| place.range.start);
-        let last = own.iter().map(|place| place.range.end).max();
-        let start = self.start(message, first)?.ok_or_else(|| missing(Untraceable::NoStart))?;
-        let end = self.end(message, last)?.filter(|end| start <= *end).ok_or_else(|| missing(Untraceable::NoEnd))?;
-        if self.others(message).any(|place| start < place.range.end && place.range.start < end) {
+        let own = || self.marked.into_iter().flat_map(|marked| marked.of(message)).filter_map(|(_, place)| place);
+        let first = own().map(|place| place.start).min();
+        let last = own().map(|place| place.end).max();
+        let before = first.and_then(|first| self.before(message, first));
+        let after = last.map(|last| (Beside::Behind(self.role(message + 1)), last));
+        let start = match self.known(before, first) {
+            Some(start) => start,
+            None => self.start(message, first)?.ok_or_else(|| missing(Untraceable::NoStart))?,
+        };
+        let until = last.and_then(|last| self.next(message, last)).filter(|_| message + 1 < self.plain.len());
+        let end = match self.known(after.filter(|_| until.is_some()), until) {
+            Some(end) => end,
+            None => self.end(message, last)?.filter(|end| start <= *end).ok_or_else(|| missing(Untraceable::NoEnd))?,
+        };
+        self.remember(before, start);
+        self.remember(after.filter(|_| until.is_some()), end);
+        if self.from(start).take_while(|(range, _)| range.start < end).any(|(_, other)| *other != message) {
             return Err(untraceable(Untraceable::Interrupted));
         }
         match first.is_none_or(|first| start <= first) && last.is_none_or(|last| last <= end) {
@@ -124,12 +123,47 @@ impl<'a> Turns<'a> {
         }
     }
 
-    /// Where fields of other messages stand.
-    fn others(&self, message: usize) -> impl Iterator<Item = &'a Place> {
-        let marked = self.marked.into_iter();
-        marked.flat_map(move |marked| {
-            marked.unmarked.places.iter().filter(move |place| marked.fields[place.field].message != message)
-        })
+    fn role(&self, message: usize) -> Option<&'a str> {
+        self.input.messages.get(message).map(|message| message.role.as_str())
+    }
+
+    /// Where the last word of the message before this one ends.
+    fn before(&self, message: usize, first: usize) -> Option<(Beside<'a>, usize)> {
+        // The last turn may have a reasoning that the others have not: it is looked at by itself.
+        let last = message + 1 == self.plain.len();
+        let order = &self.marked?.order;
+        let (range, other) = order[..order.partition_point(|(range, _)| range.start < first)].last()?;
+        (!last && *other + 1 == message).then(|| (Beside::Before(self.role(*other)), range.end))
+    }
+
+    /// Where a turn begins or ends, if the text there is what it was beside an earlier turn: most of a long
+    /// conversation needs no rendering of its parts.
+    fn known(&self, beside: Option<(Beside, usize)>, until: Option<usize>) -> Option<usize> {
+        let (beside, at) = beside?;
+        let texts = self.known.borrow();
+        let between = &self.text[at..until?];
+        let same = texts.iter().filter(|(key, text)| *key == beside && between.starts_with(text));
+        same.map(|(_, text)| at + text.len()).max()
+    }
+
+    fn remember(&self, beside: Option<(Beside<'a>, usize)>, to: usize) {
+        if let Some((beside, at)) = beside
+            && let Some(text) = self.text.get(at..to).filter(|text| !text.trim().is_empty())
+            && self.known.borrow().iter().all(|known| *known != (beside, text))
+        {
+            self.known.borrow_mut().push((beside, text));
+        }
+    }
+
+    /// The places of all fields that end behind this one, in order, with their messages.
+    fn from(&self, at: usize) -> impl Iterator<Item = &'a (Range<usize>, usize)> {
+        let order = self.marked.map(|marked| &marked.order[..]).unwrap_or_default();
+        order[order.partition_point(|(range, _)| range.end <= at)..].iter()
+    }
+
+    /// Where something that another message says begins, behind this place.
+    fn next(&self, message: usize, at: usize) -> Option<usize> {
+        self.from(at).find(|(range, other)| *other != message && at <= range.start).map(|(range, _)| range.start)
     }
 
     /// Renders the first messages.
@@ -146,6 +180,7 @@ impl<'a> Turns<'a> {
     /// Where the model begins to write, before `first`.
     fn start(&self, message: usize, first: Option<usize>) -> Result<Option<usize>, ChatError> {
         let before = |at: usize| first.is_none_or(|first| at <= first);
+        let mut common = None;
         for kwargs in &self.prompts {
             if let Some(prompt) = self.render(&self.plain[..message], true, kwargs)?
                 && self.text.starts_with(&prompt)
@@ -153,10 +188,7 @@ impl<'a> Turns<'a> {
             {
                 return Ok(Some(prompt.len()));
             }
-        }
-        let Some(marked) = self.marked else { return Ok(None) };
-        let mut common = None;
-        for kwargs in &self.prompts {
+            let Some(marked) = self.marked else { continue };
             let Some(prompt) = self.render(&marked.messages[..message], true, kwargs)? else { continue };
             let Some(prompt) = unmark(&prompt) else { continue };
             let Some(last) = prompt.places.iter().max_by_key(|place| place.range.end) else { continue };
@@ -202,7 +234,7 @@ impl<'a> Turns<'a> {
             return Ok(Some(end));
         }
         // The last turn is not ended, but this one may be: by a tag that is not the next message's own.
-        let next = self.others(message).map(|place| place.range.start).filter(|start| end <= *start).min();
+        let next = self.next(message, end);
         Ok(Some(end + next.map_or(0, |next| first_tag(&self.text[end..next]))))
     }
 
@@ -220,7 +252,7 @@ impl<'a> Turns<'a> {
         let own = part.places.iter().filter(|place| marked.fields[place.field].message == message);
         let Some(tail) = own.map(|place| place.range.end).max() else { return Ok(None) };
         let tail = &part.text[tail..];
-        let next = self.others(message).map(|place| place.range.start).filter(|start| last <= *start).min();
+        let next = self.next(message, last);
         let rest = &self.text[last..next.unwrap_or(self.text.len())];
         let common = common_tags(tail, rest);
         if common == tail.len() {
@@ -246,7 +278,7 @@ impl<'a> Turns<'a> {
             return Ok(*known);
         }
         let messages = [Message::user("1 + 1"), Message::assistant("2 = 1 + 1")];
-        let form = Form { arguments: Arguments::Object, empty_content: true };
+        let form = Form { arguments: Arguments::Object, empty_content: true, parts: false };
         let messages = messages.map(|message| message_json(&message, form));
         let text = self.render(&values(&messages), false, &[])?;
         let tail = text.as_deref().and_then(|text| text.rsplit_once("2 = 1 + 1"));

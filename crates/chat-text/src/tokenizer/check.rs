@@ -1,0 +1,115 @@
+//! What is wrong with a `tokenizer.json` that the `tokenizers` crate would panic on.
+//!
+//! Three kinds are known: values that are no JSON of this crate's (1e999), where a decoder is read; patterns that
+//! match the empty text, with which a replacement never advances; and SentencePiece's precompiled character maps,
+//! whose tries are walked without looking at their length. They are told before the file is handed over.
+
+use serde_json::Value as Json;
+use tokenizers::normalizers::Precompiled;
+use tokenizers::utils::SysRegex;
+
+/// Reads the file as JSON and looks at every step of its pipeline.
+pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
+    let json: Json = serde_json::from_slice(bytes).map_err(|e| format!("not valid JSON: {e}"))?;
+    for part in ["normalizer", "pre_tokenizer", "post_processor", "decoder"] {
+        let found = json.get(part).map_or(Ok(()), steps);
+        found.map_err(|problem| format!("`{part}`: {problem}"))?;
+    }
+    Ok(())
+}
+
+fn steps(value: &Json) -> Result<(), String> {
+    match value {
+        Json::Array(items) => items.iter().try_for_each(steps),
+        Json::Object(map) => {
+            match map.get("type").and_then(Json::as_str) {
+                Some("Replace") => replace(value)?,
+                Some("Precompiled") => precompiled(value)?,
+                _ => {}
+            }
+            map.values().try_for_each(steps)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn replace(step: &Json) -> Result<(), String> {
+    let text = |kind: &str| step["pattern"].get(kind).and_then(Json::as_str);
+    if text("String") == Some("") {
+        return Err("`pattern` of Replace is empty: it must be a text to be replaced".into());
+    }
+    let Some(pattern) = text("Regex") else { return Ok(()) };
+    let regex = SysRegex::new(pattern).map_err(|e| format!("`pattern` {pattern:?} of Replace: {e}"))?;
+    match regex.find_iter("").next() {
+        None => Ok(()),
+        Some(_) => Err(format!("`pattern` {pattern:?} of Replace matches the empty text: it would match everywhere")),
+    }
+}
+
+fn precompiled(step: &Json) -> Result<(), String> {
+    let fail = |problem: &str| format!("`precompiled_charsmap` of Precompiled {problem}");
+    // The crate's type borrows its text.
+    serde_json::from_str::<Precompiled>(&step.to_string()).map_err(|e| fail(&format!("can't be read: {e}")))?;
+    let bytes = base64(step["precompiled_charsmap"].as_str().unwrap_or_default());
+    let bytes = bytes.ok_or_else(|| fail("is not base64"))?;
+    let units = |bytes: &[u8]| -> Vec<usize> {
+        bytes.as_chunks::<4>().0.iter().map(|unit| u32::from_le_bytes(*unit) as usize).collect()
+    };
+    let (size, rest) = bytes.split_at_checked(4).ok_or_else(|| fail("is too short"))?;
+    let size = units(size).first().map_or(0, |size| size / 4 * 4);
+    let (trie, texts) = rest.split_at_checked(size).ok_or_else(|| fail("is cut off"))?;
+    let texts = std::str::from_utf8(texts).map_err(|_| fail("holds texts that are not UTF-8"))?;
+    match walk(&units(trie), texts) {
+        Some(()) => Ok(()),
+        None => Err(fail("is broken: its trie points out of the file")),
+    }
+}
+
+/// Walks all of a double-array trie as the `tokenizers` crate walks it with any text; `None` if that leads out of
+/// it or to a place that begins no text.
+fn walk(trie: &[usize], texts: &str) -> Option<()> {
+    let offset = |unit: usize| (unit >> 10) << ((unit & (1 << 9)) >> 6);
+    let label = |unit: usize| unit & ((1 << 31) | 0xFF);
+    let mut seen = vec![false; trie.len()];
+    let mut nodes = vec![offset(*trie.first()?)];
+    while let Some(node) = nodes.pop() {
+        if std::mem::replace(seen.get_mut(node)?, true) {
+            continue;
+        }
+        for byte in 1..=255 {
+            let unit = *trie.get(node ^ byte)?;
+            if label(unit) != byte {
+                continue;
+            }
+            let next = node ^ byte ^ offset(unit);
+            if unit >> 8 & 1 == 1 {
+                let value = trie.get(next)? & ((1 << 31) - 1);
+                texts.get(value..)?;
+            }
+            nodes.push(next);
+        }
+    }
+    Some(())
+}
+
+/// The bytes of a text in base64 with padding.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let alphabet = |c: u8| match c {
+        b'A'..=b'Z' => Some(c - b'A'),
+        b'a'..=b'z' => Some(c - b'a' + 26),
+        b'0'..=b'9' => Some(c - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    for group in text.trim_end_matches('=').as_bytes().chunks(4) {
+        let mut bits = 0u32;
+        for &c in group {
+            bits = bits << 6 | u32::from(alphabet(c)?);
+        }
+        let bits = bits << (6 * (4 - group.len()));
+        bytes.extend_from_slice(bits.to_be_bytes().get(1..group.len())?);
+    }
+    Some(bytes)
+}
