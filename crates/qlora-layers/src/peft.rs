@@ -212,7 +212,7 @@ impl ModuleVisitor for Parts {
             Ok((name, tensor)) => {
                 self.tensors.insert(name, tensor);
             }
-            Err(error) => self.failure = Some(error),
+            Err(error) => drop(self.failure.get_or_insert(error)),
         }
     }
 
@@ -251,7 +251,7 @@ impl ModuleMapper for Fill<'_> {
             Some((module, suffix)) => match self.adapter.module_tensor(&module, suffix) {
                 Some(tensor) => (format!("{module}{suffix}"), tensor, false),
                 None => {
-                    self.failure = Some(LayerError::NotInFile { name: format!("{module}{suffix}") });
+                    self.failure.get_or_insert(LayerError::NotInFile { name: format!("{module}{suffix}") });
                     return param;
                 }
             },
@@ -270,7 +270,7 @@ impl ModuleMapper for Fill<'_> {
         // Vectors are rows [1, n] here.
         let fits = tensor.shape == expected || expected.len() == 2 && expected[0] == 1 && tensor.shape == expected[1..];
         if !fits {
-            self.failure = Some(LayerError::Shape { what: name, expected, found: tensor.shape.clone() });
+            self.failure.get_or_insert(LayerError::Shape { what: name, expected, found: tensor.shape.clone() });
             return param;
         }
         self.placed.insert(name);

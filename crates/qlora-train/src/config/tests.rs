@@ -175,7 +175,7 @@ fn values_out_of_range_name_the_key_and_what_is_allowed() {
         ("quantization.blocksize", "48", "quantization.blocksize = 48: must be a power of two from 32 to 4096"),
         ("quantization.blocksize", "16", "quantization.blocksize = 16: must be a power of two from 32 to 4096"),
         ("train.batch_size", "0", "train.batch_size = 0: must be 1 or more"),
-        ("train.learning_rate", "nan", "train.learning_rate = NaN: must be a finite number above 0"),
+        ("train.learning_rate", "nan", "train.learning_rate = NaN: must be above 0 and finite as a 32-bit number"),
         ("train.betas", "[0.9, 1.0]", "train.betas = 1: must be from 0 to below 1, both"),
         ("train.warmup_ratio", "1.5", "train.warmup_ratio = 1.5: must be from 0 to below 1"),
         ("train.max_grad_norm", "-1", "train.max_grad_norm = -1: must be a finite number, 0 or more"),
