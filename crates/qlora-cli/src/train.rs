@@ -12,7 +12,7 @@ use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_train::{load_rows, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
+    Device, ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
     select_device,
 };
 
@@ -182,7 +182,7 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
         let path = config.train.output_dir.display();
         events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
-    let plan = Plan::new(config, &model, dtype, &train.examples)?;
+    let plan = Plan::new(config, &model, dtype, device == Device::flex(), &train.examples)?;
 
     let mut text = String::new();
     writeln!(text, "Model    {}: {} parameters", config.model.path, count(plan.base_parameters))?;
@@ -264,15 +264,20 @@ fn memory_table(plan: &Plan) -> Table {
     let parts = &plan.memory;
     let mut table = Table::new(["memory on the device", "estimate"]);
     for (name, bytes) in [
+        ("the program and the rows", parts.program),
         ("linear weights", parts.linear_weights),
         ("embeddings, head, norms", parts.other_weights),
         ("adapters", parts.adapters),
         ("gradients", parts.gradients),
         ("optimizer state", parts.optimizer),
         ("activations", parts.activations),
-        ("together", parts.total()),
+        ("copies while saving", parts.saving),
+        ("at most at a time", parts.total()),
     ] {
-        table.row([name.to_string(), memory(bytes)]);
+        // Only the CPU has all of them.
+        if bytes > 0 {
+            table.row([name.to_string(), memory(bytes)]);
+        }
     }
     table
 }

@@ -27,12 +27,17 @@ pub struct MemoryEstimate {
     pub optimizer: u64,
     /// Activations kept for backward, one block's working set, and the logits.
     pub activations: u64,
+    /// The program itself and the rows, on the CPU, where they share the memory.
+    pub program: u64,
+    /// Copies of adapters and moments while a checkpoint is written, on the CPU.
+    pub saving: u64,
 }
 
 impl MemoryEstimate {
-    /// The sum.
+    /// The most that is needed at a time: in a step, or while a checkpoint is written.
     pub fn total(&self) -> u64 {
-        self.linear_weights + self.other_weights + self.adapters + self.gradients + self.optimizer + self.activations
+        let resident = self.program + self.linear_weights + self.other_weights + self.adapters + self.optimizer;
+        resident + (self.gradients + self.activations).max(self.saving)
     }
 }
 
@@ -56,12 +61,18 @@ impl Plan {
     /// dtype, the last for each expert of the token. Without checkpointing every block does; with it one does, and
     /// each keeps what its policy says. Scores and logits exist for some tokens at a time.
     ///
+    /// The CPU's attention computes its scores again and its gate keeps a value less, so there a block is
+    /// `6 hidden + 4 attention + 5 intermediate`; what is offloaded stays in the same memory; and logits and a block's
+    /// working set are not there at the same time. The program itself takes 42 MiB, the logits two and a half times
+    /// their size: both measured, as resident memory of the process on Linux.
+    ///
     /// # Errors
     /// A LoRA setting is out of range, or nothing matches.
     pub fn new(
         config: &TrainConfig,
         model: &ModelConfig,
         dtype: FloatDType,
+        on_cpu: bool,
         examples: &[Example],
     ) -> Result<Self, TrainError> {
         let linears = model.linear_specs();
@@ -118,26 +129,39 @@ impl Plan {
         let (rows, len) = (config.train.batch_size as u64, longest as u64);
         let tokens = rows * len;
         // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel.
-        let scores = 4 * 4 * (rows * model.num_attention_heads as u64 * len * len).min(MAX_SCORES as u64);
+        let scores = match on_cpu {
+            true => 0,
+            false => 4 * 4 * (rows * model.num_attention_heads as u64 * len * len).min(MAX_SCORES as u64),
+        };
         // Each of a token's experts reads its own row and gives one back.
-        let feed_forward = model.experts.map_or(6 * model.intermediate_size, |experts| {
-            let routed = experts.per_token * (6 * experts.intermediate_size + 3 * model.hidden_size);
-            routed.max(6 * model.intermediate_size)
+        let gated = if on_cpu { 5 } else { 6 };
+        let feed_forward = model.experts.map_or(gated * model.intermediate_size, |experts| {
+            let routed = experts.per_token * (gated * experts.intermediate_size + 3 * model.hidden_size);
+            routed.max(gated * model.intermediate_size)
         });
         let attention = model.num_attention_heads * model.head_dim;
         let block = tokens * (6 * model.hidden_size + 4 * attention + feed_forward) as u64 * width + scores;
         let blocks = model.num_hidden_layers as u64;
         let kept = |features: usize| tokens * features as u64 * width;
         let policy = config.train.activation_checkpointing;
-        let kept = if policy.keeps_everything() {
-            blocks * block
+        let (kept, working) = if policy.keeps_everything() {
+            (blocks * block, 0)
         } else {
             let branches = if policy.keeps_branches() { model.hidden_size + attention } else { 0 };
-            let on_device = if policy.offloads() { 2 } else { blocks };
-            block + on_device * kept(model.hidden_size + branches)
+            let on_device = if policy.offloads() && !on_cpu { 2 } else { blocks };
+            (on_device * kept(model.hidden_size + branches), block)
         };
-        // The logits, and what a cap makes of them.
-        let logits = 2 * width * (tokens * model.vocab_size as u64).min(MAX_LOGITS as u64);
+        let logits = width * (tokens * model.vocab_size as u64).min(MAX_LOGITS as u64);
+        let activations = match on_cpu {
+            // With everything kept, most of a block is freed by the time its logits' memory would be needed again.
+            true if policy.keeps_everything() => kept.max(5 * logits / 2),
+            true => kept + working.max(5 * logits / 2),
+            // The logits, and what a cap makes of them.
+            false => kept + working + 2 * logits,
+        };
+        const PROGRAM: u64 = 42 << 20;
+        // Of each token of the rows its id and its label.
+        let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
@@ -147,7 +171,10 @@ impl Plan {
                 adapters: 4 * trainable,
                 gradients: 4 * trainable,
                 optimizer: state_on_device,
-                activations: kept + logits,
+                activations,
+                program: if on_cpu { PROGRAM + of_rows } else { 0 },
+                // The adapter once, the moments as they are and as the file's content.
+                saving: if on_cpu { 4 * trainable + 2 * state } else { 0 },
             },
             targets,
         })

@@ -308,6 +308,9 @@ impl<'e> Trainer<'e> {
         let history = self.metrics.history();
         let mut summary = Summary::new(info, history, outcome, adapter);
         summary.adapter_step = adapter_step;
+        // Saving takes memory too.
+        let peak = peak_memory(self.engine.model().device()).unwrap_or(0);
+        summary.peak_memory_bytes = summary.peak_memory_bytes.max(peak);
         if let Some(warning) = summary.nothing_learned(history, self.engine.model().config().vocab_size) {
             self.events.on_warning(&warning);
         }
