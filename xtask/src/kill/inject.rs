@@ -45,37 +45,49 @@ pub(crate) struct Injection {
     pub(crate) error: Option<String>,
 }
 
-/// Whether strace is there, and may do this.
+/// Whether strace is there, and may kill what it traces.
 pub(crate) fn is_there() -> bool {
-    let mut probe = Command::new("strace");
-    probe.args(["-f", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1", "true"]);
+    let kill = Injection { call: Call { name: "write".into(), nth: 1 }, error: None };
+    let outer = inject(&kill, Path::new("/dev/null"));
+    let mut probe = Command::new(&outer[0]);
+    probe.args(&outer[1..]).args(["echo", "x"]);
     let status = probe.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
-    status.is_ok_and(|status| status.success())
+    // strace ends as the program did; a shell would say 128 + 9.
+    status.is_ok_and(|status| status.code().is_none_or(|code| code == 137))
 }
 
 /// The command before the program that watches it.
 pub(crate) fn watch(log: &Path) -> Vec<String> {
     let calls: Vec<&str> = CALLS.iter().map(|(name, _)| *name).collect();
     let mut outer = strace(log);
-    outer.extend(["-y".into(), "-e".into(), format!("trace={}", calls.join(","))]);
+    outer.extend(["--seccomp-bpf".into(), "-y".into(), "-e".into(), format!("trace={}", calls.join(","))]);
     outer
 }
 
-/// The command before the program in which one call fails.
-pub(crate) fn inject(injection: &Injection) -> Vec<String> {
+/// The command before the program in which one call fails. The log tells whether it came to that call.
+pub(crate) fn inject(injection: &Injection, log: &Path) -> Vec<String> {
     let Injection { call: Call { name, nth }, error } = injection;
+    let mut outer = strace(log);
     let what = match error {
-        Some(error) => format!("error={error}"),
+        Some(error) => {
+            // Only the calls in question stop the process. Signals are not sent then, strace 6.1 says nothing of it.
+            outer.push("--seccomp-bpf".into());
+            format!("error={error}")
+        }
         None => "signal=KILL".to_owned(),
     };
-    let mut outer = strace(Path::new("/dev/null"));
     outer.extend(["-e".into(), format!("trace={name}"), "-e".into(), format!("inject={name}:{what}:when={nth}")]);
     outer
 }
 
+/// Whether it came to an injection, by its log.
+pub(crate) fn came(log: &str) -> bool {
+    log.contains("(INJECTED)") || log.contains("killed by SIGKILL")
+}
+
 fn strace(log: &Path) -> Vec<String> {
     let log = log.display().to_string();
-    ["strace", "-f", "--seccomp-bpf", "-q", "-e", "signal=none", "-s", "0", "-o", &log].map(str::to_owned).to_vec()
+    ["strace", "-f", "-q", "-e", "signal=none", "-s", "0", "-o", &log].map(str::to_owned).to_vec()
 }
 
 /// The calls in strace's log that name `output`.
@@ -166,10 +178,13 @@ mod tests {
     #[test]
     fn strace_is_told_which_call() {
         let call = Call { name: "fsync".into(), nth: 3 };
-        let line = inject(&Injection { call: call.clone(), error: Some("EIO".into()) }).join(" ");
+        let line = inject(&Injection { call: call.clone(), error: Some("EIO".into()) }, Path::new("l")).join(" ");
         assert!(line.ends_with("-e trace=fsync -e inject=fsync:error=EIO:when=3"), "{line}");
         let kill = Injection { call, error: None };
-        assert!(inject(&kill).join(" ").ends_with("inject=fsync:signal=KILL:when=3"));
+        let line = inject(&kill, Path::new("l")).join(" ");
+        assert!(line.ends_with("inject=fsync:signal=KILL:when=3") && !line.contains("seccomp"), "{line}");
+        assert!(came("7 fsync(4) = -1 EIO (Input/output error) (INJECTED)\n") && came("7 +++ killed by SIGKILL +++"));
+        assert!(!came(LOG));
         assert_eq!(kill.to_string(), "SIGKILL at fsync number 3");
     }
 }

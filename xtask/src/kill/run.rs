@@ -99,10 +99,11 @@ impl Run<'_> {
 
     /// Goes on to the end, undisturbed.
     pub(crate) fn finish(&self) -> Result<Result<(), String>> {
+        let line = self.arguments().join(" ");
         let (ended, _) = self.attempt(Moment::Never, KILL)?;
         Ok(match ended.end {
             End::Exit(0) => Ok(()),
-            _ => Err(format!("`qlora {}`: {}", self.arguments().join(" "), ended.describe())),
+            _ => Err(format!("`qlora {line}`: {}", ended.describe())),
         })
     }
 }
