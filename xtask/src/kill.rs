@@ -234,7 +234,7 @@ impl<'a> Test<'a> {
     fn moment(&mut self) -> Moment {
         if self.dice.once_in(2) {
             let delay = Duration::from_secs_f64(0.02 * self.dice.unit());
-            return Moment::Write { nth: 1 + self.dice.below(6), delay };
+            return Moment::Write { nth: 1 + self.dice.below(12), delay };
         }
         Moment::After(self.tally.unbroken.mul_f64(self.dice.unit()))
     }
@@ -326,16 +326,13 @@ impl<'a> Test<'a> {
         let log = run.folder.join("strace.txt");
         let (ended, _) = run.attempt_under(&inject::inject(injection, &log), Moment::Never, KILL)?;
         keep_log(&run.folder)?;
-        let came = usize::from(inject::came(&fs::read_to_string(&log)?));
-        match injection.error {
-            Some(_) => self.tally.errors += came,
-            None => self.tally.injected_kills += came,
-        }
+        // 128 + 9, where strace does not end as the program did.
+        let killed = matches!(ended.end, End::Signal(KILL) | End::Exit(137)) && injection.error.is_none();
+        self.tally.injected_kills += usize::from(killed);
+        self.tally.errors += usize::from(inject::came(&fs::read_to_string(&log)?));
         match ended.end {
             _ if ended.panic().is_some() => return Ok(Err(format!("a panic: {}", ended.describe()))),
-            End::Signal(KILL) if injection.error.is_none() => {}
-            // 128 + 9, where strace does not end as the program did.
-            End::Exit(137) if injection.error.is_none() => {}
+            _ if killed => {}
             End::Exit(0) => {
                 let difference = check::compare(&self.unbroken(), &run.output, self.kept(true))?;
                 if difference.is_ok() {

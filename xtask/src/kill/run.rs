@@ -33,7 +33,8 @@ pub(crate) enum Moment {
     Never,
     /// That long after its start.
     After(Duration),
-    /// That long after it begins to write the output number `nth` from now: a checkpoint, the adapter, a report.
+    /// That long after the name number `nth` is new in the output folder: a checkpoint that is begun, one that is put in
+    /// its place, whereupon older ones are removed, the adapter, a report.
     Write { nth: usize, delay: Duration },
 }
 
@@ -58,7 +59,7 @@ impl Run<'_> {
 
     /// [`Self::attempt`] as the argument of another program.
     pub(crate) fn attempt_under(&self, outer: &[String], moment: Moment, signal: i32) -> Result<(Ended, bool)> {
-        let seen = temporary(&self.output);
+        let seen = names(&self.output);
         let mut running = self.program.start_under(outer, &self.arguments(), &self.folder, &self.folder)?;
         let sent = match moment {
             Moment::Never => false,
@@ -71,7 +72,7 @@ impl Run<'_> {
             Moment::Write { nth, delay } => {
                 let mut new = BTreeSet::new();
                 while new.len() < nth && !running.has_ended()? {
-                    new.extend(temporary(&self.output).into_iter().filter(|name| !seen.contains(name)));
+                    new.extend(names(&self.output).into_iter().filter(|name| !seen.contains(name)));
                     sleep(TICK);
                 }
                 sleep(delay);
@@ -115,9 +116,8 @@ pub(crate) fn folder(under: &Path, name: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Names of the files and folders that are being written.
-fn temporary(output: &Path) -> BTreeSet<String> {
+/// Names in the output folder, those that are being written included.
+fn names(output: &Path) -> BTreeSet<String> {
     let entries = std::fs::read_dir(output).into_iter().flatten().flatten();
-    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.filter(|name| name.starts_with('.') && !name.ends_with("lock")).collect()
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
