@@ -77,6 +77,24 @@ struct Finding {
     line: String,
 }
 
+impl Default for Finding {
+    fn default() -> Self {
+        Self { count: 0, first: u64::MAX, line: String::new() }
+    }
+}
+
+impl Finding {
+    /// Counts a mutation; returns whether it has the lowest number so far.
+    fn add(&mut self, number: u64, line: String) -> bool {
+        self.count += 1;
+        let lowest = number < self.first;
+        if lowest {
+            (self.first, self.line) = (number, line);
+        }
+        lowest
+    }
+}
+
 /// What the workers share.
 struct Fuzzer<'a> {
     program: &'a Program,
@@ -84,6 +102,8 @@ struct Fuzzer<'a> {
     seeds: PathBuf,
     tallies: Mutex<Vec<Tally>>,
     findings: Mutex<BTreeMap<(Fault, String), Finding>>,
+    /// Exit code 1 by command and message: for a broken input it should be 2 or 3, but that is no fault.
+    failed: Mutex<BTreeMap<String, Finding>>,
 }
 
 /// Runs the fuzzer.
@@ -104,6 +124,7 @@ pub fn run(options: &Options) -> Result<()> {
         seeds,
         tallies: Mutex::new(vec![Tally::default(); ALL.len()]),
         findings: Mutex::default(),
+        failed: Mutex::default(),
     };
     fuzzer.check_seeds(&folder(scratch.path(), "valid")?)?;
     println!("{} ({}), seed {}", program.path().display(), program.version()?, options.seed);
@@ -151,14 +172,10 @@ impl Fuzzer<'_> {
             }
             mutation.bytes = fs::read(self.seeds.join(&mutation.folder).join(&mutation.file))?;
             let case = self.process(&mutation, place)?;
-            let (folder, name) = (mutation.folder.display(), &mutation.file);
-            match case.ended.end {
-                End::Exit(0) => {}
-                _ => println!(
-                    "note: not mutated, {folder}/{name} is refused: {}: {}",
-                    case.command,
-                    case.ended.describe()
-                ),
+            if case.ended.end != End::Exit(0) {
+                let error = case.ended.errors().lines().next_back().unwrap_or_default().to_owned();
+                let (folder, name) = (mutation.folder.display(), &mutation.file);
+                println!("note: {folder}/{name} as it is, `{}`: {error}", mutation.command);
             }
             seen.push(key);
         }
@@ -173,7 +190,7 @@ impl Fuzzer<'_> {
                 fs::remove_dir_all(old).with_context(|| old.display().to_string())?;
             }
         }
-        fs::create_dir_all(place.join("out"))?;
+        fs::create_dir_all(place.join("out/run"))?;
         write_case(&self.seeds, mutation, &case)?;
         let line = fill(mutation, &case, &self.seeds, &place.join("out"));
         let args: Vec<String> = line.split(' ').map(str::to_owned).collect();
@@ -197,17 +214,21 @@ impl Fuzzer<'_> {
             tally.slowest = tally.slowest.max(case.ended.took);
             tally.largest = tally.largest.max(case.ended.peak);
         }
-        let Some(fault) = fault else { return Ok(()) };
-        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         let line = format!("{}: {}", target.name, mutation.what.join("; "));
         let line: String = line.escape_debug().to_string().chars().take(200).collect();
+        let Some(fault) = fault else {
+            if case.ended.end == End::Exit(1) {
+                let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+                failed.entry(case.ended.message()).or_default().add(number, line);
+            }
+            return Ok(());
+        };
+        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         let found = findings.entry(fault.clone()).or_insert_with(|| {
             println!("mutation {number}: {} at {}; {line}", fault.0, fault.1);
-            Finding { count: 0, first: u64::MAX, line: String::new() }
+            Finding::default()
         });
-        found.count += 1;
-        if number < found.first {
-            (found.first, found.line) = (number, line);
+        if found.add(number, line) {
             self.keep(&fault, number, &mutation, &case)?;
         }
         Ok(())
@@ -288,6 +309,10 @@ impl Fuzzer<'_> {
         }
         line("together", &sum);
         println!("{:.0} s, {:.1} a second", took.as_secs_f64(), self.options.mutations as f64 / took.as_secs_f64());
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        for (message, Finding { count, first, line }) in failed.iter() {
+            println!("exit 1: {count} x {message}; first {first}, {line}");
+        }
         let findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
         if findings.is_empty() {
             return Ok(());

@@ -154,7 +154,7 @@ impl<'a> Test<'a> {
         let words = crate::root().join("examples/quickstart/word_problems.jsonl");
         let text = fs::read_to_string(&words).with_context(|| words.display().to_string())?;
         let rows = place.join("rows.jsonl");
-        fs::write(&rows, text.split_inclusive('\n').take(80).collect::<String>())?;
+        fs::write(&rows, text.split_inclusive('\n').take(40).collect::<String>())?;
         fs::write(place.join("qlora.toml"), config.toml(&testdata, &rows)?)?;
         let tally = Tally { name: config.name, ..Tally::default() };
         Ok(Self { program, config, options, place, dice: Dice::new(options.seed, number), tally, first: Ok(()) })

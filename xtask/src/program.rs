@@ -196,6 +196,15 @@ impl Ended {
         panic_place(&self.errors())
     }
 
+    /// The error that it ended with, without paths and numbers.
+    pub(crate) fn message(&self) -> String {
+        let errors = self.errors();
+        let line = errors.lines().find_map(|line| line.strip_prefix("error: ")).unwrap_or_default();
+        let words = line.split_whitespace().filter(|word| !word.contains('/'));
+        let words = words.map(|word| if word.bytes().any(|byte| byte.is_ascii_digit()) { "N" } else { word });
+        words.collect::<Vec<_>>().join(" ").escape_debug().take(120).collect()
+    }
+
     /// Its end and the last lines that it printed, for a message.
     pub(crate) fn describe(&self) -> String {
         let errors = self.errors();

@@ -132,6 +132,16 @@ pub(crate) const SETTINGS: &[&str] = &[
     "{\"0\": {\"content\": \"x\", \"special\": true}}",
 ];
 
+/// Values of an index.
+pub(crate) const INDEX: &[&str] = &[
+    "\"model-00001-of-00003.safetensors\"",
+    "\"model-00009-of-00003.safetensors\"",
+    "\"config.json\"",
+    "\"/dev/null\"",
+    "\".\"",
+    "\"\"",
+];
+
 #[cfg(test)]
 mod tests {
     use super::super::json::Node;
@@ -139,7 +149,7 @@ mod tests {
 
     #[test]
     fn what_is_grafted_is_json() {
-        for graft in [TOKENIZER, CONFIG, ADAPTER, SETTINGS].concat() {
+        for graft in [TOKENIZER, CONFIG, ADAPTER, SETTINGS, INDEX].concat() {
             assert!(Node::parse(graft.as_bytes()).is_some(), "{graft}");
         }
     }

@@ -32,6 +32,10 @@ const ROWS: &[(&str, &str)] = &[
         "chat.jsonl",
         "{\"messages\": [{\"role\": \"system\", \"content\": \"Be short.\"}, {\"role\": \"user\", \"content\": \"Say a\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}",
     ),
+    (
+        "turns.jsonl",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"Say a\"}, {\"role\": \"assistant\", \"content\": \"a\"}]}",
+    ),
     ("prompt.jsonl", "{\"prompt\": \"Say a\", \"completion\": \"a\"}"),
     ("alpaca.jsonl", "{\"instruction\": \"Say\", \"input\": \"a\", \"output\": \"a\"}"),
     ("text.jsonl", "{\"text\": \"a b c\"}"),
@@ -110,7 +114,7 @@ fn configuration(program: &Program, folder: &Path) -> Result<String> {
             ("path", path("model")),
             ("train", path("chat.jsonl")),
             ("rank", "4".to_owned()),
-            ("max_length", "64".to_owned()),
+            ("max_length", "256".to_owned()),
             ("max_steps", "2".to_owned()),
             ("batch_size", "1".to_owned()),
             ("gradient_accumulation_steps", "1".to_owned()),
@@ -120,8 +124,8 @@ fn configuration(program: &Program, folder: &Path) -> Result<String> {
 }
 
 /// Keys that would change what the others mean when they are set.
-const LEFT_OUT: [&str; 6] =
-    ["revision", "eval", "chat_template", "exclude_modules", "layers_to_transform", "layers_pattern"];
+const LEFT_OUT: [&str; 7] =
+    ["revision", "eval", "chat_template", "exclude_modules", "layers_to_transform", "layers_pattern", "system_prompt"];
 
 /// The keys and sections of `qlora init`'s file without its comments, with some values replaced. A key that stands
 /// after a single `#` is set, unless it is one of [`LEFT_OUT`].

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::json::{self, Node};
-use super::parts::{ADAPTER as ADAPTER_PARTS, CONFIG, SETTINGS, TOKENIZER};
+use super::parts::{ADAPTER as ADAPTER_PARTS, CONFIG, INDEX, SETTINGS, TOKENIZER};
 use super::{bytes, container, text};
 use crate::random::Dice;
 
@@ -45,33 +45,59 @@ const QUANTIZE: &str = "quantize --model {case} --format bnb-4bit --output {out}
 const MERGE_BASE: &str = "merge --model {case} --adapter {seeds}/adapter-plain --output {out}/m --force";
 const INSPECT: &str = "inspect {case}";
 const INSPECT_TENSORS: &str = "inspect {case} --tensors";
-const ADAPTER: &[&str] = &[
-    INSPECT,
-    "merge --model {seeds}/model --adapter {case} --output {out}/m --force",
-    "generate --model {seeds}/model --adapter {case} --prompt Hi --max-new-tokens 1 --device cpu",
-    "combine --adapter {case} --adapter {seeds}/adapter-plain --combine svd --output {out}/a --force",
-    "convert --model {seeds}/model --adapter {case} --adapter-only --output {out}/a.gguf --force",
-];
-/// Settings that these need are few: what a checkpoint of a run of two steps needs to go on for one.
+const MERGE: &str = "merge --model {seeds}/model --adapter {case} --output {out}/m --force";
+const GENERATE_WITH: &str =
+    "generate --model {seeds}/model --adapter {case} --prompt Hi --max-new-tokens 1 --device cpu";
+const COMBINE: &str = "combine --adapter {case} --adapter {seeds}/adapter-plain --combine svd --output {out}/a --force";
+const CONVERT_ADAPTER: &str =
+    "convert --model {seeds}/model --adapter {case} --adapter-only --output {out}/a.gguf --force";
+/// A checkpoint of a run of two steps goes on for one.
 const RESUME: &str = "train {seeds}/qlora.toml --resume {case} --output-dir {out}/run";
 
-/// Everything that is mutated.
+/// Families that can be written as GGUF as they are in testdata.
+const GGUF_FAMILIES: &[&str] = &[
+    "archs/llama3",
+    "archs/llama_linear",
+    "archs/llama_yarn",
+    "archs/mistral",
+    "archs/mixtral",
+    "archs/phi3",
+    "archs/qwen3",
+];
+
+/// Everything that is mutated. The commands of a target take its files as they are before that.
 pub(crate) const ALL: &[Target] = &[
     Target {
         name: "config.json",
         weight: 4,
-        folders: &["model", "model-4bit"],
+        folders: &["model"],
         files: &["config.json"],
         kind: Kind::Json(CONFIG),
         commands: &[INSPECT, DRY_RUN, GENERATE, CONVERT, QUANTIZE, MERGE_BASE],
     },
     Target {
+        name: "config.json of 4 bits",
+        weight: 1,
+        folders: &["model-4bit"],
+        files: &["config.json"],
+        kind: Kind::Json(CONFIG),
+        commands: &[INSPECT, DRY_RUN, GENERATE, CONVERT],
+    },
+    Target {
         name: "config.json of each family",
-        weight: 3,
+        weight: 2,
         folders: &["archs/*"],
         files: &["config.json"],
         kind: Kind::Json(CONFIG),
-        commands: &[INSPECT, CONVERT_BARE, QUANTIZE],
+        commands: &[INSPECT, QUANTIZE],
+    },
+    Target {
+        name: "config.json for GGUF",
+        weight: 2,
+        folders: GGUF_FAMILIES,
+        files: &["config.json"],
+        kind: Kind::Json(CONFIG),
+        commands: &[CONVERT_BARE],
     },
     Target {
         name: "tokenizer.json",
@@ -98,36 +124,60 @@ pub(crate) const ALL: &[Target] = &[
         commands: &[DRY_RUN, GENERATE],
     },
     Target {
-        name: "published forms of templates",
+        name: "other chat templates",
         weight: 2,
         folders: &["templates"],
         files: &["*"],
         kind: Kind::Template,
-        commands: &["train {seeds}/qlora.toml --dry-run --set data.chat_template={file}"],
+        commands: &["train {seeds}/qlora.toml --dry-run --data {seeds}/turns.jsonl --set data.chat_template={file}"],
     },
     Target {
         name: "adapter_config.json",
-        weight: 4,
-        folders: &["adapter-plain", "adapter-dora", "adapter-saved"],
+        weight: 3,
+        folders: &["adapter-plain"],
         files: &["adapter_config.json"],
         kind: Kind::Json(ADAPTER_PARTS),
-        commands: ADAPTER,
+        commands: &[INSPECT, MERGE, GENERATE_WITH, COMBINE, CONVERT_ADAPTER],
+    },
+    Target {
+        name: "adapter_config.json, other kinds",
+        weight: 2,
+        folders: &["adapter-dora", "adapter-saved"],
+        files: &["adapter_config.json"],
+        kind: Kind::Json(ADAPTER_PARTS),
+        commands: &[INSPECT, MERGE, GENERATE_WITH],
     },
     Target {
         name: "adapter's weights",
-        weight: 4,
-        folders: &["adapter-plain", "adapter-dora", "adapter-saved"],
+        weight: 3,
+        folders: &["adapter-plain"],
         files: &["adapter_model.safetensors"],
         kind: Kind::Safetensors,
-        commands: ADAPTER,
+        commands: &[INSPECT, MERGE, GENERATE_WITH, COMBINE, CONVERT_ADAPTER],
+    },
+    Target {
+        name: "adapter's weights, other kinds",
+        weight: 2,
+        folders: &["adapter-dora", "adapter-saved"],
+        files: &["adapter_model.safetensors"],
+        kind: Kind::Safetensors,
+        commands: &[INSPECT, MERGE, GENERATE_WITH],
     },
     Target {
         name: "model's weights",
         weight: 4,
-        folders: &["model", "model-4bit"],
+        folders: &["model"],
         files: &["model.safetensors"],
         kind: Kind::Safetensors,
         commands: &[INSPECT, INSPECT_TENSORS, GENERATE, CONVERT, QUANTIZE, MERGE_BASE],
+    },
+    Target {
+        name: "model's weights of 4 bits",
+        weight: 2,
+        folders: &["model-4bit"],
+        files: &["model.safetensors"],
+        kind: Kind::Safetensors,
+        commands: &[INSPECT, INSPECT_TENSORS, GENERATE, CONVERT],
     },
     Target {
         name: "weights of each family",
@@ -135,21 +185,23 @@ pub(crate) const ALL: &[Target] = &[
         folders: &["archs/*"],
         files: &["model.safetensors"],
         kind: Kind::Safetensors,
-        commands: &[INSPECT, INSPECT_TENSORS, CONVERT_BARE, QUANTIZE],
+        commands: &[INSPECT, INSPECT_TENSORS, QUANTIZE],
+    },
+    Target {
+        name: "weights for GGUF",
+        weight: 1,
+        folders: GGUF_FAMILIES,
+        files: &["model.safetensors"],
+        kind: Kind::Safetensors,
+        commands: &[CONVERT_BARE],
     },
     Target {
         name: "index",
-        weight: 3,
+        weight: 2,
         folders: &["archs/qwen3_moe"],
         files: &["model.safetensors.index.json"],
-        kind: Kind::Json(&[
-            "\"model-00001-of-00003.safetensors\"",
-            "\"config.json\"",
-            "\"/dev/null\"",
-            "\".\"",
-            "\"model-00009-of-00003.safetensors\"",
-        ]),
-        commands: &[INSPECT, CONVERT_BARE, QUANTIZE],
+        kind: Kind::Json(INDEX),
+        commands: &[INSPECT, INSPECT_TENSORS, QUANTIZE],
     },
     Target {
         name: "configuration",

@@ -89,7 +89,7 @@ pub(crate) const ALL: &[Config] = &[
         keys: &[
             ("lora.init", "\"pissa_niter_4\""),
             ("train.gradient_accumulation_steps", "1"),
-            ("train.batch_size", "16"),
+            ("train.batch_size", "8"),
             ("train.epochs", "2.0"),
             ("train.max_steps", "0"),
             ("train.save_every", "1"),
