@@ -303,7 +303,11 @@ fn deep(dice: &mut Dice) -> String {
 }
 
 fn repeat(dice: &mut Dice, parent: &mut Node, at: usize) {
-    let length = parent.child(at).to_string().len() + 1;
+    let key = match parent {
+        Node::Object(items) => items[at].0.len(),
+        _ => 0,
+    };
+    let length = key + parent.child(at).to_string().len() + 1;
     let count = (*dice.pick(&[2, 10, 100, 10_000])).min(MAX_LENGTH / length);
     match parent {
         Node::Array(items) => {
@@ -354,6 +358,10 @@ mod tests {
         let same = all.iter().filter(|(_, text)| text == TEXT).count();
         assert!(same < all.len() / 20, "{same}");
         assert!(all.iter().all(|(_, text)| text.len() < 4 * MAX_LENGTH));
+        // Long names count, too.
+        let mut long = Node::Object(vec![(format!("\"{}\"", "k".repeat(300_000)), Node::Raw("1".into()))]);
+        repeat(&mut Dice::new(0, 0), &mut long, 0);
+        assert!(long.to_string().len() < 3 * MAX_LENGTH);
         // What is no JSON can be written, too.
         assert!(all.iter().any(|(_, text)| serde_json::from_str::<Value>(text).is_err()));
     }

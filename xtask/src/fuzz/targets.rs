@@ -248,6 +248,9 @@ pub(crate) const ALL: &[Target] = &[
 /// What stands for the weights of a family whose checkpoint has several files.
 const SHARD: &str = "model-00002-of-00003.safetensors";
 
+/// A file is at most this long: the bounds of time and memory are for small inputs.
+const MAX_BYTES: usize = 8 << 20;
+
 /// A mutation: the file that it replaces, its bytes, and the command that reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mutation {
@@ -293,7 +296,16 @@ pub(crate) fn draw(seeds: &Path, seed: u64, number: u64) -> Result<Mutation> {
     };
     let mut bytes = fs::read(&path).with_context(|| path.display().to_string())?;
     let steps = if dice.once_in(3) { 2 + dice.below(3) } else { 1 };
-    let what = (0..steps).map(|_| mutate(&mut dice, *kind, &mut bytes)).collect();
+    let mut what = Vec::new();
+    for _ in 0..steps {
+        what.push(mutate(&mut dice, *kind, &mut bytes));
+        // Steps multiply what is long already.
+        if bytes.len() > MAX_BYTES {
+            bytes.truncate(MAX_BYTES);
+            what.push(format!("cut at byte {MAX_BYTES}"));
+            break;
+        }
+    }
     Ok(Mutation { target, folder, file, bytes, command: dice.pick::<&'static str>(commands), what })
 }
 

@@ -59,7 +59,7 @@ pub(crate) fn judge(ended: &Ended, subcommand: &str, target: &str) -> Option<(Fa
     // What a model generates is its own.
     let printed = if subcommand == "generate" { &b""[..] } else { &ended.stdout };
     if commands_the_terminal(printed) || commands_the_terminal(&ended.stderr) {
-        return Some((Fault::Control, place()));
+        return Some((Fault::Control, subcommand.to_owned()));
     }
     None
 }
@@ -117,9 +117,9 @@ mod tests {
             ((Fault::Hang, place.clone()), judged(End::TooSlow, "", "")),
             ((Fault::Memory, place.clone()), judged(End::TooLarge, "", "")),
             ((Fault::Code, "101, inspect, index".to_owned()), judged(End::Exit(101), "", "error: x")),
-            ((Fault::Silent, place.clone()), judged(End::Exit(3), "", "")),
-            ((Fault::Control, place.clone()), judged(End::Exit(0), "name \u{1b}[31m\n", "")),
-            ((Fault::Control, place), judged(End::Exit(3), "", "error: `\u{9b}31m`\n")),
+            ((Fault::Silent, place), judged(End::Exit(3), "", "")),
+            ((Fault::Control, "inspect".to_owned()), judged(End::Exit(0), "name \u{1b}[31m\n", "")),
+            ((Fault::Control, "inspect".to_owned()), judged(End::Exit(3), "", "error: `\u{9b}31m`\n")),
         ] {
             assert_eq!(fault, Some(expected));
         }
