@@ -92,7 +92,8 @@ pub fn run(options: &Options) -> Result<()> {
     if !strace && options.injections > 0 {
         println!("skipped: failures of system calls: there is no strace, or it can't do this here");
     }
-    let mut tallies = Vec::new();
+    println!("{}", Tally::HEAD);
+    let mut sum = Tally { name: "together", ..Tally::default() };
     let mut first = None;
     for (number, config) in configs.iter().enumerate() {
         let share = |total: usize| total / configs.len() + usize::from(number < total % configs.len());
@@ -104,7 +105,8 @@ pub fn run(options: &Options) -> Result<()> {
             injections: if strace { share(options.injections) } else { 0 },
         };
         let result = test.all(budget)?;
-        tallies.push(test.tally);
+        println!("{}", test.tally.line());
+        sum.add(&test.tally);
         if let Err(difference) = result {
             first.get_or_insert(difference);
             if !options.keep_going {
@@ -112,7 +114,7 @@ pub fn run(options: &Options) -> Result<()> {
             }
         }
     }
-    print(&tallies, started.elapsed());
+    println!("{}\n{:.0} s in all", sum.line(), started.elapsed().as_secs_f64());
     match first {
         None => Ok(()),
         Some(difference) => {
@@ -354,28 +356,32 @@ fn keep_log(folder: &Path) -> Result<()> {
     Ok(fs::rename(folder.join("stdout.txt"), folder.join("disturbed-stdout.txt"))?)
 }
 
-fn print(tallies: &[Tally], took: Duration) {
-    println!(
-        "| configuration | unbroken, s | runs | kills | of them in a write | stops | failed calls | kills at calls | differences |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|");
-    let line = |t: &Tally, name: &str, unbroken: String| {
-        println!(
-            "| {name} | {unbroken} | {} | {} | {} | {} | {} | {} | {} |",
-            t.runs, t.kills, t.in_writes, t.stops, t.errors, t.injected_kills, t.differences
-        );
-    };
-    let mut sum = Tally::default();
-    for t in tallies {
-        line(t, t.name, format!("{:.1}", t.unbroken.as_secs_f64()));
-        sum.runs += t.runs;
-        sum.kills += t.kills;
-        sum.in_writes += t.in_writes;
-        sum.stops += t.stops;
-        sum.errors += t.errors;
-        sum.injected_kills += t.injected_kills;
-        sum.differences += t.differences;
+impl Tally {
+    const HEAD: &str = "| configuration | unbroken, s | runs | kills | after a new name | stops | failed calls | kills at calls | differences |\n|---|---|---|---|---|---|---|---|---|";
+
+    fn line(&self) -> String {
+        format!(
+            "| {} | {:.1} | {} | {} | {} | {} | {} | {} | {} |",
+            self.name,
+            self.unbroken.as_secs_f64(),
+            self.runs,
+            self.kills,
+            self.in_writes,
+            self.stops,
+            self.errors,
+            self.injected_kills,
+            self.differences
+        )
     }
-    line(&sum, "together", String::new());
-    println!("{:.0} s in all", took.as_secs_f64());
+
+    fn add(&mut self, other: &Self) {
+        self.unbroken += other.unbroken;
+        self.runs += other.runs;
+        self.kills += other.kills;
+        self.in_writes += other.in_writes;
+        self.stops += other.stops;
+        self.errors += other.errors;
+        self.injected_kills += other.injected_kills;
+        self.differences += other.differences;
+    }
 }

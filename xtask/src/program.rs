@@ -156,7 +156,9 @@ impl Running {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            peak = peak.max(resident(self.child.id()));
+            if is_itself(self.child.id()) {
+                peak = peak.max(resident(self.child.id()));
+            }
             if peak > bounds.memory {
                 forced = Some(End::TooLarge);
             } else if self.elapsed() > bounds.time {
@@ -233,6 +235,12 @@ fn end_of(status: ExitStatus) -> End {
         return End::Signal(signal);
     }
     End::Exit(status.code().unwrap_or(-1))
+}
+
+/// Whether a child is the program that it was started as: for a moment it shares its parent's memory.
+fn is_itself(pid: u32) -> bool {
+    let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    program(&pid.to_string()) != program("self")
 }
 
 /// The most resident bytes that a process has had, as Linux counts them.
