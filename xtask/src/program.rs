@@ -106,6 +106,7 @@ pub(crate) enum End {
 /// What a process may take.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
+    /// Of a processor; five times that while it waits for one.
     pub(crate) time: Duration,
     /// Resident bytes; looked at on Linux only.
     pub(crate) memory: u64,
@@ -161,7 +162,7 @@ impl Running {
             }
             if peak > bounds.memory {
                 forced = Some(End::TooLarge);
-            } else if self.elapsed() > bounds.time {
+            } else if is_over(self.elapsed(), processor_time(self.child.id()), bounds.time) {
                 forced = Some(End::TooSlow);
             }
             if forced.is_some() {
@@ -237,6 +238,21 @@ fn end_of(status: ExitStatus) -> End {
     End::Exit(status.code().unwrap_or(-1))
 }
 
+/// Whether a process that runs for `elapsed` and has had `busy` of a processor, where that is known, took too long. On a
+/// machine that is busy with other things it may wait.
+fn is_over(elapsed: Duration, busy: Option<Duration>, bound: Duration) -> bool {
+    elapsed > bound * 5 || elapsed > bound && busy.is_none_or(|busy| busy > bound)
+}
+
+/// What a process has had of processors, all its threads together, as Linux tells it in hundredths of a second.
+fn processor_time(pid: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may hold blanks. Time in the program is the field number 14, in the kernel 15.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(Duration::from_millis(10 * (next()? + next()?)))
+}
+
 /// Whether a child is the program that it was started as: for a moment it shares its parent's memory.
 fn is_itself(pid: u32) -> bool {
     let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
@@ -271,6 +287,28 @@ mod tests {
         let rust = "\nthread 'main' (12) panicked at crates/chat-text/src/mask.rs:7:13:\nboom\n";
         assert_eq!(panic_place(rust).as_deref(), Some("mask.rs:7"));
         assert_eq!(panic_place("error: m/config.json: `vocab_size` is missing\n"), None);
+    }
+
+    #[test]
+    fn a_process_that_waits_for_a_processor_is_not_slow() {
+        let seconds = Duration::from_secs;
+        for (elapsed, busy, over) in
+            [(19, Some(19), false), (21, Some(21), true), (60, Some(3), false), (101, Some(3), true), (21, None, true)]
+        {
+            assert_eq!(is_over(seconds(elapsed), busy.map(seconds), seconds(20)), over, "{elapsed} {busy:?}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn processor_time_is_read() {
+        let before = processor_time(std::process::id()).unwrap();
+        let started = Instant::now();
+        let mut sum = 0_u64;
+        while started.elapsed() < Duration::from_millis(300) {
+            sum = std::hint::black_box(sum.wrapping_add(1));
+        }
+        assert!(processor_time(std::process::id()).unwrap() > before);
     }
 
     #[cfg(unix)]
