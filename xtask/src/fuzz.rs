@@ -240,6 +240,7 @@ impl Fuzzer<'_> {
         if !failures.join("seeds").exists() {
             fs::create_dir_all(&failures)?;
             seeds::copy_tree(&self.seeds, &failures.join("seeds"), false)?;
+            seeds::relocate(&failures.join("seeds/qlora.toml"), &self.seeds, &failures.join("seeds"))?;
         }
         let name: String = format!("{}-{}", fault.0, fault.1)
             .chars()
@@ -252,6 +253,7 @@ impl Fuzzer<'_> {
         }
         fs::create_dir_all(folder.join("out"))?;
         seeds::copy_tree(&case.folder, &folder.join("case"), false)?;
+        seeds::relocate(&folder.join("case").join(&mutation.file), &self.seeds, &failures.join("seeds"))?;
         let command = fill(mutation, &folder.join("case"), &failures.join("seeds"), &folder.join("out"));
         fs::write(folder.join("command.txt"), format!("HF_HUB_OFFLINE=1 qlora {command}\n"))?;
         let what = mutation.what.iter().map(|what| what.chars().take(300).collect::<String>()).collect::<Vec<_>>();

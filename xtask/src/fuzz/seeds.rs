@@ -197,6 +197,27 @@ pub(crate) fn copy_tree(from: &Path, to: &Path, link: bool) -> Result<()> {
     Ok(())
 }
 
+/// Writes the path `to` for the path `from` wherever a file has it.
+pub(crate) fn relocate(file: &Path, from: &Path, to: &Path) -> Result<()> {
+    let bytes = fs::read(file).with_context(|| file.display().to_string())?;
+    let (from, to) = (from.display().to_string(), to.display().to_string());
+    let mut moved = Vec::with_capacity(bytes.len());
+    let mut rest = bytes.as_slice();
+    while let Some((&first, after)) = rest.split_first() {
+        match rest.strip_prefix(from.as_bytes()) {
+            Some(after) => {
+                moved.extend(to.as_bytes());
+                rest = after;
+            }
+            None => {
+                moved.push(first);
+                rest = after;
+            }
+        }
+    }
+    Ok(fs::write(file, moved)?)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -219,6 +240,15 @@ mod tests {
             rank_pattern = {}\n";
         let text = every_key(template, &[("rank", "4".into())]);
         assert_eq!(text, "[lora]\nrank = 4\nwarmup_steps = 10\nrank_pattern = {}\n");
+    }
+
+    #[test]
+    fn a_path_is_replaced_in_what_is_no_text_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("qlora.toml");
+        fs::write(&file, b"path = \"/t/seeds/model\"\xff\n/t/seed /t/seeds").unwrap();
+        relocate(&file, Path::new("/t/seeds"), Path::new("/u")).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"path = \"/u/model\"\xff\n/t/seed /u");
     }
 
     #[test]
