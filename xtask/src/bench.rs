@@ -29,7 +29,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let binary = match &options.binary {
         Some(binary) => std::path::absolute(binary)?,
-        None => build()?,
+        None => build("qlora-bench")?,
     };
     let mut command = Command::new(binary);
     if root().is_dir() {
@@ -38,10 +38,10 @@ pub fn run(options: &Options) -> Result<()> {
     run_command(command.arg(&options.what).args(&options.args))
 }
 
-/// Builds with the whole workspace's features: another set would build Burn once more.
-fn build() -> Result<PathBuf> {
+/// Builds a program with the whole workspace's features: another set would build Burn once more.
+pub(crate) fn build(program: &str) -> Result<PathBuf> {
     let output = cargo()
-        .args(["build", "--release", "--workspace", "--bin", "qlora-bench"])
+        .args(["build", "--release", "--workspace", "--bin", program])
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()?;

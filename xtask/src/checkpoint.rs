@@ -50,6 +50,11 @@ impl Shape {
         let mut shapes: Map<String, Value> = serde_json::from_str(SHAPES).context("testdata/llama_shapes.json")?;
         let names = shapes.keys().cloned().collect::<Vec<_>>().join(", ");
         let config = shapes.remove(name).with_context(|| format!("no shape `{name}`; there are {names}"))?;
+        Self::of(name, config)
+    }
+
+    /// The shape that a `config.json` describes.
+    pub fn of(name: &str, config: Value) -> Result<Self> {
         let sizes = Sizes::deserialize(&config)?;
         Ok(Self { name: name.to_owned(), config, sizes })
     }
@@ -113,7 +118,8 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn write(shape: &Shape, out: &Path, max_shard_bytes: u64, seed: u64) -> Result<u64> {
+/// Writes a checkpoint with random weights and testdata's tokenizer; returns the bytes of the weights.
+pub(crate) fn write(shape: &Shape, out: &Path, max_shard_bytes: u64, seed: u64) -> Result<u64> {
     let tensors = shape.tensors();
     let normal = Normal::new(0.0, 0.02).map_err(|error| anyhow!("0.02: {error}"))?;
     let mut bytes = 0;

@@ -6,6 +6,10 @@ mod bench;
 mod checkpoint;
 mod ci;
 mod dependants;
+mod fuzz;
+mod kill;
+mod program;
+mod random;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -32,6 +36,10 @@ enum Task {
     Tidy,
     /// What kernels and training steps do on a device
     Bench(bench::Options),
+    /// Training runs, killed and gone on with again and again: each must end as the unbroken one
+    KillTest(kill::Options),
+    /// Mutated files for every command that reads them: no panic, no abort, within bounds
+    Fuzz(fuzz::Options),
     /// Cut a full reference folder (testdata/make_reference.py) down to testdata/reference
     Golden {
         /// The full folder
@@ -58,6 +66,8 @@ fn run(task: Task) -> Result<()> {
         Task::Dependants(options) => dependants::run(&options),
         Task::Tidy => tidy::tidy(),
         Task::Bench(options) => bench::run(&options),
+        Task::KillTest(options) => kill::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Golden { full } => golden(&full),
         Task::RandomCheckpoint(options) => checkpoint::run(&options),
     }
@@ -118,6 +128,8 @@ mod tests {
             ("xtask random-checkpoint --shape tiny", "--out"),
             ("xtask random-checkpoint --shape tiny --out x --max-shard-size 5bananas", "no size"),
             ("xtask golden", "FULL"),
+            ("xtask kill-test --kills many", "--kills"),
+            ("xtask fuzz --only x", "--only"),
         ] {
             let error = Task::try_parse_from(line.split(' ')).unwrap_err().to_string();
             assert!(error.contains(message), "{line}: {error}");

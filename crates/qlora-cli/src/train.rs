@@ -228,8 +228,20 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     text += &memory_table(&plan).to_string();
     let first = preview::of_rows(config, &tokenizer, &model, &train, 1, PreviewChoice::First)?;
     text += "\nThe first row as it is trained (`qlora preview` shows more):\n";
-    text.extend(first.rows.iter().map(|row| row.to_terminal(preview::color(), false)));
+    for row in &first.rows {
+        text += &beginning(&row.to_terminal(preview::color(), false));
+    }
     Ok(text)
+}
+
+/// The first lines of a text.
+fn beginning(text: &str) -> String {
+    const LINES: usize = 24;
+    let shown: String = text.split_inclusive('\n').take(LINES).collect();
+    match text.lines().count().saturating_sub(LINES) {
+        0 => shown,
+        more => format!("{shown}... {more} more lines\n"),
+    }
 }
 
 /// The adapters, layers summed up.

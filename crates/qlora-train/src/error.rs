@@ -165,13 +165,16 @@ pub enum TrainError {
     },
     /// The output folder holds a run that nobody asked to go on with or to replace.
     #[error(
-        "{}: holds {holds}: go on with --resume, replace it with --overwrite, or choose another train.output_dir", path.display()
+        "{}: holds {holds}: {}replace it with --overwrite, or choose another train.output_dir", path.display(),
+        if *.resumable { "go on with --resume, " } else { "" }
     )]
     Occupied {
         /// The folder.
         path: PathBuf,
         /// What of a run it holds.
         holds: String,
+        /// Whether a checkpoint is there to go on from.
+        resumable: bool,
     },
     /// There is no checkpoint to resume.
     #[error(

@@ -155,7 +155,8 @@ impl RunFolder {
     pub(crate) fn check(&self, overwrite: bool) -> Result<(), TrainError> {
         let contents = Contents::of(&self.path)?;
         if !contents.is_empty() && !overwrite {
-            return Err(TrainError::Occupied { path: self.path.clone(), holds: contents.describe() });
+            let (path, resumable) = (self.path.clone(), !contents.checkpoints.is_empty());
+            return Err(TrainError::Occupied { path, holds: contents.describe(), resumable });
         }
         let folders = contents.folders(&self.path);
         Ok(folders.iter().try_for_each(|folder| atomic::check_dir_of(folder, checkpoint::FILES))?)
@@ -366,6 +367,7 @@ mod tests {
             let folder = RunFolder::take(dir.path()).unwrap();
             let refused = folder.check(false).unwrap_err().to_string();
             assert!(refused.contains(words) && refused.contains("--overwrite"), "{refused}");
+            assert_eq!(refused.contains("--resume"), file.starts_with("checkpoint"), "{refused}");
             folder.check(true).unwrap();
             folder.clear().unwrap();
             assert!(Contents::of(dir.path()).unwrap().is_empty(), "{file}");
