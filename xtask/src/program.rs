@@ -141,9 +141,11 @@ impl Running {
         }
         #[cfg(unix)]
         {
-            use rustix::process::{Pid, Signal, kill_process};
-            let signal = Signal::from_named_raw(signal).with_context(|| format!("no signal {signal}"))?;
-            Ok(kill_process(Pid::from_child(&self.child), signal)?)
+            use nix::sys::signal::{Signal, kill};
+            use nix::unistd::Pid;
+            let signal = Signal::try_from(signal).with_context(|| format!("no signal {signal}"))?;
+            // Process ids fit.
+            Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
         }
         #[cfg(not(unix))]
         bail!("signal {signal}: this system has no signals")

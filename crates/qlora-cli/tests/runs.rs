@@ -1,0 +1,133 @@
+//! What surrounds a run: its output, signals, the folder, a look at the rows before and at the run meanwhile.
+
+mod common;
+
+use common::{Bench, reference};
+
+/// Runs of the program that somebody stops listening to, on systems where that can be shown.
+#[cfg(unix)]
+mod unix {
+    use super::common::Bench;
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Command, Stdio};
+
+    #[test]
+    fn output_that_goes_nowhere_ends_no_run() {
+        let bench = Bench::new();
+        // A reader that has seen enough of either, and a full disk under both.
+        for (name, redirect) in [("a", "2>&1 | head -n 1"), ("b", ">/dev/full 2>/dev/full"), ("c", ">&- 2>&-")] {
+            let program = env!("CARGO_BIN_EXE_qlora");
+            let run = bench.shell(&format!("{program} train qlora.toml --output-dir {name} {redirect}"));
+            assert!(bench.path(name).join("adapter/adapter_model.safetensors").is_file(), "{name}: {}", run.stderr);
+        }
+        let program = env!("CARGO_BIN_EXE_qlora");
+        let run = bench.shell(&format!("{program} init - >/dev/full"));
+        assert_eq!(run.code, Some(1), "a result that is lost is an error: {}", run.stderr);
+    }
+
+    fn signal(child: &Child, name: &str) {
+        drop(Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status());
+    }
+
+    #[test]
+    fn a_closed_terminal_stops_a_run_and_not_one_under_nohup() {
+        let bench = Bench::new();
+        for (name, ignored, code) in [("stopped", "", 130), ("went-on", "trap '' HUP; ", 0)] {
+            let program = env!("CARGO_BIN_EXE_qlora");
+            let script = format!("{ignored}exec {program} train qlora.toml --max-steps 40 --output-dir {name}");
+            let mut shell = Command::new("sh");
+            shell.current_dir(bench.path("")).args(["-c", &script]).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let mut child = shell.spawn().expect("the shell starts");
+            let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok);
+            assert!(lines.any(|line| line.starts_with("step 2/40")), "{name}: the second step is reported");
+            signal(&child, "HUP");
+            lines.for_each(drop);
+            let output = child.wait_with_output().expect("the program ends");
+            assert_eq!(output.status.code(), Some(code), "{name}");
+            let told = String::from_utf8_lossy(&output.stdout).into_owned();
+            let again = format!("Go on    qlora train qlora.toml --max-steps 40 --output-dir {name} --resume");
+            assert_eq!(told.contains(&again), code == 130, "{told}");
+        }
+    }
+
+    #[test]
+    fn a_stop_while_rows_are_read_leaves_nothing() {
+        let bench = Bench::new();
+        let rows = String::from_utf8(bench.read("rows.jsonl")).expect("text").repeat(20_000);
+        bench.write("rows.jsonl", &rows);
+        let mut command = bench.command(&["train", "qlora.toml"]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        assert!(bench.path("run/run.lock").is_file(), "the folder is taken before rows are read");
+        let meanwhile = bench.ok(&["inspect", "run"]).stdout;
+        assert!(meanwhile.contains("under way: process "), "{meanwhile}");
+        signal(&child, "TERM");
+        let output = child.wait_with_output().expect("the program ends");
+        assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(!bench.path("run").exists());
+    }
+}
+
+#[test]
+fn preview_shows_what_is_learned() {
+    let bench = Bench::new();
+    let out = bench.ok(&["preview", "qlora.toml", "--rows", "2", "--html", "rows.html"]).stdout;
+    for word in ["12 rows", "line 1: ", "line 2: ", "<|im_start|>assistant", "^^^^"] {
+        assert!(out.contains(word), "{word}: {out}");
+    }
+    assert!(!out.contains("line 3: ") && !out.contains('\u{1b}'), "{out}");
+    assert!(String::from_utf8(bench.read("rows.html")).expect("text").contains("<!doctype html>"));
+    bench.fails(&["preview", "qlora.toml", "--html", "rows.html"], 2, &["rows.html exists"]);
+    let ids = bench.ok(&["preview", "qlora.toml", "--rows", "1", "--ids"]).stdout;
+    assert!(ids.lines().count() > 40, "a line for each token: {ids}");
+    bench.fails(&["preview", "qlora.toml", "--eval-rows"], 2, &["data.eval"]);
+    assert!(!bench.path("run").exists());
+}
+
+#[test]
+fn an_adapter_is_prompted_as_its_rows_were_written() {
+    let bench = Bench::new();
+    bench.write("plain.jsonl", "{\"prompt\": \"Color of sky?\", \"completion\": \" blue\"}\n");
+    let short = ["--max-steps", "1", "--set", "train.batch_size=1"];
+    let train = |more: &[&str]| bench.ok(&[&["train", "qlora.toml"], &short[..], more].concat());
+    train(&["--data", "plain.jsonl", "--output-dir", "plain"]);
+    let template = "{% for m in messages %}[{{ m.role }}:{{ mood }}] {{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}[assistant:{{ mood }}] {% endif %}";
+    bench.write("own.jinja", template);
+    let own = ["--set", "data.chat_template=own.jinja", "--set", "data.template_kwargs={mood = \"calm\"}"];
+    train(&[&own[..], &["--output-dir", "chat"]].concat());
+    let settings = String::from_utf8(bench.read("chat/adapter/prompt_settings.json")).expect("text");
+    assert!(settings.contains("\"mood\": \"calm\"") && settings.contains("chat"), "{settings}");
+    assert_eq!(bench.read("chat/adapter/chat_template.jinja"), template.as_bytes());
+
+    let model = reference("tiny-llama").display().to_string();
+    let ask = |more: &[&str]| {
+        let common = ["generate", "--device", "cpu", "--model", &model, "--max-new-tokens", "6"];
+        bench.ok(&[&common[..], more].concat()).stdout
+    };
+    let plain = ["--adapter", "plain/adapter"];
+    let as_it_is = ask(&[&plain[..], &["--prompt", "Color of sky?", "--no-chat-template"]].concat());
+    assert_eq!(ask(&[&plain[..], &["--prompt", "Color of sky?"]].concat()), as_it_is);
+    // The same text, written by hand.
+    let chat = ["--adapter", "chat/adapter"];
+    let by_hand = "[user:calm] Hi<|im_end|>\n[assistant:calm] ";
+    let expected = ask(&[&chat[..], &["--prompt", by_hand, "--no-chat-template"]].concat());
+    assert_eq!(ask(&[&chat[..], &["--prompt", "Hi"]].concat()), expected);
+    // A merged model is prompted in the same way.
+    bench.ok(&["merge", "--model", &model, "--adapter", "chat/adapter", "--output", "merged"]);
+    assert_eq!(bench.read("merged/chat_template.jinja"), template.as_bytes());
+    let merged = |more: &[&str]| {
+        let common = ["generate", "--device", "cpu", "--model", "merged", "--max-new-tokens", "6"];
+        bench.ok(&[&common[..], more].concat()).stdout
+    };
+    assert_eq!(merged(&["--prompt", "Hi"]), merged(&["--prompt", by_hand, "--no-chat-template"]));
+    let wrong = ["generate", "--model", &model, "--adapter", "plain/adapter", "--prompt", "x", "--template-kwarg", "a=1"];
+    bench.fails(&wrong, 2, &["--template-kwarg has no place"]);
+}
+
+#[test]
+fn flags_that_contradict_each_other_are_refused() {
+    let bench = Bench::new();
+    bench.fails(&["train", "qlora.toml", "--resume", "--overwrite"], 2, &["--overwrite starts over"]);
+    bench.fails(&["train", "qlora.toml", "--resume"], 3, &["no checkpoint to resume", "auto-or-start"]);
+    assert!(!bench.path("run").exists());
+}
