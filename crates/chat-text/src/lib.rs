@@ -25,7 +25,8 @@
 //! assert_eq!(&rendered.text[rendered.spans[0].clone()], "5<|im_end|>\n");
 //!
 //! let labelled = tokenizer.encode_labelled(&rendered.text, &rendered.spans, false)?;
-//! let learned: Vec<u32> = labelled.labels.iter().filter(|label| **label != MASKED_LABEL).map(|id| *id as u32).collect();
+//! let learned = labelled.labels.iter().filter(|label| **label != MASKED_LABEL);
+//! let learned: Vec<u32> = learned.map(|id| *id as u32).collect();
 //! assert_eq!(tokenizer.decode(&learned, false)?, "5<|im_end|>\n");
 //! # Ok(())
 //! # }

@@ -17,8 +17,6 @@ mod generation;
 mod json;
 mod python;
 
-pub(crate) use generation::{END as GENERATION_END, START as GENERATION_START};
-
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -32,8 +30,11 @@ use crate::conversation::{Form, has_python_dict, message_json, says_nothing, val
 use crate::error::ChatError;
 use crate::message::Message;
 
+pub(crate) use generation::{END as GENERATION_END, START as GENERATION_START};
+
 /// What one rendering may cost: one unit for each instruction and each 64 bytes created, so that 256 MiB are never
-/// held for a conversation of usual size. A conversation of a few dozen turns takes a hundredth of it; spending all of it takes a few tenths of a second.
+/// held for a conversation of usual size. A conversation of a few dozen turns takes a hundredth of it; spending all
+/// of it takes a few tenths of a second.
 const FUEL: u64 = 2_000_000;
 
 /// What a conversation may cost beyond that: the text is copied by each step that a template puts it through, and
