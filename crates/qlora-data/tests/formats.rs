@@ -104,6 +104,11 @@ fn turns_that_cannot_be_traced_are_refused_with_advice() {
     let all = load_text(row, &given(counting, LossOn::All)).unwrap();
     assert_eq!(labelled(&all.examples[0]).0, "4<user 1>a<assistant 1>x<user 1>c<assistant 1>y");
 
+    let tagged = counting.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
+    let dataset = load_text(row, &given(&tagged, LossOn::Assistant)).unwrap();
+    let (counted, _) = labelled(&dataset.examples[0]);
+    assert_eq!(counted, "x<|im_end|>y<|im_end|>");
+
     let silent = "{% for m in messages %}<{{ m.role }}>{% endfor %}";
     let error = load_text(row, &given(silent, LossOn::Assistant)).unwrap_err();
     assert!(error.contains("does not write the content of message 2"), "{error}");

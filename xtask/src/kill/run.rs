@@ -13,7 +13,7 @@ use crate::program::{Bounds, End, Ended, Program};
 /// How a run is gone on with that has a checkpoint.
 const RESUME: &[&str] = &["--resume"];
 /// How a run is started again that was stopped before its first checkpoint.
-const RESTART: &[&str] = &[];
+const RESTART: &[&str] = &["--resume", "auto-or-start"];
 
 /// No run takes that long, on whatever machine.
 const BOUNDS: Bounds = Bounds { time: Duration::from_secs(600), memory: 8 << 30 };

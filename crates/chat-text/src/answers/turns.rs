@@ -72,7 +72,7 @@ impl<'a> Turns<'a> {
 
     /// What the template's own tags enclose, if there are any and every turn that is in the text is in them.
     fn generated(&self) -> Option<Vec<Range<usize>>> {
-        let marked = self.marked?;
+        let Some(marked) = self.marked else { return self.generated_alone() };
         let spans = &marked.unmarked.generated;
         let is = |message: usize, wanted: fn(&Message) -> bool| self.input.messages.get(message).is_some_and(wanted);
         let assistant = |message: usize| is(message, |m| m.role == ASSISTANT);
@@ -92,6 +92,21 @@ impl<'a> Turns<'a> {
         let turns = (0..self.input.messages.len()).filter(|message| assistant(*message));
         let all = turns.flat_map(|message| marked.of(message)).all(|(_, place)| place.is_none_or(covered));
         (!spans.is_empty() && all).then_some(wanted)
+    }
+
+    /// As [`Turns::generated`] where the text changes with marks around what is said, as in a template that counts
+    /// letters: one pair of tags for each of the assistant's messages, in order.
+    fn generated_alone(&self) -> Option<Vec<Range<usize>>> {
+        if !self.template.has_generation_tags() {
+            return None;
+        }
+        let (text, spans) = self.template.render_marked(self.input).ok()?;
+        let turns: Vec<_> = self.input.messages.iter().filter(|message| message.role == ASSISTANT).collect();
+        if text != self.text || spans.len() != turns.len() {
+            return None;
+        }
+        let wanted = spans.into_iter().zip(turns).filter(|(span, turn)| turn.learn && !span.is_empty());
+        Some(wanted.map(|(span, _)| span).collect())
     }
 
     /// What a message of an assistant became.
