@@ -75,7 +75,11 @@ fn standalone(mut manifest: Table, workspace: &Table, root: &Path) -> Result<Tab
     if let Some(Value::Table(patches)) = workspace.get("patch") {
         let mut patches = patches.clone();
         for (_, crates) in patches.iter_mut() {
-            crates.as_table_mut().into_iter().flat_map(|crates| crates.iter_mut()).for_each(|(_, at)| absolute(at, root));
+            crates
+                .as_table_mut()
+                .into_iter()
+                .flat_map(|crates| crates.iter_mut())
+                .for_each(|(_, at)| absolute(at, root));
         }
         manifest.insert("patch".into(), patches.into());
     }

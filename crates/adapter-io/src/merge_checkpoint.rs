@@ -49,7 +49,12 @@ pub struct MergeOptions {
 
 impl Default for MergeOptions {
     fn default() -> Self {
-        Self { base: MergeBase::default(), max_shard_bytes: DEFAULT_SHARD_BYTES, tokenizer_from: None, companions: Vec::new() }
+        Self {
+            base: MergeBase::default(),
+            max_shard_bytes: DEFAULT_SHARD_BYTES,
+            tokenizer_from: None,
+            companions: Vec::new(),
+        }
     }
 }
 

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::chat_text::{PromptLayout, Prompting};
 use burn_qlora::{
-    AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, GenerateOptions, LoadOptions, Tokenizer, TrainConfig,
-    compute_dtype, generate, select_device,
+    AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, GenerateOptions, LoadOptions, Tokenizer,
+    TrainConfig, compute_dtype, generate, select_device,
 };
 
 use crate::args::GenerateArgs;
@@ -180,7 +180,9 @@ fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<P
         match &found {
             None => found = Some((name, other)),
             Some((first, prompting)) if prompting.settings != other.settings => {
-                say!("note: {first} and {name} were trained on rows of different kinds; the prompt is written as for {first}");
+                say!(
+                    "note: {first} and {name} were trained on rows of different kinds; the prompt is written as for {first}"
+                );
             }
             Some(_) => {}
         }
@@ -228,8 +230,9 @@ fn prompt_ids(args: &GenerateArgs, tokenizer: &Tokenizer, prompting: &Prompting)
     }
     let ids = prompting.prompt(tokenizer, args.system.as_deref(), &prompt);
     match prompting.settings.layout {
-        PromptLayout::Chat => ids
-            .context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is"),
+        PromptLayout::Chat => {
+            ids.context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is")
+        }
         _ => Ok(ids?),
     }
 }

@@ -39,7 +39,10 @@ pub fn run(args: &InspectArgs) -> Result<Code> {
         adapter(path)?
     } else if has("config.json") || has("model.safetensors") || has("model.safetensors.index.json") {
         model(path, args.tensors)?
-    } else if has("summary.json") || has("metrics.jsonl") || !checkpoint::list(path)?.is_empty() {
+    } else if ["summary.json", METRICS_FILE].into_iter().any(has)
+        || run_holder(path)?.is_some()
+        || !checkpoint::list(path)?.is_empty()
+    {
         run_folder(path)?
     } else {
         let what =

@@ -16,8 +16,8 @@ mod preview;
 mod progress;
 mod push;
 mod quantize;
-mod sources;
 mod signals;
+mod sources;
 mod train;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -45,7 +45,12 @@ fn main() -> ExitCode {
         _ => None,
     };
     tracing_subscriber::registry()
-        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).log_internal_errors(false).with_filter(filter))
+        .with(
+            tracing_subscriber::fmt::layer()
+                .with_writer(std::io::stderr)
+                .log_internal_errors(false)
+                .with_filter(filter),
+        )
         .with(profile.as_ref().map(|profile| profile.layer().with_filter(filter_fn(ProfileLayer::filter))))
         .init();
     exit::install_panic_message();

@@ -4,8 +4,8 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 
 use anyhow::Result;
-use burn_qlora::qlora_data::{BatchOrder, padding_id};
 use burn_qlora::qlora_data::preview::{Preview, PreviewChoice};
+use burn_qlora::qlora_data::{BatchOrder, padding_id};
 use burn_qlora::qlora_train::load_rows;
 use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, atomic};
 
@@ -30,7 +30,9 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     let (train, eval) = load_rows(&config, &tokenizer, &model, &mut events)?;
     let rows = if args.eval_rows { &eval } else { &train };
     if rows.examples.is_empty() {
-        return Err(UsageError("there are no evaluation rows: data.eval and data.eval_fraction name none".into()).into());
+        return Err(
+            UsageError("there are no evaluation rows: data.eval and data.eval_fraction name none".into()).into()
+        );
     }
     let choice = args.random.map_or(PreviewChoice::First, PreviewChoice::Random);
     let preview = of_rows(&config, &tokenizer, &model, rows, args.rows, choice)?;

@@ -122,10 +122,7 @@ fn resume_command(args: impl Iterator<Item = OsString>) -> String {
 fn write_profile(profile: Profile, path: &Path) -> Result<()> {
     let trace = profile.finish();
     if trace.steps() == 0 {
-        say!(
-            "warning: the run ended before the first step that was to be profiled; {} is not written",
-            path.display()
-        );
+        say!("warning: the run ended before the first step that was to be profiled; {} is not written", path.display());
         return Ok(());
     }
     trace.write(path)?;

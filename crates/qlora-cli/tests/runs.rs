@@ -76,7 +76,7 @@ fn preview_shows_what_is_learned() {
         assert!(out.contains(word), "{word}: {out}");
     }
     assert!(!out.contains("line 3: ") && !out.contains('\u{1b}'), "{out}");
-    assert!(String::from_utf8(bench.read("rows.html")).expect("text").contains("<!doctype html>"));
+    assert!(String::from_utf8(bench.read("rows.html")).expect("text").starts_with("<!DOCTYPE html>"));
     bench.fails(&["preview", "qlora.toml", "--html", "rows.html"], 2, &["rows.html exists"]);
     let ids = bench.ok(&["preview", "qlora.toml", "--rows", "1", "--ids"]).stdout;
     assert!(ids.lines().count() > 40, "a line for each token: {ids}");
@@ -120,7 +120,8 @@ fn an_adapter_is_prompted_as_its_rows_were_written() {
         bench.ok(&[&common[..], more].concat()).stdout
     };
     assert_eq!(merged(&["--prompt", "Hi"]), merged(&["--prompt", by_hand, "--no-chat-template"]));
-    let wrong = ["generate", "--model", &model, "--adapter", "plain/adapter", "--prompt", "x", "--template-kwarg", "a=1"];
+    let wrong =
+        ["generate", "--model", &model, "--adapter", "plain/adapter", "--prompt", "x", "--template-kwarg", "a=1"];
     bench.fails(&wrong, 2, &["--template-kwarg has no place"]);
 }
 

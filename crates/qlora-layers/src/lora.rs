@@ -142,7 +142,8 @@ impl LoraAdapter {
             let y = match base {
                 FrozenLinear::Quantized(base) => {
                     let (lora_a, lora_b) = self.factors_in(pass);
-                    let terms = LoraTerms { scaling: self.scaling.get(), dropout: self.dropout_in(pass), gradients_only };
+                    let terms =
+                        LoraTerms { scaling: self.scaling.get(), dropout: self.dropout_in(pass), gradients_only };
                     base.lora_forward(x, lora_a, lora_b, terms)
                 }
                 FrozenLinear::Dense(_) => {

@@ -232,13 +232,16 @@ pub fn load(path: &Path) -> Result<TrainingCheckpoint, TrainError> {
         .map_err(|e| fail(format!("no training checkpoint: {STATE_FILE}: {e}; give a `checkpoint-<step>` folder")))?;
     let damaged = |error: &FormatError| {
         let older = match newest_whole_before(path) {
-            Some(older) => format!("the newest one before it that is whole is {}: give it to --resume", older.display()),
+            Some(older) => {
+                format!("the newest one before it that is whole is {}: give it to --resume", older.display())
+            }
             None => "no whole checkpoint lies beside it: start afresh".into(),
         };
         fail(format!("{error}; {older}"))
     };
     // The version first: an older layout has no checksums.
-    let version = serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|state| state.get("version")?.as_u64());
+    let version =
+        serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|state| state.get("version")?.as_u64());
     if let Some(version) = version.filter(|version| *version != u64::from(VERSION)) {
         return Err(fail(format!("version {version} of the layout; this program reads version {VERSION}")));
     }

@@ -4,9 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use adapter_io::{FormatError, atomic};
-use chat_text::{
-    CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Tokenizer,
-};
+use chat_text::{CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Tokenizer};
 use qlora_data::{DataConfig, Format};
 
 use crate::error::TrainError;
@@ -15,8 +13,7 @@ use crate::error::TrainError;
 const TOKENIZER_FILES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
 
 /// Every file that [`Prompts::save`] writes.
-pub(crate) const FILES: [&str; 4] =
-    [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE, TOKENIZER_FILES[0], TOKENIZER_FILES[1]];
+pub(crate) const FILES: [&str; 4] = [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE, TOKENIZER_FILES[0], TOKENIZER_FILES[1]];
 
 /// How a run writes its rows as text.
 #[derive(Clone, Debug, Default)]

@@ -41,7 +41,9 @@ pub(crate) struct RunFolder {
 
 #[derive(Debug)]
 enum Lock {
-    Held { _file: File },
+    Held {
+        _file: File,
+    },
     /// The file system knows no locks.
     Unsupported,
 }
@@ -195,9 +197,13 @@ impl RunFolder {
         }
         match later.as_slice() {
             [] => {}
-            [(only, _)] => done.push(format!("the run goes back to step {step}: the checkpoint of step {only} is removed")),
+            [(only, _)] => {
+                done.push(format!("the run goes back to step {step}: the checkpoint of step {only} is removed"))
+            }
             [(first, _), .., (last, _)] => {
-                done.push(format!("the run goes back to step {step}: the checkpoints of steps {first} to {last} are removed"));
+                done.push(format!(
+                    "the run goes back to step {step}: the checkpoints of steps {first} to {last} are removed"
+                ));
             }
         }
         Ok(done)

@@ -20,7 +20,9 @@ use model_hub::Hub;
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Position};
 use qlora_layers::mix;
-use qlora_models::{Decoder, LoadOptions, ModelConfig, default_compute_dtype, device_memory, peak_memory, select_device};
+use qlora_models::{
+    Decoder, LoadOptions, ModelConfig, default_compute_dtype, device_memory, peak_memory, select_device,
+};
 use rows::Rows;
 use start::Resumed;
 use std::fmt;
@@ -366,7 +368,8 @@ impl<'e> Trainer<'e> {
         self.events.on_eval(&metrics);
         let options = &self.config.train;
         let value = options.keep_best.value(&metrics);
-        let (kept, counted) = self.evaluations.next(self.step, value, options.keep_best, options.early_stopping_threshold);
+        let (kept, counted) =
+            self.evaluations.next(self.step, value, options.keep_best, options.early_stopping_threshold);
         self.evaluations = counted;
         Ok(kept && options.keep_best.is_on() && self.step > 0)
     }

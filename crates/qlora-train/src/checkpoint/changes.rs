@@ -157,4 +157,3 @@ fn differences(saved: &toml::Table, now: &toml::Table) -> Vec<(String, String)> 
         .map(|key| (key.clone(), format!("{key} was {}, now is {}", show(before.get(key)), show(after.get(key)))))
         .collect()
 }
-

@@ -74,9 +74,10 @@ mod tests {
     #[test]
     fn small_gains_are_kept_but_do_not_put_the_end_off() {
         let follow = |by, threshold, values: &[f64]| {
-            values.iter().enumerate().fold(Evaluations::default(), |state, (step, value)| {
-                state.next(step, *value, by, threshold).1
-            })
+            values
+                .iter()
+                .enumerate()
+                .fold(Evaluations::default(), |state, (step, value)| state.next(step, *value, by, threshold).1)
         };
         let state = follow(KeepBest::Loss, 0.1, &[2.0, 1.5, 1.45, 1.44, f64::NAN]);
         assert_eq!(state, Evaluations { best: Some((3, 1.44)), since_best: 3 });

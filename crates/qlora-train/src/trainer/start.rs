@@ -58,7 +58,8 @@ impl Resumed {
             Resume::No => (None, false),
             Resume::Auto => {
                 let holds = Contents::of(path)?.describe();
-                let nothing = || TrainError::NothingToResume { path: path.to_owned(), holds: format!("it holds {holds}") };
+                let nothing =
+                    || TrainError::NothingToResume { path: path.to_owned(), holds: format!("it holds {holds}") };
                 (Some(newest()?.ok_or_else(nothing)?), true)
             }
             Resume::AutoOrStart => (newest()?, true),

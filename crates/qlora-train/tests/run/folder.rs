@@ -21,7 +21,13 @@ fn a_folder_belongs_to_one_run_at_a_time() {
     first.run().unwrap();
     assert_eq!(run_holder(&out).unwrap(), None);
     let expected = [
-        "adapter", "checkpoint-000004", "checkpoint-000006", "loss.svg", "metrics.jsonl", "summary.json", "summary.md",
+        "adapter",
+        "checkpoint-000004",
+        "checkpoint-000006",
+        "loss.svg",
+        "metrics.jsonl",
+        "summary.json",
+        "summary.md",
     ];
     assert_eq!(listing(&out), expected, "nothing else is left");
 }
@@ -74,7 +80,8 @@ fn a_checkpoint_from_elsewhere_begins_a_run_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let (theirs, ours) = (dir.path().join("theirs"), dir.path().join("ours"));
     run(config(&theirs), Resume::No, &mut ()).unwrap();
-    let of_theirs = |names: &[String]| names.iter().map(|name| std::fs::metadata(theirs.join(name)).unwrap().len()).sum::<u64>();
+    let of_theirs =
+        |names: &[String]| names.iter().map(|name| std::fs::metadata(theirs.join(name)).unwrap().len()).sum::<u64>();
     let (names, bytes) = (listing(&theirs), of_theirs(&listing(&theirs)));
     let from = Resume::From(theirs.join("checkpoint-000004"));
     let mut longer = config(&ours);
@@ -154,7 +161,8 @@ fn what_killed_saves_left_is_cleaned_by_the_next_start() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     run(config(&out), Resume::No, &mut StopAfter(2)).unwrap();
-    for stub in [".checkpoint-000003.new-a1B2c3", ".checkpoint-000001.removed-a1B2c3/dir", ".metrics.jsonl.new-zzzzzz"] {
+    for stub in [".checkpoint-000003.new-a1B2c3", ".checkpoint-000001.removed-a1B2c3/dir", ".metrics.jsonl.new-zzzzzz"]
+    {
         std::fs::create_dir_all(out.join(stub)).unwrap();
     }
     std::fs::write(out.join(".mine"), "the user's own").unwrap();

@@ -112,7 +112,11 @@ fn a_flipped_bit_is_named_and_an_older_checkpoint_offered() {
     config.train.max_steps = Some(6);
     let newest = config.train.output_dir.join("checkpoint-000004");
     for name in [
-        "adapter_model.safetensors", "optimizer.safetensors", "training_state.json", "adapter_config.json", "checksums.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "training_state.json",
+        "adapter_config.json",
+        "checksums.json",
     ] {
         let file = newest.join(name);
         let whole = std::fs::read(&file).unwrap();
