@@ -38,6 +38,7 @@ fn broken_tokenizer_files_are_named() {
         ("normalizer", replace("String", ""), "`normalizer`: `pattern` of Replace is empty"),
         ("normalizer", replace("Regex", "x*"), "matches the empty text"),
         ("normalizer", replace("Regex", "("), "`pattern` \"(\" of Replace"),
+        ("pre_tokenizer", r#"{"type": "FixedLength", "length": 0}"#.to_owned(), "`length` of FixedLength is 0"),
         ("normalizer", precompiled("AAAA"), "can't be read"),
         ("normalizer", precompiled("!"), "can't be read"),
         ("normalizer", precompiled("AAAAAA=="), "is broken"),

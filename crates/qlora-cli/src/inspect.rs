@@ -6,14 +6,15 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use burn_qlora::adapter_io::TargetModules;
 use burn_qlora::adapter_io::listing::Listing;
 use burn_qlora::adapter_io::printable::{printable, printable_lines, shortened};
 use burn_qlora::metrics::{History, METRICS_FILE};
 use burn_qlora::qlora_train::run_holder;
 use burn_qlora::report::{count, memory};
-use burn_qlora::{Adapter, Checkpoint, Summary, checkpoint};
+use burn_qlora::{Adapter, Checkpoint, FormatError, Summary, checkpoint};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::args::InspectArgs;
@@ -70,10 +71,10 @@ fn model(path: &Path, all: bool) -> Result<String> {
     let checkpoint = Checkpoint::open(path)?;
     let listing = Listing::new(&checkpoint);
     let mut text = format!("{}: ", path.display());
-    let config = match std::fs::read(path.join("config.json")) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .with_context(|| format!("{}: not JSON", path.join("config.json").display()))?,
-        Err(_) => Value::Null,
+    let file = path.join("config.json");
+    let config = match file.is_file() {
+        true => json(&file)?,
+        false => Value::Null,
     };
     let quantized = config.get("quantization_config").filter(|value| !value.is_null());
     let kind = match quantized.and_then(|q| q.get("quant_method")).and_then(Value::as_str) {
@@ -128,6 +129,12 @@ fn model(path: &Path, all: bool) -> Result<String> {
 /// A text of a file on one line.
 fn one_line(text: &str) -> String {
     shortened(&printable(text), WIDEST).into_owned()
+}
+
+/// What a JSON file holds.
+fn json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
+    let bytes = std::fs::read(path).map_err(|source| FormatError::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&bytes).map_err(|e| FormatError::Json { path: path.to_owned(), reason: e.to_string() })
 }
 
 /// A JSON value as people write it.
@@ -223,9 +230,7 @@ fn run_folder(path: &Path) -> Result<String> {
     let mut text = format!("{}: the output of a training run\n\n", path.display());
     let summary = path.join("summary.json");
     if summary.is_file() {
-        let bytes = std::fs::read(&summary)?;
-        let summary: Summary =
-            serde_json::from_slice(&bytes).with_context(|| format!("{}: not a summary", summary.display()))?;
+        let summary: Summary = json(&summary)?;
         writeln!(text, "{}\n", summary.sentence())?;
         writeln!(text, "{:<24} {}", "adapter", summary.adapter.display())?;
     } else {

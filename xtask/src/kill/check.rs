@@ -9,8 +9,15 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 /// Keys of a line in `metrics.jsonl` that tell of time and memory.
-const VOLATILE: [&str; 6] =
-    ["tokens_per_second", "memory_bytes", "memory_in_use_bytes", "memory_reserved_bytes", "paging", "elapsed_seconds"];
+const VOLATILE: [&str; 7] = [
+    "tokens_per_second",
+    "memory_bytes",
+    "memory_in_use_bytes",
+    "memory_reserved_bytes",
+    "paging",
+    "elapsed_seconds",
+    "eval_seconds",
+];
 const METRICS: &str = "metrics.jsonl";
 const STATE: &str = "training_state.json";
 const PREFIX: &str = "checkpoint-";

@@ -1,9 +1,11 @@
 //! What is wrong with a `tokenizer.json` that the `tokenizers` crate would panic on.
 //!
-//! Three kinds are known: values that are no JSON of this crate's (1e999), where a decoder is read; patterns that
-//! match the empty text, with which a replacement never advances; and SentencePiece's precompiled character maps,
-//! whose tries are walked without looking at their length. They are told before the file is handed over.
+//! Four kinds are known: values that are no JSON of this crate's (1e999), where a decoder is read; patterns that
+//! match the empty text, with which a replacement never advances; pieces of no length; and SentencePiece's precompiled
+//! character maps, whose tries are walked without looking at their length. They are told before the file is handed over.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value as Json;
 use tokenizers::normalizers::Precompiled;
 use tokenizers::utils::SysRegex;
@@ -25,6 +27,9 @@ fn steps(value: &Json) -> Result<(), String> {
             match map.get("type").and_then(Json::as_str) {
                 Some("Replace") => replace(value)?,
                 Some("Precompiled") => precompiled(value)?,
+                Some("FixedLength") if value["length"].as_u64() == Some(0) => {
+                    return Err("`length` of FixedLength is 0: it must be 1 or more".into());
+                }
                 _ => {}
             }
             map.values().try_for_each(steps)
@@ -50,8 +55,8 @@ fn precompiled(step: &Json) -> Result<(), String> {
     let fail = |problem: &str| format!("`precompiled_charsmap` of Precompiled {problem}");
     // The crate's type borrows its text.
     serde_json::from_str::<Precompiled>(&step.to_string()).map_err(|e| fail(&format!("can't be read: {e}")))?;
-    let bytes = base64(step["precompiled_charsmap"].as_str().unwrap_or_default());
-    let bytes = bytes.ok_or_else(|| fail("is not base64"))?;
+    let text = step["precompiled_charsmap"].as_str().unwrap_or_default();
+    let bytes = STANDARD.decode(text).map_err(|e| fail(&format!("is not base64: {e}")))?;
     let units = |bytes: &[u8]| -> Vec<usize> {
         bytes.as_chunks::<4>().0.iter().map(|unit| u32::from_le_bytes(*unit) as usize).collect()
     };
@@ -90,26 +95,4 @@ fn walk(trie: &[usize], texts: &str) -> Option<()> {
         }
     }
     Some(())
-}
-
-/// The bytes of a text in base64 with padding.
-fn base64(text: &str) -> Option<Vec<u8>> {
-    let alphabet = |c: u8| match c {
-        b'A'..=b'Z' => Some(c - b'A'),
-        b'a'..=b'z' => Some(c - b'a' + 26),
-        b'0'..=b'9' => Some(c - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
-    };
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    for group in text.trim_end_matches('=').as_bytes().chunks(4) {
-        let mut bits = 0u32;
-        for &c in group {
-            bits = bits << 6 | u32::from(alphabet(c)?);
-        }
-        let bits = bits << (6 * (4 - group.len()));
-        bytes.extend_from_slice(bits.to_be_bytes().get(1..group.len())?);
-    }
-    Some(bytes)
 }
