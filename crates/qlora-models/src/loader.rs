@@ -230,6 +230,9 @@ impl<'a> Loader<'a> {
         let view = TensorView { shape: spec.shape.into(), data: &whole.data[part * bytes..][..bytes], ..whole };
         self.read.insert(name.into());
         let base = self.weight(&view, &spec)?;
+        if part + 1 == experts * each {
+            self.source.release(name);
+        }
         Ok(Named { path: spec.path, module: LoraLinear::frozen(base, None) })
     }
 
@@ -246,6 +249,7 @@ impl<'a> Loader<'a> {
             self.read.insert(name.into());
             self.advance(name, weight.codes.len());
             let linear = Linear4bit::from_quantized(&weight, self.device)?;
+            self.source.release(&format!("{name}.weight"));
             return Ok(match self.options.quantization.filter(|_| spec.role != LinearRole::Router) {
                 Some(_) => FrozenLinear::Quantized(linear),
                 None => FrozenLinear::dense(linear.dequantize(self.options.dtype)),
@@ -254,7 +258,9 @@ impl<'a> Loader<'a> {
         let weight = format!("{name}.weight");
         let view = self.source.tensor(&weight, &spec.shape)?;
         self.read.insert(weight.clone());
-        self.weight(&view, spec)
+        let base = self.weight(&view, spec)?;
+        self.source.release(&weight);
+        Ok(base)
     }
 
     /// A weight, quantized if that is asked for and it is no router.
@@ -292,6 +298,7 @@ impl<'a> Loader<'a> {
         let tensor = upload(&view, shape, dtype, self.device)?;
         self.read.insert(name.into());
         self.advance(name, view.data.len());
+        self.source.release(name);
         Ok(tensor)
     }
 

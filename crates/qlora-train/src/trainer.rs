@@ -307,6 +307,8 @@ impl<'e> Trainer<'e> {
             Outcome::Interrupted => (self.saved.clone().unwrap_or_else(|| output_dir.clone()), self.step),
         };
         self.metrics.sync()?;
+        // What could not be removed before may go now; of what still can't, the user has been told.
+        checkpoint::prune(&output_dir, self.config.train.save_limit, self.best_step())?;
         let history = self.metrics.history();
         let mut summary = Summary::new(info, history, outcome, adapter);
         summary.adapter_step = adapter_step;
@@ -403,12 +405,16 @@ impl<'e> Trainer<'e> {
             return Err(self.spoilt_by(what));
         }
         let path = checkpoint::save(&options.output_dir, &state, &contents)?;
-        let best = self.evaluations.best.map(|(step, _)| step).filter(|_| options.keep_best.is_on());
-        let stay = checkpoint::prune(&options.output_dir, options.save_limit, best)?;
+        let stay = checkpoint::prune(&options.output_dir, options.save_limit, self.best_step())?;
         self.events.on_save(&path);
         warn_of(stay, self.events);
         self.saved = Some(path);
         Ok(())
+    }
+
+    /// The step whose checkpoint is kept as the best.
+    fn best_step(&self) -> Option<usize> {
+        self.evaluations.best.map(|(step, _)| step).filter(|_| self.config.train.keep_best.is_on())
     }
 
     /// The error to end with if parameters or optimizer state are not finite.

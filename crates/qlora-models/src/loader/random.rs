@@ -86,6 +86,8 @@ impl Random {
 }
 
 impl Source for Random {
+    fn release(&self, _: &str) {}
+
     fn total_bytes(&self) -> u64 {
         self.total_bytes
     }

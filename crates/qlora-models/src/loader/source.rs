@@ -21,9 +21,16 @@ pub(super) trait Source {
 
     /// A tensor of this shape.
     fn tensor<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, ModelError>;
+
+    /// A tensor has been read, and need not stay in memory.
+    fn release(&self, name: &str);
 }
 
 impl Source for Checkpoint {
+    fn release(&self, name: &str) {
+        self.release(name);
+    }
+
     fn total_bytes(&self) -> u64 {
         self.total_bytes()
     }
