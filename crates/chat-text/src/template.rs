@@ -20,6 +20,7 @@ mod python;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -53,6 +54,9 @@ const MOST_BY_MESSAGES: u64 = 30_000_000;
 const RECURSION_LIMIT: usize = 250;
 
 const NAME: &str = "chat_template";
+
+/// What is said of a template that the engine panics on.
+const ENGINE_FAILED: &str = "the template engine fails on it; it can't do `continue` and `break` inside `with` or `generation`";
 
 /// Variables that `template_kwargs` can't set.
 const RESERVED: [&str; 4] = ["messages", "tools", "add_generation_prompt", generation::SWITCH];
@@ -243,7 +247,12 @@ impl ChatTemplate {
             (generation::SWITCH, Value::from(run.mark)),
         ]);
         let context = Value::from_pairs(context);
-        let render = |env: &Environment| env.get_template(NAME)?.render(&context);
+        // The engine panics where a loop is left or gone on with from inside a `with` of its own.
+        let render = |env: &Environment| {
+            let rendered = catch_unwind(AssertUnwindSafe(|| env.get_template(NAME)?.render(&context)));
+            let failed = |_| minijinja::Error::new(ErrorKind::InvalidOperation, ENGINE_FAILED);
+            rendered.unwrap_or_else(|panic| Err(failed(panic)))
+        };
         match further_fuel(input) {
             further if further < SMALL => render(&self.env),
             further => {

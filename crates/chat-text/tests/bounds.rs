@@ -156,3 +156,15 @@ proptest! {
         }
     }
 }
+
+/// The engine has a fault there; what it costs is this template, and not the program.
+#[test]
+fn a_template_that_the_engine_fails_on_is_an_error() {
+    let message = [Message::user("a")];
+    for end in ["continue", "break"] {
+        let source = format!("{{% for m in messages %}}{{% with a = 1 %}}{{% {end} %}}{{% endwith %}}{{% endfor %}}");
+        let rendered = ChatTemplate::new(source).unwrap().render(&message, false, &SpecialTokens::default());
+        let error = rendered.unwrap_err().to_string();
+        assert!(error.contains("inside `with`") || end == "break" && error.contains("too long"), "{error}");
+    }
+}

@@ -1,5 +1,6 @@
 //! Exit codes, and how a failure reads.
 
+use std::panic::Location;
 use std::process::ExitCode;
 
 use burn_qlora::adapter_io::printable::printable_lines;
@@ -154,8 +155,9 @@ pub fn install_panic_message() {
         return;
     }
     std::panic::set_hook(Box::new(|panic| {
-        // chat-text catches what this library does with broken files, and names the file in an error of its own.
-        if panic.location().is_some_and(|place| place.file().contains("/tokenizers-")) {
+        // chat-text catches what these libraries do with broken files, and says so in errors of its own.
+        let caught = |place: &Location| ["/tokenizers-", "/minijinja-"].iter().any(|part| place.file().contains(part));
+        if panic.location().is_some_and(caught) {
             return;
         }
         let message = panic.payload_as_str().unwrap_or("no message");
