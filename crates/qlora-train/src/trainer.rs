@@ -2,10 +2,11 @@
 
 mod first_step;
 mod rows;
+mod saving;
 mod start;
 
-use crate::checkpoint::{self, Basis, Evaluations, TrainingState};
-use crate::config::{ComputeDtype, FinalAdapter, RunConfig, TrainConfig};
+use crate::checkpoint::{self, Basis, Evaluations};
+use crate::config::{ComputeDtype, RunConfig, TrainConfig};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
@@ -323,27 +324,6 @@ impl<'e> Trainer<'e> {
         Ok(summary)
     }
 
-    /// The adapter that the configuration asks for, and the step that it is of.
-    fn final_adapter(&mut self) -> Result<(adapter_io::Adapter, usize), TrainError> {
-        let best = match (self.config.train.final_adapter, self.evaluations.best) {
-            (FinalAdapter::Best, Some((step, _))) if step != self.step => Some(step),
-            _ => None,
-        };
-        let Some(step) = best else { return Ok((self.export()?, self.step)) };
-        let path = checkpoint::path_of(&self.config.train.output_dir, step);
-        match path.is_dir() {
-            true => Ok((checkpoint::load(&path)?.adapter, step)),
-            false => {
-                self.events.on_warning(&format!(
-                    "{}: the best checkpoint is not there any more; the adapter is that of the last step, {}",
-                    path.display(),
-                    self.step
-                ));
-                Ok((self.export()?, self.step))
-            }
-        }
-    }
-
     /// Seconds since the run was first started, pauses between stop and resume left out.
     fn elapsed_seconds(&self) -> f64 {
         self.metrics.elapsed_before() + self.started.elapsed().as_secs_f64()
@@ -374,79 +354,6 @@ impl<'e> Trainer<'e> {
             self.evaluations.next(self.step, value, options.keep_best, options.early_stopping_threshold);
         self.evaluations = counted;
         Ok(kept && options.keep_best.is_on() && self.step > 0)
-    }
-
-    fn export(&self) -> Result<adapter_io::Adapter, TrainError> {
-        let model = &self.config.model;
-        Ok(self.engine.model().export_adapter(&model.path, model.revision.as_deref())?)
-    }
-
-    fn save(&mut self) -> Result<(), TrainError> {
-        let _span = tracing::trace_span!("save").entered();
-        // The log must not lag behind the checkpoint: a resumed run cuts it at the checkpoint's step.
-        self.metrics.sync()?;
-        let report = &self.rows.train.report;
-        let of_rows = (report.rows, report.tokens);
-        let state =
-            TrainingState::new(&self.config, self.step, self.position, of_rows, self.basis.clone(), self.evaluations)?;
-        let parameters = parameter_names(self.engine.model());
-        let adapter = self.export()?;
-        let moments = self.engine.optimizer_mut().state()?;
-        let options = &self.config.train;
-        let contents = checkpoint::Contents {
-            adapter: &adapter,
-            prompts: &self.prompts,
-            parameters: &parameters,
-            optimizer: options.optimizer,
-            moments: &moments,
-        };
-        let what = contents.not_finite();
-        if !what.is_empty() {
-            return Err(self.spoilt_by(what));
-        }
-        let path = checkpoint::save(&options.output_dir, &state, &contents)?;
-        let stay = checkpoint::prune(&options.output_dir, options.save_limit, self.best_step())?;
-        self.events.on_save(&path);
-        warn_of(stay, self.events);
-        self.saved = Some(path);
-        Ok(())
-    }
-
-    /// The step whose checkpoint is kept as the best.
-    fn best_step(&self) -> Option<usize> {
-        self.evaluations.best.map(|(step, _)| step).filter(|_| self.config.train.keep_best.is_on())
-    }
-
-    /// The error to end with if parameters or optimizer state are not finite.
-    fn spoilt(&mut self) -> Result<Option<TrainError>, TrainError> {
-        let parameters = parameter_names(self.engine.model());
-        let adapter = self.export()?;
-        let moments = self.engine.optimizer_mut().state()?;
-        let what = checkpoint::Contents {
-            adapter: &adapter,
-            prompts: &self.prompts,
-            parameters: &parameters,
-            optimizer: self.config.train.optimizer,
-            moments: &moments,
-        }
-        .not_finite();
-        Ok((!what.is_empty()).then(|| self.spoilt_by(what)))
-    }
-
-    fn spoilt_by(&self, what: Vec<String>) -> TrainError {
-        let options = &self.config.train;
-        let learning_rate = options.learning_rate_at(self.step.saturating_sub(1), self.total_steps);
-        TrainError::Spoilt { step: self.step, what, learning_rate, saved: self.saved.clone() }
-    }
-
-    /// Saves what the steps before a failed one led to, unless a checkpoint has it already.
-    fn save_steps_so_far(&mut self) {
-        if self.step == self.start_step || every(self.config.train.save_every, self.step) {
-            return;
-        }
-        if let Err(error) = self.save() {
-            self.events.on_warning(&format!("the {} steps so far could not be saved: {error}", self.step));
-        }
     }
 
     fn info(&self) -> RunInfo {
