@@ -56,7 +56,8 @@ const RECURSION_LIMIT: usize = 250;
 const NAME: &str = "chat_template";
 
 /// What is said of a template that the engine panics on.
-const ENGINE_FAILED: &str = "the template engine fails on it; it can't do `continue` and `break` inside `with` or `generation`";
+const ENGINE_FAILED: &str =
+    "the template engine fails on it; it can't do `continue` and `break` inside `with` or `generation`";
 
 /// Variables that `template_kwargs` can't set.
 const RESERVED: [&str; 4] = ["messages", "tools", "add_generation_prompt", generation::SWITCH];
