@@ -6,23 +6,13 @@ mod common;
 use std::fs;
 use std::path::Path;
 
+use common::{adapter_on, tensor};
+
 use adapter_io::{
-    Adapter, AdapterConfig, BnbOptions, Checkpoint, Dtype, GptqOptions, HostTensor, MergeBase, MergeOptions,
-    MergeReport, TensorSpec, gptq_checkpoint, merge_checkpoint, quantize_checkpoint,
+    Adapter, BnbOptions, Checkpoint, Dtype, GptqOptions, MergeBase, MergeOptions, MergeReport, TensorSpec,
+    gptq_checkpoint, merge_checkpoint, quantize_checkpoint,
 };
 use serde_json::{Value, json};
-
-fn tensor(shape: &[usize], value: f32) -> HostTensor {
-    HostTensor::new(shape, vec![value; shape.iter().product()]).unwrap()
-}
-
-fn adapter_on(entries: &[(&str, HostTensor)]) -> Adapter {
-    let mut adapter = Adapter::new(AdapterConfig { r: 2, lora_alpha: 2.0, ..AdapterConfig::default() });
-    for (key, tensor) in entries {
-        adapter.tensors.insert(format!("base_model.model.{key}"), tensor.clone());
-    }
-    adapter
-}
 
 fn q_proj() -> Adapter {
     adapter_on(&[

@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use common::{adapter_on, tensor};
+
 use adapter_io::{
-    Adapter, AdapterConfig, BnbConfig, BnbOptions, Checkpoint, Dtype, HostTensor, InitLoraWeights, MergeBase,
-    MergeOptions, MergeReport, Progress, TensorSpec, merge_checkpoint, quantize_checkpoint,
+    Adapter, BnbConfig, BnbOptions, Checkpoint, Dtype, InitLoraWeights, MergeBase, MergeOptions, MergeReport, Progress,
+    TensorSpec, merge_checkpoint, quantize_checkpoint,
 };
 use nf4_quant::{Absmax, FloatFormat, Metadata, NestedAbsmax, QuantConfig, Quantized4bit};
 use serde_json::{Value, json};
@@ -46,18 +48,6 @@ fn small_base(dir: &Path) {
     fs::write(dir.join("chat_template.jinja"), "hi").unwrap();
     fs::write(dir.join("generation_config.json"), "{\"a\": 1}").unwrap();
     fs::write(dir.join("README.md"), "not carried").unwrap();
-}
-
-fn tensor(shape: &[usize], value: f32) -> HostTensor {
-    HostTensor::new(shape, vec![value; shape.iter().product()]).unwrap()
-}
-
-fn adapter_on(entries: &[(&str, HostTensor)]) -> Adapter {
-    let mut adapter = Adapter::new(AdapterConfig { r: 2, lora_alpha: 2.0, ..AdapterConfig::default() });
-    for (key, tensor) in entries {
-        adapter.tensors.insert(format!("base_model.model.{key}"), tensor.clone());
-    }
-    adapter
 }
 
 fn contents(dir: &Path) -> BTreeMap<String, Vec<f32>> {

@@ -1,6 +1,6 @@
 //! `qlora convert`: a checkpoint, with or without an adapter, or an adapter alone, for llama.cpp.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use burn_qlora::gguf::{ExportReport, GgmlType, GgufOptions, export_gguf, export_lora_gguf};
@@ -18,11 +18,11 @@ pub fn run(args: &ConvertArgs) -> Result<Code> {
     let Format::Gguf = args.format;
     let kind = kind(&args.kind)?;
     outputs::file(&args.output, args.force)?;
-    let adapter = args.adapters.as_deref().map(sources::load).transpose()?;
+    let (adapter, companions) = args.adapters.as_deref().map(sources::load).transpose()?.unzip();
     let base = sources::base(args.model.as_deref(), args.revision.as_deref(), adapter.as_ref())?;
     let (what, report) = match &adapter {
         Some(adapter) if args.adapter_only => ("LoRA GGUF", export_lora_gguf(adapter, &base, &args.output, kind)?),
-        Some(adapter) => ("GGUF, merged", merged(args, &base, adapter, kind)?),
+        Some(adapter) => ("GGUF, merged", merged(args, &base, adapter, companions.unwrap_or_default(), kind)?),
         None => ("GGUF", model(args, &base, None, kind)?),
     };
     let mut text = String::new();
@@ -54,12 +54,17 @@ fn kind(name: &str) -> Result<GgmlType, UsageError> {
 }
 
 /// Merges into a temporary checkpoint beside the output, and writes that.
-fn merged(args: &ConvertArgs, base: &Path, adapter: &Adapter, kind: GgmlType) -> Result<ExportReport> {
+fn merged(
+    args: &ConvertArgs,
+    base: &Path,
+    adapter: &Adapter,
+    companions: Vec<PathBuf>,
+    kind: GgmlType,
+) -> Result<ExportReport> {
     let scratch = atomic::Scratch::beside(&args.output)?;
     let dir = scratch.path().join("merged");
     let mut bar = ConvertBar::new("Merging");
-    let named: Vec<String> = args.adapters.iter().cloned().collect();
-    let options = MergeOptions { companions: sources::prompt_files(&named)?, ..MergeOptions::default() };
+    let options = MergeOptions { companions, ..MergeOptions::default() };
     merge_checkpoint(base, adapter, &dir, &options, &mut |progress| bar.update(progress))?;
     bar.finish();
     // The temporary folder's name is nobody's name for a model.

@@ -15,17 +15,18 @@ use crate::sources;
 
 /// Runs `qlora merge`.
 pub fn run(args: &MergeArgs) -> Result<Code> {
-    let options = MergeOptions {
+    let mut options = MergeOptions {
         base: merge_base(args)?,
         max_shard_bytes: args.max_shard_size,
         tokenizer_from: args.tokenizer.clone(),
-        companions: sources::prompt_files(&args.adapters.adapters)?,
+        companions: Vec::new(),
     };
     if let Some(dir) = args.tokenizer.as_deref().filter(|dir| !dir.is_dir()) {
         return Err(UsageError(format!("--tokenizer {}: no such folder", dir.display())).into());
     }
     outputs::folder(&args.output, args.force)?;
-    let adapter = sources::adapter(&args.adapters)?;
+    let (adapter, companions) = sources::adapter(&args.adapters)?;
+    options.companions = companions;
     let base = sources::base(args.base_model.model.as_deref(), args.base_model.revision.as_deref(), Some(&adapter))?;
     let mut bar = ConvertBar::new("Merging");
     let report = merge_checkpoint(&base, &adapter, &args.output, &options, &mut |progress| bar.update(progress))?;
@@ -37,8 +38,7 @@ pub fn run(args: &MergeArgs) -> Result<Code> {
 /// Runs `qlora combine`.
 pub fn run_combine(args: &CombineArgs) -> Result<Code> {
     outputs::folder(&args.output, args.force)?;
-    let adapter = sources::adapter(&args.adapters)?;
-    let companions = sources::prompt_files(&args.adapters.adapters)?;
+    let (adapter, companions) = sources::adapter(&args.adapters)?;
     atomic::replace_dir(&args.output, |dir| -> Result<()> {
         adapter.save(dir)?;
         for path in &companions {

@@ -14,14 +14,16 @@ use crate::generate::adapter_argument;
 use crate::hub;
 use crate::output::say;
 
-/// The adapters of the flags as one. A single one with the weight 1 stays what it is.
-pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
+/// The adapters of the flags as one, and what says how it is prompted. A single one with the weight 1 stays what it is.
+pub fn adapter(args: &AdapterArgs) -> Result<(Adapter, Vec<PathBuf>)> {
     check(args)?;
     let parsed = args.adapters.iter().map(|text| adapter_argument(text)).collect::<Result<Vec<_>, _>>()?;
     let weights: Vec<f64> = parsed.iter().map(|(_, _, weight)| *weight).collect();
-    let mut adapters = parsed.iter().map(|(_, dir, _)| load(dir)).collect::<Result<Vec<_>>>()?;
+    let loaded = parsed.iter().map(|(_, dir, _)| load(dir)).collect::<Result<Vec<_>>>()?;
+    let (mut adapters, companions): (Vec<Adapter>, Vec<_>) = loaded.into_iter().unzip();
+    let companions = companions.into_iter().find(|files| !files.is_empty()).unwrap_or_default();
     if let ([_], [1.0]) = (&adapters[..], &weights[..]) {
-        return Ok(adapters.remove(0));
+        return Ok((adapters.remove(0), companions));
     }
     let how = match args.combine {
         How::Cat => Combination::Cat,
@@ -35,29 +37,16 @@ pub fn adapter(args: &AdapterArgs) -> Result<Adapter> {
         // Each names another base; which of them is meant is the caller's to say.
         combined.config.base_model_name_or_path = None;
     }
-    Ok(combined)
+    Ok((combined, companions))
 }
 
-/// Reads one adapter.
-pub fn load(name: &str) -> Result<Adapter> {
+/// Reads one adapter, and finds what lies beside it and says how it is prompted.
+pub fn load(name: &str) -> Result<(Adapter, Vec<PathBuf>)> {
     let dir = hub::resolve(name, None)?;
     let adapter = Adapter::load(&dir)?;
     warn_of_missing(name, &adapter);
-    Ok(adapter)
-}
-
-/// What lies beside the first adapter that has something of the kind, and says how it is prompted.
-pub fn prompt_files(adapters: &[String]) -> Result<Vec<PathBuf>> {
-    for text in adapters {
-        let (_, name, _) = adapter_argument(text)?;
-        let dir = hub::resolve(name, None)?;
-        let files = [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE].map(|file| dir.join(file));
-        let files: Vec<PathBuf> = files.into_iter().filter(|path| path.is_file()).collect();
-        if !files.is_empty() {
-            return Ok(files);
-        }
-    }
-    Ok(Vec::new())
+    let files = [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE].map(|file| dir.join(file));
+    Ok((adapter, files.into_iter().filter(|path| path.is_file()).collect()))
 }
 
 /// Says so when an adapter has no weights for modules that its configuration names.

@@ -227,7 +227,7 @@ impl From<paged_optim::OptimError> for TrainError {
 }
 
 /// The first few of many names.
-fn first_of(names: &[String]) -> String {
+pub(crate) fn first_of(names: &[String]) -> String {
     const SHOWN: usize = 3;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(String::as_str).collect();
     let more = names.len().saturating_sub(SHOWN);

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use adapter_io::{Dtype, ShardedWriter, TensorSpec};
+use adapter_io::{Adapter, AdapterConfig, Dtype, HostTensor, ShardedWriter, TensorSpec};
 
 /// A safetensors file from a header's JSON and its data.
 pub fn file_of(header: &str, data: &[u8]) -> Vec<u8> {
@@ -70,3 +70,17 @@ pub const MODEL_CONFIG: &str = r#"{
   "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "num_key_value_heads": 2,
   "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": false, "vocab_size": 32
 }"#;
+
+/// A tensor of one value.
+pub fn tensor(shape: &[usize], value: f32) -> HostTensor {
+    HostTensor::new(shape, vec![value; shape.iter().product()]).unwrap()
+}
+
+/// An adapter of rank 2 with these tensors, by module.
+pub fn adapter_on(entries: &[(&str, HostTensor)]) -> Adapter {
+    let mut adapter = Adapter::new(AdapterConfig { r: 2, lora_alpha: 2.0, ..AdapterConfig::default() });
+    for (key, tensor) in entries {
+        adapter.tensors.insert(format!("base_model.model.{key}"), tensor.clone());
+    }
+    adapter
+}

@@ -3,7 +3,7 @@
 use qlora_data::Batches;
 
 use super::Trainer;
-use crate::error::TrainError;
+use crate::error::{TrainError, first_of};
 use crate::metrics::StepMetrics;
 
 impl Trainer<'_> {
@@ -14,15 +14,12 @@ impl Trainer<'_> {
         let after = self.engine.checksums()?;
         let still = unmoved(&before, &after);
         if !still.is_empty() && metrics.learning_rate > 0.0 {
-            const SHOWN: usize = 3;
-            let shown = still.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
-            let more = still.len().saturating_sub(SHOWN);
-            let more = if more == 0 { String::new() } else { format!(" and {more} more") };
             self.events.on_warning(&format!(
-                "the first step moved nothing in {} of {} adapters ({shown}{more}): no gradient reaches them; experts may not have been \
+                "the first step moved nothing in {} of {} adapters ({}): no gradient reaches them; experts may not have been \
                  chosen yet, anything else stays as it is to the end: check lora.target_modules",
                 still.len(),
                 modules(&before).len(),
+                first_of(&still),
             ));
         }
         Ok(metrics)

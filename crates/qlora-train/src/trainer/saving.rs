@@ -4,6 +4,7 @@ use super::{Trainer, every, parameter_names, warn_of};
 use crate::checkpoint::{self, TrainingState};
 use crate::config::FinalAdapter;
 use crate::error::TrainError;
+use paged_optim::Moments;
 
 impl Trainer<'_> {
     /// The adapter that the configuration asks for, and the step that it is of.
@@ -45,21 +46,12 @@ impl Trainer<'_> {
         let of_rows = (report.rows, report.tokens);
         let state =
             TrainingState::new(&self.config, self.step, self.position, of_rows, self.basis.clone(), self.evaluations)?;
-        let parameters = parameter_names(self.engine.model());
-        let adapter = self.export()?;
-        let moments = self.engine.optimizer_mut().state()?;
-        let options = &self.config.train;
-        let contents = checkpoint::Contents {
-            adapter: &adapter,
-            prompts: &self.prompts,
-            parameters: &parameters,
-            optimizer: options.optimizer,
-            moments: &moments,
-        };
-        let what = contents.not_finite();
-        if !what.is_empty() {
-            return Err(self.spoilt_by(what));
+        let trained = self.trained()?;
+        let contents = trained.contents(self);
+        if let Some(error) = self.spoilt_in(&contents) {
+            return Err(error);
         }
+        let options = &self.config.train;
         let path = checkpoint::save(&options.output_dir, &state, &contents)?;
         let stay = checkpoint::prune(&options.output_dir, options.save_limit, self.best_step())?;
         self.events.on_save(&path);
@@ -75,24 +67,24 @@ impl Trainer<'_> {
 
     /// The error to end with if parameters or optimizer state are not finite.
     pub(super) fn spoilt(&mut self) -> Result<Option<TrainError>, TrainError> {
-        let parameters = parameter_names(self.engine.model());
-        let adapter = self.export()?;
-        let moments = self.engine.optimizer_mut().state()?;
-        let what = checkpoint::Contents {
-            adapter: &adapter,
-            prompts: &self.prompts,
-            parameters: &parameters,
-            optimizer: self.config.train.optimizer,
-            moments: &moments,
-        }
-        .not_finite();
-        Ok((!what.is_empty()).then(|| self.spoilt_by(what)))
+        let trained = self.trained()?;
+        Ok(self.spoilt_in(&trained.contents(self)))
     }
 
-    fn spoilt_by(&self, what: Vec<String>) -> TrainError {
-        let options = &self.config.train;
-        let learning_rate = options.learning_rate_at(self.step.saturating_sub(1), self.total_steps);
-        TrainError::Spoilt { step: self.step, what, learning_rate, saved: self.saved.clone() }
+    fn spoilt_in(&self, contents: &checkpoint::Contents<'_>) -> Option<TrainError> {
+        let what = contents.not_finite();
+        let learning_rate = self.config.train.learning_rate_at(self.step.saturating_sub(1), self.total_steps);
+        let (step, saved) = (self.step, self.saved.clone());
+        (!what.is_empty()).then_some(TrainError::Spoilt { step, what, learning_rate, saved })
+    }
+
+    /// Reads what is trained from the device.
+    fn trained(&mut self) -> Result<Trained, TrainError> {
+        Ok(Trained {
+            parameters: parameter_names(self.engine.model()),
+            adapter: self.export()?,
+            moments: self.engine.optimizer_mut().state()?,
+        })
     }
 
     /// Saves what the steps before a failed one led to, unless a checkpoint has it already.
@@ -102,6 +94,26 @@ impl Trainer<'_> {
         }
         if let Err(error) = self.save() {
             self.events.on_warning(&format!("the {} steps so far could not be saved: {error}", self.step));
+        }
+    }
+}
+
+/// What is trained, in host memory.
+struct Trained {
+    parameters: Vec<String>,
+    adapter: adapter_io::Adapter,
+    moments: Vec<Moments>,
+}
+
+impl Trained {
+    /// As a checkpoint of a run holds it.
+    fn contents<'a>(&'a self, run: &'a Trainer<'_>) -> checkpoint::Contents<'a> {
+        checkpoint::Contents {
+            adapter: &self.adapter,
+            prompts: &run.prompts,
+            parameters: &self.parameters,
+            optimizer: run.config.train.optimizer,
+            moments: &self.moments,
         }
     }
 }
