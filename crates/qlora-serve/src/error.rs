@@ -1,0 +1,78 @@
+//! Why a request or an adapter is refused.
+
+use std::path::PathBuf;
+
+use qlora_models::ModelError;
+
+/// Why the engine refuses or fails.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Nothing to continue.
+    #[error("the prompt is empty: it needs at least one token")]
+    EmptyPrompt,
+    /// A token without an embedding.
+    #[error("the prompt has token {token}, but the model's vocabulary ends at {vocab_size}: tokenizer and model differ")]
+    BeyondVocabulary {
+        /// The token.
+        token: u32,
+        /// Ids below this are known.
+        vocab_size: usize,
+    },
+    /// A prompt that leaves no room for an answer.
+    #[error("the prompt has {tokens} tokens; prompt and answer together may have {max_tokens}")]
+    TooLong {
+        /// Of the prompt.
+        tokens: usize,
+        /// Of prompt and answer.
+        max_tokens: usize,
+    },
+    /// Nothing is served under this name.
+    #[error("no adapter is called {name:?}")]
+    UnknownAdapter {
+        /// The name.
+        name: String,
+    },
+    /// The name of an adapter that is there.
+    #[error("an adapter called {name:?} is loaded already: unload it first, or choose another name")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// As many adapters as may be.
+    #[error("{max_adapters} adapters are loaded, as many as the server takes: unload one first")]
+    TooManyAdapters {
+        /// The bound.
+        max_adapters: usize,
+    },
+    /// An adapter that can't be read or does not fit.
+    #[error("the adapter in {} can't be served", dir.display())]
+    Adapter {
+        /// Its folder.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: ModelError,
+    },
+    /// The queue is full.
+    #[error("{waiting} requests wait already: try again later")]
+    Busy {
+        /// How many.
+        waiting: usize,
+    },
+    /// Nothing more is taken.
+    #[error("the engine is closing and takes no more requests")]
+    Closed,
+    /// The budget holds too little.
+    #[error("the cache budget of {budget} bytes holds {blocks} blocks of {block_tokens} tokens: one answer needs 2 or more")]
+    CacheTooSmall {
+        /// Bytes that were allowed.
+        budget: u64,
+        /// Blocks that fit.
+        blocks: usize,
+        /// Tokens of a block.
+        block_tokens: usize,
+    },
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}

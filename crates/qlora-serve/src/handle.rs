@@ -1,0 +1,294 @@
+//! The two ends of the line to an engine: [`Handle`] for those who ask, [`Inbox`] for the engine.
+//!
+//! An engine runs on a thread of its own; any number of handles reach it. What a handle can refuse by itself (a prompt
+//! that is too long, a full queue) never reaches the engine.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
+
+use crate::error::ServeError;
+use crate::request::{Event, Request};
+
+/// What an engine can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of prompt and answer at most.
+    pub max_tokens: usize,
+    /// Ids below this have an embedding.
+    pub vocab_size: usize,
+    /// Requests that wait at most.
+    pub max_waiting: usize,
+    /// Adapters at most.
+    pub max_adapters: usize,
+}
+
+/// What an engine has done and is doing.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests that wait to be run, the ones on their way to the engine among them.
+    pub waiting: AtomicUsize,
+    /// Requests in the running batch.
+    pub running: AtomicUsize,
+    /// Requests that were taken.
+    pub requests: AtomicU64,
+    /// Requests that ended with an answer.
+    pub finished: AtomicU64,
+    /// Requests whose reader went away.
+    pub cancelled: AtomicU64,
+    /// Requests that failed.
+    pub failed: AtomicU64,
+    /// Tokens of prompts that were computed.
+    pub prompt_tokens: AtomicU64,
+    /// Tokens of prompts that were taken from other requests' prefixes.
+    pub cached_tokens: AtomicU64,
+    /// New tokens.
+    pub generated_tokens: AtomicU64,
+    /// Times that a request gave its cache back and was computed again.
+    pub preemptions: AtomicU64,
+    /// Forward passes.
+    pub steps: AtomicU64,
+    /// Blocks of the cache that requests hold.
+    pub blocks_used: AtomicUsize,
+    /// Blocks of the cache.
+    pub blocks: AtomicUsize,
+}
+
+/// An adapter that an engine knows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterInfo {
+    /// The name that requests use.
+    pub name: String,
+    /// Where it was read from.
+    pub dir: PathBuf,
+    /// Seconds since the Unix epoch when it was loaded.
+    pub loaded: u64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    limits: Limits,
+    counters: Counters,
+    closed: AtomicBool,
+    adapters: Mutex<HashMap<String, AdapterInfo>>,
+}
+
+impl Shared {
+    fn adapters(&self) -> std::sync::MutexGuard<'_, HashMap<String, AdapterInfo>> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a handle sends.
+#[derive(Debug)]
+pub enum Command {
+    /// Answer this, to that reader.
+    Generate(Request, Reply),
+    /// Read an adapter's folder and serve it under a name.
+    LoadAdapter(String, PathBuf, oneshot::Sender<Result<(), ServeError>>),
+    /// Forget an adapter; requests that use it finish.
+    UnloadAdapter(String, oneshot::Sender<Result<(), ServeError>>),
+    /// Look at what else has changed: the engine was asked to close.
+    Wake,
+}
+
+/// Where a request's events go.
+#[derive(Debug)]
+pub struct Reply(UnboundedSender<Event>);
+
+impl Reply {
+    /// Sends an event; `false` when the reader went away.
+    pub fn send(&self, event: Event) -> bool {
+        self.0.send(event).is_ok()
+    }
+
+    /// Whether the reader went away.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+/// The events of one request. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct Answer(UnboundedReceiver<Event>);
+
+impl Answer {
+    /// The next event; `None` behind the last one.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.0.recv().await
+    }
+
+    /// [`next`](Self::next) for threads outside an asynchronous runtime.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        self.0.blocking_recv()
+    }
+}
+
+/// Asks an engine. Clones reach the same engine.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+/// The engine's end of the line.
+#[derive(Debug)]
+pub struct Inbox {
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+}
+
+/// A line to an engine with these limits.
+pub fn line(limits: Limits) -> (Handle, Inbox) {
+    let (sender, receiver) = mpsc::channel();
+    let shared = Arc::new(Shared {
+        limits,
+        counters: Counters::default(),
+        closed: AtomicBool::new(false),
+        adapters: Mutex::default(),
+    });
+    (Handle { commands: sender, shared: shared.clone() }, Inbox { commands: receiver, shared })
+}
+
+impl Handle {
+    /// Asks for an answer.
+    ///
+    /// # Errors
+    /// The request can't be answered as it is, the queue is full ([`ServeError::Busy`]), or the engine is closing.
+    pub fn submit(&self, request: Request) -> Result<Answer, ServeError> {
+        let Shared { limits, counters, closed, .. } = &*self.shared;
+        if closed.load(Ordering::Acquire) {
+            return Err(ServeError::Closed);
+        }
+        if request.prompt.is_empty() {
+            return Err(ServeError::EmptyPrompt);
+        }
+        if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= limits.vocab_size) {
+            return Err(ServeError::BeyondVocabulary { token, vocab_size: limits.vocab_size });
+        }
+        let tokens = request.prompt.len();
+        if tokens >= limits.max_tokens {
+            return Err(ServeError::TooLong { tokens, max_tokens: limits.max_tokens });
+        }
+        if let Some(name) = request.adapter.as_deref().filter(|name| !self.shared.adapters().contains_key(*name)) {
+            return Err(ServeError::UnknownAdapter { name: name.into() });
+        }
+        let waiting = counters.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
+            (waiting < limits.max_waiting).then_some(waiting + 1)
+        });
+        if waiting.is_err() {
+            return Err(ServeError::Busy { waiting: limits.max_waiting });
+        }
+        let (sender, receiver) = unbounded_channel();
+        if self.commands.send(Command::Generate(request, Reply(sender))).is_err() {
+            counters.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(ServeError::Closed);
+        }
+        counters.requests.fetch_add(1, Ordering::Relaxed);
+        Ok(Answer(receiver))
+    }
+
+    /// Has the engine read an adapter's folder and serve it as `name`.
+    ///
+    /// # Errors
+    /// The name is taken, there are as many adapters as may be, the folder can't be read or does not fit the model, or
+    /// the engine is closing.
+    pub async fn load_adapter(&self, name: impl Into<String>, dir: impl Into<PathBuf>) -> Result<(), ServeError> {
+        let (sender, receiver) = oneshot::channel();
+        self.command(Command::LoadAdapter(name.into(), dir.into(), sender))?;
+        receiver.await.unwrap_or(Err(ServeError::Closed))
+    }
+
+    /// Has the engine forget an adapter. Requests that use it finish; new ones are refused.
+    ///
+    /// # Errors
+    /// There is none of this name, or the engine is closing.
+    pub async fn unload_adapter(&self, name: impl Into<String>) -> Result<(), ServeError> {
+        let (sender, receiver) = oneshot::channel();
+        self.command(Command::UnloadAdapter(name.into(), sender))?;
+        receiver.await.unwrap_or(Err(ServeError::Closed))
+    }
+
+    fn command(&self, command: Command) -> Result<(), ServeError> {
+        match self.shared.closed.load(Ordering::Acquire) {
+            true => Err(ServeError::Closed),
+            false => self.commands.send(command).map_err(|_| ServeError::Closed),
+        }
+    }
+
+    /// The adapters that can be asked, by name.
+    pub fn adapters(&self) -> Vec<AdapterInfo> {
+        let mut adapters: Vec<AdapterInfo> = self.shared.adapters().values().cloned().collect();
+        adapters.sort_by(|a, b| a.name.cmp(&b.name));
+        adapters
+    }
+
+    /// What the engine can take.
+    pub fn limits(&self) -> Limits {
+        self.shared.limits
+    }
+
+    /// What the engine has done and is doing.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Has the engine take nothing more and end when everything that it took is answered.
+    pub fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        // An engine that is gone needs no waking.
+        self.commands.send(Command::Wake).ok();
+    }
+
+    /// Whether the engine was asked to close, or is gone.
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Acquire)
+    }
+}
+
+impl Inbox {
+    /// The next command, if there is one.
+    pub fn try_next(&self) -> Option<Command> {
+        self.commands.try_recv().ok()
+    }
+
+    /// Waits for the next command; `None` when no handle is left.
+    pub fn next(&self) -> Option<Command> {
+        self.commands.recv().ok()
+    }
+
+    /// Whether the engine was asked to close.
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Acquire)
+    }
+
+    /// What the engine can take.
+    pub fn limits(&self) -> Limits {
+        self.shared.limits
+    }
+
+    /// Where the engine counts.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Makes an adapter known to handles.
+    pub fn announce(&self, adapter: AdapterInfo) {
+        self.shared.adapters().insert(adapter.name.clone(), adapter);
+    }
+
+    /// Makes an adapter unknown to handles.
+    pub fn withdraw(&self, name: &str) {
+        self.shared.adapters().remove(name);
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+    }
+}
