@@ -98,6 +98,11 @@ impl Linear4bit {
         })
     }
 
+    /// Whether both are the same weight, not only equal ones: clones of one layer, or of modules that hold it.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.codes.id == other.codes.id
+    }
+
     /// Quantizes a dense weight `[out_features, in_features]`, f32, bf16 or f16, on the host; the result is on `device`.
     ///
     /// # Errors

@@ -1,7 +1,6 @@
 //! One decoder block: attention and an MLP or experts, each over a normalised input and added to it.
 
 use crate::config::{BlockNorms, ModelConfig};
-use crate::kv_cache::KvCache;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
@@ -18,6 +17,19 @@ use qlora_layers::{LoraLinear, Pass};
 pub(crate) enum FeedForward {
     Dense(Mlp),
     Experts(Moe),
+}
+
+impl FeedForward {
+    /// With `gradients_only` the result may be uninitialised; see [`LoraLinear::record`].
+    ///
+    /// # Shapes
+    /// `[tokens, hidden]` in and out.
+    pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x, pass, gradients_only),
+            Self::Experts(moe) => moe.forward(x, pass),
+        }
+    }
 }
 
 /// One decoder block; its linear layers carry the adapters.
@@ -78,30 +90,11 @@ impl Block {
         (linears.map(Named::pair_mut), norms.as_mut().into_iter().map(Named::pair_mut))
     }
 
-    /// The whole block, with a cache of keys and values.
-    ///
-    /// # Shapes
-    /// `[rows * len, hidden]` in and out.
-    pub(crate) fn forward_cached(
-        &self,
-        x: Tensor<2>,
-        config: &ModelConfig,
-        sequence: &Sequence,
-        cache: &mut KvCache,
-        pass: Pass,
-    ) -> Tensor<2> {
-        let m = x.clone() + self.attention_branch(x, config, sequence, Some(cache), pass, Purpose::Result);
-        m.clone() + self.feed_forward_branch(m, pass, Purpose::Result)
-    }
-
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
     fn feed_forward_branch(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         let h = self.norms.mlp_input.module.forward(x, pass);
-        let run = |gradients_only| match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.forward(h, pass, gradients_only),
-            FeedForward::Experts(moe) => moe.forward(h, pass),
-        };
+        let run = |gradients_only| self.feed_forward.forward(h, pass, gradients_only);
         normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only())
     }
 
@@ -112,7 +105,6 @@ impl Block {
         x: Tensor<2>,
         config: &ModelConfig,
         sequence: &Sequence,
-        cache: Option<&mut KvCache>,
         pass: Pass,
         purpose: Purpose<'_>,
     ) -> Tensor<2> {
@@ -132,10 +124,6 @@ impl Block {
         let q = heads(rotated(q), config.num_attention_heads);
         let k = heads(rotated(k), config.num_key_value_heads);
         let v = heads(v, config.num_key_value_heads);
-        let (k, v) = match cache {
-            Some(cache) => cache.extend(self.index, k, v),
-            None => (k, v),
-        };
         let gradients_only = purpose.gradients_only();
         let mixed = match purpose {
             Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
@@ -197,7 +185,7 @@ pub struct BlockInPass<'a> {
 
 impl ResidualBlock for BlockInPass<'_> {
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.block.attention_branch(x, self.config, self.sequence, None, pass, purpose)
+        self.block.attention_branch(x, self.config, self.sequence, pass, purpose)
     }
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {

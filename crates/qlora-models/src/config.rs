@@ -10,6 +10,7 @@ mod fields;
 mod modules;
 mod rope;
 
+use crate::rope::RopeScaling;
 use crate::ModelError;
 use crate::family::Family;
 use adapter_io::BnbConfig;
@@ -163,6 +164,16 @@ impl ModelConfig {
         };
         fields.nothing_left(family.harmless)?;
         Ok(config)
+    }
+
+    /// The longest sequence that positions are made for: dynamic scaling goes beyond
+    /// [`max_position_embeddings`](Self::max_position_embeddings), by its factor.
+    pub fn max_tokens(&self) -> usize {
+        let factor = self.attention_kinds.iter().map(|kind| match kind.rope.scaling {
+            RopeScaling::Dynamic { factor, .. } => factor,
+            _ => 1.0,
+        });
+        (self.max_position_embeddings as f64 * factor.fold(f64::INFINITY, f64::min).max(1.0)) as usize
     }
 
     /// Where the configuration was read from.

@@ -47,6 +47,11 @@ impl Decoder {
         &self.config
     }
 
+    /// Rows of the embedding table: ids below this can be read.
+    pub fn vocab_size(&self) -> usize {
+        self.embed_tokens.dims()[0]
+    }
+
     /// Where the model lives.
     pub fn device(&self) -> &Device {
         &self.device
@@ -115,11 +120,19 @@ impl Decoder {
     /// # Shapes
     /// `[tokens, hidden]` to `[tokens, vocab]`, in the compute dtype.
     pub fn logits(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let x = self.norm.module.forward(x, pass);
-        let logits = match &self.lm_head {
+        self.capped(self.head(self.norm.module.forward(x, pass), pass))
+    }
+
+    /// The output head alone.
+    pub(crate) fn head(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        match &self.lm_head {
             Some(head) => head.forward_in(x, pass),
             None => matmul(x, self.embed_tokens.clone().transpose()),
-        };
+        }
+    }
+
+    /// Logits of the output head as the family caps them.
+    pub(crate) fn capped(&self, logits: Tensor<2>) -> Tensor<2> {
         match self.config.logit_softcap {
             Some(cap) => soft_capped(logits.cast(FloatDType::F32), cap).cast(self.dtype),
             None => logits,
@@ -137,25 +150,12 @@ impl Decoder {
     }
 
     /// The logits after the last of `ids`, which follow the tokens in `cache` and join them there. Where the longer
-    /// sequence rotates all positions otherwise, the cache is made anew.
+    /// sequence rotates all positions otherwise, everything is computed anew.
     ///
     /// # Shapes
-    /// One row of ids; output `[1, vocab]`.
-    pub fn forward_cached(&self, ids: &[u32], cache: &mut KvCache) -> Tensor<2> {
-        let past = cache.len();
-        let changes = |kind: &AttentionKind| kind.rope.changes(past, past + ids.len());
-        if past > 0 && self.config.attention_kinds.iter().any(changes) {
-            let all = [&cache.ids[..], ids].concat();
-            *cache = KvCache::new();
-            return self.forward_cached(&all, cache);
-        }
-        cache.ids.extend_from_slice(ids);
-        let sequence = self.sequence(1, ids.len(), past);
-        let mut x = self.embed(ids, Pass::INFERENCE);
-        for block in &self.blocks {
-            x = block.forward_cached(x, &self.config, &sequence, cache, Pass::INFERENCE);
-        }
-        self.logits(x.narrow(0, ids.len() - 1, 1), Pass::INFERENCE)
+    /// One row of ids; output `[1, vocab]`. `None` without ids.
+    pub fn forward_cached(&self, ids: &[u32], cache: &mut KvCache) -> Option<Tensor<2>> {
+        cache.extend(self, ids)
     }
 
     /// Every linear layer with its path, first block first; the output head comes last.

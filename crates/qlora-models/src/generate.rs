@@ -60,7 +60,7 @@ pub fn generate(
     let mut ids = Vec::new();
     let mut next_input = prompt.to_vec();
     while ids.len() < options.max_new_tokens {
-        let logits = model.forward_cached(&next_input, &mut cache);
+        let Some(logits) = model.forward_cached(&next_input, &mut cache) else { break };
         let logits = logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
         if logits.iter().any(|x| x.is_nan()) {
             return Err(ModelError::NotANumber);

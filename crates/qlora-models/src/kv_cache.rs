@@ -1,14 +1,19 @@
-//! Keys and values of past tokens.
+//! Keys and values of one sequence's past tokens.
 
+use crate::decoder::Decoder;
+use crate::paged::{CachedRow, PagedCache, Part, RowLogits};
 use burn::tensor::Tensor;
 
-/// Keys and values of the tokens so far, one pair per block, for token-by-token generation. Blocks with a
-/// window keep all of them too, and look at the last ones.
-#[derive(Clone, Debug, Default)]
+/// Tokens of a block.
+const BLOCK_TOKENS: usize = 16;
+
+/// Keys and values of one sequence, for generation token by token. It grows with the sequence. Blocks with a window keep
+/// all of them too, and look at the last ones. Many sequences at once share a [`PagedCache`].
+#[derive(Debug, Default)]
 pub struct KvCache {
-    /// The tokens.
-    pub(crate) ids: Vec<u32>,
-    blocks: Vec<Option<(Tensor<4>, Tensor<4>)>>,
+    ids: Vec<u32>,
+    /// Blocks of the sequence, in order.
+    paged: Option<PagedCache>,
 }
 
 impl KvCache {
@@ -27,21 +32,24 @@ impl KvCache {
         self.ids.is_empty()
     }
 
-    /// Appends a block's new keys and values, and returns all of them.
-    ///
-    /// # Shapes
-    /// `[rows, new, kv_heads, head_dim]` in, `[rows, all, kv_heads, head_dim]` out.
-    pub(crate) fn extend(&mut self, block: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        if self.blocks.len() <= block {
-            self.blocks.resize(block + 1, None);
+    /// See [`Decoder::forward_cached`].
+    pub(crate) fn extend(&mut self, model: &Decoder, ids: &[u32]) -> Option<Tensor<2>> {
+        let past = self.ids.len();
+        self.ids.extend_from_slice(ids);
+        let len = self.ids.len();
+        // What is there is of no use to a sequence that rotates its positions otherwise.
+        let past = if model.rotation(past) == model.rotation(len) { past } else { 0 };
+        let needed = len.div_ceil(BLOCK_TOKENS);
+        let paged = self.paged.get_or_insert_with(|| PagedCache::new(model, needed, BLOCK_TOKENS));
+        if paged.blocks() < needed {
+            paged.grow(needed.max(2 * paged.blocks()) - paged.blocks());
         }
-        let all = match self.blocks[block].take() {
-            Some((old_keys, old_values)) => {
-                (Tensor::cat(vec![old_keys, keys], 1), Tensor::cat(vec![old_values, values], 1))
-            }
-            None => (keys, values),
-        };
-        self.blocks[block] = Some(all.clone());
-        all
+        let blocks: Vec<u32> = (0..needed as u32).collect();
+        let row =
+            CachedRow { ids: &self.ids[past..], past, rotated_for: len, blocks: &blocks, logits: RowLogits::Last };
+        if row.ids.is_empty() {
+            return None;
+        }
+        Decoder::forward_paged(&[Part { model, rows: vec![row] }], paged)
     }
 }

@@ -24,6 +24,7 @@ mod mlp;
 mod moe;
 mod named;
 mod norm;
+mod paged;
 mod rope;
 mod sequence;
 
@@ -37,6 +38,7 @@ pub use generate::{GenerateOptions, Generation, generate};
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
 pub use norm::RmsNorm;
+pub use paged::{CachedRow, PagedCache, Part, RowLogits};
 pub use qlora_layers::ops::fused::Activation;
 pub use rope::{Rope, RopeScaling};
 pub use sequence::Sequence;

@@ -122,17 +122,15 @@ impl Rope {
         }
     }
 
-    /// Whether a sequence of `len` tokens is rotated otherwise than one of `before`: what a cache holds of it
-    /// can't be used then.
-    pub fn changes(&self, before: usize, len: usize) -> bool {
+    /// What tells sequences of different lengths apart that rotate the same position differently; `None` where all lengths
+    /// are rotated alike. What a cache holds of one is of no use to the other.
+    pub fn variant(&self, len: usize) -> Option<u64> {
         match &self.scaling {
-            RopeScaling::Dynamic { max_position_embeddings, .. } => {
-                before.max(*max_position_embeddings) != len.max(*max_position_embeddings)
-            }
+            RopeScaling::Dynamic { max_position_embeddings, .. } => Some(len.max(*max_position_embeddings) as u64),
             RopeScaling::Long { original_max_position_embeddings: original, .. } => {
-                (before as f64 > *original) != (len as f64 > *original)
+                Some(u64::from(len as f64 > *original))
             }
-            _ => false,
+            _ => None,
         }
     }
 
@@ -174,7 +172,39 @@ impl RotaryTables {
     /// # Shapes
     /// Each `[len, dim / 2]`, f32.
     pub fn get(&self, rope: &Rope, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-        let frequencies = rope.frequencies(start + len);
+        self.get_spans(rope, [(start + len, start..start + len)], device)
+    }
+
+    /// Cosines and sines of the angles at positions of several sequences: of each, the length that it is rotated for and
+    /// the positions.
+    ///
+    /// # Shapes
+    /// Each `[tokens, dim / 2]`, f32, one sequence's positions after the other.
+    pub fn get_spans(
+        &self,
+        rope: &Rope,
+        spans: impl IntoIterator<Item = (usize, Range<usize>)>,
+        device: &Device,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for (rotated_for, positions) in spans {
+            self.append(rope, rotated_for, positions, &mut cos, &mut sin);
+        }
+        let pairs = rope.dim / 2;
+        let rows = cos.len() / pairs.max(1);
+        let table = |values| Tensor::from_data(TensorData::new(values, [rows, pairs]), (device, DType::F32));
+        (table(cos), table(sin))
+    }
+
+    fn append(
+        &self,
+        rope: &Rope,
+        rotated_for: usize,
+        positions: Range<usize>,
+        cos_out: &mut Vec<f32>,
+        sin_out: &mut Vec<f32>,
+    ) {
+        let frequencies = rope.frequencies(rotated_for);
         let pairs = frequencies.len();
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.frequencies != frequencies {
@@ -182,17 +212,16 @@ impl RotaryTables {
         }
         let Known { frequencies, cos, sin } = &mut *known;
         let rows = cos.len() / pairs.max(1);
-        let table =
-            |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), [len, pairs]), (device, DType::F32));
-        if start > rows {
+        if positions.start > rows {
             // A dynamic rope has other angles for every length: tables of earlier positions would not be used again.
-            let (mut cos, mut sin) = (Vec::new(), Vec::new());
-            rope.append_angles(frequencies, start..start + len, &mut cos, &mut sin);
-            return (table(&cos), table(&sin));
+            return rope.append_angles(frequencies, positions, cos_out, sin_out);
         }
-        rope.append_angles(frequencies, rows..start + len, cos, sin);
-        let range = start * pairs..(start + len) * pairs;
-        (table(&cos[range.clone()]), table(&sin[range]))
+        if positions.end > rows {
+            rope.append_angles(frequencies, rows..positions.end, cos, sin);
+        }
+        let range = positions.start * pairs..positions.end * pairs;
+        cos_out.extend_from_slice(&cos[range.clone()]);
+        sin_out.extend_from_slice(&sin[range]);
     }
 }
 
@@ -212,10 +241,10 @@ mod tests {
             attention_factor: 1.0,
             original_max_position_embeddings: 8.0,
         });
-        assert_eq!([(7, 8), (8, 9), (9, 10)].map(|(before, len)| long.changes(before, len)), [false, true, false]);
+        assert_eq!([7, 8, 9, 10].map(|len| long.variant(len)), [Some(0), Some(0), Some(1), Some(1)]);
         assert_eq!(long.frequencies(9)[0], 0.5);
         let dynamic = rope(RopeScaling::Dynamic { factor: 2.0, max_position_embeddings: 8 });
-        assert_eq!([(7, 8), (8, 9), (9, 10)].map(|(before, len)| dynamic.changes(before, len)), [false, true, true]);
+        assert_eq!([7, 8, 9, 10].map(|len| dynamic.variant(len)), [Some(8), Some(8), Some(9), Some(10)]);
         assert_eq!(dynamic.frequencies(8), rope(RopeScaling::Default).frequencies(8));
     }
 

@@ -59,9 +59,9 @@ fn the_cache_gives_the_logits_of_the_whole_sequence() {
     let whole = values(model.forward(&ids, 1, Pass::INFERENCE));
     // A prompt of three, then token by token.
     let mut cache = KvCache::new();
-    let mut found = values(model.forward_cached(&ids[..3], &mut cache));
+    let mut found = values(model.forward_cached(&ids[..3], &mut cache).unwrap());
     for id in &ids[3..] {
-        found.extend(values(model.forward_cached(&[*id], &mut cache)));
+        found.extend(values(model.forward_cached(&[*id], &mut cache).unwrap()));
     }
     assert_eq!(cache.len(), ids.len());
     // Sums over 256 to 688 terms in another order, logits of order 10: some 1e-5.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use host_copies::DeviceError;
 use qlora_models::ModelError;
 
 /// Why the engine refuses or fails.
@@ -72,7 +73,7 @@ pub enum ServeError {
         /// Tokens of a block.
         block_tokens: usize,
     },
-    /// The model failed.
+    /// The device failed.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Device(#[from] DeviceError),
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
+use adapter_io::Adapter;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
@@ -90,6 +91,8 @@ pub enum Command {
     Generate(Request, Reply),
     /// Read an adapter's folder and serve it under a name.
     LoadAdapter(String, PathBuf, oneshot::Sender<Result<(), ServeError>>),
+    /// An adapter's folder was read.
+    AdapterRead(String, PathBuf, Box<Adapter>, oneshot::Sender<Result<(), ServeError>>),
     /// Forget an adapter; requests that use it finish.
     UnloadAdapter(String, oneshot::Sender<Result<(), ServeError>>),
     /// Look at what else has changed: the engine was asked to close.
@@ -128,17 +131,36 @@ impl Answer {
     }
 }
 
-/// Asks an engine. Clones reach the same engine.
+/// Asks an engine. Clones reach the same engine; it closes when the last one is gone.
 #[derive(Clone, Debug)]
-pub struct Handle {
+pub struct Handle(Arc<Line>);
+
+#[derive(Debug)]
+struct Line {
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
+}
+
+impl Line {
+    fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        // An engine that is gone needs no waking.
+        self.commands.send(Command::Wake).ok();
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.close();
+    }
 }
 
 /// The engine's end of the line.
 #[derive(Debug)]
 pub struct Inbox {
     commands: mpsc::Receiver<Command>,
+    /// For what the engine has done on other threads.
+    sender: mpsc::Sender<Command>,
     shared: Arc<Shared>,
 }
 
@@ -151,7 +173,8 @@ pub fn line(limits: Limits) -> (Handle, Inbox) {
         closed: AtomicBool::new(false),
         adapters: Mutex::default(),
     });
-    (Handle { commands: sender, shared: shared.clone() }, Inbox { commands: receiver, shared })
+    let line = Line { commands: sender.clone(), shared: shared.clone() };
+    (Handle(Arc::new(line)), Inbox { commands: receiver, sender, shared })
 }
 
 impl Handle {
@@ -160,7 +183,8 @@ impl Handle {
     /// # Errors
     /// The request can't be answered as it is, the queue is full ([`ServeError::Busy`]), or the engine is closing.
     pub fn submit(&self, request: Request) -> Result<Answer, ServeError> {
-        let Shared { limits, counters, closed, .. } = &*self.shared;
+        let Line { commands, shared } = &*self.0;
+        let Shared { limits, counters, closed, .. } = &**shared;
         if closed.load(Ordering::Acquire) {
             return Err(ServeError::Closed);
         }
@@ -174,7 +198,7 @@ impl Handle {
         if tokens >= limits.max_tokens {
             return Err(ServeError::TooLong { tokens, max_tokens: limits.max_tokens });
         }
-        if let Some(name) = request.adapter.as_deref().filter(|name| !self.shared.adapters().contains_key(*name)) {
+        if let Some(name) = request.adapter.as_deref().filter(|name| !shared.adapters().contains_key(*name)) {
             return Err(ServeError::UnknownAdapter { name: name.into() });
         }
         let waiting = counters.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
@@ -184,7 +208,7 @@ impl Handle {
             return Err(ServeError::Busy { waiting: limits.max_waiting });
         }
         let (sender, receiver) = unbounded_channel();
-        if self.commands.send(Command::Generate(request, Reply(sender))).is_err() {
+        if commands.send(Command::Generate(request, Reply(sender))).is_err() {
             counters.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(ServeError::Closed);
         }
@@ -214,39 +238,37 @@ impl Handle {
     }
 
     fn command(&self, command: Command) -> Result<(), ServeError> {
-        match self.shared.closed.load(Ordering::Acquire) {
+        match self.is_closed() {
             true => Err(ServeError::Closed),
-            false => self.commands.send(command).map_err(|_| ServeError::Closed),
+            false => self.0.commands.send(command).map_err(|_| ServeError::Closed),
         }
     }
 
     /// The adapters that can be asked, by name.
     pub fn adapters(&self) -> Vec<AdapterInfo> {
-        let mut adapters: Vec<AdapterInfo> = self.shared.adapters().values().cloned().collect();
+        let mut adapters: Vec<AdapterInfo> = self.0.shared.adapters().values().cloned().collect();
         adapters.sort_by(|a, b| a.name.cmp(&b.name));
         adapters
     }
 
     /// What the engine can take.
     pub fn limits(&self) -> Limits {
-        self.shared.limits
+        self.0.shared.limits
     }
 
     /// What the engine has done and is doing.
     pub fn counters(&self) -> &Counters {
-        &self.shared.counters
+        &self.0.shared.counters
     }
 
     /// Has the engine take nothing more and end when everything that it took is answered.
     pub fn close(&self) {
-        self.shared.closed.store(true, Ordering::Release);
-        // An engine that is gone needs no waking.
-        self.commands.send(Command::Wake).ok();
+        self.0.close();
     }
 
     /// Whether the engine was asked to close, or is gone.
     pub fn is_closed(&self) -> bool {
-        self.shared.closed.load(Ordering::Acquire)
+        self.0.shared.closed.load(Ordering::Acquire)
     }
 }
 
@@ -256,9 +278,14 @@ impl Inbox {
         self.commands.try_recv().ok()
     }
 
-    /// Waits for the next command; `None` when no handle is left.
+    /// Waits for the next command. The last one is [`Command::Wake`], when the engine is to close.
     pub fn next(&self) -> Option<Command> {
         self.commands.recv().ok()
+    }
+
+    /// Where another thread of the engine sends its results.
+    pub fn sender(&self) -> mpsc::Sender<Command> {
+        self.sender.clone()
     }
 
     /// Whether the engine was asked to close.

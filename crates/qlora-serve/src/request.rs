@@ -122,7 +122,7 @@ pub struct Token {
     pub logprobs: Option<TokenLogprobs>,
 }
 
-/// Natural logarithms of probabilities, after penalties and biases and before temperature and restrictions.
+/// Natural logarithms of the probabilities that the model gives, before penalties, biases and temperature.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
     /// The token's own.

@@ -31,6 +31,8 @@ mod cube_tensors;
 mod flex;
 pub mod fused;
 mod packed;
+mod paged_tmp;
+pub use paged_tmp::*;
 mod seed;
 
 pub use attention::{
@@ -259,6 +261,19 @@ pub fn matmul<const D: usize>(lhs: Tensor<D>, rhs: Tensor<D>) -> Tensor<D> {
 pub fn matmul_into<const D: usize>(lhs: Tensor<D>, rhs: Tensor<D>, out: FloatDType) -> Tensor<D> {
     assert_eq!(lhs.dtype(), rhs.dtype(), "matmul: both operands must have one dtype");
     Tensor::from_dispatch(<Dispatch as QloraOps>::matmul(lhs.into_dispatch(), rhs.into_dispatch(), out))
+}
+
+/// `scaling · x lora_aᵀ lora_bᵀ`, summed in f32, without a graph: the update that [`lora_linear_4bit`] adds, by itself.
+///
+/// # Shapes
+/// - `x`: `[tokens, in_features]`, f32, bf16 or f16
+/// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`, f32; they take part in the dtype of `x`
+/// - output: `[tokens, out_features]`, f32
+pub fn low_rank_update(x: Tensor<2>, lora_a: Tensor<2>, lora_b: Tensor<2>, scaling: f32) -> Tensor<2> {
+    let dtype = float_dtype(x.dtype());
+    let (x, lora_a) = (x.into_dispatch(), lora_a.into_dispatch());
+    let u = <Dispatch as QloraOps>::low_rank_project(x, lora_a, LoraFactor::A, scaling, None);
+    matmul_into(Tensor::from_dispatch(u), lora_b.cast(dtype).transpose(), FloatDType::F32)
 }
 
 /// Dropout whose mask is a pure function of `seed` and the element's index.

@@ -1,0 +1,73 @@
+//! One linear layer over rows that have different adapters.
+
+use crate::lora_linear::LoraLinear;
+use crate::ops::low_rank_update;
+use crate::params::constant;
+use crate::{FrozenLinear, Pass};
+use burn::tensor::{DType, FloatDType, Tensor};
+
+/// `x` through a layer that the rows of `x` see with different adapters: the first part's rows come first.
+///
+/// Where the layers of all parts hold the same frozen weight, and adapters are plain low-rank updates, the product with
+/// the weight runs once for all rows. Otherwise (magnitudes, weights trained in full, weights that an adapter changed) each
+/// part runs by itself. Passes have no graph and no dropout.
+///
+/// # Shapes
+/// - `parts`: numbers of rows, and the layer as these rows see it
+/// - `x`: `[tokens, in_features]`, the parts' rows one after the other
+/// - output: `[tokens, out_features]`, dtype of `x`
+pub fn forward_mixed(parts: &[(usize, &LoraLinear)], x: Tensor<2>) -> Tensor<2> {
+    let [(_, first), ..] = parts else { return x };
+    if parts.len() == 1 {
+        return first.forward_in(x, Pass::INFERENCE);
+    }
+    let starts = parts.iter().scan(0, |end, (rows, _)| {
+        let start = *end;
+        *end += rows;
+        Some(start)
+    });
+    let pieces = parts.iter().zip(starts).map(|(&(rows, layer), start)| (layer, x.clone().narrow(0, start, rows)));
+    if !parts.iter().all(|(_, layer)| layer.is_plain() && layer.base.is_same(&first.base)) {
+        return Tensor::cat(pieces.map(|(layer, x)| layer.forward_in(x, Pass::INFERENCE)).collect(), 0);
+    }
+    let dtype = x.dtype();
+    if parts.iter().all(|(_, layer)| layer.adapter.is_none()) {
+        return first.forward_in(x, Pass::INFERENCE);
+    }
+    let [out_features, _] = first.base.shape();
+    let update = |(layer, x): (&LoraLinear, Tensor<2>)| match &layer.adapter {
+        None => Tensor::zeros([x.dims()[0], out_features], (&x.device(), DType::F32)),
+        Some(adapter) => {
+            let scaling = adapter.scaling.get();
+            let update = low_rank_update(x, constant(&adapter.lora_a), constant(&adapter.lora_b), scaling);
+            match &adapter.bias {
+                Some(bias) => update + constant(bias).mul_scalar(scaling),
+                None => update,
+            }
+        }
+    };
+    let updates = Tensor::cat(pieces.map(update).collect(), 0);
+    let y = first.base.forward_into(x, FloatDType::F32) + updates;
+    match &first.bias {
+        Some(bias) => (y + bias.val().without_autodiff().cast(FloatDType::F32).unsqueeze()).cast(dtype),
+        None => y.cast(dtype),
+    }
+}
+
+impl LoraLinear {
+    /// Whether the layer is its frozen weight, its bias and at most a low-rank update.
+    fn is_plain(&self) -> bool {
+        self.whole.is_none() && self.adapter.as_ref().is_none_or(|adapter| adapter.dora.is_none())
+    }
+}
+
+impl FrozenLinear {
+    /// Whether both are the same weight, not only equal ones: clones of one layer, or of modules that hold it.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Quantized(this), Self::Quantized(other)) => this.is_same(other),
+            (Self::Dense(this), Self::Dense(other)) => this.id == other.id,
+            _ => false,
+        }
+    }
+}

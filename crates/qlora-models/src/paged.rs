@@ -1,0 +1,323 @@
+//! One forward pass over rows of different lengths and adapters, with the keys and values of past tokens in blocks.
+//!
+//! A row adds some tokens to what the cache holds of its sequence: a prompt or a piece of it, or the one token that was
+//! chosen last. Products run over all rows' tokens at once; only attention tells the rows apart. What a row gets does not
+//! depend on the rows beside it.
+
+use crate::block::FeedForward;
+use crate::config::{AttentionKind, ModelConfig};
+use crate::decoder::Decoder;
+use crate::mlp::Mlp;
+use crate::norm::RmsNorm;
+use crate::rope::RotaryTables;
+use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
+use qlora_layers::ops::fused::{Rotation, rotate};
+use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, paged_attention, paged_write};
+use qlora_layers::{Pass, forward_mixed};
+
+/// Keys and values in blocks of some tokens each. Who holds which block is the caller's business.
+#[derive(Debug)]
+pub struct PagedCache {
+    block_tokens: usize,
+    /// Keys and values of each decoder block, `[blocks * block_tokens, kv_heads, head_dim]`.
+    layers: Vec<[Tensor<3>; 2]>,
+}
+
+impl PagedCache {
+    /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
+    pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
+        let shape = [blocks * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
+        let zeros = || Tensor::zeros(shape, (&model.device, DType::from(model.dtype)));
+        let layers = model.blocks.iter().map(|_| [zeros(), zeros()]).collect();
+        Self { block_tokens, layers }
+    }
+
+    /// Bytes on the device that a token takes.
+    pub fn token_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
+    }
+
+    /// Tokens of a block.
+    pub fn block_tokens(&self) -> usize {
+        self.block_tokens
+    }
+
+    /// Blocks.
+    pub fn blocks(&self) -> usize {
+        self.layers.first().map_or(0, |[keys, _]| keys.dims()[0] / self.block_tokens)
+    }
+
+    /// Appends room for as many blocks.
+    pub fn grow(&mut self, blocks: usize) {
+        for tensor in self.layers.iter_mut().flatten() {
+            let [_, heads, head_dim] = tensor.dims();
+            let more = Tensor::zeros([blocks * self.block_tokens, heads, head_dim], (&tensor.device(), tensor.dtype()));
+            *tensor = Tensor::cat(vec![tensor.clone(), more], 0);
+        }
+    }
+
+    /// Writes new keys and values of a decoder block, and returns all of them.
+    fn write(&mut self, layer: usize, new: [Tensor<3>; 2], batch: &PagedBatch) -> &[Tensor<3>; 2] {
+        let layer = &mut self.layers[layer];
+        for (tensor, new) in layer.iter_mut().zip(new) {
+            // The cache's tensor has one owner, so that it is written in place.
+            let placeholder = Tensor::empty([0, 1, 1], (&tensor.device(), tensor.dtype()));
+            *tensor = paged_write(std::mem::replace(tensor, placeholder), new, batch);
+        }
+        layer
+    }
+}
+
+/// Which of a row's tokens get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowLogits {
+    /// None: the row's prompt goes on.
+    None,
+    /// The last one.
+    Last,
+    /// Every one of this pass.
+    All,
+}
+
+/// A row of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct CachedRow<'a> {
+    /// Its tokens in this pass, at least one.
+    pub ids: &'a [u32],
+    /// Its tokens before, whose keys and values are in the cache.
+    pub past: usize,
+    /// The length that positions are rotated for; see [`Decoder::rotation`].
+    pub rotated_for: usize,
+    /// The cache's blocks that hold the sequence: room for `past` and all of `ids`.
+    pub blocks: &'a [u32],
+    /// Which tokens get logits.
+    pub logits: RowLogits,
+}
+
+/// Rows that see the model with one adapter.
+#[derive(Clone, Debug)]
+pub struct Part<'a> {
+    /// The model as the rows see it. The models of a pass are clones of one, with or without adapters.
+    pub model: &'a Decoder,
+    /// The rows.
+    pub rows: Vec<CachedRow<'a>>,
+}
+
+/// What the decoder blocks of a pass share.
+struct MixedPass<'a> {
+    models: Vec<(usize, &'a Decoder)>,
+    config: &'a ModelConfig,
+    batch: PagedBatch,
+    views: Vec<View>,
+}
+
+/// How decoder blocks of one kind see the pass.
+struct View {
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+    rotation: Rotation,
+    attention: AttentionOptions,
+}
+
+impl Decoder {
+    /// What tells sequences of different lengths apart that rotate the same position differently. What a cache holds of one
+    /// is of no use to the other. Most models have one rotation for all lengths.
+    pub fn rotation(&self, len: usize) -> Vec<u64> {
+        self.config.attention_kinds.iter().filter_map(|kind| kind.rope.variant(len)).collect()
+    }
+
+    /// Runs the rows of `parts` and leaves their keys and values in `cache`. `None` when no row asks for logits.
+    ///
+    /// # Shapes
+    /// `[tokens with logits, vocab]` in the compute dtype, in the order of parts, rows and tokens.
+    pub fn forward_paged(parts: &[Part<'_>], cache: &mut PagedCache) -> Option<Tensor<2>> {
+        let parts: Vec<&Part<'_>> = parts.iter().filter(|part| !part.rows.is_empty()).collect();
+        let pass = MixedPass::new(&parts, cache)?;
+        let embedded = parts.iter().map(|part| {
+            let ids: Vec<u32> = part.rows.iter().flat_map(|row| row.ids).copied().collect();
+            part.model.embed(&ids, Pass::INFERENCE)
+        });
+        let mut x = joined(embedded.collect());
+        for index in 0..pass.models[0].1.blocks.len() {
+            x = pass.block(index, x, cache);
+        }
+        let (wanted, counts) = wanted(&parts);
+        if wanted.is_empty() {
+            return None;
+        }
+        let len = wanted.len();
+        let wanted = Tensor::<1, Int>::from_data(TensorData::new(wanted, [len]), (&x.device(), DType::I32));
+        let models = pass.models.iter().zip(counts).filter(|(_, count)| *count > 0);
+        let models: Vec<(usize, &Decoder)> = models.map(|((_, model), count)| (count, *model)).collect();
+        Some(MixedPass { models, ..pass }.logits(x.select(0, wanted)))
+    }
+}
+
+/// Indices of the tokens that get logits, and how many each part has.
+fn wanted(parts: &[&Part<'_>]) -> (Vec<i32>, Vec<usize>) {
+    let (mut wanted, mut start) = (Vec::new(), 0);
+    let counts = parts.iter().map(|part| {
+        let before = wanted.len();
+        for row in &part.rows {
+            let end = start + row.ids.len();
+            match row.logits {
+                RowLogits::None => {}
+                RowLogits::Last => wanted.push(end as i32 - 1),
+                RowLogits::All => wanted.extend(start as i32..end as i32),
+            }
+            start = end;
+        }
+        wanted.len() - before
+    });
+    let counts = counts.collect();
+    (wanted, counts)
+}
+
+fn joined(mut parts: Vec<Tensor<2>>) -> Tensor<2> {
+    match parts.len() {
+        1 => parts.remove(0),
+        _ => Tensor::cat(parts, 0),
+    }
+}
+
+impl<'a> MixedPass<'a> {
+    fn new(parts: &[&Part<'a>], cache: &PagedCache) -> Option<Self> {
+        let model = parts.first()?.model;
+        let (config, device) = (&model.config, &model.device);
+        let rows: Vec<&CachedRow<'_>> = parts.iter().flat_map(|part| &part.rows).collect();
+        let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
+        let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
+            let spans = rows.iter().map(|row| (row.rotated_for, row.past..row.past + row.ids.len()));
+            let (cos, sin) = tables.get_spans(&kind.rope, spans, device);
+            let softcap = config.score_softcap.map(|cap| cap as f32);
+            View {
+                cos,
+                sin,
+                rotation: Rotation { len: tokens, head_dim: config.head_dim, rotary: kind.rope.dim, inverse: false },
+                attention: AttentionOptions::new(config.score_scale as f32, kind.window, softcap),
+            }
+        };
+        let views = config.attention_kinds.iter().zip(&*model.rotary).map(view).collect();
+        let paged = rows.iter().map(|row| PagedRow {
+            blocks: row.blocks,
+            len: row.past + row.ids.len(),
+            new: row.ids.len(),
+        });
+        let batch = PagedBatch::new(&paged.collect::<Vec<_>>(), cache.block_tokens(), device);
+        let models = parts.iter().map(|part| (part.rows.iter().map(|row| row.ids.len()).sum(), part.model)).collect();
+        Some(Self { models, config, batch, views })
+    }
+
+    /// What each part's model holds somewhere, with the part's number of tokens.
+    fn each<T>(&self, pick: impl Fn(&'a Decoder) -> T) -> Vec<(usize, T)> {
+        self.models.iter().map(|&(tokens, model)| (tokens, pick(model))).collect()
+    }
+
+    /// [`each`](Self::each) of what only some models have; `None` when one lacks it.
+    fn each_some<T>(&self, pick: impl Fn(&'a Decoder) -> Option<T>) -> Option<Vec<(usize, T)>> {
+        self.models.iter().map(|&(tokens, model)| Some((tokens, pick(model)?))).collect()
+    }
+
+    /// One decoder block.
+    fn block(&self, index: usize, x: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
+        let _span = tracing::trace_span!("block", index).entered();
+        let m = x.clone() + self.attention(index, x, cache);
+        m.clone() + self.feed_forward(index, m)
+    }
+
+    fn attention(&self, index: usize, x: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
+        let config = self.config;
+        let block = |model: &'a Decoder| &model.blocks[index];
+        let view = &self.views[block(self.models[0].1).kind];
+        let h = norm(&self.each(|model| &block(model).norms.attention_input.module), x, RmsNorm::forward);
+        let [q, k, v] = match block(self.models[0].1).qkv.len() {
+            3 => [0, 1, 2].map(|i| forward_mixed(&self.each(|model| &block(model).qkv[i].module), h.clone())),
+            _ => {
+                let all = forward_mixed(&self.each(|model| &block(model).qkv[0].module), h);
+                let [q, k, v] = config.qkv_widths();
+                [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
+            }
+        };
+        let head_norm = |x: Tensor<2>, i: usize| {
+            let norms = self.each_some(|model| Some(&block(model).norms.qk.as_ref()?[i].module));
+            norms.map_or_else(|| x.clone(), |norms| norm(&norms, x.clone(), RmsNorm::forward_heads))
+        };
+        let rotated = |x: Tensor<2>| match view.rotation.rotary {
+            0 => x,
+            _ => rotate(x, view.cos.clone(), view.sin.clone(), view.rotation),
+        };
+        let [tokens, _] = q.dims();
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
+        let q = heads(rotated(head_norm(q, 0)), config.num_attention_heads);
+        let k = heads(rotated(head_norm(k, 1)), config.num_key_value_heads);
+        let v = heads(v, config.num_key_value_heads);
+        let [keys, values] = cache.write(index, [k, v], &self.batch);
+        let mixed = paged_attention(q, keys, values, &self.batch, &view.attention);
+        let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
+        let output = forward_mixed(&self.each(|model| &block(model).output.module), mixed);
+        let norms = self.each_some(|model| Some(&block(model).norms.attention_output.as_ref()?.module));
+        norms.map_or_else(|| output.clone(), |norms| norm(&norms, output.clone(), RmsNorm::forward))
+    }
+
+    fn feed_forward(&self, index: usize, x: Tensor<2>) -> Tensor<2> {
+        let block = |model: &'a Decoder| &model.blocks[index];
+        let h = norm(&self.each(|model| &block(model).norms.mlp_input.module), x, RmsNorm::forward);
+        let dense = self.each_some(|model| match &block(model).feed_forward {
+            FeedForward::Dense(mlp) => Some(mlp),
+            FeedForward::Experts(_) => None,
+        });
+        let output = match dense {
+            Some(mlps) => Mlp::forward_mixed(&mlps, h),
+            None => self.by_part(h, |model, x| block(model).feed_forward.forward(x, Pass::INFERENCE, false)),
+        };
+        let norms = self.each_some(|model| Some(&block(model).norms.mlp_output.as_ref()?.module));
+        norms.map_or_else(|| output.clone(), |norms| norm(&norms, output.clone(), RmsNorm::forward))
+    }
+
+    /// Final norm and output head.
+    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
+        let x = norm(&self.each(|model| &model.norm.module), x, RmsNorm::forward);
+        let model = self.models[0].1;
+        let logits = match self.each_some(|model| model.lm_head.as_ref()) {
+            Some(heads) => forward_mixed(&heads, x),
+            // Tied heads are one table: adapters that touch it give their model a head of its own.
+            None if self.models.iter().all(|(_, model)| model.lm_head.is_none()) => model.head(x, Pass::INFERENCE),
+            None => self.by_part(x, |model, x| model.head(x, Pass::INFERENCE)),
+        };
+        model.capped(logits)
+    }
+
+    /// Runs each part's rows by themselves.
+    fn by_part(&self, x: Tensor<2>, run: impl Fn(&'a Decoder, Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+        by_part(&self.models, x, run)
+    }
+}
+
+/// The norms differ only where an adapter trained one in full.
+fn norm(
+    parts: &[(usize, &RmsNorm)],
+    x: Tensor<2>,
+    forward: impl Fn(&RmsNorm, Tensor<2>, Pass) -> Tensor<2>,
+) -> Tensor<2> {
+    match parts.iter().all(|(_, norm)| norm.trained.is_none()) {
+        true => forward(parts[0].1, x, Pass::INFERENCE),
+        false => by_part(parts, x, |norm, x| forward(norm, x, Pass::INFERENCE)),
+    }
+}
+
+fn by_part<'a, T>(
+    parts: &[(usize, &'a T)],
+    x: Tensor<2>,
+    run: impl Fn(&'a T, Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    if let [(_, part)] = *parts {
+        return run(part, x);
+    }
+    let mut start = 0;
+    let outputs = parts.iter().map(|&(tokens, part)| {
+        let output = run(part, x.clone().narrow(0, start, tokens));
+        start += tokens;
+        output
+    });
+    Tensor::cat(outputs.collect(), 0)
+}

@@ -1,0 +1,476 @@
+//! The loop that answers: takes requests, plans a pass, runs it, chooses tokens, sends them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use adapter_io::Adapter;
+use host_copies::DeviceError;
+use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits};
+use tokio::sync::oneshot;
+
+use crate::adapters::{AdapterNumber, Adapters};
+use crate::error::ServeError;
+use crate::handle::{AdapterInfo, Command, Handle, Inbox, Limits, Reply, line};
+use crate::request::{Constraint, Event, FinishReason, Finished, Request, Token, TokenLogprobs, Usage};
+use crate::sampling::{Sampler, logprobs};
+use crate::scheduler::{BlockPool, Bounds, Scheduler, SequenceId, Slice};
+
+/// How large the paged cache is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheSize {
+    /// Room for this many tokens.
+    Tokens(usize),
+    /// As many tokens as fit into these bytes.
+    Bytes(u64),
+}
+
+/// How an engine works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Keys and values of past tokens, on the device.
+    pub cache: CacheSize,
+    /// Tokens of a block of the cache.
+    pub block_tokens: usize,
+    /// Requests in a batch at most.
+    pub max_batch: usize,
+    /// Tokens of a forward pass at most; what is left beside the answers goes to prompts.
+    pub max_batch_tokens: usize,
+    /// Requests that wait at most.
+    pub max_waiting: usize,
+    /// Tokens of prompt and answer at most; `None` for what model and cache have room for.
+    pub max_tokens: Option<usize>,
+    /// Adapters at most.
+    pub max_adapters: usize,
+    /// Adapters on the device at most; the others wait in the host's memory.
+    pub max_adapters_on_device: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            cache: CacheSize::Tokens(8192),
+            block_tokens: 16,
+            max_batch: 64,
+            max_batch_tokens: 1024,
+            max_waiting: 1024,
+            max_tokens: None,
+            max_adapters: 64,
+            max_adapters_on_device: 16,
+        }
+    }
+}
+
+/// A request in the engine.
+#[derive(Debug)]
+struct Answering {
+    reply: Reply,
+    adapter: AdapterNumber,
+    prompt_len: usize,
+    max_tokens: usize,
+    stop_ids: Vec<u32>,
+    logprobs: Option<usize>,
+    /// Log probabilities of the prompt's tokens so far, until they are sent.
+    prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    constraint: Option<Box<dyn Constraint>>,
+    sampler: Sampler,
+    generated: usize,
+    has_joined: bool,
+}
+
+/// Answers requests over one base model.
+#[derive(Debug)]
+pub struct Engine {
+    adapters: Adapters,
+    cache: PagedCache,
+    scheduler: Scheduler,
+    answering: HashMap<SequenceId, Answering>,
+    next_id: SequenceId,
+    inbox: Inbox,
+}
+
+impl Engine {
+    /// An engine over a model without an adapter, and the way to ask it.
+    ///
+    /// # Errors
+    /// [`ServeError::CacheTooSmall`].
+    pub fn new(model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
+        let token_bytes = PagedCache::token_bytes(model.config(), model.dtype()) as u64;
+        let block_tokens = config.block_tokens.max(1);
+        let (tokens, budget) = match config.cache {
+            CacheSize::Tokens(tokens) => (tokens, tokens as u64 * token_bytes),
+            CacheSize::Bytes(bytes) => ((bytes / token_bytes.max(1)) as usize, bytes),
+        };
+        let blocks = tokens / block_tokens;
+        if blocks < 2 {
+            return Err(ServeError::CacheTooSmall { budget, blocks, block_tokens });
+        }
+        let most = model.config().max_tokens().min(blocks * block_tokens);
+        let limits = Limits {
+            max_tokens: config.max_tokens.map_or(most, |tokens| tokens.min(most)),
+            vocab_size: model.vocab_size(),
+            max_waiting: config.max_waiting,
+            max_adapters: config.max_adapters,
+        };
+        let (handle, inbox) = line(limits);
+        inbox.counters().blocks.store(blocks, Ordering::Relaxed);
+        let bounds = Bounds { sequences: config.max_batch.max(1), tokens: config.max_batch_tokens.max(1) };
+        let engine = Self {
+            cache: PagedCache::new(&model, blocks, block_tokens),
+            adapters: Adapters::new(model, config.max_adapters_on_device),
+            scheduler: Scheduler::new(bounds, BlockPool::new(blocks, block_tokens)),
+            answering: HashMap::new(),
+            next_id: 0,
+            inbox,
+        };
+        Ok((engine, handle))
+    }
+
+    /// Runs the engine on a thread of its own until it is closed.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), when the thread is joined; `std::io::Error` when it can't be started.
+    pub fn spawn(mut self) -> std::io::Result<JoinHandle<Result<(), ServeError>>> {
+        std::thread::Builder::new().name("engine".into()).spawn(move || self.run())
+    }
+
+    /// Answers until the engine is closed and everything is answered.
+    ///
+    /// # Errors
+    /// The device fails; every request that runs or waits is told.
+    pub fn run(&mut self) -> Result<(), ServeError> {
+        loop {
+            if self.scheduler.is_idle() {
+                if self.take_commands() {
+                    continue;
+                }
+                if self.inbox.is_closed() {
+                    return Ok(());
+                }
+                match self.inbox.next() {
+                    Some(command) => self.obey(command),
+                    None => return Ok(()),
+                }
+                continue;
+            }
+            self.step()?;
+        }
+    }
+
+    /// One pass, if there is anything to do.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn step(&mut self) -> Result<(), ServeError> {
+        self.take_commands();
+        self.drop_cancelled();
+        let base = self.adapters.base();
+        let plan = self.scheduler.plan(&|len| base.rotation(len));
+        self.inbox.counters().preemptions.fetch_add(plan.preempted as u64, Ordering::Relaxed);
+        if !plan.slices.is_empty() {
+            if let Err(e) = self.pass(plan.slices) {
+                let message = e.to_string();
+                let ids: Vec<SequenceId> = self.answering.keys().copied().collect();
+                ids.into_iter().for_each(|id| self.fail(id, message.clone()));
+                return Err(e.into());
+            }
+            self.inbox.counters().steps.fetch_add(1, Ordering::Relaxed);
+        }
+        let counters = self.inbox.counters();
+        counters.running.store(self.scheduler.num_running(), Ordering::Relaxed);
+        counters.blocks_used.store(self.scheduler.blocks_used(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether there was any.
+    fn take_commands(&mut self) -> bool {
+        let mut found = false;
+        while let Some(command) = self.inbox.try_next() {
+            self.obey(command);
+            found = true;
+        }
+        found
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Generate(request, reply) => self.take(request, reply),
+            Command::LoadAdapter(name, dir, reply) => self.read_adapter(name, dir, reply),
+            Command::AdapterRead(name, dir, adapter, reply) => {
+                // Nobody may wait for the answer any more; the adapter is loaded all the same.
+                reply.send(self.load_adapter(name, dir, *adapter)).ok();
+            }
+            Command::UnloadAdapter(name, reply) => {
+                reply.send(self.unload_adapter(&name)).ok();
+            }
+            Command::Wake => {}
+        }
+    }
+
+    fn take(&mut self, request: Request, reply: Reply) {
+        let Request { prompt, adapter, max_tokens, sampling, stop_ids, logprobs, prompt_logprobs, constraint } = request;
+        // The adapter may have gone since the request was checked.
+        let Some(adapter) = self.adapters.number(adapter.as_deref()) else {
+            self.count_waiting(-1);
+            self.inbox.counters().failed.fetch_add(1, Ordering::Relaxed);
+            let name = adapter.unwrap_or_default();
+            reply.send(Event::Failed(ServeError::UnknownAdapter { name }.to_string()));
+            return;
+        };
+        self.next_id += 1;
+        let answering = Answering {
+            reply,
+            adapter,
+            prompt_len: prompt.len(),
+            max_tokens: max_tokens.min(self.inbox.limits().max_tokens - prompt.len()),
+            stop_ids,
+            logprobs,
+            prompt_logprobs: prompt_logprobs.then(|| vec![None]),
+            constraint,
+            sampler: Sampler::new(sampling, &prompt),
+            generated: 0,
+            has_joined: false,
+        };
+        self.adapters.begin_use(adapter);
+        self.answering.insert(self.next_id, answering);
+        self.scheduler.add(self.next_id, prompt, adapter, !prompt_logprobs);
+    }
+
+    fn count_waiting(&self, change: isize) {
+        self.inbox.counters().waiting.fetch_add(change as usize, Ordering::Relaxed);
+    }
+
+    /// Reads a folder on another thread, so that answers go on.
+    fn read_adapter(&mut self, name: String, dir: PathBuf, reply: oneshot::Sender<Result<(), ServeError>>) {
+        let sender = self.inbox.sender();
+        let read = move || match Adapter::load(&dir) {
+            Ok(adapter) => {
+                sender.send(Command::AdapterRead(name, dir, Box::new(adapter), reply)).ok();
+            }
+            Err(e) => {
+                reply.send(Err(ServeError::Adapter { dir, source: e.into() })).ok();
+            }
+        };
+        // Without a thread the reply is dropped, which tells who waits.
+        if let Err(e) = std::thread::Builder::new().name("adapter".into()).spawn(read) {
+            tracing::warn!("no thread to read an adapter with: {e}");
+        }
+    }
+
+    fn load_adapter(&mut self, name: String, dir: PathBuf, adapter: Adapter) -> Result<(), ServeError> {
+        let Limits { max_adapters, .. } = self.inbox.limits();
+        if self.adapters.number(Some(&name)).is_some() {
+            return Err(ServeError::NameTaken { name });
+        }
+        if self.adapters.len() >= max_adapters {
+            return Err(ServeError::TooManyAdapters { max_adapters });
+        }
+        if let Err(source) = self.adapters.insert(&name, adapter) {
+            return Err(ServeError::Adapter { dir, source });
+        }
+        let loaded = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        self.inbox.announce(AdapterInfo { name, dir, loaded });
+        Ok(())
+    }
+
+    fn unload_adapter(&mut self, name: &str) -> Result<(), ServeError> {
+        let number =
+            self.adapters.remove(name).ok_or_else(|| ServeError::UnknownAdapter { name: name.to_string() })?;
+        self.scheduler.forget_adapter(number);
+        self.inbox.withdraw(name);
+        Ok(())
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone = self.answering.iter().filter(|(_, answering)| answering.reply.is_cancelled());
+        let gone: Vec<SequenceId> = gone.map(|(id, _)| *id).collect();
+        for id in gone {
+            self.remove(id, |counters| &counters.cancelled);
+        }
+    }
+
+    /// Takes a request out and counts how it ended.
+    fn remove(
+        &mut self,
+        id: SequenceId,
+        counter: impl Fn(&crate::handle::Counters) -> &AtomicU64,
+    ) -> Option<(Reply, Usage)> {
+        let answering = self.answering.remove(&id)?;
+        let usage = Usage {
+            prompt_tokens: answering.prompt_len,
+            cached_tokens: self.scheduler.cached(id),
+            completion_tokens: answering.generated,
+        };
+        self.scheduler.remove(id);
+        self.adapters.end_use(answering.adapter);
+        if !answering.has_joined {
+            self.count_waiting(-1);
+        }
+        counter(self.inbox.counters()).fetch_add(1, Ordering::Relaxed);
+        Some((answering.reply, usage))
+    }
+
+    fn fail(&mut self, id: SequenceId, message: String) {
+        if let Some((reply, _)) = self.remove(id, |counters| &counters.failed) {
+            reply.send(Event::Failed(message));
+        }
+    }
+
+    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        if let Some((reply, usage)) = self.remove(id, |counters| &counters.finished) {
+            reply.send(Event::Finished(Finished { reason, usage }));
+        }
+    }
+
+    /// Runs the slices of a plan.
+    fn pass(&mut self, slices: Vec<Slice>) -> Result<(), DeviceError> {
+        let mut by_adapter: BTreeMap<AdapterNumber, Vec<Slice>> = BTreeMap::new();
+        for slice in slices {
+            if let Some(answering) = self.answering.get_mut(&slice.id) {
+                let joined = !std::mem::replace(&mut answering.has_joined, true);
+                by_adapter.entry(answering.adapter).or_default().push(slice.clone());
+                if joined {
+                    self.joined(&slice);
+                }
+            }
+        }
+        let numbers: Vec<AdapterNumber> = by_adapter.keys().copied().collect();
+        self.adapters.bring(&numbers).map_err(device_error)?;
+        let is_noted = |slice: &Slice| {
+            self.answering.get(&slice.id).is_some_and(|answering| answering.prompt_logprobs.is_some())
+        };
+        let parts = by_adapter.iter().map(|(number, slices)| Part {
+            model: self.adapters.model(*number),
+            rows: slices.iter().map(|slice| row(&self.scheduler, slice, is_noted(slice))).collect(),
+        });
+        let parts: Vec<Part<'_>> = parts.collect();
+        let wanted: Vec<RowLogits> = parts.iter().flat_map(|part| &part.rows).map(|row| row.logits).collect();
+        let logits = Decoder::forward_paged(&parts, &mut self.cache);
+        drop(parts);
+        let slices: Vec<Slice> = by_adapter.into_values().flatten().collect();
+        for slice in &slices {
+            self.scheduler.computed(slice);
+        }
+        let Some(logits) = logits else { return Ok(()) };
+        let [_, vocab] = logits.dims();
+        let mut logits = logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+        let mut rows = logits.chunks_exact_mut(vocab);
+        for (slice, wanted) in slices.iter().zip(wanted) {
+            let count = match wanted {
+                RowLogits::None => 0,
+                RowLogits::Last => 1,
+                RowLogits::All => slice.new,
+            };
+            let mut own: Vec<&mut [f32]> = rows.by_ref().take(count).collect();
+            if wanted == RowLogits::All {
+                self.note_prompt(slice, &own);
+            }
+            if let Some(last) = own.pop().filter(|_| slice.is_last) {
+                self.advance(slice.id, last);
+            }
+        }
+        Ok(())
+    }
+
+    fn joined(&self, slice: &Slice) {
+        let counters = self.inbox.counters();
+        self.count_waiting(-1);
+        let cached = self.scheduler.cached(slice.id);
+        let prompt = self.scheduler.tokens(slice.id).len();
+        counters.cached_tokens.fetch_add(cached as u64, Ordering::Relaxed);
+        counters.prompt_tokens.fetch_add((prompt - cached) as u64, Ordering::Relaxed);
+    }
+
+    /// Takes log probabilities of a prompt's tokens from the logits before them; sends them when they are complete.
+    fn note_prompt(&mut self, slice: &Slice, rows: &[&mut [f32]]) {
+        let tokens = self.scheduler.tokens(slice.id);
+        let Some(answering) = self.answering.get_mut(&slice.id) else { return };
+        let Some(notes) = &mut answering.prompt_logprobs else { return };
+        for (position, row) in (slice.past..).zip(rows) {
+            // After a preemption, positions come a second time.
+            if position + 1 == notes.len() && position + 1 < answering.prompt_len {
+                notes.push(Some(logprobs(row, tokens[position + 1], answering.logprobs.unwrap_or(0))));
+            }
+        }
+        if notes.len() == answering.prompt_len {
+            answering.reply.send(Event::Prompt(answering.prompt_logprobs.take().unwrap_or_default()));
+        }
+    }
+
+    /// Chooses a sequence's next token.
+    fn advance(&mut self, id: SequenceId, row: &mut [f32]) {
+        let Some(answering) = self.answering.get_mut(&id) else { return };
+        if answering.generated == answering.max_tokens {
+            return self.finish(id, FinishReason::Length);
+        }
+        let allowed = match answering.constraint.as_mut().map(|constraint| constraint.allowed()).transpose() {
+            Ok(allowed) => allowed.flatten(),
+            Err(message) => return self.fail(id, message),
+        };
+        let original = answering.logprobs.map(|_| row.to_vec());
+        let Some(token) = answering.sampler.choose(row, allowed.as_deref()) else {
+            let message = match row.iter().any(|logit| logit.is_nan()) {
+                true => ModelError::NotANumber.to_string(),
+                false => "no token may follow here: every one is forbidden by the constraint or by logit_bias".into(),
+            };
+            return self.fail(id, message);
+        };
+        let logprobs = original.map(|original| logprobs(&original, token, answering.logprobs.unwrap_or(0)));
+        answering.generated += 1;
+        self.inbox.counters().generated_tokens.fetch_add(1, Ordering::Relaxed);
+        let is_heard = answering.reply.send(Event::Token(Token { id: token, logprobs }));
+        let stops = answering.stop_ids.contains(&token);
+        let is_complete = match &mut answering.constraint {
+            Some(_) if stops => true,
+            Some(constraint) => match constraint.accept(token) {
+                Ok(()) => constraint.is_complete(),
+                Err(message) => return self.fail(id, message),
+            },
+            None => false,
+        };
+        let is_long = answering.generated == answering.max_tokens;
+        self.scheduler.push(id, token);
+        match (is_heard, stops || is_complete, is_long) {
+            (false, ..) => {
+                self.remove(id, |counters| &counters.cancelled);
+            }
+            (true, true, _) => self.finish(id, FinishReason::Stop),
+            (true, false, true) => self.finish(id, FinishReason::Length),
+            (true, false, false) => {}
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let counters = self.inbox.counters();
+        for gauge in [&counters.waiting, &counters.running, &counters.blocks_used] {
+            AtomicUsize::store(gauge, 0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A slice as the model takes it.
+fn row<'a>(scheduler: &'a Scheduler, slice: &Slice, is_noted: bool) -> CachedRow<'a> {
+    CachedRow {
+        ids: &scheduler.tokens(slice.id)[slice.past..slice.past + slice.new],
+        past: slice.past,
+        rotated_for: slice.rotated_for,
+        blocks: scheduler.blocks(slice.id),
+        logits: match (is_noted, slice.is_last) {
+            (true, _) => RowLogits::All,
+            (false, true) => RowLogits::Last,
+            (false, false) => RowLogits::None,
+        },
+    }
+}
+
+/// An adapter that was on the model before fails to come back for want of memory, or because the device is gone.
+fn device_error(error: ModelError) -> DeviceError {
+    match error {
+        ModelError::Device(error) => error,
+        other => DeviceError::Failed(other.to_string()),
+    }
+}

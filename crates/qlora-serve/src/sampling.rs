@@ -1,0 +1,260 @@
+//! The next token, from a row of logits.
+
+use std::collections::HashMap;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::request::{Sampling, TokenLogprobs};
+
+/// Chooses one sequence's tokens.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    /// How often each token is in the answer.
+    generated: HashMap<u32, u32>,
+    /// The prompt's tokens, where a penalty looks at them.
+    prompt: Vec<u32>,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// For a sequence that begins with `prompt`.
+    pub fn new(sampling: Sampling, prompt: &[u32]) -> Self {
+        let mut prompt = match sampling.repetition_penalty {
+            1.0 => Vec::new(),
+            _ => prompt.to_vec(),
+        };
+        prompt.sort_unstable();
+        prompt.dedup();
+        Self { rng: ChaCha8Rng::seed_from_u64(sampling.seed), generated: HashMap::new(), prompt, sampling }
+    }
+
+    /// Chooses a token and takes note of it. Random numbers depend on the seed and on how many tokens came before, on
+    /// nothing else. `allowed` has a bit for each token, as [`Constraint::allowed`](crate::Constraint::allowed) gives it.
+    ///
+    /// `None` when no token is allowed, or a logit is no number.
+    pub fn choose(&mut self, logits: &mut [f32], allowed: Option<&[u32]>) -> Option<u32> {
+        self.adjust(logits);
+        if let Some(allowed) = allowed {
+            for (token, logit) in logits.iter_mut().enumerate() {
+                if allowed.get(token / 32).is_none_or(|word| word >> (token % 32) & 1 == 0) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+        // One number a token, used or not: what a token before it was allowed to be changes none.
+        let point = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let best = likeliest(logits)?;
+        let token = match self.sampling.temperature > 0.0 {
+            false => best,
+            true => self.draw(logits, best, point),
+        };
+        *self.generated.entry(token).or_default() += 1;
+        Some(token)
+    }
+
+    /// Penalties and biases.
+    fn adjust(&self, logits: &mut [f32]) {
+        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, logit_bias, .. } = &self.sampling;
+        if *repetition_penalty != 1.0 {
+            let new = self.generated.keys().filter(|token| self.prompt.binary_search(token).is_err());
+            for token in self.prompt.iter().chain(new) {
+                if let Some(logit) = logits.get_mut(*token as usize) {
+                    let penalty = *repetition_penalty as f32;
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        if *presence_penalty != 0.0 || *frequency_penalty != 0.0 {
+            for (token, count) in &self.generated {
+                if let Some(logit) = logits.get_mut(*token as usize) {
+                    *logit -= (presence_penalty + frequency_penalty * f64::from(*count)) as f32;
+                }
+            }
+        }
+        for (token, bias) in logit_bias {
+            if let Some(logit) = logits.get_mut(*token as usize) {
+                *logit += bias;
+            }
+        }
+    }
+
+    /// The token in whose part of the remaining probability `point` of [0, 1) lies.
+    fn draw(&self, logits: &[f32], best: u32, point: f64) -> u32 {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        let highest = logits[best as usize];
+        let weight = |logit: f32| (f64::from(logit - highest) / temperature).exp();
+        let order = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let mut tokens: Vec<(u32, f64)> =
+            logits.iter().enumerate().map(|(token, &logit)| (token as u32, weight(logit))).collect();
+        // Nothing that the other bounds keep is less likely than min_p, and what is below it need not be sorted.
+        let least = if top_p >= 1.0 && top_k == 0 { min_p } else { 0.0 };
+        tokens.retain(|(_, weight)| *weight > 0.0 && *weight >= least);
+        if (1..tokens.len()).contains(&top_k) {
+            tokens.select_nth_unstable_by(top_k - 1, order);
+            tokens.truncate(top_k);
+        }
+        tokens.sort_unstable_by(order);
+        if top_p < 1.0 {
+            let total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
+            let mut kept = 0.0;
+            let nucleus = tokens.iter().position(|(_, weight)| {
+                kept += weight;
+                kept >= top_p * total
+            });
+            tokens.truncate(nucleus.map_or(tokens.len(), |last| last + 1));
+        }
+        tokens.retain(|(_, weight)| *weight >= min_p);
+        let total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
+        let mut point = point * total;
+        let drawn = tokens.iter().find(|(_, weight)| {
+            point -= weight;
+            point < 0.0
+        });
+        drawn.map_or(best, |(token, _)| *token)
+    }
+}
+
+/// The first of the likeliest tokens; `None` when a logit is no number, or none is finite.
+pub fn likeliest(logits: &[f32]) -> Option<u32> {
+    let mut best = 0;
+    for (token, logit) in logits.iter().enumerate() {
+        if logit.is_nan() {
+            return None;
+        }
+        if *logit > logits[best] {
+            best = token;
+        }
+    }
+    logits.get(best).filter(|logit| logit.is_finite()).map(|_| best as u32)
+}
+
+/// The log probability of `token` and those of the `top` likeliest tokens.
+pub fn logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
+    let highest = logits.iter().fold(f32::NEG_INFINITY, |highest, logit| highest.max(*logit));
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
+    let log_sum = sum.ln() + f64::from(highest);
+    let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let by_logit =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then_with(|| a.cmp(b));
+    let top = top.min(order.len());
+    if (1..order.len()).contains(&top) {
+        order.select_nth_unstable_by(top - 1, by_logit);
+    }
+    order.truncate(top);
+    order.sort_unstable_by(by_logit);
+    let own = logits.get(token as usize).map_or(f32::NEG_INFINITY, |logit| logprob(*logit));
+    TokenLogprobs { logprob: own, top: order.into_iter().map(|token| (token, logprob(logits[token as usize]))).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often each of some tokens is drawn.
+    fn frequencies(sampling: Sampling, logits: &[f32], allowed: Option<&[u32]>) -> Vec<f64> {
+        let draws = 20_000;
+        let mut counts = vec![0u32; logits.len()];
+        for seed in 0..draws {
+            let mut sampler = Sampler::new(Sampling { seed, ..sampling.clone() }, &[]);
+            counts[sampler.choose(&mut logits.to_vec(), allowed).unwrap() as usize] += 1;
+        }
+        counts.into_iter().map(|count| f64::from(count) / draws as f64).collect()
+    }
+
+    fn hot() -> Sampling {
+        Sampling { temperature: 1.0, ..Sampling::default() }
+    }
+
+    fn softmax(logits: &[f32]) -> Vec<f64> {
+        let total: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        logits.iter().map(|logit| f64::from(*logit).exp() / total).collect()
+    }
+
+    fn assert_near(found: &[f64], expected: &[f64]) {
+        for (found, expected) in found.iter().zip(expected) {
+            // Four standard deviations of a binomial with 20,000 draws are below 0.015.
+            assert!((found - expected).abs() < 0.015, "{found} against {expected}");
+        }
+    }
+
+    #[test]
+    fn the_likeliest_is_the_first_of_equals_and_no_number_is_no_answer() {
+        assert_eq!(likeliest(&[0.0, 2.0, 2.0, 1.0]), Some(1));
+        assert_eq!(likeliest(&[0.0, f32::NAN]), None);
+        assert_eq!(likeliest(&[f32::NEG_INFINITY; 3]), None);
+        assert_eq!(likeliest(&[]), None);
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax_and_every_bound_cuts_its_own() {
+        // Probabilities 0.087, 0.237, 0.644, 0.032.
+        let logits = [0.0, 1.0, 2.0, -1.0];
+        let all = softmax(&logits);
+        assert_near(&frequencies(hot(), &logits, None), &all);
+        let cooler = softmax(&[0.0, 2.0, 4.0, -2.0]);
+        assert_near(&frequencies(Sampling { temperature: 0.5, ..hot() }, &logits, None), &cooler);
+        let two = [0.0, all[1] / (all[1] + all[2]), all[2] / (all[1] + all[2]), 0.0];
+        for sampling in [
+            Sampling { top_k: 2, ..hot() },
+            Sampling { top_p: 0.8, ..hot() },
+            // 0.237 is 0.37 of 0.644, and 0.087 is 0.14 of it.
+            Sampling { min_p: 0.2, ..hot() },
+            Sampling { min_p: 0.2, top_p: 0.999, ..hot() },
+            // Of what top_k leaves, top_p keeps the likeliest; 0.73 of two is 0.64 of all.
+            Sampling { top_k: 2, top_p: 0.8, ..hot() },
+        ] {
+            assert_near(&frequencies(sampling.clone(), &logits, None), &two);
+        }
+        assert_near(&frequencies(Sampling { top_k: 2, top_p: 0.7, ..hot() }, &logits, None), &[0.0, 0.0, 1.0, 0.0]);
+        assert_near(&frequencies(hot(), &logits, Some(&[0b0110])), &two);
+    }
+
+    #[test]
+    fn penalties_and_biases_move_logits_by_their_formulas() {
+        let sampling = Sampling {
+            repetition_penalty: 2.0,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.25,
+            logit_bias: vec![(3, 1.5), (99, 1.0)],
+            ..Sampling::default()
+        };
+        let mut sampler = Sampler::new(sampling, &[0, 0, 1]);
+        sampler.generated = HashMap::from([(1, 2), (2, 1)]);
+        let mut logits = [4.0, -1.0, 3.0, 0.0, 7.0];
+        sampler.adjust(&mut logits);
+        assert_eq!(logits, [2.0, -2.0 - 0.5 - 0.5, 1.5 - 0.5 - 0.25, 1.5, 7.0]);
+    }
+
+    #[test]
+    fn the_same_seed_draws_the_same_tokens() {
+        let logits = [0.3, 0.1, 0.2, 0.25];
+        let draw = |seed| {
+            let mut sampler = Sampler::new(Sampling { seed, ..hot() }, &[]);
+            (0..32).map(|_| sampler.choose(&mut logits.to_vec(), None).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+    }
+
+    #[test]
+    fn nothing_allowed_is_no_answer() {
+        assert_eq!(Sampler::new(hot(), &[]).choose(&mut [1.0, 2.0], Some(&[0])), None);
+        assert_eq!(Sampler::new(hot(), &[]).choose(&mut [1.0, 2.0], Some(&[])), None);
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_softmax() {
+        let logits = [0.0, 1.0, 2.0, -1.0];
+        let TokenLogprobs { logprob, top } = logprobs(&logits, 0, 2);
+        let expected: Vec<f64> = softmax(&logits).iter().map(|p| p.ln()).collect();
+        // One f32 rounding of a number of order 1.
+        let close = |found: f32, expected: f64| (f64::from(found) - expected).abs() < 1e-6;
+        assert!(close(logprob, expected[0]));
+        assert_eq!([top[0].0, top[1].0], [2, 1]);
+        assert!(close(top[0].1, expected[2]) && close(top[1].1, expected[1]));
+        assert_eq!(logprobs(&logits, 0, 9).top.len(), 4);
+    }
+}
