@@ -3,6 +3,7 @@
 mod error;
 mod handle;
 mod request;
+pub mod text;
 
 pub use error::ServeError;
 pub use handle::{AdapterInfo, Answer, Command, Counters, Handle, Inbox, Limits, Reply, line};
