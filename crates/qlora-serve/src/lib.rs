@@ -2,6 +2,7 @@
 
 mod error;
 mod handle;
+pub mod http;
 mod request;
 pub mod text;
 

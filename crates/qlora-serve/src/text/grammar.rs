@@ -44,12 +44,12 @@ impl Grammars {
     /// # Errors
     /// The vocabulary is one that `llguidance` can't use.
     pub fn new(vocabulary: &Vocabulary, vocab_size: usize, eos: &[u32]) -> Result<Self, String> {
-        let env = vocabulary.token_env(vocab_size, eos);
+        let (env, eos) = vocabulary.token_env(vocab_size, eos);
         let mut factory = ParserFactory::new_simple(&env).map_err(|error| error.to_string())?;
         factory.quiet();
         // What a parser holds of prompt and grammar is not for those who ask.
         factory.limits_mut().verbose_errors = false;
-        Ok(Self { factory, vocab_size, eos: eos.to_vec() })
+        Ok(Self { factory, vocab_size, eos })
     }
 
     /// JSON of a schema.
@@ -102,7 +102,10 @@ impl Grammars {
         let matcher = Matcher::new(self.factory.create_parser(grammar));
         match matcher.get_error() {
             Some(error) => Err(error),
-            None => Ok(Grammar { matcher, vocab_size: self.vocab_size, eos: self.eos.clone() }),
+            None => {
+                let eos = self.eos.clone();
+                Ok(Grammar { matcher, vocab_size: self.vocab_size, stop_ids: eos.clone(), eos })
+            }
         }
     }
 }
@@ -128,13 +131,25 @@ fn literal(text: &str) -> String {
 pub struct Grammar {
     matcher: Matcher,
     vocab_size: usize,
+    /// What the matcher knows as ends.
     eos: Vec<u32>,
+    /// What ends an answer.
+    stop_ids: Vec<u32>,
+}
+
+impl Grammar {
+    /// With these tokens as ends, in place of those that the tokenizer has.
+    #[must_use]
+    pub fn ending_with(self, stop_ids: Vec<u32>) -> Self {
+        Self { stop_ids, ..self }
+    }
 }
 
 impl Clone for Grammar {
     fn clone(&self) -> Self {
+        let Self { matcher, vocab_size, eos, stop_ids } = self;
         // A plain clone would share the lexer, and wait for the others.
-        Self { matcher: self.matcher.deep_clone(), vocab_size: self.vocab_size, eos: self.eos.clone() }
+        Self { matcher: matcher.deep_clone(), vocab_size: *vocab_size, eos: eos.clone(), stop_ids: stop_ids.clone() }
     }
 }
 
@@ -147,9 +162,19 @@ impl fmt::Debug for Grammar {
 impl Constraint for Grammar {
     fn allowed(&mut self) -> Result<Option<Vec<u32>>, String> {
         let mask = self.matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;
-        let words = self.vocab_size.div_ceil(32);
         let mut bits = mask.as_slice().to_vec();
-        bits.resize(words, 0);
+        let may_end = self.eos.iter().any(|&id| mask.is_allowed(id));
+        bits.resize(self.vocab_size.div_ceil(32), 0);
+        for &id in self.eos.iter().chain(&self.stop_ids) {
+            if let Some(word) = bits.get_mut(id as usize / 32) {
+                *word &= !(1 << (id % 32));
+            }
+        }
+        for &id in self.stop_ids.iter().filter(|_| may_end) {
+            if let Some(word) = bits.get_mut(id as usize / 32) {
+                *word |= 1 << (id % 32);
+            }
+        }
         if let (Some(last), used @ 1..) = (bits.last_mut(), self.vocab_size % 32) {
             *last &= (1 << used) - 1;
         }
@@ -157,7 +182,7 @@ impl Constraint for Grammar {
     }
 
     fn accept(&mut self, token: u32) -> Result<(), String> {
-        if self.eos.contains(&token) {
+        if self.stop_ids.contains(&token) {
             return Ok(());
         }
         self.matcher.consume_token(token).map_err(|error| error.to_string())

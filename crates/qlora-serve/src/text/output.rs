@@ -46,6 +46,7 @@ pub struct Output {
     one_call: bool,
     calls: usize,
     decoded: usize,
+    decoded_chars: usize,
     passed: usize,
 }
 
@@ -68,6 +69,7 @@ impl Output {
             one_call: options.one_call,
             calls: 0,
             decoded: 0,
+            decoded_chars: 0,
             passed: 0,
         }
     }
@@ -115,6 +117,11 @@ impl Output {
         self.decoded
     }
 
+    /// [`decoded`](Self::decoded) in characters.
+    pub fn decoded_chars(&self) -> usize {
+        self.decoded_chars
+    }
+
     /// Bytes of text that can no longer become a stop string.
     pub fn passed(&self) -> usize {
         self.passed
@@ -126,6 +133,7 @@ impl Output {
 
     fn text(&mut self, text: &str, end: bool) -> Vec<Delta> {
         self.decoded += text.len();
+        self.decoded_chars += text.chars().count();
         let mut passed = self.stops.push(text);
         if end {
             passed += &self.stops.finish();

@@ -38,8 +38,9 @@ impl Vocabulary {
         self.special.binary_search(&id).is_ok()
     }
 
-    /// The vocabulary as `llguidance` takes it: ids below `vocab_size`, and the tokens that end an answer.
-    pub(super) fn token_env(&self, vocab_size: usize, eos: &[u32]) -> TokEnv {
+    /// The vocabulary as `llguidance` takes it: ids below `vocab_size`, and the tokens that end an answer. Where there
+    /// are none of these, an id at `vocab_size` stands for them.
+    pub(super) fn token_env(&self, vocab_size: usize, eos: &[u32]) -> (TokEnv, Vec<u32>) {
         let mut words = self.bytes.clone();
         words.resize(vocab_size, Vec::new());
         for &id in &self.special {
@@ -50,11 +51,10 @@ impl Vocabulary {
         }
         let mut eos: Vec<u32> = eos.iter().copied().filter(|&id| (id as usize) < vocab_size).collect();
         if eos.is_empty() {
-            // An id of no token, for want of one: the mask has no bit for it.
             eos.push(words.len() as u32);
             words.push(Vec::new());
         }
         let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, eos[0]), &words).with_eos_tokens(&eos);
-        Arc::new(ApproximateTokEnv::new(trie))
+        (Arc::new(ApproximateTokEnv::new(trie)), eos)
     }
 }
