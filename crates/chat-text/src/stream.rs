@@ -5,6 +5,8 @@
 //! decoded with it, and text is released when it no longer ends in the middle of a character. The
 //! scheme is that of Hugging Face's text-generation-inference.
 
+use std::borrow::Borrow;
+
 use crate::error::ChatError;
 use crate::tokenizer::Tokenizer;
 
@@ -15,10 +17,10 @@ const MAX_PENDING: usize = 4;
 /// Tokens of a prompt that are kept as context.
 const CONTEXT: usize = 8;
 
-/// Turns tokens into text piece by piece; the pieces joined are the text.
+/// Turns tokens into text piece by piece; the pieces joined are the text. `T` is a tokenizer: a reference or an `Arc`.
 #[derive(Clone, Debug)]
-pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct StreamDecoder<T> {
+    tokenizer: T,
     skip_special_tokens: bool,
     /// Context that was released already, then tokens that are still held back.
     ids: Vec<u32>,
@@ -29,13 +31,18 @@ pub struct StreamDecoder<'a> {
 impl Tokenizer {
     /// A decoder for tokens that arrive one by one and continue `prompt`, whose own text is not
     /// given out. The prompt decides whether a first word keeps its space.
-    pub fn stream_decoder(&self, prompt: &[u32], skip_special_tokens: bool) -> StreamDecoder<'_> {
-        let context = &prompt[prompt.len().saturating_sub(CONTEXT)..];
-        StreamDecoder { tokenizer: self, skip_special_tokens, ids: context.to_vec(), released: context.len() }
+    pub fn stream_decoder(&self, prompt: &[u32], skip_special_tokens: bool) -> StreamDecoder<&Self> {
+        StreamDecoder::new(self, prompt, skip_special_tokens)
     }
 }
 
-impl StreamDecoder<'_> {
+impl<T: Borrow<Tokenizer>> StreamDecoder<T> {
+    /// As [`Tokenizer::stream_decoder`], with a tokenizer that is owned.
+    pub fn new(tokenizer: T, prompt: &[u32], skip_special_tokens: bool) -> Self {
+        let context = &prompt[prompt.len().saturating_sub(CONTEXT)..];
+        Self { tokenizer, skip_special_tokens, ids: context.to_vec(), released: context.len() }
+    }
+
     /// Takes a token and returns the text that is complete with it; empty while a character is
     /// still in parts.
     ///
@@ -56,7 +63,7 @@ impl StreamDecoder<'_> {
     }
 
     fn release(&mut self, force: bool) -> Result<String, ChatError> {
-        let decode = |ids: &[u32]| self.tokenizer.decode(ids, self.skip_special_tokens);
+        let decode = |ids: &[u32]| self.tokenizer.borrow().decode(ids, self.skip_special_tokens);
         let before = decode(&self.ids[..self.released])?;
         let after = decode(&self.ids)?;
         if after.ends_with('\u{FFFD}') && !force {

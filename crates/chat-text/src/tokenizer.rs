@@ -6,6 +6,7 @@
 //! the chat template files; [`Tokenizer::from_dir`] gathers it from the layouts of transformers 4
 //! and 5.
 
+mod bytes;
 mod check;
 mod settings;
 

@@ -12,9 +12,11 @@ mod adapters;
 mod engine;
 mod error;
 mod handle;
+pub mod http;
 mod request;
 pub mod sampling;
 pub mod scheduler;
+pub mod text;
 
 pub use engine::{CacheSize, Engine, EngineConfig};
 pub use error::ServeError;
