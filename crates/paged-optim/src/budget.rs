@@ -113,6 +113,11 @@ impl MemorySource for Cuda {
     }
 }
 
+/// Bytes that could still be allocated on a device, and bytes in all, as its driver says; `None` where that is unknown.
+pub fn free_memory(device: &Device) -> Option<(u64, u64)> {
+    source_of(device).free(0)
+}
+
 /// The source for a device.
 pub(crate) fn source_of(device: &Device) -> Box<dyn MemorySource> {
     if let DispatchDevice::Cube(cube) = device.as_dispatch() {

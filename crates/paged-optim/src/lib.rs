@@ -107,7 +107,7 @@ mod record;
 pub mod reference;
 mod tensorwise;
 
-pub use budget::{Budget, MemorySource};
+pub use budget::{Budget, MemorySource, free_memory};
 pub use clip::{Clip, clip_factor, global_norm};
 pub use config::{OptimizerConfig, OptimizerKind, Scalars};
 pub use error::OptimError;

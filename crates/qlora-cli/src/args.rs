@@ -2,6 +2,7 @@
 
 mod export;
 mod push;
+mod serve;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ pub use export::{
     QuantizeArgs,
 };
 pub use push::PushArgs;
+pub use serve::ServeArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -42,6 +44,8 @@ pub enum Command {
     Init(InitArgs),
     /// Let a model, with or without an adapter, answer a prompt
     Generate(Box<GenerateArgs>),
+    /// Answer over HTTP with a model and any number of adapters, many requests at once
+    Serve(Box<ServeArgs>),
     /// Add adapters to their base: a checkpoint that needs no adapter
     Merge(MergeArgs),
     /// Make one adapter of several

@@ -16,6 +16,7 @@ mod preview;
 mod progress;
 mod push;
 mod quantize;
+mod serve;
 mod signals;
 mod sources;
 mod train;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         Command::Preview(args) => preview::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Combine(args) => merge::run_combine(&args),
         Command::Quantize(args) => quantize::run(&args),

@@ -1,0 +1,174 @@
+//! `qlora serve`: a model and its adapters answer over HTTP.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use burn_qlora::adapter_io::checkpoint::refuse_adapter;
+use burn_qlora::chat_text::Prompting;
+use burn_qlora::paged_optim::free_memory;
+use burn_qlora::qlora_serve::http::{HttpConfig, HttpState, serve};
+use burn_qlora::qlora_serve::{CacheSize, Engine, EngineConfig, Handle};
+use burn_qlora::{
+    Adapter, Decoder, Device, LoadOptions, Tokenizer, TrainConfig, compute_dtype, select_device,
+};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+
+use crate::args::ServeArgs;
+use crate::exit::{Code, UsageError};
+use crate::generate::adapter_argument;
+use crate::hub;
+use crate::output::say;
+use crate::progress::LoadBar;
+use crate::signals::on_interrupt;
+use crate::sources::warn_of_missing;
+
+/// Of a GPU's free memory, what the cache takes when nothing is said: the rest is for a pass's activations and adapters.
+const CACHE_SHARE: f64 = 0.8;
+
+/// The cache where the free memory is not known, bytes.
+const SMALL_CACHE: u64 = 512 << 20;
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Runs the command until a signal ends it.
+pub fn run(args: &ServeArgs) -> Result<Code> {
+    check(args)?;
+    let adapters = args.adapter.iter().map(|text| named(text)).collect::<Result<Vec<_>>>()?;
+    let first = match adapters.first() {
+        Some((name, dir)) => {
+            let adapter = Adapter::load(dir)?;
+            warn_of_missing(name, &adapter);
+            adapter.config.base_model_name_or_path
+        }
+        None => None,
+    };
+    let model = args
+        .model
+        .as_deref()
+        .or(first.as_deref())
+        .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
+    let dir = hub::resolve(model, args.revision.as_deref())?;
+    refuse_adapter(&dir)?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let mut http = HttpConfig::new(served_name(args, model));
+    http.api_key = args.api_key.clone();
+    http.prompting = Prompting::of_adapter(&dir)?.unwrap_or_default();
+    http.adapter_updates = !args.fixed_adapters;
+    http.request_timeout = Duration::from_secs(args.request_timeout);
+    let taken = adapters.iter().find(|(name, _)| *name == http.served_name);
+    if let Some((name, _)) = taken {
+        return Err(UsageError(format!("{name:?} is the base's name: give the adapter another one, as NAME=DIR")).into());
+    }
+
+    let mut config = TrainConfig::default();
+    config.set("quantization.quant_type", &args.quant_type)?;
+    config.set("quantization.compute_dtype", &args.compute_dtype)?;
+    let device = select_device(&args.device)?;
+    let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+    let mut bar = LoadBar::new();
+    let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
+    let model = Decoder::load(&dir, options, &device, &mut |progress| bar.update(progress))?;
+    bar.finish();
+    let (engine, handle) = Engine::new(model, &engine_config(args, &device))?;
+    let engine = engine.spawn().context("can't start the engine's thread")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the server")?;
+    let served = runtime.block_on(answer(args, &adapters, &handle, tokenizer, http));
+    handle.close();
+    let ended = engine.join().map_err(|_| anyhow!("the engine failed"))?;
+    served?;
+    ended?;
+    Ok(Code::Done)
+}
+
+/// Loads the adapters, listens, and serves until a signal comes.
+async fn answer(
+    args: &ServeArgs,
+    adapters: &[(String, PathBuf)],
+    handle: &Handle,
+    tokenizer: Tokenizer,
+    http: HttpConfig,
+) -> Result<()> {
+    for (name, dir) in adapters {
+        handle.load_adapter(name.as_str(), dir.as_path()).await?;
+    }
+    let address = SocketAddr::new(args.host, args.port);
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("can't listen at {address}: is another server there? --port 0 takes a free port")
+    })?;
+    let address = listener.local_addr().context("can't read the address")?;
+    if !args.host.is_loopback() && args.api_key.is_none() {
+        say!("warning: every machine that reaches {address} can ask: --api-key asks for a key");
+    }
+    let names: Vec<&str> = adapters.iter().map(|(name, _)| name.as_str()).collect();
+    let tokens = handle.limits().max_tokens;
+    let models = [&[http.served_name.as_str()], &names[..]].concat().join(", ");
+    say!("{models} at http://{address}, {tokens} tokens of prompt and answer; Ctrl-C ends the server");
+    let stop = Arc::new(Notify::new());
+    let notify = stop.clone();
+    let mut asked = false;
+    on_interrupt(move || {
+        if std::mem::replace(&mut asked, true) {
+            std::process::exit(Code::Interrupted as i32);
+        }
+        say!("answers that are under way are finished; once more ends the server at once");
+        notify.notify_one();
+    })?;
+    let state = HttpState::new(handle.clone(), tokenizer, http);
+    serve(listener, state, stop.notified()).await.context("the server failed")
+}
+
+/// An adapter's name and folder.
+fn named(text: &str) -> Result<(String, PathBuf)> {
+    let (name, dir, weight) = adapter_argument(text)?;
+    if weight != 1.0 {
+        return Err(UsageError(format!("--adapter {text}: a server takes no weights; `qlora combine` makes an adapter")).into());
+    }
+    Ok((name.to_string(), hub::resolve(dir, None)?))
+}
+
+/// The base's name: as the flag says, else the last part of the model's.
+fn served_name(args: &ServeArgs, model: &str) -> String {
+    let last = || Path::new(model).file_name().map(|name| name.to_string_lossy().into_owned());
+    args.served_name.clone().or_else(last).unwrap_or_else(|| model.to_string())
+}
+
+fn engine_config(args: &ServeArgs, device: &Device) -> EngineConfig {
+    let of_free = || free_memory(device).map(|(free, _)| (free as f64 * CACHE_SHARE) as u64);
+    let cache = match args.cache_gib {
+        Some(gib) => (gib * GIB) as u64,
+        None => of_free().unwrap_or(SMALL_CACHE),
+    };
+    EngineConfig {
+        cache: CacheSize::Bytes(cache),
+        max_batch: args.max_batch,
+        max_batch_tokens: args.max_batch_tokens,
+        max_waiting: args.max_waiting,
+        max_tokens: args.max_tokens,
+        max_adapters: args.max_adapters,
+        max_adapters_on_device: args.max_adapters_on_device,
+        ..EngineConfig::default()
+    }
+}
+
+fn check(args: &ServeArgs) -> Result<(), UsageError> {
+    let wrong = |flag: &str, allowed: &str| Err(UsageError(format!("{flag} must be {allowed}")));
+    for (flag, number) in [
+        ("--max-batch", args.max_batch),
+        ("--max-batch-tokens", args.max_batch_tokens),
+        ("--max-waiting", args.max_waiting),
+        ("--max-tokens", args.max_tokens.unwrap_or(2).saturating_sub(1)),
+    ] {
+        if number == 0 {
+            return wrong(flag, if flag == "--max-tokens" { "2 or more" } else { "1 or more" });
+        }
+    }
+    match args.cache_gib {
+        Some(gib) if !(gib > 0.0 && gib.is_finite()) => wrong("--cache-gib", "above 0"),
+        _ if args.api_key.as_deref() == Some("") => wrong("--api-key", "a text that is not empty"),
+        _ => Ok(()),
+    }
+}
