@@ -56,9 +56,12 @@ pub use burn::tensor::{Device, FloatDType};
 pub use nf4_quant::{QuantConfig, QuantType, Quantized4bit};
 pub use qlora_layers::Pass;
 pub use qlora_models::{
-    AdapterSet, AdapterSource, Decoder, GenerateOptions, Generation, KvCache, LoadOptions, LoadProgress, ModelConfig,
-    ModelError, default_compute_dtype, device_memory, generate, select_device,
+    AdapterSet, AdapterSource, Decoder, KvCache, LoadOptions, LoadProgress, ModelConfig, ModelError,
+    default_compute_dtype, device_memory, select_device,
 };
+
+// Answers: one, or many at once.
+pub use qlora_serve::{Engine as ServingEngine, EngineConfig, Generation, Request, Sampling, ServeError, generate};
 
 // Files: checkpoints and adapters of other programs, merged and converted.
 pub use adapter_io::{

@@ -12,7 +12,8 @@ use burn_qlora::Tokenizer;
 use burn_qlora::adapter_io::Checkpoint;
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::qlora_layers::Pass;
-use burn_qlora::qlora_models::{Decoder, GenerateOptions, LoadOptions, generate};
+use burn_qlora::qlora_models::{Decoder, LoadOptions};
+use burn_qlora::{Request, generate};
 use serde::Deserialize;
 
 use crate::compare::{count_different, max_abs, max_abs_diff, to_vec};
@@ -202,8 +203,7 @@ pub(crate) fn continuations(
             report.fail(name, "the prompt is tokenized differently");
             continue;
         };
-        let options = GenerateOptions { max_new_tokens: expected.len(), ..GenerateOptions::default() };
-        let ours = generate(decoder, &ids, &options, |_| ())?.ids;
+        let ours = generate(decoder, Request::new(ids, expected.len()), |_| ())?.ids;
         report.compare_noted(name, count_different(&ours, expected), 0.0, format!("{} tokens", expected.len()));
     }
     Ok(())

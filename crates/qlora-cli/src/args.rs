@@ -1,5 +1,6 @@
 //! The command line: commands, flags and their help.
 
+mod answers;
 mod export;
 mod push;
 mod serve;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use burn_qlora::profile::{Profile, Window};
 use clap::{Args, Parser, Subcommand};
 
+pub use answers::{GenerateArgs, ModelArgs};
 pub use export::{
     AdapterArgs, BnbArgs, CombineArgs, ConvertArgs, Format, GptqArgs, How, MergeArgs, MergeInto, QuantFormat,
     QuantizeArgs,
@@ -229,66 +231,6 @@ pub struct InitArgs {
     /// Replace a file that exists
     #[arg(long)]
     pub force: bool,
-}
-
-/// `qlora generate`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-An adapter that qlora trained is prompted as its rows were written: with its chat template, system prompt and template
-variables, as an Alpaca instruction, or with the prompt as it is.")]
-pub struct GenerateArgs {
-    /// The base model: a folder or a hub id; left out, the one that the first adapter names
-    #[arg(long, required_unless_present = "adapter")]
-    pub model: Option<String>,
-    /// Branch, tag or commit of a hub id
-    #[arg(long)]
-    pub revision: Option<String>,
-    /// An adapter, a folder or a hub id, with the weight of its update (1 if left out); may be repeated, and the updates
-    /// add up
-    #[arg(long, value_name = "[NAME=]DIR[:WEIGHT]")]
-    pub adapter: Vec<String>,
-    /// How several adapters are combined: cat (exact), svd (best of the largest rank) or linear (sums of the factors)
-    #[arg(long, default_value = "cat", value_name = "HOW")]
-    pub combine: String,
-    /// Answer with each adapter by itself, one after the other on one base, instead of combining them
-    #[arg(long, requires = "adapter", conflicts_with = "combine")]
-    pub each: bool,
-    /// The prompt; `-` reads it from the standard input
-    #[arg(long)]
-    pub prompt: String,
-    /// A system message before the prompt
-    #[arg(long, value_name = "TEXT", conflicts_with = "no_chat_template")]
-    pub system: Option<String>,
-    /// Give the prompt to the model as it is, without the chat template
-    #[arg(long)]
-    pub no_chat_template: bool,
-    /// A Jinja chat template, or a file with one, in place of the adapter's or the model's
-    #[arg(long, value_name = "FILE|TEXT", conflicts_with = "no_chat_template")]
-    pub chat_template: Option<String>,
-    /// A variable for the chat template, such as enable_thinking=true; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", conflicts_with = "no_chat_template")]
-    pub template_kwarg: Vec<String>,
-    /// Tokens to generate at most
-    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
-    pub max_new_tokens: usize,
-    /// 0 takes the likeliest token; higher is more varied
-    #[arg(long, default_value_t = 0.0)]
-    pub temperature: f64,
-    /// Choose among the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
-    pub top_p: f64,
-    /// Seed of the choice
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Where to run: auto, cpu, cuda, cuda:1, vulkan or metal
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// How to keep the base's linear layers: nf4, fp4 or none
-    #[arg(long, default_value = "nf4", value_name = "TYPE")]
-    pub quant_type: String,
-    /// Dtype of activations: auto, f32, bf16 or f16
-    #[arg(long, default_value = "auto", value_name = "DTYPE")]
-    pub compute_dtype: String,
 }
 
 /// `qlora inspect`.

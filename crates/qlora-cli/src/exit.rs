@@ -4,6 +4,7 @@ use std::panic::Location;
 use std::process::ExitCode;
 
 use burn_qlora::adapter_io::printable::printable_lines;
+use burn_qlora::qlora_serve::ServeError;
 use burn_qlora::{ChatError, DataError, FormatError, HubError, LayerError, ModelError, TrainError};
 
 use crate::output::say;
@@ -40,6 +41,18 @@ impl std::fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// A file of the command line that can't be used.
+#[derive(Debug)]
+pub struct InputError(pub String);
+
+impl std::fmt::Display for InputError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for InputError {}
+
 /// The exit code of a failure: that of the first error in its chain that is one of ours.
 pub fn code_of(error: &anyhow::Error) -> Code {
     let of_one = |cause: &(dyn std::error::Error + 'static)| {
@@ -52,7 +65,10 @@ pub fn code_of(error: &anyhow::Error) -> Code {
         if let Some(error) = cause.downcast_ref::<DataError>() {
             return Some(of_data(error));
         }
-        if cause.is::<ChatError>() {
+        if let Some(error) = cause.downcast_ref::<ServeError>() {
+            return Some(of_serve(error));
+        }
+        if cause.is::<ChatError>() || cause.is::<InputError>() {
             return Some(Code::Input);
         }
         if let Some(error) = cause.downcast_ref::<ModelError>() {
@@ -101,13 +117,25 @@ fn of_model(error: &ModelError) -> Code {
         ModelError::Device(_) => Code::Failed,
         ModelError::NoDevice { .. }
         | ModelError::Dtype { .. }
-        | ModelError::EmptyPrompt
         | ModelError::AdapterClash { .. }
         | ModelError::AdapterName { .. }
         | ModelError::Initialization { .. } => Code::Usage,
         ModelError::Layer(error) => of_layer(error),
         ModelError::Format(error) => of_format(error),
         _ => Code::Input,
+    }
+}
+
+fn of_serve(error: &ServeError) -> Code {
+    match error {
+        ServeError::EmptyPrompt
+        | ServeError::TooLong { .. }
+        | ServeError::NameTaken { .. }
+        | ServeError::TooManyAdapters { .. }
+        | ServeError::CacheTooSmall { .. } => Code::Usage,
+        ServeError::Adapter { source, .. } => of_model(source),
+        ServeError::BeyondVocabulary { .. } => Code::Input,
+        _ => Code::Failed,
     }
 }
 

@@ -1,88 +1,202 @@
-//! `qlora generate`: a model, with or without adapters, answers a prompt.
+//! `qlora generate`: a model, with or without adapters, answers a prompt or a file of them.
 
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::chat_text::{PromptLayout, Prompting};
-use burn_qlora::{
-    AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, GenerateOptions, LoadOptions, Tokenizer,
-    TrainConfig, compute_dtype, generate, select_device,
-};
+use burn_qlora::qlora_serve::text::{Conversation, write};
+use burn_qlora::qlora_serve::{CacheSize, EngineConfig, FinishReason, Usage};
+use burn_qlora::{AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, Message, Tokenizer};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 
+use crate::answers::{Asker, Running};
 use crate::args::GenerateArgs;
-use crate::exit::{Code, UsageError};
+use crate::exit::{Code, InputError, UsageError};
 use crate::hub;
+use crate::model::{Placement, base_dir, base_name, default_cache};
 use crate::output::{print, say};
-use crate::progress::LoadBar;
 use crate::sources::warn_of_missing;
 
-/// Runs the command. The answer goes to stdout as it comes, everything else to stderr.
+/// Runs the command. Answers go to stdout, a single one as it comes; everything else to stderr.
 pub fn run(args: &GenerateArgs) -> Result<Code> {
-    check(args)?;
-    // The keys mean what they mean in a configuration, and are checked as there.
-    let mut config = TrainConfig::default();
-    config.set("quantization.quant_type", &args.quant_type)?;
-    config.set("quantization.compute_dtype", &args.compute_dtype)?;
-    let device = select_device(&args.device)?;
-    let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+    let sampling = args.choice.sampling()?;
+    let place = Placement::new(&args.base)?;
     let adapters = Adapters::load(args)?;
-    let named = adapters.base_model();
-    let model = args
-        .model
-        .as_deref()
-        .or(named)
-        .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
-    let dir = hub::resolve(model, args.revision.as_deref())?;
-    refuse_adapter(&dir)?;
-    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let dir = base_dir(&args.base, base_name(&args.base, adapters.base_model())?)?;
+    let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
     let prompting = prompting(args, &adapters, &dir)?;
-    let ids = prompt_ids(args, &tokenizer, &prompting)?;
-
-    let mut bar = LoadBar::new();
-    let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-    let mut model = Decoder::load(&dir, options, &device, &mut |progress| bar.update(progress))?;
-    bar.finish();
-    let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        seed: args.seed,
+    let writer = Writer { args, tokenizer: &tokenizer, prompting: &prompting };
+    let asker = Asker {
+        tokenizer: &tokenizer,
+        sampling,
         stop_ids: prompting.stop_ids(&tokenizer),
+        stops: args.choice.stop.clone(),
+        max_tokens: args.choice.max_new_tokens,
     };
+    if let Some(file) = &args.prompts {
+        let prompts = writer.file(file)?;
+        let config = EngineConfig {
+            cache: default_cache(&place.device),
+            max_batch: args.max_batch as usize,
+            max_waiting: prompts.len(),
+            ..EngineConfig::default()
+        };
+        let mut model = place.load(&dir)?;
+        adapters.put_on(&mut model)?;
+        answer_all(&asker, model, &config, prompts)?;
+        return Ok(Code::Done);
+    }
+    let ids = writer.prompt()?;
+    let mut model = place.load(&dir)?;
     if !args.each {
         adapters.put_on(&mut model)?;
-        answer(&model, &tokenizer, &ids, &options)?;
+        answer(&asker, model, &ids)?;
         return Ok(Code::Done);
     }
     for AdapterSource { name, weight } in adapters.sources() {
         adapters.set.activate_weighted(&mut model, &[AdapterSource { name, weight }])?;
         print(&format!("[{name}]\n"))?;
-        answer(&model, &tokenizer, &ids, &options)?;
+        answer(&asker, model.clone(), &ids)?;
     }
     Ok(Code::Done)
 }
 
 /// Prints the model's answer as it comes.
-fn answer(model: &Decoder, tokenizer: &Tokenizer, ids: &[u32], options: &GenerateOptions) -> Result<()> {
+fn answer(asker: &Asker<'_>, model: Decoder, ids: &[u32]) -> Result<()> {
     let start = Instant::now();
-    let mut text = tokenizer.stream_decoder(ids, true);
-    let mut failure = None;
-    let generation = generate(model, ids, options, |id| {
-        let shown = text.push(id).map_err(anyhow::Error::from).and_then(|piece| print(&piece));
-        failure = failure.take().or(shown.err());
-    })?;
-    failure.map_or(Ok(()), Err)?;
-    print(&(text.finish()? + "\n"))?;
+    let cache = CacheSize::Tokens(ids.len() + asker.max_tokens);
+    let engine = Running::start(model, &EngineConfig { cache, ..EngineConfig::default() })?;
+    let ended = asker.ask(&engine.handle, ids, None)?.follow(print)?;
+    engine.end()?;
+    print("\n")?;
     if std::io::stderr().is_terminal() {
         let seconds = start.elapsed().as_secs_f64();
-        let tokens = generation.ids.len();
-        let end = if generation.stopped { "" } else { "; stopped by --max-new-tokens" };
+        let tokens = ended.usage.completion_tokens;
+        let end = match ended.reason {
+            FinishReason::Stop => "",
+            FinishReason::Length if tokens == asker.max_tokens => "; stopped by --max-new-tokens",
+            FinishReason::Length => "; the model has no further positions",
+        };
         say!("{tokens} tokens in {seconds:.1} s, {:.1} tok/s{end}", tokens as f64 / seconds);
     }
     Ok(())
+}
+
+/// Answers a file's prompts, many at once, and writes them out in the file's order.
+fn answer_all(asker: &Asker<'_>, model: Decoder, config: &EngineConfig, prompts: Vec<Prompt>) -> Result<()> {
+    let start = Instant::now();
+    let engine = Running::start(model, config)?;
+    let asked = prompts.into_iter().map(|Prompt { line, row, ids }| {
+        let answering = asker.ask(&engine.handle, &ids, None).with_context(|| format!("line {line}"))?;
+        Ok((line, row, answering))
+    });
+    let (mut answers, mut tokens) = (0, 0);
+    for asked in asked.collect::<Result<Vec<_>>>()? {
+        let (line, mut row, answering) = asked;
+        let mut text = String::new();
+        let ended = answering.follow(|piece| {
+            text += piece;
+            Ok(())
+        });
+        let ended = ended.with_context(|| format!("line {line}"))?;
+        row.insert("answer".into(), text.into());
+        row.insert("finish_reason".into(), ended.reason.as_str().into());
+        let Usage { prompt_tokens, completion_tokens, .. } = ended.usage;
+        let usage = json!({ "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens });
+        row.insert("usage".into(), usage);
+        print(&format!("{}\n", Value::Object(row)))?;
+        answers += 1;
+        tokens += completion_tokens;
+    }
+    engine.end()?;
+    let seconds = start.elapsed().as_secs_f64();
+    say!("{answers} answers, {tokens} tokens in {seconds:.1} s, {:.1} tok/s", tokens as f64 / seconds);
+    Ok(())
+}
+
+/// A prompt of a file.
+struct Prompt {
+    /// Its line, from 1 on.
+    line: usize,
+    /// The line's object.
+    row: Map<String, Value>,
+    ids: Vec<u32>,
+}
+
+/// Writes prompts as tokens.
+struct Writer<'a> {
+    args: &'a GenerateArgs,
+    tokenizer: &'a Arc<Tokenizer>,
+    prompting: &'a Prompting,
+}
+
+impl Writer<'_> {
+    /// The prompt of the command line.
+    fn prompt(&self) -> Result<Vec<u32>> {
+        let mut prompt = self.args.prompt.clone().unwrap_or_default();
+        if prompt == "-" {
+            prompt.clear();
+            std::io::stdin().read_to_string(&mut prompt).context("can't read the prompt from the standard input")?;
+        }
+        self.text(&prompt)
+    }
+
+    fn text(&self, prompt: &str) -> Result<Vec<u32>> {
+        let ids = self.prompting.prompt(self.tokenizer, self.args.writing.system.as_deref(), prompt);
+        match self.prompting.settings.layout {
+            PromptLayout::Chat => ids.context(
+                "can't write the prompt as a conversation; --no-chat-template gives it to the model as it is",
+            ),
+            _ => Ok(ids?),
+        }
+    }
+
+    /// The prompts of a file.
+    fn file(&self, path: &Path) -> Result<Vec<Prompt>> {
+        let text = std::fs::read_to_string(path).map_err(|e| unusable(path, None, e.to_string()))?;
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        let prompts = lines.map(|(index, text)| {
+            let line = index + 1;
+            let wrong = |problem: String| unusable(path, Some(line), problem);
+            let row: Map<String, Value> = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+            let ids = match (row.get("prompt"), row.get("messages")) {
+                (Some(Value::String(prompt)), None) => self.text(prompt)?,
+                (None, Some(messages)) => {
+                    let messages = Vec::<Message>::deserialize(messages).map_err(|e| wrong(e.to_string()))?;
+                    self.conversation(&messages, row.get("tools")).map_err(|e| wrong(format!("{e:#}")))?
+                }
+                _ => return Err(wrong("needs a `prompt`, a text, or `messages`, a conversation".into()).into()),
+            };
+            if ids.is_empty() {
+                return Err(wrong("the prompt is empty".into()).into());
+            }
+            Ok(Prompt { line, row, ids })
+        });
+        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+        match prompts.is_empty() {
+            true => Err(unusable(path, None, "there is no prompt in it".into()).into()),
+            false => Ok(prompts),
+        }
+    }
+
+    fn conversation(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>> {
+        let system = self.args.writing.system.as_deref().filter(|_| messages.iter().all(|m| m.role != "system"));
+        let messages: Vec<Message> =
+            system.into_iter().map(Message::system).chain(messages.iter().cloned()).collect();
+        let conversation =
+            Conversation { messages: &messages, tools, template_kwargs: None, add_generation_prompt: true };
+        Ok(write(self.prompting, self.tokenizer, &conversation)?.tokens)
+    }
+}
+
+/// A file of prompts that can't be used.
+fn unusable(path: &Path, line: Option<usize>, problem: String) -> InputError {
+    let line = line.map(|line| format!(", line {line}")).unwrap_or_default();
+    InputError(format!("{}{line}: {problem}", path.display()))
 }
 
 /// The adapters of the command line.
@@ -158,20 +272,6 @@ pub fn adapter_argument(text: &str) -> Result<(&str, &str, f64), UsageError> {
     Ok((name.unwrap_or(dir), dir, weight))
 }
 
-fn check(args: &GenerateArgs) -> Result<(), UsageError> {
-    let wrong = |flag: &str, allowed: &str| Err(UsageError(format!("{flag} must be {allowed}")));
-    if args.max_new_tokens == 0 {
-        return wrong("--max-new-tokens", "1 or more");
-    }
-    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
-        return wrong("--temperature", "a finite number, 0 or more");
-    }
-    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
-        return wrong("--top-p", "above 0 and at most 1");
-    }
-    Ok(())
-}
-
 /// How the prompt is written: as the flags say, else as the first adapter's rows were, else by the model's chat template.
 fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<Prompting> {
     let mut found: Option<(&str, Prompting)> = None;
@@ -193,14 +293,14 @@ fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<P
         None if adapters.dirs.is_empty() => Prompting::of_adapter(model)?.unwrap_or_default(),
         None => Prompting::default(),
     };
-    if args.no_chat_template {
+    if args.writing.no_chat_template {
         prompting.settings.layout = PromptLayout::Plain;
     }
-    if let Some(setting) = &args.chat_template {
+    if let Some(setting) = &args.writing.chat_template {
         prompting.template = Some(ChatTemplate::from_setting(setting)?);
         prompting.settings.layout = PromptLayout::Chat;
     }
-    for text in &args.template_kwarg {
+    for text in &args.writing.template_kwarg {
         let (name, value) = text.split_once('=').ok_or_else(|| {
             UsageError(format!("--template-kwarg {text}: write NAME=VALUE, e.g. enable_thinking=true"))
         })?;
@@ -209,8 +309,8 @@ fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<P
     }
     let ignored = match prompting.settings.layout {
         PromptLayout::Chat => None,
-        _ if !args.template_kwarg.is_empty() => Some("--template-kwarg"),
-        PromptLayout::Plain if args.system.is_some() => Some("--system"),
+        _ if !args.writing.template_kwarg.is_empty() => Some("--template-kwarg"),
+        PromptLayout::Plain if args.writing.system.is_some() => Some("--system"),
         _ => None,
     };
     match ignored {
@@ -219,21 +319,6 @@ fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<P
             Err(UsageError(text).into())
         }
         None => Ok(prompting),
-    }
-}
-
-fn prompt_ids(args: &GenerateArgs, tokenizer: &Tokenizer, prompting: &Prompting) -> Result<Vec<u32>> {
-    let mut prompt = args.prompt.clone();
-    if prompt == "-" {
-        prompt.clear();
-        std::io::stdin().read_to_string(&mut prompt).context("can't read the prompt from the standard input")?;
-    }
-    let ids = prompting.prompt(tokenizer, args.system.as_deref(), &prompt);
-    match prompting.settings.layout {
-        PromptLayout::Chat => {
-            ids.context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is")
-        }
-        _ => Ok(ids?),
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::exit, reason = "a program ends with a code")]
 
+mod answers;
 mod args;
 mod convert;
 mod exit;
@@ -10,6 +11,7 @@ mod hub;
 mod init;
 mod inspect;
 mod merge;
+mod model;
 mod output;
 mod outputs;
 mod preview;

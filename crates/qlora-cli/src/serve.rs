@@ -5,32 +5,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
-use burn_qlora::adapter_io::checkpoint::refuse_adapter;
+use anyhow::{Context, Result};
 use burn_qlora::chat_text::Prompting;
-use burn_qlora::paged_optim::free_memory;
 use burn_qlora::qlora_serve::http::{HttpConfig, HttpState, serve};
-use burn_qlora::qlora_serve::{CacheSize, Engine, EngineConfig, Handle};
-use burn_qlora::{
-    Adapter, Decoder, Device, LoadOptions, Tokenizer, TrainConfig, compute_dtype, select_device,
-};
+use burn_qlora::qlora_serve::{CacheSize, EngineConfig, Handle};
+use burn_qlora::{Adapter, Device, Tokenizer};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
+use crate::answers::Running;
 use crate::args::ServeArgs;
 use crate::exit::{Code, UsageError};
 use crate::generate::adapter_argument;
 use crate::hub;
+use crate::model::{Placement, base_dir, base_name, default_cache};
 use crate::output::say;
-use crate::progress::LoadBar;
 use crate::signals::on_interrupt;
 use crate::sources::warn_of_missing;
-
-/// Of a GPU's free memory, what the cache takes when nothing is said: the rest is for a pass's activations and adapters.
-const CACHE_SHARE: f64 = 0.8;
-
-/// The cache where the free memory is not known, bytes.
-const SMALL_CACHE: u64 = 512 << 20;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -46,13 +37,8 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
         }
         None => None,
     };
-    let model = args
-        .model
-        .as_deref()
-        .or(first.as_deref())
-        .ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?;
-    let dir = hub::resolve(model, args.revision.as_deref())?;
-    refuse_adapter(&dir)?;
+    let model = base_name(&args.base, first.as_deref())?;
+    let dir = base_dir(&args.base, model)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut http = HttpConfig::new(served_name(args, model));
     http.api_key = args.api_key.clone();
@@ -64,21 +50,12 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
         return Err(UsageError(format!("{name:?} is the base's name: give the adapter another one, as NAME=DIR")).into());
     }
 
-    let mut config = TrainConfig::default();
-    config.set("quantization.quant_type", &args.quant_type)?;
-    config.set("quantization.compute_dtype", &args.compute_dtype)?;
-    let device = select_device(&args.device)?;
-    let dtype = compute_dtype(config.quantization.compute_dtype, &device);
-    let mut bar = LoadBar::new();
-    let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-    let model = Decoder::load(&dir, options, &device, &mut |progress| bar.update(progress))?;
-    bar.finish();
-    let (engine, handle) = Engine::new(model, &engine_config(args, &device))?;
-    let engine = engine.spawn().context("can't start the engine's thread")?;
+    let place = Placement::new(&args.base)?;
+    let config = engine_config(args, &place.device);
+    let engine = Running::start(place.load(&dir)?, &config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the server")?;
-    let served = runtime.block_on(answer(args, &adapters, &handle, tokenizer, http));
-    handle.close();
-    let ended = engine.join().map_err(|_| anyhow!("the engine failed"))?;
+    let served = runtime.block_on(answer(args, &adapters, &engine.handle, tokenizer, http));
+    let ended = engine.end();
     served?;
     ended?;
     Ok(Code::Done)
@@ -137,13 +114,12 @@ fn served_name(args: &ServeArgs, model: &str) -> String {
 }
 
 fn engine_config(args: &ServeArgs, device: &Device) -> EngineConfig {
-    let of_free = || free_memory(device).map(|(free, _)| (free as f64 * CACHE_SHARE) as u64);
     let cache = match args.cache_gib {
-        Some(gib) => (gib * GIB) as u64,
-        None => of_free().unwrap_or(SMALL_CACHE),
+        Some(gib) => CacheSize::Bytes((gib * GIB) as u64),
+        None => default_cache(device),
     };
     EngineConfig {
-        cache: CacheSize::Bytes(cache),
+        cache,
         max_batch: args.max_batch,
         max_batch_tokens: args.max_batch_tokens,
         max_waiting: args.max_waiting,

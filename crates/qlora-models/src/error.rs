@@ -158,22 +158,9 @@ pub enum ModelError {
     /// Work on the device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Generation from nothing.
-    #[error("the prompt is empty: generation needs at least one token")]
-    EmptyPrompt,
     /// The model gives no numbers.
     #[error(
         "the model's logits are not numbers (NaN): its activations overflow in this compute dtype; try bf16 or f32"
     )]
     NotANumber,
-    /// A token that the model has no embedding for.
-    #[error(
-        "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or resize its embeddings"
-    )]
-    BeyondVocabulary {
-        /// The token's number.
-        token: u32,
-        /// The rows of the embedding.
-        vocab_size: usize,
-    },
 }

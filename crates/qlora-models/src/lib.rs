@@ -4,7 +4,7 @@
 //! - [`Decoder`] is the one decoder that serves every family; [`Decoder::load`] streams a checkpoint
 //!   into it tensor by tensor.
 //! - [`adapters`]: attach, load, switch, combine, export and merge adapters of every kind that PEFT writes.
-//! - [`generate()`]: sampling with a [`KvCache`].
+//! - [`KvCache`]: one sequence, token by token; [`PagedCache`]: many of any length, with different adapters.
 //!
 //! A model takes and gives token ids; `chat-text` makes them of text.
 
@@ -16,7 +16,6 @@ mod device;
 mod embedding;
 mod error;
 mod family;
-mod generate;
 mod kernel_cache;
 mod kv_cache;
 mod loader;
@@ -34,7 +33,6 @@ pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConf
 pub use decoder::Decoder;
 pub use device::{default_compute_dtype, device_memory, peak_memory, select_device};
 pub use error::ModelError;
-pub use generate::{GenerateOptions, Generation, generate};
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
 pub use norm::RmsNorm;

@@ -5,7 +5,7 @@ use adapter_io::Adapter;
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use qlora_layers::{LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, GenerateOptions, KvCache, LoadOptions, ModelConfig, ModelError, RopeScaling, generate};
+use qlora_models::{Decoder, KvCache, LoadOptions, ModelConfig, ModelError, RopeScaling};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -76,23 +76,6 @@ fn rows_of_a_batch_do_not_touch_each_other() {
     let alone = [values(model.forward(&first, 1, Pass::INFERENCE)), values(model.forward(&second, 1, Pass::INFERENCE))]
         .concat();
     assert_close(&values(model.forward(&both, 2, Pass::INFERENCE)), &alone, 1e-4);
-}
-
-#[test]
-fn generation_stops_at_a_stop_id() {
-    let model = load(&reference("tiny-llama"), None).unwrap();
-    let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
-    let free = generate(&model, &[5, 6, 7], &options, |_| {}).unwrap();
-    assert_eq!((free.ids.len(), free.stopped), (8, false));
-    let stop = free.ids[3];
-    let first = free.ids.iter().position(|id| *id == stop).unwrap();
-    let mut streamed = Vec::new();
-    let stopped =
-        generate(&model, &[5, 6, 7], &GenerateOptions { stop_ids: vec![stop], ..options }, |id| streamed.push(id))
-            .unwrap();
-    assert_eq!((&stopped.ids[..], stopped.stopped), (&free.ids[..=first], true));
-    assert_eq!(streamed, stopped.ids);
-    assert!(matches!(generate(&model, &[], &GenerateOptions::default(), |_| {}), Err(ModelError::EmptyPrompt)));
 }
 
 #[test]

@@ -103,7 +103,10 @@ impl Engine {
             CacheSize::Tokens(tokens) => (tokens, tokens as u64 * token_bytes),
             CacheSize::Bytes(bytes) => ((bytes / token_bytes.max(1)) as usize, bytes),
         };
-        let blocks = tokens / block_tokens;
+        let blocks = match config.cache {
+            CacheSize::Tokens(tokens) => tokens.div_ceil(block_tokens).max(2),
+            CacheSize::Bytes(_) => tokens / block_tokens,
+        };
         if blocks < 2 {
             return Err(ServeError::CacheTooSmall { budget, blocks, block_tokens });
         }

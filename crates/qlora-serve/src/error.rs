@@ -9,10 +9,12 @@ use qlora_models::ModelError;
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// Nothing to continue.
-    #[error("the prompt is empty: it needs at least one token")]
+    #[error("the prompt is empty: generation needs at least one token")]
     EmptyPrompt,
     /// A token without an embedding.
-    #[error("the prompt has token {token}, but the model's vocabulary ends at {vocab_size}: tokenizer and model differ")]
+    #[error(
+        "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or resize its embeddings"
+    )]
     BeyondVocabulary {
         /// The token.
         token: u32,
@@ -73,6 +75,9 @@ pub enum ServeError {
         /// Tokens of a block.
         block_tokens: usize,
     },
+    /// An answer broke off.
+    #[error("{0}")]
+    Failed(String),
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),

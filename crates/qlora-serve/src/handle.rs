@@ -131,6 +131,11 @@ impl Answer {
         self.0.poll_recv(context)
     }
 
+    /// The next event, if it has come.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.0.try_recv().ok()
+    }
+
     /// [`next`](Self::next) for threads outside an asynchronous runtime.
     pub fn next_blocking(&mut self) -> Option<Event> {
         self.0.blocking_recv()

@@ -11,6 +11,7 @@
 mod adapters;
 mod engine;
 mod error;
+mod generate;
 mod handle;
 pub mod http;
 mod request;
@@ -20,6 +21,7 @@ pub mod text;
 
 pub use engine::{CacheSize, Engine, EngineConfig};
 pub use error::ServeError;
+pub use generate::{Generation, generate};
 pub use handle::{AdapterInfo, Answer, Command, Counters, Handle, Inbox, Limits, Reply, line};
 pub use request::{
     Constraint, Event, FinishReason, Finished, Request, Sampling, Token, TokenLogprobs, Usage,

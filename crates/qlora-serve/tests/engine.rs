@@ -9,7 +9,7 @@ use adapter_io::Adapter;
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use qlora_layers::{LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, GenerateOptions, LoadOptions, generate};
+use qlora_models::{Decoder, LoadOptions};
 use qlora_serve::{
     Answer, CacheSize, Constraint, Engine, EngineConfig, Event, FinishReason, Finished, Handle, Request, Sampling,
     ServeError, TokenLogprobs, Usage,
@@ -92,9 +92,15 @@ fn read(mut answer: Answer) -> Result<Whole, String> {
     }
 }
 
+/// The greedy continuation, each token from one pass over everything before it, without a cache.
 fn alone(model: &Decoder, prompt: &[u32], max_new_tokens: usize) -> Vec<u32> {
-    let options = GenerateOptions { max_new_tokens, ..Default::default() };
-    generate(model, prompt, &options, |_| {}).unwrap().ids
+    let mut ids = prompt.to_vec();
+    for _ in 0..max_new_tokens {
+        let logits = model.forward(&ids, 1, Pass::INFERENCE);
+        let last = logits.narrow(0, ids.len() - 1, 1).into_data().iter::<f32>().collect::<Vec<_>>();
+        ids.push(qlora_serve::sampling::likeliest(&last).unwrap());
+    }
+    ids.split_off(prompt.len())
 }
 
 /// Prompts of many lengths; some share beginnings.

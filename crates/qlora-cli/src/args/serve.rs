@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use clap::Args;
 
+use super::ModelArgs;
+
 /// `qlora serve`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -12,12 +14,9 @@ adapter, or of the base. The page at / talks with all of them.
 
 Ctrl-C or SIGTERM ends the server when what it answers is answered; a second one at once.")]
 pub struct ServeArgs {
-    /// The base model: a folder or a hub id; left out, the one that the first adapter names
-    #[arg(long, required_unless_present = "adapter")]
-    pub model: Option<String>,
-    /// Branch, tag or commit of a hub id
-    #[arg(long)]
-    pub revision: Option<String>,
+    /// The model.
+    #[command(flatten)]
+    pub base: ModelArgs,
     /// An adapter, a folder or a hub id, and the name that requests use; may be repeated
     #[arg(long, value_name = "[NAME=]DIR")]
     pub adapter: Vec<String>,
@@ -60,13 +59,4 @@ pub struct ServeArgs {
     /// Let nobody load or unload adapters while the server runs
     #[arg(long)]
     pub fixed_adapters: bool,
-    /// Where to run: auto, cpu, cuda, cuda:1, vulkan or metal
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// How to keep the base's linear layers: nf4, fp4 or none
-    #[arg(long, default_value = "nf4", value_name = "TYPE")]
-    pub quant_type: String,
-    /// Dtype of activations: auto, f32, bf16 or f16
-    #[arg(long, default_value = "auto", value_name = "DTYPE")]
-    pub compute_dtype: String,
 }

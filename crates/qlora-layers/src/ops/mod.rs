@@ -31,8 +31,6 @@ mod cube_tensors;
 mod flex;
 pub mod fused;
 mod packed;
-mod paged_tmp;
-pub use paged_tmp::*;
 mod seed;
 
 pub use attention::{

@@ -1,0 +1,155 @@
+//! What the commands share that let a model answer, and `qlora generate`.
+
+use std::path::PathBuf;
+
+use burn_qlora::qlora_serve::Sampling;
+use clap::Args;
+
+use crate::exit::UsageError;
+
+/// The model, and where it runs.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// The base model: a folder or a hub id; left out, the one that the first adapter names
+    #[arg(long, required_unless_present = "adapter")]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub id
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Where to run: auto, cpu, cuda, cuda:1, vulkan or metal
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// How to keep the base's linear layers: nf4, fp4 or none
+    #[arg(long, default_value = "nf4", value_name = "TYPE")]
+    pub quant_type: String,
+    /// Dtype of activations: auto, f32, bf16 or f16
+    #[arg(long, default_value = "auto", value_name = "DTYPE")]
+    pub compute_dtype: String,
+}
+
+/// How prompts are written.
+#[derive(Debug, Default, Args)]
+pub struct PromptArgs {
+    /// A system message before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "no_chat_template")]
+    pub system: Option<String>,
+    /// Give the prompt to the model as it is, without the chat template
+    #[arg(long)]
+    pub no_chat_template: bool,
+    /// A Jinja chat template, or a file with one, in place of the adapter's or the model's
+    #[arg(long, value_name = "FILE|TEXT", conflicts_with = "no_chat_template")]
+    pub chat_template: Option<String>,
+    /// A variable for the chat template, such as enable_thinking=true; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", conflicts_with = "no_chat_template")]
+    pub template_kwarg: Vec<String>,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Tokens to generate at most
+    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher is more varied
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Choose among this many of the likeliest tokens; 0 for all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub top_k: usize,
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Choose among tokens with at least this part of the likeliest one's probability
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f64,
+    /// Divide the logits of tokens that are in prompt or answer by this; 1 for none
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    pub repetition_penalty: f64,
+    /// Take this off the logits of tokens that are in the answer
+    #[arg(long, default_value_t = 0.0, value_name = "PENALTY", allow_negative_numbers = true)]
+    pub presence_penalty: f64,
+    /// Take this off the logits of tokens that are in the answer, once for each time
+    #[arg(long, default_value_t = 0.0, value_name = "PENALTY", allow_negative_numbers = true)]
+    pub frequency_penalty: f64,
+    /// End the answer before this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Seed of the choice
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl SamplingArgs {
+    /// What the engine is told.
+    ///
+    /// # Errors
+    /// A flag is out of its range.
+    pub fn sampling(&self) -> Result<Sampling, UsageError> {
+        let finite = |number: f64| number.is_finite();
+        for (flag, is_allowed, allowed) in [
+            ("--max-new-tokens", self.max_new_tokens > 0, "1 or more"),
+            ("--temperature", self.temperature >= 0.0 && finite(self.temperature), "a finite number, 0 or more"),
+            ("--top-p", self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
+            ("--min-p", (0.0..=1.0).contains(&self.min_p), "from 0 to 1"),
+            ("--repetition-penalty", self.repetition_penalty > 0.0 && finite(self.repetition_penalty), "above 0"),
+            ("--presence-penalty", finite(self.presence_penalty), "a finite number"),
+            ("--frequency-penalty", finite(self.frequency_penalty), "a finite number"),
+            ("--stop", self.stop.iter().all(|text| !text.is_empty()), "a text that is not empty"),
+        ] {
+            if !is_allowed {
+                return Err(UsageError(format!("{flag} must be {allowed}")));
+            }
+        }
+        Ok(Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: Vec::new(),
+            seed: self.seed,
+        })
+    }
+}
+
+/// `qlora generate`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+An adapter that qlora trained is prompted as its rows were written: with its chat template, system prompt and template
+variables, as an Alpaca instruction, or with the prompt as it is.
+
+A file of prompts has one JSON object a line, with a `prompt` or a conversation's `messages`. Each is written out again with
+its `answer`, its `finish_reason` (stop or length) and the `usage` in tokens, in the order of the file.")]
+pub struct GenerateArgs {
+    /// The model.
+    #[command(flatten)]
+    pub base: ModelArgs,
+    /// An adapter, a folder or a hub id, with the weight of its update (1 if left out); may be repeated, and the updates
+    /// add up
+    #[arg(long, value_name = "[NAME=]DIR[:WEIGHT]")]
+    pub adapter: Vec<String>,
+    /// How several adapters are combined: cat (exact), svd (best of the largest rank) or linear (sums of the factors)
+    #[arg(long, default_value = "cat", value_name = "HOW")]
+    pub combine: String,
+    /// Answer with each adapter by itself, one after the other on one base, instead of combining them
+    #[arg(long, requires = "adapter", conflicts_with_all = ["combine", "prompts"])]
+    pub each: bool,
+    /// The prompt; `-` reads it from the standard input
+    #[arg(long, required_unless_present = "prompts", conflicts_with = "prompts")]
+    pub prompt: Option<String>,
+    /// A file of prompts, JSONL, answered many at once
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Answers that are written at once at most
+    #[arg(long, default_value_t = 64, value_name = "N", requires = "prompts",
+        value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_batch: u32,
+    /// How the prompt is written.
+    #[command(flatten)]
+    pub writing: PromptArgs,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub choice: SamplingArgs,
+}

@@ -1,0 +1,67 @@
+//! A model that is to answer, as the flags say.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use burn_qlora::adapter_io::checkpoint::refuse_adapter;
+use burn_qlora::paged_optim::free_memory;
+use burn_qlora::qlora_serve::CacheSize;
+use burn_qlora::{Decoder, Device, LoadOptions, TrainConfig, compute_dtype, select_device};
+
+use crate::args::ModelArgs;
+use crate::exit::UsageError;
+use crate::hub;
+use crate::progress::LoadBar;
+
+/// Of a GPU's free memory, what the cache takes when nothing is said: the rest is for a pass's activations and adapters.
+const CACHE_SHARE: f64 = 0.8;
+
+/// The cache where the free memory is not known, bytes.
+const SMALL_CACHE: u64 = 512 << 20;
+
+/// The cache for past tokens of an engine that answers many at once, when nothing is said of it.
+pub fn default_cache(device: &Device) -> CacheSize {
+    let of_free = free_memory(device).map(|(free, _)| (free as f64 * CACHE_SHARE) as u64);
+    CacheSize::Bytes(of_free.unwrap_or(SMALL_CACHE))
+}
+
+/// The name of the base: the one of the flags, or else the one that an adapter gives.
+pub fn base_name<'a>(args: &'a ModelArgs, named: Option<&'a str>) -> Result<&'a str> {
+    let name = args.model.as_deref().or(named).filter(|name| !name.is_empty());
+    Ok(name.ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?)
+}
+
+/// The base's folder.
+pub fn base_dir(args: &ModelArgs, name: &str) -> Result<PathBuf> {
+    let dir = hub::resolve(name, args.revision.as_deref())?;
+    refuse_adapter(&dir)?;
+    Ok(dir)
+}
+
+/// What the flags say of the device and the weights, checked before anything is read.
+pub struct Placement {
+    /// Where the model is to be.
+    pub device: Device,
+    options: LoadOptions,
+}
+
+impl Placement {
+    /// Checks the flags and finds the device.
+    pub fn new(args: &ModelArgs) -> Result<Self> {
+        // The keys mean what they mean in a configuration, and are checked as there.
+        let mut config = TrainConfig::default();
+        config.set("quantization.quant_type", &args.quant_type)?;
+        config.set("quantization.compute_dtype", &args.compute_dtype)?;
+        let device = select_device(&args.device)?;
+        let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+        Ok(Self { options: LoadOptions { quantization: config.quantization.quant_config(), dtype }, device })
+    }
+
+    /// Loads the base.
+    pub fn load(self, dir: &Path) -> Result<Decoder> {
+        let mut bar = LoadBar::new();
+        let model = Decoder::load(dir, self.options, &self.device, &mut |progress| bar.update(progress))?;
+        bar.finish();
+        Ok(model)
+    }
+}
