@@ -31,6 +31,7 @@ mod cube_tensors;
 mod flex;
 pub mod fused;
 mod packed;
+mod paged;
 mod seed;
 
 pub use attention::{
@@ -42,6 +43,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 pub use fused_kernels::dropout_hash;
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
+pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, paged_attention, paged_write};
 pub use seed::{SeedOps, backward_from};
 
 /// One of LoRA's two factors.

@@ -1,0 +1,173 @@
+//! Generation's attention: a key-value cache in blocks, and the queries of many sequences at once.
+//!
+//! The cache of a layer is two tensors `[blocks * block_tokens, kv_heads, head_dim]`. Sequences own blocks of it, in any
+//! order. A [`PagedBatch`] says which rows a pass has and what they look at; it is built once a pass and serves all
+//! layers. [`paged_write`] puts the new tokens' keys and values into the cache, [`paged_attention`] attends.
+//!
+//! The result of a token depends on nothing but its sequence, bit for bit: not on the other rows of the batch, nor on
+//! how a prompt was cut into chunks. Softmax and sums are f32.
+//!
+//! CubeCL devices run [`fused_kernels::paged_attention`], the CPU a loop over tokens and key heads on all threads, which
+//! reads the cache in place. The two add in different orders.
+//!
+//! Neither operation has a gradient.
+
+mod autodiff;
+mod cube;
+mod exponential;
+mod flex;
+
+use super::{AttentionOptions, QloraOps};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use fused_kernels::paged_attention::{Batch, MAX_HEAD_DIM};
+use std::sync::Arc;
+
+pub use fused_kernels::paged_attention::Row as PagedRow;
+
+/// What the rows of a batch look at, on the host and on a device.
+#[derive(Clone, Debug)]
+pub struct PagedBatch {
+    host: Arc<Batch>,
+    words: Tensor<1, Int>,
+}
+
+impl PagedBatch {
+    /// The rows of a batch over caches of blocks of `block_tokens` tokens. The new tokens of all rows lie one after the
+    /// other in the batch; rows may share blocks that they only read. One upload.
+    ///
+    /// # Panics
+    /// When a row has fewer tokens than new ones, or fewer blocks than its tokens fill.
+    pub fn new(rows: &[PagedRow<'_>], block_tokens: usize, device: &Device) -> Self {
+        let host = Batch::new(rows, block_tokens).unwrap_or_else(|e| panic!("paged batch: {e}"));
+        let words: Vec<i32> = host.words().into_iter().map(|word| word as i32).collect();
+        let len = words.len();
+        let device = device.clone().without_autodiff();
+        let words = Tensor::from_data(TensorData::new(words, [len]), (&device, DType::I32));
+        Self { host: Arc::new(host), words }
+    }
+
+    /// What it says, on the host.
+    pub fn host(&self) -> &Batch {
+        &self.host
+    }
+
+    /// New tokens of all rows.
+    pub fn tokens(&self) -> usize {
+        self.host.tokens()
+    }
+
+    fn operand(&self) -> PagedOperand<Dispatch> {
+        PagedOperand { words: self.words.clone().into_dispatch(), host: self.host.clone() }
+    }
+}
+
+/// A [`PagedBatch`] on a backend.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct PagedOperand<B: Backend> {
+    /// i32: [`Batch::words`].
+    pub words: IntTensor<B>,
+    /// What it says.
+    pub host: Arc<Batch>,
+}
+
+/// The tensor-level part.
+#[backend_extension(Cube, Flex, Autodiff)]
+pub trait PagedOps: Backend {
+    /// See [`paged_write`].
+    fn paged_write(
+        cache: FloatTensor<Self>,
+        new: FloatTensor<Self>,
+        #[extension_type] batch: PagedOperand<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`paged_attention`].
+    fn paged_attention(
+        q: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        #[extension_type] batch: PagedOperand<Self>,
+        options: AttentionOptions,
+    ) -> FloatTensor<Self>;
+}
+
+/// Writes the keys (or values) of new tokens into a cache, and returns it.
+///
+/// The caller hands over the only tensor of the cache, and it is written in place. (A clone that someone kept sees the
+/// written values on CubeCL; on the CPU a shared cache is copied first.)
+///
+/// # Shapes
+/// - `cache`: `[blocks * block_tokens, kv_heads, head_dim]`
+/// - `new`: `[tokens, kv_heads, head_dim]`, in the dtype of `cache`
+///
+/// # Panics
+/// When shapes or dtypes don't fit one another, the batch names blocks that the cache does not have, or a tensor is
+/// tracked by autodiff.
+pub fn paged_write(cache: Tensor<3>, new: Tensor<3>, batch: &PagedBatch) -> Tensor<3> {
+    let ([slots, kv_heads, dim], tokens) = (cache.dims(), batch.tokens());
+    assert_eq!(new.dims(), [tokens, kv_heads, dim], "paged_write: new tokens for a cache of {kv_heads} x {dim}");
+    assert_eq!(new.dtype(), cache.dtype(), "paged_write: new tokens and cache must have one dtype");
+    check_reach("paged_write", batch, slots);
+    if tokens == 0 {
+        return cache;
+    }
+    let (cache, new) = (cache.into_dispatch(), new.into_dispatch());
+    Tensor::from_dispatch(<Dispatch as PagedOps>::paged_write(cache, new, batch.operand()))
+}
+
+/// Causal attention of each row's new tokens over their whole sequence in the cache, which [`paged_write`] has put
+/// them into: a token sees itself and what comes before it, or of that the last `window`.
+///
+/// # Shapes
+/// - `q`: `[tokens, heads, head_dim]`, `head_dim` up to 256
+/// - `keys`, `values`: `[blocks * block_tokens, kv_heads, head_dim]` in the dtype of `q`, `heads` a multiple of
+///   `kv_heads`
+/// - output: as `q`, in its dtype
+///
+/// # Panics
+/// When shapes or dtypes don't fit one another, the batch names blocks that the cache does not have, options are out of
+/// range or name packed rows (the batch has its own), or a tensor is tracked by autodiff.
+pub fn paged_attention(
+    q: Tensor<3>,
+    keys: &Tensor<3>,
+    values: &Tensor<3>,
+    batch: &PagedBatch,
+    options: &AttentionOptions,
+) -> Tensor<3> {
+    let ([tokens, heads, dim], [slots, kv_heads, kv_dim]) = (q.dims(), keys.dims());
+    assert_eq!(keys.dims(), values.dims(), "paged_attention: keys and values differ in shape");
+    assert!(tokens == batch.tokens(), "paged_attention: {tokens} queries for {} new tokens", batch.tokens());
+    assert!(dim == kv_dim && dim <= MAX_HEAD_DIM, "paged_attention: heads of {dim}, and of {kv_dim} in the cache");
+    assert!(
+        kv_heads > 0 && heads.is_multiple_of(kv_heads),
+        "paged_attention: {heads} query heads, {kv_heads} key heads"
+    );
+    assert!(
+        q.dtype() == keys.dtype() && keys.dtype() == values.dtype(),
+        "paged_attention: queries and cache must have one dtype"
+    );
+    assert!(options.packed.is_none(), "paged_attention: the batch says how rows divide, not the options");
+    assert!(options.scores.window != Some(0), "paged_attention: a query sees itself at least");
+    check_reach("paged_attention", batch, slots);
+    if q.shape().num_elements() == 0 {
+        return q;
+    }
+    Tensor::from_dispatch(<Dispatch as PagedOps>::paged_attention(
+        q.into_dispatch(),
+        keys.clone().into_dispatch(),
+        values.clone().into_dispatch(),
+        batch.operand(),
+        options.clone(),
+    ))
+}
+
+fn check_reach(operation: &str, batch: &PagedBatch, slots: usize) {
+    let reach = batch.host.reach();
+    assert!(reach <= slots, "{operation}: the batch's blocks reach slot {reach}, the cache has {slots}");
+}
+
+/// Backends that autodiff may stand above.
+trait PagedBackend: PagedOps + QloraOps {}
+
+impl<B: PagedOps + QloraOps> PagedBackend for B {}
