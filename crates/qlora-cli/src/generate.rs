@@ -148,9 +148,8 @@ impl Writer<'_> {
     fn text(&self, prompt: &str) -> Result<Vec<u32>> {
         let ids = self.prompting.prompt(self.tokenizer, self.args.writing.system.as_deref(), prompt);
         match self.prompting.settings.layout {
-            PromptLayout::Chat => ids.context(
-                "can't write the prompt as a conversation; --no-chat-template gives it to the model as it is",
-            ),
+            PromptLayout::Chat => ids
+                .context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is"),
             _ => Ok(ids?),
         }
     }
@@ -185,8 +184,7 @@ impl Writer<'_> {
 
     fn conversation(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>> {
         let system = self.args.writing.system.as_deref().filter(|_| messages.iter().all(|m| m.role != "system"));
-        let messages: Vec<Message> =
-            system.into_iter().map(Message::system).chain(messages.iter().cloned()).collect();
+        let messages: Vec<Message> = system.into_iter().map(Message::system).chain(messages.iter().cloned()).collect();
         let conversation =
             Conversation { messages: &messages, tools, template_kwargs: None, add_generation_prompt: true };
         Ok(write(self.prompting, self.tokenizer, &conversation)?.tokens)

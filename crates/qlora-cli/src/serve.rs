@@ -47,7 +47,9 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
     http.request_timeout = Duration::from_secs(args.request_timeout);
     let taken = adapters.iter().find(|(name, _)| *name == http.served_name);
     if let Some((name, _)) = taken {
-        return Err(UsageError(format!("{name:?} is the base's name: give the adapter another one, as NAME=DIR")).into());
+        return Err(
+            UsageError(format!("{name:?} is the base's name: give the adapter another one, as NAME=DIR")).into()
+        );
     }
 
     let place = Placement::new(&args.base)?;
@@ -73,9 +75,9 @@ async fn answer(
         handle.load_adapter(name.as_str(), dir.as_path()).await?;
     }
     let address = SocketAddr::new(args.host, args.port);
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!("can't listen at {address}: is another server there? --port 0 takes a free port")
-    })?;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("can't listen at {address}: is another server there? --port 0 takes a free port"))?;
     let address = listener.local_addr().context("can't read the address")?;
     if !args.host.is_loopback() && args.api_key.is_none() {
         say!("warning: every machine that reaches {address} can ask: --api-key asks for a key");
@@ -102,7 +104,10 @@ async fn answer(
 fn named(text: &str) -> Result<(String, PathBuf)> {
     let (name, dir, weight) = adapter_argument(text)?;
     if weight != 1.0 {
-        return Err(UsageError(format!("--adapter {text}: a server takes no weights; `qlora combine` makes an adapter")).into());
+        return Err(UsageError(format!(
+            "--adapter {text}: a server takes no weights; `qlora combine` makes an adapter"
+        ))
+        .into());
     }
     Ok((name.to_string(), hub::resolve(dir, None)?))
 }

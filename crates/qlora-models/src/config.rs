@@ -10,9 +10,9 @@ mod fields;
 mod modules;
 mod rope;
 
-use crate::rope::RopeScaling;
 use crate::ModelError;
 use crate::family::Family;
+use crate::rope::RopeScaling;
 use adapter_io::BnbConfig;
 use blocks::LayerConfig;
 pub use blocks::{AttentionKind, ExpertsConfig};

@@ -198,11 +198,8 @@ impl<'a> MixedPass<'a> {
             }
         };
         let views = config.attention_kinds.iter().zip(&*model.rotary).map(view).collect();
-        let paged = rows.iter().map(|row| PagedRow {
-            blocks: row.blocks,
-            len: row.past + row.ids.len(),
-            new: row.ids.len(),
-        });
+        let paged =
+            rows.iter().map(|row| PagedRow { blocks: row.blocks, len: row.past + row.ids.len(), new: row.ids.len() });
         let batch = PagedBatch::new(&paged.collect::<Vec<_>>(), cache.block_tokens(), device);
         let models = parts.iter().map(|part| (part.rows.iter().map(|row| row.ids.len()).sum(), part.model)).collect();
         Some(Self { models, config, batch, views })
@@ -305,11 +302,7 @@ fn norm(
     }
 }
 
-fn by_part<'a, T>(
-    parts: &[(usize, &'a T)],
-    x: Tensor<2>,
-    run: impl Fn(&'a T, Tensor<2>) -> Tensor<2>,
-) -> Tensor<2> {
+fn by_part<'a, T>(parts: &[(usize, &'a T)], x: Tensor<2>, run: impl Fn(&'a T, Tensor<2>) -> Tensor<2>) -> Tensor<2> {
     if let [(_, part)] = *parts {
         return run(part, x);
     }

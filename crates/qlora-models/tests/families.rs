@@ -7,9 +7,7 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use proptest::prelude::*;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
-use qlora_models::{
-    Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling,
-};
+use qlora_models::{Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 

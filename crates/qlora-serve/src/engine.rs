@@ -213,7 +213,8 @@ impl Engine {
     }
 
     fn take(&mut self, request: Request, reply: Reply) {
-        let Request { prompt, adapter, max_tokens, sampling, stop_ids, logprobs, prompt_logprobs, constraint } = request;
+        let Request { prompt, adapter, max_tokens, sampling, stop_ids, logprobs, prompt_logprobs, constraint } =
+            request;
         // The adapter may have gone since the request was checked.
         let Some(adapter) = self.adapters.number(adapter.as_deref()) else {
             self.count_waiting(-1);
@@ -279,8 +280,7 @@ impl Engine {
     }
 
     fn unload_adapter(&mut self, name: &str) -> Result<(), ServeError> {
-        let number =
-            self.adapters.remove(name).ok_or_else(|| ServeError::UnknownAdapter { name: name.to_string() })?;
+        let number = self.adapters.remove(name).ok_or_else(|| ServeError::UnknownAdapter { name: name.to_string() })?;
         self.scheduler.forget_adapter(number);
         self.inbox.withdraw(name);
         Ok(())
@@ -341,9 +341,8 @@ impl Engine {
         }
         let numbers: Vec<AdapterNumber> = by_adapter.keys().copied().collect();
         self.adapters.bring(&numbers).map_err(device_error)?;
-        let is_noted = |slice: &Slice| {
-            self.answering.get(&slice.id).is_some_and(|answering| answering.prompt_logprobs.is_some())
-        };
+        let is_noted =
+            |slice: &Slice| self.answering.get(&slice.id).is_some_and(|answering| answering.prompt_logprobs.is_some());
         let parts = by_adapter.iter().map(|(number, slices)| Part {
             model: self.adapters.model(*number),
             rows: slices.iter().map(|slice| row(&self.scheduler, slice, is_noted(slice))).collect(),

@@ -66,7 +66,9 @@ pub enum ServeError {
     #[error("the engine is closing and takes no more requests")]
     Closed,
     /// The budget holds too little.
-    #[error("the cache budget of {budget} bytes holds {blocks} blocks of {block_tokens} tokens: one answer needs 2 or more")]
+    #[error(
+        "the cache budget of {budget} bytes holds {blocks} blocks of {block_tokens} tokens: one answer needs 2 or more"
+    )]
     CacheTooSmall {
         /// Bytes that were allowed.
         budget: u64,

@@ -20,11 +20,7 @@ pub struct Generation {
 ///
 /// # Errors
 /// The request can't be answered, names an adapter, or fails; the device fails.
-pub fn generate(
-    model: &Decoder,
-    request: Request,
-    mut on_token: impl FnMut(u32),
-) -> Result<Generation, ServeError> {
+pub fn generate(model: &Decoder, request: Request, mut on_token: impl FnMut(u32)) -> Result<Generation, ServeError> {
     let cache = CacheSize::Tokens(request.prompt.len() + request.max_tokens);
     let (mut engine, handle) = Engine::new(model.clone(), &EngineConfig { cache, ..EngineConfig::default() })?;
     let mut answer = handle.submit(request)?;

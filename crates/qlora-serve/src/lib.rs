@@ -23,6 +23,4 @@ pub use engine::{CacheSize, Engine, EngineConfig};
 pub use error::ServeError;
 pub use generate::{Generation, generate};
 pub use handle::{AdapterInfo, Answer, Command, Counters, Handle, Inbox, Limits, Reply, line};
-pub use request::{
-    Constraint, Event, FinishReason, Finished, Request, Sampling, Token, TokenLogprobs, Usage,
-};
+pub use request::{Constraint, Event, FinishReason, Finished, Request, Sampling, Token, TokenLogprobs, Usage};

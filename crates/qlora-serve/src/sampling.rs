@@ -137,8 +137,7 @@ pub fn logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
     let log_sum = sum.ln() + f64::from(highest);
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then_with(|| a.cmp(b));
+    let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then_with(|| a.cmp(b));
     let top = top.min(order.len());
     if (1..order.len()).contains(&top) {
         order.select_nth_unstable_by(top - 1, by_logit);
@@ -146,7 +145,10 @@ pub fn logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
     order.truncate(top);
     order.sort_unstable_by(by_logit);
     let own = logits.get(token as usize).map_or(f32::NEG_INFINITY, |logit| logprob(*logit));
-    TokenLogprobs { logprob: own, top: order.into_iter().map(|token| (token, logprob(logits[token as usize]))).collect() }
+    TokenLogprobs {
+        logprob: own,
+        top: order.into_iter().map(|token| (token, logprob(logits[token as usize]))).collect(),
+    }
 }
 
 #[cfg(test)]

@@ -64,7 +64,10 @@ pub(super) fn read(
         };
     }
     let Some(format) = format else {
-        return Err(ApiError::field("tools", "tools: the model's chat template writes no tools in a form that is known"));
+        return Err(ApiError::field(
+            "tools",
+            "tools: the model's chat template writes no tools in a form that is known",
+        ));
     };
     let schema = |tool: &Tool| ToolSchema {
         name: tool.function.name.clone(),
