@@ -11,7 +11,9 @@ pub enum ServeError {
     #[error("the prompt is empty: it needs at least one token")]
     EmptyPrompt,
     /// A token without an embedding.
-    #[error("the prompt has token {token}, but the model's vocabulary ends at {vocab_size}: tokenizer and model differ")]
+    #[error(
+        "the prompt has token {token}, but the model's vocabulary ends at {vocab_size}: tokenizer and model differ"
+    )]
     BeyondVocabulary {
         /// The token.
         token: u32,
@@ -63,7 +65,9 @@ pub enum ServeError {
     #[error("the engine is closing and takes no more requests")]
     Closed,
     /// The budget holds too little.
-    #[error("the cache budget of {budget} bytes holds {blocks} blocks of {block_tokens} tokens: one answer needs 2 or more")]
+    #[error(
+        "the cache budget of {budget} bytes holds {blocks} blocks of {block_tokens} tokens: one answer needs 2 or more"
+    )]
     CacheTooSmall {
         /// Bytes that were allowed.
         budget: u64,

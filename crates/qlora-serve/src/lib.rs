@@ -8,6 +8,4 @@ pub mod text;
 
 pub use error::ServeError;
 pub use handle::{AdapterInfo, Answer, Command, Counters, Handle, Inbox, Limits, Reply, line};
-pub use request::{
-    Constraint, Event, FinishReason, Finished, Request, Sampling, Token, TokenLogprobs, Usage,
-};
+pub use request::{Constraint, Event, FinishReason, Finished, Request, Sampling, Token, TokenLogprobs, Usage};

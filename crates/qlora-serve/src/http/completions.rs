@@ -37,8 +37,7 @@ pub(super) async fn post(State(state): State<HttpState>, request: Request) -> Re
         finishes[choice] = finishes[choice].or(finish);
     }
     let choices = texts.into_iter().zip(finishes).enumerate();
-    let choices: Vec<Value> =
-        choices.map(|(index, (text, finish))| writer.choice(index, text, finish)).collect();
+    let choices: Vec<Value> = choices.map(|(index, (text, finish))| writer.choice(index, text, finish)).collect();
     let mut answer = writer.answer(choices);
     answer["usage"] = stream::usage(session.usage());
     Ok(Json(answer).into_response())

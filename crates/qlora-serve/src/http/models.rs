@@ -34,7 +34,8 @@ impl Promptings {
             return Ok(prompting.clone());
         }
         let read = Prompting::of_adapter(&adapter.dir).map_err(|error| {
-            let message = format!("what the adapter {:?} is prompted with can't be read: {}", adapter.name, chain(&error));
+            let message =
+                format!("what the adapter {:?} is prompted with can't be read: {}", adapter.name, chain(&error));
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "adapter_prompting", message)
         })?;
         let prompting = read.map_or_else(|| base.clone(), Arc::new);

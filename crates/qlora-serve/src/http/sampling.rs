@@ -49,7 +49,9 @@ pub(super) fn read(fields: SamplingFields, config: &HttpConfig, vocab_size: usiz
         frequency_penalty: number("frequency_penalty", fields.frequency_penalty, default.frequency_penalty, -2.0, 2.0)?,
         logit_bias: match fields.logit_bias {
             None => default.logit_bias.clone(),
-            Some(biases) => biases.iter().map(|(id, bias)| self::bias(id, *bias, vocab_size)).collect::<Result<_, _>>()?,
+            Some(biases) => {
+                biases.iter().map(|(id, bias)| self::bias(id, *bias, vocab_size)).collect::<Result<_, _>>()?
+            }
         },
         seed: fields.seed.map_or_else(rand::random, |seed| seed as u64),
     };

@@ -1,6 +1,8 @@
 //! Conversations and texts as prompts, in the way that an adapter learned.
 
-use chat_text::{ChatError, ChatInput, ChatTemplate, Message, PromptLayout, Prompting, Tokenizer, alpaca_prompt, alpaca_turn};
+use chat_text::{
+    ChatError, ChatInput, ChatTemplate, Message, PromptLayout, Prompting, Tokenizer, alpaca_prompt, alpaca_turn,
+};
 use serde_json::{Map, Value as Json};
 
 use super::reasoning;
@@ -31,10 +33,7 @@ pub struct Prompt {
 ///
 /// # Errors
 /// There is none, or it does not compile.
-pub fn template<'a>(
-    prompting: &'a Prompting,
-    tokenizer: &'a Tokenizer,
-) -> Result<Option<&'a ChatTemplate>, ChatError> {
+pub fn template<'a>(prompting: &'a Prompting, tokenizer: &'a Tokenizer) -> Result<Option<&'a ChatTemplate>, ChatError> {
     Ok(match (prompting.settings.layout, &prompting.template) {
         (PromptLayout::Plain | PromptLayout::Alpaca, _) => None,
         (PromptLayout::Chat, Some(template)) => Some(template),

@@ -24,7 +24,8 @@ impl StopStrings {
             return String::new();
         }
         self.held.push_str(piece);
-        let complete = self.stops.iter().filter_map(|stop| self.held.find(stop).map(|start| (start + stop.len(), start)));
+        let complete =
+            self.stops.iter().filter_map(|stop| self.held.find(stop).map(|start| (start + stop.len(), start)));
         if let Some((_, start)) = complete.min() {
             self.found = true;
             self.held.truncate(start);
