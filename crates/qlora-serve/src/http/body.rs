@@ -95,17 +95,27 @@ fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
 /// # Errors
 /// It is malformed, or a field has a wrong type: the error names it.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    // Lists would be taken as a request's fields in order.
+    if body.trim_ascii_start().first().is_some_and(|byte| *byte != b'{') {
+        let message = "the request's body is no JSON object";
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", message));
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
         let error = error.into_inner();
         // The position is of use where the text is broken, the path where a value is wrong.
-        if error.is_data() && path != "." {
-            let message = error.to_string();
-            let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
-            ApiError::field(&path, format!("{path}: {message}")).with_code("invalid_type")
-        } else {
-            malformed(&error)
+        let text = error.to_string();
+        let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(text, _)| text);
+        let missing = text.strip_prefix("missing field `").and_then(|text| text.strip_suffix('`'));
+        match missing {
+            _ if !error.is_data() => malformed(&error),
+            Some(field) => {
+                let param = if path == "." { field.to_owned() } else { format!("{path}.{field}") };
+                ApiError::field(&param, format!("{param}: is missing")).with_code("missing_field")
+            }
+            None if path == "." => malformed(&error),
+            None => ApiError::field(&path, format!("{path}: {text}")).with_code("invalid_type"),
         }
     })?;
     json.end().map_err(|error| malformed(&error))?;

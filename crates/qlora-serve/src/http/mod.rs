@@ -6,6 +6,7 @@
 //! | `auth.rs`, `body.rs`, `unsupported.rs`, `types/` | what comes in |
 //! | `chat.rs`, `completions.rs`, `tokenize.rs`, `adapters.rs`, `models.rs`, `metrics.rs` | the endpoints |
 //! | `session.rs` | the engine's answers to one request, read as text |
+//! | `page.rs`, `page.html` | the page at `/` |
 //! | `stream.rs`, `logprobs.rs`, `error.rs` | what goes out |
 
 mod adapters;
@@ -18,6 +19,7 @@ mod error;
 mod logprobs;
 mod metrics;
 mod models;
+mod page;
 mod sampling;
 mod serve;
 mod session;
@@ -156,6 +158,7 @@ impl HttpState {
 /// The endpoints.
 pub fn router(state: HttpState) -> Router {
     Router::new()
+        .route("/", get(page::get))
         .route("/health", get(health))
         .route("/metrics", get(metrics::get))
         .route("/v1/models", get(models::list))

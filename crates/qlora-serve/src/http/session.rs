@@ -112,8 +112,9 @@ impl Session {
     pub fn start(state: &HttpState, job: Job) -> Result<Self, ApiError> {
         let most = state.handle().limits().max_waiting;
         if job.requests.len() > most {
-            let message = format!("{} answers at once: the queue holds {most}", job.requests.len());
-            return Err(ApiError::field(if job.n > most { "n" } else { "prompt" }, message));
+            let param = if job.n > most { "n" } else { "prompt" };
+            let message = format!("{param}: {} answers at once; the queue holds {most}", job.requests.len());
+            return Err(ApiError::field(param, message));
         }
         let prompt_tokens = job.requests.iter().step_by(job.n).map(|request| request.prompt.len()).sum();
         let mut choices = Vec::with_capacity(job.requests.len());
@@ -247,8 +248,8 @@ impl Choice {
         update.deltas.extend(self.output.finish()?);
         let stopped = self.output.stopped();
         update.finish = Some(match reason {
-            _ if self.output.calls() > 0 => Finish::ToolCalls,
             Some(FinishReason::Length) if !stopped => Finish::Length,
+            _ if self.output.calls() > 0 => Finish::ToolCalls,
             _ => Finish::Stop,
         });
         // Tokens of a stop string are no part of the answer.

@@ -69,9 +69,11 @@ pub(super) fn read(
             "tools: the model's chat template writes no tools in a form that is known",
         ));
     };
+    // A function without parameters takes none.
+    let none = json!({ "type": "object", "properties": {}, "additionalProperties": false });
     let schema = |tool: &Tool| ToolSchema {
         name: tool.function.name.clone(),
-        parameters: tool.function.parameters.clone().unwrap_or_else(|| json!({ "type": "object", "properties": {} })),
+        parameters: tool.function.parameters.clone().unwrap_or_else(|| none.clone()),
     };
     let (forced, named) = match required {
         None => (Vec::new(), false),

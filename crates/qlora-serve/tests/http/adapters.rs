@@ -1,0 +1,117 @@
+//! Adapters: loaded, listed, asked, prompted as they learned, unloaded.
+
+use serde_json::{Value, json};
+
+use super::support::{ask, chat, config, refused, run, says, send, server, tokenizer};
+
+const CHAT: &str = "/v1/chat/completions";
+const LOAD: &str = "/v1/load_lora_adapter";
+
+async fn models(state: &qlora_serve::http::HttpState) -> Vec<Value> {
+    let (status, text) = send(state, "GET", "/v1/models", None).await;
+    assert_eq!(status, 200);
+    let list: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(list["object"], "list");
+    list["data"].as_array().unwrap().clone()
+}
+
+#[test]
+fn the_life_of_an_adapter() {
+    run(async {
+        let (script, seen) = says("x");
+        let state = server(tokenizer(), config(), script);
+        let dir = tempfile::tempdir().unwrap();
+        let settings = json!({ "layout": "alpaca", "end_token": "<|endoftext|>", "system_prompt": "Be kind." });
+        std::fs::write(dir.path().join("prompt_settings.json"), settings.to_string()).unwrap();
+
+        let load = json!({ "lora_name": "team/kind", "lora_path": dir.path() });
+        ask(&state, LOAD, load.clone()).await;
+        let (status, error) = refused(&state, LOAD, load).await;
+        assert_eq!((status, &error["param"]), (400, &json!("lora_name")));
+        let listed = models(&state).await;
+        assert_eq!(listed.iter().map(|model| &model["id"]).collect::<Vec<_>>(), ["base", "team/kind"]);
+        assert_eq!((&listed[0]["parent"], &listed[1]["parent"]), (&Value::Null, &json!("base")));
+        let (status, text) = send(&state, "GET", "/v1/models/team/kind", None).await;
+        assert_eq!((status, serde_json::from_str::<Value>(&text).unwrap()), (200, listed[1].clone()));
+
+        let answer = ask(&state, CHAT, chat(json!({ "model": "team/kind" }))).await;
+        assert_eq!(answer["model"], "team/kind");
+        ask(&state, CHAT, chat(json!({}))).await;
+        {
+            let seen = seen.lock().unwrap();
+            assert_eq!((seen[0].adapter.as_deref(), seen[1].adapter.as_deref()), (Some("team/kind"), None));
+            let prompt = tokenizer().decode(&seen[0].prompt, false).unwrap();
+            assert_eq!(prompt, "Be kind.\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:\n");
+            assert!(seen[0].stop_ids.contains(&tokenizer().token_to_id("<|endoftext|>").unwrap()));
+            assert!(tokenizer().decode(&seen[1].prompt, false).unwrap().starts_with("<|im_start|>user"));
+        }
+
+        ask(&state, "/v1/unload_lora_adapter", json!({ "lora_name": "team/kind" })).await;
+        assert_eq!(models(&state).await.len(), 1);
+        let (status, _) = refused(&state, CHAT, chat(json!({ "model": "team/kind" }))).await;
+        assert_eq!(status, 404);
+        let (status, error) = refused(&state, "/v1/unload_lora_adapter", json!({ "lora_name": "team/kind" })).await;
+        assert_eq!((status, &error["param"]), (404, &json!("lora_name")));
+    });
+}
+
+#[test]
+fn an_adapter_under_an_old_name_is_prompted_as_itself() {
+    run(async {
+        let (script, seen) = says("x");
+        let state = server(tokenizer(), config(), script);
+        for template in ["first {{ messages[-1].content }}", "second {{ messages[-1].content }}"] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+            ask(&state, LOAD, json!({ "lora_name": "a", "lora_path": dir.path() })).await;
+            ask(&state, CHAT, chat(json!({ "model": "a" }))).await;
+            ask(&state, "/v1/unload_lora_adapter", json!({ "lora_name": "a" })).await;
+        }
+        let seen = seen.lock().unwrap();
+        let prompts: Vec<String> =
+            seen.iter().map(|request| tokenizer().decode(&request.prompt, false).unwrap()).collect();
+        assert_eq!(prompts, ["first What is 2 + 3?", "second What is 2 + 3?"]);
+    });
+}
+
+#[test]
+fn a_conversation_in_layouts_that_are_none() {
+    run(async {
+        let (script, seen) = says("x");
+        let state = server(tokenizer(), config(), script);
+        let messages = json!([
+            { "role": "user", "content": "One" }, { "role": "assistant", "content": "Two" }, { "role": "user", "content": "Three" },
+        ]);
+        for layout in ["alpaca", "plain"] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("prompt_settings.json"), json!({ "layout": layout }).to_string()).unwrap();
+            ask(&state, LOAD, json!({ "lora_name": layout, "lora_path": dir.path() })).await;
+            ask(&state, CHAT, chat(json!({ "model": layout, "messages": messages }))).await;
+        }
+        let seen = seen.lock().unwrap();
+        let prompt = |index: usize| tokenizer().decode(&seen[index].prompt, false).unwrap();
+        let end = "### Instruction:\nOne\n\n### Response:\nTwo\n\n### Instruction:\nThree\n\n### Response:\n";
+        assert!(prompt(0).ends_with(end), "{}", prompt(0));
+        assert_eq!(prompt(1), "One\n\nTwo\n\nThree");
+    });
+}
+
+#[test]
+fn what_cannot_be_loaded() {
+    run(async {
+        let (script, _) = says("x");
+        let mut fixed = config();
+        fixed.adapter_updates = false;
+        let state = server(tokenizer(), fixed, script);
+        let (status, error) = refused(&state, LOAD, json!({ "lora_name": "a", "lora_path": "/x" })).await;
+        assert_eq!((status, &error["type"]), (403, &json!("permission_error")));
+
+        let (script, _) = says("x");
+        let state = server(tokenizer(), config(), script);
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("chat_template.jinja"), "{% if %}").unwrap();
+        let (status, error) = refused(&state, LOAD, json!({ "lora_name": "a", "lora_path": dir.path() })).await;
+        assert_eq!((status, &error["param"]), (400, &json!("lora_path")));
+        assert_eq!(models(&state).await.len(), 1);
+    });
+}

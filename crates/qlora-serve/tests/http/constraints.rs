@@ -1,0 +1,248 @@
+//! JSON of a schema and forced calls: an engine that takes any token that is allowed always ends with what was asked for.
+
+use qlora_serve::text::{Grammars, Vocabulary};
+use qlora_serve::{Constraint, Event, FinishReason, Finished, Reply, Request, Token, Usage};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+
+use super::support::{Script, ask, chat, config, refused, run, server, tokenizer, tokenizer_with};
+
+const PATH: &str = "/v1/chat/completions";
+
+/// Takes a random token of those that the constraint allows, until it is complete or an end token comes.
+fn random_engine(seed: u64) -> Script {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    Box::new(move |mut request: Request, reply: Reply| {
+        let mut constraint = request.constraint.take().expect("the request has no constraint");
+        let mut count = 0;
+        let reason = loop {
+            if count == request.max_tokens {
+                break FinishReason::Length;
+            }
+            let bits = match constraint.allowed() {
+                Ok(bits) => bits.expect("everything is allowed"),
+                Err(error) => {
+                    reply.send(Event::Failed(error));
+                    return;
+                }
+            };
+            assert_eq!(bits.len(), 4096 / 32);
+            let allowed: Vec<u32> =
+                (0..4096).filter(|id| bits[id / 32] >> (id % 32) & 1 == 1).map(|id| id as u32).collect();
+            assert!(!allowed.is_empty(), "nothing is allowed");
+            let id = allowed[random.random_range(0..allowed.len())];
+            count += 1;
+            reply.send(Event::Token(Token { id, logprobs: None }));
+            if request.stop_ids.contains(&id) {
+                break FinishReason::Stop;
+            }
+            constraint.accept(id).unwrap();
+            if constraint.is_complete() {
+                break FinishReason::Stop;
+            }
+        };
+        let usage = Usage { prompt_tokens: request.prompt.len(), cached_tokens: 0, completion_tokens: count };
+        reply.send(Event::Finished(Finished { reason, usage }));
+    })
+}
+
+fn schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": {
+            "name": { "type": "string", "maxLength": 6 },
+            "kind": { "enum": ["cat", "größer", "🙂"] },
+            "age": { "type": "integer", "minimum": 0, "maximum": 120 },
+            "tags": { "type": "array", "items": { "type": "boolean" }, "maxItems": 3 },
+            "inner": { "$ref": "#/$defs/inner" },
+        },
+        "required": ["name", "kind", "age", "tags", "inner"],
+        "additionalProperties": false,
+        "$defs": { "inner": { "type": "object", "properties": { "x": { "type": "null" } }, "required": ["x"], "additionalProperties": false } },
+    })
+}
+
+fn check(json: &Value) {
+    let fields = json.as_object().unwrap();
+    assert_eq!(fields.keys().collect::<Vec<_>>(), ["name", "kind", "age", "tags", "inner"]);
+    assert!(json["name"].as_str().unwrap().chars().count() <= 6);
+    assert!(["cat", "größer", "🙂"].contains(&json["kind"].as_str().unwrap()));
+    assert!(json["age"].as_u64().unwrap() <= 120);
+    let tags = json["tags"].as_array().unwrap();
+    assert!(tags.len() <= 3 && tags.iter().all(Value::is_boolean));
+    assert_eq!(json["inner"], json!({ "x": null }));
+}
+
+#[test]
+fn random_tokens_make_json_of_the_schema() {
+    run(async {
+        let state = server(tokenizer(), config(), random_engine(1));
+        let format =
+            json!({ "type": "json_schema", "json_schema": { "name": "a", "strict": true, "schema": schema() } });
+        for _ in 0..20 {
+            let answer = ask(&state, PATH, chat(json!({ "response_format": format, "n": 2 }))).await;
+            for choice in answer["choices"].as_array().unwrap() {
+                assert_eq!(choice["finish_reason"], "stop");
+                let text = choice["message"]["content"].as_str().unwrap();
+                check(&serde_json::from_str(text).unwrap_or_else(|error| panic!("{text:?}: {error}")));
+            }
+        }
+    });
+}
+
+#[test]
+fn json_objects_are_objects() {
+    run(async {
+        let state = server(tokenizer(), config(), random_engine(2));
+        let mut whole = 0;
+        for _ in 0..20 {
+            let answer = ask(&state, PATH, chat(json!({ "response_format": { "type": "json_object" } }))).await;
+            let choice = &answer["choices"][0];
+            let text = choice["message"]["content"].as_str().unwrap();
+            assert!(text.trim_start().starts_with('{'));
+            // Strings may go on for as long as there is room.
+            if choice["finish_reason"] == "stop" {
+                whole += 1;
+                assert!(serde_json::from_str::<Value>(text).unwrap().is_object(), "{text}");
+            }
+        }
+        assert!(whole > 0);
+    });
+}
+
+#[test]
+fn forced_calls_are_calls_of_the_tools() {
+    let templates = [
+        "{% if tools %}<tool_call>{% endif %}{{ messages[-1].content }}",
+        "{% if tools %}<|python_tag|>{% endif %}{{ messages[-1].content }}",
+        "{% if tools %}[TOOL_CALLS]{% endif %}{{ messages[-1].content }}",
+    ];
+    let tools = json!([
+        { "type": "function", "function": { "name": "create", "parameters": schema() } },
+        { "type": "function", "function": { "name": "stop" } },
+    ]);
+    let named = json!({ "type": "function", "function": { "name": "create" } });
+    run(async {
+        for (index, template) in templates.into_iter().enumerate() {
+            let state = server(tokenizer_with(template), config(), random_engine(3 + index as u64));
+            for (choice, parallel) in [(json!("required"), true), (json!("required"), false), (named.clone(), true)] {
+                let mut calls = 0;
+                for _ in 0..6 {
+                    let fields = json!({ "tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel });
+                    let answer = ask(&state, PATH, chat(fields)).await;
+                    let answered = &answer["choices"][0];
+                    // A chain of calls may reach the end of the context.
+                    if answered["finish_reason"] == "length" {
+                        continue;
+                    }
+                    assert_eq!(answered["finish_reason"], "tool_calls", "{template}: {answered}");
+                    assert_eq!(answered["message"]["content"], Value::Null, "{template}: {answered}");
+                    let made = answered["message"]["tool_calls"].as_array().unwrap();
+                    assert!(made.len() == 1 || (parallel && choice == "required"), "{answered}");
+                    for call in made {
+                        calls += 1;
+                        let function = &call["function"];
+                        let arguments = serde_json::from_str(function["arguments"].as_str().unwrap()).unwrap();
+                        match function["name"].as_str().unwrap() {
+                            "create" => check(&arguments),
+                            name => assert_eq!((name, choice.is_string()), ("stop", true)),
+                        }
+                    }
+                }
+                assert!(calls > 0, "{template}");
+            }
+        }
+    });
+}
+
+#[test]
+fn schemas_that_cannot_be_enforced_are_refused() {
+    run(async {
+        let state = server(tokenizer(), config(), random_engine(9));
+        let cases = [
+            json!({ "type": "object", "properties": { "a": { "type": "unknown" } } }),
+            json!({ "type": "array", "uniqueItems": true }),
+            json!({ "type": "string", "pattern": "(" }),
+            json!([1]),
+        ];
+        for schema in cases {
+            let format = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
+            let (status, error) = refused(&state, PATH, chat(json!({ "response_format": format }))).await;
+            assert_eq!((status, &error["param"]), (400, &json!("response_format.json_schema.schema")), "{error}");
+            assert_eq!(error["code"], "unsupported_schema");
+        }
+        let format = json!({ "type": "json_object" });
+        let tools = json!([{ "type": "function", "function": { "name": "f" } }]);
+        let state = server(tokenizer_with("{% if tools %}<tool_call>{% endif %}x"), config(), random_engine(9));
+        let (status, error) = refused(&state, PATH, chat(json!({ "response_format": format, "tools": tools }))).await;
+        assert_eq!((status, &error["param"]), (400, &json!("response_format")));
+        let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "unknown" } } }]);
+        let (status, error) = refused(&state, PATH, chat(json!({ "tools": tools, "tool_choice": "required" }))).await;
+        assert_eq!((status, &error["param"]), (400, &json!("tools")));
+        assert!(error["message"].as_str().unwrap().contains("f: "), "{error}");
+    });
+}
+
+#[test]
+fn copies_of_a_grammar_go_their_own_ways() {
+    let vocabulary = Vocabulary::new(&tokenizer());
+    let grammars = Grammars::new(&vocabulary, 4096, tokenizer().eos_token_ids()).unwrap();
+    let mut first = grammars.json(&json!({ "enum": ["ab", "cd"] })).unwrap();
+    let mut second = first.clone();
+    let id = |text: &str| tokenizer().encode(text, false).unwrap().ids[0];
+    first.accept(id("\"")).unwrap();
+    let allows = |grammar: &mut dyn Constraint, id: u32| {
+        grammar.allowed().unwrap().unwrap()[id as usize / 32] >> (id % 32) & 1 == 1
+    };
+    assert!(allows(&mut first, id("a")) && !allows(&mut second, id("a")));
+    assert!(allows(&mut second, id("\"")) && !allows(&mut first, id("x")));
+    assert!(!allows(&mut second, tokenizer().eos_token_id().unwrap()));
+    assert!(second.accept(id("x")).is_err());
+}
+
+#[test]
+fn a_reasoning_comes_before_the_constraint() {
+    // The end of the reasoning is a token of its own in models that reason.
+    let dir = tempfile::tempdir().unwrap();
+    let source = std::path::Path::new(super::support::TINY_LLAMA);
+    let mut json: Value =
+        serde_json::from_str(&std::fs::read_to_string(source.join("tokenizer.json")).unwrap()).unwrap();
+    let added = json!({
+        "id": 4096, "content": "</think>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": false,
+    });
+    json["added_tokens"].as_array_mut().unwrap().push(added);
+    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+    std::fs::copy(source.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}<think>\n").unwrap();
+    let tokenizer = chat_text::Tokenizer::from_dir(dir.path()).unwrap();
+
+    let thoughts = tokenizer.encode("so it is\n</think>", false).unwrap().ids;
+    assert_eq!(thoughts.last(), Some(&4096));
+    let script = move |mut request: Request, reply: Reply| {
+        let mut constraint = request.constraint.take().unwrap();
+        let mut send = |id: u32, free: bool| {
+            assert_eq!(constraint.allowed().unwrap().is_none(), free);
+            constraint.accept(id).unwrap();
+            reply.send(Event::Token(Token { id, logprobs: None }));
+            constraint.is_complete()
+        };
+        for &id in &thoughts {
+            assert!(!send(id, true));
+        }
+        let content = super::support::tokenizer().encode("{}", false).unwrap().ids;
+        let complete: Vec<bool> = content.iter().map(|&id| send(id, false)).collect();
+        assert_eq!(complete.last(), Some(&true));
+        reply.send(Event::Finished(Finished { reason: FinishReason::Stop, usage: Usage::default() }));
+    };
+    run(async {
+        let limits = qlora_serve::Limits { vocab_size: 4097, ..super::support::LIMITS };
+        let state = super::support::server_with(tokenizer, config(), limits, Box::new(script));
+        let schema = json!({ "type": "object", "additionalProperties": false });
+        let format = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
+        let answer = ask(&state, PATH, chat(json!({ "response_format": format }))).await;
+        let message = &answer["choices"][0]["message"];
+        assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("so it is"), &json!("{}")));
+    });
+}
