@@ -4,6 +4,7 @@
 //!   what the card gives at best, measured in the same run. With `--peer python3` the same shapes through
 //!   bitsandbytes and cuBLAS.
 //! - `step`: whole training steps of models with random weights, beside PEFT and Unsloth.
+//! - `serve`: an engine with streams and adapters: tokens a second, time to the first token, memory.
 //! - `stress`: rows that grow until the device is short of memory.
 //! - `first-use`: the time to the first 4-bit product of a process, with nothing compiled and with
 //!   everything in the cache.
@@ -20,6 +21,7 @@ mod kernels;
 mod machine;
 mod peer;
 mod report;
+mod serve;
 mod shapes;
 mod step;
 mod timer;
@@ -42,6 +44,8 @@ enum Command {
     Kernels(kernels::Args),
     /// Time, memory and launches of whole training steps.
     Step(Box<step::Args>),
+    /// Tokens a second of an engine with streams and adapters.
+    Serve(serve::Args),
     /// Rows that grow until the device is short of memory: optimizer state makes way, and the run goes on.
     Stress(step::stress::Args),
     /// Cold and warm time to the first 4-bit product of a process.
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Kernels(args) => kernels::run(&args),
         Command::Step(args) => step::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Stress(args) => step::stress::run(&args),
         Command::FirstUse(args) => first_use::run(&args),
     };

@@ -131,6 +131,14 @@ impl Engine {
         Ok((engine, handle))
     }
 
+    /// Serves an adapter that is in memory already.
+    ///
+    /// # Errors
+    /// The name is taken, there are as many adapters as may be, or the adapter does not fit the model.
+    pub fn add_adapter(&mut self, name: &str, adapter: Adapter) -> Result<(), ServeError> {
+        self.load_adapter(name.into(), PathBuf::new(), adapter)
+    }
+
     /// Runs the engine on a thread of its own until it is closed.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ mod measure;
 mod memory;
 mod peers;
 mod report;
-mod shapes;
+pub(crate) mod shapes;
 pub(crate) mod stress;
 
 use std::path::{Path, PathBuf};

@@ -87,7 +87,7 @@ fn engine(inbox: &Inbox, mut script: Script) {
                 done.send(if known { Ok(()) } else { Err(ServeError::UnknownAdapter { name }) }).ok();
             }
             Command::Wake if inbox.is_closed() => return,
-            Command::Wake => {}
+            Command::Wake | Command::AdapterRead(..) => {}
         }
     }
 }
