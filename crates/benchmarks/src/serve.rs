@@ -131,7 +131,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// A random adapter on every linear layer.
 fn adapter(model: &Decoder, rank: usize, seed: u64) -> Result<Adapter> {
     let mut adapted = model.clone();
-    adapted.attach_lora(&LoraConfig { rank, alpha: rank as f64, ..LoraConfig::default() }, seed)?;
+    adapted.attach_lora(&LoraConfig { rank, alpha: rank as f32, ..LoraConfig::default() }, seed)?;
     Ok(adapted.export_adapter("random", None)?)
 }
 
