@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
+//! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
 //! | [`paged_attention`] | attention of generation over a paged cache | CubeCL |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
@@ -22,6 +23,7 @@ mod dropout;
 mod elementwise;
 mod error;
 pub mod gated;
+pub mod likeliest;
 pub mod low_rank;
 pub mod paged_attention;
 pub mod rms_norm;

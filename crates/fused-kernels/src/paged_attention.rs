@@ -75,6 +75,8 @@ pub struct Batch {
     slots: Vec<u32>,
     /// Slots that a cache must have.
     reach: usize,
+    /// What launches are planned for, at least the largest length.
+    max_len: usize,
 }
 
 impl Batch {
@@ -85,11 +87,21 @@ impl Batch {
     /// [`KernelError::Attention`] when a row has fewer tokens than new ones, fewer blocks than its tokens fill, or
     /// blocks hold no token; [`KernelError::TooLarge`] when slots exceed 32 bits.
     pub fn new(rows: &[Row<'_>], block_tokens: usize) -> Result<Self, KernelError> {
+        Self::with_room(rows, block_tokens, 0)
+    }
+
+    /// [`new`](Self::new) with room for sequences of `max_len` tokens: batches of as many rows and new tokens of each have
+    /// [words](Self::words) of one layout, and the same launches, up to that length. A recorded pass is replayed so.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_room(rows: &[Row<'_>], block_tokens: usize, max_len: usize) -> Result<Self, KernelError> {
         let wrong = |name, value: String, reason| Err(KernelError::Attention { name, value, reason });
         if block_tokens == 0 {
             return wrong("block_tokens", "0".to_owned(), "a block holds at least one token");
         }
-        let max_blocks = rows.iter().map(|row| row.len.div_ceil(block_tokens)).max().unwrap_or(0);
+        let max_len = rows.iter().map(|row| row.len).max().unwrap_or(0).max(max_len);
+        let max_blocks = max_len.div_ceil(block_tokens);
         let mut batch = Self {
             block_tokens,
             max_blocks,
@@ -98,6 +110,7 @@ impl Batch {
             lens: Vec::with_capacity(rows.len()),
             slots: Vec::new(),
             reach: 0,
+            max_len,
         };
         for (number, &Row { blocks, len, new }) in rows.iter().enumerate() {
             let used = len.div_ceil(block_tokens);
@@ -167,9 +180,9 @@ impl Batch {
         self.starts.windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(0)
     }
 
-    /// The largest length of a row.
+    /// The largest length of a row, or the one that there is room for.
     pub fn max_len(&self) -> usize {
-        self.lens.iter().max().map_or(0, |len| *len as usize)
+        self.max_len
     }
 
     /// Slots that a cache must have to hold every block that is named.

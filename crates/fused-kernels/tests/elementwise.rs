@@ -7,7 +7,7 @@ use cubecl::server::Handle;
 use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
-use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, rms_norm, rope, supports};
+use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, likeliest, rms_norm, rope, supports};
 use half::{bf16, f16};
 use test_support::clients;
 
@@ -290,5 +290,26 @@ fn what_does_not_fit_is_refused() {
         assert!(rotate(8, odd).contains("3 of 8 elements"));
         assert!(rotate(8, Rotation { rotary: 4, len: 3, ..odd }).contains("no whole sequences of 3"));
         assert!(rotate(12, Rotation { rotary: 4, ..odd }).contains("12 elements of a token are no whole heads of 8"));
+    });
+}
+
+#[test]
+fn the_likeliest_is_the_first_of_the_largest() {
+    everywhere(|client, format| {
+        for (rows, width) in [(1, 1), (3, 7), (5, 257), (2, 4096), (17, 1000)] {
+            // Few different values, so that many are equal.
+            let mut values: Vec<f64> = noise(width as u64, rows * width, 8.0).into_iter().map(f64::round).collect();
+            if rows > 2 {
+                values[width + width / 2] = f64::NAN;
+                values[2 * width..3 * width].fill(f64::NEG_INFINITY);
+            }
+            let logits = input(client, &values, format);
+            let out = client.create_from_slice(&vec![0x55; 4 * rows]);
+            likeliest::likeliest(client, &logits.handle, &out, Matrix { rows, width, format }).unwrap();
+            let bytes = client.read_one(out).unwrap();
+            let found: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
+            let expected: Vec<u32> = logits.values.chunks(width).map(likeliest::oracle::likeliest).collect();
+            assert_eq!(found, expected, "{rows} x {width} {format:?}");
+        }
     });
 }

@@ -4,6 +4,7 @@
 //!   copy to the host that was started and is waited for later.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back.
+//! - [`Recording`]: a pass that is recorded once and replayed with other values in its inputs.
 //! - [`DeviceError`]: a device that is out of memory, told from one that failed.
 //!
 //! # Pinned memory
@@ -20,9 +21,11 @@
 mod copies;
 mod error;
 mod reading;
+mod recording;
 mod tensor;
 
 pub use copies::{Copies, Download, is_cuda};
 pub use error::DeviceError;
 pub use reading::Reading;
+pub use recording::{Recording, overwrite, overwrite_int};
 pub use tensor::{as_cube, cube_of_int, from_cube, int_from_cube, into_cube};

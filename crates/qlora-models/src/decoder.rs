@@ -92,7 +92,11 @@ impl Decoder {
         let _span = tracing::trace_span!("embed").entered();
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
         let len = ids.len();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
+        self.embed_ids(Tensor::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32)), pass)
+    }
+
+    /// [`embed`](Self::embed) of ids on the device, i32.
+    pub(crate) fn embed_ids(&self, ids: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
         let x = self.embedding.forward(&self.embed_tokens, ids, pass);
         // transformers holds the factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
         match self.config.family.scale_embeddings {

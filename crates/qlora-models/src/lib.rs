@@ -24,6 +24,7 @@ mod moe;
 mod named;
 mod norm;
 mod paged;
+mod recorded;
 mod rope;
 mod sequence;
 
@@ -38,5 +39,6 @@ pub use loader::{LoadOptions, LoadProgress};
 pub use norm::RmsNorm;
 pub use paged::{CachedRow, PagedCache, Part, RowLogits};
 pub use qlora_layers::ops::fused::Activation;
+pub use recorded::Step;
 pub use rope::{Rope, RopeScaling};
 pub use sequence::Sequence;

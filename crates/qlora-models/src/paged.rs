@@ -5,31 +5,36 @@
 //! depend on the rows beside it.
 
 use crate::block::FeedForward;
-use crate::config::{AttentionKind, ModelConfig};
+use crate::config::ModelConfig;
 use crate::decoder::Decoder;
 use crate::mlp::Mlp;
 use crate::norm::RmsNorm;
-use crate::rope::RotaryTables;
-use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
+use crate::recorded::Recorded;
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use host_copies::{overwrite, overwrite_int};
 use qlora_layers::ops::fused::{Rotation, rotate};
-use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, paged_attention, paged_write};
+use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, attention, paged_attention, paged_write};
 use qlora_layers::{Pass, forward_mixed};
+use std::ops::Range;
 
 /// Keys and values in blocks of some tokens each. Who holds which block is the caller's business.
 #[derive(Debug)]
 pub struct PagedCache {
     block_tokens: usize,
-    /// Keys and values of each decoder block, `[blocks * block_tokens, kv_heads, head_dim]`.
+    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`. The last block is nobody's:
+    /// rows that only fill a pass up write there.
     layers: Vec<[Tensor<3>; 2]>,
+    /// Passes over this cache that can be replayed.
+    pub(crate) recorded: Recorded,
 }
 
 impl PagedCache {
     /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
     pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
-        let shape = [blocks * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
+        let shape = [(blocks + 1) * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
         let zeros = || Tensor::zeros(shape, (&model.device, DType::from(model.dtype)));
         let layers = model.blocks.iter().map(|_| [zeros(), zeros()]).collect();
-        Self { block_tokens, layers }
+        Self { block_tokens, layers, recorded: Recorded::default() }
     }
 
     /// Bytes on the device that a token takes.
@@ -44,11 +49,13 @@ impl PagedCache {
 
     /// Blocks.
     pub fn blocks(&self) -> usize {
-        self.layers.first().map_or(0, |[keys, _]| keys.dims()[0] / self.block_tokens)
+        self.layers.first().map_or(0, |[keys, _]| keys.dims()[0] / self.block_tokens - 1)
     }
 
     /// Appends room for as many blocks.
     pub fn grow(&mut self, blocks: usize) {
+        // What was recorded looks at the old memory.
+        self.recorded = Recorded::default();
         for tensor in self.layers.iter_mut().flatten() {
             let [_, heads, head_dim] = tensor.dims();
             let more = Tensor::zeros([blocks * self.block_tokens, heads, head_dim], (&tensor.device(), tensor.dtype()));
@@ -103,20 +110,148 @@ pub struct Part<'a> {
     pub rows: Vec<CachedRow<'a>>,
 }
 
-/// What the decoder blocks of a pass share.
-struct MixedPass<'a> {
-    models: Vec<(usize, &'a Decoder)>,
-    config: &'a ModelConfig,
+/// What a pass reads that the host made.
+#[derive(Debug)]
+pub(crate) struct Inputs {
+    /// i32, `[tokens]`.
+    ids: Tensor<1, Int>,
+    /// For each kind of attention, cosines and sines, `[tokens, dim / 2]`.
+    rotary: Vec<[Tensor<2>; 2]>,
     batch: PagedBatch,
-    views: Vec<View>,
+    /// How attention goes over the rows.
+    segments: Vec<Segment>,
 }
 
-/// How decoder blocks of one kind see the pass.
-struct View {
-    cos: Tensor<2>,
-    sin: Tensor<2>,
-    rotation: Rotation,
-    attention: AttentionOptions,
+/// Rows that lie beside each other and are attended to in one way.
+#[derive(Debug)]
+struct Segment {
+    first: usize,
+    tokens: usize,
+    rows: SegmentRows,
+}
+
+#[derive(Debug)]
+enum SegmentRows {
+    /// All rows of the pass.
+    Every,
+    /// Some of them.
+    Paged(PagedBatch),
+    /// One row of many tokens, on tensor cores: keys and values as they come, where there are no earlier ones, or else
+    /// gathered from these slots of the cache.
+    Long(Option<Tensor<1, Int>>),
+}
+
+/// New tokens from which on a row's attention is worth its own launch on tensor cores.
+const LONG_ROW: usize = 64;
+
+impl Inputs {
+    /// For the rows of a pass. `max_len` leaves room to [overwrite](Self::overwrite) them by longer ones.
+    pub fn new(model: &Decoder, rows: &[CachedRow<'_>], block_tokens: usize, max_len: usize) -> Self {
+        let (config, device) = (&model.config, &model.device);
+        let ids: Vec<i32> = rows.iter().flat_map(|row| row.ids).map(|id| *id as i32).collect();
+        let tokens = ids.len();
+        let ids = Tensor::from_data(TensorData::new(ids, [tokens]), (device, DType::I32));
+        let kinds = config.attention_kinds.iter().zip(&*model.rotary);
+        let rotary = kinds.map(|(kind, tables)| {
+            let (cos, sin) = tables.spans(&kind.rope, spans(rows));
+            let pairs = kind.rope.dim / 2;
+            [cos, sin].map(|values| Tensor::from_data(TensorData::new(values, [tokens, pairs]), (device, DType::F32)))
+        });
+        let rotary = rotary.collect();
+        let batch = PagedBatch::with_room(&paged(rows), block_tokens, max_len, device);
+        let is_long = |row: &CachedRow<'_>| {
+            row.ids.len() >= LONG_ROW && model.dtype != FloatDType::F32 && model.device.memory_pool_usage().is_some()
+        };
+        let segments = segments(rows, is_long, block_tokens, device);
+        Self { ids, rotary, batch, segments }
+    }
+
+    /// Puts other rows in their place, of as many tokens each. `false` where the room does not suffice.
+    pub fn overwrite(&mut self, model: &Decoder, rows: &[CachedRow<'_>]) -> bool {
+        let ids: Vec<u32> = rows.iter().flat_map(|row| row.ids).copied().collect();
+        let tables = model.config.attention_kinds.iter().zip(&*model.rotary).zip(&self.rotary);
+        self.batch.overwrite(&paged(rows))
+            && overwrite_int(&self.ids, &ids)
+            && tables.into_iter().all(|((kind, tables), [cos, sin])| {
+                let (new_cos, new_sin) = tables.spans(&kind.rope, spans(rows));
+                new_cos.is_empty() || (overwrite(cos, &new_cos) && overwrite(sin, &new_sin))
+            })
+    }
+
+    /// `[tokens, heads, head_dim]` for new queries, keys and values of the same tokens, and the cache that holds them.
+    fn attend(
+        &self,
+        q: Tensor<3>,
+        new: [Tensor<3>; 2],
+        cached: &[Tensor<3>; 2],
+        options: &AttentionOptions,
+    ) -> Tensor<3> {
+        let [keys, values] = cached;
+        let of_segment = |Segment { first, tokens, rows }: &Segment| {
+            let part = |x: &Tensor<3>| x.clone().narrow(0, *first, *tokens);
+            match rows {
+                SegmentRows::Every => paged_attention(q.clone(), keys, values, &self.batch, options),
+                SegmentRows::Paged(batch) => paged_attention(part(&q), keys, values, batch, options),
+                SegmentRows::Long(slots) => {
+                    let [k, v] = match slots {
+                        Some(slots) => [keys, values].map(|cache| cache.clone().select(0, slots.clone())),
+                        None => [part(&new[0]), part(&new[1])],
+                    };
+                    attention(part(&q).unsqueeze(), k.unsqueeze(), v.unsqueeze(), options).squeeze_dim(0)
+                }
+            }
+        };
+        let mut parts: Vec<Tensor<3>> = self.segments.iter().map(of_segment).collect();
+        match parts.len() {
+            1 => parts.remove(0),
+            _ => Tensor::cat(parts, 0),
+        }
+    }
+}
+
+/// The length that each row is rotated for, and its positions.
+fn spans<'a>(rows: &'a [CachedRow<'_>]) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
+    rows.iter().map(|row| (row.rotated_for, row.past..row.past + row.ids.len()))
+}
+
+fn paged<'a>(rows: &[CachedRow<'a>]) -> Vec<PagedRow<'a>> {
+    let one = |row: &CachedRow<'a>| PagedRow { blocks: row.blocks, len: row.past + row.ids.len(), new: row.ids.len() };
+    rows.iter().map(one).collect()
+}
+
+fn segments(
+    rows: &[CachedRow<'_>],
+    is_long: impl Fn(&CachedRow<'_>) -> bool,
+    block_tokens: usize,
+    device: &Device,
+) -> Vec<Segment> {
+    let mut first = 0;
+    let groups = rows.chunk_by(|a, b| !is_long(a) && !is_long(b));
+    let segments = groups.map(|group| {
+        let tokens = group.iter().map(|row| row.ids.len()).sum();
+        let kind = match group {
+            [row] if is_long(row) => SegmentRows::Long((row.past > 0).then(|| {
+                let slots = (0..row.past + row.ids.len())
+                    .map(|position| (row.blocks[position / block_tokens] as usize * block_tokens + position % block_tokens) as i32);
+                let slots: Vec<i32> = slots.collect();
+                let len = slots.len();
+                Tensor::from_data(TensorData::new(slots, [len]), (device, DType::I32))
+            })),
+            _ if group.len() == rows.len() => SegmentRows::Every,
+            _ => SegmentRows::Paged(PagedBatch::new(&paged(group), block_tokens, device)),
+        };
+        let segment = Segment { first, tokens, rows: kind };
+        first += tokens;
+        segment
+    });
+    segments.collect()
+}
+
+/// What the decoder blocks of a pass share.
+pub(crate) struct MixedPass<'a> {
+    models: Vec<(usize, &'a Decoder)>,
+    config: &'a ModelConfig,
+    inputs: &'a Inputs,
 }
 
 impl Decoder {
@@ -132,15 +267,12 @@ impl Decoder {
     /// `[tokens with logits, vocab]` in the compute dtype, in the order of parts, rows and tokens.
     pub fn forward_paged(parts: &[Part<'_>], cache: &mut PagedCache) -> Option<Tensor<2>> {
         let parts: Vec<&Part<'_>> = parts.iter().filter(|part| !part.rows.is_empty()).collect();
-        let pass = MixedPass::new(&parts, cache)?;
-        let embedded = parts.iter().map(|part| {
-            let ids: Vec<u32> = part.rows.iter().flat_map(|row| row.ids).copied().collect();
-            part.model.embed(&ids, Pass::INFERENCE)
-        });
-        let mut x = joined(embedded.collect());
-        for index in 0..pass.models[0].1.blocks.len() {
-            x = pass.block(index, x, cache);
-        }
+        let model = parts.first()?.model;
+        let rows: Vec<CachedRow<'_>> = parts.iter().flat_map(|part| &part.rows).copied().collect();
+        let inputs = Inputs::new(model, &rows, cache.block_tokens(), 0);
+        let models = parts.iter().map(|part| (part.rows.iter().map(|row| row.ids.len()).sum(), part.model)).collect();
+        let pass = MixedPass::new(models, &inputs);
+        let x = pass.hidden(cache);
         let (wanted, counts) = wanted(&parts);
         if wanted.is_empty() {
             return None;
@@ -148,8 +280,8 @@ impl Decoder {
         let len = wanted.len();
         let wanted = Tensor::<1, Int>::from_data(TensorData::new(wanted, [len]), (&x.device(), DType::I32));
         let models = pass.models.iter().zip(counts).filter(|(_, count)| *count > 0);
-        let models: Vec<(usize, &Decoder)> = models.map(|((_, model), count)| (count, *model)).collect();
-        Some(MixedPass { models, ..pass }.logits(x.select(0, wanted)))
+        let models = models.map(|((_, model), count)| (count, *model)).collect();
+        Some(MixedPass::new(models, &inputs).logits(x.select(0, wanted)))
     }
 }
 
@@ -181,28 +313,22 @@ fn joined(mut parts: Vec<Tensor<2>>) -> Tensor<2> {
 }
 
 impl<'a> MixedPass<'a> {
-    fn new(parts: &[&Part<'a>], cache: &PagedCache) -> Option<Self> {
-        let model = parts.first()?.model;
-        let (config, device) = (&model.config, &model.device);
-        let rows: Vec<&CachedRow<'_>> = parts.iter().flat_map(|part| &part.rows).collect();
-        let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
-        let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
-            let spans = rows.iter().map(|row| (row.rotated_for, row.past..row.past + row.ids.len()));
-            let (cos, sin) = tables.get_spans(&kind.rope, spans, device);
-            let softcap = config.score_softcap.map(|cap| cap as f32);
-            View {
-                cos,
-                sin,
-                rotation: Rotation { len: tokens, head_dim: config.head_dim, rotary: kind.rope.dim, inverse: false },
-                attention: AttentionOptions::new(config.score_scale as f32, kind.window, softcap),
-            }
-        };
-        let views = config.attention_kinds.iter().zip(&*model.rotary).map(view).collect();
-        let paged =
-            rows.iter().map(|row| PagedRow { blocks: row.blocks, len: row.past + row.ids.len(), new: row.ids.len() });
-        let batch = PagedBatch::new(&paged.collect::<Vec<_>>(), cache.block_tokens(), device);
-        let models = parts.iter().map(|part| (part.rows.iter().map(|row| row.ids.len()).sum(), part.model)).collect();
-        Some(Self { models, config, batch, views })
+    /// Of models with their numbers of tokens, one after the other.
+    pub fn new(models: Vec<(usize, &'a Decoder)>, inputs: &'a Inputs) -> Self {
+        let config = &models[0].1.config;
+        Self { models, config, inputs }
+    }
+
+    /// Embedding and decoder blocks: `[tokens, hidden]`.
+    pub fn hidden(&self, cache: &mut PagedCache) -> Tensor<2> {
+        let mut start = 0;
+        let embedded = self.models.iter().map(|&(tokens, model)| {
+            let ids = self.inputs.ids.clone().narrow(0, start, tokens);
+            start += tokens;
+            model.embed_ids(ids, Pass::INFERENCE)
+        });
+        let x = joined(embedded.collect());
+        (0..self.models[0].1.blocks.len()).fold(x, |x, index| self.block(index, x, cache))
     }
 
     /// What each part's model holds somewhere, with the part's number of tokens.
@@ -225,7 +351,8 @@ impl<'a> MixedPass<'a> {
     fn attention(&self, index: usize, x: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
         let config = self.config;
         let block = |model: &'a Decoder| &model.blocks[index];
-        let view = &self.views[block(self.models[0].1).kind];
+        let kind = block(self.models[0].1).kind;
+        let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
         let h = norm(&self.each(|model| &block(model).norms.attention_input.module), x, RmsNorm::forward);
         let [q, k, v] = match block(self.models[0].1).qkv.len() {
             3 => [0, 1, 2].map(|i| forward_mixed(&self.each(|model| &block(model).qkv[i].module), h.clone())),
@@ -239,17 +366,21 @@ impl<'a> MixedPass<'a> {
             let norms = self.each_some(|model| Some(&block(model).norms.qk.as_ref()?[i].module));
             norms.map_or_else(|| x.clone(), |norms| norm(&norms, x.clone(), RmsNorm::forward_heads))
         };
-        let rotated = |x: Tensor<2>| match view.rotation.rotary {
-            0 => x,
-            _ => rotate(x, view.cos.clone(), view.sin.clone(), view.rotation),
-        };
         let [tokens, _] = q.dims();
+        let rotary = attention_kind.rope.dim;
+        let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary, inverse: false };
+        let rotated = |x: Tensor<2>| match rotary {
+            0 => x,
+            _ => rotate(x, cos.clone(), sin.clone(), rotation),
+        };
         let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
         let q = heads(rotated(head_norm(q, 0)), config.num_attention_heads);
         let k = heads(rotated(head_norm(k, 1)), config.num_key_value_heads);
         let v = heads(v, config.num_key_value_heads);
-        let [keys, values] = cache.write(index, [k, v], &self.batch);
-        let mixed = paged_attention(q, keys, values, &self.batch, &view.attention);
+        let softcap = config.score_softcap.map(|cap| cap as f32);
+        let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap);
+        let cached = cache.write(index, [k.clone(), v.clone()], &self.inputs.batch);
+        let mixed = self.inputs.attend(q, [k, v], cached, &options);
         let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
         let output = forward_mixed(&self.each(|model| &block(model).output.module), mixed);
         let norms = self.each_some(|model| Some(&block(model).norms.attention_output.as_ref()?.module));
@@ -272,7 +403,7 @@ impl<'a> MixedPass<'a> {
     }
 
     /// Final norm and output head.
-    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
+    pub fn logits(&self, x: Tensor<2>) -> Tensor<2> {
         let x = norm(&self.each(|model| &model.norm.module), x, RmsNorm::forward);
         let model = self.models[0].1;
         let logits = match self.each_some(|model| model.lm_head.as_ref()) {

@@ -172,28 +172,20 @@ impl RotaryTables {
     /// # Shapes
     /// Each `[len, dim / 2]`, f32.
     pub fn get(&self, rope: &Rope, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-        self.get_spans(rope, [(start + len, start..start + len)], device)
+        let (cos, sin) = self.spans(rope, [(start + len, start..start + len)]);
+        let pairs = rope.dim / 2;
+        let table = |values| Tensor::from_data(TensorData::new(values, [len, pairs]), (device, DType::F32));
+        (table(cos), table(sin))
     }
 
-    /// Cosines and sines of the angles at positions of several sequences: of each, the length that it is rotated for and
-    /// the positions.
-    ///
-    /// # Shapes
-    /// Each `[tokens, dim / 2]`, f32, one sequence's positions after the other.
-    pub fn get_spans(
-        &self,
-        rope: &Rope,
-        spans: impl IntoIterator<Item = (usize, Range<usize>)>,
-        device: &Device,
-    ) -> (Tensor<2>, Tensor<2>) {
+    /// Cosines and sines of the angles at positions of several sequences, `dim / 2` of each for every position: of each
+    /// sequence the length that it is rotated for, and the positions.
+    pub fn spans(&self, rope: &Rope, spans: impl IntoIterator<Item = (usize, Range<usize>)>) -> (Vec<f32>, Vec<f32>) {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for (rotated_for, positions) in spans {
             self.append(rope, rotated_for, positions, &mut cos, &mut sin);
         }
-        let pairs = rope.dim / 2;
-        let rows = cos.len() / pairs.max(1);
-        let table = |values| Tensor::from_data(TensorData::new(values, [rows, pairs]), (device, DType::F32));
-        (table(cos), table(sin))
+        (cos, sin)
     }
 
     fn append(

@@ -7,8 +7,9 @@ use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use adapter_io::Adapter;
+use burn::backend::StreamId;
 use host_copies::DeviceError;
-use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits};
+use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits, Step};
 use tokio::sync::oneshot;
 
 use crate::adapters::{AdapterNumber, Adapters};
@@ -144,7 +145,10 @@ impl Engine {
     /// # Errors
     /// As [`run`](Self::run), when the thread is joined; `std::io::Error` when it can't be started.
     pub fn spawn(mut self) -> std::io::Result<JoinHandle<Result<(), ServeError>>> {
-        std::thread::Builder::new().name("engine".into()).spawn(move || self.run())
+        // CubeCL gives every thread a stream of its own. The model's weights and the cache were made on this thread's:
+        // work on another stream would wait for this one at every launch.
+        let stream = StreamId::current();
+        std::thread::Builder::new().name("engine".into()).spawn(move || stream.executes(|| self.run()))
     }
 
     /// Answers until the engine is closed and everything is answered.
@@ -357,15 +361,40 @@ impl Engine {
         });
         let parts: Vec<Part<'_>> = parts.collect();
         let wanted: Vec<RowLogits> = parts.iter().flat_map(|part| &part.rows).map(|row| row.logits).collect();
-        let logits = Decoder::forward_paged(&parts, &mut self.cache);
-        drop(parts);
+        let one_each = by_adapter.values().flatten().all(|slice| slice.new == 1 && slice.is_last);
+        let step = match one_each && !wanted.contains(&RowLogits::All) {
+            true => {
+                let parts: Vec<(u64, Part<'_>)> = numbers.iter().copied().zip(parts).collect();
+                Decoder::decode(&parts, &mut self.cache)?
+            }
+            false => Decoder::forward_paged(&parts, &mut self.cache).map(Step::of),
+        };
         let slices: Vec<Slice> = by_adapter.into_values().flatten().collect();
         for slice in &slices {
             self.scheduler.computed(slice);
         }
-        let Some(logits) = logits else { return Ok(()) };
-        let [_, vocab] = logits.dims();
-        let mut logits = logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+        match step {
+            Some(step) => self.choose(&slices, &wanted, step),
+            None => Ok(()),
+        }
+    }
+
+    /// Chooses the next tokens from what a pass gave.
+    fn choose(&mut self, slices: &[Slice], wanted: &[RowLogits], step: Step) -> Result<(), DeviceError> {
+        let is_greedy = |id| self.answering.get(id).is_none_or(Answering::takes_likeliest);
+        if !wanted.contains(&RowLogits::All) && slices.iter().all(|slice| is_greedy(&slice.id)) {
+            let tokens = step.likeliest.try_into_vec_as::<i32>().map_err(DeviceError::from)?;
+            let asked = slices.iter().zip(wanted).filter(|(_, wanted)| **wanted == RowLogits::Last);
+            for ((slice, _), token) in asked.zip(tokens) {
+                match u32::try_from(token) {
+                    Ok(token) => self.push(slice.id, token, None),
+                    Err(_) => self.fail(slice.id, ModelError::NotANumber.to_string()),
+                }
+            }
+            return Ok(());
+        }
+        let [_, vocab] = step.logits.dims();
+        let mut logits = step.logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
         let mut rows = logits.chunks_exact_mut(vocab);
         for (slice, wanted) in slices.iter().zip(wanted) {
             let count = match wanted {
@@ -374,7 +403,7 @@ impl Engine {
                 RowLogits::All => slice.new,
             };
             let mut own: Vec<&mut [f32]> = rows.by_ref().take(count).collect();
-            if wanted == RowLogits::All {
+            if *wanted == RowLogits::All {
                 self.note_prompt(slice, &own);
             }
             if let Some(last) = own.pop().filter(|_| slice.is_last) {
@@ -428,6 +457,15 @@ impl Engine {
             return self.fail(id, message);
         };
         let logprobs = original.map(|original| logprobs(&original, token, answering.logprobs.unwrap_or(0)));
+        self.push(id, token, logprobs);
+    }
+
+    /// Appends a token to an answer, and ends the answer where it ends.
+    fn push(&mut self, id: SequenceId, token: u32, logprobs: Option<TokenLogprobs>) {
+        let Some(answering) = self.answering.get_mut(&id) else { return };
+        if answering.generated == answering.max_tokens {
+            return self.finish(id, FinishReason::Length);
+        }
         answering.generated += 1;
         self.inbox.counters().generated_tokens.fetch_add(1, Ordering::Relaxed);
         let is_heard = answering.reply.send(Event::Token(Token { id: token, logprobs }));
@@ -450,6 +488,13 @@ impl Engine {
             (true, false, true) => self.finish(id, FinishReason::Length),
             (true, false, false) => {}
         }
+    }
+}
+
+impl Answering {
+    /// Whether nothing but the likeliest token is asked for.
+    fn takes_likeliest(&self) -> bool {
+        self.logprobs.is_none() && self.constraint.is_none() && self.sampler.takes_likeliest()
     }
 }
 

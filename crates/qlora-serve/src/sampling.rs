@@ -30,6 +30,17 @@ impl Sampler {
         Self { rng: ChaCha8Rng::seed_from_u64(sampling.seed), generated: HashMap::new(), prompt, sampling }
     }
 
+    /// Whether the token is the one of the largest logit, as the model gives it.
+    pub fn takes_likeliest(&self) -> bool {
+        let Sampling { temperature, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, .. } =
+            &self.sampling;
+        *temperature <= 0.0
+            && *repetition_penalty == 1.0
+            && *presence_penalty == 0.0
+            && *frequency_penalty == 0.0
+            && logit_bias.is_empty()
+    }
+
     /// Chooses a token and takes note of it. Random numbers depend on the seed and on how many tokens came before, on
     /// nothing else. `allowed` has a bit for each token, as [`Constraint::allowed`](crate::Constraint::allowed) gives it.
     ///

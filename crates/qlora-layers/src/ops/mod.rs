@@ -43,7 +43,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 pub use fused_kernels::dropout_hash;
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
-pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, paged_attention, paged_write};
+pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, likeliest, paged_attention, paged_write};
 pub use seed::{SeedOps, backward_from};
 
 /// One of LoRA's two factors.

@@ -3,7 +3,7 @@
 use super::{PagedBackend, PagedOperand, PagedOps};
 use crate::ops::AttentionOptions;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend};
 
 /// The batch as the inner backend has it: integer tensors are the same there.
@@ -35,5 +35,9 @@ impl<B: PagedBackend, C: CheckpointStrategy> PagedOps for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let [q, keys, values] = [q, keys, values].map(value::<B, C>);
         Self::from_inner(B::paged_attention(q, keys, values, inner(batch), options))
+    }
+
+    fn likeliest(logits: FloatTensor<Self>) -> IntTensor<Self> {
+        B::likeliest(value::<B, C>(logits))
     }
 }

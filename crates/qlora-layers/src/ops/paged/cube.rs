@@ -3,10 +3,12 @@
 use super::{PagedOperand, PagedOps};
 use crate::ops::cube_tensors::empty;
 use crate::ops::{AttentionOptions, format_of};
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{DType, Shape as TensorShape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
-use fused_kernels::KernelError;
+use fused_kernels::likeliest::likeliest;
+use fused_kernels::{KernelError, Matrix};
 use fused_kernels::paged_attention::{self, Attend, Shape, Write};
 
 /// Shapes and options were checked, so what is left is a failed launch.
@@ -40,6 +42,15 @@ impl PagedOps for CubeBackend {
         let buffers =
             Attend { q: &q.handle, keys: &keys.handle, values: &values.handle, words: &words.handle, out: &out.handle };
         expect(paged_attention::attend(&q.client, buffers, &batch.host, &shape, options.scores));
+        out
+    }
+
+    fn likeliest(logits: FloatTensor<Self>) -> IntTensor<Self> {
+        let logits = into_contiguous(logits);
+        let [rows, width] = logits.meta.shape().dims();
+        let out = empty(&logits.client, &logits.device, TensorShape::new([rows]), DType::I32);
+        let matrix = Matrix { rows, width, format: format_of(logits.dtype).into() };
+        expect(likeliest(&logits.client, &logits.handle, &out.handle, matrix));
         out
     }
 }

@@ -10,7 +10,7 @@ use super::{PagedOperand, PagedOps};
 use crate::ops::AttentionOptions;
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
 use fused_kernels::attention::Options;
@@ -271,6 +271,26 @@ fn attend<T: CacheElement>([q, keys, values]: [FlexTensor; 3], batch: &Batch, op
     FlexTensor::from_data(TensorData::new(out, [shape[0], shape[1], shape[2]]))
 }
 
+/// The index of each row's first largest value, -1 where one is no number.
+fn likeliest<T: CacheElement>(logits: &[T], width: usize) -> TensorData {
+    let of_row = |row: &[T]| {
+        let (mut best, mut index) = (f32::NEG_INFINITY, 0);
+        for (i, value) in row.iter().enumerate() {
+            let value = value.to_f32();
+            if value.is_nan() {
+                return -1;
+            }
+            if value > best {
+                (best, index) = (value, i as i32);
+            }
+        }
+        index
+    };
+    let found: Vec<i32> = logits.par_chunks_exact(width.max(1)).map(of_row).collect();
+    let rows = found.len();
+    TensorData::new(found, [rows])
+}
+
 impl PagedOps for Flex {
     fn paged_write(cache: FloatTensor<Self>, new: FloatTensor<Self>, batch: PagedOperand<Self>) -> FloatTensor<Self> {
         match FloatDType::from(cache.dtype()) {
@@ -293,5 +313,15 @@ impl PagedOps for Flex {
             FloatDType::F16 => attend::<f16>(operands, &batch.host, options.scores),
             _ => attend::<f32>(operands, &batch.host, options.scores),
         }
+    }
+
+    fn likeliest(logits: FloatTensor<Self>) -> IntTensor<Self> {
+        let logits = contiguous(logits);
+        let width = logits.shape()[1];
+        FlexTensor::from_data(match FloatDType::from(logits.dtype()) {
+            FloatDType::BF16 => likeliest(logits.storage::<bf16>(), width),
+            FloatDType::F16 => likeliest(logits.storage::<f16>(), width),
+            _ => likeliest(logits.storage::<f32>(), width),
+        })
     }
 }

@@ -22,6 +22,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use fused_kernels::paged_attention::{Batch, MAX_HEAD_DIM};
+use host_copies::overwrite_int;
 use std::sync::Arc;
 
 pub use fused_kernels::paged_attention::Row as PagedRow;
@@ -40,12 +41,36 @@ impl PagedBatch {
     /// # Panics
     /// When a row has fewer tokens than new ones, or fewer blocks than its tokens fill.
     pub fn new(rows: &[PagedRow<'_>], block_tokens: usize, device: &Device) -> Self {
-        let host = Batch::new(rows, block_tokens).unwrap_or_else(|e| panic!("paged batch: {e}"));
+        Self::with_room(rows, block_tokens, 0, device)
+    }
+
+    /// [`new`](Self::new) with room for sequences of `max_len` tokens, to be [overwritten](Self::overwrite) by batches like it.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn with_room(rows: &[PagedRow<'_>], block_tokens: usize, max_len: usize, device: &Device) -> Self {
+        let host = Batch::with_room(rows, block_tokens, max_len).unwrap_or_else(|e| panic!("paged batch: {e}"));
         let words: Vec<i32> = host.words().into_iter().map(|word| word as i32).collect();
         let len = words.len();
         let device = device.clone().without_autodiff();
         let words = Tensor::from_data(TensorData::new(words, [len]), (&device, DType::I32));
         Self { host: Arc::new(host), words }
+    }
+
+    /// Makes the batch say something else, in the same memory of the device: what was recorded with it looks at the new rows
+    /// from the next replay on. `false`, and nothing done, where the words have another layout.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn overwrite(&mut self, rows: &[PagedRow<'_>]) -> bool {
+        let host = Batch::with_room(rows, self.host.block_tokens(), self.host.max_len());
+        let host = host.unwrap_or_else(|e| panic!("paged batch: {e}"));
+        let layout = |batch: &Batch| (batch.starts().to_vec(), batch.max_len(), batch.num_words());
+        if layout(&host) != layout(&self.host) || !overwrite_int(&self.words, &host.words()) {
+            return false;
+        }
+        self.host = Arc::new(host);
+        true
     }
 
     /// What it says, on the host.
@@ -90,6 +115,18 @@ pub trait PagedOps: Backend {
         #[extension_type] batch: PagedOperand<Self>,
         options: AttentionOptions,
     ) -> FloatTensor<Self>;
+
+    /// See [`likeliest`].
+    fn likeliest(logits: FloatTensor<Self>) -> IntTensor<Self>;
+}
+
+/// The token of the first largest logit of each row; -1 where a logit is no number.
+///
+/// # Shapes
+/// `[rows, vocab]` to `[rows]`, i32.
+pub fn likeliest(logits: Tensor<2>) -> Tensor<1, Int> {
+    let logits = logits.without_autodiff().into_dispatch();
+    Tensor::from_dispatch(<Dispatch as PagedOps>::likeliest(logits))
 }
 
 /// Writes the keys (or values) of new tokens into a cache, and returns it.
