@@ -53,6 +53,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into()))
+        .with_writer(std::io::stderr)
+        .init();
     let result = match Args::parse().command {
         Command::Kernels(args) => kernels::run(&args),
         Command::Step(args) => step::run(&args),

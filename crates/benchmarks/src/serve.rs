@@ -4,6 +4,7 @@
 //! token on, so that nothing is shared. The engine is the server's own, without HTTP before it.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -79,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokens = cases.iter().map(most).max().unwrap_or(0) + 64;
     let token_bytes = PagedCache::token_bytes(model.config(), dtype);
     println!("{} in {dtype:?}, {} in use, cache of {tokens} tokens", args.shape, mib(weights));
-    println!("{:>16} {:>9} {:>9} {:>9} {:>9} {:>10}", "case", "tok/s", "first ms", "last ms", "token ms", "memory MiB");
+    println!("{:>16} {:>9} {:>9} {:>9} {:>9} {:>10} {:>9}", "case", "tok/s", "first ms", "last ms", "token ms", "memory MiB", "replayed");
     let mut rows = Vec::new();
     for (text, case) in args.cases.iter().zip(&cases) {
         let Case([streams, ..]) = *case;
@@ -98,20 +99,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         measure(&handle, *case, 1)?;
         let measured = measure(&handle, *case, 2)?;
         let beyond = in_use(&device).saturating_sub(weights + (tokens * token_bytes) as u64);
+        let passes = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let [steps, replays] = [&handle.counters().steps, &handle.counters().replays].map(passes);
         handle.close();
         thread.join().map_err(|_| anyhow!("the engine failed"))??;
         let Measured { rate, first, last, per_token } = measured;
         let ms = |duration: Duration| 1e3 * duration.as_secs_f64();
         println!(
-            "{text:>16} {rate:>9.1} {:>9.2} {:>9.2} {:>9.3} {:>10}",
+            "{text:>16} {rate:>9.1} {:>9.2} {:>9.2} {:>9.3} {:>10} {:>6}/{}",
             ms(first),
             ms(last),
             ms(per_token),
-            beyond >> 20
+            beyond >> 20,
+            replays,
+            steps
         );
         rows.push(json!({
             "case": text, "tokens_per_second": rate, "first_token_ms": ms(first), "last_first_token_ms": ms(last),
-            "token_ms": ms(per_token), "beyond_weights_and_cache_mib": beyond >> 20,
+            "token_ms": ms(per_token), "beyond_weights_and_cache_mib": beyond >> 20, "passes": steps, "replayed": replays,
         }));
     }
     let prefill = prefill(&model, &device)?;

@@ -54,8 +54,16 @@ pub(crate) struct Recorded {
     entries: HashMap<Kind, Entry>,
     last: Option<Kind>,
     clock: u64,
+    replays: u64,
     /// Whether the device was seen to record nothing, or refused.
     is_off: bool,
+}
+
+impl PagedCache {
+    /// How many passes were replayed since the cache was made or grew.
+    pub fn replays(&self) -> u64 {
+        self.recorded.replays
+    }
 }
 
 impl Decoder {
@@ -116,6 +124,7 @@ fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> R
             // SAFETY: the entry holds inputs, outputs and weights; the cache's tensors live as long as their recordings,
             // which go when the cache grows. The engine's thread, or the one that asks, does all of it.
             unsafe { entry.recording.replay()? };
+            cache.recorded.replays += 1;
             return Ok(Some(entry.output.clone()));
         }
         return Ok(None);
@@ -142,6 +151,7 @@ fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> R
         Ok(Some((recording, output))) => {
             // SAFETY: as above; everything was made just now.
             unsafe { recording.replay()? };
+            cache.recorded.replays += 1;
             let entry = Entry { recording, inputs, output: output.clone(), _models: models, last_used: clock };
             tracing::debug!(rows = ?kind.0, room = kind.1, "a pass of generation is recorded");
             cache.recorded.entries.insert(kind, entry);

@@ -191,7 +191,9 @@ impl Engine {
                 ids.into_iter().for_each(|id| self.fail(id, message.clone()));
                 return Err(e.into());
             }
-            self.inbox.counters().steps.fetch_add(1, Ordering::Relaxed);
+            let counters = self.inbox.counters();
+            counters.steps.fetch_add(1, Ordering::Relaxed);
+            counters.replays.store(self.cache.replays(), Ordering::Relaxed);
         }
         let counters = self.inbox.counters();
         counters.running.store(self.scheduler.num_running(), Ordering::Relaxed);

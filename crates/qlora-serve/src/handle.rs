@@ -54,6 +54,8 @@ pub struct Counters {
     pub preemptions: AtomicU64,
     /// Forward passes.
     pub steps: AtomicU64,
+    /// Of these, replayed from a recording.
+    pub replays: AtomicU64,
     /// Blocks of the cache that requests hold.
     pub blocks_used: AtomicUsize,
     /// Blocks of the cache.
