@@ -73,19 +73,22 @@ fn client(device: &Device) -> Option<Client> {
     }
 }
 
-/// Writes values over a tensor of as many, in the same memory, behind what this thread has queued. `false`, and nothing
-/// done, where the tensor lies in the host's memory.
-pub fn overwrite<const D: usize>(tensor: &Tensor<D>, values: &[f32]) -> bool {
-    as_cube(tensor).is_some_and(|cube| write(&cube.client, &cube.handle, bytemuck::cast_slice(values)))
+/// Writes values over a vector of as many, in the same memory, behind what this thread has queued. `false`, and nothing
+/// done, where the vector lies in the host's memory. (Only vectors: devices may hold the rows of a matrix at distances.)
+pub fn overwrite(vector: &Tensor<1>, values: &[f32]) -> bool {
+    vector.dims() == [values.len()]
+        && as_cube(vector).is_some_and(|cube| write(&cube.client, &cube.handle, bytemuck::cast_slice(values)))
 }
 
-/// [`overwrite`] for a tensor of 32-bit integers, given as their bits.
-pub fn overwrite_int<const D: usize>(tensor: &Tensor<D, Int>, values: &[u32]) -> bool {
-    cube_of_int(tensor.clone()).is_some_and(|cube| write(&cube.client, &cube.handle, bytemuck::cast_slice(values)))
+/// [`overwrite`] for a vector of 32-bit integers, given as their bits.
+pub fn overwrite_int(vector: &Tensor<1, Int>, values: &[u32]) -> bool {
+    vector.dims() == [values.len()]
+        && cube_of_int(vector.clone()).is_some_and(|cube| write(&cube.client, &cube.handle, bytemuck::cast_slice(values)))
 }
 
 fn write(client: &Client, handle: &Handle, bytes: &[u8]) -> bool {
-    if handle.size_in_used() != bytes.len() as u64 {
+    // Devices may round the size of a buffer up.
+    if handle.size_in_used() < bytes.len() as u64 {
         return false;
     }
     client.write(handle, Bytes::from_bytes_vec(bytes.to_vec()));

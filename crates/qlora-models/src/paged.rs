@@ -115,8 +115,8 @@ pub struct Part<'a> {
 pub(crate) struct Inputs {
     /// i32, `[tokens]`.
     ids: Tensor<1, Int>,
-    /// For each kind of attention, cosines and sines, `[tokens, dim / 2]`.
-    rotary: Vec<[Tensor<2>; 2]>,
+    /// For each kind of attention, cosines and sines, `[tokens * dim / 2]`.
+    rotary: Vec<[Tensor<1>; 2]>,
     batch: PagedBatch,
     /// How attention goes over the rows.
     segments: Vec<Segment>,
@@ -154,8 +154,8 @@ impl Inputs {
         let kinds = config.attention_kinds.iter().zip(&*model.rotary);
         let rotary = kinds.map(|(kind, tables)| {
             let (cos, sin) = tables.spans(&kind.rope, spans(rows));
-            let pairs = kind.rope.dim / 2;
-            [cos, sin].map(|values| Tensor::from_data(TensorData::new(values, [tokens, pairs]), (device, DType::F32)))
+            let len = cos.len();
+            [cos, sin].map(|values| Tensor::from_data(TensorData::new(values, [len]), (device, DType::F32)))
         });
         let rotary = rotary.collect();
         let batch = PagedBatch::with_room(&paged(rows), block_tokens, max_len, device);
@@ -371,7 +371,10 @@ impl<'a> MixedPass<'a> {
         let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary, inverse: false };
         let rotated = |x: Tensor<2>| match rotary {
             0 => x,
-            _ => rotate(x, cos.clone(), sin.clone(), rotation),
+            _ => {
+                let [cos, sin] = [cos, sin].map(|table| table.clone().reshape([tokens, rotary / 2]));
+                rotate(x, cos, sin, rotation)
+            }
         };
         let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
         let q = heads(rotated(head_norm(q, 0)), config.num_attention_heads);

@@ -55,14 +55,19 @@ pub(crate) struct Recorded {
     last: Option<Kind>,
     clock: u64,
     replays: u64,
-    /// Whether the device was seen to record nothing, or refused.
-    is_off: bool,
+    /// Why nothing is recorded any more.
+    refusal: Option<String>,
 }
 
 impl PagedCache {
     /// How many passes were replayed since the cache was made or grew.
     pub fn replays(&self) -> u64 {
         self.recorded.replays
+    }
+
+    /// Why passes are not recorded any more, once the device refused.
+    pub fn replay_refusal(&self) -> Option<&str> {
+        self.recorded.refusal.as_deref()
     }
 }
 
@@ -80,7 +85,7 @@ impl Decoder {
         let Some((_, first)) = parts.first() else { return Ok(None) };
         let one_each = parts.iter().flat_map(|(_, part)| &part.rows).all(|row| row.ids.len() == 1);
         let records = one_each
-            && !cache.recorded.is_off
+            && cache.recorded.refusal.is_none()
             && parts.len() <= MOST_PARTS
             // Experts are chosen by the host.
             && first.model.config.experts.is_none()
@@ -158,12 +163,12 @@ fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> R
             Ok(Some(output))
         }
         Ok(None) => {
-            cache.recorded.is_off = true;
+            cache.recorded.refusal = Some("the device records nothing".into());
             Ok(None)
         }
         Err(e) => {
             tracing::warn!("a pass of generation can't be recorded, and is queued anew for every token: {e}");
-            cache.recorded.is_off = true;
+            cache.recorded.refusal = Some(e.to_string());
             Ok(None)
         }
     }

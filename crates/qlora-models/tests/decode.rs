@@ -89,7 +89,8 @@ fn a_replayed_pass_is_the_pass() {
             }
             // The prompts are of several tokens; the second pass of one token each is the first that is recorded.
             let expected = if device_name == "flex" { 0 } else { 5 };
-            assert_eq!(twice.caches[0].replays(), expected, "{device_name}");
+            let refusal = twice.caches[0].replay_refusal();
+            assert_eq!(twice.caches[0].replays(), expected, "{device_name}: {refusal:?}");
         }
     }
 }
