@@ -75,6 +75,10 @@ fn fields_with_values_that_cannot_be() {
         // Known, and not done here.
         (COMPLETIONS, completion(json!({ "suffix": "end" })), "suffix"),
         (COMPLETIONS, completion(json!({ "use_beam_search": true })), "use_beam_search"),
+        (COMPLETIONS, completion(json!({ "tools": [{}] })), "tools"),
+        (COMPLETIONS, completion(json!({ "top_logprobs": 2 })), "top_logprobs"),
+        (CHAT, chat(json!({ "echo": true })), "echo"),
+        (CHAT, chat(json!({ "best_of": 2 })), "best_of"),
         (CHAT, chat(json!({ "modalities": ["text", "audio"] })), "modalities"),
         (CHAT, chat(json!({ "functions": [{ "name": "f" }] })), "functions"),
         (CHAT, chat(json!({ "guided_regex": "a+" })), "guided_regex"),
