@@ -77,6 +77,10 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
         return Err(ApiError::field("stream_options", "stream_options: only with `stream`"));
     }
     let logprobs = logprobs_of(&request, state.config().max_logprobs)?;
+    if logprobs.is_some() {
+        // Read here, where it holds up nobody else.
+        state.vocabulary();
+    }
     if request.messages.is_empty() {
         return Err(ApiError::field("messages", "messages: there are none"));
     }

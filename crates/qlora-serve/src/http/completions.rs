@@ -84,6 +84,10 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     if request.logprobs.is_some_and(|top| top > most) {
         return Err(ApiError::field("logprobs", format!("logprobs: not more than {most}")));
     }
+    if request.logprobs.is_some() {
+        // Read here, where it holds up nobody else.
+        state.vocabulary();
+    }
     let count = match &request.prompt {
         PromptField::Texts(texts) => texts.len(),
         PromptField::Tokens(lists) => lists.len(),
