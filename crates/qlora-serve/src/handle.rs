@@ -144,6 +144,14 @@ impl Answer {
     }
 }
 
+/// What became of a request that was offered.
+#[derive(Debug)]
+pub(crate) enum Offered {
+    Taken(Answer),
+    /// As many wait as may.
+    Full(Request),
+}
+
 /// Asks an engine. Clones reach the same engine; it closes when the last one is gone.
 #[derive(Clone, Debug)]
 pub struct Handle(Arc<Line>);
@@ -196,8 +204,20 @@ impl Handle {
     /// # Errors
     /// The request can't be answered as it is, the queue is full ([`ServeError::Busy`]), or the engine is closing.
     pub fn submit(&self, request: Request) -> Result<Answer, ServeError> {
-        let Line { commands, shared } = &*self.0;
-        let Shared { limits, counters, closed, .. } = &**shared;
+        self.check(&request)?;
+        match self.offer(request, self.0.shared.limits.max_waiting)? {
+            Offered::Taken(answer) => Ok(answer),
+            Offered::Full(_) => Err(ServeError::Busy { waiting: self.0.shared.limits.max_waiting }),
+        }
+    }
+
+    /// Whether a request can be answered as it is.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit), a full queue aside.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), ServeError> {
+        let shared = &*self.0.shared;
+        let Shared { limits, closed, .. } = shared;
         if closed.load(Ordering::Acquire) {
             return Err(ServeError::Closed);
         }
@@ -214,11 +234,24 @@ impl Handle {
         if let Some(name) = request.adapter.as_deref().filter(|name| !shared.adapters().contains_key(*name)) {
             return Err(ServeError::UnknownAdapter { name: name.into() });
         }
-        let waiting = counters.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
-            (waiting < limits.max_waiting).then_some(waiting + 1)
-        });
+        Ok(())
+    }
+
+    /// Asks for an answer to a request that was [checked](Self::check), if fewer than `most` wait.
+    ///
+    /// # Errors
+    /// The engine is closing.
+    pub(crate) fn offer(&self, request: Request, most: usize) -> Result<Offered, ServeError> {
+        let Line { commands, shared } = &*self.0;
+        let counters = &shared.counters;
+        if self.is_closed() {
+            return Err(ServeError::Closed);
+        }
+        let waiting = counters
+            .waiting
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| (waiting < most).then_some(waiting + 1));
         if waiting.is_err() {
-            return Err(ServeError::Busy { waiting: limits.max_waiting });
+            return Ok(Offered::Full(request));
         }
         let (sender, receiver) = unbounded_channel();
         if commands.send(Command::Generate(request, Reply(sender))).is_err() {
@@ -226,7 +259,7 @@ impl Handle {
             return Err(ServeError::Closed);
         }
         counters.requests.fetch_add(1, Ordering::Relaxed);
-        Ok(Answer(receiver))
+        Ok(Offered::Taken(Answer(receiver)))
     }
 
     /// Has the engine read an adapter's folder and serve it as `name`.

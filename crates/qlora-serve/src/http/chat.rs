@@ -12,7 +12,7 @@ use super::session::{Finish, Job, Session, TokenAt, Update, Usage};
 use super::stream::{self, Chunks};
 use super::tools::{self, Tools, call_id};
 use super::types::{ChatRequest, FormatKind, ResponseFormat};
-use super::{HttpState, body, logprobs, models, now, sampling, unique, unsupported};
+use super::{HttpState, body, format, logprobs, models, now, sampling, unique, unsupported};
 use crate::request::{Constraint, Request as EngineRequest};
 use crate::text::{
     AfterReasoning, Call, Conversation, Delta, Grammar, OutputOptions, REASONING_CLOSE, ToolFormat, template, write,
@@ -68,7 +68,7 @@ fn of_messages(error: ApiError) -> ApiError {
 
 fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let mut request: ChatRequest = body::parse(bytes)?;
-    unsupported::refuse(bytes)?;
+    unsupported::refuse(bytes, &unsupported::OF_COMPLETIONS)?;
     let limits = state.handle().limits();
     let model = state.model(request.model.as_deref())?;
     let choice = sampling::read(request.sampling(), state.config(), limits.vocab_size)?;
@@ -77,6 +77,10 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
         return Err(ApiError::field("stream_options", "stream_options: only with `stream`"));
     }
     let logprobs = logprobs_of(&request, state.config().max_logprobs)?;
+    if logprobs.is_some() {
+        // Read here, where it holds up nobody else.
+        state.vocabulary();
+    }
     if request.messages.is_empty() {
         return Err(ApiError::field("messages", "messages: there are none"));
     }
@@ -188,21 +192,7 @@ fn grammar(
             ApiError::field("tools", format!("tools: the schema can't be enforced for {}: {error}", model.name))
         });
     }
-    let any = json!({ "type": "object" });
-    let param = "response_format.json_schema";
-    let schema = match kind {
-        FormatKind::Text => return Ok(None),
-        FormatKind::JsonObject => &any,
-        FormatKind::JsonSchema => match format.and_then(|format| format.json_schema.as_ref()) {
-            None => return Err(ApiError::field(param, format!("{param}: is missing"))),
-            Some(named) => named.schema.as_ref().unwrap_or(&any),
-        },
-    };
-    let grammar = state.grammars()?.json(schema);
-    grammar.map(Some).map_err(|error| {
-        let param = format!("{param}.schema");
-        ApiError::field(&param, format!("{param}: can't be enforced: {error}")).with_code("unsupported_schema")
-    })
+    format::grammar(state, format)
 }
 
 fn call_json(call: Call, format: Option<ToolFormat>) -> Value {

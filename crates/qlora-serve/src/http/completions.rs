@@ -10,8 +10,8 @@ use super::logprobs::CompletionLogprobs;
 use super::session::{Finish, Job, Session, Update, Usage};
 use super::stream::{self, Chunks};
 use super::types::{CompletionRequest, PromptField};
-use super::{HttpState, body, now, sampling, unique, unsupported};
-use crate::request::{Request as EngineRequest, TokenLogprobs};
+use super::{HttpState, body, format, now, sampling, unique, unsupported};
+use crate::request::{Constraint, Request as EngineRequest, TokenLogprobs};
 use crate::text::{Delta, OutputOptions};
 
 /// New tokens where a request does not say; OpenAI's value.
@@ -69,7 +69,7 @@ struct Head {
 
 fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let mut request: CompletionRequest = body::parse(bytes)?;
-    unsupported::refuse(bytes)?;
+    unsupported::refuse(bytes, &unsupported::OF_CHATS)?;
     let limits = state.handle().limits();
     let model = state.model(request.model.as_deref())?;
     let choice = sampling::read(request.sampling(), state.config(), limits.vocab_size)?;
@@ -83,6 +83,10 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let most = state.config().max_logprobs;
     if request.logprobs.is_some_and(|top| top > most) {
         return Err(ApiError::field("logprobs", format!("logprobs: not more than {most}")));
+    }
+    if request.logprobs.is_some() {
+        // Read here, where it holds up nobody else.
+        state.vocabulary();
     }
     let count = match &request.prompt {
         PromptField::Texts(texts) => texts.len(),
@@ -103,9 +107,12 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
             texts.into_iter().map(encode).collect::<Result<_, ApiError>>()?
         }
     };
+    let eos = model.prompting.stop_ids(state.tokenizer());
+    let grammar = format::grammar(state, request.response_format.as_ref())?;
+    let grammar = grammar.map(|grammar| grammar.ending_with(eos.clone()));
     let mut stop_ids = choice.stop_ids;
     if !choice.ignore_eos {
-        stop_ids.extend(model.prompting.stop_ids(state.tokenizer()));
+        stop_ids.extend(eos);
     }
     let mut requests = Vec::with_capacity(count * choice.n);
     let mut echoed = Vec::new();
@@ -125,7 +132,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
                 stop_ids: stop_ids.clone(),
                 logprobs: request.logprobs,
                 prompt_logprobs: echo && request.logprobs.is_some(),
-                constraint: None,
+                constraint: grammar.clone().map(|grammar| Box::new(grammar) as Box<dyn Constraint>),
             });
         }
         if echo {

@@ -84,9 +84,12 @@ impl RequestTimes {
     }
 }
 
-/// Counts responses by their status.
+/// Counts responses by their status, and tells of them.
 pub(super) async fn count(State(state): State<HttpState>, request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let start = Instant::now();
     let response = next.run(request).await;
+    tracing::debug!(%method, path, status = response.status().as_u16(), elapsed = ?start.elapsed(), "answered");
     let mut responses = state.metrics().responses.lock().unwrap_or_else(PoisonError::into_inner);
     *responses.entry(response.status().as_u16()).or_default() += 1;
     drop(responses);

@@ -5,6 +5,7 @@
 //! | `serve.rs`, `write_timeout.rs` | connections: bounds, timeouts, shutdown |
 //! | `auth.rs`, `body.rs`, `unsupported.rs`, `types/` | what comes in |
 //! | `chat.rs`, `completions.rs`, `tokenize.rs`, `adapters.rs`, `models.rs`, `metrics.rs` | the endpoints |
+//! | `sampling.rs`, `format.rs`, `tools.rs` | what a request asks of its answer |
 //! | `session.rs` | the engine's answers to one request, read as text |
 //! | `page.rs`, `page.html` | the page at `/` |
 //! | `stream.rs`, `logprobs.rs`, `error.rs` | what goes out |
@@ -16,6 +17,7 @@ mod chat;
 mod completions;
 mod config;
 mod error;
+mod format;
 mod logprobs;
 mod metrics;
 mod models;

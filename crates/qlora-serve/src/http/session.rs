@@ -1,5 +1,8 @@
 //! A request on its way: the engine's answers to it, merged as they come, and read as text.
 //!
+//! A request with many answers takes its places in the queue as they become free, and leaves some to others. It is
+//! refused only if there is none for its first.
+//!
 //! Nothing runs ahead of the client: the engine's events are read when the connection takes more, and an answer has at
 //! most as many as tokens were asked for. Dropping a session cancels what still runs.
 
@@ -8,13 +11,15 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::HttpState;
 use super::error::ApiError;
 use super::metrics::RequestTimes;
-use crate::handle::Answer;
+use crate::error::ServeError;
+use crate::handle::{Answer, Handle, Offered};
 use crate::request::{Event, FinishReason, Request, TokenLogprobs};
 use crate::text::{Delta, Output, OutputOptions};
 
@@ -72,10 +77,18 @@ pub(super) struct Update {
     pub finish: Option<Finish>,
 }
 
+/// How far a choice is.
+#[derive(Debug)]
+enum Stage {
+    /// There was no place in the queue yet.
+    Waiting(Box<Request>),
+    Running(Answer),
+    Over,
+}
+
 #[derive(Debug)]
 struct Choice {
-    /// `None` when it is over.
-    answer: Option<Answer>,
+    stage: Stage,
     output: Output,
     stop_ids: Vec<u32>,
     pending: VecDeque<TokenAt>,
@@ -84,10 +97,21 @@ struct Choice {
     times: RequestTimes,
 }
 
+/// How often to look whether the queue has places again.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// The places of a queue that a request with many answers leaves to others.
+fn left(places: usize) -> usize {
+    (places / 4).max(1).min(places)
+}
+
 /// The answers to one request.
 #[derive(Debug)]
 pub(super) struct Session {
+    handle: Handle,
     choices: Vec<Choice>,
+    /// The first choice that waits for a place; those before it have had theirs.
+    waiting: usize,
     n: usize,
     prompt_tokens: usize,
     keep_stop_token: bool,
@@ -104,51 +128,92 @@ pub(super) struct Usage {
     pub completion: usize,
 }
 
+/// What a session was woken by.
+#[derive(Debug)]
+enum Polled {
+    /// An event of this choice; `None` where it broke off.
+    Event(usize, Option<Event>),
+    /// The queue may have places.
+    Places,
+    /// All choices are over.
+    Over,
+}
+
 impl Session {
-    /// Sends the requests to the engine.
+    /// Sends the requests to the engine, as far as the queue has places.
     ///
     /// # Errors
-    /// The engine takes one of them not: then none of them runs.
+    /// One of the requests can't be answered as it is, or the queue has no place at all: then none of them runs.
     pub fn start(state: &HttpState, job: Job) -> Result<Self, ApiError> {
-        let most = state.handle().limits().max_waiting;
-        if job.requests.len() > most {
-            let param = if job.n > most { "n" } else { "prompt" };
-            let message = format!("{param}: {} answers at once; the queue holds {most}", job.requests.len());
-            return Err(ApiError::field(param, message));
+        for request in &job.requests {
+            state.handle().check(request)?;
         }
         let prompt_tokens = job.requests.iter().step_by(job.n).map(|request| request.prompt.len()).sum();
-        let mut choices = Vec::with_capacity(job.requests.len());
-        for (index, request) in job.requests.into_iter().enumerate() {
-            let options = &job.outputs[index / job.n];
-            let output = Output::new(state.tokenizer(), &request.prompt, options);
-            let stop_ids = request.stop_ids.clone();
-            choices.push(Choice {
-                answer: Some(state.handle().submit(request)?),
-                output,
-                stop_ids,
-                pending: VecDeque::new(),
-                completion_tokens: 0,
-                cached_tokens: 0,
-                times: RequestTimes::new(Arc::clone(state.metrics())),
-            });
+        let choices = job.requests.into_iter().enumerate().map(|(index, request)| Choice {
+            output: Output::new(state.tokenizer(), &request.prompt, &job.outputs[index / job.n]),
+            stop_ids: request.stop_ids.clone(),
+            stage: Stage::Waiting(Box::new(request)),
+            pending: VecDeque::new(),
+            completion_tokens: 0,
+            cached_tokens: 0,
+            times: RequestTimes::new(Arc::clone(state.metrics())),
+        });
+        let mut session = Self {
+            handle: state.handle().clone(),
+            choices: choices.collect(),
+            waiting: 0,
+            n: job.n,
+            prompt_tokens,
+            keep_stop_token: job.keep_stop_token,
+            next: 0,
+            deadline: Instant::now() + state.config().request_timeout,
+        };
+        session.submit()?;
+        match session.waiting {
+            0 => Err(ServeError::Busy { waiting: state.handle().limits().max_waiting }.into()),
+            _ => Ok(session),
         }
-        let deadline = Instant::now() + state.config().request_timeout;
-        let Job { n, keep_stop_token, .. } = job;
-        Ok(Self { choices, n, prompt_tokens, keep_stop_token, next: 0, deadline })
+    }
+
+    /// Sends what waits for a place, until there is none. A part of the queue is left to other requests, unless nothing
+    /// of this one runs.
+    fn submit(&mut self) -> Result<(), ServeError> {
+        let all = self.handle.limits().max_waiting;
+        let mut runs = self.choices.iter().any(|choice| matches!(choice.stage, Stage::Running(_)));
+        while let Some(choice) = self.choices.get_mut(self.waiting) {
+            match std::mem::replace(&mut choice.stage, Stage::Over) {
+                Stage::Waiting(request) => {
+                    match self.handle.offer(*request, if runs { all - left(all) } else { all })? {
+                        Offered::Taken(answer) => choice.stage = Stage::Running(answer),
+                        Offered::Full(request) => {
+                            choice.stage = Stage::Waiting(Box::new(request));
+                            return Ok(());
+                        }
+                    }
+                }
+                stage => choice.stage = stage,
+            }
+            self.waiting += 1;
+            runs = true;
+        }
+        Ok(())
     }
 
     /// What is new; `None` when all is said.
     pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
         let mut late = pin!(tokio::time::sleep_until(self.deadline));
         loop {
+            let mut places = pin!(self.wait_for_places());
             let event = poll_fn(|context| match self.poll(context) {
                 Poll::Pending if late.as_mut().poll(context).is_ready() => Poll::Ready(Err(ApiError::timeout())),
+                Poll::Pending => places.as_mut().poll(context).map(|()| Ok(Polled::Places)),
                 event => event.map(Ok),
             });
             let update = match event.await {
                 Err(error) => Err(error),
-                Ok(None) => return None,
-                Ok(Some((choice, event))) => self.take(choice, event),
+                Ok(Polled::Over) => return None,
+                Ok(Polled::Places) => self.submit().map(|()| None).map_err(ApiError::from),
+                Ok(Polled::Event(choice, event)) => self.take(choice, event),
             };
             match update {
                 Ok(None) => {}
@@ -170,22 +235,36 @@ impl Session {
         }
     }
 
-    /// The next event of any choice, in turn. `Ready(None)` when all are over; an event of `None` is an answer that
-    /// broke off.
-    #[allow(clippy::type_complexity)]
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, Option<Event>)>> {
+    /// Ready when places may have become free; never where none is waited for.
+    fn wait_for_places(&self) -> impl Future<Output = ()> + 'static {
+        let waits = self.waiting < self.choices.len();
+        async move {
+            match waits {
+                true => tokio::time::sleep(RETRY).await,
+                false => std::future::pending().await,
+            }
+        }
+    }
+
+    /// The next event of any choice, in turn.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Polled> {
         let count = self.choices.len();
         let mut over = true;
         for step in 0..count {
             let index = (self.next + step) % count;
-            let Some(answer) = &mut self.choices[index].answer else { continue };
-            over = false;
-            if let Poll::Ready(event) = answer.poll_next(context) {
-                self.next = (index + 1) % count;
-                return Poll::Ready(Some((index, event)));
+            match &mut self.choices[index].stage {
+                Stage::Over => {}
+                Stage::Waiting(_) => over = false,
+                Stage::Running(answer) => {
+                    over = false;
+                    if let Poll::Ready(event) = answer.poll_next(context) {
+                        self.next = (index + 1) % count;
+                        return Poll::Ready(Polled::Event(index, event));
+                    }
+                }
             }
         }
-        if over { Poll::Ready(None) } else { Poll::Pending }
+        if over { Poll::Ready(Polled::Over) } else { Poll::Pending }
     }
 
     /// Reads an event; `None` where nothing comes of it yet.
@@ -195,11 +274,11 @@ impl Session {
         let mut update = Update { choice: index, ..Update::default() };
         match event {
             None => {
-                choice.answer = None;
+                choice.stage = Stage::Over;
                 return Err(ApiError::closed());
             }
             Some(Event::Failed(message)) => {
-                choice.answer = None;
+                choice.stage = Stage::Over;
                 return Err(ApiError::internal(message));
             }
             Some(Event::Prompt(logprobs)) => update.prompt = Some(logprobs),
@@ -243,7 +322,7 @@ impl Choice {
     /// Ends the answer: at the engine's end, or at a text that ends it. The engine's answer is dropped, which cancels
     /// what it has not done.
     fn end(&mut self, update: &mut Update, reason: Option<FinishReason>) -> Result<(), chat_text::ChatError> {
-        self.answer = None;
+        self.stage = Stage::Over;
         self.times.finish();
         update.deltas.extend(self.output.finish()?);
         let stopped = self.output.stopped();

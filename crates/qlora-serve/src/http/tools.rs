@@ -99,7 +99,7 @@ pub(super) fn call_id(format: Option<ToolFormat>) -> String {
         (0..count).map(|_| char::from(LETTERS[rand::random_range(0..LETTERS.len())])).collect::<String>()
     };
     match format {
-        Some(ToolFormat::Mistral) => letters(9),
+        Some(ToolFormat::Listed) => letters(9),
         _ => format!("call_{}", letters(24)),
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use serde::Deserialize;
+use serde::Deserializer as _;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::{Value as Json, json};
 
@@ -11,7 +11,10 @@ use super::body::malformed;
 use super::error::ApiError;
 
 /// A field, the value that changes nothing (beside null), and what to do instead.
-const FIELDS: [(&str, fn() -> Json, &str); 34] = [
+type Field = (&'static str, fn() -> Json, &'static str);
+
+/// Of both kinds of requests.
+const FIELDS: [Field; 34] = [
     ("suffix", || json!(""), "models are not asked to fill a gap"),
     ("audio", || Json::Null, "answers are text"),
     ("modalities", || json!(["text"]), "answers are text"),
@@ -48,12 +51,31 @@ const FIELDS: [(&str, fn() -> Json, &str); 34] = [
     ("return_tokens_as_token_ids", || json!(false), "POST /tokenize gives ids"),
 ];
 
-/// Refuses a request with a field that is known and not supported.
+/// Fields that only chats have.
+pub(super) const OF_CHATS: [Field; 7] = [
+    ("messages", || Json::Null, "use /v1/chat/completions"),
+    ("tools", || json!([]), "use /v1/chat/completions"),
+    ("tool_choice", || json!("none"), "use /v1/chat/completions"),
+    ("top_logprobs", || Json::Null, "`logprobs` is a number here"),
+    ("max_completion_tokens", || Json::Null, "use `max_tokens`"),
+    ("chat_template_kwargs", || Json::Null, "use /v1/chat/completions"),
+    ("reasoning_effort", || Json::Null, "use /v1/chat/completions"),
+];
+
+/// Fields that only completions have.
+pub(super) const OF_COMPLETIONS: [Field; 3] = [
+    ("prompt", || Json::Null, "use /v1/completions"),
+    ("echo", || json!(false), "use /v1/completions"),
+    ("best_of", || json!(1), "answers are not ranked; use `n`"),
+];
+
+/// Refuses a request with a field that is known and not supported, or is one of `others`.
 ///
 /// # Errors
 /// It names the field. The body is no JSON object.
-pub(super) fn refuse(body: &[u8]) -> Result<(), ApiError> {
-    let Found(found) = serde_json::from_slice(body).map_err(|error| malformed(&error))?;
+pub(super) fn refuse(body: &[u8], others: &[Field]) -> Result<(), ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let found = json.deserialize_map(Fields(others)).map_err(|error| malformed(&error))?;
     match found {
         None => Ok(()),
         Some((name, instead)) => {
@@ -63,36 +85,30 @@ pub(super) fn refuse(body: &[u8]) -> Result<(), ApiError> {
     }
 }
 
-/// The first field that is not supported, and what to do instead.
-struct Found(Option<(&'static str, &'static str)>);
+/// Finds the first field that is not supported, and what to do instead.
+struct Fields<'a>(&'a [Field]);
 
-impl<'de> Deserialize<'de> for Found {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = Found;
+impl<'de> Visitor<'de> for Fields<'_> {
+    type Value = Option<(&'static str, &'static str)>;
 
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object")
-            }
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object")
+    }
 
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Found, M::Error> {
-                let mut found = None;
-                while let Some(key) = map.next_key::<String>()? {
-                    match FIELDS.iter().find(|(name, _, _)| *name == key) {
-                        None => drop(map.next_value::<IgnoredAny>()?),
-                        Some((name, neutral, instead)) => {
-                            let value: Json = map.next_value()?;
-                            if !value.is_null() && !same(&value, &neutral()) {
-                                found.get_or_insert((*name, *instead));
-                            }
-                        }
+    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+        let mut found = None;
+        while let Some(key) = map.next_key::<String>()? {
+            match FIELDS.iter().chain(self.0).find(|(name, _, _)| *name == key) {
+                None => drop(map.next_value::<IgnoredAny>()?),
+                Some((name, neutral, instead)) => {
+                    let value: Json = map.next_value()?;
+                    if !value.is_null() && !same(&value, &neutral()) {
+                        found.get_or_insert((*name, *instead));
                     }
                 }
-                Ok(Found(found))
             }
         }
-        deserializer.deserialize_map(Fields)
+        Ok(found)
     }
 }
 

@@ -16,6 +16,9 @@ use crate::request::Constraint;
 /// White space between the tokens of JSON.
 const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
 
+/// States of a schema's lexer at most, at 1 to 2 KB each: an answer's constraint holds no more than 100 MB.
+const MOST_LEXER_STATES: usize = 50_000;
+
 /// Makes constraints for one tokenizer.
 pub struct Grammars {
     factory: ParserFactory,
@@ -49,6 +52,7 @@ impl Grammars {
         factory.quiet();
         // What a parser holds of prompt and grammar is not for those who ask.
         factory.limits_mut().verbose_errors = false;
+        factory.limits_mut().max_lexer_states = MOST_LEXER_STATES;
         Ok(Self { factory, vocab_size, eos })
     }
 

@@ -60,9 +60,12 @@ async fn read_to_end(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&all).into_owned()
 }
 
+/// What an engine was asked.
+type Held = Arc<Mutex<Vec<(Request, Reply)>>>;
+
 /// An engine that keeps what it is asked, and answers when a test does.
-fn holding() -> (Script, Arc<Mutex<Vec<(Request, Reply)>>>) {
-    let held: Arc<Mutex<Vec<(Request, Reply)>>> = Arc::default();
+fn holding() -> (Script, Held) {
+    let held = Held::default();
     let keep = held.clone();
     (Box::new(move |request, reply| keep.lock().unwrap().push((request, reply))), held)
 }

@@ -1,12 +1,14 @@
 //! JSON of a schema and forced calls: an engine that takes any token that is allowed always ends with what was asked for.
 
 use qlora_serve::text::{Grammars, Vocabulary};
-use qlora_serve::{Constraint, Event, FinishReason, Finished, Reply, Request, Token, Usage};
+use qlora_serve::{Constraint, Event, FinishReason, Finished, Limits, Reply, Request, Token, Usage};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-use super::support::{Script, ask, chat, config, refused, run, server, tokenizer, tokenizer_with};
+use super::support::{
+    LIMITS, Script, ask, chat, completion, config, refused, run, server, server_with, tokenizer, tokenizer_with,
+};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -27,9 +29,9 @@ fn random_engine(seed: u64) -> Script {
                     return;
                 }
             };
-            assert_eq!(bits.len(), 4096 / 32);
-            let allowed: Vec<u32> =
-                (0..4096).filter(|id| bits[id / 32] >> (id % 32) & 1 == 1).map(|id| id as u32).collect();
+            let all = 0..bits.len() * 32;
+            let allowed: Vec<u32> = all.filter(|id| bits[id / 32] >> (id % 32) & 1 == 1).map(|id| id as u32).collect();
+            assert!(allowed.iter().all(|&id| id < 4098), "ids beyond the vocabulary are allowed");
             assert!(!allowed.is_empty(), "nothing is allowed");
             let id = allowed[random.random_range(0..allowed.len())];
             count += 1;
@@ -88,6 +90,17 @@ fn random_tokens_make_json_of_the_schema() {
                 check(&serde_json::from_str(text).unwrap_or_else(|error| panic!("{text:?}: {error}")));
             }
         }
+    });
+}
+
+#[test]
+fn completions_are_constrained_too() {
+    run(async {
+        let state = server(tokenizer(), config(), random_engine(7));
+        let format = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema() } });
+        let request = completion(json!({ "response_format": format, "max_tokens": 400 }));
+        let answer = ask(&state, "/v1/completions", request).await;
+        check(&serde_json::from_str(answer["choices"][0]["text"].as_str().unwrap()).unwrap());
     });
 }
 
@@ -156,6 +169,52 @@ fn forced_calls_are_calls_of_the_tools() {
     });
 }
 
+/// The tiny model's tokenizer with further tokens from id 4096 on.
+fn with_tokens(tokens: &[(&str, bool)], template: &str) -> chat_text::Tokenizer {
+    let dir = tempfile::tempdir().unwrap();
+    let source = std::path::Path::new(super::support::TINY_LLAMA);
+    let text = std::fs::read_to_string(source.join("tokenizer.json")).unwrap();
+    let mut json: Value = serde_json::from_str(&text).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    added.extend(tokens.iter().enumerate().map(|(index, (token, special))| {
+        json!({
+            "id": 4096 + index, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": special,
+        })
+    }));
+    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+    std::fs::copy(source.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    chat_text::Tokenizer::from_dir(dir.path()).unwrap()
+}
+
+/// Tags of calls that are special tokens, which decoders leave out of the text, and which no text is.
+#[test]
+fn tags_may_be_special_tokens() {
+    let cases = [
+        (&[("<tool_call>", true), ("</tool_call>", true)][..], "<tool_call>"),
+        (&[("<tool_call>", false), ("</tool_call>", false)][..], "<tool_call>"),
+        (&[("[TOOL_CALLS]", true), ("[ARGS]", true)][..], "[TOOL_CALLS]"),
+    ];
+    let tools = json!([{ "type": "function", "function": { "name": "create", "parameters": schema() } }]);
+    run(async {
+        for (seed, (tokens, tag)) in cases.into_iter().enumerate() {
+            let template = format!("{{% if tools %}}{tag}{{% endif %}}x");
+            let limits = Limits { vocab_size: 4098, ..LIMITS };
+            let engine = random_engine(seed as u64);
+            let state = server_with(with_tokens(tokens, &template), config(), limits, engine);
+            for _ in 0..5 {
+                let fields = json!({ "tools": tools, "tool_choice": "required", "parallel_tool_calls": false });
+                let answer = ask(&state, PATH, chat(fields)).await;
+                let message = &answer["choices"][0]["message"];
+                let call = &message["tool_calls"][0]["function"];
+                assert_eq!((&message["content"], &call["name"]), (&Value::Null, &json!("create")), "{answer}");
+                check(&serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap());
+            }
+        }
+    });
+}
+
 #[test]
 fn schemas_that_cannot_be_enforced_are_refused() {
     run(async {
@@ -204,20 +263,7 @@ fn copies_of_a_grammar_go_their_own_ways() {
 #[test]
 fn a_reasoning_comes_before_the_constraint() {
     // The end of the reasoning is a token of its own in models that reason.
-    let dir = tempfile::tempdir().unwrap();
-    let source = std::path::Path::new(super::support::TINY_LLAMA);
-    let mut json: Value =
-        serde_json::from_str(&std::fs::read_to_string(source.join("tokenizer.json")).unwrap()).unwrap();
-    let added = json!({
-        "id": 4096, "content": "</think>", "single_word": false, "lstrip": false, "rstrip": false,
-        "normalized": false, "special": false,
-    });
-    json["added_tokens"].as_array_mut().unwrap().push(added);
-    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
-    std::fs::copy(source.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
-    std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}<think>\n").unwrap();
-    let tokenizer = chat_text::Tokenizer::from_dir(dir.path()).unwrap();
-
+    let tokenizer = with_tokens(&[("</think>", false)], "{{ messages[0].content }}<think>\n");
     let thoughts = tokenizer.encode("so it is\n</think>", false).unwrap().ids;
     assert_eq!(thoughts.last(), Some(&4096));
     let script = move |mut request: Request, reply: Reply| {
@@ -237,8 +283,8 @@ fn a_reasoning_comes_before_the_constraint() {
         reply.send(Event::Finished(Finished { reason: FinishReason::Stop, usage: Usage::default() }));
     };
     run(async {
-        let limits = qlora_serve::Limits { vocab_size: 4097, ..super::support::LIMITS };
-        let state = super::support::server_with(tokenizer, config(), limits, Box::new(script));
+        let limits = Limits { vocab_size: 4097, ..LIMITS };
+        let state = server_with(tokenizer, config(), limits, Box::new(script));
         let schema = json!({ "type": "object", "additionalProperties": false });
         let format = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
         let answer = ask(&state, PATH, chat(json!({ "response_format": format }))).await;

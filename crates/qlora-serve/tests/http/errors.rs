@@ -1,17 +1,19 @@
 //! Every error in OpenAI's shape, naming the field.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::http::Request as HttpRequest;
 use qlora_serve::http::router;
-use qlora_serve::{Event, Limits, Reply};
+use qlora_serve::{Event, Limits, Reply, Request};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::support::{
-    LIMITS, chat, completion, config, refused, response, run, says, send, server, server_with, tokenizer,
+    LIMITS, answer, ask, chat, chunks, completion, config, refused, response, run, says, send, server, server_with,
+    tokenizer,
 };
 
 const CHAT: &str = "/v1/chat/completions";
@@ -31,7 +33,6 @@ fn fields_with_values_that_cannot_be() {
         (CHAT, chat(json!({ "logit_bias": { "4096": 1 } })), "logit_bias"),
         (CHAT, chat(json!({ "logit_bias": { "1": 101 } })), "logit_bias"),
         (CHAT, chat(json!({ "n": 0 })), "n"),
-        (CHAT, chat(json!({ "n": 9 })), "n"),
         (CHAT, chat(json!({ "n": 257 })), "n"),
         (CHAT, chat(json!({ "max_tokens": 0 })), "max_tokens"),
         (CHAT, chat(json!({ "max_tokens": -1 })), "max_tokens"),
@@ -68,13 +69,16 @@ fn fields_with_values_that_cannot_be() {
         (COMPLETIONS, completion(json!({ "prompt": [-1] })), "prompt[0]"),
         (COMPLETIONS, completion(json!({ "prompt": vec![5; 512] })), "prompt"),
         (COMPLETIONS, completion(json!({ "prompt": vec!["a"; 300] })), "prompt"),
-        (COMPLETIONS, completion(json!({ "prompt": vec!["a"; 9] })), "prompt"),
         (COMPLETIONS, completion(json!({ "logprobs": 21 })), "logprobs"),
         (COMPLETIONS, completion(json!({ "logprobs": true })), "logprobs"),
         (COMPLETIONS, completion(json!({ "best_of": 2 })), "best_of"),
         // Known, and not done here.
         (COMPLETIONS, completion(json!({ "suffix": "end" })), "suffix"),
         (COMPLETIONS, completion(json!({ "use_beam_search": true })), "use_beam_search"),
+        (COMPLETIONS, completion(json!({ "tools": [{}] })), "tools"),
+        (COMPLETIONS, completion(json!({ "top_logprobs": 2 })), "top_logprobs"),
+        (CHAT, chat(json!({ "echo": true })), "echo"),
+        (CHAT, chat(json!({ "best_of": 2 })), "best_of"),
         (CHAT, chat(json!({ "modalities": ["text", "audio"] })), "modalities"),
         (CHAT, chat(json!({ "functions": [{ "name": "f" }] })), "functions"),
         (CHAT, chat(json!({ "guided_regex": "a+" })), "guided_regex"),
@@ -212,6 +216,35 @@ fn a_full_queue_asks_to_come_again() {
 }
 
 #[test]
+fn more_answers_than_places_take_turns() {
+    run(async {
+        // Each request waits in the queue for a while.
+        let script = Box::new(|request: Request, reply: Reply| {
+            std::thread::sleep(Duration::from_millis(5));
+            answer(&request, &reply, &[request.prompt[0]]);
+        });
+        let state = server_with(tokenizer(), config(), Limits { max_waiting: 2, ..LIMITS }, script);
+        let prompts: Vec<Vec<u32>> = (10..30).map(|id| vec![id]).collect();
+        let request = completion(json!({ "prompt": prompts, "n": 2, "skip_special_tokens": false }));
+        let (first, second) =
+            tokio::join!(ask(&state, COMPLETIONS, request.clone()), chunks(&state, COMPLETIONS, request.clone()),);
+        let expected: Vec<String> = (10..30).map(|id| tokenizer().decode(&[id], false).unwrap()).collect();
+        let choices = first["choices"].as_array().unwrap();
+        assert_eq!(choices.len(), 40);
+        for (index, choice) in choices.iter().enumerate() {
+            assert_eq!(choice["text"], expected[index / 2], "{index}");
+        }
+        let ended = second.iter().filter(|chunk| !chunk["choices"][0]["finish_reason"].is_null()).count();
+        assert_eq!(ended, 40);
+        // What can't be answered is told before anything runs.
+        let (status, error) =
+            refused(&state, COMPLETIONS, completion(json!({ "prompt": vec![vec![5], vec![4096]] }))).await;
+        assert_eq!((status, &error["code"]), (400, &json!("unknown_token")));
+        assert_eq!(state.handle().counters().waiting.load(Ordering::Relaxed), 0);
+    });
+}
+
+#[test]
 fn failures_of_the_engine() {
     run(async {
         let fail = |_, reply: Reply| {
@@ -221,8 +254,8 @@ fn failures_of_the_engine() {
         let (status, error) = refused(&state, CHAT, chat(json!({}))).await;
         assert_eq!((status, &error["message"], &error["type"]), (500, &json!("out of memory"), &json!("server_error")));
         // In a stream the error is an event.
-        let chunks = super::support::chunks(&state, CHAT, chat(json!({}))).await;
-        assert_eq!(chunks.last().unwrap()["error"]["message"], "out of memory");
+        let events = chunks(&state, CHAT, chat(json!({}))).await;
+        assert_eq!(events.last().unwrap()["error"]["message"], "out of memory");
 
         let state = server(tokenizer(), config(), Box::new(|_, reply| drop(reply)));
         assert_eq!(refused(&state, CHAT, chat(json!({}))).await.0, 503);
@@ -243,8 +276,8 @@ fn an_answer_that_takes_too_long() {
         let state = server(tokenizer(), config, Box::new(move |_, reply| replies.lock().unwrap().push(reply)));
         let (status, error) = refused(&state, CHAT, chat(json!({}))).await;
         assert_eq!((status, &error["code"]), (504, &json!("timeout")));
-        let chunks = super::support::chunks(&state, CHAT, chat(json!({}))).await;
-        assert_eq!(chunks.last().unwrap()["error"]["code"], "timeout");
+        let events = chunks(&state, CHAT, chat(json!({}))).await;
+        assert_eq!(events.last().unwrap()["error"]["code"], "timeout");
         assert!(held.lock().unwrap().iter().all(Reply::is_cancelled));
     });
 }

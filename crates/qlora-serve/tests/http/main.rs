@@ -8,6 +8,8 @@ mod completions;
 mod connections;
 mod constraints;
 mod errors;
+mod fuzz;
+mod output;
 mod page;
 mod support;
 mod text;

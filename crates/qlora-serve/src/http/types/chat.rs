@@ -14,7 +14,6 @@ request! {
         max_completion_tokens: Option<usize>,
         logprobs: Option<bool>,
         top_logprobs: Option<usize>,
-        response_format: Option<ResponseFormat>,
         tools: Option<Vec<Tool>>,
         tool_choice: Option<ToolChoice>,
         parallel_tool_calls: Option<bool>,

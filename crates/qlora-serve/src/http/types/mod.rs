@@ -59,6 +59,7 @@ macro_rules! request {
             pub stop_token_ids: Option<Vec<u32>>,
             pub ignore_eos: Option<bool>,
             pub skip_special_tokens: Option<bool>,
+            pub response_format: Option<super::ResponseFormat>,
             pub stream: Option<bool>,
             pub stream_options: Option<super::StreamOptions>,
         }

@@ -2,17 +2,17 @@
 //!
 //! | format | models | a call |
 //! |---|---|---|
-//! | [`Hermes`](ToolFormat::Hermes) | Hermes 2 and 3, Qwen 2.5 and 3 | `<tool_call>{"name": .., "arguments": {..}}</tool_call>` |
-//! | [`Llama`](ToolFormat::Llama) | Llama 3.1 and later | `{"name": .., "parameters": {..}}`, perhaps behind `<\|python_tag\|>` |
-//! | [`Mistral`](ToolFormat::Mistral) | Mistral | `[TOOL_CALLS][{"name": .., "arguments": {..}}]` or `[TOOL_CALLS]name[ARGS]{..}` |
+//! | [`Tagged`](ToolFormat::Tagged) | Hermes 2 and 3, Qwen 2.5 and 3 | `<tool_call>{"name": .., "arguments": {..}}</tool_call>` |
+//! | [`Bare`](ToolFormat::Bare) | Llama 3.1 and later | `{"name": .., "parameters": {..}}`, perhaps behind `<\|python_tag\|>` |
+//! | [`Listed`](ToolFormat::Listed) | Mistral | `[TOOL_CALLS][{"name": .., "arguments": {..}}]` or `[TOOL_CALLS]name[ARGS]{..}` |
 //!
 //! The text comes in pieces, and where it is cut makes no difference: a parser decides only what no further text can
 //! change. A call is given out when it is complete. What looks like a call and is none is content, as it was written.
 
+mod bare;
 mod buffer;
-mod hermes;
-mod llama;
-mod mistral;
+mod listed;
+mod tagged;
 
 use serde_json::Value as Json;
 
@@ -22,24 +22,25 @@ use buffer::Buffer;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ToolFormat {
     /// JSON between `<tool_call>` and `</tool_call>`.
-    Hermes,
+    Tagged,
     /// JSON with `parameters` and nothing around it.
-    Llama,
+    Bare,
     /// Behind `[TOOL_CALLS]`.
-    Mistral,
+    Listed,
 }
 
 impl ToolFormat {
     /// The format that a chat template asks for; `None` where it does not write tools.
     pub fn of_template(source: &str) -> Option<Self> {
-        if !source.contains("tools") {
+        // Calls as XML are read by nothing here, though they stand between the same tags.
+        if !source.contains("tools") || source.contains("<function=") {
             None
-        } else if source.contains(hermes::OPEN) {
-            Some(Self::Hermes)
-        } else if source.contains(mistral::TAG) {
-            Some(Self::Mistral)
-        } else if source.contains(llama::TAG) || source.contains(r#""parameters":"#) {
-            Some(Self::Llama)
+        } else if source.contains(tagged::OPEN) {
+            Some(Self::Tagged)
+        } else if source.contains(listed::TAG) {
+            Some(Self::Listed)
+        } else if source.contains(bare::TAG) || source.contains(r#""parameters":"#) {
+            Some(Self::Bare)
         } else {
             None
         }
@@ -48,31 +49,31 @@ impl ToolFormat {
     /// Tags that may be special tokens, which a decoder would leave out of the text.
     pub fn tags(self) -> &'static [&'static str] {
         match self {
-            Self::Hermes => &[hermes::OPEN, hermes::CLOSE],
-            Self::Llama => &[llama::TAG],
-            Self::Mistral => &[mistral::TAG, mistral::ARGS, mistral::CALL_ID],
+            Self::Tagged => &[tagged::OPEN, tagged::CLOSE],
+            Self::Bare => &[bare::TAG],
+            Self::Listed => &[listed::TAG, listed::ARGS, listed::CALL_ID],
         }
     }
 
     /// What stands before, between and behind the calls of an answer that is nothing but calls.
     pub(super) fn around(self) -> Around {
         match self {
-            Self::Hermes => Around {
-                before: [Some(hermes::OPEN), None],
+            Self::Tagged => Around {
+                before: [Some(tagged::OPEN), None],
                 opening: "\n{\"name\": ",
                 arguments: ", \"arguments\": ",
-                behind: ["}\n", hermes::CLOSE],
+                behind: ["}\n", tagged::CLOSE],
                 between: "\n",
             },
-            Self::Llama => Around {
+            Self::Bare => Around {
                 before: [None, None],
                 opening: "{\"name\": ",
                 arguments: ", \"parameters\": ",
                 behind: ["}", ""],
                 between: "; ",
             },
-            Self::Mistral => Around {
-                before: [None, Some(mistral::TAG)],
+            Self::Listed => Around {
+                before: [None, Some(listed::TAG)],
                 opening: "{\"name\": ",
                 arguments: ", \"arguments\": ",
                 behind: ["}", ""],
@@ -126,9 +127,9 @@ enum Step {
 
 #[derive(Clone, Debug)]
 enum Format {
-    Hermes(hermes::Hermes),
-    Llama(llama::Llama),
-    Mistral(mistral::Mistral),
+    Tagged(tagged::Tagged),
+    Bare(bare::Bare),
+    Listed(listed::Listed),
 }
 
 /// Finds calls in a text that comes in pieces.
@@ -142,9 +143,9 @@ impl ToolParser {
     /// A parser for answers to a request with tools of these names.
     pub fn new(format: ToolFormat, names: Vec<String>) -> Self {
         let format = match format {
-            ToolFormat::Hermes => Format::Hermes(hermes::Hermes::default()),
-            ToolFormat::Llama => Format::Llama(llama::Llama::new(names)),
-            ToolFormat::Mistral => Format::Mistral(mistral::Mistral::default()),
+            ToolFormat::Tagged => Format::Tagged(tagged::Tagged::default()),
+            ToolFormat::Bare => Format::Bare(bare::Bare::new(names)),
+            ToolFormat::Listed => Format::Listed(listed::Listed::default()),
         };
         Self { format, buffer: Buffer::default() }
     }
@@ -164,9 +165,9 @@ impl ToolParser {
         let mut out = Vec::new();
         loop {
             let step = match &mut self.format {
-                Format::Hermes(parser) => parser.step(&mut self.buffer, end, &mut out),
-                Format::Llama(parser) => parser.step(&mut self.buffer, end, &mut out),
-                Format::Mistral(parser) => parser.step(&mut self.buffer, end, &mut out),
+                Format::Tagged(parser) => parser.step(&mut self.buffer, end, &mut out),
+                Format::Bare(parser) => parser.step(&mut self.buffer, end, &mut out),
+                Format::Listed(parser) => parser.step(&mut self.buffer, end, &mut out),
             };
             if step == Step::Wait {
                 return out;

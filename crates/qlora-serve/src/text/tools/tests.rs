@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::{Call, Piece, ToolFormat, ToolParser, content};
 
-const FORMATS: [ToolFormat; 3] = [ToolFormat::Hermes, ToolFormat::Llama, ToolFormat::Mistral];
+const FORMATS: [ToolFormat; 3] = [ToolFormat::Tagged, ToolFormat::Bare, ToolFormat::Listed];
 
 fn parse(format: ToolFormat, pieces: &[&str]) -> Vec<Piece> {
     let mut parser = ToolParser::new(format, vec!["f".into(), "weather".into()]);
@@ -31,7 +31,7 @@ fn call(name: &str, arguments: &str) -> Piece {
 }
 
 #[test]
-fn hermes() {
+fn tagged() {
     let cases = [
         ("plain <text>", vec![text("plain <text>")]),
         ("<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>", vec![call("f", "{\"a\":1}")]),
@@ -48,12 +48,12 @@ fn hermes() {
         ("a <tool_c", vec![text("a <tool_c")]),
     ];
     for (answer, expected) in cases {
-        assert_eq!(parse(ToolFormat::Hermes, &[answer]), expected, "{answer:?}");
+        assert_eq!(parse(ToolFormat::Tagged, &[answer]), expected, "{answer:?}");
     }
 }
 
 #[test]
-fn llama() {
+fn bare() {
     let cases = [
         ("{\"name\": \"f\", \"parameters\": {\"a\": [1, 2]}}", vec![call("f", "{\"a\":[1,2]}")]),
         (
@@ -70,12 +70,12 @@ fn llama() {
         ("  {\"a", vec![text("  {\"a")]),
     ];
     for (answer, expected) in cases {
-        assert_eq!(parse(ToolFormat::Llama, &[answer]), expected, "{answer:?}");
+        assert_eq!(parse(ToolFormat::Bare, &[answer]), expected, "{answer:?}");
     }
 }
 
 #[test]
-fn mistral() {
+fn listed() {
     let cases = [
         (
             "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {\"a\": 1}}, {\"name\": \"g\", \"arguments\": {}}]",
@@ -89,16 +89,17 @@ fn mistral() {
         ("[TOOL_", vec![text("[TOOL_")]),
     ];
     for (answer, expected) in cases {
-        assert_eq!(parse(ToolFormat::Mistral, &[answer]), expected, "{answer:?}");
+        assert_eq!(parse(ToolFormat::Listed, &[answer]), expected, "{answer:?}");
     }
 }
 
 #[test]
 fn a_template_says_which_format_it_wants() {
     assert_eq!(ToolFormat::of_template("{% for m in messages %}{{ m.content }}{% endfor %}"), None);
-    assert_eq!(ToolFormat::of_template("{% if tools %}..<tool_call>..{% endif %}"), Some(ToolFormat::Hermes));
-    assert_eq!(ToolFormat::of_template("{% if tools %}..[TOOL_CALLS]..{% endif %}"), Some(ToolFormat::Mistral));
-    assert_eq!(ToolFormat::of_template("{% if tools %}{{ '\"parameters\": ' }}{% endif %}"), Some(ToolFormat::Llama));
+    assert_eq!(ToolFormat::of_template("{% if tools %}..<tool_call><function=..{% endif %}"), None);
+    assert_eq!(ToolFormat::of_template("{% if tools %}..<tool_call>..{% endif %}"), Some(ToolFormat::Tagged));
+    assert_eq!(ToolFormat::of_template("{% if tools %}..[TOOL_CALLS]..{% endif %}"), Some(ToolFormat::Listed));
+    assert_eq!(ToolFormat::of_template("{% if tools %}{{ '\"parameters\": ' }}{% endif %}"), Some(ToolFormat::Bare));
 }
 
 proptest! {

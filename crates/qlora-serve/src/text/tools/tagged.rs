@@ -22,13 +22,13 @@ enum State {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(super) struct Hermes {
+pub(super) struct Tagged {
     state: State,
     /// What was taken since the opening tag, in case that no call comes of it.
     taken: String,
 }
 
-impl Hermes {
+impl Tagged {
     pub fn step(&mut self, buffer: &mut Buffer, end: bool, out: &mut Vec<Piece>) -> Step {
         match self.state {
             State::Content | State::Between => {

@@ -23,14 +23,14 @@ enum State {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Llama {
+pub(super) struct Bare {
     state: State,
     names: Vec<String>,
     /// What was taken since the last call or content, in case that no call comes of it.
     taken: String,
 }
 
-impl Llama {
+impl Bare {
     pub fn new(names: Vec<String>) -> Self {
         Self { state: State::Start, names, taken: String::new() }
     }

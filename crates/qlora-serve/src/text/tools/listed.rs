@@ -33,13 +33,13 @@ enum State {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(super) struct Mistral {
+pub(super) struct Listed {
     state: State,
     /// What was taken since the tag, in case that no call comes of it.
     taken: String,
 }
 
-impl Mistral {
+impl Listed {
     pub fn step(&mut self, buffer: &mut Buffer, end: bool, out: &mut Vec<Piece>) -> Step {
         match std::mem::take(&mut self.state) {
             state @ (State::Content | State::Between) => {
