@@ -15,7 +15,7 @@ use qlora_layers::activation_checkpointing::ResidualBlock;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::matmul;
-use qlora_layers::{LoraLinear, Pass};
+use qlora_layers::{LoraLinear, Pass, TokenRows};
 use std::sync::Arc;
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -37,6 +37,10 @@ pub struct Decoder {
     pub(crate) lm_head: Option<LoraLinear>,
     /// What an adapter put on the embedding table.
     pub(crate) embedding: Embedding,
+    /// Rows of single tokens that are trained in an output head of its own.
+    pub(crate) head_tokens: Option<TokenRows>,
+    /// The rows of the tables before an adapter brought more.
+    pub(crate) rows_before: Option<usize>,
     /// The configuration of the adapter that is on, as PEFT writes it.
     pub(crate) adapter_config: Option<AdapterConfig>,
 }
@@ -85,10 +89,9 @@ impl Decoder {
     /// Any number of ids to `[tokens, hidden]`.
     pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
         let _span = tracing::trace_span!("embed").entered();
-        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        let len = ids.len();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32));
-        let x = self.embedding.forward(&self.embed_tokens, ids, pass);
+        let values: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        let index = Tensor::<1, Int>::from_data(TensorData::new(values, [ids.len()]), (&self.device, DType::I32));
+        let x = self.embedding.forward(&self.embed_tokens, ids, index, pass);
         // transformers holds the factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
         match self.config.family.scale_embeddings {
             true => x.mul_scalar(rounded((self.config.hidden_size as f64).sqrt(), self.dtype)),
@@ -116,9 +119,13 @@ impl Decoder {
     /// `[tokens, hidden]` to `[tokens, vocab]`, in the compute dtype.
     pub fn logits(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let x = self.norm.module.forward(x, pass);
-        let logits = match &self.lm_head {
-            Some(head) => head.forward_in(x, pass),
-            None => matmul(x, self.embed_tokens.clone().transpose()),
+        let (logits, tokens) = match &self.lm_head {
+            Some(head) => (head.forward_in(x.clone(), pass), &self.head_tokens),
+            None => (matmul(x.clone(), self.embed_tokens.clone().transpose()), &self.embedding.tokens),
+        };
+        let logits = match tokens {
+            Some(tokens) => tokens.in_logits(logits, x, pass),
+            None => logits,
         };
         match self.config.logit_softcap {
             Some(cap) => soft_capped(logits.cast(FloatDType::F32), cap).cast(self.dtype),

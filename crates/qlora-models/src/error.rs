@@ -95,6 +95,15 @@ pub enum ModelError {
         /// The module.
         module: String,
     },
+    /// Rows of single tokens can't be trained, or not so.
+    #[error("trainable_token_indices: {problem}")]
+    TrainedTokens {
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// Tables can't grow while an adapter is on them.
+    #[error("the embeddings can't be resized while an adapter is on the model: unload it first")]
+    ResizeAdapted,
     /// The base's weights are not the checkpoint's any more.
     #[error(
         "attaching this adapter changed the base weight of {module} (initialisation by PiSSA, OLoRA or LoftQ); \
@@ -168,7 +177,7 @@ pub enum ModelError {
     NotANumber,
     /// A token that the model has no embedding for.
     #[error(
-        "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or resize its embeddings"
+        "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or give the adapter that was trained with model.resize_embeddings = true"
     )]
     BeyondVocabulary {
         /// The token's number.
