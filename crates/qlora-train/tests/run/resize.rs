@@ -61,7 +61,7 @@ fn of(dir: &Path, tied: bool, added: &[&str]) -> TrainConfig {
     config.data.eval_fraction = 0.0;
     config.model.path = model.display().to_string();
     config.model.resize_embeddings = true;
-    config.train.max_steps = Some(4);
+    config.train.max_steps = Some(3);
     config
 }
 
