@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 POSITIONS, ADAPTER_POSITIONS = 3, 2
 ELEMENTS = 512
-ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save"]
+ADAPTERS = ["plain", "rslora", "patterns", "regex", "dora", "layers", "lora_bias", "modules_to_save", "tokens"]
 src, dst = Path(sys.argv[1]), Path(sys.argv[2])
 
 

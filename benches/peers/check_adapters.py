@@ -4,11 +4,11 @@
     python benches/peers/check_adapters.py --bin target/release --reference DIR
 
 1. Made by PEFT, with random values, on the reference models (DIR/tiny-llama, DIR/archs/*): combinations of DoRA, rsLoRA,
-   patterns, biases, embeddings, heads, whole modules, exclusions, PiSSA and OLoRA as saved without conversion.
+   patterns, biases, embeddings, heads, rows of single tokens, whole modules, exclusions, PiSSA and OLoRA as saved without conversion.
 2. Trained by us for a few steps, one of each kind that the configuration reaches, and loaded by PEFT.
 
 3. Trained by us for five steps, and from the first of them on by PEFT and torch's AdamW, with our moments: the same
-   adapter in the end, magnitudes, biases, embeddings and whole modules included.
+   adapter in the end, magnitudes, biases, embeddings, rows of single tokens and whole modules included.
 
 In 1 and 2 PEFT's logits on the f32 base are recorded in a folder of the reference layout, and `conformance` compares.
 Needs torch, transformers and peft==0.21.*
@@ -37,6 +37,8 @@ MADE = {
         all_linear_excluded=dict(target_modules="all-linear", exclude_modules=r".*layers\.[02]\..*|.*\.o_proj"),
         layers_pattern=dict(target_modules=["gate_proj"], layers_to_transform=[2, 5], layers_pattern="layers"),
         one_layer=dict(target_modules=["gate_proj"], layers_to_transform=3),
+        tokens=dict(target_modules=["q_proj"], trainable_token_indices=[300, 5, 4000]),
+        tokens_by_name=dict(target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [7, 6], "lm_head": [7, 6]}),
         gaussian=dict(target_modules=["q_proj"], init_lora_weights="gaussian"),
         pissa=dict(target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
         olora_dora=dict(target_modules=["v_proj", "down_proj"], init_lora_weights="olora", use_dora=True),
@@ -49,7 +51,7 @@ MADE = {
 }
 TRAINED = dict(
     plain="", dora="use_dora=true use_rslora=true", bias="lora_bias=true", gaussian="init=gaussian", pissa="init=pissa", pissa_fast="init=pissa_niter_4 use_dora=true", olora="init=olora use_rslora=true", eva="init=eva eva_batches=4",
-    whole='modules_to_save=["norm","lm_head"]', table='modules_to_save=["embed_tokens"]', embeddings='target_modules=["embed_tokens","q_proj","lm_head"] use_dora=true',
+    tokens="trainable_token_indices=[2,300,77]", whole='modules_to_save=["norm","lm_head"]', table='modules_to_save=["embed_tokens"]', embeddings='target_modules=["embed_tokens","q_proj","lm_head"] use_dora=true',
     mixed='rank_pattern={q_proj=2} alpha_pattern={v_proj=4} exclude_modules=["down_proj"] layers_to_transform=[0,3,5] layers_pattern=["layers"]',
 )
 
@@ -83,7 +85,7 @@ for arch, kinds in MADE.items():
         torch.manual_seed(seed); m = get_peft_model(base(model), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"init_lora_weights": False, **kw})).eval()
         with torch.no_grad():
             for n, t in m.named_parameters():
-                if t.requires_grad: t.add_(torch.randn_like(t) * (0.02 if kw.get("init_lora_weights") else 0.01 if "modules_to_save" in n or "bias" in n or "magnitude" in n else 0.0))
+                if t.requires_grad: t.add_(torch.randn_like(t) * (0.02 if kw.get("init_lora_weights") else 0.02 if "tokens_delta" in n else 0.01 if "modules_to_save" in n or "bias" in n or "magnitude" in n else 0.0))
                 if "embedding" in n: t.mul_(0.1)  # standard normal factors make rows a hundred times the table's
                 if n.endswith("bias"): t.add_(torch.randn_like(t) * (0.1 if t.requires_grad else 0))
         m.peft_config["default"].base_model_name_or_path = os.path.basename(model)
@@ -107,7 +109,7 @@ if not a.only or a.only == "trained":
         out["logits." + kind] = logits(m, ids)
     compare(d, ids, out)
 # Names of our moments, by the ends of PEFT's parameters.
-PARTS = {"lora_A.default.weight": "lora_a", "lora_B.default.weight": "lora_b", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector.default.weight": "lora_magnitude", "lora_embedding_A.default": "lora_embedding_a", "lora_embedding_B.default": "lora_embedding_b", "modules_to_save.default.weight": "weight"}
+PARTS = {"lora_A.default.weight": "lora_a", "lora_B.default.weight": "lora_b", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector.default.weight": "lora_magnitude", "lora_embedding_A.default": "lora_embedding_a", "lora_embedding_B.default": "lora_embedding_b", "modules_to_save.default.weight": "weight", "token_adapter.trainable_tokens_delta.default": "trainable_tokens_delta"}
 def moments_of(name, moments):
     name = name.removeprefix("base_model.model.")
     for end, part in PARTS.items():
@@ -120,7 +122,7 @@ if not a.only or a.only == "continued":
     model = os.path.join(ref, "tiny-llama"); tokenizer = AutoTokenizer.from_pretrained(model)
     text = "The boxes hold three apples each, and there are twelve of them on the market this morning."; rows = os.path.join(tmp, "row.jsonl"); open(rows, "w").write(json.dumps({"text": text}) + "\n")
     ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
-    for kind in ("plain", "dora", "bias", "whole", "table", "embeddings", "mixed"):
+    for kind in ("plain", "dora", "bias", "whole", "table", "embeddings", "mixed", "tokens"):
         run = os.path.join(tmp, "cont-" + kind); config = os.path.join(tmp, "cont-" + kind + ".toml")
         open(config, "w").write(f'device = "cpu"\n[model]\npath = "{model}"\n[quantization]\nquant_type = "none"\n[lora]\nrank = 4\nalpha = 8\n[data]\ntrain = "{rows}"\nformat = "text"\nloss_on = "all"\n[train]\noutput_dir = "{run}"\nmax_steps = 5\nbatch_size = 1\ngradient_accumulation_steps = 1\nlearning_rate = 1e-3\nwarmup_steps = 0\nmax_grad_norm = 0\nsave_every = 1\nsave_limit = 0\n')
         r = subprocess.run([os.path.join(bins, "qlora"), "train", config, *(f"--set=lora.{k}" for k in TRAINED[kind].split())], capture_output=True, text=True)

@@ -4,7 +4,8 @@
 //! no adapter name inside: PEFT silently ignores keys that have one other than `default` and then runs the bare base
 //! model, so such a file is an error here. Beside them: `.lora_embedding_A` [r, vocabulary] and
 //! `.lora_embedding_B` [width, r] of an embedding, DoRA's `.lora_magnitude_vector`, `.lora_B.bias` with
-//! `lora_bias`, and whole tensors `base_model.model.<name>` of modules that were trained in full.
+//! `lora_bias`, rows of single tokens (see [`crate::token_rows`]), and whole tensors `base_model.model.<name>` of
+//! modules that were trained in full.
 //! Tensors of kinds that are not interpreted here are kept, and survive a load and save.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,7 @@ use crate::host_tensor::HostTensor;
 use crate::lora_module::{LoraModule, ModuleKind};
 use crate::mapped::MappedFile;
 use crate::paths::resolve_inside;
+use crate::token_rows::WRAPPER;
 
 /// The weights' file name.
 pub(crate) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -55,7 +57,7 @@ impl Adapter {
     /// # Errors
     /// [`FormatError::NotAnAdapter`] when a file is missing or holds no tensors, [`FormatError::NotFinite`],
     /// [`FormatError::AdapterKey`] for keys that PEFT would ignore or that lack their counterpart, [`FormatError::Factors`] when `lora_a`,
-    /// `lora_b` and the configured rank disagree, and the errors of [`AdapterConfig::load`].
+    /// `lora_b` and the configured rank disagree, or tokens and their rows, and the errors of [`AdapterConfig::load`].
     pub fn load(dir: &Path) -> Result<Self, FormatError> {
         let config = AdapterConfig::load(dir)?;
         let path = resolve_inside(dir, WEIGHTS_FILE, dir)?.ok_or_else(|| {
@@ -91,6 +93,7 @@ impl Adapter {
         for module in adapter.modules().into_iter().chain(adapter.embeddings()) {
             adapter.lora_module(&module)?;
         }
+        adapter.token_rows()?;
         Ok(adapter)
     }
 
@@ -105,6 +108,7 @@ impl Adapter {
         for module in self.modules().into_iter().chain(self.embeddings()) {
             self.lora_module(&module)?;
         }
+        self.token_rows()?;
         let path = dir.join(WEIGHTS_FILE);
         std::fs::create_dir_all(dir).map_err(|source| FormatError::Write { path: dir.to_path_buf(), source })?;
         let mut specs: Vec<_> = self.tensors.iter().map(|(k, t)| TensorSpec::new(k, Dtype::F32, &t.shape)).collect();
@@ -142,6 +146,7 @@ impl Adapter {
         let factor = |key: &str| {
             [A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, BIAS].iter().any(|suffix| key.ends_with(suffix))
                 || key.ends_with(BASE_LAYER)
+                || key.contains(WRAPPER)
         };
         self.tensors.iter().filter(move |(key, _)| !factor(key)).filter_map(|(key, tensor)| {
             // PEFT 0.4 and before left the wrapper's name inside.

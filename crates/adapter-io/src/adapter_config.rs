@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::atomic;
 use crate::config_field::{Field, whole};
-pub use crate::config_field::{InitLoraWeights, OneOrMany, Pattern, TargetModules};
+pub use crate::config_field::{InitLoraWeights, OneOrMany, Pattern, TargetModules, TokenIndices};
 use crate::error::FormatError;
 use crate::json;
 use crate::paths::resolve_inside;
@@ -125,8 +125,8 @@ adapter_config! {
     target_parameters: Option<Value> = None,
     /// What the model is for; `CAUSAL_LM` here.
     task_type: Option<String> = None,
-    /// Rows of the embedding that were trained.
-    trainable_token_indices: Option<Value> = None,
+    /// Tokens whose rows of the embedding, or of the output head, were trained.
+    trainable_token_indices: Option<TokenIndices> = None,
     /// Block-diagonal LoRA.
     use_bdlora: Option<Value> = None,
     /// Weight-decomposed LoRA (DoRA).
@@ -244,7 +244,7 @@ impl AdapterConfig {
             ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|m| !m.is_empty())),
             ("monteclora_config", some(&self.monteclora_config)),
             ("target_parameters", some(&self.target_parameters)),
-            ("trainable_token_indices", some(&self.trainable_token_indices)),
+            ("trainable_token_indices", self.trainable_token_indices.as_ref().is_some_and(|tokens| !tokens.is_empty())),
             ("use_bdlora", some(&self.use_bdlora)),
             ("use_dora", self.use_dora),
             ("use_qalora", self.use_qalora),

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fancy_regex::Regex;
 
 use crate::adapter::{Adapter, KEY_PREFIX};
-use crate::adapter_config::{AdapterConfig, CONFIG_FILE, TargetModules, field_error};
+use crate::adapter_config::{AdapterConfig, CONFIG_FILE, TargetModules, TokenIndices, field_error};
 use crate::config_field::OneOrMany;
 use crate::error::FormatError;
 
@@ -63,6 +63,10 @@ pub(crate) fn plain_key(key: &str) -> Result<Cow<'_, str>, String> {
             // Here PEFT adds the name whatever there is.
             return Err(lost(name, &format!("{stem}.{factor}")));
         }
+    }
+    if let Some((stem, name)) = key.split_once(".trainable_tokens_delta.") {
+        // PEFT asks for the key without a name, and fails where it is not there.
+        return Err(lost(name, &format!("{stem}.trainable_tokens_delta")));
     }
     let inside = format!(".modules_to_save.{DEFAULT_NAME}.");
     Ok(if key.contains(&inside) { key.replacen(&inside, ".modules_to_save.", 1).into() } else { key.into() })
@@ -150,7 +154,7 @@ impl<'a> Targets<'a> {
 }
 
 /// A path is a name, or ends with a dot and it.
-fn ends_with(path: &str, name: &str) -> bool {
+pub(crate) fn ends_with(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
@@ -241,6 +245,10 @@ impl Adapter {
             whole_paths(names);
         }
         out.config.modules_to_save.iter_mut().for_each(whole_paths);
+        if let Some(TokenIndices::ByModule(modules)) = &mut out.config.trainable_token_indices {
+            let old = std::mem::take(modules);
+            modules.extend(old.into_iter().map(|(name, tokens)| (rename(&name).unwrap_or(name), tokens)));
+        }
         // Patterns with the old names inside go on to mean these modules.
         for old in self.modules().into_iter().chain(self.embeddings()) {
             let Some(new) = rename(&old) else { continue };

@@ -16,11 +16,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::{Adapter, KEY_PREFIX};
-use crate::adapter_config::{AdapterConfig, Pattern, TargetModules};
+use crate::adapter_config::{AdapterConfig, Pattern, TargetModules, TokenIndices};
 use crate::error::FormatError;
 use crate::host_tensor::HostTensor;
 use crate::linalg::{Matrix, row_basis, svd};
 use crate::lora_module::{LoraModule, ModuleKind};
+use crate::token_rows::WRAPPER;
 
 /// How adapters are combined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +41,7 @@ pub enum Combination {
 ///
 /// # Errors
 /// [`FormatError::Combine`] when there is nothing to combine, an adapter uses DoRA, two adapters replace the
-/// same tensor (`modules_to_save`), ranks differ for [`Combination::Linear`], or target modules are a list
+/// same tensor (`modules_to_save`) or both have trained rows (`trainable_token_indices`), ranks differ for [`Combination::Linear`], or target modules are a list
 /// in one adapter and a pattern in another, or an adapter has stacked experts; [`FormatError::Field`] for one whose initialisation changed the base; the
 /// errors of [`Adapter::lora_module`].
 pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result<Adapter, FormatError> {
@@ -82,6 +83,7 @@ pub fn combine(adapters: &[(&Adapter, f64)], combination: Combination) -> Result
         ..first.config.clone()
     });
     combined.config.modules_to_save = saved_modules(adapters, &mut combined.tensors)?;
+    combined.config.trainable_token_indices = token_rows(adapters, &mut combined.tensors)?;
     let mut modules: BTreeMap<String, Vec<(LoraModule<'_>, f64)>> = BTreeMap::new();
     for (adapter, weight) in adapters {
         for module in adapter.lora_modules()? {
@@ -158,6 +160,25 @@ fn saved_modules(
         }
     }
     Ok((!names.is_empty()).then_some(names))
+}
+
+/// Takes over the trained rows of the one adapter that has some.
+fn token_rows(
+    adapters: &[(&Adapter, f64)],
+    tensors: &mut BTreeMap<String, HostTensor>,
+) -> Result<Option<TokenIndices>, FormatError> {
+    let tokens = |adapter: &Adapter| adapter.config.trainable_token_indices.clone().filter(|t| !t.is_empty());
+    let mut with = adapters.iter().filter_map(|(adapter, _)| Some((*adapter, tokens(adapter)?)));
+    let Some((adapter, tokens)) = with.next() else { return Ok(None) };
+    if with.next().is_some() {
+        let reason =
+            "two adapters replace rows of single tokens (trainable_token_indices), which have no sum; only one may"
+                .into();
+        return Err(FormatError::Combine { reason });
+    }
+    let rows = adapter.tensors.iter().filter(|(key, _)| key.contains(WRAPPER));
+    tensors.extend(rows.map(|(key, tensor)| (key.clone(), tensor.clone())));
+    Ok(Some(tokens))
 }
 
 type Parts<'a> = [(LoraModule<'a>, f64)];

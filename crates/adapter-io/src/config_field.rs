@@ -1,5 +1,7 @@
 //! The value types of `adapter_config.json`, and how they are read and written.
 
+use std::collections::BTreeMap;
+
 use fancy_regex::Regex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -47,6 +49,26 @@ impl<T> OneOrMany<T> {
         match self {
             Self::One(value) => std::slice::from_ref(value),
             Self::Many(values) => values,
+        }
+    }
+}
+
+/// Tokens whose rows are trained: `trainable_token_indices`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TokenIndices {
+    /// Rows of the input embedding, and of an output head that is the same tensor.
+    Embedding(Vec<u32>),
+    /// Rows of modules, by the names that their paths end with: `embed_tokens`, `lm_head`.
+    ByModule(BTreeMap<String, Vec<u32>>),
+}
+
+impl TokenIndices {
+    /// Whether no token is named, which is the same as no key at all.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Embedding(tokens) => tokens.is_empty(),
+            Self::ByModule(modules) => modules.values().all(Vec::is_empty),
         }
     }
 }
@@ -140,6 +162,7 @@ field! {
     Option<TargetModules>: "a list of module names, a regular expression or null",
     Option<OneOrMany<String>>: "a string, a list of strings or null",
     Option<OneOrMany<usize>>: "a layer index, a list of them or null",
+    Option<TokenIndices>: "a list of token numbers, an object of such lists by module or null",
 }
 
 impl Field for bool {

@@ -125,6 +125,17 @@ impl ModelConfigFile {
         }
     }
 
+    /// Says how many tokens there are.
+    pub(crate) fn set_vocabulary(&mut self, rows: usize) {
+        const KEY: &str = "vocab_size";
+        let of_section = self.map.get_mut(TEXT_SECTION).and_then(|section| section.get_mut(KEY));
+        let in_section = of_section.map(|size| *size = Value::from(rows)).is_some();
+        self.changed |= in_section;
+        if !in_section || self.map.contains_key(KEY) {
+            self.set(KEY, Value::from(rows));
+        }
+    }
+
     /// Takes out the entries of `auto_map` whose code is neither beside the model nor in a repository that they
     /// name: transformers would look for it in the new folder.
     ///

@@ -9,6 +9,7 @@
 //! | [`bnb`], [`mod@quantize_checkpoint`] | bitsandbytes 4-bit weights inside such a checkpoint, read and written |
 //! | [`adapter_config`], [`adapter`] | PEFT's `adapter_config.json` and `adapter_model.safetensors` |
 //! | [`lora_module`], [`mod@combine`] | what an adapter holds for one module; several adapters in one |
+//! | [`token_rows`] | rows of an embedding or a head that an adapter replaces |
 //! | [`low_rank`] | parts of a weight that adapters start from |
 //! | [`mod@merge_checkpoint`] | a base checkpoint and an adapter in one |
 //! | [`gguf`] | GGUF files of llama.cpp: models and LoRA adapters written, both read |
@@ -58,9 +59,10 @@ pub mod printable;
 mod products;
 pub mod quantize_checkpoint;
 pub mod shard_writer;
+pub mod token_rows;
 
 pub use adapter::Adapter;
-pub use adapter_config::{AdapterConfig, InitLoraWeights, OneOrMany, Pattern, TargetModules};
+pub use adapter_config::{AdapterConfig, InitLoraWeights, OneOrMany, Pattern, TargetModules, TokenIndices};
 pub use bnb::BnbConfig;
 pub use checkpoint::Checkpoint;
 pub use combine::{Combination, combine};
@@ -76,5 +78,6 @@ pub use merge_checkpoint::{LayerReport, MergeOptions, MergeReport, TensorReport,
 pub use merge_plan::MergeBase;
 pub use quantize_checkpoint::{BnbOptions, QuantizeReport, quantize_checkpoint};
 pub use shard_writer::ShardedWriter;
+pub use token_rows::TokenRows;
 
 pub use safetensors::Dtype;

@@ -15,6 +15,11 @@
 //! change the other: the head gets a tensor of its own and `tie_word_embeddings` becomes false, unless the
 //! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.) It does not
 //! matter whether the file holds a head beside the embedding: loaders go by `tie_word_embeddings`.
+//! Rows of single tokens (`trainable_token_indices`) go into both, as PEFT trains them.
+//!
+//! **Grown vocabularies.** Where the adapter has rows for tokens beyond the base's tables, the tables grow to hold
+//! them, and `vocab_size` with them. Rows that the adapter does not have, those of a head that was not trained, are the
+//! mean of the old ones.
 
 use std::path::{Path, PathBuf};
 
@@ -31,6 +36,7 @@ use crate::experts::unstack;
 use crate::lora_module::{ChangeSums, WeightChange};
 use crate::merge_plan::{Job, MergeBase, Plan, plan};
 use crate::shard_writer::{DEFAULT_SHARD_BYTES, ShardedWriter};
+use crate::token_rows::TokenRows;
 
 /// How to merge.
 #[derive(Debug, Clone)]
@@ -78,6 +84,8 @@ pub struct MergeReport {
     pub missing: Vec<String>,
     /// Whether the output head got a tensor of its own.
     pub untied: bool,
+    /// The vocabulary's size, where it grew.
+    pub vocabulary: Option<usize>,
     /// The data of all tensors written.
     pub total_bytes: u64,
     /// The files of weights.
@@ -151,11 +159,15 @@ pub fn merge_checkpoint(
     if plan.untied {
         config.untie();
     }
+    if let Some(rows) = plan.vocabulary {
+        config.set_vocabulary(rows);
+    }
     config.keep_code(base_dir)?;
     let matrices: Vec<String> =
         plan.jobs.iter().filter(|job| job.spec.shape.len() == 2).filter_map(|job| module_of(&job.spec.name)).collect();
     let missing = adapter.missing_modules(&matrices)?;
-    let mut report = MergeReport { untied: plan.untied, missing, ..MergeReport::default() };
+    let mut report =
+        MergeReport { untied: plan.untied, vocabulary: plan.vocabulary, missing, ..MergeReport::default() };
     atomic::replace_dir(out_dir, |dir| {
         config.write(dir)?;
         copy_companions(base_dir, options.tokenizer_from.as_deref(), dir)?;
@@ -190,7 +202,8 @@ fn write_tensor(
     report: &mut MergeReport,
 ) -> Result<usize, FormatError> {
     let name = &job.spec.name;
-    let touched = job.weight_of.is_some() || job.bias_of.is_some() || job.replacement.is_some();
+    let replaced = job.replacement.is_some() || job.token_rows.is_some() || job.grown;
+    let touched = job.weight_of.is_some() || job.bias_of.is_some() || replaced;
     if !touched && job.quantized.is_none() && job.requantize.is_none() {
         let view = base.tensor(&job.source)?;
         view.expect_finite()?;
@@ -206,11 +219,18 @@ fn write_tensor(
         quantization = Some(with_owned!(&mut values, x => round_to_4_bits(name, x, &job.spec.shape, config))?);
     }
     let mut change = None;
-    if let Some(replacement) = job.replacement {
-        let before = values.to_f32();
-        if let Some(format) = format_of(job.spec.dtype) {
-            values = Owned::from_f32(&replacement.data, format);
+    if let Some(format) = format_of(job.spec.dtype).filter(|_| replaced) {
+        let mut before = values.to_f32();
+        add_rows(&mut before, &job.spec.shape);
+        let mut new = job.replacement.map_or_else(|| before.clone(), |tensor| tensor.data.clone());
+        add_rows(&mut new, &job.spec.shape);
+        if let Some(TokenRows { tokens, rows, .. }) = &job.token_rows {
+            let width = rows.shape[1];
+            for (token, row) in tokens.iter().zip(rows.data.chunks_exact(width)) {
+                new[*token as usize * width..][..width].copy_from_slice(row);
+            }
         }
+        values = Owned::from_f32(&new, format);
         change = Some(difference(name, &before, &values.to_f32())?);
     }
     if let Some(module) = job.weight_of.map(|i| &plan.modules[i]) {
@@ -224,6 +244,24 @@ fn write_tensor(
         report.tensors.push(TensorReport { name: name.clone(), change, quantization });
     }
     Ok(values.bytes().len())
+}
+
+/// Adds rows to a table until it has the shape, each the mean of those that are there: about what transformers'
+/// `resize_token_embeddings` draws (normal around this mean, with a billionth of the rows' covariance).
+fn add_rows(table: &mut Vec<f32>, shape: &[usize]) {
+    let (elements, Some(width)) = (shape.iter().product(), shape.get(1).filter(|width| **width > 0)) else { return };
+    if table.len() >= elements || table.is_empty() {
+        return;
+    }
+    let mut sums = vec![0.0_f64; *width];
+    for row in table.chunks_exact(*width) {
+        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
+    }
+    let rows = (table.len() / width) as f64;
+    let mean: Vec<f32> = sums.into_iter().map(|sum| (sum / rows) as f32).collect();
+    while table.len() < elements {
+        table.extend_from_slice(&mean);
+    }
 }
 
 fn decoded(base: &Checkpoint, module: &str) -> Result<Owned, FormatError> {

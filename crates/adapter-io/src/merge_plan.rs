@@ -12,6 +12,7 @@ use crate::error::{FormatError, nearest_names};
 use crate::header::TensorSpec;
 use crate::host_tensor::HostTensor;
 use crate::lora_module::LoraModule;
+use crate::token_rows::TokenRows;
 
 const HEAD: &str = "lm_head.weight";
 /// What the head is called beside a language model inside a larger one, before transformers 4.52.
@@ -45,6 +46,10 @@ pub(crate) struct Job<'a> {
     pub requantize: Option<QuantConfig>,
     /// Takes the place of the base's values.
     pub replacement: Option<&'a HostTensor>,
+    /// Rows of single tokens that take the place of the base's, or of the replacement's.
+    pub token_rows: Option<TokenRows<'a>>,
+    /// The output has more rows than the base.
+    pub grown: bool,
     /// The module whose weight this is.
     pub weight_of: Option<usize>,
     /// The module whose bias this is.
@@ -58,6 +63,8 @@ pub(crate) struct Plan<'a> {
     pub modules: Vec<LoraModule<'a>>,
     /// The output head and the embedding were one tensor and are two now.
     pub untied: bool,
+    /// The rows of embedding and output head, where they are more than the base's.
+    pub vocabulary: Option<usize>,
 }
 
 /// Decides where everything comes from. `tied` is what the model's configuration says: a head in the file is not
@@ -84,11 +91,21 @@ pub(crate) fn plan<'a>(
         }
     }
     let modules = adapter.lora_modules()?;
-    let untied = untie(base, adapter, &modules, &mut jobs, tied);
+    let mut token_rows = adapter.token_rows()?;
+    if tied || ![HEAD, OLD_HEAD].into_iter().any(|head| base.contains(head)) {
+        // PEFT may write a tied head's rows along, which are the embedding's.
+        let of_embedding = token_rows.iter().find(|rows| !is_head(&rows.module)).cloned();
+        let is_copy = |rows: &TokenRows<'_>| {
+            of_embedding.as_ref().is_some_and(|other| other.tokens == rows.tokens && other.rows == rows.rows)
+        };
+        token_rows.retain(|rows| !is_head(&rows.module) || !is_copy(rows));
+    }
+    refuse_two_ways(adapter, &modules, &token_rows)?;
+    let untied = untie(base, adapter, &modules, &token_rows, &mut jobs, tied);
     let by_name: BTreeMap<String, usize> = jobs.iter().enumerate().map(|(i, j)| (j.spec.name.clone(), i)).collect();
     let head = [HEAD, OLD_HEAD].into_iter().find_map(|head| by_name.get(head).copied());
     let find = |name: &str| {
-        let is_head = name == HEAD || name == OLD_HEAD;
+        let is_head = name.strip_suffix(".weight").is_some_and(is_head);
         by_name.get(name).copied().or_else(|| is_head.then(|| head.or_else(|| embedding(&by_name))).flatten())
     };
     for (i, module) in modules.iter().enumerate() {
@@ -112,11 +129,67 @@ pub(crate) fn plan<'a>(
             jobs[at].bias_of = Some(i);
         }
     }
+    let is_matrix = |at: &usize| jobs[*at].spec.shape.len() == 2;
+    let tables: Vec<usize> = embedding(&by_name).into_iter().chain(head).filter(is_matrix).collect();
+    let mut vocabulary = 0;
     for (name, tensor) in adapter.saved_tensors() {
         let at = find(&name).ok_or_else(|| missing(base, &name, by_name.keys()))?;
+        if tables.contains(&at) && is_larger(&jobs[at].spec.shape, &tensor.shape) {
+            vocabulary = vocabulary.max(tensor.shape[0]);
+            jobs[at].replacement = Some(tensor);
+            continue;
+        }
         replace(&mut jobs[at], &name, tensor)?;
     }
-    Ok(Plan { jobs, modules, untied })
+    for rows in token_rows {
+        let name = format!("{}.weight", rows.module);
+        let at = find(&name).ok_or_else(|| missing(base, &name, by_name.keys()))?;
+        let (shape, width) = (&jobs[at].spec.shape, rows.rows.shape[1]);
+        if shape.len() != 2 || shape[1] != width {
+            let reason = format!(
+                "the rows of its tokens are {width} wide, and the base's `{name}` has the shape {shape:?}; the adapter belongs to another base"
+            );
+            return Err(FormatError::Factors { module: rows.module, reason });
+        }
+        vocabulary = vocabulary.max(rows.table_rows(shape[0])?);
+        jobs[at].replacement = rows.table.or(jobs[at].replacement);
+        jobs[at].token_rows = Some(rows);
+    }
+    for at in &tables {
+        let job = &mut jobs[*at];
+        job.grown = job.spec.shape[0] < vocabulary;
+        job.spec.shape[0] = vocabulary.max(job.spec.shape[0]);
+    }
+    let grown = tables.iter().any(|at| jobs[*at].grown);
+    Ok(Plan { jobs, modules, untied, vocabulary: grown.then_some(vocabulary) })
+}
+
+fn is_head(module: &str) -> bool {
+    [HEAD, OLD_HEAD].into_iter().any(|head| head.strip_suffix(".weight") == Some(module))
+}
+
+/// Whether a table is another one of the same width with more rows, and at most twice as many.
+fn is_larger(old: &[usize], new: &[usize]) -> bool {
+    matches!((old, new), (&[rows, width], &[more, same]) if same == width && more > rows && more <= 2 * rows)
+}
+
+/// Refuses tables whose rows are trained and that are adapted or replaced besides: PEFT has no such layer.
+fn refuse_two_ways(
+    adapter: &Adapter,
+    modules: &[LoraModule<'_>],
+    token_rows: &[TokenRows<'_>],
+) -> Result<(), FormatError> {
+    let adapted = |module: &str| {
+        let weight = format!("{module}.weight");
+        modules.iter().any(|m| m.path == module) || adapter.saved_tensors().any(|(name, _)| name == weight)
+    };
+    match token_rows.iter().find(|rows| adapted(&rows.module)) {
+        None => Ok(()),
+        Some(rows) => Err(FormatError::Factors {
+            module: rows.module.clone(),
+            reason: "it has rows for single tokens (trainable_token_indices), and is adapted or replaced besides; only one of both can be".into(),
+        }),
+    }
 }
 
 /// The output's tensor for one of the base; `None` for the parts of a 4-bit weight beside its codes.
@@ -132,6 +205,8 @@ fn base_job<'a>(
         quantized: None,
         requantize: None,
         replacement: None,
+        token_rows: None,
+        grown: false,
         weight_of: None,
         bias_of: None,
     };
@@ -168,6 +243,7 @@ fn untie<'a>(
     base: &Checkpoint,
     adapter: &'a Adapter,
     modules: &[LoraModule<'a>],
+    token_rows: &[TokenRows<'a>],
     jobs: &mut Vec<Job<'a>>,
     tied: bool,
 ) -> bool {
@@ -177,9 +253,12 @@ fn untie<'a>(
     let embed = jobs[at].spec.name.clone();
     let saved: BTreeMap<String, &HostTensor> = adapter.saved_tensors().collect();
     let adapted = |name: &str| modules.iter().any(|m| format!("{}.weight", m.path) == name);
+    let has_rows = |name: &str| token_rows.iter().any(|rows| format!("{}.weight", rows.module) == name);
     let saved_head = || saved.get(HEAD).or_else(|| saved.get(OLD_HEAD));
-    let head_touched = adapted(HEAD) || adapted(OLD_HEAD);
-    let touched = head_touched || adapted(&embed) || saved_head().is_some() || saved.contains_key(&embed);
+    // A head without rows of its own has the embedding's.
+    let head_touched = [HEAD, OLD_HEAD].into_iter().any(|head| adapted(head) || has_rows(head));
+    let touched =
+        head_touched || adapted(&embed) || has_rows(&embed) || saved_head().is_some() || saved.contains_key(&embed);
     let same = !head_touched && !adapted(&embed) && saved_head() == saved.get(embed.as_str());
     if !touched {
         return false;
@@ -198,6 +277,8 @@ fn untie<'a>(
         quantized: None,
         requantize: None,
         replacement: None,
+        token_rows: None,
+        grown: false,
         weight_of: None,
         bias_of: None,
     });
@@ -216,7 +297,7 @@ fn replace<'a>(job: &mut Job<'a>, name: &str, tensor: &'a HostTensor) -> Result<
     Err(FormatError::Factors {
         module: name.to_string(),
         reason: format!(
-            "the adapter replaces this tensor by one of shape {:?}, in the base it has {:?}; the adapter belongs to another base, or its vocabulary was resized (resize the base first)",
+            "the adapter replaces this tensor by one of shape {:?}, in the base it has {:?}; the adapter belongs to another base",
             tensor.shape, job.spec.shape
         ),
     })
@@ -229,7 +310,7 @@ fn missing<'n>(base: &Checkpoint, name: &str, names: impl Iterator<Item = &'n St
 
 /// Refuses what would change the output and is not merged here.
 fn refuse_unsupported(adapter: &Adapter) -> Result<(), FormatError> {
-    const MERGED: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
+    const MERGED: [&str; 5] = ["bias", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora"];
     adapter.config.refuse_changed_base()?;
     let unsupported = adapter.config.beyond_plain_lora().into_iter().find(|key| !MERGED.contains(key));
     match unsupported {

@@ -201,6 +201,11 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// The highest id of a token, and one: the rows that an embedding needs to have one for every token.
+    pub fn id_limit(&self) -> usize {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+    }
+
     /// `model_max_length` of `tokenizer_config.json`, unless it stands for "no limit".
     pub fn model_max_length(&self) -> Option<usize> {
         self.model_max_length

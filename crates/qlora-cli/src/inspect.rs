@@ -176,6 +176,11 @@ fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
     if !missing.is_empty() {
         line("no weights for", &format!("{}: the configuration names them, the file lost them", missing.join(", ")))?;
     }
+    for rows in adapter.token_rows()? {
+        let tokens: Vec<String> = rows.tokens.iter().map(u32::to_string).collect();
+        let label = format!("rows of {}", rows.module.rsplit('.').next().unwrap_or_default());
+        line(&label, &format!("{} tokens: {}", tokens.len(), tokens.join(", ")))?;
+    }
     if !config.beyond_plain_lora().is_empty() {
         line("beyond plain LoRA", &config.beyond_plain_lora().join(", "))?;
     }

@@ -111,6 +111,9 @@ fn describe(args: &MergeArgs, report: &MergeReport) -> Result<String> {
     if report.untied {
         text += "The output head was the embedding's tensor; the adapter changes one of them, so they are two now.\n";
     }
+    if let Some(rows) = report.vocabulary {
+        writeln!(text, "The vocabulary grew to {rows} tokens, those that the adapter has rows for.")?;
+    }
     let files = match report.files.len() {
         0 | 1 => "one file".to_string(),
         // The index is one of them.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use anyhow::Result;
 use burn_qlora::qlora_data::preview::{Preview, PreviewChoice};
 use burn_qlora::qlora_data::{BatchOrder, padding_id};
-use burn_qlora::qlora_train::load_rows;
-use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, atomic};
+use burn_qlora::qlora_train::{Resized, load_rows, resize};
+use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, TrainEvents as _, atomic};
 
 use crate::args::PreviewArgs;
 use crate::exit::{Code, UsageError};
@@ -26,7 +26,8 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut events = Terminal::new(config.train.log_every, Arc::default());
-    let model = ModelConfig::from_dir(&dir)?;
+    let Resized { config, model, notice } = resize(&config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
+    notice.iter().for_each(|notice| events.on_notice(notice));
     let (train, eval) = load_rows(&config, &tokenizer, &model, &mut events)?;
     let rows = if args.eval_rows { &eval } else { &train };
     if rows.examples.is_empty() {

@@ -148,6 +148,10 @@ impl TrainEvents for Terminal {
         self.line(&format!("saved {}", checkpoint.display()));
     }
 
+    fn on_notice(&mut self, message: &str) {
+        self.line(&format!("note: {message}"));
+    }
+
     fn on_warning(&mut self, message: &str) {
         self.line(&format!("warning: {message}"));
     }

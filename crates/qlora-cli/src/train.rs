@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
-use burn_qlora::qlora_train::{load_rows, run_in};
+use burn_qlora::qlora_train::{Resized, load_rows, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
     Device, ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
@@ -170,8 +170,10 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     let device = select_device(&config.device)?;
     let dtype = compute_dtype(config.quantization.compute_dtype, &device);
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
-    let model = ModelConfig::from_dir(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
+    let Resized { config, model, notice } = resize(config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
+    let config = &config;
+    notice.iter().for_each(|notice| events.on_notice(notice));
     let (train, eval) = load_rows(config, &tokenizer, &model, events)?;
     let total_steps = config.train.total_steps(train.examples.len());
     config.train.warnings(total_steps).iter().for_each(|warning| events.on_warning(warning));

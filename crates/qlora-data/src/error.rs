@@ -65,8 +65,9 @@ pub enum DataError {
     },
     /// A row has a token that the model has no embedding for.
     #[error(
-        "{}:{line}: the token {token:?} has the id {id}, and the model's embedding has {embedding_rows} rows: give the \
-         tokenizer that the model was trained with, or add rows in transformers with resize_token_embeddings and save the model",
+        "{}:{line}: the token {token:?} has the id {id}, and the model's embedding has {embedding_rows} rows: set \
+         model.resize_embeddings = true, which adds rows for new tokens and trains them, or give the tokenizer that the model was \
+         trained with",
         path.display()
     )]
     OutsideEmbedding {

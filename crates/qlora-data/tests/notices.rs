@@ -255,7 +255,7 @@ fn a_token_outside_the_embedding_is_an_error_with_its_first_line() {
     load_text_with(rows, &config(), &with(largest)).unwrap();
     let error = load_text_with(rows, &config(), &with(end.min(id) as usize)).unwrap_err();
     assert!(error.starts_with("/rows.jsonl:1: the token "), "{error}");
-    for part in ["has the id", "embedding has", "rows: give the tokenizer", "resize_token_embeddings"] {
+    for part in ["has the id", "embedding has", "rows: set model.resize_embeddings = true", "give the tokenizer"] {
         assert!(error.contains(part), "{error}");
     }
 }

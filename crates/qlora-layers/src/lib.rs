@@ -3,7 +3,8 @@
 //! - [`ops`]: backend extensions (Flex, every CubeCL runtime, autodiff) for the 4-bit products, attention and dropout.
 //! - [`Linear4bit`]: a frozen NF4 or FP4 weight; its backward yields dX and nothing else.
 //! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter, [`LoraAdapter`], or a trained
-//!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either.
+//!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either; [`TokenRows`]: rows of
+//!   single tokens.
 //! - [`apply_lora`]: adapters on the burn-nn linear layers of a module of your own; [`peft`]: those as PEFT's files.
 //! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
 //! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw, or keep it in
@@ -33,6 +34,7 @@ mod params;
 mod pass;
 pub mod peft;
 pub mod target_modules;
+mod token_rows;
 
 pub use activation_checkpointing::ActivationCheckpointing;
 pub use dora::Dora;
@@ -49,3 +51,4 @@ pub use module_lora::{LoraForward, apply_lora};
 pub use params::{Scaling, frozen, track, trainable};
 pub use pass::{Pass, mix};
 pub use target_modules::TargetModules;
+pub use token_rows::{TokenRows, with_mean_rows};

@@ -1,7 +1,9 @@
 //! Settings of adapters: which layers get one, of what kind, and how it starts.
 
 use crate::{LayerError, TargetModules};
+use adapter_io::TokenIndices;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::collections::HashSet;
 use std::fmt;
 
 /// Which layers get an adapter, and of what kind. The defaults are PEFT's, with the QLoRA paper's
@@ -38,6 +40,9 @@ pub struct LoraConfig {
     /// Modules that are trained in full, as f32 copies, and saved with the adapter: norms, `lm_head`, `embed_tokens`, ...
     /// An entry matches a module if the module's path, or a parent's, ends with it.
     pub modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embedding are trained, and of an output head that shares it; or of tables by name,
+    /// `embed_tokens` and `lm_head`.
+    pub trainable_token_indices: Option<TokenIndices>,
     /// How the factors start.
     pub init: Initialization,
     /// Rounds of LoftQ: quantize what the factors do not hold, decompose what quantization lost.
@@ -147,6 +152,7 @@ impl Default for LoraConfig {
             use_dora: false,
             lora_bias: false,
             modules_to_save: Vec::new(),
+            trainable_token_indices: None,
             init: Initialization::Default,
             loftq_iterations: 1,
             eva_rho: 2.0,
@@ -200,6 +206,17 @@ impl LoraConfig {
                 format!("{:?}", self.modules_to_save),
                 "an empty name would mean every module",
             );
+        }
+        let lists: Vec<&[u32]> = match &self.trainable_token_indices {
+            None => Vec::new(),
+            Some(TokenIndices::Embedding(tokens)) => vec![tokens],
+            Some(TokenIndices::ByModule(modules)) => modules.values().map(Vec::as_slice).collect(),
+        };
+        for tokens in lists {
+            let mut seen = HashSet::new();
+            if let Some(twice) = tokens.iter().find(|token| !seen.insert(**token)) {
+                return bad("trainable_token_indices", twice.to_string(), "a token can be named once only");
+            }
         }
         if self.loftq_iterations == 0 {
             return bad("loftq_iterations", "0".into(), "must be at least 1");

@@ -20,6 +20,7 @@ use crate::lora_linear_config::LoraLinearConfig;
 use crate::module_paths::{Found, LORA_LINEAR, WEIGHT, adaptable, inside};
 use crate::params::in_pass;
 use crate::target_modules::{Target, resolve, resolve_saved};
+use crate::token_rows::refuse;
 use crate::{FrozenLinear, Initialization, LayerError, LoraConfig, LoraLinear, Pass};
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
 use burn::nn::Linear;
@@ -58,7 +59,7 @@ use std::collections::{HashMap, HashSet};
 ///
 /// # Errors
 /// A setting is out of range or matches nothing ([`LayerError::Config`], [`LayerError::Pattern`], [`LayerError::NoTarget`],
-/// [`LayerError::NoSavedModule`]); a layer has an adapter already ([`LayerError::Adapted`]); a weight can't be quantized.
+/// [`LayerError::NoSavedModule`]) or belongs to decoders (`trainable_token_indices`); a layer has an adapter already ([`LayerError::Adapted`]); a weight can't be quantized.
 pub fn apply_lora<M: Module>(
     module: M,
     config: &LoraConfig,
@@ -72,6 +73,7 @@ pub fn apply_lora<M: Module>(
             reason: "must be default or gaussian for a Burn module",
         });
     }
+    refuse(config)?;
     let found = Found::of(&module);
     let all: Vec<String> = found.linears.iter().chain(&found.adapted).cloned().collect();
     let targets = resolve(config, &adaptable(&all))?;

@@ -8,6 +8,7 @@
 use crate::module_lora::attach;
 use crate::module_paths::{Found, SCALING, adaptable, part, plain_name};
 use crate::target_modules::{AdaptableModule, ModuleRole, Target, resolve, resolve_saved};
+use crate::token_rows::refuse;
 use crate::{FrozenLinear, Initialization, LayerError, LoraAdapter, LoraConfig, LoraLinear, Scaling, TargetModules};
 use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::{
@@ -32,6 +33,7 @@ const IMPLEMENTED: [&str; 3] = ["lora_bias", "modules_to_save", "use_dora"];
 /// [`LayerError::OtherAdapters`] when `config` does not describe the adapters that are there; a setting is out of range; a tensor
 /// can't be read from its device.
 pub fn export_adapter<M: Module>(module: &M, config: &LoraConfig, base_model: &str) -> Result<Adapter, LayerError> {
+    refuse(config)?;
     let found = Found::of(module);
     let saved = resolve_saved(&config.modules_to_save, &found.modules)?;
     let mut parts = Parts { saved: saved.into_iter().collect(), ..Parts::default() };
@@ -338,6 +340,7 @@ pub fn peft_config(config: &LoraConfig, targets: &[Target]) -> AdapterConfig {
         target_modules: Some(modules(&config.target_modules)),
         exclude_modules: config.exclude_modules.as_ref().map(modules),
         modules_to_save: (!config.modules_to_save.is_empty()).then(|| config.modules_to_save.clone()),
+        trainable_token_indices: config.trainable_token_indices.clone().filter(|tokens| !tokens.is_empty()),
         rank_pattern: config.rank_pattern.iter().map(|(key, rank)| (key.clone(), *rank as f64)).collect(),
         alpha_pattern: config.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), shortest(*alpha))).collect(),
         layers_to_transform: config.layers_to_transform.clone().map(Into::into),

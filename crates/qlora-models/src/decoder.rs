@@ -15,7 +15,7 @@ use qlora_layers::activation_checkpointing::ResidualBlock;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::matmul;
-use qlora_layers::{LoraLinear, Pass};
+use qlora_layers::{LoraLinear, Pass, TokenRows};
 use std::sync::Arc;
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -37,6 +37,10 @@ pub struct Decoder {
     pub(crate) lm_head: Option<LoraLinear>,
     /// What an adapter put on the embedding table.
     pub(crate) embedding: Embedding,
+    /// Rows of single tokens that are trained in an output head of its own.
+    pub(crate) head_tokens: Option<TokenRows>,
+    /// The rows of the tables before an adapter brought more.
+    pub(crate) rows_before: Option<usize>,
     /// The configuration of the adapter that is on, as PEFT writes it.
     pub(crate) adapter_config: Option<AdapterConfig>,
 }
@@ -90,14 +94,14 @@ impl Decoder {
     /// Any number of ids to `[tokens, hidden]`.
     pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
         let _span = tracing::trace_span!("embed").entered();
-        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        let len = ids.len();
-        self.embed_ids(Tensor::from_data(TensorData::new(ids, [len]), (&self.device, DType::I32)), pass)
+        let values: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        let index = Tensor::from_data(TensorData::new(values, [ids.len()]), (&self.device, DType::I32));
+        self.embed_on_device(ids, index, pass)
     }
 
-    /// [`embed`](Self::embed) of ids on the device, i32.
-    pub(crate) fn embed_ids(&self, ids: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
-        let x = self.embedding.forward(&self.embed_tokens, ids, pass);
+    /// [`embed`](Self::embed) of ids that are on the device too, i32.
+    pub(crate) fn embed_on_device(&self, ids: &[u32], index: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
+        let x = self.embedding.forward(&self.embed_tokens, ids, index, pass);
         // transformers holds the factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
         match self.config.family.scale_embeddings {
             true => x.mul_scalar(rounded((self.config.hidden_size as f64).sqrt(), self.dtype)),
@@ -129,10 +133,19 @@ impl Decoder {
 
     /// The output head alone.
     pub(crate) fn head(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        match &self.lm_head {
-            Some(head) => head.forward_in(x, pass),
-            None => matmul(x, self.embed_tokens.clone().transpose()),
+        let (logits, tokens) = match &self.lm_head {
+            Some(head) => (head.forward_in(x.clone(), pass), &self.head_tokens),
+            None => (matmul(x.clone(), self.embed_tokens.clone().transpose()), &self.embedding.tokens),
+        };
+        match tokens {
+            Some(tokens) => tokens.in_logits(logits, x, pass),
+            None => logits,
         }
+    }
+
+    /// Whether rows of single tokens were trained.
+    pub(crate) fn has_trained_tokens(&self) -> bool {
+        self.head_tokens.is_some() || self.embedding.tokens.is_some()
     }
 
     /// Logits of the output head as the family caps them.

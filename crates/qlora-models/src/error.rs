@@ -95,6 +95,15 @@ pub enum ModelError {
         /// The module.
         module: String,
     },
+    /// Rows of single tokens can't be trained, or not so.
+    #[error("trainable_token_indices: {problem}")]
+    TrainedTokens {
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// Tables can't grow while an adapter is on them.
+    #[error("the embeddings can't be resized while an adapter is on the model: unload it first")]
+    ResizeAdapted,
     /// The base's weights are not the checkpoint's any more.
     #[error(
         "attaching this adapter changed the base weight of {module} (initialisation by PiSSA, OLoRA or LoftQ); \

@@ -28,7 +28,7 @@ mod recorded;
 mod rope;
 mod sequence;
 
-pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch};
+pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
 pub use decoder::Decoder;

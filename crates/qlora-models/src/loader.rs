@@ -149,6 +149,8 @@ impl<'a> Loader<'a> {
             norm,
             lm_head,
             embedding: Embedding::default(),
+            head_tokens: None,
+            rows_before: None,
             adapter_config: None,
         })
     }

@@ -113,8 +113,9 @@ pub struct Part<'a> {
 /// What a pass reads that the host made.
 #[derive(Debug)]
 pub(crate) struct Inputs {
-    /// i32, `[tokens]`.
-    ids: Tensor<1, Int>,
+    ids: Vec<u32>,
+    /// i32, `[tokens]`: the ids on the device.
+    index: Tensor<1, Int>,
     /// For each kind of attention, cosines and sines, `[tokens * dim / 2]`.
     rotary: Vec<[Tensor<1>; 2]>,
     batch: PagedBatch,
@@ -148,9 +149,9 @@ impl Inputs {
     /// For the rows of a pass. `max_len` leaves room to [overwrite](Self::overwrite) them by longer ones.
     pub fn new(model: &Decoder, rows: &[CachedRow<'_>], block_tokens: usize, max_len: usize) -> Self {
         let (config, device) = (&model.config, &model.device);
-        let ids: Vec<i32> = rows.iter().flat_map(|row| row.ids).map(|id| *id as i32).collect();
-        let tokens = ids.len();
-        let ids = Tensor::from_data(TensorData::new(ids, [tokens]), (device, DType::I32));
+        let ids: Vec<u32> = rows.iter().flat_map(|row| row.ids).copied().collect();
+        let index: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+        let index = Tensor::from_data(TensorData::new(index, [ids.len()]), (device, DType::I32));
         let kinds = config.attention_kinds.iter().zip(&*model.rotary);
         let rotary = kinds.map(|(kind, tables)| {
             let (cos, sin) = tables.spans(&kind.rope, spans(rows));
@@ -163,15 +164,16 @@ impl Inputs {
             row.ids.len() >= LONG_ROW && model.dtype != FloatDType::F32 && model.device.memory_pool_usage().is_some()
         };
         let segments = segments(rows, is_long, block_tokens, device);
-        Self { ids, rotary, batch, segments }
+        Self { ids, index, rotary, batch, segments }
     }
 
     /// Puts other rows in their place, of as many tokens each. `false` where the room does not suffice.
     pub fn overwrite(&mut self, model: &Decoder, rows: &[CachedRow<'_>]) -> bool {
         let ids: Vec<u32> = rows.iter().flat_map(|row| row.ids).copied().collect();
         let tables = model.config.attention_kinds.iter().zip(&*model.rotary).zip(&self.rotary);
+        self.ids.clone_from(&ids);
         self.batch.overwrite(&paged(rows))
-            && overwrite_int(&self.ids, &ids)
+            && overwrite_int(&self.index, &ids)
             && tables.into_iter().all(|((kind, tables), [cos, sin])| {
                 let (new_cos, new_sin) = tables.spans(&kind.rope, spans(rows));
                 new_cos.is_empty() || (overwrite(cos, &new_cos) && overwrite(sin, &new_sin))
@@ -323,9 +325,10 @@ impl<'a> MixedPass<'a> {
     pub fn hidden(&self, cache: &mut PagedCache) -> Tensor<2> {
         let mut start = 0;
         let embedded = self.models.iter().map(|&(tokens, model)| {
-            let ids = self.inputs.ids.clone().narrow(0, start, tokens);
+            let (ids, index) = (&self.inputs.ids[start..start + tokens], self.inputs.index.clone());
+            let index = index.narrow(0, start, tokens);
             start += tokens;
-            model.embed_ids(ids, Pass::INFERENCE)
+            model.embed_on_device(ids, index, Pass::INFERENCE)
         });
         let x = joined(embedded.collect());
         (0..self.models[0].1.blocks.len()).fold(x, |x, index| self.block(index, x, cache))
@@ -409,13 +412,31 @@ impl<'a> MixedPass<'a> {
     pub fn logits(&self, x: Tensor<2>) -> Tensor<2> {
         let x = norm(&self.each(|model| &model.norm.module), x, RmsNorm::forward);
         let model = self.models[0].1;
-        let logits = match self.each_some(|model| model.lm_head.as_ref()) {
+        let vocab = model.vocab_size();
+        // Adapters that touch a tied head give their model a head of its own; some have more tokens than the base.
+        let differ = |model: &Decoder| model.has_trained_tokens() || model.vocab_size() != vocab;
+        let heads = self.each_some(|model| model.lm_head.as_ref());
+        let logits = match heads {
+            _ if self.models.iter().any(|(_, model)| differ(model)) => self.padded_logits(x),
             Some(heads) => forward_mixed(&heads, x),
-            // Tied heads are one table: adapters that touch it give their model a head of its own.
             None if self.models.iter().all(|(_, model)| model.lm_head.is_none()) => model.head(x, Pass::INFERENCE),
             None => self.by_part(x, |model, x| model.head(x, Pass::INFERENCE)),
         };
         model.capped(logits)
+    }
+
+    /// Logits of models with different numbers of tokens: those that a model does not have can't come.
+    fn padded_logits(&self, x: Tensor<2>) -> Tensor<2> {
+        let most = self.models.iter().map(|(_, model)| model.vocab_size()).max().unwrap_or(0);
+        self.by_part(x, |model, x| {
+            let logits = model.head(x, Pass::INFERENCE);
+            let [rows, vocab] = logits.dims();
+            let place = (&logits.device(), logits.dtype());
+            match most - vocab {
+                0 => logits,
+                missing => Tensor::cat(vec![logits, Tensor::full([rows, missing], f32::NEG_INFINITY, place)], 1),
+            }
+        })
     }
 
     /// Runs each part's rows by themselves.

@@ -87,8 +87,9 @@ impl Decoder {
         let records = one_each
             && cache.recorded.refusal.is_none()
             && parts.len() <= MOST_PARTS
-            // Experts are chosen by the host.
+            // The host chooses experts, and finds trained tokens among the ids.
             && first.model.config.experts.is_none()
+            && !parts.iter().any(|(_, part)| part.model.has_trained_tokens())
             && first.model.device.memory_pool_usage().is_some();
         if records {
             let longest = parts.iter().flat_map(|(_, part)| &part.rows).map(|row| row.past + 1).max().unwrap_or(1);

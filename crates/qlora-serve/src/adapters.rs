@@ -57,19 +57,21 @@ impl Adapters {
         self.numbers.len()
     }
 
-    /// Adds an adapter, in place of one of the same name, after it was put on the model once.
+    /// Adds an adapter, in place of one of the same name, after it was put on the model once. Returns how many ids have an
+    /// embedding with it.
     ///
     /// # Errors
     /// The adapter does not fit the model.
-    pub fn insert(&mut self, name: &str, adapter: Adapter) -> Result<(), ModelError> {
+    pub fn insert(&mut self, name: &str, adapter: Adapter) -> Result<usize, ModelError> {
         let mut model = self.base.clone();
         model.load_adapter(&adapter)?;
         self.last_number += 1;
+        let vocab_size = model.vocab_size();
         let loaded = Loaded { adapter, on_device: Some(model), last_used: self.clock, users: 0, unloaded: false };
         self.loaded.insert(self.last_number, loaded);
         self.numbers.insert(name.into(), self.last_number);
         self.evict(&[self.last_number]);
-        Ok(())
+        Ok(vocab_size)
     }
 
     /// Takes a name away. The adapter itself stays until its last user has gone. `None` when there is none.

@@ -268,7 +268,7 @@ impl Engine {
                 sender.send(Command::AdapterRead(name, dir, Box::new(adapter), reply)).ok();
             }
             Err(e) => {
-                reply.send(Err(ServeError::Adapter { dir, source: e.into() })).ok();
+                reply.send(Err(ServeError::Adapter { dir, source: Box::new(e.into()) })).ok();
             }
         };
         // Without a thread the reply is dropped, which tells who waits.
@@ -285,11 +285,12 @@ impl Engine {
         if self.adapters.len() >= max_adapters {
             return Err(ServeError::TooManyAdapters { max_adapters });
         }
-        if let Err(source) = self.adapters.insert(&name, adapter) {
-            return Err(ServeError::Adapter { dir, source });
-        }
+        let vocab_size = match self.adapters.insert(&name, adapter) {
+            Ok(vocab_size) => vocab_size,
+            Err(source) => return Err(ServeError::Adapter { dir, source: Box::new(source) }),
+        };
         let loaded = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        self.inbox.announce(AdapterInfo { name, dir, loaded });
+        self.inbox.announce(AdapterInfo { name, dir, loaded, vocab_size });
         Ok(())
     }
 

@@ -13,7 +13,7 @@ pub enum ServeError {
     EmptyPrompt,
     /// A token without an embedding.
     #[error(
-        "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or resize its embeddings"
+        "token {token} of the prompt is beyond the model's vocabulary of {vocab_size} (vocab_size): the tokenizer was extended and the model was not; take the tokenizer that belongs to the model, or the adapter that was trained with model.resize_embeddings = true"
     )]
     BeyondVocabulary {
         /// The token.
@@ -54,7 +54,7 @@ pub enum ServeError {
         dir: PathBuf,
         /// Why.
         #[source]
-        source: ModelError,
+        source: Box<ModelError>,
     },
     /// The queue is full.
     #[error("{waiting} requests wait already: try again later")]

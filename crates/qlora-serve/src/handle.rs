@@ -71,6 +71,8 @@ pub struct AdapterInfo {
     pub dir: PathBuf,
     /// Seconds since the Unix epoch when it was loaded.
     pub loaded: u64,
+    /// Ids below this have an embedding: more than the base's where the adapter was trained with tokens of its own.
+    pub vocab_size: usize,
 }
 
 #[derive(Debug)]
@@ -224,15 +226,19 @@ impl Handle {
         if request.prompt.is_empty() {
             return Err(ServeError::EmptyPrompt);
         }
-        if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= limits.vocab_size) {
-            return Err(ServeError::BeyondVocabulary { token, vocab_size: limits.vocab_size });
+        let vocab_size = match &request.adapter {
+            None => limits.vocab_size,
+            Some(name) => match shared.adapters().get(name) {
+                Some(adapter) => adapter.vocab_size,
+                None => return Err(ServeError::UnknownAdapter { name: name.clone() }),
+            },
+        };
+        if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(ServeError::BeyondVocabulary { token, vocab_size });
         }
         let tokens = request.prompt.len();
         if tokens >= limits.max_tokens {
             return Err(ServeError::TooLong { tokens, max_tokens: limits.max_tokens });
-        }
-        if let Some(name) = request.adapter.as_deref().filter(|name| !shared.adapters().contains_key(*name)) {
-            return Err(ServeError::UnknownAdapter { name: name.into() });
         }
         Ok(())
     }

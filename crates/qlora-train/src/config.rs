@@ -82,6 +82,10 @@ pub struct BaseModelConfig {
     /// Branch, tag or commit of a hub id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
+    /// Whether embedding and output head get rows for tokens of the tokenizer that they have none for. The new rows
+    /// are trained and saved with the adapter.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub resize_embeddings: bool,
 }
 
 /// `[quantization]`: how the base model's linear layers are kept in memory.

@@ -264,6 +264,8 @@ impl Engine {
         let scale = 1.0 / label_tokens as f32;
         let (loss, grad) = loss_and_gradient(model, x.clone().without_autodiff(), labelled, scale, pass, |from| {
             collect(head, model.head_parameters(), from);
+            // Rows of single tokens of a table that is the head too.
+            collect(0, model.embedding_parameters(), from);
         });
         match kept {
             None if x.is_tracked() => {

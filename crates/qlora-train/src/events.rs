@@ -29,6 +29,8 @@ pub trait TrainEvents {
     fn on_eval(&mut self, _metrics: &EvalMetrics) {}
     /// A training checkpoint was saved.
     fn on_save(&mut self, _checkpoint: &Path) {}
+    /// Something was done that the configuration asks for, and that shows nowhere else.
+    fn on_notice(&mut self, _message: &str) {}
     /// Something the user should know of, which doesn't stop the run.
     fn on_warning(&mut self, _message: &str) {}
     /// The run is over; adapter and report are written.

@@ -20,6 +20,7 @@ mod plan;
 pub mod profile;
 mod prompts;
 pub mod report;
+mod resize;
 mod run_folder;
 mod trainer;
 
@@ -30,5 +31,6 @@ pub use events::TrainEvents;
 pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_sum};
 pub use plan::{MemoryEstimate, Plan};
+pub use resize::{Resized, resize};
 pub use run_folder::{run_holder, run_in};
 pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows};

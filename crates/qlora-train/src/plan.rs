@@ -108,7 +108,13 @@ impl Plan {
             factors.into_iter().chain(std::iter::repeat_n(features, vectors))
         };
         let whole = model.saved_modules(lora)?;
-        let lens = || targets.iter().flat_map(parameters).chain(whole.iter().map(|(_, values)| *values));
+        let trained = model.trained_tokens(lora)?;
+        let rows = [trained.embedding, trained.head].map(|tokens| tokens.len() * model.hidden_size);
+        let rows = rows.into_iter().filter(|len| *len > 0);
+        let lens = || {
+            let whole = whole.iter().map(|(_, values)| *values);
+            targets.iter().flat_map(parameters).chain(whole).chain(rows.clone())
+        };
         let trainable: u64 = lens().map(|len| len as u64).sum();
         let optimizer = OptimizerConfig { kind: config.train.optimizer, ..Default::default() };
         let state: u64 = lens().map(|len| optimizer.state_bytes(len)).sum();

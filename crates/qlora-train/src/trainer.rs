@@ -13,6 +13,7 @@ use crate::events::TrainEvents;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics};
 use crate::prompts::Prompts;
 use crate::report::{Outcome, Summary, device_name};
+use crate::resize::{Resized, resize};
 use crate::run_folder::{ADAPTER_DIR, RunFolder};
 use adapter_io::checksum;
 use burn::tensor::{Device, FloatDType};
@@ -125,7 +126,10 @@ impl<'e> Trainer<'e> {
         let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
         let model_dir = hub.resolve(&config.model.path, config.model.revision.as_deref())?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        let rows = Rows::load(&config, &tokenizer, &ModelConfig::from_dir(&model_dir)?, events)?;
+        let Resized { config: resized, model: shape, notice } =
+            resize(&config, ModelConfig::from_dir(&model_dir)?, &tokenizer)?;
+        notice.iter().for_each(|notice| events.on_notice(notice));
+        let rows = Rows::load(&config, &tokenizer, &shape, events)?;
         let total_steps = config.train.total_steps(rows.train.examples.len());
         warn_of(config.train.warnings(total_steps), events);
         let prompts = rows.prompts(&config, &tokenizer)?;
@@ -133,16 +137,19 @@ impl<'e> Trainer<'e> {
         if let Some(Resumed { checkpoint, .. }) = &resumed {
             let changes = checkpoint.basis_changes(&basis, &config);
             warn_of(checkpoint.judge(changes, start.accept_changes)?, events);
+            checkpoint.check_trained_tokens(&resized.lora)?;
         }
 
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
         let mut model = Decoder::load(&model_dir, options, &device, &mut |progress| events.on_load(progress))?;
+        model.resize_embeddings(shape.vocab_size)?;
+        let lora = &resized.lora;
         match &resumed {
             Some(Resumed { checkpoint, .. }) => {
-                model.resume_lora(&config.lora, config.train.seed, &checkpoint.adapter)?;
+                model.resume_lora(lora, config.train.seed, &checkpoint.adapter)?;
             }
             None => {
-                model.attach_lora_to(&config.lora, config.train.seed, &rows.calibration(&config))?;
+                model.attach_lora_to(lora, config.train.seed, &rows.calibration(&config))?;
             }
         }
         let parameters = parameter_names(&model);

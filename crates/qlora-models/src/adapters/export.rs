@@ -64,15 +64,21 @@ impl Decoder {
                 put(format!("{embed}.lora_magnitude_vector"), host_vector(&dora.magnitude)?);
             }
         }
-        for path in &self.embedding.brought {
+        for (path, suffix) in &self.embedding.brought {
             let base = match self.linears().find(|(other, _)| other == path) {
                 Some((_, linear)) => linear.base.to_dense(FloatDType::F32),
                 None => self.embed_tokens.clone(),
             };
-            put(format!("{path}.base_layer.weight"), host_tensor(&base)?);
+            put(format!("{path}{suffix}"), host_tensor(&base)?);
         }
         if let Some(whole) = &self.embedding.whole {
             put(format!("{embed}.weight"), host_tensor(whole)?);
+        }
+        let tables = [(embed, &self.embedding.tokens), (self.head_path().into(), &self.head_tokens)];
+        for (path, tokens) in tables {
+            if let Some(tokens) = tokens {
+                adapter.tensors.insert(Adapter::token_rows_key(&path), host_tensor(&tokens.rows)?);
+            }
         }
         // As it came, when PEFT wrote it over stacked experts.
         if !adapter.config.parameters().is_empty() {

@@ -15,8 +15,17 @@ use std::collections::HashMap;
 
 /// Keys of `adapter_config.json` beyond plain LoRA that are implemented, or change nothing in the layers there are
 /// (`fan_in_fan_out` means transposed layers of another kind, and PEFT ignores it elsewhere).
-const IMPLEMENTED: [&str; 6] =
-    ["bias", "fan_in_fan_out", "lora_bias", "modules_to_save", "target_parameters", "use_dora"];
+const IMPLEMENTED: [&str; 7] = [
+    "bias",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+];
+/// What PEFT calls the base's weight of an adapted layer behind its path.
+const BASE_LAYER: &str = ".base_layer.weight";
 
 /// Quantization that PEFT's LoftQ works with.
 const LOFTQ: QuantConfig = QuantConfig { quant_type: nf4_quant::QuantType::Nf4, blocksize: 64, double_quant: false };
@@ -76,6 +85,7 @@ impl Decoder {
             norm.trained = new.trained.clone();
         }
         model.embedding = trained.embedding;
+        model.head_tokens = trained.head_tokens;
         *self = model;
         Ok(())
     }
@@ -89,6 +99,7 @@ impl Decoder {
             return Err(ModelError::AdapterFeature { feature: feature.into() });
         }
         let adapter = &*unstack(adapter, &paths)?;
+        self.grow_for(adapter)?;
         let modules = adapter.lora_modules()?;
         let saved: Vec<(String, &HostTensor)> = adapter.saved_tensors().collect();
         let (embed, head) = (self.config.embed_path(), self.head_path());
@@ -106,7 +117,7 @@ impl Decoder {
             linear.set_adapter(&path, lora)?;
             if let Some(base) = adapter.saved_base(&path) {
                 put_base(&path, linear, base)?;
-                brought.push(path.clone());
+                brought.push((path.clone(), BASE_LAYER));
             }
             change_base(config, &path, linear)?;
             if let Some(magnitude) = module.magnitude {
@@ -119,7 +130,7 @@ impl Decoder {
         if self.config.tie_word_embeddings
             && let Some(head) = &self.lm_head
             && let (Some(_), FrozenLinear::Dense(table)) = (&head.original, &head.base)
-            && brought.iter().any(|path| path == self.head_path())
+            && brought.iter().any(|(path, _)| path == self.head_path())
         {
             self.embedding.original = Some(std::mem::replace(&mut self.embed_tokens, table.val()));
         }
@@ -135,8 +146,11 @@ impl Decoder {
             return Err(ModelError::AdapterModule { module: unknown.map_or(String::new(), |m| m.path.clone()) });
         }
         for (name, tensor) in saved {
-            self.put_saved(&name, tensor)?;
+            if !self.put_frozen_table(adapter, &name, tensor)? {
+                self.put_saved(&name, tensor)?;
+            }
         }
+        self.put_token_rows(adapter)?;
         self.adapter_config = Some(config.clone());
         Ok(())
     }
@@ -158,7 +172,7 @@ impl Decoder {
                 let before = std::mem::replace(&mut self.embed_tokens, own);
                 self.embedding.original.get_or_insert(before);
             }
-            self.embedding.brought.push(embed.clone());
+            self.embedding.brought.push((embed.clone(), BASE_LAYER));
             // A tied head sees the same table.
             if self.config.tie_word_embeddings
                 && let Some(head) = &mut self.lm_head
@@ -287,7 +301,7 @@ fn change_base(config: &AdapterConfig, path: &str, linear: &mut LoraLinear) -> R
 
 /// The weight that an adapter's file holds for its base, where it is another one than the base's own. PEFT writes it
 /// along even where nothing changed it: then one copy is enough.
-fn other_base(base: &Tensor<2>, file: &HostTensor) -> Result<Option<Tensor<2>>, ModelError> {
+pub(super) fn other_base(base: &Tensor<2>, file: &HostTensor) -> Result<Option<Tensor<2>>, ModelError> {
     let data = TensorData::new(file.data.clone(), base.dims());
     let own = Tensor::<2>::from_data(data, (&base.device(), base.dtype()));
     let difference = own.clone().cast(FloatDType::F32) - base.clone().cast(FloatDType::F32);
@@ -295,7 +309,7 @@ fn other_base(base: &Tensor<2>, file: &HostTensor) -> Result<Option<Tensor<2>>, 
 }
 
 /// Gives a dense layer the weight that the adapter's file holds for it.
-fn put_base(path: &str, linear: &mut LoraLinear, file: &HostTensor) -> Result<(), ModelError> {
+pub(super) fn put_base(path: &str, linear: &mut LoraLinear, file: &HostTensor) -> Result<(), ModelError> {
     let shape = linear.base.shape();
     if file.shape != shape {
         return Err(ModelError::WeightShape {
@@ -314,7 +328,7 @@ fn put_base(path: &str, linear: &mut LoraLinear, file: &HostTensor) -> Result<()
 }
 
 /// Uploads a matrix whose number of dimensions is known.
-fn matrix(tensor: &HostTensor, device: &Device) -> Tensor<2> {
+pub(super) fn matrix(tensor: &HostTensor, device: &Device) -> Tensor<2> {
     let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
     let shape = [tensor.data.len() / columns, columns];
     Tensor::from_data(TensorData::new(tensor.data.clone(), shape), (device, DType::F32))

@@ -5,20 +5,22 @@
 //! a decoder at a time; [`AdapterSet`] holds several by name, and combinations of them, and puts them on in turn.
 //!
 //! A tied output head has no weight of its own. When an adapter touches the head it gets one, which shares the
-//! table's memory; when an adapter touches the embedding alone, the head stays what it was, as in PEFT.
+//! table's memory; when an adapter touches the embedding alone, the head stays what it was, as in PEFT. Rows of single
+//! tokens belong to both.
 //!
 //! Not read: adapters that use aLoRA, Arrow, KaSA, MonteCLoRA, QALoRA, BdLoRA, VeLoRA, Megatron's layers, replicated
-//! layers, `trainable_token_indices`, or `target_parameters` other than experts and routers; each is refused by its
-//! key.
+//! layers, or `target_parameters` other than experts and routers; each is refused by its key.
 
 mod export;
 mod load;
 mod parameters;
 mod set;
 mod start;
+mod tokens;
 
 pub use set::{AdapterSet, AdapterSource};
 pub use start::CalibrationBatch;
+pub use tokens::TrainedTokens;
 
 use crate::ModelError;
 use crate::decoder::Decoder;
@@ -73,6 +75,7 @@ impl Decoder {
         if let Some(both) = targets.iter().find(|target| saved.contains(&target.path)) {
             return Err(ModelError::AdapterClash { module: both.path.clone() });
         }
+        let tokens = model.config.trained_tokens(config)?;
         let (embed, head) = (model.config.embed_path(), model.head_path());
         if targets.iter().any(|target| target.path == head) || saved.contains(head) {
             model.own_head();
@@ -110,6 +113,7 @@ impl Decoder {
                 norm.trained = Some(trainable(norm.weight.clone().unsqueeze()));
             }
         }
+        model.train_tokens(tokens);
         model.adapter_config = Some(peft_config(config, &targets));
         *self = model;
         Ok(targets.len())
@@ -132,9 +136,11 @@ impl Decoder {
         if let Some(table) = original {
             self.embed_tokens = table;
         }
+        self.head_tokens = None;
         if self.config.tie_word_embeddings {
             self.lm_head = None;
         }
+        self.shrink();
         self.adapter_config = None;
         Ok(())
     }
@@ -162,15 +168,19 @@ impl Decoder {
 
     /// Paths of the modules that are adapted or trained in full, the embedding first.
     pub fn adapted_modules(&self) -> Vec<String> {
-        let embedding =
-            (self.embedding.lora.is_some() || self.embedding.whole.is_some()).then(|| self.config.embed_path());
-        let linears = self.linears().filter(|(_, linear)| linear.adapter.is_some() || linear.whole.is_some());
+        let Embedding { lora, whole, tokens, .. } = &self.embedding;
+        let embedding = (lora.is_some() || whole.is_some() || tokens.is_some()).then(|| self.config.embed_path());
+        let has_rows = |path: &str| self.head_tokens.is_some() && path == self.head_path();
+        let linears = self
+            .linears()
+            .filter(move |(path, linear)| linear.adapter.is_some() || linear.whole.is_some() || has_rows(path));
         let norms = self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| path);
         embedding.into_iter().chain(linears.map(|(path, _)| path)).chain(norms).collect()
     }
 
     /// Makes the adapter part of the dense weights, `W + scaling * lora_b lora_a` in f32 and whatever else it holds, and
-    /// removes it. A tied head stays what it is when only the embedding changes.
+    /// removes it. A tied head stays what it is when only the embedding changes, but for rows of single tokens, which
+    /// are the head's too; tables that grew for the adapter stay so.
     ///
     /// # Errors
     /// An adapted base is quantized: rounding the sum to 4 bits again would change what the adapter does, so merging
@@ -199,7 +209,14 @@ impl Decoder {
                 norm.weight = trained.into_value().without_autodiff().squeeze_dim::<1>(0);
             }
         }
-        let Embedding { lora, whole, .. } = std::mem::take(&mut self.embedding);
+        if let (Some(tokens), Some(head)) = (self.head_tokens.take(), &mut self.lm_head) {
+            head.base = FrozenLinear::dense(tokens.merged(head.base.to_dense(dtype)));
+        }
+        let Embedding { lora, whole, tokens, .. } = std::mem::take(&mut self.embedding);
+        if let Some(tokens) = tokens {
+            self.embed_tokens = tokens.merged(self.embed_tokens.clone());
+        }
+        self.rows_before = None;
         let whole = whole.map(Param::into_value);
         if let Some(table) = whole.or_else(|| Some(lora?.merged(&self.embed_tokens))) {
             self.embed_tokens = table.without_autodiff().cast(dtype);

@@ -7,7 +7,10 @@ use crate::block::Block;
 use crate::decoder::Decoder;
 use burn::module::Param;
 use burn::tensor::Tensor;
-use qlora_layers::track;
+use qlora_layers::{TokenRows, track};
+
+/// The part's name of trained rows of single tokens.
+const TOKEN_ROWS: &str = "trainable_tokens_delta";
 
 /// Names and tensors.
 type Named<'a> = Vec<(String, &'a Tensor<2>)>;
@@ -38,11 +41,13 @@ impl Block {
 }
 
 impl Decoder {
-    /// What is trained before the first block.
+    /// What is trained before the first block. Rows of single tokens of a table that is the output head as well get
+    /// gradients from there too.
     pub fn embedding_parameters(&self) -> Named<'_> {
         let lora = self.embedding.lora.as_ref().map_or(Vec::new(), |lora| lora.parameters());
         let whole = self.embedding.whole.iter().map(|whole| ("weight", &**whole));
-        named(&self.config.embed_path(), lora.into_iter().chain(whole).collect())
+        let tokens = self.embedding.tokens.iter().map(|tokens| (TOKEN_ROWS, &*tokens.rows));
+        named(&self.config.embed_path(), lora.into_iter().chain(whole).chain(tokens).collect())
     }
 
     /// What is trained after the last block.
@@ -50,7 +55,8 @@ impl Decoder {
         let (path, norm) = self.norm.pair();
         let norm = norm.trained.iter().map(move |trained| (format!("{path}.weight"), &**trained));
         let head = self.lm_head.iter().flat_map(|head| named(self.head_path(), head.parameters()));
-        norm.chain(head).collect()
+        let tokens = self.head_tokens.iter().map(|tokens| (TOKEN_ROWS, &*tokens.rows)).collect();
+        norm.chain(head).chain(named(self.head_path(), tokens)).collect()
     }
 
     /// Everything that is trained.
@@ -65,11 +71,14 @@ impl Decoder {
         let (embed, head) = (self.config.embed_path(), self.head_path());
         let lora = self.embedding.lora.as_mut().map_or(Vec::new(), |lora| lora.parameters_mut());
         let whole = self.embedding.whole.iter_mut().map(|whole| ("weight", whole));
-        let mut found = named_mut(&embed, lora.into_iter().chain(whole).collect());
+        let tokens = self.embedding.tokens.iter_mut().map(|tokens| (TOKEN_ROWS, &mut tokens.rows));
+        let mut found = named_mut(&embed, lora.into_iter().chain(whole).chain(tokens).collect());
         found.extend(self.blocks.iter_mut().flat_map(Block::parameters_mut));
         let (path, norm) = self.norm.pair_mut();
         found.extend(norm.trained.iter_mut().map(|trained| (format!("{path}.weight"), trained)));
         found.extend(self.lm_head.iter_mut().flat_map(|linear| named_mut(head, linear.parameters_mut())));
+        let tokens = self.head_tokens.iter_mut().map(|tokens| (TOKEN_ROWS, &mut tokens.rows)).collect();
+        found.extend(named_mut(head, tokens));
         found
     }
 
@@ -86,6 +95,7 @@ impl Decoder {
             lora.track();
         }
         self.embedding.whole.iter_mut().for_each(track);
+        self.embedding.tokens.iter_mut().chain(&mut self.head_tokens).for_each(TokenRows::track);
     }
 
     /// Computes what stays the same while nothing is trained, DoRA's norms, and keeps it for faster inference.

@@ -75,7 +75,8 @@ fn engine(inbox: &Inbox, mut script: Script) {
                     Err(ServeError::NameTaken { name })
                 } else {
                     adapters.push(name.clone());
-                    inbox.announce(AdapterInfo { name, dir, loaded: 7 });
+                    let vocab_size = inbox.limits().vocab_size;
+                    inbox.announce(AdapterInfo { name, dir, loaded: 7, vocab_size });
                     Ok(())
                 };
                 done.send(result).ok();

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use adapter_io::TokenIndices;
+use qlora_layers::LoraConfig;
 use serde::{Deserialize, Serialize};
 
 use super::TrainingCheckpoint;
@@ -62,7 +64,7 @@ const FREE: &[&str] = &[
 fn decides_tensors(key: &str) -> bool {
     let of_adapter = key.starts_with("lora.") && key != "lora.dropout";
     let of_base = key.starts_with("quantization.") && key != "quantization.compute_dtype";
-    of_adapter || of_base || key == "train.optimizer"
+    of_adapter || of_base || ["train.optimizer", "model.resize_embeddings"].contains(&key)
 }
 
 impl TrainingCheckpoint {
@@ -84,6 +86,20 @@ impl TrainingCheckpoint {
             }
         }
         Ok(changes)
+    }
+
+    /// Refuses to go on with rows of other tokens than those whose moments were saved.
+    ///
+    /// # Errors
+    /// The tokenizer has other tokens that the model has no rows for.
+    pub(crate) fn check_trained_tokens(&self, lora: &LoraConfig) -> Result<(), TrainError> {
+        let some = |tokens: &Option<TokenIndices>| tokens.clone().filter(|tokens| !tokens.is_empty());
+        if some(&self.adapter.config.trainable_token_indices) == some(&lora.trainable_token_indices) {
+            return Ok(());
+        }
+        let problem = "it has rows for other tokens (trainable_token_indices in its adapter_config.json) than the tokenizer's new ones: \
+                       restore the tokenizer, or start afresh in another train.output_dir";
+        Err(TrainError::Checkpoint { path: self.path.clone(), problem: problem.into() })
     }
 
     /// What differs between what this checkpoint stands on and `now`.

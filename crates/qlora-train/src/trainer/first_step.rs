@@ -16,7 +16,7 @@ impl Trainer<'_> {
         if !still.is_empty() && metrics.learning_rate > 0.0 {
             self.events.on_warning(&format!(
                 "the first step moved nothing in {} of {} adapters ({}): no gradient reaches them; experts may not have been \
-                 chosen yet, anything else stays as it is to the end: check lora.target_modules",
+                 chosen yet, and tokens not been met, anything else stays as it is to the end: check lora.target_modules",
                 still.len(),
                 modules(&before).len(),
                 first_of(&still),

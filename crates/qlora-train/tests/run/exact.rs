@@ -1,6 +1,7 @@
 //! Interrupted and resumed runs, bit for bit; every policy and optimizer; and output that can't be written.
 
 use crate::common::{StopAfter, adapter, config, losses, run};
+use adapter_io::TokenIndices;
 use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::{ActivationCheckpointing, Initialization, LoraConfig, TargetModules};
 use qlora_train::metrics::{History, METRICS_FILE};
@@ -39,6 +40,22 @@ fn kinds() -> Vec<(&'static str, LoraConfig)> {
                 ..plain.clone()
             },
         ),
+        (
+            "tokens, norms",
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Embedding(vec![2, 1, 300])),
+                modules_to_save: vec!["norm".into()],
+                ..few.clone()
+            },
+        ),
+        (
+            "tokens, pissa",
+            LoraConfig {
+                trainable_token_indices: Some(TokenIndices::Embedding(vec![2, 1])),
+                init: Initialization::Pissa { iterations: Some(4) },
+                ..few.clone()
+            },
+        ),
         ("pissa", LoraConfig { init: Initialization::Pissa { iterations: None }, use_dora: true, ..few.clone() }),
         ("loftq", LoraConfig { init: Initialization::Loftq, loftq_iterations: 2, ..few.clone() }),
         ("eva", LoraConfig { init: Initialization::Eva, eva_batches: 2, ..few }),
@@ -73,7 +90,7 @@ fn every_kind_resumes_bit_for_bit_and_under_both_policies() {
 #[test]
 fn every_parameter_is_reached() {
     let dir = tempfile::tempdir().unwrap();
-    for (kind, lora) in kinds().into_iter().take(2) {
+    for (kind, lora) in kinds().into_iter().take(3) {
         let mut config = config(&dir.path().join(kind));
         (config.lora, config.train.max_steps) = (lora, Some(2));
         let mut silent = ();

@@ -5,4 +5,5 @@ mod best;
 mod common;
 mod exact;
 mod folder;
+mod resize;
 mod resume;
