@@ -1,6 +1,6 @@
 //! The CPU implementation, on Burn's Flex backend and the parallel host codec.
 
-use super::{Layout4bit, Packed4bit, QloraOps, dropout_hash};
+use super::{Layout4bit, Packed4bit, QloraOps, composed, dropout_hash, flex_products};
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 /// The contiguous words of a 1-D u32 tensor.
-fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
+pub(super) fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
     match tensor.as_slice::<u32>() {
         Some(slice) => slice.into(),
         None => tensor.to_contiguous().storage::<u32>().to_vec().into(),
@@ -97,6 +97,16 @@ impl QloraOps for Flex {
             FloatDType::F16 => dequantize_as::<f16>(bytes, &absmax, layout),
             _ => dequantize_as::<f32>(bytes, &absmax, layout),
         })
+    }
+
+    fn linear_4bit(x: FloatTensor<Self>, weight: Packed4bit<Self>, out: FloatDType) -> FloatTensor<Self> {
+        flex_products::linear_4bit(&x, &weight, out)
+            .unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
+    }
+
+    fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        flex_products::dense(&x, &weight, out)
+            .unwrap_or_else(|| composed::frozen_linear::<Self>(x, weight, out))
     }
 
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {

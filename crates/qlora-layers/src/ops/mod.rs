@@ -29,6 +29,7 @@ mod cube;
 mod cube_products;
 mod cube_tensors;
 mod flex;
+mod flex_products;
 pub mod fused;
 mod packed;
 mod paged;
