@@ -12,9 +12,14 @@ fn quantized(seed: u64, [rows, columns]: [usize; 2], config: &QuantConfig) -> Qu
 }
 
 fn configs() -> impl Iterator<Item = QuantConfig> {
-    [(QuantType::Nf4, 64, true), (QuantType::Fp4, 32, false), (QuantType::Nf4, 256, false), (QuantType::Fp4, 4096, true)]
-        .into_iter()
-        .map(|(quant_type, blocksize, double_quant)| QuantConfig { quant_type, blocksize, double_quant })
+    [
+        (QuantType::Nf4, 64, true),
+        (QuantType::Fp4, 32, false),
+        (QuantType::Nf4, 256, false),
+        (QuantType::Fp4, 4096, true),
+    ]
+    .into_iter()
+    .map(|(quant_type, blocksize, double_quant)| QuantConfig { quant_type, blocksize, double_quant })
 }
 
 fn check<E: Element>() {

@@ -47,7 +47,9 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn scaled(table: Self::Table, absmax: f32) -> Self::Table {
-        table.map(|value| value * absmax)
+        let mut table = table;
+        table.iter_mut().for_each(|value| *value *= absmax);
+        table
     }
 
     #[inline(always)]

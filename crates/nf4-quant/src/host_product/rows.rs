@@ -1,5 +1,6 @@
 //! Products of some rows with all tokens.
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -40,7 +41,21 @@ impl<'a, E> Task<'a, E> {
 #[derive(Default)]
 pub(super) struct Scratch {
     absmax: Vec<f32>,
+    factors: Vec<f32>,
     panel: Vec<Group>,
+}
+
+thread_local! {
+    /// At most some rows' worth; nothing in it outlives a task.
+    pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The panel's memory.
+fn panel_of(panel: &mut Vec<Group>, groups: usize) -> &mut [Group] {
+    if panel.len() < PANEL * groups {
+        panel.resize(PANEL * groups, [0.0; GROUP]);
+    }
+    panel
 }
 
 /// A matrix whose columns different threads write.
@@ -86,7 +101,7 @@ pub(super) unsafe fn run<E: Element>(processor: Processor, task: &Task<'_, E>, s
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         unsafe fn avx512<E: Element>(task: &Task<'_, E>, scratch: &mut Scratch, y: Columns<'_>) {
             // SAFETY: as the caller's.
-            unsafe { rows::<Avx512, E, 4, 4>(task, scratch, y) }
+            unsafe { rows::<Avx512, E, 2, 4>(task, scratch, y) }
         }
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2<E: Element>(task: &Task<'_, E>, scratch: &mut Scratch, y: Columns<'_>) {
@@ -108,38 +123,62 @@ pub(super) unsafe fn run<E: Element>(processor: Processor, task: &Task<'_, E>, s
 /// Blocks of a task's rows.
 struct Blocks<'a> {
     weight: &'a WeightView<'a>,
-    /// From block `first` on.
+    codebook: &'static [f32; 16],
+    /// From the task's first row on: the absmax of each group, where rows are whole groups.
+    factors: &'a [f32],
+    /// The absmax of each block, from block `first` on.
     absmax: &'a [f32],
     first: usize,
-    codebook: &'static [f32; 16],
+    /// The task's first row.
+    row: usize,
 }
 
-impl Blocks<'_> {
-    /// The absmax of the block that an element is in.
-    #[inline(always)]
-    fn absmax(&self, element: usize) -> f32 {
-        self.absmax[(element >> self.weight.blocksize.trailing_zeros()) - self.first]
+impl<'a> Blocks<'a> {
+    fn new(weight: &'a WeightView<'a>, rows: &Range<usize>, scratch: (&'a mut Vec<f32>, &'a mut Vec<f32>)) -> Self {
+        let (columns, blocksize) = (weight.in_features, weight.blocksize);
+        let (absmax, factors) = scratch;
+        let elements = rows.start * columns..rows.end * columns;
+        let first = elements.start / blocksize;
+        absmax.resize((elements.end - 1) / blocksize + 1 - first, 0.0);
+        weight.absmax.read(first, absmax);
+        factors.clear();
+        if columns.is_multiple_of(GROUP) {
+            let shift = blocksize.trailing_zeros() - GROUP.trailing_zeros();
+            let groups = elements.start / GROUP..elements.end / GROUP;
+            factors.extend(groups.map(|group| absmax[(group >> shift) - first]));
+        }
+        Self { weight, codebook: weight.quant_type.codebook(), factors, absmax, first, row: rows.start }
     }
 
-    /// The values of the block that an element is in, rounded to `E`.
+    /// The codes of a row of whole groups, and their absmax.
+    #[inline(always)]
+    fn groups(&self, row: usize, groups: usize) -> (&'a [Codes], &'a [f32]) {
+        let (codes, _) = self.weight.codes.as_chunks::<{ GROUP / 2 }>();
+        (&codes[row * groups..][..groups], &self.factors[(row - self.row) * groups..][..groups])
+    }
+
+    /// A block's values, rounded to `E`.
     ///
     /// # Safety
     ///
     /// As of [`Lanes`].
     #[inline(always)]
-    unsafe fn table<L: Lanes, E: Element>(&self, base: L::Table, element: usize) -> L::Table {
-        let absmax = self.absmax(element);
-        // SAFETY: as the caller's.
-        unsafe {
-            match E::FORMAT {
-                FloatFormat::F32 => L::scaled(base, absmax),
-                _ => L::table(&self.codebook.map(|value| E::from_f32(value * absmax).to_f32())),
-            }
+    unsafe fn table<L: Lanes, E: Element>(&self, base: L::Table, absmax: f32) -> L::Table {
+        if E::FORMAT == FloatFormat::F32 {
+            // SAFETY: as the caller's.
+            return unsafe { L::scaled(base, absmax) };
         }
+        // Loops, because `map` would not be compiled for the processor.
+        let mut values = *self.codebook;
+        for value in &mut values {
+            *value = E::from_f32(*value * absmax).to_f32();
+        }
+        // SAFETY: as the caller's.
+        unsafe { L::table(&values) }
     }
 }
 
-/// `ROWS` rows and up to `TOKENS` tokens at a time: as many sums as fit the registers.
+/// Up to `ROWS` rows and `TOKENS` tokens at a time: as many sums as fit the registers.
 #[inline(always)]
 unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
     task: &Task<'_, E>,
@@ -148,20 +187,16 @@ unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
 ) {
     let (columns, whole) = (task.columns, task.columns.is_multiple_of(GROUP));
     let panels = task.rows.clone().step_by(PANEL).map(|start| start..task.rows.end.min(start + PANEL));
-    scratch.panel.resize(PANEL * task.groups, [0.0; GROUP]);
     match task.source {
         Source::Codes(weight) => {
-            let elements = task.rows.start * columns..task.rows.end * columns;
-            let (first, last) = (elements.start / weight.blocksize, (elements.end - 1) / weight.blocksize);
-            scratch.absmax.resize(last + 1 - first, 0.0);
-            weight.absmax.read(first, &mut scratch.absmax);
-            let blocks = Blocks { weight, absmax: &scratch.absmax, first, codebook: weight.quant_type.codebook() };
+            let blocks = Blocks::new(weight, &task.rows, (&mut scratch.absmax, &mut scratch.factors));
             if whole && task.tokens <= TOKENS {
                 // SAFETY: as the caller's.
-                return unsafe { all_from_codes::<L, E, ROWS>(task, &blocks, y) };
+                return task.rows.clone().for_each(|row| unsafe { from_codes::<L, E>(task, &blocks, row, y) });
             }
+            let memory = panel_of(&mut scratch.panel, task.groups);
             for rows in panels {
-                for (row, panel) in rows.clone().zip(scratch.panel.chunks_exact_mut(task.groups)) {
+                for (row, panel) in rows.clone().zip(memory.chunks_exact_mut(task.groups)) {
                     match whole {
                         // SAFETY: as the caller's.
                         true => unsafe { dequantize::<L, E>(&blocks, row, panel) },
@@ -169,7 +204,7 @@ unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
                     }
                 }
                 // SAFETY: as the caller's.
-                unsafe { panel::<L, E, ROWS, TOKENS>(task, &scratch.panel, rows, y) };
+                unsafe { panel::<L, E, ROWS, TOKENS>(task, memory, rows, y) };
             }
         }
         Source::Dense(weight) => {
@@ -180,12 +215,13 @@ unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
                     unsafe { panel::<L, E, ROWS, TOKENS>(task, &groups[rows.start * task.groups..], rows, y) };
                     continue;
                 }
-                for (row, panel) in rows.clone().zip(scratch.panel.chunks_exact_mut(task.groups)) {
+                let memory = panel_of(&mut scratch.panel, task.groups);
+                for (row, panel) in rows.clone().zip(memory.chunks_exact_mut(task.groups)) {
                     panel[task.groups - 1] = [0.0; GROUP];
                     E::widen(&weight[row * columns..][..columns], &mut panel.as_flattened_mut()[..columns]);
                 }
                 // SAFETY: as the caller's.
-                unsafe { panel::<L, E, ROWS, TOKENS>(task, &scratch.panel, rows, y) };
+                unsafe { panel::<L, E, ROWS, TOKENS>(task, memory, rows, y) };
             }
         }
     }
@@ -203,7 +239,8 @@ unsafe fn panel<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
     for token in (0..task.tokens).step_by(TOKENS) {
         let tokens = [token, TOKENS.min(task.tokens - token)];
         let mut row = rows.start;
-        while row + ROWS <= rows.end {
+        // The first tokens bring a dense weight from memory, which is fastest in order.
+        while token > 0 && row + ROWS <= rows.end {
             // SAFETY: as the caller's.
             unsafe { from_panel::<L, E, ROWS>(task, of_row(row), tokens, row, y) };
             row += ROWS;
@@ -215,35 +252,15 @@ unsafe fn panel<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
     }
 }
 
-/// All rows, of whole groups, with all tokens, which are at most four.
-#[inline(always)]
-unsafe fn all_from_codes<L: Lanes, E: Element, const ROWS: usize>(
-    task: &Task<'_, E>,
-    blocks: &Blocks<'_>,
-    y: Columns<'_>,
-) {
-    let mut row = task.rows.start;
-    while row + ROWS <= task.rows.end {
-        // SAFETY: as the caller's.
-        unsafe { from_codes::<L, E, ROWS>(task, blocks, row, y) };
-        row += ROWS;
-    }
-    for row in row..task.rows.end {
-        // SAFETY: as the caller's.
-        unsafe { from_codes::<L, E, 1>(task, blocks, row, y) };
-    }
-}
-
 /// Dequantizes a row of whole groups.
 #[inline(always)]
 unsafe fn dequantize<L: Lanes, E: Element>(blocks: &Blocks<'_>, row: usize, panel: &mut [Group]) {
-    let (codes, _) = blocks.weight.codes.as_chunks::<{ GROUP / 2 }>();
-    let first = row * panel.len();
+    let (codes, factors) = blocks.groups(row, panel.len());
     // SAFETY: as the caller's.
     unsafe {
         let base = L::table(blocks.codebook);
-        for (i, (codes, group)) in codes[first..first + panel.len()].iter().zip(panel).enumerate() {
-            let table = blocks.table::<L, E>(base, (first + i) * GROUP);
+        for ((codes, factor), group) in codes.iter().zip(factors).zip(panel) {
+            let table = blocks.table::<L, E>(base, *factor);
             L::store(L::decode(codes, table), group);
         }
     }
@@ -257,56 +274,47 @@ fn spell<E: Element>(blocks: &Blocks<'_>, row: usize, panel: &mut [Group]) {
         let element = row * columns + column;
         let byte = blocks.weight.codes[element / 2];
         let code = if element.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
-        let value = blocks.codebook[usize::from(code)] * blocks.absmax(element);
+        let absmax = blocks.absmax[element / blocks.weight.blocksize - blocks.first];
+        let value = blocks.codebook[usize::from(code)] * absmax;
         panel[column / GROUP][place(column % GROUP)] = E::from_f32(value).to_f32();
     }
 }
 
-/// `ROWS` rows of whole groups with all tokens, which are at most four.
+/// A row of whole groups with all tokens, which are at most four.
 #[inline(always)]
-unsafe fn from_codes<L: Lanes, E: Element, const ROWS: usize>(
-    task: &Task<'_, E>,
-    blocks: &Blocks<'_>,
-    row: usize,
-    y: Columns<'_>,
-) {
+unsafe fn from_codes<L: Lanes, E: Element>(task: &Task<'_, E>, blocks: &Blocks<'_>, row: usize, y: Columns<'_>) {
     // SAFETY: as the caller's.
     unsafe {
         match task.tokens {
-            4 => tokens_from_codes::<L, E, ROWS, 4>(task, blocks, row, y),
-            3 => tokens_from_codes::<L, E, ROWS, 3>(task, blocks, row, y),
-            2 => tokens_from_codes::<L, E, ROWS, 2>(task, blocks, row, y),
-            1 => tokens_from_codes::<L, E, ROWS, 1>(task, blocks, row, y),
+            4 => tokens_from_codes::<L, E, 4>(task, blocks, row, y),
+            3 => tokens_from_codes::<L, E, 3>(task, blocks, row, y),
+            2 => tokens_from_codes::<L, E, 2>(task, blocks, row, y),
+            1 => tokens_from_codes::<L, E, 1>(task, blocks, row, y),
             _ => {}
         }
     }
 }
 
 #[inline(always)]
-unsafe fn tokens_from_codes<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
+unsafe fn tokens_from_codes<L: Lanes, E: Element, const TOKENS: usize>(
     task: &Task<'_, E>,
     blocks: &Blocks<'_>,
     row: usize,
     y: Columns<'_>,
 ) {
-    let groups = task.groups;
-    let (codes, _) = blocks.weight.codes.as_chunks::<{ GROUP / 2 }>();
-    let codes: [&[Codes]; ROWS] = std::array::from_fn(|r| &codes[(row + r) * groups..][..groups]);
+    let (codes, factors) = blocks.groups(row, task.groups);
     let x: [&[Group]; TOKENS] = std::array::from_fn(|token| task.token(token));
     // SAFETY: as the caller's.
     unsafe {
         let base = L::table(blocks.codebook);
-        let mut sums = [[L::zero(); TOKENS]; ROWS];
-        for i in 0..groups {
-            for r in 0..ROWS {
-                let table = blocks.table::<L, E>(base, ((row + r) * groups + i) * GROUP);
-                let weights = L::decode(&codes[r][i], table);
-                for t in 0..TOKENS {
-                    sums[r][t] = L::add(sums[r][t], weights, &x[t][i]);
-                }
+        let mut sums = [[L::zero(); TOKENS]; 1];
+        for i in 0..task.groups {
+            let weights = L::decode(&codes[i], blocks.table::<L, E>(base, factors[i]));
+            for t in 0..TOKENS {
+                sums[0][t] = L::add(sums[0][t], weights, &x[t][i]);
             }
         }
-        set::<L, ROWS, TOKENS>(sums, row, 0, y);
+        set::<L, 1, TOKENS>(sums, row, 0, y);
     }
 }
 

@@ -10,7 +10,7 @@ pub(super) struct Avx512;
 impl Lanes for Avx512 {
     type Table = __m512;
     type Weights = [__m512; 2];
-    type Sum = __m512;
+    type Sum = [__m512; 2];
 
     #[inline(always)]
     unsafe fn table(values: &[f32; 16]) -> Self::Table {
@@ -53,7 +53,7 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn zero() -> Self::Sum {
         // SAFETY: the caller has AVX-512F.
-        unsafe { _mm512_setzero_ps() }
+        unsafe { [_mm512_setzero_ps(); 2] }
     }
 
     #[inline(always)]
@@ -61,14 +61,14 @@ impl Lanes for Avx512 {
         // SAFETY: the caller has AVX-512F.
         unsafe {
             let x = Self::load(x);
-            _mm512_fmadd_ps(weights[1], x[1], _mm512_fmadd_ps(weights[0], x[0], sum))
+            [_mm512_fmadd_ps(weights[0], x[0], sum[0]), _mm512_fmadd_ps(weights[1], x[1], sum[1])]
         }
     }
 
     #[inline(always)]
     unsafe fn total(sum: Self::Sum) -> f32 {
         // SAFETY: the caller has AVX-512F.
-        unsafe { _mm512_reduce_add_ps(sum) }
+        unsafe { _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) }
     }
 }
 
@@ -114,17 +114,19 @@ impl Lanes for Avx2 {
         unsafe {
             let first = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().cast()));
             let second = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes[8..].as_ptr().cast()));
-            let even = |bytes| Self::look_up(_mm256_srli_epi32::<4>(bytes), table);
-            [even(first), even(second), Self::look_up(first, table), Self::look_up(second, table)]
+            let (even, later) = (_mm256_srli_epi32::<4>(first), _mm256_srli_epi32::<4>(second));
+            let (even, later) = (Self::look_up(even, table), Self::look_up(later, table));
+            [even, later, Self::look_up(first, table), Self::look_up(second, table)]
         }
     }
 
     #[inline(always)]
     unsafe fn load(weights: &Group) -> Self::Weights {
-        // SAFETY: the caller has AVX; each slice has the eight elements that are read.
+        let (vectors, _) = weights.as_chunks::<8>();
+        // SAFETY: the caller has AVX; each chunk has the eight elements that are read.
         unsafe {
-            let load = |i: usize| _mm256_loadu_ps(weights[8 * i..8 * i + 8].as_ptr());
-            [load(0), load(1), load(2), load(3)]
+            let (first, second) = (_mm256_loadu_ps(vectors[0].as_ptr()), _mm256_loadu_ps(vectors[1].as_ptr()));
+            [first, second, _mm256_loadu_ps(vectors[2].as_ptr()), _mm256_loadu_ps(vectors[3].as_ptr())]
         }
     }
 
@@ -147,8 +149,8 @@ impl Lanes for Avx2 {
         // SAFETY: the caller has AVX and FMA.
         unsafe {
             let x = Self::load(x);
-            let first = [0, 1].map(|i| _mm256_fmadd_ps(weights[i], x[i], sum[i]));
-            [0, 1].map(|i| _mm256_fmadd_ps(weights[i + 2], x[i + 2], first[i]))
+            let first = _mm256_fmadd_ps(weights[2], x[2], _mm256_fmadd_ps(weights[0], x[0], sum[0]));
+            [first, _mm256_fmadd_ps(weights[3], x[3], _mm256_fmadd_ps(weights[1], x[1], sum[1]))]
         }
     }
 

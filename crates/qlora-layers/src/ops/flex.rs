@@ -100,16 +100,13 @@ impl QloraOps for Flex {
     }
 
     fn linear_4bit(x: FloatTensor<Self>, weight: Packed4bit<Self>, out: FloatDType) -> FloatTensor<Self> {
-        flex_products::linear_4bit(&x, &weight, out)
-            .unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
-    }
-
-    fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
-        flex_products::dense(&x, &weight, out)
-            .unwrap_or_else(|| composed::frozen_linear::<Self>(x, weight, out))
+        flex_products::linear_4bit(&x, &weight, out).unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
     }
 
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        if let Some(product) = flex_products::matmul(&lhs, &rhs, out) {
+            return product;
+        }
         match FloatDType::from(lhs.dtype()) == out {
             true => Self::float_matmul(lhs, rhs),
             false => Self::float_matmul(Self::float_cast(lhs, out), Self::float_cast(rhs, out)),

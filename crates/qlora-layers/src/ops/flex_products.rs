@@ -1,7 +1,7 @@
 //! Products of few tokens on the CPU, where reading the weight is the work.
 //!
-//! A token's result has the same bits whatever other tokens are in the product, up to [`FEW_TOKENS`] and
-//! [`FEW_TOKENS_DENSE`]; beyond, Burn's matrix product adds in orders of its own.
+//! A token's result has the same bits whatever other tokens are in the product, up to [`FEW_TOKENS`]; beyond, Burn's
+//! matrix product adds in orders of its own.
 
 use super::flex::words;
 use super::{Packed4bit, float_dtype};
@@ -13,10 +13,11 @@ use half::{bf16, f16};
 use nf4_quant::Element;
 use nf4_quant::host_product::{AbsmaxView, WeightView, dense_product, product};
 
-/// The most tokens that a 4-bit product takes from the codes.
-const FEW_TOKENS: usize = 1 << 20;
-/// The most tokens of a dense product that goes row by row.
-const FEW_TOKENS_DENSE: usize = 1 << 20;
+/// The most tokens of a product that the CPU takes row by row of its weight, from the codes of a 4-bit one.
+///
+/// With so many, a product from codes takes as long as dequantizing and Burn's product; a dense one takes longer from 32
+/// on, by a sixth at most, and goes row by row all the same, so that tokens of chunks and steps have the same bits.
+pub const FEW_TOKENS: usize = 128;
 
 /// An element of a tensor that a product takes.
 trait ProductElement: Element + BurnElement + bytemuck::Pod {}
@@ -45,7 +46,12 @@ fn from_codes<T: ProductElement>(x: &FlexTensor, weight: &Packed4bit<Flex>, out:
             // The last word is the offset.
             let (nested, offset) = nested.split_at(blocks.div_ceil(blocksize));
             let codes = &bytemuck::cast_slice(&absmax)[..blocks];
-            AbsmaxView::Nested { codes, absmax: bytemuck::cast_slice(nested), offset: f32::from_bits(offset[0]), blocksize }
+            AbsmaxView::Nested {
+                codes,
+                absmax: bytemuck::cast_slice(nested),
+                offset: f32::from_bits(offset[0]),
+                blocksize,
+            }
         }
     };
     let view = WeightView {
@@ -65,16 +71,18 @@ fn from_codes<T: ProductElement>(x: &FlexTensor, weight: &Packed4bit<Flex>, out:
     result(y, shape, out)
 }
 
-/// `y = x Wᵀ` of few tokens with a dense `W` in the dtype of `x`, or none where there are more, or `W` is not
-/// contiguous.
-pub(super) fn dense(x: &FlexTensor, weight: &FlexTensor, out: FloatDType) -> Option<FlexTensor> {
-    if x.layout().shape()[0] > FEW_TOKENS_DENSE {
+/// `lhs rhs` for few rows of `lhs` and a `rhs` that is the transpose of a contiguous matrix, as of a linear layer's weight,
+/// or none otherwise.
+pub(super) fn matmul(lhs: &FlexTensor, rhs: &FlexTensor, out: FloatDType) -> Option<FlexTensor> {
+    let few = lhs.layout().num_dims() == 2 && lhs.layout().shape()[0] <= FEW_TOKENS;
+    if !few || lhs.dtype() != rhs.dtype() {
         return None;
     }
-    match float_dtype(x.dtype()) {
-        FloatDType::BF16 => from_dense::<bf16>(x, weight, out),
-        FloatDType::F16 => from_dense::<f16>(x, weight, out),
-        _ => from_dense::<f32>(x, weight, out),
+    let weight = rhs.transpose(0, 1);
+    match float_dtype(lhs.dtype()) {
+        FloatDType::BF16 => from_dense::<bf16>(lhs, &weight, out),
+        FloatDType::F16 => from_dense::<f16>(lhs, &weight, out),
+        _ => from_dense::<f32>(lhs, &weight, out),
     }
 }
 

@@ -31,6 +31,7 @@ mod cube_tensors;
 mod flex;
 mod flex_products;
 pub mod fused;
+mod grouped;
 mod packed;
 mod paged;
 mod seed;
@@ -41,7 +42,9 @@ pub use attention::{
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Tensor};
+pub use flex_products::FEW_TOKENS;
 pub use fused_kernels::dropout_hash;
+pub use grouped::{AdapterGroup, GroupMember, GroupedOperand, GroupedOps, GroupedTokens, grouped_low_rank};
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
 pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, paged_attention, paged_write};
