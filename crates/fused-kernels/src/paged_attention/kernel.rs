@@ -370,7 +370,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
             for j in 0..weight_rows {
                 let item = unit + j * UNITS;
                 if item < comptime!(rows * TILE) {
-                    let (r, old) = (item / TILE, peak[j]);
+                    let (r, of_row, old) = (item / TILE, item % TILE, peak[j]);
                     let mut new = old;
                     for t in 0..TILE {
                         new = max(new, scores[r * TILE + t]);
@@ -380,7 +380,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
                         p = weight(own[j], new);
                     }
                     weights[item] = p;
-                    if item % TILE == 0 {
+                    if of_row == 0 {
                         factors[r] = weight(old, new);
                         peaks[r] = new;
                     }
