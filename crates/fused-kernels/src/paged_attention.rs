@@ -293,19 +293,34 @@ pub fn attend(
     launch(client, buffers, batch, shape, options, plan, split)
 }
 
-/// As [`attend`], with splits in cubes of their own or not, and a number of tokens that share a cube: what a suite
-/// compares.
-#[doc(hidden)]
+/// How the work is divided among cubes. It changes no bit of the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Division {
+    /// Whether each split of a context has a cube of its own.
+    pub splits_apart: bool,
+    /// How many tokens of a row share a cube.
+    pub tokens: usize,
+}
+
+/// As [`attend`], divided as the caller wants it.
+///
+/// # Errors
+/// As [`attend`]; [`KernelError::Attention`] for more tokens than a cube of the device holds.
 pub fn attend_by(
     client: &Client,
     buffers: Attend<'_>,
     batch: &Batch,
     shape: &Shape,
     options: Options,
-    (split, tokens): (bool, usize),
+    division: Division,
 ) -> Result<(), KernelError> {
-    let plan = Plan::new(client, batch, shape, options)?.with_tokens(tokens);
-    launch(client, buffers, batch, shape, options, plan, split)
+    let plan = Plan::new(client, batch, shape, options)?.with_tokens(division.tokens);
+    if division.tokens == 0 || !plan.fits(client) {
+        let value = division.tokens.to_string();
+        let reason = "as many as shared memory holds the queries of, and at least one";
+        return Err(KernelError::Attention { name: "tokens of a cube", value, reason });
+    }
+    launch(client, buffers, batch, shape, options, plan, division.splits_apart)
 }
 
 fn launch(

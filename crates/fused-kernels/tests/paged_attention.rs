@@ -3,7 +3,7 @@
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use fused_kernels::paged_attention::{self, Attend, Batch, Options, Row, Shape, Write, oracle};
+use fused_kernels::paged_attention::{self, Attend, Batch, Division, Options, Row, Shape, Write, oracle};
 use fused_kernels::{FloatFormat, KernelError, supports};
 use half::{bf16, f16};
 use test_support::{Random, assert_close, clients, noise};
@@ -13,6 +13,11 @@ fn everywhere(test: impl Fn(&Client, FloatFormat)) {
     for (_, client) in clients() {
         FloatFormat::ALL.into_iter().filter(|format| supports(client, *format)).for_each(|format| test(client, format));
     }
+}
+
+/// Whether a 16-bit format repeats what f32 has shown: software Vulkan takes seconds to compile a kernel.
+fn repeats(client: &Client, format: FloatFormat) -> bool {
+    client.name().contains("wgpu") && format != FloatFormat::F32
 }
 
 fn bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
@@ -124,7 +129,7 @@ impl World {
         format: FloatFormat,
         rows: &[(usize, usize, usize)],
         options: Options,
-        by: Option<(bool, usize)>,
+        by: Option<Division>,
     ) -> (Vec<f32>, Vec<f64>) {
         let batch = self.batch(rows);
         let words: Vec<u8> = batch.words().iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -196,6 +201,9 @@ fn heads_of_every_shape() {
     ];
     everywhere(|client, format| {
         for (number, (heads, kv_heads, head_dim)) in shapes.into_iter().enumerate() {
+            if repeats(client, format) && number % 4 != 0 {
+                continue;
+            }
             let heads = Heads { heads, kv_heads, head_dim };
             let world = World::new(number as u64, heads, 16, &[37, 5, 70], format);
             // Decoding, a whole prompt, and a chunk of one.
@@ -234,7 +242,8 @@ fn long_contexts_are_split_and_joined() {
             let (found, expected) = world.run(client, format, &rows, options, None);
             near(&format!("window {window:?}"), &found, &expected, format, None);
             // In cubes of their own or in one, and however many tokens share a cube.
-            for by in [(true, 1), (false, 1), (true, 4), (false, 4)] {
+            for (splits_apart, tokens) in [(true, 1), (false, 1), (true, 4), (false, 4)] {
+                let by = Division { splits_apart, tokens };
                 let (other, _) = world.run(client, format, &rows, options, Some(by));
                 assert!(same(&found, &other), "{by:?}, window {window:?}: not the same bits, {format:?}");
             }
@@ -330,6 +339,13 @@ fn what_does_not_fit_is_named() {
             paged_attention::attend(client, buffers, &batch, &shape, options).unwrap_err()
         };
         let plain = options(8, None, None);
+        let buffers = Attend { q: &handle, keys: &handle, values: &handle, words: &handle, out: &handle };
+        let shape = Shape { heads: 1, kv_heads: 1, head_dim: 8, slots: 64, format };
+        for tokens in [0, 1 << 20] {
+            let division = Division { splits_apart: false, tokens };
+            let error = paged_attention::attend_by(client, buffers, &batch, &shape, plain, division).unwrap_err();
+            assert!(matches!(error, KernelError::Attention { name: "tokens of a cube", .. }), "{error}");
+        }
         assert_eq!(run(3, 2, 4, 64, plain), KernelError::Heads { heads: 3, kv_heads: 2 });
         assert!(matches!(run(1, 1, 257, 64, plain), KernelError::Shape { .. }));
         assert!(matches!(run(1, 1, 8, 63, plain), KernelError::TooLarge { .. }));

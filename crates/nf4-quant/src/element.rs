@@ -98,6 +98,12 @@ pub trait Element: Copy + Send + Sync + 'static {
             *to = Self::from_f32(*from);
         }
     }
+
+    /// The slice as f32, where it is one.
+    #[inline(always)]
+    fn as_f32(_slice: &[Self]) -> Option<&[f32]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -111,6 +117,11 @@ impl Element for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         value
+    }
+
+    #[inline(always)]
+    fn as_f32(slice: &[Self]) -> Option<&[f32]> {
+        Some(slice)
     }
 }
 

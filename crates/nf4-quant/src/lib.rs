@@ -37,6 +37,7 @@ mod codebook;
 mod codec;
 mod element;
 mod error;
+pub mod host_product;
 #[cfg(feature = "kernels")]
 pub mod kernels;
 #[cfg(feature = "kernels")]

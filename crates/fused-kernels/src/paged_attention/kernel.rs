@@ -65,11 +65,14 @@ impl Plan {
         if batch.max_new() <= 1 {
             return Ok(plan);
         }
-        let limit = client.properties().hardware.max_shared_memory_size;
-        let fits = |rows: usize| plan.with_tokens((rows / share).max(1)).shared_bytes() <= limit;
         let most = MAX_ROWS.min(MAX_SUM_ROWS * row_lanes);
-        let rows = [most, most / 2].into_iter().find(|rows| fits(*rows)).unwrap_or(1);
-        Ok(plan.with_tokens((rows / share).max(1)))
+        let wider = [most, most / 2].map(|rows| plan.with_tokens((rows / share).max(1)));
+        Ok(wider.into_iter().find(|plan| plan.fits(client)).unwrap_or(plan))
+    }
+
+    /// Whether the device has the shared memory for it.
+    pub(super) fn fits(self, client: &Client) -> bool {
+        self.shared_bytes() <= client.properties().hardware.max_shared_memory_size
     }
 
     /// As it is, with another number of tokens in a cube.
@@ -367,7 +370,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
             for j in 0..weight_rows {
                 let item = unit + j * UNITS;
                 if item < comptime!(rows * TILE) {
-                    let (r, old) = (item / TILE, peak[j]);
+                    let (r, of_row, old) = (item / TILE, item % TILE, peak[j]);
                     let mut new = old;
                     for t in 0..TILE {
                         new = max(new, scores[r * TILE + t]);
@@ -377,7 +380,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
                         p = weight(own[j], new);
                     }
                     weights[item] = p;
-                    if item % TILE == 0 {
+                    if of_row == 0 {
                         factors[r] = weight(old, new);
                         peaks[r] = new;
                     }

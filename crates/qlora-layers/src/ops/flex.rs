@@ -1,6 +1,6 @@
 //! The CPU implementation, on Burn's Flex backend and the parallel host codec.
 
-use super::{Layout4bit, Packed4bit, QloraOps, dropout_hash};
+use super::{Layout4bit, Packed4bit, QloraOps, composed, dropout_hash, flex_products};
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 /// The contiguous words of a 1-D u32 tensor.
-fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
+pub(super) fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
     match tensor.as_slice::<u32>() {
         Some(slice) => slice.into(),
         None => tensor.to_contiguous().storage::<u32>().to_vec().into(),
@@ -99,7 +99,14 @@ impl QloraOps for Flex {
         })
     }
 
+    fn linear_4bit(x: FloatTensor<Self>, weight: Packed4bit<Self>, out: FloatDType) -> FloatTensor<Self> {
+        flex_products::linear_4bit(&x, &weight, out).unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
+    }
+
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        if let Some(product) = flex_products::matmul(&lhs, &rhs, out) {
+            return product;
+        }
         match FloatDType::from(lhs.dtype()) == out {
             true => Self::float_matmul(lhs, rhs),
             false => Self::float_matmul(Self::float_cast(lhs, out), Self::float_cast(rhs, out)),

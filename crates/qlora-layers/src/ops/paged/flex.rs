@@ -205,9 +205,7 @@ fn heads_of<'a, T: CacheElement>(cache: &'a [T], firsts: &[usize], dim: usize, w
 
 /// The results of a task's query heads that share key head `kv_head`: `[count, group, dim]`.
 fn attend_task<T: CacheElement>(
-    q: &[T],
-    keys: &[T],
-    values: &[T],
+    [q, keys, values]: [&[T]; 3],
     batch: &Batch,
     task: Task,
     kv_head: usize,
@@ -255,12 +253,12 @@ fn attend<T: CacheElement>([q, keys, values]: [FlexTensor; 3], batch: &Batch, op
     let [q, keys, values] = [q, keys, values].map(contiguous);
     let (shape, of_keys) = (q.shape(), keys.shape());
     let dims = Dims { heads: shape[1], kv_heads: of_keys[1], dim: shape[2] };
-    let (q, keys, values) = (q.storage::<T>(), keys.storage::<T>(), values.storage::<T>());
+    let operands = [q.storage::<T>(), keys.storage::<T>(), values.storage::<T>()];
     let items: Vec<(Task, usize)> =
         tasks(batch).into_iter().flat_map(|task| (0..dims.kv_heads).map(move |head| (task, head))).collect();
     let results: Vec<Vec<f32>> =
-        items.par_iter().map(|&(task, head)| attend_task(q, keys, values, batch, task, head, dims, options)).collect();
-    let mut out = vec![T::from_f32(0.0); q.len()];
+        items.par_iter().map(|&(task, head)| attend_task(operands, batch, task, head, dims, options)).collect();
+    let mut out = vec![T::from_f32(0.0); operands[0].len()];
     let width = dims.group() * dims.dim;
     for ((task, head), result) in items.iter().zip(&results) {
         for (i, result) in result.chunks_exact(width).enumerate() {
