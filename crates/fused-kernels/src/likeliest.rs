@@ -45,12 +45,7 @@ pub fn likeliest(client: &Client, logits: &Handle, out: &Handle, matrix: Matrix)
 }
 
 #[cube(launch_unchecked)]
-fn kernel<F: Float, N: Size>(
-    logits: &[Vector<F, N>],
-    out: &mut [u32],
-    matrix: &Rows,
-    #[define(F)] _format: ElemType,
-) {
+fn kernel<F: Float, N: Size>(logits: &[Vector<F, N>], out: &mut [u32], matrix: &Rows, #[define(F)] _format: ElemType) {
     let vector = N::value().comptime();
     let (rows, width) = (matrix.rows, matrix.width);
     let units = comptime!(matrix.units);

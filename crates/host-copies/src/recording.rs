@@ -83,7 +83,8 @@ pub fn overwrite(vector: &Tensor<1>, values: &[f32]) -> bool {
 /// [`overwrite`] for a vector of 32-bit integers, given as their bits.
 pub fn overwrite_int(vector: &Tensor<1, Int>, values: &[u32]) -> bool {
     vector.dims() == [values.len()]
-        && cube_of_int(vector.clone()).is_some_and(|cube| write(&cube.client, &cube.handle, bytemuck::cast_slice(values)))
+        && cube_of_int(vector.clone())
+            .is_some_and(|cube| write(&cube.client, &cube.handle, bytemuck::cast_slice(values)))
 }
 
 fn write(client: &Client, handle: &Handle, bytes: &[u8]) -> bool {

@@ -233,8 +233,9 @@ fn segments(
         let tokens = group.iter().map(|row| row.ids.len()).sum();
         let kind = match group {
             [row] if is_long(row) => SegmentRows::Long((row.past > 0).then(|| {
-                let slots = (0..row.past + row.ids.len())
-                    .map(|position| (row.blocks[position / block_tokens] as usize * block_tokens + position % block_tokens) as i32);
+                let slots = (0..row.past + row.ids.len()).map(|position| {
+                    (row.blocks[position / block_tokens] as usize * block_tokens + position % block_tokens) as i32
+                });
                 let slots: Vec<i32> = slots.collect();
                 let len = slots.len();
                 Tensor::from_data(TensorData::new(slots, [len]), (device, DType::I32))

@@ -107,7 +107,9 @@ impl Decoder {
 /// How many rows a part of `rows` is filled up to. Of several parts none is: rows could not be told apart behind the pass.
 fn filled(rows: usize, parts: usize) -> usize {
     match parts {
-        1 => [1, 2, 4, 8, 12, 16, 24, 32, 48].into_iter().find(|size| *size >= rows).unwrap_or(rows.next_multiple_of(32)),
+        1 => {
+            [1, 2, 4, 8, 12, 16, 24, 32, 48].into_iter().find(|size| *size >= rows).unwrap_or(rows.next_multiple_of(32))
+        }
         _ => rows,
     }
 }

@@ -8,8 +8,8 @@ use burn::tensor::{DType, Shape as TensorShape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use fused_kernels::likeliest::likeliest;
-use fused_kernels::{KernelError, Matrix};
 use fused_kernels::paged_attention::{self, Attend, Shape, Write};
+use fused_kernels::{KernelError, Matrix};
 
 /// Shapes and options were checked, so what is left is a failed launch.
 fn expect(result: Result<(), KernelError>) {
