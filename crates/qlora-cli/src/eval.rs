@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use burn_qlora::qlora_serve::EngineConfig;
 use burn_qlora::qlora_serve::eval::Pattern;
+use burn_qlora::report::device_name;
 use burn_qlora::{Decoder, ModelConfig, Tokenizer, atomic};
 
 use crate::adapters;
@@ -20,7 +21,8 @@ use crate::model::{Placement, base_dir, base_name, cache_for};
 use crate::output::{print, say};
 use crate::outputs;
 use crate::prompts::{self, BASE, Voice};
-use measure::{Measured, Measurement};
+use measure::{Figure, Measured, Measurement};
+use report::Ran;
 use rows::Rows;
 
 /// Logits of a pass that are read from the device at most: 256 MiB.
@@ -64,6 +66,12 @@ pub fn run(args: &EvalArgs) -> Result<Code> {
     }
 
     let model = place.load(&dir)?;
+    let ran = Ran {
+        model: base,
+        device: device_name(model.device()),
+        compute_dtype: format!("{:?}", model.dtype()).to_lowercase(),
+        adapters: &adapters,
+    };
     let config = engine_config(args, &asked, &columns, &model, adapters.len());
     let engine = Running::start(model, &config)?;
     engine.load_adapters(&adapters)?;
@@ -78,7 +86,7 @@ pub fn run(args: &EvalArgs) -> Result<Code> {
         atomic::write_bytes(path, report::lines(&columns, &measured).as_bytes())?;
     }
     if let Some(path) = &args.json {
-        let text = report::json(args, &asked, base, &adapters, &columns, &measured);
+        let text = report::json(args, &asked, &ran, &columns, &measured);
         atomic::write_bytes(path, format!("{text:#}\n").as_bytes())?;
     }
     print(&report::table(&asked, &columns, &measured).to_string())?;
@@ -109,6 +117,13 @@ impl Asked {
             true => Ok(asked),
             false => wrong("the flags that say how tokens are chosen belong to --metric exact and regex"),
         }
+    }
+
+    /// The figures, in the table's order.
+    fn figures(&self) -> Vec<Figure> {
+        let loss = self.loss.then_some([Figure::Loss, Figure::Accuracy]).into_iter().flatten();
+        let answers = self.exact.then_some(Figure::Exact).into_iter();
+        loss.chain(answers).chain(self.pattern.as_ref().map(|_| Figure::Regex)).collect()
     }
 
     /// Whether anything is generated.

@@ -1,4 +1,4 @@
-//! `qlora chat` with its entries from a pipe: what answers, with which conversation.
+//! `qlora chat` with its entries from a pipe: what answers, with which conversation. On a terminal: what Ctrl-C does.
 
 mod common;
 
@@ -125,4 +125,105 @@ fn a_mistake_ends_a_script_and_names_its_line() {
     bench.copy("tiny-llama", "no-template");
     std::fs::remove_file(bench.path("no-template/chat_template.jinja")).expect("removed");
     fails(&["--model", "no-template"], "", 3, &["no chat template", "--chat-template"]);
+}
+
+/// A chat on a terminal.
+#[cfg(unix)]
+struct OnTerminal {
+    child: std::process::Child,
+    typed: std::fs::File,
+    shown: std::sync::mpsc::Receiver<Vec<u8>>,
+    text: String,
+}
+
+#[cfg(unix)]
+impl OnTerminal {
+    fn start(bench: &Bench, args: &[&str]) -> Self {
+        use std::io::Read;
+        let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(None, None).expect("a terminal");
+        let side = || Stdio::from(slave.try_clone().expect("a terminal"));
+        let mut command = bench.command(&[&["chat", "--device", "cpu"], args].concat());
+        command.env("TERM", "xterm").stdin(side()).stdout(side()).stderr(side());
+        let child = command.spawn().expect("the program starts");
+        let typed = std::fs::File::from(master);
+        let mut screen = typed.try_clone().expect("a terminal");
+        let (sender, shown) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = screen.read(&mut bytes) {
+                if sender.send(bytes[..count].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, typed, shown, text: String::new() }
+    }
+
+    fn write(&mut self, text: &str) {
+        self.typed.write_all(text.as_bytes()).expect("a terminal");
+    }
+
+    /// Waits until the text that is new since the last wait is what is looked for; returns it.
+    fn wait(&mut self, is_there: impl Fn(&str) -> bool) -> String {
+        while !is_there(&self.text) {
+            // Longer than anything takes here on a machine with much else to do.
+            let more = self.shown.recv_timeout(std::time::Duration::from_secs(120));
+            let more = more.unwrap_or_else(|e| panic!("{e}: {:?}", self.text));
+            self.text += &String::from_utf8_lossy(&more);
+        }
+        std::mem::take(&mut self.text)
+    }
+
+    fn signal(&self, name: &str) {
+        let status = std::process::Command::new("kill").args([name, &self.child.id().to_string()]).status();
+        assert!(status.is_ok_and(|status| status.success()));
+    }
+
+    fn code(&mut self) -> Option<i32> {
+        self.child.wait().expect("the program ends").code()
+    }
+}
+
+#[cfg(unix)]
+impl Drop for OnTerminal {
+    fn drop(&mut self) {
+        // Of a test that failed; one that ended is gone already.
+        drop(self.child.kill());
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_stops_an_answer_and_at_the_prompt_the_program() {
+    let bench = Bench::new();
+    let [model, first, _] = models();
+    let (prompt, begun) = ("\u{1b}[?2004h", "\u{1b}[?2004l");
+    let is_prompt = |text: &str| text.contains(prompt);
+    let args = ["--model", &model, "--adapter", &first, "--max-new-tokens", "900", "--temperature", "1.5"];
+    let mut chat = OnTerminal::start(&bench, &args);
+    assert!(chat.wait(is_prompt).contains("first answers"));
+    chat.write("Hello\r");
+    chat.wait(|text| text.split_once(begun).is_some_and(|(_, answer)| answer.trim().len() > 8));
+    chat.signal("-INT");
+    let rest = chat.wait(is_prompt);
+    assert!(!rest.contains("max_new_tokens"), "the answer came to its end: {rest}");
+    // A mistake is told, and the conversation goes on; an entry of several lines is dropped by itself.
+    chat.write("/adapter nobody\r");
+    assert!(chat.wait(|text| text.contains("nobody\"") && is_prompt(text)).contains("base, first"));
+    chat.write("\"\"\"\r");
+    chat.wait(|text| text.contains("…"));
+    chat.write("\u{3}");
+    chat.wait(|text| text.contains("> "));
+    chat.write("/set max_new_tokens 1\r");
+    chat.wait(is_prompt);
+    chat.write("Go on\r");
+    assert!(chat.wait(|text| text.contains(begun) && is_prompt(text)).contains("stopped at max_new_tokens"));
+    chat.write("\u{3}");
+    assert_eq!(chat.code(), Some(0));
+
+    let mut chat = OnTerminal::start(&bench, &args);
+    chat.wait(is_prompt);
+    chat.signal("-TERM");
+    chat.wait(|text| text.contains(begun));
+    assert_eq!(chat.code(), Some(130));
 }

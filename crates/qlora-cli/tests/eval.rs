@@ -50,6 +50,12 @@ fn the_loss_is_that_of_the_training_run() {
     assert_eq!(trained["loss"]["count"].as_f64(), Some(tokens));
     assert!((value(trained, "perplexity") - loss.exp()).abs() < 1e-3 * loss.exp());
     assert!(value(base, "loss") > loss, "{base}");
+    // Of the same rows there is a difference; on rows of its own, an adapter has none.
+    let difference = &trained["loss_less_first"];
+    assert!(
+        (value(trained, "loss") - value(base, "loss") - difference["value"].as_f64().expect("a number")).abs() < 1e-9
+    );
+    assert!(other.get("loss_less_first").is_none() && run.stdout.contains("less base's"), "{other}");
     // The base gets the rows of the first adapter; one that was made elsewhere knows nothing of its system prompt.
     assert_eq!(base["rows_sha256"], trained["rows_sha256"]);
     assert_ne!(other["rows_sha256"], trained["rows_sha256"]);

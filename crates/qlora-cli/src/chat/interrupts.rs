@@ -1,5 +1,7 @@
 //! Ctrl-C: it ends an answer that is under way, and otherwise the program.
 
+#[cfg(unix)]
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,6 +10,8 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
 use crate::exit::Code;
+#[cfg(unix)]
+use crate::output::tell;
 use crate::signals::on_interrupt;
 
 /// What a signal meets.
@@ -47,6 +51,11 @@ impl Interrupts {
     }
 }
 
+/// Has a terminal tell a paste apart no more, which it does while a line is edited
+/// (<https://invisible-island.net/xterm/ctlseqs/ctlseqs.html>, DECRST 2004).
+#[cfg(unix)]
+const PASTES_ARE_TYPED: &str = "\u{1b}[?2004l\r\n";
+
 /// How the terminal was before a line was edited: a program that a signal ends in the middle of one leaves it so.
 struct Modes {
     #[cfg(unix)]
@@ -64,6 +73,9 @@ impl Modes {
         if let Some(before) = &self.before {
             // The program ends either way.
             tcsetattr(std::io::stdin(), SetArg::TCSANOW, before).ok();
+            if std::io::stdout().is_terminal() {
+                tell(PASTES_ARE_TYPED);
+            }
         }
     }
 }

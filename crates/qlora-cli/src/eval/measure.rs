@@ -181,34 +181,59 @@ fn in_order<R, A, T>(
     Ok(taken)
 }
 
+/// What is estimated over rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Figure {
+    /// The mean loss of learned tokens, nats.
+    Loss,
+    /// The part of learned tokens that were the likeliest.
+    Accuracy,
+    /// The part of answers that are the reference.
+    Exact,
+    /// The part of answers in which the pattern finds what it finds in the reference.
+    Regex,
+}
+
+impl Figure {
+    /// Its name in JSON.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Loss => "loss",
+            Self::Accuracy => "token_accuracy",
+            Self::Exact => "exact",
+            Self::Regex => "regex",
+        }
+    }
+
+    /// A row's sum, and what it counts; `None` where the row says nothing of it.
+    fn of(self, Outcome { score, answer, .. }: &Outcome) -> Option<(f64, usize)> {
+        let is_so = |is_so: bool| (f64::from(u8::from(is_so)), 1);
+        match self {
+            Self::Loss => score.map(|score| (score.loss, score.tokens)),
+            Self::Accuracy => score.map(|score| (score.correct as f64, score.tokens)),
+            Self::Exact => answer.as_ref().map(|answer| is_so(answer.exact)),
+            Self::Regex => answer.as_ref().and_then(|answer| answer.regex).map(is_so),
+        }
+    }
+}
+
 impl Measured {
-    fn scores(&self) -> impl Iterator<Item = &TokenScore> {
-        self.rows.iter().filter_map(|row| row.score.as_ref())
+    /// A figure over all rows.
+    pub fn estimate(&self, figure: Figure) -> Estimate {
+        Estimate::of_rows(&self.rows.iter().filter_map(|row| figure.of(row)).collect::<Vec<_>>())
+    }
+
+    /// A figure less that of another column of the same rows. The error is the difference's own: what makes a row hard
+    /// for both is not in it.
+    pub fn difference(&self, other: &Self, figure: Figure) -> Estimate {
+        let pairs = self.rows.iter().zip(&other.rows).filter_map(|(row, other)| figure.of(row).zip(figure.of(other)));
+        let differences = pairs.map(|((sum, count), (other, _))| (sum - other, count));
+        Estimate::of_rows(&differences.collect::<Vec<_>>())
     }
 
     /// The answers.
     pub fn answers(&self) -> impl Iterator<Item = &Answered> {
         self.rows.iter().filter_map(|row| row.answer.as_ref())
-    }
-
-    /// The mean loss of learned tokens, nats.
-    pub fn loss(&self) -> Estimate {
-        Estimate::of_rows(&self.scores().map(|score| (score.loss, score.tokens)).collect::<Vec<_>>())
-    }
-
-    /// The part of learned tokens that were the likeliest.
-    pub fn accuracy(&self) -> Estimate {
-        Estimate::of_rows(&self.scores().map(|score| (score.correct as f64, score.tokens)).collect::<Vec<_>>())
-    }
-
-    /// The part of answers that are the reference.
-    pub fn exact(&self) -> Estimate {
-        Estimate::of_part(self.answers().map(|answer| answer.exact))
-    }
-
-    /// The part of answers in which the pattern finds what it finds in the reference.
-    pub fn regex(&self) -> Estimate {
-        Estimate::of_part(self.answers().filter_map(|answer| answer.regex))
     }
 
     /// Rows that the engine had no room for.

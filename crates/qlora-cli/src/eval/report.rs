@@ -3,35 +3,64 @@
 use burn_qlora::qlora_serve::eval::Estimate;
 use serde_json::{Map, Value, json};
 
-use super::measure::Measured;
+use super::measure::{Figure, Measured};
 use super::{Asked, Column};
 use crate::adapters::NamedAdapter;
 use crate::args::EvalArgs;
 use crate::output::Table;
 
-/// The table: a column for the base and each adapter.
+/// What was run, beside the flags.
+pub struct Ran<'a> {
+    /// The base's name.
+    pub model: &'a str,
+    /// Where it was.
+    pub device: String,
+    /// What it was computed in.
+    pub compute_dtype: String,
+    /// The adapters.
+    pub adapters: &'a [NamedAdapter],
+}
+
+/// The table: a column for the base and each adapter. Below each figure stands its difference to the first column,
+/// where both are of the same rows.
 pub fn table(asked: &Asked, columns: &[Column], measured: &[Measured]) -> Table {
     let mut table = Table::new(std::iter::once("").chain(columns.iter().map(|column| column.voice.name.as_str())));
-    let mut row = |name: &str, cell: &dyn Fn(&Measured) -> String| {
-        table.row(std::iter::once(name.to_string()).chain(measured.iter().map(cell)));
+    let mut row = |name: &str, cell: &dyn Fn(usize) -> String| {
+        table.row(std::iter::once(name.to_string()).chain((0..measured.len()).map(cell)));
     };
-    row("rows", &|measured| measured.rows.len().to_string());
-    if asked.loss {
-        row("tokens", &|measured| measured.loss().count.to_string());
-        row("loss", &|measured| number(measured.loss()));
-        row("perplexity", &|measured| number(measured.loss().exp()));
-        row("token accuracy, %", &|measured| percent(measured.accuracy()));
-    }
-    if asked.answers() {
-        row("answers", &|measured| measured.answers().count().to_string());
-    }
-    if asked.exact {
-        row("exact match, %", &|measured| percent(measured.exact()));
-    }
-    if asked.pattern.is_some() {
-        row("regex match, %", &|measured| percent(measured.regex()));
+    let comparable: Vec<bool> = (0..columns.len()).map(|at| is_comparable(columns, at)).collect();
+    let minus = columns.first().map_or_else(String::new, |first| format!("  less {}'s", first.voice.name));
+    row("rows", &|at| measured[at].rows.len().to_string());
+    for figure in asked.figures() {
+        let (name, written): (_, fn(Estimate) -> String) = match figure {
+            Figure::Loss => ("loss", number),
+            Figure::Accuracy => ("token accuracy, %", percent),
+            Figure::Exact => ("exact match, %", percent),
+            Figure::Regex => ("regex match, %", percent),
+        };
+        let counted = match figure {
+            Figure::Loss => Some("learned tokens"),
+            Figure::Exact | Figure::Regex => Some("answers"),
+            Figure::Accuracy => None,
+        };
+        if let Some(counted) = counted {
+            row(counted, &|at| measured[at].estimate(figure).count.to_string());
+        }
+        row(name, &|at| written(measured[at].estimate(figure)));
+        if comparable.contains(&true) {
+            let difference = |at: usize| written(measured[at].difference(&measured[0], figure));
+            row(&minus, &|at| if comparable[at] { difference(at) } else { String::new() });
+        }
+        if figure == Figure::Loss {
+            row("perplexity", &|at| number(measured[at].estimate(figure).exp()));
+        }
     }
     table
+}
+
+/// Whether a column is of the same rows as the first one, and not the first one itself.
+fn is_comparable(columns: &[Column], at: usize) -> bool {
+    at > 0 && columns[at].rows.fingerprint == columns[0].rows.fingerprint
 }
 
 fn number(estimate: Estimate) -> String {
@@ -51,14 +80,7 @@ fn with_error(estimate: Estimate, written: impl Fn(f64) -> String) -> String {
 }
 
 /// The figures, and what was run.
-pub fn json(
-    args: &EvalArgs,
-    asked: &Asked,
-    base: &str,
-    adapters: &[NamedAdapter],
-    columns: &[Column],
-    measured: &[Measured],
-) -> Value {
+pub fn json(args: &EvalArgs, asked: &Asked, ran: &Ran<'_>, columns: &[Column], measured: &[Measured]) -> Value {
     let choice = &args.choice;
     let metrics = [("loss", asked.loss), ("exact", asked.exact), ("regex", asked.pattern.is_some())];
     let metrics: Vec<&str> = metrics.iter().filter(|(_, is_asked)| *is_asked).map(|(name, _)| *name).collect();
@@ -76,9 +98,9 @@ pub fn json(
             "seed": choice.seed,
         })
     });
-    let columns = columns.iter().zip(measured).map(|(column, measured)| {
+    let of_columns = columns.iter().zip(measured).enumerate().map(|(at, (column, of_column))| {
         let name = &column.voice.name;
-        let adapter = adapters.iter().find(|adapter| column.voice.adapter.as_ref() == Some(&adapter.name));
+        let adapter = ran.adapters.iter().find(|adapter| column.voice.adapter.as_ref() == Some(&adapter.name));
         let settings = column.rows.settings();
         let mut object = Map::new();
         object.insert("name".into(), name.as_str().into());
@@ -93,34 +115,34 @@ pub fn json(
                 "end_token": settings.end_token,
             }),
         );
-        object.insert("rows".into(), measured.rows.len().into());
+        object.insert("rows".into(), of_column.rows.len().into());
         object.insert("rows_sha256".into(), column.rows.fingerprint.as_str().into());
-        object.insert("rows_too_long".into(), measured.too_long().into());
-        if asked.loss {
-            object.insert("loss".into(), estimate(measured.loss()));
-            object.insert("perplexity".into(), estimate(measured.loss().exp()));
-            object.insert("token_accuracy".into(), estimate(measured.accuracy()));
-        }
+        object.insert("rows_too_long".into(), of_column.too_long().into());
         if asked.answers() {
-            object.insert("rows_not_asked".into(), measured.unasked().into());
-            object.insert("answers_unfinished".into(), measured.unfinished().into());
+            object.insert("rows_not_asked".into(), of_column.unasked().into());
+            object.insert("answers_unfinished".into(), of_column.unfinished().into());
         }
-        if asked.exact {
-            object.insert("exact".into(), estimate(measured.exact()));
-        }
-        if asked.pattern.is_some() {
-            object.insert("regex".into(), estimate(measured.regex()));
+        for figure in asked.figures() {
+            let value = of_column.estimate(figure);
+            object.insert(figure.key().into(), estimate(value));
+            if is_comparable(columns, at) {
+                let difference = of_column.difference(&measured[0], figure);
+                object.insert(format!("{}_less_first", figure.key()), estimate(difference));
+            }
+            if figure == Figure::Loss {
+                object.insert("perplexity".into(), estimate(value.exp()));
+            }
         }
         Value::Object(object)
     });
-    let columns: Vec<Value> = columns.collect();
+    let of_columns: Vec<Value> = of_columns.collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "model": base,
+        "model": ran.model,
         "revision": args.base.revision,
-        "device": args.base.device,
+        "device": ran.device,
         "quant_type": args.base.quant_type,
-        "compute_dtype": args.base.compute_dtype,
+        "compute_dtype": ran.compute_dtype,
         "data": args.data.display().to_string(),
         "limit": args.limit,
         "loss_on": args.loss_on,
@@ -129,7 +151,7 @@ pub fn json(
         "pattern": args.regex,
         "max_batch": args.max_batch,
         "sampling": sampling,
-        "columns": columns,
+        "columns": of_columns,
     })
 }
 
