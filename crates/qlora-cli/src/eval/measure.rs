@@ -10,7 +10,7 @@ use burn_qlora::qlora_serve::{Answer, Event, FinishReason, Finished, Handle, Req
 
 use super::rows::{EvalRow, Rows};
 use super::{Asked, Column};
-use crate::answers::Asker;
+use crate::answers::{Answering, Asker};
 use crate::args::EvalArgs;
 use crate::progress::RowBar;
 
@@ -103,8 +103,11 @@ impl Measurement<'_> {
 
     fn scores(&self, column: &Column, bar: &mut RowBar) -> Result<Vec<Option<TokenScore>>> {
         let ask = |EvalRow { row, .. }: &EvalRow| {
-            let asked = || Request { adapter: column.voice.adapter.clone(), ..request(row) };
-            Ok(self.has_room(row.ids.len()).then(|| self.handle.submit(asked())).transpose()?)
+            if !self.has_room(row.ids.len()) {
+                return Ok(None);
+            }
+            let asked = Request { adapter: column.voice.adapter.clone(), ..request(row) };
+            Ok(Some(self.handle.submit(asked)?))
         };
         let take = |EvalRow { row, .. }: &EvalRow, answer: Option<Answer>| {
             bar.advance();
@@ -138,10 +141,9 @@ impl Measurement<'_> {
             };
             asked.map(ask).transpose()
         };
-        let take = |EvalRow { question, .. }: &EvalRow, answering| {
+        let take = |EvalRow { question, .. }: &EvalRow, answering: Option<Answering>| {
             bar.advance();
             let (Some(question), Some(answering)) = (question, answering) else { return Ok(None) };
-            let answering: crate::answers::Answering = answering;
             let mut text = String::new();
             let finished = answering.follow(|piece| {
                 text += piece;

@@ -15,8 +15,8 @@ impl Estimate {
     /// The mean of what rows sum up to, over all that they count: pairs of a sum and a count.
     ///
     /// Tokens of a row depend on each other, so the standard error is that of a ratio of sums over rows, not over
-    /// tokens: `sqrt(R / (R - 1) sum_i (s_i - mean n_i)^2) / sum_i n_i` (Miller, 2024, arXiv 2411.00640, section 2.2;
-    /// Cochran, Sampling Techniques, 1977, section 6.4). Where every row counts once it is that of a plain mean.
+    /// tokens: `sqrt(R / (R - 1) sum_i (s_i - mean n_i)^2) / sum_i n_i` (Cochran, Sampling Techniques, 1977,
+    /// chapter 6; for evaluations, Miller, 2024, arXiv 2411.00640). Where every row counts once it is that of a plain mean.
     pub fn of_rows(rows: &[(f64, usize)]) -> Self {
         let count: usize = rows.iter().map(|(_, count)| count).sum();
         let sum: f64 = rows.iter().map(|(sum, _)| sum).sum();
