@@ -1,14 +1,17 @@
 //! An engine in this program, and answers as text.
 
 use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
 use std::thread::JoinHandle;
 
-use anyhow::{Result, anyhow};
-use burn_qlora::qlora_serve::text::{Delta, Output, OutputOptions};
+use anyhow::{Context, Result, anyhow};
+use burn_qlora::qlora_serve::text::{Delta, Output, OutputOptions, Prompt};
 use burn_qlora::qlora_serve::{
-    Answer, Engine, EngineConfig, Event, FinishReason, Finished, Handle, Request, Sampling, ServeError,
+    Answer, Engine, EngineConfig, Event, FinishReason, Finished, Handle, Request, Sampling, ServeError, Usage,
 };
 use burn_qlora::{Decoder, Tokenizer};
+
+use crate::adapters::NamedAdapter;
 
 /// An engine on its thread.
 pub struct Running {
@@ -22,6 +25,14 @@ impl Running {
     pub fn start(model: Decoder, config: &EngineConfig) -> Result<Self> {
         let (engine, handle) = Engine::new(model, config)?;
         Ok(Self { handle, thread: engine.spawn()? })
+    }
+
+    /// Loads adapters, from files that were found.
+    pub fn load_adapters(&self, adapters: &[NamedAdapter]) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().context("can't wait for the engine")?;
+        adapters.iter().try_for_each(|NamedAdapter { name, dir }| {
+            runtime.block_on(self.handle.load_adapter(name.as_str(), dir.as_path())).map_err(Into::into)
+        })
     }
 
     /// Ends it when everything that it took is answered.
@@ -48,6 +59,21 @@ pub struct Asker<'a> {
 impl Asker<'_> {
     /// Asks an adapter, or the base, to continue `ids`.
     pub fn ask(&self, handle: &Handle, ids: &[u32], adapter: Option<&str>) -> Result<Answering> {
+        self.ask_for(handle, ids, adapter, None)
+    }
+
+    /// The same where a conversation was written; the answer's reasoning comes apart from it.
+    pub fn answer(&self, handle: &Handle, prompt: &Prompt, adapter: Option<&str>) -> Result<Answering> {
+        self.ask_for(handle, &prompt.tokens, adapter, Some(prompt.opens_reasoning))
+    }
+
+    fn ask_for(
+        &self,
+        handle: &Handle,
+        ids: &[u32],
+        adapter: Option<&str>,
+        reasoning: Option<bool>,
+    ) -> Result<Answering> {
         let request = Request {
             adapter: adapter.map(str::to_string),
             sampling: self.sampling.clone(),
@@ -55,48 +81,69 @@ impl Asker<'_> {
             ..Request::new(ids.to_vec(), self.max_tokens)
         };
         let answer = handle.submit(request)?;
-        let options = OutputOptions { stops: self.stops.clone(), ..OutputOptions::default() };
-        Ok(Answering { answer, output: Output::new(self.tokenizer, ids, &options), stop_ids: self.stop_ids.clone() })
+        let options = OutputOptions { stops: self.stops.clone(), reasoning, ..OutputOptions::default() };
+        let output = Output::new(self.tokenizer, ids, &options);
+        Ok(Answering { answer, output, stop_ids: self.stop_ids.clone(), tokens: 0 })
     }
 }
 
-/// An answer that is under way.
+/// An answer that is under way. Dropping it cancels it.
 pub struct Answering {
     answer: Answer,
     output: Output,
     stop_ids: Vec<u32>,
+    tokens: usize,
+}
+
+/// What comes of an answer at a time.
+pub struct Step {
+    /// Its next pieces.
+    pub deltas: Vec<Delta>,
+    /// How it ended; nothing comes behind it.
+    pub finished: Option<Finished>,
 }
 
 impl Answering {
     /// Passes the answer's text on as it comes, to its end.
     pub fn follow(mut self, mut on_text: impl FnMut(&str) -> Result<()>) -> Result<Finished> {
-        let mut show = |deltas: Vec<Delta>| {
-            deltas.iter().try_for_each(|delta| match delta {
-                Delta::Content(text) | Delta::Reasoning(text) => on_text(text),
-                Delta::Call(_) => Ok(()),
-            })
-        };
-        let mut tokens = 0;
-        while let Some(event) = self.answer.next_blocking() {
-            match event {
-                Event::Token(token) if self.stop_ids.contains(&token.id) => {}
-                Event::Token(token) => {
-                    tokens += 1;
-                    show(self.output.push(token.id)?)?;
-                    if self.output.stopped() {
-                        // Dropping the answer ends it in the engine.
-                        let usage = burn_qlora::qlora_serve::Usage { completion_tokens: tokens, ..Default::default() };
-                        return Ok(Finished { reason: FinishReason::Stop, usage });
-                    }
+        loop {
+            let event = self.answer.next_blocking();
+            let Step { deltas, finished } = self.take(event)?;
+            for delta in &deltas {
+                match delta {
+                    Delta::Content(text) | Delta::Reasoning(text) => on_text(text)?,
+                    Delta::Call(_) => {}
                 }
-                Event::Finished(finished) => {
-                    show(self.output.finish()?)?;
-                    return Ok(finished);
-                }
-                Event::Failed(message) => return Err(anyhow!(message)),
-                Event::Prompt(_) => {}
+            }
+            if let Some(finished) = finished {
+                return Ok(finished);
             }
         }
-        Err(anyhow!("the engine ended before its answer"))
+    }
+
+    /// The next step, when it has come.
+    pub fn poll_step(&mut self, context: &mut TaskContext<'_>) -> Poll<Result<Step>> {
+        self.answer.poll_next(context).map(|event| self.take(event))
+    }
+
+    fn take(&mut self, event: Option<Event>) -> Result<Step> {
+        let more = |deltas| Ok(Step { deltas, finished: None });
+        match event {
+            None => Err(anyhow!("the engine ended before its answer")),
+            Some(Event::Failed(message)) => Err(anyhow!(message)),
+            Some(Event::Prompt(_)) => more(Vec::new()),
+            Some(Event::Token(token)) if self.stop_ids.contains(&token.id) => more(Vec::new()),
+            Some(Event::Token(token)) => {
+                self.tokens += 1;
+                let deltas = self.output.push(token.id)?;
+                if !self.output.stopped() {
+                    return more(deltas);
+                }
+                // The engine goes on until the answer is dropped.
+                let usage = Usage { completion_tokens: self.tokens, ..Usage::default() };
+                Ok(Step { deltas, finished: Some(Finished { reason: FinishReason::Stop, usage }) })
+            }
+            Some(Event::Finished(finished)) => Ok(Step { deltas: self.output.finish()?, finished: Some(finished) }),
+        }
     }
 }

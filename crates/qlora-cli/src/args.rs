@@ -1,6 +1,8 @@
 //! The command line: commands, flags and their help.
 
 mod answers;
+mod chat;
+mod eval;
 mod export;
 mod push;
 mod serve;
@@ -10,7 +12,9 @@ use std::path::PathBuf;
 use burn_qlora::profile::{Profile, Window};
 use clap::{Args, Parser, Subcommand};
 
-pub use answers::{GenerateArgs, ModelArgs};
+pub use answers::{GenerateArgs, ModelArgs, SamplingArgs, WritingArgs};
+pub use chat::ChatArgs;
+pub use eval::{EvalArgs, Metric};
 pub use export::{
     AdapterArgs, BnbArgs, CombineArgs, ConvertArgs, Format, GptqArgs, How, MergeArgs, MergeInto, QuantFormat,
     QuantizeArgs,
@@ -46,6 +50,10 @@ pub enum Command {
     Init(InitArgs),
     /// Let a model, with or without an adapter, answer a prompt
     Generate(Box<GenerateArgs>),
+    /// Talk with a model and its adapters in the terminal
+    Chat(Box<ChatArgs>),
+    /// Measure a model and its adapters on rows: loss, perplexity, right answers
+    Eval(Box<EvalArgs>),
     /// Answer over HTTP with a model and any number of adapters, many requests at once
     Serve(Box<ServeArgs>),
     /// Add adapters to their base: a checkpoint that needs no adapter

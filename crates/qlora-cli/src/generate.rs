@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use burn_qlora::chat_text::{PromptLayout, Prompting};
 use burn_qlora::qlora_serve::text::{Conversation, write};
 use burn_qlora::qlora_serve::{CacheSize, EngineConfig, FinishReason, Usage};
-use burn_qlora::{AdapterSet, AdapterSource, ChatTemplate, Combination, Decoder, Message, Tokenizer};
+use burn_qlora::{AdapterSet, AdapterSource, Combination, Decoder, Message, Tokenizer};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -18,7 +18,8 @@ use crate::args::GenerateArgs;
 use crate::exit::{Code, InputError, UsageError};
 use crate::hub;
 use crate::model::{Placement, base_dir, base_name, default_cache};
-use crate::output::{print, say};
+use crate::output::{print, say, show};
+use crate::prompts;
 use crate::sources::warn_of_missing;
 
 /// Runs the command. Answers go to stdout, a single one as it comes; everything else to stderr.
@@ -39,14 +40,14 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
     };
     if let Some(file) = &args.prompts {
         let prompts = writer.file(file)?;
+        let mut model = place.load(&dir)?;
+        adapters.put_on(&mut model)?;
         let config = EngineConfig {
-            cache: default_cache(&place.device),
+            cache: default_cache(model.device()),
             max_batch: args.max_batch as usize,
             max_waiting: prompts.len(),
             ..EngineConfig::default()
         };
-        let mut model = place.load(&dir)?;
-        adapters.put_on(&mut model)?;
         answer_all(&asker, model, &config, prompts)?;
         return Ok(Code::Done);
     }
@@ -70,7 +71,7 @@ fn answer(asker: &Asker<'_>, model: Decoder, ids: &[u32]) -> Result<()> {
     let start = Instant::now();
     let cache = CacheSize::Tokens(ids.len() + asker.max_tokens);
     let engine = Running::start(model, &EngineConfig { cache, ..EngineConfig::default() })?;
-    let ended = asker.ask(&engine.handle, ids, None)?.follow(print)?;
+    let ended = asker.ask(&engine.handle, ids, None)?.follow(show)?;
     engine.end()?;
     print("\n")?;
     if std::io::stderr().is_terminal() {
@@ -146,7 +147,7 @@ impl Writer<'_> {
     }
 
     fn text(&self, prompt: &str) -> Result<Vec<u32>> {
-        let ids = self.prompting.prompt(self.tokenizer, self.args.writing.system.as_deref(), prompt);
+        let ids = self.prompting.prompt(self.tokenizer, self.args.prompting.writing.system.as_deref(), prompt);
         match self.prompting.settings.layout {
             PromptLayout::Chat => ids
                 .context("can't write the prompt as a conversation; --no-chat-template gives it to the model as it is"),
@@ -183,7 +184,8 @@ impl Writer<'_> {
     }
 
     fn conversation(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>> {
-        let system = self.args.writing.system.as_deref().filter(|_| messages.iter().all(|m| m.role != "system"));
+        let system =
+            self.args.prompting.writing.system.as_deref().filter(|_| messages.iter().all(|m| m.role != "system"));
         let messages: Vec<Message> = system.into_iter().map(Message::system).chain(messages.iter().cloned()).collect();
         let conversation =
             Conversation { messages: &messages, tools, template_kwargs: None, add_generation_prompt: true };
@@ -291,31 +293,12 @@ fn prompting(args: &GenerateArgs, adapters: &Adapters, model: &Path) -> Result<P
         None if adapters.dirs.is_empty() => Prompting::of_adapter(model)?.unwrap_or_default(),
         None => Prompting::default(),
     };
-    if args.writing.no_chat_template {
+    if args.prompting.no_chat_template {
         prompting.settings.layout = PromptLayout::Plain;
     }
-    if let Some(setting) = &args.writing.chat_template {
-        prompting.template = Some(ChatTemplate::from_setting(setting)?);
-        prompting.settings.layout = PromptLayout::Chat;
-    }
-    for text in &args.writing.template_kwarg {
-        let (name, value) = text.split_once('=').ok_or_else(|| {
-            UsageError(format!("--template-kwarg {text}: write NAME=VALUE, e.g. enable_thinking=true"))
-        })?;
-        let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
-        prompting.settings.template_kwargs.insert(name.to_string(), value);
-    }
-    let ignored = match prompting.settings.layout {
-        PromptLayout::Chat => None,
-        _ if !args.writing.template_kwarg.is_empty() => Some("--template-kwarg"),
-        PromptLayout::Plain if args.writing.system.is_some() => Some("--system"),
-        _ => None,
-    };
-    match ignored {
-        Some(flag) => {
-            let text = format!("{flag} has no place where the prompt is no conversation; --chat-template makes it one");
-            Err(UsageError(text).into())
-        }
+    prompts::apply(&args.prompting.writing, &mut prompting)?;
+    match prompts::out_of_place(&args.prompting.writing, prompting.settings.layout) {
+        Some(error) => Err(error.into()),
         None => Ok(prompting),
     }
 }

@@ -2,9 +2,12 @@
 
 #![allow(clippy::exit, reason = "a program ends with a code")]
 
+mod adapters;
 mod answers;
 mod args;
+mod chat;
 mod convert;
+mod eval;
 mod exit;
 mod generate;
 mod hub;
@@ -16,6 +19,7 @@ mod output;
 mod outputs;
 mod preview;
 mod progress;
+mod prompts;
 mod push;
 mod quantize;
 mod serve;
@@ -62,7 +66,9 @@ fn main() -> ExitCode {
         Command::Preview(args) => preview::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Combine(args) => merge::run_combine(&args),
         Command::Quantize(args) => quantize::run(&args),

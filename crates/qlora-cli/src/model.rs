@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::paged_optim::free_memory;
+use burn_qlora::qlora_models::PagedCache;
 use burn_qlora::qlora_serve::CacheSize;
 use burn_qlora::{Decoder, Device, LoadOptions, TrainConfig, compute_dtype, select_device};
 
@@ -19,10 +20,20 @@ const CACHE_SHARE: f64 = 0.8;
 /// The cache where the free memory is not known, bytes.
 const SMALL_CACHE: u64 = 512 << 20;
 
-/// The cache for past tokens of an engine that answers many at once, when nothing is said of it.
+/// The cache for past tokens of an engine that answers many at once, when nothing is said of it. Ask when the weights are
+/// on the device: it is a part of what they leave.
 pub fn default_cache(device: &Device) -> CacheSize {
     let of_free = free_memory(device).map(|(free, _)| (free as f64 * CACHE_SHARE) as u64);
     CacheSize::Bytes(of_free.unwrap_or(SMALL_CACHE))
+}
+
+/// The cache for this many tokens, or for as many as [`default_cache`] has room for.
+pub fn cache_for(model: &Decoder, tokens: usize) -> CacheSize {
+    let token_bytes = PagedCache::token_bytes(model.config(), model.dtype()) as u64;
+    match default_cache(model.device()) {
+        CacheSize::Bytes(bytes) if bytes / token_bytes.max(1) < tokens as u64 => CacheSize::Bytes(bytes),
+        _ => CacheSize::Tokens(tokens),
+    }
 }
 
 /// The name of the base: the one of the flags, or else the one that an adapter gives.
@@ -40,8 +51,7 @@ pub fn base_dir(args: &ModelArgs, name: &str) -> Result<PathBuf> {
 
 /// What the flags say of the device and the weights, checked before anything is read.
 pub struct Placement {
-    /// Where the model is to be.
-    pub device: Device,
+    device: Device,
     options: LoadOptions,
 }
 

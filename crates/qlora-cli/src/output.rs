@@ -4,10 +4,10 @@
 //! `println!` and `eprintln!` would panic there, so nothing uses them.
 
 use std::fmt;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use anyhow::Result;
-use burn_qlora::adapter_io::printable::{printable, shortened};
+use burn_qlora::adapter_io::printable::{printable, printable_lines, shortened};
 
 /// The characters of a table's cell at most: names come from files, and may have any length.
 const WIDEST: usize = 120;
@@ -38,6 +38,20 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
+/// Writes a model's words to stdout. A terminal gets what it would obey, such as escape sequences, written out.
+pub fn show(text: &str) -> Result<()> {
+    match std::io::stdout().is_terminal() {
+        true => print(&harmless(text)),
+        false => print(text),
+    }
+}
+
+/// A text of several lines, in which nothing is left that a terminal obeys but line feeds and tabs.
+fn harmless(text: &str) -> String {
+    let parts: Vec<_> = text.split('\t').map(printable_lines).collect();
+    parts.join("\t")
+}
+
 /// Rows under headings; the first column is text, the others are aligned to the right.
 pub struct Table {
     rows: Vec<Vec<String>>,
@@ -45,13 +59,15 @@ pub struct Table {
 
 impl Table {
     /// A table without rows.
-    pub fn new<const N: usize>(headings: [&str; N]) -> Self {
-        Self { rows: vec![headings.iter().map(|heading| (*heading).to_string()).collect()] }
+    pub fn new<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut table = Self { rows: Vec::new() };
+        table.row(headings.into_iter().map(str::to_string));
+        table
     }
 
     /// Adds a row. What a terminal would obey is written out, and the middle of long cells left out.
-    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.iter().map(|cell| shortened(&printable(cell), WIDEST).into_owned()).collect());
+    pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().map(|cell| shortened(&printable(&cell), WIDEST).into_owned()).collect());
     }
 }
 
@@ -78,7 +94,12 @@ impl fmt::Display for Table {
 
 #[cfg(test)]
 mod tests {
-    use super::Table;
+    use super::{Table, harmless};
+
+    #[test]
+    fn a_model_moves_no_cursor() {
+        assert_eq!(harmless("a\tb\n\u{1b}[2Jü\r\u{7}"), "a\tb\n\\u{1b}[2Jü\\r\\u{7}");
+    }
 
     #[test]
     fn cells_of_any_content_are_fit_to_be_shown() {

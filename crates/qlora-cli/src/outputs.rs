@@ -39,13 +39,23 @@ pub fn folder(path: &Path, force: bool) -> Result<()> {
 
 /// Checks that a file may be written, and has Ctrl-C clean up.
 pub fn file(path: &Path, force: bool) -> Result<()> {
+    files(&[path], force)
+}
+
+/// [`file`] for several.
+pub fn files(paths: &[&Path], force: bool) -> Result<()> {
+    paths.iter().try_for_each(|path| check_file(path, force))?;
+    clean_up_on_interrupt()
+}
+
+fn check_file(path: &Path, force: bool) -> Result<(), UsageError> {
     if path.is_dir() {
-        return Err(UsageError(format!("{} is a folder; give a file", path.display())).into());
+        return Err(UsageError(format!("{} is a folder; give a file", path.display())));
     }
     if path.symlink_metadata().is_ok() && !force {
-        return Err(UsageError(format!("{} exists; --force replaces it", path.display())).into());
+        return Err(UsageError(format!("{} exists; --force replaces it", path.display())));
     }
-    clean_up_on_interrupt()
+    Ok(())
 }
 
 fn clean_up_on_interrupt() -> Result<()> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::metrics::{EvalMetrics, RunInfo, StepMetrics};
 use burn_qlora::model_hub::OnProgress;
 use burn_qlora::report::{count, duration, memory};
@@ -47,6 +48,35 @@ impl LoadBar {
     /// Removes the bar.
     pub fn finish(&mut self) {
         if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Shows how many rows are done.
+pub struct RowBar(Option<ProgressBar>);
+
+impl RowBar {
+    /// Shown on a terminal alone.
+    pub fn new(name: &str, rows: usize) -> Self {
+        Self(std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(rows as u64);
+            bar.set_style(style("Measuring {bar:16.cyan/black} {pos}/{len} {eta} {wide_msg:.dim}"));
+            bar.set_message(printable(name).into_owned());
+            bar
+        }))
+    }
+
+    /// One more.
+    pub fn advance(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.inc(1);
+        }
+    }
+
+    /// Removes the bar.
+    pub fn finish(self) {
+        if let Some(bar) = self.0 {
             bar.finish_and_clear();
         }
     }

@@ -1,7 +1,7 @@
 //! `qlora serve`: a model and its adapters answer over HTTP.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,35 +9,25 @@ use anyhow::{Context, Result};
 use burn_qlora::chat_text::Prompting;
 use burn_qlora::qlora_serve::http::{HttpConfig, HttpState, serve};
 use burn_qlora::qlora_serve::{CacheSize, EngineConfig, Handle};
-use burn_qlora::{Adapter, Device, Tokenizer};
+use burn_qlora::{Device, Tokenizer};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
+use crate::adapters::{self, NamedAdapter};
 use crate::answers::Running;
 use crate::args::ServeArgs;
 use crate::exit::{Code, UsageError};
-use crate::generate::adapter_argument;
-use crate::hub;
 use crate::model::{Placement, base_dir, base_name, default_cache};
 use crate::output::say;
 use crate::signals::on_interrupt;
-use crate::sources::warn_of_missing;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// Runs the command until a signal ends it.
 pub fn run(args: &ServeArgs) -> Result<Code> {
     check(args)?;
-    let adapters = args.adapter.iter().map(|text| named(text)).collect::<Result<Vec<_>>>()?;
-    let first = match adapters.first() {
-        Some((name, dir)) => {
-            let adapter = Adapter::load(dir)?;
-            warn_of_missing(name, &adapter);
-            adapter.config.base_model_name_or_path
-        }
-        None => None,
-    };
-    let model = base_name(&args.base, first.as_deref())?;
+    let (adapters, named) = adapters::named(&args.adapter)?;
+    let model = base_name(&args.base, named.as_deref())?;
     let dir = base_dir(&args.base, model)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut http = HttpConfig::new(served_name(args, model));
@@ -45,16 +35,11 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
     http.prompting = Prompting::of_adapter(&dir)?.unwrap_or_default();
     http.adapter_updates = !args.fixed_adapters;
     http.request_timeout = Duration::from_secs(args.request_timeout);
-    let taken = adapters.iter().find(|(name, _)| *name == http.served_name);
-    if let Some((name, _)) = taken {
-        return Err(
-            UsageError(format!("{name:?} is the base's name: give the adapter another one, as NAME=DIR")).into()
-        );
-    }
+    adapters::check_names(&adapters, &http.served_name)?;
 
-    let place = Placement::new(&args.base)?;
-    let config = engine_config(args, &place.device);
-    let engine = Running::start(place.load(&dir)?, &config)?;
+    let loaded = Placement::new(&args.base)?.load(&dir)?;
+    let config = engine_config(args, loaded.device());
+    let engine = Running::start(loaded, &config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the server")?;
     let served = runtime.block_on(answer(args, &adapters, &engine.handle, tokenizer, http));
     let ended = engine.end();
@@ -66,12 +51,12 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
 /// Loads the adapters, listens, and serves until a signal comes.
 async fn answer(
     args: &ServeArgs,
-    adapters: &[(String, PathBuf)],
+    adapters: &[NamedAdapter],
     handle: &Handle,
     tokenizer: Tokenizer,
     http: HttpConfig,
 ) -> Result<()> {
-    for (name, dir) in adapters {
+    for NamedAdapter { name, dir } in adapters {
         handle.load_adapter(name.as_str(), dir.as_path()).await?;
     }
     let address = SocketAddr::new(args.host, args.port);
@@ -82,7 +67,7 @@ async fn answer(
     if !args.host.is_loopback() && args.api_key.is_none() {
         say!("warning: every machine that reaches {address} can ask: --api-key asks for a key");
     }
-    let names: Vec<&str> = adapters.iter().map(|(name, _)| name.as_str()).collect();
+    let names: Vec<&str> = adapters.iter().map(|adapter| adapter.name.as_str()).collect();
     let tokens = handle.limits().max_tokens;
     let models = [&[http.served_name.as_str()], &names[..]].concat().join(", ");
     say!("{models} at http://{address}, {tokens} tokens of prompt and answer; Ctrl-C ends the server");
@@ -98,18 +83,6 @@ async fn answer(
     })?;
     let state = HttpState::new(handle.clone(), tokenizer, http);
     serve(listener, state, stop.notified()).await.context("the server failed")
-}
-
-/// An adapter's name and folder.
-fn named(text: &str) -> Result<(String, PathBuf)> {
-    let (name, dir, weight) = adapter_argument(text)?;
-    if weight != 1.0 {
-        return Err(UsageError(format!(
-            "--adapter {text}: a server takes no weights; `qlora combine` makes an adapter"
-        ))
-        .into());
-    }
-    Ok((name.to_string(), hub::resolve(dir, None)?))
 }
 
 /// The base's name: as the flag says, else the last part of the model's.

@@ -7,7 +7,7 @@ use common::{Bench, reference};
 #[test]
 fn help_documents_the_exit_codes_and_names_every_command() {
     let help = Bench::new().ok(&["--help"]).stdout;
-    for word in ["train", "init", "generate", "inspect", "Exit codes", "130"] {
+    for word in ["train", "init", "generate", "chat", "serve", "eval", "inspect", "Exit codes", "130"] {
         assert!(help.contains(word), "{word}: {help}");
     }
 }

@@ -11,6 +11,7 @@
 mod adapters;
 mod engine;
 mod error;
+pub mod eval;
 mod generate;
 mod handle;
 pub mod http;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 use crate::request::{Sampling, TokenLogprobs};
 
@@ -141,24 +142,44 @@ pub fn likeliest(logits: &[f32]) -> Option<u32> {
     logits.get(best).filter(|logit| logit.is_finite()).map(|_| best as u32)
 }
 
-/// The log probability of `token` and those of the `top` likeliest tokens.
+/// Logits that a thread looks through at a time.
+const CHUNK: usize = 1 << 14;
+
+/// The log probability of `token` and those of the `top` likeliest tokens, of equal ones the lower ids.
 pub fn logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    let highest = logits.iter().fold(f32::NEG_INFINITY, |highest, logit| highest.max(*logit));
-    let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
-    let log_sum = sum.ln() + f64::from(highest);
+    let chunks: Vec<(u32, &[f32])> = (0..).step_by(CHUNK).zip(logits.chunks(CHUNK)).collect();
+    let likeliest = each(&chunks, |(first, logits)| likeliest_of(*first, logits, top.max(1)));
+    let mut likeliest: Vec<(u32, f32)> = likeliest.into_iter().flatten().collect();
+    likeliest.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    let highest = likeliest.first().map_or(f32::NEG_INFINITY, |(_, logit)| *logit);
+    // Sums of chunks are added in their order, whichever thread is done first.
+    let sums = each(&chunks, |(_, logits)| logits.iter().map(|logit| f64::from(logit - highest).exp()).sum::<f64>());
+    let log_sum = sums.iter().sum::<f64>().ln() + f64::from(highest);
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then_with(|| a.cmp(b));
-    let top = top.min(order.len());
-    if (1..order.len()).contains(&top) {
-        order.select_nth_unstable_by(top - 1, by_logit);
-    }
-    order.truncate(top);
-    order.sort_unstable_by(by_logit);
-    let own = logits.get(token as usize).map_or(f32::NEG_INFINITY, |logit| logprob(*logit));
     TokenLogprobs {
-        logprob: own,
-        top: order.into_iter().map(|token| (token, logprob(logits[token as usize]))).collect(),
+        logprob: logits.get(token as usize).map_or(f32::NEG_INFINITY, |logit| logprob(*logit)),
+        top: likeliest.into_iter().take(top).map(|(token, logit)| (token, logprob(logit))).collect(),
+    }
+}
+
+/// The largest logits with their ids, of which the first one's is `first`; the largest first, of equal ones the lower ids.
+fn likeliest_of(first: u32, logits: &[f32], most: usize) -> Vec<(u32, f32)> {
+    let mut found: Vec<(u32, f32)> = Vec::with_capacity(most.min(logits.len()) + 1);
+    for (id, logit) in (first..).zip(logits) {
+        if found.len() < most || found.last().is_some_and(|(_, least)| logit.total_cmp(least).is_gt()) {
+            let at = found.partition_point(|(_, other)| other.total_cmp(logit).is_ge());
+            found.insert(at, (id, *logit));
+            found.truncate(most);
+        }
+    }
+    found
+}
+
+/// What comes of each chunk; several are looked at on several threads.
+fn each<T: Send>(chunks: &[(u32, &[f32])], of: impl Fn(&(u32, &[f32])) -> T + Send + Sync) -> Vec<T> {
+    match chunks {
+        [chunk] => vec![of(chunk)],
+        _ => chunks.par_iter().map(of).collect(),
     }
 }
 
@@ -269,5 +290,21 @@ mod tests {
         assert_eq!([top[0].0, top[1].0], [2, 1]);
         assert!(close(top[0].1, expected[2]) && close(top[1].1, expected[1]));
         assert_eq!(logprobs(&logits, 0, 9).top.len(), 4);
+    }
+
+    #[test]
+    fn log_probabilities_of_many_tokens_are_those_of_all_at_once() {
+        // Values that come again, in more chunks than one: of equal ones the lower ids are taken.
+        let logits: Vec<f32> =
+            (0..3 * CHUNK as u32 - 5).map(|id| (id.wrapping_mul(2_654_435_761) >> 20) as f32 / 256.0).collect();
+        let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+        for token in [0, CHUNK as u32, logits.len() as u32 - 1] {
+            let TokenLogprobs { logprob, top } = logprobs(&logits, token, 20);
+            // Half an ulp of f32 at 16, where these numbers lie, and what f64 loses over the sum.
+            assert!((f64::from(logprob) - (f64::from(logits[token as usize]) - sum.ln())).abs() < 1e-6);
+            assert_eq!(top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), order[..20]);
+        }
     }
 }

@@ -30,22 +30,30 @@ pub struct ModelArgs {
 /// How prompts are written.
 #[derive(Debug, Default, Args)]
 pub struct PromptArgs {
-    /// A system message before the prompt
-    #[arg(long, value_name = "TEXT", conflicts_with = "no_chat_template")]
-    pub system: Option<String>,
+    /// The conversation.
+    #[command(flatten)]
+    pub writing: WritingArgs,
     /// Give the prompt to the model as it is, without the chat template
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["system", "chat_template", "template_kwarg"])]
     pub no_chat_template: bool,
+}
+
+/// How conversations are written.
+#[derive(Debug, Default, Args)]
+pub struct WritingArgs {
+    /// A system message before the prompt
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
     /// A Jinja chat template, or a file with one, in place of the adapter's or the model's
-    #[arg(long, value_name = "FILE|TEXT", conflicts_with = "no_chat_template")]
+    #[arg(long, value_name = "FILE|TEXT")]
     pub chat_template: Option<String>,
     /// A variable for the chat template, such as enable_thinking=true; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", conflicts_with = "no_chat_template")]
+    #[arg(long, value_name = "NAME=VALUE")]
     pub template_kwarg: Vec<String>,
 }
 
 /// How tokens are chosen.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, PartialEq, Args)]
 pub struct SamplingArgs {
     /// Tokens to generate at most
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
@@ -148,7 +156,7 @@ pub struct GenerateArgs {
     pub max_batch: u32,
     /// How the prompt is written.
     #[command(flatten)]
-    pub writing: PromptArgs,
+    pub prompting: PromptArgs,
     /// How tokens are chosen.
     #[command(flatten)]
     pub choice: SamplingArgs,

@@ -1,0 +1,52 @@
+//! Adapters by name, each of which answers by itself.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use burn_qlora::Adapter;
+
+use crate::exit::UsageError;
+use crate::generate::adapter_argument;
+use crate::hub;
+use crate::sources::warn_of_missing;
+
+/// An adapter that can be asked.
+pub struct NamedAdapter {
+    /// What it is called.
+    pub name: String,
+    /// Its folder.
+    pub dir: PathBuf,
+}
+
+/// The adapters of flags that say `[NAME=]DIR`, and the base that the first of them names.
+pub fn named(flags: &[String]) -> Result<(Vec<NamedAdapter>, Option<String>)> {
+    let (mut adapters, mut base) = (Vec::new(), None);
+    for text in flags {
+        let (name, dir, weight) = adapter_argument(text)?;
+        if weight != 1.0 {
+            let problem = "each adapter answers by itself, without a weight; `qlora combine` makes one of several";
+            return Err(UsageError(format!("--adapter {text}: {problem}")).into());
+        }
+        let dir = hub::resolve(dir, None)?;
+        let adapter = Adapter::load(&dir)?;
+        warn_of_missing(name, &adapter);
+        if adapters.is_empty() {
+            base = adapter.config.base_model_name_or_path;
+        }
+        adapters.push(NamedAdapter { name: name.to_string(), dir });
+    }
+    Ok((adapters, base))
+}
+
+/// Refuses names that two have, one of which may be the base.
+pub fn check_names(adapters: &[NamedAdapter], base: &str) -> Result<(), UsageError> {
+    for (index, NamedAdapter { name, .. }) in adapters.iter().enumerate() {
+        let problem = match adapters[..index].iter().any(|other| other.name == *name) {
+            true => "names two adapters: give one of them",
+            false if name == base => "is the base's name: give the adapter",
+            false => continue,
+        };
+        return Err(UsageError(format!("{name:?} {problem} another one, as NAME=DIR")));
+    }
+    Ok(())
+}
