@@ -191,8 +191,12 @@ unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
         Source::Codes(weight) => {
             let blocks = Blocks::new(weight, &task.rows, (&mut scratch.absmax, &mut scratch.factors));
             if whole && task.tokens <= TOKENS {
-                // SAFETY: as the caller's.
-                return task.rows.clone().for_each(|row| unsafe { from_codes::<L, E>(task, &blocks, row, y) });
+                // A loop, because a closure would not be compiled for the processor.
+                for row in task.rows.clone() {
+                    // SAFETY: as the caller's.
+                    unsafe { from_codes::<L, E>(task, &blocks, row, y) };
+                }
+                return;
             }
             let memory = panel_of(&mut scratch.panel, task.groups);
             for rows in panels {
