@@ -15,8 +15,8 @@ use nf4_quant::host_product::{AbsmaxView, WeightView, dense_product, product};
 
 /// The most tokens of a product that the CPU takes row by row of its weight, from the codes of a 4-bit one.
 ///
-/// With so many, a product from codes takes as long as dequantizing and Burn's product; a dense one takes longer from 32
-/// on, by a sixth at most, and goes row by row all the same, so that tokens of chunks and steps have the same bits.
+/// With so many, a product from codes took as long as dequantizing and Burn's product on a quiet machine; a dense one takes
+/// longer from 32 on, and goes row by row all the same, so that tokens of chunks and steps have the same bits.
 pub const FEW_TOKENS: usize = 128;
 
 /// An element of a tensor that a product takes.
