@@ -42,7 +42,8 @@ use output::say;
 
 /// What is logged unless RUST_LOG says otherwise. hf-hub and Xet log what comes back as an error, too, with the
 /// addresses of storage.
-const LOGGED: &str = "error,qlora_models=warn,qlora_serve=warn,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
+const LOGGED: &str =
+    "error,qlora_models=warn,qlora_serve=warn,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

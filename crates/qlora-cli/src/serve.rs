@@ -33,7 +33,8 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
     let mut http = HttpConfig::new(served_name(args, model));
     http.api_key = args.api_key.clone();
     http.prompting = Prompting::of_adapter(&dir)?.unwrap_or_default();
-    http.adapter_updates = !args.fixed_adapters;
+    // Whoever can load adapters can have any folder read.
+    http.adapter_updates = !args.fixed_adapters && !is_open(args);
     http.request_timeout = Duration::from_secs(args.request_timeout);
     adapters::check_names(&adapters, &http.served_name)?;
 
@@ -64,8 +65,8 @@ async fn answer(
         .await
         .with_context(|| format!("can't listen at {address}: is another server there? --port 0 takes a free port"))?;
     let address = listener.local_addr().context("can't read the address")?;
-    if !args.host.is_loopback() && args.api_key.is_none() {
-        say!("warning: every machine that reaches {address} can ask: --api-key asks for a key");
+    if is_open(args) {
+        say!("warning: every machine that reaches {address} can ask; none can load adapters. --api-key asks for a key");
     }
     let names: Vec<&str> = adapters.iter().map(|adapter| adapter.name.as_str()).collect();
     let tokens = handle.limits().max_tokens;
@@ -89,6 +90,11 @@ async fn answer(
 fn served_name(args: &ServeArgs, model: &str) -> String {
     let last = || Path::new(model).file_name().map(|name| name.to_string_lossy().into_owned());
     args.served_name.clone().or_else(last).unwrap_or_else(|| model.to_string())
+}
+
+/// Whether other machines can ask without a key.
+fn is_open(args: &ServeArgs) -> bool {
+    !args.host.is_loopback() && args.api_key.is_none()
 }
 
 fn engine_config(args: &ServeArgs, device: &Device) -> EngineConfig {
