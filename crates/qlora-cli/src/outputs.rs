@@ -42,7 +42,7 @@ pub fn file(path: &Path, force: bool) -> Result<()> {
     files(&[path], force)
 }
 
-/// [`file`] for several.
+/// [`file()`] for several.
 pub fn files(paths: &[&Path], force: bool) -> Result<()> {
     paths.iter().try_for_each(|path| check_file(path, force))?;
     clean_up_on_interrupt()

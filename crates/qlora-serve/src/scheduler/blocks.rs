@@ -60,7 +60,7 @@ impl BlockPool {
     }
 
     /// Blocks of the pool.
-    pub fn len(&self) -> usize {
+    pub fn num_blocks(&self) -> usize {
         self.blocks.len()
     }
 

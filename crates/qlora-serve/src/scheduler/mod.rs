@@ -300,7 +300,7 @@ impl Scheduler {
 
     /// Blocks that sequences hold.
     pub fn blocks_used(&self) -> usize {
-        self.pool.len() - self.pool.available()
+        self.pool.num_blocks() - self.pool.available()
     }
 }
 
