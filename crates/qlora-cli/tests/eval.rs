@@ -88,7 +88,7 @@ fn what_was_learned_by_heart_is_answered_exactly() {
     let learned = [row("The number of cats is", " 1,024."), row("The number of dogs is", " 12 dogs")];
     let text = |rows: &[Value]| rows.iter().map(|row| format!("{row}\n")).collect::<String>();
     bench.write("learned.jsonl", &text(&learned));
-    let train = ["train", "qlora.toml", "--data", "learned.jsonl", "--max-steps", "40", "--learning-rate", "1e-2"];
+    let train = ["train", "qlora.toml", "--data", "learned.jsonl", "--max-steps", "60", "--learning-rate", "5e-3"];
     bench.ok(&[&train[..], &["--set", "train.save_every=0"]].concat());
     // The third row is asked as the first is, and another answer is expected, of which the number is the same.
     let asked = [&learned[..], &[row("The number of cats is", "1024 cats"), row("The number of cats is", "none")]];
