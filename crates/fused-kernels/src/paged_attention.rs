@@ -3,7 +3,7 @@
 //!
 //! A cache is `[slots, kv_heads, head_dim]`: blocks of `block_tokens` slots, which sequences own in any order (Kwon et
 //! al., 2023, arXiv 2309.06180). A [`Batch`] says which: of each row, its blocks, its length and how many of its last
-//! tokens are new. [`write`] puts the new tokens' keys or values into their slots, and [`attend`] computes
+//! tokens are new. [`write()`] puts the new tokens' keys or values into their slots, and [`attend`] computes
 //!
 //! `o = softmax(scale · q kᵀ) v`, scores by way of `cap · tanh(s / cap)` where there is a cap,
 //!
@@ -222,7 +222,7 @@ pub struct Shape {
     pub format: FloatFormat,
 }
 
-/// Buffers of [`write`].
+/// Buffers of [`write()`].
 #[derive(Clone, Copy, Debug)]
 pub struct Write<'a> {
     /// `[tokens, width]`: the keys or the values of the new tokens.
