@@ -83,7 +83,7 @@ impl Asker<'_> {
         let answer = handle.submit(request)?;
         let options = OutputOptions { stops: self.stops.clone(), reasoning, ..OutputOptions::default() };
         let output = Output::new(self.tokenizer, ids, &options);
-        Ok(Answering { answer, output, stop_ids: self.stop_ids.clone(), tokens: 0 })
+        Ok(Answering { answer, output, stop_ids: self.stop_ids.clone(), prompt_tokens: ids.len(), tokens: 0 })
     }
 }
 
@@ -92,6 +92,7 @@ pub struct Answering {
     answer: Answer,
     output: Output,
     stop_ids: Vec<u32>,
+    prompt_tokens: usize,
     tokens: usize,
 }
 
@@ -140,7 +141,8 @@ impl Answering {
                     return more(deltas);
                 }
                 // The engine goes on until the answer is dropped.
-                let usage = Usage { completion_tokens: self.tokens, ..Usage::default() };
+                let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.tokens);
+                let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
                 Ok(Step { deltas, finished: Some(Finished { reason: FinishReason::Stop, usage }) })
             }
             Some(Event::Finished(finished)) => Ok(Step { deltas: self.output.finish()?, finished: Some(finished) }),
