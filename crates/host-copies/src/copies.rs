@@ -11,12 +11,21 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use burn::backend::StreamId;
+use burn::backend::{DispatchDevice, StreamId};
+use burn::tensor::Device;
 use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::server::{Handle, ServerError};
 
 use crate::DeviceError;
+
+/// The client of a device; `None` where the device is the host.
+pub fn client_of(device: &Device) -> Option<Client> {
+    match device.as_dispatch() {
+        DispatchDevice::Cube(cube) => Some(cube.client()),
+        _ => None,
+    }
+}
 
 /// Whether a client's runtime is CUDA, whose copies run beside its kernels. Burn's and CubeCL's other runtimes have one
 /// queue for everything.

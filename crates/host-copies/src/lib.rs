@@ -24,7 +24,7 @@ mod reading;
 mod recording;
 mod tensor;
 
-pub use copies::{Copies, Download, is_cuda};
+pub use copies::{Copies, Download, client_of, is_cuda};
 pub use error::DeviceError;
 pub use reading::Reading;
 pub use recording::{Recording, overwrite, overwrite_int};

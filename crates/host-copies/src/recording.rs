@@ -11,7 +11,7 @@ use cubecl::bytes::Bytes;
 use cubecl::client::{Client, Graph};
 use cubecl::server::Handle;
 
-use crate::{DeviceError, as_cube, cube_of_int};
+use crate::{DeviceError, as_cube, client_of, cube_of_int};
 
 /// A recorded pass.
 pub struct Recording {
@@ -36,7 +36,7 @@ impl Recording {
     /// The device refuses the record, for a reason that CubeCL gives: work is queued as before, and can be run without a
     /// record.
     pub fn record<T>(device: &Device, mut pass: impl FnMut() -> T) -> Result<Option<(Self, T)>, DeviceError> {
-        let Some(client) = client(device) else { return Ok(None) };
+        let Some(client) = client_of(device) else { return Ok(None) };
         if client.graph_prepare().is_err() {
             return Ok(None);
         }
@@ -63,13 +63,6 @@ impl Recording {
     pub unsafe fn replay(&self) -> Result<(), DeviceError> {
         // SAFETY: promised by the caller.
         unsafe { self.graph.replay() }.map_err(|e| DeviceError::Failed(e.to_string()))
-    }
-}
-
-fn client(device: &Device) -> Option<Client> {
-    match device.as_dispatch() {
-        burn::backend::DispatchDevice::Cube(cube) => Some(cube.client()),
-        _ => None,
     }
 }
 

@@ -4,10 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use cudarc::driver::CudaContext;
-use host_copies::is_cuda;
+use host_copies::{client_of, is_cuda};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::OptimError;
@@ -120,13 +119,10 @@ pub fn free_memory(device: &Device) -> Option<(u64, u64)> {
 
 /// The source for a device.
 pub(crate) fn source_of(device: &Device) -> Box<dyn MemorySource> {
-    if let DispatchDevice::Cube(cube) = device.as_dispatch() {
-        let client = cube.client();
-        if is_cuda(&client) {
-            // CubeCL has a client on it, so the driver is loaded. The primary context is the one it uses.
-            if let Ok(context) = CudaContext::new(usize::from(client.service_id().device.index_id)) {
-                return Box::new(Cuda(context));
-            }
+    if let Some(client) = client_of(device).filter(is_cuda) {
+        // CubeCL has a client on it, so the driver is loaded. The primary context is the one it uses.
+        if let Ok(context) = CudaContext::new(usize::from(client.service_id().device.index_id)) {
+            return Box::new(Cuda(context));
         }
     }
     Box::new(Unknown)

@@ -42,14 +42,15 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
     let config = engine_config(args, loaded.device());
     let engine = Running::start(loaded, &config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the server")?;
-    let served = runtime.block_on(answer(args, &adapters, &engine.handle, tokenizer, http));
+    let loaded = engine.load_adapters(&adapters);
+    let served = loaded.and_then(|()| runtime.block_on(answer(args, &adapters, &engine.handle, tokenizer, http)));
     let ended = engine.end();
     served?;
     ended?;
     Ok(Code::Done)
 }
 
-/// Loads the adapters, listens, and serves until a signal comes.
+/// Listens, and serves until a signal comes.
 async fn answer(
     args: &ServeArgs,
     adapters: &[NamedAdapter],
@@ -57,9 +58,6 @@ async fn answer(
     tokenizer: Tokenizer,
     http: HttpConfig,
 ) -> Result<()> {
-    for NamedAdapter { name, dir } in adapters {
-        handle.load_adapter(name.as_str(), dir.as_path()).await?;
-    }
     let address = SocketAddr::new(args.host, args.port);
     let listener = TcpListener::bind(address)
         .await

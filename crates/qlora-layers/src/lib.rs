@@ -46,7 +46,7 @@ pub use lora::LoraAdapter;
 pub use lora_config::{Initialization, LoraConfig};
 pub use lora_linear::{InputObserver, LoraLinear, WholeLinear};
 pub use lora_linear_config::LoraLinearConfig;
-pub use mixed::forward_mixed;
+pub use mixed::{by_part, forward_mixed};
 pub use module_lora::{LoraForward, apply_lora};
 pub use params::{Scaling, frozen, track, trainable};
 pub use pass::{Pass, mix};

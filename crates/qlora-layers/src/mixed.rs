@@ -17,25 +17,17 @@ use burn::tensor::{DType, FloatDType, Tensor};
 /// - `x`: `[tokens, in_features]`, the parts' rows one after the other
 /// - output: `[tokens, out_features]`, dtype of `x`
 pub fn forward_mixed(parts: &[(usize, &LoraLinear)], x: Tensor<2>) -> Tensor<2> {
-    let [(_, first), ..] = parts else { return x };
-    if parts.len() == 1 {
-        return first.forward_in(x, Pass::INFERENCE);
-    }
-    let starts = parts.iter().scan(0, |end, (rows, _)| {
-        let start = *end;
-        *end += rows;
-        Some(start)
-    });
-    let pieces = parts.iter().zip(starts).map(|(&(rows, layer), start)| (layer, x.clone().narrow(0, start, rows)));
-    if !parts.iter().all(|(_, layer)| layer.is_plain() && layer.base.is_same(&first.base)) {
-        return Tensor::cat(pieces.map(|(layer, x)| layer.forward_in(x, Pass::INFERENCE)).collect(), 0);
+    let [(_, first), others @ ..] = parts else { return x };
+    let shares = |layer: &LoraLinear| layer.is_plain() && layer.base.is_same(&first.base);
+    if others.is_empty() || !parts.iter().all(|(_, layer)| shares(layer)) {
+        return by_part(parts, x, |layer, x| layer.forward_in(x, Pass::INFERENCE));
     }
     let dtype = x.dtype();
     if parts.iter().all(|(_, layer)| layer.adapter.is_none()) {
         return first.forward_in(x, Pass::INFERENCE);
     }
     let [out_features, _] = first.base.shape();
-    let update = |(layer, x): (&LoraLinear, Tensor<2>)| match &layer.adapter {
+    let update = |layer: &LoraLinear, x: Tensor<2>| match &layer.adapter {
         None => Tensor::zeros([x.dims()[0], out_features], (&x.device(), DType::F32)),
         Some(adapter) => {
             let scaling = adapter.scaling.get();
@@ -46,12 +38,30 @@ pub fn forward_mixed(parts: &[(usize, &LoraLinear)], x: Tensor<2>) -> Tensor<2> 
             }
         }
     };
-    let updates = Tensor::cat(pieces.map(update).collect(), 0);
+    let updates = by_part(parts, x.clone(), update);
     let y = first.base.forward_into(x, FloatDType::F32) + updates;
     match &first.bias {
         Some(bias) => (y + bias.val().without_autodiff().cast(FloatDType::F32).unsqueeze()).cast(dtype),
         None => y.cast(dtype),
     }
+}
+
+/// Runs each part's rows by themselves: `parts` are numbers of rows and what runs them, the first part's rows come first.
+pub fn by_part<'a, T>(
+    parts: &[(usize, &'a T)],
+    x: Tensor<2>,
+    run: impl Fn(&'a T, Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    if let [(_, part)] = *parts {
+        return run(part, x);
+    }
+    let mut start = 0;
+    let outputs = parts.iter().map(|&(rows, part)| {
+        let output = run(part, x.clone().narrow(0, start, rows));
+        start += rows;
+        output
+    });
+    Tensor::cat(outputs.collect(), 0)
 }
 
 impl LoraLinear {

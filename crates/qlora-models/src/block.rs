@@ -151,13 +151,15 @@ impl Block {
                 k.module.forward_in(h.clone(), pass),
                 v.module.forward_in(h, pass),
             ],
-            fused => {
-                let all = fused[0].module.forward_in(h, pass);
-                let [q, k, v] = config.qkv_widths();
-                [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
-            }
+            fused => split_qkv(fused[0].module.forward_in(h, pass), config),
         }
     }
+}
+
+/// Queries, keys and values out of one projection's `[tokens, ..]`, which holds them in this order.
+pub(crate) fn split_qkv(all: Tensor<2>, config: &ModelConfig) -> [Tensor<2>; 3] {
+    let [q, k, v] = config.qkv_widths();
+    [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
 }
 
 /// The end of a branch: what `run` gives, normalised where the family does so. `run` is told whether only its gradients are

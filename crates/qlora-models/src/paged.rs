@@ -4,17 +4,17 @@
 //! chosen last. Products run over all rows' tokens at once; only attention tells the rows apart. What a row gets does not
 //! depend on the rows beside it.
 
-use crate::block::FeedForward;
+use crate::block::{FeedForward, split_qkv};
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
 use crate::mlp::Mlp;
 use crate::norm::RmsNorm;
 use crate::recorded::Recorded;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use host_copies::{overwrite, overwrite_int};
+use host_copies::{client_of, overwrite, overwrite_int};
 use qlora_layers::ops::fused::{Rotation, rotate};
-use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, attention, paged_attention, paged_write};
-use qlora_layers::{Pass, forward_mixed};
+use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, attention, paged_attention, paged_slot, paged_write};
+use qlora_layers::{Pass, by_part, forward_mixed};
 use std::ops::Range;
 
 /// Keys and values in blocks of some tokens each. Who holds which block is the caller's business.
@@ -160,9 +160,8 @@ impl Inputs {
         });
         let rotary = rotary.collect();
         let batch = PagedBatch::with_room(&paged(rows), block_tokens, max_len, device);
-        let is_long = |row: &CachedRow<'_>| {
-            row.ids.len() >= LONG_ROW && model.dtype != FloatDType::F32 && model.device.memory_pool_usage().is_some()
-        };
+        let has_kernel = model.dtype != FloatDType::F32 && client_of(device).is_some();
+        let is_long = |row: &CachedRow<'_>| has_kernel && row.ids.len() >= LONG_ROW;
         let segments = segments(rows, is_long, block_tokens, device);
         Self { ids, index, rotary, batch, segments }
     }
@@ -203,11 +202,7 @@ impl Inputs {
                 }
             }
         };
-        let mut parts: Vec<Tensor<3>> = self.segments.iter().map(of_segment).collect();
-        match parts.len() {
-            1 => parts.remove(0),
-            _ => Tensor::cat(parts, 0),
-        }
+        joined(self.segments.iter().map(of_segment).collect())
     }
 }
 
@@ -233,11 +228,9 @@ fn segments(
         let tokens = group.iter().map(|row| row.ids.len()).sum();
         let kind = match group {
             [row] if is_long(row) => SegmentRows::Long((row.past > 0).then(|| {
-                let slots = (0..row.past + row.ids.len()).map(|position| {
-                    (row.blocks[position / block_tokens] as usize * block_tokens + position % block_tokens) as i32
-                });
-                let slots: Vec<i32> = slots.collect();
-                let len = slots.len();
+                let len = row.past + row.ids.len();
+                let slots: Vec<i32> =
+                    (0..len).map(|position| paged_slot(row.blocks, position, block_tokens) as i32).collect();
                 Tensor::from_data(TensorData::new(slots, [len]), (device, DType::I32))
             })),
             _ if group.len() == rows.len() => SegmentRows::Every,
@@ -308,7 +301,7 @@ fn wanted(parts: &[&Part<'_>]) -> (Vec<i32>, Vec<usize>) {
     (wanted, counts)
 }
 
-fn joined(mut parts: Vec<Tensor<2>>) -> Tensor<2> {
+fn joined<const D: usize>(mut parts: Vec<Tensor<D>>) -> Tensor<D> {
     match parts.len() {
         1 => parts.remove(0),
         _ => Tensor::cat(parts, 0),
@@ -362,8 +355,7 @@ impl<'a> MixedPass<'a> {
             3 => [0, 1, 2].map(|i| forward_mixed(&self.each(|model| &block(model).qkv[i].module), h.clone())),
             _ => {
                 let all = forward_mixed(&self.each(|model| &block(model).qkv[0].module), h);
-                let [q, k, v] = config.qkv_widths();
-                [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
+                split_qkv(all, config)
             }
         };
         let head_norm = |x: Tensor<2>, i: usize| {
@@ -456,17 +448,4 @@ fn norm(
         true => forward(parts[0].1, x, Pass::INFERENCE),
         false => by_part(parts, x, |norm, x| forward(norm, x, Pass::INFERENCE)),
     }
-}
-
-fn by_part<'a, T>(parts: &[(usize, &'a T)], x: Tensor<2>, run: impl Fn(&'a T, Tensor<2>) -> Tensor<2>) -> Tensor<2> {
-    if let [(_, part)] = *parts {
-        return run(part, x);
-    }
-    let mut start = 0;
-    let outputs = parts.iter().map(|&(tokens, part)| {
-        let output = run(part, x.clone().narrow(0, start, tokens));
-        start += tokens;
-        output
-    });
-    Tensor::cat(outputs.collect(), 0)
 }

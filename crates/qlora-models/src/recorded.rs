@@ -24,14 +24,19 @@ const SHORTEST: usize = 512;
 pub struct Step {
     /// `[rows, vocab]`, in the compute dtype.
     pub logits: Tensor<2>,
-    /// `[rows]`, i32: the token of the first largest logit; -1 where a logit is no number.
-    pub likeliest: Tensor<1, Int>,
+    /// Found with the pass, or `None` until somebody asks.
+    likeliest: Option<Tensor<1, Int>>,
 }
 
 impl Step {
-    /// What follows from logits.
+    /// What a pass that is not replayed gives.
     pub fn of(logits: Tensor<2>) -> Self {
-        Self { likeliest: likeliest(logits.clone()), logits }
+        Self { logits, likeliest: None }
+    }
+
+    /// `[rows]`, i32: the token of the first largest logit; -1 where a logit is no number.
+    pub fn likeliest(&self) -> Tensor<1, Int> {
+        self.likeliest.clone().unwrap_or_else(|| likeliest(self.logits.clone()))
     }
 }
 
@@ -89,8 +94,7 @@ impl Decoder {
             && parts.len() <= MOST_PARTS
             // The host chooses experts, and finds trained tokens among the ids.
             && first.model.config.experts.is_none()
-            && !parts.iter().any(|(_, part)| part.model.has_trained_tokens())
-            && first.model.device.memory_pool_usage().is_some();
+            && !parts.iter().any(|(_, part)| part.model.has_trained_tokens());
         if records {
             let longest = parts.iter().flat_map(|(_, part)| &part.rows).map(|row| row.past + 1).max().unwrap_or(1);
             let sizes = parts.iter().map(|(number, part)| (*number, filled(part.rows.len(), parts.len())));
@@ -153,7 +157,8 @@ fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> R
     let recorded = Recording::record(&model.device, || {
         let pass = MixedPass::new(sizes.clone(), &inputs);
         let hidden = pass.hidden(cache);
-        Step::of(pass.logits(hidden))
+        let logits = pass.logits(hidden);
+        Step { likeliest: Some(likeliest(logits.clone())), logits }
     });
     match recorded {
         Ok(Some((recording, output))) => {

@@ -161,6 +161,8 @@ pub(crate) struct RotaryTables(Mutex<Known>);
 /// Rows of frequencies, from position 0 on.
 #[derive(Debug, Default)]
 struct Known {
+    /// The [`Rope::variant`] that has these frequencies.
+    variant: Option<u64>,
     frequencies: Vec<f32>,
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -196,13 +198,13 @@ impl RotaryTables {
         cos_out: &mut Vec<f32>,
         sin_out: &mut Vec<f32>,
     ) {
-        let frequencies = rope.frequencies(rotated_for);
-        let pairs = frequencies.len();
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.frequencies != frequencies {
-            *known = Known { frequencies, ..Known::default() };
+        let variant = rope.variant(rotated_for);
+        if known.frequencies.is_empty() || known.variant != variant {
+            *known = Known { variant, frequencies: rope.frequencies(rotated_for), ..Known::default() };
         }
-        let Known { frequencies, cos, sin } = &mut *known;
+        let Known { frequencies, cos, sin, .. } = &mut *known;
+        let pairs = frequencies.len();
         let rows = cos.len() / pairs.max(1);
         if positions.start > rows {
             // A dynamic rope has other angles for every length: tables of earlier positions would not be used again.

@@ -56,7 +56,7 @@ impl<'a> Twice<'a> {
         let step = Decoder::decode(&parts, one).unwrap().unwrap();
         let plain: Vec<Part<'_>> = parts.into_iter().map(|(_, part)| part).collect();
         let expected = Decoder::forward_paged(&plain, other).unwrap();
-        let likeliest = step.likeliest.try_into_vec_as::<i32>().unwrap();
+        let likeliest = step.likeliest().try_into_vec_as::<i32>().unwrap();
         let vocab = expected.dims()[1];
         let mut found = step.logits.into_data().iter::<f32>().collect::<Vec<_>>();
         found.truncate(rows * vocab);

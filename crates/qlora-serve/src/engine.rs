@@ -98,19 +98,18 @@ impl Engine {
     /// # Errors
     /// [`ServeError::CacheTooSmall`].
     pub fn new(model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
-        let token_bytes = PagedCache::token_bytes(model.config(), model.dtype()) as u64;
         let block_tokens = config.block_tokens.max(1);
-        let (tokens, budget) = match config.cache {
-            CacheSize::Tokens(tokens) => (tokens, tokens as u64 * token_bytes),
-            CacheSize::Bytes(bytes) => ((bytes / token_bytes.max(1)) as usize, bytes),
-        };
         let blocks = match config.cache {
             CacheSize::Tokens(tokens) => tokens.div_ceil(block_tokens).max(2),
-            CacheSize::Bytes(_) => tokens / block_tokens,
+            CacheSize::Bytes(budget) => {
+                let block_bytes = block_tokens * PagedCache::token_bytes(model.config(), model.dtype());
+                let blocks = (budget / block_bytes.max(1) as u64) as usize;
+                if blocks < 2 {
+                    return Err(ServeError::CacheTooSmall { budget, blocks, block_tokens });
+                }
+                blocks
+            }
         };
-        if blocks < 2 {
-            return Err(ServeError::CacheTooSmall { budget, blocks, block_tokens });
-        }
         let most = model.config().max_tokens().min(blocks * block_tokens);
         let limits = Limits {
             max_tokens: config.max_tokens.map_or(most, |tokens| tokens.min(most)),
@@ -386,7 +385,7 @@ impl Engine {
     fn choose(&mut self, slices: &[Slice], wanted: &[RowLogits], step: Step) -> Result<(), DeviceError> {
         let is_greedy = |id| self.answering.get(id).is_none_or(Answering::takes_likeliest);
         if !wanted.contains(&RowLogits::All) && slices.iter().all(|slice| is_greedy(&slice.id)) {
-            let tokens = step.likeliest.try_into_vec_as::<i32>().map_err(DeviceError::from)?;
+            let tokens = step.likeliest().try_into_vec_as::<i32>().map_err(DeviceError::from)?;
             let asked = slices.iter().zip(wanted).filter(|(_, wanted)| **wanted == RowLogits::Last);
             for ((slice, _), token) in asked.zip(tokens) {
                 match u32::try_from(token) {

@@ -47,7 +47,7 @@ pub use fused_kernels::dropout_hash;
 pub use grouped::{AdapterGroup, GroupMember, GroupedOperand, GroupedOps, GroupedTokens, grouped_low_rank};
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
-pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, likeliest, paged_attention, paged_write};
+pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, likeliest, paged_attention, paged_slot, paged_write};
 pub use seed::{SeedOps, backward_from};
 
 /// One of LoRA's two factors.

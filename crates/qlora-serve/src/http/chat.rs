@@ -72,10 +72,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let limits = state.handle().limits();
     let model = state.model(request.model.as_deref())?;
     let choice = sampling::read(request.sampling(), state.config(), limits.vocab_size)?;
-    let stream = request.stream.unwrap_or(false);
-    if request.stream_options.is_some() && !stream {
-        return Err(ApiError::field("stream_options", "stream_options: only with `stream`"));
-    }
+    let (stream, include_usage) = stream::wanted(request.stream, request.stream_options)?;
     let logprobs = logprobs_of(&request, state.config().max_logprobs)?;
     if logprobs.is_some() {
         // Read here, where it holds up nobody else.
@@ -154,7 +151,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
         model: model.name,
         n: choice.n,
         stream,
-        include_usage: request.stream_options.and_then(|options| options.include_usage).unwrap_or(false),
+        include_usage,
         logprobs: logprobs.is_some(),
         tool_format: tools.map(|tools| tools.format),
     };

@@ -73,10 +73,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let limits = state.handle().limits();
     let model = state.model(request.model.as_deref())?;
     let choice = sampling::read(request.sampling(), state.config(), limits.vocab_size)?;
-    let stream = request.stream.unwrap_or(false);
-    if request.stream_options.is_some() && !stream {
-        return Err(ApiError::field("stream_options", "stream_options: only with `stream`"));
-    }
+    let (stream, include_usage) = stream::wanted(request.stream, request.stream_options)?;
     if request.best_of.is_some_and(|best_of| best_of != choice.n) {
         return Err(ApiError::field("best_of", "best_of: answers are not ranked; leave it out, and use `n`"));
     }
@@ -149,7 +146,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
         prompts: count,
         echoed,
         stream,
-        include_usage: request.stream_options.and_then(|options| options.include_usage).unwrap_or(false),
+        include_usage,
         logprobs: request.logprobs.is_some(),
     };
     Ok((job, head))

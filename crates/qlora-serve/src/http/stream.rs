@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::session::{Session, Update, Usage};
+use super::types::StreamOptions;
 
 /// How an endpoint writes what is new.
 pub(super) trait Chunks: Send + 'static {
@@ -64,6 +65,18 @@ pub(super) fn respond(session: Session, mut chunks: impl Chunks) -> Response {
         Some((Ok::<_, Infallible>(Event::default().data(text)), streaming))
     });
     Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
+}
+
+/// Whether a request wants a stream, and the usage in it.
+///
+/// # Errors
+/// There are options of a stream where none is wanted.
+pub(super) fn wanted(stream: Option<bool>, options: Option<StreamOptions>) -> Result<(bool, bool), ApiError> {
+    let stream = stream.unwrap_or(false);
+    if options.is_some() && !stream {
+        return Err(ApiError::field("stream_options", "stream_options: only with `stream`"));
+    }
+    Ok((stream, options.and_then(|options| options.include_usage).unwrap_or(false)))
 }
 
 /// `usage` of an answer.

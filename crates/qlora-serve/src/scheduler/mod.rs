@@ -159,11 +159,9 @@ impl Scheduler {
     fn restart_rotated(&mut self, rotation: &dyn Fn(usize) -> Vec<u64>) {
         for id in self.running.clone().into_iter().rev() {
             let Some(sequence) = self.sequences.get(&id) else { continue };
-            if sequence.rotated_for != sequence.tokens.len() {
-                match rotation(sequence.rotated_for) == rotation(sequence.tokens.len()) {
-                    true => continue,
-                    false => self.give_back(id),
-                }
+            let (before, now) = (sequence.rotated_for, sequence.tokens.len());
+            if before != now && rotation(before) != rotation(now) {
+                self.give_back(id);
             }
         }
     }

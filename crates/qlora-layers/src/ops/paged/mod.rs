@@ -25,7 +25,7 @@ use fused_kernels::paged_attention::{Batch, MAX_HEAD_DIM};
 use host_copies::overwrite_int;
 use std::sync::Arc;
 
-pub use fused_kernels::paged_attention::Row as PagedRow;
+pub use fused_kernels::paged_attention::{Row as PagedRow, slot as paged_slot};
 
 /// What the rows of a batch look at, on the host and on a device.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 //! Without the tag an answer that begins with an object may mean just that: it is a call if it names one of the
 //! request's tools.
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Sought};
 use super::{Piece, Step, call, content};
 
 pub(super) const TAG: &str = "<|python_tag|>";
@@ -63,13 +63,12 @@ impl Bare {
                 Step::Again
             }
             State::Tagged => {
-                let blank = buffer.text.len() - buffer.text.trim_start().len();
-                match buffer.text[blank..].chars().next() {
-                    Some('{') => {
+                match buffer.first() {
+                    (blank, Some('{')) => {
                         self.taken += &buffer.take(blank);
                         self.state = State::Object { tagged: true };
                     }
-                    None if !end => return Step::Wait,
+                    (_, None) if !end => return Step::Wait,
                     // Code for an interpreter, which no function of a request is.
                     _ => self.no_call(out),
                 }
@@ -94,16 +93,13 @@ impl Bare {
                 }
                 Step::Again
             }
-            State::Content => match buffer.before(TAG) {
-                Ok(at) => {
-                    self.taken = buffer.take_tag(at, TAG, out);
+            State::Content => match buffer.seek(TAG, end, out) {
+                Sought::Tag(text) => {
+                    self.taken = text;
                     self.state = State::Tagged;
                     Step::Again
                 }
-                Err(decided) => {
-                    content(out, buffer.take(if end { buffer.text.len() } else { decided }));
-                    Step::Wait
-                }
+                Sought::Content | Sought::Nothing => Step::Wait,
             },
         }
     }

@@ -24,6 +24,17 @@ pub(super) enum Begins {
     Unknown,
 }
 
+/// What became of looking for a tag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Sought {
+    /// It is there: the tag, with white space before it, was taken.
+    Tag(String),
+    /// Not yet, and there was content.
+    Content,
+    /// Not yet, and nothing is decided; or the text ended.
+    Nothing,
+}
+
 impl Buffer {
     /// Takes bytes from the front.
     pub fn take(&mut self, length: usize) -> String {
@@ -52,14 +63,36 @@ impl Buffer {
     }
 
     /// The bytes before a tag; where it is not there, those that can't be part of it, nor white space before it.
-    pub fn before(&self, tag: &str) -> Result<usize, usize> {
+    fn before(&self, tag: &str) -> Result<usize, usize> {
         let undecided = || self.text[..self.text.len() - overlap(&self.text, tag)].trim_end().len();
         self.text.find(tag).ok_or_else(undecided)
     }
 
+    /// Looks for a tag. What can't be part of it is content, at the end all that is left.
+    pub fn seek(&mut self, tag: &str, end: bool, out: &mut Vec<Piece>) -> Sought {
+        match self.before(tag) {
+            Ok(at) => Sought::Tag(self.take_tag(at, tag, out)),
+            Err(_) if end => {
+                content(out, self.take(self.text.len()));
+                Sought::Nothing
+            }
+            Err(0) => Sought::Nothing,
+            Err(decided) => {
+                content(out, self.take(decided));
+                Sought::Content
+            }
+        }
+    }
+
+    /// The bytes of white space that the text begins with, and what comes behind them.
+    pub fn first(&self) -> (usize, Option<char>) {
+        let rest = self.text.trim_start();
+        (self.text.len() - rest.len(), rest.chars().next())
+    }
+
     /// Takes what is before a tag as content, and returns the tag with white space before it: that belongs to neither
     /// content nor call, unless no call follows.
-    pub fn take_tag(&mut self, at: usize, tag: &str, out: &mut Vec<Piece>) -> String {
+    fn take_tag(&mut self, at: usize, tag: &str, out: &mut Vec<Piece>) -> String {
         let before = self.text[..at].trim_end().len();
         content(out, self.take(before));
         self.take(at - before + tag.len())

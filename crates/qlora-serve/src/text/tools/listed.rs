@@ -3,7 +3,7 @@
 
 use serde_json::Value as Json;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Sought};
 use super::{Call, Piece, Step, call, content};
 
 pub(super) const TAG: &str = "[TOOL_CALLS]";
@@ -47,30 +47,25 @@ impl Listed {
                     buffer.skip(&[]);
                     self.state = state;
                 }
-                match buffer.before(TAG) {
-                    Ok(at) => {
-                        self.taken = buffer.take_tag(at, TAG, out);
+                match buffer.seek(TAG, end, out) {
+                    Sought::Tag(text) => {
+                        self.taken = text;
                         self.state = State::Open;
                         return Step::Again;
                     }
-                    Err(_) if end => content(out, buffer.take(buffer.text.len())),
-                    Err(0) => {}
-                    Err(decided) => {
-                        content(out, buffer.take(decided));
-                        self.state = State::Content;
-                    }
+                    Sought::Content => self.state = State::Content,
+                    Sought::Nothing => {}
                 }
                 Step::Wait
             }
             State::Open => {
-                let blank = buffer.text.len() - buffer.text.trim_start().len();
-                match buffer.text[blank..].chars().next() {
-                    Some(first) => {
+                match buffer.first() {
+                    (blank, Some(first)) => {
                         self.taken += &buffer.take(blank);
                         self.state = if first == '[' || first == '{' { State::Calls } else { State::Name };
                     }
-                    None if !end => return self.wait(State::Open),
-                    None => self.no_call(out),
+                    (_, None) if !end => return self.wait(State::Open),
+                    (_, None) => self.no_call(out),
                 }
                 Step::Again
             }
@@ -104,11 +99,11 @@ impl Listed {
                 Step::Again
             }
             State::Arguments(name) => {
-                let blank = buffer.text.len() - buffer.text.trim_start().len();
+                let (blank, first) = buffer.first();
                 if blank > 0 {
                     self.taken += &buffer.take(blank);
                 }
-                match buffer.text.chars().next() {
+                match first {
                     Some('{') => match buffer.take_json() {
                         Some(text) => match serde_json::from_str::<Json>(&text) {
                             Ok(arguments) => {

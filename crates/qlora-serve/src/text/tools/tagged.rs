@@ -1,6 +1,6 @@
 //! `<tool_call>{"name": .., "arguments": {..}}</tool_call>`.
 
-use super::buffer::{Begins, Buffer};
+use super::buffer::{Begins, Buffer, Sought};
 use super::{Piece, Step, call, content};
 
 pub(super) const OPEN: &str = "<tool_call>";
@@ -35,29 +35,24 @@ impl Tagged {
                 if self.state == State::Between {
                     buffer.skip(&[]);
                 }
-                match buffer.before(OPEN) {
-                    Ok(at) => {
-                        self.taken = buffer.take_tag(at, OPEN, out);
+                match buffer.seek(OPEN, end, out) {
+                    Sought::Tag(text) => {
+                        self.taken = text;
                         self.state = State::Open;
                         return Step::Again;
                     }
-                    Err(_) if end => content(out, buffer.take(buffer.text.len())),
-                    Err(0) => {}
-                    Err(decided) => {
-                        content(out, buffer.take(decided));
-                        self.state = State::Content;
-                    }
+                    Sought::Content => self.state = State::Content,
+                    Sought::Nothing => {}
                 }
                 Step::Wait
             }
             State::Open => {
-                let blank = buffer.text.len() - buffer.text.trim_start().len();
-                match buffer.text[blank..].chars().next() {
-                    Some('{') => {
+                match buffer.first() {
+                    (blank, Some('{')) => {
                         self.taken += &buffer.take(blank);
                         self.state = State::Json;
                     }
-                    None if !end => return Step::Wait,
+                    (_, None) if !end => return Step::Wait,
                     _ => self.no_call(out),
                 }
                 Step::Again
