@@ -5,7 +5,6 @@
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
-//! | [`grouped_low_rank`] | LoRA's update where tokens use different adapters | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
 //! | [`paged_attention`] | attention of generation over a paged cache | CubeCL |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
@@ -24,7 +23,6 @@ mod dropout;
 mod elementwise;
 mod error;
 pub mod gated;
-pub mod grouped_low_rank;
 pub mod likeliest;
 pub mod low_rank;
 pub mod paged_attention;

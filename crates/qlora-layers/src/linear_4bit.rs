@@ -5,8 +5,10 @@ use crate::ops::{self, Layout4bit, LoraTerms, Packed4bit};
 use crate::params::{flattened, frozen};
 use burn::backend::Dispatch;
 use burn::config::Config;
-use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use burn_cubecl::CubeBackend;
+use host_copies::cube_of_int;
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 
 /// Makes a [`Linear4bit`] with random weights, to be filled from a record.
@@ -98,9 +100,9 @@ impl Linear4bit {
         })
     }
 
-    /// Whether both are the same weight, not only equal ones: clones of one layer, or of modules that hold it.
-    pub fn is_same(&self, other: &Self) -> bool {
-        self.codes.id == other.codes.id
+    /// Names the weight: clones of it have the same name, other weights have others.
+    pub fn id(&self) -> ParamId {
+        self.codes.id
     }
 
     /// Quantizes a dense weight `[out_features, in_features]`, f32, bf16 or f16, on the host; the result is on `device`.
@@ -168,6 +170,17 @@ impl Linear4bit {
             nested_absmax: tensor(&self.nested_absmax),
             layout: self.layout,
         }
+    }
+
+    /// The weight on a CubeCL runtime; `None` on the host.
+    pub(crate) fn on_cube(&self) -> Option<Packed4bit<CubeBackend>> {
+        let tensor = |param: &Param<Tensor<1, Int>>| cube_of_int(param.val());
+        Some(Packed4bit {
+            codes: tensor(&self.codes)?,
+            absmax: tensor(&self.absmax)?,
+            nested_absmax: tensor(&self.nested_absmax)?,
+            layout: self.layout,
+        })
     }
 
     /// Codebook, blocks and shape.

@@ -91,6 +91,21 @@ impl LoraLinear {
         self.run(x, pass, false)
     }
 
+    /// The frozen weight and bias alone, in a pass without a graph.
+    ///
+    /// # Shapes
+    /// As [`forward_in`](Self::forward_in).
+    pub fn forward_bare(&self, x: Tensor<2>) -> Tensor<2> {
+        let y = self.base.forward(x);
+        match &self.bias {
+            Some(bias) => {
+                let held = y.dtype();
+                y + bias.val().without_autodiff().cast(held).unsqueeze()
+            }
+            None => y,
+        }
+    }
+
     /// [`forward_in`](Self::forward_in) for its gradients alone. The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit
     /// weight the product is left out, and the returned tensor is then uninitialised.
     pub fn record(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {

@@ -4,6 +4,7 @@ use crate::lora_linear::LoraLinear;
 use crate::ops::low_rank_update;
 use crate::params::constant;
 use crate::{FrozenLinear, Pass};
+use burn::module::ParamId;
 use burn::tensor::{DType, FloatDType, Tensor};
 
 /// `x` through a layer that the rows of `x` see with different adapters: the first part's rows come first.
@@ -69,15 +70,24 @@ impl LoraLinear {
     fn is_plain(&self) -> bool {
         self.whole.is_none() && self.adapter.as_ref().is_none_or(|adapter| adapter.dora.is_none())
     }
+
+    /// Whether the layer is its frozen weight and bias alone.
+    pub fn is_bare(&self) -> bool {
+        self.adapter.is_none() && self.whole.is_none()
+    }
 }
 
 impl FrozenLinear {
+    /// Names the weight: clones of it have the same name, other weights have others.
+    pub fn id(&self) -> ParamId {
+        match self {
+            Self::Quantized(weight) => weight.id(),
+            Self::Dense(weight) => weight.id,
+        }
+    }
+
     /// Whether both are the same weight, not only equal ones: clones of one layer, or of modules that hold it.
     pub fn is_same(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Quantized(this), Self::Quantized(other)) => this.is_same(other),
-            (Self::Dense(this), Self::Dense(other)) => this.id == other.id,
-            _ => false,
-        }
+        self.id() == other.id()
     }
 }

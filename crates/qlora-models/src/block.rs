@@ -143,6 +143,27 @@ impl Block {
         normalised(&self.norms.attention_output, run, pass, gradients_only)
     }
 
+    /// The projections of queries, keys and values, or the one that holds them all.
+    pub(crate) fn qkv(&self) -> Vec<&LoraLinear> {
+        self.qkv.iter().map(|layer| &layer.module).collect()
+    }
+
+    /// The first projections of a dense MLP.
+    pub(crate) fn gate_up(&self) -> Vec<&LoraLinear> {
+        match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.gate_up.iter().map(|layer| &layer.module).collect(),
+            FeedForward::Experts(_) => Vec::new(),
+        }
+    }
+
+    /// The last projection of a dense MLP.
+    pub(crate) fn down(&self) -> Vec<&LoraLinear> {
+        match &self.feed_forward {
+            FeedForward::Dense(mlp) => vec![&mlp.down.module],
+            FeedForward::Experts(_) => Vec::new(),
+        }
+    }
+
     /// Queries, keys and values, each `[tokens, heads * head_dim]`.
     fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> [Tensor<2>; 3] {
         match &self.qkv[..] {

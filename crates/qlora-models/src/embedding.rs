@@ -21,6 +21,11 @@ pub(crate) struct Embedding {
 }
 
 impl Embedding {
+    /// Whether rows are other than those of the base's table.
+    pub(crate) fn is_changed(&self) -> bool {
+        self.lora.is_some() || self.whole.is_some() || self.tokens.is_some() || self.original.is_some()
+    }
+
     /// The rows of `ids`, in the dtype of the table; `index` is the ids on the device.
     pub(crate) fn forward(&self, table: &Tensor<2>, ids: &[u32], index: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
         let rows = match (&self.whole, &self.lora) {

@@ -27,6 +27,7 @@ mod paged;
 mod recorded;
 mod rope;
 mod sequence;
+mod stacks;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};

@@ -3,7 +3,7 @@
 use crate::named::Named;
 use burn::tensor::Tensor;
 use qlora_layers::ops::fused::{Activation, gated};
-use qlora_layers::{LoraLinear, Pass, forward_mixed};
+use qlora_layers::{LoraLinear, Pass};
 
 /// A gated MLP of a block or of an expert.
 #[derive(Clone, Debug)]
@@ -31,19 +31,6 @@ impl Mlp {
         }
     }
 
-    /// [`forward`](Self::forward) over rows that see the MLP with different adapters; see [`forward_mixed`].
-    pub fn forward_mixed(parts: &[(usize, &Self)], x: Tensor<2>) -> Tensor<2> {
-        let each = |pick: &dyn Fn(&Self) -> &LoraLinear, x| {
-            let layers: Vec<(usize, &LoraLinear)> = parts.iter().map(|(tokens, mlp)| (*tokens, pick(mlp))).collect();
-            forward_mixed(&layers, x)
-        };
-        let [gate, up] = match parts[0].1.gate_up.len() {
-            2 => [0, 1].map(|i| each(&|mlp| &mlp.gate_up[i].module, x.clone())),
-            _ => halves(each(&|mlp| &mlp.gate_up[0].module, x)),
-        };
-        each(&|mlp| &mlp.down.module, gated(gate, up, parts[0].1.activation))
-    }
-
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
         self.gate_up.iter().chain([&self.down])
     }
@@ -54,7 +41,7 @@ impl Mlp {
 }
 
 /// The two halves of each row.
-fn halves(both: Tensor<2>) -> [Tensor<2>; 2] {
+pub(crate) fn halves(both: Tensor<2>) -> [Tensor<2>; 2] {
     let width = both.dims()[1] / 2;
     [both.clone().narrow(1, 0, width), both.narrow(1, width, width)]
 }

@@ -7,14 +7,15 @@
 use crate::block::{FeedForward, split_qkv};
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
-use crate::mlp::Mlp;
+use crate::mlp::halves;
 use crate::norm::RmsNorm;
 use crate::recorded::Recorded;
+use crate::stacks::{Layers, Stacks};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use host_copies::{client_of, overwrite, overwrite_int};
-use qlora_layers::ops::fused::{Rotation, rotate};
+use qlora_layers::ops::fused::{Rotation, gated, rotate};
 use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, attention, paged_attention, paged_slot, paged_write};
-use qlora_layers::{Pass, by_part, forward_mixed};
+use qlora_layers::{AdapterSpans, JoinedLayer, LoraLinear, Pass, by_part, forward_joined, forward_mixed};
 use std::ops::Range;
 
 /// Keys and values in blocks of some tokens each. Who holds which block is the caller's business.
@@ -26,6 +27,8 @@ pub struct PagedCache {
     layers: Vec<[Tensor<3>; 2]>,
     /// Passes over this cache that can be replayed.
     pub(crate) recorded: Recorded,
+    /// The adapters of its passes.
+    pub(crate) stacks: Stacks,
 }
 
 impl PagedCache {
@@ -34,7 +37,7 @@ impl PagedCache {
         let shape = [(blocks + 1) * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
         let zeros = || Tensor::zeros(shape, (&model.device, DType::from(model.dtype)));
         let layers = model.blocks.iter().map(|_| [zeros(), zeros()]).collect();
-        Self { block_tokens, layers, recorded: Recorded::default() }
+        Self { block_tokens, layers, recorded: Recorded::default(), stacks: Stacks::default() }
     }
 
     /// Bytes on the device that a token takes.
@@ -248,6 +251,15 @@ pub(crate) struct MixedPass<'a> {
     models: Vec<(usize, &'a Decoder)>,
     config: &'a ModelConfig,
     inputs: &'a Inputs,
+    stacked: Option<Stacked<'a>>,
+}
+
+/// Adapters that the tokens of a pass have, where one model stands for all of its rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stacked<'a> {
+    pub layers: &'a Layers,
+    /// Which token has which; `None` where none has any.
+    pub spans: Option<&'a AdapterSpans>,
 }
 
 impl Decoder {
@@ -312,7 +324,12 @@ impl<'a> MixedPass<'a> {
     /// Of models with their numbers of tokens, one after the other.
     pub fn new(models: Vec<(usize, &'a Decoder)>, inputs: &'a Inputs) -> Self {
         let config = &models[0].1.config;
-        Self { models, config, inputs }
+        Self { models, config, inputs, stacked: None }
+    }
+
+    /// Of one model, whose own adapter is not looked at: its tokens have those of a stack.
+    pub fn stacked(model: &'a Decoder, tokens: usize, inputs: &'a Inputs, stacked: Stacked<'a>) -> Self {
+        Self { stacked: Some(stacked), ..Self::new(vec![(tokens, model)], inputs) }
     }
 
     /// Embedding and decoder blocks: `[tokens, hidden]`.
@@ -338,6 +355,33 @@ impl<'a> MixedPass<'a> {
         self.models.iter().map(|&(tokens, model)| Some((tokens, pick(model)?))).collect()
     }
 
+    /// Linear layers that share an input, over all rows.
+    fn linears(&self, x: Tensor<2>, pick: impl Fn(&'a Decoder) -> Vec<&'a LoraLinear>) -> Vec<Tensor<2>> {
+        let layers = pick(self.models[0].1);
+        let bare =
+            |model| pick(model).iter().zip(&layers).all(|(own, first)| own.is_bare() && own.base.is_same(&first.base));
+        if self.stacked.is_none() && !self.models.iter().all(|(_, model)| bare(model)) {
+            let mixed = |i: usize| forward_mixed(&self.each(|model| pick(model)[i]), x.clone());
+            return (0..layers.len()).map(mixed).collect();
+        }
+        let stack = |layer: &LoraLinear| self.stacked?.layers.get(&layer.base.id());
+        let layers: Vec<JoinedLayer<'_>> =
+            layers.into_iter().map(|layer| JoinedLayer { layer, stack: stack(layer) }).collect();
+        let spans = self.stacked.and_then(|stacked| stacked.spans);
+        let alone = |each: &JoinedLayer<'_>| match forward_joined(&x, &[*each], spans) {
+            Some(mut outputs) => outputs.remove(0),
+            None => {
+                assert!(
+                    spans.is_none() || each.stack.is_none(),
+                    "a stacked layer of {:?} has no joined product",
+                    each.layer.base.shape()
+                );
+                each.layer.forward_bare(x.clone())
+            }
+        };
+        forward_joined(&x, &layers, spans).unwrap_or_else(|| layers.iter().map(alone).collect())
+    }
+
     /// One decoder block.
     fn block(&self, index: usize, x: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
         let _span = tracing::trace_span!("block", index).entered();
@@ -351,12 +395,10 @@ impl<'a> MixedPass<'a> {
         let kind = block(self.models[0].1).kind;
         let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
         let h = norm(&self.each(|model| &block(model).norms.attention_input.module), x, RmsNorm::forward);
-        let [q, k, v] = match block(self.models[0].1).qkv.len() {
-            3 => [0, 1, 2].map(|i| forward_mixed(&self.each(|model| &block(model).qkv[i].module), h.clone())),
-            _ => {
-                let all = forward_mixed(&self.each(|model| &block(model).qkv[0].module), h);
-                split_qkv(all, config)
-            }
+        let mut qkv = self.linears(h, |model| block(model).qkv());
+        let [q, k, v] = match qkv.len() {
+            3 => std::array::from_fn(|_| qkv.remove(0)),
+            _ => split_qkv(qkv.remove(0), config),
         };
         let head_norm = |x: Tensor<2>, i: usize| {
             let norms = self.each_some(|model| Some(&block(model).norms.qk.as_ref()?[i].module));
@@ -381,7 +423,7 @@ impl<'a> MixedPass<'a> {
         let cached = cache.write(index, [k.clone(), v.clone()], &self.inputs.batch);
         let mixed = self.inputs.attend(q, [k, v], cached, &options);
         let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
-        let output = forward_mixed(&self.each(|model| &block(model).output.module), mixed);
+        let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
         let norms = self.each_some(|model| Some(&block(model).norms.attention_output.as_ref()?.module));
         norms.map_or_else(|| output.clone(), |norms| norm(&norms, output.clone(), RmsNorm::forward))
     }
@@ -394,7 +436,14 @@ impl<'a> MixedPass<'a> {
             FeedForward::Experts(_) => None,
         });
         let output = match dense {
-            Some(mlps) => Mlp::forward_mixed(&mlps, h),
+            Some(mlps) => {
+                let mut gate_up = self.linears(h, |model| block(model).gate_up());
+                let [gate, up] = match gate_up.len() {
+                    2 => std::array::from_fn(|_| gate_up.remove(0)),
+                    _ => halves(gate_up.remove(0)),
+                };
+                self.linears(gated(gate, up, mlps[0].1.activation), |model| block(model).down()).remove(0)
+            }
             None => self.by_part(h, |model, x| block(model).feed_forward.forward(x, Pass::INFERENCE, false)),
         };
         let norms = self.each_some(|model| Some(&block(model).norms.mlp_output.as_ref()?.module));
@@ -411,7 +460,10 @@ impl<'a> MixedPass<'a> {
         let heads = self.each_some(|model| model.lm_head.as_ref());
         let logits = match heads {
             _ if self.models.iter().any(|(_, model)| differ(model)) => self.padded_logits(x),
-            Some(heads) => forward_mixed(&heads, x),
+            Some(heads) => {
+                let head = |model: &'a Decoder| vec![model.lm_head.as_ref().unwrap_or(heads[0].1)];
+                self.linears(x, head).remove(0)
+            }
             None if self.models.iter().all(|(_, model)| model.lm_head.is_none()) => model.head(x, Pass::INFERENCE),
             None => self.by_part(x, |model, x| model.head(x, Pass::INFERENCE)),
         };

@@ -6,10 +6,12 @@
 //! there is room for.
 
 use crate::decoder::Decoder;
-use crate::paged::{CachedRow, Inputs, MixedPass, PagedCache, Part, RowLogits};
-use burn::tensor::{Int, Tensor};
+use crate::paged::{CachedRow, Inputs, MixedPass, PagedCache, Part, RowLogits, Stacked};
+use crate::stacks::Placed;
+use burn::tensor::{Device, Int, Tensor};
 use host_copies::{DeviceError, Recording};
 use qlora_layers::ops::likeliest;
+use qlora_layers::{AdapterSpan, AdapterSpans, JOINED_TOKENS};
 use std::collections::HashMap;
 
 /// Recorded passes at most: each keeps the memory of its activations.
@@ -40,14 +42,24 @@ impl Step {
     }
 }
 
-/// Adapters with their numbers of rows, and the room for tokens.
-type Kind = (Vec<(u64, usize)>, usize);
+/// What one recording serves, and the room for tokens.
+type Kind = (Rows, usize);
+
+/// The rows of a recorded pass.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Rows {
+    /// Adapters with their numbers of rows.
+    ByPart(Vec<(u64, usize)>),
+    /// So many rows, with any adapters that are stacked, or with none.
+    Stacked { rows: usize, adapted: bool },
+}
 
 #[derive(Debug)]
 struct Entry {
     recording: Recording,
     inputs: Inputs,
     output: Step,
+    spans: Option<AdapterSpans>,
     /// The models whose weights the recording reads.
     _models: Vec<Decoder>,
     last_used: u64,
@@ -64,7 +76,31 @@ pub(crate) struct Recorded {
     refusal: Option<String>,
 }
 
+impl Recorded {
+    /// Drops what reads the stacks of adapters.
+    fn drop_adapted(&mut self) {
+        let reads_stacks = |(rows, _): &Kind| matches!(rows, Rows::Stacked { adapted: true, .. });
+        self.entries.retain(|kind, _| !reads_stacks(kind));
+        self.last.take_if(|kind| reads_stacks(kind));
+    }
+}
+
 impl PagedCache {
+    /// At most so many adapters are kept on the device for passes over this cache, beside what their models hold.
+    pub fn limit_adapters(&mut self, most: usize) {
+        self.stacks.limit(most);
+    }
+
+    /// An adapter, by the number that [`Decoder::decode`] knows it by, will not come again.
+    pub fn forget_adapter(&mut self, number: u64) {
+        self.stacks.forget(number);
+    }
+
+    /// Bytes of the adapters that are kept for passes over this cache.
+    pub fn adapter_bytes(&self) -> usize {
+        self.stacks.device_bytes()
+    }
+
     /// How many passes were replayed since the cache was made or grew.
     pub fn replays(&self) -> u64 {
         self.recorded.replays
@@ -88,24 +124,110 @@ impl Decoder {
     pub fn decode(parts: &[(u64, Part<'_>)], cache: &mut PagedCache) -> Result<Option<Step>, DeviceError> {
         let parts: Vec<&(u64, Part<'_>)> = parts.iter().filter(|(_, part)| !part.rows.is_empty()).collect();
         let Some((_, first)) = parts.first() else { return Ok(None) };
+        let rows: usize = parts.iter().map(|(_, part)| part.rows.len()).sum();
         let one_each = parts.iter().flat_map(|(_, part)| &part.rows).all(|row| row.ids.len() == 1);
+        let numbered: Vec<(u64, &Self)> = parts.iter().map(|(number, part)| (*number, part.model)).collect();
+        let placed = match one_each && rows <= JOINED_TOKENS {
+            true => cache.stacks.place(&numbered),
+            false => None,
+        };
+        if placed.as_ref().is_some_and(|placed| placed.changed) {
+            cache.recorded.drop_adapted();
+        }
+        let pass = PassOver::new(&parts, placed.as_ref());
         let records = one_each
             && cache.recorded.refusal.is_none()
             && parts.len() <= MOST_PARTS
             // The host chooses experts, and finds trained tokens among the ids.
             && first.model.config.experts.is_none()
             && !parts.iter().any(|(_, part)| part.model.has_trained_tokens());
-        if records {
-            let longest = parts.iter().flat_map(|(_, part)| &part.rows).map(|row| row.past + 1).max().unwrap_or(1);
-            let sizes = parts.iter().map(|(number, part)| (*number, filled(part.rows.len(), parts.len())));
-            let kind: Kind = (sizes.collect(), longest.next_power_of_two().max(SHORTEST));
-            if let Some(step) = replayed(&parts, kind, cache)? {
-                return Ok(Some(step));
-            }
+        if records && let Some(step) = replayed(&pass, cache)? {
+            return Ok(Some(step));
+        }
+        if let Some(spans) = &pass.spans {
+            let rows: Vec<CachedRow<'_>> = pass.groups.iter().flat_map(|group| &group.rows).copied().collect();
+            let inputs = Inputs::new(first.model, &rows, cache.block_tokens(), 0);
+            let spans = on_device(spans, &first.model.device);
+            return Ok(Some(Step::of(run(&pass.models(false), &inputs, cache, spans.as_ref(), true))));
         }
         let parts: Vec<Part<'_>> = parts.iter().map(|(_, part)| part.clone()).collect();
         Ok(Self::forward_paged(&parts, cache).map(Step::of))
     }
+}
+
+/// Rows that one model stands for.
+struct Group<'a> {
+    model: &'a Decoder,
+    rows: Vec<CachedRow<'a>>,
+    /// What a recorded pass fills them up to.
+    filled: usize,
+}
+
+/// A pass over one token of each row.
+struct PassOver<'a> {
+    kind: Kind,
+    groups: Vec<Group<'a>>,
+    /// Where adapters are stacked: which rows have which. One group has all rows then.
+    spans: Option<Vec<AdapterSpan>>,
+}
+
+impl<'a> PassOver<'a> {
+    fn new(parts: &[&(u64, Part<'a>)], placed: Option<&Placed>) -> Self {
+        let rows = || parts.iter().flat_map(|(_, part)| &part.rows);
+        let longest = rows().map(|row| row.past + 1).max().unwrap_or(1);
+        let room = longest.next_power_of_two().max(SHORTEST);
+        let Some(placed) = placed else {
+            let group = |(_, part): &&(u64, Part<'a>)| Group {
+                model: part.model,
+                rows: part.rows.clone(),
+                filled: filled(part.rows.len(), parts.len()),
+            };
+            let groups: Vec<Group<'a>> = parts.iter().map(group).collect();
+            let sizes = parts.iter().zip(&groups).map(|((number, _), group)| (*number, group.filled));
+            return Self { kind: (Rows::ByPart(sizes.collect()), room), groups, spans: None };
+        };
+        let (mut spans, mut first) = (Vec::new(), 0);
+        for ((_, part), slot) in parts.iter().zip(&placed.slots) {
+            let end = first + part.rows.len();
+            spans.extend(slot.map(|slot| AdapterSpan { first, end, slot }));
+            first = end;
+        }
+        let group = Group { model: parts[0].1.model, rows: rows().copied().collect(), filled: filled(first, 1) };
+        let kind = (Rows::Stacked { rows: group.filled, adapted: !spans.is_empty() }, room);
+        Self { kind, groups: vec![group], spans: Some(spans) }
+    }
+
+    /// The groups' models with their rows, filled up or not.
+    fn models(&self, filled: bool) -> Vec<(usize, &'a Decoder)> {
+        self.groups.iter().map(|group| (if filled { group.filled } else { group.rows.len() }, group.model)).collect()
+    }
+}
+
+/// The spans on the device, if there is any.
+fn on_device(spans: &[AdapterSpan], device: &Device) -> Option<AdapterSpans> {
+    (!spans.is_empty()).then(|| AdapterSpans::new(spans, device))
+}
+
+/// Logits of every row.
+fn run(
+    models: &[(usize, &Decoder)],
+    inputs: &Inputs,
+    cache: &mut PagedCache,
+    spans: Option<&AdapterSpans>,
+    is_stacked: bool,
+) -> Tensor<2> {
+    // The stacks stay as they are while the cache is written to.
+    let stacks = std::mem::take(&mut cache.stacks);
+    let pass = match (models, is_stacked) {
+        (&[(tokens, model)], true) => {
+            MixedPass::stacked(model, tokens, inputs, Stacked { layers: stacks.layers(), spans })
+        }
+        _ => MixedPass::new(models.to_vec(), inputs),
+    };
+    let hidden = pass.hidden(cache);
+    let logits = pass.logits(hidden);
+    cache.stacks = stacks;
+    logits
 }
 
 /// How many rows a part of `rows` is filled up to. Of several parts none is: rows could not be told apart behind the pass.
@@ -119,22 +241,28 @@ fn filled(rows: usize, parts: usize) -> usize {
 }
 
 /// The step, if its kind is recorded or can be now.
-fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> Result<Option<Step>, DeviceError> {
+fn replayed(pass: &PassOver<'_>, cache: &mut PagedCache) -> Result<Option<Step>, DeviceError> {
+    let kind = pass.kind.clone();
     let nobodys = [cache.blocks() as u32];
     let filler = CachedRow { ids: &[0], past: 0, rotated_for: 1, blocks: &nobodys, logits: RowLogits::Last };
-    let rows: Vec<CachedRow<'_>> = parts
+    let rows: Vec<CachedRow<'_>> = pass
+        .groups
         .iter()
-        .zip(&kind.0)
-        .flat_map(|((_, part), (_, size))| part.rows.iter().copied().chain(std::iter::repeat(filler)).take(*size))
+        .flat_map(|group| group.rows.iter().copied().chain(std::iter::repeat(filler)).take(group.filled))
         .collect();
-    let model = parts[0].1.model;
+    let model = pass.groups[0].model;
     cache.recorded.clock += 1;
     let clock = cache.recorded.clock;
     if let Some(entry) = cache.recorded.entries.get_mut(&kind) {
-        if entry.inputs.overwrite(model, &rows) {
+        let spans = match (&entry.spans, &pass.spans) {
+            (Some(held), Some(spans)) => held.overwrite(spans),
+            _ => true,
+        };
+        if spans && entry.inputs.overwrite(model, &rows) {
             entry.last_used = clock;
             // SAFETY: the entry holds inputs, outputs and weights; the cache's tensors live as long as their recordings,
-            // which go when the cache grows. The engine's thread, or the one that asks, does all of it.
+            // which go when the cache grows, and so do the stacks of adapters, whose recordings go when a slot changes. The
+            // engine's thread, or the one that asks, does all of it.
             unsafe { entry.recording.replay()? };
             cache.recorded.replays += 1;
             return Ok(Some(entry.output.clone()));
@@ -152,12 +280,11 @@ fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> R
         }
     }
     let inputs = Inputs::new(model, &rows, cache.block_tokens(), kind.1);
-    let models: Vec<Decoder> = parts.iter().map(|(_, part)| part.model.clone()).collect();
-    let sizes: Vec<(usize, &Decoder)> = kind.0.iter().map(|(_, size)| *size).zip(&models).collect();
+    let models: Vec<Decoder> = pass.groups.iter().map(|group| group.model.clone()).collect();
+    let sizes: Vec<(usize, &Decoder)> = pass.groups.iter().map(|group| group.filled).zip(&models).collect();
+    let spans = pass.spans.as_ref().and_then(|spans| on_device(spans, &model.device));
     let recorded = Recording::record(&model.device, || {
-        let pass = MixedPass::new(sizes.clone(), &inputs);
-        let hidden = pass.hidden(cache);
-        let logits = pass.logits(hidden);
+        let logits = run(&sizes, &inputs, cache, spans.as_ref(), pass.spans.is_some());
         Step { likeliest: Some(likeliest(logits.clone())), logits }
     });
     match recorded {
@@ -165,8 +292,8 @@ fn replayed(parts: &[&(u64, Part<'_>)], kind: Kind, cache: &mut PagedCache) -> R
             // SAFETY: as above; everything was made just now.
             unsafe { recording.replay()? };
             cache.recorded.replays += 1;
-            let entry = Entry { recording, inputs, output: output.clone(), _models: models, last_used: clock };
             tracing::debug!(rows = ?kind.0, room = kind.1, "a pass of generation is recorded");
+            let entry = Entry { recording, inputs, output: output.clone(), spans, _models: models, last_used: clock };
             cache.recorded.entries.insert(kind, entry);
             Ok(Some(output))
         }

@@ -120,8 +120,10 @@ impl Engine {
         let (handle, inbox) = line(limits);
         inbox.counters().blocks.store(blocks, Ordering::Relaxed);
         let bounds = Bounds { sequences: config.max_batch.max(1), tokens: config.max_batch_tokens.max(1) };
+        let mut cache = PagedCache::new(&model, blocks, block_tokens);
+        cache.limit_adapters(config.max_adapters_on_device);
         let engine = Self {
-            cache: PagedCache::new(&model, blocks, block_tokens),
+            cache,
             adapters: Adapters::new(model, config.max_adapters_on_device),
             scheduler: Scheduler::new(bounds, BlockPool::new(blocks, block_tokens)),
             answering: HashMap::new(),
@@ -296,6 +298,7 @@ impl Engine {
     fn unload_adapter(&mut self, name: &str) -> Result<(), ServeError> {
         let number = self.adapters.remove(name).ok_or_else(|| ServeError::UnknownAdapter { name: name.to_string() })?;
         self.scheduler.forget_adapter(number);
+        self.cache.forget_adapter(number);
         self.inbox.withdraw(name);
         Ok(())
     }

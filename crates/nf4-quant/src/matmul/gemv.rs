@@ -1,4 +1,5 @@
-//! y = x Wᵀ for 1 to 16 tokens, as in generation: bound by reading the codes once.
+//! y = x Wᵀ for 1 to 16 tokens, as in generation: bound by reading the codes once. Up to three weights that share x take
+//! one launch, with LoRA's updates of tokens that have different adapters ([`super::joined`]).
 //!
 //! **Idea.** Multiplying is free on tensor cores, decoding is not. So a byte of codes, two weights, becomes a pair of
 //! 16-bit values with one lookup, and absmax is applied to sums instead of weights: blocks have 64 columns or more, so
@@ -6,12 +7,13 @@
 //!
 //! **Layout.**
 //!
-//! - A warp takes 16 rows of W and 256 columns at a time. A lane reads 16-byte pieces of a row's codes straight from
-//!   memory, two steps ahead. Shared memory holds the 256 pairs once for each lane, in that lane's own bank. The pairs
-//!   are fragments of `mma.sync` as they are.
-//! - The order of columns within a sum is free as long as W and x keep the same one, so a lane's 32 consecutive codes
-//!   are its part of the fragments. One instruction then has columns of two blocks of W, whose sums must stay apart. So
-//!   x fills the eight columns of its fragment like this:
+//! - A warp takes 16 rows of W (32 from nine tokens on) and 256 columns at a time. A lane reads pieces of a row's codes
+//!   straight from memory, two steps ahead. Shared memory holds the 256 pairs once for each lane, in that lane's own bank.
+//!   The pairs are fragments of `mma.sync` as they are.
+//! - The order of columns within a sum is free as long as W and x keep the same one, so a lane's consecutive codes are its
+//!   part of the fragments. From five tokens on these are 16 of each block, and the eight columns of a fragment of x are
+//!   eight tokens. Up to four, a lane reads 32 codes at once. One instruction then has columns of two blocks of W, whose
+//!   sums must stay apart, and x fills its columns like this:
 //!
 //!   ```text
 //!   lanes of a row    columns 0 to 3 of x     columns 4 to 7 of x
@@ -19,7 +21,9 @@
 //!   2 and 3           zero                    tokens 0 to 3         second block of W
 //!   ```
 //!
-//! - LoRA's product is one more `mma` for each 16 ranks, from the factor as it lies in memory, into the same sums.
+//! - LoRA's product is one more `mma` for each 16 ranks, from the factor as it lies in memory, into the same sums. Where
+//!   tokens have adapters of a stack, the cubes compute `x Aᵀ` first, a part each, while their first codes are on the way; a
+//!   counter tells when all parts are there. All cubes fit on the device at once, so none waits for one that can't start.
 //! - The warps of a cube take other rows, or other columns of the same rows, whichever leaves fewest multiprocessors
 //!   idle (`Shape`). Their sums are added in a fixed order: the same operands give the same bits.
 //!
@@ -28,11 +32,10 @@
 //! or 0.32 (f16) of what rounding each product leaves, and FP4's values are exact.
 //!
 //! **Bound.** Memory: 0.5 bytes per element of W and 1/64 of statistics. A lookup per byte of codes lets shared memory
-//! serve 32 bytes of codes per cycle and multiprocessor; about 340 instructions (counted in the machine code) for the 2
-//! KB that a warp takes at once let the schedulers serve 24. An H200's memory delivers 19.
+//! serve 32 bytes of codes per cycle and multiprocessor; about 350 instructions (counted by Nsight Compute) for the 2
+//! KB that a warp takes at once let the schedulers serve 23. An H200's memory delivers 19.
 //!
-//! **Today**, on an H100 (device copy: 3.02 TB/s), bf16, double quantization: 50.7 µs or 2.39 TB/s for one token by
-//! 28672 x 8192. `docs/src/kernels/matmul.md` has more tokens and what was not tried.
+//! **Today**: `docs/src/kernels/matmul.md` has the table, and what was tried and is slower.
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -42,15 +45,18 @@ use cubecl::server::Handle;
 use cuda_source::{Arguments, CudaDevice, Source};
 use half::{bf16, f16};
 
+use super::joined::{Joined, Spans};
 use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
-use crate::kernels::{DeviceAbsmax, MAP_START, tables};
+use crate::kernels::{DeviceAbsmax, DeviceWeight, MAP_START, tables};
 use crate::{FloatFormat, QuantError, QuantType};
 
 const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("gemv.cu"));
 /// The most tokens.
-const TOKENS: usize = 16;
-/// Rows of W that a warp takes.
-const ROWS: usize = 16;
+pub(super) const TOKENS: usize = 16;
+/// Weights of a launch.
+pub(super) const MATRICES: usize = 3;
+/// Columns of one part of `x Aᵀ`.
+const CHUNK: usize = 1024;
 /// Columns that a warp takes at once.
 const STEP: usize = 256;
 const WARPS: usize = 8;
@@ -73,7 +79,7 @@ pub(super) fn fits(device: &CudaDevice, problem: &Problem) -> bool {
         && small(out_features, rank)
 }
 
-/// How cubes share a weight.
+/// How cubes share weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shape {
     /// Warps of a cube that take different rows; the others share them and take different columns.
@@ -82,10 +88,10 @@ struct Shape {
 }
 
 impl Shape {
-    /// The one with the fewest steps of its busiest warp.
-    fn new(problem: &Problem, workers: usize) -> Self {
-        let steps = problem.in_features.div_ceil(STEP);
-        let tiles = |row_warps: usize| problem.out_features.div_ceil(row_warps * ROWS);
+    /// The one with the fewest steps of its busiest warp, for weights of `rows` rows of which a warp takes `warp_rows`.
+    fn new(rows: &[usize], columns: usize, warp_rows: usize, workers: usize) -> Self {
+        let steps = columns.div_ceil(STEP);
+        let tiles = |row_warps: usize| rows.iter().map(|rows| rows.div_ceil(row_warps * warp_rows)).sum::<usize>();
         let cost = |row_warps: usize| {
             let rounds = tiles(row_warps).div_ceil(workers);
             // A tile's end, where warps add up their sums, is taken for half a step.
@@ -96,32 +102,63 @@ impl Shape {
     }
 }
 
+/// `struct Matrix` of gemv.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+struct MatrixParams {
+    rows: u32,
+    offset: u32,
+    rank: u32,
+    first_rank: u32,
+}
+
 /// `struct Params` of gemv.cu.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
-    rows: u32,
     columns: u32,
     tokens: u32,
     log2_blocksize: u32,
     log2_nested: u32,
-    offset: u32,
     map: u32,
     log2_row_warps: u32,
-    has_bias: u32,
-    rank: u32,
+    biases: u32,
+    ranks: u32,
     scale: f32,
     unscale: f32,
     codebook: [u32; 8],
+    matrices: [MatrixParams; MATRICES],
 }
 
-/// A variant of the kernel: fours of tokens, and cubes per multiprocessor, which registers allow.
-fn variant(tokens: usize) -> (usize, usize) {
-    match tokens {
-        ..=4 => (1, 2),
-        5..=8 => (2, 2),
-        _ => (4, 1),
-    }
+/// How the kernel is made for a number of tokens.
+#[derive(Clone, Copy)]
+struct Variant {
+    /// Tokens of a tile.
+    tile: usize,
+    token_tiles: usize,
+    /// 16 rows each, of a warp.
+    row_tiles: usize,
+    /// Per multiprocessor, which registers allow.
+    cubes: usize,
+}
+
+fn variant(tokens: usize) -> Variant {
+    let [tile, token_tiles, row_tiles, cubes] = match tokens {
+        ..=4 => [4, 1, 1, 2],
+        5..=8 => [8, 1, 1, 2],
+        _ => [8, 2, 2, 1],
+    };
+    Variant { tile, token_tiles, row_tiles, cubes }
+}
+
+/// Where low-rank updates come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Updates {
+    None,
+    /// The product with x is given.
+    Given,
+    /// Each token has one of a stack, or none.
+    Stacked,
 }
 
 pub(super) fn launch(
@@ -133,60 +170,177 @@ pub(super) fn launch(
     let Weight::FourBit(weight) = operands.weight else {
         return Err(QuantError::Matmul("a dense weight has no path for a few tokens".to_owned()));
     };
-    check_alignment("x", operands.x)?;
-    check_alignment("codes", &weight.codes)?;
-    let multiprocessors = cuda_source::device(client).map_or(1, |device| device.multiprocessors as usize);
-    let (_, cubes) = variant(problem.tokens);
-    let shape = Shape::new(problem, multiprocessors * cubes);
-    let Book { words, scale } = book(weight.quant_type, problem.format);
-    let (log2_nested, offset) = match &weight.absmax {
-        DeviceAbsmax::Plain(_) => (0, 0),
-        DeviceAbsmax::Nested { blocksize, .. } => (blocksize.ilog2(), weight.num_blocks().div_ceil(*blocksize)),
+    let matrix = Matrix {
+        weight,
+        rows: problem.out_features,
+        bias: operands.bias,
+        out,
+        low_rank: operands.low_rank.map(|low_rank| Factors {
+            rank: problem.rank,
+            lora_a: None,
+            lora_b: low_rank.factor,
+            scalings: None,
+        }),
     };
+    let call = Call {
+        updates: if problem.rank > 0 { Updates::Given } else { Updates::None },
+        x: operands.x,
+        product: operands.low_rank.map(|low_rank| low_rank.product),
+        spans: None,
+        half_bias: false,
+        matrices: &[matrix],
+    };
+    run(client, problem, &call)
+}
+
+/// [`super::joined::launch`], its operands checked.
+pub(super) fn launch_joined(client: &Client, joined: &Joined<'_>) -> Result<(), QuantError> {
+    let matrices: Vec<Matrix<'_>> = joined
+        .weights
+        .iter()
+        .map(|each| Matrix {
+            weight: each.weight,
+            rows: each.out_features,
+            bias: each.bias,
+            out: each.out,
+            low_rank: joined.spans.and(each.stack).map(|stack| Factors {
+                rank: stack.rank,
+                lora_a: Some(stack.lora_a),
+                lora_b: stack.lora_b,
+                scalings: Some(stack.scalings),
+            }),
+        })
+        .collect();
+    let adapted = matrices.iter().any(|matrix| matrix.low_rank.is_some());
+    let call = Call {
+        updates: if adapted { Updates::Stacked } else { Updates::None },
+        x: joined.x,
+        product: None,
+        spans: joined.spans,
+        half_bias: true,
+        matrices: &matrices,
+    };
+    run(client, &joined.problem(), &call)
+}
+
+/// One weight of a launch.
+struct Matrix<'a> {
+    weight: &'a DeviceWeight,
+    rows: usize,
+    bias: Option<&'a Handle>,
+    out: &'a Handle,
+    low_rank: Option<Factors<'a>>,
+}
+
+struct Factors<'a> {
+    rank: usize,
+    lora_a: Option<&'a Handle>,
+    lora_b: &'a Handle,
+    scalings: Option<&'a Handle>,
+}
+
+/// A launch.
+struct Call<'a> {
+    updates: Updates,
+    x: &'a Handle,
+    /// The low-rank product, where it is given.
+    product: Option<&'a Handle>,
+    spans: Option<Spans<'a>>,
+    /// Whether biases are in the format of x.
+    half_bias: bool,
+    matrices: &'a [Matrix<'a>],
+}
+
+fn run(client: &Client, problem: &Problem, call: &Call<'_>) -> Result<(), QuantError> {
+    let &Call { updates, x, product, spans, half_bias, matrices } = call;
+    let [Matrix { weight, .. }, ..] = matrices else { return Ok(()) };
+    check_alignment("x", x)?;
+    for matrix in matrices {
+        check_alignment("codes", &matrix.weight.codes)?;
+    }
+    let multiprocessors = cuda_source::device(client).map_or(1, |device| device.multiprocessors as usize);
+    let Variant { row_tiles, cubes, .. } = variant(problem.tokens);
+    let rows: Vec<usize> = matrices.iter().map(|matrix| matrix.rows).collect();
+    let shape = Shape::new(&rows, problem.in_features, 16 * row_tiles, multiprocessors * cubes);
+    let Book { words, scale } = book(weight.quant_type, problem.format);
+    let nested = match &weight.absmax {
+        DeviceAbsmax::Plain(_) => None,
+        DeviceAbsmax::Nested { blocksize, .. } => Some(*blocksize),
+    };
+    let mut ranks = 0;
+    let mut params = [MatrixParams::default(); MATRICES];
+    for (i, params) in params.iter_mut().enumerate() {
+        *params = MatrixParams { first_rank: ranks, ..MatrixParams::default() };
+        let Some(Matrix { weight, rows, low_rank, .. }) = matrices.get(i) else { continue };
+        params.rows = *rows as u32;
+        params.offset = nested.map_or(0, |blocksize| weight.num_blocks().div_ceil(blocksize)) as u32;
+        params.rank = low_rank.as_ref().map_or(0, |factors| factors.rank) as u32;
+        ranks += params.rank;
+    }
     let params = Params {
-        rows: problem.out_features as u32,
         columns: problem.in_features as u32,
         tokens: problem.tokens as u32,
         log2_blocksize: weight.blocksize.ilog2(),
-        log2_nested,
-        offset: offset as u32,
+        log2_nested: nested.map_or(0, usize::ilog2),
         map: MAP_START as u32,
         log2_row_warps: shape.row_warps.ilog2(),
-        has_bias: operands.bias.is_some().into(),
-        rank: problem.rank as u32,
+        biases: matrices.iter().enumerate().map(|(i, matrix)| u32::from(matrix.bias.is_some()) << i).sum(),
+        ranks,
         scale,
         unscale: 1.0 / scale,
         codebook: words,
+        matrices: params,
     };
     let tables = tables(client);
-    let (absmax, nested) = weight.absmax.buffers(&tables);
-    // Without a low-rank product its operands are never read.
-    let (product, factor) =
-        operands.low_rank.map_or((operands.x, &tables), |low_rank| (low_rank.product, low_rank.factor));
-    let arguments = Arguments::new()
-        .read(&weight.codes)
-        .read(absmax)
-        .read(nested)
-        .read(&tables)
-        .read(operands.x)
-        .read(product)
-        .read(factor)
-        .read(operands.bias.unwrap_or(&tables))
-        .write(out)
-        .params(params);
-    let nested = matches!(weight.absmax, DeviceAbsmax::Nested { .. });
-    cuda_source::launch(client, &source(problem, nested), (shape.cubes as u32, 1, 1), arguments).map_err(refused)
+    // What a launch does not use is never read.
+    let of = |i: usize| matrices.get(i).unwrap_or(&matrices[0]);
+    let factor = |i: usize, pick: fn(&Factors<'_>) -> Option<Handle>| {
+        of(i).low_rank.as_ref().and_then(pick).unwrap_or_else(|| tables.clone())
+    };
+    let all = |mut arguments: Arguments, pick: &dyn Fn(usize) -> Handle| {
+        for i in 0..MATRICES {
+            arguments = arguments.read(&pick(i));
+        }
+        arguments
+    };
+    let mut arguments = Arguments::new();
+    arguments = all(arguments, &|i| of(i).weight.codes.clone());
+    arguments = all(arguments, &|i| of(i).weight.absmax.buffers(&tables).0.clone());
+    arguments = all(arguments, &|i| of(i).weight.absmax.buffers(&tables).1.clone());
+    arguments = all(arguments, &|i| of(i).bias.unwrap_or(&tables).clone());
+    arguments = all(arguments, &|i| factor(i, |factors| factors.lora_a.cloned()));
+    arguments = all(arguments, &|i| factor(i, |factors| Some(factors.lora_b.clone())));
+    arguments = all(arguments, &|i| factor(i, |factors| factors.scalings.cloned()));
+    let stacked = updates == Updates::Stacked;
+    let parts = match stacked {
+        true => client.empty(problem.in_features.div_ceil(CHUNK) * problem.tokens * ranks as usize * 4),
+        false => tables.clone(),
+    };
+    arguments =
+        arguments.read(&tables).read(x).read(product.unwrap_or(x)).read(spans.map_or(&tables, |spans| spans.words));
+    arguments = match stacked {
+        true => arguments.write(&parts).counters(&cuda_source::counters(client, &parts, 2)),
+        false => arguments.read(&parts).read(&parts),
+    };
+    for i in 0..MATRICES {
+        arguments = arguments.write(of(i).out);
+    }
+    let source = source(problem, nested.is_some(), updates, half_bias);
+    cuda_source::launch(client, &source, (shape.cubes as u32, 1, 1), arguments.params(params)).map_err(refused)
 }
 
-pub(super) fn source(problem: &Problem, nested: bool) -> Source {
-    let (token_tiles, cubes) = variant(problem.tokens);
+pub(super) fn source(problem: &Problem, nested: bool, updates: Updates, half_bias: bool) -> Source {
+    let Variant { tile, token_tiles, row_tiles, cubes } = variant(problem.tokens);
     let defines = [
         cuda_source::FloatFormat::from(problem.format).define(),
         ("OUT_F32", i64::from(problem.out == FloatFormat::F32)),
         ("NESTED", nested.into()),
         ("TAIL", i64::from(!problem.in_features.is_multiple_of(STEP))),
+        ("HALF_BIAS", half_bias.into()),
+        ("ADAPTERS", updates as i64),
+        ("TILE", tile as i64),
         ("TOKEN_TILES", token_tiles as i64),
-        ("ROW_TILES", 1),
+        ("ROW_TILES", row_tiles as i64),
         ("WARPS", WARPS as i64),
         ("CUBES", cubes as i64),
     ];
@@ -261,25 +415,15 @@ mod tests {
 
     #[test]
     fn warps_are_kept_busy() {
-        let shape = |out_features, in_features| {
-            let problem = Problem {
-                tokens: 1,
-                out_features,
-                in_features,
-                direction: Direction::Forward,
-                rank: 0,
-                format: FloatFormat::BF16,
-                out: FloatFormat::BF16,
-                blocksize: Some(64),
-            };
-            Shape::new(&problem, 264)
-        };
+        let shape = |rows: &[usize], columns| Shape::new(rows, columns, 16, 264);
         // 1,792 tiles of 16 rows are 6.8 rounds of 264 cubes.
-        assert_eq!(shape(28672, 8192), Shape { row_warps: 1, cubes: 264 });
+        assert_eq!(shape(&[28672], 8192), Shape { row_warps: 1, cubes: 264 });
         // One round, each warp two steps.
-        assert_eq!(shape(4096, 4096), Shape { row_warps: 1, cubes: 256 });
+        assert_eq!(shape(&[4096], 4096), Shape { row_warps: 1, cubes: 256 });
+        // Three such are 2.9 rounds.
+        assert_eq!(shape(&[4096; 3], 4096), Shape { row_warps: 1, cubes: 264 });
         // Too few columns for eight warps.
-        assert!(shape(100_000, 256).row_warps == 8);
-        assert_eq!(shape(8, 64).cubes, 1);
+        assert!(shape(&[100_000], 256).row_warps == 8);
+        assert_eq!(shape(&[8], 64).cubes, 1);
     }
 }

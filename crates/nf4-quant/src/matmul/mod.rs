@@ -28,6 +28,7 @@ pub mod ampere;
 mod arrange;
 pub mod gemv;
 pub mod hopper;
+pub mod joined;
 mod reference;
 mod schedule;
 

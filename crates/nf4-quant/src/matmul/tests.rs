@@ -105,7 +105,11 @@ fn texts_are_written_where_they_are_asked_for() {
     let mut texts = HashSet::new();
     let mut write = |name: &str, problem: &Problem, path: Path| {
         let sources = match path {
-            Path::Gemv => vec![gemv::source(problem, false), gemv::source(problem, true)],
+            Path::Gemv => {
+                let updates = [gemv::Updates::None, gemv::Updates::Given, gemv::Updates::Stacked];
+                let both = |updates| [false, true].map(|nested| gemv::source(problem, nested, updates, !nested));
+                updates.into_iter().flat_map(both).collect()
+            }
             Path::Hopper(tile) => vec![hopper::source(tile, problem)],
             Path::Ampere(tile) => vec![ampere::source(tile, problem)],
             // The texts of dense products, which are written by themselves.

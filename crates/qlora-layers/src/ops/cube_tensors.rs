@@ -34,7 +34,7 @@ pub(super) fn grid(elements: usize) -> (CubeCount, CubeDim) {
 }
 
 /// A 4-bit weight as `nf4_quant` takes it.
-pub(super) fn device_weight(weight: &Packed4bit<CubeBackend>) -> DeviceWeight {
+pub(crate) fn device_weight(weight: &Packed4bit<CubeBackend>) -> DeviceWeight {
     let handle = |tensor: &CubeTensor| into_contiguous(tensor.clone()).handle;
     let absmax = handle(&weight.absmax);
     let layout = weight.layout;
