@@ -2,6 +2,7 @@
 //!
 //! | module | operation | written in |
 //! |---|---|---|
+//! | [`add_norm`] | a residual connection and the normalisation behind it | CubeCL |
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
@@ -9,6 +10,7 @@
 //! | [`paged_attention`] | attention of generation over a paged cache | CubeCL |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
 //! | [`rope`] | rotary position embeddings | CubeCL |
+//! | [`rotate_into_cache`] | rotary embeddings of new tokens, and their keys and values into a paged cache | CubeCL |
 //! | [`gated`] | SwiGLU, GeGLU and their kin | CubeCL |
 //!
 //! Each module has its oracle, and launch functions on CubeCL handles. A launch takes its buffers in one struct with a
@@ -17,6 +19,7 @@
 //! Modules in CUDA C++ have `supports` too: where a device is not supported (other runtimes than CUDA, GPUs before
 //! Ampere) callers compose the operation from stock ones. Modules in CubeCL run wherever CubeCL does.
 
+pub mod add_norm;
 pub mod attention;
 pub mod cross_entropy;
 mod dropout;
@@ -28,6 +31,7 @@ pub mod low_rank;
 pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
+pub mod rotate_into_cache;
 
 pub use cuda_source::FloatFormat;
 pub use dropout::{Dropout, dropout_hash};

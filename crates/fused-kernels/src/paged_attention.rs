@@ -392,7 +392,7 @@ fn check_limit(name: &'static str, value: usize, limit: usize) -> Result<(), Ker
     if value > limit { Err(KernelError::TooLarge { name, value, limit }) } else { Ok(()) }
 }
 
-fn check_reach(batch: &Batch, slots: usize) -> Result<(), KernelError> {
+pub(crate) fn check_reach(batch: &Batch, slots: usize) -> Result<(), KernelError> {
     check_limit("slots of the batch's blocks", batch.reach, slots)
 }
 

@@ -27,7 +27,7 @@ use crate::elementwise::{Matrix, Reduction, Rows, UNITS, buffer, check_format, c
 
 const OPERATION: &str = "rms_norm";
 /// Weights that are read at a time: 16 bytes.
-const WEIGHTS: usize = 4;
+pub(crate) const WEIGHTS: usize = 4;
 /// Slices of rows that the weight's gradient is summed in.
 const SLICES: usize = 64;
 
@@ -210,9 +210,9 @@ pub fn weight_gradient(
 
 /// What kernels know of a [`Norm`].
 #[derive(CubeType, CubeLaunch)]
-struct Constants {
-    eps: f32,
-    offset: f32,
+pub(crate) struct Constants {
+    pub eps: f32,
+    pub offset: f32,
 }
 
 /// The rows that `slices` slices share.
@@ -224,7 +224,7 @@ struct Slices {
 }
 
 impl Norm {
-    fn launch(self) -> ConstantsLaunch {
+    pub(crate) fn launch(self) -> ConstantsLaunch {
         ConstantsLaunch::new(self.eps, self.offset)
     }
 }
@@ -341,7 +341,12 @@ fn backward_kernel<F: Float, N: Size, W: Size>(
 /// What the elements of vector `v` are multiplied by. Weights come in vectors too: read one by one by neighbouring
 /// units, they would take four times the transactions.
 #[cube]
-fn factors<W: Size>(weight: &[Vector<f32, W>], v: usize, offset: f32, #[comptime] vector: usize) -> Array<f32> {
+pub(crate) fn factors<W: Size>(
+    weight: &[Vector<f32, W>],
+    v: usize,
+    offset: f32,
+    #[comptime] vector: usize,
+) -> Array<f32> {
     let wide = W::value().comptime();
     let mut factors = Array::<f32>::new(vector);
     #[unroll]

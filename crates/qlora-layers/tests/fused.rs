@@ -3,8 +3,8 @@
 
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::backward_from;
-use qlora_layers::ops::fused::{Activation, Norm, Rotation, cross_entropy, gated, rms_norm, rotate};
-use test_support::{devices, noise};
+use qlora_layers::ops::fused::{Activation, Norm, Rotation, add_norm, cross_entropy, gated, rms_norm, rotate};
+use test_support::{devices, dtypes, noise};
 
 fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F32))
@@ -43,6 +43,25 @@ fn rms_norm_and_its_gradients() {
             let (dx, dweight) = fused_kernels::rms_norm::oracle::backward(&dy, &x, &weight, norm);
             assert_close(&what, &values(x_leaf.grad_remove(&mut grads).unwrap()), &dx);
             assert_close(&what, &values(w_leaf.grad_remove(&mut grads).unwrap()), &dweight);
+        }
+    }
+}
+
+#[test]
+fn adding_and_normalising_at_once_is_both() {
+    for (name, device) in devices() {
+        for dtype in dtypes(name) {
+            for (rows, width, offset) in [(1, 8, 0.0), (7, 33, 1.0), (20, 256, 0.0), (3, 4096, 0.0)] {
+                let [x, delta] =
+                    [1, 2].map(|seed| tensor(&noise(seed, rows * width), [rows, width], &device).cast(dtype));
+                let (weight, norm) = (tensor(&noise(3, width), [width], &device), Norm { eps: 1e-5, offset });
+                let [sum, out] = add_norm(x.clone(), delta.clone(), weight.clone(), norm);
+                let expected = x + delta;
+                // The same roundings in the same places.
+                let what = format!("{name}, {dtype:?}, {rows} x {width}");
+                assert_eq!(values(sum), values(expected.clone()), "{what}");
+                assert_eq!(values(out), values(rms_norm(expected, weight, norm)), "{what}");
+            }
         }
     }
 }

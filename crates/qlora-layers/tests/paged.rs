@@ -5,8 +5,11 @@
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use fused_kernels::paged_attention::oracle;
 use half::{bf16, f16};
-use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, paged_attention, paged_write};
-use test_support::{Random, assert_close, devices};
+use qlora_layers::ops::fused::{Rotation, rotate};
+use qlora_layers::ops::{
+    AttentionOptions, NewTokens, PagedBatch, PagedRow, paged_attention, paged_write, rotate_into_cache,
+};
+use test_support::{Random, assert_close, devices, dtypes};
 
 const BLOCK: usize = 16;
 
@@ -224,4 +227,51 @@ fn nothing_is_tracked() {
     let zeros = |tokens| Tensor::<3>::zeros([tokens, 1, 4], &device.clone().autodiff());
     let q = zeros(1).require_grad();
     paged_attention(q, &zeros(16), &zeros(16), &batch, &AttentionOptions::causal(4));
+}
+
+/// Rotations and writes in one launch, against those by themselves, bit for bit: whole heads rotated and parts of them, rows of
+/// several tokens.
+#[test]
+fn rotating_into_the_cache_is_rotating_and_writing() {
+    for (name, device) in devices() {
+        for dtype in dtypes(name) {
+            for ([heads, kv_heads, dim], rotary) in
+                [([4, 2, 64], 64), ([3, 3, 24], 8), ([8, 1, 128], 64), ([2, 2, 64], 0)]
+            {
+                let world = World::new([heads, kv_heads, dim], &[40, 7, 33], dtype);
+                let rows: Rows<'_> = &[(0, 40, 3), (1, 7, 1), (2, 33, 5)];
+                let batch = world.batch(rows, &device);
+                let tokens = rows.iter().map(|(.., new)| new).sum::<usize>();
+                let of = |values: &[Vec<f32>], heads: usize| {
+                    world.tensor(world.new_tokens(rows, values, heads), heads, &device).reshape([tokens, heads * dim])
+                };
+                let (q, k, v) = (of(&world.q, heads), of(&world.k, kv_heads), of(&world.v, kv_heads));
+                let table = |f: fn(f32) -> f32| {
+                    let values: Vec<f32> = (0..tokens * rotary / 2).map(|i| f(0.37 * i as f32)).collect();
+                    Tensor::<2>::from_data(TensorData::new(values, [tokens, rotary / 2]), (&device, DType::F32))
+                };
+                let rotation = Rotation { len: tokens, head_dim: dim, rotary, inverse: false };
+                let turned = |x: Tensor<2>| match rotary {
+                    0 => x,
+                    _ => rotate(x, table(f32::cos), table(f32::sin), rotation),
+                };
+                let bits = |x: Tensor<3>| -> Vec<u32> {
+                    x.cast(FloatDType::F32).into_data().iter::<f32>().map(f32::to_bits).collect()
+                };
+                let heads_of = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, dim]);
+                let [keys, values] = world.caches(&device);
+                let keys = paged_write(keys, heads_of(turned(k.clone()), kv_heads), &batch);
+                let values = paged_write(values, heads_of(v.clone(), kv_heads), &batch);
+                let expected = [bits(heads_of(turned(q.clone()), heads)), bits(keys), bits(values)];
+                let new = NewTokens { q, k, v };
+                let tables = [table(f32::cos), table(f32::sin)];
+                let (q, [keys, values]) = rotate_into_cache(new, tables, world.caches(&device), &batch, rotation);
+                let found = [bits(heads_of(q, heads)), bits(keys), bits(values)];
+                assert_eq!(
+                    found, expected,
+                    "{name}, {dtype:?}, {heads} and {kv_heads} heads of {dim}, {rotary} rotated"
+                );
+            }
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::tensor::Tensor;
 use qlora_layers::Pass;
-use qlora_layers::ops::fused::{Norm, rms_norm};
+use qlora_layers::ops::fused::{Norm, add_norm, rms_norm};
 
 /// `x / sqrt(mean(x²) + eps) · (weight + offset)`.
 #[derive(Clone, Debug)]
@@ -21,13 +21,23 @@ impl RmsNorm {
     /// # Shapes
     /// `[rows, width]` in and out, dtype kept.
     pub(crate) fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        rms_norm(x, self.weight_in(pass), self.constants())
+    }
+
+    /// `x + delta` and [`forward`](Self::forward) of it, in a pass without a graph.
+    pub(crate) fn add_forward(&self, x: Tensor<2>, delta: Tensor<2>) -> [Tensor<2>; 2] {
+        add_norm(x, delta, self.weight_in(Pass::INFERENCE), self.constants())
+    }
+
+    /// `[width]`, f32.
+    fn weight_in(&self, pass: Pass) -> Tensor<1> {
         let weight = match &self.trained {
             Some(trained) if pass.tracked => trained.val(),
             Some(trained) => trained.val().without_autodiff(),
-            None => return rms_norm(x, self.weight.clone(), self.constants()),
+            None => return self.weight.clone(),
         };
         let width = weight.dims()[1];
-        rms_norm(x, weight.reshape([width]), self.constants())
+        weight.reshape([width])
     }
 
     fn constants(&self) -> Norm {

@@ -14,7 +14,10 @@ use crate::stacks::{Layers, Stacks};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use host_copies::{client_of, overwrite, overwrite_int};
 use qlora_layers::ops::fused::{Rotation, gated, rotate};
-use qlora_layers::ops::{AttentionOptions, PagedBatch, PagedRow, attention, paged_attention, paged_slot, paged_write};
+use qlora_layers::ops::{
+    AttentionOptions, NewTokens, PagedBatch, PagedRow, attention, paged_attention, paged_slot, paged_write,
+    rotate_into_cache,
+};
 use qlora_layers::{AdapterSpans, JoinedLayer, LoraLinear, Pass, by_part, forward_joined, forward_mixed};
 use std::ops::Range;
 
@@ -75,6 +78,25 @@ impl PagedCache {
             *tensor = paged_write(std::mem::replace(tensor, placeholder), new, batch);
         }
         layer
+    }
+
+    /// Rotates queries and new keys of a decoder block, and writes keys and values: the queries, and all keys and values.
+    fn rotate_and_write(
+        &mut self,
+        layer: usize,
+        new: NewTokens,
+        tables: [Tensor<2>; 2],
+        batch: &PagedBatch,
+        rotation: Rotation,
+    ) -> (Tensor<2>, &[Tensor<3>; 2]) {
+        let layer = &mut self.layers[layer];
+        let owned = layer.each_mut().map(|tensor| {
+            let placeholder = Tensor::empty([0, 1, 1], (&tensor.device(), tensor.dtype()));
+            std::mem::replace(tensor, placeholder)
+        });
+        let (q, written) = rotate_into_cache(new, tables, owned, batch, rotation);
+        *layer = written;
+        (q, layer)
     }
 }
 
@@ -182,11 +204,16 @@ impl Inputs {
             })
     }
 
+    /// Whether attention reads everything from the cache.
+    fn is_paged(&self) -> bool {
+        !self.segments.iter().any(|segment| matches!(segment.rows, SegmentRows::Long(_)))
+    }
+
     /// `[tokens, heads, head_dim]` for new queries, keys and values of the same tokens, and the cache that holds them.
     fn attend(
         &self,
         q: Tensor<3>,
-        new: [Tensor<3>; 2],
+        new: Option<[Tensor<3>; 2]>,
         cached: &[Tensor<3>; 2],
         options: &AttentionOptions,
     ) -> Tensor<3> {
@@ -197,9 +224,10 @@ impl Inputs {
                 SegmentRows::Every => paged_attention(q.clone(), keys, values, &self.batch, options),
                 SegmentRows::Paged(batch) => paged_attention(part(&q), keys, values, batch, options),
                 SegmentRows::Long(slots) => {
-                    let [k, v] = match slots {
-                        Some(slots) => [keys, values].map(|cache| cache.clone().select(0, slots.clone())),
-                        None => [part(&new[0]), part(&new[1])],
+                    let [k, v] = match (slots, &new) {
+                        (None, Some([k, v])) => [part(k), part(v)],
+                        (Some(slots), _) => [keys, values].map(|cache| cache.clone().select(0, slots.clone())),
+                        (None, None) => panic!("the new tokens of a long row are not at hand"),
                     };
                     attention(part(&q).unsqueeze(), k.unsqueeze(), v.unsqueeze(), options).squeeze_dim(0)
                 }
@@ -342,7 +370,26 @@ impl<'a> MixedPass<'a> {
             model.embed_on_device(ids, index, Pass::INFERENCE)
         });
         let x = joined(embedded.collect());
-        (0..self.models[0].1.blocks.len()).fold(x, |x, index| self.block(index, x, cache))
+        let last = self.models[0].1.blocks.len();
+        let Some(mut h) = (last > 0).then(|| norm(&self.input_norms(0), x.clone(), RmsNorm::forward)) else { return x };
+        let mut x = x;
+        for index in 0..last {
+            let _span = tracing::trace_span!("block", index).entered();
+            let mlp_input = self.each(|model| &model.blocks[index].norms.mlp_input.module);
+            let attended = self.attention(index, h, cache);
+            let [m, input] = add_norm(&mlp_input, x, attended);
+            let output = self.feed_forward(index, input);
+            if index + 1 == last {
+                return m + output;
+            }
+            [x, h] = add_norm(&self.input_norms(index + 1), m, output);
+        }
+        x
+    }
+
+    /// The norms before a block's attention.
+    fn input_norms(&self, index: usize) -> Vec<(usize, &'a RmsNorm)> {
+        self.each(|model| &model.blocks[index].norms.attention_input.module)
     }
 
     /// What each part's model holds somewhere, with the part's number of tokens.
@@ -382,19 +429,12 @@ impl<'a> MixedPass<'a> {
         forward_joined(&x, &layers, spans).unwrap_or_else(|| layers.iter().map(alone).collect())
     }
 
-    /// One decoder block.
-    fn block(&self, index: usize, x: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
-        let _span = tracing::trace_span!("block", index).entered();
-        let m = x.clone() + self.attention(index, x, cache);
-        m.clone() + self.feed_forward(index, m)
-    }
-
-    fn attention(&self, index: usize, x: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
+    /// The attention of a block, for its normalised input.
+    fn attention(&self, index: usize, h: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
         let config = self.config;
         let block = |model: &'a Decoder| &model.blocks[index];
         let kind = block(self.models[0].1).kind;
         let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
-        let h = norm(&self.each(|model| &block(model).norms.attention_input.module), x, RmsNorm::forward);
         let mut qkv = self.linears(h, |model| block(model).qkv());
         let [q, k, v] = match qkv.len() {
             3 => std::array::from_fn(|_| qkv.remove(0)),
@@ -407,30 +447,37 @@ impl<'a> MixedPass<'a> {
         let [tokens, _] = q.dims();
         let rotary = attention_kind.rope.dim;
         let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary, inverse: false };
-        let rotated = |x: Tensor<2>| match rotary {
-            0 => x,
-            _ => {
-                let [cos, sin] = [cos, sin].map(|table| table.clone().reshape([tokens, rotary / 2]));
-                rotate(x, cos, sin, rotation)
-            }
-        };
+        let tables = || [cos, sin].map(|table| table.clone().reshape([tokens, rotary / 2]));
         let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
-        let q = heads(rotated(head_norm(q, 0)), config.num_attention_heads);
-        let k = heads(rotated(head_norm(k, 1)), config.num_key_value_heads);
-        let v = heads(v, config.num_key_value_heads);
+        let (q, k) = (head_norm(q, 0), head_norm(k, 1));
         let softcap = config.score_softcap.map(|cap| cap as f32);
         let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap);
-        let cached = cache.write(index, [k.clone(), v.clone()], &self.inputs.batch);
-        let mixed = self.inputs.attend(q, [k, v], cached, &options);
+        let mixed = match self.inputs.is_paged() {
+            true => {
+                let new = NewTokens { q, k, v };
+                let (q, cached) = cache.rotate_and_write(index, new, tables(), &self.inputs.batch, rotation);
+                self.inputs.attend(heads(q, config.num_attention_heads), None, cached, &options)
+            }
+            false => {
+                let rotated = |x: Tensor<2>| match (rotary, tables()) {
+                    (0, _) => x,
+                    (_, [cos, sin]) => rotate(x, cos, sin, rotation),
+                };
+                let q = heads(rotated(q), config.num_attention_heads);
+                let new = [rotated(k), v].map(|x| heads(x, config.num_key_value_heads));
+                let cached = cache.write(index, new.clone(), &self.inputs.batch);
+                self.inputs.attend(q, Some(new), cached, &options)
+            }
+        };
         let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
         let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
         let norms = self.each_some(|model| Some(&block(model).norms.attention_output.as_ref()?.module));
         norms.map_or_else(|| output.clone(), |norms| norm(&norms, output.clone(), RmsNorm::forward))
     }
 
-    fn feed_forward(&self, index: usize, x: Tensor<2>) -> Tensor<2> {
+    /// The feed-forward branch of a block, for its normalised input.
+    fn feed_forward(&self, index: usize, h: Tensor<2>) -> Tensor<2> {
         let block = |model: &'a Decoder| &model.blocks[index];
-        let h = norm(&self.each(|model| &block(model).norms.mlp_input.module), x, RmsNorm::forward);
         let dense = self.each_some(|model| match &block(model).feed_forward {
             FeedForward::Dense(mlp) => Some(mlp),
             FeedForward::Experts(_) => None,
@@ -487,6 +534,17 @@ impl<'a> MixedPass<'a> {
     /// Runs each part's rows by themselves.
     fn by_part(&self, x: Tensor<2>, run: impl Fn(&'a Decoder, Tensor<2>) -> Tensor<2>) -> Tensor<2> {
         by_part(&self.models, x, run)
+    }
+}
+
+/// `x + delta` and its norm.
+fn add_norm(parts: &[(usize, &RmsNorm)], x: Tensor<2>, delta: Tensor<2>) -> [Tensor<2>; 2] {
+    match parts.iter().all(|(_, norm)| norm.trained.is_none()) {
+        true => parts[0].1.add_forward(x, delta),
+        false => {
+            let sum = x + delta;
+            [sum.clone(), norm(parts, sum, RmsNorm::forward)]
+        }
     }
 }
 

@@ -74,3 +74,14 @@ pub fn devices() -> Vec<(&'static str, burn::tensor::Device)> {
     });
     std::iter::once(("flex", Device::flex())).chain(gpus).collect()
 }
+
+/// What tensors of a device that [`devices`] names are tested in: f32, and on CUDA the 16-bit format of training.
+#[cfg(feature = "burn")]
+pub fn dtypes(device_name: &str) -> Vec<burn::tensor::FloatDType> {
+    use burn::tensor::FloatDType;
+
+    match device_name {
+        "cuda" => vec![FloatDType::F32, FloatDType::BF16],
+        _ => vec![FloatDType::F32],
+    }
+}

@@ -16,9 +16,9 @@ mod named;
 mod random;
 
 pub use close::assert_close;
-#[cfg(feature = "burn")]
-pub use devices::devices;
 #[cfg(feature = "cubecl")]
 pub use devices::{client, clients, cuda};
+#[cfg(feature = "burn")]
+pub use devices::{devices, dtypes};
 pub use named::{VARIABLE, missing, required, skipped};
 pub use random::{Random, mix, noise};

@@ -45,7 +45,10 @@ pub use flex_products::FEW_TOKENS;
 pub use fused_kernels::dropout_hash;
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
-pub use paged::{PagedBatch, PagedOperand, PagedOps, PagedRow, likeliest, paged_attention, paged_slot, paged_write};
+pub use paged::{
+    NewTokens, PagedBatch, PagedOperand, PagedOps, PagedRow, likeliest, paged_attention, paged_slot, paged_write,
+    rotate_into_cache,
+};
 pub use seed::{SeedOps, backward_from};
 
 /// One of LoRA's two factors.

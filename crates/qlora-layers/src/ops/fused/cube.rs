@@ -7,7 +7,7 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, rms_norm, rope};
+use fused_kernels::{FloatFormat, KernelError, Matrix, add_norm, cross_entropy, gated, rms_norm, rope};
 
 fn format(x: &CubeTensor) -> FloatFormat {
     match x.dtype {
@@ -34,6 +34,20 @@ fn as_dtype(dy: CubeTensor, x: &CubeTensor) -> CubeTensor {
 
 fn launched(result: Result<(), KernelError>) {
     result.unwrap_or_else(|e| panic!("tensors that Burn holds were refused: {e}"));
+}
+
+/// The sum and its norm; see [`super::add_norm`].
+pub(super) fn add_norm(x: &CubeTensor, delta: &CubeTensor, weight: &CubeTensor, norm: Norm) -> [CubeTensor; 2] {
+    let (sum, out) = (like(x), like(x));
+    let buffers = add_norm::Buffers {
+        x: &x.handle,
+        delta: &delta.handle,
+        weight: &weight.handle,
+        sum: &sum.handle,
+        out: &out.handle,
+    };
+    launched(add_norm::add_norm(&x.client, buffers, matrix(x), norm));
+    [sum, out]
 }
 
 impl FusedOps for CubeBackend {

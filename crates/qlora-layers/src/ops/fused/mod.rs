@@ -13,6 +13,7 @@ mod flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Int, Tensor};
+use host_copies::{as_cube, from_cube};
 
 pub use fused_kernels::gated::Activation;
 pub use fused_kernels::rms_norm::Norm;
@@ -85,6 +86,27 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, norm: Norm) -> Tensor<2> {
     assert_eq!(x.dims()[1], weight.dims()[0], "rms_norm: one weight for each column");
     assert_eq!(weight.dtype(), DType::F32, "rms_norm: the weight is f32");
     Tensor::from_dispatch(<Dispatch as FusedOps>::rms_norm(x.into_dispatch(), weight.into_dispatch(), norm))
+}
+
+/// `x + delta`, and [`rms_norm`] of it: on CubeCL devices one launch, with the results of the two operations bit for bit. For
+/// inference: neither has a gradient.
+///
+/// # Shapes
+/// - `x`, `delta`: `[rows, width]`, one dtype; both outputs the same
+/// - `weight`: `[width]`, f32
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn add_norm(x: Tensor<2>, delta: Tensor<2>, weight: Tensor<1>, norm: Norm) -> [Tensor<2>; 2] {
+    assert_eq!((x.dims(), x.dtype()), (delta.dims(), delta.dtype()), "add_norm: x and delta are alike");
+    assert_eq!(x.dims()[1], weight.dims()[0], "add_norm: one weight for each column");
+    assert_eq!(weight.dtype(), DType::F32, "add_norm: the weight is f32");
+    let on_device = (as_cube(&x), as_cube(&delta), as_cube(&weight));
+    if let (Some(x), Some(delta), Some(weight)) = on_device {
+        return cube::add_norm(&x, &delta, &weight, norm).map(from_cube);
+    }
+    let sum = x + delta;
+    [sum.clone(), rms_norm(sum, weight, norm)]
 }
 
 /// `activation(gate) · up` (Shazeer, 2020, arXiv 2002.05202).

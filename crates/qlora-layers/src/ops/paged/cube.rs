@@ -1,19 +1,59 @@
 //! The GPU implementation, for every CubeCL runtime.
 
-use super::{PagedOperand, PagedOps};
+use super::{PagedBatch, PagedOperand, PagedOps};
 use crate::ops::cube_tensors::empty;
 use crate::ops::{AttentionOptions, format_of};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Shape as TensorShape};
+use burn::tensor::{DType, Shape as TensorShape, Tensor};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::likeliest::likeliest;
 use fused_kernels::paged_attention::{self, Attend, Shape, Write};
+use fused_kernels::rotate_into_cache::{self, Heads};
 use fused_kernels::{KernelError, Matrix};
+use host_copies::{as_cube, cube_of_int, from_cube, into_cube};
 
 /// Shapes and options were checked, so what is left is a failed launch.
 fn expect(result: Result<(), KernelError>) {
     result.unwrap_or_else(|e| panic!("paged attention: {e}"));
+}
+
+/// Queries, keys, values, cosines and sines of new tokens.
+pub(super) struct New([CubeTensor; 5]);
+
+impl New {
+    /// `None` where they lie in the host's memory.
+    pub fn of([q, k, v]: [&Tensor<2>; 3], [cos, sin]: &[Tensor<2>; 2]) -> Option<Self> {
+        Some(Self([as_cube(q)?, as_cube(k)?, as_cube(v)?, as_cube(cos)?, as_cube(sin)?]))
+    }
+}
+
+/// See [`super::rotate_into_cache`].
+pub(super) fn rotate_into_cache(
+    New([q, k, v, cos, sin]): New,
+    cache: [Tensor<3>; 2],
+    batch: &PagedBatch,
+    heads: &Heads,
+) -> (Tensor<2>, [Tensor<3>; 2]) {
+    // Everything else of the pass is on this device.
+    let on_device = |x: Option<CubeTensor>| x.unwrap_or_else(|| panic!("rotate_into_cache: tensors on two devices"));
+    let [keys, values] = cache.map(|tensor| on_device(into_cube(tensor)));
+    let words = on_device(cube_of_int(batch.words.clone()));
+    let out = empty(&q.client, &q.device, q.meta.shape().clone(), q.dtype);
+    let buffers = rotate_into_cache::Buffers {
+        q: &q.handle,
+        k: &k.handle,
+        v: &v.handle,
+        cos: &cos.handle,
+        sin: &sin.handle,
+        words: &words.handle,
+        out: &out.handle,
+        keys: &keys.handle,
+        values: &values.handle,
+    };
+    expect(rotate_into_cache::rotate_into_cache(&q.client, buffers, &batch.host, heads));
+    (from_cube(out), [keys, values].map(from_cube))
 }
 
 impl PagedOps for CubeBackend {

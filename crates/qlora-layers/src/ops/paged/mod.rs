@@ -17,11 +17,13 @@ mod cube;
 mod exponential;
 mod flex;
 
+use super::fused::{Rotation, rotate};
 use super::{AttentionOptions, QloraOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use fused_kernels::paged_attention::{Batch, MAX_HEAD_DIM};
+use fused_kernels::rotate_into_cache::Heads;
 use host_copies::overwrite_int;
 use std::sync::Arc;
 
@@ -151,6 +153,67 @@ pub fn paged_write(cache: Tensor<3>, new: Tensor<3>, batch: &PagedBatch) -> Tens
     }
     let (cache, new) = (cache.into_dispatch(), new.into_dispatch());
     Tensor::from_dispatch(<Dispatch as PagedOps>::paged_write(cache, new, batch.operand()))
+}
+
+/// Queries, keys and values of new tokens, as projections write them.
+#[derive(Clone, Debug)]
+pub struct NewTokens {
+    /// `[tokens, heads * head_dim]`.
+    pub q: Tensor<2>,
+    /// `[tokens, kv_heads * head_dim]`.
+    pub k: Tensor<2>,
+    /// As `k`.
+    pub v: Tensor<2>,
+}
+
+/// Rotates queries and new keys, as [`rotate`] does with tables of one row a token, and [writes](paged_write) keys and values
+/// into the cache: on CubeCL devices one launch, with the same results bit for bit. Returns the rotated queries, the keys and
+/// the values. The caller hands over the only tensors of the cache.
+///
+/// # Shapes
+/// - `new`: see [`NewTokens`], in the dtype of the cache
+/// - `tables`: cosines and sines, `[tokens, rotary / 2]`, f32
+/// - `cache`: keys and values, `[blocks * block_tokens, kv_heads, head_dim]` each
+/// - output: `[tokens, heads * head_dim]`, and the cache
+///
+/// # Panics
+/// As the two operations.
+pub fn rotate_into_cache(
+    new: NewTokens,
+    tables: [Tensor<2>; 2],
+    cache: [Tensor<3>; 2],
+    batch: &PagedBatch,
+    rotation: Rotation,
+) -> (Tensor<2>, [Tensor<3>; 2]) {
+    let NewTokens { q, k, v } = new;
+    let [slots, kv_heads, head_dim] = cache[0].dims();
+    let [tokens, width] = q.dims();
+    assert_eq!(cache[0].dims(), cache[1].dims(), "rotate_into_cache: keys and values differ in shape");
+    assert_eq!(
+        k.dims(),
+        [tokens, kv_heads * head_dim],
+        "rotate_into_cache: keys for a cache of {kv_heads} x {head_dim}"
+    );
+    assert_eq!(v.dims(), k.dims(), "rotate_into_cache: keys and values are alike");
+    assert!(tokens == batch.tokens(), "rotate_into_cache: {tokens} tokens for {} new ones", batch.tokens());
+    let on_device = match rotation.rotary > 0 && tokens > 0 {
+        true => cube::New::of([&q, &k, &v], &tables),
+        false => None,
+    };
+    let Some(on_device) = on_device else {
+        let [cos, sin] = tables;
+        let turned = |x: Tensor<2>| match rotation.rotary {
+            0 => x,
+            _ => rotate(x, cos.clone(), sin.clone(), rotation),
+        };
+        let heads = |x: Tensor<2>| x.reshape([tokens, kv_heads, head_dim]);
+        let [keys, values] = cache;
+        return (turned(q), [paged_write(keys, heads(turned(k)), batch), paged_write(values, heads(v), batch)]);
+    };
+    check_reach("rotate_into_cache", batch, slots);
+    let format = super::format_of(cache[0].dtype()).into();
+    let heads = Heads { heads: width / head_dim, kv_heads, head_dim, rotary: rotation.rotary, slots, format };
+    cube::rotate_into_cache(on_device, cache, batch, &heads)
 }
 
 /// Causal attention of each row's new tokens over their whole sequence in the cache, which [`paged_write`] has put
