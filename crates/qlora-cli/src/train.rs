@@ -12,7 +12,7 @@ use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_train::{Resized, load_rows, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    Device, ModelConfig, Plan, Resume, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
+    ModelConfig, Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
     select_device,
 };
 
@@ -181,7 +181,8 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
         let path = config.train.output_dir.display();
         events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
-    let plan = Plan::new(config, &model, dtype, device == Device::flex(), &train.examples)?;
+    let room = Room::of(&device, config.train.memory_budget);
+    let plan = Plan::new(config, &model, dtype, &room, &train.examples)?;
 
     let mut text = String::new();
     writeln!(text, "Model    {}: {} parameters", config.model.path, count(plan.base_parameters))?;
@@ -221,6 +222,7 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
         options.batch_size,
         options.gradient_accumulation_steps
     )?;
+    writeln!(text, "Kept     for the backward pass: {}{}", plan.policies, within(&room, &plan))?;
     text += "\n";
     text += &targets(&plan).to_string();
     text += "\n";
@@ -231,6 +233,18 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
         text += &beginning(&row.to_terminal(preview::color(), false));
     }
     Ok(text)
+}
+
+/// Whether the run fits into the memory that there is.
+fn within(room: &Room, plan: &Plan) -> String {
+    match room.device.filter(|room| *room < u64::MAX) {
+        Some(room) if plan.memory.total() > room => {
+            let room = memory(room);
+            format!("; more than the {room} that there is room for: make data.max_length or train.batch_size smaller")
+        }
+        Some(room) => format!("; there is room for {}", memory(room)),
+        None => String::new(),
+    }
 }
 
 /// The first lines of a text.
@@ -279,9 +293,8 @@ fn memory_table(plan: &Plan) -> Table {
         ("linear weights", parts.linear_weights),
         ("embeddings, head, norms", parts.other_weights),
         ("adapters", parts.adapters),
-        ("gradients", parts.gradients),
         ("optimizer state", parts.optimizer),
-        ("activations", parts.activations),
+        ("gradients and activations", parts.activations),
         ("copies while saving", parts.saving),
         ("at most at a time", parts.total()),
     ] {

@@ -2,7 +2,8 @@
 //!
 //! `m = x + attention(x)`, `y = m + feed_forward(m)`
 //!
-//! The forward pass runs every block without recording and keeps little of it ([`ActivationCheckpointing`] says what).
+//! The forward pass runs every block without recording and keeps little of it; [`ActivationCheckpointing`] says what, block by
+//! block. A block whose policy is to keep everything is recorded, and differentiated from its record.
 //! The backward pass walks the blocks from last to first. It runs a branch again from its input, this time recorded,
 //! and differentiates it from the gradient `g` of its sum, which passes through the residual unchanged:
 //! `g` becomes `g + J_branchᵀ g`.
@@ -71,8 +72,7 @@ impl ActivationCheckpointing {
         }
     }
 
-    /// Whether blocks are recorded as a whole, every activation with them: neither [`forward`] nor [`backward`] is
-    /// used then.
+    /// Whether blocks are recorded as a whole, every activation with them.
     pub fn keeps_everything(self) -> bool {
         self == Self::None
     }
@@ -167,9 +167,43 @@ pub trait ResidualBlock {
 
 /// What [`forward`] kept of a block.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "as many as a model has blocks")]
+enum Block {
+    /// What the policy says.
+    Kept(Kept),
+    /// Everything: the block's input, a leaf of the record, and its output.
+    Recorded { input: Tensor<2>, output: Tensor<2> },
+}
+
+impl Block {
+    /// Waits until every copy to the host is done.
+    fn finish_download(&mut self) -> Result<(), DeviceError> {
+        match self {
+            Self::Kept(kept) => kept.finish_download(),
+            Self::Recorded { .. } => Ok(()),
+        }
+    }
+
+    /// Starts uploading what the backward pass needs first.
+    fn start_upload(self) -> Result<Self, DeviceError> {
+        match self {
+            Self::Kept(kept) => Ok(Self::Kept(kept.start_upload()?)),
+            recorded => Ok(recorded),
+        }
+    }
+
+    /// Whether it waits in the host's memory.
+    fn is_offloaded(&self) -> bool {
+        matches!(self, Self::Kept(kept) if kept.offloaded)
+    }
+}
+
+/// What a policy keeps of a block.
+#[derive(Debug)]
 struct Kept {
     input: Parked<2>,
     branches: Option<Branches>,
+    offloaded: bool,
 }
 
 /// What it kept within it.
@@ -193,7 +227,7 @@ impl Kept {
     /// Starts uploading what the backward pass needs first.
     fn start_upload(self) -> Result<Self, DeviceError> {
         Ok(match self.branches {
-            None => Self { input: self.input.start_upload()?, branches: None },
+            None => Self { input: self.input.start_upload()?, ..self },
             Some(branches) => {
                 let middle = branches.middle.start_upload()?;
                 Self { branches: Some(Branches { middle, ..branches }), ..self }
@@ -227,13 +261,11 @@ fn both<T, U>([a, b]: [T; 2], change: impl Fn(T) -> Result<U, DeviceError>) -> R
 
 /// What [`forward`] kept, for [`backward`].
 #[derive(Debug)]
-pub struct KeptActivations {
-    policy: ActivationCheckpointing,
-    blocks: Vec<Kept>,
-}
+pub struct KeptActivations(Vec<Block>);
 
-/// Runs `blocks` on `x` without recording, and keeps what `policy` says. [`ActivationCheckpointing::None`] is not
-/// supported here: a caller that keeps everything records the blocks with autodiff instead.
+/// Runs `blocks` on `x`, and keeps of each what its policy says; blocks beyond the policies have the last one.
+///
+/// `into_embeddings` says whether the gradient in the first block's input will be asked for.
 ///
 /// # Shapes
 /// `x` and the output are `[tokens, hidden]`; neither carries autodiff.
@@ -244,38 +276,52 @@ pub fn forward<B: ResidualBlock>(
     blocks: &[B],
     x: Tensor<2>,
     pass: Pass,
-    policy: ActivationCheckpointing,
+    policies: &[ActivationCheckpointing],
+    into_embeddings: bool,
 ) -> Result<(Tensor<2>, KeptActivations), DeviceError> {
-    let pass = pass.untracked();
-    let mut kept = Vec::<Kept>::with_capacity(blocks.len());
+    let untracked = pass.untracked();
+    let mut kept = Vec::<Block>::with_capacity(blocks.len());
     // With autodiff enabled but nothing tracked: a backend may have fused versions of what autodiff composes
     // of several operations, and their last bits differ.
     let mut x = x.without_autodiff().autodiff();
     for (index, block) in blocks.iter().enumerate() {
         let _span = trace_span!("block", index).entered();
+        let policy = policies.get(index).or(policies.last()).copied().unwrap_or_default();
         let input = x.clone().without_autodiff();
         if let [.., earlier, _] = &mut kept[..] {
             earlier.finish_download()?;
+        }
+        if policy.keeps_everything() {
+            let input = leaf(input, index > 0 || into_embeddings);
+            let output = block.forward(input.clone(), pass);
+            x = output.clone().without_autodiff().autodiff();
+            kept.push(Block::Recorded { input, output });
+            continue;
         }
         let input = policy.park(input)?;
         let mut branches = None;
         if policy.keeps_branches() {
             let mut attention = None;
-            let m = x.clone() + block.attention(x, pass, Purpose::Keep(&mut attention));
+            let m = x.clone() + block.attention(x, untracked, Purpose::Keep(&mut attention));
             let middle = policy.park(m.clone().without_autodiff())?;
             let attention = attention.map(|result| both(result.into_parts(), |part| policy.park(part))).transpose()?;
             branches = Some(Branches { middle, attention });
-            x = m.clone() + block.feed_forward_in_parts(m, pass);
+            x = m.clone() + block.feed_forward_in_parts(m, untracked);
         } else {
-            x = block.forward(x, pass);
+            x = block.forward(x, untracked);
         }
-        kept.push(Kept { input, branches });
+        kept.push(Block::Kept(Kept { input, branches, offloaded: policy.offloads() }));
     }
-    kept.iter_mut().try_for_each(Kept::finish_download)?;
-    Ok((x.without_autodiff(), KeptActivations { policy, blocks: kept }))
+    kept.iter_mut().try_for_each(Block::finish_download)?;
+    Ok((x.without_autodiff(), KeptActivations(kept)))
 }
 
-/// Runs the blocks again and differentiates them, from last to first.
+/// A block's input, as the backward pass sees it. Below the first block only trained embeddings need a gradient.
+fn leaf(x: Tensor<2>, wanted: bool) -> Tensor<2> {
+    if wanted { x.autodiff().require_grad() } else { x.autodiff() }
+}
+
+/// Runs the blocks again, unless they were recorded, and differentiates them, from last to first.
 ///
 /// Offloaded tensors come back half a block ahead of their use. A kernel that uses one waits for every copy that was
 /// started before the kernel, so the copies for one half start behind the kernels that use the previous half's tensors.
@@ -296,22 +342,34 @@ pub fn backward<B: ResidualBlock>(
     into_embeddings: bool,
     mut collect: impl FnMut(usize, &B, &mut Gradients),
 ) -> Result<Option<Tensor<2>>, DeviceError> {
-    let KeptActivations { policy, blocks: mut kept } = kept;
+    let KeptActivations(mut kept) = kept;
     let mut grad = grad;
     let mut pace = Pace::default();
     while let Some(of_block) = kept.pop() {
         let index = kept.len();
         let _span = trace_span!("block_backward", index).entered();
         let block = &blocks[index];
-        // Below the first block only trained embeddings need a gradient.
         let wanted = index > 0 || into_embeddings;
-        let leaf = |x: Tensor<2>| if wanted { x.autodiff().require_grad() } else { x.autodiff() };
-        let Kept { input, branches } = of_block;
+        let Kept { input, branches, .. } = match of_block {
+            Block::Kept(kept) => kept,
+            Block::Recorded { input, output } => {
+                if let Some(next) = kept.pop() {
+                    kept.push(started(next, &mut pace, &grad)?);
+                }
+                if output.is_tracked() {
+                    let mut grads = trace_span!("gradient").in_scope(|| backward_from(output, grad));
+                    // The residual connection passes on what a block's branches don't.
+                    grad = input.grad_remove(&mut grads).unwrap_or_else(|| input.without_autodiff().zeros_like());
+                    collect(index, block, &mut grads);
+                }
+                continue;
+            }
+        };
         let (middle, mut first) = match branches {
             Some(Branches { middle, attention }) => (middle.into_tensor()?, First::Waiting { input, attention }),
             None => {
                 let _span = trace_span!("recompute").entered();
-                let input = leaf(input.into_tensor()?);
+                let input = leaf(input.into_tensor()?, wanted);
                 let branch = block.attention(input.clone(), pass, Purpose::Result);
                 let middle = input.clone().without_autodiff() + branch.clone().without_autodiff();
                 (middle, First::Recorded { input, branch })
@@ -341,17 +399,14 @@ pub fn backward<B: ResidualBlock>(
             First::Recorded { input, branch } => (input, branch),
             First::Waiting { input, attention } => {
                 let _span = trace_span!("recompute").entered();
-                let input = leaf(input.into_tensor()?);
+                let input = leaf(input.into_tensor()?, wanted);
                 let known = attention.map(|parts| both(parts, Parked::into_tensor)).transpose()?;
                 let known = known.map(AttentionResult::from_parts);
                 (input.clone(), block.attention(input, pass, Purpose::Gradients(known)))
             }
         };
         if let Some(next) = kept.pop() {
-            if policy.offloads() {
-                pace.mark(&grad)?;
-            }
-            kept.push(next.start_upload()?);
+            kept.push(started(next, &mut pace, &grad)?);
         }
         if branch.is_tracked() {
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(branch, grad.clone()));
@@ -362,4 +417,12 @@ pub fn backward<B: ResidualBlock>(
         }
     }
     Ok(into_embeddings.then_some(grad))
+}
+
+/// The next block, what it keeps on its way to the device. Its copies start behind the work that makes `grad`.
+fn started(next: Block, pace: &mut Pace, grad: &Tensor<2>) -> Result<Block, DeviceError> {
+    if next.is_offloaded() {
+        pace.mark(grad)?;
+    }
+    next.start_upload()
 }

@@ -63,8 +63,15 @@ fn same_gradients(name: &str, layers: &[LoraLinear], tokens: usize, device: &Dev
     let expected: Vec<TensorData> = (0..2 * BLOCKS).flat_map(factors).map(&mut take).collect();
     let (expected_below, y) = (take(input), y.without_autodiff().into_data());
 
-    for policy in ActivationCheckpointing::ALL {
-        let (output, kept) = activation_checkpointing::forward(&blocks, x.clone(), pass, policy).unwrap();
+    use ActivationCheckpointing::{Full, None as Everything, Offload, OffloadSelective, Selective};
+    let mixed = [
+        vec![Full, Selective, Everything],
+        vec![OffloadSelective, Everything, Offload],
+        vec![Everything, OffloadSelective, Full],
+        vec![Offload, OffloadSelective, Everything],
+    ];
+    for policy in ActivationCheckpointing::ALL.map(|policy| vec![policy]).into_iter().chain(mixed) {
+        let (output, kept) = activation_checkpointing::forward(&blocks, x.clone(), pass, &policy, true).unwrap();
         assert_eq!(output.into_data(), y, "{name}, {policy:?}");
         let mut found: Vec<Option<Tensor<2>>> = vec![None; 4 * BLOCKS];
         let collect = |index: usize, _: &Pair, grads: &mut Gradients| {

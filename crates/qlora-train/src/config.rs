@@ -24,9 +24,10 @@ use std::path::{Path, PathBuf};
 
 use nf4_quant::{QuantConfig, QuantType};
 use paged_optim::{Budget, OptimizerKind};
-use qlora_layers::{ActivationCheckpointing, LoraConfig};
+use qlora_layers::LoraConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpointing::Checkpointing;
 use crate::error::TrainError;
 use qlora_data::DataConfig;
 
@@ -196,7 +197,9 @@ pub struct RunConfig {
     /// Seed of adapter initialisation, dropout, shuffling and the evaluation split.
     pub seed: u64,
     /// Whether activations are kept for backward or computed again.
-    pub activation_checkpointing: ActivationCheckpointing,
+    pub activation_checkpointing: Checkpointing,
+    /// Bytes of the device's memory that the run may take, by which `auto` chooses what is kept.
+    pub memory_budget: Budget,
     /// Evaluate every so many steps; 0: only at the end. Does nothing without evaluation rows.
     pub eval_every: usize,
     /// By what evaluations are compared, so that the best one's checkpoint is kept beside the newest ones.
@@ -234,7 +237,8 @@ impl Default for RunConfig {
             eps: 1e-8,
             max_grad_norm: 0.3,
             seed: 42,
-            activation_checkpointing: ActivationCheckpointing::Full,
+            activation_checkpointing: Checkpointing::Auto,
+            memory_budget: Budget::Auto,
             eval_every: 100,
             keep_best: KeepBest::Off,
             final_adapter: FinalAdapter::Last,

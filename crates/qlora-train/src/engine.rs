@@ -11,6 +11,7 @@
 //! the update, the host begins with the next step. If loss or gradients are not finite, the update kernel itself leaves
 //! everything unchanged.
 
+use crate::checkpointing::Policies;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_correct, loss_and_gradient};
 use burn::module::Param;
@@ -18,11 +19,12 @@ use burn::tensor::{Gradients, Tensor};
 use host_copies::{DeviceError, Reading};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
 use qlora_data::Batch;
+use qlora_layers::Pass;
 use qlora_layers::activation_checkpointing;
 use qlora_layers::ops::backward_from;
-use qlora_layers::{ActivationCheckpointing, Pass};
 use qlora_models::{BlockInPass, Decoder};
 use std::borrow::Borrow;
+use std::collections::VecDeque;
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,7 +55,11 @@ pub struct Engine {
     /// Number of the first parameter of each block, and of the head: parameters are numbered as the model lists them.
     first_of_block: Vec<usize>,
     optimizer: Optimizer,
-    checkpointing: ActivationCheckpointing,
+    /// What each block keeps.
+    policies: Policies,
+    /// What they keep instead when the device's memory is short, and what has to be told of that.
+    lighter: VecDeque<Policies>,
+    notice: Option<String>,
     max_grad_norm: f32,
 }
 
@@ -70,7 +76,7 @@ impl Engine {
         optimizer: OptimizerConfig,
         budget: Budget,
         max_grad_norm: f32,
-        checkpointing: ActivationCheckpointing,
+        policies: impl Into<Policies>,
     ) -> Result<Self, TrainError> {
         let (names, lens): (Vec<String>, Vec<usize>) =
             model.parameters().into_iter().map(|(name, parameter)| (name, parameter.shape().num_elements())).unzip();
@@ -83,7 +89,20 @@ impl Engine {
         }
         let optimizer = Optimizer::new(optimizer, &lens, model.device(), budget).with_names(names);
         model.track();
-        Ok(Self { model, first_of_block, optimizer, checkpointing, max_grad_norm })
+        let (policies, lighter) = (policies.into(), VecDeque::new());
+        Ok(Self { model, first_of_block, optimizer, policies, lighter, notice: None, max_grad_norm })
+    }
+
+    /// With policies to fall back on, one after the other, each time a step does not fit into the device's memory.
+    #[must_use]
+    pub fn with_lighter(mut self, lighter: Vec<Policies>) -> Self {
+        self.lighter = lighter.into();
+        self
+    }
+
+    /// What the last step had to change, once.
+    pub fn take_notice(&mut self) -> Option<String> {
+        self.notice.take()
     }
 
     /// The model in its present state.
@@ -121,13 +140,13 @@ impl Engine {
         let gradients = |engine: &Self| {
             engine
                 .gradients(micro_batches, &labelled, label_tokens, seed)
-                .map_err(|e| with_largest_batch(e, micro_batches, engine.checkpointing))
+                .map_err(|e| with_largest_batch(e, micro_batches, &engine.policies))
         };
-        let computed = match gradients(self) {
-            Err(TrainError::OutOfMemory { .. }) if self.make_room()? => gradients(self)?,
-            computed => computed?,
-        };
-        let Computed { numbers, norm, grads } = computed;
+        let mut computed = gradients(self);
+        while matches!(computed, Err(TrainError::OutOfMemory { .. })) && (self.make_room()? || self.keep_less()) {
+            computed = gradients(self);
+        }
+        let Computed { numbers, norm, grads } = computed?;
         self.update(grads, norm, learning_rate)?;
         let _span = tracing::trace_span!("read_back").entered();
         let numbers = numbers.wait()?;
@@ -146,6 +165,18 @@ impl Engine {
         let freed = self.optimizer.make_room()?;
         self.model.device().memory_cleanup();
         Ok(freed > 0)
+    }
+
+    /// Keeps less for the backward pass from now on; false when there is no less.
+    fn keep_less(&mut self) -> bool {
+        let Some(next) = self.lighter.pop_front() else { return false };
+        tracing::info!(before = %self.policies, now = %next, "the device's memory is short: less is kept for the backward pass");
+        self.notice = Some(format!(
+            "the device's memory is short: what is kept for the backward pass is now {next} (train.activation_checkpointing = \
+             \"auto\"); a smaller train.memory_budget would have chosen that before the first step"
+        ));
+        self.policies = next;
+        true
     }
 
     /// Loss and gradients of a step.
@@ -250,40 +281,22 @@ impl Engine {
             }
         };
         let embedded = model.embed(&batch.input_ids, pass);
-        let (x, kept) = match self.checkpointing {
-            ActivationCheckpointing::None => {
-                let run = |x, block: &_| model.run_block(block, x, &sequence, pass);
-                (model.blocks().iter().fold(embedded.clone(), run), None)
-            }
-            policy => {
-                let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, policy)?;
-                (x, Some(kept))
-            }
-        };
+        let below = self.first_of_block[0] > 0;
+        let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
         let head = self.first_of_block[blocks.len()];
         let scale = 1.0 / label_tokens as f32;
-        let (loss, grad) = loss_and_gradient(model, x.clone().without_autodiff(), labelled, scale, pass, |from| {
+        let (loss, grad) = loss_and_gradient(model, x.clone(), labelled, scale, pass, |from| {
             collect(head, model.head_parameters(), from);
             // Rows of single tokens of a table that is the head too.
             collect(0, model.embedding_parameters(), from);
         });
-        match kept {
-            None if x.is_tracked() => {
-                let mut from = tracing::trace_span!("backward").in_scope(|| backward_from(x, grad));
-                collect(0, model.parameters(), &mut from);
-            }
-            None => {}
-            Some(kept) => {
-                drop(x);
-                let below = self.first_of_block[0] > 0;
-                let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
-                    collect(self.first_of_block[i], block.block.parameters(), from);
-                };
-                let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
-                if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
-                    collect(0, model.embedding_parameters(), &mut backward_from(embedded, grad));
-                }
-            }
+        drop(x);
+        let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
+            collect(self.first_of_block[i], block.block.parameters(), from);
+        };
+        let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
+        if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
+            collect(0, model.embedding_parameters(), &mut backward_from(embedded, grad));
         }
         Ok(loss)
     }
@@ -311,16 +324,12 @@ impl Engine {
 }
 
 /// The error of a step; where the device ran out of memory, it names the step's largest micro-batch.
-fn with_largest_batch(
-    error: TrainError,
-    micro_batches: &[Batch],
-    checkpointing: ActivationCheckpointing,
-) -> TrainError {
+fn with_largest_batch(error: TrainError, micro_batches: &[Batch], policies: &Policies) -> TrainError {
     let TrainError::Device(DeviceError::OutOfMemory(report)) = &error else { return error };
     match micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols) {
         Some(&Batch { rows, cols, .. }) => {
-            tracing::debug!(%report, "out of memory");
-            TrainError::OutOfMemory { rows, cols, checkpointing }
+            tracing::debug!(%report, %policies, "out of memory");
+            TrainError::OutOfMemory { rows, cols, checkpointing: policies.heaviest() }
         }
         None => error,
     }
@@ -339,12 +348,13 @@ struct Computed {
 mod tests {
     use super::*;
     use qlora_data::Example;
+    use qlora_layers::ActivationCheckpointing;
 
     #[test]
     fn a_short_memory_is_told_from_other_failures() {
         let row = |len| Example { input_ids: vec![1; len], labels: vec![1; len], line: 1 };
         let batches = [Batch::new(&[row(9)], 0), Batch::new(&[row(5), row(7)], 0), Batch::new(&[row(3)], 0)];
-        let of = |error| with_largest_batch(error, &batches, ActivationCheckpointing::OffloadSelective);
+        let of = |error| with_largest_batch(error, &batches, &ActivationCheckpointing::OffloadSelective.into());
         let short = of(DeviceError::OutOfMemory("out of device memory allocating 312475648 bytes".into()).into());
         assert!(matches!(short, TrainError::OutOfMemory { rows: 2, cols: 7, .. }));
         let message = short.to_string();

@@ -10,6 +10,7 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+pub mod checkpointing;
 pub mod config;
 mod engine;
 mod error;
@@ -24,6 +25,7 @@ mod resize;
 mod run_folder;
 mod trainer;
 
+pub use checkpointing::{Checkpointing, Policies, Room};
 pub use config::TrainConfig;
 pub use engine::{Engine, Evaluation, StepOutput};
 pub use error::TrainError;

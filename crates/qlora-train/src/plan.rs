@@ -1,11 +1,13 @@
 //! What a run would train and need, worked out from `config.json` and the data, without loading weights.
 
+use crate::checkpointing::{Activations, Checkpointing, Policies, Room, choose, lighter};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
+use qlora_layers::ActivationCheckpointing;
 use qlora_layers::ops::MAX_SCORES;
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::{LinearRole, ModelConfig};
@@ -21,11 +23,9 @@ pub struct MemoryEstimate {
     pub other_weights: u64,
     /// What is trained, in f32: factors, magnitudes, biases, modules trained in full.
     pub adapters: u64,
-    /// Their gradients in f32.
-    pub gradients: u64,
     /// The optimizer's moments, as far as `train.optimizer_budget` lets them stay on the device.
     pub optimizer: u64,
-    /// Activations kept for backward, one block's working set, and the logits.
+    /// Gradients of what is trained, activations kept for backward, a block's working set, and the logits: the most at a time.
     pub activations: u64,
     /// The program itself and the rows, on the CPU, where they share the memory.
     pub program: u64,
@@ -37,7 +37,7 @@ impl MemoryEstimate {
     /// The most that is needed at a time: in a step, or while a checkpoint is written.
     pub fn total(&self) -> u64 {
         let resident = self.program + self.linear_weights + self.other_weights + self.adapters + self.optimizer;
-        resident + (self.gradients + self.activations).max(self.saving)
+        resident + self.activations.max(self.saving)
     }
 }
 
@@ -52,19 +52,18 @@ pub struct Plan {
     pub trainable_parameters: u64,
     /// Memory on the device.
     pub memory: MemoryEstimate,
+    /// What each block keeps for the backward pass.
+    pub policies: Policies,
+    /// What it keeps instead, where the device has less memory than was thought; empty where the configuration says what is kept.
+    pub lighter: Vec<Policies>,
 }
 
 impl Plan {
-    /// Works a run out.
+    /// Works a run out within `memory`.
     ///
-    /// Activations: a block keeps about `6 hidden + 4 attention + 6 intermediate` values a token in the compute
-    /// dtype, the last for each expert of the token. Without checkpointing every block does; with it one does, and
-    /// each keeps what its policy says. Scores and logits exist for some tokens at a time.
-    ///
-    /// The CPU's attention computes its scores again and its gate keeps a value less, so there a block is
-    /// `6 hidden + 4 attention + 5 intermediate`; what is offloaded stays in the same memory; and logits and a block's
-    /// working set are not there at the same time. The program itself takes 38 MiB, the logits two and a half times
-    /// their size: both measured, as resident memory of the process on Linux.
+    /// [`Activations`](crate::checkpointing::Activations) has the formulas of what a micro-batch of the longest row takes. The
+    /// program itself takes 38 MiB on the CPU, the logits two and a half times their size: both measured, as resident
+    /// memory of the process on Linux.
     ///
     /// # Errors
     /// A LoRA setting is out of range, or nothing matches.
@@ -72,9 +71,10 @@ impl Plan {
         config: &TrainConfig,
         model: &ModelConfig,
         dtype: FloatDType,
-        on_cpu: bool,
+        memory: &Room,
         examples: &[Example],
     ) -> Result<Self, TrainError> {
+        let on_cpu = memory.on_cpu;
         let linears = model.linear_specs();
         let shapes: HashMap<&str, [usize; 2]> = linears.iter().map(|spec| (spec.path.as_str(), spec.shape)).collect();
         let targets: Vec<(Target, [usize; 2])> = resolve(&config.lora, &model.adaptable_modules())?
@@ -133,56 +133,47 @@ impl Plan {
         };
         let longest = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
         let (rows, len) = (config.train.batch_size as u64, longest as u64);
-        let tokens = rows * len;
-        // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel.
-        let scores = match on_cpu {
+        // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel: GPUs have one for 16
+        // bits.
+        let scores = match on_cpu || dtype != FloatDType::F32 {
             true => 0,
             false => 4 * 4 * (rows * model.num_attention_heads as u64 * len * len).min(MAX_SCORES as u64),
         };
-        // Each of a token's experts reads its own row and gives one back.
-        let gated = if on_cpu { 5 } else { 6 };
-        let feed_forward = model.experts.map_or(gated * model.intermediate_size, |experts| {
-            let routed = experts.per_token * (gated * experts.intermediate_size + 3 * model.hidden_size);
-            routed.max(gated * model.intermediate_size)
-        });
-        let attention = model.num_attention_heads * model.head_dim;
-        let block = tokens * (6 * model.hidden_size + 4 * attention + feed_forward) as u64 * width + scores;
-        let blocks = model.num_hidden_layers as u64;
-        let kept = |features: usize| tokens * features as u64 * width;
-        let policy = config.train.activation_checkpointing;
-        let (kept, working) = if policy.keeps_everything() {
-            (blocks * block, 0)
-        } else {
-            let branches = if policy.keeps_branches() { model.hidden_size + attention } else { 0 };
-            let on_device = if policy.offloads() && !on_cpu { 2 } else { blocks };
-            (on_device * kept(model.hidden_size + branches), block)
-        };
-        let logits = width * (tokens * model.vocab_size as u64).min(MAX_LOGITS as u64);
-        let activations = match on_cpu {
-            // With everything kept, most of a block is freed by the time its logits' memory would be needed again.
-            true if policy.keeps_everything() => kept.max(5 * logits / 2),
-            true => kept + working.max(5 * logits / 2),
-            // The logits, and what a cap makes of them.
-            false => kept + working + 2 * logits,
+        let logits = width * (rows * len * model.vocab_size as u64).min(MAX_LOGITS as u64);
+        let gradients = 4 * trainable;
+        let activations = Activations::new(model, dtype, on_cpu, [rows, len], [scores, logits, gradients]);
+        let other_weights = (dense + embeddings + norms) * width;
+        let resident = linear_weights + other_weights + 4 * trainable + state_on_device;
+        let room = memory.device.map(|room| room.saturating_sub(resident));
+        let policies = match (config.train.activation_checkpointing, room) {
+            (Checkpointing::Fixed(policy), _) => Policies(vec![policy; model.num_hidden_layers]),
+            (Checkpointing::Auto, Some(room)) => choose(&activations, room, memory.host),
+            // Nobody says what there is.
+            (Checkpointing::Auto, None) => Policies(vec![ActivationCheckpointing::Full; model.num_hidden_layers]),
         };
         const PROGRAM: u64 = 38 << 20;
         // Of each token of the rows its id and its label.
         let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
+        let lighter = match config.train.activation_checkpointing {
+            Checkpointing::Auto => lighter(&activations, &policies, memory.host),
+            Checkpointing::Fixed(_) => Vec::new(),
+        };
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
             memory: MemoryEstimate {
                 linear_weights,
-                other_weights: (dense + embeddings + norms) * width,
+                other_weights,
                 adapters: 4 * trainable,
-                gradients: 4 * trainable,
                 optimizer: state_on_device,
-                activations,
+                activations: activations.peak(&policies.0),
                 program: if on_cpu { PROGRAM + of_rows } else { 0 },
                 // The adapter once, the moments as they are and as the file's content.
                 saving: if on_cpu { 4 * trainable + 2 * state } else { 0 },
             },
             targets,
+            policies,
+            lighter,
         })
     }
 }

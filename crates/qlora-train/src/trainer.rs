@@ -6,11 +6,13 @@ mod saving;
 mod start;
 
 use crate::checkpoint::{self, Basis, Evaluations};
+use crate::checkpointing::{Policies, Room};
 use crate::config::{ComputeDtype, RunConfig, TrainConfig};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics};
+use crate::plan::Plan;
 use crate::prompts::Prompts;
 use crate::report::{Outcome, Summary, device_name};
 use crate::resize::{Resized, resize};
@@ -81,11 +83,12 @@ pub fn compute_dtype(choice: ComputeDtype, device: &Device) -> FloatDType {
     }
 }
 
-/// The engine that a configuration asks for, on a model whose adapters are in place.
+/// The engine that a configuration asks for, on a model whose adapters are in place, with what each block keeps for the backward
+/// pass.
 ///
 /// # Errors
 /// [`TrainError::NothingToTrain`] when it has no adapter.
-pub fn engine(model: Decoder, options: &RunConfig) -> Result<Engine, TrainError> {
+pub fn engine(model: Decoder, options: &RunConfig, policies: impl Into<Policies>) -> Result<Engine, TrainError> {
     let optimizer = OptimizerConfig {
         kind: options.optimizer,
         betas: (options.betas[0], options.betas[1]),
@@ -94,7 +97,7 @@ pub fn engine(model: Decoder, options: &RunConfig) -> Result<Engine, TrainError>
         ..Default::default()
     };
     let max_grad_norm = options.max_grad_norm as f32;
-    Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, options.activation_checkpointing)
+    Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, policies)
 }
 
 impl<'e> Trainer<'e> {
@@ -140,6 +143,9 @@ impl<'e> Trainer<'e> {
             checkpoint.check_trained_tokens(&resized.lora)?;
         }
 
+        let room = Room::of(&device, config.train.memory_budget);
+        let Plan { policies, lighter, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
+        tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
         let mut model = Decoder::load(&model_dir, options, &device, &mut |progress| events.on_load(progress))?;
         model.resize_embeddings(shape.vocab_size)?;
@@ -153,7 +159,7 @@ impl<'e> Trainer<'e> {
             }
         }
         let parameters = parameter_names(&model);
-        let mut engine = engine(model, &config.train)?;
+        let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter);
         if let Some(Resumed { checkpoint, .. }) = &resumed {
             let moments = checkpoint.moments(&parameters, config.train.optimizer)?;
             engine
@@ -253,6 +259,9 @@ impl<'e> Trainer<'e> {
                 return Err(error);
             }
         };
+        if let Some(notice) = self.engine.take_notice() {
+            self.events.on_warning(&notice);
+        }
         self.step += 1;
         self.position = batches.next_position();
         let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();

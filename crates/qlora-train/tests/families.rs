@@ -65,7 +65,7 @@ fn a_plan_counts_what_is_loaded() {
         let engine = engine(&dir, ActivationCheckpointing::Full);
         let mut config = TrainConfig::default();
         config.lora.rank = 2;
-        let plan = Plan::new(&config, engine.model().config(), FloatDType::F32, false, &[]).unwrap();
+        let plan = Plan::new(&config, engine.model().config(), FloatDType::F32, &Room::default(), &[]).unwrap();
         assert_eq!(plan.base_parameters, engine.model().num_params() as u64, "{}", dir.display());
         assert_eq!(plan.trainable_parameters, engine.model().num_trainable() as u64, "{}", dir.display());
         let planned = plan.memory.linear_weights + plan.memory.other_weights;

@@ -8,8 +8,8 @@ use burn::tensor::Device;
 use burn_qlora::qlora_layers::mix;
 use burn_qlora::qlora_models::{ModelConfig, device_memory};
 use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name, with_subscriber};
-use burn_qlora::qlora_train::{Engine, StepOutput, compute_dtype, engine};
-use burn_qlora::{Decoder, LoadOptions, TrainConfig};
+use burn_qlora::qlora_train::{Engine, Plan, Room, StepOutput, compute_dtype, engine};
+use burn_qlora::{Decoder, Example, LoadOptions, TrainConfig};
 use cubecl::client::Client;
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::filter::filter_fn;
@@ -91,14 +91,22 @@ pub(crate) struct Measured {
     pub losses: [f64; 2],
 }
 
-/// A model of random weights with its adapters, ready to train.
-pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, device: &Device) -> Result<Engine> {
+/// A model of random weights with its adapters, ready to train on micro-batches of a case.
+pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Engine> {
     let dtype = compute_dtype(config.quantization.compute_dtype, device);
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
     let seed = config.train.seed;
+    let row = Example { input_ids: vec![0; case.len], labels: vec![0; case.len], line: 1 };
+    let mut planned = config.clone();
+    planned.train.batch_size = case.rows;
+    let room = Room::of(device, config.train.memory_budget);
+    let Plan { policies, lighter, .. } = Plan::new(&planned, shape, dtype, &room, &[row])?;
+    if config.train.activation_checkpointing.fixed().is_none() {
+        eprintln!("{case}: {policies}");
+    }
     let mut model = Decoder::random(shape.clone(), options, seed, device, &mut |_| {})?;
     model.attach_lora(&config.lora, seed)?;
-    Ok(engine(model, &config.train)?)
+    Ok(engine(model, &config.train, policies)?.with_lighter(lighter))
 }
 
 /// Measures a case on a device.
@@ -111,7 +119,7 @@ pub(crate) fn run(
 ) -> Result<Measured> {
     let device = &place.device;
     let start = Instant::now();
-    let engine = random_engine(shape, config, device)?;
+    let engine = random_engine(shape, config, case, device)?;
     device.sync().context("loading")?;
     let load_seconds = start.elapsed().as_secs_f64();
     let base_bytes = device_memory(device).map_or(0, |(in_use, _)| in_use);

@@ -18,8 +18,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
-use burn_qlora::TrainConfig;
 use burn_qlora::qlora_train::report::device_name;
+use burn_qlora::{ActivationCheckpointing, TrainConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -152,7 +152,8 @@ fn parent(args: &Args) -> Result<()> {
     for policy in &args.policies {
         for &case in &args.cases {
             let result = child::<Measured>(&format!("{policy}:{case}"));
-            let reruns_blocks = args.setting.config(policy)?.train.activation_checkpointing.reruns_blocks();
+            let kept = args.setting.config(policy)?.train.activation_checkpointing;
+            let reruns_blocks = kept.fixed().is_some_and(ActivationCheckpointing::reruns_blocks);
             let work = shapes::flops(&shape, case.rows, case.len, reruns_blocks) * accumulation as f64;
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
             let row = Row { policy: policy.clone(), case, result, bound };

@@ -70,7 +70,7 @@ impl ModelConfig {
     }
 
     /// Widths of queries, keys and values.
-    pub(crate) fn qkv_widths(&self) -> [usize; 3] {
+    pub fn qkv_widths(&self) -> [usize; 3] {
         let keys = self.num_key_value_heads * self.head_dim;
         [self.num_attention_heads * self.head_dim, keys, keys]
     }

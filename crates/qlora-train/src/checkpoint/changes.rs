@@ -50,6 +50,7 @@ const FREE: &[&str] = &[
     "train.max_steps",
     "train.optimizer_budget",
     "train.activation_checkpointing",
+    "train.memory_budget",
     "train.eval_every",
     "train.save_every",
     "train.save_limit",

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use qlora_layers::{Initialization, TargetModules};
+use qlora_layers::{ActivationCheckpointing, Initialization, TargetModules};
 
 use super::*;
 
@@ -100,7 +100,7 @@ fn policies_are_read_by_their_names() {
     let mut config = valid();
     for policy in ActivationCheckpointing::ALL {
         config.set("train.activation_checkpointing", policy.name()).unwrap();
-        assert_eq!(config.train.activation_checkpointing, policy);
+        assert_eq!(config.train.activation_checkpointing, policy.into());
     }
 }
 

@@ -25,7 +25,8 @@ fn profiled(policy: &str, window: Window, steps: u64) -> Trace {
     config.set("lora.rank", "4").unwrap();
     config.set("train.activation_checkpointing", policy).unwrap();
     model.attach_lora(&config.lora, 1).unwrap();
-    let mut engine = crate::engine(model, &config.train).unwrap();
+    let policy = config.train.activation_checkpointing.fixed().unwrap();
+    let mut engine = crate::engine(model, &config.train, policy).unwrap();
     let ids: Vec<u32> = (0..8).collect();
     let labels = ids.iter().map(|&id| i64::from(id)).collect();
     let batch = Batch::new(&[Example { input_ids: ids, labels, line: 1 }], 0);

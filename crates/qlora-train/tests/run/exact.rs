@@ -80,7 +80,7 @@ fn every_kind_resumes_bit_for_bit_and_under_both_policies() {
         assert_eq!(losses(&whole.train.output_dir), losses(&broken.train.output_dir), "{kind}");
         assert!(adapter(&whole.train.output_dir) == adapter(&broken.train.output_dir), "{kind}: resumed");
         let mut plain = of("plain");
-        plain.train.activation_checkpointing = ActivationCheckpointing::None;
+        plain.train.activation_checkpointing = ActivationCheckpointing::None.into();
         run(plain.clone(), Resume::No, &mut ()).unwrap();
         assert!(adapter(&whole.train.output_dir) == adapter(&plain.train.output_dir), "{kind}: policies");
     }
@@ -182,7 +182,7 @@ fn activation_checkpointing_does_not_change_a_bit() {
         let out = dir.path().join(format!("{policy:?}"));
         let mut config = config(&out);
         config.train.max_steps = Some(2);
-        config.train.activation_checkpointing = policy;
+        config.train.activation_checkpointing = policy.into();
         run(config, Resume::No, &mut ()).unwrap();
         adapter(&out)
     });

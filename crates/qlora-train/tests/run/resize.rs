@@ -119,7 +119,7 @@ fn new_tokens_are_trained_saved_resumed_and_merged() {
         assert!(adapter(out) == adapter(&broken.train.output_dir), "tied: {tied}");
         let mut plain = config.clone();
         plain.train.output_dir = dir.path().join("plain");
-        plain.train.activation_checkpointing = qlora_layers::ActivationCheckpointing::None;
+        plain.train.activation_checkpointing = qlora_layers::ActivationCheckpointing::None.into();
         run(plain.clone(), Resume::No, &mut ()).unwrap();
         assert!(adapter(out) == adapter(&plain.train.output_dir), "tied: {tied}");
 
@@ -189,9 +189,10 @@ fn the_plan_counts_what_is_trained() {
         let config = of(dir.path(), tied, &ADDED);
         let model = ModelConfig::from_dir(&dir.path().join("model")).unwrap();
         let tokenizer = chat_text::Tokenizer::from_dir(dir.path().join("model")).unwrap();
-        let plain = Plan::new(&config, &model, FloatDType::F32, true, &[]).unwrap();
+        let on_cpu = Room { on_cpu: true, ..Room::default() };
+        let plain = Plan::new(&config, &model, FloatDType::F32, &on_cpu, &[]).unwrap();
         let resized = resize(&config, model, &tokenizer).unwrap();
-        let plan = Plan::new(&resized.config, &resized.model, FloatDType::F32, true, &[]).unwrap();
+        let plan = Plan::new(&resized.config, &resized.model, FloatDType::F32, &on_cpu, &[]).unwrap();
         let tables = if tied { 1 } else { 2 };
         assert_eq!(plan.trainable_parameters - plain.trainable_parameters, tables * 2 * 256);
         assert_eq!(plan.base_parameters - plain.base_parameters, tables * 2 * 256);

@@ -1,0 +1,367 @@
+//! `train.activation_checkpointing = "auto"`: for each block the policy that makes a step fastest within the memory there is.
+//!
+//! All policies give the same bits, so the choice is one of time and memory alone. [`Activations`] says what a micro-batch of
+//! the largest size takes under given policies; [`choose`] tries the mixtures that can be best, and takes the one with the
+//! least work:
+//!
+//! - The last blocks keep everything. The backward pass starts with them, so what they hold is gone before the blocks below
+//!   run again, and need room to do so.
+//! - The blocks before them keep both branches, as far as memory goes, and the first ones as much as is left for them.
+//!
+//! Work is counted in operations of the products that run a second time. Attention counts more than its operations, because
+//! it runs at a lower rate; what goes to the host's memory and back is charged with a part of a block's work, less in large
+//! batches, where copies hide behind products (on an H100, `offload_selective` costs 1.5 % beside `selective` with 8,192
+//! tokens, and 5 to 6 % with 2,048).
+
+use burn::tensor::{Device, FloatDType};
+use paged_optim::{Budget, free_memory};
+use qlora_layers::ActivationCheckpointing;
+use qlora_models::{LinearRole, ModelConfig, host_memory};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
+
+use ActivationCheckpointing::{Full, None as Everything, Offload, OffloadSelective, Selective};
+
+/// Tokens that go through a block's second branch at a time.
+const PART: u64 = 8192;
+/// What an operation of attention counts beside one of a product.
+const ATTENTION: f64 = 1.7;
+
+/// Bytes and work of a micro-batch, by what its blocks keep. Blocks are alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Activations {
+    /// Blocks of the model.
+    pub blocks: u64,
+    /// Tokens of the micro-batch.
+    pub tokens: u64,
+    on_cpu: bool,
+    /// Kept of a block that keeps everything, both branches, its input.
+    recorded: u64,
+    branches: u64,
+    input: u64,
+    /// A block that runs again as a whole, or branch by branch.
+    working: u64,
+    working_by_branch: u64,
+    /// The gradients of a block that was recorded.
+    working_recorded: u64,
+    logits: u64,
+    /// All that is trained, in f32: a part for each block.
+    gradients: u64,
+    /// Operations of a block's forward pass, and of those that run again after each kind of keeping.
+    forward: f64,
+    again: f64,
+    again_by_branch: f64,
+}
+
+impl Activations {
+    /// Of `rows` rows of `len` tokens. `scores` are bytes of attention scores that exist at a time, where attention is no
+    /// fused kernel; `trained` bytes of what is trained.
+    pub(crate) fn new(
+        model: &ModelConfig,
+        dtype: FloatDType,
+        on_cpu: bool,
+        [rows, len]: [u64; 2],
+        [scores, logits, trained]: [u64; 3],
+    ) -> Self {
+        let width: u64 = if dtype == FloatDType::F32 { 4 } else { 2 };
+        let (hidden, tokens) = (model.hidden_size as u64, rows * len);
+        let [q, k, v] = model.qkv_widths().map(|features| features as u64);
+        let (attention, qkv) = ((model.num_attention_heads * model.head_dim) as u64, q + k + v);
+        // Each of a token's experts reads its own row and gives one back.
+        let intermediate = model.intermediate_size as u64;
+        let gated = |values: u64| {
+            model.experts.map_or(values * intermediate, |experts| {
+                let routed = experts.per_token as u64 * (values * experts.intermediate_size as u64 + 3 * hidden);
+                routed.max(values * intermediate)
+            })
+        };
+        let bytes = |features: u64| tokens * features * width;
+        let of_part = |features: u64| tokens.min(PART) * features * width;
+        // Inputs, norms, projections and attention; then the second branch with its gradients, and those that flow through.
+        let first = 2 * hidden + qkv + attention;
+        let second = 2 * hidden + gated(4);
+        let (recorded, working, working_by_branch, working_recorded) = match on_cpu {
+            true => {
+                let block = bytes(6 * hidden + 4 * attention + gated(5)) + scores;
+                (block, block, block, 0)
+            }
+            false => {
+                // Attention's gradient of its queries is summed in f32.
+                let attention_back = bytes(2 * hidden) + tokens * q * 4;
+                let whole = bytes(first) + attention_back + of_part(second) + scores;
+                let by_branch = (bytes(2 * hidden) + of_part(second)).max(bytes(first) + attention_back) + scores;
+                let recorded = bytes(4 * hidden + qkv + attention + gated(3)) + scores;
+                (recorded, whole, by_branch, attention_back + bytes(gated(3)))
+            }
+        };
+        let per_token = |wanted: fn(LinearRole) -> bool| {
+            let specs = model.linear_specs().into_iter().filter(|spec| wanted(spec.role));
+            specs.map(|spec| spec.shape.iter().product::<usize>() as f64).sum::<f64>()
+        };
+        let blocks = model.num_hidden_layers as u64;
+        let of_experts = model.experts.map_or(0.0, |experts| experts.per_token as f64 / experts.count.max(1) as f64);
+        let products = (per_token(|role| role == LinearRole::Projection)
+            + of_experts * per_token(|role| role == LinearRole::Expert))
+            / blocks.max(1) as f64;
+        // The last product of each branch need not run again.
+        let output = (hidden * attention) as f64;
+        let down = gated(1) as f64 * hidden as f64;
+        let work = |weights: f64| 2.0 * weights.max(0.0) * tokens as f64;
+        let scores_work = ATTENTION * 2.0 * len as f64 * q as f64 * tokens as f64;
+        Self {
+            blocks,
+            tokens,
+            on_cpu,
+            recorded,
+            branches: bytes(2 * hidden + attention),
+            input: bytes(hidden),
+            working,
+            working_by_branch,
+            working_recorded,
+            logits,
+            gradients: trained,
+            forward: work(products) + scores_work,
+            again: work(products - down) + scores_work,
+            again_by_branch: work(products - down - output),
+        }
+    }
+
+    /// Bytes that a block of a policy keeps on the device.
+    fn kept(&self, policy: ActivationCheckpointing) -> u64 {
+        match policy {
+            Everything => self.recorded,
+            Selective => self.branches,
+            Full => self.input,
+            // What is offloaded stays in the same memory.
+            OffloadSelective if self.on_cpu => self.branches,
+            Offload if self.on_cpu => self.input,
+            OffloadSelective | Offload => 0,
+        }
+    }
+
+    /// The most bytes at a time, gradients of what is trained among them. Blocks beyond the policies have the last one.
+    pub fn peak(&self, policies: &[ActivationCheckpointing]) -> u64 {
+        let of = |index: u64| policies.get(index as usize).or(policies.last()).copied().unwrap_or_default();
+        let all: Vec<ActivationCheckpointing> = (0..self.blocks).map(of).collect();
+        let kept: u64 = all.iter().map(|policy| self.kept(*policy)).sum();
+        // What is offloaded is on the device for two blocks at a time.
+        let passing = match all.iter().find(|policy| policy.offloads()) {
+            Some(OffloadSelective) if !self.on_cpu => 2 * self.branches,
+            Some(_) if !self.on_cpu => 2 * self.input,
+            _ => 0,
+        };
+        let head = if self.on_cpu { 5 * self.logits / 2 } else { 2 * self.logits };
+        if self.on_cpu {
+            // Most of what was kept is freed by the time its logits' memory would be needed again.
+            let keeps_everything = all.iter().all(|policy| policy.keeps_everything());
+            let most = if keeps_everything { kept.max(head) } else { kept + self.working.max(head) };
+            return most + self.gradients;
+        }
+        let mut most = kept + head;
+        let mut left = kept;
+        for (index, policy) in all.iter().enumerate().rev() {
+            let working = match policy {
+                Everything => self.working_recorded,
+                Selective | OffloadSelective => self.working_by_branch,
+                Full | Offload => self.working,
+            };
+            let done = self.blocks - index as u64;
+            most = most.max(left + working + self.gradients * done / self.blocks);
+            left -= self.kept(*policy);
+        }
+        most + passing
+    }
+
+    /// Bytes that wait in the host's memory.
+    pub fn on_host(&self, policies: &[ActivationCheckpointing]) -> u64 {
+        let of_block = |policy: &ActivationCheckpointing| match policy {
+            OffloadSelective => self.branches,
+            Offload => self.input,
+            _ => 0,
+        };
+        policies.iter().map(of_block).sum()
+    }
+
+    /// What a block of a policy costs beyond one that keeps everything, in operations.
+    fn cost(&self, policy: ActivationCheckpointing) -> f64 {
+        let (selective, all) = if self.tokens >= PART { (0.015, 0.005) } else { (0.06, 0.03) };
+        // Forward, and backward twice that.
+        let block = 3.0 * self.forward;
+        match policy {
+            Everything => 0.0,
+            Selective => self.again_by_branch,
+            Full => self.again,
+            OffloadSelective => self.again_by_branch + selective * block,
+            Offload => self.again + all * block,
+        }
+    }
+}
+
+/// `train.activation_checkpointing`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// What [`choose`] chooses.
+    #[default]
+    Auto,
+    /// One policy for all blocks.
+    Fixed(ActivationCheckpointing),
+}
+
+impl Checkpointing {
+    /// The policy that it names.
+    pub fn fixed(self) -> Option<ActivationCheckpointing> {
+        match self {
+            Self::Auto => None,
+            Self::Fixed(policy) => Some(policy),
+        }
+    }
+
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
+        self.fixed().map_or("auto", ActivationCheckpointing::name)
+    }
+}
+
+impl From<ActivationCheckpointing> for Checkpointing {
+    fn from(policy: ActivationCheckpointing) -> Self {
+        Self::Fixed(policy)
+    }
+}
+
+impl Serialize for Checkpointing {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Checkpointing {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let all = || std::iter::once(Self::Auto).chain(ActivationCheckpointing::ALL.map(Self::Fixed));
+        all().find(|choice| choice.name() == name).ok_or_else(|| {
+            let known: Vec<String> = all().map(|choice| format!("`{}`", choice.name())).collect();
+            D::Error::custom(format!("unknown variant `{name}`, expected one of {}", known.join(", ")))
+        })
+    }
+}
+
+/// Policies of the blocks, first to last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policies(pub Vec<ActivationCheckpointing>);
+
+impl Policies {
+    /// The one that takes most of the device's memory.
+    pub fn heaviest(&self) -> ActivationCheckpointing {
+        let order = [Everything, Selective, Full, OffloadSelective, Offload];
+        order.into_iter().find(|policy| self.0.contains(policy)).unwrap_or_default()
+    }
+}
+
+impl From<ActivationCheckpointing> for Policies {
+    /// The same for every block.
+    fn from(policy: ActivationCheckpointing) -> Self {
+        Self(vec![policy])
+    }
+}
+
+impl fmt::Display for Policies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut first = 0;
+        for run in self.0.chunk_by(|a, b| a == b) {
+            let last = first + run.len() - 1;
+            let separator = if first == 0 { "" } else { ", " };
+            let name = run[0].name();
+            match (run.len() == self.0.len(), first == last) {
+                (true, _) => write!(f, "{name}")?,
+                (_, true) => write!(f, "{separator}{name} for block {first}")?,
+                _ => write!(f, "{separator}{name} for blocks {first} to {last}")?,
+            }
+            first = last + 1;
+        }
+        Ok(())
+    }
+}
+
+/// The memory that a run may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Whether activations lie in the host's memory.
+    pub on_cpu: bool,
+    /// Bytes of tensors that there is room for, weights and all; `None` where nobody says.
+    pub device: Option<u64>,
+    /// Bytes that may wait in the host's memory.
+    pub host: u64,
+}
+
+impl Room {
+    /// What is free on `device`, before anything is loaded, or what `budget` leaves of it.
+    ///
+    /// On CUDA the allocator's pages took 8 to 23 % more than the tensors in them in the steps that were measured, and the
+    /// programs' own code and buffers some 300 MiB beyond what is there when a device is opened. On the CPU an eighth of
+    /// what is free is left to others.
+    pub fn of(device: &Device, budget: Budget) -> Self {
+        let available = host_memory();
+        let host = available.unwrap_or(0) / 2;
+        let on_cpu = *device == Device::flex();
+        let free = match on_cpu {
+            true => available.map(|bytes| bytes / 8 * 7),
+            false => free_memory(device).map(|(free, _)| free),
+        };
+        let bytes = match budget {
+            Budget::Bytes(bytes) => Some(free.map_or(bytes, |free| free.min(bytes))),
+            Budget::Auto => free,
+            Budget::Unlimited => Some(u64::MAX),
+        };
+        let tensors = |bytes: u64| bytes.saturating_sub(300 << 20) / 6 * 5;
+        let device = bytes.map(|bytes| if on_cpu { bytes } else { tensors(bytes) });
+        Self { on_cpu, device, host }
+    }
+}
+
+/// Policies that take less memory than `policies`, each the best within nine tenths of what the one before takes.
+pub fn lighter(activations: &Activations, policies: &Policies, host: u64) -> Vec<Policies> {
+    let next = |last: &Policies| {
+        let peak = activations.peak(&last.0);
+        let next = choose(activations, peak / 10 * 9, host);
+        (activations.peak(&next.0) < peak).then_some(next)
+    };
+    std::iter::successors(next(policies), next).collect()
+}
+
+/// The policies with the least work of those that fit into `room` bytes on the device and `host` in the host's memory. Where
+/// none does, that which takes least.
+pub fn choose(activations: &Activations, room: u64, host: u64) -> Policies {
+    let blocks = activations.blocks as usize;
+    let rests: &[ActivationCheckpointing] =
+        if activations.on_cpu { &[Full] } else { &[Full, OffloadSelective, Offload] };
+    let mut best: Option<(f64, u64, Policies)> = None;
+    let mut smallest: Option<(u64, Policies)> = None;
+    for rest in rests {
+        for everything in 0..=blocks {
+            for branches in 0..=blocks - everything {
+                let first = blocks - everything - branches;
+                let counts = [(*rest, first), (Selective, branches), (Everything, everything)];
+                let policies: Vec<ActivationCheckpointing> =
+                    counts.into_iter().flat_map(|(policy, count)| std::iter::repeat_n(policy, count)).collect();
+                if activations.on_host(&policies) > host {
+                    continue;
+                }
+                let peak = activations.peak(&policies);
+                let work = counts.iter().map(|(policy, count)| *count as f64 * activations.cost(*policy)).sum::<f64>();
+                if smallest.as_ref().is_none_or(|(least, _)| peak < *least) {
+                    smallest = Some((peak, Policies(policies.clone())));
+                }
+                let better = |(least, bytes, _): &(f64, u64, Policies)| (work, peak) < (*least, *bytes);
+                if peak <= room && best.as_ref().is_none_or(better) {
+                    best = Some((work, peak, Policies(policies)));
+                }
+            }
+        }
+    }
+    let smallest = smallest.map_or(Policies(vec![Full; blocks]), |(_, policies)| policies);
+    best.map_or(smallest, |(.., policies)| policies)
+}
+
+#[cfg(test)]
+mod tests;
