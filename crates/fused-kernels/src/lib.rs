@@ -7,7 +7,7 @@
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
 //! | [`grouped_low_rank`] | LoRA's update where tokens use different adapters | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
-//! | [`paged_attention`] | attention of generation over a paged cache | CubeCL |
+//! | [`paged_attention`] | attention of generation over a paged cache | CubeCL, CUDA C++ |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
 //! | [`rope`] | rotary position embeddings | CubeCL |
 //! | [`gated`] | SwiGLU, GeGLU and their kin | CubeCL |
