@@ -33,6 +33,10 @@
 //! **What is read.** No position that no token of a tile sees. In a tile of several tokens the weights of what an earlier
 //! one does not see are zeros, which are multiplied: a value that is no number, of a later token of the same row, makes
 //! the earlier ones' results no numbers as well.
+//!
+//! **Today**, on an H200 (device copy: 4.23 TB/s), bf16: 64 rows of 640 tokens take 225 µs with 32 heads of 128 (2.99 TB/s,
+//! 71 %) and 67 µs with 8 key heads of 32 (2.51 TB/s, 59 %), one row of 300 tokens 9 µs.
+//! `docs/src/kernels/paged-attention.md` has more shapes, what bounds them, and what to try next.
 
 use bytemuck::{Pod, Zeroable};
 use cubecl::client::Client;
@@ -135,13 +139,14 @@ impl Variant {
         8 * self.query_tiles
     }
 
-    /// Cubes per multiprocessor for which registers suffice. CUDA 12.9's assembler keeps up to 64 bytes elsewhere, which no
-    /// inner loop needs.
+    /// Cubes per multiprocessor that registers must leave room for, by measurement where there was a choice. CUDA 12.8's
+    /// assembler keeps up to 16 bytes of a variant elsewhere.
     fn cubes(self) -> usize {
         match (self.dim, self.query_tiles) {
-            (..=128, 1) => 4,
-            (128, _) => 2,
-            _ => 3,
+            (64, 1) => 5,
+            (..=128, 1) | (64, _) => 4,
+            (192, _) => 3,
+            _ => 2,
         }
     }
 
