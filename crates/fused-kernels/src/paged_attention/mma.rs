@@ -349,7 +349,7 @@ mod tests {
             let by = divisor as u32;
             let near = [0, 1, by - 1, by, by.saturating_add(1), by.saturating_mul(2) - 1, 1 << 30, i32::MAX as u32];
             for n in near.into_iter().filter(|n| *n < 1 << 31) {
-                let high = (u64::from(n) * u64::from(factor) >> 32) as u32;
+                let high = ((u64::from(n) * u64::from(factor)) >> 32) as u32;
                 assert_eq!((high + n) >> shift, n / by, "{n} by {by}");
             }
         }
