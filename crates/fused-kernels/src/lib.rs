@@ -7,7 +7,7 @@
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
-//! | [`paged_attention`] | attention of generation over a paged cache | CubeCL |
+//! | [`paged_attention`] | attention of generation over a paged cache | CubeCL, CUDA C++ |
 //! | [`rms_norm`] | root mean square normalisation | CubeCL |
 //! | [`rope`] | rotary position embeddings | CubeCL |
 //! | [`rotate_into_cache`] | rotary embeddings of new tokens, and their keys and values into a paged cache | CubeCL |

@@ -3,7 +3,7 @@
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use fused_kernels::paged_attention::{self, Attend, Batch, Division, Options, Row, Shape, Write, oracle};
+use fused_kernels::paged_attention::{self, Attend, Batch, Division, Options, Path, Row, Shape, Write, oracle};
 use fused_kernels::{FloatFormat, KernelError, supports};
 use half::{bf16, f16};
 use test_support::{Random, assert_close, clients, noise};
@@ -55,12 +55,21 @@ impl Heads {
     }
 }
 
+/// Which kernel, and how its work is divided.
+#[derive(Clone, Copy)]
+enum How {
+    On(Path),
+    By(Division),
+}
+
 /// Sequences whose blocks lie mixed up in one cache of NaNs, filled up to each one's length.
 struct World {
     heads: Heads,
     block_tokens: usize,
     blocks: Vec<Vec<u32>>,
     slots: usize,
+    /// The length that batches have room for.
+    room: usize,
     /// Of each sequence: `[len, heads or kv_heads, head_dim]`.
     q: Vec<Vec<f32>>,
     k: Vec<Vec<f32>>,
@@ -88,19 +97,24 @@ impl World {
         };
         let Heads { heads: q_heads, kv_heads, head_dim } = heads;
         let (q, k, v) = (draw(q_heads * head_dim, 1.5), draw(kv_heads * head_dim, 1.0), draw(kv_heads * head_dim, 1.0));
-        Self { heads, block_tokens, blocks, slots: total * block_tokens, q, k, v }
+        Self { heads, block_tokens, blocks, slots: total * block_tokens, room: 0, q, k, v }
     }
 
     /// A batch of (sequence, length, new tokens).
     fn batch(&self, rows: &[(usize, usize, usize)]) -> Batch {
         let rows: Vec<Row<'_>> =
             rows.iter().map(|&(of, len, new)| Row { blocks: &self.blocks[of], len, new }).collect();
-        Batch::new(&rows, self.block_tokens).unwrap()
+        Batch::with_room(&rows, self.block_tokens, self.room).unwrap()
     }
 
     fn shape(&self, format: FloatFormat) -> Shape {
         let Heads { heads, kv_heads, head_dim } = self.heads;
         Shape { heads, kv_heads, head_dim, slots: self.slots, format }
+    }
+
+    /// The kernels that take its heads.
+    fn paths(&self, client: &Client, format: FloatFormat) -> Vec<Path> {
+        paged_attention::paths(client, &self.shape(format))
     }
 
     /// The new tokens' elements of `of`.
@@ -129,7 +143,7 @@ impl World {
         format: FloatFormat,
         rows: &[(usize, usize, usize)],
         options: Options,
-        by: Option<Division>,
+        how: How,
     ) -> (Vec<f32>, Vec<f64>) {
         let batch = self.batch(rows);
         let words: Vec<u8> = batch.words().iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -155,9 +169,9 @@ impl World {
         let q = client.create_from_slice(&bytes(&host_q, format));
         let out = client.create_from_slice(&vec![0xFF; host_q.len() * format.size()]);
         let buffers = Attend { q: &q, keys: &keys, values: &values_cache, words: &words, out: &out };
-        match by {
-            None => paged_attention::attend(client, buffers, &batch, &shape, options).unwrap(),
-            Some(by) => paged_attention::attend_by(client, buffers, &batch, &shape, options, by).unwrap(),
+        match how {
+            How::On(path) => paged_attention::attend_on(client, path, buffers, &batch, &shape, options).unwrap(),
+            How::By(by) => paged_attention::attend_by(client, buffers, &batch, &shape, options, by).unwrap(),
         }
         let found = values(&client.read_one(out).unwrap(), format);
         let expected = oracle::attend(&host_q, &host_keys, &host_values, &batch, self.heads.dims(), options);
@@ -198,6 +212,11 @@ fn heads_of_every_shape() {
         (4, 2, 255),
         (4, 1, 256),
         (1, 1, 1),
+        // More query heads to a key head than one tile has, and than two have.
+        (12, 1, 128),
+        (40, 2, 64),
+        (19, 1, 192),
+        (6, 3, 8),
     ];
     everywhere(|client, format| {
         for (number, (heads, kv_heads, head_dim)) in shapes.into_iter().enumerate() {
@@ -209,8 +228,10 @@ fn heads_of_every_shape() {
             // Decoding, a whole prompt, and a chunk of one.
             let rows = [(0, 37, 1), (1, 5, 5), (2, 70, 23)];
             let options = options(head_dim, None, None);
-            let (found, expected) = world.run(client, format, &rows, options, None);
-            near(&format!("{heads:?}"), &found, &expected, format, None);
+            for path in world.paths(client, format) {
+                let (found, expected) = world.run(client, format, &rows, options, How::On(path));
+                near(&format!("{heads:?}, {path:?}"), &found, &expected, format, None);
+            }
         }
     });
 }
@@ -223,9 +244,12 @@ fn windows_caps_and_blocks() {
             for (window, softcap) in [(None, Some(3.0)), (Some(1), None), (Some(20), None), (Some(64), Some(30.0))] {
                 let world = World::new(number as u64, heads, block_tokens, &[1, 64, 130, 33], format);
                 let rows = [(0, 1, 1), (1, 64, 64), (2, 130, 1), (3, 33, 2)];
-                let what = format!("blocks of {block_tokens}, window {window:?}, cap {softcap:?}");
-                let (found, expected) = world.run(client, format, &rows, options(32, window, softcap), None);
-                near(&what, &found, &expected, format, softcap);
+                for path in world.paths(client, format) {
+                    let what = format!("{path:?}, blocks of {block_tokens}, window {window:?}, cap {softcap:?}");
+                    let options = options(32, window, softcap);
+                    let (found, expected) = world.run(client, format, &rows, options, How::On(path));
+                    near(&what, &found, &expected, format, softcap);
+                }
             }
         }
     });
@@ -239,13 +263,84 @@ fn long_contexts_are_split_and_joined() {
         let rows = [(0, 1300, 1), (1, 256, 1), (2, 257, 2), (3, 4, 1)];
         for window in [None, Some(300)] {
             let options = options(16, window, None);
-            let (found, expected) = world.run(client, format, &rows, options, None);
-            near(&format!("window {window:?}"), &found, &expected, format, None);
-            // In cubes of their own or in one, and however many tokens share a cube.
-            for (splits_apart, tokens) in [(true, 1), (false, 1), (true, 4), (false, 4)] {
-                let by = Division { splits_apart, tokens };
-                let (other, _) = world.run(client, format, &rows, options, Some(by));
-                assert!(same(&found, &other), "{by:?}, window {window:?}: not the same bits, {format:?}");
+            for path in world.paths(client, format) {
+                let (found, expected) = world.run(client, format, &rows, options, How::On(path));
+                near(&format!("{path:?}, window {window:?}"), &found, &expected, format, None);
+                // In cubes of their own or in one, and however many tokens share a cube.
+                for by in divisions(path) {
+                    let (other, _) = world.run(client, format, &rows, options, How::By(by));
+                    assert!(same(&found, &other), "{by:?}, window {window:?}: not the same bits, {format:?}");
+                }
+            }
+        }
+    });
+}
+
+fn divisions(path: Path) -> Vec<Division> {
+    match path {
+        Path::Portable => [(true, 1), (false, 1), (true, 4), (false, 4)]
+            .map(|(splits_apart, tokens)| Division::Portable { splits_apart, tokens })
+            .to_vec(),
+        Path::Mma => [(false, 1, 1), (true, 1, 3), (false, 2, 500), (true, 2, 8)]
+            .map(|(whole_sections, query_tiles, cubes)| Division::Mma { whole_sections, query_tiles, cubes })
+            .to_vec(),
+    }
+}
+
+/// Splits of 128 positions, sections of 2,048: more than one section, borders of both, windows that begin and end on them
+/// and beside them, a window within a split, and rows that end with a section.
+#[test]
+fn sections_are_joined() {
+    let heads = Heads { heads: 6, kv_heads: 2, head_dim: 40 };
+    everywhere(|client, format| {
+        let lens = [4500, 2048, 2049, 128, 129, 4096];
+        let world = World::new(6, heads, 16, &lens, format);
+        let rows = [(0, 4500, 1), (1, 2048, 1), (2, 2049, 2), (3, 128, 1), (4, 129, 1), (5, 4096, 3)];
+        for path in world.paths(client, format).into_iter().filter(|path| *path != Path::Portable) {
+            for window in [None, Some(2048), Some(2049), Some(128), Some(100), Some(3000)] {
+                let options = options(40, window, None);
+                let (found, expected) = world.run(client, format, &rows, options, How::On(path));
+                near(&format!("{path:?}, window {window:?}"), &found, &expected, format, None);
+                for by in divisions(path) {
+                    let (other, _) = world.run(client, format, &rows, options, How::By(by));
+                    assert!(same(&found, &other), "{by:?}, window {window:?}: not the same bits, {format:?}");
+                }
+            }
+        }
+    });
+}
+
+/// A launch takes 512 rows. Many of these have nothing new, and partial results of the others are read by other cubes.
+#[test]
+fn rows_beyond_one_launch() {
+    let heads = Heads { heads: 2, kv_heads: 1, head_dim: 64 };
+    everywhere(|client, format| {
+        let world = World::new(7, heads, 16, &[300, 40], format);
+        let rows: Vec<_> = (0..1100).map(|i| if i % 3 == 0 { (0, 300, 1) } else { (1, 1 + i % 40, i % 2) }).collect();
+        for path in world.paths(client, format).into_iter().filter(|path| *path != Path::Portable) {
+            let options = options(64, None, None);
+            let (found, expected) = world.run(client, format, &rows, options, How::On(path));
+            near(&format!("{path:?}"), &found, &expected, format, None);
+        }
+    });
+}
+
+/// A batch with more room than its rows use gives the same bits, launch after launch: the counters go back to zero.
+#[test]
+fn room_changes_nothing() {
+    let heads = Heads { heads: 4, kv_heads: 1, head_dim: 64 };
+    everywhere(|client, format| {
+        let mut world = World::new(8, heads, 16, &[700, 130], format);
+        let rows = [(0, 700, 1), (1, 130, 1)];
+        let options = options(64, None, None);
+        for path in world.paths(client, format) {
+            world.room = 0;
+            let (alone, expected) = world.run(client, format, &rows, options, How::On(path));
+            near(&format!("{path:?}"), &alone, &expected, format, None);
+            for room in [701, 1024, 8192, 0] {
+                world.room = room;
+                let (found, _) = world.run(client, format, &rows, options, How::On(path));
+                assert!(same(&found, &alone), "{path:?}, room {room}: not the same bits, {format:?}");
             }
         }
     });
@@ -263,26 +358,31 @@ fn a_token_does_not_depend_on_its_batch_or_chunk() {
         for (window, softcap) in [(None, None), (Some(40), Some(20.0))] {
             let options = options(24, window, softcap);
             let width = heads.heads * heads.head_dim;
-            // Of each sequence, every token: in one chunk of its own.
-            let alone: Vec<Vec<f32>> = [300, 70, 12, 45]
-                .into_iter()
-                .enumerate()
-                .map(|(of, len)| world.run(client, format, &[(of, len, len)], options, None).0)
-                .collect();
-            let batches: [&[(usize, usize, usize)]; 4] = [
-                &[(0, 300, 300), (1, 70, 1), (2, 12, 12), (3, 45, 3)],
-                &[(2, 1, 1), (0, 299, 7), (1, 33, 33)],
-                &[(3, 31, 1), (1, 70, 37), (0, 257, 1)],
-                &[(0, 100, 1), (1, 70, 69), (2, 11, 1), (3, 45, 45)],
-            ];
-            for rows in batches {
-                let (found, _) = world.run(client, format, rows, options, None);
-                let mut token = 0;
-                for &(of, len, new) in rows {
-                    let (found, expected) =
-                        (&found[token * width..][..new * width], &alone[of][(len - new) * width..len * width]);
-                    assert!(same(found, expected), "sequence {of} of {rows:?}, window {window:?}, {format:?}");
-                    token += new;
+            for path in world.paths(client, format) {
+                // Of each sequence, every token: in one chunk of its own.
+                let alone: Vec<Vec<f32>> = [300, 70, 12, 45]
+                    .into_iter()
+                    .enumerate()
+                    .map(|(of, len)| world.run(client, format, &[(of, len, len)], options, How::On(path)).0)
+                    .collect();
+                let batches: [&[(usize, usize, usize)]; 4] = [
+                    &[(0, 300, 300), (1, 70, 1), (2, 12, 12), (3, 45, 3)],
+                    &[(2, 1, 1), (0, 299, 7), (1, 33, 33)],
+                    &[(3, 31, 1), (1, 70, 37), (0, 257, 1)],
+                    &[(0, 100, 1), (1, 70, 69), (2, 11, 1), (3, 45, 45)],
+                ];
+                for rows in batches {
+                    let (found, _) = world.run(client, format, rows, options, How::On(path));
+                    let mut token = 0;
+                    for &(of, len, new) in rows {
+                        let (found, expected) =
+                            (&found[token * width..][..new * width], &alone[of][(len - new) * width..len * width]);
+                        assert!(
+                            same(found, expected),
+                            "sequence {of} of {rows:?}, window {window:?}, {path:?}, {format:?}"
+                        );
+                        token += new;
+                    }
                 }
             }
         }
@@ -301,24 +401,32 @@ fn rows_may_be_empty_and_share_blocks() {
         world.k[1][..16 * width].copy_from_slice(&k);
         world.v[1][..16 * width].copy_from_slice(&v);
         let rows = [(0, 24, 0), (0, 24, 3), (1, 20, 0), (1, 20, 4), (0, 0, 0)];
-        let (found, expected) = world.run(client, format, &rows, options(8, None, None), None);
-        near("shared blocks", &found, &expected, format, None);
-        let (found, _) = world.run(client, format, &[(0, 5, 0)], options(8, None, None), None);
-        assert!(found.is_empty());
+        for path in world.paths(client, format) {
+            let (found, expected) = world.run(client, format, &rows, options(8, None, None), How::On(path));
+            near(&format!("shared blocks, {path:?}"), &found, &expected, format, None);
+            let (found, _) = world.run(client, format, &[(0, 5, 0)], options(8, None, None), How::On(path));
+            assert!(found.is_empty());
+        }
     });
 }
 
 #[test]
 fn far_scores_stay_finite() {
     everywhere(|client, format| {
-        let heads = Heads { heads: 1, kv_heads: 1, head_dim: 4 };
-        let mut world = World::new(4, heads, 4, &[40], format);
-        for (i, k) in world.k[0].iter_mut().enumerate() {
-            *k = if i / 4 % 2 == 0 { 200.0 } else { -200.0 };
+        for head_dim in [4, 8] {
+            let heads = Heads { heads: 1, kv_heads: 1, head_dim };
+            let mut world = World::new(4, heads, 4, &[40], format);
+            for (i, k) in world.k[0].iter_mut().enumerate() {
+                *k = if i / head_dim % 2 == 0 { 200.0 } else { -200.0 };
+            }
+            let signs = noise(1, 40 * head_dim);
+            world.q[0] = signs.iter().map(|x| rounded(&[x.signum() * 100.0], format)[0]).collect();
+            for path in world.paths(client, format) {
+                let options = options(head_dim, None, None);
+                let (found, expected) = world.run(client, format, &[(0, 40, 40)], options, How::On(path));
+                near(&format!("far scores, {path:?}"), &found, &expected, format, None);
+            }
         }
-        world.q[0] = noise(1, 160).iter().map(|x| rounded(&[x.signum() * 100.0], format)[0]).collect();
-        let (found, expected) = world.run(client, format, &[(0, 40, 40)], options(4, None, None), None);
-        near("far scores", &found, &expected, format, None);
     });
 }
 
@@ -342,9 +450,21 @@ fn what_does_not_fit_is_named() {
         let buffers = Attend { q: &handle, keys: &handle, values: &handle, words: &handle, out: &handle };
         let shape = Shape { heads: 1, kv_heads: 1, head_dim: 8, slots: 64, format };
         for tokens in [0, 1 << 20] {
-            let division = Division { splits_apart: false, tokens };
+            let division = Division::Portable { splits_apart: false, tokens };
             let error = paged_attention::attend_by(client, buffers, &batch, &shape, plain, division).unwrap_err();
             assert!(matches!(error, KernelError::Attention { name: "tokens of a cube", .. }), "{error}");
+        }
+        if let Some(path) = paged_attention::paths(client, &shape).into_iter().find(|path| *path != Path::Portable) {
+            for (query_tiles, cubes) in [(0, 1), (3, 1), (1, 0)] {
+                let by = Division::Mma { whole_sections: false, query_tiles, cubes };
+                let error = paged_attention::attend_by(client, buffers, &batch, &shape, plain, by).unwrap_err();
+                assert!(matches!(error, KernelError::Attention { name: "eights of queries", .. }), "{error}");
+            }
+            let narrow = Shape { head_dim: 4, ..shape };
+            let error = paged_attention::attend_on(client, path, buffers, &batch, &narrow, plain).unwrap_err();
+            assert_eq!(error, KernelError::HeadDim(4));
+        } else {
+            assert!(paged_attention::attend_on(client, Path::Mma, buffers, &batch, &shape, plain).is_err());
         }
         assert_eq!(run(3, 2, 4, 64, plain), KernelError::Heads { heads: 3, kv_heads: 2 });
         assert!(matches!(run(1, 1, 257, 64, plain), KernelError::Shape { .. }));

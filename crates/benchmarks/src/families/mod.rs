@@ -6,16 +6,15 @@ mod burn;
 mod codec;
 mod low_rank;
 mod matmul;
+mod paged_attention;
 
 use crate::bench::Bench;
 use crate::case::Case;
 
 /// Everything that `kernels` measures, in the order of the table.
 pub(crate) fn all(bench: &Bench) -> Vec<Case> {
-    [codec::cases(bench), matmul::cases(bench), low_rank::cases(bench), attention::cases(bench)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let families = [codec::cases, matmul::cases, low_rank::cases, attention::cases, paged_attention::cases];
+    families.into_iter().flat_map(|cases| cases(bench)).collect()
 }
 
 /// The cases of which something is asked.

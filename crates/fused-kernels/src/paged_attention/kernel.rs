@@ -5,8 +5,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cuda_source::FloatFormat;
 
-use super::{Batch, ENOUGH_CUBES, MAX_PARTIAL, Options, Shape};
-use crate::KernelError;
+use super::{Batch, MAX_PARTIAL, Options, Shape};
 use crate::elementwise::{UNITS, cube_count, vector_size};
 
 /// Positions of a tile.
@@ -23,6 +22,8 @@ const MAX_SHARE: usize = 8;
 const MAX_ROWS: usize = 16;
 /// Rows that a unit sums values of, at most: registers.
 const MAX_SUM_ROWS: usize = 4;
+/// Cubes that fill a device: with as many, splits stay in one cube.
+const ENOUGH_CUBES: usize = 1024;
 /// Far below any score, yet finite: WGSL has no literal for infinity.
 const HIDDEN: f32 = -1e30;
 /// A window that no row is longer than.
@@ -51,8 +52,8 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn new(client: &Client, batch: &Batch, shape: &Shape, options: Options) -> Result<Self, KernelError> {
-        super::check(client, shape, options)?;
+    /// For a shape that was checked.
+    pub(super) fn new(client: &Client, batch: &Batch, shape: &Shape) -> Self {
         let &Shape { heads, kv_heads, head_dim, format, .. } = shape;
         let group = heads / kv_heads;
         let share = (1..=group.min(MAX_SHARE)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
@@ -63,11 +64,11 @@ impl Plan {
         let lanes = (of_columns / row_lanes).min(TILE);
         let plan = Self { head_dim, group, share, tokens: 1, wide, narrow, row_lanes, lanes, partial: false };
         if batch.max_new() <= 1 {
-            return Ok(plan);
+            return plan;
         }
         let most = MAX_ROWS.min(MAX_SUM_ROWS * row_lanes);
         let wider = [most, most / 2].map(|rows| plan.with_tokens((rows / share).max(1)));
-        Ok(wider.into_iter().find(|plan| plan.fits(client)).unwrap_or(plan))
+        wider.into_iter().find(|plan| plan.fits(client)).unwrap_or(plan)
     }
 
     /// Whether the device has the shared memory for it.
