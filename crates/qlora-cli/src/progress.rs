@@ -227,6 +227,7 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
             run.rows_per_step,
             run.output_dir.display()
         ),
+        format!("Kept     for the backward pass: {}", run.activation_checkpointing),
     ]
 }
 

@@ -95,7 +95,8 @@ fn train_leaves_adapter_metrics_and_report_and_generate_uses_them() {
 #[test]
 fn a_profile_is_a_trace_of_the_steps_after_the_second() {
     let bench = Bench::new();
-    let run = bench.ok(&["train", "qlora.toml", "--profile", "trace.json", "--profile-steps", "5"]);
+    let kept = "train.activation_checkpointing=full";
+    let run = bench.ok(&["train", "qlora.toml", "--set", kept, "--profile", "trace.json", "--profile-steps", "5"]);
     for word in ["2 steps profiled", "part of the step", "block_backward > gradient", "trace.json, for https"] {
         assert!(run.stdout.contains(word), "{word}: {}", run.stdout);
     }

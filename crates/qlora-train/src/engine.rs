@@ -100,6 +100,11 @@ impl Engine {
         self
     }
 
+    /// What each block keeps for the backward pass.
+    pub fn policies(&self) -> &Policies {
+        &self.policies
+    }
+
     /// What the last step had to change, once.
     pub fn take_notice(&mut self) -> Option<String> {
         self.notice.take()

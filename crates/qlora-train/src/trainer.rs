@@ -392,6 +392,7 @@ impl<'e> Trainer<'e> {
             total_steps: self.total_steps,
             start_step: self.start_step,
             rows_per_step: options.batch_size * options.gradient_accumulation_steps,
+            activation_checkpointing: self.engine.policies().to_string(),
             output_dir: options.output_dir.clone(),
         }
     }

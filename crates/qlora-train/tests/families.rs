@@ -7,7 +7,7 @@ use paged_optim::{Budget, Moment, OptimizerConfig};
 use qlora_data::Batch;
 use qlora_layers::{ActivationCheckpointing, LoraConfig};
 use qlora_models::{Decoder, LoadOptions};
-use qlora_train::{Engine, Plan, TrainConfig};
+use qlora_train::{Engine, Plan, Room, TrainConfig};
 use std::path::{Path, PathBuf};
 
 fn archs() -> Vec<PathBuf> {

@@ -37,6 +37,9 @@ pub struct RunInfo {
     pub start_step: usize,
     /// Rows in an optimizer step.
     pub rows_per_step: usize,
+    /// What blocks keep for the backward pass, e.g. `none`.
+    #[serde(default)]
+    pub activation_checkpointing: String,
     /// Where everything is written.
     pub output_dir: PathBuf,
 }

@@ -5,7 +5,7 @@ use adapter_io::{MergeOptions, TokenIndices, merge_checkpoint};
 use burn::tensor::{Device, FloatDType};
 use qlora_layers::Pass;
 use qlora_models::{Decoder, LoadOptions, ModelConfig};
-use qlora_train::{Plan, Resume, TrainConfig, TrainEvents, resize};
+use qlora_train::{Plan, Resume, Room, TrainConfig, TrainEvents, resize};
 use std::path::Path;
 
 const ROWS: &str = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta";
