@@ -10,6 +10,7 @@
 #   OUT  takes the record of the bars, kernels.json, attention.json, first-use.json and the logs
 # bitsandbytes is looked for by python3 (PYTHONPATH); without it the bars have no peer.
 set -uo pipefail
+[ $# -ge 2 ] || { echo "usage: benches/device.sh BIN OUT [STEP...]" >&2; exit 2; }
 bin=$(realpath "$1") out=$(realpath "$2")
 shift 2
 steps=${*:-correct bars attention first-use sanitizer}

@@ -6,6 +6,7 @@
 #   BIN  qlora-bench
 #   OUT  takes a JSON file per part
 set -uo pipefail
+[ $# -ge 2 ] || { echo "usage: benches/steps.sh BIN OUT [PART...]" >&2; exit 2; }
 bin=$(realpath "$1") out=$(realpath "$2")
 shift 2
 parts=${*:-batch short long longest vocabulary large memory stress}

@@ -103,7 +103,8 @@ if __name__ == "__main__":
     args = step_timing.arguments()
     try:
         import unsloth  # before torch and transformers, which it patches
+        import torch
     except Exception as error:  # not there, or not able to run here
         step_timing.missing(args, "Unsloth", error)
     else:
-        step_timing.run(args, f"Unsloth {unsloth.__version__}", build, BEFORE)
+        step_timing.run(args, f"Unsloth {unsloth.__version__}, torch {torch.__version__}", build, BEFORE)

@@ -105,10 +105,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
     let path = match (&args.json, &args.record) {
         (Some(path), _) => path.clone(),
-        (None, Some(dir)) => {
-            let folder = dir.join(machine::slug(&machine::gpu(&bench.client)));
-            folder.join(format!("{}-kernels.json", chrono::Local::now().format("%Y-%m-%d")))
-        }
+        (None, Some(dir)) => machine::record_path(dir, &machine::gpu(&bench.client), "kernels"),
         (None, None) => return Ok(()),
     };
     write(&path, &record(&bench, &ceilings, peer.as_ref(), &rows))

@@ -1,5 +1,6 @@
 //! What was measured, and with what: the head of a record.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cubecl::client::Client;
@@ -8,7 +9,7 @@ use serde_json::{Value, json};
 /// Versions that a record names.
 const LOCK: &str = include_str!("../../../Cargo.lock");
 
-/// Card, driver, CUDA and versions, with today's date.
+/// Card, driver, CUDA, host, versions, commit and command, with today's date.
 pub(crate) fn describe(client: &Client) -> Value {
     let smi = |field: &str| {
         let query = format!("--query-gpu={field}");
@@ -30,8 +31,52 @@ pub(crate) fn describe(client: &Client) -> Value {
             "multiprocessors": device.multiprocessors,
             "l2_bytes": device.l2_bytes,
         })),
+        "host": {"cpu": cpu(), "cores": std::thread::available_parallelism().ok().map(usize::from)},
+        "commit": commit(),
+        "command": command(),
         "versions": {"burn": locked("burn"), "cubecl": locked("cubecl"), "nf4-quant": locked("nf4-quant")},
     })
+}
+
+/// The host's processor, as Linux names it.
+fn cpu() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "))?.1;
+    Some(name.trim().to_owned())
+}
+
+/// How this program was called.
+pub(crate) fn command() -> String {
+    std::env::args().collect::<Vec<_>>().join(" ")
+}
+
+/// The commit that is checked out where the program runs, and whether files differ from it; `QLORA_BENCH_COMMIT` where it runs
+/// without its repository.
+fn commit() -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let named = std::env::var("QLORA_BENCH_COMMIT").ok();
+    named.or_else(|| {
+        let commit = git(&["rev-parse", "HEAD"])?;
+        let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|files| !files.is_empty());
+        Some(if changed { format!("{commit}, changed") } else { commit })
+    })
+}
+
+/// `DIR/<gpu>/<date>-<what>.json`, numbered where there is one already: nothing that was recorded is replaced.
+pub(crate) fn record_path(dir: &Path, gpu: &str, what: &str) -> PathBuf {
+    let folder = dir.join(slug(gpu));
+    free_path(&folder, &format!("{}-{what}", chrono::Local::now().format("%Y-%m-%d")))
+}
+
+/// `<folder>/<name>.json`, or `<name>-2.json` and so on.
+fn free_path(folder: &Path, name: &str) -> PathBuf {
+    let numbered = (2..).map(|number| folder.join(format!("{name}-{number}.json")));
+    let mut paths = std::iter::once(folder.join(format!("{name}.json"))).chain(numbered);
+    // There are numbers without end.
+    paths.find(|path| !path.exists()).unwrap_or_else(|| folder.join(name))
 }
 
 /// The card's name.
@@ -59,6 +104,16 @@ mod tests {
     fn names_become_folders() {
         assert_eq!(slug("NVIDIA H200"), "nvidia-h200");
         assert_eq!(slug("llvmpipe (LLVM 15.0.6, 256 bits)"), "llvmpipe-llvm-15-0-6-256-bits");
+    }
+
+    #[test]
+    fn a_record_replaces_none() {
+        let dir = tempfile::tempdir().unwrap();
+        for expected in ["a.json", "a-2.json", "a-3.json"] {
+            let path = free_path(dir.path(), "a");
+            assert_eq!(path, dir.path().join(expected));
+            std::fs::write(path, "{}").unwrap();
+        }
     }
 
     #[test]

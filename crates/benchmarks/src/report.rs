@@ -33,15 +33,17 @@ fn rate(work: Work, ceilings: &Ceilings, seconds: f64) -> (Rate, f64) {
 
 impl Row<'_> {
     pub(crate) fn header() -> String {
-        let [kernel, shape, model, time] = ["kernel", "shape", "model", "us"];
+        let [kernel, shape, model, time, spread] = ["kernel", "shape", "model", "us", "+-"];
         let [rate, share, peer, ratio, bar] = ["rate", "share", "peer us", "speed-up", "bar"];
-        format!("{kernel:<11} {shape:<37} {model:<15} {time:>9} {rate:>11} {share:>6} {peer:>9} {ratio:>8} {bar}")
+        format!(
+            "{kernel:<11} {shape:<37} {model:<15} {time:>9} {spread:>5} {rate:>11} {share:>6} {peer:>9} {ratio:>8} {bar}"
+        )
     }
 
     pub(crate) fn line(&self, ceilings: &Ceilings) -> String {
         let Case { kernel, shape, model, work, .. } = self.case;
         let start = format!("{kernel:<11} {shape:<37} {model:<15}");
-        let (time, rate, share) = match &self.timing {
+        let (time, spread, rate, share) = match &self.timing {
             Err(error) => return format!("{start} {}", one_line(error, 200)),
             Ok(timing) => {
                 let (rate, share) = rate(*work, ceilings, timing.seconds);
@@ -50,7 +52,8 @@ impl Row<'_> {
                     Rate::Flops(rate) => format!("{:.0} TFLOP/s", rate / 1e12),
                 };
                 let mark = if timing.queued { ' ' } else { '*' };
-                (format!("{:.1}{mark}", timing.seconds * 1e6), rate, format!("{:.0} %", 100.0 * share))
+                let spread = format!("{:.0} %", 100.0 * timing.spread);
+                (format!("{:.1}{mark}", timing.seconds * 1e6), spread, rate, format!("{:.0} %", 100.0 * share))
             }
         };
         let (peer, ratio) = match (&self.peer, &self.timing) {
@@ -59,7 +62,7 @@ impl Row<'_> {
             _ => (String::new(), String::new()),
         };
         let bar = self.case.bar.unwrap_or_default();
-        format!("{start} {time:>9} {rate:>11} {share:>6} {peer:>9} {ratio:>8} {bar}").trim_end().to_owned()
+        format!("{start} {time:>9} {spread:>5} {rate:>11} {share:>6} {peer:>9} {ratio:>8} {bar}").trim_end().to_owned()
     }
 
     pub(crate) fn json(&self, ceilings: &Ceilings) -> Value {

@@ -182,11 +182,10 @@ struct Record {
 impl Record {
     fn new(args: &Args, card: &Card, layers: usize, accumulation: usize) -> Self {
         let gpu = card.machine["gpu"].as_str().unwrap_or_default();
-        let in_folder = |dir: &PathBuf| {
-            let date = chrono::Local::now().format("%Y-%m-%d");
-            dir.join(machine::slug(gpu)).join(format!("{date}-step-{}.json", args.setting.shape))
-        };
+        let in_folder = |dir: &PathBuf| machine::record_path(dir, gpu, &format!("step-{}", args.setting.shape));
         let mut head = card.machine.clone();
+        // The card is described by a process of its own.
+        head["command"] = json!(machine::command());
         head["script"] = json!("cargo xtask bench step");
         head["tflop_per_second"] = json!(card.flops.as_ref().map(|(flops, _)| (flops / 1e12).round()));
         head["tflop_per_second_by"] = json!(card.flops.as_ref().map(|(_, by)| by));
