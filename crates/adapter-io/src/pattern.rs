@@ -50,12 +50,12 @@ impl Pattern {
         let all: Vec<usize> = (0..modules.len()).collect();
         for (index, (key, _)) in self.0.iter().enumerate() {
             let asked = if in_tree[index] { &odd } else { &all };
-            let mut asked = asked.iter().filter(|module| index < found[**module]).copied().collect::<Vec<_>>();
+            let asked: Vec<usize> = asked.iter().copied().filter(|module| index < found[*module]).collect();
             if asked.is_empty() {
                 continue;
             }
             let regex = compile(key)?;
-            for module in asked.drain(..) {
+            for module in asked {
                 let matches = regex.is_match(modules[module].as_ref());
                 if matches.map_err(|e| format!("`{key}` cannot be matched: {e}"))? {
                     found[module] = index;
