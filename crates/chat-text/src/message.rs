@@ -68,7 +68,7 @@ impl Message {
             Some(Json::Object(object)) => !object.is_empty(),
             Some(Json::Bool(_) | Json::Number(_)) => true,
         };
-        !self.content.trim().is_empty() || CALLS.iter().chain(&REASONING).any(|key| given(key))
+        !self.content.trim().is_empty() || CALLS.iter().chain(&REASONING).any(given)
     }
 }
 

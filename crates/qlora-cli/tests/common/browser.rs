@@ -1,5 +1,6 @@
 //! A headless Chromium, driven by the DevTools protocol: JSON over two pipes, each message ended by a zero byte.
 //! <https://chromedevtools.github.io/devtools-protocol/>
+#![allow(clippy::print_stderr, reason = "a test that can't run says so")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
