@@ -4,13 +4,17 @@
     python3 benches/peers/soak_server.py --url http://127.0.0.1:8000 --requests 10000 [--pid PID]
 
 Needs the package `httpx`. Some clients read slowly, some go away in the middle, some send nonsense. Greedy answers to the
-same prompt must be the same every time. With --pid the process's resident memory is told after each tenth.
+same prompt must be the same every time, and a sample of them is asked for once more, one after the other. With --pid the
+process's resident memory is told after each tenth. With --terminate it gets SIGTERM in the end while it answers: these
+answers must come whole, and the process must be gone then.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import httpx
@@ -62,12 +66,54 @@ async def one(client, number, models, answers, counts):
     counts["read"] += 1
 
 
+async def alone(client, answers, sample):
+    """The same answers of a server that has nothing else to do."""
+    for model, prompt in random.Random(0).sample(sorted(answers), min(sample, len(answers))):
+        body = {"model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0}
+        text = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+        assert text.startswith(answers[(model, prompt)]), (model, prompt, answers[(model, prompt)], text)
+
+
+async def terminated(client, models, pid, streams):
+    """Answers that are under way when the server is told to end."""
+    begun, told = [asyncio.Event() for _ in range(streams)], asyncio.Event()
+
+    async def one(number):
+        body = {"model": models[number % len(models)], "prompt": f"{number} ", "max_tokens": 64, "ignore_eos": True}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            events = []
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    events.append(line[6:])
+                    begun[number].set()
+        assert told.is_set(), "an answer was over before the signal"
+        assert events[-1] == "[DONE]" and json.loads(events[-2])["usage"]["completion_tokens"] == 64, events[-3:]
+
+    running = [asyncio.create_task(one(number)) for number in range(streams)]
+    for one_of_them in begun:
+        await one_of_them.wait()
+    os.kill(pid, signal.SIGTERM)
+    told.set()
+    await asyncio.gather(*running)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "(zombie)" in Path(f"/proc/{pid}/status").read_text():
+            break
+        await asyncio.sleep(0.1)
+    else:
+        raise AssertionError("the server does not end")
+    print(f"SIGTERM: {streams} answers came whole, and the server has ended")
+
+
 async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--pid", type=int)
+    parser.add_argument("--sample", type=int, default=100)
+    parser.add_argument("--terminate", action="store_true", help="needs --pid")
     args = parser.parse_args()
     counts = {"read": 0, "left": 0, "refused": 0, "told to wait": 0}
     answers, places = {}, asyncio.Semaphore(args.at_once)
@@ -84,11 +130,16 @@ async def main():
             await asyncio.gather(*(held(number) for number in range(first, min(first + tenth, args.requests))))
             memory = f", {resident(args.pid)} MiB" if args.pid else ""
             print(f"{min(first + tenth, args.requests)} requests: {counts}{memory}", flush=True)
+        assert counts["read"] + counts["left"] + counts["refused"] == args.requests, counts
         await asyncio.sleep(2)
         metrics = (await client.get("/metrics")).text
-    left = {line.split()[0]: line.split()[1] for line in metrics.splitlines() if not line.startswith("#") and " " in line}
-    for gauge in ["qlora_requests_waiting", "qlora_requests_running", "qlora_cache_blocks_used"]:
-        assert left[gauge] == "0", f"{gauge} is {left[gauge]}"
+        left = {line.split()[0]: line.split()[1] for line in metrics.splitlines() if not line.startswith("#") and " " in line}
+        for gauge in ["qlora_requests_waiting", "qlora_requests_running", "qlora_cache_blocks_used"]:
+            assert left[gauge] == "0", f"{gauge} is {left[gauge]}"
+        await alone(client, answers, args.sample)
+        print(f"{min(args.sample, len(answers))} of {len(answers)} answers are the same alone")
+        if args.terminate:
+            await terminated(client, models, args.pid, args.at_once // 2)
     print("done")
 
 

@@ -27,6 +27,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use adapter_io::checksum::{MANIFEST_FILE, Manifest};
 use anyhow::{Context, Result, anyhow, bail};
 
 use self::targets::{ALL, Mutation, draw};
@@ -359,7 +360,12 @@ fn write_case(seeds: &Path, mutation: &Mutation, case: &Path) -> Result<()> {
         fs::remove_file(case.join(&mutation.file))?;
     }
     fs::create_dir_all(case)?;
-    Ok(fs::write(case.join(&mutation.file), &mutation.bytes)?)
+    fs::write(case.join(&mutation.file), &mutation.bytes)?;
+    // What is read of a checkpoint, beyond that a checksum is wrong.
+    if mutation.file != MANIFEST_FILE && case.join(MANIFEST_FILE).exists() {
+        Manifest::of(case)?.save(case)?;
+    }
+    Ok(())
 }
 
 fn folder(under: &Path, name: &str) -> Result<PathBuf> {
@@ -399,5 +405,28 @@ mod tests {
         assert!(!case.join("other").exists());
         let line = fill(&mutation, Path::new("/c"), Path::new("/s"), Path::new("/o"));
         assert_eq!(line, "train /c/config.json --data /s/x --out /o");
+    }
+
+    #[test]
+    fn a_mutated_checkpoint_has_the_checksums_of_its_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (seeds, case) = (dir.path().join("seeds"), dir.path().join("case"));
+        fs::create_dir_all(seeds.join("checkpoint")).unwrap();
+        fs::write(seeds.join("checkpoint/state"), "good").unwrap();
+        Manifest::of(&seeds.join("checkpoint")).unwrap().save(&seeds.join("checkpoint")).unwrap();
+        let mutation = Mutation {
+            target: 0,
+            folder: "checkpoint".into(),
+            file: "state".into(),
+            bytes: b"bad".to_vec(),
+            command: "inspect {case}",
+            what: Vec::new(),
+        };
+        write_case(&seeds, &mutation, &case).unwrap();
+        for (folder, text) in [(&case, "bad"), (&seeds.join("checkpoint"), "good")] {
+            assert_eq!(fs::read_to_string(folder.join("state")).unwrap(), text);
+            let manifest = Manifest::load(folder).unwrap().unwrap();
+            adapter_io::checksum::verify(folder, &manifest).unwrap();
+        }
     }
 }

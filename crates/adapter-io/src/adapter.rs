@@ -90,9 +90,7 @@ impl Adapter {
         }
         let adapter = Self { config, tensors };
         adapter.check_pairs(&path)?;
-        for module in adapter.modules().into_iter().chain(adapter.embeddings()) {
-            adapter.lora_module(&module)?;
-        }
+        adapter.lora_modules()?;
         adapter.token_rows()?;
         Ok(adapter)
     }
@@ -105,9 +103,7 @@ impl Adapter {
     /// # Errors
     /// [`FormatError::Write`], [`FormatError::Factors`], [`FormatError::Field`].
     pub fn save(&self, dir: &Path) -> Result<(), FormatError> {
-        for module in self.modules().into_iter().chain(self.embeddings()) {
-            self.lora_module(&module)?;
-        }
+        self.lora_modules()?;
         self.token_rows()?;
         let path = dir.join(WEIGHTS_FILE);
         std::fs::create_dir_all(dir).map_err(|source| FormatError::Write { path: dir.to_path_buf(), source })?;
@@ -165,22 +161,7 @@ impl Adapter {
     /// # Errors
     /// [`FormatError::Factors`] when the parts do not fit each other or the configuration.
     pub fn lora_module(&self, path: &str) -> Result<Option<LoraModule<'_>>, FormatError> {
-        let (kind, lora_a, lora_b) = match (self.lora(path), self.embedding(path)) {
-            (Some((a, b)), _) => (ModuleKind::Linear, a, b),
-            (None, Some((a, b))) => (ModuleKind::Embedding, a, b),
-            (None, None) => return Ok(None),
-        };
-        let module = LoraModule {
-            path: path.to_string(),
-            kind,
-            lora_a,
-            lora_b,
-            bias: self.module_tensor(path, BIAS),
-            magnitude: self.module_tensor(path, MAGNITUDE),
-            scaling: self.config.scaling_for(path)? as f32,
-        };
-        module.check(&self.config)?;
-        Ok(Some(module))
+        Ok(self.of_paths(vec![path.to_string()])?.pop())
     }
 
     /// [`Self::lora_module`] of every module and embedding.
@@ -188,8 +169,25 @@ impl Adapter {
     /// # Errors
     /// As [`Self::lora_module`].
     pub fn lora_modules(&self) -> Result<Vec<LoraModule<'_>>, FormatError> {
-        let paths = self.modules().into_iter().chain(self.embeddings());
-        paths.filter_map(|path| self.lora_module(&path).transpose()).collect()
+        self.of_paths(self.modules().into_iter().chain(self.embeddings()).collect())
+    }
+
+    fn of_paths(&self, paths: Vec<String>) -> Result<Vec<LoraModule<'_>>, FormatError> {
+        let configured = self.config.scalings(&paths)?;
+        let mut modules = Vec::with_capacity(paths.len());
+        for (path, configured) in paths.into_iter().zip(configured) {
+            let (kind, lora_a, lora_b) = match (self.lora(&path), self.embedding(&path)) {
+                (Some((a, b)), _) => (ModuleKind::Linear, a, b),
+                (None, Some((a, b))) => (ModuleKind::Embedding, a, b),
+                (None, None) => continue,
+            };
+            let (bias, magnitude) = (self.module_tensor(&path, BIAS), self.module_tensor(&path, MAGNITUDE));
+            let scaling = configured.scaling as f32;
+            let module = LoraModule { path, kind, lora_a, lora_b, bias, magnitude, scaling };
+            module.check(&self.config, configured.rank)?;
+            modules.push(module);
+        }
+        Ok(modules)
     }
 
     /// `lora_embedding_A` [r, vocabulary] and `lora_embedding_B` [width, r] of an embedding.

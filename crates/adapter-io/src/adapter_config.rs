@@ -10,10 +10,11 @@ use serde_json::{Map, Value};
 
 use crate::atomic;
 use crate::config_field::{Field, whole};
-pub use crate::config_field::{InitLoraWeights, OneOrMany, Pattern, TargetModules, TokenIndices};
+pub use crate::config_field::{InitLoraWeights, OneOrMany, TargetModules, TokenIndices};
 use crate::error::FormatError;
 use crate::json;
 use crate::paths::resolve_inside;
+pub use crate::pattern::Pattern;
 
 /// The file's name.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
@@ -139,6 +140,17 @@ adapter_config! {
     velora_config: Option<Value> = None,
 }
 
+/// What an [`AdapterConfig`] says of a module.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ModuleScaling {
+    /// The rank.
+    pub rank: usize,
+    /// The numerator of the scaling.
+    pub alpha: f64,
+    /// alpha / rank, or alpha / sqrt(rank) with `use_rslora` (Kalajdzievski, arXiv 2312.03732).
+    pub scaling: f64,
+}
+
 impl AdapterConfig {
     /// Reads `adapter_config.json` from an adapter's folder.
     ///
@@ -192,34 +204,44 @@ impl AdapterConfig {
         self.target_modules.clone().unwrap_or_else(default)
     }
 
-    /// The rank of a module: `rank_pattern` where it matches, else `r`.
+    /// Rank and alpha of modules, in their order: those of `rank_pattern` and `alpha_pattern` where they match, else
+    /// `r` and `lora_alpha`. Asking for many modules at once takes the time of reading the patterns once.
     ///
     /// # Errors
     /// [`FormatError::Field`] for a pattern that is no regular expression.
+    pub fn scalings<S: AsRef<str>>(&self, modules: &[S]) -> Result<Vec<ModuleScaling>, FormatError> {
+        let lookup = |field: &str, pattern: &Pattern| {
+            pattern.lookup(modules).map_err(|reason| field_error(Path::new(CONFIG_FILE), field, reason))
+        };
+        let ranks = lookup("rank_pattern", &self.rank_pattern)?;
+        let alphas = lookup("alpha_pattern", &self.alpha_pattern)?;
+        let of_module = |(rank, alpha): (Option<f64>, Option<f64>)| {
+            let rank = rank.map_or(self.r, |rank| rank as usize);
+            let alpha = alpha.unwrap_or(self.lora_alpha);
+            let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
+            ModuleScaling { rank, alpha, scaling: alpha / divisor }
+        };
+        Ok(ranks.into_iter().zip(alphas).map(of_module).collect())
+    }
+
+    /// The rank of one module; [`Self::scalings`] has that of many.
+    ///
+    /// # Errors
+    /// As [`Self::scalings`].
     pub fn rank_for(&self, module: &str) -> Result<usize, FormatError> {
-        let found =
-            self.rank_pattern.lookup(module).map_err(|e| field_error(Path::new(CONFIG_FILE), "rank_pattern", e))?;
-        Ok(found.map_or(self.r, |r| r as usize))
+        Ok(self.of_one(module)?.rank)
     }
 
-    /// The alpha of a module: `alpha_pattern` where it matches, else `lora_alpha`.
+    /// The scaling of one module; [`Self::scalings`] has that of many.
     ///
     /// # Errors
-    /// [`FormatError::Field`] for a pattern that is no regular expression.
-    pub(crate) fn alpha_for(&self, module: &str) -> Result<f64, FormatError> {
-        let found =
-            self.alpha_pattern.lookup(module).map_err(|e| field_error(Path::new(CONFIG_FILE), "alpha_pattern", e))?;
-        Ok(found.unwrap_or(self.lora_alpha))
-    }
-
-    /// The scaling of a module of the given rank: alpha / rank, or alpha / sqrt(rank) with `use_rslora`
-    /// (Kalajdzievski, arXiv 2312.03732).
-    ///
-    /// # Errors
-    /// [`FormatError::Field`] for a pattern that is no regular expression.
+    /// As [`Self::scalings`].
     pub fn scaling_for(&self, module: &str) -> Result<f64, FormatError> {
-        let (alpha, rank) = (self.alpha_for(module)?, self.rank_for(module)? as f64);
-        Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
+        Ok(self.of_one(module)?.scaling)
+    }
+
+    pub(crate) fn of_one(&self, module: &str) -> Result<ModuleScaling, FormatError> {
+        Ok(self.scalings(&[module])?[0])
     }
 
     /// The keys that are set to something other than plain LoRA: a loader that does not implement one
@@ -293,7 +315,7 @@ impl AdapterConfig {
             return fail("rank_pattern", format!("`{key}` has rank {rank}; it must be a whole number of at least 1"));
         }
         for (field, pattern) in [("rank_pattern", &self.rank_pattern), ("alpha_pattern", &self.alpha_pattern)] {
-            if let Err(reason) = pattern.lookup("") {
+            if let Err(reason) = pattern.check() {
                 return fail(field, reason);
             }
         }

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fancy_regex::Regex;
 
 use crate::adapter::{Adapter, KEY_PREFIX};
-use crate::adapter_config::{AdapterConfig, CONFIG_FILE, TargetModules, TokenIndices, field_error};
+use crate::adapter_config::{AdapterConfig, CONFIG_FILE, Pattern, TargetModules, TokenIndices, field_error};
 use crate::config_field::OneOrMany;
 use crate::error::FormatError;
 
@@ -250,18 +250,18 @@ impl Adapter {
             modules.extend(old.into_iter().map(|(name, tokens)| (rename(&name).unwrap_or(name), tokens)));
         }
         // Patterns with the old names inside go on to mean these modules.
-        for old in self.modules().into_iter().chain(self.embeddings()) {
-            let Some(new) = rename(&old) else { continue };
-            let exactly = || fancy_regex::escape(&new).into_owned();
-            let rank = self.config.rank_for(&old)?;
-            if out.config.rank_for(&new)? != rank {
-                out.config.rank_pattern.0.insert(0, (exactly(), rank as f64));
-            }
-            let alpha = self.config.alpha_for(&old)?;
-            if out.config.alpha_for(&new)? != alpha {
-                out.config.alpha_pattern.0.insert(0, (exactly(), alpha));
-            }
-        }
+        let (old, new): (Vec<String>, Vec<String>) = self
+            .modules()
+            .into_iter()
+            .chain(self.embeddings())
+            .filter_map(|old| rename(&old).map(|new| (old, new)))
+            .unzip();
+        let renamed = |pattern: &Pattern, field: &str, default: f64| {
+            let renamed = pattern.renamed(&old, &new, default);
+            renamed.map_err(|reason| field_error(CONFIG_FILE.as_ref(), field, reason))
+        };
+        out.config.rank_pattern = renamed(&self.config.rank_pattern, "rank_pattern", self.config.r as f64)?;
+        out.config.alpha_pattern = renamed(&self.config.alpha_pattern, "alpha_pattern", self.config.lora_alpha)?;
         Ok(Cow::Owned(out))
     }
 }

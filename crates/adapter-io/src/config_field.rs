@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use fancy_regex::Regex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use crate::pattern::Pattern;
 
 /// Which modules an adapter targets, or excludes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,55 +72,6 @@ impl TokenIndices {
             Self::ByModule(modules) => modules.values().all(Vec::is_empty),
         }
     }
-}
-
-/// `rank_pattern` and `alpha_pattern`: regular expressions to values, in file order.
-///
-/// A key matches a module path as the regex `(.*\.)?(key)$` from the start of the path; the first key
-/// that matches counts.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Pattern(pub Vec<(String, f64)>);
-
-impl FromIterator<(String, f64)> for Pattern {
-    fn from_iter<I: IntoIterator<Item = (String, f64)>>(entries: I) -> Self {
-        Self(entries.into_iter().collect())
-    }
-}
-
-impl Pattern {
-    /// The value for a module, or `None` where no key matches.
-    ///
-    /// # Errors
-    /// The key that is not a valid regular expression, and why.
-    pub fn lookup(&self, module: &str) -> Result<Option<f64>, String> {
-        for (key, value) in &self.0 {
-            if let Some(matches) = plain_match(key, module) {
-                if matches {
-                    return Ok(Some(*value));
-                }
-                continue;
-            }
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-                .map_err(|e| format!("`{key}` is not a valid pattern: {e}"))?;
-            if regex.is_match(module).map_err(|e| format!("`{key}` cannot be matched: {e}"))? {
-                return Ok(Some(*value));
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// Whether a path ends with a key that is a plain name, whose dots stand for any character: nearly all keys are, and
-/// an adapter may have one for each module. `None` for other keys.
-fn plain_match(key: &str, path: &str) -> Option<bool> {
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
-    if !key.bytes().all(is_plain) || !path.bytes().all(is_plain) {
-        return None;
-    }
-    let Some(start) = path.len().checked_sub(key.len()) else { return Some(false) };
-    let (before, end) = path.as_bytes().split_at(start);
-    let same = end.iter().zip(key.bytes()).all(|(have, wanted)| *have == wanted || wanted == b'.');
-    Some(same && before.last().is_none_or(|b| *b == b'.'))
 }
 
 /// How a field's value is read from JSON and written as Python would.
@@ -218,21 +170,4 @@ impl Field for Pattern {
 pub(crate) fn whole(x: f64) -> Value {
     // 2^53: up to there a float holds every whole number.
     if x.fract() == 0.0 && x.abs() <= 9_007_199_254_740_992.0 { Value::from(x as i64) } else { Value::from(x) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn plain_keys_match_as_the_regular_expression_does() {
-        let keys = ["q_proj", "proj", "self_attn.q_proj", "a.b", ".", "", "x", "q-proj", "0.q_proj", "...."];
-        let paths =
-            ["q_proj", "model.layers.0.self_attn.q_proj", "a.b", "aXb", "x.aXb", "", "x", ".", "xa.b", "q-proj"];
-        for (key, path) in keys.iter().flat_map(|key| paths.map(|path| (key, path))) {
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")).unwrap();
-            assert_eq!(plain_match(key, path), Some(regex.is_match(path).unwrap()), "`{key}` in `{path}`");
-        }
-        assert_eq!((plain_match("q.*", "q"), plain_match("q", "a\nq")), (None, None));
-    }
 }

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use crate::adapter::{A, Adapter, B, KEY_PREFIX};
-use crate::adapter_config::{AdapterConfig, Pattern, TargetModules};
+use crate::adapter_config::{AdapterConfig, ModuleScaling, Pattern, TargetModules};
 use crate::error::FormatError;
 use crate::host_tensor::HostTensor;
 
@@ -112,7 +112,12 @@ pub fn unstack<'a>(adapter: &'a Adapter, modules: &[String]) -> Result<Cow<'a, A
     let mut out = Adapter { config: config.clone(), tensors: adapter.tensors.clone() };
     out.config.target_parameters = None;
     let (mut ranks, mut alphas, mut targets) = (Vec::new(), Vec::new(), Vec::new());
-    for Stack { path, router, experts } in stacks(modules) {
+    let stacks = stacks(modules);
+    let names = |stack: &Stack| {
+        [format!("{}.{GATE_UP}", stack.path), format!("{}.{DOWN}", stack.path), stack.router[0].clone()]
+    };
+    let scalings = config.scalings(&stacks.iter().flat_map(names).collect::<Vec<_>>())?;
+    for (Stack { path, router, experts }, scalings) in stacks.into_iter().zip(scalings.chunks_exact(3)) {
         let count = experts.len();
         let inner = adapter.lora(&format!("{path}{INNER}")).is_some();
         for (wrapper, parameter) in
@@ -121,7 +126,7 @@ pub fn unstack<'a>(adapter: &'a Adapter, modules: &[String]) -> Result<Cow<'a, A
             let module = format!("{path}{wrapper}");
             let Some((a, b)) = take(&mut out.tensors, &module) else { continue };
             let name = format!("{path}.{parameter}");
-            let (rank, alpha) = (config.rank_for(&name)?, config.alpha_for(&name)?);
+            let ModuleScaling { rank, alpha, .. } = scalings[usize::from(parameter == DOWN)];
             let fail = |reason| Err(FormatError::Factors { module: name.clone(), reason });
             let (&[rows, _], &[height, columns]) = (a.shape.as_slice(), b.shape.as_slice()) else {
                 return fail(format!("lora_A {:?} and lora_B {:?} must be matrices", a.shape, b.shape));
@@ -151,7 +156,7 @@ pub fn unstack<'a>(adapter: &'a Adapter, modules: &[String]) -> Result<Cow<'a, A
         }
         let [stacked, plain] = router;
         if let Some((a, b)) = take(&mut out.tensors, &stacked) {
-            let (rank, alpha) = (config.rank_for(&stacked)?, config.alpha_for(&stacked)?);
+            let ModuleScaling { rank, alpha, .. } = scalings[2];
             out.tensors.insert(format!("{KEY_PREFIX}{plain}{A}"), a);
             out.tensors.insert(format!("{KEY_PREFIX}{plain}{B}"), b);
             ranks.push((plain.replace('.', r"\."), rank as f64));
@@ -217,12 +222,12 @@ pub fn stack(mut adapter: Adapter, modules: &[String]) -> Result<Adapter, Format
     }
     if differ && adapter.config.adapts(GATE_UP) {
         let name = stacks.first().map_or(String::new(), |stack| format!("{}.{GATE_UP}", stack.path));
-        let (rank, alpha) = (adapter.config.rank_for(&name)? as f64, adapter.config.alpha_for(&name)?);
+        let ModuleScaling { rank, alpha, .. } = adapter.config.of_one(&name)?;
         // The scaling stays what it was: alpha / rank, or alpha / sqrt(rank).
         let alpha = if adapter.config.use_rslora { alpha * std::f64::consts::SQRT_2 } else { alpha * 2.0 };
         let key = format!(r".*\.{GATE_UP}");
         for (pattern, value) in
-            [(&mut adapter.config.rank_pattern, rank * 2.0), (&mut adapter.config.alpha_pattern, alpha)]
+            [(&mut adapter.config.rank_pattern, rank as f64 * 2.0), (&mut adapter.config.alpha_pattern, alpha)]
         {
             pattern.0.retain(|(known, _)| *known != key);
             pattern.0.insert(0, (key.clone(), value));

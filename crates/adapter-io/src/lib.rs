@@ -55,6 +55,7 @@ mod mapped;
 pub mod merge_checkpoint;
 mod merge_plan;
 mod paths;
+mod pattern;
 pub mod printable;
 mod products;
 pub mod quantize_checkpoint;
@@ -62,7 +63,9 @@ pub mod shard_writer;
 pub mod token_rows;
 
 pub use adapter::Adapter;
-pub use adapter_config::{AdapterConfig, InitLoraWeights, OneOrMany, Pattern, TargetModules, TokenIndices};
+pub use adapter_config::{
+    AdapterConfig, InitLoraWeights, ModuleScaling, OneOrMany, Pattern, TargetModules, TokenIndices,
+};
 pub use bnb::BnbConfig;
 pub use checkpoint::Checkpoint;
 pub use combine::{Combination, combine};

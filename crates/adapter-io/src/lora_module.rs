@@ -241,9 +241,9 @@ impl LoraModule<'_> {
         FormatError::Factors { module: self.path.clone(), reason }
     }
 
-    /// Whether the parts fit each other and the configuration.
-    pub(crate) fn check(&self, config: &AdapterConfig) -> Result<(), FormatError> {
-        check_ranks(&self.path, self.lora_a, self.lora_b, config)?;
+    /// Whether the parts fit each other and the configuration, which gives the module this rank.
+    pub(crate) fn check(&self, config: &AdapterConfig, rank: usize) -> Result<(), FormatError> {
+        self.check_ranks(config, rank)?;
         let out = dim(self.lora_b, 0);
         for (part, tensor, wanted, flag) in [
             ("lora_magnitude_vector", self.magnitude, config.use_dora, "use_dora"),
@@ -270,33 +270,24 @@ impl LoraModule<'_> {
         }
         Ok(())
     }
-}
 
-/// Whether two factors fit each other and the configured rank.
-pub(crate) fn check_ranks(
-    module: &str,
-    a: &HostTensor,
-    b: &HostTensor,
-    config: &AdapterConfig,
-) -> Result<(), FormatError> {
-    let fail = |reason| Err(FormatError::Factors { module: module.to_string(), reason });
-    let (&[rank, _], &[_, b_rank]) = (a.shape.as_slice(), b.shape.as_slice()) else {
-        return fail(format!("lora_A {:?} and lora_B {:?} must be matrices", a.shape, b.shape));
-    };
-    if rank != b_rank {
-        return fail(format!("lora_A {:?} has rank {rank} but lora_B {:?} has rank {b_rank}", a.shape, b.shape));
+    /// Whether the factors fit each other and the configured rank.
+    fn check_ranks(&self, config: &AdapterConfig, configured: usize) -> Result<(), FormatError> {
+        let (a, b) = (&self.lora_a.shape, &self.lora_b.shape);
+        let (&[rank, _], &[_, b_rank]) = (a.as_slice(), b.as_slice()) else {
+            return Err(self.fail(format!("lora_A {a:?} and lora_B {b:?} must be matrices")));
+        };
+        if rank != b_rank {
+            return Err(self.fail(format!("lora_A {a:?} has rank {rank} but lora_B {b:?} has rank {b_rank}")));
+        }
+        // Factors of stacked experts hold the ranks of all of them: see `crate::experts`.
+        if config.parameters().is_empty() && rank != configured {
+            return Err(self.fail(format!(
+                "its tensors have rank {rank}, adapter_config.json gives it rank {configured} (r and rank_pattern)"
+            )));
+        }
+        Ok(())
     }
-    // Factors of stacked experts hold the ranks of all of them: see `crate::experts`.
-    if !config.parameters().is_empty() {
-        return Ok(());
-    }
-    let configured = config.rank_for(module)?;
-    if rank != configured {
-        return fail(format!(
-            "its tensors have rank {rank}, adapter_config.json gives it rank {configured} (r and rank_pattern)"
-        ));
-    }
-    Ok(())
 }
 
 /// `out = scaling * (b_row @ a)`: one row of the product, as rank times a scaled row of `a`, which reads and

@@ -198,6 +198,30 @@ impl ChatTemplate {
         Ok(Rendered { text, spans, unwritten })
     }
 
+    /// Writes a conversation that is to be answered, and finds the earlier answers in it as
+    /// [`ChatTemplate::render_answers`] does in a row. Where that would refuse the row there are none: no adapter has
+    /// learned such a conversation.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub(crate) fn render_prompt(&self, input: &ChatInput) -> Result<(String, Vec<Range<usize>>), ChatError> {
+        let (text, form) = self.render_form(input)?;
+        let mut said = input.messages.to_vec();
+        said.iter_mut().for_each(|message| message.learn &= message.role == ASSISTANT && message.speaks());
+        if said.iter().all(|message| !message.learn) {
+            return Ok((text, Vec::new()));
+        }
+        let input = ChatInput { messages: &said, ..*input };
+        let messages: Vec<_> = said.iter().map(|message| message_json(message, form)).collect();
+        let marked = Marked::find(self, &input, &messages, &text);
+        let plain = values(&messages);
+        match Turns::new(self, &input, &plain, &text, marked.as_ref()).spans() {
+            Ok(spans) => Ok((text, spans)),
+            Err(ChatError::Untraceable { .. }) => Ok((text, Vec::new())),
+            Err(error) => Err(error),
+        }
+    }
+
     /// What of a conversation does not stand in its text.
     fn unwritten(
         &self,

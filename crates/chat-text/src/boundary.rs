@@ -7,8 +7,9 @@
 //! sees, and the first token of the answer is learned. Where a token reaches out of the end of a span, the text is
 //! cut there as well, so that the last letters of the answer are learned without what follows them.
 //!
-//! A prompt that holds earlier answers is tokenized as a whole by generation; there a cut of an earlier turn may
-//! differ from it. Templates that begin and end each turn with a token of its own, as nearly all do, need no cut.
+//! A prompt that holds earlier answers is cut at them in the same way (`Prompting`), so that a later answer begins
+//! behind the tokens that it was trained behind. Templates that begin and end each turn with a token of its own, as
+//! nearly all do, need no cut.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -41,19 +42,22 @@ impl Tokenizer {
         let whole = self.encode(text, add_special_tokens)?;
         let inside = |at: &usize| 0 < *at && *at < text.len() && text.is_char_boundary(*at);
         let mut cuts = BTreeSet::new();
-        for at in spans.iter().map(|span| span.start).filter(inside) {
-            if !self.same_prompt(text, &whole, at)? {
-                cuts.insert(at);
-            }
-        }
         let mut encoding = None;
         loop {
             // A part may be joined in other places than the whole was: look again after each change.
             let tokens = encoding.as_ref().unwrap_or(&whole);
-            let before = cuts.len();
+            let mut further = Vec::new();
+            for at in spans.iter().map(|span| span.start).filter(inside).filter(|at| !cuts.contains(at)) {
+                let cut = cuts.range(..at).next_back().copied();
+                if !self.same_prompt(text, tokens, cut, at)? {
+                    further.push(at);
+                }
+            }
             let ends = spans.iter().flat_map(|span| [span.start, span.end]).filter(inside);
-            cuts.extend(ends.filter(|at| crosses(tokens, *at)));
-            if cuts.len() == before && (cuts.is_empty() || encoding.is_some()) {
+            further.extend(ends.filter(|at| crosses(tokens, *at)));
+            let before = cuts.len();
+            cuts.extend(further);
+            if cuts.len() == before {
                 break;
             }
             encoding = Some(self.encode_parts(text, &Vec::from_iter(cuts.iter().copied()), &whole)?);
@@ -63,37 +67,25 @@ impl Tokenizer {
         Ok(Labelled { ids: encoding.ids, labels })
     }
 
-    /// Whether the tokens before `at` are those of the text before `at` alone.
-    fn same_prompt(&self, text: &str, whole: &Encoding, at: usize) -> Result<bool, ChatError> {
-        let before = whole.offsets.partition_point(|&(_, end)| end <= at);
+    /// Whether the tokens before `at`, from the last cut on, are those of the text before `at` alone.
+    fn same_prompt(&self, text: &str, tokens: &Encoding, cut: Option<usize>, at: usize) -> Result<bool, ChatError> {
+        let before = tokens.offsets.partition_point(|&(_, end)| end <= at);
+        let first = cut.map_or(0, |cut| tokens.offsets.partition_point(|&(_, end)| end <= cut));
         // An added token is a boundary that nothing is joined across.
-        let added = (0..before).rev().find(|&i| whole.offsets[i].0 < whole.offsets[i].1 && self.is_added(whole.ids[i]));
-        let from = added.map_or(0, |i| whole.offsets[i].0);
+        let added =
+            (first..before).rev().find(|&i| tokens.offsets[i].0 < tokens.offsets[i].1 && self.is_added(tokens.ids[i]));
+        let from = added.map_or(cut.unwrap_or(0), |i| tokens.offsets[i].0);
+        let is_cut = added.is_none() && cut.is_some();
         if at - from > WINDOW {
-            let near = whole.offsets.partition_point(|&(start, _)| start < at - WINDOW);
-            let start = whole.offsets.get(near).map_or(from, |&(start, _)| start);
-            if start < at && self.same_tokens(text, whole, start..at, at - WINDOW / 2)? {
+            let near = tokens.offsets.partition_point(|&(start, _)| start < at - WINDOW);
+            let start = tokens.offsets.get(near).map_or(from, |&(start, _)| start);
+            if start < at && same(tokens, &self.encode(&text[start..at], false)?, start..at, at - WINDOW / 2) {
                 return Ok(true);
             }
         }
-        self.same_tokens(text, whole, from..at, from)
-    }
-
-    /// Whether a part of the text becomes the same tokens alone, from `compared` on.
-    fn same_tokens(
-        &self,
-        text: &str,
-        whole: &Encoding,
-        part: Range<usize>,
-        compared: usize,
-    ) -> Result<bool, ChatError> {
-        let alone = self.encode(&text[part.clone()], false)?;
-        let alone =
-            alone.ids.iter().zip(alone.offsets.iter().map(|(start, end)| (part.start + start, part.start + end)));
-        let of_whole = whole.ids.iter().zip(whole.offsets.iter().copied());
-        // A token without text, such as an added `bos`, is not part of the comparison.
-        let wanted = |&(_, (start, end)): &(&u32, (usize, usize))| start >= compared && start < end && end <= part.end;
-        Ok(alone.filter(wanted).eq(of_whole.filter(wanted)))
+        let alone = &text[from..at];
+        let alone = if is_cut { self.encode_behind(alone)? } else { self.encode(alone, false)? };
+        Ok(same(tokens, &alone, from..at, from))
     }
 
     /// The parts of a text tokenized apart, with what the tokenizer puts around the whole.
@@ -111,34 +103,34 @@ impl Tokenizer {
         parts.extend(&first, 0..first.ids.len(), 0);
         for (index, &from) in cuts.iter().enumerate() {
             let to = cuts.get(index + 1).copied().unwrap_or(text.len());
-            let (part, skipped, shift) = self.encode_behind(&text[from..to])?;
-            for i in skipped..part.ids.len() {
-                let (start, end) = part.offsets[i];
-                parts.push(part.ids[i], (from + start.max(shift) - shift, from + end.max(shift) - shift));
-            }
+            let part = self.encode_behind(&text[from..to])?;
+            parts.extend(&part, 0..part.ids.len(), from);
         }
         parts.extend(whole, count - trailing..count, 0);
         Ok(parts)
     }
 
-    /// Tokenizes a text that stands behind another one, so that nothing is put before it. Gives the encoding, how
-    /// many of its tokens are not the text's, and how many bytes they take.
-    fn encode_behind(&self, text: &str) -> Result<(Encoding, usize, usize), ChatError> {
+    /// Tokenizes a text that stands behind another one, so that nothing is put before it.
+    fn encode_behind(&self, text: &str) -> Result<Encoding, ChatError> {
         if self.begins_with_a_blank()? {
             for anchor in ANCHORS {
                 let alone = self.encode(anchor, false)?;
-                let both = self.encode(&format!("{anchor}{text}"), false)?;
-                let skipped = alone.ids.len();
-                let boundary = both.offsets.get(skipped).is_none_or(|&(start, _)| start >= anchor.len());
+                let mut both = self.encode(&format!("{anchor}{text}"), false)?;
+                let (skipped, shift) = (alone.ids.len(), anchor.len());
+                let boundary = both.offsets.get(skipped).is_none_or(|&(start, _)| start >= shift);
                 if boundary
                     && both.ids.starts_with(&alone.ids)
-                    && both.offsets[..skipped].iter().all(|o| o.1 <= anchor.len())
+                    && both.offsets[..skipped].iter().all(|range| range.1 <= shift)
                 {
-                    return Ok((both, skipped, anchor.len()));
+                    both.ids.drain(..skipped);
+                    both.offsets.drain(..skipped);
+                    let within = |at: usize| at.max(shift) - shift;
+                    both.offsets.iter_mut().for_each(|range| *range = (within(range.0), within(range.1)));
+                    return Ok(both);
                 }
             }
         }
-        Ok((self.encode(text, false)?, 0, 0))
+        self.encode(text, false)
     }
 
     /// Whether the tokenizer puts a blank before a text: then a letter becomes another token at the beginning of
@@ -154,6 +146,16 @@ impl Tokenizer {
     }
 }
 
+/// Whether a part of a text has the tokens that it has alone, from `compared` on.
+fn same(tokens: &Encoding, alone: &Encoding, part: Range<usize>, compared: usize) -> bool {
+    let offsets = alone.offsets.iter().map(|(start, end)| (part.start + start, part.start + end));
+    let alone = alone.ids.iter().zip(offsets);
+    let all = tokens.ids.iter().zip(tokens.offsets.iter().copied());
+    // A token without text, such as an added `bos`, is not part of the comparison.
+    let wanted = |&(_, (start, end)): &(&u32, (usize, usize))| start >= compared && start < end && end <= part.end;
+    alone.filter(wanted).eq(all.filter(wanted))
+}
+
 /// Whether a token holds text from both sides.
 fn crosses(encoding: &Encoding, at: usize) -> bool {
     // Offsets never decrease but for tokens without text.
@@ -162,11 +164,6 @@ fn crosses(encoding: &Encoding, at: usize) -> bool {
 }
 
 impl Encoding {
-    fn push(&mut self, id: u32, range: (usize, usize)) {
-        self.ids.push(id);
-        self.offsets.push(range);
-    }
-
     fn extend(&mut self, other: &Encoding, tokens: Range<usize>, shift: usize) {
         self.ids.extend_from_slice(&other.ids[tokens.clone()]);
         self.offsets.extend(other.offsets[tokens].iter().map(|(start, end)| (start + shift, end + shift)));

@@ -48,7 +48,8 @@ pub use error::{ChatError, Untraceable};
 pub use mask::{Labelled, MASKED_LABEL};
 pub use message::Message;
 pub use prompting::{
-    CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Prompting, alpaca_prompt, alpaca_turn,
+    CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE, Prompt, PromptLayout, PromptSettings, Prompting, alpaca_prompt,
+    alpaca_turn,
 };
 pub use stream::StreamDecoder;
 pub use template::{ChatInput, ChatTemplate, SpecialTokens};

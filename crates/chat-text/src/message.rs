@@ -25,6 +25,9 @@ pub struct Message {
     pub extra: Map<String, serde_json::Value>,
 }
 
+/// Names that data sets give the functions that a message calls.
+const CALLS: [&str; 2] = ["tool_calls", "function_call"];
+
 /// Names that data sets give a reasoning beside the content; the first is the one that most templates read.
 pub(crate) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
@@ -53,6 +56,19 @@ impl Message {
     /// A system message.
     pub fn system(content: impl Into<String>) -> Self {
         Self::new("system", content)
+    }
+
+    /// Whether the message says something: in its content, a reasoning or a call.
+    pub fn speaks(&self) -> bool {
+        use serde_json::Value as Json;
+        let given = |key: &&str| match self.extra.get(*key) {
+            None | Some(Json::Null) => false,
+            Some(Json::String(text)) => !text.is_empty(),
+            Some(Json::Array(list)) => !list.is_empty(),
+            Some(Json::Object(object)) => !object.is_empty(),
+            Some(Json::Bool(_) | Json::Number(_)) => true,
+        };
+        !self.content.trim().is_empty() || CALLS.iter().chain(&REASONING).any(given)
     }
 }
 

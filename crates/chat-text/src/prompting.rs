@@ -57,6 +57,20 @@ pub struct PromptSettings {
     /// The text of the token that ends an answer, where the template writes none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end_token: Option<String>,
+    /// Whether rows were cut where answers begin and end, so that no token reaches over: where only answers were
+    /// learned. Prompts are then cut at the answers that they hold. Otherwise, and for what was trained elsewhere, a
+    /// prompt is tokenized as one text.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cut_at_answers: bool,
+}
+
+/// A prompt, ready to be answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// As a text.
+    pub text: String,
+    /// As tokens.
+    pub ids: Vec<u32>,
 }
 
 /// Turns prompts into tokens in one way.
@@ -95,48 +109,84 @@ impl Prompting {
     /// There is no template, the template refuses the conversation, or the text can't be encoded.
     pub fn prompt(&self, tokenizer: &Tokenizer, system: Option<&str>, prompt: &str) -> Result<Vec<u32>, ChatError> {
         let system = system.or(self.settings.system_prompt.as_deref());
+        let messages: Vec<Message> = system.into_iter().map(Message::system).chain([Message::user(prompt)]).collect();
         match self.settings.layout {
             PromptLayout::Plain => Ok(tokenizer.encode(prompt, true)?.ids),
-            PromptLayout::Alpaca => Ok(tokenizer.encode(&alpaca_prompt(prompt, "", system), true)?.ids),
+            PromptLayout::Alpaca => Ok(self.instructions(tokenizer, &messages)?.ids),
             PromptLayout::Chat => {
-                let messages: Vec<Message> =
-                    system.into_iter().map(Message::system).chain([Message::user(prompt)]).collect();
-                self.chat(tokenizer, &messages, None)
+                let input = ChatInput {
+                    messages: &messages,
+                    tools: None,
+                    add_generation_prompt: true,
+                    special_tokens: tokenizer.special_tokens(),
+                    template_kwargs: Some(&self.settings.template_kwargs),
+                };
+                Ok(self.conversation(tokenizer, &input)?.ids)
             }
         }
     }
 
-    /// The tokens of a conversation, ready to be answered.
+    /// The template that writes conversations: the adapter's, or the tokenizer's.
     ///
     /// # Errors
-    /// As [`prompt`](Self::prompt).
-    pub fn chat(
-        &self,
-        tokenizer: &Tokenizer,
-        messages: &[Message],
-        tools: Option<&serde_json::Value>,
-    ) -> Result<Vec<u32>, ChatError> {
-        let template = match &self.template {
-            Some(template) => template,
-            None => tokenizer.require_chat_template()?,
-        };
-        let text = template.render_input(&ChatInput {
-            messages,
-            tools,
-            add_generation_prompt: true,
-            special_tokens: tokenizer.special_tokens(),
-            template_kwargs: Some(&self.settings.template_kwargs),
-        })?;
-        // The template writes what begins a text itself.
-        Ok(tokenizer.encode(&text, false)?.ids)
+    /// There is none, or it does not compile.
+    pub fn template<'a>(&'a self, tokenizer: &'a Tokenizer) -> Result<&'a ChatTemplate, ChatError> {
+        self.template.as_ref().map_or_else(|| tokenizer.require_chat_template(), Ok)
     }
 
-    /// The tokens that end an answer: the tokenizer's, and the settings'.
+    /// A conversation by the template, cut at the answers in it as its rows were. Where the template writes them so
+    /// that they can't be found, which no row may be, it is one text.
+    ///
+    /// # Errors
+    /// There is no template, the template refuses the conversation, or the text can't be encoded.
+    pub fn conversation(&self, tokenizer: &Tokenizer, input: &ChatInput) -> Result<Prompt, ChatError> {
+        let template = self.template(tokenizer)?;
+        let (text, answers) = match self.settings.cut_at_answers {
+            true => template.render_prompt(input)?,
+            false => (template.render_input(input)?, Vec::new()),
+        };
+        // The template writes what begins a text itself.
+        let ids = tokenizer.encode_labelled(&text, &answers, false)?.ids;
+        Ok(Prompt { text, ids })
+    }
+
+    /// A conversation as instructions of the Alpaca data set, the introduction replaced by a system message. An answer
+    /// that something follows is ended, as those of a row's `history` are.
+    ///
+    /// # Errors
+    /// The text can't be encoded.
+    pub fn instructions(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Prompt, ChatError> {
+        let is_system = |message: &&Message| message.role == "system" || message.role == "developer";
+        let system = messages.iter().find(is_system).map(|message| message.content.as_str());
+        let system = system.or(self.settings.system_prompt.as_deref());
+        let end = self.stop_ids(tokenizer).first().and_then(|id| tokenizer.id_to_token(*id)).unwrap_or_default();
+        let (mut text, mut answers) = (String::new(), Vec::new());
+        let mut said = messages.iter().filter(|message| !is_system(message)).peekable();
+        while let Some(Message { role, content, .. }) = said.next() {
+            match role.as_str() {
+                "assistant" => {
+                    let start = text.len();
+                    text.push_str(content);
+                    if said.peek().is_some() {
+                        text.push_str(&end);
+                    }
+                    if self.settings.cut_at_answers && !content.trim().is_empty() {
+                        answers.push(start..text.len());
+                    }
+                }
+                _ if text.is_empty() => text = alpaca_prompt(content, "", system),
+                _ => text += &format!("\n\n{}", alpaca_turn(content, "")),
+            }
+        }
+        let ids = tokenizer.encode_labelled(&text, &answers, true)?.ids;
+        Ok(Prompt { text, ids })
+    }
+
+    /// The tokens that end an answer: the settings', and the tokenizer's.
     pub fn stop_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
-        let mut ids = tokenizer.eos_token_ids().to_vec();
-        let further = self.settings.end_token.as_deref().and_then(|token| tokenizer.token_to_id(token));
-        ids.extend(further.filter(|id| !tokenizer.eos_token_ids().contains(id)));
-        ids
+        let own = self.settings.end_token.as_deref().and_then(|token| tokenizer.token_to_id(token));
+        let others = tokenizer.eos_token_ids().iter().copied().filter(|id| Some(*id) != own);
+        own.into_iter().chain(others).collect()
     }
 }
 

@@ -3,7 +3,9 @@
 
 use std::path::Path;
 
-use chat_text::{Labelled, MASKED_LABEL, Tokenizer};
+use chat_text::{
+    ChatInput, ChatTemplate, Labelled, MASKED_LABEL, Message, Prompt, PromptSettings, Prompting, Tokenizer,
+};
 use proptest::prelude::*;
 use serde_json::{Value as Json, json};
 
@@ -148,11 +150,79 @@ fn an_end_far_from_the_last_added_token_is_compared_nearby() {
     assert_eq!(tokenizer.encode(&text[..at], false).unwrap().ids, labelled.ids[..labelled.ids.len() - 1]);
 }
 
+/// A conversation as an adapter is prompted with it.
+fn prompt(tokenizer: &Tokenizer, template: &str, cut_at_answers: bool, messages: &[Message]) -> Prompt {
+    let prompting = Prompting {
+        settings: PromptSettings { cut_at_answers, ..PromptSettings::default() },
+        template: Some(ChatTemplate::new(template).unwrap()),
+    };
+    let input = ChatInput {
+        messages,
+        tools: None,
+        add_generation_prompt: true,
+        special_tokens: tokenizer.special_tokens(),
+        template_kwargs: None,
+    };
+    prompting.conversation(tokenizer, &input).unwrap()
+}
+
+#[test]
+fn a_prompt_is_cut_at_the_answers_in_it_as_a_row_is() {
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    let silent = Message { learn: false, ..Message::assistant("") };
+    let messages = [
+        Message::user("a"),
+        Message::assistant("blue"),
+        Message::user("b"),
+        silent,
+        Message::user("a"),
+        Message::assistant("blue"),
+        Message::user("a"),
+        Message::assistant("blue"),
+    ];
+    for tokenizer in joining() {
+        let input = ChatInput {
+            messages: &messages,
+            tools: None,
+            add_generation_prompt: false,
+            special_tokens: tokenizer.special_tokens(),
+            template_kwargs: None,
+        };
+        let rendered = ChatTemplate::new(template).unwrap().render_answers(&input).unwrap();
+        let row = tokenizer.encode_labelled(&rendered.text, &rendered.spans, false).unwrap();
+        for asked in [1, 5, 7] {
+            let cut = prompt(tokenizer, template, true, &messages[..asked]);
+            assert!(rendered.text.starts_with(&cut.text));
+            assert!(row.ids.starts_with(&cut.ids), "{asked}: {:?}, {:?}", row.ids, cut.ids);
+            assert_ne!(row.labels[cut.ids.len()], MASKED_LABEL);
+            let whole = prompt(tokenizer, template, false, &messages[..asked]);
+            assert_eq!(whole.ids, tokenizer.encode(&whole.text, false).unwrap().ids);
+            assert_eq!(whole.ids == cut.ids, asked == 1, "a blank and `blue` are one token");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_whose_answers_can_not_be_found_is_one_text() {
+    let [tokenizer, _] = joining();
+    let template =
+        "{{ messages | length }}{% for m in messages %}{{ m.content[:9] }} {{ m.content | length }}{% endfor %}";
+    let messages = [Message::user("a"), Message::assistant("blue"), Message::user("b")];
+    let prompt = prompt(tokenizer, template, true, &messages);
+    assert_eq!(prompt.text, "3a 1blue 4b 1");
+    assert_eq!(prompt.ids, tokenizer.encode(&prompt.text, false).unwrap().ids);
+}
+
 fn reference() -> &'static Tokenizer {
     static TOKENIZER: std::sync::OnceLock<Tokenizer> = std::sync::OnceLock::new();
     TOKENIZER.get_or_init(|| {
         Tokenizer::from_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/tiny-llama")).unwrap()
     })
+}
+
+fn joining() -> [&'static Tokenizer; 2] {
+    static TOKENIZERS: std::sync::OnceLock<[Tokenizer; 2]> = std::sync::OnceLock::new();
+    TOKENIZERS.get_or_init(|| [tokenizer(&byte_level()), tokenizer(&sentence_piece())]).each_ref()
 }
 
 proptest! {
@@ -184,5 +254,29 @@ proptest! {
         prop_assert_eq!(learned(tokenizer, &labelled), expected);
         let prompt = tokenizer.encode(&text[..spans.first().map_or(0, |s| s.start)], false).unwrap().ids;
         prop_assert_eq!(&labelled.ids[..prompt.len()], &*prompt);
+    }
+
+    /// Any conversation: before each of its answers stand the tokens that generation sees there, where the earlier
+    /// answers are cut as well.
+    #[test]
+    fn each_answer_begins_behind_the_tokens_of_its_prompt(
+        parts in prop::collection::vec("( |\n|: |blue|[ab]|<\\|end\\|>|[.:]){0,6}", 2..8),
+    ) {
+        let [bytes, pieces] = joining();
+        for tokenizer in [bytes, pieces, reference()] {
+            let text = parts.concat();
+            let (mut spans, mut at) = (Vec::new(), 0);
+            for (index, part) in parts.iter().enumerate() {
+                if index % 2 == 1 {
+                    spans.push(at..at + part.len());
+                }
+                at += part.len();
+            }
+            let row = tokenizer.encode_labelled(&text, &spans, false).unwrap();
+            for (earlier, span) in spans.iter().enumerate() {
+                let prompt = tokenizer.encode_labelled(&text[..span.start], &spans[..earlier], false).unwrap();
+                prop_assert!(row.ids.starts_with(&prompt.ids), "{:?} at {}: {:?}, {:?}", text, span.start, row.ids, prompt.ids);
+            }
+        }
     }
 }

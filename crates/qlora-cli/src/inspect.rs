@@ -191,10 +191,10 @@ fn adapter_words(adapter: &Adapter, size: u64) -> Result<String> {
     let mut table = Table::new(["module", "layers", "rank", "scaling", "lora_a", "lora_b"]);
     let mut groups: Vec<([String; 5], usize)> = Vec::new();
     let mut known: HashMap<[String; 5], usize> = HashMap::new();
-    for module in &modules {
+    for (module, configured) in modules.iter().zip(config.scalings(&modules)?) {
         let Some((lora_a, lora_b)) = adapter.lora(module) else { continue };
         let rank = lora_a.shape.first().map_or(String::new(), usize::to_string);
-        let scaling = format!("{:.4}", config.scaling_for(module)?);
+        let scaling = format!("{:.4}", configured.scaling);
         let key = [group_name(module), rank, scaling, format!("{:?}", lora_a.shape), format!("{:?}", lora_b.shape)];
         let at = *known.entry(key).or_insert_with_key(|key| {
             groups.push((key.clone(), 0));

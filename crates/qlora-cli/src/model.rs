@@ -39,7 +39,7 @@ pub fn cache_for(model: &Decoder, tokens: usize) -> CacheSize {
 /// The name of the base: the one of the flags, or else the one that an adapter gives.
 pub fn base_name<'a>(args: &'a ModelArgs, named: Option<&'a str>) -> Result<&'a str> {
     let name = args.model.as_deref().or(named).filter(|name| !name.is_empty());
-    Ok(name.ok_or_else(|| UsageError("the adapter names no base model: give --model".into()))?)
+    Ok(name.ok_or_else(|| UsageError("no base model is named, by --model or by an adapter: give --model".into()))?)
 }
 
 /// The base's folder.
@@ -58,11 +58,22 @@ pub struct Placement {
 impl Placement {
     /// Checks the flags and finds the device.
     pub fn new(args: &ModelArgs) -> Result<Self> {
+        Self::over(args, TrainConfig::default())
+    }
+
+    /// The same over what a configuration says.
+    pub fn over(args: &ModelArgs, mut config: TrainConfig) -> Result<Self> {
         // The keys mean what they mean in a configuration, and are checked as there.
-        let mut config = TrainConfig::default();
-        config.set("quantization.quant_type", &args.quant_type)?;
-        config.set("quantization.compute_dtype", &args.compute_dtype)?;
-        let device = select_device(&args.device)?;
+        for (key, value) in [
+            ("device", &args.device),
+            ("quantization.quant_type", &args.quant_type),
+            ("quantization.compute_dtype", &args.compute_dtype),
+        ] {
+            if let Some(value) = value {
+                config.set(key, value)?;
+            }
+        }
+        let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device);
         Ok(Self { options: LoadOptions { quantization: config.quantization.quant_config(), dtype }, device })
     }

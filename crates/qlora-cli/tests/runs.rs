@@ -96,7 +96,9 @@ fn an_adapter_is_prompted_as_its_rows_were_written() {
     let own = ["--set", "data.chat_template=own.jinja", "--set", "data.template_kwargs={mood = \"calm\"}"];
     train(&[&own[..], &["--output-dir", "chat"]].concat());
     let settings = String::from_utf8(bench.read("chat/adapter/prompt_settings.json")).expect("text");
-    assert!(settings.contains("\"mood\": \"calm\"") && settings.contains("chat"), "{settings}");
+    for part in ["\"mood\": \"calm\"", "\"layout\": \"chat\"", "\"cut_at_answers\": true"] {
+        assert!(settings.contains(part), "{part} in {settings}");
+    }
     assert_eq!(bench.read("chat/adapter/chat_template.jinja"), template.as_bytes());
 
     let model = reference("tiny-llama").display().to_string();

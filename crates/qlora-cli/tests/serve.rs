@@ -2,80 +2,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::io::BufRead;
+use std::process::Command;
 
+use common::server::Server;
 use common::{Bench, reference};
 use serde_json::{Value, json};
-
-/// Longer than anything takes here on a machine with much else to do.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A server that runs.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Server {
-    /// Starts one with an adapter called `plain`.
-    fn start(bench: &Bench) -> Self {
-        let model = reference("tiny-llama").display().to_string();
-        let adapter = format!("plain={}", reference("adapters/plain").display());
-        let args = ["serve", "--device", "cpu", "--model", &model, "--adapter", &adapter, "--port", "0"];
-        let mut command = bench.command(&[&args[..], &["--cache-gib", "0.05"]].concat());
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
-        let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok);
-        let line = lines.find(|line| line.contains("http://")).expect("the server says where it listens");
-        assert!(line.starts_with("tiny-llama, plain at "), "{line}");
-        let address =
-            line.split("http://").nth(1).and_then(|rest| rest.split(',').next()).expect("an address").to_string();
-        // What else it says must find a reader.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, address }
-    }
-
-    /// Sends a request and returns the connection, from which the answer comes.
-    fn send(&self, method: &str, path: &str, body: Option<&Value>) -> BufReader<TcpStream> {
-        let mut stream = TcpStream::connect(&self.address).expect("the server listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n", self.address);
-        let content = format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-        stream.write_all((head + &content).as_bytes()).expect("the server reads");
-        BufReader::new(stream)
-    }
-
-    /// The status and the body.
-    fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, String) {
-        let mut text = String::new();
-        self.send(method, path, body).read_to_string(&mut text).expect("an answer in UTF-8");
-        let (head, body) = text.split_once("\r\n\r\n").expect("a head");
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
-        (status, body.to_string())
-    }
-
-    /// Waits for the end.
-    fn end(mut self) -> ExitStatus {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().expect("a child") {
-                return status;
-            }
-            assert!(start.elapsed() < PATIENCE, "the server does not end");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Of a test that failed; one that ended is gone already.
-        drop(self.child.kill());
-    }
-}
 
 /// A question to a model, with the likeliest tokens as its answer.
 fn question(model: &str, max_tokens: usize, stream: bool) -> Value {
@@ -134,7 +66,7 @@ fn a_signal_lets_answers_finish() {
     let mut lines = server.send("POST", "/v1/chat/completions", Some(&ask)).lines().map_while(Result::ok);
     let begun = lines.find(|line| line.contains("\"content\":\""));
     assert!(begun.is_some(), "the answer begins");
-    let signal = Command::new("kill").args(["-TERM", &server.child.id().to_string()]).status();
+    let signal = Command::new("kill").args(["-TERM", &server.id().to_string()]).status();
     assert!(signal.is_ok_and(|status| status.success()));
     let events = events(lines);
     let usage = events.iter().rev().find_map(|event| {
@@ -144,4 +76,50 @@ fn a_signal_lets_answers_finish() {
     assert_eq!(usage, Some(tokens as u64), "{events:?}");
     assert_eq!(events.last().map(String::as_str), Some("[DONE]"));
     assert_eq!(server.end().code(), Some(0));
+}
+
+/// A configuration is what was trained and what is served; flags go before it.
+#[test]
+fn a_configuration_is_served() {
+    let bench = Bench::new();
+    let config = String::from_utf8(bench.read("qlora.toml")).expect("text");
+    bench.fails(&["serve", "--config", "qlora.toml"], 2, &["run/adapter is not there", "adapters = []"]);
+    bench.write("served.toml", &format!("{config}[serve]\nmax_tokens = 50\n"));
+    bench.ok(&["train", "served.toml", "--max-steps", "2"]);
+    // What a server is told is nothing that a run goes on with.
+    bench.write("served.toml", &format!("{config}[serve]\nmax_tokens = 40\n"));
+    let resumed = bench.ok(&["train", "served.toml", "--resume"]);
+    assert!(!resumed.stderr.contains("max_tokens"), "{}", resumed.stderr);
+
+    let limit = |server: &Server| {
+        let (status, body) = server.ask("POST", "/tokenize", Some(&json!({ "prompt": "Hello" })));
+        let body: Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!(status, 200, "{body}");
+        body["max_model_len"].as_u64()
+    };
+    let server = Server::with(&bench, &["--config", "served.toml"]);
+    assert_eq!((server.names.as_str(), limit(&server)), ("tiny-llama, run", Some(40)));
+    let (status, body) = server.ask("POST", "/v1/chat/completions", Some(&question("run", 4, false)));
+    assert_eq!(status, 200, "{body}");
+    drop(server);
+    let flags =
+        ["--config", "served.toml", "--max-tokens", "30", "--served-name", "base", "--adapter", "one=run/adapter"];
+    let server = Server::with(&bench, &flags);
+    assert_eq!((server.names.as_str(), limit(&server)), ("base, one", Some(30)));
+    drop(server);
+    bench.write("served.toml", &format!("{config}[serve]\nadapters = []\n"));
+    assert_eq!(Server::with(&bench, &["--config", "served.toml"]).names, "tiny-llama");
+
+    for (serve, words) in [
+        ("prot = 1", &["served.toml:17: unknown key `serve.prot`", "did you mean `port`?"][..]),
+        ("port = 70000", &["served.toml:17: serve.port"]),
+        ("api_key = \"x\"", &["served.toml:17: unknown key `serve.api_key`", "QLORA_API_KEY"]),
+        ("max_batch = 0", &["serve.max_batch = 0: must be 1 or more"]),
+    ] {
+        bench.write("served.toml", &format!("{config}[serve]\n{serve}\n"));
+        bench.fails(&["serve", "--config", "served.toml", "--model", "x", "--adapter", "y"], 2, words);
+        bench.fails(&["train", "served.toml", "--dry-run"], 2, words);
+    }
+    bench.fails(&["serve"], 2, &["give --model"]);
+    bench.fails(&["serve", "--model", "x", "--api-key", ""], 2, &["--api-key"]);
 }

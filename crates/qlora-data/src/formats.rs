@@ -94,7 +94,7 @@ fn is_message_pair(object: &Object) -> bool {
 }
 
 /// Whether a value is what tables write where a row has none.
-pub(crate) fn says_nothing(value: &Json) -> bool {
+fn says_nothing(value: &Json) -> bool {
     match value {
         Json::Null => true,
         Json::String(text) => text.is_empty(),

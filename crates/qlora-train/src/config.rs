@@ -16,6 +16,7 @@
 mod best;
 mod keys;
 mod schedule;
+mod serve;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -34,6 +35,7 @@ use qlora_data::DataConfig;
 pub use best::{FinalAdapter, KeepBest};
 pub use keys::known_keys;
 pub use schedule::Schedule;
+pub use serve::ServeConfig;
 
 /// A commented configuration that documents every key; parses to the defaults.
 pub const TEMPLATE: &str = include_str!("config/template.toml");
@@ -59,6 +61,8 @@ pub struct TrainConfig {
     pub data: DataConfig,
     /// The optimizer, its schedule, and what is written when.
     pub train: RunConfig,
+    /// What a server over this base is told; nothing of it decides the run.
+    pub serve: ServeConfig,
 }
 
 impl Default for TrainConfig {
@@ -70,6 +74,7 @@ impl Default for TrainConfig {
             lora: LoraConfig::default(),
             data: DataConfig::default(),
             train: RunConfig::default(),
+            serve: ServeConfig::default(),
         }
     }
 }

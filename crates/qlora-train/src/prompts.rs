@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use adapter_io::{FormatError, atomic};
 use chat_text::{CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Tokenizer};
-use qlora_data::{DataConfig, Format};
+use qlora_data::{DataConfig, Format, LossOn};
 
 use crate::error::TrainError;
 
@@ -43,6 +43,7 @@ impl Prompts {
                 system_prompt: config.system_prompt.clone(),
                 template_kwargs: config.template_kwargs.clone(),
                 end_token: config.end_token.clone(),
+                cut_at_answers: config.loss_on == LossOn::Assistant,
             },
             template: template.filter(|_| layout == PromptLayout::Chat).map(|template| template.source().to_owned()),
             tokenizer: tokenizer.dir().to_owned(),

@@ -18,11 +18,16 @@ const VOCABULARY: u64 = 300;
 
 /// Adapters: the folder's name and the keys that they are trained with.
 const ADAPTERS: &[(&str, &[&str])] = &[
-    ("adapter-plain", &[]),
+    ("adapter-plain", &["lora.trainable_token_indices=[]"]),
     ("adapter-dora", &["lora.use_dora=true", "lora.rank_pattern={ q_proj = 2 }", "lora.use_rslora=true"]),
     (
         "adapter-saved",
-        &["lora.modules_to_save=[\"norm\", \"lm_head\"]", "lora.target_modules=[\"q_proj\", \"embed_tokens\"]"],
+        &[
+            "lora.modules_to_save=[\"norm\", \"lm_head\"]",
+            "lora.target_modules=[\"q_proj\", \"embed_tokens\"]",
+            // A module that is adapted or trained in full has no rows of its own.
+            "lora.trainable_token_indices=[]",
+        ],
     ),
 ];
 
@@ -45,7 +50,7 @@ const ROWS: &[(&str, &str)] = &[
     ),
     (
         "tools.jsonl",
-        "{\"tools\": [{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"integer\"}}}}}], \"messages\": [{\"role\": \"user\", \"content\": \"Go\"}, {\"role\": \"assistant\", \"content\": \"\", \"tool_calls\": [{\"type\": \"function\", \"function\": {\"name\": \"f\", \"arguments\": {\"a\": 1}}}]}, {\"role\": \"tool\", \"content\": \"2\", \"name\": \"f\"}, {\"role\": \"assistant\", \"content\": \"Two\"}]}",
+        "{\"tools\": [{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"integer\"}}}}}], \"messages\": [{\"role\": \"user\", \"content\": \"Go\"}, {\"role\": \"assistant\", \"content\": \"I call it\", \"tool_calls\": [{\"type\": \"function\", \"function\": {\"name\": \"f\", \"arguments\": {\"a\": 1}}}]}, {\"role\": \"tool\", \"content\": \"2\", \"name\": \"f\"}, {\"role\": \"assistant\", \"content\": \"Two\"}]}",
     ),
 ];
 

@@ -45,7 +45,9 @@ pub(super) fn check(path: &str, text: &str) -> Vec<String> {
     if source && [".rs", ".json", ".cu", ".toml"].iter().any(|end| path.ends_with(end)) {
         words(path, text, &mut found);
     }
-    if path.ends_with("Cargo.toml") && text.contains("[package]") && !path.starts_with("third_party/") {
+    // A workspace of its own inherits nothing.
+    let member = text.contains("[package]") && !text.lines().any(|line| line == "[workspace]");
+    if path.ends_with("Cargo.toml") && member && !path.starts_with("third_party/") {
         let lints =
             text.split_once("[lints]").is_some_and(|(_, rest)| rest.trim_start().starts_with("workspace = true"));
         if !lints {
@@ -171,6 +173,7 @@ mod tests {
         let manifest = "[package]\nname = \"x\"\n";
         assert_eq!(check("crates/x/Cargo.toml", manifest), ["crates/x/Cargo.toml: add [lints] workspace = true"]);
         assert_eq!(check("crates/x/Cargo.toml", &format!("{manifest}\n[lints]\nworkspace = true\n")), [""; 0]);
+        assert_eq!(check("benches/x/Cargo.toml", &format!("{manifest}\n[workspace]\n")), [""; 0]);
     }
 
     #[test]

@@ -8,23 +8,23 @@ use clap::Args;
 use crate::exit::UsageError;
 
 /// The model, and where it runs.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct ModelArgs {
     /// The base model: a folder or a hub id; left out, the one that the first adapter names
-    #[arg(long, required_unless_present = "adapter")]
+    #[arg(long)]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub id
     #[arg(long)]
     pub revision: Option<String>,
-    /// Where to run: auto, cpu, cuda, cuda:1, vulkan or metal
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// How to keep the base's linear layers: nf4, fp4 or none
-    #[arg(long, default_value = "nf4", value_name = "TYPE")]
-    pub quant_type: String,
-    /// Dtype of activations: auto, f32, bf16 or f16
-    #[arg(long, default_value = "auto", value_name = "DTYPE")]
-    pub compute_dtype: String,
+    /// Where to run: auto (the default), cpu, cuda, cuda:1, vulkan or metal
+    #[arg(long)]
+    pub device: Option<String>,
+    /// How to keep the base's linear layers: nf4 (the default), fp4 or none
+    #[arg(long, value_name = "TYPE")]
+    pub quant_type: Option<String>,
+    /// Dtype of activations: auto (the default), f32, bf16 or f16
+    #[arg(long, value_name = "DTYPE")]
+    pub compute_dtype: Option<String>,
 }
 
 /// How prompts are written.

@@ -2,6 +2,9 @@
 
 #![allow(dead_code)] // each test program uses a part
 
+pub mod browser;
+pub mod server;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

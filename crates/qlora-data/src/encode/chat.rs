@@ -5,13 +5,9 @@ use serde_json::{Map, Value as Json};
 
 use super::{Draft, RowEncoder};
 use crate::config::LossOn;
-use crate::formats::says_nothing;
 use crate::notice::NoticeKind;
 use crate::report::MaskReason;
 use crate::visible;
-
-/// Keys of a message by which an assistant says something without content.
-const SPEAKING: [&str; 5] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
 
 impl RowEncoder<'_> {
     /// Writes a conversation. `Err` says why there is nothing to learn.
@@ -129,8 +125,7 @@ fn is_answer(message: &Message) -> bool {
 fn silence_empty_answers(messages: &mut [Message]) -> bool {
     let mut silenced = false;
     for message in messages.iter_mut().filter(|message| is_answer(message) && message.learn) {
-        let speaks = SPEAKING.iter().any(|key| message.extra.get(*key).is_some_and(|value| !says_nothing(value)));
-        if message.content.trim().is_empty() && !speaks {
+        if !message.speaks() {
             message.learn = false;
             silenced = true;
         }

@@ -1,8 +1,6 @@
 //! Conversations and texts as prompts, in the way that an adapter learned.
 
-use chat_text::{
-    ChatError, ChatInput, ChatTemplate, Message, PromptLayout, Prompting, Tokenizer, alpaca_prompt, alpaca_turn,
-};
+use chat_text::{ChatError, ChatInput, ChatTemplate, Message, PromptLayout, Prompting, Tokenizer};
 use serde_json::{Map, Value as Json};
 
 use super::reasoning;
@@ -34,11 +32,10 @@ pub struct Prompt {
 /// # Errors
 /// There is none, or it does not compile.
 pub fn template<'a>(prompting: &'a Prompting, tokenizer: &'a Tokenizer) -> Result<Option<&'a ChatTemplate>, ChatError> {
-    Ok(match (prompting.settings.layout, &prompting.template) {
-        (PromptLayout::Plain | PromptLayout::Alpaca, _) => None,
-        (PromptLayout::Chat, Some(template)) => Some(template),
-        (PromptLayout::Chat, None) => Some(tokenizer.require_chat_template()?),
-    })
+    match prompting.settings.layout {
+        PromptLayout::Plain | PromptLayout::Alpaca => Ok(None),
+        PromptLayout::Chat => prompting.template(tokenizer).map(Some),
+    }
 }
 
 /// Writes a conversation.
@@ -50,11 +47,11 @@ pub fn template<'a>(prompting: &'a Prompting, tokenizer: &'a Tokenizer) -> Resul
 /// There is no template, it refuses the conversation, or the text can't be encoded.
 pub fn write(prompting: &Prompting, tokenizer: &Tokenizer, conversation: &Conversation) -> Result<Prompt, ChatError> {
     let Some(template) = template(prompting, tokenizer)? else {
-        let text = match prompting.settings.layout {
-            PromptLayout::Alpaca => alpaca(prompting, conversation.messages),
-            _ => plain(conversation.messages),
+        let tokens = match prompting.settings.layout {
+            PromptLayout::Alpaca => prompting.instructions(tokenizer, conversation.messages)?.ids,
+            _ => tokenizer.encode(&plain(conversation.messages), true)?.ids,
         };
-        return Ok(Prompt { tokens: tokenizer.encode(&text, true)?.ids, opens_reasoning: false });
+        return Ok(Prompt { tokens, opens_reasoning: false });
     };
     let mut messages = conversation.messages.to_vec();
     for message in &mut messages {
@@ -70,34 +67,18 @@ pub fn write(prompting: &Prompting, tokenizer: &Tokenizer, conversation: &Conver
     }
     let mut kwargs = prompting.settings.template_kwargs.clone();
     kwargs.extend(conversation.template_kwargs.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
-    let text = template.render_input(&ChatInput {
+    let input = ChatInput {
         messages: &messages,
         tools: conversation.tools,
         add_generation_prompt: conversation.add_generation_prompt,
         special_tokens: tokenizer.special_tokens(),
         template_kwargs: Some(&kwargs),
-    })?;
-    let opens_reasoning = text.trim_end().ends_with(reasoning::OPEN);
-    // The template writes what begins a text itself.
-    Ok(Prompt { tokens: tokenizer.encode(&text, false)?.ids, opens_reasoning })
+    };
+    let chat_text::Prompt { text, ids } = prompting.conversation(tokenizer, &input)?;
+    Ok(Prompt { tokens: ids, opens_reasoning: text.trim_end().ends_with(reasoning::OPEN) })
 }
 
 fn plain(messages: &[Message]) -> String {
     let contents: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
     contents.join("\n\n")
-}
-
-fn alpaca(prompting: &Prompting, messages: &[Message]) -> String {
-    let is_system = |message: &&Message| message.role == "system" || message.role == "developer";
-    let system = messages.iter().find(is_system).map(|message| message.content.as_str());
-    let system = system.or(prompting.settings.system_prompt.as_deref());
-    let mut text = String::new();
-    for message in messages.iter().filter(|message| !is_system(message)) {
-        match message.role.as_str() {
-            "assistant" => text += &message.content,
-            _ if text.is_empty() => text = alpaca_prompt(&message.content, "", system),
-            _ => text += &format!("\n\n{}", alpaca_turn(&message.content, "")),
-        }
-    }
-    text
 }

@@ -90,7 +90,8 @@ fn a_conversation_in_layouts_that_are_none() {
         }
         let seen = seen.lock().unwrap();
         let prompt = |index: usize| tokenizer().decode(&seen[index].prompt, false).unwrap();
-        let end = "### Instruction:\nOne\n\n### Response:\nTwo\n\n### Instruction:\nThree\n\n### Response:\n";
+        // An answer of before ends as it does in a row with a history.
+        let end = "### Instruction:\nOne\n\n### Response:\nTwo<|im_end|>\n\n### Instruction:\nThree\n\n### Response:\n";
         assert!(prompt(0).ends_with(end), "{}", prompt(0));
         assert_eq!(prompt(1), "One\n\nTwo\n\nThree");
     });

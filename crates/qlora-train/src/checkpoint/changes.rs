@@ -82,7 +82,7 @@ impl TrainingCheckpoint {
         for (key, words) in differences(&saved, &now) {
             if decides_tensors(&key) {
                 changes.impossible.push(words);
-            } else if !FREE.contains(&key.as_str()) {
+            } else if !FREE.contains(&key.as_str()) && !key.starts_with("serve.") {
                 changes.serious.push(words);
             }
         }

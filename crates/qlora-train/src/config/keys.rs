@@ -8,7 +8,7 @@ use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
-use super::{BaseModelConfig, QuantizationConfig, RunConfig, TrainConfig};
+use super::{BaseModelConfig, QuantizationConfig, RunConfig, ServeConfig, TrainConfig};
 use crate::error::TrainError;
 use qlora_data::DataConfig;
 
@@ -57,13 +57,14 @@ const SYNONYMS: &[(&str, &str)] = &[
 ];
 
 /// The sections and the keys of each.
-fn sections() -> [(&'static str, &'static [&'static str]); 5] {
+fn sections() -> [(&'static str, &'static [&'static str]); 6] {
     [
         ("model", field_names::<BaseModelConfig>()),
         ("quantization", field_names::<QuantizationConfig>()),
         ("lora", field_names::<LoraConfig>()),
         ("data", field_names::<DataConfig>()),
         ("train", field_names::<RunConfig>()),
+        ("serve", field_names::<ServeConfig>()),
     ]
 }
 
@@ -195,6 +196,9 @@ fn key_at(table: &DeTable<'_>, offset: usize) -> Option<String> {
 
 fn unknown_key(place: String, key: &str) -> TrainError {
     let hint = match nearest(key) {
+        _ if key == "serve.api_key" => {
+            "give it as --api-key or QLORA_API_KEY: a configuration is copied into checkpoints".to_string()
+        }
         Some(known) => match (key.split_once('.'), known.split_once('.')) {
             (Some((section, _)), Some((there, leaf))) if section == there => {
                 format!("did you mean `{leaf}`?")

@@ -34,6 +34,7 @@ impl TrainConfig {
         )?;
         self.lora.validate()?;
         self.train.validate()?;
+        self.serve.validate()?;
         Ok(self.data.validate()?)
     }
 }
@@ -90,7 +91,7 @@ impl RunConfig {
     }
 }
 
-fn check(key: &str, value: impl Display, ok: bool, allowed: &str) -> Result<(), TrainError> {
+pub(super) fn check(key: &str, value: impl Display, ok: bool, allowed: &str) -> Result<(), TrainError> {
     if ok {
         return Ok(());
     }
