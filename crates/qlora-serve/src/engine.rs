@@ -10,6 +10,7 @@ use adapter_io::Adapter;
 use burn::backend::StreamId;
 use host_copies::DeviceError;
 use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits, Step};
+use rayon::prelude::*;
 use tokio::sync::oneshot;
 
 use crate::adapters::{AdapterNumber, Adapters};
@@ -401,6 +402,7 @@ impl Engine {
         let [_, vocab] = step.logits.dims();
         let mut logits = step.logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
         let mut rows = logits.chunks_exact_mut(vocab);
+        let mut last_rows: HashMap<SequenceId, &mut [f32]> = HashMap::new();
         for (slice, wanted) in slices.iter().zip(wanted) {
             let count = match wanted {
                 RowLogits::None => 0,
@@ -412,7 +414,23 @@ impl Engine {
                 self.note_prompt(slice, &own);
             }
             if let Some(last) = own.pop().filter(|_| slice.is_last) {
-                self.advance(slice.id, last);
+                last_rows.insert(slice.id, last);
+            }
+        }
+        // A vocabulary takes a thread as long as the device takes for a token.
+        let answering: Vec<(SequenceId, &mut Answering, &mut [f32])> = self
+            .answering
+            .iter_mut()
+            .filter_map(|(id, answering)| Some((*id, answering, last_rows.remove(id)?)))
+            .collect();
+        let choose = |(id, answering, row): (SequenceId, &mut Answering, &mut [f32])| (id, answering.next(row));
+        let mut next: HashMap<SequenceId, Next> = answering.into_par_iter().map(choose).collect();
+        for slice in slices {
+            match next.remove(&slice.id) {
+                Some(Next::Token(token, logprobs)) => self.push(slice.id, token, logprobs),
+                Some(Next::Failed(message)) => self.fail(slice.id, message),
+                Some(Next::Enough) => self.finish(slice.id, FinishReason::Length),
+                None => {}
             }
         }
         Ok(())
@@ -441,28 +459,6 @@ impl Engine {
         if notes.len() == answering.prompt_len {
             answering.reply.send(Event::Prompt(answering.prompt_logprobs.take().unwrap_or_default()));
         }
-    }
-
-    /// Chooses a sequence's next token.
-    fn advance(&mut self, id: SequenceId, row: &mut [f32]) {
-        let Some(answering) = self.answering.get_mut(&id) else { return };
-        if answering.generated == answering.max_tokens {
-            return self.finish(id, FinishReason::Length);
-        }
-        let allowed = match answering.constraint.as_mut().map(|constraint| constraint.allowed()).transpose() {
-            Ok(allowed) => allowed.flatten(),
-            Err(message) => return self.fail(id, message),
-        };
-        let original = answering.logprobs.map(|_| row.to_vec());
-        let Some(token) = answering.sampler.choose(row, allowed.as_deref()) else {
-            let message = match row.iter().any(|logit| logit.is_nan()) {
-                true => ModelError::NotANumber.to_string(),
-                false => "no token may follow here: every one is forbidden by the constraint or by logit_bias".into(),
-            };
-            return self.fail(id, message);
-        };
-        let logprobs = original.map(|original| logprobs(&original, token, answering.logprobs.unwrap_or(0)));
-        self.push(id, token, logprobs);
     }
 
     /// Appends a token to an answer, and ends the answer where it ends.
@@ -496,7 +492,35 @@ impl Engine {
     }
 }
 
+/// How an answer goes on.
+enum Next {
+    Token(u32, Option<TokenLogprobs>),
+    /// It is as long as it may be.
+    Enough,
+    Failed(String),
+}
+
 impl Answering {
+    /// Chooses the next token.
+    fn next(&mut self, row: &mut [f32]) -> Next {
+        if self.generated == self.max_tokens {
+            return Next::Enough;
+        }
+        let allowed = match self.constraint.as_mut().map(|constraint| constraint.allowed()).transpose() {
+            Ok(allowed) => allowed.flatten(),
+            Err(message) => return Next::Failed(message),
+        };
+        let original = self.logprobs.map(|_| row.to_vec());
+        let Some(token) = self.sampler.choose(row, allowed.as_deref()) else {
+            return Next::Failed(match row.iter().any(|logit| logit.is_nan()) {
+                true => ModelError::NotANumber.to_string(),
+                false => "no token may follow here: every one is forbidden by the constraint or by logit_bias".into(),
+            });
+        };
+        let logprobs = original.map(|original| logprobs(&original, token, self.logprobs.unwrap_or(0)));
+        Next::Token(token, logprobs)
+    }
+
     /// Whether nothing but the likeliest token is asked for.
     fn takes_likeliest(&self) -> bool {
         self.logprobs.is_none() && self.constraint.is_none() && self.sampler.takes_likeliest()

@@ -1,5 +1,6 @@
 //! The next token, from a row of logits.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use rand::{Rng, SeedableRng};
@@ -97,34 +98,65 @@ impl Sampler {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         let highest = logits[best as usize];
         let weight = |logit: f32| (f64::from(logit - highest) / temperature).exp();
-        let order = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         let mut tokens: Vec<(u32, f64)> =
             logits.iter().enumerate().map(|(token, &logit)| (token as u32, weight(logit))).collect();
-        // Nothing that the other bounds keep is less likely than min_p, and what is below it need not be sorted.
+        // Nothing that the other bounds keep is less likely than min_p, where they keep the likeliest by number alone.
         let least = if top_p >= 1.0 && top_k == 0 { min_p } else { 0.0 };
         tokens.retain(|(_, weight)| *weight > 0.0 && *weight >= least);
         if (1..tokens.len()).contains(&top_k) {
-            tokens.select_nth_unstable_by(top_k - 1, order);
+            tokens.select_nth_unstable_by(top_k - 1, likelier);
             tokens.truncate(top_k);
         }
-        tokens.sort_unstable_by(order);
-        if top_p < 1.0 {
-            let total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
-            let mut kept = 0.0;
-            let nucleus = tokens.iter().position(|(_, weight)| {
-                kept += weight;
-                kept >= top_p * total
-            });
-            tokens.truncate(nucleus.map_or(tokens.len(), |last| last + 1));
-        }
-        tokens.retain(|(_, weight)| *weight >= min_p);
         let total: f64 = tokens.iter().map(|(_, weight)| weight).sum();
-        let mut point = point * total;
-        let drawn = tokens.iter().find(|(_, weight)| {
+        let mut tokens = Descending { tokens, sorted: 0 };
+        // What is left of the probability: all, or that of the likeliest tokens within the bounds.
+        let (mut mass, mut count) = (total, usize::MAX);
+        if top_p < 1.0 || min_p > least {
+            let (mut kept, mut index) = (0.0, 0);
+            while let Some((_, weight)) =
+                tokens.get(index).filter(|(_, weight)| *weight >= min_p && kept < top_p * total)
+            {
+                kept += weight;
+                index += 1;
+            }
+            (mass, count) = (kept, index);
+        }
+        let mut point = point * mass;
+        for index in 0..count {
+            let Some((token, weight)) = tokens.get(index) else { break };
             point -= weight;
-            point < 0.0
-        });
-        drawn.map_or(best, |(token, _)| *token)
+            if point < 0.0 {
+                return token;
+            }
+        }
+        best
+    }
+}
+
+/// By weight, the largest first, of equal ones by id.
+fn likelier(a: &(u32, f64), b: &(u32, f64)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Tokens with their weights, the likeliest first. A vocabulary has a hundred thousand, and a draw looks at some tens of them: they
+/// are sorted as far as they are asked for.
+struct Descending {
+    tokens: Vec<(u32, f64)>,
+    sorted: usize,
+}
+
+impl Descending {
+    fn get(&mut self, index: usize) -> Option<(u32, f64)> {
+        while index >= self.sorted && self.sorted < self.tokens.len() {
+            let rest = &mut self.tokens[self.sorted..];
+            let more = (3 * self.sorted).max(64).min(rest.len());
+            if more < rest.len() {
+                rest.select_nth_unstable_by(more - 1, likelier);
+            }
+            rest[..more].sort_unstable_by(likelier);
+            self.sorted += more;
+        }
+        self.tokens.get(index).copied()
     }
 }
 
@@ -260,6 +292,40 @@ mod tests {
         let mut logits = [4.0, -1.0, 3.0, 0.0, 7.0];
         sampler.adjust(&mut logits);
         assert_eq!(logits, [2.0, -2.0 - 0.5 - 0.5, 1.5 - 0.5 - 0.25, 1.5, 7.0]);
+    }
+
+    /// A walk over all tokens, sorted, is the definition.
+    #[test]
+    fn what_is_sorted_in_parts_is_drawn_as_if_all_were_sorted() {
+        let logits: Vec<f32> = (0..5000_u32).map(|id| (id.wrapping_mul(2_654_435_761) >> 24) as f32 / 40.0).collect();
+        for (top_k, top_p, min_p) in
+            [(0, 1.0, 0.0), (0, 0.9, 0.0), (0, 0.3, 0.0), (0, 1.0, 0.05), (700, 1.0, 0.01), (700, 0.8, 0.0)]
+        {
+            let sampling = Sampling { temperature: 1.3, top_k, top_p, min_p, ..Sampling::default() };
+            let sampler = Sampler::new(sampling.clone(), &[]);
+            let best = likeliest(&logits).unwrap();
+            let weight = |id: usize| (f64::from(logits[id] - logits[best as usize]) / sampling.temperature).exp();
+            let mut all: Vec<(u32, f64)> = (0..logits.len()).map(|id| (id as u32, weight(id))).collect();
+            all.sort_by(likelier);
+            all.truncate(if top_k == 0 { all.len() } else { top_k });
+            let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+            let mut kept = 0.0;
+            all.retain(|(_, weight)| {
+                let is_kept = kept < top_p * total && *weight >= min_p;
+                kept += weight;
+                is_kept
+            });
+            let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+            for step in 0..200 {
+                let point = f64::from(step) / 200.0 + 1e-4;
+                let mut left = point * total;
+                let expected = all.iter().find(|(_, weight)| {
+                    left -= weight;
+                    left < 0.0
+                });
+                assert_eq!(sampler.draw(&logits, best, point), expected.unwrap().0, "{top_k} {top_p} {min_p} {point}");
+            }
+        }
     }
 
     #[test]
