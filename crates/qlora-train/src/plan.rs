@@ -61,7 +61,7 @@ pub struct Plan {
 impl Plan {
     /// Works a run out within `memory`.
     ///
-    /// [`Activations`](crate::checkpointing::Activations) has the formulas of what a micro-batch of the longest row takes. The
+    /// [`Activations`] has the formulas of what a micro-batch of the longest row takes. The
     /// program itself takes 38 MiB on the CPU, the logits two and a half times their size: both measured, as resident
     /// memory of the process on Linux.
     ///

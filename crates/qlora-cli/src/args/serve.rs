@@ -19,7 +19,7 @@ Without a list of adapters the run's own answers, under the name of its output f
 
 Ctrl-C or SIGTERM ends the server when what it answers is answered; a second one at once.")]
 pub struct ServeArgs {
-    /// A configuration, as `qlora init` writes it: its base, and [serve]; flags override it
+    /// A configuration, as `qlora init` writes it: its base, and its section `serve`; flags override it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The model.
