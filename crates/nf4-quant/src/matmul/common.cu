@@ -15,3 +15,9 @@ struct Params {
     u32 offset;        // position of the mean of the absmax in `nested`, under double quantization
 };
 
+// The parameters of a product of groups; grouped.rs has the Rust side.
+struct GroupedParams {
+    Params p;          // `tokens` are those of all groups; weights, of `m` and `k` each, lie one behind the other
+    float scale;       // factor of the sums
+    u32 pad;
+};
