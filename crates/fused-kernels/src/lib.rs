@@ -23,6 +23,7 @@ pub mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod error;
+pub mod experts;
 pub mod gated;
 pub mod grouped_low_rank;
 pub mod likeliest;
