@@ -5,7 +5,7 @@ use crate::ops::{self, Layout4bit, LoraTerms, Packed4bit};
 use crate::params::{flattened, frozen};
 use burn::backend::Dispatch;
 use burn::config::Config;
-use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 
@@ -168,6 +168,23 @@ impl Linear4bit {
             nested_absmax: tensor(&self.nested_absmax),
             layout: self.layout,
         }
+    }
+
+    /// Codes, absmax and nested absmax.
+    pub(crate) fn tensors(&self) -> [Tensor<1, Int>; 3] {
+        [&self.codes, &self.absmax, &self.nested_absmax].map(|param| param.val())
+    }
+
+    /// Takes codes and absmax of equal values from another memory.
+    pub(crate) fn become_view(&mut self, codes: Tensor<1, Int>, absmax: Tensor<1, Int>) {
+        for (param, view) in [(&mut self.codes, codes), (&mut self.absmax, absmax)] {
+            *param = Param::initialized(param.id, view).set_require_grad(false);
+        }
+    }
+
+    /// Names the weight: clones of a layer have the same.
+    pub(crate) fn id(&self) -> ParamId {
+        self.codes.id
     }
 
     /// Codebook, blocks and shape.
