@@ -33,7 +33,13 @@ fn named_mut<'a>(path: &str, parts: Vec<(&'static str, &'a mut Param<Tensor<2>>)
 impl Block {
     /// What is trained in this block.
     pub fn parameters(&self) -> Parameters<'_> {
-        let linears = self.linears().flat_map(|(path, linear)| named(&path, linear.parameters()));
+        let (mlp, experts) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
+            FeedForward::Experts(moe) => (None, Some(moe.linears())),
+        };
+        let linears = self.qkv.iter().chain([&self.output]);
+        let linears = linears.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        let linears = linears.flat_map(|Named { path, module }| named(path, module.parameters()));
         let norms = self.norms().filter_map(|(path, norm)| Some((format!("{path}.weight"), &**norm.trained.as_ref()?)));
         let experts = self.experts().into_iter().flat_map(Moe::joined_parameters);
         linears.chain(experts).chain(norms).collect()
@@ -48,8 +54,8 @@ impl Block {
         };
         let (experts, joined) = experts.unzip();
         let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
-        let linears = linears.map(Named::pair_mut);
-        let linears = linears.flat_map(|(path, linear)| named_mut(&path, linear.parameters_mut()));
+        // Paths of the many that have nothing to train are not copied.
+        let linears = linears.flat_map(|Named { path, module }| named_mut(path, module.parameters_mut()));
         let norms = norms.as_mut().into_iter().map(Named::pair_mut);
         let norms = norms.filter_map(|(path, norm)| Some((format!("{path}.weight"), norm.trained.as_mut()?)));
         linears.chain(joined.into_iter().flatten()).chain(norms).collect()
