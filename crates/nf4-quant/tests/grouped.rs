@@ -10,7 +10,9 @@ mod common;
 use common::{narrow, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight};
-use nf4_quant::matmul::grouped::{GroupedOperands, Groups, grouped, max_tiles, reference, supports, tile_rows};
+use nf4_quant::matmul::grouped::{
+    GroupedOperands, GroupedPath, Groups, grouped, max_tiles, path, paths, reference, tile_rows,
+};
 use nf4_quant::matmul::{Direction, LowRank, Problem, Weight};
 use nf4_quant::{Absmax, Element, FloatFormat, QuantConfig, Quantized4bit};
 use test_support::{Random, assert_close};
@@ -28,7 +30,7 @@ const PROBLEM: Problem = Problem {
 const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::InputGradient];
 
 fn client() -> Option<&'static Client> {
-    test_support::cuda(|client| supports(client, &Problem { tokens: 100, ..PROBLEM }, 3))
+    test_support::cuda(|client| path(client, &Problem { tokens: 100, ..PROBLEM }, 3, 64).is_some())
 }
 
 fn bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
@@ -101,7 +103,7 @@ struct Case {
     scale: f32,
 }
 
-fn check(client: &Client, case: &Case, tile_rows: usize, seed: u64) {
+fn check(client: &Client, path: GroupedPath, case: &Case, tile_rows: usize, seed: u64) {
     let counts = &case.counts;
     let problem = Problem { tokens: counts.iter().sum(), ..case.problem };
     let Problem { tokens, out_features, in_features, rank, format, out, .. } = problem;
@@ -140,7 +142,7 @@ fn check(client: &Client, case: &Case, tile_rows: usize, seed: u64) {
     let low_rank = (rank > 0).then_some(LowRank { product: &product_handle, factor: &factor_handle });
     let operands = GroupedOperands { x: &x_handle, weight, low_rank, scale: case.scale };
     let y = handle(&vec![f32::NAN; tokens * features], out);
-    grouped(client, &problem, &table, &operands, &y).unwrap();
+    grouped(client, path, &problem, &table, &operands, &y).unwrap();
     let actual = floats(&client.read_one(y).expect("the kernel runs"), out);
 
     let (x, meaning, product) = (wide(&x), wide(&meaning), wide(&product));
@@ -159,7 +161,7 @@ fn check(client: &Client, case: &Case, tile_rows: usize, seed: u64) {
         FloatFormat::F16 => 2_f64.powi(-11),
         FloatFormat::BF16 => 2_f64.powi(-8),
     };
-    let what = format!("{problem:?}, {counts:?} in tiles of {tile_rows}");
+    let what = format!("{path:?}, {problem:?}, {counts:?} in tiles of {tile_rows}");
     assert_close(what, &actual, &expected, |i, expected| {
         let sums = lost * magnitudes[i];
         sums + half_ulp * (expected.abs() + sums)
@@ -179,7 +181,10 @@ fn all(problem: Problem, double_quant: bool) {
                 let problem = Problem { direction, ..problem };
                 let scale = if problem.blocksize.is_none() { 0.7 } else { 1.0 };
                 let case = Case { problem, counts: counts.clone(), double_quant, scale };
-                check(client, &case, tile_rows, seed as u64);
+                let tokens = counts.iter().sum();
+                let paths = paths(client, &Problem { tokens, ..problem }, counts.len(), tile_rows);
+                assert!(!paths.is_empty(), "no path for {problem:?}");
+                paths.into_iter().for_each(|path| check(client, path, &case, tile_rows, seed as u64));
             }
         }
     }
@@ -219,12 +224,13 @@ fn the_same_operands_give_the_same_bits_whatever_the_tiles() {
     let x = client.create_from_slice(&bytes(&draw(180 * 64), FloatFormat::BF16));
     let weight = client.create_from_slice(&bytes(&draw(3 * 8 * 64), FloatFormat::BF16));
     let run = |tile_rows: usize| {
+        let path = path(client, &problem, 3, tile_rows).unwrap();
         let table: Vec<u8> = table(&[50, 100, 30], tile_rows).into_iter().flat_map(u32::to_le_bytes).collect();
         let tiles = client.create_from_slice(&table);
         let groups = Groups { count: 3, tiles: &tiles, tile_count: table.len() / 12, tile_rows };
         let operands = GroupedOperands { x: &x, weight: Weight::Dense(&weight), low_rank: None, scale: 1.0 };
         let y = client.empty(180 * 8 * 2);
-        grouped(client, &problem, &groups, &operands, &y).unwrap();
+        grouped(client, path, &problem, &groups, &operands, &y).unwrap();
         client.read_one(y).unwrap().to_vec()
     };
     let first = run(16);
@@ -238,6 +244,7 @@ fn operands_that_do_not_fit_are_refused() {
     let Some(client) = client() else { return };
     let problem = Problem { tokens: 100, blocksize: None, ..PROBLEM };
     let (large, short) = (client.empty(1 << 20), client.empty(100));
+    let path = path(client, &problem, 2, 64).unwrap();
     let groups = Groups { count: 2, tiles: &large, tile_count: 4, tile_rows: 64 };
     let operands = GroupedOperands { x: &large, weight: Weight::Dense(&large), low_rank: None, scale: 1.0 };
     for (problem, groups, operands, message) in [
@@ -246,12 +253,15 @@ fn operands_that_do_not_fit_are_refused() {
         (problem, Groups { count: 20, ..groups }, operands, "`weight`"),
         (problem, Groups { tile_rows: 32, ..groups }, operands, "32 rows a tile"),
         (Problem { rank: 8, ..problem }, groups, operands, "rank 8 with no"),
-        (Problem { rank: 4, ..problem }, groups, operands, "no kernel"),
         (Problem { blocksize: Some(64), ..problem }, groups, operands, "kind"),
     ] {
-        let error = grouped(client, &problem, &groups, &operands, &large).unwrap_err().to_string();
+        let error = grouped(client, path, &problem, &groups, &operands, &large).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
     }
+    for problem in [Problem { rank: 4, ..problem }, Problem { in_features: 60, ..problem }] {
+        assert_eq!(paths(client, &problem, 2, 64), [], "{problem:?}");
+    }
+    assert_eq!(paths(client, &problem, 2, 32), []);
 }
 
 #[test]

@@ -13,6 +13,10 @@ use crate::ops::{Layout4bit, LoraDropout};
 use crate::params::{constant, in_pass, track, trainable};
 use crate::{LayerError, Linear4bit, LoraAdapter, Pass};
 
+/// A view begins at a multiple of so many words, or devices make it a copy. Thousands of small buffers would have a price
+/// of their own: CubeCL's allocator looks through what lies before a free place.
+const VIEW_WORDS: usize = 128;
+
 /// The frozen weights of one projection of all experts, in one memory.
 #[derive(Clone, Debug)]
 pub struct ExpertStack {
@@ -50,9 +54,19 @@ impl ExpertStack {
                 Tensor::cat(nested.chain(offsets).collect(), 0)
             }
         };
+        // A layer's own nested absmax has its offset behind it.
+        let own_len = tensors[0][2].dims()[0];
+        let stride = own_len.next_multiple_of(VIEW_WORDS);
+        let gap = Tensor::<1, Int>::zeros([stride - own_len], (&codes.device(), DType::U32));
+        let apart = tensors
+            .iter()
+            .flat_map(|parts| std::iter::once(parts[2].clone()).chain((stride > own_len).then(|| gap.clone())));
+        let own = Tensor::cat(apart.collect(), 0);
+        let format = layers[0].format();
         for (i, layer) in layers.iter_mut().enumerate() {
-            let view = |all: &Tensor<1, Int>, len| all.clone().narrow(0, i * len, len);
-            layer.become_view(view(&codes, codes_len), view(&absmax, absmax_len));
+            let view = |all: &Tensor<1, Int>, stride, len| all.clone().narrow(0, i * stride, len);
+            let (codes, absmax) = (view(&codes, codes_len, codes_len), view(&absmax, absmax_len, absmax_len));
+            layer.become_view([codes, absmax, view(&own, stride, own_len)], format.clone());
         }
         let layers = layers.iter().map(|layer| layer.id()).collect();
         Ok(Self { codes, absmax, nested_absmax, layout, layers })

@@ -175,11 +175,18 @@ impl Linear4bit {
         [&self.codes, &self.absmax, &self.nested_absmax].map(|param| param.val())
     }
 
-    /// Takes codes and absmax of equal values from another memory.
-    pub(crate) fn become_view(&mut self, codes: Tensor<1, Int>, absmax: Tensor<1, Int>) {
-        for (param, view) in [(&mut self.codes, codes), (&mut self.absmax, absmax)] {
+    /// Takes codes, absmax and nested absmax of equal values from another memory, and the format of an equal layer.
+    pub(crate) fn become_view(&mut self, [codes, absmax, nested_absmax]: [Tensor<1, Int>; 3], format: Tensor<2, Int>) {
+        let parts = [(&mut self.codes, codes), (&mut self.absmax, absmax), (&mut self.nested_absmax, nested_absmax)];
+        for (param, view) in parts {
             *param = Param::initialized(param.id, view).set_require_grad(false);
         }
+        self.format = Param::initialized(self.format.id, format).set_require_grad(false);
+    }
+
+    /// What stands for codebook and dtype.
+    pub(crate) fn format(&self) -> Tensor<2, Int> {
+        self.format.val()
     }
 
     /// Names the weight: clones of a layer have the same.

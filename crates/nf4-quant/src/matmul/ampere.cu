@@ -113,15 +113,6 @@ struct Share {
     u32 m0, n0, end, group, first, units, slot, part, parts;
 };
 
-#if GROUPED
-// A tile: its group, its first token, and the token behind its last; none where the table is longer than needed.
-struct Tile {
-    u32 group, first, end;
-};
-#else
-struct Tile;
-#endif
-
 // Volatile, like `thread_index`: the loop has no registers for what is needed again only after it.
 __device__ __forceinline__ Share share(const Params& p, const Tile* tiles) {
     u32 cube;

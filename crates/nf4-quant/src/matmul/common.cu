@@ -21,3 +21,9 @@ struct GroupedParams {
     float scale;       // factor of the sums
     u32 pad;
 };
+
+// A tile of such a product: its group, its first token, and the token behind its last; none where the table is longer
+// than needed.
+struct Tile {
+    u32 group, first, end;
+};

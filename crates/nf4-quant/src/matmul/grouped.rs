@@ -5,15 +5,16 @@
 //! alone: a table there lists tiles, each some rows of one group, and the launch has as many cubes as the table could need at
 //! most ([`max_tiles`]). Those without rows end at once, so that a group without rows costs nothing.
 //!
-//! The kernel is [`mod@super::ampere`]'s, on every card. Tiles are not split along the depth: experts come in numbers that
-//! fill a card, and a row's sums are taken in an order that depends on no other row.
+//! The kernels are those of [`mod@super::ampere`] and [`mod@super::hopper`]. The first is preferred on every card: the second
+//! compiles for groups, and is not measured yet; `NF4_QUANT_MATMUL=hopper` chooses it. Tiles are not split along the depth: experts come
+//! in numbers that fill a card, and a row's sums are taken in an order that depends on no other row.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use cuda_source::{Arguments, Source};
+use cuda_source::{Arguments, Choices, CudaDevice, Source};
 
 use super::schedule::{Params, Schedule};
-use super::{LowRank, Operands, Problem, Weight, ampere, check_alignment, refused};
+use super::{LowRank, Operands, Problem, Weight, ampere, check_alignment, hopper, refused};
 use crate::QuantError;
 use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size, tables};
 
@@ -63,20 +64,54 @@ pub fn max_tiles(rows: usize, groups: usize, tile_rows: usize) -> usize {
     rows / tile_rows + groups.min(rows)
 }
 
-/// Whether a client's device has a kernel for a problem of `groups` groups: [`Problem`] says the shapes of one group, and the
-/// rows of all.
-pub fn supports(client: &Client, problem: &Problem, groups: usize) -> bool {
-    let Problem { out_features, in_features, rank, blocksize, .. } = *problem;
-    let elements = out_features * in_features;
-    // Positions count in 32 bits, over all groups.
-    let all = |len: usize| len.saturating_mul(groups) < u32::MAX as usize;
+/// The kernel of a product of groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GroupedPath {
+    /// wgmma, compute capability 9.0; 4-bit weights, tiles of 64 or 128 rows.
+    Hopper(hopper::Tile),
+    /// mma.sync, compute capability 8.0 or later.
+    Ampere(ampere::Tile),
+}
+
+/// The kernel for a problem of `groups` groups in tiles of `tile_rows` rows on a client's device, or `None` where there is
+/// none: [`Problem`] says the shapes of one group, and the rows of all. `NF4_QUANT_MATMUL` forces `hopper` or `ampere`.
+pub fn path(client: &Client, problem: &Problem, groups: usize, tile_rows: usize) -> Option<GroupedPath> {
+    static CHOICES: Choices<()> = Choices::new("NF4_QUANT_MATMUL");
+    let candidates = candidates(&cuda_source::device(client)?, problem, groups, tile_rows);
+    // What is forced may be a kernel for one weight.
+    let forced = CHOICES.forced().filter(|name| ["hopper", "ampere"].contains(name));
+    cuda_source::choose(candidates, forced)
+}
+
+/// Every kernel that takes a problem, the one that [`path`] prefers first.
+pub fn paths(client: &Client, problem: &Problem, groups: usize, tile_rows: usize) -> Vec<GroupedPath> {
     let device = cuda_source::device(client);
-    device.is_some_and(|device| ampere::tile(&device, problem).is_some())
-        && groups > 0
+    device
+        .map_or_else(Vec::new, |device| candidates(&device, problem, groups, tile_rows).map(|(_, path)| path).collect())
+}
+
+pub(super) fn candidates(
+    device: &CudaDevice,
+    problem: &Problem,
+    groups: usize,
+    tile_rows: usize,
+) -> impl Iterator<Item = (&'static str, GroupedPath)> + use<> {
+    let fits = fits(problem, groups);
+    let hopper = hopper::grouped_tile(device, problem, tile_rows).map(GroupedPath::Hopper);
+    let known = [16, 64, 128].contains(&tile_rows) && ampere::tile(device, problem).is_some();
+    let ampere = known.then_some(GroupedPath::Ampere(ampere::Tile { tokens: tile_rows }));
+    let all = [("ampere", ampere), ("hopper", hopper)];
+    all.into_iter().filter_map(move |(name, path)| Some((name, path.filter(|_| fits)?)))
+}
+
+/// Whether positions over all groups count in 32 bits, and blocks don't cross groups.
+fn fits(problem: &Problem, groups: usize) -> bool {
+    let elements = problem.out_features * problem.in_features;
+    let all = |len: usize| len.saturating_mul(groups) < u32::MAX as usize;
+    groups > 0
         && all(elements)
-        && all(problem.features() * rank)
-        // Blocks don't cross groups.
-        && blocksize.is_none_or(|blocksize| elements.is_multiple_of(blocksize))
+        && all(problem.features() * problem.rank)
+        && problem.blocksize.is_none_or(|blocksize| elements.is_multiple_of(blocksize))
 }
 
 /// Whether a weight of groups that each have `elements` elements keeps the nested blocks of groups apart, as the kernel asks.
@@ -84,7 +119,7 @@ pub fn nested_blocks_fit(elements: usize, blocksize: usize, nested_blocksize: us
     nested_blocksize.is_power_of_two() && elements.is_multiple_of(blocksize.saturating_mul(nested_blocksize))
 }
 
-/// Launches a product of groups. Rows of `out` that are in no tile are not written.
+/// Launches a product of groups on the path that [`path`] gave. Rows of `out` that are in no tile are not written.
 ///
 /// # Shapes
 ///
@@ -93,16 +128,41 @@ pub fn nested_blocks_fit(elements: usize, blocksize: usize, nested_blocksize: us
 /// # Errors
 ///
 /// [`QuantError::BufferSize`] for the buffer that is too small, [`QuantError::Matmul`] for operands that do not fit the
-/// problem or one that no kernel [takes](supports).
+/// problem or the path.
 pub fn grouped(
     client: &Client,
+    path: GroupedPath,
     problem: &Problem,
     groups: &Groups<'_>,
     operands: &GroupedOperands<'_>,
     out: &Handle,
 ) -> Result<(), QuantError> {
-    check(client, problem, groups, operands, out)?;
-    let tile = ampere::Tile { tokens: groups.tile_rows };
+    check(path, problem, groups, operands, out)?;
+    let GroupedOperands { x, weight, low_rank, scale } = *operands;
+    let operands = Operands { x, weight, low_rank, bias: None };
+    let tiles = problem.features().div_ceil(ampere::FEATURES) * groups.tile_count;
+    let (cubes, arguments) = match path {
+        GroupedPath::Hopper(tile) => {
+            let arguments = hopper::grouped_arguments(client, tile, problem, groups.count, &operands)?;
+            (tiles.min(hopper::workers(client)), arguments)
+        }
+        GroupedPath::Ampere(_) => (tiles, ampere_arguments(client, &operands)?),
+    };
+    check_alignment("out", out)?;
+    let offset = match weight {
+        Weight::FourBit(DeviceWeight { absmax: DeviceAbsmax::Nested { blocksize: nested, .. }, blocksize, .. }) => {
+            groups.count * problem.out_features * problem.in_features / blocksize / nested
+        }
+        _ => 0,
+    };
+    let whole = Schedule { tiles, whole: tiles, split: 1 };
+    let params = Params::new(problem, &operands, whole).with_offset(offset);
+    let arguments = arguments.read(groups.tiles).write(out).params(GroupedParams { params, scale, pad: 0 });
+    let cubes = u32::try_from(cubes).map_err(|_| QuantError::Matmul(format!("{cubes} tiles are too many")))?;
+    cuda_source::launch(client, &source(path, problem), (cubes, 1, 1), arguments).map_err(refused)
+}
+
+fn ampere_arguments(client: &Client, operands: &Operands<'_>) -> Result<Arguments, QuantError> {
     let tables = tables(client);
     let (product, factor) =
         operands.low_rank.map_or((operands.x, &tables), |low_rank| (low_rank.product, low_rank.factor));
@@ -114,7 +174,6 @@ pub fn grouped(
     read("x", operands.x)?;
     read("low-rank product", product)?;
     read("low-rank factor", factor)?;
-    let mut offset = 0;
     match operands.weight {
         Weight::Dense(weight) => read("weight", weight)?,
         Weight::FourBit(weight) => {
@@ -123,20 +182,9 @@ pub fn grouped(
             read("absmax", absmax)?;
             read("nested_absmax", nested)?;
             read("tables", &tables)?;
-            if let DeviceAbsmax::Nested { blocksize, .. } = &weight.absmax {
-                offset = weight.num_blocks() / blocksize;
-            }
         }
     }
-    check_alignment("out", out)?;
-    let tiles = problem.features().div_ceil(ampere::FEATURES) * groups.tile_count;
-    let whole = Schedule { tiles, whole: tiles, split: 1 };
-    let like = Operands { x: operands.x, weight: operands.weight, low_rank: operands.low_rank, bias: None };
-    let params = Params::new(problem, &like, whole).with_offset(offset);
-    let arguments =
-        arguments.read(groups.tiles).write(out).params(GroupedParams { params, scale: operands.scale, pad: 0 });
-    let cubes = u32::try_from(tiles).map_err(|_| QuantError::Matmul(format!("{tiles} tiles are too many")))?;
-    cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments).map_err(refused)
+    Ok(arguments)
 }
 
 /// `struct GroupedParams` of common.cu.
@@ -148,21 +196,28 @@ struct GroupedParams {
     pad: u32,
 }
 
-pub(super) fn source(tile: ampere::Tile, problem: &Problem) -> Source {
-    ampere::source_of(tile, problem, true)
+pub(super) fn source(path: GroupedPath, problem: &Problem) -> Source {
+    match path {
+        GroupedPath::Hopper(tile) => hopper::source_of(tile, problem, true),
+        GroupedPath::Ampere(tile) => ampere::source_of(tile, problem, true),
+    }
 }
 
 fn check(
-    client: &Client,
+    path: GroupedPath,
     problem: &Problem,
     groups: &Groups<'_>,
     operands: &GroupedOperands<'_>,
     out: &Handle,
 ) -> Result<(), QuantError> {
     let Problem { tokens, out_features, in_features, rank, format, blocksize, .. } = *problem;
-    if !supports(client, problem, groups.count) || ![16, 64, 128].contains(&groups.tile_rows) {
+    let tile_rows = match path {
+        GroupedPath::Hopper(tile) => tile.tokens,
+        GroupedPath::Ampere(tile) => tile.tokens,
+    };
+    if !fits(problem, groups.count) || tile_rows != groups.tile_rows {
         let (count, rows) = (groups.count, groups.tile_rows);
-        return Err(QuantError::Matmul(format!("no kernel for {problem:?} in {count} groups, {rows} rows a tile")));
+        return Err(QuantError::Matmul(format!("{path:?} for {problem:?} in {count} groups, {rows} rows a tile")));
     }
     let size = format.size();
     check_size("x", operands.x, tokens * problem.depth() * size)?;

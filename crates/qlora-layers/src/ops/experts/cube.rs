@@ -14,7 +14,7 @@ use fused_kernels::experts::{self as kernels, Combine, FactorGradient, GatedBack
 use fused_kernels::gated::Activation;
 use fused_kernels::low_rank::FactorLayout;
 use nf4_quant::FloatFormat;
-use nf4_quant::matmul::grouped::{GroupedOperands, Groups, grouped, nested_blocks_fit, supports};
+use nf4_quant::matmul::grouped::{GroupedOperands, Groups, grouped, nested_blocks_fit, path};
 use nf4_quant::matmul::{Direction, LowRank, Problem, Weight};
 
 fn launched(result: Result<(), KernelError>) {
@@ -52,9 +52,7 @@ fn product(
     routed: &RoutedRows<CubeBackend>,
 ) -> Option<CubeTensor> {
     let routing = &routed.host.routing;
-    if !supports(&x.client, problem, routing.experts()) {
-        return None;
-    }
+    let path = path(&x.client, problem, routing.experts(), routing.tile_rows())?;
     let (x, weight) = (into_contiguous(x.clone()), weight());
     let low_rank = low_rank.map(|(u, factor)| (into_contiguous(u.clone()), into_contiguous(factor.clone())));
     let words = into_contiguous(routed.words.clone());
@@ -75,7 +73,7 @@ fn product(
         scale,
     };
     let out = matrix(&x, problem.tokens, problem.features(), x.dtype);
-    grouped(&x.client, problem, &groups, &operands, &out.handle)
+    grouped(&x.client, path, problem, &groups, &operands, &out.handle)
         .unwrap_or_else(|e| panic!("operands that fitted when the kernel was chosen were refused: {e}"));
     Some(out)
 }
