@@ -51,12 +51,14 @@ impl Moe {
         moe
     }
 
+    /// With `gradients_only` the result may be uninitialised; see [`LoraLinear::record`].
+    ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+    pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
         let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
-            Some(stacks) => self.run_as_one(stacks, x, logits, pass),
+            Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
             None if self.is_joined() => self.clone().parted().run_one_by_one(x, logits, pass),
             None => self.run_one_by_one(x, logits, pass),
         }
@@ -68,12 +70,13 @@ impl Moe {
         x: Tensor<2>,
         logits: Tensor<2>,
         pass: Pass,
+        gradients_only: bool,
     ) -> Tensor<2> {
         let routing = route(logits.clone(), self.per_token);
         let weights = expert_weights(logits, &routing, self.normalise);
         let projections =
             [0, 1, 2].map(|i| stacks[i].projection(self.joined[i].as_ref().map(|joined| &joined.module), pass));
-        expert_mlp(x, weights, &routing, projections, self.experts[0].activation, false)
+        expert_mlp(x, weights, &routing, projections, self.experts[0].activation, gradients_only)
     }
 
     fn run_one_by_one(&self, x: Tensor<2>, logits: Tensor<2>, pass: Pass) -> Tensor<2> {
