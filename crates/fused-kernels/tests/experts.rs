@@ -117,7 +117,7 @@ fn rows_are_sorted_by_their_experts() {
         for shape in SHAPES {
             let routing = routing(shape);
             let len = routing.tokens() * routing.experts();
-            let uneven = |i: usize| if i % routing.experts() == 0 { 5.0 } else { (i % 3) as f32 };
+            let uneven = |i: usize| if i.is_multiple_of(routing.experts()) { 5.0 } else { (i % 3) as f32 };
             for (what, scores) in [
                 ("random", noise(1, len)),
                 ("equal", vec![0.5; len]),

@@ -5,6 +5,8 @@
 //! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter, [`LoraAdapter`], or a trained
 //!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either; [`TokenRows`]: rows of
 //!   single tokens.
+//! - [`ExpertStack`], [`ExpertAdapters`]: the layers of a mixture of experts in one memory, to run as one
+//!   ([`ops::experts`]).
 //! - [`apply_lora`]: adapters on the burn-nn linear layers of a module of your own; [`peft`]: those as PEFT's files.
 //! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
 //! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw, or keep it in

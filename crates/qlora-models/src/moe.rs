@@ -36,16 +36,15 @@ pub(crate) struct Moe {
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
-    stacks: Option<[ExpertStack; PROJECTIONS]>,
+    stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
     /// Adapters that were taken off the experts' layers.
-    joined: [Option<Named<ExpertAdapters>>; PROJECTIONS],
+    joined: Box<[Option<Named<ExpertAdapters>>; PROJECTIONS]>,
 }
 
 impl Moe {
     /// Experts whose weights are brought into one memory if they can be.
     pub fn new(router: Named<LoraLinear>, experts: Vec<Mlp>, per_token: usize, normalise: bool) -> Self {
-        let mut moe =
-            Self { router, experts, per_token, normalise, stacks: None, joined: [const { None }; PROJECTIONS] };
+        let mut moe = Self { router, experts, per_token, normalise, stacks: None, joined: Box::default() };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
         moe
@@ -113,7 +112,7 @@ impl Moe {
     }
 
     /// Brings the frozen weights into one memory.
-    fn stack(&mut self) -> Result<[ExpertStack; PROJECTIONS], LayerError> {
+    fn stack(&mut self) -> Result<Box<[ExpertStack; PROJECTIONS]>, LayerError> {
         let apart = |reason: &str| LayerError::Experts { reason: reason.into() };
         if self.experts.iter().any(|expert| expert.linears().count() != PROJECTIONS) {
             return Err(apart("gate and input projection are one layer"));
@@ -125,7 +124,7 @@ impl Moe {
             });
             ExpertStack::new(&mut bases.collect::<Result<Vec<_>, LayerError>>()?)
         };
-        Ok([stack(0, self)?, stack(1, self)?, stack(2, self)?])
+        Ok(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
     }
 
     /// Whether the experts' layers are views of the stacks and nothing more.
@@ -157,7 +156,7 @@ impl Moe {
         if layers().any(|layer| layer.observer.is_some()) {
             return apart("their inputs are being looked at");
         }
-        let mut joined = [const { None }; PROJECTIONS];
+        let mut joined = Box::<[Option<Named<ExpertAdapters>>; PROJECTIONS]>::default();
         for (i, joined) in joined.iter_mut().enumerate() {
             let adapters: Vec<_> = self.layers(i).filter_map(|layer| layer.module.adapter.as_ref()).collect();
             if adapters.is_empty() {
@@ -173,7 +172,7 @@ impl Moe {
         }
         // An initialisation may have changed the weights.
         let held = |i: usize, stack: &ExpertStack| stack.holds(self.layers(i).map(|layer| quantized(&layer.module)));
-        if !self.stacks.as_ref().is_some_and(|stacks| (0..).zip(stacks).all(|(i, stack)| held(i, stack))) {
+        if !self.stacks.as_ref().is_some_and(|stacks| (0..).zip(stacks.iter()).all(|(i, stack)| held(i, stack))) {
             self.stacks = Some(self.stack()?);
         }
         self.experts.iter_mut().flat_map(Mlp::linears_mut).for_each(|layer| layer.module.adapter = None);
@@ -206,7 +205,6 @@ impl Moe {
     }
 
     /// All linear layers, and as [`joined_parameters`](Self::joined_parameters).
-    #[expect(clippy::type_complexity, reason = "two iterators that borrow different fields")]
     pub fn parts_mut(
         &mut self,
     ) -> (impl Iterator<Item = &mut Named<LoraLinear>>, impl Iterator<Item = (String, &mut Param<Tensor<2>>)>) {

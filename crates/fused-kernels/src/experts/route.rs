@@ -118,7 +118,8 @@ fn sort_kernel(words: &mut [u32], places: &Places) {
     let end = min(first + run, places.rows);
     let mut own = 0u32;
     let mut others = 0u32;
-    for entry in first..end {
+    let mut entry = first;
+    while entry < end {
         let chosen = words[entry];
         if chosen == expert {
             own += 1u32;
@@ -126,6 +127,7 @@ fn sort_kernel(words: &mut [u32], places: &Places) {
         if chosen < expert {
             others += 1u32;
         }
+        entry += 1;
     }
     counts[unit] = own;
     before[unit] = others;
@@ -150,8 +152,9 @@ fn sort_kernel(words: &mut [u32], places: &Places) {
 /// Tiles of rows from `first` to `end`.
 #[cube]
 fn tiles_between(first: u32, end: u32, places: &Places) -> u32 {
-    let rows = places.tile_rows as u32;
-    (end - first + rows - 1u32) / rows
+    let (rows, tile_rows) = (end - first, places.tile_rows as u32);
+    let full = rows / tile_rows;
+    full + select(full * tile_rows < rows, 1u32, 0u32)
 }
 
 #[cube(launch_unchecked)]

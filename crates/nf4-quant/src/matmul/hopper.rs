@@ -51,6 +51,7 @@ const TEXT: &str = concat!(
     include_str!("common.cu"),
     cuda_source::tma_barriers!(),
     include_str!("hopper_instructions.cu"),
+    include_str!("hopper_stages.cu"),
     include_str!("hopper_decode.cu"),
     include_str!("hopper.cu")
 );

@@ -79,6 +79,7 @@ fn product(
 }
 
 /// The weight of a product.
+#[expect(clippy::large_enum_variant, reason = "one at a time, for a launch")]
 enum Operand {
     FourBit(nf4_quant::kernels::DeviceWeight),
     Dense(CubeTensor),
