@@ -25,7 +25,7 @@ pub(crate) struct Args {
     /// cuda, `cuda:<index>`, cpu, vulkan or metal.
     #[arg(long, default_value = "cuda")]
     device: String,
-    /// A shape of testdata/llama_shapes.json.
+    /// A shape of testdata/llama_shapes.json or moe_shapes.json.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Another number of layers.
@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let cases = args.cases.iter().map(|text| Case::parse(text)).collect::<Result<Vec<_>>>()?;
     let device = select_device(&args.device)?;
     let dtype = default_compute_dtype(&device);
-    let config = shapes::config(&args.shape, args.layers)?;
+    let config = shapes::config(&args.shape, args.layers, None)?;
     let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype };
     let model = Decoder::random(config, options, 0, &device, &mut |_| {})?;
     let num_adapters = cases.iter().map(|Case([.., adapters])| *adapters).max().unwrap_or(0);

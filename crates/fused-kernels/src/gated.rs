@@ -240,7 +240,7 @@ const TANH_CUBIC: f32 = 0.044_715;
 const DENSITY_AT_0: f32 = 0.398_942_3;
 
 #[cube]
-fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
+pub(crate) fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
     match activation {
         Activation::Silu => x / (1.0f32 + (-x).exp()),
         Activation::Gelu => x * normal_distribution(x),
@@ -251,7 +251,7 @@ fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
 
 /// The derivative of `activate`.
 #[cube]
-fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
+pub(crate) fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
     match activation {
         Activation::Silu => {
             let sigmoid = 1.0f32 / (1.0f32 + (-x).exp());

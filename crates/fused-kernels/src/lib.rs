@@ -25,6 +25,7 @@ pub mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod error;
+pub mod experts;
 pub mod gated;
 pub mod likeliest;
 pub mod low_rank;

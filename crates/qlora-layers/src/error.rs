@@ -5,6 +5,12 @@ use host_copies::DeviceError;
 /// What can be wrong with a LoRA configuration or the tensors given to a layer.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
+    /// The layers of a mixture of experts that can't run as one.
+    #[error("experts can't run as one product: {reason}")]
+    Experts {
+        /// What keeps them apart, and what to do.
+        reason: String,
+    },
     /// A LoRA setting is out of range.
     #[error("lora.{field} = {value}: {reason}")]
     Config {

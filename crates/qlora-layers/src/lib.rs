@@ -5,6 +5,8 @@
 //! - [`LoraLinear`]: a frozen weight (4-bit or dense) with an optional low-rank adapter, [`LoraAdapter`], or a trained
 //!   copy; [`LoraEmbedding`]: the same for an embedding table; [`Dora`]: magnitudes for either; [`TokenRows`]: rows of
 //!   single tokens.
+//! - [`ExpertStack`], [`ExpertAdapters`]: the layers of a mixture of experts in one memory, to run as one
+//!   ([`ops::experts`]).
 //! - [`apply_lora`]: adapters on the burn-nn linear layers of a module of your own; [`peft`]: those as PEFT's files.
 //! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
 //! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw, or keep it in
@@ -19,6 +21,7 @@ pub mod activation_checkpointing;
 mod dora;
 mod embedding;
 mod error;
+mod experts;
 mod frozen_linear;
 mod joined;
 mod linear_4bit;
@@ -41,6 +44,7 @@ pub use activation_checkpointing::ActivationCheckpointing;
 pub use dora::Dora;
 pub use embedding::{EmbeddingAdapter, LoraEmbedding, LoraEmbeddingConfig};
 pub use error::LayerError;
+pub use experts::{ExpertAdapters, ExpertStack};
 pub use frozen_linear::FrozenLinear;
 pub use joined::{AdapterSpan, AdapterSpans, AdapterStack, JOINED_TOKENS, JoinedLayer, can_join, forward_joined};
 pub use linear_4bit::{Linear4bit, Linear4bitConfig};

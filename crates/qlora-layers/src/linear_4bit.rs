@@ -183,6 +183,25 @@ impl Linear4bit {
         })
     }
 
+    /// Codes, absmax and nested absmax.
+    pub(crate) fn tensors(&self) -> [Tensor<1, Int>; 3] {
+        [&self.codes, &self.absmax, &self.nested_absmax].map(|param| param.val())
+    }
+
+    /// Takes codes, absmax and nested absmax of equal values from another memory, and the format of an equal layer.
+    pub(crate) fn become_view(&mut self, [codes, absmax, nested_absmax]: [Tensor<1, Int>; 3], format: Tensor<2, Int>) {
+        let parts = [(&mut self.codes, codes), (&mut self.absmax, absmax), (&mut self.nested_absmax, nested_absmax)];
+        for (param, view) in parts {
+            *param = Param::initialized(param.id, view).set_require_grad(false);
+        }
+        self.format = Param::initialized(self.format.id, format).set_require_grad(false);
+    }
+
+    /// What stands for codebook and dtype.
+    pub(crate) fn format(&self) -> Tensor<2, Int> {
+        self.format.val()
+    }
+
     /// Codebook, blocks and shape.
     pub fn layout(&self) -> &Layout4bit {
         &self.layout
@@ -191,6 +210,11 @@ impl Linear4bit {
     /// Elements of the weight.
     pub fn num_weights(&self) -> usize {
         self.layout.num_elements()
+    }
+
+    /// Where the weight lies.
+    pub fn device(&self) -> Device {
+        self.codes.lazy_device()
     }
 
     /// Bytes that codes and statistics take on the device.

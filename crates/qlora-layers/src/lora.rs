@@ -57,6 +57,11 @@ impl LoraAdapter {
         }
     }
 
+    /// The adapter with other factors.
+    pub(crate) fn with_factors(self, lora_a: Param<Tensor<2>>, lora_b: Param<Tensor<2>>) -> Self {
+        Self { lora_a, lora_b, ..self }
+    }
+
     /// Keeps the present factors as those that the frozen weight had taken out of it.
     pub fn with_initial(mut self) -> Self {
         self.initial = Some([&self.lora_a, &self.lora_b].map(|factor| frozen(constant(factor))));

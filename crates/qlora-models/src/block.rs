@@ -27,7 +27,7 @@ impl FeedForward {
     pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
         match self {
             Self::Dense(mlp) => mlp.forward(x, pass, gradients_only),
-            Self::Experts(moe) => moe.forward(x, pass),
+            Self::Experts(moe) => moe.forward(x, pass, gradients_only),
         }
     }
 }

@@ -201,7 +201,7 @@ impl<'a> Loader<'a> {
             };
             (router, experts.into_iter().map(load).collect::<Result<_, ModelError>>()?)
         };
-        Ok(Moe { router, experts, per_token: config.per_token, normalise: config.normalise })
+        Ok(Moe::new(router, experts, config.per_token, config.normalise))
     }
 
     fn linears(&mut self, specs: Vec<LinearSpec>) -> Result<Vec<Named<LoraLinear>>, ModelError> {

@@ -4,15 +4,32 @@
 //! with the router's weights. An expert without tokens does not run. What is saved for the backward pass is the
 //! rows that experts read, `per_token` times the tokens, and not one copy of everything for each expert.
 //!
-//! The groups' sizes decide the shapes of the products, so the choice of experts is read back to the host, once
-//! per block and pass. Gradients flow through the chosen weights into the router and its input, as in
-//! transformers; the choice itself has none.
+//! Gradients flow through the chosen weights into the router and its input, as in transformers; the choice itself has none.
+//!
+//! # As one, or one by one
+//!
+//! Experts run [as one](qlora_layers::ops::experts), a few operations whatever their number, as long as they differ in the
+//! values of weights and factors alone. Their frozen weights lie in one memory, of which each expert's own layer is a view,
+//! from loading on. Adapters belong to the experts' own layers, with names of their own, until [`Moe::join`] makes them one
+//! parameter for each projection and factor; [`Moe::part`] gives them back.
+//!
+//! On CUDA they do so only with `BURN_QLORA_EXPERTS=joined` in the environment: the kernels for 16 bits have not been held against
+//! experts one by one on a card yet.
+//!
+//! Otherwise experts run one by one. The groups' sizes decide the shapes of the products then, so the choice of experts is
+//! read back to the host, once per block and pass.
 
 use crate::mlp::Mlp;
 use crate::named::Named;
+use burn::module::Param;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use qlora_layers::{LoraLinear, Pass};
+use host_copies::{client_of, is_cuda};
+use qlora_layers::ops::experts::{expert_mlp, expert_weights, route};
+use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass};
+
+/// The projections of an expert, as paths name them.
+const PROJECTIONS: usize = 3;
 
 /// Experts in the place of a block's MLP.
 #[derive(Clone, Debug)]
@@ -22,15 +39,52 @@ pub(crate) struct Moe {
     pub per_token: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
+    /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
+    stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
+    /// Adapters that were taken off the experts' layers.
+    joined: Box<[Option<Named<ExpertAdapters>>; PROJECTIONS]>,
 }
 
 impl Moe {
+    /// Experts whose weights are brought into one memory if they can be.
+    pub fn new(router: Named<LoraLinear>, experts: Vec<Mlp>, per_token: usize, normalise: bool) -> Self {
+        let mut moe = Self { router, experts, per_token, normalise, stacks: None, joined: Box::default() };
+        // Where they can't, experts run one by one; whoever trains is told by `join`.
+        moe.stacks = moe.stack().ok();
+        moe
+    }
+
+    /// With `gradients_only` the result may be uninitialised; see [`LoraLinear::record`].
+    ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    pub fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+    pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+        let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
+        match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
+            Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
+            None if self.is_joined() => self.clone().parted().run_one_by_one(x, logits, pass),
+            None => self.run_one_by_one(x, logits, pass),
+        }
+    }
+
+    fn run_as_one(
+        &self,
+        stacks: &[ExpertStack; PROJECTIONS],
+        x: Tensor<2>,
+        logits: Tensor<2>,
+        pass: Pass,
+        gradients_only: bool,
+    ) -> Tensor<2> {
+        let routing = route(logits.clone(), self.per_token);
+        let weights = expert_weights(logits, &routing, self.normalise);
+        let projections =
+            [0, 1, 2].map(|i| stacks[i].projection(self.joined[i].as_ref().map(|joined| &joined.module), pass));
+        expert_mlp(x, weights, &routing, projections, self.experts[0].activation, gradients_only)
+    }
+
+    fn run_one_by_one(&self, x: Tensor<2>, logits: Tensor<2>, pass: Pass) -> Tensor<2> {
         let [tokens, hidden] = x.dims();
         let (dtype, device) = (x.dtype(), x.device());
-        let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
         // A device that fails here fails the pass: what follows it is not a number, which every reader reports.
         let Ok(scores) = logits.clone().without_autodiff().try_into_vec_as::<f32>() else {
             return x.mul_scalar(f32::NAN);
@@ -52,6 +106,133 @@ impl Moe {
         (rows * weights.unsqueeze_dim::<3>(2)).sum_dim(1).reshape([tokens, hidden]).cast(dtype)
     }
 
+    /// Every expert's layer of one projection.
+    fn layers(&self, projection: usize) -> impl Iterator<Item = &Named<LoraLinear>> {
+        self.experts.iter().filter_map(move |expert| expert.linears().nth(projection))
+    }
+
+    fn layers_mut(&mut self, projection: usize) -> impl Iterator<Item = &mut Named<LoraLinear>> {
+        self.experts.iter_mut().filter_map(move |expert| expert.linears_mut().nth(projection))
+    }
+
+    /// Brings the frozen weights into one memory.
+    fn stack(&mut self) -> Result<Box<[ExpertStack; PROJECTIONS]>, LayerError> {
+        let apart = |reason: &str| LayerError::Experts { reason: reason.into() };
+        let device = self.layers(0).find_map(|layer| Some(quantized(&layer.module)?.device()));
+        if device.is_some_and(|device| client_of(&device).is_some_and(|client| is_cuda(&client))) && !asked_for() {
+            return Err(apart(
+                "on CUDA they run as one only on demand, because that was not yet held against experts one by one on a card: set \
+                 BURN_QLORA_EXPERTS=joined to try it",
+            ));
+        }
+        if self.experts.iter().any(|expert| expert.linears().count() != PROJECTIONS) {
+            return Err(apart("gate and input projection are one layer"));
+        }
+        let stack = |i: usize, moe: &mut Self| {
+            let bases = moe.layers_mut(i).map(|layer| match &mut layer.module.base {
+                FrozenLinear::Quantized(base) => Ok(base),
+                FrozenLinear::Dense(_) => Err(apart("weights are not in 4 bits: turn quantization on")),
+            });
+            ExpertStack::new(&mut bases.collect::<Result<Vec<_>, LayerError>>()?)
+        };
+        Ok(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
+    }
+
+    /// Whether the experts' layers are views of the stacks and nothing more.
+    fn is_one(&self, stacks: &[ExpertStack; PROJECTIONS]) -> bool {
+        (0..).zip(stacks).all(|(i, stack)| stack.holds(self.layers(i).map(|layer| bare(&layer.module))))
+    }
+
+    /// Whether adapters were taken off the experts' layers.
+    pub fn is_joined(&self) -> bool {
+        self.joined.iter().any(Option::is_some)
+    }
+
+    /// Takes the adapters off the experts' layers, to be trained and run as one.
+    ///
+    /// # Errors
+    /// Why the experts run one by one as they are; nothing has changed then.
+    pub fn join(&mut self) -> Result<(), LayerError> {
+        let apart = |reason: &str| Err(LayerError::Experts { reason: reason.into() });
+        if self.is_joined() {
+            return Ok(());
+        }
+        let layers = || self.experts.iter().flat_map(Mlp::linears).map(|layer| &layer.module);
+        if layers().any(|layer| layer.whole.is_some()) {
+            return apart("some are trained in full: leave experts out of lora.modules_to_save");
+        }
+        if layers().any(|layer| layer.bias.is_some()) {
+            return apart("their layers have biases");
+        }
+        if layers().any(|layer| layer.observer.is_some()) {
+            return apart("their inputs are being looked at");
+        }
+        let mut joined = Box::<[Option<Named<ExpertAdapters>>; PROJECTIONS]>::default();
+        for (i, joined) in joined.iter_mut().enumerate() {
+            let adapters: Vec<_> = self.layers(i).filter_map(|layer| layer.module.adapter.as_ref()).collect();
+            if adapters.is_empty() {
+                continue;
+            }
+            if adapters.len() != self.experts.len() {
+                return apart(
+                    "some have adapters and some have none: have lora's patterns match all experts of a block or none",
+                );
+            }
+            let path = self.layers(i).next().map_or(String::new(), |layer| without_expert(&layer.path));
+            *joined = Some(Named { path, module: ExpertAdapters::new(&adapters)? });
+        }
+        // An initialisation may have changed the weights.
+        let held = |i: usize, stack: &ExpertStack| stack.holds(self.layers(i).map(|layer| quantized(&layer.module)));
+        if !self.stacks.as_ref().is_some_and(|stacks| (0..).zip(stacks.iter()).all(|(i, stack)| held(i, stack))) {
+            self.stacks = Some(self.stack()?);
+        }
+        self.experts.iter_mut().flat_map(Mlp::linears_mut).for_each(|layer| layer.module.adapter = None);
+        self.joined = joined;
+        Ok(())
+    }
+
+    /// Puts the adapters back on the experts' layers.
+    pub fn part(&mut self) {
+        for i in 0..PROJECTIONS {
+            let Some(joined) = self.joined[i].take() else { continue };
+            for (layer, adapter) in self.layers_mut(i).zip(joined.module.split()) {
+                layer.module.adapter = Some(adapter);
+            }
+        }
+    }
+
+    /// The same with the adapters on the experts' layers.
+    fn parted(mut self) -> Self {
+        self.part();
+        self
+    }
+
+    /// What is trained of adapters that were taken off the experts' layers, by name.
+    pub fn joined_parameters(&self) -> impl Iterator<Item = (String, &Tensor<2>)> {
+        let joined = self.joined.iter().flatten();
+        joined.flat_map(|Named { path, module }| {
+            module.parameters().map(|(part, tensor)| (format!("{path}.{part}"), tensor))
+        })
+    }
+
+    /// All linear layers, and as [`joined_parameters`](Self::joined_parameters).
+    pub fn parts_mut(
+        &mut self,
+    ) -> (impl Iterator<Item = &mut Named<LoraLinear>>, impl Iterator<Item = (String, &mut Param<Tensor<2>>)>) {
+        let Self { router, experts, joined, .. } = self;
+        let linears = std::iter::once(router).chain(experts.iter_mut().flat_map(Mlp::linears_mut));
+        let joined = joined.iter_mut().flatten().flat_map(|Named { path, module }| {
+            let path = &*path;
+            module.parameters_mut().map(move |(part, tensor)| (format!("{path}.{part}"), tensor))
+        });
+        (linears, joined)
+    }
+
+    /// Starts recording what was taken off the experts' layers.
+    pub fn track_joined(&mut self) {
+        self.joined.iter_mut().flatten().for_each(|joined| joined.module.track());
+    }
+
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
         std::iter::once(&self.router).chain(self.experts.iter().flat_map(Mlp::linears))
     }
@@ -59,6 +240,32 @@ impl Moe {
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Named<LoraLinear>> {
         std::iter::once(&mut self.router).chain(self.experts.iter_mut().flat_map(Mlp::linears_mut))
     }
+}
+
+/// Whether the environment asks for experts as one where they are not the default.
+fn asked_for() -> bool {
+    std::env::var_os("BURN_QLORA_EXPERTS").is_some_and(|value| value == "joined")
+}
+
+/// The weight of a layer that is nothing more.
+fn bare(layer: &LoraLinear) -> Option<&Linear4bit> {
+    let LoraLinear { adapter: None, whole: None, bias: None, observer: None, .. } = layer else { return None };
+    quantized(layer)
+}
+
+fn quantized(layer: &LoraLinear) -> Option<&Linear4bit> {
+    match &layer.base {
+        FrozenLinear::Quantized(base) => Some(base),
+        FrozenLinear::Dense(_) => None,
+    }
+}
+
+/// The path of a projection of all experts: that of one without the expert's number.
+fn without_expert(path: &str) -> String {
+    let parts: Vec<&str> = path.split('.').collect();
+    let number = parts.iter().rposition(|part| part.parse::<usize>().is_ok());
+    let kept = parts.iter().enumerate().filter(|(i, _)| Some(*i) != number).map(|(_, part)| *part);
+    kept.collect::<Vec<_>>().join(".")
 }
 
 /// Which tokens go where.

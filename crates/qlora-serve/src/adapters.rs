@@ -65,6 +65,7 @@ impl Adapters {
     pub fn insert(&mut self, name: &str, adapter: Adapter) -> Result<usize, ModelError> {
         let mut model = self.base.clone();
         model.load_adapter(&adapter)?;
+        model.join_experts();
         self.last_number += 1;
         let vocab_size = model.vocab_size();
         let loaded = Loaded { adapter, on_device: Some(model), last_used: self.clock, users: 0, unloaded: false };
@@ -123,6 +124,7 @@ impl Adapters {
             if loaded.on_device.is_none() {
                 let mut model = self.base.clone();
                 model.load_adapter(&loaded.adapter)?;
+                model.join_experts();
                 loaded.on_device = Some(model);
             }
         }

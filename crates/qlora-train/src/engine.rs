@@ -67,7 +67,7 @@ pub struct Engine {
 type ParameterGrads = Vec<Option<Tensor<2>>>;
 
 impl Engine {
-    /// Takes a model whose adapters are in place.
+    /// Takes a model whose adapters are in place. Experts' adapters are [joined](Decoder::join_experts) where they can be.
     ///
     /// # Errors
     /// [`TrainError::NothingToTrain`] when it has no adapter.
@@ -78,6 +78,7 @@ impl Engine {
         max_grad_norm: f32,
         policies: impl Into<Policies>,
     ) -> Result<Self, TrainError> {
+        model.join_experts();
         let (names, lens): (Vec<String>, Vec<usize>) =
             model.parameters().into_iter().map(|(name, parameter)| (name, parameter.shape().num_elements())).unzip();
         if lens.is_empty() {
@@ -110,14 +111,16 @@ impl Engine {
         self.notice.take()
     }
 
-    /// The model in its present state.
+    /// The model in its present state. What experts [joined](Decoder::join_experts) is theirs again in [`Decoder::parted`].
     pub fn model(&self) -> &Decoder {
         &self.model
     }
 
     /// The model, done with training.
     pub fn into_model(self) -> Decoder {
-        self.model
+        let mut model = self.model;
+        model.part_experts();
+        model
     }
 
     /// The optimizer.

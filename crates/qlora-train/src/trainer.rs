@@ -158,10 +158,9 @@ impl<'e> Trainer<'e> {
                 model.attach_lora_to(lora, config.train.seed, &rows.calibration(&config))?;
             }
         }
-        let parameters = parameter_names(&model);
         let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter);
         if let Some(Resumed { checkpoint, .. }) = &resumed {
-            let moments = checkpoint.moments(&parameters, config.train.optimizer)?;
+            let moments = checkpoint.moments(&parameter_names(engine.model()), config.train.optimizer)?;
             engine
                 .optimizer_mut()
                 .restore(checkpoint.state.step as u64, &moments)

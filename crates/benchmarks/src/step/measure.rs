@@ -237,8 +237,8 @@ mod tests {
 
     #[test]
     fn a_tiny_model_is_measured_under_both_policies() {
-        let shape = shapes::config("tiny", None).unwrap();
-        for policy in ["none", "full"] {
+        for (shape, policy) in [("tiny", "none"), ("tiny", "full"), ("tiny-moe", "full")] {
+            let shape = shapes::config(shape, None, None).unwrap();
             let mut config = TrainConfig::default();
             config.set("train.activation_checkpointing", policy).unwrap();
             config.set("train.gradient_accumulation_steps", "2").unwrap();

@@ -37,12 +37,15 @@ use report::Row;
 /// What is trained, and where.
 #[derive(clap::Args)]
 struct Setting {
-    /// llama-2-7b, llama-3.1-8b, llama-2-70b or tiny.
+    /// llama-2-7b, llama-3.1-8b, llama-2-70b, qwen3-30b-a3b, mixtral-8x7b, tiny or tiny-moe.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Only so many of its layers.
     #[arg(long)]
     layers: Option<usize>,
+    /// Only so many words of its vocabulary.
+    #[arg(long)]
+    words: Option<usize>,
     /// Rank of the adapters, on every linear layer.
     #[arg(long, default_value_t = 64)]
     rank: usize,
@@ -131,7 +134,7 @@ fn answer<T: Serialize>(result: Result<T>) -> Result<()> {
 }
 
 fn parent(args: &Args) -> Result<()> {
-    let shape = shapes::config(&args.setting.shape, args.setting.layers)?;
+    let shape = shapes::config(&args.setting.shape, args.setting.layers, args.setting.words)?;
     for policy in &args.policies {
         args.setting.config(policy)?;
     }
@@ -192,6 +195,7 @@ impl Record {
         head["model"] = json!({
             "shape": args.setting.shape,
             "layers": layers,
+            "words": args.setting.words,
             "rank": args.setting.rank,
             "optimizer": args.setting.optimizer,
             "gradient_accumulation_steps": accumulation,
@@ -287,7 +291,7 @@ fn ceilings(device: &str) -> Result<Card> {
 }
 
 fn measured(args: &Args, policy: &str, case: Case) -> Result<Measured> {
-    let shape = shapes::config(&args.setting.shape, args.setting.layers)?;
+    let shape = shapes::config(&args.setting.shape, args.setting.layers, args.setting.words)?;
     let config = args.setting.config(policy)?;
     let driver = cuda_index(&args.setting.device).and_then(Driver::watch);
     let (device, bench) = open(&args.setting.device)?;
@@ -323,6 +327,7 @@ fn run_peers(
         ("steps", args.steps.to_string()),
     ];
     settings.extend(args.setting.layers.map(|layers| ("layers", layers.to_string())));
+    settings.extend(args.setting.words.map(|words| ("words", words.to_string())));
     let arguments = peers::arguments(&settings, &args.cases);
     let mut answers = Vec::new();
     println!("\n{}", Answer::header());

@@ -7,13 +7,17 @@ use burn_qlora::qlora_models::{LinearRole, ModelConfig};
 use serde_json::{Map, Value, json};
 
 /// The models' own `config.json`, by the names that `--shape` takes.
-const SHAPES: &str = include_str!("../../../../testdata/llama_shapes.json");
+const SHAPES: [&str; 2] =
+    [include_str!("../../../../testdata/llama_shapes.json"), include_str!("../../../../testdata/moe_shapes.json")];
 /// Contexts are what lengths are measured with, not what the models were made for.
 const CONTEXT: usize = 131_072;
 
-/// The configuration of a shape, with another number of layers where one is given.
-pub(crate) fn config(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
-    let mut shapes: Map<String, Value> = serde_json::from_str(SHAPES).context("testdata/llama_shapes.json")?;
+/// The configuration of a shape, with another number of layers or words where one is given.
+pub(crate) fn config(name: &str, layers: Option<usize>, words: Option<usize>) -> Result<ModelConfig> {
+    let mut shapes = Map::<String, Value>::new();
+    for file in SHAPES {
+        shapes.extend(serde_json::from_str::<Map<String, Value>>(file).context("a file of shapes in testdata")?);
+    }
     let names = shapes.keys().cloned().collect::<Vec<_>>().join(", ");
     let mut config = shapes.remove(name).with_context(|| format!("no shape `{name}`; there are {names}"))?;
     config["max_position_embeddings"] = json!(CONTEXT);
@@ -21,6 +25,9 @@ pub(crate) fn config(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
     config["tie_word_embeddings"] = json!(false);
     if let Some(layers) = layers {
         config["num_hidden_layers"] = json!(layers);
+    }
+    if let Some(words) = words {
+        config["vocab_size"] = json!(words);
     }
     Ok(ModelConfig::from_json(&config, Path::new(name))?)
 }
@@ -38,7 +45,13 @@ pub(crate) fn flops(config: &ModelConfig, rows: usize, len: usize, recomputed: b
         true => (config.vocab_size * config.hidden_size) as f64,
         false => weights(|role| role == LinearRole::Head),
     };
-    let blocks = weights(|role| role != LinearRole::Head);
+    // Of the experts, a token meets some.
+    let experts: f64 = config.experts.map_or(0.0, |experts| {
+        let specs = config.linear_specs().into_iter().filter(|spec| spec.path.contains(".experts."));
+        let all = specs.map(|spec| spec.shape.iter().product::<usize>() as f64).sum::<f64>();
+        all * (1.0 - experts.per_token as f64 / experts.count as f64)
+    });
+    let blocks = weights(|role| role != LinearRole::Head) - experts;
     // One of two products: half of len x len scores, a multiplication and an addition for each feature of a head.
     let heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers;
     let scores = (rows * heads) as f64 * (len as f64).powi(2);
@@ -54,21 +67,34 @@ mod tests {
     #[test]
     fn shapes_have_their_parameters() {
         for (name, billions) in [("llama-2-7b", 6.738), ("llama-3.1-8b", 8.030), ("llama-2-70b", 68.977)] {
-            let config = config(name, None).unwrap();
+            let config = config(name, None, None).unwrap();
             let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
             let norms: usize = config.norms().iter().map(|(_, width)| width).sum();
             let count = (linear + norms + config.vocab_size * config.hidden_size) as f64 / 1e9;
             // The figures above have three digits.
             assert!((count - billions).abs() < 5e-4, "{name}: {count}");
         }
-        assert_eq!(config("tiny", Some(5)).unwrap().num_hidden_layers, 5);
-        let message = config("llama-9", None).unwrap_err().to_string();
+        assert_eq!(config("tiny", Some(5), None).unwrap().num_hidden_layers, 5);
+        assert_eq!(config("tiny-moe", None, Some(99)).unwrap().vocab_size, 99);
+        let message = config("llama-9", None, None).unwrap_err().to_string();
         assert!(message.contains("llama-2-70b"), "{message}");
     }
 
     #[test]
+    fn a_token_meets_some_of_the_experts() {
+        let config = config("qwen3-30b-a3b", None, None).unwrap();
+        let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
+        let all = (linear + config.vocab_size * config.hidden_size) as f64;
+        assert!((all / 1e9 - 30.53).abs() < 0.01, "{all}");
+        // Without attention's scores, four operations per weight that a token meets: 3.34 billion with embeddings, which
+        // are none.
+        let met = flops(&config, 1, 1, false) / 4.0;
+        assert!((met / 1e9 - 3.04).abs() < 0.01, "{met}");
+    }
+
+    #[test]
     fn a_7b_step_is_bounded_by_the_known_rates() {
-        let config = config("llama-2-7b", None).unwrap();
+        let config = config("llama-2-7b", None, None).unwrap();
         let rate = |recomputed| 680e12 / (flops(&config, 4, 2048, recomputed) / 8192.0);
         // 680 TFLOP/s over 6 and 4 operations per weight and token are 17,200 and 25,700 tokens/s; attention over 2,048
         // tokens adds 6 % and 7 %.

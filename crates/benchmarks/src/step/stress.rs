@@ -40,7 +40,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let shape = shapes::config(&args.setting.shape, args.setting.layers)?;
+    let shape = shapes::config(&args.setting.shape, args.setting.layers, args.setting.words)?;
     let config = args.setting.config(&args.policy)?;
     let (device, _) = open(&args.setting.device)?;
     let leaving = |gib| all_but((gib * f64::from(1 << 30)) as usize, &args.setting.device);

@@ -9,8 +9,11 @@
 // instructions, and a word of codes or 16 bytes of a dense row its part of A. Likewise the order of rows:
 // the four that a thread holds are neighbours, 4 g to 4 g + 3, g = lane / 4, and results leave together.
 //
+// GROUPED, each tile's tokens are of one group, which has a weight and a low-rank factor of its own: one behind the
+// other in memory, so that a group is a number of rows to skip. A table says which tokens a tile has.
+//
 // Defined before this text: TRANSPOSED, DENSE, F16, OUT_F32, BN (tokens per tile), STAGES, MIN_CUBES (per
-// multiprocessor).
+// multiprocessor), GROUPED.
 
 #define BM 128
 #define BK 32
@@ -105,17 +108,23 @@ __device__ __forceinline__ void multiply_unit(float (&d)[2][2 * PAIRS][4], u32 a
 }
 
 // The share of the work: a tile, or one part of its k. Part 0 also takes the low-rank product. A unit is 32
-// columns; units come in pairs.
+// columns; units come in pairs. Tokens are those from n0 up to `end`.
 struct Share {
-    u32 m0, n0, first, units, slot, part, parts;
+    u32 m0, n0, end, group, first, units, slot, part, parts;
 };
 
 // Volatile, like `thread_index`: the loop has no registers for what is needed again only after it.
-__device__ __forceinline__ Share share(const Params& p) {
+__device__ __forceinline__ Share share(const Params& p, const Tile* tiles) {
     u32 cube;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cube));
     const u32 m_tiles = (p.m + BM - 1) / BM, n_tiles = (p.tokens + BN - 1) / BN, k_pairs = (p.k + 63) / 64;
-    Share w = {0, 0, 0, 2 * k_pairs, 0, 0, 1};
+    Share w = {0, 0, p.tokens, 0, 0, 2 * k_pairs, 0, 0, 1};
+#if GROUPED
+    // The tiles of the same tokens run side by side, so that these are read from L2 for all but the first.
+    const Tile t = tiles[cube / m_tiles];
+    w.m0 = cube % m_tiles * BM, w.n0 = t.first, w.end = t.end, w.group = t.group;
+    return w;
+#endif
     u32 tile = cube;
     if (cube >= p.whole) {
         w.slot = (cube - p.whole) / p.split, w.part = (cube - p.whole) % p.split, w.parts = p.split;
@@ -149,15 +158,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     const float* __restrict__ nested,
     const float* __restrict__ tables,
 #endif
+#if GROUPED
+    const Tile* __restrict__ tiles,
+    void* __restrict__ out,              // [tokens, m]
+    const __grid_constant__ GroupedParams grouped
+) {
+    const Params& p = grouped.p;
+#else
     const float* __restrict__ bias,
     float* __restrict__ partial,         // [slots, parts, BM * BN]
     u32* __restrict__ arrived,           // per slot, zero before the launch and after it
     void* __restrict__ out,              // [tokens, m]
     const __grid_constant__ Params p
 ) {
+    const Tile* tiles = nullptr;
+#endif
     __shared__ alignas(1024) Shared s;
     const u32 thread = thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const Share work = share(p);
+    const Share work = share(p, tiles);
+#if GROUPED
+    if (work.n0 >= work.end) return;
+#endif
     const u32 skipped = work.part == 0 ? (p.rank + 63) / 64 * 2 : 0, total = skipped + work.units;
     const u32 origin = work.first - skipped;              // unit + origin is its place in k
     const u32 row_of_a = work.m0 + warp * 32 + 4 * g;     // the first of the thread's four
@@ -171,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
         if (unit >= total) return;
         const bool is_u = unit < skipped;
         const u32 width = (is_u ? p.rank : p.k) / 8, column = (is_u ? unit : unit + origin) * 4 + thread % 4;
-        const int rows = column < width ? (int)(p.tokens - x_row) : 0;
+        const int rows = column < width ? (int)(work.end - x_row) : 0;
         u32 chunk = x_row * width + column;
 #pragma unroll
         for (int i = 0; i < (X_CHUNKS + THREADS - 1) / THREADS; i++, chunk += width * 32)
@@ -189,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
         const u32 m = work.m0 + thread / 2 + 64 * i;
-        w_from[i] = (m < p.m ? m : p.m - 1) * (p.k / 32) + thread % 2 + origin;
+        w_from[i] = (work.group * p.m + (m < p.m ? m : p.m - 1)) * (p.k / 32) + thread % 2 + origin;
     }
     auto copy_w = [&](u32 unit, u32 stage) {
         if (unit >= total) return;
@@ -203,7 +224,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 #elif TRANSPOSED_CODES
     // Codes: chunk thread % 4, 32 columns, of row thread / 4 of the unit. The chunk's place depends on the
     // row, so that the eight rows of ldmatrix meet every bank once.
-    const u32 w_column = work.m0 / 32 + (work.m0 / 32 + thread % 4 < p.m / 32 ? thread % 4 : 0);
+    const u32 w_column =
+        work.group * p.k * (p.m / 32) + work.m0 / 32 + (work.m0 / 32 + thread % 4 < p.m / 32 ? thread % 4 : 0);
     const u32 w_to = shared_address(s.w[0]) + thread / 4 * 64 + (thread % 4 ^ thread / 32) * 16;
     auto copy_w = [&](u32 unit, u32) {
         if (unit >= total) return;
@@ -258,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
             float4 v[4];
 #if TRANSPOSED
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) v[i] = *(const float4*)(low_rank + (k + 4 * j + i) * p.m + row);
+            for (u32 i = 0; i < 4; i++) v[i] = *(const float4*)(low_rank + (work.group * p.rank + k + 4 * j + i) * p.m + row);
 #pragma unroll
             for (u32 h = 0; h < 2; h++) {
                 even[j][0][2 * h] = pack(v[2 * h].x, v[2 * h + 1].x), even[j][0][2 * h + 1] = pack(v[2 * h].y, v[2 * h + 1].y);
@@ -267,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 #else
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                v[i] = *(const float4*)(low_rank + (row + i) * p.rank + k + 4 * j);
+                v[i] = *(const float4*)(low_rank + (work.group * p.m + row + i) * p.rank + k + 4 * j);
                 even[j][i / 2][i % 2] = pack(v[i].x, v[i].y), even[j][i / 2][i % 2 + 2] = pack(v[i].z, v[i].w);
             }
 #endif
@@ -284,14 +306,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     auto load = [&](u32 unit, Fragments& a) {
         const u32 at = (unit + origin) * BK + 8 * t, k = at < p.k ? at : p.k - 8;
 #if TRANSPOSED
-        u32 from = (k * p.m + row) / 4;
+        u32 from = ((work.group * p.k + k) * p.m + row) / 4;
 #pragma unroll
         for (u32 i = 0; i < 8; i++, from += p.m / 4) {
             const uint2 v = ((const uint2*)weight)[from];
             a[i / 4][0][i % 4] = v.x, a[i / 4][1][i % 4] = v.y;
         }
 #else
-        u32 from = (row * p.k + k) / 8;
+        u32 from = ((work.group * p.m + row) * p.k + k) / 8;
 #pragma unroll
         for (u32 i = 0; i < 4; i++, from += p.k / 8) {
             const uint4 v = ((const uint4*)weight)[from];
@@ -329,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     }
 #else
     const bool plain = p.log2_nested == 255;
-    const float offset = plain ? 0.0f : nested[p.offset];
+    const float offset = plain ? 0.0f : nested[p.offset + work.group];
     // absmax in two steps: what lies in memory, and the value.
     float absmax_value;
     u32 absmax_code;
@@ -349,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 #if FORWARD_CODES
     // One absmax per row and two units; a lane decodes that of row `lane` of its warp.
     const u32 row_of_lane = work.m0 + warp * 32 + lane;
-    u32 element = (row_of_lane < p.m ? row_of_lane : p.m - 1) * p.k + work.first * BK;
+    u32 element = (work.group * p.m + (row_of_lane < p.m ? row_of_lane : p.m - 1)) * p.k + work.first * BK;
     load_absmax(element);
     float my_scale = 0.0f, scales[4];
     // Decodes what was loaded and loads that of unit `next`.
@@ -386,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     };
 #else
     // One absmax per row of W and half tile; a lane decodes that of row `lane` of the unit.
-    const u32 column = work.m0 + warp * 32 < p.m ? work.m0 + warp * 32 : work.m0;
+    const u32 column = work.group * p.k * p.m + (work.m0 + warp * 32 < p.m ? work.m0 + warp * 32 : work.m0);
     const u32 absmax_at = shared_address(s.absmax[0] + warp * 32 + 8 * t);
     float scales[2];
     auto load_unit_absmax = [&](u32 unit) {
@@ -488,8 +510,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     }
 #endif
 
-    const Share w = share(p);
+    const Share w = share(p, tiles);
     const u32 id = thread_index();
+#if !GROUPED
     if (w.parts > 1) {
         // The cube that finishes last adds all parts in their order, so that the sum does not depend on which one it
         // is.
@@ -524,10 +547,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
         }
     }
 
+#endif
+
     // Four features leave together, and eight lanes fill two sectors.
     const u32 m = w.m0 + id / 4 * 4;
     if (m >= p.m) return;
+#if GROUPED
+    const float scale = grouped.scale;
+    auto finished = [&](float sum, float) { return sum * scale; };
+    const float4 b = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#else
+    auto finished = [](float sum, float bias) { return sum + bias; };
     const float4 b = p.has_bias ? *(const float4*)(bias + m) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#endif
     const u32 token = w.n0 + id % 4 * 2;
     const u64 stride = (u64)p.m * (OUT_F32 ? 4 : 2);
     u8* to = (u8*)out + token * stride + (u64)m * (OUT_F32 ? 4 : 2);
@@ -535,8 +567,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     for (u32 i = 0; i < 2 * PAIRS; i++, to += 8 * stride) {
 #pragma unroll
         for (u32 c = 0; c < 2; c++) {
-            if (token + 8 * i + c >= p.tokens) continue;
-            const float y0 = d[0][i][c] + b.x, y1 = d[0][i][c + 2] + b.y, y2 = d[1][i][c] + b.z, y3 = d[1][i][c + 2] + b.w;
+            if (token + 8 * i + c >= w.end) continue;
+            const float y0 = finished(d[0][i][c], b.x), y1 = finished(d[0][i][c + 2], b.y);
+            const float y2 = finished(d[1][i][c], b.z), y3 = finished(d[1][i][c + 2], b.w);
 #if OUT_F32
             *(float4*)(to + c * stride) = make_float4(y0, y1, y2, y3);
 #else

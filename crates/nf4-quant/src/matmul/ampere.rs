@@ -43,7 +43,7 @@ use crate::{FloatFormat, QuantError};
 
 const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("common.cu"), include_str!("ampere.cu"));
 /// Rows of A per tile.
-const FEATURES: usize = 128;
+pub(super) const FEATURES: usize = 128;
 const THREADS: u32 = 128;
 /// Steps of 32 columns in shared memory; even.
 const STAGES: i64 = 4;
@@ -144,6 +144,11 @@ pub(super) fn launch(
 }
 
 pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
+    source_of(tile, problem, false)
+}
+
+/// The kernel for one weight, or for groups that have a weight each.
+pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool) -> Source {
     let defines = [
         ("TRANSPOSED", i64::from(problem.direction == Direction::InputGradient)),
         ("DENSE", i64::from(problem.blocksize.is_none())),
@@ -152,6 +157,7 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
         ("BN", tile.tokens as i64),
         ("STAGES", STAGES),
         ("MIN_CUBES", tile.cubes() as i64),
+        ("GROUPED", grouped.into()),
     ];
     Source::with_defines(TEXT, "matmul", THREADS, &defines)
 }

@@ -15,3 +15,15 @@ struct Params {
     u32 offset;        // position of the mean of the absmax in `nested`, under double quantization
 };
 
+// The parameters of a product of groups; grouped.rs has the Rust side.
+struct GroupedParams {
+    Params p;          // `tokens` are those of all groups; weights, of `m` and `k` each, lie one behind the other
+    float scale;       // factor of the sums
+    u32 pad;
+};
+
+// A tile of such a product: its group, its first token, and the token behind its last; none where the table is longer
+// than needed.
+struct Tile {
+    u32 group, first, end;
+};

@@ -4,67 +4,13 @@
 // gradient). X comes into shared memory through TMA. 4-bit codes become 16-bit floats in registers, which
 // wgmma takes as they are; a dense W goes through shared memory.
 //
+// GROUPED, each tile's tokens are of one group, which has a weight and a low-rank factor of its own: one behind the
+// other in memory, so that a group is a number of rows to skip. A table says which tokens a tile has. What a tile loads
+// beyond its tokens and features is another group's, and is not stored.
+//
 // Defined before this text: TRANSPOSED, DENSE, F16, OUT_F32, BN, STAGES, CLUSTER (cubes that share X),
-// STORE_TOKENS (tokens that leave through shared memory at a time; 0: straight from registers), and the
+// STORE_TOKENS (tokens that leave through shared memory at a time; 0: straight from registers), GROUPED, and the
 // instructions for that BN: WGMMA (A in registers) and WGMMA_SHARED.
-
-#define BM 128
-#define BK 64
-#define CONSUMERS 256
-#define THREADS 384
-// A decoder must not be two rounds of the ring ahead of another: barriers tell only odd rounds from even.
-#define DECODERS (STAGES < 3 ? STAGES : 3)
-#define X_BYTES (BN * BK * 2)
-#define W_BYTES (DENSE ? BM * BK * 2 : BM * BK / 2)
-#define TABLE_BYTES (DENSE ? 0 : BM * 16 * 2)
-#define LOW_RANK_BYTES (BM * BK * 2)
-#define STORE_BYTES (STORE_TOKENS * BM * 2)
-#define PRODUCER_REGISTERS 96
-#define CONSUMER_REGISTERS 200
-// Tiles of tokens in a band; see work().
-#define BAND (DENSE ? 8 : 4)
-
-// A stage of the ring. A low-rank tile lies over a stage from its start.
-struct Stage {
-    u8 x[X_BYTES];
-    u8 w[W_BYTES];
-#if TABLE_BYTES
-    u8 table[TABLE_BYTES];  // per block of W: the 16 values that a code can mean
-#endif
-#if X_BYTES + W_BYTES + TABLE_BYTES < LOW_RANK_BYTES
-    u8 rest[LOW_RANK_BYTES - X_BYTES - W_BYTES - TABLE_BYTES];
-#endif
-};
-
-struct Shared {
-    Stage ring[STAGES];
-#if STORE_TOKENS
-    u8 out[STORE_BYTES];
-#endif
-#if !DENSE
-    float map[256];
-    float codebook[16];
-#if !TRANSPOSED
-    u64 loaded[STAGES];  // w is there, but not yet in fragment order
-#endif
-#endif
-    u64 full[STAGES];
-    u64 empty[STAGES];
-};
-
-// The position in the ring of stages.
-struct Cursor {
-    u32 stage = 0, phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
-
-// A share of the work: a tile, or one part of its steps of BK columns. Part 0 also takes the low-rank product. A
-// cluster has one share, with a tile for each of its cubes side by side.
-struct Work {
-    u32 m0, n0, first, steps, part, parts, slot;
-};
 
 #if CLUSTER > 1
 #define CUBES __cluster_dims__(CLUSTER, 1, 1)
@@ -81,6 +27,13 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
     const float* __restrict__ nested,
     const float* __restrict__ tables,
 #endif
+#if GROUPED
+    const Tile* __restrict__ tiles,
+    void* __restrict__ out,                          // [tokens, m]
+    const __grid_constant__ GroupedParams grouped
+) {
+    const Params& p = grouped.p;
+#else
     const float* __restrict__ bias,
     float* __restrict__ partial,                     // [slots, cubes of a cluster, parts - 1, BN / 2, CONSUMERS]
     u32* __restrict__ arrived,                       // per slot and cube, zero before the launch and after it
@@ -91,6 +44,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #endif
     const __grid_constant__ Params p
 ) {
+#endif
     __shared__ alignas(1024) Shared s;
     const u32 thread = threadIdx.x;
     const u32 warp = thread / 32, lane = thread % 32;
@@ -119,8 +73,12 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
     const u32 k_steps = (p.k + BK - 1) / BK;
     const u32 rank_steps = (p.rank + BK - 1) / BK;
     const u32 m_tiles = (p.m + CLUSTER * BM - 1) / (CLUSTER * BM);
+#if GROUPED
+    const u32 items = p.whole;
+#else
     const u32 n_tiles = (p.tokens + BN - 1) / BN;
     const u32 items = p.whole + (m_tiles * n_tiles - p.whole) * p.split;
+#endif
 
     // A cube of the cluster loads its share of a tile of X for all of them.
     auto load_x = [&](u8* to, const TensorMap* map, u64* bar, int column, int row) {
@@ -131,7 +89,12 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #endif
     };
     auto work = [&](u32 item) {
-        Work w = {0, 0, 0, k_steps, 0, 1, 0};
+        Work w = {0, 0, 0, k_steps, 0, 1, 0, p.tokens, 0};
+#if GROUPED
+        // The tiles of the same tokens run side by side, so that these are read from L2 for all but the first.
+        const Tile t = tiles[item / m_tiles];
+        w.m0 = item % m_tiles * BM, w.n0 = t.first, w.end = t.end, w.group = t.group;
+#else
         u32 tile = item;
         if (item >= p.whole) {
             w.slot = (item - p.whole) / p.split, w.part = (item - p.whole) % p.split, w.parts = p.split;
@@ -146,8 +109,11 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
         const u32 within = tile - band * m_tiles * BAND;
         w.m0 = (within / width * CLUSTER + member) * BM;
         w.n0 = (band_first + within % width) * BN;
+#endif
         return w;
     };
+    // The table of tiles may be longer than needed; behind the first without tokens there is none.
+    auto is_there = [](const Work& w) { return !GROUPED || w.n0 < w.end; };
 
     if (warp >= CONSUMERS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
@@ -157,6 +123,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 Cursor at;
                 for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
                     const Work w = work(item);
+                    if (!is_there(w)) break;
                     // The low-rank product takes two stages for its two operands.
                     for (u32 b = 0; b < (w.part == 0 ? rank_steps : 0); b++) {
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
@@ -166,10 +133,10 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
                         barrier_expect(&s.full[at.stage], LOW_RANK_BYTES);
 #if TRANSPOSED
-                        load_tile(s.ring[at.stage].x, &low_rank_map, &s.full[at.stage], w.m0, b * BK);
-                        load_tile(s.ring[at.stage].x + LOW_RANK_BYTES / 2, &low_rank_map, &s.full[at.stage], w.m0 + BM / 2, b * BK);
+                        load_tile(s.ring[at.stage].x, &low_rank_map, &s.full[at.stage], w.m0, w.group * p.rank + b * BK);
+                        load_tile(s.ring[at.stage].x + LOW_RANK_BYTES / 2, &low_rank_map, &s.full[at.stage], w.m0 + BM / 2, w.group * p.rank + b * BK);
 #else
-                        load_tile(s.ring[at.stage].x, &low_rank_map, &s.full[at.stage], b * BK, w.m0);
+                        load_tile(s.ring[at.stage].x, &low_rank_map, &s.full[at.stage], b * BK, w.group * p.m + w.m0);
 #endif
                         at.advance();
                     }
@@ -180,7 +147,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #if !DENSE && !TRANSPOSED
                         u64* loaded = &s.loaded[at.stage];
                         barrier_expect(loaded, W_BYTES);
-                        load_tile(s.ring[at.stage].w, &w_map, loaded, k / 2, w.m0);
+                        load_tile(s.ring[at.stage].w, &w_map, loaded, k / 2, w.group * p.m + w.m0);
                         barrier_expect(full, X_BYTES);
 #else
                         barrier_expect(full, X_BYTES + W_BYTES);
@@ -190,7 +157,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #elif DENSE
                         load_tile(s.ring[at.stage].w, &w_map, full, k, w.m0);
 #else
-                        load_tile(s.ring[at.stage].w, &w_map, full, w.m0 / 2, k);
+                        load_tile(s.ring[at.stage].w, &w_map, full, w.m0 / 2, w.group * p.k + k);
 #endif
 #endif
                         load_x(s.ring[at.stage].x, &x_map, full, k, w.n0);
@@ -204,7 +171,9 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             // are brought into fragment order; transposed, one for each row of W and half tile.
             const u32 worker = warp - CONSUMERS / 32 - 1;
             const bool plain = p.log2_nested == 255;
+#if !GROUPED
             const float offset = plain ? 0.0f : nested[p.offset];
+#endif
             Cursor at;
             u32 turn = 0;
             float book[16];
@@ -215,6 +184,10 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #endif
             for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
                 const Work w = work(item);
+                if (!is_there(w)) break;
+#if GROUPED
+                const float offset = plain ? 0.0f : nested[p.offset + w.group];
+#endif
                 for (u32 b = 0; b < (w.part == 0 ? 2 * rank_steps : 0); b++, at.advance()) {
                     if (turn == worker) {
                         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
@@ -239,10 +212,10 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #if TRANSPOSED
                         const u32 column = w.m0 + 64 * (i / 2) < p.m ? w.m0 + 64 * (i / 2) : p.m - 1;
                         const u32 row = k + lane + 32 * (i % 2) < p.k ? k + lane + 32 * (i % 2) : p.k - 1;
-                        const u64 element = (u64)row * p.m + column;
+                        const u64 element = (u64)(w.group * p.k + row) * p.m + column;
 #else
                         const u32 row = w.m0 + lane + 32 * i;
-                        const u64 element = (u64)(row < p.m ? row : p.m - 1) * p.k + k;
+                        const u64 element = (u64)(w.group * p.m + (row < p.m ? row : p.m - 1)) * p.k + k;
 #endif
                         const u32 block = element >> p.log2_blocksize;
                         value[i] = plain ? ((const float*)absmax)[block] : nested[block >> p.log2_nested];
@@ -295,6 +268,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 
         for (u32 item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
             const Work w = work(item);
+            if (!is_there(w)) break;
             float d[BN / 2];
             u32 add = 0;
 
@@ -478,6 +452,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             wait<0>();
             release(previous);
 
+#if !GROUPED
             if (w.parts > 1) {
                 const u32 slot = w.slot * CLUSTER + member, last = w.parts - 1;
                 float* theirs = partial + (u64)slot * last * (BN / 2 * CONSUMERS) + thread;
@@ -501,6 +476,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
 #pragma unroll
                     for (u32 i = 0; i < BN / 2; i++) d[i] += __ldcg(theirs + i * CONSUMERS);
             }
+#endif
 
             // Neighbouring features leave in pairs; eight lanes fill a 32-byte sector.
 #if DENSE
@@ -510,7 +486,14 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             const u32 feature = row;
 #endif
             const u32 m = w.m0 + feature;
+#if GROUPED
+            const float scale = grouped.scale;
+            auto finished = [&](float sum, float) { return sum * scale; };
+            const float b0 = 0.0f, b1 = 0.0f;
+#else
+            auto finished = [](float sum, float bias) { return sum + bias; };
             const float b0 = p.has_bias && m < p.m ? bias[m] : 0.0f, b1 = p.has_bias && m + 1 < p.m ? bias[m + 1] : 0.0f;
+#endif
             // Of token 8 i + 2 t + c.
             auto pair = [&](u32 i, u32 c) {
                 float y0 = d[4 * i + c], y1 = d[4 * i + 2 + c];
@@ -518,7 +501,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 const float swapped = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? y0 : y1, 4);
                 if (g % 2) y0 = swapped; else y1 = swapped;
 #endif
-                return make_float2(y0 + b0, y1 + b1);
+                return make_float2(finished(y0, b0), finished(y1, b1));
             };
 #if STORE_TOKENS
             // Through shared memory, in rows of 64 features, swizzled so that a warp's pairs meet in no bank, and
@@ -553,7 +536,7 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
             }
 #else
             const u32 first = w.n0 + 2 * t;
-            const u32 tokens = m < p.m && first < p.tokens ? p.tokens - first : 0;
+            const u32 tokens = m < p.m && first < w.end ? w.end - first : 0;
             const u64 stride = (u64)p.m * (OUT_F32 ? 4 : 2);
             u8* to = (u8*)out + first * stride + (u64)m * (OUT_F32 ? 4 : 2);
 #pragma unroll

@@ -51,6 +51,7 @@ const TEXT: &str = concat!(
     include_str!("common.cu"),
     cuda_source::tma_barriers!(),
     include_str!("hopper_instructions.cu"),
+    include_str!("hopper_stages.cu"),
     include_str!("hopper_decode.cu"),
     include_str!("hopper.cu")
 );
@@ -117,6 +118,70 @@ pub(super) fn tile(device: &CudaDevice, problem: &Problem, small: bool) -> Optio
             _ => Tile { tokens: 256, stages: if blocksize.is_some() { 5 } else { 4 } },
         }),
     }
+}
+
+/// The variant for groups, each with a 4-bit weight, in tiles of so many rows; `None` where this kernel does not apply.
+pub(super) fn grouped_tile(device: &CudaDevice, problem: &Problem, tile_rows: usize) -> Option<Tile> {
+    let fits = device.takes_large_static_memory()
+        && tile(device, problem, false).is_some()
+        && problem.blocksize.is_some()
+        // The tiles of a low-rank factor are arranged for all groups at once.
+        && (problem.rank == 0 || problem.features().is_multiple_of(FEATURES));
+    let stages = match tile_rows {
+        64 => 6,
+        128 => 5,
+        _ => return None,
+    };
+    fits.then_some(Tile { tokens: tile_rows, stages })
+}
+
+/// The buffers and tensor maps of a product of groups, up to those that every kernel has.
+pub(super) fn grouped_arguments(
+    client: &Client,
+    tile: Tile,
+    problem: &Problem,
+    groups: usize,
+    operands: &Operands<'_>,
+) -> Result<Arguments, QuantError> {
+    let Weight::FourBit(weight) = operands.weight else {
+        return Err(QuantError::Matmul("groups of dense weights have no kernel with wgmma".into()));
+    };
+    let element = cuda_source::FloatFormat::from(problem.format).tensor_element();
+    let rows_of_x = |handle: &Handle, cols| TensorMap2d {
+        handle: handle.clone(),
+        rows: problem.tokens,
+        cols,
+        row_stride: cols,
+        box_rows: tile.tokens,
+        box_cols: DEPTH,
+        swizzle: Swizzle::B128,
+        element,
+    };
+    let x_map = rows_of_x(operands.x, problem.depth());
+    // All groups, as if they were one weight.
+    let all = match problem.direction {
+        Direction::Forward => Problem { out_features: groups * problem.out_features, ..*problem },
+        Direction::InputGradient => Problem { rank: groups * problem.rank, ..*problem },
+    };
+    let (product, factor) = match operands.low_rank {
+        None => (x_map.clone(), x_map.clone()),
+        Some(low_rank) => {
+            let Arranged { handle, rows, cols } = arrange(client, &all, low_rank.factor).map_err(refused)?;
+            let box_rows = if problem.direction == Direction::Forward { FEATURES } else { DEPTH };
+            let factor = TensorMap2d { handle, rows, cols, row_stride: cols, box_rows, ..x_map.clone() };
+            (rows_of_x(low_rank.product, problem.rank), factor)
+        }
+    };
+    let tables = tables(client);
+    let (absmax, nested) = weight.absmax.buffers(&tables);
+    let codes = codes_map(&Problem { out_features: groups * problem.out_features, ..*problem }, weight);
+    let arguments = Arguments::new().tensor_map(x_map).tensor_map(product).tensor_map(factor).tensor_map(codes);
+    Ok(arguments.read(absmax).read(nested).read(&tables))
+}
+
+/// Cubes that run at once.
+pub(super) fn workers(client: &Client) -> usize {
+    cuda_source::device(client).map_or(1, |device| device.multiprocessors as usize)
 }
 
 pub(super) fn launch(
@@ -219,10 +284,15 @@ fn codes_map(problem: &Problem, weight: &DeviceWeight) -> TensorMap2d {
 
 /// The text of a variant; each is put together once.
 pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
-    type Key = (Tile, Direction, bool, FloatFormat, FloatFormat);
+    source_of(tile, problem, false)
+}
+
+/// The kernel for one weight, or for groups that have a weight each.
+pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool) -> Source {
+    type Key = (Tile, Direction, bool, FloatFormat, FloatFormat, bool);
     static SOURCES: LazyLock<Mutex<HashMap<Key, Source>>> = LazyLock::new(Mutex::default);
     let dense = problem.blocksize.is_none();
-    let key = (tile, problem.direction, dense, problem.format, problem.out);
+    let key = (tile, problem.direction, dense, problem.format, problem.out, grouped);
     let mut sources = SOURCES.lock().unwrap_or_else(PoisonError::into_inner);
     let make = || {
         let half = problem.format == FloatFormat::F16;
@@ -235,7 +305,9 @@ pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
             ("BN", tile.tokens),
             ("STAGES", tile.stages),
             ("CLUSTER", tile.cluster()),
-            ("STORE_TOKENS", tile.store_tokens(problem)),
+            // A tile of a group ends where its tokens do, which TMA does not know.
+            ("STORE_TOKENS", if grouped { 0 } else { tile.store_tokens(problem) }),
+            ("GROUPED", grouped.into()),
         ] {
             let _ = writeln!(text, "#define {name} {value}");
         }

@@ -21,12 +21,15 @@
 //! | [`mod@ampere`] | mma.sync: compute capability 8.0 or later |
 //! | transient | the dense form of the latter two, on a weight that was dequantized before it |
 //!
+//! [`mod@grouped`] multiplies groups of rows by a weight each, in one launch.
+//!
 //! [`path`] is the one place that chooses the kernel for a problem on a device. Where it returns `None` the caller
 //! dequantizes into a transient.
 
 pub mod ampere;
 mod arrange;
 pub mod gemv;
+pub mod grouped;
 pub mod hopper;
 pub mod joined;
 mod reference;

@@ -98,6 +98,11 @@ impl Params {
         }
         params
     }
+
+    /// The same with the offsets of double quantization at another place.
+    pub(super) fn with_offset(self, offset: usize) -> Self {
+        Self { offset: offset as u32, ..self }
+    }
 }
 
 /// Counters of the parts of split tiles, on the stream of a buffer just made.

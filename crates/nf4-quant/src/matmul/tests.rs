@@ -3,6 +3,9 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
+use cuda_source::Source;
+
+use super::grouped::GroupedPath;
 use super::*;
 
 const H200: CudaDevice = CudaDevice {
@@ -45,6 +48,33 @@ fn the_device_decides() {
         assert_eq!(choose(&device, &Problem { tokens: 16, ..LINEAR }, None), Some(Path::Gemv));
     }
     assert_eq!(choose(&CudaDevice { compute_capability: (7, 5), ..H200 }, &LINEAR, None), None);
+}
+
+#[test]
+fn groups_have_kernels_of_their_own() {
+    let problem = Problem { tokens: 16_384, out_features: 768, in_features: 2048, rank: 16, ..LINEAR };
+    let all = |device: &CudaDevice, problem: &Problem, rows| -> Vec<GroupedPath> {
+        grouped::candidates(device, problem, 128, rows).map(|(_, path)| path).collect()
+    };
+    let hopper = |tokens, stages| GroupedPath::Hopper(hopper::Tile { tokens, stages });
+    let ampere = |tokens| GroupedPath::Ampere(ampere::Tile { tokens });
+    assert_eq!(all(&H200, &problem, 64), [ampere(64), hopper(64, 6)]);
+    assert_eq!(all(&H200, &problem, 128), [ampere(128), hopper(128, 5)]);
+    assert_eq!(all(&H200, &problem, 16), [ampere(16)]);
+    assert_eq!(all(&H200, &problem, 32), []);
+    assert_eq!(all(&CudaDevice { driver: (12, 8), ..H200 }, &problem, 64), [ampere(64)]);
+    assert_eq!(all(&CudaDevice { compute_capability: (8, 6), ..H200 }, &problem, 128), [ampere(128)]);
+    // Low-rank factors in the place of weights; a factor whose tiles cross groups.
+    let factor = Problem { rank: 0, blocksize: None, out_features: 16, ..problem };
+    assert_eq!(all(&H200, &factor, 64), [ampere(64)]);
+    assert_eq!(all(&H200, &Problem { out_features: 760, ..problem }, 64), [ampere(64)]);
+    for problem in [
+        Problem { rank: 5, ..problem },
+        Problem { out_features: 1 << 20, ..problem },
+        Problem { format: FloatFormat::F32, ..problem },
+    ] {
+        assert_eq!(all(&H200, &problem, 64), [], "{problem:?}");
+    }
 }
 
 #[test]
@@ -103,18 +133,7 @@ fn texts_are_written_where_they_are_asked_for() {
     let Some(folder) = std::env::var_os("NF4_QUANT_TEXTS") else { return };
     let folder = std::path::PathBuf::from(folder);
     let mut texts = HashSet::new();
-    let mut write = |name: &str, problem: &Problem, path: Path| {
-        let sources = match path {
-            Path::Gemv => {
-                let updates = [gemv::Updates::None, gemv::Updates::Given, gemv::Updates::Stacked];
-                let both = |updates| [false, true].map(|nested| gemv::source(problem, nested, updates, !nested));
-                updates.into_iter().flat_map(both).collect()
-            }
-            Path::Hopper(tile) => vec![hopper::source(tile, problem)],
-            Path::Ampere(tile) => vec![ampere::source(tile, problem)],
-            // The texts of dense products, which are written by themselves.
-            Path::Transient(_) => Vec::new(),
-        };
+    let mut write_all = |name: &str, sources: Vec<Source>| {
         for source in sources {
             let defines = source.text().lines().map_while(|line| line.strip_prefix("#define ")?.split_once(' '));
             let file = defines.filter(|(key, _)| !key.contains('(')).fold(name.to_owned(), |mut file, (key, value)| {
@@ -126,6 +145,28 @@ fn texts_are_written_where_they_are_asked_for() {
         }
     };
     for direction in [Direction::Forward, Direction::InputGradient] {
+        for (blocksize, tile_rows) in [16, 64, 128].into_iter().flat_map(|rows| [(Some(64), rows), (None, rows)]) {
+            let problem = Problem { tokens: 300, in_features: 2048, out_features: 768, direction, blocksize, ..LINEAR };
+            for (name, path) in grouped::candidates(&H200, &problem, 128, tile_rows) {
+                write_all(name, vec![grouped::source(path, &problem)]);
+            }
+        }
+    }
+    let write = |name: &str, problem: &Problem, path: Path, write_all: &mut dyn FnMut(&str, Vec<Source>)| {
+        let sources = match path {
+            Path::Gemv => {
+                let updates = [gemv::Updates::None, gemv::Updates::Given, gemv::Updates::Stacked];
+                let both = |updates| [false, true].map(|nested| gemv::source(problem, nested, updates, !nested));
+                updates.into_iter().flat_map(both).collect()
+            }
+            Path::Hopper(tile) => vec![hopper::source(tile, problem)],
+            Path::Ampere(tile) => vec![ampere::source(tile, problem)],
+            // The texts of dense products, which are written by themselves.
+            Path::Transient(_) => Vec::new(),
+        };
+        write_all(name, sources);
+    };
+    for direction in [Direction::Forward, Direction::InputGradient] {
         for blocksize in [Some(64), None] {
             for format in [FloatFormat::BF16, FloatFormat::F16] {
                 for out in [format, FloatFormat::F32] {
@@ -133,7 +174,9 @@ fn texts_are_written_where_they_are_asked_for() {
                         [(1, 4096), (1, 64), (5, 4096), (5, 64), (9, 4096), (9, 64), (17, 64), (65, 64), (129, 64)]
                     {
                         let problem = Problem { tokens, in_features, direction, blocksize, format, out, ..LINEAR };
-                        candidates(&H200, &problem).for_each(|(name, path)| write(name, &problem, path));
+                        for (name, path) in candidates(&H200, &problem) {
+                            write(name, &problem, path, &mut write_all);
+                        }
                     }
                 }
             }

@@ -28,6 +28,7 @@ mod composed;
 mod cube;
 mod cube_products;
 pub(crate) mod cube_tensors;
+pub mod experts;
 mod flex;
 mod flex_products;
 pub mod fused;

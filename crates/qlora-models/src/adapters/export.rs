@@ -21,16 +21,17 @@ impl Decoder {
     /// # Errors
     /// No adapter is on, or the device fails to hand a tensor over.
     pub fn export_adapter(&self, base_model: &str, revision: Option<&str>) -> Result<Adapter, ModelError> {
+        let model = self.parted();
         let mut config = self.adapter_config.clone().ok_or(ModelError::NoAdapter)?;
         config.base_model_name_or_path = Some(base_model.into());
         config.revision = revision.map(Into::into);
-        if self.adapters().any(|(_, adapter)| adapter.initial.is_some()) {
+        if model.adapters().any(|(_, adapter)| adapter.initial.is_some()) {
             double_rank(&mut config);
         }
         let mut adapter = Adapter::new(config);
         let embed = self.config.embed_path();
         let mut put = |name: String, tensor| adapter.tensors.insert(format!("{KEY_PREFIX}{name}"), tensor);
-        for (path, linear) in self.linears() {
+        for (path, linear) in model.linears() {
             if let Some(lora) = &linear.adapter {
                 let (lora_a, lora_b) = factors(lora)?;
                 put(format!("{path}.lora_A.weight"), lora_a);

@@ -124,6 +124,7 @@ impl Decoder {
     /// # Errors
     /// [`ModelError::BaseChanged`] when the adapter's initialisation took its start out of the weights.
     pub fn unload_adapter(&mut self) -> Result<(), ModelError> {
+        self.part_experts();
         let changed = |linear: &LoraLinear| {
             linear.original.is_none() && linear.adapter.as_ref().is_some_and(|adapter| adapter.initial.is_some())
         };
@@ -156,22 +157,25 @@ impl Decoder {
         self.lm_head.get_or_insert_with(|| LoraLinear::frozen(FrozenLinear::dense(table.clone()), None));
     }
 
-    /// The adapters of linear layers with their paths, in the order of their numbers.
+    /// The adapters of linear layers with their paths, in the order of their numbers; without those of experts that
+    /// [run as one](Self::join_experts).
     pub fn adapters(&self) -> impl Iterator<Item = (String, &LoraAdapter)> {
         self.linears().filter_map(|(path, linear)| Some((path, linear.adapter.as_ref()?)))
     }
 
-    /// The adapters of linear layers with their paths, in the order of their numbers.
+    /// The adapters of linear layers with their paths, in the order of their numbers; without those of experts that
+    /// [run as one](Self::join_experts).
     pub fn adapters_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraAdapter)> {
         self.linears_mut().filter_map(|(path, linear)| Some((path, linear.adapter.as_mut()?)))
     }
 
     /// Paths of the modules that are adapted or trained in full, the embedding first.
     pub fn adapted_modules(&self) -> Vec<String> {
+        let model = self.parted();
         let Embedding { lora, whole, tokens, .. } = &self.embedding;
         let embedding = (lora.is_some() || whole.is_some() || tokens.is_some()).then(|| self.config.embed_path());
         let has_rows = |path: &str| self.head_tokens.is_some() && path == self.head_path();
-        let linears = self
+        let linears = model
             .linears()
             .filter(move |(path, linear)| linear.adapter.is_some() || linear.whole.is_some() || has_rows(path));
         let norms = self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| path);
@@ -186,6 +190,7 @@ impl Decoder {
     /// An adapted base is quantized: rounding the sum to 4 bits again would change what the adapter does, so merging
     /// belongs on the full-precision base. The model is unchanged then.
     pub fn merge_adapters(&mut self) -> Result<(), ModelError> {
+        self.part_experts();
         let quantized = self
             .linears()
             .find(|(_, linear)| linear.adapter.is_some() && matches!(linear.base, FrozenLinear::Quantized(_)));

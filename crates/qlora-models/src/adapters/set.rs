@@ -132,6 +132,7 @@ impl Decoder {
         if weight == 1.0 {
             return;
         }
+        self.part_experts();
         for (_, linear) in self.linears_mut() {
             if let Some(adapter) = &mut linear.adapter {
                 adapter.scaling *= weight;

@@ -1,0 +1,181 @@
+//! The linear layers of a mixture of experts as one: weights and adapters of all experts, one behind the other.
+//!
+//! A layer of each expert stays what it is, with its own name in files; its frozen weight becomes a view of the [stack](ExpertStack).
+//! Adapters move: [`ExpertAdapters`] owns the factors of all experts as two parameters, which an optimizer updates at once, and
+//! [splits](ExpertAdapters::split) them again for whoever wants an expert's own.
+
+use burn::backend::Dispatch;
+use burn::module::{Param, ParamId};
+use burn::tensor::{DType, Int, Tensor};
+
+use crate::ops::experts::{ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
+use crate::ops::{Layout4bit, LoraDropout};
+use crate::params::{constant, in_pass, track, trainable};
+use crate::{LayerError, Linear4bit, LoraAdapter, Pass};
+
+/// A view begins at a multiple of so many words, or devices make it a copy. Thousands of small buffers would have a price
+/// of their own: CubeCL's allocator looks through what lies before a free place.
+const VIEW_WORDS: usize = 128;
+
+/// The frozen weights of one projection of all experts, in one memory.
+#[derive(Clone, Debug)]
+pub struct ExpertStack {
+    codes: Tensor<1, Int>,
+    absmax: Tensor<1, Int>,
+    nested_absmax: Tensor<1, Int>,
+    layout: Layout4bit,
+    /// The layers that are views of it.
+    layers: Vec<ParamId>,
+}
+
+impl ExpertStack {
+    /// Copies the weights of layers into one memory, and makes the layers views of it.
+    ///
+    /// # Errors
+    /// Why these layers can't lie behind one another; they are unchanged then.
+    pub fn new(layers: &mut [&mut Linear4bit]) -> Result<Self, LayerError> {
+        let Some(first) = layers.first() else { return Err(apart("there are no experts")) };
+        let layout = *first.layout();
+        if layers.iter().any(|layer| *layer.layout() != layout) {
+            return Err(apart("the weights of experts differ in shape or quantization"));
+        }
+        let Some([codes_len, absmax_len, nested_len]) = words_of_one(&layout) else {
+            let Layout4bit { out_features, in_features, blocksize, .. } = layout;
+            return Err(apart(format!("blocks of {blocksize} cross the weights of {out_features} x {in_features}")));
+        };
+        let tensors: Vec<[Tensor<1, Int>; 3]> = layers.iter().map(|layer| layer.tensors()).collect();
+        let joined = |part: usize| Tensor::cat(tensors.iter().map(|parts| parts[part].clone()).collect(), 0);
+        let (codes, absmax) = (joined(0), joined(1));
+        let nested_absmax = match layout.nested_blocksize {
+            None => tensors[0][2].clone(),
+            Some(_) => {
+                let nested = tensors.iter().map(|parts| parts[2].clone().narrow(0, 0, nested_len));
+                let offsets = tensors.iter().map(|parts| parts[2].clone().narrow(0, nested_len, 1));
+                Tensor::cat(nested.chain(offsets).collect(), 0)
+            }
+        };
+        // A layer's own nested absmax has its offset behind it.
+        let own_len = tensors[0][2].dims()[0];
+        let stride = own_len.next_multiple_of(VIEW_WORDS);
+        let gap = Tensor::<1, Int>::zeros([stride - own_len], (&codes.device(), DType::U32));
+        let apart = tensors
+            .iter()
+            .flat_map(|parts| std::iter::once(parts[2].clone()).chain((stride > own_len).then(|| gap.clone())));
+        let own = Tensor::cat(apart.collect(), 0);
+        let format = layers[0].format();
+        for (i, layer) in layers.iter_mut().enumerate() {
+            let view = |all: &Tensor<1, Int>, stride, len| all.clone().narrow(0, i * stride, len);
+            let (codes, absmax) = (view(&codes, codes_len, codes_len), view(&absmax, absmax_len, absmax_len));
+            layer.become_view([codes, absmax, view(&own, stride, own_len)], format.clone());
+        }
+        let layers = layers.iter().map(|layer| layer.id()).collect();
+        Ok(Self { codes, absmax, nested_absmax, layout, layers })
+    }
+
+    /// Whether these layers, in this order, are its views.
+    pub fn holds<'a>(&self, layers: impl Iterator<Item = Option<&'a Linear4bit>>) -> bool {
+        let ids = layers.map(|layer| layer.map(Linear4bit::id));
+        ids.eq(self.layers.iter().map(|id| Some(*id)))
+    }
+
+    /// Number of experts.
+    pub fn experts(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The projection as the operations take it, in a pass.
+    pub fn projection(&self, adapters: Option<&ExpertAdapters>, pass: Pass) -> ExpertProjection<Dispatch> {
+        let tensor = |tensor: &Tensor<1, Int>| tensor.clone().into_dispatch();
+        let weight = Stacked4bit {
+            codes: tensor(&self.codes),
+            absmax: tensor(&self.absmax),
+            nested_absmax: tensor(&self.nested_absmax),
+            layout: self.layout,
+            experts: self.experts(),
+        };
+        let factors = adapters.map_or(ExpertFactors::Missing, |adapters| ExpertFactors::LowRank {
+            lora_a: in_pass(&adapters.lora_a, pass).into_dispatch(),
+            lora_b: in_pass(&adapters.lora_b, pass).into_dispatch(),
+            terms: adapters.terms(pass),
+        });
+        ExpertProjection { weight, factors }
+    }
+}
+
+/// The low-rank adapters of one projection of all experts, as two parameters.
+#[derive(Clone, Debug)]
+pub struct ExpertAdapters {
+    /// f32 `[experts * rank, in_features]`.
+    pub lora_a: Param<Tensor<2>>,
+    /// f32 `[experts * out_features, rank]`.
+    pub lora_b: Param<Tensor<2>>,
+    /// The experts' adapters but for their factors.
+    adapters: Vec<LoraAdapter>,
+}
+
+impl ExpertAdapters {
+    /// Joins the adapters of all experts.
+    ///
+    /// # Errors
+    /// Why they can't be run as one, and what to do.
+    pub fn new(adapters: &[&LoraAdapter]) -> Result<Self, LayerError> {
+        let Some(first) = adapters.first() else { return Err(apart("there are no experts")) };
+        if adapters.iter().any(|adapter| adapter.dora.is_some()) {
+            return Err(apart("DoRA scales each expert's output by its own magnitudes: turn lora.use_dora off"));
+        }
+        if adapters.iter().any(|adapter| adapter.bias.is_some()) {
+            return Err(apart("adapters have biases: turn lora.lora_bias off"));
+        }
+        let settings =
+            |adapter: &LoraAdapter| (adapter.rank(), adapter.scaling.get().to_bits(), adapter.dropout.to_bits());
+        if adapters.iter().any(|adapter| settings(adapter) != settings(first)) {
+            return Err(apart("experts differ in rank or scaling: have patterns match all experts of a block or none"));
+        }
+        let joined = |factor: fn(&LoraAdapter) -> &Param<Tensor<2>>| {
+            trainable(Tensor::cat(adapters.iter().map(|adapter| constant(factor(adapter))).collect(), 0))
+        };
+        let (lora_a, lora_b) = (joined(|adapter| &adapter.lora_a), joined(|adapter| &adapter.lora_b));
+        let place = trainable(Tensor::zeros([1, 1], (&lora_a.device(), DType::F32)));
+        let bare = |adapter: &&LoraAdapter| LoraAdapter::clone(adapter).with_factors(place.clone(), place.clone());
+        Ok(Self { lora_a, lora_b, adapters: adapters.iter().map(bare).collect() })
+    }
+
+    /// The experts' own adapters, with the present factors.
+    pub fn split(&self) -> Vec<LoraAdapter> {
+        let experts = self.adapters.len();
+        let factor = |all: &Param<Tensor<2>>, expert: usize| {
+            let rows = all.dims()[0] / experts;
+            trainable(constant(all).narrow(0, expert * rows, rows))
+        };
+        let whole = |(expert, adapter): (usize, &LoraAdapter)| {
+            adapter.clone().with_factors(factor(&self.lora_a, expert), factor(&self.lora_b, expert))
+        };
+        self.adapters.iter().enumerate().map(whole).collect()
+    }
+
+    /// Everything that is trained, by name, in a fixed order.
+    pub fn parameters(&self) -> [(&'static str, &Tensor<2>); 2] {
+        [("lora_a", &self.lora_a), ("lora_b", &self.lora_b)]
+    }
+
+    /// As [`parameters`](Self::parameters). After changing one, call [`track`](Self::track).
+    pub fn parameters_mut(&mut self) -> [(&'static str, &mut Param<Tensor<2>>); 2] {
+        [("lora_a", &mut self.lora_a), ("lora_b", &mut self.lora_b)]
+    }
+
+    /// Starts recording: both become leaves of the autodiff graph.
+    pub fn track(&mut self) {
+        self.parameters_mut().into_iter().for_each(|(_, parameter)| track(parameter));
+    }
+
+    fn terms(&self, pass: Pass) -> ExpertTerms {
+        // There is a first expert, whose settings are those of all.
+        let LoraAdapter { scaling, dropout: p, index, .. } = &self.adapters[0];
+        let seed = pass.seed_for(*index).filter(|_| *p > 0.0);
+        ExpertTerms { scaling: scaling.get(), dropout: seed.map(|seed| LoraDropout { seed, p: *p }) }
+    }
+}
+
+fn apart(reason: impl Into<String>) -> LayerError {
+    LayerError::Experts { reason: reason.into() }
+}
