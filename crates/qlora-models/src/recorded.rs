@@ -16,7 +16,7 @@ use std::collections::HashMap;
 
 /// Recorded passes at most: each keeps the memory of its activations.
 const MOST: usize = 24;
-/// Adapters of a recorded pass at most.
+/// Adapters of a recorded pass at most, where they are not stacked.
 const MOST_PARTS: usize = 8;
 /// Room for at least so many tokens.
 const SHORTEST: usize = 512;
@@ -137,7 +137,7 @@ impl Decoder {
         let pass = PassOver::new(&parts, placed.as_ref());
         let records = one_each
             && cache.recorded.refusal.is_none()
-            && parts.len() <= MOST_PARTS
+            && (placed.is_some() || parts.len() <= MOST_PARTS)
             // The host chooses experts, and finds trained tokens among the ids.
             && first.model.config.experts.is_none()
             && !parts.iter().any(|(_, part)| part.model.has_trained_tokens());

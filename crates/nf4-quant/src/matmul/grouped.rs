@@ -262,7 +262,7 @@ fn check_weight(weight: &DeviceWeight, elements: usize, blocksize: usize, groups
     }
 }
 
-/// The oracle, in f64: [`super::reference`] for each group.
+/// The oracle, in f64: [`super::reference()`] for each group.
 ///
 /// # Shapes
 ///
