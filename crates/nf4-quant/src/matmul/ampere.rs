@@ -110,6 +110,21 @@ pub(super) fn launch(
     let schedule = Schedule::new(tiles, depth.div_ceil(DEPTH), multiprocessors * tile.cubes());
     let parts = if schedule.split > 1 { schedule.slots() * schedule.split } else { 0 };
     let partial = client.empty((parts * FEATURES * tile.tokens * 4).max(4));
+    let arguments = operand_arguments(client, operands)?;
+    let bias = operands.bias.cloned().unwrap_or_else(|| tables(client));
+    check_alignment("bias", &bias)?;
+    check_alignment("out", out)?;
+    let arguments = arguments
+        .read(&bias)
+        .read_write(&partial)
+        .counters(&arrivals(client, &partial, multiprocessors))
+        .write(out)
+        .params(Params::new(problem, operands, schedule));
+    cuda_source::launch(client, &source(tile, problem), (schedule.items() as u32, 1, 1), arguments).map_err(refused)
+}
+
+/// What the kernel reads first, for one weight or for groups: x, the low-rank operands, and the weight.
+pub(super) fn operand_arguments(client: &Client, operands: &Operands<'_>) -> Result<Arguments, QuantError> {
     let tables = tables(client);
     // Without a low-rank product its operands are never read.
     let (product, factor) =
@@ -133,14 +148,7 @@ pub(super) fn launch(
             read("tables", &tables)?;
         }
     }
-    read("bias", operands.bias.unwrap_or(&tables))?;
-    check_alignment("out", out)?;
-    let arguments = arguments
-        .read_write(&partial)
-        .counters(&arrivals(client, &partial, multiprocessors))
-        .write(out)
-        .params(Params::new(problem, operands, schedule));
-    cuda_source::launch(client, &source(tile, problem), (schedule.items() as u32, 1, 1), arguments).map_err(refused)
+    Ok(arguments)
 }
 
 pub(super) fn source(tile: Tile, problem: &Problem) -> Source {

@@ -11,12 +11,12 @@
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use cuda_source::{Arguments, Choices, CudaDevice, Source};
+use cuda_source::{Choices, CudaDevice, Source};
 
 use super::schedule::{Params, Schedule};
 use super::{LowRank, Operands, Problem, Weight, ampere, check_alignment, hopper, refused};
 use crate::QuantError;
-use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size, tables};
+use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size};
 
 /// The rows of every group.
 #[derive(Debug, Clone, Copy)]
@@ -146,7 +146,7 @@ pub fn grouped(
             let arguments = hopper::grouped_arguments(client, tile, problem, groups.count, &operands)?;
             (tiles.min(hopper::workers(client)), arguments)
         }
-        GroupedPath::Ampere(_) => (tiles, ampere_arguments(client, &operands)?),
+        GroupedPath::Ampere(_) => (tiles, ampere::operand_arguments(client, &operands)?),
     };
     check_alignment("out", out)?;
     let offset = match weight {
@@ -160,31 +160,6 @@ pub fn grouped(
     let arguments = arguments.read(groups.tiles).write(out).params(GroupedParams { params, scale, pad: 0 });
     let cubes = u32::try_from(cubes).map_err(|_| QuantError::Matmul(format!("{cubes} tiles are too many")))?;
     cuda_source::launch(client, &source(path, problem), (cubes, 1, 1), arguments).map_err(refused)
-}
-
-fn ampere_arguments(client: &Client, operands: &Operands<'_>) -> Result<Arguments, QuantError> {
-    let tables = tables(client);
-    let (product, factor) =
-        operands.low_rank.map_or((operands.x, &tables), |low_rank| (low_rank.product, low_rank.factor));
-    let mut arguments = Arguments::new();
-    let mut read = |name, handle: &Handle| {
-        arguments = std::mem::take(&mut arguments).read(handle);
-        check_alignment(name, handle)
-    };
-    read("x", operands.x)?;
-    read("low-rank product", product)?;
-    read("low-rank factor", factor)?;
-    match operands.weight {
-        Weight::Dense(weight) => read("weight", weight)?,
-        Weight::FourBit(weight) => {
-            read("codes", &weight.codes)?;
-            let (absmax, nested) = weight.absmax.buffers(&tables);
-            read("absmax", absmax)?;
-            read("nested_absmax", nested)?;
-            read("tables", &tables)?;
-        }
-    }
-    Ok(arguments)
 }
 
 /// `struct GroupedParams` of common.cu.
