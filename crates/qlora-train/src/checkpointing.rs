@@ -320,48 +320,56 @@ impl Room {
     }
 }
 
-/// Policies that take less memory than `policies`, each the best within nine tenths of what the one before takes.
-pub fn lighter(activations: &Activations, policies: &Policies, host: u64) -> Vec<Policies> {
-    let next = |last: &Policies| {
-        let peak = activations.peak(&last.0);
-        let next = choose(activations, peak / 10 * 9, host);
-        (activations.peak(&next.0) < peak).then_some(next)
-    };
-    std::iter::successors(next(policies), next).collect()
+/// Policies that can be the best in some memory, with what they take and cost.
+struct Mixture {
+    work: f64,
+    peak: u64,
+    policies: Policies,
 }
 
-/// The policies with the least work of those that fit into `room` bytes on the device and `host` in the host's memory. Where
-/// none does, that which takes least.
-pub fn choose(activations: &Activations, room: u64, host: u64) -> Policies {
+/// Every mixture that keeps within `host` bytes of the host's memory.
+fn mixtures(activations: &Activations, host: u64) -> Vec<Mixture> {
     let blocks = activations.blocks as usize;
     let rests: &[ActivationCheckpointing] =
         if activations.on_cpu { &[Full] } else { &[Full, OffloadSelective, Offload] };
-    let mut best: Option<(f64, u64, Policies)> = None;
-    let mut smallest: Option<(u64, Policies)> = None;
+    let mut mixtures = Vec::new();
     for rest in rests {
         for everything in 0..=blocks {
             for branches in 0..=blocks - everything {
-                let first = blocks - everything - branches;
-                let counts = [(*rest, first), (Selective, branches), (Everything, everything)];
+                let counts = [(*rest, blocks - everything - branches), (Selective, branches), (Everything, everything)];
                 let policies: Vec<ActivationCheckpointing> =
                     counts.into_iter().flat_map(|(policy, count)| std::iter::repeat_n(policy, count)).collect();
                 if activations.on_host(&policies) > host {
                     continue;
                 }
-                let peak = activations.peak(&policies);
-                let work = counts.iter().map(|(policy, count)| *count as f64 * activations.cost(*policy)).sum::<f64>();
-                if smallest.as_ref().is_none_or(|(least, _)| peak < *least) {
-                    smallest = Some((peak, Policies(policies.clone())));
-                }
-                let better = |(least, bytes, _): &(f64, u64, Policies)| (work, peak) < (*least, *bytes);
-                if peak <= room && best.as_ref().is_none_or(better) {
-                    best = Some((work, peak, Policies(policies)));
-                }
+                let work = counts.iter().map(|(policy, count)| *count as f64 * activations.cost(*policy)).sum();
+                mixtures.push(Mixture { work, peak: activations.peak(&policies), policies: Policies(policies) });
             }
         }
     }
-    let smallest = smallest.map_or(Policies(vec![Full; blocks]), |(_, policies)| policies);
-    best.map_or(smallest, |(.., policies)| policies)
+    mixtures
+}
+
+/// The mixture with the least work of those that fit into `room`; where none does, that which takes least.
+fn best(mixtures: &[Mixture], room: u64) -> Option<&Mixture> {
+    let by_work = |a: &&Mixture, b: &&Mixture| a.work.total_cmp(&b.work).then(a.peak.cmp(&b.peak));
+    let fitting = mixtures.iter().filter(|mixture| mixture.peak <= room).min_by(by_work);
+    fitting.or_else(|| mixtures.iter().min_by_key(|mixture| mixture.peak))
+}
+
+/// The policies with the least work of those that fit into `room` bytes on the device and `host` in the host's memory, and those to
+/// fall back on, each the best within nine tenths of what the one before takes. Where none fits, that which takes least;
+/// where nobody says what room there is, `full`.
+pub fn choose(activations: &Activations, room: Option<u64>, host: u64) -> (Policies, Vec<Policies>) {
+    let mixtures = mixtures(activations, host);
+    let first = match room {
+        Some(room) => best(&mixtures, room),
+        None => mixtures.iter().find(|mixture| mixture.policies.heaviest() == Full),
+    };
+    let lighter = |last: &&Mixture| best(&mixtures, last.peak / 10 * 9).filter(|next| next.peak < last.peak);
+    let mut chosen = std::iter::successors(first, lighter).map(|mixture| mixture.policies.clone());
+    // `full` for all blocks is among them always: it offloads nothing.
+    (chosen.next().unwrap_or_else(|| Full.into()), chosen.collect())
 }
 
 #[cfg(test)]

@@ -1,13 +1,12 @@
 //! What a run would train and need, worked out from `config.json` and the data, without loading weights.
 
-use crate::checkpointing::{Activations, Checkpointing, Policies, Room, choose, lighter};
+use crate::checkpointing::{Activations, Checkpointing, Policies, Room, choose};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
-use qlora_layers::ActivationCheckpointing;
 use qlora_layers::ops::MAX_SCORES;
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::{LinearRole, ModelConfig};
@@ -145,19 +144,13 @@ impl Plan {
         let other_weights = (dense + embeddings + norms) * width;
         let resident = linear_weights + other_weights + 4 * trainable + state_on_device;
         let room = memory.device.map(|room| room.saturating_sub(resident));
-        let policies = match (config.train.activation_checkpointing, room) {
-            (Checkpointing::Fixed(policy), _) => Policies(vec![policy; model.num_hidden_layers]),
-            (Checkpointing::Auto, Some(room)) => choose(&activations, room, memory.host),
-            // Nobody says what there is.
-            (Checkpointing::Auto, None) => Policies(vec![ActivationCheckpointing::Full; model.num_hidden_layers]),
+        let (policies, lighter) = match config.train.activation_checkpointing {
+            Checkpointing::Fixed(policy) => (policy.into(), Vec::new()),
+            Checkpointing::Auto => choose(&activations, room, memory.host),
         };
         const PROGRAM: u64 = 38 << 20;
         // Of each token of the rows its id and its label.
         let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
-        let lighter = match config.train.activation_checkpointing {
-            Checkpointing::Auto => lighter(&activations, &policies, memory.host),
-            Checkpointing::Fixed(_) => Vec::new(),
-        };
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,

@@ -83,14 +83,14 @@ fn more_room_is_never_more_work() {
         let mut last = f64::INFINITY;
         for part in 1..=20 {
             let room = everything / 20 * part + 20;
-            let chosen = choose(&activations, room, u64::MAX);
+            let (chosen, _) = choose(&activations, Some(room), u64::MAX);
             assert_eq!(chosen.0.len(), 32);
             let least = activations.peak(&[Offload]);
             assert!(activations.peak(&chosen.0) <= room.max(least), "{chosen} in {room}");
             assert!(work(&chosen) <= last, "{chosen} in {room}");
             last = work(&chosen);
         }
-        assert_eq!(choose(&activations, everything, 0).to_string(), "none");
+        assert_eq!(choose(&activations, Some(everything), 0).0.to_string(), "none");
     }
 }
 
@@ -98,22 +98,22 @@ fn more_room_is_never_more_work() {
 fn the_last_blocks_keep_everything_first() {
     let activations = activations(4, 2048);
     let between = (activations.peak(&[Everything]) + activations.peak(&[Selective])) / 2;
-    let chosen = choose(&activations, between, 0);
+    let (chosen, _) = choose(&activations, Some(between), 0);
     let first = chosen.0.iter().position(|policy| policy.keeps_everything()).unwrap();
     assert!((8..=24).contains(&first), "{chosen}");
     assert!(chosen.0[first..].iter().all(|policy| policy.keeps_everything()), "{chosen}");
     assert_eq!(chosen.to_string(), format!("selective for blocks 0 to {}, none for blocks {first} to 31", first - 1));
     // Without the host's memory nothing is offloaded, however small the device is.
-    assert!(choose(&activations, 1, 0).0.iter().all(|policy| !policy.offloads()));
+    assert!(choose(&activations, Some(1), 0).0.0.iter().all(|policy| !policy.offloads()));
     // Branches that are kept run again one after the other, which takes less than a whole block.
-    assert_eq!(choose(&activations, 1, u64::MAX).to_string(), "offload_selective");
+    assert_eq!(choose(&activations, Some(1), u64::MAX).0.to_string(), "offload_selective");
 }
 
 #[test]
 fn each_fallback_takes_less() {
     let activations = activations(4, 2048);
-    let first = Policies(vec![Everything; 32]);
-    let steps = lighter(&activations, &first, u64::MAX);
+    let (first, steps) = choose(&activations, Some(u64::MAX), u64::MAX);
+    assert_eq!(first, Policies(vec![Everything; 32]));
     let peaks: Vec<u64> = std::iter::once(&first).chain(&steps).map(|policies| activations.peak(&policies.0)).collect();
     assert!(peaks.windows(2).all(|pair| pair[1] < pair[0]), "{peaks:?}");
     assert!((5..30).contains(&steps.len()), "{}", steps.len());
