@@ -126,11 +126,3 @@ fn add_norm_kernel<F: Float, N: Size, W: Size>(
         }
     }
 }
-
-/// The scalar oracle, in f64, of the sum as its format holds it: [`rms_norm`](crate::rms_norm::oracle::forward) of it.
-///
-/// # Shapes
-/// `sum`: `[rows, width]`, `weight`: `[width]`.
-pub fn oracle(sum: &[f64], weight: &[f64], norm: Norm) -> Vec<f64> {
-    crate::rms_norm::oracle::forward(sum, weight, norm)
-}

@@ -48,11 +48,6 @@ impl AdapterStack {
         }
     }
 
-    /// Bytes on the device.
-    pub fn device_bytes(&self) -> usize {
-        (self.lora_a.dims()[0] + self.lora_b.dims()[0]) * self.lora_a.dtype().size()
-    }
-
     /// Makes room for as many slots and ranks, if there is less; what slots hold stays.
     pub fn make_room(&mut self, slots: usize, rank: usize) {
         let (slots, rank) = (slots.max(self.slots), padded(rank).max(self.rank));

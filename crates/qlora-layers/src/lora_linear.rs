@@ -96,12 +96,14 @@ impl LoraLinear {
     /// # Shapes
     /// As [`forward_in`](Self::forward_in).
     pub fn forward_bare(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = self.base.forward(x);
+        self.plus_bias(self.base.forward(x))
+    }
+
+    /// With the frozen bias, in the dtype of `y`.
+    pub(crate) fn plus_bias(&self, y: Tensor<2>) -> Tensor<2> {
+        let held = y.dtype();
         match &self.bias {
-            Some(bias) => {
-                let held = y.dtype();
-                y + bias.val().without_autodiff().cast(held).unsqueeze()
-            }
+            Some(bias) => y + bias.val().without_autodiff().cast(held).unsqueeze(),
             None => y,
         }
     }
@@ -127,11 +129,9 @@ impl LoraLinear {
             (None, None) => self.base.forward(x),
         };
         // A sum that is still in f32 is rounded after the bias.
-        let held = y.dtype();
-        match (whole.and_then(|whole| whole.bias.as_ref()), &self.bias) {
-            (Some(bias), _) => (y.cast(FloatDType::F32) + in_pass(bias, pass)).cast(dtype),
-            (None, Some(bias)) => (y + bias.val().without_autodiff().cast(held).unsqueeze()).cast(dtype),
-            (None, None) => y.cast(dtype),
+        match whole.and_then(|whole| whole.bias.as_ref()) {
+            Some(bias) => (y.cast(FloatDType::F32) + in_pass(bias, pass)).cast(dtype),
+            None => self.plus_bias(y).cast(dtype),
         }
     }
 

@@ -40,11 +40,7 @@ pub fn forward_mixed(parts: &[(usize, &LoraLinear)], x: Tensor<2>) -> Tensor<2> 
         }
     };
     let updates = by_part(parts, x.clone(), update);
-    let y = first.base.forward_into(x, FloatDType::F32) + updates;
-    match &first.bias {
-        Some(bias) => (y + bias.val().without_autodiff().cast(FloatDType::F32).unsqueeze()).cast(dtype),
-        None => y.cast(dtype),
-    }
+    first.plus_bias(first.base.forward_into(x, FloatDType::F32) + updates).cast(dtype)
 }
 
 /// Runs each part's rows by themselves: `parts` are numbers of rows and what runs them, the first part's rows come first.

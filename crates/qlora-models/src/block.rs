@@ -53,12 +53,17 @@ impl Block {
 
     /// The linear layers with their paths in the model.
     pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
+        self.named_linears().map(Named::pair)
+    }
+
+    /// [`linears`](Self::linears), their paths not copied.
+    pub(crate) fn named_linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
         let (mlp, experts) = match &self.feed_forward {
             FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
             FeedForward::Experts(moe) => (None, Some(moe.linears())),
         };
         let attention = self.qkv.iter().chain([&self.output]);
-        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).map(Named::pair)
+        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten())
     }
 
     /// The linear layers with their paths in the model.

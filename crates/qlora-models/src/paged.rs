@@ -73,9 +73,7 @@ impl PagedCache {
     fn write(&mut self, layer: usize, new: [Tensor<3>; 2], batch: &PagedBatch) -> &[Tensor<3>; 2] {
         let layer = &mut self.layers[layer];
         for (tensor, new) in layer.iter_mut().zip(new) {
-            // The cache's tensor has one owner, so that it is written in place.
-            let placeholder = Tensor::empty([0, 1, 1], (&tensor.device(), tensor.dtype()));
-            *tensor = paged_write(std::mem::replace(tensor, placeholder), new, batch);
+            *tensor = paged_write(taken(tensor), new, batch);
         }
         layer
     }
@@ -90,14 +88,16 @@ impl PagedCache {
         rotation: Rotation,
     ) -> (Tensor<2>, &[Tensor<3>; 2]) {
         let layer = &mut self.layers[layer];
-        let owned = layer.each_mut().map(|tensor| {
-            let placeholder = Tensor::empty([0, 1, 1], (&tensor.device(), tensor.dtype()));
-            std::mem::replace(tensor, placeholder)
-        });
-        let (q, written) = rotate_into_cache(new, tables, owned, batch, rotation);
+        let (q, written) = rotate_into_cache(new, tables, layer.each_mut().map(taken), batch, rotation);
         *layer = written;
         (q, layer)
     }
+}
+
+/// A tensor of the cache that is about to be written: it has one owner then, and is written in place.
+fn taken(tensor: &mut Tensor<3>) -> Tensor<3> {
+    let placeholder = Tensor::empty([0, 1, 1], (&tensor.device(), tensor.dtype()));
+    std::mem::replace(tensor, placeholder)
 }
 
 /// Which of a row's tokens get logits.

@@ -96,11 +96,6 @@ impl PagedCache {
         self.stacks.forget(number);
     }
 
-    /// Bytes of the adapters that are kept for passes over this cache.
-    pub fn adapter_bytes(&self) -> usize {
-        self.stacks.device_bytes()
-    }
-
     /// How many passes were replayed since the cache was made or grew.
     pub fn replays(&self) -> u64 {
         self.recorded.replays

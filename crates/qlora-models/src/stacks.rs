@@ -66,11 +66,6 @@ impl Stacks {
         &self.layers
     }
 
-    /// Bytes on the device.
-    pub fn device_bytes(&self) -> usize {
-        self.layers.values().map(AdapterStack::device_bytes).sum()
-    }
-
     /// At most `most` slots from now on.
     pub fn limit(&mut self, most: usize) {
         self.most_slots = most.max(1);

@@ -33,12 +33,7 @@ fn named_mut<'a>(path: &str, parts: Vec<(&'static str, &'a mut Param<Tensor<2>>)
 impl Block {
     /// What is trained in this block.
     pub fn parameters(&self) -> Parameters<'_> {
-        let (mlp, experts) = match &self.feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.linears())),
-        };
-        let linears = self.qkv.iter().chain([&self.output]);
-        let linears = linears.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        let linears = self.named_linears();
         let linears = linears.flat_map(|Named { path, module }| named(path, module.parameters()));
         let norms = self.norms().filter_map(|(path, norm)| Some((format!("{path}.weight"), &**norm.trained.as_ref()?)));
         let experts = self.experts().into_iter().flat_map(Moe::joined_parameters);
