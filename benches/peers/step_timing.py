@@ -10,6 +10,7 @@ managed memory, which the allocator does not count.
 import argparse
 import gc
 import json
+import pathlib
 import statistics
 import subprocess
 import time
@@ -25,6 +26,8 @@ SHAPES = {
     "tiny": dict(vocab_size=4096, hidden_size=128, intermediate_size=344, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2),
 }
+# Shapes with experts are read from the file that `qlora-bench` has them from.
+EXPERT_SHAPES = json.loads((pathlib.Path(__file__).parents[2] / "testdata" / "moe_shapes.json").read_text())
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIMIZERS = {"adamw_32bit": "PagedAdamW32bit", "adamw_8bit": "PagedAdamW8bit", "lion_8bit": "PagedLion8bit"}
 
@@ -36,8 +39,9 @@ def case_of(text):
 
 def arguments():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--shape", choices=[*SHAPES, *EXPERT_SHAPES], default="llama-2-7b")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--words", type=int)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw_32bit")
     parser.add_argument("--accumulation", type=int, default=1)
@@ -49,10 +53,16 @@ def arguments():
     return args
 
 
+def has_experts(args):
+    return args.shape in EXPERT_SHAPES
+
+
 def sizes(args):
-    shape = dict(SHAPES[args.shape])
+    shape = dict(EXPERT_SHAPES[args.shape] if has_experts(args) else SHAPES[args.shape])
     if args.layers:
         shape["num_hidden_layers"] = args.layers
+    if args.words:
+        shape["vocab_size"] = args.words
     return shape
 
 
