@@ -89,6 +89,8 @@ impl Arguments {
     /// CubeCL's form of it.
     pub(crate) fn bindings(self, kernel: &'static str) -> Result<KernelArguments, LaunchError> {
         let mut arguments = KernelArguments::new();
+        arguments.resources.reserve_exact(self.resources.len());
+        arguments.declared_io.reserve_exact(self.resources.len());
         for (index, (argument, io)) in self.resources.into_iter().enumerate() {
             arguments.resources.push(match argument {
                 Argument::Buffer(handle) => KernelResource::Buffer(handle.binding()),

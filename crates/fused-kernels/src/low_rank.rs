@@ -23,7 +23,7 @@
 //!   order by a small kernel ([`pack`]); the result serves every projection until the factor changes.
 //! - Where one tile per cube would leave multiprocessors idle, several cubes share a tile's contraction and add
 //!   their sums in the order of the cubes: the same bits on every run. Either they are one cluster, of up to eight,
-//!   and add through distributed shared memory, or up to sixteen write to scratch memory and one more launch adds.
+//!   and add through distributed shared memory, or up to sixteen write to scratch memory and the last one of a tile adds.
 //!   GPUs before Hopper have no clusters.
 //! - Dropout is applied to the registers, so no masked copy of `x` exists and none is kept for the backward.
 //!
@@ -303,11 +303,9 @@ fn product(
     }
     let sums = tiles * tiling.rows(kind) * tiling.padded_rank(kind);
     let partial = client.empty(sums * splits * 4);
-    launch(client, variant, tiles * splits, inputs.write(&partial), params)?;
-    let kind = Kind::Sum { project: kind == Kind::Project };
-    let variant = Variant { kind, dropout: false, aligned: true, small_aligned: true, ..variant };
-    let cubes = (sums / 4).div_ceil(FLAT_THREADS);
-    launch(client, variant, cubes, Arguments::new().read(&partial).write(out), params)
+    // A few lengths serve all plans.
+    let counters = cuda_source::counters(client, &partial, tiles.next_power_of_two().max(256));
+    launch(client, variant, tiles * splits, inputs.write(out).write(&partial).counters(&counters), params)
 }
 
 /// The operands in the order of the kernels' parameters.

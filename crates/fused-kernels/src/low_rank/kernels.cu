@@ -1,13 +1,12 @@
 // The low-rank products of LoRA; `low_rank.rs` has the idea. These macros are defined before:
 //
-//   KIND       0: pack a factor, 1: project (contraction over features), 2: gradient (over tokens),
-//              3: sum the partial results of 1 (PROJECT 1) or 2 (PROJECT 0)
+//   KIND       0: pack a factor, 1: project (contraction over features), 2: gradient (over tokens)
 //   F16        1: the 16-bit dtype is f16, 0: bf16
 //   MT         tiles of 8 tokens, or of 16 features in a gradient, per warp
 //   NT         tiles of 16 ranks, or of 8 in a gradient, per warp
 //   WARPS_M, WARPS_N, WARPS_K   warps along rows, along ranks, along the contraction
 //   DEPTH      panels of the large operand that each warp has in flight, in registers
-//   SPLITS     cubes of a cluster, which share one tile's contraction; 0: splits go to scratch
+//   SPLITS     cubes of a cluster, which share one tile's contraction; 0: splits go through scratch memory
 //   DROPOUT    1: mask the large operand
 //   ALIGNED    1: rows of the large operand start at multiples of 16 bytes
 //   SMALL_ALIGNED   the same of the gradient's small operand
@@ -31,7 +30,7 @@ struct Params {
 
 #define LANES 32
 #define THREADS (LANES * WARPS_M * WARPS_N * WARPS_K)
-#if KIND == 0 || KIND == 1 || (KIND == 3 && PROJECT)
+#if KIND == 0 || KIND == 1
 #define IS_PROJECT 1
 #define ROW_TILE 8
 #define RANK_TILE 16
@@ -149,26 +148,8 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Position of a warp tile's sums in scratch: [tile][split][m][n][lane].
+// Warp tiles of a cube.
 #define TILES_PER_CUBE (WARPS_M * MT * WARPS_N * NT)
-
-#if KIND == 3
-
-// One thread per four sums: adds the splits in their order.
-extern "C" __global__ void __launch_bounds__(256)
-low_rank_sum(const float4* __restrict__ partial, void* __restrict__ out, const __grid_constant__ Params p) {
-    u32 i = blockIdx.x * 256 + threadIdx.x;
-    u32 lane = i % LANES, tn = i / LANES % (WARPS_N * NT), m = i / LANES / (WARPS_N * NT) % (WARPS_M * MT);
-    u32 tile = i / LANES / TILES_PER_CUBE;
-    u32 limit = IS_PROJECT ? p.tokens : p.features;
-    if (tile * ROWS >= limit || tn * RANK_TILE >= p.rank) return;
-    const float4* from = partial + ((size_t)tile * p.splits * TILES_PER_CUBE + (m * WARPS_N * NT + tn)) * LANES + lane;
-    float4 sum = from[0];
-    for (u32 s = 1; s < p.splits; s++) sum = add4(sum, from[(size_t)s * TILES_PER_CUBE * LANES]);
-    store(out, p, tile, m / MT, m % MT, tn, lane, sum);
-}
-
-#else
 
 // --------------------------------------------------------------------------------------------- pieces
 
@@ -276,6 +257,10 @@ __device__ __forceinline__ float4 load_from_cube(u32 address, u32 cube) {
 // Gradient: `large` is the same, `small` is [tokens, rank], a row is a feature.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_CUBES)
 low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, void* __restrict__ out,
+#if SPLITS == 0
+                 float4* partial,  // the splits' sums: [tile][split][m][n][lane]
+                 u32* counters,    // of each tile, the cubes that have written theirs
+#endif
                  const __grid_constant__ Params p) {
     __shared__ __align__(128) unsigned char shared[SHARED_BYTES];
     const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
@@ -516,20 +501,40 @@ low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, v
                 float4 sum = make_float4(acc[i][first + j][0], acc[i][first + j][1], acc[i][first + j][2], acc[i][first + j][3]);
 #endif
 #if SPLITS == 0
-                if (splits > 1) {
-                    size_t place = ((size_t)(tile * splits + split) * (WARPS_M * MT) + wm * MT + i) * (WARPS_N * NT) + tile_n;
-                    ((float4*)out)[place * LANES + lane] = sum;
-                    continue;
-                }
-#endif
+                size_t place = ((size_t)(tile * splits + split) * (WARPS_M * MT) + wm * MT + i) * (WARPS_N * NT) + tile_n;
+                partial[place * LANES + lane] = sum;
+#else
                 store(out, p, tile, wm, i, tile_n, lane, sum);
+#endif
             }
         }
 #if SPLITS > 1
         cluster_sync_relaxed();
 #endif
     }
+
+#if SPLITS == 0
+    // The cube of a tile that comes last adds up what all have written, in the order of the splits.
+    u32* last = (u32*)shared;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *last = atomicAdd(counters + tile, 1) == splits - 1;
+        if (*last) counters[tile] = 0;
+    }
+    __syncthreads();
+    if (!*last) return;
+    __threadfence();
+    const float4* sums = partial + (size_t)tile * splits * TILES_PER_CUBE * LANES;
+    for (u32 i = threadIdx.x; i < TILES_PER_CUBE * LANES; i += THREADS) {
+        const u32 tile_n = i / LANES % (WARPS_N * NT), m = i / LANES / (WARPS_N * NT);
+        if (tile_n * RANK_TILE >= p.rank) continue;
+        float4 sum = __ldcg(sums + i);
+#pragma unroll 8
+        for (u32 s = 1; s < splits; s++) sum = add4(sum, __ldcg(sums + (size_t)s * TILES_PER_CUBE * LANES + i));
+        store(out, p, tile, m / MT, m % MT, tile_n, lane, sum);
+    }
+#endif
 }
 
-#endif
 #endif
