@@ -74,13 +74,14 @@ pub enum GroupedPath {
 }
 
 /// The kernel for a problem of `groups` groups in tiles of `tile_rows` rows on a client's device, or `None` where there is
-/// none: [`Problem`] says the shapes of one group, and the rows of all. `NF4_QUANT_MATMUL` forces `hopper` or `ampere`.
+/// none: [`Problem`] says the shapes of one group, and the rows of all. `NF4_QUANT_MATMUL` forces `hopper` or `ampere` where it takes
+/// the problem.
 pub fn path(client: &Client, problem: &Problem, groups: usize, tile_rows: usize) -> Option<GroupedPath> {
     static CHOICES: Choices<()> = Choices::new("NF4_QUANT_MATMUL");
-    let candidates = candidates(&cuda_source::device(client)?, problem, groups, tile_rows);
-    // What is forced may be a kernel for one weight.
-    let forced = CHOICES.forced().filter(|name| ["hopper", "ampere"].contains(name));
-    cuda_source::choose(candidates, forced)
+    let candidates: Vec<_> = candidates(&cuda_source::device(client)?, problem, groups, tile_rows).collect();
+    // What is forced may be a kernel for one weight, or for 4-bit weights alone, while the factors' products are dense.
+    let forced = CHOICES.forced().filter(|forced| candidates.iter().any(|(name, _)| name == forced));
+    cuda_source::choose(candidates.into_iter(), forced)
 }
 
 /// Every kernel that takes a problem, the one that [`path`] prefers first.
