@@ -41,7 +41,7 @@ pub(crate) struct Args {
     ])]
     cases: Vec<String>,
     /// Tokens of a pass at most.
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 2048)]
     batch_tokens: usize,
     /// Writes the figures to a file.
     #[arg(long, value_name = "FILE")]

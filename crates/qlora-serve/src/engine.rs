@@ -56,7 +56,7 @@ impl Default for EngineConfig {
             cache: CacheSize::Tokens(8192),
             block_tokens: 16,
             max_batch: 64,
-            max_batch_tokens: 1024,
+            max_batch_tokens: 2048,
             max_waiting: 1024,
             max_tokens: None,
             max_adapters: 64,

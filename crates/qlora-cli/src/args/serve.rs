@@ -50,7 +50,7 @@ pub struct ServeArgs {
     /// Answers that are written at once at most (default 64)
     #[arg(long, value_name = "N")]
     pub max_batch: Option<usize>,
-    /// Tokens of a forward pass at most (default 1024); what is left beside the answers goes to prompts
+    /// Tokens of a forward pass at most (default 2048); what is left beside the answers goes to prompts
     #[arg(long, value_name = "TOKENS")]
     pub max_batch_tokens: Option<usize>,
     /// Requests that wait for their turn at most (default 1024); further ones are refused with 429

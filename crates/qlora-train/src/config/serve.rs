@@ -55,7 +55,7 @@ impl Default for ServeConfig {
             cache_gib: None,
             max_tokens: None,
             max_batch: 64,
-            max_batch_tokens: 1024,
+            max_batch_tokens: 2048,
             max_waiting: 1024,
             max_adapters: 64,
             max_adapters_on_device: 16,
