@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
-use burn_qlora::qlora_train::{Resized, load_rows, resize, run_in};
+use burn_qlora::qlora_train::fits::{self, Change};
+use burn_qlora::qlora_train::{Resized, load_rows, rates, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
     ModelConfig, Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
@@ -223,10 +224,12 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
         options.gradient_accumulation_steps
     )?;
     writeln!(text, "Kept     for the backward pass: {}{}", plan.policies, within(&room, &plan))?;
+    writeln!(text, "Speed    {}", speed(&device_name(&device), &plan))?;
     text += "\n";
     text += &targets(&plan).to_string();
     text += "\n";
     text += &memory_table(&plan).to_string();
+    text += &would_fit(&fits::nearest(config, &model, dtype, &room, &train.examples)?);
     let first = preview::of_rows(config, &tokenizer, &model, &train, 1, PreviewChoice::First)?;
     text += "\nThe first row as it is trained (`qlora preview` shows more):\n";
     for row in &first.rows {
@@ -240,11 +243,36 @@ fn within(room: &Room, plan: &Plan) -> String {
     match room.device.filter(|room| *room < u64::MAX) {
         Some(room) if plan.memory.total() > room => {
             let room = memory(room);
-            format!("; more than the {room} that there is room for: make data.max_length or train.batch_size smaller")
+            format!("; more than the {room} that there is room for")
         }
         Some(room) => format!("; there is room for {}", memory(room)),
         None => String::new(),
     }
+}
+
+/// Tokens per second to expect.
+fn speed(device: &str, plan: &Plan) -> String {
+    match rates::seconds(device, &plan.work) {
+        Some(seconds) => {
+            let rate = count((plan.work.tokens as f64 / seconds) as u64);
+            format!("some {rate} tokens/s where batches are full, by steps measured on such a card")
+        }
+        None => "unknown: no steps were measured on such a device".into(),
+    }
+}
+
+/// What would make the run fit.
+fn would_fit(changes: &[Change]) -> String {
+    let mut text = String::new();
+    if !changes.is_empty() {
+        text += "\nWith any of these it would fit:\n";
+    }
+    for Change { settings, bytes, effect } in changes {
+        let set: Vec<String> = settings.iter().map(|(key, value)| format!("--set {key}={value}")).collect();
+        let effect = if effect.is_empty() { "the same training" } else { effect };
+        text += &format!("  {}   {}, {effect}\n", set.join(" "), memory(*bytes));
+    }
+    text
 }
 
 /// The first lines of a text.

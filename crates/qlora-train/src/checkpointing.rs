@@ -140,10 +140,15 @@ impl Activations {
         }
     }
 
+    /// The policy of each block. Blocks beyond the policies have the last one.
+    pub(crate) fn of_blocks(&self, policies: &[ActivationCheckpointing]) -> Vec<ActivationCheckpointing> {
+        let of = |index: u64| policies.get(index as usize).or(policies.last()).copied().unwrap_or_default();
+        (0..self.blocks).map(of).collect()
+    }
+
     /// The most bytes at a time, gradients of what is trained among them. Blocks beyond the policies have the last one.
     pub fn peak(&self, policies: &[ActivationCheckpointing]) -> u64 {
-        let of = |index: u64| policies.get(index as usize).or(policies.last()).copied().unwrap_or_default();
-        let all: Vec<ActivationCheckpointing> = (0..self.blocks).map(of).collect();
+        let all = self.of_blocks(policies);
         let kept: u64 = all.iter().map(|policy| self.kept(*policy)).sum();
         // What is offloaded is on the device for two blocks at a time.
         let passing = match all.iter().find(|policy| policy.offloads()) {
@@ -181,6 +186,13 @@ impl Activations {
             _ => 0,
         };
         policies.iter().map(of_block).sum()
+    }
+
+    /// Operations of all blocks in a step of the micro-batch: forward, backward, and what runs again.
+    pub(crate) fn operations(&self, policies: &[ActivationCheckpointing]) -> f64 {
+        // Weights have no gradient of their own, so backward does as much as forward.
+        2.0 * self.blocks as f64 * self.forward
+            + self.of_blocks(policies).into_iter().map(|policy| self.cost(policy)).sum::<f64>()
     }
 
     /// What a block of a policy costs beyond one that keeps everything, in operations.

@@ -4,6 +4,7 @@ use crate::checkpointing::{Activations, Checkpointing, Policies, Room, choose};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
+use crate::rates::Work;
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
@@ -55,6 +56,8 @@ pub struct Plan {
     pub policies: Policies,
     /// What it keeps instead, where the device has less memory than was thought; empty where the configuration says what is kept.
     pub lighter: Vec<Policies>,
+    /// What a micro-batch of the largest size does.
+    pub work: Work,
 }
 
 impl Plan {
@@ -141,16 +144,18 @@ impl Plan {
         let logits = width * (rows * len * model.vocab_size as u64).min(MAX_LOGITS as u64);
         let gradients = 4 * trainable;
         let activations = Activations::new(model, dtype, on_cpu, [rows, len], [scores, logits, gradients]);
+        const PROGRAM: u64 = 38 << 20;
+        // Of each token of the rows its id and its label.
+        let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
+        let program = if on_cpu { PROGRAM + of_rows } else { 0 };
         let other_weights = (dense + embeddings + norms) * width;
-        let resident = linear_weights + other_weights + 4 * trainable + state_on_device;
+        let resident = program + linear_weights + other_weights + 4 * trainable + state_on_device;
         let room = memory.device.map(|room| room.saturating_sub(resident));
         let (policies, lighter) = match config.train.activation_checkpointing {
             Checkpointing::Fixed(policy) => (policy.into(), Vec::new()),
             Checkpointing::Auto => choose(&activations, room, memory.host),
         };
-        const PROGRAM: u64 = 38 << 20;
-        // Of each token of the rows its id and its label.
-        let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
+        let work = Work::new(model, &activations, &policies, in_blocks);
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
@@ -160,13 +165,14 @@ impl Plan {
                 adapters: 4 * trainable,
                 optimizer: state_on_device,
                 activations: activations.peak(&policies.0),
-                program: if on_cpu { PROGRAM + of_rows } else { 0 },
+                program,
                 // The adapter once, the moments as they are and as the file's content.
                 saving: if on_cpu { 4 * trainable + 2 * state } else { 0 },
             },
             targets,
             policies,
             lighter,
+            work,
         })
     }
 }

@@ -1,0 +1,64 @@
+//! How long a step will take on a kind of card where steps were measured.
+//!
+//! Three terms describe the recorded steps of an H100 within 10 %: operations at a share of what the best dense product
+//! reaches, a time for each block (norms, rotations, launches), and one for each time that a weight is dequantized, which small
+//! batches feel. Other cards have no rates here until somebody measures them; nothing is extrapolated.
+
+use crate::checkpointing::{Activations, Policies};
+use qlora_models::ModelConfig;
+
+/// What a step of one micro-batch of the largest size does, for [`seconds`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Work {
+    /// Tokens of the micro-batch.
+    pub tokens: u64,
+    /// Operations of all products and of attention, forward, backward and again.
+    operations: f64,
+    blocks: f64,
+    /// Frozen weights of blocks, once for each pass that multiplies by them.
+    dequantized: f64,
+    has_experts: bool,
+}
+
+impl Work {
+    /// Of a micro-batch under policies. `weights` is the number of frozen weights of all blocks.
+    pub(crate) fn new(model: &ModelConfig, activations: &Activations, policies: &Policies, weights: u64) -> Self {
+        let again =
+            activations.of_blocks(&policies.0).iter().filter(|policy| !policy.keeps_everything()).count() as f64;
+        let blocks = activations.blocks as f64;
+        // Forward, and the gradient of the input.
+        let head = 4.0 * (model.vocab_size * model.hidden_size) as f64 * activations.tokens as f64;
+        Self {
+            tokens: activations.tokens,
+            operations: activations.operations(&policies.0) + head,
+            blocks,
+            dequantized: weights as f64 * (2.0 + again / blocks.max(1.0)),
+            has_experts: model.experts.is_some(),
+        }
+    }
+}
+
+/// What was measured on a kind of card.
+struct Rates {
+    /// Operations per second that count.
+    operations: f64,
+    /// Seconds for each block.
+    block: f64,
+    /// Seconds for each weight that is dequantized.
+    weight: f64,
+}
+
+/// Part of a card's name, its rates for dense models and for models with experts.
+const CARDS: [(&str, Rates, Rates); 1] = [(
+    "H100 80GB HBM3",
+    Rates { operations: 0.74 * 785e12, block: 1.0e-3, weight: 7.5e-13 },
+    // From two steps of Qwen3-30B-A3B's shape, of 2,048 and 8,192 tokens.
+    Rates { operations: 0.33 * 785e12, block: 2.2e-3, weight: 0.0 },
+)];
+
+/// Seconds that a micro-batch will take on a card, by the card's name; `None` where nothing was measured on such a one.
+pub fn seconds(card: &str, work: &Work) -> Option<f64> {
+    let (_, dense, experts) = CARDS.iter().find(|(name, ..)| card.contains(name))?;
+    let rates = if work.has_experts { experts } else { dense };
+    Some(work.operations / rates.operations + work.blocks * rates.block + work.dequantized * rates.weight)
+}
