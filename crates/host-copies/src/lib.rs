@@ -2,6 +2,7 @@
 //!
 //! - [`Copies`] and [`Download`]: one stream for the copies of a device, one client that is never dropped, one kind of
 //!   copy to the host that was started and is waited for later.
+//! - [`persistent`]: memory for tensors that stay.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back.
 //! - [`Recording`]: a pass that is recorded once and replayed with other values in its inputs.
@@ -24,7 +25,7 @@ mod reading;
 mod recording;
 mod tensor;
 
-pub use copies::{Copies, Download, client_of, is_cuda};
+pub use copies::{Copies, Download, client_of, is_cuda, persistent};
 pub use error::DeviceError;
 pub use reading::Reading;
 pub use recording::{Recording, overwrite, overwrite_int};

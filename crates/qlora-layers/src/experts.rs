@@ -7,14 +7,15 @@
 use burn::backend::Dispatch;
 use burn::module::{Param, ParamId};
 use burn::tensor::{DType, Int, Tensor};
+use host_copies::persistent;
 
 use crate::ops::experts::{ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
 use crate::ops::{Layout4bit, LoraDropout};
 use crate::params::{constant, in_pass, track, trainable};
 use crate::{LayerError, Linear4bit, LoraAdapter, Pass};
 
-/// A view begins at a multiple of so many words, or devices make it a copy. Thousands of small buffers would have a price
-/// of their own: CubeCL's allocator looks through what lies before a free place.
+/// A view begins at a multiple of so many words, and what lies behind it takes a multiple of so many, or devices make it a copy.
+/// Thousands of small buffers would have a price of their own: for each allocation CubeCL looks through all that it holds.
 const VIEW_WORDS: usize = 128;
 
 /// The frozen weights of one projection of all experts, in one memory.
@@ -44,24 +45,27 @@ impl ExpertStack {
             return Err(apart(format!("blocks of {blocksize} cross the weights of {out_features} x {in_features}")));
         };
         let tensors: Vec<[Tensor<1, Int>; 3]> = layers.iter().map(|layer| layer.tensors()).collect();
-        let joined = |part: usize| Tensor::cat(tensors.iter().map(|parts| parts[part].clone()).collect(), 0);
+        let device = tensors[0][0].device();
+        let cat = |tensors: Vec<Tensor<1, Int>>| persistent(&device, tensors, |tensors| Tensor::cat(tensors, 0));
+        let joined = |part: usize| cat(tensors.iter().map(|parts| parts[part].clone()).collect());
         let (codes, absmax) = (joined(0), joined(1));
         let nested_absmax = match layout.nested_blocksize {
             None => tensors[0][2].clone(),
             Some(_) => {
                 let nested = tensors.iter().map(|parts| parts[2].clone().narrow(0, 0, nested_len));
                 let offsets = tensors.iter().map(|parts| parts[2].clone().narrow(0, nested_len, 1));
-                Tensor::cat(nested.chain(offsets).collect(), 0)
+                cat(nested.chain(offsets).collect())
             }
         };
         // A layer's own nested absmax has its offset behind it.
         let own_len = tensors[0][2].dims()[0];
         let stride = own_len.next_multiple_of(VIEW_WORDS);
-        let gap = Tensor::<1, Int>::zeros([stride - own_len], (&codes.device(), DType::U32));
-        let apart = tensors
-            .iter()
-            .flat_map(|parts| std::iter::once(parts[2].clone()).chain((stride > own_len).then(|| gap.clone())));
-        let own = Tensor::cat(apart.collect(), 0);
+        let gap = Tensor::<1, Int>::zeros([stride - own_len], (&device, DType::U32));
+        let apart = tensors.iter().enumerate().flat_map(|(i, parts)| {
+            let gap = (i > 0 && stride > own_len).then(|| gap.clone());
+            gap.into_iter().chain(std::iter::once(parts[2].clone()))
+        });
+        let own = cat(apart.collect());
         let format = layers[0].format();
         for (i, layer) in layers.iter_mut().enumerate() {
             let view = |all: &Tensor<1, Int>, stride, len| all.clone().narrow(0, i * stride, len);
@@ -178,4 +182,30 @@ impl ExpertAdapters {
 
 fn apart(reason: impl Into<String>) -> LayerError {
     LayerError::Experts { reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+    use super::*;
+    use crate::Linear4bitConfig;
+    use host_copies::cube_of_int;
+    use test_support::devices;
+
+    #[test]
+    fn a_layer_s_weight_is_a_place_in_the_stack_and_no_copy() {
+        for (name, device) in devices() {
+            let layer = |_| Linear4bitConfig::new(256, 128).init(&device).unwrap();
+            let mut layers: Vec<Linear4bit> = (0..5).map(layer).collect();
+            ExpertStack::new(&mut layers.iter_mut().collect::<Vec<_>>()).unwrap();
+            for (expert, layer) in layers.iter().enumerate() {
+                for (part, tensor) in ["codes", "absmax", "nested absmax"].into_iter().zip(layer.tensors()) {
+                    let Some(tensor) = cube_of_int(tensor) else { continue };
+                    let begins = tensor.handle.offset_start.unwrap_or(0);
+                    assert_eq!(begins > 0, expert > 0, "{name}: {part} of expert {expert} begin at byte {begins}");
+                }
+            }
+        }
+    }
 }

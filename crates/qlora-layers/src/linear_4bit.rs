@@ -8,7 +8,7 @@ use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use burn_cubecl::CubeBackend;
-use host_copies::cube_of_int;
+use host_copies::{cube_of_int, persistent};
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 
 /// Makes a [`Linear4bit`] with random weights, to be filled from a record.
@@ -95,7 +95,7 @@ impl Linear4bit {
             codes: frozen(upload(pack_words(&weight.codes), device)),
             absmax: frozen(upload(absmax, device)),
             nested_absmax: frozen(upload(nested_absmax, device)),
-            format: frozen(Tensor::zeros(format, (device, DType::U32))),
+            format: frozen(persistent(device, format, |format| Tensor::zeros(format, (device, DType::U32)))),
             layout,
         })
     }
@@ -267,5 +267,5 @@ fn pack_words(bytes: &[u8]) -> Vec<u32> {
 
 fn upload(words: Vec<u32>, device: &Device) -> Tensor<1, Int> {
     let len = words.len();
-    Tensor::from_data(TensorData::new(words, [len]), (device, DType::U32))
+    persistent(device, TensorData::new(words, [len]), |words| Tensor::from_data(words, (device, DType::U32)))
 }

@@ -23,6 +23,7 @@ use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use adapter_io::{Checkpoint, Floats, TensorView};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use host_copies::persistent;
 use nf4_quant::Quantized4bit;
 pub use options::LoadOptions;
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear};
@@ -129,6 +130,10 @@ impl<'a> Loader<'a> {
         let Root { head, .. } = self.config.root();
         let embed_tokens = self.matrix(&self.config.embed_path(), [vocab_size, hidden_size])?;
         let blocks = (0..num_hidden_layers).map(|index| self.block(index)).collect::<Result<_, _>>()?;
+        if self.config.experts.is_some() {
+            // The memory that each expert's weights had before they were brought into one.
+            self.device.memory_cleanup();
+        }
         let norm = self.norm(self.config.last_norm())?;
         let lm_head = match tie_word_embeddings {
             true => None,
@@ -358,5 +363,5 @@ fn upload<const D: usize>(
         (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),
         _ => TensorData::new(view.to_f32_vec()?, shape),
     };
-    Ok(Tensor::from_data(data, (device, dtype)))
+    Ok(persistent(device, data, |data| Tensor::from_data(data, (device, dtype))))
 }

@@ -13,9 +13,6 @@
 //! from loading on. Adapters belong to the experts' own layers, with names of their own, until [`Moe::join`] makes them one
 //! parameter for each projection and factor; [`Moe::part`] gives them back.
 //!
-//! On CUDA they do so only with `BURN_QLORA_EXPERTS=joined` in the environment: the kernels for 16 bits have not been held against
-//! experts one by one on a card yet.
-//!
 //! Otherwise experts run one by one. The groups' sizes decide the shapes of the products then, so the choice of experts is
 //! read back to the host, once per block and pass.
 
@@ -24,7 +21,6 @@ use crate::named::Named;
 use burn::module::Param;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
-use host_copies::{client_of, is_cuda};
 use qlora_layers::ops::experts::{expert_mlp, expert_weights, route};
 use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass};
 
@@ -118,13 +114,6 @@ impl Moe {
     /// Brings the frozen weights into one memory.
     fn stack(&mut self) -> Result<Box<[ExpertStack; PROJECTIONS]>, LayerError> {
         let apart = |reason: &str| LayerError::Experts { reason: reason.into() };
-        let device = self.layers(0).find_map(|layer| Some(quantized(&layer.module)?.device()));
-        if device.is_some_and(|device| client_of(&device).is_some_and(|client| is_cuda(&client))) && !asked_for() {
-            return Err(apart(
-                "on CUDA they run as one only on demand, because that was not yet held against experts one by one on a card: set \
-                 BURN_QLORA_EXPERTS=joined to try it",
-            ));
-        }
         if self.experts.iter().any(|expert| expert.linears().count() != PROJECTIONS) {
             return Err(apart("gate and input projection are one layer"));
         }
@@ -240,11 +229,6 @@ impl Moe {
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Named<LoraLinear>> {
         std::iter::once(&mut self.router).chain(self.experts.iter_mut().flat_map(Mlp::linears_mut))
     }
-}
-
-/// Whether the environment asks for experts as one where they are not the default.
-fn asked_for() -> bool {
-    std::env::var_os("BURN_QLORA_EXPERTS").is_some_and(|value| value == "joined")
 }
 
 /// The weight of a layer that is nothing more.

@@ -61,6 +61,8 @@ pub struct Engine {
     lighter: VecDeque<Policies>,
     notice: Option<String>,
     max_grad_norm: f32,
+    /// Whether the device's allocator has seen a whole step.
+    settled: bool,
 }
 
 /// Gradients of the parameters by number, f32.
@@ -91,7 +93,7 @@ impl Engine {
         let optimizer = Optimizer::new(optimizer, &lens, model.device(), budget).with_names(names);
         model.track();
         let (policies, lighter) = (policies.into(), VecDeque::new());
-        Ok(Self { model, first_of_block, optimizer, policies, lighter, notice: None, max_grad_norm })
+        Ok(Self { model, first_of_block, optimizer, policies, lighter, notice: None, max_grad_norm, settled: false })
     }
 
     /// With policies to fall back on, one after the other, each time a step does not fit into the device's memory.
@@ -158,6 +160,11 @@ impl Engine {
         self.update(grads, norm, learning_rate)?;
         let _span = tracing::trace_span!("read_back").entered();
         let numbers = numbers.wait()?;
+        if !std::mem::replace(&mut self.settled, true) {
+            // CubeCL's pages grow with what is asked of them. Those that the first step has outgrown go back to the driver here,
+            // which else holds them.
+            self.model.device().memory_cleanup();
+        }
         let [loss, grad_norm] = numbers[..] else {
             let sent = format!("it sent {} numbers instead of loss and norm", numbers.len());
             return Err(DeviceError::Failed(sent).into());
