@@ -81,7 +81,7 @@ pub fn path(client: &Client, problem: &Problem, groups: usize, tile_rows: usize)
     let candidates: Vec<_> = candidates(&cuda_source::device(client)?, problem, groups, tile_rows).collect();
     // What is forced may be a kernel for one weight, or for 4-bit weights alone, while the factors' products are dense.
     let forced = CHOICES.forced().filter(|forced| candidates.iter().any(|(name, _)| name == forced));
-    cuda_source::choose(candidates.into_iter(), forced)
+    cuda_source::choose(candidates, forced)
 }
 
 /// Every kernel that takes a problem, the one that [`path`] prefers first.
