@@ -23,8 +23,8 @@
 //!   order by a small kernel ([`pack`]); the result serves every projection until the factor changes.
 //! - Where one tile per cube would leave multiprocessors idle, several cubes share a tile's contraction and add
 //!   their sums in the order of the cubes: the same bits on every run. Either they are one cluster, of up to eight,
-//!   and add through distributed shared memory, or up to sixteen write to scratch memory and the last one of a tile adds.
-//!   GPUs before Hopper have no clusters.
+//!   and add through distributed shared memory, or up to sixteen write to scratch memory, and one more launch adds, or for few
+//!   tokens the last one of a tile. GPUs before Hopper have no clusters.
 //! - Dropout is applied to the registers, so no masked copy of `x` exists and none is kept for the backward.
 //!
 //! Sums are f32 (in tensor cores), rounded once. Relative error (Frobenius) against f64 of the same operands, as
@@ -59,6 +59,9 @@ use crate::{Dropout, FloatFormat, KernelError};
 use plan::{FLAT_THREADS, Kind, MAX_RANK, Plan, Processors, Variant};
 
 const OPERATION: &str = "low_rank";
+/// The most tokens of steps whose launches are dearer than what they do. On an H100 a 7B shape's step of 512 tokens took 57 ms where
+/// the last cube of a tile adds, and 67 to 73 with one more launch; one of 2,048 tokens 191, and 176 with it.
+const FEW_TOKENS: usize = 512;
 /// The most tokens or features: 32-bit indices with room for what the last cube overshoots.
 const MAX_LENGTH: usize = 1 << 30;
 
@@ -207,8 +210,16 @@ pub fn pack(client: &Client, factor: Factor<'_>, format: FloatFormat) -> Result<
     let tiling = plan::pack(rank);
     let elements = features.div_ceil(32) * 32 * tiling.padded_rank(Kind::Pack);
     let packed = client.empty(elements * 2);
-    let variant =
-        Variant { kind: Kind::Pack, tiling, cluster: 1, dropout: false, aligned: true, small_aligned: true, format };
+    let variant = Variant {
+        kind: Kind::Pack,
+        tiling,
+        cluster: 1,
+        last_adds: false,
+        dropout: false,
+        aligned: true,
+        small_aligned: true,
+        format,
+    };
     let params = Params::new(shape, 1.0, None, layout.flag());
     let cubes = (elements / 8).div_ceil(FLAT_THREADS);
     launch(client, variant, cubes, Arguments::new().read(values).write(&packed), params)?;
@@ -296,16 +307,24 @@ fn product(
     params.splits = splits as u32;
     let aligned = shape.features.is_multiple_of(8) && offset(x).is_multiple_of(16);
     let cluster = if scratch { 0 } else { splits };
-    let variant = Variant { kind, tiling, cluster, dropout, aligned, small_aligned, format };
+    let last_adds = scratch && shape.tokens <= FEW_TOKENS;
+    let variant = Variant { kind, tiling, cluster, last_adds, dropout, aligned, small_aligned, format };
     let inputs = Arguments::new().read(x).read(small);
     if !scratch {
         return launch(client, variant, tiles * splits, inputs.write(out), params);
     }
     let sums = tiles * tiling.rows(kind) * tiling.padded_rank(kind);
     let partial = client.empty(sums * splits * 4);
-    // A few lengths serve all plans.
-    let counters = cuda_source::counters(client, &partial, tiles.next_power_of_two().max(256));
-    launch(client, variant, tiles * splits, inputs.write(out).write(&partial).counters(&counters), params)
+    if last_adds {
+        // A few lengths serve all plans.
+        let counters = cuda_source::counters(client, &partial, tiles.next_power_of_two().max(256));
+        return launch(client, variant, tiles * splits, inputs.write(out).write(&partial).counters(&counters), params);
+    }
+    launch(client, variant, tiles * splits, inputs.write(out).write(&partial), params)?;
+    let kind = Kind::Sum { project: kind == Kind::Project };
+    let variant = Variant { kind, dropout: false, aligned: true, small_aligned: true, ..variant };
+    let cubes = (sums / 4).div_ceil(FLAT_THREADS);
+    launch(client, variant, cubes, Arguments::new().read(&partial).write(out), params)
 }
 
 /// The operands in the order of the kernels' parameters.

@@ -1,12 +1,14 @@
 // The low-rank products of LoRA; `low_rank.rs` has the idea. These macros are defined before:
 //
-//   KIND       0: pack a factor, 1: project (contraction over features), 2: gradient (over tokens)
+//   KIND       0: pack a factor, 1: project (contraction over features), 2: gradient (over tokens),
+//              3: sum the partial results of 1 (PROJECT 1) or 2 (PROJECT 0)
 //   F16        1: the 16-bit dtype is f16, 0: bf16
 //   MT         tiles of 8 tokens, or of 16 features in a gradient, per warp
 //   NT         tiles of 16 ranks, or of 8 in a gradient, per warp
 //   WARPS_M, WARPS_N, WARPS_K   warps along rows, along ranks, along the contraction
 //   DEPTH      panels of the large operand that each warp has in flight, in registers
 //   SPLITS     cubes of a cluster, which share one tile's contraction; 0: splits go through scratch memory
+//   LAST_ADDS  1: the last cube of a tile adds what its splits have in scratch memory; 0: a launch of KIND 3 does
 //   DROPOUT    1: mask the large operand
 //   ALIGNED    1: rows of the large operand start at multiples of 16 bytes
 //   SMALL_ALIGNED   the same of the gradient's small operand
@@ -30,7 +32,7 @@ struct Params {
 
 #define LANES 32
 #define THREADS (LANES * WARPS_M * WARPS_N * WARPS_K)
-#if KIND == 0 || KIND == 1
+#if KIND == 0 || KIND == 1 || (KIND == 3 && PROJECT)
 #define IS_PROJECT 1
 #define ROW_TILE 8
 #define RANK_TILE 16
@@ -151,6 +153,28 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b) {
 // Warp tiles of a cube.
 #define TILES_PER_CUBE (WARPS_M * MT * WARPS_N * NT)
 
+// Four sums of a tile, by their place in scratch memory, [tile][split][m][n][lane]: adds the splits in their order.
+__device__ __forceinline__ void add_splits(const float4* partial, void* out, const Params& p, u32 tile, u32 i) {
+    const u32 tile_n = i / LANES % (WARPS_N * NT), m = i / LANES / (WARPS_N * NT);
+    if (tile_n * RANK_TILE >= p.rank) return;
+    const float4* from = partial + (size_t)tile * p.splits * TILES_PER_CUBE * LANES + i;
+    float4 sum = __ldcg(from);
+#pragma unroll 8
+    for (u32 s = 1; s < p.splits; s++) sum = add4(sum, __ldcg(from + (size_t)s * TILES_PER_CUBE * LANES));
+    store(out, p, tile, m / MT, m % MT, tile_n, i % LANES, sum);
+}
+
+#if KIND == 3
+
+// One thread per four sums.
+extern "C" __global__ void __launch_bounds__(256)
+low_rank_sum(const float4* __restrict__ partial, void* __restrict__ out, const __grid_constant__ Params p) {
+    const u32 i = blockIdx.x * 256 + threadIdx.x, tile = i / (TILES_PER_CUBE * LANES);
+    if (tile * ROWS < (IS_PROJECT ? p.tokens : p.features)) add_splits(partial, out, p, tile, i % (TILES_PER_CUBE * LANES));
+}
+
+#else
+
 // --------------------------------------------------------------------------------------------- pieces
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -259,7 +283,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_CUBES)
 low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, void* __restrict__ out,
 #if SPLITS == 0
                  float4* partial,  // the splits' sums: [tile][split][m][n][lane]
+#if LAST_ADDS
                  u32* counters,    // of each tile, the cubes that have written theirs
+#endif
 #endif
                  const __grid_constant__ Params p) {
     __shared__ __align__(128) unsigned char shared[SHARED_BYTES];
@@ -513,8 +539,8 @@ low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, v
 #endif
     }
 
-#if SPLITS == 0
-    // The cube of a tile that comes last adds up what all have written, in the order of the splits.
+#if SPLITS == 0 && LAST_ADDS
+    // The cube of a tile that comes last adds up what all have written.
     u32* last = (u32*)shared;
     __threadfence();
     __syncthreads();
@@ -525,16 +551,9 @@ low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, v
     __syncthreads();
     if (!*last) return;
     __threadfence();
-    const float4* sums = partial + (size_t)tile * splits * TILES_PER_CUBE * LANES;
-    for (u32 i = threadIdx.x; i < TILES_PER_CUBE * LANES; i += THREADS) {
-        const u32 tile_n = i / LANES % (WARPS_N * NT), m = i / LANES / (WARPS_N * NT);
-        if (tile_n * RANK_TILE >= p.rank) continue;
-        float4 sum = __ldcg(sums + i);
-#pragma unroll 8
-        for (u32 s = 1; s < splits; s++) sum = add4(sum, __ldcg(sums + (size_t)s * TILES_PER_CUBE * LANES + i));
-        store(out, p, tile, m / MT, m % MT, tile_n, lane, sum);
-    }
+    for (u32 i = threadIdx.x; i < TILES_PER_CUBE * LANES; i += THREADS) add_splits(partial, out, p, tile, i);
 #endif
 }
 
+#endif
 #endif

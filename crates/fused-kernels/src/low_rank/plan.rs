@@ -7,7 +7,7 @@ use crate::FloatFormat;
 
 /// The text of all kernels.
 const KERNELS: &str = concat!(cuda_source::prelude!(), include_str!("kernels.cu"));
-/// Threads of the kernel that is not tiled.
+/// Threads of the kernels that are not tiled.
 pub(super) const FLAT_THREADS: usize = 256;
 
 /// The kernels of `kernels.cu`, by its `KIND`.
@@ -16,6 +16,7 @@ pub(super) enum Kind {
     Pack,
     Project,
     Gradient,
+    Sum { project: bool },
 }
 
 /// How a cube's warps divide a tile of the output; the macros of `kernels.cu`.
@@ -49,6 +50,8 @@ pub(super) struct Variant {
     pub tiling: Tiling,
     /// Cubes of a cluster; 0 where splits go through scratch.
     pub cluster: usize,
+    /// Whether the last cube of a tile adds what went through scratch.
+    pub last_adds: bool,
     pub dropout: bool,
     /// Rows of the large operand start at multiples of 16 bytes.
     pub aligned: bool,
@@ -185,7 +188,7 @@ pub(super) struct Plan {
 
 impl Kind {
     fn is_project(self) -> bool {
-        matches!(self, Kind::Pack | Kind::Project)
+        matches!(self, Kind::Pack | Kind::Project | Kind::Sum { project: true })
     }
 
     /// The kernel's name in `kernels.cu`.
@@ -193,6 +196,7 @@ impl Kind {
         match self {
             Kind::Pack => "low_rank_pack",
             Kind::Project | Kind::Gradient => "low_rank_product",
+            Kind::Sum { .. } => "low_rank_sum",
         }
     }
 }
@@ -260,13 +264,15 @@ impl Variant {
         // Masking and element-wise loads need registers of their own.
         let plain = self.aligned && self.small_aligned;
         let depth = if self.dropout || !self.aligned { (depth / 2).max(1) } else { depth };
-        let kind = match self.kind {
-            Kind::Pack => 0,
-            Kind::Project => 1,
-            Kind::Gradient => 2,
+        let (kind, project) = match self.kind {
+            Kind::Pack => (0, true),
+            Kind::Project => (1, true),
+            Kind::Gradient => (2, false),
+            Kind::Sum { project } => (3, project),
         };
         let macros = [
             ("KIND", kind),
+            ("PROJECT", i64::from(project)),
             self.format.define(),
             ("NT", nt as i64),
             ("MT", mt as i64),
@@ -275,13 +281,14 @@ impl Variant {
             ("WARPS_K", warps_k as i64),
             ("DEPTH", depth as i64),
             ("SPLITS", self.cluster as i64),
+            ("LAST_ADDS", self.last_adds.into()),
             ("DROPOUT", i64::from(self.dropout)),
             ("ALIGNED", i64::from(self.aligned)),
             ("SMALL_ALIGNED", i64::from(self.small_aligned)),
             ("MIN_CUBES", if plain { min_cubes as i64 } else { 1 }),
         ];
         let threads = match self.kind {
-            Kind::Pack => FLAT_THREADS,
+            Kind::Pack | Kind::Sum { .. } => FLAT_THREADS,
             Kind::Project | Kind::Gradient => self.tiling.threads(),
         };
         Source::with_defines(KERNELS, self.kind.entry_point(), threads as u32, &macros)

@@ -5,9 +5,9 @@
 //! alone: a table there lists tiles, each some rows of one group, and the launch has as many cubes as the table could need at
 //! most ([`max_tiles`]). Those without rows end at once, so that a group without rows costs nothing.
 //!
-//! The kernels are those of [`mod@super::ampere`] and [`mod@super::hopper`]. The first is preferred on every card: the second
-//! compiles for groups, and is not measured yet; `NF4_QUANT_MATMUL=hopper` chooses it. Tiles are not split along the depth: experts come
-//! in numbers that fill a card, and a row's sums are taken in an order that depends on no other row.
+//! The kernels are those of [`mod@super::hopper`], which is preferred where it takes a problem, and [`mod@super::ampere`]. Tiles are not
+//! split along the depth: experts come in numbers that fill a card, and a row's sums are taken in an order that depends on no other
+//! row.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -101,7 +101,7 @@ pub(super) fn candidates(
     let hopper = hopper::grouped_tile(device, problem, tile_rows).map(GroupedPath::Hopper);
     let known = [16, 64, 128].contains(&tile_rows) && ampere::tile(device, problem).is_some();
     let ampere = known.then_some(GroupedPath::Ampere(ampere::Tile { tokens: tile_rows }));
-    let all = [("ampere", ampere), ("hopper", hopper)];
+    let all = [("hopper", hopper), ("ampere", ampere)];
     all.into_iter().filter_map(move |(name, path)| Some((name, path.filter(|_| fits)?)))
 }
 

@@ -58,8 +58,8 @@ fn groups_have_kernels_of_their_own() {
     };
     let hopper = |tokens, stages| GroupedPath::Hopper(hopper::Tile { tokens, stages });
     let ampere = |tokens| GroupedPath::Ampere(ampere::Tile { tokens });
-    assert_eq!(all(&H200, &problem, 64), [ampere(64), hopper(64, 6)]);
-    assert_eq!(all(&H200, &problem, 128), [ampere(128), hopper(128, 5)]);
+    assert_eq!(all(&H200, &problem, 64), [hopper(64, 6), ampere(64)]);
+    assert_eq!(all(&H200, &problem, 128), [hopper(128, 5), ampere(128)]);
     assert_eq!(all(&H200, &problem, 16), [ampere(16)]);
     assert_eq!(all(&H200, &problem, 32), []);
     assert_eq!(all(&CudaDevice { driver: (12, 8), ..H200 }, &problem, 64), [ampere(64)]);
