@@ -63,7 +63,7 @@ mod tensor_map;
 pub use arguments::Arguments;
 pub use choice::{Choices, choose};
 pub use counters::counters;
-pub use device::{CudaDevice, device};
+pub use device::{CudaDevice, compute_capability, device};
 pub use error::LaunchError;
 pub use format::FloatFormat;
 pub use launch::launch;

@@ -34,6 +34,18 @@ pub enum ModelError {
         /// What is wrong with it and what is expected.
         problem: String,
     },
+    /// A format that the device does not compute in.
+    #[error(
+        "quantization.compute_dtype = \"{dtype}\": {device} does not compute in {dtype}: use {instead}, or \"auto\""
+    )]
+    ComputeDtype {
+        /// The format.
+        dtype: String,
+        /// The device, as far as that matters.
+        device: String,
+        /// What it computes in.
+        instead: String,
+    },
     /// A checkpoint or adapter file.
     #[error(transparent)]
     Format(#[from] adapter_io::FormatError),

@@ -16,6 +16,7 @@ mod engine;
 mod error;
 mod events;
 mod loss;
+pub mod loss_scale;
 pub mod metrics;
 mod plan;
 pub mod profile;
