@@ -2,8 +2,9 @@
 
 use crate::{ModelError, kernel_cache};
 use burn::tensor::{Device, DeviceKind, FloatDType};
-use host_copies::client_of;
+use host_copies::{client_of, limit_memory, parse_size};
 use std::panic::catch_unwind;
+use std::sync::{Mutex, PoisonError};
 
 /// The device named by `cpu`, `cuda`, `cuda:<index>`, `vulkan`, `metal` or `auto` (CUDA when there is one, else the CPU).
 ///
@@ -11,9 +12,38 @@ use std::panic::catch_unwind;
 /// `$XDG_CACHE_HOME/burn-qlora/kernels` (`~/.cache` without that variable), or where
 /// `BURN_QLORA_KERNEL_CACHE` says (a folder, or `off`), as far as the user's `cubecl.toml` leaves it open.
 ///
+/// `BURN_QLORA_DEVICE_MEMORY=15GiB` makes a CUDA device behave as one of that size: see [`host_copies::limit_memory`].
+///
 /// # Errors
-/// The name is unknown, or no such device answers.
+/// The name is unknown, no such device answers, or its memory can't be limited as the environment asks.
 pub fn select_device(name: &str) -> Result<Device, ModelError> {
+    let device = find_device(name)?;
+    if let Some(limit) = std::env::var_os(MEMORY_VARIABLE) {
+        limit_to(&device, &limit.to_string_lossy())?;
+    }
+    Ok(device)
+}
+
+/// What a device's memory is limited to.
+const MEMORY_VARIABLE: &str = "BURN_QLORA_DEVICE_MEMORY";
+
+fn limit_to(device: &Device, value: &str) -> Result<(), ModelError> {
+    let fail = |problem: String| ModelError::MemoryLimit { variable: MEMORY_VARIABLE, value: value.into(), problem };
+    let bytes = parse_size(value).filter(|bytes| *bytes > 0);
+    let bytes = bytes.ok_or_else(|| fail("write a size such as 15GiB or 500MiB".into()))?;
+    // Once for each size: what is free by now was not free when the limit was set.
+    static LIMITED: Mutex<Vec<(Device, u64)>> = Mutex::new(Vec::new());
+    let mut limited = LIMITED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !limited.contains(&(device.clone(), bytes)) {
+        let total = limit_memory(device, bytes).map_err(|error| fail(error.to_string()))?;
+        tracing::info!(total, "the device's memory is limited by {MEMORY_VARIABLE}");
+        limited.retain(|(known, _)| known != device);
+        limited.push((device.clone(), bytes));
+    }
+    Ok(())
+}
+
+fn find_device(name: &str) -> Result<Device, ModelError> {
     let unusable = |reason: &str| ModelError::NoDevice { device: name.into(), reason: reason.into() };
     if name != "cpu" {
         kernel_cache::enable();
@@ -198,5 +228,12 @@ mod tests {
         assert!(message.contains("bf16") && message.contains("7.5") && message.contains("\"f16\""), "{message}");
         let message = other(false, false).check(F16).unwrap_err().to_string();
         assert!(message.contains("f16") && message.contains("use \"f32\""), "{message}");
+    }
+    #[test]
+    fn a_limit_that_can_not_be_kept_is_an_error() {
+        let message = limit_to(&Device::flex(), "15 gigabytes").unwrap_err().to_string();
+        assert!(message.contains("BURN_QLORA_DEVICE_MEMORY=15 gigabytes") && message.contains("15GiB"), "{message}");
+        let message = limit_to(&Device::flex(), "15GiB").unwrap_err().to_string();
+        assert!(message.contains("only the memory of CUDA devices"), "{message}");
     }
 }
