@@ -52,6 +52,7 @@ mod barriers;
 mod choice;
 mod counters;
 mod device;
+mod dropout;
 mod error;
 mod format;
 mod launch;

@@ -57,12 +57,7 @@ pub struct Backward<'a> {
 ///
 /// # Errors
 /// [`KernelError::Format`], and the variants about sizes when a buffer does not hold its shape.
-pub fn forward(
-    client: &Client,
-    buffers: Forward<'_>,
-    rows: Matrix,
-    format: FloatFormat,
-) -> Result<(), KernelError> {
+pub fn forward(client: &Client, buffers: Forward<'_>, rows: Matrix, format: FloatFormat) -> Result<(), KernelError> {
     check_format(client, OPERATION, rows.format)?;
     check_format(client, OPERATION, format)?;
     let vector = vector_size(client, rows.format, &[rows.width]).min(vector_size(client, format, &[rows.width]));

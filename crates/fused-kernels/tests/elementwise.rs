@@ -7,7 +7,9 @@ use cubecl::server::Handle;
 use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
-use fused_kernels::{FloatFormat, KernelError, Matrix, columns, cross_entropy, gated, likeliest, rms_norm, rope, supports};
+use fused_kernels::{
+    FloatFormat, KernelError, Matrix, columns, cross_entropy, gated, likeliest, rms_norm, rope, supports,
+};
 use half::{bf16, f16};
 use test_support::clients;
 
@@ -332,13 +334,8 @@ fn columns_are_scaled_and_differentiated() {
                 assert_close(&what, &read(client, out, out_format), &expected, out_format, 1, 1e-7);
             }
             let (dx, dscale) = (poisoned(client, rows * width, format), poisoned(client, width, FloatFormat::F32));
-            let buffers = columns::Backward {
-                dy: &dy.handle,
-                x: &x.handle,
-                scale: &scale.handle,
-                dx: &dx,
-                dscale: &dscale,
-            };
+            let buffers =
+                columns::Backward { dy: &dy.handle, x: &x.handle, scale: &scale.handle, dx: &dx, dscale: &dscale };
             columns::backward(client, buffers, matrix).unwrap();
             let (expected_dx, expected_dscale) = columns::oracle::backward(&dy.values, &x.values, &scale.values);
             assert_close(&what, &read(client, dx, format), &expected_dx, format, 1, 1e-7);

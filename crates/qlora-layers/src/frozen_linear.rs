@@ -134,9 +134,8 @@ mod tests {
         let rows = matrix(2, [4, SHAPE[1]]);
         for (dtype, error) in [(FloatDType::BF16, 2.0_f64.powi(-16)), (FloatDType::F16, 2.0_f64.powi(-20))] {
             let base = FrozenLinear::from_weight(matrix(1, SHAPE).cast(dtype), Some(&QuantConfig::default())).unwrap();
-            let values = |tensor: Tensor<2>| -> Vec<f64> {
-                tensor.into_data_as::<f32>().iter::<f32>().map(f64::from).collect()
-            };
+            let values =
+                |tensor: Tensor<2>| -> Vec<f64> { tensor.into_data_as::<f32>().iter::<f32>().map(f64::from).collect() };
             let (a, w) = (values(rows.clone()), values(base.to_dense(dtype).cast(FloatDType::F32)));
             let found = values(base.project_near(rows.clone(), dtype));
             let once = values(base.project(rows.clone().cast(dtype).cast(FloatDType::F32)));
