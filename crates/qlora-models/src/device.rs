@@ -135,11 +135,14 @@ impl Floats {
 
     fn default_dtype(&self) -> FloatDType {
         let tensor_cores = self.compute_capability.is_some_and(|capability| capability >= (7, 0));
-        match () {
-            () if self.on_cpu => FloatDType::F32,
-            () if self.has(FloatDType::BF16) => FloatDType::BF16,
-            () if tensor_cores && self.has(FloatDType::F16) => FloatDType::F16,
-            () => FloatDType::F32,
+        if self.on_cpu {
+            FloatDType::F32
+        } else if self.has(FloatDType::BF16) {
+            FloatDType::BF16
+        } else if tensor_cores && self.has(FloatDType::F16) {
+            FloatDType::F16
+        } else {
+            FloatDType::F32
         }
     }
 
