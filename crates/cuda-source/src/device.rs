@@ -6,7 +6,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use cubecl::client::Client;
 use cubecl_cuda::compiler::CudaBackend;
 use cudarc::driver::result::device::{get, get_attribute};
-use cudarc::driver::sys::{CUdevice_attribute as Attribute, cuDriverGetVersion};
+use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Attribute, cuDriverGetVersion};
 
 /// A CUDA device that runs hand-written kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +30,29 @@ impl CudaDevice {
     }
 }
 
+/// Major and minor compute capability of the client's CUDA device; `None` on other runtimes.
+pub fn compute_capability(client: &Client) -> Option<(u32, u32)> {
+    if client.name() != "cuda" {
+        return None;
+    }
+    // CubeCL has a client on it, so the driver is loaded and initialised.
+    let device = get(i32::from(client.service_id().device.index_id)).ok()?;
+    capability_of(device)
+}
+
+fn capability_of(device: CUdevice) -> Option<(u32, u32)> {
+    Some((
+        attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ))
+}
+
+/// An attribute of a device that `get` returned.
+fn attribute(device: CUdevice, attribute: Attribute) -> Option<u32> {
+    // SAFETY: `device` is a device of this machine: `get` returned it.
+    unsafe { get_attribute(device, attribute) }.ok().and_then(|value| u32::try_from(value).ok())
+}
+
 /// The client's CUDA device; `None` on other runtimes, where CubeCL compiles without NVRTC, and below compute
 /// capability 7.0, where parameters don't go by value. Asks the driver once per device.
 pub fn device(client: &Client) -> Option<CudaDevice> {
@@ -45,20 +68,13 @@ pub fn device(client: &Client) -> Option<CudaDevice> {
 fn query(index: u16) -> Option<CudaDevice> {
     // CubeCL has a client on it, so the driver is loaded and initialised.
     let device = get(i32::from(index)).ok()?;
-    let attribute = |attribute| {
-        // SAFETY: `device` is a device of this machine: `get` returned it.
-        unsafe { get_attribute(device, attribute) }.ok().and_then(|value| u32::try_from(value).ok())
-    };
     let mut driver = 0;
     // SAFETY: the call writes the version into `driver`, which outlives it.
     unsafe { cuDriverGetVersion(&mut driver) }.result().ok()?;
     Some(CudaDevice {
-        compute_capability: (
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        ),
-        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+        compute_capability: capability_of(device)?,
+        multiprocessors: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        l2_bytes: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         toolkit: nvrtc_version()?,
         driver: version(driver)?,
     })

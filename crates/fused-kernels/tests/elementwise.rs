@@ -7,7 +7,9 @@ use cubecl::server::Handle;
 use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
-use fused_kernels::{FloatFormat, KernelError, Matrix, cross_entropy, gated, likeliest, rms_norm, rope, supports};
+use fused_kernels::{
+    FloatFormat, KernelError, Matrix, columns, cross_entropy, gated, likeliest, rms_norm, rope, supports,
+};
 use half::{bf16, f16};
 use test_support::clients;
 
@@ -310,6 +312,36 @@ fn the_likeliest_is_the_first_of_the_largest() {
             let found: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
             let expected: Vec<u32> = logits.values.chunks(width).map(likeliest::oracle::likeliest).collect();
             assert_eq!(found, expected, "{rows} x {width} {format:?}");
+        }
+    });
+}
+
+#[test]
+fn columns_are_scaled_and_differentiated() {
+    everywhere(|client, format| {
+        for (rows, width) in [(1, 1), (3, 5), (17, 64), (64, 250), (65, 688), (130, 256), (2, 4096), (300, 2056)] {
+            let what = format!("columns of {rows} x {width}");
+            let matrix = Matrix { rows, width, format };
+            let x = input(client, &noise(4, rows * width, 2.0), format);
+            let dy = input(client, &noise(5, rows * width, 1.0), format);
+            let scale = input(client, &noise(6, width, 1.5), FloatFormat::F32);
+            let expected = columns::oracle::forward(&x.values, &scale.values);
+            for out_format in [format, FloatFormat::F32] {
+                let out = poisoned(client, rows * width, out_format);
+                let buffers = columns::Forward { x: &x.handle, scale: &scale.handle, out: &out };
+                columns::forward(client, buffers, matrix, out_format).unwrap();
+                // One product in f32.
+                assert_close(&what, &read(client, out, out_format), &expected, out_format, 1, 1e-7);
+            }
+            let (dx, dscale) = (poisoned(client, rows * width, format), poisoned(client, width, FloatFormat::F32));
+            let buffers =
+                columns::Backward { dy: &dy.handle, x: &x.handle, scale: &scale.handle, dx: &dx, dscale: &dscale };
+            columns::backward(client, buffers, matrix).unwrap();
+            let (expected_dx, expected_dscale) = columns::oracle::backward(&dy.values, &x.values, &scale.values);
+            assert_close(&what, &read(client, dx, format), &expected_dx, format, 1, 1e-7);
+            // Up to 300 products of 2 and 1 in f32.
+            let found = read(client, dscale, FloatFormat::F32);
+            assert_close(&what, &found, &expected_dscale, FloatFormat::F32, width, 1e-6 * rows as f64);
         }
     });
 }

@@ -6,6 +6,7 @@
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back.
 //! - [`Recording`]: a pass that is recorded once and replayed with other values in its inputs.
+//! - [`free_memory`] and [`limit_memory`]: what a device has left, and one that is to behave as a smaller one.
 //! - [`DeviceError`]: a device that is out of memory, told from one that failed.
 //!
 //! # Pinned memory
@@ -21,12 +22,14 @@
 
 mod copies;
 mod error;
+mod memory;
 mod reading;
 mod recording;
 mod tensor;
 
 pub use copies::{Copies, Download, client_of, is_cuda, persistent};
 pub use error::DeviceError;
+pub use memory::{DeviceMemory, UNITS, free_memory, limit_memory, parse_size};
 pub use reading::Reading;
 pub use recording::{Recording, overwrite, overwrite_int};
 pub use tensor::{as_cube, cube_of_int, from_cube, int_from_cube, into_cube};

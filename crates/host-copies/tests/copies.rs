@@ -5,7 +5,7 @@
 use std::sync::Mutex;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use host_copies::{Copies, DeviceError, Reading, as_cube, from_cube};
+use host_copies::{Copies, DeviceError, Reading, as_cube, free_memory, from_cube, limit_memory};
 use test_support::devices;
 
 /// One test at a time: another's buffers would be in the way of the one that fills the device.
@@ -80,4 +80,30 @@ fn an_exhausted_memory_is_told_and_leaves_the_device_usable() {
     assert_eq!(sum, [12.0]);
     let again = Tensor::<1>::full([1 << 28], 7.0, (device, DType::F32));
     assert_eq!(Reading::start(again.narrow(0, 5, 1)).and_then(Reading::wait).unwrap(), [7.0]);
+}
+
+/// A device that is limited to 2 GiB more than is in use has room for 1 GiB, and none for 4.
+#[test]
+fn a_limited_device_runs_out_where_the_smaller_one_would() {
+    let _alone = DEVICE.lock().unwrap();
+    let devices = devices();
+    let Some((_, device)) = devices.iter().find(|(name, _)| *name == "cuda") else { return };
+    device.memory_cleanup();
+    let (free, total) = free_memory(device).unwrap();
+    let limit = total - free + (2 << 30);
+    assert_eq!(limit_memory(device, limit).unwrap(), limit);
+    let (left, seen) = free_memory(device).unwrap();
+    // The driver hands memory out in pages of 2 MiB.
+    assert!(seen == limit && left.abs_diff(2 << 30) <= 4 << 20, "{left} of {seen}");
+    let filled = |gib: usize| {
+        let tensor = Tensor::<1>::full([gib << 28], 3.0, (device, DType::F32));
+        Reading::start(tensor.narrow(0, 7, 1)).and_then(Reading::wait)
+    };
+    assert_eq!(filled(1).unwrap(), [3.0]);
+    device.memory_cleanup();
+    assert!(matches!(filled(4), Err(DeviceError::OutOfMemory(_))));
+    assert_eq!(filled(1).unwrap(), [3.0], "the device is usable");
+    device.memory_cleanup();
+    assert_eq!(limit_memory(device, total).unwrap(), total);
+    assert_eq!(filled(4).unwrap(), [3.0]);
 }

@@ -139,7 +139,7 @@ fn check(client: &Client, path: GroupedPath, case: &Case, tile_rows: usize, seed
     let table = Groups { count: groups, tiles: &tiles, tile_count: table.len() / 12, tile_rows };
     let (x_handle, product_handle, factor_handle) =
         (handle(&x, format), handle(&product, format), handle(&factor, FloatFormat::F32));
-    let low_rank = (rank > 0).then_some(LowRank { product: &product_handle, factor: &factor_handle });
+    let low_rank = (rank > 0).then_some(LowRank { product: &product_handle, factor: &factor_handle, mask: None });
     let operands = GroupedOperands { x: &x_handle, weight, low_rank, scale: case.scale };
     let y = handle(&vec![f32::NAN; tokens * features], out);
     grouped(client, path, &problem, &table, &operands, &y).unwrap();

@@ -14,7 +14,7 @@ use common::{narrow, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::DeviceWeight;
 use nf4_quant::matmul::{
-    Direction, LowRank, Operands, Path, Problem, Weight, ampere, hopper, matmul, path, paths, reference,
+    Direction, LowRank, Mask, Operands, Path, Problem, Weight, ampere, hopper, matmul, path, paths, reference,
 };
 use nf4_quant::{Element, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 use test_support::{Random, assert_close, skipped};
@@ -35,16 +35,18 @@ const PROBLEM: Problem = Problem {
     blocksize: Some(64),
 };
 
+#[derive(Clone)]
 struct Case {
     problem: Problem,
     quant_type: QuantType,
     double_quant: bool,
     bias: bool,
+    mask: Option<Mask>,
 }
 
 impl Case {
     fn new(problem: Problem) -> Self {
-        Self { problem, quant_type: QuantType::Nf4, double_quant: true, bias: false }
+        Self { problem, quant_type: QuantType::Nf4, double_quant: true, bias: false, mask: None }
     }
 }
 
@@ -120,8 +122,19 @@ fn half_ulp(format: FloatFormat) -> f64 {
     }
 }
 
+/// `fused_kernels::Dropout::factor`.
+fn factor_of(mask: &Mask, index: u32) -> f32 {
+    let round = |mut h: u32| {
+        h = (h ^ (h >> 16)).wrapping_mul(0x85EB_CA6B);
+        h = (h ^ (h >> 13)).wrapping_mul(0xC2B2_AE35);
+        h ^ (h >> 16)
+    };
+    let both = round(round((index / 2) ^ mask.seed as u32) ^ (mask.seed >> 32) as u32);
+    if (both >> (16 * (index % 2))) & 0xFFFF < mask.threshold { 0.0 } else { mask.scale }
+}
+
 fn check(client: &Client, path: Path, case: &Case, seed: u64) {
-    let Case { problem, quant_type, double_quant, bias } = case;
+    let Case { problem, quant_type, double_quant, bias, mask } = case;
     let Problem { tokens, out_features, in_features, rank, format, out, .. } = *problem;
     let (features, depth) = (problem.features(), problem.depth());
     let mut random = Random(seed);
@@ -157,7 +170,7 @@ fn check(client: &Client, path: Path, case: &Case, seed: u64) {
     let operands = Operands {
         x: &x_handle,
         weight: operand,
-        low_rank: (rank > 0).then_some(LowRank { product: &product_handle, factor: &factor_handle }),
+        low_rank: (rank > 0).then_some(LowRank { product: &product_handle, factor: &factor_handle, mask: *mask }),
         bias: bias.then_some(&bias_handle),
     };
     // Poisoned: an element that is not written stays NaN, and so must those behind the end.
@@ -174,7 +187,17 @@ fn check(client: &Client, path: Path, case: &Case, seed: u64) {
         let low_rank = (rank > 0).then(|| (apply(&wide(&product)), apply(&rounded_factor)));
         let low_rank = low_rank.as_ref().map(|(p, f)| (&p[..], &f[..]));
         let bias = bias.then(|| apply(&wide(&bias_values)));
-        reference(problem, &apply(&wide(&x)), &apply(&wide(weight)), low_rank, bias.as_deref())
+        let with = |low_rank| reference(problem, &apply(&wide(&x)), &apply(&wide(weight)), low_rank, bias.as_deref());
+        let all = with(low_rank);
+        match mask {
+            None => all,
+            Some(mask) => {
+                let plain = Problem { rank: 0, ..*problem };
+                let base = reference(&plain, &apply(&wide(&x)), &apply(&wide(weight)), None, bias.as_deref());
+                let each = base.iter().zip(&all).enumerate();
+                each.map(|(i, (base, all))| base + (all - base) * f64::from(factor_of(mask, i as u32))).collect()
+            }
+        }
     };
     let identity = |v| v;
     let expected = expect(&exact, identity);
@@ -295,7 +318,13 @@ fn low_rank(blocksize: Option<usize>) -> impl Iterator<Item = Case> {
                 Case { bias: true, ..Case::new(problem) }
             })
         });
-        ranks.into_iter().chain(formats)
+        ranks.into_iter().chain(formats).flat_map(|case| {
+            // A third is dropped.
+            let mask = Mask { seed: 0x1234_5678_9abc_def0, threshold: 21_845, scale: 1.5 };
+            let masked = Case { mask: Some(mask), ..case.clone() };
+            let in_gradients = (case.problem.direction == Direction::InputGradient).then_some(masked);
+            std::iter::once(case).chain(in_gradients)
+        })
     })
 }
 
@@ -463,7 +492,7 @@ fn repeat(client: &Client, path: Path, problem: &Problem, times: usize) {
     let operands = Operands {
         x: &x,
         weight: Weight::FourBit(&weight),
-        low_rank: Some(LowRank { product: &product, factor: &factor }),
+        low_rank: Some(LowRank { product: &product, factor: &factor, mask: None }),
         bias: None,
     };
     let poison = bytes(&vec![f32::NAN; tokens * problem.features()], out);

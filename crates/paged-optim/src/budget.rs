@@ -2,11 +2,9 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
 use burn::tensor::Device;
-use cudarc::driver::CudaContext;
-use host_copies::{client_of, is_cuda};
+use host_copies::{DeviceMemory, UNITS, parse_size};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::OptimError;
@@ -41,8 +39,6 @@ impl Budget {
     }
 }
 
-const UNITS: [(&str, u64); 4] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
-
 impl fmt::Display for Budget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
@@ -66,12 +62,7 @@ impl FromStr for Budget {
             "unlimited" => return Ok(Self::Unlimited),
             _ => {}
         }
-        let bytes = UNITS.iter().find_map(|(name, unit)| {
-            let number: f64 = s.strip_suffix(name)?.trim_end().parse().ok()?;
-            let bytes = number * *unit as f64;
-            (bytes >= 0.0 && bytes < u64::MAX as f64).then_some(bytes as u64)
-        });
-        bytes.map(Self::Bytes).ok_or_else(|| OptimError::Budget(s.to_owned()))
+        parse_size(s).map(Self::Bytes).ok_or_else(|| OptimError::Budget(s.to_owned()))
     }
 }
 
@@ -103,29 +94,19 @@ impl MemorySource for Unknown {
     }
 }
 
-/// A CUDA device: the driver's figure, which counts what other processes took.
-struct Cuda(Arc<CudaContext>);
-
-impl MemorySource for Cuda {
+impl MemorySource for DeviceMemory {
     fn free(&mut self, _: u64) -> Option<(u64, u64)> {
-        self.0.mem_get_info().ok().map(|(free, total)| (free as u64, total as u64))
+        // Counts what other processes took.
+        DeviceMemory::free(self)
     }
-}
-
-/// Bytes that could still be allocated on a device, and bytes in all, as its driver says; `None` where that is unknown.
-pub fn free_memory(device: &Device) -> Option<(u64, u64)> {
-    source_of(device).free(0)
 }
 
 /// The source for a device.
 pub(crate) fn source_of(device: &Device) -> Box<dyn MemorySource> {
-    if let Some(client) = client_of(device).filter(is_cuda) {
-        // CubeCL has a client on it, so the driver is loaded. The primary context is the one it uses.
-        if let Ok(context) = CudaContext::new(usize::from(client.service_id().device.index_id)) {
-            return Box::new(Cuda(context));
-        }
+    match DeviceMemory::of(device) {
+        Some(memory) => Box::new(memory),
+        None => Box::new(Unknown),
     }
-    Box::new(Unknown)
 }
 
 #[cfg(test)]

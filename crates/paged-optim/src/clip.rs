@@ -12,8 +12,18 @@ use crate::{OptimError, device};
 pub struct Clip {
     /// [`global_norm`]. Where it is infinite or NaN, the update changes nothing.
     pub norm: Tensor<1>,
-    /// The largest norm that is left as it is; 0 turns clipping off.
+    /// The largest norm that is left as it is, of gradients without `loss_scale`; 0 turns clipping off.
     pub max_norm: f32,
+    /// What the loss, and so gradients and norm, were multiplied by: 1, or what kept small gradients from vanishing in
+    /// f16 (Micikevicius et al., 2018, arXiv 1710.03740, section 3.2). The update divides by it.
+    pub loss_scale: f32,
+}
+
+impl Clip {
+    /// Of gradients as they are.
+    pub fn new(norm: Tensor<1>, max_norm: f32) -> Self {
+        Self { norm, max_norm, loss_scale: 1.0 }
+    }
 }
 
 /// The Euclidean norm of all gradients together, in f32, as a tensor of one element on their device; the same bits at

@@ -132,6 +132,7 @@ impl OptimizerConfig {
             eps: self.eps as f32,
             keep: (1.0 - learning_rate * self.weight_decay) as f32,
             max_norm,
+            unscale: 1.0,
         }
     }
 }
@@ -157,6 +158,8 @@ pub struct Scalars {
     pub keep: f32,
     /// Gradients are scaled down to this global norm; 0: they are left as they are.
     pub max_norm: f32,
+    /// 1 / loss scale: what gradients and their norm are multiplied by before anything else.
+    pub unscale: f32,
 }
 
 #[cfg(test)]

@@ -107,10 +107,11 @@ mod record;
 pub mod reference;
 mod tensorwise;
 
-pub use budget::{Budget, MemorySource, free_memory};
+pub use budget::{Budget, MemorySource};
 pub use clip::{Clip, clip_factor, global_norm};
 pub use config::{OptimizerConfig, OptimizerKind, Scalars};
 pub use error::OptimError;
+pub use host_copies::free_memory;
 pub use module::PagedOptimizer;
 pub use module_config::{PagedAdamWConfig, PagedLionConfig};
 pub use moments::{Moment, Moments};

@@ -201,7 +201,7 @@ impl PagedOptimizer {
         let clip = match self.max_grad_norm > 0.0 {
             true => {
                 let grads = numbers.iter().filter_map(|(id, ..)| grads.get(id));
-                Some(Clip { norm: global_norm(grads)?, max_norm: self.max_grad_norm })
+                Some(Clip::new(global_norm(grads)?, self.max_grad_norm))
             }
             false => None,
         };

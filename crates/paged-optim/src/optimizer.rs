@@ -123,21 +123,25 @@ impl Optimizer {
         self.step_each(updates.into_iter().map(|update| (update, scalars)).collect(), clip)
     }
 
-    /// [`step`](Self::step) with scalars for each parameter; their `max_norm` is the clip's.
+    /// Takes the last step out of the count of updates: to be called when its norm turns out not to have been finite, so
+    /// that it changed nothing.
+    pub fn discount_void_step(&mut self) {
+        self.updates = self.updates.saturating_sub(1);
+    }
+
+    /// [`step`](Self::step) with scalars for each parameter; their `max_norm` and `unscale` are the clip's.
     pub(crate) fn step_each(
         &mut self,
         updates: Vec<(Update, Scalars)>,
         clip: Option<Clip>,
     ) -> Result<Vec<Tensor<1>>, OptimError> {
-        let (norm, max_norm) = match clip {
-            Some(Clip { norm, max_norm }) => (norm, max_norm),
-            None => (Tensor::zeros([1], (&self.device, DType::F32)), 0.0),
-        };
+        let Clip { norm, max_norm, loss_scale } =
+            clip.unwrap_or_else(|| Clip::new(Tensor::zeros([1], (&self.device, DType::F32)), 0.0));
         let mut work: Vec<Option<Operands<Tensor<1>>>> = self.lens.iter().map(|_| None).collect();
         let mut order = Vec::with_capacity(updates.len());
         for (Update { index, param, grad }, scalars) in updates {
             self.check(index, &param, &grad)?;
-            let scalars = Scalars { max_norm, ..scalars };
+            let scalars = Scalars { max_norm, unscale: 1.0 / loss_scale, ..scalars };
             if work[index].replace(Operands { param, grad, scalars }).is_some() {
                 return Err(OptimError::Twice { parameter: self.name(index) });
             }

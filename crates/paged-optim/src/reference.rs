@@ -7,9 +7,10 @@ use crate::config::Scalars;
 use crate::dynamic_map::{self, DynamicMap, SIGNED_ZERO};
 use crate::{BLOCKSIZE, clip_factor};
 
-/// The factor that clipping applies to the gradients; `None` where the norm is not finite and the update is void.
-pub fn gradient_factor(norm: f32, max_norm: f32) -> Option<f32> {
-    norm.is_finite().then(|| clip_factor(norm, max_norm))
+/// The factor that clipping and the loss scale apply to gradients of norm `norm`; `None` where the norm is not finite and
+/// the update is void.
+pub fn gradient_factor(norm: f32, s: &Scalars) -> Option<f32> {
+    norm.is_finite().then(|| clip_factor(norm * s.unscale, s.max_norm) * s.unscale)
 }
 
 /// One AdamW step of an element: the new parameter, and the new moments.
@@ -195,8 +196,12 @@ mod tests {
 
     #[test]
     fn a_norm_that_is_not_finite_voids_the_update() {
-        assert_eq!(gradient_factor(f32::NAN, 1.0), None);
-        assert_eq!(gradient_factor(f32::INFINITY, 0.0), None);
-        assert_eq!(gradient_factor(3.0, 0.0), Some(1.0));
+        let scalars = |max_norm, unscale| Scalars { unscale, ..OptimizerConfig::default().scalars(1, 1e-3, max_norm) };
+        assert_eq!(gradient_factor(f32::NAN, &scalars(1.0, 1.0)), None);
+        assert_eq!(gradient_factor(f32::INFINITY, &scalars(0.0, 0.5)), None);
+        assert_eq!(gradient_factor(3.0, &scalars(0.0, 1.0)), Some(1.0));
+        assert_eq!(gradient_factor(3.0, &scalars(0.0, 0.25)), Some(0.25));
+        // A scaled norm of 12 is one of 3.
+        assert_eq!(gradient_factor(12.0, &scalars(1.5, 0.25)), Some(0.25 * clip_factor(3.0, 1.5)));
     }
 }

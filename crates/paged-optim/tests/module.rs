@@ -334,7 +334,7 @@ fn gradients_are_clipped_by_their_global_norm() {
                 Update::new(3, second.val().inner(), for_plain.remove(second.id).unwrap()),
             ];
             let norm = global_norm(updates.iter().map(|update| &update.grad)).unwrap();
-            let updated = plain.step(updates, 0.1, Some(Clip { norm, max_norm })).unwrap();
+            let updated = plain.step(updates, 0.1, Some(Clip::new(norm, max_norm))).unwrap();
             let bits = |values: Vec<f32>| values.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
             let expected: Vec<Vec<u32>> = updated.into_iter().map(|tensor| bits(host(tensor))).collect();
             assert!(found.bits() == expected, "{name} {max_norm}: the plain optimizer");

@@ -58,8 +58,7 @@ fn step(optimizer: &mut Optimizer, params: &mut [Vec<f32>], step: usize, device:
         .zip(grads)
         .map(|(&index, grad)| Update { index, param: tensor(&params[index], device), grad })
         .collect();
-    let updated =
-        optimizer.step(updates, LEARNING_RATE, Some(Clip { norm: norm.clone(), max_norm: MAX_NORM })).unwrap();
+    let updated = optimizer.step(updates, LEARNING_RATE, Some(Clip::new(norm.clone(), MAX_NORM))).unwrap();
     for (&index, param) in present.iter().zip(updated) {
         params[index] = host(param);
     }
@@ -69,7 +68,7 @@ fn step(optimizer: &mut Optimizer, params: &mut [Vec<f32>], step: usize, device:
 /// One step of the oracle.
 fn oracle_step(config: &OptimizerConfig, state: &mut [Moments], params: &mut [Vec<f32>], step: usize, norm: f32) {
     let scalars = config.scalars(step as u64, LEARNING_RATE, MAX_NORM);
-    let factor = reference::gradient_factor(norm, MAX_NORM).unwrap();
+    let factor = reference::gradient_factor(norm, &scalars).unwrap();
     for (i, g) in grads(step).iter().enumerate().filter(|(i, _)| has_grad(step, *i)) {
         let p = &mut params[i];
         match &mut state[i][..] {
@@ -281,10 +280,50 @@ fn gradients_that_are_not_finite_change_nothing() {
             let grad = tensor(&grad, &device);
             let norm = global_norm([&grad]).unwrap();
             let update = Update { index: 3, param: tensor(&params[3], &device), grad };
-            let updated = optimizer.step(vec![update], LEARNING_RATE, Some(Clip { norm, max_norm: 1.0 })).unwrap();
+            let updated = optimizer.step(vec![update], LEARNING_RATE, Some(Clip::new(norm, 1.0))).unwrap();
             let updated: Vec<Vec<f32>> = updated.into_iter().map(host).collect();
             assert_eq!(bits(&updated), bits(&params[3..4]), "{name} {kind}");
             assert!(optimizer.state().unwrap() == before, "{name} {kind}");
+        }
+    }
+}
+
+/// Gradients of a loss that was multiplied by a power of two, which is exact, give the bits of those of the loss itself; a
+/// step that was void leaves no trace in the ones that follow.
+#[test]
+fn a_loss_scale_changes_no_bit() {
+    for (name, device) in devices() {
+        for kind in OptimizerKind::ALL {
+            let run = |loss_scale: f32, void: bool| {
+                let mut optimizer = Optimizer::new(config(kind), &LENS, &device, Budget::Unlimited);
+                let mut params = params();
+                let mut step = |t: usize, factor: f32| {
+                    let grads: Vec<Tensor<1>> = grads(t)
+                        .iter()
+                        .map(|grad| tensor(&grad.iter().map(|g| g * factor).collect::<Vec<f32>>(), &device))
+                        .collect();
+                    let clip = Clip { loss_scale, ..Clip::new(global_norm(&grads).unwrap(), MAX_NORM) };
+                    let update = |(index, grad)| Update { index, param: tensor(&params[index], &device), grad };
+                    let updates = grads.into_iter().enumerate().map(update).collect();
+                    params =
+                        optimizer.step(updates, LEARNING_RATE, Some(clip)).unwrap().into_iter().map(host).collect();
+                    if factor.is_infinite() {
+                        optimizer.discount_void_step();
+                    }
+                };
+                for t in 1..=3 {
+                    if void && t == 2 {
+                        step(t, f32::INFINITY);
+                    }
+                    step(t, loss_scale);
+                }
+                (bits(&params), optimizer.state().unwrap(), optimizer.updates())
+            };
+            let plain = run(1.0, false);
+            assert_eq!(plain.2, 3);
+            for (scale, void) in [(65536.0, false), (2.0, true), (0.5, true)] {
+                assert!(run(scale, void) == plain, "{name} {kind}: {scale}, {void}");
+            }
         }
     }
 }

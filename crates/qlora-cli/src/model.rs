@@ -74,7 +74,7 @@ impl Placement {
             }
         }
         let device = select_device(&config.device)?;
-        let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+        let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
         Ok(Self { options: LoadOptions { quantization: config.quantization.quant_config(), dtype }, device })
     }
 

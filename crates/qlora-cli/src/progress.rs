@@ -247,8 +247,15 @@ fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
     });
     let (in_use, reserved) = (memory(metrics.memory_in_use_bytes), memory(metrics.memory_reserved_bytes));
     let memory = if in_use == reserved { reserved } else { format!("{in_use} of {reserved}") };
+    let scaling = metrics.loss_scaling.map_or(String::new(), |scaling| {
+        let skipped = match scaling.skipped_steps {
+            0 => String::new(),
+            steps => format!(" ({steps} skipped)"),
+        };
+        format!("  scale {}{skipped}", scaling.scale)
+    });
     format!(
-        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {memory}{paging}{left}",
+        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {memory}{paging}{scaling}{left}",
         metrics.loss, metrics.learning_rate, metrics.tokens_per_second,
     )
 }
@@ -262,6 +269,7 @@ fn style(template: &str) -> ProgressStyle {
 mod tests {
     use super::*;
     use burn_qlora::Paging;
+    use burn_qlora::qlora_train::loss_scale::LossScaling;
 
     #[test]
     fn a_step_reads_well() {
@@ -277,6 +285,7 @@ mod tests {
             memory_in_use_bytes: 310 << 20,
             memory_reserved_bytes: 400 << 20,
             paging: None,
+            loss_scaling: None,
             elapsed_seconds: 3.0,
         };
         let words = step_words(&metrics, Some(Duration::from_secs(190)));
@@ -285,6 +294,11 @@ mod tests {
         let metrics = StepMetrics { paging: Some(paging), memory_in_use_bytes: 400 << 20, ..metrics };
         let words = step_words(&metrics, None);
         assert!(words.ends_with("s  400 MiB  optimizer 12/80 pages here, 3.00 MiB in, 5.00 MiB out"), "{words}");
+        for (skipped_steps, expected) in [(0, "MiB  scale 65536"), (3, "MiB  scale 65536 (3 skipped)")] {
+            let scaling = LossScaling { scale: 65536.0, skipped: false, skipped_steps };
+            let words = step_words(&StepMetrics { loss_scaling: Some(scaling), paging: None, ..metrics.clone() }, None);
+            assert!(words.ends_with(expected), "{words}");
+        }
     }
 
     #[test]

@@ -151,7 +151,7 @@ fn gptq(args: &QuantizeArgs) -> Result<Code> {
         skip_modules: &args.skip_modules,
         max_shard_bytes: args.max_shard_size,
         device: &device,
-        dtype: compute_dtype(config.quantization.compute_dtype, &device),
+        dtype: compute_dtype(config.quantization.compute_dtype, &device)?,
         rows: &calibration,
         held_out: &held_out,
     };

@@ -169,7 +169,7 @@ fn hint_at_paths_beside_the_file(file: &Path, config: &TrainConfig) -> Result<()
 /// What would be trained, how large it is, and what the data is like.
 fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String> {
     let device = select_device(&config.device)?;
-    let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+    let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let Resized { config, model, notice } = resize(config, ModelConfig::from_dir(&dir)?, &tokenizer)?;

@@ -11,7 +11,12 @@
 //! ```
 //!
 //! where `‖w_i‖²` never changes and is kept, `A Wᵀ` is a frozen product of `rank` rows, and `A Aᵀ` is tiny. All
-//! in f32. While the factors do not change, [`Dora::keep_scale`] saves the quotient for passes without a graph.
+//! in f32, but for `A Wᵀ` over a 4-bit weight where activations have 16 bits: A is the sum of two matrices of that format
+//! then, which together hold it to 2⁻¹⁶ of itself (2⁻²² in f16), and the weight is in the format that the layer multiplies with,
+//! and PEFT takes norms of; sums are f32.
+//!
+//! The norms are worked out once for factors that do not change: for all passes of an optimizer step, its micro-batches and
+//! what activation checkpointing runs again. [`Dora::keep_scale`] saves the quotient for passes without a graph.
 
 use crate::Pass;
 use crate::ops::matmul;
@@ -26,7 +31,9 @@ pub struct Dora {
     pub magnitude: Param<Tensor<2>>,
     /// `‖w_i‖²`, `[1, out_features]`, f32; not trained.
     weight_squares: Param<Tensor<2>>,
-    /// `m / ‖W + s·BA‖` of factors that do not change.
+    /// `‖W + s·BA‖`, `[1, out_features]`, f32, of factors that do not change.
+    norms: Derived<Tensor<2>>,
+    /// `m / ‖W + s·BA‖` of factors and magnitudes that do not change.
     scale: Derived<Tensor<2>>,
 }
 
@@ -38,7 +45,8 @@ impl Dora {
         Self {
             magnitude: trainable_beside(magnitude, beside),
             weight_squares: frozen(weight_squares.without_autodiff()),
-            scale: Derived(None),
+            norms: Derived::default(),
+            scale: Derived::default(),
         }
     }
 
@@ -49,25 +57,28 @@ impl Dora {
         pass: Pass,
         a_w: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        match &self.scale.0 {
-            Some(scale) if !pass.tracked => scale.clone(),
+        match self.scale.get() {
+            Some(scale) if !pass.tracked => scale,
             _ => {
-                let a_w = a_w(constant(factors.lora_a));
-                in_pass(&self.magnitude, pass) / norms(&constant(&self.weight_squares), factors, a_w)
+                let norms = self.norms.get_or(|| {
+                    let a_w = a_w(constant(factors.lora_a));
+                    norms(&constant(&self.weight_squares), factors, a_w)
+                });
+                in_pass(&self.magnitude, pass) / norms
             }
         }
     }
 
     /// Keeps the quotient for passes without a graph, until [`forget_scale`](Self::forget_scale) or until Burn maps the
-    /// module's parameters.
+    /// module's parameters; so are norms kept, for all passes.
     pub(crate) fn keep_scale(&mut self, factors: Factors<'_>, a_w: impl FnOnce(Tensor<2>) -> Tensor<2>) {
         self.forget_scale();
-        self.scale = Derived(Some(self.scale(factors, Pass::INFERENCE, a_w)));
+        self.scale = Derived::of(self.scale(factors, Pass::INFERENCE, a_w));
     }
 
-    /// Forgets the quotient: the factors are about to change.
+    /// Forgets norms and quotient: factors or magnitudes changed, or are about to.
     pub(crate) fn forget_scale(&mut self) {
-        self.scale = Derived(None);
+        (self.norms, self.scale) = (Derived::default(), Derived::default());
     }
 }
 

@@ -1,6 +1,7 @@
 //! Low-rank adapters (Hu et al., 2021, arXiv 2106.09685, section 4.1) of linear layers.
 
 use crate::dora::{Dora, Factors, norms};
+use crate::ops::fused::scale_columns;
 use crate::ops::{LoraDropout, LoraTerms, matmul, matmul_into, seeded_dropout};
 use crate::params::{constant, frozen, in_pass, track, trainable};
 use crate::{FrozenLinear, Pass, Scaling, mix};
@@ -13,7 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The trainable part: `x ↦ scaling · (dropout(x) lora_aᵀ lora_bᵀ + bias)`.
 ///
-/// [`LoraLinearConfig`](crate::LoraLinearConfig) makes fresh ones.
+/// [`LoraLinearConfig`](crate::LoraLinearConfig) makes fresh ones. DoRA's norms are kept between passes: after changing a factor
+/// by hand, call [`track`](Self::track) or [`LoraLinear::keep_scale`](crate::LoraLinear::keep_scale).
 #[derive(Module, Debug)]
 pub struct LoraAdapter {
     /// `[rank, in_features]`, f32.
@@ -134,14 +136,22 @@ impl LoraAdapter {
         matmul_into(matmul(x, lora_a), lora_b, FloatDType::F32).mul_scalar(self.scaling.get())
     }
 
-    /// `x Wᵀ` and the update, in f32 where there is more to add to it, else in the dtype of `x`.
+    /// `x Wᵀ` and the update, in f32 where there is more to add to it, else in the dtype of `x`. `out` is the dtype of what
+    /// magnitudes scale, where nothing is added to that here: f32 if the caller adds something, else that of `x`.
     ///
     /// Without magnitudes and bias the sum is rounded once. With them a 4-bit base's sum is rounded to the dtype
     /// of `x` before it is scaled.
     ///
     /// With `gradients_only` the result is uninitialised where that saves a product; see
     /// [`LoraTerms::gradients_only`].
-    pub(crate) fn apply(&self, base: &FrozenLinear, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+    pub(crate) fn apply(
+        &self,
+        base: &FrozenLinear,
+        x: Tensor<2>,
+        pass: Pass,
+        gradients_only: bool,
+        out: FloatDType,
+    ) -> Tensor<2> {
         let dtype = x.dtype();
         let Some(dora) = &self.dora else {
             let y = match base {
@@ -165,18 +175,19 @@ impl LoraAdapter {
             FrozenLinear::Quantized(base) => {
                 let (lora_a, lora_b) = self.factors_in(pass);
                 let terms = LoraTerms { scaling: self.scaling.get(), dropout: None, gradients_only: false };
-                base.lora_forward(x, lora_a, lora_b, terms).cast(FloatDType::F32)
+                base.lora_forward(x, lora_a, lora_b, terms)
             }
             FrozenLinear::Dense(_) => base.forward_into(x.clone(), FloatDType::F32) + self.update(x, pass),
         };
-        let scale = dora.scale(self.factors(), pass, |a| base.project(a));
+        let scale = dora.scale(self.factors(), pass, |a| base.project_near(a, dtype.into()));
         match self.dropout_in(pass) {
-            None => adapted(x) * scale,
+            None => scale_columns(adapted(x), scale, out),
             // PEFT's: x Wᵀ + (scale - 1) · x' Wᵀ + scale · update(x') with x' = dropout(x). The two products with W
             // that are not scaled are one, of the difference.
             Some(dropout) => {
                 let kept = dropped(x.clone(), dropout);
-                base.forward_into(x - kept.clone(), FloatDType::F32) + adapted(kept) * scale
+                let difference = base.forward_into(x - kept.clone(), FloatDType::F32);
+                difference + scale_columns(adapted(kept), scale, FloatDType::F32)
             }
         }
     }

@@ -120,8 +120,10 @@ impl LoraLinear {
         }
         let dtype = x.dtype();
         let whole = self.whole.as_ref();
+        let more = self.bias.is_some() || whole.is_some_and(|whole| whole.bias.is_some());
+        let out = if more { FloatDType::F32 } else { dtype.into() };
         let y = match (&self.adapter, whole.and_then(|whole| whole.weight.as_ref())) {
-            (Some(adapter), _) => adapter.apply(&self.base, x, pass, gradients_only),
+            (Some(adapter), _) => adapter.apply(&self.base, x, pass, gradients_only, out),
             (None, Some(weight)) => {
                 let weight = in_pass(weight, pass).cast(dtype);
                 matmul_into(x, weight.transpose(), dtype.into())

@@ -7,6 +7,7 @@ use burn::module::{
 };
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use std::ops::MulAssign;
+use std::sync::{Arc, OnceLock};
 
 /// A parameter that asks for no gradient.
 pub fn frozen<T: Parameter>(tensor: T) -> Param<T> {
@@ -144,26 +145,50 @@ impl ModuleDisplayDefault for Scaling {
 
 impl ModuleDisplay for Scaling {}
 
-/// A value that follows from parameters and is kept while they stay as they are. Burn's traversals that change or
-/// replace parameters (an optimizer's step, a record, another device) drop the value.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Derived<T>(pub(crate) Option<T>);
+/// A value that follows from parameters, worked out when it is first asked for and kept while they stay as they are. Burn's
+/// traversals that change or replace parameters (an optimizer's step, a record, another device) drop it; clones share it
+/// until then.
+#[derive(Clone, Debug)]
+pub(crate) struct Derived<T>(Arc<OnceLock<T>>);
 
-impl<T: Clone + Send + std::fmt::Debug> Module for Derived<T> {
+impl<T> Default for Derived<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<T: Clone> Derived<T> {
+    /// A value that is known.
+    pub(crate) fn of(value: T) -> Self {
+        Self(Arc::new(value.into()))
+    }
+
+    /// The value, if there is one.
+    pub(crate) fn get(&self) -> Option<T> {
+        self.0.get().cloned()
+    }
+
+    /// The value, which is worked out where there is none.
+    pub(crate) fn get_or(&self, value: impl FnOnce() -> T) -> T {
+        self.0.get_or_init(value).clone()
+    }
+}
+
+impl<T: Clone + Send + Sync + std::fmt::Debug> Module for Derived<T> {
     fn collect_devices(&self, devices: Vec<Device>) -> Vec<Device> {
         devices
     }
 
     fn fork(self, _: &Device) -> Self {
-        Self(None)
+        Self::default()
     }
 
     fn to_device(self, _: &Device) -> Self {
-        Self(None)
+        Self::default()
     }
 
     fn train(self) -> Self {
-        Self(None)
+        Self::default()
     }
 
     fn valid(&self) -> Self {
@@ -177,7 +202,7 @@ impl<T: Clone + Send + std::fmt::Debug> Module for Derived<T> {
     fn visit<V: ModuleVisitor>(&self, _: &mut V) {}
 
     fn map<M: ModuleMapper>(self, _: &mut M) -> Self {
-        Self(None)
+        Self::default()
     }
 }
 

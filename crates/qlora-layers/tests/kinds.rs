@@ -2,6 +2,7 @@
 //! against the definition in f64, gradients against hand formulas and central differences.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
+use burn::module::Module;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::ops::seeded_dropout;
@@ -103,6 +104,36 @@ fn fresh_magnitudes_change_nothing() {
         layer.set_adapter("layer", adapter).unwrap();
         // A quotient of two equal norms: 1 within an ulp or two.
         assert_close(name, &values(layer.forward_in(x, Pass::INFERENCE)), &without, 1e-5);
+    }
+}
+
+/// The norms are worked out once for all passes of a step: the forward pass, what runs again, and further micro-batches.
+#[test]
+fn norms_are_kept_until_the_adapter_is_tracked_again() {
+    for (name, device) in devices() {
+        let x = matrix(5, [TOKENS, IN], &device);
+        let run = |layer: &LoraLinear| values(layer.forward_in(x.clone(), Pass::training(0)));
+        let changed = |layer: &mut LoraLinear| {
+            layer.adapter.as_mut().unwrap().lora_b = trainable(matrix(7, [OUT, RANK], &device));
+        };
+        let mut fresh = dora_layer(&device, true, 0.0);
+        changed(&mut fresh);
+        fresh.track();
+        let expected = run(&fresh);
+
+        let mut layer = dora_layer(&device, true, 0.0);
+        layer.track();
+        let before = run(&layer);
+        let shared = layer.clone();
+        // Behind the layer's back: what comes out has the norms of before.
+        changed(&mut layer);
+        assert_ne!(run(&layer), expected, "{name}: the norms were worked out again");
+        layer.track();
+        assert_eq!(run(&layer), expected, "{name}: after an update they are");
+        assert_eq!(run(&shared), before, "{name}: a clone keeps its own");
+        // What Burn's traversals change, an optimizer's step for one, is not trusted either.
+        changed(&mut layer);
+        assert_eq!(run(&layer.to_device(&device)), expected, "{name}");
     }
 }
 

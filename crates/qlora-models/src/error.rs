@@ -34,6 +34,28 @@ pub enum ModelError {
         /// What is wrong with it and what is expected.
         problem: String,
     },
+    /// The device's memory can't be limited.
+    #[error("{variable}={value}: {problem}; unset it to use the device as it is")]
+    MemoryLimit {
+        /// The environment's variable.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// Why.
+        problem: String,
+    },
+    /// A format that the device does not compute in.
+    #[error(
+        "quantization.compute_dtype = \"{dtype}\": {device} does not compute in {dtype}: use {instead}, or \"auto\""
+    )]
+    ComputeDtype {
+        /// The format.
+        dtype: String,
+        /// The device, as far as that matters.
+        device: String,
+        /// What it computes in.
+        instead: String,
+    },
     /// A checkpoint or adapter file.
     #[error(transparent)]
     Format(#[from] adapter_io::FormatError),

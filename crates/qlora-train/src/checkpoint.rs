@@ -7,7 +7,7 @@
 //! | `adapter_config.json`, `adapter_model.safetensors` | the adapter, readable by PEFT |
 //! | `chat_template.jinja`, `prompt_settings.json`, the tokenizer's settings | how rows were written as text: [`chat_text::Prompting`] |
 //! | `optimizer.safetensors` | the optimizer's moments as they are: `<module>.<part>.<m or v>`, f32, or u8 codes with `….absmax`, f32; the optimizer's name in the metadata |
-//! | `training_state.json` | step, position in the data, the run's configuration, and identities of what it stands on |
+//! | `training_state.json` | step, position in the data, the loss scale, the run's configuration, and identities of what it stands on |
 //! | `checksums.json` | SHA-256 of every other file |
 //!
 //! No generator state is stored because none exists: shuffling, dropout masks and the evaluation split
@@ -20,6 +20,7 @@ mod moments;
 
 use crate::config::TrainConfig;
 use crate::error::TrainError;
+use crate::loss_scale::LossScalerState;
 use crate::prompts::{self, Prompts};
 use adapter_io::checksum::{self, Manifest};
 use adapter_io::{Adapter, FormatError, atomic};
@@ -54,7 +55,7 @@ pub(crate) const FILES: &[&str] = &[
 pub struct TrainingState {
     /// Version of this layout.
     pub version: u32,
-    /// Optimizer steps done.
+    /// Optimizer steps done, those that loss scaling skipped among them.
     pub step: usize,
     /// Pass over the training rows, from 0.
     pub epoch: usize,
@@ -68,6 +69,9 @@ pub struct TrainingState {
     pub basis: Basis,
     /// The evaluations so far.
     pub evaluations: Evaluations,
+    /// The loss scale, where the run has one or had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scaler: Option<LossScalerState>,
     /// The configuration as TOML.
     pub config: String,
 }
@@ -105,8 +109,14 @@ impl TrainingState {
             train_tokens,
             basis,
             evaluations,
+            loss_scaler: None,
             config,
         })
+    }
+
+    /// Updates of the optimizer so far.
+    pub(crate) fn updates(&self) -> u64 {
+        (self.step as u64).saturating_sub(self.loss_scaler.map_or(0, |state| state.skipped_steps))
     }
 
     /// Where the next micro-batch stands in the training rows.

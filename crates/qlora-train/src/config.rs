@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpointing::Checkpointing;
 use crate::error::TrainError;
+use crate::loss_scale::LossScale;
 use qlora_data::DataConfig;
 
 pub use best::{FinalAdapter, KeepBest};
@@ -153,7 +154,7 @@ pub enum BaseQuantType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
-    /// bf16 where the device has it, otherwise f32.
+    /// bf16 where the device has it, f16 on older CUDA devices with tensor cores, otherwise f32.
     Auto,
     /// 32-bit float.
     F32,
@@ -199,6 +200,9 @@ pub struct RunConfig {
     pub eps: f64,
     /// Gradients are scaled down to this global norm; 0 leaves them as they are.
     pub max_grad_norm: f64,
+    /// What the loss is multiplied by, so that small gradients do not vanish in f16.
+    #[serde(skip_serializing_if = "LossScale::is_auto")]
+    pub loss_scale: LossScale,
     /// Seed of adapter initialisation, dropout, shuffling and the evaluation split.
     pub seed: u64,
     /// Whether activations are kept for backward or computed again.
@@ -241,6 +245,7 @@ impl Default for RunConfig {
             betas: [0.9, 0.999],
             eps: 1e-8,
             max_grad_norm: 0.3,
+            loss_scale: LossScale::Auto,
             seed: 42,
             activation_checkpointing: Checkpointing::Auto,
             memory_budget: Budget::Auto,

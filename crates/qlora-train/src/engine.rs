@@ -9,11 +9,12 @@
 //!
 //! The host waits only once per step, to read the loss, and only after the update is queued; while the device works on
 //! the update, the host begins with the next step. If loss or gradients are not finite, the update kernel itself leaves
-//! everything unchanged.
+//! everything unchanged; what follows for the run is [`crate::loss_scale`]'s to say.
 
 use crate::checkpointing::Policies;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_correct, loss_and_gradient};
+use crate::loss_scale::{LossScaler, LossScaling};
 use burn::module::Param;
 use burn::tensor::{Gradients, Tensor};
 use host_copies::{DeviceError, Reading};
@@ -35,6 +36,15 @@ pub struct StepOutput {
     pub grad_norm: f64,
     /// Unmasked tokens.
     pub label_tokens: usize,
+    /// What loss scaling did, where it is on. A step that it skipped changed nothing, and loss or norm is not finite.
+    pub loss_scaling: Option<LossScaling>,
+}
+
+impl StepOutput {
+    /// Whether loss scaling skipped the step.
+    pub fn is_skipped(&self) -> bool {
+        self.loss_scaling.is_some_and(|scaling| scaling.skipped)
+    }
 }
 
 /// What one pass over evaluation rows found.
@@ -63,6 +73,7 @@ pub struct Engine {
     max_grad_norm: f32,
     /// Whether the device's allocator has seen a whole step.
     settled: bool,
+    loss_scaler: LossScaler,
 }
 
 /// Gradients of the parameters by number, f32.
@@ -93,7 +104,16 @@ impl Engine {
         let optimizer = Optimizer::new(optimizer, &lens, model.device(), budget).with_names(names);
         model.track();
         let (policies, lighter) = (policies.into(), VecDeque::new());
-        Ok(Self { model, first_of_block, optimizer, policies, lighter, notice: None, max_grad_norm, settled: false })
+        let loss_scaler = LossScaler::default();
+        let (notice, settled) = (None, false);
+        Ok(Self { model, first_of_block, optimizer, policies, lighter, notice, max_grad_norm, settled, loss_scaler })
+    }
+
+    /// With loss scaling, which a model that computes in f16 needs.
+    #[must_use]
+    pub fn with_loss_scaler(mut self, loss_scaler: LossScaler) -> Self {
+        self.loss_scaler = loss_scaler;
+        self
     }
 
     /// With policies to fall back on, one after the other, each time a step does not fit into the device's memory.
@@ -135,11 +155,21 @@ impl Engine {
         &mut self.optimizer
     }
 
+    /// The loss scale and what it depends on.
+    pub fn loss_scaler(&self) -> &LossScaler {
+        &self.loss_scaler
+    }
+
+    /// The loss scale, to restore it.
+    pub fn loss_scaler_mut(&mut self) -> &mut LossScaler {
+        &mut self.loss_scaler
+    }
+
     /// One optimizer step over `micro_batches`. `seed` picks this step's dropout masks.
     ///
     /// # Errors
-    /// No micro-batch has an unmasked token, the loss or the gradients are not finite or the device's memory is short
-    /// (adapters and moments are unchanged then), or the device fails.
+    /// No micro-batch has an unmasked token, the loss or the gradients are not finite (beyond what loss scaling can cure)
+    /// or the device's memory is short (adapters and moments are unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
         let _span = tracing::trace_span!("step").entered();
         let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
@@ -170,9 +200,12 @@ impl Engine {
             return Err(DeviceError::Failed(sent).into());
         };
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(TrainError::NotFinite { loss, grad_norm, learning_rate });
+            self.optimizer.discount_void_step();
         }
-        Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(grad_norm), label_tokens })
+        let scale = self.loss_scaler.scale();
+        let [loss, grad_norm] = [loss / scale, grad_norm / scale];
+        let loss_scaling = self.loss_scaler.update(loss, grad_norm, learning_rate)?;
+        Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(grad_norm), label_tokens, loss_scaling })
     }
 
     /// Moves the optimizer's state out of the device's memory; false when none was there.
@@ -194,7 +227,7 @@ impl Engine {
         true
     }
 
-    /// Loss and gradients of a step.
+    /// Loss and gradients of a step, times the loss scale.
     fn gradients(
         &self,
         micro_batches: &[Batch],
@@ -299,7 +332,7 @@ impl Engine {
         let below = self.first_of_block[0] > 0;
         let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
         let head = self.first_of_block[blocks.len()];
-        let scale = 1.0 / label_tokens as f32;
+        let scale = self.loss_scaler.scale() / label_tokens as f32;
         let (loss, grad) = loss_and_gradient(model, x.clone(), labelled, scale, pass, |from| {
             collect(head, model.head_parameters(), from);
             // Rows of single tokens of a table that is the head too.
@@ -319,7 +352,7 @@ impl Engine {
     /// Clips and applies the gradients.
     fn update(&mut self, grads: Vec<Tensor<2>>, norm: Tensor<1>, learning_rate: f64) -> Result<(), TrainError> {
         let _span = tracing::trace_span!("optimizer").entered();
-        let clip = Clip { norm, max_norm: self.max_grad_norm };
+        let clip = Clip { norm, max_norm: self.max_grad_norm, loss_scale: self.loss_scaler.scale() };
         let mut updates = Vec::with_capacity(grads.len());
         for (index, ((_, parameter), grad)) in self.model.parameters_mut().into_iter().zip(grads).enumerate() {
             // The gradient takes the parameter's place meanwhile, so that the optimizer has the only handle of the

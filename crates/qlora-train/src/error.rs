@@ -128,6 +128,26 @@ pub enum TrainError {
         /// Learning rate of the step.
         learning_rate: f64,
     },
+    /// The loss scale fell to its end, and the gradients still overflow.
+    #[error(
+        "the gradients are infinite or not a number even at a loss scale of {scale} (loss {loss}, gradient norm {grad_norm}, learning rate \
+         {learning_rate:e}), and {skipped_steps} steps of the run were skipped for it: the model's activations do not fit f16, or training \
+         diverged; the adapter was left as it was before the last of these steps. Set quantization.compute_dtype = \"bf16\" (CUDA: compute \
+         capability 8.0 and above) or \"f32\", or lower train.learning_rate, and resume from the last checkpoint with --resume \
+         --accept-changes"
+    )]
+    LossScale {
+        /// The scale.
+        scale: f64,
+        /// Loss of the step.
+        loss: f32,
+        /// Gradient norm of the step.
+        grad_norm: f32,
+        /// Learning rate of the step.
+        learning_rate: f64,
+        /// Steps that were skipped before.
+        skipped_steps: u64,
+    },
     /// The device has too little memory for a step, even without the optimizer's state.
     #[error(
         "out of device memory: a micro-batch of {rows} rows of {cols} tokens is too large; the adapter was left as it was before this \

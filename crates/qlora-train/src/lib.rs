@@ -17,6 +17,7 @@ mod error;
 mod events;
 pub mod fits;
 mod loss;
+pub mod loss_scale;
 pub mod metrics;
 mod plan;
 pub mod profile;

@@ -11,7 +11,8 @@
 //! {"step":100,"eval_loss":0.91,"eval_tokens":20312,"elapsed_seconds":181.0}
 //! ```
 //!
-//! `paging` is there once optimizer state was moved to host memory.
+//! `paging` is there once optimizer state was moved to host memory, and `loss_scaling` where the loss is scaled:
+//! `{"scale":65536.0,"skipped":false,"skipped_steps":0}`. Loss or norm of a step that was skipped is `null`.
 //!
 //! The file is a log: lines are appended as they come, which is the one exception to the rule that
 //! files appear whole. A run that resumes at step k first drops every later line (and a last line
@@ -27,6 +28,7 @@ use paged_optim::Paging;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::TrainError;
+use crate::loss_scale::LossScaling;
 
 pub use run_info::RunInfo;
 
@@ -65,8 +67,18 @@ pub struct StepMetrics {
     /// of it stays on the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paging: Option<Paging>,
+    /// What loss scaling did; left out where the loss is not scaled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scaling: Option<LossScaling>,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
+}
+
+impl StepMetrics {
+    /// Whether loss scaling skipped the step: nothing was updated.
+    pub fn is_skipped(&self) -> bool {
+        self.loss_scaling.is_some_and(|scaling| scaling.skipped)
+    }
 }
 
 /// One pass over the evaluation rows.
@@ -322,6 +334,7 @@ mod tests {
             memory_in_use_bytes: 1 << 19,
             memory_reserved_bytes: 1 << 20,
             paging: step.is_multiple_of(2).then(|| Paging { pages: 10, bytes_in: 1 << 40, ..Default::default() }),
+            loss_scaling: (step == 3).then_some(LossScaling { scale: 1024.0, skipped: false, skipped_steps: 2 }),
             elapsed_seconds: step as f64,
         }
     }

@@ -65,6 +65,9 @@ pub struct Summary {
     /// The step that the adapter is of: the last one, or that of the best evaluation.
     #[serde(default)]
     pub adapter_step: usize,
+    /// Steps that loss scaling skipped.
+    #[serde(default)]
+    pub skipped_steps: u64,
     /// The adapter's folder; where an interrupted run stands: the checkpoint to resume from.
     pub adapter: PathBuf,
 }
@@ -77,6 +80,9 @@ impl Summary {
         let lowest = |pairs: &mut dyn Iterator<Item = (f64, usize)>| {
             pairs.filter(|(loss, _)| loss.is_finite()).min_by(|a, b| a.0.total_cmp(&b.0))
         };
+        // A step that was skipped may have none.
+        let losses = || steps.iter().map(|step| step.loss).filter(|loss| loss.is_finite());
+        let skipped = steps.last().and_then(|step| step.loss_scaling).map_or(0, |scaling| scaling.skipped_steps);
         let tokens = steps.iter().map(|step| step.tokens).sum();
         let seconds: f64 = steps
             .iter()
@@ -87,8 +93,8 @@ impl Summary {
             run,
             outcome,
             steps: steps.last().map_or(0, |step| step.step),
-            first_loss: steps.first().map(|step| step.loss),
-            last_loss: steps.last().map(|step| step.loss),
+            first_loss: losses().next(),
+            last_loss: losses().next_back(),
             best_loss: lowest(&mut steps.iter().map(|step| (step.loss, step.step))),
             first_eval_loss: evals.first().map(|eval| eval.eval_loss),
             last_eval_loss: evals.last().map(|eval| eval.eval_loss),
@@ -103,6 +109,7 @@ impl Summary {
                 .fold(0.0, f64::max),
             last_eval_accuracy: evals.last().and_then(|eval| eval.eval_accuracy),
             adapter_step: steps.last().map_or(0, |step| step.step),
+            skipped_steps: skipped,
             adapter,
         }
     }
@@ -117,7 +124,9 @@ impl Summary {
         if steps.len() < 2 * LAST {
             return None;
         }
-        let last = steps[steps.len() - LAST..].iter().map(|step| step.loss).sum::<f64>() / LAST as f64;
+        let losses = steps[steps.len() - LAST..].iter().map(|step| step.loss).filter(|loss| loss.is_finite());
+        let (sum, count) = losses.fold((0.0, 0.0), |(sum, count), loss| (sum + loss, count + 1.0));
+        let last: f64 = sum / count;
         let uniform = (vocab_size.max(2) as f64).ln();
         let what = if (last / uniform - 1.0).abs() < 0.01 {
             format!("is {last:.3}, that of a model to which all {vocab_size} tokens are equally likely")

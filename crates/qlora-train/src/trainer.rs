@@ -11,6 +11,7 @@ use crate::config::{ComputeDtype, RunConfig, TrainConfig};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
+use crate::loss_scale::LossScaler;
 use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics};
 use crate::plan::Plan;
 use crate::prompts::Prompts;
@@ -25,7 +26,8 @@ use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Position};
 use qlora_layers::mix;
 use qlora_models::{
-    Decoder, LoadOptions, ModelConfig, default_compute_dtype, device_memory, peak_memory, select_device,
+    Decoder, LoadOptions, ModelConfig, check_compute_dtype, default_compute_dtype, device_memory, peak_memory,
+    select_device,
 };
 use rows::Rows;
 use start::Resumed;
@@ -74,13 +76,18 @@ impl fmt::Debug for Trainer<'_> {
 }
 
 /// The dtype that `compute_dtype` stands for on a device.
-pub fn compute_dtype(choice: ComputeDtype, device: &Device) -> FloatDType {
-    match choice {
+///
+/// # Errors
+/// [`ModelError::ComputeDtype`](qlora_models::ModelError::ComputeDtype) when the device does not compute in it.
+pub fn compute_dtype(choice: ComputeDtype, device: &Device) -> Result<FloatDType, TrainError> {
+    let dtype = match choice {
         ComputeDtype::Auto => default_compute_dtype(device),
         ComputeDtype::F32 => FloatDType::F32,
         ComputeDtype::Bf16 => FloatDType::BF16,
         ComputeDtype::F16 => FloatDType::F16,
-    }
+    };
+    check_compute_dtype(device, dtype)?;
+    Ok(dtype)
 }
 
 /// The engine that a configuration asks for, on a model whose adapters are in place, with what each block keeps for the backward
@@ -97,7 +104,9 @@ pub fn engine(model: Decoder, options: &RunConfig, policies: impl Into<Policies>
         ..Default::default()
     };
     let max_grad_norm = options.max_grad_norm as f32;
-    Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, policies)
+    let loss_scaler = LossScaler::new(options.loss_scale, model.dtype());
+    let engine = Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, policies)?;
+    Ok(engine.with_loss_scaler(loss_scaler))
 }
 
 impl<'e> Trainer<'e> {
@@ -125,7 +134,12 @@ impl<'e> Trainer<'e> {
             warn_of(checkpoint.judge(changes, start.accept_changes)?, events);
         }
         let device = select_device(&config.device)?;
-        let dtype = compute_dtype(config.quantization.compute_dtype, &device);
+        let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
+        if dtype == FloatDType::F16 && !config.train.loss_scale.is_on(dtype) {
+            events.on_warning(
+                "train.loss_scale = \"off\" in f16: gradients below 6e-8 become 0; \"auto\" scales the loss against that",
+            );
+        }
         let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
         let model_dir = hub.resolve(&config.model.path, config.model.revision.as_deref())?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
@@ -161,9 +175,10 @@ impl<'e> Trainer<'e> {
         let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter);
         if let Some(Resumed { checkpoint, .. }) = &resumed {
             let moments = checkpoint.moments(&parameter_names(engine.model()), config.train.optimizer)?;
+            checkpoint.state.loss_scaler.into_iter().for_each(|state| engine.loss_scaler_mut().restore(state));
             engine
                 .optimizer_mut()
-                .restore(checkpoint.state.step as u64, &moments)
+                .restore(checkpoint.state.updates(), &moments)
                 .map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
         }
         if events.should_stop() {
@@ -229,11 +244,13 @@ impl<'e> Trainer<'e> {
         let rows = Arc::clone(&self.rows);
         let mut batches = rows.order.batches_from(&rows.train.examples, self.position);
         let mut outcome = self.stopped_early();
+        let mut moved = false;
         while self.step < self.total_steps && outcome.is_none() {
-            let metrics = match self.step == self.start_step {
-                true => self.first_step(&mut batches)?,
-                false => self.step(&mut batches)?,
+            let metrics = match moved {
+                false => self.first_step(&mut batches)?,
+                true => self.step(&mut batches)?,
             };
+            moved |= !metrics.is_skipped();
             outcome = self.after_step(&metrics)?;
         }
         self.finish(info, outcome.unwrap_or(Outcome::Finished))
@@ -250,7 +267,9 @@ impl<'e> Trainer<'e> {
         let seed = mix(options.seed ^ mix(self.step as u64));
         let output = match self.engine.step(&micro_batches, learning_rate, seed) {
             Ok(output) => output,
-            Err(error @ TrainError::NotFinite { .. }) => return Err(self.spoilt()?.unwrap_or(error)),
+            Err(error @ (TrainError::NotFinite { .. } | TrainError::LossScale { .. })) => {
+                return Err(self.spoilt()?.unwrap_or(error));
+            }
             Err(error) => {
                 if matches!(error, TrainError::OutOfMemory { .. }) {
                     self.save_steps_so_far();
@@ -278,6 +297,7 @@ impl<'e> Trainer<'e> {
             memory_in_use_bytes: in_use,
             memory_reserved_bytes: reserved,
             paging: Some(self.engine.optimizer().paging()).filter(|paging| *paging != resting(paging)),
+            loss_scaling: output.loss_scaling,
             elapsed_seconds: self.elapsed_seconds(),
         })
     }

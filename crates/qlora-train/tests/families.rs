@@ -7,6 +7,7 @@ use paged_optim::{Budget, Moment, OptimizerConfig};
 use qlora_data::Batch;
 use qlora_layers::{ActivationCheckpointing, LoraConfig, trainable};
 use qlora_models::{Decoder, LoadOptions};
+use qlora_train::loss_scale::{LossScale, LossScaler, LossScalerState};
 use qlora_train::{Engine, Plan, Room, TrainConfig};
 use std::path::{Path, PathBuf};
 
@@ -134,4 +135,68 @@ fn an_expert_without_tokens_has_a_zero_gradient() {
         }
     }
     assert!(idle > 0, "every expert got a token");
+}
+
+/// A step that overflows leaves adapters, moments and the optimizer's count as they were, and the steps behind it have the bits
+/// of an engine that never met it.
+#[test]
+fn an_overflowing_step_is_skipped() {
+    let dir = archs().into_iter().next().unwrap();
+    let in_f16 = |scale: f64| {
+        let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F16 };
+        let mut model = Decoder::load(&dir, options, &Device::flex(), &mut |_| ()).unwrap();
+        model.attach_lora(&LoraConfig { rank: 2, dropout: 0.1, ..Default::default() }, 3).unwrap();
+        let mut scaler = LossScaler::new(LossScale::Auto, FloatDType::F16);
+        scaler.restore(LossScalerState { scale, growth_tracker: 7, skipped_steps: 0 });
+        engine_of(model, ActivationCheckpointing::Full).with_loss_scaler(scaler)
+    };
+    // Two micro-batches, so that the scale is that of both.
+    let step = |engine: &mut Engine, seed| engine.step(&[batch(2, 12), batch(1, 9)], 1e-2, seed).unwrap();
+    let all =
+        |engine: &mut Engine| (factors(engine), engine.optimizer_mut().state().unwrap(), engine.optimizer().updates());
+    let scale = 2.0_f64.powi(34);
+    let mut engine = in_f16(scale);
+    let start = all(&mut engine);
+    let mut skipped = 0;
+    let first = loop {
+        let output = step(&mut engine, 1);
+        if !output.is_skipped() {
+            break output;
+        }
+        skipped += 1;
+        assert!(!output.grad_norm.is_finite() && output.loss.is_finite(), "{output:?}: the backward pass overflows");
+        assert!(all(&mut engine) == start, "step {skipped}");
+        let state = engine.loss_scaler().state().unwrap();
+        let halved = scale * 0.5_f64.powi(skipped);
+        assert_eq!(state, LossScalerState { scale: halved, growth_tracker: 0, skipped_steps: skipped as u64 });
+    };
+    assert!(skipped > 0 && first.loss_scaling.unwrap().scale < scale);
+    step(&mut engine, 2);
+    let mut plain = in_f16(first.loss_scaling.unwrap().scale);
+    let expected = step(&mut plain, 1);
+    assert_eq!((first.loss, first.grad_norm), (expected.loss, expected.grad_norm));
+    step(&mut plain, 2);
+    let (found, expected) = (all(&mut engine), all(&mut plain));
+    assert_eq!(found.2, 2);
+    assert!(found == expected);
+}
+
+/// The norm that clipping sees, and that is reported, is that of the gradients of the loss itself.
+#[test]
+fn clipping_sees_gradients_without_the_scale() {
+    let dir = archs().into_iter().next().unwrap();
+    let run = |choice: LossScale| {
+        let mut engine = engine(&dir, ActivationCheckpointing::None);
+        // A bound that the norm exceeds.
+        engine = engine.with_loss_scaler(LossScaler::new(choice, FloatDType::F32));
+        let outputs: Vec<(f64, f64)> = (0..3)
+            .map(|seed| engine.step(&[batch(2, 12)], 1e-2, seed).unwrap())
+            .map(|o| (o.loss, o.grad_norm))
+            .collect();
+        (outputs, factors(&engine))
+    };
+    let plain = run(LossScale::Off);
+    assert!(plain.0.iter().any(|(_, norm)| *norm > 1.0), "{:?}", plain.0);
+    assert!(run(LossScale::Dynamic) == plain);
+    assert!(run(LossScale::Fixed(2.0_f64.powi(-9))) == plain);
 }

@@ -176,7 +176,7 @@ impl Product {
         let call = Box::new(move |i: usize| {
             let Set { x, four_bit, dense, product, factor, out } = &buffers[i % buffers.len()];
             let weight = four_bit.as_ref().map_or(Weight::Dense(dense), Weight::FourBit);
-            let low_rank = (rank > 0).then_some(LowRank { product, factor });
+            let low_rank = (rank > 0).then_some(LowRank { product, factor, mask: None });
             let operands = Operands { x, weight, low_rank, bias: None };
             Ok(matmul::matmul(&client, path, &problem, &operands, out)?)
         });

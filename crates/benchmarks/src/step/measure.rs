@@ -93,7 +93,7 @@ pub(crate) struct Measured {
 
 /// A model of random weights with its adapters, ready to train on micro-batches of a case.
 pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Engine> {
-    let dtype = compute_dtype(config.quantization.compute_dtype, device);
+    let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
     let seed = config.train.seed;
     let row = Example { input_ids: vec![0; case.len], labels: vec![0; case.len], line: 1 };

@@ -20,7 +20,7 @@ struct Params {
     u32 features;
     u32 rank;
     u32 splits;
-    u32 threshold;        // dropout: elements whose hash is below are zero
+    u32 threshold;        // dropout: elements whose bits are below are zero
     float dropout_scale;  // of the others
     float scale;          // of a projection
     u32 flags;
@@ -232,20 +232,18 @@ __device__ __forceinline__ void load_any(u32 (&d)[N], const u16* from, u32 valid
 }
 
 #if DROPOUT
-__device__ __forceinline__ u32 finalize(u32 h) {
-    h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
-    h = (h ^ (h >> 13)) * 0xC2B2AE35u;
-    return h ^ (h >> 16);
-}
-
 // Dropout of elements `index` and `index + 1`, as `Dropout::factor`, rounded.
 __device__ __forceinline__ u32 mask2(u32 x, u32 index, const Params& p) {
     float lo, hi;
     unpack(x, lo, hi);
     u32 seed_low = (u32)p.seed, seed_high = (u32)(p.seed >> 32);
-    u32 a = finalize(finalize(index ^ seed_low) ^ seed_high);
-    u32 b = finalize(finalize((index + 1) ^ seed_low) ^ seed_high);
-    return pack(a >= p.threshold ? lo * p.dropout_scale : 0.0f, b >= p.threshold ? hi * p.dropout_scale : 0.0f);
+    u32 bits = dropout_bits(index / 2, seed_low, seed_high);
+#if !ALIGNED
+    // An odd row of an odd length: the two are of different pairs.
+    if (index % 2) bits = bits >> 16 | dropout_bits((index + 1) / 2, seed_low, seed_high) << 16;
+#endif
+    return pack((bits & 0xFFFF) >= p.threshold ? lo * p.dropout_scale : 0.0f,
+                bits >> 16 >= p.threshold ? hi * p.dropout_scale : 0.0f);
 }
 #endif
 

@@ -6,7 +6,7 @@ use super::Shape;
 use crate::FloatFormat;
 
 /// The text of all kernels.
-const KERNELS: &str = concat!(cuda_source::prelude!(), include_str!("kernels.cu"));
+const KERNELS: &str = concat!(cuda_source::prelude!(), cuda_source::dropout!(), include_str!("kernels.cu"));
 /// Threads of the kernels that are not tiled.
 pub(super) const FLAT_THREADS: usize = 256;
 

@@ -300,6 +300,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
         if (unit % 2 == 0) advance_ring();
 #endif
     }
+#if DROPOUT
+    // The sums are those of the low-rank product alone now. Dropout's bits come in pairs of neighbouring features.
+    if (skipped) {
+#pragma unroll
+        for (u32 i = 0; i < 2 * PAIRS; i++) {
+#pragma unroll
+            for (u32 c = 0; c < 2; c++) {
+                const u32 pair = ((work.n0 + 8 * i + 2 * t + c) * p.m + row_of_a) / 2;
+                const u32 first = dropout_bits(pair, p.seed_low, p.seed_high);
+                const u32 second = dropout_bits(pair + 1, p.seed_low, p.seed_high);
+                d[0][i][c] *= kept(first & 0xFFFF, p), d[0][i][c + 2] *= kept(first >> 16, p);
+                d[1][i][c] *= kept(second & 0xFFFF, p), d[1][i][c + 2] *= kept(second >> 16, p);
+            }
+        }
+    }
+#endif
 
 #if DENSE
     // Fragments of the next unit come from memory while this one is multiplied.

@@ -41,7 +41,8 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::tables;
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("common.cu"), include_str!("ampere.cu"));
+const TEXT: &str =
+    concat!(cuda_source::prelude!(), cuda_source::dropout!(), include_str!("common.cu"), include_str!("ampere.cu"));
 /// Rows of A per tile.
 pub(super) const FEATURES: usize = 128;
 const THREADS: u32 = 128;
@@ -120,7 +121,13 @@ pub(super) fn launch(
         .counters(&arrivals(client, &partial, multiprocessors))
         .write(out)
         .params(Params::new(problem, operands, schedule));
-    cuda_source::launch(client, &source(tile, problem), (schedule.items() as u32, 1, 1), arguments).map_err(refused)
+    cuda_source::launch(
+        client,
+        &source(tile, problem, operands.mask().is_some()),
+        (schedule.items() as u32, 1, 1),
+        arguments,
+    )
+    .map_err(refused)
 }
 
 /// What the kernel reads first, for one weight or for groups: x, the low-rank operands, and the weight.
@@ -151,12 +158,12 @@ pub(super) fn operand_arguments(client: &Client, operands: &Operands<'_>) -> Res
     Ok(arguments)
 }
 
-pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
-    source_of(tile, problem, false)
+pub(super) fn source(tile: Tile, problem: &Problem, masked: bool) -> Source {
+    source_of(tile, problem, false, masked)
 }
 
-/// The kernel for one weight, or for groups that have a weight each.
-pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool) -> Source {
+/// The kernel for one weight, or for groups that have a weight each; with dropout of the low-rank part or without.
+pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool, masked: bool) -> Source {
     let defines = [
         ("TRANSPOSED", i64::from(problem.direction == Direction::InputGradient)),
         ("DENSE", i64::from(problem.blocksize.is_none())),
@@ -166,6 +173,7 @@ pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool) -> Source 
         ("STAGES", STAGES),
         ("MIN_CUBES", tile.cubes() as i64),
         ("GROUPED", grouped.into()),
+        ("DROPOUT", masked.into()),
     ];
     Source::with_defines(TEXT, "matmul", THREADS, &defines)
 }

@@ -13,7 +13,14 @@ struct Params {
     u32 codebook;      // position of the codebook in `tables`
     u32 map;           // position of the 8-bit map in `tables`
     u32 offset;        // position of the mean of the absmax in `nested`, under double quantization
+    u32 seed_low, seed_high;  // dropout of the low-rank part, where DROPOUT is 1
+    u32 threshold;     // of the 16 bits of an element: below, it is zero
+    float dropout_scale;  // of the others
 };
+
+#if DROPOUT
+__device__ __forceinline__ float kept(u32 bits, const Params& p) { return bits >= p.threshold ? p.dropout_scale : 0.0f; }
+#endif
 
 // The parameters of a product of groups; grouped.rs has the Rust side.
 struct GroupedParams {

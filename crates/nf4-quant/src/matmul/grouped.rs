@@ -174,8 +174,8 @@ struct GroupedParams {
 
 pub(super) fn source(path: GroupedPath, problem: &Problem) -> Source {
     match path {
-        GroupedPath::Hopper(tile) => hopper::source_of(tile, problem, true),
-        GroupedPath::Ampere(tile) => ampere::source_of(tile, problem, true),
+        GroupedPath::Hopper(tile) => hopper::source_of(tile, problem, true, false),
+        GroupedPath::Ampere(tile) => ampere::source_of(tile, problem, true, false),
     }
 }
 
@@ -201,7 +201,10 @@ fn check(
     check_size("tiles", groups.tiles, groups.tile_count * 12)?;
     match (operands.low_rank, rank) {
         (None, 0) => {}
-        (Some(LowRank { product, factor }), 1..) => {
+        (Some(LowRank { mask: Some(_), .. }), _) => {
+            return Err(QuantError::Matmul("products of groups have no dropout of the update".into()));
+        }
+        (Some(LowRank { product, factor, .. }), 1..) => {
             check_size("low-rank product", product, tokens * rank * size)?;
             check_size("low-rank factor", factor, groups.count * problem.features() * rank * 4)?;
         }

@@ -295,8 +295,41 @@ extern "C" __global__ void CUBES __launch_bounds__(THREADS, 1) matmul(
                 for (u32 j = 0; j < BK / 16; j++) multiply(d, a + NEXT_A * j, x + NEXT_X * j, add | j);
                 commit();
                 add = 1;
+#if DROPOUT
+                // The sums are read below: the assembler must see that they are complete on every way there, or it waits
+                // after every instruction.
+                wait<0>();
+                release(u_stage);
+                release(low_rank_stage);
+#else
                 pending = 1;
+#endif
             }
+#if DROPOUT
+            // The sums are those of the low-rank product alone now; in parts that have none they are nothing yet, and the first
+            // instruction of the main loop writes over them: a branch here would make the assembler wait, too. Dropout's bits
+            // come in pairs of neighbouring features.
+#pragma unroll
+            for (u32 i = 0; i < BN / 8; i++) {
+#pragma unroll
+                for (u32 c = 0; c < 2; c++) {
+                    const u32 at = (w.n0 + 8 * i + 2 * t + c) * p.m + w.m0;
+#if DENSE
+                    // A thread holds rows eight apart: the lanes of two neighbouring rows draw one pair's bits each.
+                    const u32 even = row - g % 2;
+                    const u32 mine = dropout_bits((at + even + g % 2 * 8) / 2, p.seed_low, p.seed_high);
+                    const u32 theirs = __shfl_xor_sync(0xFFFFFFFF, mine, 4);
+                    const u32 near = g % 2 ? theirs : mine, far = g % 2 ? mine : theirs, shift = g % 2 * 16;
+                    d[4 * i + c] *= kept(near >> shift & 0xFFFF, p);
+                    d[4 * i + 2 + c] *= kept(far >> shift & 0xFFFF, p);
+#else
+                    const u32 bits = dropout_bits((at + row) / 2, p.seed_low, p.seed_high);
+                    d[4 * i + c] *= kept(bits & 0xFFFF, p);
+                    d[4 * i + 2 + c] *= kept(bits >> 16, p);
+#endif
+                }
+            }
+#endif
 
 #if DENSE
             finish_low_rank();

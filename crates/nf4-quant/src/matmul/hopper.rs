@@ -17,7 +17,8 @@
 //!   high bytes, and one byte permutation looks up four codes. A fragment is made two rounds of 16 columns ahead.
 //! - For the gradient every row of W has its own absmax. Values come from shared memory, three rounds ahead, by lookups
 //!   that never meet in a bank; the address of one is a byte permutation.
-//! - LoRA's product comes first, as more columns of A and X, into the same sums.
+//! - LoRA's product comes first, as more columns of A and X, into the same sums. Dropout of the update, in a gradient, is
+//!   applied to the sums before those of the weight are added.
 //! - 16-bit results leave through shared memory, by TMA, while the next tile is computed.
 //! - Tiles that would not fill the last round are split along the depth, and partial sums are added in a fixed order:
 //!   the same operands give the same bits.
@@ -48,6 +49,7 @@ use crate::{FloatFormat, QuantError};
 
 const TEXT: &str = concat!(
     cuda_source::prelude!(),
+    cuda_source::dropout!(),
     include_str!("common.cu"),
     cuda_source::tma_barriers!(),
     include_str!("hopper_instructions.cu"),
@@ -251,7 +253,8 @@ pub(super) fn launch(
     };
     let arguments = arguments.params(Params::new(problem, operands, schedule));
     let cubes = (schedule.items().min(workers) * cluster) as u32;
-    cuda_source::launch(client, &source(tile, problem), (cubes, 1, 1), arguments).map_err(refused)
+    cuda_source::launch(client, &source(tile, problem, operands.mask().is_some()), (cubes, 1, 1), arguments)
+        .map_err(refused)
 }
 
 fn dense_map(problem: &Problem, weight: &Handle, element: TensorElement) -> TensorMap2d {
@@ -283,16 +286,16 @@ fn codes_map(problem: &Problem, weight: &DeviceWeight) -> TensorMap2d {
 }
 
 /// The text of a variant; each is put together once.
-pub(super) fn source(tile: Tile, problem: &Problem) -> Source {
-    source_of(tile, problem, false)
+pub(super) fn source(tile: Tile, problem: &Problem, masked: bool) -> Source {
+    source_of(tile, problem, false, masked)
 }
 
-/// The kernel for one weight, or for groups that have a weight each.
-pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool) -> Source {
-    type Key = (Tile, Direction, bool, FloatFormat, FloatFormat, bool);
+/// The kernel for one weight, or for groups that have a weight each; with dropout of the low-rank part or without.
+pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool, masked: bool) -> Source {
+    type Key = (Tile, Direction, bool, FloatFormat, FloatFormat, [bool; 2]);
     static SOURCES: LazyLock<Mutex<HashMap<Key, Source>>> = LazyLock::new(Mutex::default);
     let dense = problem.blocksize.is_none();
-    let key = (tile, problem.direction, dense, problem.format, problem.out, grouped);
+    let key = (tile, problem.direction, dense, problem.format, problem.out, [grouped, masked]);
     let mut sources = SOURCES.lock().unwrap_or_else(PoisonError::into_inner);
     let make = || {
         let half = problem.format == FloatFormat::F16;
@@ -308,6 +311,7 @@ pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool) -> Source 
             // A tile of a group ends where its tokens do, which TMA does not know.
             ("STORE_TOKENS", if grouped { 0 } else { tile.store_tokens(problem) }),
             ("GROUPED", grouped.into()),
+            ("DROPOUT", masked.into()),
         ] {
             let _ = writeln!(text, "#define {name} {value}");
         }

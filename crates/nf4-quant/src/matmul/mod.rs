@@ -109,6 +109,19 @@ pub struct LowRank<'a> {
     /// f32: `lora_b` `[out_features, rank]` forward, `lora_a` `[rank, in_features]` for the gradient. Rounded
     /// to the format of x, as under PEFT's autocast.
     pub factor: &'a Handle,
+    /// Dropout of the update, before it is added; for gradients alone.
+    pub mask: Option<Mask>,
+}
+
+/// A dropout mask over the result: `fused_kernels::Dropout`, whose text is [`cuda_source::dropout!`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Mask {
+    /// Picks the mask.
+    pub seed: u64,
+    /// Elements whose 16 bits are below are zero.
+    pub threshold: u32,
+    /// Factor of the others.
+    pub scale: f32,
 }
 
 /// What a product multiplies.
@@ -122,6 +135,13 @@ pub struct Operands<'a> {
     pub low_rank: Option<LowRank<'a>>,
     /// f32 `[features]`.
     pub bias: Option<&'a Handle>,
+}
+
+impl Operands<'_> {
+    /// The mask of the low-rank part.
+    fn mask(&self) -> Option<Mask> {
+        self.low_rank.and_then(|low_rank| low_rank.mask)
+    }
 }
 
 /// Tokens from which on a 4-bit product on Hopper dequantizes the weight into a transient first.
@@ -224,6 +244,9 @@ pub fn matmul(
 ) -> Result<(), QuantError> {
     check(problem, operands, out)?;
     match path {
+        Path::Gemv if operands.mask().is_some() => {
+            Err(QuantError::Matmul("the kernel for a few tokens has no mask: take another path".into()))
+        }
         Path::Gemv => gemv::launch(client, problem, operands, out),
         Path::Hopper(tile) => hopper::launch(client, tile, problem, operands, out),
         Path::Ampere(tile) => ampere::launch(client, tile, problem, operands, out),
@@ -274,7 +297,10 @@ fn check(problem: &Problem, operands: &Operands<'_>, out: &Handle) -> Result<(),
     }
     match (operands.low_rank, rank) {
         (None, 0) => {}
-        (Some(LowRank { product, factor }), 1..) => {
+        (Some(LowRank { mask: Some(_), .. }), _) if problem.direction == Direction::Forward => {
+            return Err(QuantError::Matmul("a forward product's update has no mask: its input has".into()));
+        }
+        (Some(LowRank { product, factor, .. }), 1..) => {
             check_size("low-rank product", product, tokens * rank * size)?;
             check_size("low-rank factor", factor, problem.features() * rank * 4)?;
         }

@@ -3,7 +3,7 @@
 use cubecl::client::Client;
 use cubecl::server::Handle;
 
-use super::{Operands, Problem, Weight};
+use super::{Mask, Operands, Problem, Weight};
 use crate::kernels::{DeviceAbsmax, MAP_START, codebook_start};
 
 /// Parts of a split tile.
@@ -67,6 +67,10 @@ pub(super) struct Params {
     codebook: u32,
     map: u32,
     offset: u32,
+    seed_low: u32,
+    seed_high: u32,
+    threshold: u32,
+    dropout_scale: f32,
 }
 
 impl Params {
@@ -74,6 +78,7 @@ impl Params {
     const PLAIN: u32 = 255;
 
     pub(super) fn new(problem: &Problem, operands: &Operands<'_>, schedule: Schedule) -> Self {
+        let Mask { seed, threshold, scale } = operands.mask().unwrap_or(Mask { seed: 0, threshold: 0, scale: 1.0 });
         let mut params = Self {
             m: problem.features() as u32,
             tokens: problem.tokens as u32,
@@ -87,6 +92,10 @@ impl Params {
             codebook: 0,
             map: MAP_START as u32,
             offset: 0,
+            seed_low: seed as u32,
+            seed_high: (seed >> 32) as u32,
+            threshold,
+            dropout_scale: scale,
         };
         if let Weight::FourBit(weight) = operands.weight {
             params.log2_blocksize = weight.blocksize.ilog2();

@@ -132,6 +132,9 @@ fn some_shapes_have_no_kernel() {
 fn texts_are_written_where_they_are_asked_for() {
     let Some(folder) = std::env::var_os("NF4_QUANT_TEXTS") else { return };
     let folder = std::path::PathBuf::from(folder);
+    fn masks(problem: &Problem) -> &'static [bool] {
+        if problem.direction == Direction::InputGradient { &[false, true] } else { &[false] }
+    }
     let mut texts = HashSet::new();
     let mut write_all = |name: &str, sources: Vec<Source>| {
         for source in sources {
@@ -159,8 +162,8 @@ fn texts_are_written_where_they_are_asked_for() {
                 let both = |updates| [false, true].map(|nested| gemv::source(problem, nested, updates, !nested));
                 updates.into_iter().flat_map(both).collect()
             }
-            Path::Hopper(tile) => vec![hopper::source(tile, problem)],
-            Path::Ampere(tile) => vec![ampere::source(tile, problem)],
+            Path::Hopper(tile) => masks(problem).iter().map(|masked| hopper::source(tile, problem, *masked)).collect(),
+            Path::Ampere(tile) => masks(problem).iter().map(|masked| ampere::source(tile, problem, *masked)).collect(),
             // The texts of dense products, which are written by themselves.
             Path::Transient(_) => Vec::new(),
         };

@@ -122,7 +122,7 @@ fn update_page(
 ) {
     for segment in &layout.segments {
         let Some(Operands { param, grad, scalars }) = &mut operands[segment.parameter] else { continue };
-        let Some(factor) = gradient_factor(norm, scalars.max_norm) else { continue };
+        let Some(factor) = gradient_factor(norm, scalars) else { continue };
         let range = segment.start..segment.start + segment.len;
         let (p, g) = (&mut param.storage_mut::<f32>()[range.clone()], &grad.storage::<f32>()[range]);
         let words = &mut page[segment.word..];

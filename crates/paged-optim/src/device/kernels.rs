@@ -102,8 +102,9 @@ fn launch(client: &Client, page: &Page<'_>, members: &[Member<'_>], scalars: Sca
     let cubes = CubeCount::Static(longest.div_ceil(per_cube) as u32, members.len() as u32, 1);
     let cube_dim = CubeDim::new_1d(UNITS as u32);
     let count = members.len();
-    let Scalars { beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm } = scalars;
-    let scalars = ScalarArgsLaunch::new(beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm, 1.0);
+    let Scalars { beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm, unscale } = scalars;
+    let scalars =
+        ScalarArgsLaunch::new(beta1, rest1, beta2, rest2, step_size, correction2, eps, keep, max_norm, unscale, 1.0);
     // SAFETY: the page is as long as its layout says, the norm has one element; the kernels stay within the segments.
     unsafe {
         let norm = BufferArg::from_raw_parts(norm.clone(), 1);
@@ -176,6 +177,7 @@ struct ScalarArgs {
     eps: f32,
     keep: f32,
     max_norm: f32,
+    unscale: f32,
     /// 1, unknown to the compiler: keeps each product's own rounding.
     one: f32,
 }
@@ -186,10 +188,11 @@ fn is_finite(norm: f32) -> bool {
     (u32::reinterpret(norm) & 0x7f80_0000u32) != 0x7f80_0000u32
 }
 
-/// `clip_factor`.
+/// `gradient_factor` of the oracle, for a norm that is finite.
 #[cube]
-fn clip_factor(norm: f32, max_norm: f32) -> f32 {
-    select(max_norm > 0.0f32, min(max_norm / (norm + 1e-6f32), 1.0f32), 1.0f32)
+fn gradient_factor(norm: f32, s: &ScalarArgs) -> f32 {
+    let norm = norm * s.unscale * s.one;
+    select(s.max_norm > 0.0f32, min(s.max_norm / (norm + 1e-6f32), 1.0f32), 1.0f32) * s.unscale
 }
 
 /// `adamw_element` of the oracle: `values` are p, g, m, v on entry, and p, g, the new m and v on return.
@@ -277,7 +280,7 @@ fn full_kernel<N: Size>(
 ) {
     let vector = N::value().comptime();
     let first = CUBE_POS_X as usize * ROUND + UNIT_POS as usize * WIDTH;
-    let factor = clip_factor(norm[0], s.max_norm);
+    let factor = gradient_factor(norm[0], s);
     if is_finite(norm[0]) {
         #[unroll]
         for k in 0..count {
@@ -369,7 +372,7 @@ fn block8_kernel<N: Size>(
     let mut maxima = Shared::<[f32]>::new_slice(comptime!(2 * UNITS));
     sync_cube();
 
-    let factor = clip_factor(norm[0], s.max_norm);
+    let factor = gradient_factor(norm[0], s);
     let mut start_word = 0usize;
     let mut len = 0usize;
     #[unroll]

@@ -90,15 +90,7 @@ impl<B: QloraOps> Backward<B, 3> for LoraLinearBackward {
             grads.register::<B>(parent.id, B::low_rank_gradient(x, v.clone(), LoraFactor::A, dropout));
         }
         if let Some(parent) = x_parent {
-            let dx = match dropout {
-                None => B::linear_4bit_low_rank_input_grad(dy, weight, v, lora_a),
-                Some(LoraDropout { seed, p }) => {
-                    let update = B::matmul(v, B::float_cast(lora_a, dtype), dtype);
-                    let base = B::linear_4bit_input_grad(dy, weight);
-                    B::float_add(base, B::seeded_dropout(update, seed, p))
-                }
-            };
-            grads.register::<B>(parent.id, dx);
+            grads.register::<B>(parent.id, B::linear_4bit_low_rank_input_grad(dy, weight, v, lora_a, dropout));
         }
     }
 }

@@ -82,9 +82,10 @@ pub(super) fn input_grad<B: QloraOps>(
     weight: Packed4bit<B>,
     v: FloatTensor<B>,
     lora_a: FloatTensor<B>,
+    dropout: Option<LoraDropout>,
 ) -> FloatTensor<B> {
     let dtype = float_dtype(dy.dtype());
     let base = B::float_cast(B::linear_4bit_input_grad(dy, weight), FloatDType::F32);
-    let update = B::matmul(v, B::float_cast(lora_a, dtype), FloatDType::F32);
+    let update = dropped::<B>(B::matmul(v, B::float_cast(lora_a, dtype), FloatDType::F32), dropout);
     B::float_cast(B::float_add(base, update), dtype)
 }

@@ -4,7 +4,7 @@
 //! [`super::cube_products`]). Elsewhere a 4-bit product dequantizes the weight into one transient and runs Burn's
 //! matmul on it; the transient goes back to CubeCL's memory pool at once, so one layer's worth exists at a time.
 
-use super::cube_products;
+use super::cube_products::{self, Update};
 use super::cube_tensors::{device_weight, dtype_of, empty, grid};
 use super::{LoraDropout, LoraFactor, Packed4bit, QloraOps, composed, float_dtype};
 use burn::backend::cubecl::dtype_to_storage_type;
@@ -60,7 +60,7 @@ impl QloraOps for CubeBackend {
         u: FloatTensor<Self>,
         lora_b: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let low_rank = Some((&u, &lora_b));
+        let low_rank = Some(Update { product: &u, factor: &lora_b, dropout: None });
         cube_products::product_4bit(&x, &weight, Direction::Forward, low_rank, x.dtype)
             .unwrap_or_else(|| composed::linear::<Self>(x, weight, u, lora_b))
     }
@@ -70,10 +70,11 @@ impl QloraOps for CubeBackend {
         weight: Packed4bit<Self>,
         v: FloatTensor<Self>,
         lora_a: FloatTensor<Self>,
+        dropout: Option<LoraDropout>,
     ) -> FloatTensor<Self> {
-        let low_rank = Some((&v, &lora_a));
+        let low_rank = Some(Update { product: &v, factor: &lora_a, dropout });
         cube_products::product_4bit(&dy, &weight, Direction::InputGradient, low_rank, dy.dtype)
-            .unwrap_or_else(|| composed::input_grad::<Self>(dy, weight, v, lora_a))
+            .unwrap_or_else(|| composed::input_grad::<Self>(dy, weight, v, lora_a, dropout))
     }
 
     fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
@@ -174,8 +175,10 @@ mod kernels {
         if i >= x.len() {
             terminate!();
         }
-        let hash = finalize(finalize(i as u32 ^ seed_low) ^ seed_high);
-        if hash >= threshold {
+        let index = i as u32;
+        let both = finalize(finalize((index >> 1u32) ^ seed_low) ^ seed_high);
+        let bits = (both >> ((index & 1u32) * 16u32)) & 0xFFFFu32;
+        if bits >= threshold {
             y[i] = F::cast_from(f32::cast_from(x[i]) * scale);
         } else {
             y[i] = F::cast_from(0.0f32);

@@ -12,14 +12,25 @@ use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::low_rank::{self, Factor, FactorLayout, Gradient, Output, Projection};
 use fused_kernels::{Dropout, KernelError};
 use nf4_quant::FloatFormat;
-use nf4_quant::matmul::{Direction, LowRank, Operands, Path, Problem, Weight, matmul, path};
+use nf4_quant::matmul::{Direction, LowRank, Mask, Operands, Path, Problem, Weight, matmul, path};
 
-/// `x Wᵀ` or `x W`, with an optional low-rank part: `product` `[tokens, rank]` in the dtype of `x`, and the f32 factor.
+/// The low-rank part of a product.
+#[derive(Clone, Copy)]
+pub(super) struct Update<'a> {
+    /// `[tokens, rank]` in the dtype of `x`.
+    pub product: &'a CubeTensor,
+    /// f32.
+    pub factor: &'a CubeTensor,
+    /// Of the part, in a gradient.
+    pub dropout: Option<LoraDropout>,
+}
+
+/// `x Wᵀ` or `x W`, with an optional low-rank part.
 pub(super) fn product_4bit(
     x: &CubeTensor,
     weight: &Packed4bit<CubeBackend>,
     direction: Direction,
-    low_rank: Option<(&CubeTensor, &CubeTensor)>,
+    low_rank: Option<Update<'_>>,
     out: DType,
 ) -> Option<CubeTensor> {
     let layout = weight.layout;
@@ -31,6 +42,10 @@ pub(super) fn product_4bit(
     let features = [layout.out_features, layout.in_features];
     let problem = problem(x, features, direction, low_rank, Some(layout.blocksize), out);
     let path = path(&x.client, &problem)?;
+    // The kernel for a few tokens has no dropout.
+    if path == Path::Gemv && low_rank.is_some_and(|update| update.dropout.is_some()) {
+        return None;
+    }
     let weight = device_weight(weight);
     Some(launch(path, x, &problem, Weight::FourBit(&weight), low_rank))
 }
@@ -53,7 +68,7 @@ fn problem(
     x: &CubeTensor,
     [out_features, in_features]: [usize; 2],
     direction: Direction,
-    low_rank: Option<(&CubeTensor, &CubeTensor)>,
+    low_rank: Option<Update<'_>>,
     blocksize: Option<usize>,
     out: DType,
 ) -> Problem {
@@ -62,7 +77,7 @@ fn problem(
         out_features,
         in_features,
         direction,
-        rank: low_rank.map_or(0, |(product, _)| product.meta.shape()[1]),
+        rank: low_rank.map_or(0, |update| update.product.meta.shape()[1]),
         format: format_of(x.dtype),
         out: format_of(out),
         blocksize,
@@ -74,17 +89,20 @@ fn launch(
     x: &CubeTensor,
     problem: &Problem,
     weight: Weight<'_>,
-    low_rank: Option<(&CubeTensor, &CubeTensor)>,
+    low_rank: Option<Update<'_>>,
 ) -> CubeTensor {
     let x = into_contiguous(x.clone());
-    let low_rank =
-        low_rank.map(|(product, factor)| (into_contiguous(product.clone()), into_contiguous(factor.clone())));
+    let mask = low_rank.and_then(|update| dropout(update.dropout));
+    let mask = mask.map(|Dropout { seed, threshold, scale }| Mask { seed, threshold, scale });
+    let low_rank = low_rank.map(|Update { product, factor, .. }| [product, factor].map(|x| into_contiguous(x.clone())));
     let operands = Operands {
         x: &x.handle,
         weight,
-        low_rank: low_rank
-            .as_ref()
-            .map(|(product, factor)| LowRank { product: &product.handle, factor: &factor.handle }),
+        low_rank: low_rank.as_ref().map(|[product, factor]| LowRank {
+            product: &product.handle,
+            factor: &factor.handle,
+            mask,
+        }),
         bias: None,
     };
     let dtype = if problem.out == FloatFormat::F32 { DType::F32 } else { x.dtype };

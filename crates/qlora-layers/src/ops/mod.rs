@@ -142,14 +142,15 @@ pub trait QloraOps: Backend {
         composed::linear::<Self>(x, weight, u, lora_b)
     }
 
-    /// `dx = dy W + v A` with `v` `[tokens, rank]` in the dtype of `dy`, and f32 `lora_a`.
+    /// `dx = dy W + dropout(v A)` with `v` `[tokens, rank]` in the dtype of `dy`, and f32 `lora_a`.
     fn linear_4bit_low_rank_input_grad(
         dy: FloatTensor<Self>,
         #[extension_type] weight: Packed4bit<Self>,
         v: FloatTensor<Self>,
         lora_a: FloatTensor<Self>,
+        dropout: Option<LoraDropout>,
     ) -> FloatTensor<Self> {
-        composed::input_grad::<Self>(dy, weight, v, lora_a)
+        composed::input_grad::<Self>(dy, weight, v, lora_a, dropout)
     }
 
     /// `scaling·dropout(x) Aᵀ` or `scaling·dropout(x) B`, `[tokens, rank]` in the dtype of `x`; the factor is f32.
@@ -181,9 +182,9 @@ pub trait QloraOps: Backend {
     /// three digits of every logit. Narrower dtypes go to Burn's product.
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self>;
 
-    /// Zeroes each element with probability `p` and scales the others by `1 / (1 - p)`.
+    /// Zeroes each element with probability `p`, in steps of 2^-16, and scales the others by `1 / (1 - p)`.
     ///
-    /// Element `i` in row-major order is dropped when [`dropout_hash`]`(i, seed) < p * 2^32`: the same mask
+    /// Element `i` in row-major order is dropped when [`dropout_hash`]`(i, seed) < p * 2^16`: the same mask
     /// on every runtime, and nothing to save for the backward.
     fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self>;
 }

@@ -77,6 +77,12 @@ impl RunConfig {
         }
         check("train.eps", self.eps, positive(self.eps), POSITIVE)?;
         check("train.max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), NOT_NEGATIVE)?;
+        check(
+            "train.loss_scale",
+            self.loss_scale,
+            self.loss_scale.is_valid(),
+            "must be \"auto\", \"dynamic\", \"off\" or a number above 0 that is finite as a 32-bit number",
+        )?;
         // TOML's integers are signed, and the seed must survive being written to a checkpoint.
         check("train.seed", self.seed, i64::try_from(self.seed).is_ok(), "must be from 0 to 2^63 - 1")?;
         let threshold = self.early_stopping_threshold;

@@ -24,6 +24,7 @@ fn history(steps: usize) -> History {
             memory_in_use_bytes: 300 << 20,
             memory_reserved_bytes: 400 << 20,
             paging: None,
+            loss_scaling: None,
             elapsed_seconds: 1.5 * k as f64,
         });
         if k % 25 == 0 {

@@ -44,6 +44,11 @@ impl Summary {
                 ),
             ),
         ];
+        if self.skipped_steps > 0 {
+            let words =
+                format!("{} steps, whose gradients overflowed at the loss scale of their time", self.skipped_steps);
+            rows.push(("Skipped", words));
+        }
         if let (Some(first), Some(last)) = (self.first_loss, self.last_loss) {
             rows.push(("Training loss", losses(first, last, self.best_loss)));
         }

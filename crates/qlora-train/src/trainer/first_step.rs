@@ -7,13 +7,13 @@ use crate::error::{TrainError, first_of};
 use crate::metrics::StepMetrics;
 
 impl Trainer<'_> {
-    /// The first step after a start, and a warning for adapters that did not move in it.
+    /// The first step after a start that is not skipped, and a warning for adapters that did not move in it.
     pub(super) fn first_step(&mut self, batches: &mut Batches<'_>) -> Result<StepMetrics, TrainError> {
         let before = self.engine.checksums()?;
         let metrics = self.step(batches)?;
         let after = self.engine.checksums()?;
         let still = unmoved(&before, &after);
-        if !still.is_empty() && metrics.learning_rate > 0.0 {
+        if !still.is_empty() && metrics.learning_rate > 0.0 && !metrics.is_skipped() {
             self.events.on_warning(&format!(
                 "the first step moved nothing in {} of {} adapters ({}): no gradient reaches them; experts may not have been \
                  chosen yet, and tokens not been met, anything else stays as it is to the end: check lora.target_modules",

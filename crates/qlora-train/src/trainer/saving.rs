@@ -44,8 +44,10 @@ impl Trainer<'_> {
         self.metrics.sync()?;
         let report = &self.rows.train.report;
         let of_rows = (report.rows, report.tokens);
-        let state =
-            TrainingState::new(&self.config, self.step, self.position, of_rows, self.basis.clone(), self.evaluations)?;
+        let state = TrainingState {
+            loss_scaler: self.engine.loss_scaler().state(),
+            ..TrainingState::new(&self.config, self.step, self.position, of_rows, self.basis.clone(), self.evaluations)?
+        };
         let trained = self.trained()?;
         let contents = trained.contents(self);
         if let Some(error) = self.spoilt_in(&contents) {

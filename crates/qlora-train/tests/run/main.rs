@@ -5,5 +5,6 @@ mod best;
 mod common;
 mod exact;
 mod folder;
+mod loss_scale;
 mod resize;
 mod resume;

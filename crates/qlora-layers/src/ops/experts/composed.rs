@@ -99,7 +99,7 @@ pub(super) fn product<B: ExpertParts>(
         let factor = factor_of::<B>(factor, expert, routed);
         match direction {
             Direction::Forward => B::linear_4bit_low_rank(x, weight.expert(expert), u, factor),
-            Direction::InputGradient => B::linear_4bit_low_rank_input_grad(x, weight.expert(expert), u, factor),
+            Direction::InputGradient => B::linear_4bit_low_rank_input_grad(x, weight.expert(expert), u, factor, None),
         }
     })
 }

@@ -69,7 +69,11 @@ fn product(
             Operand::FourBit(weight) => Weight::FourBit(weight),
             Operand::Dense(weight) => Weight::Dense(&weight.handle),
         },
-        low_rank: low_rank.as_ref().map(|(u, factor)| LowRank { product: &u.handle, factor: &factor.handle }),
+        low_rank: low_rank.as_ref().map(|(u, factor)| LowRank {
+            product: &u.handle,
+            factor: &factor.handle,
+            mask: None,
+        }),
         scale,
     };
     let out = matrix(&x, problem.tokens, problem.features(), x.dtype);

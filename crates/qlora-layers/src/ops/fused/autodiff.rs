@@ -8,6 +8,7 @@ use burn::backend::autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::FloatDType;
 
 #[derive(Debug)]
 struct RmsNormBackward;
@@ -64,6 +65,24 @@ impl<B: FusedGradients> Backward<B, 1> for RotateBackward {
 }
 
 #[derive(Debug)]
+struct ScaleColumnsBackward;
+
+impl<B: FusedGradients> Backward<B, 2> for ScaleColumnsBackward {
+    /// `x` and the factors.
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (parents, (x, scale)) = (ops.parents, ops.state);
+        let dy = grads.consume::<B>(&ops.node);
+        for (parent, grad) in parents.into_iter().zip(B::scale_columns_grads(dy, x, scale)) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, grad);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
 struct CrossEntropyBackward;
 
 impl<B: FusedGradients> Backward<B, 1> for CrossEntropyBackward {
@@ -114,6 +133,15 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
                 prep.finish((cos.clone(), sin.clone(), rotation), B::rotate(x, cos, sin, rotation))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::rotate(x, cos, sin, rotation)),
+        }
+    }
+
+    fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        let nodes = [x.node(), scale.node()];
+        let ((x, _x_guard), (scale, _scale_guard)) = (x.into_parts(), scale.into_parts());
+        match ScaleColumnsBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), scale.clone()), B::scale_columns(x, scale, out)),
+            OpsKind::UnTracked(prep) => prep.finish(B::scale_columns(x, scale, out)),
         }
     }
 

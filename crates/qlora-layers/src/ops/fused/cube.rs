@@ -3,11 +3,11 @@
 use super::super::cube_tensors::empty;
 use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::{FloatFormat, KernelError, Matrix, add_norm, cross_entropy, gated, rms_norm, rope};
+use fused_kernels::{FloatFormat, KernelError, Matrix, add_norm, columns, cross_entropy, gated, rms_norm, rope};
 
 fn format(x: &CubeTensor) -> FloatFormat {
     match x.dtype {
@@ -80,6 +80,14 @@ impl FusedOps for CubeBackend {
         y
     }
 
+    fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        let (x, scale) = (into_contiguous(x), into_contiguous(scale));
+        let y = empty(&x.client, &x.device, x.meta.shape().clone(), out.into());
+        let buffers = columns::Forward { x: &x.handle, scale: &scale.handle, out: &y.handle };
+        launched(columns::forward(&x.client, buffers, matrix(&x), format(&y)));
+        y
+    }
+
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         let [losses, _] = Self::losses(logits, targets);
         losses
@@ -127,6 +135,24 @@ impl FusedGradients for CubeBackend {
         let elements = gate.meta.shape().num_elements();
         launched(gated::backward(&gate.client, buffers, elements, activation, format(&gate)));
         [dgate, dup]
+    }
+
+    fn scale_columns_grads(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2] {
+        let (x, scale) = (into_contiguous(x), into_contiguous(scale));
+        let (dy, dx, dscale) = (as_dtype(dy, &x), like(&x), like(&scale));
+        let buffers = columns::Backward {
+            dy: &dy.handle,
+            x: &x.handle,
+            scale: &scale.handle,
+            dx: &dx.handle,
+            dscale: &dscale.handle,
+        };
+        launched(columns::backward(&x.client, buffers, matrix(&x)));
+        [dx, dscale]
     }
 
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {

@@ -137,6 +137,33 @@ fn rotate<T: Element + BurnElement + bytemuck::Pod>(
     tensor(y, shape.to_vec())
 }
 
+fn scale_columns<T: Element + BurnElement + bytemuck::Pod, O: Element + BurnElement>(
+    x: &FlexTensor,
+    scale: &FlexTensor,
+) -> FlexTensor {
+    let (shape, x, scale) = (dims(x), values::<T>(x), values::<f32>(scale));
+    let mut y = vec![O::from_f32(0.0); x.len()];
+    let width = shape[1].max(1);
+    y.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(y, x)| {
+        y.iter_mut().zip(x.iter().zip(&scale)).for_each(|(y, (x, s))| *y = O::from_f32(x.to_f32() * s));
+    });
+    tensor(y, shape.to_vec())
+}
+
+fn scaled_to_f32<T: Element + BurnElement + bytemuck::Pod>(x: &FlexTensor, scale: &FlexTensor) -> FlexTensor {
+    scale_columns::<T, f32>(x, scale)
+}
+
+/// The gradient of the factors.
+fn column_products<T: Element + BurnElement + bytemuck::Pod>(dy: &FlexTensor, x: &FlexTensor) -> FlexTensor {
+    let ([_, width], dy, x) = (dims(x), values::<T>(dy), values::<T>(x));
+    let mut sums = vec![0.0_f32; width];
+    for (dy, x) in dy.chunks(width.max(1)).zip(x.chunks(width.max(1))) {
+        sums.iter_mut().zip(dy.iter().zip(x)).for_each(|(sum, (dy, x))| *sum += dy.to_f32() * x.to_f32());
+    }
+    tensor(sums, vec![1, width])
+}
+
 /// Loss and log-sum-exp of each row.
 fn losses<T: Element + BurnElement + bytemuck::Pod>(logits: &FlexTensor, targets: &FlexTensor) -> [FlexTensor; 2] {
     let ([rows, width], logits, targets) = (dims(logits), values::<T>(logits), targets.to_contiguous());
@@ -193,6 +220,17 @@ impl FusedOps for Flex {
         by_dtype!(x, rotate(&x, &cos, &sin, rotation))
     }
 
+    fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        match (FloatDType::from(x.dtype()), out) {
+            (FloatDType::BF16, FloatDType::BF16) => scale_columns::<bf16, bf16>(&x, &scale),
+            (FloatDType::F16, FloatDType::F16) => scale_columns::<f16, f16>(&x, &scale),
+            (FloatDType::F32, out) if out != FloatDType::F32 => {
+                Self::float_cast(scale_columns::<f32, f32>(&x, &scale), out)
+            }
+            _ => by_dtype!(x, scaled_to_f32(&x, &scale)),
+        }
+    }
+
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         let [losses, _] = Self::losses(logits, targets);
         losses
@@ -223,6 +261,16 @@ impl FusedGradients for Flex {
     ) -> [FloatTensor<Self>; 2] {
         let dy = as_dtype(dy, &gate);
         by_dtype!(gate, gated_grads(&dy, &gate, &up, activation))
+    }
+
+    fn scale_columns_grads(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 2] {
+        let dy = as_dtype(dy, &x);
+        let dscale = by_dtype!(x, column_products(&dy, &x));
+        [Self::scale_columns(dy, scale, x.dtype().into()), dscale]
     }
 
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {

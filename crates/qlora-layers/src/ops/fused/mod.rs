@@ -1,4 +1,5 @@
-//! What a decoder computes beside its products: RMSNorm, rotary embeddings, gated activations, and the loss.
+//! What a decoder computes beside its products: RMSNorm, rotary embeddings, gated activations, the loss, and factors of
+//! output features.
 //!
 //! Each is one operation with a hand-written backward, which keeps its inputs and little else. Composed of stock
 //! operations they would be four to ten passes over the activations, keep an f32 copy at most of them for the
@@ -12,7 +13,7 @@ mod flex;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, FloatDType, Int, Tensor};
 use host_copies::{as_cube, from_cube};
 
 pub use fused_kernels::gated::Activation;
@@ -35,6 +36,9 @@ pub trait FusedOps: Backend {
         sin: FloatTensor<Self>,
         rotation: Rotation,
     ) -> FloatTensor<Self>;
+
+    /// See [`scale_columns`].
+    fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self>;
 
     /// See [`cross_entropy`].
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
@@ -59,6 +63,13 @@ pub trait FusedGradients: FusedOps {
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         activation: Activation,
+    ) -> [FloatTensor<Self>; 2];
+
+    /// The gradients of [`scale_columns`]' `x`, in its dtype, and `scale`, f32.
+    fn scale_columns_grads(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 2];
 
     /// [`cross_entropy`]'s losses, and the log-sum-exp of each row, f32.
@@ -144,6 +155,21 @@ pub fn rotate(x: Tensor<2>, cos: Tensor<2>, sin: Tensor<2>, rotation: Rotation) 
         sin.into_dispatch(),
         rotation,
     ))
+}
+
+/// `x · scale`, a factor for each column, rounded once.
+///
+/// # Shapes
+/// - `x`: `[rows, width]`
+/// - `scale`: `[1, width]`, f32
+/// - output: `[rows, width]` in `out`, the dtype of `x` or f32
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn scale_columns(x: Tensor<2>, scale: Tensor<2>, out: FloatDType) -> Tensor<2> {
+    assert_eq!([1, x.dims()[1]], scale.dims(), "scale_columns: one factor for each column");
+    assert_eq!(scale.dtype(), DType::F32, "scale_columns: the factors are f32");
+    Tensor::from_dispatch(<Dispatch as FusedOps>::scale_columns(x.into_dispatch(), scale.into_dispatch(), out))
 }
 
 /// `-log softmax(logits)[target]` of each row, in f32. Its gradient is written over the logits, so that nothing of

@@ -1,0 +1,253 @@
+//! A factor for each column of a matrix, and the gradients of both: DoRA's magnitudes over their norms (Liu et al., 2024,
+//! arXiv 2402.09353, equation 5), which scale the output features of a linear layer.
+//!
+//! `out = x · scale`, `dx = dy · scale`, `dscale = Σ_rows dy · x`. Forward and backward are one pass over the activations each;
+//! composed of stock operations, in f32 as DoRA wants them, they are two and five.
+//!
+//! # What was not done
+//!
+//! The factors could be part of the product's own epilogue, which would save the forward's pass; the backward pass would need
+//! its own all the same, because a product can't scale the dimension that it sums over.
+
+use cubecl::CubeDim;
+use cubecl::client::Client;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use crate::elementwise::{Matrix, UNITS, buffer, check_format, vector_size};
+use crate::rms_norm::{WEIGHTS, factors};
+use crate::{FloatFormat, KernelError};
+
+const OPERATION: &str = "columns";
+
+/// Parts of the rows, whose columns are summed apart: enough cubes for a large GPU at the narrowest of layers.
+const SLICES: usize = 64;
+
+/// Buffers of [`forward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a> {
+    /// `[rows, width]`.
+    pub x: &'a Handle,
+    /// f32 `[width]`.
+    pub scale: &'a Handle,
+    /// `[rows, width]`, which this writes.
+    pub out: &'a Handle,
+}
+
+/// Buffers of [`backward`].
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a> {
+    /// The gradient of the result, as `x`.
+    pub dy: &'a Handle,
+    /// As in [`forward`].
+    pub x: &'a Handle,
+    /// As in [`forward`].
+    pub scale: &'a Handle,
+    /// The gradient of `x`, as `x`, which this writes.
+    pub dx: &'a Handle,
+    /// The gradient of `scale`, f32 `[width]`, which this writes.
+    pub dscale: &'a Handle,
+}
+
+/// `out = x · scale`, computed in f32 and rounded once to `format`, the one of `x` or f32.
+///
+/// # Shapes
+/// [`Forward`] has them.
+///
+/// # Errors
+/// [`KernelError::Format`], and the variants about sizes when a buffer does not hold its shape.
+pub fn forward(client: &Client, buffers: Forward<'_>, rows: Matrix, format: FloatFormat) -> Result<(), KernelError> {
+    check_format(client, OPERATION, rows.format)?;
+    check_format(client, OPERATION, format)?;
+    let vector = vector_size(client, rows.format, &[rows.width]).min(vector_size(client, format, &[rows.width]));
+    let x = buffer("x", buffers.x, rows.elements(), rows.format.size(), vector)?;
+    let out = buffer("out", buffers.out, rows.elements(), format.size(), vector)?;
+    let wide = vector.min(WEIGHTS);
+    let scale = buffer("scale", buffers.scale, rows.width, 4, wide)?;
+    if rows.elements() == 0 {
+        return Ok(());
+    }
+    let slices = SLICES.min(rows.rows);
+    // SAFETY: the buffers' sizes are checked, and the kernel stays within rows and width.
+    unsafe {
+        forward_kernel::launch_unchecked(
+            client,
+            cubes(rows, vector, slices),
+            CubeDim::new_1d(UNITS as u32),
+            vector,
+            wide,
+            x,
+            scale,
+            out,
+            rows.rows,
+            rows.width,
+            rows.format.elem_type(),
+            format.elem_type(),
+        );
+    }
+    Ok(())
+}
+
+/// The gradients of `x` and of `scale`; the same bits at every call.
+///
+/// # Shapes
+/// [`Backward`] has them.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward(client: &Client, buffers: Backward<'_>, rows: Matrix) -> Result<(), KernelError> {
+    check_format(client, OPERATION, rows.format)?;
+    let vector = vector_size(client, rows.format, &[rows.width]);
+    let argument = |name, handle| buffer(name, handle, rows.elements(), rows.format.size(), vector);
+    let (dy, x, dx) = (argument("dy", buffers.dy)?, argument("x", buffers.x)?, argument("dx", buffers.dx)?);
+    let wide = vector.min(WEIGHTS);
+    let scale = buffer("scale", buffers.scale, rows.width, 4, wide)?;
+    let dscale = buffer("dscale", buffers.dscale, rows.width, 4, 1)?;
+    if rows.width == 0 {
+        return Ok(());
+    }
+    let slices = SLICES.min(rows.rows.max(1));
+    let partial = client.empty(slices * rows.width * 4);
+    // SAFETY: as in `forward`; the scratch buffer was just made as large as the kernels index.
+    unsafe {
+        backward_kernel::launch_unchecked(
+            client,
+            cubes(rows, vector, slices),
+            CubeDim::new_1d(UNITS as u32),
+            vector,
+            wide,
+            dy,
+            x,
+            scale,
+            dx,
+            BufferArg::from_raw_parts(partial.clone(), slices * rows.width),
+            rows.rows,
+            rows.width,
+            rows.format.elem_type(),
+        );
+        sum_kernel::launch_unchecked(
+            client,
+            CubeCount::Static(rows.width.div_ceil(UNITS) as u32, 1, 1),
+            CubeDim::new_1d(UNITS as u32),
+            BufferArg::from_raw_parts(partial, slices * rows.width),
+            dscale,
+            rows.width,
+            slices,
+        );
+    }
+    Ok(())
+}
+
+/// A unit for each vector of a row, in each of the slices.
+fn cubes(rows: Matrix, vector: usize, slices: usize) -> CubeCount {
+    CubeCount::Static((rows.width / vector).div_ceil(UNITS) as u32, slices as u32, 1)
+}
+
+/// A unit scales one vector of every `CUBE_COUNT_Y`th row.
+#[cube(launch_unchecked)]
+fn forward_kernel<F: Float, O: Float, N: Size, W: Size>(
+    x: &[Vector<F, N>],
+    scale: &[Vector<f32, W>],
+    out: &mut [Vector<O, N>],
+    rows: usize,
+    width: usize,
+    #[define(F)] _format: ElemType,
+    #[define(O)] _out: ElemType,
+) {
+    let vector = N::value().comptime();
+    let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    let vectors = width / vector;
+    if column < vectors {
+        let scales = factors::<W>(scale, column, 0.0f32, vector);
+        let mut row = CUBE_POS_Y as usize;
+        while row < rows {
+            let values = x[row * vectors + column];
+            let mut scaled = Vector::<O, N>::empty();
+            #[unroll]
+            for i in 0..vector {
+                scaled.insert(i, O::cast_from(f32::cast_from(values.extract(i)) * scales[i]));
+            }
+            out[row * vectors + column] = scaled;
+            row += CUBE_COUNT_Y as usize;
+        }
+    }
+}
+
+/// As [`forward_kernel`] over `dy`; the products with `x` are summed in the order of the rows.
+#[cube(launch_unchecked)]
+fn backward_kernel<F: Float, N: Size, W: Size>(
+    dy: &[Vector<F, N>],
+    x: &[Vector<F, N>],
+    scale: &[Vector<f32, W>],
+    dx: &mut [Vector<F, N>],
+    partial: &mut [f32],
+    rows: usize,
+    width: usize,
+    #[define(F)] _format: ElemType,
+) {
+    let vector = N::value().comptime();
+    let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    let vectors = width / vector;
+    if column < vectors {
+        let scales = factors::<W>(scale, column, 0.0f32, vector);
+        let mut sums = Array::<f32>::new(vector);
+        #[unroll]
+        for i in 0..vector {
+            sums[i] = 0.0f32;
+        }
+        let slice = CUBE_POS_Y as usize;
+        let mut row = slice;
+        while row < rows {
+            let (grads, values) = (dy[row * vectors + column], x[row * vectors + column]);
+            let mut scaled = Vector::<F, N>::empty();
+            #[unroll]
+            for i in 0..vector {
+                let grad = f32::cast_from(grads.extract(i));
+                sums[i] += grad * f32::cast_from(values.extract(i));
+                scaled.insert(i, F::cast_from(grad * scales[i]));
+            }
+            dx[row * vectors + column] = scaled;
+            row += CUBE_COUNT_Y as usize;
+        }
+        #[unroll]
+        for i in 0..vector {
+            partial[slice * width + column * vector + i] = sums[i];
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn sum_kernel(partial: &[f32], sums: &mut [f32], width: usize, slices: usize) {
+    let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    if column < width {
+        let mut sum = 0.0f32;
+        for slice in 0..slices {
+            sum += partial[slice * width + column];
+        }
+        sums[column] = sum;
+    }
+}
+
+/// The scalar oracle, in f64.
+pub mod oracle {
+    /// `x · scale`.
+    ///
+    /// # Shapes
+    /// `x`: `[rows, width]`, `scale`: `[width]`.
+    pub fn forward(x: &[f64], scale: &[f64]) -> Vec<f64> {
+        x.chunks(scale.len()).flat_map(|row| row.iter().zip(scale).map(|(x, s)| x * s)).collect()
+    }
+
+    /// The gradients of `x` and of `scale`.
+    ///
+    /// # Shapes
+    /// `dy`, `x`: `[rows, width]`, `scale`: `[width]`.
+    pub fn backward(dy: &[f64], x: &[f64], scale: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let mut dscale = vec![0.0; scale.len()];
+        for (dy, x) in dy.chunks(scale.len()).zip(x.chunks(scale.len())) {
+            dscale.iter_mut().zip(dy.iter().zip(x)).for_each(|(sum, (dy, x))| *sum += dy * x);
+        }
+        (forward(dy, scale), dscale)
+    }
+}
