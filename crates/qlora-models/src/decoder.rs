@@ -10,12 +10,13 @@ use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use crate::sequence::{Sequence, View};
 use adapter_io::AdapterConfig;
+use burn::module::{Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::activation_checkpointing::ResidualBlock;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
-use qlora_layers::ops::matmul;
-use qlora_layers::{LoraLinear, Pass, TokenRows};
+use qlora_layers::ops::{frozen_linear, in_bf16, matmul};
+use qlora_layers::{FrozenLinear, LoraLinear, Pass, TokenRows};
 use std::sync::Arc;
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -30,11 +31,13 @@ pub struct Decoder {
     pub(crate) dtype: FloatDType,
     /// One for each of [`ModelConfig::attention_kinds`].
     pub(crate) rotary: Arc<[RotaryTables]>,
-    pub(crate) embed_tokens: Tensor<2>,
+    pub(crate) embed_tokens: Param<Tensor<2>>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: Named<RmsNorm>,
     /// `None` when the head is the embedding table.
     pub(crate) lm_head: Option<LoraLinear>,
+    /// The weight of the head in bf16, of the same values, and the name of the weight that it is of.
+    pub(crate) narrow_head: Option<(ParamId, Tensor<2>)>,
     /// What an adapter put on the embedding table.
     pub(crate) embedding: Embedding,
     /// Rows of single tokens that are trained in an output head of its own.
@@ -133,13 +136,42 @@ impl Decoder {
 
     /// The output head alone.
     pub(crate) fn head(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        if let Some(narrow) = self.narrow_head().filter(|_| !pass.tracked) {
+            return frozen_linear(x, narrow.clone(), self.dtype);
+        }
         let (logits, tokens) = match &self.lm_head {
             Some(head) => (head.forward_in(x.clone(), pass), &self.head_tokens),
-            None => (matmul(x.clone(), self.embed_tokens.clone().transpose()), &self.embedding.tokens),
+            None => (matmul(x.clone(), self.embed_tokens.val().transpose()), &self.embedding.tokens),
         };
         match tokens {
             Some(tokens) => tokens.in_logits(logits, x, pass),
             None => logits,
+        }
+    }
+
+    /// Holds the output head's weight in bf16 too, where the model is on the host, in f32, and the weight has the same
+    /// values in bf16, as one of a checkpoint in bf16 has. Passes without a graph read half the bytes then, which is most
+    /// of what a head costs one token, and give the same bits.
+    pub fn hold_narrow_head(&mut self) {
+        let narrow = self.head_weight().and_then(|(id, weight)| Some((id, in_bf16(&weight)?)));
+        self.narrow_head = narrow;
+    }
+
+    /// The head in bf16, if it is held and the head is what it was then.
+    pub(crate) fn narrow_head(&self) -> Option<&Tensor<2>> {
+        let (id, narrow) = self.narrow_head.as_ref()?;
+        let (own, _) = self.head_weight()?;
+        (own == *id && !self.has_trained_tokens()).then_some(narrow)
+    }
+
+    /// The weight of a head that is a dense weight and nothing else, and the weight's name.
+    fn head_weight(&self) -> Option<(ParamId, Tensor<2>)> {
+        match &self.lm_head {
+            None => Some((self.embed_tokens.id, self.embed_tokens.val())),
+            Some(head) => match &head.base {
+                FrozenLinear::Dense(weight) if head.is_bare() && head.bias.is_none() => Some((weight.id, weight.val())),
+                _ => None,
+            },
         }
     }
 
@@ -212,7 +244,8 @@ impl Decoder {
         };
         let embeddings = self.embed_tokens.shape().num_elements() * self.embed_tokens.dtype().size();
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
-        embeddings + norms + self.own_linears().map(bytes).sum::<usize>()
+        let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
+        embeddings + narrow + norms + self.own_linears().map(bytes).sum::<usize>()
     }
 
     /// Frozen weights, counted before quantization.

@@ -99,7 +99,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`ServeError::CacheTooSmall`].
-    pub fn new(model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
+    pub fn new(mut model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
+        model.hold_narrow_head();
         let block_tokens = config.block_tokens.max(1);
         let blocks = match config.cache {
             CacheSize::Tokens(tokens) => tokens.div_ceil(block_tokens).max(2),
