@@ -273,3 +273,42 @@ fn rounded(number: f64, dtype: FloatDType) -> f64 {
 fn soft_capped(x: Tensor<2>, cap: f64) -> Tensor<2> {
     x.div_scalar(cap).tanh().mul_scalar(cap)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+    use super::*;
+    use crate::LoadOptions;
+    use qlora_layers::frozen;
+
+    #[test]
+    fn a_narrow_head_gives_the_bits_of_the_wide_one_until_that_is_another() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/tiny-llama");
+        let options = LoadOptions { quantization: Some(Default::default()), dtype: FloatDType::F32 };
+        let mut model = Decoder::load(&dir, options, &Device::flex(), &mut |_| {}).unwrap();
+        let ids: Vec<u32> = (0..23).map(|i| 7 * i + 1).collect();
+        let bits = |model: &Decoder| -> Vec<u32> {
+            let logits = model.forward(&ids, 1, Pass::INFERENCE);
+            logits.into_data().iter::<f32>().map(f32::to_bits).collect()
+        };
+        let wide = bits(&model);
+        for tied in [true, false] {
+            if !tied {
+                model.lm_head = Some(LoraLinear::frozen(FrozenLinear::dense(model.embed_tokens.val()), None));
+                assert!(model.narrow_head().is_none(), "the head is another weight now");
+            }
+            let bytes = model.device_bytes();
+            model.hold_narrow_head();
+            assert_eq!(model.narrow_head().unwrap().dtype(), DType::BF16);
+            assert!(model.device_bytes() > bytes);
+            assert!(bits(&model) == wide, "tied: {tied}");
+        }
+        // Values that bf16 does not have.
+        model.lm_head = None;
+        model.embed_tokens = frozen(model.embed_tokens.val() * 1.001);
+        assert!(model.narrow_head().is_none());
+        model.hold_narrow_head();
+        assert!(model.narrow_head().is_none());
+    }
+}

@@ -5,9 +5,9 @@
 
 use super::flex::words;
 use super::{Packed4bit, float_dtype};
+use burn::backend::DispatchTensorKind;
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
-use burn::backend::DispatchTensorKind;
 use burn::tensor::{DType, Element as BurnElement, FloatDType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};

@@ -29,12 +29,14 @@ mod cube;
 mod cube_products;
 pub(crate) mod cube_tensors;
 pub mod experts;
+mod exponential;
 mod flex;
 mod flex_products;
 pub mod fused;
 mod packed;
 mod paged;
 mod seed;
+mod vectors;
 
 pub use attention::{
     AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, attention, attention_again, attention_keeping,

@@ -14,7 +14,6 @@
 
 mod autodiff;
 mod cube;
-mod exponential;
 mod flex;
 mod tile;
 

@@ -1,32 +1,19 @@
 //! One query and the positions of a tile.
 //!
-//! Inner loops run over the elements of a head or the positions of a tile, and are compiled for AVX2 and AVX-512 beside the
-//! baseline; without fused multiply-adds, all give the same bits.
+//! Inner loops run over the elements of a head or the positions of a tile.
 
-use super::exponential::exp_of_negative;
+use crate::ops::exponential::exponential;
+use crate::ops::vectors::{LANES, Lanes, for_processor, joined, largest};
 use fused_kernels::attention::Options;
 
 /// Positions of a tile.
 pub(super) const TILE: usize = 64;
-/// Running sums of a dot product.
-const LANES: usize = 16;
 
 /// Softmax of one query so far: its largest score, and the sums relative to it.
 pub(super) struct Running<'a> {
     pub(super) peak: &'a mut f32,
     pub(super) sum: &'a mut f32,
     pub(super) values: &'a mut [f32],
-}
-
-/// Sums of a dot product, as they are before they are joined.
-type Lanes = [f32; LANES];
-
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn joined(lanes: &Lanes) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
-    let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
-    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 #[inline(always)]
@@ -101,19 +88,6 @@ fn add_weighted(to: &mut [f32], weights: &[f32], values: &[&[f32]]) {
     }
 }
 
-/// The largest of the values and `most`.
-#[inline(always)]
-fn largest(most: f32, values: &[f32]) -> f32 {
-    let mut lanes = [most; LANES];
-    let (whole, rest) = values.as_chunks::<LANES>();
-    for values in whole {
-        for i in 0..LANES {
-            lanes[i] = lanes[i].max(values[i]);
-        }
-    }
-    rest.iter().chain(&lanes).fold(most, |most, value| most.max(*value))
-}
-
 /// Takes the positions of a tile that a query sees, in order, into its running softmax.
 #[inline(always)]
 fn take_tile_body(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
@@ -126,37 +100,14 @@ fn take_tile_body(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Option
     }
     let most = largest(*running.peak, scores);
     // 0 at first, when the peak is minus infinity.
-    let factor = exp_of_negative(*running.peak - most);
-    scores.iter_mut().for_each(|score| *score = exp_of_negative(*score - most));
+    let factor = exponential(*running.peak - most);
+    scores.iter_mut().for_each(|score| *score = exponential(*score - most));
     *running.sum = *running.sum * factor + sum_of(scores);
     *running.peak = most;
     running.values.iter_mut().for_each(|value| *value *= factor);
     add_weighted(running.values, scores, values);
 }
-/// [`take_tile_body`], in the widest vectors that the processor has.
-pub(super) fn take_tile(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-        fn avx512(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-            take_tile_body(q, keys, values, options, running);
-        }
-        #[target_feature(enable = "avx2")]
-        fn avx2(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-            take_tile_body(q, keys, values, options, running);
-        }
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-        {
-            // SAFETY: the processor has these features, as just checked.
-            return unsafe { avx512(q, keys, values, options, running) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, as just checked.
-            return unsafe { avx2(q, keys, values, options, running) };
-        }
-    }
-    take_tile_body(q, keys, values, options, running);
+for_processor! {
+    /// [`take_tile_body`], in the widest vectors that the processor has.
+    pub(super) fn take_tile(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) = take_tile_body
 }
