@@ -298,10 +298,11 @@ mod tests {
                 model.lm_head = Some(LoraLinear::frozen(FrozenLinear::dense(model.embed_tokens.val()), None));
                 assert!(model.narrow_head().is_none(), "the head is another weight now");
             }
+            model.narrow_head = None;
             let bytes = model.device_bytes();
             model.hold_narrow_head();
             assert_eq!(model.narrow_head().unwrap().dtype(), DType::BF16);
-            assert!(model.device_bytes() > bytes);
+            assert_eq!(model.device_bytes(), bytes + 2 * model.embed_tokens.shape().num_elements());
             assert!(bits(&model) == wide, "tied: {tied}");
         }
         // Values that bf16 does not have.
