@@ -104,6 +104,12 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn as_f32(_slice: &[Self]) -> Option<&[f32]> {
         None
     }
+
+    /// The slice as bf16, where it is one.
+    #[inline(always)]
+    fn as_bf16(_slice: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -141,6 +147,11 @@ impl Element for bf16 {
         // Rounding could carry a NaN's payload away: keep it, and make it quiet.
         let bits = if value.is_nan() { bits | 0x40_0000 } else { rounded };
         Self::from_bits((bits >> 16) as u16)
+    }
+
+    #[inline(always)]
+    fn as_bf16(slice: &[Self]) -> Option<&[bf16]> {
+        Some(slice)
     }
 }
 

@@ -103,6 +103,24 @@ fn a_token_does_not_depend_on_the_others() {
 }
 
 #[test]
+fn weights_in_bf16_give_the_bits_of_the_same_values_in_f32() {
+    for shape in [[37, 288], [21, 50], [3, 1024]] {
+        let [rows, columns] = shape;
+        let narrow: Vec<bf16> = noise(7, rows * columns).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = narrow.iter().map(|w| w.to_f32()).collect();
+        for (processor, tokens) in Processor::available().into_iter().flat_map(|p| [1, 2, 3, 4, 5, 17].map(|t| (p, t)))
+        {
+            let x = noise(8, tokens * columns);
+            let mut found = [vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]];
+            dense_product_on(processor, &x, &narrow, shape, &mut found[0]).unwrap();
+            dense_product_on(processor, &x, &wide, shape, &mut found[1]).unwrap();
+            let [narrow, wide] = found.map(|y| y.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+            assert!(narrow == wide, "{processor:?}, {tokens} tokens of {shape:?}");
+        }
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_named() {
     let weight = quantized(5, [4, 64], &QuantConfig::default());
     let view = WeightView::new(&weight).unwrap();
@@ -120,7 +138,10 @@ fn what_does_not_fit_is_named() {
     assert_eq!(run(&WeightView { absmax: nested(0), ..view }, 64, 4), Err(QuantError::NestedBlocksize));
     assert_eq!(run(&WeightView { absmax: nested(4), ..view }, 64, 4), length("nested_absmax", 1, 2));
     let mut y = [0.0; 4];
-    assert_eq!(dense_product_on(Processor::best(), &[0.0_f32; 2], &[0.0; 9], [4, 2], &mut y), length("weight", 8, 9));
+    assert_eq!(
+        dense_product_on(Processor::best(), &[0.0_f32; 2], &[0.0_f32; 9], [4, 2], &mut y),
+        length("weight", 8, 9)
+    );
     let flat = Quantized4bit::quantize(&noise(6, 64), &[64], &QuantConfig::default()).unwrap();
     assert!(matches!(WeightView::new(&flat), Err(QuantError::Matmul(_))));
 }

@@ -10,12 +10,13 @@ use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use crate::sequence::{Sequence, View};
 use adapter_io::AdapterConfig;
+use burn::module::{Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::activation_checkpointing::ResidualBlock;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
-use qlora_layers::ops::matmul;
-use qlora_layers::{LoraLinear, Pass, TokenRows};
+use qlora_layers::ops::{frozen_linear, in_bf16, matmul};
+use qlora_layers::{FrozenLinear, LoraLinear, Pass, TokenRows};
 use std::sync::Arc;
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -30,11 +31,13 @@ pub struct Decoder {
     pub(crate) dtype: FloatDType,
     /// One for each of [`ModelConfig::attention_kinds`].
     pub(crate) rotary: Arc<[RotaryTables]>,
-    pub(crate) embed_tokens: Tensor<2>,
+    pub(crate) embed_tokens: Param<Tensor<2>>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: Named<RmsNorm>,
     /// `None` when the head is the embedding table.
     pub(crate) lm_head: Option<LoraLinear>,
+    /// The weight of the head in bf16, of the same values, and the name of the weight that it is of.
+    pub(crate) narrow_head: Option<(ParamId, Tensor<2>)>,
     /// What an adapter put on the embedding table.
     pub(crate) embedding: Embedding,
     /// Rows of single tokens that are trained in an output head of its own.
@@ -133,13 +136,42 @@ impl Decoder {
 
     /// The output head alone.
     pub(crate) fn head(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        if let Some(narrow) = self.narrow_head().filter(|_| !pass.tracked) {
+            return frozen_linear(x, narrow.clone(), self.dtype);
+        }
         let (logits, tokens) = match &self.lm_head {
             Some(head) => (head.forward_in(x.clone(), pass), &self.head_tokens),
-            None => (matmul(x.clone(), self.embed_tokens.clone().transpose()), &self.embedding.tokens),
+            None => (matmul(x.clone(), self.embed_tokens.val().transpose()), &self.embedding.tokens),
         };
         match tokens {
             Some(tokens) => tokens.in_logits(logits, x, pass),
             None => logits,
+        }
+    }
+
+    /// Holds the output head's weight in bf16 too, where the model is on the host, in f32, and the weight has the same
+    /// values in bf16, as one of a checkpoint in bf16 has. Passes without a graph read half the bytes then, which is most
+    /// of what a head costs one token, and give the same bits.
+    pub fn hold_narrow_head(&mut self) {
+        let narrow = self.head_weight().and_then(|(id, weight)| Some((id, in_bf16(&weight)?)));
+        self.narrow_head = narrow;
+    }
+
+    /// The head in bf16, if it is held and the head is what it was then.
+    pub(crate) fn narrow_head(&self) -> Option<&Tensor<2>> {
+        let (id, narrow) = self.narrow_head.as_ref()?;
+        let (own, _) = self.head_weight()?;
+        (own == *id && !self.has_trained_tokens()).then_some(narrow)
+    }
+
+    /// The weight of a head that is a dense weight and nothing else, and the weight's name.
+    fn head_weight(&self) -> Option<(ParamId, Tensor<2>)> {
+        match &self.lm_head {
+            None => Some((self.embed_tokens.id, self.embed_tokens.val())),
+            Some(head) => match &head.base {
+                FrozenLinear::Dense(weight) if head.is_bare() && head.bias.is_none() => Some((weight.id, weight.val())),
+                _ => None,
+            },
         }
     }
 
@@ -212,7 +244,8 @@ impl Decoder {
         };
         let embeddings = self.embed_tokens.shape().num_elements() * self.embed_tokens.dtype().size();
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
-        embeddings + norms + self.own_linears().map(bytes).sum::<usize>()
+        let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
+        embeddings + narrow + norms + self.own_linears().map(bytes).sum::<usize>()
     }
 
     /// Frozen weights, counted before quantization.
@@ -239,4 +272,44 @@ fn rounded(number: f64, dtype: FloatDType) -> f64 {
 /// `cap · tanh(x / cap)` (Gemma Team, 2024, arXiv 2408.00118, section 2).
 fn soft_capped(x: Tensor<2>, cap: f64) -> Tensor<2> {
     x.div_scalar(cap).tanh().mul_scalar(cap)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+    use super::*;
+    use crate::LoadOptions;
+    use qlora_layers::frozen;
+
+    #[test]
+    fn a_narrow_head_gives_the_bits_of_the_wide_one_until_that_is_another() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/tiny-llama");
+        let options = LoadOptions { quantization: Some(Default::default()), dtype: FloatDType::F32 };
+        let mut model = Decoder::load(&dir, options, &Device::flex(), &mut |_| {}).unwrap();
+        let ids: Vec<u32> = (0..23).map(|i| 7 * i + 1).collect();
+        let bits = |model: &Decoder| -> Vec<u32> {
+            let logits = model.forward(&ids, 1, Pass::INFERENCE);
+            logits.into_data().iter::<f32>().map(f32::to_bits).collect()
+        };
+        let wide = bits(&model);
+        for tied in [true, false] {
+            if !tied {
+                model.lm_head = Some(LoraLinear::frozen(FrozenLinear::dense(model.embed_tokens.val()), None));
+                assert!(model.narrow_head().is_none(), "the head is another weight now");
+            }
+            model.narrow_head = None;
+            let bytes = model.device_bytes();
+            model.hold_narrow_head();
+            assert_eq!(model.narrow_head().unwrap().dtype(), DType::BF16);
+            assert_eq!(model.device_bytes(), bytes + 2 * model.embed_tokens.shape().num_elements());
+            assert!(bits(&model) == wide, "tied: {tied}");
+        }
+        // Values that bf16 does not have.
+        model.lm_head = None;
+        model.embed_tokens = frozen(model.embed_tokens.val() * 1.001);
+        assert!(model.narrow_head().is_none());
+        model.hold_narrow_head();
+        assert!(model.narrow_head().is_none());
+    }
 }

@@ -17,7 +17,7 @@ pub(crate) struct Embedding {
     /// along for adapted embeddings and heads, and where the vocabulary grew.
     pub(crate) brought: Vec<(String, &'static str)>,
     /// The table before an adapter brought another.
-    pub(crate) original: Option<Tensor<2>>,
+    pub(crate) original: Option<Param<Tensor<2>>>,
 }
 
 impl Embedding {

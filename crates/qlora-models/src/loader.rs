@@ -26,7 +26,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::persistent;
 use nf4_quant::Quantized4bit;
 pub use options::LoadOptions;
-use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear};
+use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, frozen};
 use random::Random;
 use source::Source;
 use std::collections::BTreeSet;
@@ -149,10 +149,11 @@ impl<'a> Loader<'a> {
             rotary,
             device: self.device.clone(),
             dtype: self.options.dtype,
-            embed_tokens,
+            embed_tokens: frozen(embed_tokens),
             blocks,
             norm,
             lm_head,
+            narrow_head: None,
             embedding: Embedding::default(),
             head_tokens: None,
             rows_before: None,

@@ -507,6 +507,7 @@ impl<'a> MixedPass<'a> {
         let heads = self.each_some(|model| model.lm_head.as_ref());
         let logits = match heads {
             _ if self.models.iter().any(|(_, model)| differ(model)) => self.padded_logits(x),
+            _ if self.models.iter().all(|(_, model)| model.narrow_head().is_some()) => model.head(x, Pass::INFERENCE),
             Some(heads) => {
                 let head = |model: &'a Decoder| vec![model.lm_head.as_ref().unwrap_or(heads[0].1)];
                 self.linears(x, head).remove(0)

@@ -8,9 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use adapter_io::Adapter;
 use burn::backend::StreamId;
-use host_copies::DeviceError;
+use host_copies::{DeviceError, client_of};
 use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits, Step};
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::sync::oneshot;
 
 use crate::adapters::{AdapterNumber, Adapters};
@@ -98,7 +99,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`ServeError::CacheTooSmall`].
-    pub fn new(model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
+    pub fn new(mut model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
+        model.hold_narrow_head();
         let block_tokens = config.block_tokens.max(1);
         let blocks = match config.cache {
             CacheSize::Tokens(tokens) => tokens.div_ceil(block_tokens).max(2),
@@ -150,7 +152,19 @@ impl Engine {
         // CubeCL gives every thread a stream of its own. The model's weights and the cache were made on this thread's:
         // work on another stream would wait for this one at every launch.
         let stream = StreamId::current();
-        std::thread::Builder::new().name("engine".into()).spawn(move || stream.executes(|| self.run()))
+        std::thread::Builder::new().name("engine".into()).spawn(move || {
+            let _pool = self.own_pool();
+            stream.executes(|| self.run())
+        })
+    }
+
+    /// A pool of threads that the current one belongs to, where the model is on the host: a pass has hundreds of small
+    /// products, and handing each to another thread takes as long as many of them. `None` elsewhere, or without threads;
+    /// then work goes to the pool of the process.
+    fn own_pool(&self) -> Option<ThreadPool> {
+        let on_host = client_of(self.adapters.base().device()).is_none();
+        let builder = ThreadPoolBuilder::new().use_current_thread().thread_name(|i| format!("engine {i}"));
+        on_host.then(|| builder.build().ok()).flatten()
     }
 
     /// Answers until the engine is closed and everything is answered.

@@ -1,9 +1,15 @@
 //! Vector registers as the loops know them, and the portable ones.
 
+use half::bf16;
+
+use crate::Element;
+
 /// Elements of a group: the shortest block, and 16 bytes of codes.
 pub(super) const GROUP: usize = 32;
 /// A group's elements, even ones first.
 pub(super) type Group = [f32; GROUP];
+/// A group's elements in bf16, in their own order.
+pub(super) type Halves = [bf16; GROUP];
 /// A group's codes.
 pub(super) type Codes = [u8; GROUP / 2];
 
@@ -25,6 +31,8 @@ pub(super) trait Lanes {
     unsafe fn scaled(table: Self::Table, absmax: f32) -> Self::Table;
     unsafe fn decode(codes: &Codes, table: Self::Table) -> Self::Weights;
     unsafe fn load(weights: &Group) -> Self::Weights;
+    /// Weights of bf16, in their order.
+    unsafe fn widen(halves: &Halves) -> Self::Weights;
     unsafe fn store(weights: Self::Weights, to: &mut Group);
     unsafe fn zero() -> Self::Sum;
     /// Adds the products of weights and `x` to the sums.
@@ -65,6 +73,13 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn load(weights: &Group) -> Self::Weights {
         *weights
+    }
+
+    #[inline(always)]
+    unsafe fn widen(halves: &Halves) -> Self::Weights {
+        let mut weights = [0.0; GROUP];
+        bf16::widen(halves, &mut weights);
+        weights
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::lanes::{Codes, GROUP, Group, Lanes, Portable};
+use super::lanes::{Codes, GROUP, Group, Halves, Lanes, Portable};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 use super::{PANEL, Processor, WeightView, place};
@@ -41,7 +41,6 @@ impl<'a, E> Task<'a, E> {
 #[derive(Default)]
 pub(super) struct Scratch {
     absmax: Vec<f32>,
-    factors: Vec<f32>,
     panel: Vec<Group>,
 }
 
@@ -124,37 +123,41 @@ pub(super) unsafe fn run<E: Element>(processor: Processor, task: &Task<'_, E>, s
 struct Blocks<'a> {
     weight: &'a WeightView<'a>,
     codebook: &'static [f32; 16],
-    /// From the task's first row on: the absmax of each group, where rows are whole groups.
-    factors: &'a [f32],
     /// The absmax of each block, from block `first` on.
     absmax: &'a [f32],
     first: usize,
-    /// The task's first row.
-    row: usize,
+    /// A group's number shifted by it is its block's, where rows are whole groups.
+    shift: u32,
 }
 
 impl<'a> Blocks<'a> {
-    fn new(weight: &'a WeightView<'a>, rows: &Range<usize>, scratch: (&'a mut Vec<f32>, &'a mut Vec<f32>)) -> Self {
+    fn new(weight: &'a WeightView<'a>, rows: &Range<usize>, absmax: &'a mut Vec<f32>) -> Self {
         let (columns, blocksize) = (weight.in_features, weight.blocksize);
-        let (absmax, factors) = scratch;
         let elements = rows.start * columns..rows.end * columns;
         let first = elements.start / blocksize;
         absmax.resize((elements.end - 1) / blocksize + 1 - first, 0.0);
         weight.absmax.read(first, absmax);
-        factors.clear();
-        if columns.is_multiple_of(GROUP) {
-            let shift = blocksize.trailing_zeros() - GROUP.trailing_zeros();
-            let groups = elements.start / GROUP..elements.end / GROUP;
-            factors.extend(groups.map(|group| absmax[(group >> shift) - first]));
-        }
-        Self { weight, codebook: weight.quant_type.codebook(), factors, absmax, first, row: rows.start }
+        let shift = blocksize.trailing_zeros() - GROUP.trailing_zeros();
+        Self { weight, codebook: weight.quant_type.codebook(), absmax, first, shift }
     }
 
-    /// The codes of a row of whole groups, and their absmax.
+    /// The codes of a row of whole groups.
     #[inline(always)]
-    fn groups(&self, row: usize, groups: usize) -> (&'a [Codes], &'a [f32]) {
+    fn codes(&self, row: usize, groups: usize) -> &'a [Codes] {
         let (codes, _) = self.weight.codes.as_chunks::<{ GROUP / 2 }>();
-        (&codes[row * groups..][..groups], &self.factors[(row - self.row) * groups..][..groups])
+        &codes[row * groups..][..groups]
+    }
+
+    /// Whether two groups beside each other, the first of an even number, are of one block in every row.
+    #[inline(always)]
+    fn are_paired(&self, groups: usize) -> bool {
+        self.shift > 0 && groups.is_multiple_of(2)
+    }
+
+    /// The absmax of a group, counted from the weight's first.
+    #[inline(always)]
+    fn absmax_of(&self, group: usize) -> f32 {
+        self.absmax[(group >> self.shift) - self.first]
     }
 
     /// A block's values, rounded to `E`.
@@ -189,7 +192,7 @@ unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
     let panels = task.rows.clone().step_by(PANEL).map(|start| start..task.rows.end.min(start + PANEL));
     match task.source {
         Source::Codes(weight) => {
-            let blocks = Blocks::new(weight, &task.rows, (&mut scratch.absmax, &mut scratch.factors));
+            let blocks = Blocks::new(weight, &task.rows, &mut scratch.absmax);
             if whole && task.tokens <= TOKENS {
                 // A loop, because a closure would not be compiled for the processor.
                 for row in task.rows.clone() {
@@ -213,7 +216,16 @@ unsafe fn rows<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
         }
         Source::Dense(weight) => {
             let in_place = E::as_f32(weight).filter(|_| whole).map(|weight| weight.as_chunks::<GROUP>().0);
+            let halves = E::as_bf16(weight).filter(|_| whole && task.tokens <= TOKENS);
             for rows in panels {
+                if let Some(halves) = halves {
+                    let (groups, _) = halves.as_chunks::<GROUP>();
+                    for row in rows {
+                        // SAFETY: as the caller's.
+                        unsafe { from_halves::<L, E>(task, &groups[row * task.groups..], row, y) };
+                    }
+                    continue;
+                }
                 if let Some(groups) = in_place {
                     // SAFETY: as the caller's.
                     unsafe { panel::<L, E, ROWS, TOKENS>(task, &groups[rows.start * task.groups..], rows, y) };
@@ -259,12 +271,12 @@ unsafe fn panel<L: Lanes, E: Element, const ROWS: usize, const TOKENS: usize>(
 /// Dequantizes a row of whole groups.
 #[inline(always)]
 unsafe fn dequantize<L: Lanes, E: Element>(blocks: &Blocks<'_>, row: usize, panel: &mut [Group]) {
-    let (codes, factors) = blocks.groups(row, panel.len());
+    let (codes, start) = (blocks.codes(row, panel.len()), row * panel.len());
     // SAFETY: as the caller's.
     unsafe {
         let base = L::table(blocks.codebook);
-        for ((codes, factor), group) in codes.iter().zip(factors).zip(panel) {
-            let table = blocks.table::<L, E>(base, *factor);
+        for (i, (codes, group)) in codes.iter().zip(panel).enumerate() {
+            let table = blocks.table::<L, E>(base, blocks.absmax_of(start + i));
             L::store(L::decode(codes, table), group);
         }
     }
@@ -306,14 +318,63 @@ unsafe fn tokens_from_codes<L: Lanes, E: Element, const TOKENS: usize>(
     row: usize,
     y: Columns<'_>,
 ) {
-    let (codes, factors) = blocks.groups(row, task.groups);
+    let (codes, start) = (blocks.codes(row, task.groups), row * task.groups);
     let x: [&[Group]; TOKENS] = std::array::from_fn(|token| task.token(token));
     // SAFETY: as the caller's.
     unsafe {
         let base = L::table(blocks.codebook);
         let mut sums = [[L::zero(); TOKENS]; 1];
-        for i in 0..task.groups {
-            let weights = L::decode(&codes[i], blocks.table::<L, E>(base, factors[i]));
+        if blocks.are_paired(task.groups) {
+            let x = x.map(|x| x.as_chunks::<2>().0);
+            for (i, codes) in codes.as_chunks::<2>().0.iter().enumerate() {
+                let table = blocks.table::<L, E>(base, blocks.absmax_of(start + 2 * i));
+                for half in 0..2 {
+                    let weights = L::decode(&codes[half], table);
+                    for t in 0..TOKENS {
+                        sums[0][t] = L::add(sums[0][t], weights, &x[t][i][half]);
+                    }
+                }
+            }
+        } else {
+            for (i, codes) in codes.iter().enumerate() {
+                let weights = L::decode(codes, blocks.table::<L, E>(base, blocks.absmax_of(start + i)));
+                for t in 0..TOKENS {
+                    sums[0][t] = L::add(sums[0][t], weights, &x[t][i]);
+                }
+            }
+        }
+        set::<L, 1, TOKENS>(sums, row, 0, y);
+    }
+}
+
+/// A row of whole groups in bf16 with all tokens, which are at most four.
+#[inline(always)]
+unsafe fn from_halves<L: Lanes, E: Element>(task: &Task<'_, E>, weights: &[Halves], row: usize, y: Columns<'_>) {
+    // SAFETY: as the caller's.
+    unsafe {
+        match task.tokens {
+            4 => tokens_from_halves::<L, E, 4>(task, weights, row, y),
+            3 => tokens_from_halves::<L, E, 3>(task, weights, row, y),
+            2 => tokens_from_halves::<L, E, 2>(task, weights, row, y),
+            1 => tokens_from_halves::<L, E, 1>(task, weights, row, y),
+            _ => {}
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn tokens_from_halves<L: Lanes, E: Element, const TOKENS: usize>(
+    task: &Task<'_, E>,
+    weights: &[Halves],
+    row: usize,
+    y: Columns<'_>,
+) {
+    let x: [&[Group]; TOKENS] = std::array::from_fn(|token| task.token(token));
+    // SAFETY: as the caller's.
+    unsafe {
+        let mut sums = [[L::zero(); TOKENS]; 1];
+        for (i, halves) in weights[..task.groups].iter().enumerate() {
+            let weights = L::widen(halves);
             for t in 0..TOKENS {
                 sums[0][t] = L::add(sums[0][t], weights, &x[t][i]);
             }

@@ -2,7 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::{Codes, Group, Lanes};
+use half::bf16;
+
+use super::lanes::{Codes, Group, Halves, Lanes};
 
 /// AVX-512: a table in one register, a group of weights in two.
 pub(super) struct Avx512;
@@ -39,6 +41,18 @@ impl Lanes for Avx512 {
     unsafe fn load(weights: &Group) -> Self::Weights {
         // SAFETY: the caller has AVX-512F; a group has 32 elements.
         unsafe { [_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights[16..].as_ptr())] }
+    }
+
+    #[inline(always)]
+    unsafe fn widen(halves: &Halves) -> Self::Weights {
+        let halves = halves.as_ptr().cast::<u16>();
+        // SAFETY: the caller has AVX-512F; a group has 32 elements, which are read sixteen at a time.
+        unsafe {
+            let first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(halves.cast()));
+            let second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(halves.add(16).cast()));
+            let (first, second) = (_mm512_slli_epi32::<16>(first), _mm512_slli_epi32::<16>(second));
+            [_mm512_castsi512_ps(first), _mm512_castsi512_ps(second)]
+        }
     }
 
     #[inline(always)]
@@ -86,6 +100,15 @@ impl Avx2 {
             _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes)))
         }
     }
+
+    #[inline(always)]
+    unsafe fn widen_eight(halves: &[bf16; 8]) -> __m256 {
+        // SAFETY: the caller has AVX2; the array holds the eight elements that are read.
+        unsafe {
+            let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves.as_ptr().cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves))
+        }
+    }
 }
 
 impl Lanes for Avx2 {
@@ -127,6 +150,16 @@ impl Lanes for Avx2 {
         unsafe {
             let (first, second) = (_mm256_loadu_ps(vectors[0].as_ptr()), _mm256_loadu_ps(vectors[1].as_ptr()));
             [first, second, _mm256_loadu_ps(vectors[2].as_ptr()), _mm256_loadu_ps(vectors[3].as_ptr())]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn widen(halves: &Halves) -> Self::Weights {
+        let (vectors, _) = halves.as_chunks::<8>();
+        // SAFETY: the caller has AVX2; each chunk has the eight elements that are read.
+        unsafe {
+            let [a, b, c, d] = [&vectors[0], &vectors[1], &vectors[2], &vectors[3]];
+            [Self::widen_eight(a), Self::widen_eight(b), Self::widen_eight(c), Self::widen_eight(d)]
         }
     }
 

@@ -103,6 +103,18 @@ impl QloraOps for Flex {
         flex_products::linear_4bit(&x, &weight, out).unwrap_or_else(|| composed::linear_4bit::<Self>(x, weight, out))
     }
 
+    fn frozen_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
+        flex_products::frozen_linear(&x, &weight, out).unwrap_or_else(|| {
+            let weight = Self::float_cast(weight, x.dtype().into());
+            composed::frozen_linear::<Self>(x, weight, out)
+        })
+    }
+
+    fn frozen_linear_input_grad(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let dtype = FloatDType::from(dy.dtype());
+        Self::matmul(dy, Self::float_cast(weight, dtype), dtype)
+    }
+
     fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
         if let Some(product) = flex_products::matmul(&lhs, &rhs, out) {
             return product;

@@ -29,12 +29,14 @@ mod cube;
 mod cube_products;
 pub(crate) mod cube_tensors;
 pub mod experts;
+mod exponential;
 mod flex;
 mod flex_products;
 pub mod fused;
 mod packed;
 mod paged;
 mod seed;
+mod vectors;
 
 pub use attention::{
     AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, attention, attention_again, attention_keeping,
@@ -42,8 +44,9 @@ pub use attention::{
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Tensor};
-pub use flex_products::FEW_TOKENS;
+pub use flex_products::{FEW_TOKENS, in_bf16};
 pub use fused_kernels::dropout_hash;
+use host_copies::client_of;
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
 pub use paged::{
@@ -234,13 +237,15 @@ fn check_features(operation: &str, x: &Tensor<2>, weight: &Packed4bit<Dispatch>)
     assert_eq!(features, expected, "{operation}: x has {features} features, the weight {expected}");
 }
 
-/// `y = x Wᵀ` for a frozen dense weight `[out_features, in_features]` in the dtype of `x`.
+/// `y = x Wᵀ` for a frozen dense weight `[out_features, in_features]` in the dtype of `x`; on the host in any that `x`'s
+/// dtype holds all values of.
 ///
 /// # Shapes
 /// - `x`: `[tokens, in_features]`
 /// - output: `[tokens, out_features]` in `out`, the dtype of `x` or f32
 pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>, out: FloatDType) -> Tensor<2> {
-    assert_eq!(x.dtype(), weight.dtype(), "frozen_linear: both operands must have one dtype");
+    let one_dtype = x.dtype() == weight.dtype() || client_of(&x.device()).is_none();
+    assert!(one_dtype, "frozen_linear: both operands must have one dtype on this device");
     Tensor::from_dispatch(<Dispatch as QloraOps>::frozen_linear(x.into_dispatch(), weight.into_dispatch(), out))
 }
 

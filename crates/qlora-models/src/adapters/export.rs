@@ -68,7 +68,7 @@ impl Decoder {
         for (path, suffix) in &self.embedding.brought {
             let base = match self.linears().find(|(other, _)| other == path) {
                 Some((_, linear)) => linear.base.to_dense(FloatDType::F32),
-                None => self.embed_tokens.clone(),
+                None => self.embed_tokens.val(),
             };
             put(format!("{path}{suffix}"), host_tensor(&base)?);
         }

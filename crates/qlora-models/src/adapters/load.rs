@@ -9,7 +9,7 @@ use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
 use qlora_layers::{
-    EmbeddingAdapter, FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraLinear, WholeLinear, trainable,
+    EmbeddingAdapter, FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraLinear, WholeLinear, frozen, trainable,
 };
 use std::collections::HashMap;
 
@@ -132,7 +132,7 @@ impl Decoder {
             && let (Some(_), FrozenLinear::Dense(table)) = (&head.original, &head.base)
             && brought.iter().any(|(path, _)| path == self.head_path())
         {
-            self.embedding.original = Some(std::mem::replace(&mut self.embed_tokens, table.val()));
+            self.embedding.original = Some(std::mem::replace(&mut self.embed_tokens, frozen(table.val())));
         }
         self.embedding.brought = brought;
         let mut placed = found as usize;
@@ -169,7 +169,7 @@ impl Decoder {
         if let Some(table) = table {
             fits("base_layer", &table.shape)?;
             if let Some(own) = other_base(&self.embed_tokens, table)? {
-                let before = std::mem::replace(&mut self.embed_tokens, own);
+                let before = std::mem::replace(&mut self.embed_tokens, frozen(own));
                 self.embedding.original.get_or_insert(before);
             }
             self.embedding.brought.push((embed.clone(), BASE_LAYER));
@@ -177,7 +177,7 @@ impl Decoder {
             if self.config.tie_word_embeddings
                 && let Some(head) = &mut self.lm_head
             {
-                head.base = FrozenLinear::dense(self.embed_tokens.clone());
+                head.base = FrozenLinear::dense(self.embed_tokens.val());
             }
         }
         let (lora_a, lora_b) = (matrix(module.lora_a, &self.device), matrix(module.lora_b, &self.device));

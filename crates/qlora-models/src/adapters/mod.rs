@@ -29,7 +29,9 @@ use burn::module::Param;
 use burn::tensor::FloatDType;
 use qlora_layers::peft::peft_config;
 use qlora_layers::target_modules::{Target, resolve};
-use qlora_layers::{EmbeddingAdapter, FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraLinear, trainable};
+use qlora_layers::{
+    EmbeddingAdapter, FrozenLinear, Initialization, LoraAdapter, LoraConfig, LoraLinear, frozen, trainable,
+};
 use start::{Start, Starter};
 use std::collections::{HashMap, HashSet};
 
@@ -100,7 +102,7 @@ impl Decoder {
                 linear.train_whole();
             }
         }
-        let table = model.embed_tokens.clone();
+        let table = model.embed_tokens.val();
         if let Some(target) = by_path.get(embed.as_str()) {
             let lora = EmbeddingAdapter::new(&table, target.rank, target.scaling, seed);
             model.embedding.lora = Some(if config.use_dora { lora.with_dora(&table, None) } else { lora });
@@ -154,7 +156,7 @@ impl Decoder {
     /// Gives a tied head a layer of its own, over the table's memory.
     fn own_head(&mut self) {
         let table = &self.embed_tokens;
-        self.lm_head.get_or_insert_with(|| LoraLinear::frozen(FrozenLinear::dense(table.clone()), None));
+        self.lm_head.get_or_insert_with(|| LoraLinear::frozen(FrozenLinear::dense(table.val()), None));
     }
 
     /// The adapters of linear layers with their paths, in the order of their numbers; without those of experts that
@@ -219,12 +221,12 @@ impl Decoder {
         }
         let Embedding { lora, whole, tokens, .. } = std::mem::take(&mut self.embedding);
         if let Some(tokens) = tokens {
-            self.embed_tokens = tokens.merged(self.embed_tokens.clone());
+            self.embed_tokens = frozen(tokens.merged(self.embed_tokens.val()));
         }
         self.rows_before = None;
         let whole = whole.map(Param::into_value);
         if let Some(table) = whole.or_else(|| Some(lora?.merged(&self.embed_tokens))) {
-            self.embed_tokens = table.without_autodiff().cast(dtype);
+            self.embed_tokens = frozen(table.without_autodiff().cast(dtype));
         }
         self.adapter_config = None;
         Ok(())

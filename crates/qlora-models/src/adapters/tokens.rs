@@ -9,7 +9,7 @@ use crate::ModelError;
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
 use adapter_io::{Adapter, HostTensor, TokenIndices};
-use qlora_layers::{FrozenLinear, LoraConfig, TokenRows, with_mean_rows};
+use qlora_layers::{FrozenLinear, LoraConfig, TokenRows, frozen, with_mean_rows};
 
 /// What the frozen weight of a module with trained rows is called behind its path.
 const TABLE: &str = ".token_adapter.base_layer.weight";
@@ -106,7 +106,7 @@ impl Decoder {
         if rows <= self.config.vocab_size {
             return;
         }
-        self.embed_tokens = with_mean_rows(self.embed_tokens.clone(), rows);
+        self.embed_tokens = frozen(with_mean_rows(self.embed_tokens.val(), rows));
         if let Some(head) = &mut self.lm_head {
             head.base = FrozenLinear::dense(with_mean_rows(head.base.to_dense(self.dtype), rows));
         }
@@ -116,7 +116,7 @@ impl Decoder {
     /// Takes off the rows that an adapter brought, of tables that are the base's again.
     pub(super) fn shrink(&mut self) {
         let Some(rows) = self.rows_before.take() else { return };
-        self.embed_tokens = self.embed_tokens.clone().narrow(0, 0, rows);
+        self.embed_tokens = frozen(self.embed_tokens.val().narrow(0, 0, rows));
         if let Some(head) = &mut self.lm_head {
             head.base = FrozenLinear::dense(head.base.to_dense(self.dtype).narrow(0, 0, rows));
         }
@@ -233,7 +233,7 @@ impl Decoder {
                 });
             }
             if let Some(own) = other_base(&self.embed_tokens, table)? {
-                let before = std::mem::replace(&mut self.embed_tokens, own);
+                let before = std::mem::replace(&mut self.embed_tokens, frozen(own));
                 self.embedding.original.get_or_insert(before);
             }
         }

@@ -4,7 +4,7 @@
 //! nothing is computed for keys that come after the chunk or lie before its window. Scores, softmax and sums over
 //! chunks are f32.
 
-use super::{AttentionOptions, Operands};
+use super::{AttentionOptions, AttentionPasses, Operands, ScoreGradients};
 use crate::ops::{QloraOps, float_dtype};
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
@@ -71,25 +71,44 @@ impl Dims {
         chunks
     }
 
-    /// 0 where a query sees a key of the chunk, `[1, 1, queries, keys]`; none if all do.
-    fn bias<B: QloraOps>(
-        self,
-        chunk: &Chunk,
-        options: &AttentionOptions,
-        like: &FloatTensor<B>,
-    ) -> Option<FloatTensor<B>> {
-        let past = self.kv_len - self.q_len;
-        let window = options.scores.window.unwrap_or(usize::MAX);
-        let sees = |position: usize, key: usize| key <= position && position - key < window;
-        let values: Vec<f32> = chunk
-            .queries
-            .clone()
-            .flat_map(|query| chunk.keys.clone().map(move |key| if sees(query + past, key) { 0.0 } else { HIDDEN }))
-            .collect();
+    /// Which keys of the chunk its queries see.
+    fn sight(self, chunk: &Chunk, options: &AttentionOptions) -> Sight {
+        Sight {
+            first: chunk.queries.start + self.kv_len - self.q_len - chunk.keys.start,
+            queries: chunk.queries.len(),
+            keys: chunk.keys.len(),
+            window: options.scores.window.unwrap_or(usize::MAX),
+        }
+    }
+}
+
+/// Which keys the queries of a chunk see.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sight {
+    /// The key of the chunk that stands where the first query does.
+    first: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    window: usize,
+}
+
+impl Sight {
+    /// The keys that a query sees.
+    pub(super) fn of(self, query: usize) -> Range<usize> {
+        let own = self.first + query;
+        (own + 1).saturating_sub(self.window)..(own + 1).min(self.keys)
+    }
+
+    /// 0 where a query sees a key, `[1, 1, queries, keys]`; none if all do.
+    fn bias<B: QloraOps>(self, like: &FloatTensor<B>) -> Option<FloatTensor<B>> {
+        let mut values = vec![HIDDEN; self.queries * self.keys];
+        for (query, values) in values.chunks_mut(self.keys.max(1)).enumerate() {
+            values[self.of(query)].fill(0.0);
+        }
         if values.iter().all(|value| *value == 0.0) {
             return None;
         }
-        let shape = [1, 1, chunk.queries.len(), chunk.keys.len()];
+        let shape = [1, 1, self.queries, self.keys];
         Some(B::float_from_data(TensorData::new(values, shape), &like.device()))
     }
 }
@@ -115,32 +134,63 @@ fn query_batches<B: QloraOps>(x: FloatTensor<B>, chunk: &Chunk, dims: Dims) -> F
     B::float_reshape(slice::<B>(x, 2, chunk.queries.clone()), Shape::new(shape))
 }
 
-/// Scaled, capped and masked scores of a chunk, `[rows * kv_heads, group, queries, keys]`, and the cap's tanh.
+/// Products of a chunk's queries and keys, `[rows * kv_heads, group, queries, keys]`.
+fn products<B: QloraOps>(q: FloatTensor<B>, k: FloatTensor<B>, chunk: &Chunk, dims: Dims) -> FloatTensor<B> {
+    let products = B::matmul(q, transposed::<B>(k), FloatDType::F32);
+    let shape = [dims.batches(), dims.group(), chunk.queries.len(), chunk.keys.len()];
+    B::float_reshape(products, Shape::new(shape))
+}
+
+/// Scaled, capped and masked scores out of products, and the cap's tanh.
 fn scores<B: QloraOps>(
-    q: FloatTensor<B>,
-    k: FloatTensor<B>,
-    chunk: &Chunk,
-    dims: Dims,
+    products: FloatTensor<B>,
+    sight: Sight,
     options: &AttentionOptions,
 ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
-    let scores = B::matmul(q, transposed::<B>(k), FloatDType::F32);
-    let shape = [dims.batches(), dims.group(), chunk.queries.len(), chunk.keys.len()];
-    let scores = B::float_reshape(scores, Shape::new(shape));
     let (scores, tanh) = match options.scores.softcap {
-        None => (B::float_mul_scalar(scores, options.scores.scale.into()), None),
+        None => (B::float_mul_scalar(products, options.scores.scale.into()), None),
         Some(cap) => {
-            let tanh = B::float_tanh(B::float_mul_scalar(scores, (options.scores.scale / cap).into()));
+            let tanh = B::float_tanh(B::float_mul_scalar(products, (options.scores.scale / cap).into()));
             (B::float_mul_scalar(tanh.clone(), cap.into()), Some(tanh))
         }
     };
-    match dims.bias::<B>(chunk, options, &scores) {
+    match sight.bias::<B>(&scores) {
         Some(bias) => (B::float_add(scores, bias), tanh),
         None => (scores, tanh),
     }
 }
 
+/// `AttentionPasses::seen_softmax`.
+pub(super) fn softmax<B: QloraOps>(
+    products: FloatTensor<B>,
+    sight: Sight,
+    options: &AttentionOptions,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (scores, _) = scores::<B>(products, sight, options);
+    let most = B::float_max_dim(scores.clone(), 3);
+    let weights = B::float_exp(B::float_sub(scores, most.clone()));
+    let sum = B::float_sum_dim(weights.clone(), 3);
+    (B::float_div(weights, sum.clone()), B::float_add(most, B::float_log(sum)))
+}
+
+/// `AttentionPasses::seen_softmax_gradients`.
+pub(super) fn softmax_gradients<B: QloraOps>(
+    ScoreGradients { products, lse, d_weights, delta }: ScoreGradients<FloatTensor<B>>,
+    sight: Sight,
+    options: &AttentionOptions,
+) -> [FloatTensor<B>; 2] {
+    let (scores, tanh) = scores::<B>(products, sight, options);
+    let weights = B::float_exp(B::float_sub(scores, lse));
+    let mut gradients = B::float_mul(weights.clone(), B::float_sub(d_weights, delta));
+    if let Some(tanh) = tanh {
+        let slope = B::float_add_scalar(B::float_neg(B::float_mul(tanh.clone(), tanh)), 1.0.into());
+        gradients = B::float_mul(gradients, slope);
+    }
+    [weights, gradients]
+}
+
 /// `AttentionPasses::attention_forward`; lse is `[rows * kv_heads, group, q_len, 1]`.
-pub(super) fn forward<B: QloraOps>(
+pub(super) fn forward<B: AttentionPasses>(
     operands: Operands<FloatTensor<B>>,
     options: &AttentionOptions,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
@@ -151,16 +201,14 @@ pub(super) fn forward<B: QloraOps>(
     let (mut outs, mut sums) = (Vec::new(), Vec::new());
     for chunk in dims.chunks(options) {
         let keys = slice::<B>(k.clone(), 1, chunk.keys.clone());
-        let (scores, _) = scores::<B>(query_batches::<B>(q.clone(), &chunk, dims), keys, &chunk, dims, options);
-        let most = B::float_max_dim(scores.clone(), 3);
-        let weights = B::float_exp(B::float_sub(scores, most.clone()));
-        let sum = B::float_sum_dim(weights.clone(), 3);
-        let weights = B::float_cast(B::float_div(weights, sum.clone()), dtype);
+        let products = products::<B>(query_batches::<B>(q.clone(), &chunk, dims), keys, &chunk, dims);
+        let (weights, lse) = B::seen_softmax(products, dims.sight(&chunk, options), options);
+        let weights = B::float_cast(weights, dtype);
         let shape = [dims.batches(), dims.group() * chunk.queries.len(), chunk.keys.len()];
         let weights = B::float_reshape(weights, Shape::new(shape));
         let out = B::matmul(weights, slice::<B>(v.clone(), 1, chunk.keys.clone()), dtype);
         outs.push(B::float_reshape(out, Shape::new([dims.rows, dims.heads, chunk.queries.len(), dims.dim])));
-        sums.push(B::float_add(most, B::float_log(sum)));
+        sums.push(lse);
     }
     (B::float_swap_dims(cat::<B>(outs), 1, 2), cat::<B>(sums))
 }
@@ -182,7 +230,7 @@ fn add<B: QloraOps>(sum: FloatTensor<B>, keys: &Range<usize>, part: FloatTensor<
 }
 
 /// `AttentionPasses::attention_backward`.
-pub(super) fn backward<B: QloraOps>(
+pub(super) fn backward<B: AttentionPasses>(
     operands: Operands<FloatTensor<B>>,
     o: FloatTensor<B>,
     lse: FloatTensor<B>,
@@ -201,20 +249,23 @@ pub(super) fn backward<B: QloraOps>(
         let (q, o, d_out) = (queries(&q), queries(&o), queries(&d_out));
         let keys = slice::<B>(k.clone(), 1, chunk.keys.clone());
         let values = slice::<B>(v.clone(), 1, chunk.keys.clone());
-        let products = B::float_mul(B::float_cast(o, FloatDType::F32), B::float_cast(d_out.clone(), FloatDType::F32));
-        let delta = B::float_sum_dim(products, 2);
-
-        let (scores, tanh) = scores::<B>(q.clone(), keys.clone(), &chunk, dims, options);
-        let lse = slice::<B>(lse.clone(), 2, chunk.queries.clone());
+        let outputs = B::float_mul(B::float_cast(o, FloatDType::F32), B::float_cast(d_out.clone(), FloatDType::F32));
+        let by_query = |last| Shape::new([dims.batches(), dims.group(), chunk.queries.len(), last]);
+        let gradients = B::seen_softmax_gradients(
+            ScoreGradients {
+                products: products::<B>(q.clone(), keys.clone(), &chunk, dims),
+                lse: slice::<B>(lse.clone(), 2, chunk.queries.clone()),
+                d_weights: B::float_reshape(
+                    B::matmul(d_out.clone(), transposed::<B>(values), FloatDType::F32),
+                    by_query(chunk.keys.len()),
+                ),
+                delta: B::float_reshape(B::float_sum_dim(outputs, 2), by_query(1)),
+            },
+            dims.sight(&chunk, options),
+            options,
+        );
         let flat = Shape::new([dims.batches(), dims.group() * chunk.queries.len(), chunk.keys.len()]);
-        let weights = B::float_reshape(B::float_exp(B::float_sub(scores, lse)), flat.clone());
-        let gradients = B::float_sub(B::matmul(d_out.clone(), transposed::<B>(values), FloatDType::F32), delta);
-        let mut gradients = B::float_mul(weights.clone(), gradients);
-        if let Some(tanh) = tanh {
-            let slope = B::float_add_scalar(B::float_neg(B::float_mul(tanh.clone(), tanh)), 1.0.into());
-            gradients = B::float_mul(gradients, B::float_reshape(slope, flat));
-        }
-        let (weights, gradients) = (B::float_cast(weights, dtype), B::float_cast(gradients, dtype));
+        let [weights, gradients] = gradients.map(|x| B::float_cast(B::float_reshape(x, flat.clone()), dtype));
 
         let dq = B::matmul(gradients.clone(), keys, FloatDType::F32);
         let dq = B::float_cast(B::float_mul_scalar(dq, options.scores.scale.into()), dtype);

@@ -18,6 +18,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 pub use composed::MAX_SCORES;
+use composed::Sight;
 pub use fused_kernels::attention::Options;
 use std::sync::Arc;
 
@@ -83,6 +84,18 @@ pub(crate) struct Operands<F> {
     v: F,
 }
 
+/// What the gradient of scores is made of, all f32 and `[batches, group, queries, keys]` or `[.., 1]`.
+pub(crate) struct ScoreGradients<F> {
+    /// Of queries and keys.
+    products: F,
+    /// Log-sum-exp of each query's scores.
+    lse: F,
+    /// The gradient of the softmax.
+    d_weights: F,
+    /// Each query's sum of outputs times their gradients.
+    delta: F,
+}
+
 /// The two passes, on backends without autodiff.
 pub(crate) trait AttentionPasses: QloraOps {
     /// The output, in the shape and dtype of `q`, and the log-sum-exp, f32, of rank 4 in a layout of the backend's own.
@@ -102,6 +115,25 @@ pub(crate) trait AttentionPasses: QloraOps {
         options: &AttentionOptions,
     ) -> [FloatTensor<Self>; 3] {
         composed::backward::<Self>(operands, o, lse, d_out, options)
+    }
+
+    /// Softmax over the keys in sight of scores out of products `[batches, group, queries, keys]`, and its log-sum-exp
+    /// `[.., 1]`; f32.
+    fn seen_softmax(
+        products: FloatTensor<Self>,
+        sight: Sight,
+        options: &AttentionOptions,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        composed::softmax::<Self>(products, sight, options)
+    }
+
+    /// The softmax again, and the gradient of scores without their scale.
+    fn seen_softmax_gradients(
+        parts: ScoreGradients<FloatTensor<Self>>,
+        sight: Sight,
+        options: &AttentionOptions,
+    ) -> [FloatTensor<Self>; 2] {
+        composed::softmax_gradients::<Self>(parts, sight, options)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The CPU implementation: loops over rows, on all threads, sums in the order of a row's elements.
 
-use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
+use super::{Activation, FusedGradients, FusedOps, Norm, Rotation, loops};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Flex, TensorMetadata};
@@ -9,6 +9,7 @@ use burn_flex::FlexTensor;
 use half::{bf16, f16};
 use nf4_quant::Element;
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Work per task of the element-wise loops: large enough to hide the hand-over between threads.
 const CHUNK: usize = 1 << 13;
@@ -29,8 +30,21 @@ fn dims(x: &FlexTensor) -> [usize; 2] {
     [shape[0], shape[1]]
 }
 
-fn values<T: Element + BurnElement + bytemuck::Pod>(x: &FlexTensor) -> Vec<T> {
-    x.to_contiguous().storage::<T>().to_vec()
+/// A float as rows hold it.
+trait RowElement: Element + BurnElement + bytemuck::Pod {}
+
+impl<T: Element + BurnElement + bytemuck::Pod> RowElement for T {}
+
+/// The elements, row-major; without a copy where they lie so.
+fn values<T: RowElement>(x: &FlexTensor) -> Cow<'_, [T]> {
+    match x.as_slice::<T>() {
+        Some(slice) => slice.into(),
+        None => x.to_contiguous().storage::<T>().to_vec().into(),
+    }
+}
+
+fn zeros<T: Element>(like: &[T]) -> Vec<T> {
+    vec![T::from_f32(0.0); like.len()]
 }
 
 fn tensor<T: BurnElement>(values: Vec<T>, shape: Vec<usize>) -> FlexTensor {
@@ -43,39 +57,35 @@ fn scale<T: Element>(row: &[T], eps: f32) -> f32 {
     1.0 / (sum / row.len() as f32 + eps).sqrt()
 }
 
-fn rms_norm<T: Element + BurnElement + bytemuck::Pod>(x: &FlexTensor, weight: &FlexTensor, norm: Norm) -> FlexTensor {
-    let ([rows, width], mut y, weight) = (dims(x), values::<T>(x), values::<f32>(weight));
-    y.par_chunks_mut(width.max(1)).for_each(|row| {
-        let scale = scale(row, norm.eps);
-        row.iter_mut().zip(&weight).for_each(|(v, w)| *v = T::from_f32(v.to_f32() * scale * (w + norm.offset)));
+fn rms_norm<T: RowElement>(x: &FlexTensor, weight: &FlexTensor, norm: Norm) -> FlexTensor {
+    let ([rows, width], x, weight) = (dims(x), values::<T>(x), values::<f32>(weight));
+    let mut y = zeros(&x);
+    y.par_chunks_mut(width.max(1)).zip(x.par_chunks(width.max(1))).for_each(|(y, x)| {
+        let scale = scale(x, norm.eps);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(&*weight) {
+            *y = T::from_f32(x.to_f32() * scale * (w + norm.offset));
+        }
     });
     tensor(y, vec![rows, width])
 }
 
-fn rms_norm_input_grad<T: Element + BurnElement + bytemuck::Pod>(
-    dy: &FlexTensor,
-    x: &FlexTensor,
-    weight: &FlexTensor,
-    norm: Norm,
-) -> FlexTensor {
-    let ([rows, width], mut dx, x, weight) = (dims(x), values::<T>(dy), values::<T>(x), values::<f32>(weight));
-    dx.par_chunks_mut(width.max(1)).zip(x.par_chunks(width.max(1))).for_each(|(dx, x)| {
+fn rms_norm_input_grad<T: RowElement>(dy: &FlexTensor, x: &FlexTensor, weight: &FlexTensor, norm: Norm) -> FlexTensor {
+    let ([rows, width], dy, x, weight) = (dims(x), values::<T>(dy), values::<T>(x), values::<f32>(weight));
+    let mut dx = zeros(&x);
+    let each = dx.par_chunks_mut(width.max(1)).zip(dy.par_chunks(width.max(1))).zip(x.par_chunks(width.max(1)));
+    each.for_each(|((dx, dy), x)| {
         let scale = scale(x, norm.eps);
         let weighted = |d: &T, w: &f32| d.to_f32() * (w + norm.offset);
-        let product: f32 = dx.iter().zip(&weight).zip(x).map(|((d, w), x)| weighted(d, w) * x.to_f32()).sum();
+        let product: f32 = dy.iter().zip(&*weight).zip(x).map(|((d, w), x)| weighted(d, w) * x.to_f32()).sum();
         let back = scale * scale * (product / width as f32);
-        for ((d, w), x) in dx.iter_mut().zip(&weight).zip(x) {
-            *d = T::from_f32(scale * (weighted(d, w) - x.to_f32() * back));
+        for (((dx, d), w), x) in dx.iter_mut().zip(dy).zip(&*weight).zip(x) {
+            *dx = T::from_f32(scale * (weighted(d, w) - x.to_f32() * back));
         }
     });
     tensor(dx, vec![rows, width])
 }
 
-fn rms_norm_weight_grad<T: Element + BurnElement + bytemuck::Pod>(
-    dy: &FlexTensor,
-    x: &FlexTensor,
-    norm: Norm,
-) -> FlexTensor {
+fn rms_norm_weight_grad<T: RowElement>(dy: &FlexTensor, x: &FlexTensor, norm: Norm) -> FlexTensor {
     let ([_, width], dy, x) = (dims(x), values::<T>(dy), values::<T>(x));
     let mut sums = vec![0.0_f32; width];
     for (dy, x) in dy.chunks(width.max(1)).zip(x.chunks(width.max(1))) {
@@ -85,45 +95,38 @@ fn rms_norm_weight_grad<T: Element + BurnElement + bytemuck::Pod>(
     tensor(sums, vec![width])
 }
 
-fn gated<T: Element + BurnElement + bytemuck::Pod>(
-    gate: &FlexTensor,
-    up: &FlexTensor,
-    activation: Activation,
-) -> FlexTensor {
-    let (shape, mut y, up) = (dims(gate), values::<T>(gate), values::<T>(up));
-    y.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(y, up)| {
-        y.iter_mut().zip(up).for_each(|(y, up)| *y = T::from_f32(activation.value(y.to_f32()) * up.to_f32()));
+fn gated<T: RowElement>(gate: &FlexTensor, up: &FlexTensor, activation: Activation) -> FlexTensor {
+    let (shape, gate, up) = (dims(gate), values::<T>(gate), values::<T>(up));
+    let mut y = zeros(&gate);
+    y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, gate), up)| {
+        loops::gated(activation, gate, up, y);
     });
     tensor(y, shape.to_vec())
 }
 
-fn gated_grads<T: Element + BurnElement + bytemuck::Pod>(
+fn gated_grads<T: RowElement>(
     dy: &FlexTensor,
     gate: &FlexTensor,
     up: &FlexTensor,
     activation: Activation,
 ) -> [FlexTensor; 2] {
-    let (shape, dy, mut gate, mut up) = (dims(gate), values::<T>(dy), values::<T>(gate), values::<T>(up));
-    gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK)).for_each(|((gate, up), dy)| {
-        for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
-            let (x, dy) = (gate.to_f32(), dy.to_f32());
-            *gate = T::from_f32(dy * up.to_f32() * activation.slope(x));
-            *up = T::from_f32(dy * activation.value(x));
-        }
+    let (shape, dy, gate, up) = (dims(gate), values::<T>(dy), values::<T>(gate), values::<T>(up));
+    let (mut dgate, mut dup) = (zeros(&gate), zeros(&up));
+    let read = dy.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
+    let written = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
+    written.zip(read).for_each(|((dgate, dup), ((dy, gate), up))| {
+        loops::gated_grads(activation, [dy, gate, up], [dgate, dup]);
     });
-    [tensor(gate, shape.to_vec()), tensor(up, shape.to_vec())]
+    [tensor(dgate, shape.to_vec()), tensor(dup, shape.to_vec())]
 }
 
-fn rotate<T: Element + BurnElement + bytemuck::Pod>(
-    x: &FlexTensor,
-    cos: &FlexTensor,
-    sin: &FlexTensor,
-    rotation: Rotation,
-) -> FlexTensor {
+fn rotate<T: RowElement>(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, rotation: Rotation) -> FlexTensor {
     let Rotation { len, head_dim, rotary, inverse } = rotation;
-    let (shape, mut y, half) = (dims(x), values::<T>(x), rotary / 2);
+    let (shape, x, half) = (dims(x), values::<T>(x), rotary / 2);
     let (cos, sin, sign) = (values::<f32>(cos), values::<f32>(sin), if inverse { -1.0 } else { 1.0 });
-    y.par_chunks_mut(shape[1].max(1)).enumerate().for_each(|(token, features)| {
+    let (mut y, width) = (zeros(&x), shape[1].max(1));
+    y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(token, (features, x))| {
+        features.copy_from_slice(x);
         let row = token % len * half;
         let (cos, sin) = (&cos[row..row + half], &sin[row..row + half]);
         for head in features.chunks_mut(head_dim) {
@@ -165,36 +168,32 @@ fn column_products<T: Element + BurnElement + bytemuck::Pod>(dy: &FlexTensor, x:
 }
 
 /// Loss and log-sum-exp of each row.
-fn losses<T: Element + BurnElement + bytemuck::Pod>(logits: &FlexTensor, targets: &FlexTensor) -> [FlexTensor; 2] {
+fn losses<T: RowElement>(logits: &FlexTensor, targets: &FlexTensor) -> [FlexTensor; 2] {
     let ([rows, width], logits, targets) = (dims(logits), values::<T>(logits), targets.to_contiguous());
     let row = |(row, &target): (&[T], &i32)| {
-        let top = row.iter().map(|v| v.to_f32()).fold(f32::NEG_INFINITY, f32::max);
-        // One running sum of a whole vocabulary: in f32 it would lose three digits.
-        let sum: f64 = row.iter().map(|v| f64::from((v.to_f32() - top).exp())).sum();
-        let whole = top + sum.ln() as f32;
+        let whole = loops::log_sum_exp(row);
         (whole - row[target as usize].to_f32(), whole)
     };
     let (losses, whole) = logits.par_chunks(width.max(1)).zip(targets.storage::<i32>()).map(row).unzip();
     [tensor::<f32>(losses, vec![rows]), tensor::<f32>(whole, vec![rows])]
 }
 
-fn logit_grads<T: Element + BurnElement + bytemuck::Pod>(
+/// The logits become their gradient, in place where nobody else holds them.
+fn logit_grads<T: RowElement>(
     dloss: &FlexTensor,
-    logits: &FlexTensor,
+    logits: FlexTensor,
     targets: &FlexTensor,
     log_sum_exp: &FlexTensor,
 ) -> FlexTensor {
-    let ([rows, width], mut grads) = (dims(logits), values::<T>(logits));
+    let ([rows, width], mut grads) = (dims(&logits), logits.to_contiguous());
+    drop(logits);
     let (dloss, whole) = (values::<f32>(dloss), values::<f32>(log_sum_exp));
     let targets = targets.to_contiguous();
-    let each = grads.par_chunks_mut(width.max(1)).zip(targets.storage::<i32>()).zip(dloss).zip(whole);
-    each.for_each(|(((row, &target), dloss), whole)| {
-        for (i, v) in row.iter_mut().enumerate() {
-            let hit = f32::from(i == target as usize);
-            *v = T::from_f32(dloss * ((v.to_f32() - whole).exp() - hit));
-        }
+    let rows_of = grads.storage_mut::<T>()[..rows * width].par_chunks_mut(width.max(1));
+    rows_of.zip(targets.storage::<i32>()).zip(&*dloss).zip(&*whole).for_each(|(((row, &target), dloss), whole)| {
+        loops::logit_grads(row, target as usize, *dloss, *whole);
     });
-    tensor(grads, vec![rows, width])
+    grads
 }
 
 /// A gradient in the dtype of what it belongs to.
@@ -283,6 +282,6 @@ impl FusedGradients for Flex {
         targets: IntTensor<Self>,
         log_sum_exp: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        by_dtype!(logits, logit_grads(&dloss, &logits, &targets, &log_sum_exp))
+        by_dtype!(logits, logit_grads(&dloss, logits, &targets, &log_sum_exp))
     }
 }

@@ -10,6 +10,7 @@
 mod autodiff;
 mod cube;
 mod flex;
+mod loops;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};

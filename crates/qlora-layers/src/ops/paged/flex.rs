@@ -1,11 +1,9 @@
 //! The CPU implementation: tokens of a row and one key head at a time, on all threads.
 //!
 //! Positions are taken in tiles of 64 whose borders are multiples of 64, by the online softmax; within a tile, values
-//! are added position by position. All of it depends on a token's own sequence alone. Inner loops run over the elements
-//! of a head or the positions of a tile, and are compiled for AVX2 and AVX-512 beside the baseline; without fused
-//! multiply-adds, all give the same bits.
+//! are added position by position. All of it depends on a token's own sequence alone.
 
-use super::exponential::exp_of_negative;
+use super::tile::{Running, TILE, take_tile};
 use super::{PagedOperand, PagedOps};
 use crate::ops::AttentionOptions;
 use burn::backend::Flex;
@@ -19,12 +17,8 @@ use half::{bf16, f16};
 use nf4_quant::{Element, FloatFormat};
 use rayon::prelude::*;
 
-/// Positions of a tile.
-const TILE: usize = 64;
 /// Tokens that go through a tile together: its keys and values are widened once for them.
 const TOKENS: usize = 8;
-/// Running sums of a dot product.
-const LANES: usize = 16;
 
 /// A float of a cache.
 trait CacheElement: Element + BurnElement + bytemuck::Pod {}
@@ -87,108 +81,6 @@ impl Dims {
     fn group(self) -> usize {
         self.heads / self.kv_heads
     }
-}
-
-/// Softmax of one query so far: its largest score, and the sums relative to it.
-struct Running<'a> {
-    peak: &'a mut f32,
-    sum: &'a mut f32,
-    values: &'a mut [f32],
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let (a_whole, b_whole) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: f32 = a_whole.remainder().iter().zip(b_whole.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a_whole.zip(b_whole) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    joined(lanes) + rest
-}
-
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn joined(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-#[inline(always)]
-fn sum_of(values: &[f32]) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    for values in values.chunks(LANES) {
-        lanes.iter_mut().zip(values).for_each(|(lane, value)| *lane += value);
-    }
-    joined(lanes)
-}
-
-/// Takes the positions of a tile that a query sees, in order, into its running softmax.
-#[inline(always)]
-fn take_tile_body(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-    let mut scores = [0.0_f32; TILE];
-    let scores = &mut scores[..keys.len()];
-    let mut most = *running.peak;
-    for (score, key) in scores.iter_mut().zip(keys) {
-        *score = dot(q, key) * options.scale;
-        if let Some(cap) = options.softcap {
-            *score = cap * (*score / cap).tanh();
-        }
-        most = most.max(*score);
-    }
-    // 0 at first, when the peak is minus infinity.
-    let factor = exp_of_negative(*running.peak - most);
-    scores.iter_mut().for_each(|score| *score = exp_of_negative(*score - most));
-    *running.sum = *running.sum * factor + sum_of(scores);
-    *running.peak = most;
-    let dim = running.values.len();
-    running.values.iter_mut().for_each(|value| *value *= factor);
-    let (mut weights, mut tile) = (scores.chunks_exact(4), values.chunks_exact(4));
-    for (p, v) in weights.by_ref().zip(tile.by_ref()) {
-        let [a, b, c, d] = [&v[0][..dim], &v[1][..dim], &v[2][..dim], &v[3][..dim]];
-        for (i, value) in running.values.iter_mut().enumerate() {
-            *value = *value + p[0] * a[i] + p[1] * b[i] + p[2] * c[i] + p[3] * d[i];
-        }
-    }
-    for (p, v) in weights.remainder().iter().zip(tile.remainder()) {
-        running.values.iter_mut().zip(*v).for_each(|(value, v)| *value += p * v);
-    }
-}
-
-/// [`take_tile_body`], in the widest vectors that the processor has.
-fn take_tile(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-        fn avx512(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-            take_tile_body(q, keys, values, options, running);
-        }
-        #[target_feature(enable = "avx2")]
-        fn avx2(q: &[f32], keys: &[&[f32]], values: &[&[f32]], options: Options, running: Running<'_>) {
-            take_tile_body(q, keys, values, options, running);
-        }
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-        {
-            // SAFETY: the processor has these features, as just checked.
-            return unsafe { avx512(q, keys, values, options, running) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, as just checked.
-            return unsafe { avx2(q, keys, values, options, running) };
-        }
-    }
-    take_tile_body(q, keys, values, options, running);
 }
 
 /// The heads `[dim]` of a cache in f32: the cache itself, or widened into `wide`.

@@ -14,8 +14,8 @@
 
 mod autodiff;
 mod cube;
-mod exponential;
 mod flex;
+mod tile;
 
 use super::fused::{Rotation, rotate};
 use super::{AttentionOptions, QloraOps};
