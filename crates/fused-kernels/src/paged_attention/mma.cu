@@ -21,9 +21,9 @@ struct Params {
     u32 head_dim;                // a multiple of 8
     u32 window;                  // keys that a query sees, itself counted
     u32 queries;                 // of a tile, for which there is room among the partial results
-    u32 unit_splits;             // splits of a unit: 1 or SECTION
+    u32 unit_log2;               // of a unit's splits: 0, or that of a section
     u32 units;                   // of all tiles and key heads, that there is room for
-    Divisor by_group, by_block_tokens;
+    Divisor by_group, by_block_tokens, by_streams;
     float scale_log2;            // of what exp2 gets: scale * log2(e), or cap * log2(e) after tanh
     float cap_scale;             // scale / cap
 };
@@ -32,7 +32,8 @@ struct Params {
 #define ALL_LANES 0xffffffffu
 #define SPAN 32                  // positions of a warp in a split: two tiles of 16
 #define SPLIT (SPAN * WARPS)
-#define SECTION 16               // splits that are joined before they are joined to others
+#define SPLIT_LOG2 7
+#define SECTION_LOG2 4           // of the splits that are joined before they are joined to others
 #define QUERIES (8 * QUERY_TILES)
 #define SLABS (D / 64)           // of a tile of keys or values: 16 positions by 64 dimensions, 64 bytes a lane
 #define SLAB_BYTES 2048
@@ -42,6 +43,7 @@ struct Params {
 #define NOTHING 0xffffffffu
 
 static_assert(STEPS % STAGES == 0, "a slab's place in the ring is known at compile time");
+static_assert(SPLIT == 1 << SPLIT_LOG2, "four warps");
 
 __device__ __forceinline__ u32 divided(u32 n, Divisor by) { return (__umulhi(n, by.factor) + n) >> by.shift; }
 
@@ -50,6 +52,13 @@ __device__ __forceinline__ u32 transposed(u32 x) {
     u32 y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
+}
+
+// Adds behind what this thread's cube has written before its last barrier, and before what it reads after its next.
+__device__ __forceinline__ u32 add_in_order(u32* to, u32 value) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(to), "r"(value) : "memory");
+    return old;
 }
 
 // A score as exp2 gets it, before scale_log2. The softcap's tanh comes from exp2: some 4e-7 of the cap.
@@ -71,34 +80,37 @@ struct Row {
 __device__ __forceinline__ u32 first_seen(const Params& p, u32 position) {
     return position >= p.window ? position + 1 - p.window : 0;
 }
+// Units that hold the positions before `stop`.
+__device__ __forceinline__ u32 units_until(const Params& p, u32 stop) {
+    const u32 shift = SPLIT_LOG2 + p.unit_log2;
+    return (stop + (1u << shift) - 1) >> shift;
+}
 __device__ __forceinline__ Row row_at(const Params& p, const u32* __restrict__ words, u32 index) {
     const u32* starts = words + p.tokens + p.first_row + index;
     const u32 len = words[p.tokens + p.all_rows + 1 + p.first_row + index];
     Row row;
     row.token = starts[0], row.count = starts[1] - starts[0];
     row.position = len - row.count;
-    // A power of two.
-    const u32 shift = 31 - __clz(p.unit_splits * SPLIT);
     row.tiles = (row.count * p.group + QUERIES - 1) / QUERIES;
-    row.first = first_seen(p, row.position) >> shift;
-    row.units = ((len + (1u << shift) - 1) >> shift) - row.first;
+    row.first = first_seen(p, row.position) >> (SPLIT_LOG2 + p.unit_log2);
+    row.units = units_until(p, len) - row.first;
     return row;
 }
 
-// Neighbouring units of a tile and a key head, within a section.
+// Neighbouring units of a tile, within a section.
 struct Run {
     u32 token, position;          // of the row's first new token
     u32 first_query, count;       // the tile's, among the row's queries of a key head
-    u32 head, table;              // the row's table of blocks, in words
+    u32 table;                    // the row's table of blocks, in words
     u32 seen, stop;               // what any of the tile's tokens sees
     u32 first_unit, end_unit;     // which hold that
-    u32 place;                    // of the unit `first_unit`, among all
+    u32 place;                    // of the unit `first_unit`, among all of a key head
     u32 begin, end;               // the run's units
 };
 // Its splits: those of its units that hold anything seen.
-__device__ __forceinline__ u32 first_split(const Params& p, const Run& r) { return max(r.begin * p.unit_splits, r.seen / SPLIT); }
+__device__ __forceinline__ u32 first_split(const Params& p, const Run& r) { return max(r.begin << p.unit_log2, r.seen / SPLIT); }
 __device__ __forceinline__ u32 end_split(const Params& p, const Run& r) {
-    return min(r.end * p.unit_splits, (r.stop + SPLIT - 1) / SPLIT);
+    return min(r.end << p.unit_log2, (r.stop + SPLIT - 1) / SPLIT);
 }
 
 // Some columns of a softmax so far: the largest score in units of log2, and the sums relative to it. Nothing at first.
@@ -132,12 +144,18 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
     __shared__ u32 is_last;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 g = lane / 4, t = lane % 4;
-    unsigned char* const own_ring = ring + warp * (STAGES * SLAB_BYTES) + lane * 16;
-    const u32 own_place = shared_address(own_ring);
+    const u32 head = blockIdx.x, stream = blockIdx.y;
+    const unsigned char* const own_ring = ring + warp * (STAGES * SLAB_BYTES);
+    // A slab lies in shared memory as lanes read it, 512 bytes for each of a lane's four pieces of 16: the places of lanes
+    // are permuted so that neither a row's eight pieces nor those of eight lanes meet in a bank. Keys: rows g and g + 8, by
+    // halves of 32 dimensions. Values: rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    const u32 key_places[2] = {lane * 16, (lane ^ 4) * 16}, value_place = (g * 4 + (t ^ g / 2)) * 16;
+    // Eight lanes copy a row, whose number is this one's beside a multiple of four.
+    const u32 copy_row = lane / 8, piece = lane % 8;
     // Of a chunk of results, 8 queries by 64 dimensions, each thread has four dimensions.
     const u32 own_query = threadIdx.x / 16, own_column = threadIdx.x % 16 * 4;
 
-    // Where each row's units begin, for one key head.
+    // Where each row's units begin.
     u32 total = 0;
     if (threadIdx.x == 0) firsts[0] = 0;
     for (u32 base = 0; base < p.rows; base += THREADS) {
@@ -164,38 +182,35 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
         __syncthreads();
     }
 
-    // This cube's equal share of them all: `at` is the next one, by row, key head, tile and position.
-    total *= p.kv_heads;
-    const u32 share = total / gridDim.x, more = total % gridDim.x;
-    u32 at = blockIdx.x * share + min(blockIdx.x, more);
-    const u32 at_end = at + share + (blockIdx.x < more);
-    const u32 section_units = SECTION / p.unit_splits;
+    // This stream's equal share of them all: `at` is the next one, by row, tile and position.
+    const u32 share = divided(total, p.by_streams), more = total - share * gridDim.y;
+    u32 at = stream * share + min(stream, more);
+    const u32 at_end = at + share + (stream < more);
+    const u32 section_log2 = SECTION_LOG2 - p.unit_log2;
     auto find = [&](Run& run) {
         while (at < at_end) {
             u32 index = 0;
             for (u32 end = p.rows; index + 1 < end;) {
                 const u32 middle = (index + end) / 2;
-                if (firsts[middle] * p.kv_heads <= at) index = middle;
+                if (firsts[middle] <= at) index = middle;
                 else end = middle;
             }
             const Row row = row_at(p, words, index);
-            const u32 of_row = at - firsts[index] * p.kv_heads, of_head = of_row % (row.tiles * row.units);
-            const u32 tile = row.tiles == 1 ? 0 : of_head / row.units, unit = row.first + of_head - tile * row.units;
+            const u32 of_row = at - firsts[index];
+            const u32 tile = row.tiles == 1 ? 0 : of_row / row.units, unit = row.first + of_row - tile * row.units;
             run.token = row.token, run.position = row.position;
             run.first_query = tile * QUERIES, run.count = min(row.count * p.group - run.first_query, (u32)QUERIES);
-            run.head = of_row / (row.tiles * row.units);
             run.table = p.tokens + 2 * p.all_rows + 1 + (p.first_row + index) * p.max_blocks;
             run.seen = first_seen(p, row.position + divided(run.first_query, p.by_group));
             run.stop = row.position + divided(run.first_query + run.count - 1, p.by_group) + 1;
-            const u32 shift = 31 - __clz(p.unit_splits * SPLIT);
-            run.first_unit = run.seen >> shift, run.end_unit = (run.stop + (1u << shift) - 1) >> shift;
+            run.first_unit = run.seen >> (SPLIT_LOG2 + p.unit_log2), run.end_unit = units_until(p, run.stop);
             run.place = at + run.first_unit - unit;
             // A tile sees less than its row.
             if (unit < run.first_unit) at += run.first_unit - unit;
             else if (unit >= run.end_unit) at += row.first + row.units - unit;
             else {
                 run.begin = unit;
-                run.end = min(min(run.end_unit, (unit / section_units + 1) * section_units), unit + at_end - at);
+                run.end = min(min(run.end_unit, ((unit >> section_log2) + 1) << section_log2), unit + at_end - at);
                 at += run.end - unit;
                 return true;
             }
@@ -208,19 +223,21 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
         if (position < run.seen || position >= run.stop) return NOTHING;
         const u32 block = divided(position, p.by_block_tokens);
         const u32 slot = words[run.table + block] * p.block_tokens + position - block * p.block_tokens;
-        return (slot * p.kv_heads + run.head) * p.head_dim;
+        return (slot * p.kv_heads + head) * p.head_dim;
     };
-    // A lane copies what it will read, to places of its own: nobody waits for another's copies.
     auto issue = [&](u32 located, u32 step) {
         const bool is_key = step < 2 * SLABS;
-        const u32 of_tile = step / SLABS % 2 * 16, of_head = step % SLABS * 64;
+        const u32 column = step % SLABS * 64 + piece * 8;
         const u16* from = is_key ? keys : values;
+        const u32 to = shared_address(own_ring) + step % STAGES * SLAB_BYTES;
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
-            const u32 first = __shfl_sync(ALL_LANES, located, of_tile + j / 2 * 8 + (is_key ? g : 2 * t + j % 2));
-            const u32 column = of_head + (is_key ? j % 2 * 32 + t * 8 : g * 8);
+            const u32 r = j * 4 + copy_row, half = piece / 4;
+            const u32 place = is_key ? (r / 8 * 2 + half) * 512 + ((r % 8 ^ half) * 4 + piece % 4) * 16
+                                     : (r / 8 * 2 + r % 2) * 512 + (piece * 4 + (r % 8 / 2 ^ piece / 2)) * 16;
+            const u32 first = __shfl_sync(ALL_LANES, located, step / SLABS % 2 * 16 + r);
             const bool valid = first != NOTHING && column < p.head_dim;
-            copy_async(own_place + step % STAGES * SLAB_BYTES + j * 512, valid ? from + first + column : from, valid);
+            copy_async(to + place, valid ? from + first + column : from, valid);
         }
     };
 
@@ -233,9 +250,10 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
 
     while (more_runs) {
         const Run run = next;
-        auto place_of = [&](u32 unit) { return run.place + unit - run.first_unit; };
-        const u32 section = run.begin / section_units * section_units;
-        const u32 section_begin = max(run.first_unit, section), section_end = min(run.end_unit, section + section_units);
+        auto place_of = [&](u32 unit) { return (run.place + unit - run.first_unit) * p.kv_heads + head; };
+        const u32 section = run.begin >> section_log2;
+        const u32 section_begin = max(run.first_unit, section << section_log2);
+        const u32 section_end = min(run.end_unit, (section + 1) << section_log2);
         const bool is_whole = run.begin == section_begin && run.end == section_end;
 
         // Queries as mma's second operand, and the position of those whose scores this lane gets.
@@ -244,8 +262,7 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
 #pragma unroll
         for (u32 n = 0; n < QUERY_TILES; n++) {
             const u32 own = run.first_query + min(n * 8 + g, run.count - 1), token = divided(own, p.by_group);
-            const u32 head = run.head * p.group + own - token * p.group;
-            const u16* from = q + ((run.token + token) * p.heads + head) * p.head_dim;
+            const u16* from = q + ((run.token + token) * p.heads + head * p.group + own - token * p.group) * p.head_dim;
 #pragma unroll
             for (u32 k = 0; k < D / 32; k++) {
                 const u32 column = k * 32 + t * 8;
@@ -285,8 +302,13 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
             }
             auto take = [&](uint4 (&slab)[4], u32 step) {
                 wait_for_all_but<STAGES - 2>();
+                // The warp's copies are there, and it is done with the place of the slab that is copied next.
+                __syncwarp();
 #pragma unroll
-                for (u32 j = 0; j < 4; j++) slab[j] = *(const uint4*)(own_ring + step % STAGES * SLAB_BYTES + j * 512);
+                for (u32 j = 0; j < 4; j++) {
+                    const u32 place = step < 2 * SLABS ? key_places[j % 2] : value_place;
+                    slab[j] = *(const uint4*)(own_ring + step % STAGES * SLAB_BYTES + j * 512 + place);
+                }
                 const u32 ahead = step + STAGES - 1;
                 if (ahead < STEPS) issue(located, ahead);
                 else if (more_runs) issue(following, ahead - STEPS);
@@ -412,57 +434,60 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
         }
 
         // Whoever arrives last joins a section's splits in order, and then the sections.
-        auto arrives_last = [&](u32* counter, u32 with, u32 of) {
+        const u32 first_section = run.first_unit >> section_log2;
+        const u32 sections = ((run.end_unit - 1) >> section_log2) + 1 - first_section;
+        bool is_done = true;
+#pragma unroll 1
+        for (u32 of_sections = is_whole; of_sections < 2 && (!of_sections || sections > 1); of_sections++) {
+            // Everyone has read what the section takes the place of.
             __syncthreads();
+            if (of_sections) {
+#pragma unroll
+                for (u32 c = 0; c < CHUNKS; c++) leave(section_begin, c, running[c]);
+                __syncthreads();
+            }
+            const u32 count = of_sections ? sections : section_end - section_begin;
             if (threadIdx.x == 0) {
-                __threadfence();
-                is_last = atomicAdd(counter, with) + with == of;
+                u32* counter = counters + (of_sections ? p.units + place_of(run.first_unit) : place_of(section_begin));
+                const u32 with = of_sections ? 1 : run.end - run.begin;
+                is_last = add_in_order(counter, with) + with == count;
                 if (is_last) *counter = 0;
-                __threadfence();
             }
             __syncthreads();
-            return is_last != 0;
-        };
-        // What was left for the unit `from` and for the next multiples of `by`.
-        auto collect = [&](u32 from, u32 by, u32 count) {
+            is_done = is_last;
+            if (!is_done) break;
 #pragma unroll
             for (u32 c = 0; c < CHUNKS; c++) running[c] = nothing();
-#pragma unroll 4
-            for (u32 i = 0; i < count; i++) {
-                const u32 unit = i == 0 ? from : (from / by + i) * by;
+#pragma unroll 1
+            for (u32 base = 0; base < count; base += 4) {
+                Running parts[4][CHUNKS];
 #pragma unroll
-                for (u32 c = 0; c < CHUNKS; c++) {
-                    if (c / SLABS * 8 + own_query < run.count) {
-                        const float2 own = __ldcg((const float2*)statistics_of(unit, c));
-                        join(running[c], Running{own.x, own.y, __ldcg((const float4*)sums_of(unit, c))});
+                for (u32 i = 0; i < 4; i++) {
+                    const u32 of = base + i;
+                    const u32 unit = !of_sections ? section_begin + of : of == 0 ? run.first_unit : (first_section + of) << section_log2;
+#pragma unroll
+                    for (u32 c = 0; c < CHUNKS; c++) {
+                        parts[i][c] = nothing();
+                        if (of < count && c / SLABS * 8 + own_query < run.count) {
+                            const float2 own = __ldcg((const float2*)statistics_of(unit, c));
+                            parts[i][c] = Running{own.x, own.y, __ldcg((const float4*)sums_of(unit, c))};
+                        }
                     }
                 }
-            }
-        };
-        const u32 left = section_end - section_begin;
-        if (!is_whole) {
-            if (!arrives_last(counters + place_of(section_begin), run.end - run.begin, left)) continue;
-            collect(section_begin, 1, left);
-            // Everyone has read the first of them, whose place the section takes.
-            __syncthreads();
-        }
-        const u32 first_section = run.first_unit / section_units;
-        const u32 sections = (run.end_unit - 1) / section_units + 1 - first_section;
-        if (sections > 1) {
 #pragma unroll
-            for (u32 c = 0; c < CHUNKS; c++) leave(section_begin, c, running[c]);
-            if (!arrives_last(counters + p.units + run.place, 1, sections)) continue;
-            collect(run.first_unit, section_units, sections);
+                for (u32 i = 0; i < 4 * CHUNKS; i++) join(running[i % CHUNKS], parts[i / CHUNKS][i % CHUNKS]);
+            }
         }
+        if (!is_done) continue;
 #pragma unroll
         for (u32 c = 0; c < CHUNKS; c++) {
             const u32 query = c / SLABS * 8 + own_query, column = c % SLABS * 64 + own_column;
             if (query < run.count && column < p.head_dim) {
                 const u32 own = run.first_query + query, token = divided(own, p.by_group);
-                const u32 to = (run.token + token) * p.heads + run.head * p.group + own - token * p.group;
-                const Running& r = running[c];
-                *(uint2*)(out + (size_t)to * p.head_dim + column) =
-                    make_uint2(pack(r.values.x / r.sum, r.values.y / r.sum), pack(r.values.z / r.sum, r.values.w / r.sum));
+                const u32 to = (run.token + token) * p.heads + head * p.group + own - token * p.group;
+                const float4 v = running[c].values;
+                const float by = 1.0f / running[c].sum;
+                *(uint2*)(out + (size_t)to * p.head_dim + column) = make_uint2(pack(v.x * by, v.y * by), pack(v.z * by, v.w * by));
             }
         }
     }

@@ -10,9 +10,9 @@
 //!
 //! - The order of dimensions within a score is free as long as keys and queries keep the same one, and so is the order
 //!   in which sums of values come out. So a lane's 16 bytes of a key, and of four values, are its part of `mma`'s first
-//!   operand: as they are, or after eight `prmt` for four words. Each lane copies what it will read itself
-//!   (`cp.async`, 16 bytes) to places of its own in shared memory. A warp needs no barrier and no `ldmatrix`, meets no
-//!   bank conflict, and has as many bytes on their way as its ring holds.
+//!   operand: as they are, or after eight `prmt` for four words. Eight neighbouring lanes copy 128 bytes of one row
+//!   (`cp.async`, 16 bytes each) to where those lanes that need them read them. A warp needs no barrier but its own and no
+//!   `ldmatrix`, meets no bank conflict, and has as many bytes on their way as its ring holds.
 //! - A lane looks one position up in the table of blocks, once for a split; the others get it by shuffles.
 //! - Scores leave `mma` with positions as rows; `movmatrix` turns their exponentials into the second operand of the
 //!   product with the values. Each goes as two numbers of 16 bits that hold it to 2^-17 of itself, so the result
@@ -25,7 +25,8 @@
 //! **Who does what.** The grid is fixed by what the caller has room for, so that a recorded pass can be replayed with
 //! other lengths; the cubes themselves count what there is to do, from the lengths, and each takes an equal share of all
 //! splits, one after the other (as stream-K divides a product: Osama et al., 2023, arXiv 2301.03598). So copies never
-//! pause between rows or heads, room that no row uses costs nothing, and rows may have any lengths. A share that has all
+//! pause between rows, room that no row uses costs nothing, and rows may have any lengths. Cubes of all key heads go
+//! through the same positions side by side, as these are neighbours in memory. A share that has all
 //! of a section's splits joins them in registers. Where others have some of them, partial results lie in memory, and
 //! whoever arrives last, by a counter, joins them: no second launch. Where these would take more than 64 MiB, shares are
 //! of whole sections.
@@ -34,9 +35,8 @@
 //! one does not see are zeros, which are multiplied: a value that is no number, of a later token of the same row, makes
 //! the earlier ones' results no numbers as well.
 //!
-//! **Today**, on an H200 (device copy: 4.23 TB/s), bf16: 64 rows of 640 tokens take 225 µs with 32 heads of 128 (2.99 TB/s,
-//! 71 %) and 67 µs with 8 key heads of 32 (2.51 TB/s, 59 %), one row of 300 tokens 9 µs.
-//! `docs/src/kernels/paged-attention.md` has more shapes, what bounds them, and what to try next.
+//! Not measured yet. `docs/src/kernels/paged-attention.md` has figures of another layout of the copies (each lane what it
+//! reads itself), and what was to be expected of this one.
 
 use bytemuck::{Pod, Zeroable};
 use cubecl::client::Client;
@@ -58,6 +58,8 @@ const SECTION: usize = 16;
 const STAGES: usize = 4;
 /// Rows of a launch: each has a word of shared memory.
 const MAX_ROWS: usize = 512;
+/// Cubes of a key head at most: CUDA's limit.
+const MAX_STREAMS: usize = 65_535;
 /// A window that no row is longer than.
 const NO_WINDOW: u32 = 1 << 31;
 /// Counters are made in at least this number, and in powers of two, so that few lengths of them are kept.
@@ -112,10 +114,11 @@ struct Params {
     head_dim: u32,
     window: u32,
     queries: u32,
-    unit_splits: u32,
+    unit_log2: u32,
     units: u32,
     by_group: Divisor,
     by_block_tokens: Divisor,
+    by_streams: Divisor,
     scale_log2: f32,
     cap_scale: f32,
 }
@@ -213,6 +216,8 @@ pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), 
     for Slice { first, rows, tiles } in slices(batch.rows(), tiles, &work, unit_splits) {
         let units = work.units(tiles, unit_splits);
         check_limit("units of an attention", units, i32::MAX as usize / 2)?;
+        // Cubes of a key head.
+        let streams = (cubes / shape.kv_heads).clamp(1, (units / shape.kv_heads).min(MAX_STREAMS));
         let partial = client.empty(work.partial_bytes(tiles, unit_splits).max(4));
         let counters = (2 * units).next_power_of_two().max(MIN_COUNTERS);
         let counters = cuda_source::counters(client, &partial, counters);
@@ -229,17 +234,18 @@ pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), 
             head_dim: shape.head_dim as u32,
             window,
             queries: work.queries as u32,
-            unit_splits: unit_splits as u32,
+            unit_log2: unit_splits.ilog2(),
             units: units as u32,
             by_group: Divisor::new(group),
             by_block_tokens: Divisor::new(batch.block_tokens().min(i32::MAX as usize)),
+            by_streams: Divisor::new(streams),
             scale_log2: options.softcap.unwrap_or(options.scale) * std::f32::consts::LOG2_E,
             cap_scale: options.softcap.map_or(0.0, |cap| options.scale / cap),
         };
         let buffers = &call.buffers;
         let arguments = Arguments::new().read(buffers.q).read(buffers.keys).read(buffers.values).read(buffers.words);
         let arguments = arguments.write(buffers.out).write(&partial).counters(&counters).params(params);
-        cuda_source::launch(client, &source, (cubes.min(units) as u32, 1, 1), arguments)
+        cuda_source::launch(client, &source, (shape.kv_heads as u32, streams as u32, 1), arguments)
             .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })?;
     }
     Ok(())
