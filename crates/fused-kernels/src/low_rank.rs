@@ -9,6 +9,8 @@
 //! | `dA = Vᵀ x` [rank, in] | [`gradient`] of `x` and `V`, [`FactorLayout::RankFirst`] |
 //! | `dB = dyᵀ (scaling · U)` [out, rank] | [`gradient`] of `dy` and scaled `U`, [`FactorLayout::FeaturesFirst`] |
 //!
+//! [`stacked`] has the first two products of generation, where tokens have different adapters.
+//!
 //! Each reads one large matrix, `[tokens, features]`, and computes 2 · rank operations per element of it: at rank
 //! 64 and an H200's 4.3 TB/s that is 275 TFLOP/s, so memory should be the bound as long as tensor cores do the sums
 //! and nothing but that matrix takes part in the traffic.
@@ -47,6 +49,7 @@
 
 pub mod oracle;
 mod plan;
+pub mod stacked;
 
 use bytemuck::{Pod, Zeroable};
 use cubecl::client::Client;

@@ -3,7 +3,7 @@
 //! Generation multiplies one token of each sequence by every weight: what a launch costs, and a factor that is rounded anew in
 //! each, are then as dear as the product. Here the projections of attention, or of a gated MLP, are one launch of
 //! [`nf4_quant::matmul::joined`], on CUDA. A layer's adapters lie in an [`AdapterStack`] in the dtype of activations, and
-//! [`AdapterSpans`] say which token has which.
+//! [`AdapterSpans`] say which token has which. More tokens than that launch takes go through [`crate::forward_stacked`].
 
 use crate::lora_linear::LoraLinear;
 use crate::ops::{cube_tensors::device_weight, format_of};
@@ -14,7 +14,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::server::Handle;
 use host_copies::{as_cube, client_of, cube_of_int, from_cube, overwrite_int};
 use nf4_quant::kernels::DeviceWeight;
-use nf4_quant::matmul::joined::{Joined, JoinedWeight, SPANS, Spans, Stack, TOKENS, launch, supports};
+use nf4_quant::matmul::joined::{Joined, JoinedWeight, Spans, Stack, TOKENS, launch, supports};
 use nf4_quant::matmul::{Direction, Problem};
 
 /// Adapters of one layer, each in a slot. Vectors, because devices may hold the rows of a matrix at distances.
@@ -111,6 +111,9 @@ pub struct AdapterSpan {
 #[derive(Clone, Debug)]
 pub struct AdapterSpans(Tensor<1, Int>);
 
+/// The most spans of a pass: adapters that its tokens have.
+pub const SPANS: usize = 64;
+
 impl AdapterSpans {
     /// At most [`SPANS`] of them; later ones have no adapter.
     pub fn new(spans: &[AdapterSpan], device: &Device) -> Self {
@@ -122,6 +125,11 @@ impl AdapterSpans {
     /// Puts others in their place. `false` where the device refuses.
     pub fn overwrite(&self, spans: &[AdapterSpan]) -> bool {
         overwrite_int(&self.0, &words(spans))
+    }
+
+    /// The words; `None` in the host's memory.
+    pub(crate) fn handle(&self) -> Option<Handle> {
+        Some(cube_of_int(self.0.clone())?.handle)
     }
 }
 
@@ -187,9 +195,9 @@ pub fn forward_joined(
     }
     let x = as_cube(x)?;
     let held: Vec<Held> = layers.iter().map(|each| Held::new(each, &x)).collect::<Option<_>>()?;
-    let outs: Vec<CubeTensor> = held.iter().map(|held| held.out(&x, tokens)).collect();
+    let outs: Vec<CubeTensor> = held.iter().map(|held| room(&x, tokens, held.shape[0])).collect();
     let words = match spans {
-        Some(AdapterSpans(words)) => Some(cube_of_int(words.clone())?.handle),
+        Some(spans) => Some(spans.handle()?),
         None => None,
     };
     let weights: Vec<JoinedWeight<'_>> = held.iter().zip(&outs).map(|(held, out)| held.operand(out)).collect();
@@ -216,39 +224,42 @@ struct Held {
     stack: Option<HeldStack>,
 }
 
-struct HeldStack {
-    factors: [Handle; 3],
-    rank: usize,
-    slots: usize,
+/// The buffers of a stack: first factors, second factors, scalings.
+pub(crate) struct HeldStack {
+    pub factors: [Handle; 3],
+    pub rank: usize,
+    pub slots: usize,
+}
+
+impl HeldStack {
+    /// `None` in the host's memory.
+    pub fn new(AdapterStack { lora_a, lora_b, scalings, rank, slots, .. }: &AdapterStack) -> Option<Self> {
+        let factors = [as_cube(lora_a)?.handle, as_cube(lora_b)?.handle, as_cube(scalings)?.handle];
+        Some(Self { factors, rank: *rank, slots: *slots })
+    }
+}
+
+/// A layer's bias in the dtype of `x`.
+pub(crate) fn bias_for(layer: &LoraLinear, x: &CubeTensor) -> Option<Handle> {
+    Some(as_cube(&layer.bias.as_ref()?.val().cast(FloatDType::from(x.dtype)))?.handle)
+}
+
+/// Room for a layer's output, `[tokens, out_features]` in the dtype of `x`.
+pub(crate) fn room(x: &CubeTensor, tokens: usize, out_features: usize) -> CubeTensor {
+    let shape = Shape::new([tokens, out_features]);
+    let handle = x.client.empty(shape.num_elements() * x.dtype.size());
+    CubeTensor::new_contiguous(x.client.clone(), x.device.clone(), shape, handle, x.dtype)
 }
 
 impl Held {
     fn new(JoinedLayer { layer, stack }: &JoinedLayer<'_>, x: &CubeTensor) -> Option<Self> {
         let FrozenLinear::Quantized(weight) = &layer.base else { return None };
-        let bias = match &layer.bias {
-            Some(bias) => Some(as_cube(&bias.val().cast(FloatDType::from(x.dtype)))?.handle),
-            None => None,
-        };
+        let bias = bias_for(layer, x);
         let stack = match stack {
-            Some(stack) => Some(HeldStack {
-                factors: [
-                    as_cube(&stack.lora_a)?.handle,
-                    as_cube(&stack.lora_b)?.handle,
-                    as_cube(&stack.scalings)?.handle,
-                ],
-                rank: stack.rank,
-                slots: stack.slots,
-            }),
+            Some(stack) => Some(HeldStack::new(stack)?),
             None => None,
         };
         Some(Self { weight: device_weight(&weight.on_cube()?), shape: layer.base.shape(), bias, stack })
-    }
-
-    /// Room for the layer's output.
-    fn out(&self, x: &CubeTensor, tokens: usize) -> CubeTensor {
-        let shape = Shape::new([tokens, self.shape[0]]);
-        let handle = x.client.empty(shape.num_elements() * x.dtype.size());
-        CubeTensor::new_contiguous(x.client.clone(), x.device.clone(), shape, handle, x.dtype)
     }
 
     fn stack(&self) -> Option<Stack<'_>> {

@@ -37,6 +37,7 @@ pub mod ops;
 mod params;
 mod pass;
 pub mod peft;
+mod stacked;
 pub mod target_modules;
 mod token_rows;
 
@@ -46,7 +47,9 @@ pub use embedding::{EmbeddingAdapter, LoraEmbedding, LoraEmbeddingConfig};
 pub use error::LayerError;
 pub use experts::{ExpertAdapters, ExpertStack};
 pub use frozen_linear::FrozenLinear;
-pub use joined::{AdapterSpan, AdapterSpans, AdapterStack, JOINED_TOKENS, JoinedLayer, can_join, forward_joined};
+pub use joined::{
+    AdapterSpan, AdapterSpans, AdapterStack, JOINED_TOKENS, JoinedLayer, SPANS, can_join, forward_joined,
+};
 pub use linear_4bit::{Linear4bit, Linear4bitConfig};
 pub use lora::LoraAdapter;
 pub use lora_config::{Initialization, LoraConfig};
@@ -56,5 +59,6 @@ pub use mixed::{by_part, forward_mixed};
 pub use module_lora::{LoraForward, apply_lora};
 pub use params::{Scaling, frozen, track, trainable};
 pub use pass::{Pass, mix};
+pub use stacked::{can_stack, forward_stacked};
 pub use target_modules::TargetModules;
 pub use token_rows::{TokenRows, with_mean_rows};

@@ -18,7 +18,9 @@ use qlora_layers::ops::{
     AttentionOptions, NewTokens, PagedBatch, PagedRow, attention, paged_attention, paged_slot, paged_write,
     rotate_into_cache,
 };
-use qlora_layers::{AdapterSpans, JoinedLayer, LoraLinear, Pass, by_part, forward_joined, forward_mixed};
+use qlora_layers::{
+    AdapterSpans, JoinedLayer, LoraLinear, Pass, by_part, forward_joined, forward_mixed, forward_stacked,
+};
 use std::ops::Range;
 
 /// Keys and values in blocks of some tokens each. Who holds which block is the caller's business.
@@ -309,7 +311,7 @@ impl Decoder {
         let models = parts.iter().map(|part| (part.rows.iter().map(|row| row.ids.len()).sum(), part.model)).collect();
         let pass = MixedPass::new(models, &inputs);
         let x = pass.hidden(cache);
-        let (wanted, counts) = wanted(&parts);
+        let (wanted, counts) = wanted(parts.iter().copied());
         if wanted.is_empty() {
             return None;
         }
@@ -322,9 +324,9 @@ impl Decoder {
 }
 
 /// Indices of the tokens that get logits, and how many each part has.
-fn wanted(parts: &[&Part<'_>]) -> (Vec<i32>, Vec<usize>) {
+pub(crate) fn wanted<'a>(parts: impl IntoIterator<Item = &'a Part<'a>>) -> (Vec<i32>, Vec<usize>) {
     let (mut wanted, mut start) = (Vec::new(), 0);
-    let counts = parts.iter().map(|part| {
+    let counts = parts.into_iter().map(|part| {
         let before = wanted.len();
         for row in &part.rows {
             let end = start + row.ids.len();
@@ -415,18 +417,19 @@ impl<'a> MixedPass<'a> {
         let layers: Vec<JoinedLayer<'_>> =
             layers.into_iter().map(|layer| JoinedLayer { layer, stack: stack(layer) }).collect();
         let spans = self.stacked.and_then(|stacked| stacked.spans);
-        let alone = |each: &JoinedLayer<'_>| match forward_joined(&x, &[*each], spans) {
+        if let Some(outputs) = forward_joined(&x, &layers, spans) {
+            return outputs;
+        }
+        let adapted = spans.filter(|_| layers.iter().any(|each| each.stack.is_some()));
+        if let Some(outputs) = adapted.and_then(|spans| forward_stacked(&x, &layers, spans)) {
+            return outputs;
+        }
+        assert!(adapted.is_none(), "a stacked layer of {:?} has no kernel", layers[0].layer.base.shape());
+        let alone = |each: &JoinedLayer<'_>| match forward_joined(&x, &[*each], None) {
             Some(mut outputs) => outputs.remove(0),
-            None => {
-                assert!(
-                    spans.is_none() || each.stack.is_none(),
-                    "a stacked layer of {:?} has no joined product",
-                    each.layer.base.shape()
-                );
-                each.layer.forward_bare(x.clone())
-            }
+            None => each.layer.forward_bare(x.clone()),
         };
-        forward_joined(&x, &layers, spans).unwrap_or_else(|| layers.iter().map(alone).collect())
+        layers.iter().map(alone).collect()
     }
 
     /// The attention of a block, for its normalised input.

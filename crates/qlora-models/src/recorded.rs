@@ -1,4 +1,4 @@
-//! Passes over one token of each row, recorded and replayed.
+//! Passes of parts with numbers: their adapters in stacks, and those over one token of each row recorded and replayed.
 //!
 //! Generation runs the same launches for every token, thousands of times, and on a GPU to queue them takes the host longer
 //! than the device needs to run them. So the second pass of a kind is recorded, and from then on one call queues it all.
@@ -6,18 +6,20 @@
 //! there is room for.
 
 use crate::decoder::Decoder;
-use crate::paged::{CachedRow, Inputs, MixedPass, PagedCache, Part, RowLogits, Stacked};
+use crate::paged::{CachedRow, Inputs, MixedPass, PagedCache, Part, RowLogits, Stacked, wanted};
 use crate::stacks::Placed;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use host_copies::{DeviceError, Recording};
 use qlora_layers::ops::likeliest;
-use qlora_layers::{AdapterSpan, AdapterSpans, JOINED_TOKENS};
+use qlora_layers::{AdapterSpan, AdapterSpans};
 use std::collections::HashMap;
 
 /// Recorded passes at most: each keeps the memory of its activations.
 const MOST: usize = 24;
 /// Adapters of a recorded pass at most, where they are not stacked.
 const MOST_PARTS: usize = 8;
+/// Tokens of one adapter up to which it is taken from its stack, where its factors are as products want them.
+const FEW_TOKENS: usize = 128;
 /// Room for at least so many tokens.
 const SHORTEST: usize = 512;
 
@@ -108,9 +110,9 @@ impl PagedCache {
 }
 
 impl Decoder {
-    /// One token of each row: [`forward_paged`](Self::forward_paged) of rows of one id, with logits for each. The numbers beside
-    /// the parts tell their adapters apart: a model of the same number has the same weights. On devices that can, the
-    /// pass is recorded when it comes a second time, and replayed from then on.
+    /// [`forward_paged`](Self::forward_paged) of parts that numbers tell apart: a model of the same number has the same
+    /// weights. Where the device can, tokens of different adapters share products, and a pass over one token of each row is
+    /// recorded when its kind comes a second time, and replayed from then on.
     ///
     /// Rows of the result beyond those of `parts` mean nothing.
     ///
@@ -119,35 +121,62 @@ impl Decoder {
     pub fn decode(parts: &[(u64, Part<'_>)], cache: &mut PagedCache) -> Result<Option<Step>, DeviceError> {
         let parts: Vec<&(u64, Part<'_>)> = parts.iter().filter(|(_, part)| !part.rows.is_empty()).collect();
         let Some((_, first)) = parts.first() else { return Ok(None) };
-        let rows: usize = parts.iter().map(|(_, part)| part.rows.len()).sum();
-        let one_each = parts.iter().flat_map(|(_, part)| &part.rows).all(|row| row.ids.len() == 1);
-        let numbered: Vec<(u64, &Self)> = parts.iter().map(|(number, part)| (*number, part.model)).collect();
-        let placed = match one_each && rows <= JOINED_TOKENS {
-            true => cache.stacks.place(&numbered),
+        let rows = || parts.iter().flat_map(|(_, part)| &part.rows);
+        let one_each = rows().all(|row| row.ids.len() == 1 && row.logits == RowLogits::Last);
+        let tokens: usize = rows().map(|row| row.ids.len()).sum();
+        let placed = match one_each || parts.len() > 1 || tokens <= FEW_TOKENS {
+            true => {
+                let numbered: Vec<(u64, &Self)> = parts.iter().map(|(number, part)| (*number, part.model)).collect();
+                cache.stacks.place(&numbered)
+            }
             false => None,
         };
         if placed.as_ref().is_some_and(|placed| placed.changed) {
             cache.recorded.drop_adapted();
         }
-        let pass = PassOver::new(&parts, placed.as_ref());
         let records = one_each
             && cache.recorded.refusal.is_none()
             && (placed.is_some() || parts.len() <= MOST_PARTS)
             // The host chooses experts, and finds trained tokens among the ids.
             && first.model.config.experts.is_none()
             && !parts.iter().any(|(_, part)| part.model.has_trained_tokens());
-        if records && let Some(step) = replayed(&pass, cache)? {
+        if records && let Some(step) = replayed(&PassOver::new(&parts, placed.as_ref()), cache)? {
             return Ok(Some(step));
         }
-        if let Some(spans) = &pass.spans {
-            let rows: Vec<CachedRow<'_>> = pass.groups.iter().flat_map(|group| &group.rows).copied().collect();
-            let inputs = Inputs::new(first.model, &rows, cache.block_tokens(), 0);
-            let spans = on_device(spans, &first.model.device);
-            return Ok(Some(Step::of(run(&pass.models(false), &inputs, cache, spans.as_ref(), true))));
-        }
-        let parts: Vec<Part<'_>> = parts.iter().map(|(_, part)| part.clone()).collect();
-        Ok(Self::forward_paged(&parts, cache).map(Step::of))
+        let logits = match placed {
+            Some(placed) => stacked(&parts, &placed, cache),
+            None => {
+                let parts: Vec<Part<'_>> = parts.iter().map(|(_, part)| part.clone()).collect();
+                Self::forward_paged(&parts, cache)
+            }
+        };
+        Ok(logits.map(Step::of))
     }
+}
+
+/// A pass that is not replayed, with its adapters in the cache's stacks.
+fn stacked(parts: &[&(u64, Part<'_>)], placed: &Placed, cache: &mut PagedCache) -> Option<Tensor<2>> {
+    let parts = || parts.iter().map(|(_, part)| part);
+    let model = parts().next()?.model;
+    let rows: Vec<CachedRow<'_>> = parts().flat_map(|part| &part.rows).copied().collect();
+    let inputs = Inputs::new(model, &rows, cache.block_tokens(), 0);
+    // The stacks stay as they are while the cache is written to.
+    let stacks = std::mem::take(&mut cache.stacks);
+    let (layers, tokens) = (stacks.layers(), rows.iter().map(|row| row.ids.len()).sum());
+    let of_part = |part: &Part<'_>| part.rows.iter().map(|row| row.ids.len()).sum();
+    let spans = on_device(&placed.spans(parts().map(of_part)), &model.device);
+    let pass = MixedPass::stacked(model, tokens, &inputs, Stacked { layers, spans: spans.as_ref() });
+    let hidden = pass.hidden(cache);
+    let (wanted, counts) = wanted(parts());
+    let logits = (!wanted.is_empty()).then(|| {
+        let len = wanted.len();
+        let wanted = Tensor::<1, Int>::from_data(TensorData::new(wanted, [len]), (&model.device, DType::I32));
+        let spans = on_device(&placed.spans(counts), &model.device);
+        let pass = MixedPass::stacked(model, len, &inputs, Stacked { layers, spans: spans.as_ref() });
+        pass.logits(hidden.select(0, wanted))
+    });
+    cache.stacks = stacks;
+    logits
 }
 
 /// Rows that one model stands for.
@@ -181,20 +210,12 @@ impl<'a> PassOver<'a> {
             let sizes = parts.iter().zip(&groups).map(|((number, _), group)| (*number, group.filled));
             return Self { kind: (Rows::ByPart(sizes.collect()), room), groups, spans: None };
         };
-        let (mut spans, mut first) = (Vec::new(), 0);
-        for ((_, part), slot) in parts.iter().zip(&placed.slots) {
-            let end = first + part.rows.len();
-            spans.extend(slot.map(|slot| AdapterSpan { first, end, slot }));
-            first = end;
-        }
-        let group = Group { model: parts[0].1.model, rows: rows().copied().collect(), filled: filled(first, 1) };
-        let kind = (Rows::Stacked { rows: group.filled, adapted: !spans.is_empty() }, room);
+        let spans = placed.spans(parts.iter().map(|(_, part)| part.rows.len()));
+        let rows: Vec<CachedRow<'a>> = rows().copied().collect();
+        let filled = filled(rows.len(), 1);
+        let kind = (Rows::Stacked { rows: filled, adapted: !spans.is_empty() }, room);
+        let group = Group { model: parts[0].1.model, rows, filled };
         Self { kind, groups: vec![group], spans: Some(spans) }
-    }
-
-    /// The groups' models with their rows, filled up or not.
-    fn models(&self, filled: bool) -> Vec<(usize, &'a Decoder)> {
-        self.groups.iter().map(|group| (if filled { group.filled } else { group.rows.len() }, group.model)).collect()
     }
 }
 

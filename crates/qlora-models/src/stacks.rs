@@ -1,5 +1,5 @@
-//! The adapters of a cache's passes, stacked layer by layer: a pass over tokens of different adapters is then one launch for
-//! each product, and one recording serves whatever adapters its rows have.
+//! The adapters of a cache's passes, stacked layer by layer: a pass over tokens of different adapters then has as many launches
+//! as one over tokens of one, and one recording serves whatever adapters its rows have.
 //!
 //! Adapters that are low-rank updates of linear layers alone can be stacked. With any other (magnitudes, biases, weights, norms or
 //! tokens trained in full) a pass runs part by part, as [`crate::paged`] has it.
@@ -7,7 +7,7 @@
 use crate::block::FeedForward;
 use crate::decoder::Decoder;
 use burn::module::ParamId;
-use qlora_layers::{AdapterStack, LoraLinear, can_join};
+use qlora_layers::{AdapterSpan, AdapterStack, LoraLinear, SPANS, can_stack};
 use std::collections::HashMap;
 
 /// Slots at most, where nobody says otherwise.
@@ -35,6 +35,8 @@ pub(crate) struct Stacks {
     /// The frozen weights that all models share.
     weights: Vec<ParamId>,
     clock: u64,
+    /// Whether it was said that adapters can't be stacked.
+    is_noted: bool,
 }
 
 #[derive(Debug)]
@@ -53,10 +55,24 @@ pub(crate) struct Placed {
     pub changed: bool,
 }
 
+impl Placed {
+    /// Which tokens have which slot, for the parts' numbers of tokens.
+    pub fn spans(&self, tokens: impl IntoIterator<Item = usize>) -> Vec<AdapterSpan> {
+        let mut end = 0;
+        let spans = self.slots.iter().zip(tokens).filter_map(|(slot, tokens)| {
+            let first = end;
+            end += tokens;
+            let slot = slot.filter(|_| tokens > 0)?;
+            Some(AdapterSpan { first, end, slot })
+        });
+        spans.collect()
+    }
+}
+
 impl Default for Stacks {
     fn default() -> Self {
         let (layers, slots, kinds, weights) = Default::default();
-        Self { layers, slots, most_slots: MOST_SLOTS, kinds, weights, clock: 0 }
+        Self { layers, slots, most_slots: MOST_SLOTS, kinds, weights, clock: 0, is_noted: false }
     }
 }
 
@@ -68,7 +84,7 @@ impl Stacks {
 
     /// At most `most` slots from now on.
     pub fn limit(&mut self, most: usize) {
-        self.most_slots = most.max(1);
+        self.most_slots = most.clamp(1, SPANS);
     }
 
     /// An adapter is gone for good: its slot is free.
@@ -91,7 +107,12 @@ impl Stacks {
         }
         let kind_of = |number: &u64| self.kinds.get(number).unwrap_or(&Kind::Other);
         let wanted: Vec<u64> = parts.iter().map(|(number, _)| *number).filter(|n| kind_of(n) != &Kind::Bare).collect();
-        if wanted.len() > self.most_slots || wanted.iter().any(|number| kind_of(number) == &Kind::Other) {
+        let others = wanted.iter().filter(|number| kind_of(number) == &Kind::Other).count();
+        if wanted.len() > self.most_slots || others > 0 {
+            let (adapters, slots) = (wanted.len(), self.most_slots);
+            if adapters > 1 && !std::mem::replace(&mut self.is_noted, true) {
+                tracing::info!(adapters, others, slots, "adapters of a pass that can't share products run one by one");
+            }
             return None;
         }
         self.clock += 1;
@@ -152,7 +173,7 @@ fn kind(model: &Decoder, weights: &[ParamId]) -> Kind {
         layer.whole.is_none()
             && layer.original.is_none()
             && layer.adapter.as_ref().is_none_or(|adapter| {
-                adapter.dora.is_none() && adapter.bias.is_none() && can_join(layer, model.dtype, &model.device)
+                adapter.dora.is_none() && adapter.bias.is_none() && can_stack(layer, model.dtype, &model.device)
             })
     };
     let norms = model.blocks.iter().flat_map(|block| block.norms.as_ref().into_iter()).chain([&model.norm]);
@@ -167,5 +188,17 @@ fn kind(model: &Decoder, weights: &[ParamId]) -> Kind {
         false => Kind::Other,
         true if model.linears().all(|(_, layer)| layer.is_bare()) => Kind::Bare,
         true => Kind::Stackable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_those_of_parts_with_tokens_and_an_adapter() {
+        let placed = Placed { slots: vec![None, Some(3), Some(0), Some(1)], changed: false };
+        let span = |first, end, slot| AdapterSpan { first, end, slot };
+        assert_eq!(placed.spans([2, 5, 0, 1]), [span(2, 7, 3), span(7, 8, 1)]);
     }
 }

@@ -381,14 +381,8 @@ impl Engine {
         });
         let parts: Vec<Part<'_>> = parts.collect();
         let wanted: Vec<RowLogits> = parts.iter().flat_map(|part| &part.rows).map(|row| row.logits).collect();
-        let one_each = by_adapter.values().flatten().all(|slice| slice.new == 1 && slice.is_last);
-        let step = match one_each && !wanted.contains(&RowLogits::All) {
-            true => {
-                let parts: Vec<(u64, Part<'_>)> = numbers.iter().copied().zip(parts).collect();
-                Decoder::decode(&parts, &mut self.cache)?
-            }
-            false => Decoder::forward_paged(&parts, &mut self.cache).map(Step::of),
-        };
+        let parts: Vec<(u64, Part<'_>)> = numbers.iter().copied().zip(parts).collect();
+        let step = Decoder::decode(&parts, &mut self.cache)?;
         let slices: Vec<Slice> = by_adapter.into_values().flatten().collect();
         for slice in &slices {
             self.scheduler.computed(slice);
