@@ -148,7 +148,7 @@ fn scale_columns<T: Element + BurnElement + bytemuck::Pod, O: Element + BurnElem
     let mut y = vec![O::from_f32(0.0); x.len()];
     let width = shape[1].max(1);
     y.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(y, x)| {
-        y.iter_mut().zip(x.iter().zip(&scale)).for_each(|(y, (x, s))| *y = O::from_f32(x.to_f32() * s));
+        y.iter_mut().zip(x.iter().zip(scale.iter())).for_each(|(y, (x, s))| *y = O::from_f32(x.to_f32() * s));
     });
     tensor(y, shape.to_vec())
 }
