@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) stacked_project(
         if (first_token + token >= p.tokens || rank >= p.ranks) continue;
         const float* from = parts + (size_t)(first_token + token) * p.ranks + rank;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        #pragma unroll 8
+        #pragma unroll 16
         for (u32 chunk = 0; chunk < p.chunks; chunk++) {
             const float4 one = __ldcg((const float4*)(from + (size_t)chunk * p.tokens * p.ranks));
             sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
