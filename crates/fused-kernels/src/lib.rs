@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`add_norm`] | a residual connection and the normalisation behind it | CubeCL |
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
+//! | [`candidates`] | the largest logits of each row, to draw from | CubeCL |
 //! | [`columns`] | a factor for each output feature, as DoRA's | CubeCL |
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
@@ -22,6 +23,7 @@
 
 pub mod add_norm;
 pub mod attention;
+pub mod candidates;
 pub mod columns;
 pub mod cross_entropy;
 mod dropout;

@@ -8,7 +8,7 @@ use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
 use fused_kernels::{
-    FloatFormat, KernelError, Matrix, columns, cross_entropy, gated, likeliest, rms_norm, rope, supports,
+    FloatFormat, KernelError, Matrix, candidates, columns, cross_entropy, gated, likeliest, rms_norm, rope, supports,
 };
 use half::{bf16, f16};
 use test_support::clients;
@@ -344,4 +344,53 @@ fn columns_are_scaled_and_differentiated() {
             assert_close(&what, &found, &expected_dscale, FloatFormat::F32, width, 1e-6 * rows as f64);
         }
     });
+}
+
+#[test]
+fn candidates_are_all_that_is_above_their_threshold() {
+    everywhere(|client, format| {
+        for (rows, width, scale) in [(1, 1, 1.0), (3, 100, 5.0), (5, 257, 90.0), (2, 32_000, 12.0), (9, 5001, 0.01)] {
+            let mut values = noise(width as u64, rows * width, scale);
+            if rows > 2 {
+                // More equals than there is room for, and tokens that can't come.
+                values[width..2 * width].fill(1.5);
+                values[2 * width..2 * width + width / 2].fill(f64::NEG_INFINITY);
+            }
+            let logits = input(client, &values, format);
+            let temperatures: Vec<f32> = (0..rows).map(|row| 0.7 + 0.3 * row as f32).collect();
+            let on_device = client.create_from_slice(bytemuck::cast_slice(&temperatures));
+            let out = client.create_from_slice(&vec![0x55; 4 * rows * candidates::WORDS]);
+            let matrix = Matrix { rows, width, format };
+            candidates::candidates(client, &logits.handle, &on_device, &out, matrix).unwrap();
+            let bytes = client.read_one(out).unwrap();
+            let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
+            for (row, words) in words.chunks(candidates::WORDS).enumerate() {
+                let what = format!("row {row} of {rows} x {width} {format:?}");
+                let found = candidates::Answer::new(words).unwrap();
+                let own = &logits.values[row * width..][..width];
+                let candidates::Summary { highest, threshold, weight } = found.rest;
+                let temperature = f64::from(temperatures[row]);
+                let expected = candidates::oracle::candidates(own, f64::from(threshold), temperature);
+                assert_eq!(f64::from(highest), expected.0, "{what}");
+                let mut ids = found.ids.to_vec();
+                ids.sort_unstable();
+                assert_eq!(ids, expected.1, "{what}");
+                for (id, value) in found.ids.iter().zip(found.values) {
+                    assert_eq!(f64::from(f32::from_bits(*value)), own[*id as usize], "{what}");
+                }
+                // Some hundred f32 sums of exponentials, which runtimes may have wrong by some ulps times their argument, and take
+                // for zero where f32 ends.
+                let bound = 1e-4 * expected.2 + 1e-30;
+                assert!((f64::from(weight) - expected.2).abs() <= bound, "{what}: {weight}, {}", expected.2);
+                // A few tokens are candidates all, and of many there are enough.
+                let room = if row == 1 && rows > 2 { 0 } else { width.min(100) };
+                assert!(found.ids.len() >= room.min(expected_finite(own)), "{what}: {}", found.ids.len());
+            }
+        }
+    });
+}
+
+/// Logits that are not infinite.
+fn expected_finite(row: &[f64]) -> usize {
+    row.iter().filter(|value| value.is_finite()).count()
 }

@@ -18,6 +18,7 @@
 //! [`Pass`], what is recorded and which dropout masks are drawn: a trainer that recomputes blocks needs that.
 
 pub mod activation_checkpointing;
+pub mod candidates;
 mod dora;
 mod embedding;
 mod error;

@@ -39,6 +39,7 @@ pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
 pub use norm::RmsNorm;
 pub use paged::{CachedRow, PagedCache, Part, RowLogits};
+pub use qlora_layers::candidates::{Candidates, CandidatesRest, RowCandidates};
 pub use qlora_layers::ops::fused::Activation;
 pub use recorded::Step;
 pub use rope::{Rope, RopeScaling};

@@ -10,6 +10,7 @@ use crate::paged::{CachedRow, Inputs, MixedPass, PagedCache, Part, RowLogits, St
 use crate::stacks::Placed;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use host_copies::{DeviceError, Recording};
+use qlora_layers::candidates::{RowCandidates, candidates};
 use qlora_layers::ops::likeliest;
 use qlora_layers::{AdapterSpan, AdapterSpans};
 use std::collections::HashMap;
@@ -36,6 +37,15 @@ impl Step {
     /// What a pass that is not replayed gives.
     pub fn of(logits: Tensor<2>) -> Self {
         Self { logits, likeliest: None }
+    }
+
+    /// The largest logits of as many rows as there are temperatures, above 0, with what the others weigh; `None` where the rows are in
+    /// the host's memory anyhow.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn candidates(&self, temperatures: &[f32]) -> Result<Option<RowCandidates>, DeviceError> {
+        candidates(&self.logits, temperatures)
     }
 
     /// `[rows]`, i32: the token of the first largest logit; -1 where a logit is no number.

@@ -75,9 +75,21 @@ impl<'a> Twice<'a> {
         let plain: Vec<Part<'_>> = parts.into_iter().map(|(_, part)| part).collect();
         let expected = Decoder::forward_paged(&plain, other).unwrap();
         let likeliest = step.likeliest().try_into_vec_as::<i32>().unwrap();
+        let step_candidates = step.candidates(&vec![0.8; rows]).unwrap();
         let vocab = expected.dims()[1];
         let mut found = step.logits.into_data().iter::<f32>().collect::<Vec<_>>();
         found.truncate(rows * vocab);
+        // What a sampler would draw from has the largest logits, where the rows are not at hand.
+        if let Some(candidates) = step_candidates {
+            for (index, row) in found.chunks(vocab).enumerate() {
+                let candidates = candidates.row(index).unwrap();
+                let values = candidates.values.iter().map(|bits| f32::from_bits(*bits));
+                assert!(candidates.ids.iter().zip(values).all(|(id, value)| row[*id as usize] == value));
+                let above = row.iter().filter(|value| **value > candidates.rest.threshold).count();
+                assert_eq!(candidates.ids.len(), above);
+                assert_eq!(candidates.rest.highest, row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            }
+        }
         for (ids, (row, token)) in self.ids.iter_mut().zip(found.chunks(vocab).zip(likeliest)) {
             let best = row.iter().enumerate().fold(0, |best, (i, value)| if *value > row[best] { i } else { best });
             assert_eq!(best, token as usize);

@@ -1,5 +1,7 @@
 //! The loop that answers: takes requests, plans a pass, runs it, chooses tokens, sends them.
 
+mod choose;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -9,8 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use adapter_io::Adapter;
 use burn::backend::StreamId;
 use host_copies::{DeviceError, client_of};
-use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits, Step};
-use rayon::prelude::*;
+use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::sync::oneshot;
 
@@ -393,57 +394,6 @@ impl Engine {
         }
     }
 
-    /// Chooses the next tokens from what a pass gave.
-    fn choose(&mut self, slices: &[Slice], wanted: &[RowLogits], step: Step) -> Result<(), DeviceError> {
-        let is_greedy = |id| self.answering.get(id).is_none_or(Answering::takes_likeliest);
-        if !wanted.contains(&RowLogits::All) && slices.iter().all(|slice| is_greedy(&slice.id)) {
-            let tokens = step.likeliest().try_into_vec_as::<i32>().map_err(DeviceError::from)?;
-            let asked = slices.iter().zip(wanted).filter(|(_, wanted)| **wanted == RowLogits::Last);
-            for ((slice, _), token) in asked.zip(tokens) {
-                match u32::try_from(token) {
-                    Ok(token) => self.push(slice.id, token, None),
-                    Err(_) => self.fail(slice.id, ModelError::NotANumber.to_string()),
-                }
-            }
-            return Ok(());
-        }
-        let [_, vocab] = step.logits.dims();
-        let mut logits = step.logits.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
-        let mut rows = logits.chunks_exact_mut(vocab);
-        let mut last_rows: HashMap<SequenceId, &mut [f32]> = HashMap::new();
-        for (slice, wanted) in slices.iter().zip(wanted) {
-            let count = match wanted {
-                RowLogits::None => 0,
-                RowLogits::Last => 1,
-                RowLogits::All => slice.new,
-            };
-            let mut own: Vec<&mut [f32]> = rows.by_ref().take(count).collect();
-            if *wanted == RowLogits::All {
-                self.note_prompt(slice, &own);
-            }
-            if let Some(last) = own.pop().filter(|_| slice.is_last) {
-                last_rows.insert(slice.id, last);
-            }
-        }
-        // A vocabulary takes a thread as long as the device takes for a token.
-        let answering: Vec<(SequenceId, &mut Answering, &mut [f32])> = self
-            .answering
-            .iter_mut()
-            .filter_map(|(id, answering)| Some((*id, answering, last_rows.remove(id)?)))
-            .collect();
-        let choose = |(id, answering, row): (SequenceId, &mut Answering, &mut [f32])| (id, answering.next(row));
-        let mut next: HashMap<SequenceId, Next> = answering.into_par_iter().map(choose).collect();
-        for slice in slices {
-            match next.remove(&slice.id) {
-                Some(Next::Token(token, logprobs)) => self.push(slice.id, token, logprobs),
-                Some(Next::Failed(message)) => self.fail(slice.id, message),
-                Some(Next::Enough) => self.finish(slice.id, FinishReason::Length),
-                None => {}
-            }
-        }
-        Ok(())
-    }
-
     fn joined(&self, slice: &Slice) {
         let counters = self.inbox.counters();
         self.count_waiting(-1);
@@ -497,41 +447,6 @@ impl Engine {
             (true, false, true) => self.finish(id, FinishReason::Length),
             (true, false, false) => {}
         }
-    }
-}
-
-/// How an answer goes on.
-enum Next {
-    Token(u32, Option<TokenLogprobs>),
-    /// It is as long as it may be.
-    Enough,
-    Failed(String),
-}
-
-impl Answering {
-    /// Chooses the next token.
-    fn next(&mut self, row: &mut [f32]) -> Next {
-        if self.generated == self.max_tokens {
-            return Next::Enough;
-        }
-        let allowed = match self.constraint.as_mut().map(|constraint| constraint.allowed()).transpose() {
-            Ok(allowed) => allowed.flatten(),
-            Err(message) => return Next::Failed(message),
-        };
-        let original = self.logprobs.map(|_| row.to_vec());
-        let Some(token) = self.sampler.choose(row, allowed.as_deref()) else {
-            return Next::Failed(match row.iter().any(|logit| logit.is_nan()) {
-                true => ModelError::NotANumber.to_string(),
-                false => "no token may follow here: every one is forbidden by the constraint or by logit_bias".into(),
-            });
-        };
-        let logprobs = original.map(|original| logprobs(&original, token, self.logprobs.unwrap_or(0)));
-        Next::Token(token, logprobs)
-    }
-
-    /// Whether nothing but the likeliest token is asked for.
-    fn takes_likeliest(&self) -> bool {
-        self.logprobs.is_none() && self.constraint.is_none() && self.sampler.takes_likeliest()
     }
 }
 

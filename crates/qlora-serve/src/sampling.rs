@@ -7,7 +7,16 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
+use qlora_models::{Candidates, CandidatesRest};
+
 use crate::request::{Sampling, TokenLogprobs};
+
+/// How far the sum of small weights may be off, as a device gives it.
+const REST_ERROR: f64 = 1e-3;
+/// What that sum lacks at most: weights that are too small for f32.
+const LOST_WEIGHT: f64 = 1e-25;
+/// How far f64 sums of the same weights in different orders may be apart.
+const SUM_ERROR: f64 = 1e-12;
 
 /// Chooses one sequence's tokens.
 #[derive(Debug)]
@@ -34,13 +43,18 @@ impl Sampler {
 
     /// Whether the token is the one of the largest logit, as the model gives it.
     pub fn takes_likeliest(&self) -> bool {
-        let Sampling { temperature, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, .. } =
-            &self.sampling;
-        *temperature <= 0.0
-            && *repetition_penalty == 1.0
-            && *presence_penalty == 0.0
-            && *frequency_penalty == 0.0
-            && logit_bias.is_empty()
+        self.sampling.temperature <= 0.0 && self.takes_logits_as_they_are()
+    }
+
+    /// The temperature, where tokens are drawn by the logits as the model gives them.
+    pub fn draws_at(&self) -> Option<f64> {
+        let temperature = self.sampling.temperature;
+        (temperature > 0.0 && self.takes_logits_as_they_are()).then_some(temperature)
+    }
+
+    fn takes_logits_as_they_are(&self) -> bool {
+        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, logit_bias, .. } = &self.sampling;
+        *repetition_penalty == 1.0 && *presence_penalty == 0.0 && *frequency_penalty == 0.0 && logit_bias.is_empty()
     }
 
     /// Chooses a token and takes note of it. Random numbers depend on the seed and on how many tokens came before, on
@@ -57,7 +71,7 @@ impl Sampler {
             }
         }
         // One number a token, used or not: what a token before it was allowed to be changes none.
-        let point = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let point = point(&mut self.rng);
         let best = likeliest(logits)?;
         let token = match self.sampling.temperature > 0.0 {
             false => best,
@@ -65,6 +79,76 @@ impl Sampler {
         };
         *self.generated.entry(token).or_default() += 1;
         Some(token)
+    }
+
+    /// What [`choose`](Self::choose) gives for the row of which these are the largest logits, for a sampler that
+    /// [draws](Self::draws_at) at the temperature of the others' weight. `None`, with nothing taken note of, where they don't decide it.
+    pub fn among(&mut self, candidates: &Candidates<'_>) -> Option<u32> {
+        let mut rng = self.rng.clone();
+        let token = self.draw_among(candidates, point(&mut rng))?;
+        self.rng = rng;
+        *self.generated.entry(token).or_default() += 1;
+        Some(token)
+    }
+
+    /// [`draw`](Self::draw), step by step, with bounds where it looks at the sum of all weights.
+    fn draw_among(&self, candidates: &Candidates<'_>, point: f64) -> Option<u32> {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        let CandidatesRest { highest, threshold, weight: rest } = candidates.rest;
+        if !highest.is_finite() || !rest.is_finite() {
+            return None;
+        }
+        let weight = |logit: f32| (f64::from(logit - highest) / temperature).exp();
+        let logits = || candidates.ids.iter().copied().zip(candidates.values.iter().copied().map(f32::from_bits));
+        let best = logits().filter(|(_, logit)| *logit == highest).map(|(id, _)| id).min()?;
+        let least = if top_p >= 1.0 && top_k == 0 { min_p } else { 0.0 };
+        let mut tokens: Vec<(u32, f64)> = logits().map(|(id, logit)| (id, weight(logit))).collect();
+        tokens.retain(|(_, weight)| *weight > 0.0 && *weight >= least);
+        tokens.sort_unstable_by(likelier);
+        // The most that another token weighs; what all others that are kept weigh, at least and at most.
+        let next = weight(threshold);
+        let others = match (top_k, least > 0.0) {
+            (1.., _) if top_k <= tokens.len() => {
+                tokens.truncate(top_k);
+                None
+            }
+            (1.., _) => return None,
+            (0, true) if next < least => None,
+            (0, true) => return None,
+            (0, false) => {
+                let rest = f64::from(rest);
+                Some([rest * (1.0 - REST_ERROR), rest * (1.0 + REST_ERROR) + LOST_WEIGHT])
+            }
+        };
+        let sum: f64 = tokens.iter().map(|(_, weight)| weight).sum();
+        let [fewest, most] = others.unwrap_or_default();
+        let total = [(sum + fewest) * (1.0 - SUM_ERROR), (sum + most) * (1.0 + SUM_ERROR)];
+        let (mut mass, mut count) = (total, usize::MAX);
+        if top_p < 1.0 || min_p > least {
+            let (mut kept, mut index) = (0.0, 0);
+            loop {
+                let is_full = kept >= top_p * total[1];
+                match tokens.get(index) {
+                    Some((_, weight)) if *weight < min_p || is_full => break,
+                    None if others.is_none() || is_full || next < min_p => break,
+                    Some((_, weight)) if kept < top_p * total[0] => kept += weight,
+                    _ => return None,
+                }
+                index += 1;
+            }
+            (mass, count) = ([kept; 2], index);
+        }
+        let [mut low, mut high] = mass.map(|mass| point * mass);
+        for (token, weight) in tokens.iter().take(count) {
+            low -= weight;
+            high -= weight;
+            match (low < 0.0, high < 0.0) {
+                (true, true) => return Some(*token),
+                (true, false) => return None,
+                _ => {}
+            }
+        }
+        (others.is_none() || count <= tokens.len()).then_some(best)
     }
 
     /// Penalties and biases.
@@ -131,6 +215,11 @@ impl Sampler {
         }
         best
     }
+}
+
+/// A number from 0 to 1.
+fn point(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// By weight, the largest first, of equal ones by id.
@@ -326,6 +415,66 @@ mod tests {
                 assert_eq!(sampler.draw(&logits, best, point), expected.unwrap().0, "{top_k} {top_p} {min_p} {point}");
             }
         }
+    }
+
+    /// Candidates decide what the whole row decides, or nothing.
+    #[test]
+    fn candidates_draw_what_the_row_draws() {
+        let mut decided = 0;
+        let mut all = 0;
+        for (spread, count) in [(3.0_f32, 200), (1.5, 200), (0.5, 30), (3.0, 3), (1.0, 64)] {
+            // A few likely tokens and many that are not, as a model has them.
+            let logit = |v: f32| -spread * (0.5 * v + 0.5001).ln();
+            let logits: Vec<f32> = test_support::noise(count as u64, 4000).into_iter().map(logit).collect();
+            let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+            order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+            let threshold = logits[order[count] as usize];
+            let highest = logits[order[0] as usize];
+            let mut ids = order[..count].to_vec();
+            ids.reverse();
+            let values: Vec<u32> = ids.iter().map(|id| logits[*id as usize].to_bits()).collect();
+            for (temperature, top_k, top_p, min_p) in [
+                (1.0, 0, 1.0, 0.0),
+                (0.3, 0, 1.0, 0.0),
+                (1.0, 0, 0.9, 0.0),
+                (0.7, 0, 0.5, 0.1),
+                (1.0, 0, 1.0, 0.05),
+                (1.3, 0, 0.3, 0.0),
+                (1.0, 40, 1.0, 0.0),
+                (2.0, 5, 0.8, 0.0),
+                (1.0, 20, 1.0, 0.02),
+                (1.0, 500, 0.9, 0.0),
+            ] {
+                let rest = &order[count..];
+                let weight = |id: &u32| ((logits[*id as usize] - highest) / temperature as f32).exp();
+                let rest: f32 = rest.iter().map(weight).sum();
+                for error in [-5e-4, 0.0, 5e-4] {
+                    let rest = CandidatesRest { highest, threshold, weight: rest * (1.0 + error) };
+                    let candidates = Candidates { ids: &ids, values: &values, rest };
+                    for seed in 0..100 {
+                        let sampling = Sampling { temperature, top_k, top_p, min_p, seed, ..Sampling::default() };
+                        let [mut one, mut other] = [(); 2].map(|()| Sampler::new(sampling.clone(), &[]));
+                        let expected = one.choose(&mut logits.clone(), None);
+                        let found = other.among(&candidates);
+                        all += 1;
+                        if found.is_some() {
+                            decided += 1;
+                            assert_eq!(found, expected, "{spread} {count} {sampling:?}");
+                        } else {
+                            assert_eq!(
+                                other.choose(&mut logits.clone(), None),
+                                expected,
+                                "{spread} {count} {sampling:?}"
+                            );
+                        }
+                        // And go on with the same numbers.
+                        assert_eq!(one.rng, other.rng);
+                        assert_eq!(one.generated, other.generated);
+                    }
+                }
+            }
+        }
+        assert!(decided > all / 2, "{decided} of {all} are decided");
     }
 
     #[test]
