@@ -382,15 +382,11 @@ fn candidates_are_all_that_is_above_their_threshold() {
                 // for zero where f32 ends.
                 let bound = 1e-4 * expected.2 + 1e-30;
                 assert!((f64::from(weight) - expected.2).abs() <= bound, "{what}: {weight}, {}", expected.2);
-                // A few tokens are candidates all, and of many there are enough.
-                let room = if row == 1 && rows > 2 { 0 } else { width.min(100) };
-                assert!(found.ids.len() >= room.min(expected_finite(own)), "{what}: {}", found.ids.len());
+                // All that come near the largest are candidates, or enough of them; where bisection can't tell them apart, none.
+                let near = own.iter().filter(|value| **value > f64::from(highest) - 60.0).count();
+                let room = if (row == 1 && rows > 2) || scale < 1.0 { 0 } else { 100 };
+                assert!(found.ids.len() >= near.min(room), "{what}: {} of {near}", found.ids.len());
             }
         }
     });
-}
-
-/// Logits that are not infinite.
-fn expected_finite(row: &[f64]) -> usize {
-    row.iter().filter(|value| value.is_finite()).count()
 }
