@@ -165,6 +165,7 @@ impl EmbeddingAdapter {
 
     /// As [`parameters`](Self::parameters).
     pub fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Param<Tensor<2>>)> {
+        self.dora.iter_mut().for_each(Dora::forget_scale);
         let mut found = vec![("lora_embedding_a", &mut self.lora_a), ("lora_embedding_b", &mut self.lora_b)];
         found.extend(self.dora.iter_mut().map(|dora| ("lora_magnitude", &mut dora.magnitude)));
         found
@@ -173,7 +174,6 @@ impl EmbeddingAdapter {
     /// Starts recording: everything that is trained becomes a leaf of the autodiff graph.
     pub fn track(&mut self) {
         self.parameters_mut().into_iter().for_each(|(_, parameter)| track(parameter));
-        self.dora.iter_mut().for_each(Dora::forget_scale);
     }
 
     /// Saves DoRA's norms for passes without a graph.

@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The trainable part: `x ↦ scaling · (dropout(x) lora_aᵀ lora_bᵀ + bias)`.
 ///
-/// [`LoraLinearConfig`](crate::LoraLinearConfig) makes fresh ones. DoRA's norms are kept between passes: after changing a factor
-/// by hand, call [`track`](Self::track) or [`LoraLinear::keep_scale`](crate::LoraLinear::keep_scale).
+/// [`LoraLinearConfig`](crate::LoraLinearConfig) makes fresh ones. DoRA's norms are kept between passes: whoever changes
+/// a field calls [`forget_norms`](Self::forget_norms), as [`parameters_mut`](Self::parameters_mut) does.
 #[derive(Module, Debug)]
 pub struct LoraAdapter {
     /// `[rank, in_features]`, f32.
@@ -91,6 +91,7 @@ impl LoraAdapter {
     /// As [`parameters`](Self::parameters). After changing one, call [`track`](Self::track) or
     /// [`LoraLinear::keep_scale`](crate::LoraLinear::keep_scale).
     pub fn parameters_mut(&mut self) -> Vec<(&'static str, &mut Param<Tensor<2>>)> {
+        self.forget_norms();
         let mut found = vec![("lora_a", &mut self.lora_a), ("lora_b", &mut self.lora_b)];
         found.extend(self.bias.iter_mut().map(|bias| ("lora_bias", bias)));
         found.extend(self.dora.iter_mut().map(|dora| ("lora_magnitude", &mut dora.magnitude)));
@@ -223,6 +224,10 @@ impl LoraAdapter {
     /// Starts recording: everything that is trained becomes a leaf of the autodiff graph.
     pub fn track(&mut self) {
         self.parameters_mut().into_iter().for_each(|(_, parameter)| track(parameter));
+    }
+
+    /// Forgets DoRA's norms, which are kept between passes: factors or magnitudes are about to change.
+    pub fn forget_norms(&mut self) {
         self.dora.iter_mut().for_each(Dora::forget_scale);
     }
 

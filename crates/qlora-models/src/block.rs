@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::rotate;
 use qlora_layers::ops::{attention, attention_again, attention_keeping};
-use qlora_layers::{LoraLinear, Pass};
+use qlora_layers::{LoraAdapter, LoraLinear, Pass};
 
 /// What follows attention.
 #[derive(Clone, Debug)]
@@ -68,7 +68,10 @@ impl Block {
 
     /// The linear layers with their paths in the model.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
-        self.parts_mut().0
+        self.parts_mut().0.map(|(path, linear)| {
+            linear.adapter.iter_mut().for_each(LoraAdapter::forget_norms);
+            (path, linear)
+        })
     }
 
     /// The norms with their paths in the model.
