@@ -37,7 +37,9 @@ fn alone(test: fn()) {
     let (done, result) = channel();
     THREAD.lock().unwrap_or_else(PoisonError::into_inner).send((test, done)).unwrap();
     if let Err(panic) = result.recv().unwrap() {
-        std::panic::resume_unwind(panic);
+        // The thread's own message goes where its first test's output goes.
+        let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        panic!("{}", message.unwrap_or("the test's thread panicked"));
     }
 }
 
