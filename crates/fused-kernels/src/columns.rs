@@ -153,7 +153,7 @@ fn forward_kernel<F: Float, O: Float, N: Size, W: Size>(
     rows: usize,
     width: usize,
     #[define(F)] _format: ElemType,
-    #[define(O)] _out: ElemType,
+    #[define(O)] _out_format: ElemType,
 ) {
     let vector = N::value().comptime();
     let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
