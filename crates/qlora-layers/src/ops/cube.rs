@@ -19,10 +19,10 @@ use cubek::matmul::multi_level;
 use cubek::matmul::strategy::Strategy;
 use cubek::std::InputBinding;
 use fused_kernels::Dropout;
+use host_copies::is_cuda;
 use nf4_quant::FloatFormat;
 use nf4_quant::kernels::{dequantize, supports};
 use nf4_quant::matmul::Direction;
-use host_copies::is_cuda;
 
 /// Whether dropout of an update is applied within the product with the weight on CUDA: only on demand, because the kernels' masks
 /// were not held against the oracle on a card yet.
@@ -79,11 +79,8 @@ impl QloraOps for CubeBackend {
         lora_a: FloatTensor<Self>,
         dropout: Option<LoraDropout>,
     ) -> FloatTensor<Self> {
-        if let Some(LoraDropout { seed, p }) = dropout.filter(|_| is_cuda(&dy.client) && !within_the_product()) {
-            let dtype = float_dtype(dy.dtype);
-            let update = Self::matmul(v, Self::float_cast(lora_a, dtype), dtype);
-            let base = Self::linear_4bit_input_grad(dy, weight);
-            return Self::float_add(base, Self::seeded_dropout(update, seed, p));
+        if let Some(dropout) = dropout.filter(|_| is_cuda(&dy.client) && !within_the_product()) {
+            return composed::input_grad_rounded::<Self>(dy, weight, v, lora_a, dropout);
         }
         let low_rank = Some(Update { product: &v, factor: &lora_a, dropout });
         cube_products::product_4bit(&dy, &weight, Direction::InputGradient, low_rank, dy.dtype)
