@@ -5,7 +5,7 @@
 //! `Σ exp((logit - highest) / temperature)`, in f32: a caller knows how much probability they have together, and that none of them is
 //! likelier than the threshold. Values are the logits themselves, exact in f32.
 //!
-//! **How.** A cube takes a row. The threshold is found by bisection of the [`SPAN`] below the largest logit, [`ROUNDS`] times, each a
+//! **How.** A cube takes a row. The threshold is found by bisection of the `SPAN` below the largest logit, `ROUNDS` times, each a
 //! count over the row, which stays in the second-level cache. It does not have to be the best one: where candidates can't decide, the
 //! caller has the row.
 

@@ -174,7 +174,7 @@ fn forward_kernel<F: Float, O: Float, N: Size, W: Size>(
     }
 }
 
-/// As [`forward_kernel`] over `dy`; the products with `x` are summed in the order of the rows.
+/// As [`forward_kernel()`] over `dy`; the products with `x` are summed in the order of the rows.
 #[cube(launch_unchecked)]
 fn backward_kernel<F: Float, N: Size, W: Size>(
     dy: &[Vector<F, N>],
