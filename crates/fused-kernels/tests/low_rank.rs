@@ -2,11 +2,13 @@
 //! `test_support` says what becomes of them where there is none.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod common;
+
+use common::{half_bytes, halves};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::low_rank::{self, Factor, FactorLayout, Gradient, Output, Projection, Shape, oracle};
 use fused_kernels::{Dropout, FloatFormat, KernelError};
-use half::{bf16, f16};
 use test_support::Random;
 
 const FORMATS: [FloatFormat; 2] = [FloatFormat::BF16, FloatFormat::F16];
@@ -44,22 +46,6 @@ fn floats_of(random: &mut Random, n: usize) -> Vec<f32> {
 /// Values of a format.
 fn halves_of(random: &mut Random, n: usize, format: FloatFormat) -> Vec<f32> {
     (0..n).map(|_| oracle::round(random.signed(), format)).collect()
-}
-
-fn half_bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
-    let bits = values.iter().map(|&v| match format {
-        FloatFormat::F16 => f16::from_f32(v).to_bits(),
-        _ => bf16::from_f32(v).to_bits(),
-    });
-    bits.flat_map(u16::to_le_bytes).collect()
-}
-
-fn halves(bytes: &[u8], format: FloatFormat) -> Vec<f32> {
-    let bits = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    match format {
-        FloatFormat::F16 => bits.map(|b| f16::from_bits(b).to_f32()).collect(),
-        _ => bits.map(|b| bf16::from_bits(b).to_f32()).collect(),
-    }
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

@@ -2,12 +2,14 @@
 //! `test_support` says what becomes of them where there is none.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod common;
+
+use common::{half_bytes, halves};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::low_rank::stacked::{Input, Stack, Update, oracle, project, update};
 use fused_kernels::low_rank::{self, oracle::round};
 use fused_kernels::{FloatFormat, KernelError};
-use half::{bf16, f16};
 use test_support::{Random, assert_close};
 
 const SLOTS: usize = 5;
@@ -29,22 +31,6 @@ struct Case {
 
 fn client() -> Option<&'static Client> {
     test_support::cuda(low_rank::supports)
-}
-
-fn half_bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
-    let bits = values.iter().map(|&v| match format {
-        FloatFormat::F16 => f16::from_f32(v).to_bits(),
-        _ => bf16::from_f32(v).to_bits(),
-    });
-    bits.flat_map(u16::to_le_bytes).collect()
-}
-
-fn halves(bytes: &[u8], format: FloatFormat) -> Vec<f32> {
-    let bits = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    match format {
-        FloatFormat::F16 => bits.map(|b| f16::from_bits(b).to_f32()).collect(),
-        _ => bits.map(|b| bf16::from_bits(b).to_f32()).collect(),
-    }
 }
 
 /// Half a unit in the last place, relative, with room for a tie that an f32 sum decides otherwise.
