@@ -323,7 +323,7 @@ fn product(
         let counters = cuda_source::counters(client, &partial, tiles.next_power_of_two().max(256));
         return launch(client, variant, tiles * splits, inputs.write(out).write(&partial).counters(&counters), params);
     }
-    launch(client, variant, tiles * splits, inputs.write(out).write(&partial), params)?;
+    launch(client, variant, tiles * splits, inputs.write(&partial), params)?;
     let kind = Kind::Sum { project: kind == Kind::Project };
     let variant = Variant { kind, dropout: false, aligned: true, small_aligned: true, ..variant };
     let cubes = (sums / 4).div_ceil(FLAT_THREADS);

@@ -277,15 +277,9 @@ __device__ __forceinline__ float4 load_from_cube(u32 address, u32 cube) {
 
 // Project: `large` is X [tokens, features], `small` the packed factor, a row is a token.
 // Gradient: `large` is the same, `small` is [tokens, rank], a row is a feature.
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_CUBES)
-low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, void* __restrict__ out,
-#if SPLITS == 0
-                 float4* partial,  // the splits' sums: [tile][split][m][n][lane]
-#if LAST_ADDS
-                 u32* counters,    // of each tile, the cubes that have written theirs
-#endif
-#endif
-                 const __grid_constant__ Params p) {
+// Splits through scratch write their sums to `partial`, [tile][split][m][n][lane]; `counters` has the cubes of each tile that have.
+__device__ __forceinline__ void product(const u16* __restrict__ large, const u16* __restrict__ small, void* out,
+                                        float4* partial, u32* counters, const Params& p) {
     __shared__ __align__(128) unsigned char shared[SHARED_BYTES];
     const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const u32 wk = warp % WARPS_K, wn = warp / WARPS_K % WARPS_N, wm = warp / WARPS_K / WARPS_N;
@@ -552,6 +546,21 @@ low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, v
     for (u32 i = threadIdx.x; i < TILES_PER_CUBE * LANES; i += THREADS) add_splits(partial, out, p, tile, i);
 #endif
 }
+
+#if LAST_ADDS
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
+low_rank_product_and_sum(const u16* __restrict__ large, const u16* __restrict__ small, void* __restrict__ out, float4* partial,
+                         u32* counters, const __grid_constant__ Params p) {
+    product(large, small, out, partial, counters, p);
+}
+#else
+// `out` is scratch memory where there are splits through it.
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_CUBES)
+low_rank_product(const u16* __restrict__ large, const u16* __restrict__ small, void* __restrict__ out,
+                 const __grid_constant__ Params p) {
+    product(large, small, out, (float4*)out, nullptr, p);
+}
+#endif
 
 #endif
 #endif

@@ -291,7 +291,8 @@ impl Variant {
             Kind::Pack | Kind::Sum { .. } => FLAT_THREADS,
             Kind::Project | Kind::Gradient => self.tiling.threads(),
         };
-        Source::with_defines(KERNELS, self.kind.entry_point(), threads as u32, &macros)
+        let entry_point = if self.last_adds { "low_rank_product_and_sum" } else { self.kind.entry_point() };
+        Source::with_defines(KERNELS, entry_point, threads as u32, &macros)
     }
 }
 
