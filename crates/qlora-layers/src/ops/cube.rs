@@ -23,11 +23,14 @@ use host_copies::is_cuda;
 use nf4_quant::FloatFormat;
 use nf4_quant::kernels::{dequantize, supports};
 use nf4_quant::matmul::Direction;
+use std::sync::LazyLock;
 
 /// Whether dropout of an update is applied within the product with the weight on CUDA: only on demand, because the kernels' masks
 /// were not held against the oracle on a card yet.
 fn within_the_product() -> bool {
-    std::env::var_os("BURN_QLORA_DROPOUT").is_some_and(|value| value == "joined")
+    static ASKED_FOR: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os("BURN_QLORA_DROPOUT").is_some_and(|value| value == "joined"));
+    *ASKED_FOR
 }
 
 impl QloraOps for CubeBackend {
