@@ -76,19 +76,6 @@ pub(super) fn linear<B: QloraOps>(
     B::float_cast(B::float_add(base, B::matmul(u, factor, FloatDType::F32)), dtype)
 }
 
-/// `B::linear_4bit_low_rank_input_grad` with dropout; both parts are rounded before they are added.
-pub(super) fn input_grad_rounded<B: QloraOps>(
-    dy: FloatTensor<B>,
-    weight: Packed4bit<B>,
-    v: FloatTensor<B>,
-    lora_a: FloatTensor<B>,
-    LoraDropout { seed, p }: LoraDropout,
-) -> FloatTensor<B> {
-    let dtype = float_dtype(dy.dtype());
-    let update = B::matmul(v, B::float_cast(lora_a, dtype), dtype);
-    B::float_add(B::linear_4bit_input_grad(dy, weight), B::seeded_dropout(update, seed, p))
-}
-
 /// `B::linear_4bit_low_rank_input_grad`; the base's part is rounded before the update is added.
 pub(super) fn input_grad<B: QloraOps>(
     dy: FloatTensor<B>,

@@ -19,19 +19,9 @@ use cubek::matmul::multi_level;
 use cubek::matmul::strategy::Strategy;
 use cubek::std::InputBinding;
 use fused_kernels::Dropout;
-use host_copies::is_cuda;
 use nf4_quant::FloatFormat;
 use nf4_quant::kernels::{dequantize, supports};
 use nf4_quant::matmul::Direction;
-use std::sync::LazyLock;
-
-/// Whether dropout of an update is applied within the product with the weight on CUDA: only on demand, because the kernels' masks
-/// were not held against the oracle on a card yet.
-fn within_the_product() -> bool {
-    static ASKED_FOR: LazyLock<bool> =
-        LazyLock::new(|| std::env::var_os("BURN_QLORA_DROPOUT").is_some_and(|value| value == "joined"));
-    *ASKED_FOR
-}
 
 impl QloraOps for CubeBackend {
     fn dequantize_4bit(weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self> {
@@ -82,9 +72,6 @@ impl QloraOps for CubeBackend {
         lora_a: FloatTensor<Self>,
         dropout: Option<LoraDropout>,
     ) -> FloatTensor<Self> {
-        if let Some(dropout) = dropout.filter(|_| is_cuda(&dy.client) && !within_the_product()) {
-            return composed::input_grad_rounded::<Self>(dy, weight, v, lora_a, dropout);
-        }
         let low_rank = Some(Update { product: &v, factor: &lora_a, dropout });
         cube_products::product_4bit(&dy, &weight, Direction::InputGradient, low_rank, dy.dtype)
             .unwrap_or_else(|| composed::input_grad::<Self>(dy, weight, v, lora_a, dropout))
