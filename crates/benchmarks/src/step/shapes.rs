@@ -66,7 +66,9 @@ mod tests {
 
     #[test]
     fn shapes_have_their_parameters() {
-        for (name, billions) in [("llama-2-7b", 6.738), ("llama-3.1-8b", 8.030), ("llama-2-70b", 68.977)] {
+        for (name, billions) in
+            [("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-3.1-8b", 8.030), ("llama-2-70b", 68.977)]
+        {
             let config = config(name, None, None).unwrap();
             let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
             let norms: usize = config.norms().iter().map(|(_, width)| width).sum();
