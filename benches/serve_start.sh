@@ -17,6 +17,7 @@ from random_checkpoint import checkpoint
 print(checkpoint(argparse.Namespace(shape=sys.argv[1], layers=None, words=None)))
 PYTHON
 )
+model=${model##*$'\n'}
 body='{"model": "base", "prompt": "hello world 7", "max_tokens": 1, "temperature": 0}'
 for start in $(seq "$starts"); do
     began=$(date +%s.%N)

@@ -45,9 +45,15 @@ fn cpu() -> Option<String> {
     Some(name.trim().to_owned())
 }
 
-/// How this program was called.
+/// How this program was called, without the folder that it lies in.
 pub(crate) fn command() -> String {
-    std::env::args().collect::<Vec<_>>().join(" ")
+    let mut arguments: Vec<_> = std::env::args().collect();
+    if let Some(program) = arguments.first_mut()
+        && let Some(name) = Path::new(program).file_name()
+    {
+        *program = name.to_string_lossy().into_owned();
+    }
+    arguments.join(" ")
 }
 
 /// The commit that is checked out where the program runs, and whether files differ from it; `QLORA_BENCH_COMMIT` where it runs

@@ -30,6 +30,7 @@
 //! quantized `x`, which some processors have instructions for, would round `x`.
 
 mod lanes;
+mod nested;
 mod rows;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -37,7 +38,7 @@ mod x86;
 use rayon::prelude::*;
 
 use crate::blocks::check_blocksize;
-use crate::{Absmax, Element, QuantError, QuantType, Quantized4bit, signed_dynamic_map};
+use crate::{Absmax, Element, QuantError, QuantType, Quantized4bit};
 use lanes::{GROUP, Group};
 use rows::{Columns, Source, Task};
 
@@ -70,13 +71,11 @@ impl AbsmaxView<'_> {
         match self {
             Self::Plain(absmax) => out.copy_from_slice(&absmax[first..first + out.len()]),
             Self::Nested { codes, absmax, offset, blocksize } => {
-                let (map, mut first, mut out) = (signed_dynamic_map(), first, out);
+                let (mut first, mut out) = (first, out);
                 while !out.is_empty() {
                     let (block, of_block) = (first / blocksize, out.len().min(blocksize - first % blocksize));
                     let (now, later) = out.split_at_mut(of_block);
-                    for (out, code) in now.iter_mut().zip(&codes[first..]) {
-                        *out = map[usize::from(*code)] * absmax[block] + offset;
-                    }
+                    nested::look_up(&codes[first..first + of_block], absmax[block], offset, now);
                     (first, out) = (first + of_block, later);
                 }
             }
