@@ -54,9 +54,13 @@ impl DeviceMemory {
 
     /// Bytes that could still be allocated, and bytes in all: without what [`limit_memory`] holds.
     pub fn free(&self) -> Option<(u64, u64)> {
-        let held = HELD.lock().unwrap_or_else(PoisonError::into_inner).get(&self.index).map_or(0, |held| held.bytes);
         let (free, total) = self.context.mem_get_info().ok()?;
-        Some((free as u64, (total as u64).saturating_sub(held)))
+        Some((free as u64, (total as u64).saturating_sub(self.held())))
+    }
+
+    /// Bytes that [`limit_memory`] holds.
+    pub fn held(&self) -> u64 {
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).get(&self.index).map_or(0, |held| held.bytes)
     }
 
     /// See [`limit_memory`].

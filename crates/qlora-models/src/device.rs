@@ -2,7 +2,7 @@
 
 use crate::{ModelError, kernel_cache};
 use burn::tensor::{Device, DeviceKind, FloatDType};
-use host_copies::{client_of, limit_memory, parse_size};
+use host_copies::{DeviceMemory, client_of, limit_memory, parse_size};
 use std::panic::catch_unwind;
 use std::sync::{Mutex, PoisonError};
 
@@ -159,6 +159,11 @@ impl Floats {
         let instead = other.map_or("\"f32\"".into(), |(_, name)| format!("{name} or \"f32\""));
         Err(ModelError::ComputeDtype { dtype: format!("{dtype:?}").to_lowercase(), device, instead })
     }
+}
+
+/// Bytes of a CUDA device that the program holds back, so that it behaves as a smaller one: `BURN_QLORA_DEVICE_MEMORY`.
+pub fn held_memory(device: &Device) -> u64 {
+    DeviceMemory::of(device).map_or(0, |memory| memory.held())
 }
 
 /// The most bytes in use so far: reserved by the device's allocator, which rarely gives memory back, as far as this is called after

@@ -33,7 +33,9 @@ pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
 pub use decoder::Decoder;
-pub use device::{check_compute_dtype, default_compute_dtype, device_memory, host_memory, peak_memory, select_device};
+pub use device::{
+    check_compute_dtype, default_compute_dtype, device_memory, held_memory, host_memory, peak_memory, select_device,
+};
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};

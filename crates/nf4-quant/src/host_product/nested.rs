@@ -51,7 +51,9 @@ mod x86 {
     };
 
     pub(super) fn is_here() -> bool {
-        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vbmi")
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vbmi")
     }
 
     /// As [`super::look_up`].
@@ -63,7 +65,8 @@ mod x86 {
     pub(super) unsafe fn look_up(codes: &[u8], absmax: f32, offset: f32, out: &mut [f32]) {
         let planes = &*PLANES;
         // SAFETY: a plane has four times 64 bytes.
-        let quarter = |plane: usize, i: usize| unsafe { _mm512_loadu_si512(planes[plane][CODES * i..].as_ptr().cast()) };
+        let quarter =
+            |plane: usize, i: usize| unsafe { _mm512_loadu_si512(planes[plane][CODES * i..].as_ptr().cast()) };
         let tables: [[__m512i; 4]; 4] = std::array::from_fn(|plane| std::array::from_fn(|i| quarter(plane, i)));
         // SAFETY: the array has 64 bytes.
         let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
