@@ -3,8 +3,10 @@
 //! - [`Copies`] and [`Download`]: one stream for the copies of a device, one client that is never dropped, one kind of
 //!   copy to the host that was started and is waited for later.
 //! - [`persistent`]: memory for tensors that stay.
+//! - [`staging`]: room on the host for what is to be sent.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
-//! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back.
+//! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back;
+//!   [`from_buffer`]: a Burn tensor of a buffer.
 //! - [`Recording`]: a pass that is recorded once and replayed with other values in its inputs.
 //! - [`free_memory`] and [`limit_memory`]: what a device has left, and one that is to behave as a smaller one.
 //! - [`DeviceError`]: a device that is out of memory, told from one that failed.
@@ -25,6 +27,7 @@ mod error;
 mod memory;
 mod reading;
 mod recording;
+mod staging;
 mod tensor;
 
 pub use copies::{Copies, Download, client_of, is_cuda, persistent};
@@ -32,4 +35,5 @@ pub use error::DeviceError;
 pub use memory::{DeviceMemory, UNITS, free_memory, limit_memory, parse_size};
 pub use reading::Reading;
 pub use recording::{Recording, overwrite, overwrite_int};
-pub use tensor::{as_cube, cube_of_int, from_cube, int_from_cube, into_cube};
+pub use staging::staging;
+pub use tensor::{as_cube, cube_of_int, from_buffer, from_cube, int_from_buffer, int_from_cube, into_cube};

@@ -1,9 +1,10 @@
 //! The CubeCL tensor behind a Burn tensor, and back.
 
-use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind};
-use burn::tensor::{Int, Tensor};
+use burn::backend::{BackendTensor, DispatchDevice, DispatchTensor, DispatchTensorKind};
+use burn::tensor::{DType, Device, Int, Shape, Tensor};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::server::Handle;
 
 /// The CubeCL tensor that a float tensor is, contiguous; `None` where the tensor is in the host's memory. Autodiff is
 /// dropped. Where nothing else holds the tensor's buffer, the result may be changed in place.
@@ -43,4 +44,39 @@ pub fn cube_of_int<const D: usize>(tensor: Tensor<D, Int>) -> Option<CubeTensor>
 pub fn int_from_cube<const D: usize>(tensor: CubeTensor) -> Tensor<D, Int> {
     let kind = DispatchTensorKind::Cube(BackendTensor::Int(tensor));
     Tensor::from_dispatch(DispatchTensor { kind, autodiff: Default::default() })
+}
+
+/// The tensor of floats that a buffer of a device's client holds, row-major; `None` where the device is the host.
+///
+/// # Shapes
+/// The buffer has room for `shape` in `dtype`.
+pub fn from_buffer<const D: usize>(
+    device: &Device,
+    buffer: Handle,
+    shape: [usize; D],
+    dtype: DType,
+) -> Option<Tensor<D>> {
+    Some(from_cube(cube_from_buffer(device, buffer, shape.into(), dtype)?))
+}
+
+/// [`from_buffer`] for integers.
+///
+/// # Shapes
+/// As there.
+pub fn int_from_buffer<const D: usize>(
+    device: &Device,
+    buffer: Handle,
+    shape: [usize; D],
+    dtype: DType,
+) -> Option<Tensor<D, Int>> {
+    Some(int_from_cube(cube_from_buffer(device, buffer, shape.into(), dtype)?))
+}
+
+fn cube_from_buffer(device: &Device, buffer: Handle, shape: Shape, dtype: DType) -> Option<CubeTensor> {
+    match device.as_dispatch() {
+        DispatchDevice::Cube(cube) => {
+            Some(CubeTensor::new_contiguous(cube.client(), cube.clone(), shape, buffer, dtype))
+        }
+        _ => None,
+    }
 }

@@ -5,7 +5,10 @@
 use std::sync::Mutex;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use host_copies::{Copies, DeviceError, Reading, as_cube, free_memory, from_cube, limit_memory};
+use cubecl::bytes::AllocationProperty;
+use host_copies::{
+    Copies, DeviceError, Reading, as_cube, client_of, free_memory, from_buffer, from_cube, limit_memory, staging,
+};
 use test_support::devices;
 
 /// One test at a time: another's buffers would be in the way of the one that fills the device.
@@ -47,6 +50,30 @@ fn a_buffer_that_went_to_the_host_and_back_is_the_same() {
         let back: Tensor<1> = from_cube(cube);
         let difference = (back - tensor).abs().sum();
         assert_eq!(difference.into_data().iter::<f32>().next(), Some(0.0), "{name}");
+    }
+}
+
+/// Buffer after buffer over the same memory of the device, as a loader does it; on CUDA from pinned memory.
+#[test]
+fn what_was_staged_arrives_in_its_order() {
+    let _alone = DEVICE.lock().unwrap();
+    for (name, device) in devices() {
+        let Some(client) = client_of(&device) else { continue };
+        // CubeCL gives pinned memory back after two further writes of more than 10 MiB, and every buffer here is one.
+        const LEN: usize = 3 << 20;
+        let buffer = client.empty(4 * LEN);
+        let tensor: Tensor<1> = from_buffer(&device, buffer.clone(), [LEN], DType::F32).unwrap();
+        let mut sums = Vec::new();
+        for round in 1..=5 {
+            let mut bytes = staging(&client, 4 * LEN);
+            assert_eq!(bytes.len(), 4 * LEN);
+            assert_eq!(bytes.property() == AllocationProperty::Pinned, name == "cuda");
+            bytes.copy_from_slice(bytemuck::cast_slice(&vec![round as f32; LEN]));
+            client.write(&buffer, bytes);
+            sums.push(tensor.clone().slice([0..1000]).sum() + tensor.clone().slice([LEN - 1000..LEN]).sum());
+        }
+        let sums = Reading::start(Tensor::cat(sums, 0)).unwrap().wait().unwrap();
+        assert_eq!(sums, [2000.0, 4000.0, 6000.0, 8000.0, 10000.0], "{name}");
     }
 }
 

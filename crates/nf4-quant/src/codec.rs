@@ -78,6 +78,21 @@ pub fn dequantize_blocks<E: Element>(
     Ok(())
 }
 
+/// The absmax of each block, those that [`quantize_blocks`] finds; `false` where an element is NaN or infinite, the
+/// contents of `absmax` being then unspecified. On the calling thread alone.
+///
+/// # Shapes
+///
+/// `absmax` holds ceil(n / blocksize) entries for n elements.
+///
+/// # Errors
+///
+/// [`QuantError::Blocksize`]; [`QuantError::Length`] naming the buffer.
+pub fn block_absmax<E: Element>(weight: &[E], blocksize: usize, absmax: &mut [f32]) -> Result<bool, QuantError> {
+    check_lengths(blocksize, weight.len(), weight.len().div_ceil(2), absmax.len())?;
+    Ok(absmax_span(weight, blocksize, absmax))
+}
+
 fn check_lengths(blocksize: usize, elements: usize, codes: usize, absmax: usize) -> Result<(), QuantError> {
     check_blocksize(blocksize)?;
     let needed = [("codes", elements.div_ceil(2), codes), ("absmax", elements.div_ceil(blocksize), absmax)];
@@ -162,6 +177,22 @@ fn quantize_span_body<E: Element>(
         }
     }
     true
+}
+
+for_processor! {
+    /// The absmax of whole blocks (the tensor's last one may be short); false on a NaN or infinity.
+    fn absmax_span = absmax_span_body(weight: &[E], blocksize: usize, absmax: &mut [f32]) -> bool
+}
+
+#[inline(always)]
+fn absmax_span_body<E: Element>(weight: &[E], blocksize: usize, absmax: &mut [f32]) -> bool {
+    let mut finite = true;
+    for (block, absmax) in weight.chunks(blocksize).zip(absmax) {
+        let max = E::largest(block);
+        finite &= max.is_finite();
+        *absmax = if max < f32::MIN_POSITIVE { 0.0 } else { max };
+    }
+    finite
 }
 
 /// Encodes and packs 32 values at a time, in two simple loops that both vectorise.

@@ -99,6 +99,13 @@ pub trait Element: Copy + Send + Sync + 'static {
         }
     }
 
+    /// The largest magnitude of a slice, NaN or infinite where an element is.
+    #[inline(always)]
+    fn largest(slice: &[Self]) -> f32 {
+        // Magnitudes order as their bits do, and a NaN or infinity comes out on top.
+        f32::from_bits(slice.iter().fold(0, |max, v| u32::max(max, v.to_f32().to_bits() & 0x7fff_ffff)))
+    }
+
     /// The slice as f32, where it is one.
     #[inline(always)]
     fn as_f32(_slice: &[Self]) -> Option<&[f32]> {
@@ -150,6 +157,11 @@ impl Element for bf16 {
     }
 
     #[inline(always)]
+    fn largest(slice: &[Self]) -> f32 {
+        Self::from_bits(slice.iter().fold(0, |max, v| u16::max(max, v.to_bits() & 0x7fff))).to_f32()
+    }
+
+    #[inline(always)]
     fn as_bf16(slice: &[Self]) -> Option<&[bf16]> {
         Some(slice)
     }
@@ -166,6 +178,11 @@ impl Element for f16 {
     #[inline]
     fn from_f32(value: f32) -> Self {
         f16::from_f32(value)
+    }
+
+    #[inline(always)]
+    fn largest(slice: &[Self]) -> f32 {
+        Self::from_bits(slice.iter().fold(0, |max, v| u16::max(max, v.to_bits() & 0x7fff))).to_f32()
     }
 
     // By slice, `half` uses the processor's conversion instructions.

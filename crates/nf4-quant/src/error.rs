@@ -75,6 +75,21 @@ pub enum QuantError {
         /// Elements of the weight.
         num_elements: usize,
     },
+    /// Parts of a weight that don't make it up.
+    #[error(
+        "{elements} elements can't come after {come} of {num_elements}: parts have a multiple of {multiple} elements, but \
+         for the last, and together all"
+    )]
+    Part {
+        /// Elements of the part; 0 where the weight was to be finished.
+        elements: usize,
+        /// Elements that came before.
+        come: usize,
+        /// Elements of the weight.
+        num_elements: usize,
+        /// What parts are multiples of.
+        multiple: usize,
+    },
     /// More elements than the kernels can index.
     #[error("{num_elements} elements exceed the {limit} that the kernels index: split the tensor")]
     TooLarge {

@@ -50,7 +50,7 @@ mod reciprocal;
 pub mod reference;
 
 pub use codebook::{QuantType, signed_dynamic_map};
-pub use codec::{dequantize_blocks, quantize_blocks};
+pub use codec::{block_absmax, dequantize_blocks, quantize_blocks};
 pub use element::{Element, FloatFormat};
 pub use error::QuantError;
 pub use metadata::{Metadata, NestedMetadata};

@@ -8,12 +8,13 @@
 mod common;
 
 use common::{assert_bits, cases, narrow, round_to, ulps};
+use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::server::Handle;
-use nf4_quant::kernels::{self, DeviceAbsmax, DeviceWeight};
+use nf4_quant::kernels::{self, DeviceAbsmax, DeviceWeight, StreamedQuantize};
 use nf4_quant::{
     Absmax, Element, FloatFormat, NestedAbsmax, QuantConfig, QuantError, QuantState, QuantType, Quantized4bit,
-    reference,
+    block_absmax, reference,
 };
 use test_support::{Random, clients};
 
@@ -273,6 +274,45 @@ fn the_offset_of_many_blocks_is_the_mean() {
         // The sum overflows f32, the mean does not.
         let config = QuantConfig { blocksize: 32, ..QuantConfig::default() };
         check_quantize(client, name, &[1.5e38; 32 * 100], FloatFormat::F32, &config);
+    }
+}
+
+/// Through a buffer that every part overwrites, as a loader does it: codes and statistics of the host codec, offset included.
+#[test]
+fn a_weight_in_parts_is_the_host_codecs() {
+    const PART: usize = StreamedQuantize::PART;
+    for (name, client) in clients() {
+        for format in formats(client) {
+            for (len, blocksize, double_quant) in
+                [(PART + 33, 64, true), (3 * PART, 4096, false), (2 * PART + 4097, 32, true), (7, 64, true)]
+            {
+                let what = format!("{name} {format} {len}/{blocksize}");
+                let config = QuantConfig { quant_type: QuantType::ALL[len % 2], blocksize, double_quant };
+                let weight = round_to(&weights(&mut Random(len as u64), len), format);
+                let expected = with_element!(format, E => {
+                    let weight = narrow::<E>(&weight);
+                    let mut absmax = vec![f32::NAN; len.div_ceil(blocksize)];
+                    assert_eq!(block_absmax(&weight, blocksize, &mut absmax), Ok(true), "{what}");
+                    (Quantized4bit::quantize(&weight, &[len], &config).unwrap(), NestedAbsmax::mean(&absmax))
+                });
+                let (expected, offset) = expected;
+                let buffer = client.empty(PART * format.size());
+                let mut streamed = StreamedQuantize::new(client, len, format, &config).unwrap();
+                for part in weight.chunks(PART) {
+                    client.write(&buffer, Bytes::from_bytes_vec(bytes(part, format)));
+                    streamed.push(client, &buffer, part.len()).unwrap();
+                }
+                let device = streamed.finish(client, offset).unwrap();
+                assert_eq!(device.to_host(client, &[len], format).unwrap(), expected, "{what}");
+            }
+        }
+        let mut streamed = StreamedQuantize::new(client, 2 * PART, FloatFormat::F32, &QuantConfig::default()).unwrap();
+        let buffer = client.empty(4 * PART);
+        for wrong in [0, 5, PART + 1, 3 * PART] {
+            assert!(matches!(streamed.push(client, &buffer, wrong), Err(QuantError::Part { .. })), "{wrong}");
+        }
+        streamed.push(client, &buffer, PART).unwrap();
+        assert!(matches!(streamed.finish(client, 0.0), Err(QuantError::Part { elements: 0, .. })));
     }
 }
 

@@ -23,10 +23,12 @@
 mod dequantize;
 mod offset;
 mod quantize;
+mod streamed;
 mod weight;
 
 pub use dequantize::{dequantize, dequantize_range};
 pub use quantize::{Quantizing, quantize, queue_quantize};
+pub use streamed::StreamedQuantize;
 pub use weight::{DeviceAbsmax, DeviceWeight};
 
 use std::any::TypeId;

@@ -89,27 +89,9 @@ pub fn queue_quantize(
     check_size("input", &input, num_elements * format.size())?;
 
     let QuantConfig { quant_type, blocksize, double_quant } = *config;
-    let (words, blocks) = (num_elements.div_ceil(8), num_elements.div_ceil(blocksize));
-    let (codes, absmax) = (client.empty(4 * words), client.empty(4 * blocks));
-    let vector = vector_size(client, format, num_elements);
-    let words_per_unit = blocksize.div_ceil(8 * UNITS);
-    let cubes = words.div_ceil(words_per_unit * UNITS);
-    // SAFETY: the input's size is checked above, the others are made to fit, and the kernel stays
-    // within `num_elements`.
-    unsafe {
-        quantize_kernel::launch_unchecked(
-            client,
-            cube_count(client, cubes),
-            CubeDim::new_1d(UNITS as u32),
-            vector,
-            buffer(&input, num_elements / vector),
-            buffer(&tables(client), TABLE_LEN),
-            buffer(&codes, words),
-            buffer(&absmax, blocks),
-            BlocksLaunch::new(num_elements, quant_type, blocksize, words_per_unit),
-            elem_type(format),
-        );
-    }
+    let blocks = num_elements.div_ceil(blocksize);
+    let (codes, absmax) = (client.empty(4 * num_elements.div_ceil(8)), client.empty(4 * blocks));
+    launch(client, &input, format, num_elements, config, &codes, &absmax);
     let mean = offset::mean(client, &absmax, blocks);
     let statistics = match double_quant {
         true => quantize_nested(client, &absmax, blocks, &mean),
@@ -117,6 +99,40 @@ pub fn queue_quantize(
     };
     let weight = DeviceWeight { codes, absmax: statistics, quant_type, blocksize, num_elements };
     Ok(Quantizing { weight, absmax, mean, input, format })
+}
+
+/// Queues the kernel that encodes elements and finds the absmax of their blocks. The buffers' sizes are checked, and so is
+/// the format.
+pub(super) fn launch(
+    client: &Client,
+    input: &Handle,
+    format: FloatFormat,
+    num_elements: usize,
+    config: &QuantConfig,
+    codes: &Handle,
+    absmax: &Handle,
+) {
+    let QuantConfig { quant_type, blocksize, .. } = *config;
+    let (words, blocks) = (num_elements.div_ceil(8), num_elements.div_ceil(blocksize));
+    let vector = vector_size(client, format, num_elements);
+    let words_per_unit = blocksize.div_ceil(8 * UNITS);
+    let cubes = words.div_ceil(words_per_unit * UNITS);
+    // SAFETY: the callers checked the input's size and made the others to fit, and the kernel stays within
+    // `num_elements`.
+    unsafe {
+        quantize_kernel::launch_unchecked(
+            client,
+            cube_count(client, cubes),
+            CubeDim::new_1d(UNITS as u32),
+            vector,
+            buffer(input, num_elements / vector),
+            buffer(&tables(client), TABLE_LEN),
+            buffer(codes, words),
+            buffer(absmax, blocks),
+            BlocksLaunch::new(num_elements, quant_type, blocksize, words_per_unit),
+            elem_type(format),
+        );
+    }
 }
 
 impl Quantizing {
@@ -175,7 +191,7 @@ fn non_finite(client: &Client, input: Handle, format: FloatFormat, len: usize) -
     })
 }
 
-fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, mean: &Handle) -> DeviceAbsmax {
+pub(super) fn quantize_nested(client: &Client, absmax: &Handle, blocks: usize, mean: &Handle) -> DeviceAbsmax {
     let blocksize = NestedAbsmax::DEFAULT_BLOCKSIZE;
     let nested_blocks = blocks.div_ceil(blocksize);
     let codes = client.empty(4 * blocks.div_ceil(4));
