@@ -141,6 +141,21 @@ impl Checkpoint {
         self.tensors.get(name).map(|&(file, position)| self.files[file].view(position))
     }
 
+    /// Copies the bytes of `view` from `start` on, as many as `to` has, into memory of the caller's. The pages of a view of this
+    /// checkpoint are not mapped for it. Threads may read at once.
+    ///
+    /// # Errors
+    /// [`FormatError::Read`]: the file can't be read, or the view ends before.
+    pub fn read(&self, view: &TensorView, start: usize, to: &mut [u8]) -> Result<(), FormatError> {
+        let end = || FormatError::Read { path: view.file.into(), source: std::io::ErrorKind::UnexpectedEof.into() };
+        let part = view.data.get(start..).and_then(|rest| rest.get(..to.len())).ok_or_else(end)?;
+        let file = self.tensors.get(view.name).map(|&(file, _)| &self.files[file]);
+        file.and_then(|file| file.read(part, to)).unwrap_or_else(|| {
+            to.copy_from_slice(part);
+            Ok(())
+        })
+    }
+
     /// Lets go of a tensor's part of the mapped file, once it has been read: a conversion then holds a few tensors,
     /// however large the checkpoint is. It can be read again.
     pub fn release(&self, name: &str) {

@@ -17,6 +17,9 @@ use crate::header::{self, TensorInfo};
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     path: PathBuf,
+    /// To read what need not be mapped.
+    #[cfg(unix)]
+    file: File,
     map: Mmap,
     tensors: Vec<TensorInfo>,
 }
@@ -33,7 +36,13 @@ impl MappedFile {
         // replaces files by rename, which leaves a mapped one alone.
         let map = unsafe { Mmap::map(&file) }.map_err(read)?;
         let tensors = header::parse(path, &map)?;
-        Ok(Self { path: path.to_path_buf(), map, tensors })
+        Ok(Self {
+            path: path.to_path_buf(),
+            #[cfg(unix)]
+            file,
+            map,
+            tensors,
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -55,6 +64,21 @@ impl MappedFile {
             // The header's check put every range inside the file.
             data: &self.map[info.range.clone()],
         }
+    }
+
+    /// Copies the bytes of a part of the map, without mapping its pages: mapping costs as much as copying. `None` for a part
+    /// that lies elsewhere.
+    pub(crate) fn read(&self, part: &[u8], to: &mut [u8]) -> Option<Result<(), FormatError>> {
+        let start = (part.as_ptr() as usize).checked_sub(self.map.as_ptr() as usize)?;
+        if start.checked_add(part.len())? > self.map.len() || part.len() != to.len() {
+            return None;
+        }
+        #[cfg(unix)]
+        let read = std::os::unix::fs::FileExt::read_exact_at(&self.file, to, start as u64)
+            .map_err(|source| FormatError::Read { path: self.path.clone(), source });
+        #[cfg(not(unix))]
+        let read = Ok(to.copy_from_slice(part));
+        Some(read)
     }
 
     /// Lets go of the pages of a tensor that has been read: they stay in the page cache, but no longer count as this

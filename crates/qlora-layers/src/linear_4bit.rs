@@ -8,7 +8,8 @@ use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use burn_cubecl::CubeBackend;
-use host_copies::{cube_of_int, persistent};
+use host_copies::{cube_of_int, int_from_buffer, persistent};
+use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight};
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 
 /// Makes a [`Linear4bit`] with random weights, to be filled from a record.
@@ -90,14 +91,49 @@ impl Linear4bit {
             dtype: state.dtype,
             nested_blocksize,
         };
-        let format = format_shape(&layout);
         Ok(Self {
             codes: frozen(upload(pack_words(&weight.codes), device)),
             absmax: frozen(upload(absmax, device)),
             nested_absmax: frozen(upload(nested_absmax, device)),
-            format: frozen(persistent(device, format, |format| Tensor::zeros(format, (device, DType::U32)))),
+            format: format_of(&layout, device),
             layout,
         })
+    }
+
+    /// A layer over a weight that was quantized on `device`. Its buffers become the layer's.
+    ///
+    /// `dtype` is that of the quantization state, see [`Layout4bit::dtype`].
+    ///
+    /// # Errors
+    /// [`LayerError::Weight`] when the buffers are too small for the shape, or `device` is the host.
+    pub fn from_device(
+        weight: DeviceWeight,
+        [out_features, in_features]: [usize; 2],
+        dtype: FloatFormat,
+        device: &Device,
+    ) -> Result<Self, LayerError> {
+        weight.validate().map_err(|e| LayerError::Weight(e.to_string()))?;
+        if weight.num_elements != out_features * in_features {
+            let DeviceWeight { num_elements, .. } = weight;
+            return Err(LayerError::Weight(format!("{num_elements} elements are no {out_features} x {in_features}")));
+        }
+        let words = |buffer, len| {
+            int_from_buffer(device, buffer, [len], DType::U32).map(frozen).ok_or_else(|| {
+                LayerError::Weight("its buffers are on a GPU, and its layer is to be on the host".into())
+            })
+        };
+        let blocks = weight.num_blocks();
+        let (absmax, nested_absmax, nested_blocksize) = match weight.absmax {
+            DeviceAbsmax::Plain(absmax) => (words(absmax, blocks)?, frozen(upload(vec![0], device)), None),
+            DeviceAbsmax::Nested { codes, absmax, blocksize } => {
+                let nested_absmax = words(absmax, blocks.div_ceil(blocksize) + 1)?;
+                (words(codes, blocks.div_ceil(4))?, nested_absmax, Some(blocksize))
+            }
+        };
+        let codes = words(weight.codes, weight.num_elements.div_ceil(8))?;
+        let DeviceWeight { quant_type, blocksize, .. } = weight;
+        let layout = Layout4bit { out_features, in_features, quant_type, blocksize, dtype, nested_blocksize };
+        Ok(Self { codes, absmax, nested_absmax, format: format_of(&layout, device), layout })
     }
 
     /// Names the weight: clones of it have the same name, other weights have others.
@@ -251,6 +287,11 @@ fn format_shape(layout: &Layout4bit) -> [usize; 2] {
         FloatFormat::BF16 => 3,
     };
     [quant_type, dtype]
+}
+
+/// The parameter that stands for codebook and dtype.
+fn format_of(layout: &Layout4bit, device: &Device) -> Param<Tensor<2, Int>> {
+    frozen(persistent(device, format_shape(layout), |format| Tensor::zeros(format, (device, DType::U32))))
 }
 
 /// A byte stream as little-endian words, zero-padded to a multiple of four.

@@ -44,6 +44,14 @@ pub enum ModelError {
         /// Why.
         problem: String,
     },
+    /// The environment names no way of loading.
+    #[error("{variable}={value}: write \"host\" to have weights quantized by the processor, or unset it")]
+    Loading {
+        /// The environment's variable.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+    },
     /// A format that the device does not compute in.
     #[error(
         "quantization.compute_dtype = \"{dtype}\": {device} does not compute in {dtype}: use {instead}, or \"auto\""

@@ -1,6 +1,8 @@
 //! Streaming load: each tensor goes from the mapped file through the quantizer to the device before the
 //! next one is touched.
 //!
+//! On CUDA the quantizer is the device itself, which works while the next part is read (`streaming`).
+//!
 //! Peak host memory is the mapped file (page cache, reclaimable) and a few tensors; peak device
 //! memory is the finished model and one tensor.
 //!
@@ -9,6 +11,7 @@
 mod options;
 mod random;
 mod source;
+mod streaming;
 
 use crate::ModelError;
 use crate::block::{Block, FeedForward};
@@ -31,6 +34,7 @@ use random::Random;
 use source::Source;
 use std::collections::BTreeSet;
 use std::path::Path;
+use streaming::{Quantizer, Streaming};
 
 /// How far loading is.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +69,8 @@ impl Decoder {
         }
         let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
         let root = *config.family.roots.iter().find(holds).unwrap_or(&config.root());
-        Loader::new(&checkpoint, config, options, device, progress, root).decoder()
+        let streaming = Streaming::to(device, Quantizer::of(device)?);
+        Loader::new(&checkpoint, config, options, device, progress, root, streaming).decoder()
     }
 
     /// A model of a shape with random weights, to measure with: normal with deviation 0.02, norms that change nothing.
@@ -85,7 +90,7 @@ impl Decoder {
         check(&options, device)?;
         let source = Random::new(&config, &options, seed)?;
         let root = config.root();
-        Loader::new(&source, config, options, device, progress, root).decoder()
+        Loader::new(&source, config, options, device, progress, root, None).decoder()
     }
 }
 
@@ -106,6 +111,8 @@ struct Loader<'a> {
     progress: &'a mut dyn FnMut(LoadProgress),
     /// Where the model lies in the source.
     root: Root,
+    /// Where the device quantizes.
+    streaming: Option<Streaming<'a>>,
     /// The tensors that were read, and the 4-bit modules.
     read: BTreeSet<String>,
     loaded_bytes: u64,
@@ -120,9 +127,11 @@ impl<'a> Loader<'a> {
         device: &'a Device,
         progress: &'a mut dyn FnMut(LoadProgress),
         root: Root,
+        streaming: Option<Streaming<'a>>,
     ) -> Self {
         let total_bytes = source.total_bytes();
-        Self { source, config, options, device, progress, root, read: BTreeSet::new(), loaded_bytes: 0, total_bytes }
+        let read = BTreeSet::new();
+        Self { source, config, options, device, progress, root, streaming, read, loaded_bytes: 0, total_bytes }
     }
 
     fn decoder(mut self) -> Result<Decoder, ModelError> {
@@ -130,10 +139,6 @@ impl<'a> Loader<'a> {
         let Root { head, .. } = self.config.root();
         let embed_tokens = self.matrix(&self.config.embed_path(), [vocab_size, hidden_size])?;
         let blocks = (0..num_hidden_layers).map(|index| self.block(index)).collect::<Result<_, _>>()?;
-        if self.config.experts.is_some() {
-            // The memory that each expert's weights had before they were brought into one.
-            self.device.memory_cleanup();
-        }
         let norm = self.norm(self.config.last_norm())?;
         let lm_head = match tie_word_embeddings {
             true => None,
@@ -143,6 +148,11 @@ impl<'a> Loader<'a> {
             }
         };
         self.nothing_left()?;
+        let streamed = self.streaming.take().is_some();
+        if streamed || self.config.experts.is_some() {
+            // What slices passed through, and the memory that each expert's weights had before they were brought into one.
+            self.device.memory_cleanup();
+        }
         let rotary = self.config.attention_kinds.iter().map(|_| RotaryTables::default()).collect();
         Ok(Decoder {
             config: self.config,
@@ -275,10 +285,21 @@ impl<'a> Loader<'a> {
     fn weight(&mut self, view: &TensorView, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
         let wanted = self.options.quantization.filter(|_| self.config.bnb.is_none());
         let Some(quantization) = wanted.filter(|_| spec.role != LinearRole::Router) else {
-            let weight = upload(view, spec.shape, self.options.dtype.into(), self.device)?;
+            let weight = self.upload(view, spec.shape, self.options.dtype.into())?;
             self.advance(&spec.path, view.data.len());
             return Ok(FrozenLinear::dense(weight));
         };
+        if let Some(streaming) = &mut self.streaming {
+            let layer = streaming.quantize(self.source, view, spec.shape, &quantization, self.options.state_dtype());
+            let failed = |error| match error {
+                ModelError::Quantization(source) => ModelError::Quantize { module: spec.path.clone(), source },
+                other => other,
+            };
+            if let Some(layer) = layer.map_err(failed)? {
+                self.advance(&spec.path, view.data.len());
+                return Ok(FrozenLinear::Quantized(layer));
+            }
+        }
         view.expect_finite()?;
         let mut weight = match view.floats()? {
             Floats::F32(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
@@ -303,7 +324,7 @@ impl<'a> Loader<'a> {
 
     fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D], dtype: DType) -> Result<Tensor<D>, ModelError> {
         let view = self.source.tensor(name, &shape)?;
-        let tensor = upload(&view, shape, dtype, self.device)?;
+        let tensor = self.upload(&view, shape, dtype)?;
         self.read.insert(name.into());
         self.advance(name, view.data.len());
         self.source.release(name);
@@ -349,20 +370,25 @@ impl<'a> Loader<'a> {
             total_bytes: self.total_bytes,
         });
     }
-}
 
-/// Uploads a tensor in `dtype`; values that are in it already travel as they are.
-fn upload<const D: usize>(
-    view: &TensorView,
-    shape: [usize; D],
-    dtype: DType,
-    device: &Device,
-) -> Result<Tensor<D>, ModelError> {
-    view.expect_finite()?;
-    let data = match (view.floats()?, dtype) {
-        (Floats::BF16(values), DType::BF16) => TensorData::new(values.into_owned(), shape),
-        (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),
-        _ => TensorData::new(view.to_f32_vec()?, shape),
-    };
-    Ok(persistent(device, data, |data| Tensor::from_data(data, (device, dtype))))
+    /// Uploads a tensor in `dtype`; values that are in it already travel as they are.
+    fn upload<const D: usize>(
+        &mut self,
+        view: &TensorView,
+        shape: [usize; D],
+        dtype: DType,
+    ) -> Result<Tensor<D>, ModelError> {
+        if let Some(streaming) = &mut self.streaming
+            && let Some(tensor) = streaming.dense(self.source, view, shape, dtype)?
+        {
+            return Ok(tensor);
+        }
+        view.expect_finite()?;
+        let data = match (view.floats()?, dtype) {
+            (Floats::BF16(values), DType::BF16) => TensorData::new(values.into_owned(), shape),
+            (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),
+            _ => TensorData::new(view.to_f32_vec()?, shape),
+        };
+        Ok(persistent(self.device, data, |data| Tensor::from_data(data, (self.device, dtype))))
+    }
 }

@@ -86,6 +86,11 @@ impl Random {
 }
 
 impl Source for Random {
+    fn read(&self, view: &TensorView, start: usize, to: &mut [u8]) -> Result<(), ModelError> {
+        to.copy_from_slice(&view.data[start..][..to.len()]);
+        Ok(())
+    }
+
     fn release(&self, _: &str) {}
 
     fn total_bytes(&self) -> u64 {

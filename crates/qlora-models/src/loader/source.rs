@@ -6,7 +6,7 @@ use nf4_quant::Quantized4bit;
 use std::borrow::Cow;
 
 /// Tensors by the names that checkpoints have for them.
-pub(super) trait Source {
+pub(super) trait Source: Sync {
     /// Bytes of everything.
     fn total_bytes(&self) -> u64;
 
@@ -22,11 +22,18 @@ pub(super) trait Source {
     /// A tensor of this shape.
     fn tensor<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, ModelError>;
 
+    /// Copies the bytes of a view of a tensor from `start` on, as many as `to` has.
+    fn read(&self, view: &TensorView, start: usize, to: &mut [u8]) -> Result<(), ModelError>;
+
     /// A tensor has been read, and need not stay in memory.
     fn release(&self, name: &str);
 }
 
 impl Source for Checkpoint {
+    fn read(&self, view: &TensorView, start: usize, to: &mut [u8]) -> Result<(), ModelError> {
+        Ok(self.read(view, start, to)?)
+    }
+
     fn release(&self, name: &str) {
         self.release(name);
     }
