@@ -5,6 +5,7 @@
 //!   bitsandbytes and cuBLAS.
 //! - `step`: whole training steps of models with random weights, beside PEFT and Unsloth.
 //! - `serve`: an engine with streams and adapters: tokens a second, time to the first token, memory.
+//! - `load`: a checkpoint's way to the device, in seconds and GB/s.
 //! - `stress`: rows that grow until the device is short of memory.
 //! - `first-use`: the time to the first 4-bit product of a process, with nothing compiled and with
 //!   everything in the cache.
@@ -18,6 +19,7 @@ mod ceilings;
 mod families;
 mod first_use;
 mod kernels;
+mod load;
 mod machine;
 mod peer;
 mod report;
@@ -46,6 +48,8 @@ enum Command {
     Step(Box<step::Args>),
     /// Tokens a second of an engine with streams and adapters.
     Serve(serve::Args),
+    /// The time that a checkpoint takes to the device, in 4 bits.
+    Load(load::Args),
     /// Rows that grow until the device is short of memory: optimizer state makes way, and the run goes on.
     Stress(step::stress::Args),
     /// Cold and warm time to the first 4-bit product of a process.
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Command::Kernels(args) => kernels::run(&args),
         Command::Step(args) => step::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Load(args) => load::run(&args),
         Command::Stress(args) => step::stress::run(&args),
         Command::FirstUse(args) => first_use::run(&args),
     };

@@ -85,7 +85,8 @@ impl RowBar {
 /// Shows a training run.
 pub struct Terminal {
     load: LoadBar,
-    load_start: Option<Instant>,
+    /// When the first module was loaded, and the bytes that were left then.
+    load_start: Option<(Instant, u64)>,
     bar: Option<ProgressBar>,
     terminal: bool,
     log_every: usize,
@@ -133,14 +134,17 @@ impl TrainEvents for Terminal {
     }
 
     fn on_load(&mut self, progress: LoadProgress<'_>) {
-        self.load_start.get_or_insert_with(Instant::now);
+        let left = progress.total_bytes - progress.loaded_bytes;
+        self.load_start.get_or_insert_with(|| (Instant::now(), left));
         self.load.update(progress);
     }
 
     fn on_start(&mut self, run: &RunInfo) {
         self.load.finish();
-        if let Some(start) = self.load_start.take() {
-            say!("Loaded {} in {}: {}", run.model, duration(start.elapsed().as_secs_f64()), run.quantization);
+        if let Some((start, bytes)) = self.load_start.take() {
+            let seconds = start.elapsed().as_secs_f64();
+            let rate = load_rate(bytes, seconds);
+            say!("Loaded {} in {}{rate}: {}", run.model, duration(seconds), run.quantization);
         }
         for line in start_lines(run) {
             say!("{line}");
@@ -265,11 +269,25 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
+/// ` (9.1 GB/s)` for this many bytes in so many seconds; nothing for a model so small that the figure says nothing.
+fn load_rate(bytes: u64, seconds: f64) -> String {
+    match bytes {
+        ..1_000_000_000 => String::new(),
+        _ => format!(" ({:.1} GB/s)", bytes as f64 / seconds / 1e9),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use burn_qlora::Paging;
     use burn_qlora::qlora_train::loss_scale::LossScaling;
+
+    #[test]
+    fn the_rate_of_a_large_model_is_told() {
+        assert_eq!(load_rate(13_500_000_000, 1.5), " (9.0 GB/s)");
+        assert_eq!(load_rate(10_000_000, 0.1), "");
+    }
 
     #[test]
     fn a_step_reads_well() {

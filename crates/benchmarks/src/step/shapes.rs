@@ -14,6 +14,11 @@ const CONTEXT: usize = 131_072;
 
 /// The configuration of a shape, with another number of layers or words where one is given.
 pub(crate) fn config(name: &str, layers: Option<usize>, words: Option<usize>) -> Result<ModelConfig> {
+    Ok(ModelConfig::from_json(&json(name, layers, words)?, Path::new(name))?)
+}
+
+/// [`config`] as it stands in a `config.json`.
+pub(crate) fn json(name: &str, layers: Option<usize>, words: Option<usize>) -> Result<Value> {
     let mut shapes = Map::<String, Value>::new();
     for file in SHAPES {
         shapes.extend(serde_json::from_str::<Map<String, Value>>(file).context("a file of shapes in testdata")?);
@@ -29,7 +34,7 @@ pub(crate) fn config(name: &str, layers: Option<usize>, words: Option<usize>) ->
     if let Some(words) = words {
         config["vocab_size"] = json!(words);
     }
-    Ok(ModelConfig::from_json(&config, Path::new(name))?)
+    Ok(config)
 }
 
 /// Operations of a step over rows of `len` tokens at least: two per weight and token for the forward product, two for
