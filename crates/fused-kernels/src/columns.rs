@@ -4,10 +4,8 @@
 //! `out = x · scale`, `dx = dy · scale`, `dscale = Σ_rows dy · x`. Forward and backward are one pass over the activations each;
 //! composed of stock operations, in f32 as DoRA wants them, they are two and five.
 //!
-//! # What was not done
-//!
-//! The factors could be part of the product's own epilogue, which would save the forward's pass; the backward pass would need
-//! its own all the same, because a product can't scale the dimension that it sums over.
+//! Where a weight takes the factors into itself there is nothing to scale, and what is left is [`gain_gradient`]: the gradient of
+//! the factors from the product as it came out. It reads both tensors once and writes next to nothing.
 
 use cubecl::CubeDim;
 use cubecl::client::Client;
@@ -139,6 +137,73 @@ pub fn backward(client: &Client, buffers: Backward<'_>, rows: Matrix) -> Result<
     Ok(())
 }
 
+/// Buffers of [`gain_gradient`].
+#[derive(Clone, Copy, Debug)]
+pub struct Gain<'a> {
+    /// The gradient of `y`, as `y`.
+    pub dy: &'a Handle,
+    /// `[rows, width]`, whose columns were multiplied by `gain`.
+    pub y: &'a Handle,
+    /// f32 `[width]`.
+    pub gain: &'a Handle,
+    /// The gradient of `gain`, f32 `[width]`, which this writes.
+    pub dgain: &'a Handle,
+}
+
+/// Cubes that keep a large GPU's memory busy.
+const BUSY: usize = 1024;
+/// Columns of a cube that adds up the slices.
+const SUMMED: usize = 32;
+
+/// `dgain = Σ_rows dy · y / gain`, for a `y` whose columns were multiplied by `gain`; the same bits at every call. No gain is 0.
+///
+/// # Shapes
+/// [`Gain`] has them.
+///
+/// # Errors
+/// As [`forward`].
+pub fn gain_gradient(client: &Client, buffers: Gain<'_>, rows: Matrix) -> Result<(), KernelError> {
+    check_format(client, OPERATION, rows.format)?;
+    let vector = vector_size(client, rows.format, &[rows.width]);
+    let argument = |name, handle| buffer(name, handle, rows.elements(), rows.format.size(), vector);
+    let (dy, y) = (argument("dy", buffers.dy)?, argument("y", buffers.y)?);
+    let gain = buffer("gain", buffers.gain, rows.width, 4, 1)?;
+    let dgain = buffer("dgain", buffers.dgain, rows.width, 4, 1)?;
+    if rows.width == 0 {
+        return Ok(());
+    }
+    let across = (rows.width / vector).div_ceil(UNITS);
+    let slices = (BUSY / across).clamp(SLICES, 4 * SLICES).min(rows.rows.max(1));
+    let partial = client.empty(slices * rows.width * 4);
+    // SAFETY: the buffers' sizes are checked, the scratch buffer was just made as large as the kernels index, and they stay
+    // within rows, slices and width.
+    unsafe {
+        dots_kernel::launch_unchecked(
+            client,
+            cubes(rows, vector, slices),
+            CubeDim::new_1d(UNITS as u32),
+            vector,
+            dy,
+            y,
+            BufferArg::from_raw_parts(partial.clone(), slices * rows.width),
+            rows.rows,
+            rows.width,
+            rows.format.elem_type(),
+        );
+        gain_kernel::launch_unchecked(
+            client,
+            CubeCount::Static(rows.width.div_ceil(SUMMED) as u32, 1, 1),
+            CubeDim::new_1d(UNITS as u32),
+            BufferArg::from_raw_parts(partial, slices * rows.width),
+            gain,
+            dgain,
+            rows.width,
+            slices,
+        );
+    }
+    Ok(())
+}
+
 /// A unit for each vector of a row, in each of the slices.
 fn cubes(rows: Matrix, vector: usize, slices: usize) -> CubeCount {
     CubeCount::Static((rows.width / vector).div_ceil(UNITS) as u32, slices as u32, 1)
@@ -229,8 +294,79 @@ fn sum_kernel(partial: &[f32], sums: &mut [f32], width: usize, slices: usize) {
     }
 }
 
+/// The sums of [`backward_kernel()`] alone.
+#[cube(launch_unchecked)]
+fn dots_kernel<F: Float, N: Size>(
+    dy: &[Vector<F, N>],
+    y: &[Vector<F, N>],
+    partial: &mut [f32],
+    rows: usize,
+    width: usize,
+    #[define(F)] _format: ElemType,
+) {
+    let vector = N::value().comptime();
+    let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    let vectors = width / vector;
+    if column < vectors {
+        let mut sums = Array::<f32>::new(vector);
+        #[unroll]
+        for i in 0..vector {
+            sums[i] = 0.0f32;
+        }
+        let slice = CUBE_POS_Y as usize;
+        let mut row = slice;
+        while row < rows {
+            let (grads, values) = (dy[row * vectors + column], y[row * vectors + column]);
+            #[unroll]
+            for i in 0..vector {
+                sums[i] += f32::cast_from(grads.extract(i)) * f32::cast_from(values.extract(i));
+            }
+            row += CUBE_COUNT_Y as usize;
+        }
+        #[unroll]
+        for i in 0..vector {
+            partial[slice * width + column * vector + i] = sums[i];
+        }
+    }
+}
+
+/// A cube adds up the slices of some columns: its units every so many of them, then one unit for each column the units' sums.
+#[cube(launch_unchecked)]
+fn gain_kernel(partial: &[f32], gain: &[f32], dgain: &mut [f32], width: usize, slices: usize) {
+    let unit = UNIT_POS as usize;
+    let column = CUBE_POS_X as usize * SUMMED + unit % SUMMED;
+    let mut sum = 0.0f32;
+    if column < width {
+        let mut slice = unit / SUMMED;
+        while slice < slices {
+            sum += partial[slice * width + column];
+            slice += comptime!(UNITS / SUMMED);
+        }
+    }
+    let mut shared = Shared::<[f32]>::new_slice(UNITS);
+    shared[unit] = sum;
+    sync_cube();
+    if unit < SUMMED && column < width {
+        let mut whole = 0.0f32;
+        #[unroll]
+        for part in 0..comptime!(UNITS / SUMMED) {
+            whole += shared[part * SUMMED + unit];
+        }
+        dgain[column] = whole / gain[column];
+    }
+}
+
 /// The scalar oracle, in f64.
 pub mod oracle {
+    /// The gradient of `gain`.
+    ///
+    /// # Shapes
+    /// `dy`, `y`: `[rows, width]`, `gain`: `[width]`.
+    pub fn gain_gradient(dy: &[f64], y: &[f64], gain: &[f64]) -> Vec<f64> {
+        let (_, dots) = backward(dy, y, gain);
+        dots.iter().zip(gain).map(|(dot, gain)| dot / gain).collect()
+    }
+
     /// `x · scale`.
     ///
     /// # Shapes

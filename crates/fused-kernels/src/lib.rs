@@ -2,6 +2,7 @@
 //!
 //! | module | operation | written in |
 //! |---|---|---|
+//! | [`adapted_norms`] | norms of a weight's rows with a low-rank update, as DoRA's | CubeCL |
 //! | [`add_norm`] | a residual connection and the normalisation behind it | CubeCL |
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
 //! | [`candidates`] | the largest logits of each row, to draw from | CubeCL |
@@ -21,6 +22,7 @@
 //! Modules in CUDA C++ have `supports` too: where a device is not supported (other runtimes than CUDA, GPUs before
 //! Ampere) callers compose the operation from stock ones. Modules in CubeCL run wherever CubeCL does.
 
+pub mod adapted_norms;
 pub mod add_norm;
 pub mod attention;
 pub mod candidates;

@@ -4,11 +4,13 @@
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
+use fused_kernels::adapted_norms::Sizes;
 use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
 use fused_kernels::{
-    FloatFormat, KernelError, Matrix, candidates, columns, cross_entropy, gated, likeliest, rms_norm, rope, supports,
+    FloatFormat, KernelError, Matrix, adapted_norms, candidates, columns, cross_entropy, gated, likeliest, rms_norm,
+    rope, supports,
 };
 use half::{bf16, f16};
 use test_support::clients;
@@ -344,6 +346,67 @@ fn columns_are_scaled_and_differentiated() {
             assert_close(&what, &found, &expected_dscale, FloatFormat::F32, width, 1e-6 * rows as f64);
         }
     });
+}
+
+#[test]
+fn gains_are_differentiated_from_what_they_made() {
+    everywhere(|client, format| {
+        for (rows, width) in
+            [(1, 1), (3, 5), (17, 64), (64, 250), (65, 688), (130, 256), (700, 40), (2, 4096), (300, 2056)]
+        {
+            let what = format!("gains of {rows} x {width}");
+            let y = input(client, &noise(4, rows * width, 2.0), format);
+            let dy = input(client, &noise(5, rows * width, 1.0), format);
+            let gain: Vec<f64> = noise(6, width, 1.5).iter().map(|gain| gain.signum() * (0.5 + gain.abs())).collect();
+            let gain = input(client, &gain, FloatFormat::F32);
+            let dgain = poisoned(client, width, FloatFormat::F32);
+            let buffers = columns::Gain { dy: &dy.handle, y: &y.handle, gain: &gain.handle, dgain: &dgain };
+            columns::gain_gradient(client, buffers, Matrix { rows, width, format }).unwrap();
+            let expected = columns::oracle::gain_gradient(&dy.values, &y.values, &gain.values);
+            // Up to 700 products of 2 and 1 in f32, twice as much after the division.
+            let found = read(client, dgain, FloatFormat::F32);
+            assert_close(&what, &found, &expected, FloatFormat::F32, width, 2e-6 * rows as f64);
+        }
+    });
+}
+
+#[test]
+fn norms_of_adapted_rows_are_those_of_the_sum() {
+    for (_, client) in clients() {
+        for (out_features, in_features, rank) in
+            [(1, 1, 1), (5, 40, 3), (33, 130, 8), (70, 64, 64), (19, 300, 130), (9, 7, 512)]
+        {
+            let what = format!("norms of {out_features} x {in_features} rank {rank}");
+            let sizes = Sizes { out_features, in_features, rank };
+            let f32s = |seed, len| input(client, &noise(seed, len, 1.0), FloatFormat::F32);
+            let (weight, lora_a) = (noise(1, out_features * in_features, 1.0), f32s(2, rank * in_features));
+            let (lora_b, scaling) = (f32s(3, out_features * rank), 0.75_f32);
+            let squares: Vec<f64> = weight.chunks(in_features).map(|row| row.iter().map(|w| w * w).sum()).collect();
+            let dot = |j: usize, i: usize| {
+                let (a, w) = (&lora_a.values[j * in_features..], &weight[i * in_features..][..in_features]);
+                w.iter().zip(a).map(|(w, a)| w * a).sum::<f64>()
+            };
+            let a_w: Vec<f64> = (0..rank * out_features).map(|i| dot(i / out_features, i % out_features)).collect();
+            let (squares, a_w) = (input(client, &squares, FloatFormat::F32), input(client, &a_w, FloatFormat::F32));
+            let norms = poisoned(client, out_features, FloatFormat::F32);
+            let buffers = adapted_norms::Buffers {
+                weight_squares: &squares.handle,
+                a_w: &a_w.handle,
+                lora_a: &lora_a.handle,
+                lora_b: &lora_b.handle,
+                norms: &norms,
+            };
+            adapted_norms::adapted_norms(client, buffers, sizes, scaling).unwrap();
+            let expected =
+                adapted_norms::oracle::adapted_norms(&weight, &lora_a.values, &lora_b.values, sizes, scaling.into());
+            let found = read(client, norms.clone(), FloatFormat::F32);
+            // Squares of up to some thousands, in f32; where they cancel, the root magnifies.
+            assert_close(&what, &found, &expected, FloatFormat::F32, out_features, 2e-3);
+            let refused = Sizes { rank: adapted_norms::MAX_RANK + 1, ..sizes };
+            let refused = adapted_norms::adapted_norms(client, buffers, refused, scaling);
+            assert!(matches!(refused, Err(KernelError::Rank(513))), "{what}");
+        }
+    }
 }
 
 #[test]

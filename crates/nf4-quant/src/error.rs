@@ -75,6 +75,16 @@ pub enum QuantError {
         /// Elements of the weight.
         num_elements: usize,
     },
+    /// Rows of a weight that have no blocks of their own.
+    #[error("blocks of {blocksize} cross the rows of {num_elements} elements, {columns} each")]
+    Rows {
+        /// Elements of a row.
+        columns: usize,
+        /// Elements of a block.
+        blocksize: usize,
+        /// Elements of the weight.
+        num_elements: usize,
+    },
     /// Parts of a weight that don't make it up.
     #[error(
         "{elements} elements can't come after {come} of {num_elements}: parts have a multiple of {multiple} elements, but \

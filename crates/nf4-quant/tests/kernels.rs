@@ -277,6 +277,37 @@ fn the_offset_of_many_blocks_is_the_mean() {
     }
 }
 
+/// Codes stay, and every element is the codebook's times the scaled absmax.
+#[test]
+fn rows_are_scaled_in_their_statistics() {
+    for (name, client) in clients() {
+        for (rows, columns, blocksize, double_quant) in
+            [(5, 64, 64, true), (33, 4096, 4096, false), (300, 192, 64, true), (7, 96, 32, false)]
+        {
+            let what = format!("{name} {rows} x {columns}");
+            let config = QuantConfig { quant_type: QuantType::ALL[rows % 2], blocksize, double_quant };
+            let weight = weights(&mut Random(rows as u64), rows * columns);
+            let host = Quantized4bit::quantize(&weight, &[rows, columns], &config).unwrap();
+            let factors: Vec<f32> = (0..rows).map(|row| row as f32 * 0.37 - 2.0).collect();
+            let device = DeviceWeight::from_host(client, &host).unwrap();
+            let on_device = client.create_from_slice(bytemuck::cast_slice(&factors));
+            let scaled = kernels::scale_rows(client, &device, &on_device, columns).unwrap();
+            let scaled = scaled.to_host(client, &[rows, columns], FloatFormat::F32).unwrap();
+            let absmax = host.state.absmax_f32();
+            let expected: Vec<f32> =
+                absmax.iter().enumerate().map(|(block, a)| a * factors[block * blocksize / columns]).collect();
+            assert_bits(&what, &scaled.state.absmax_f32(), &expected);
+            assert_eq!(scaled.codes, host.codes, "{what}");
+
+            let refused = kernels::scale_rows(client, &device, &on_device, columns + 1);
+            assert!(matches!(refused, Err(QuantError::Rows { .. })), "{what}");
+            let few = on_device.clone().offset_end(4);
+            let refused = kernels::scale_rows(client, &device, &few, columns);
+            assert!(matches!(refused, Err(QuantError::BufferSize { name: "factors", .. })), "{what}");
+        }
+    }
+}
+
 /// Through a buffer that every part overwrites, as a loader does it: codes and statistics of the host codec, offset included.
 #[test]
 fn a_weight_in_parts_is_the_host_codecs() {

@@ -78,17 +78,6 @@ pub fn dequantize_range(
     let aligned = start.is_multiple_of(8);
     let vector = vector_size(client, format, elements);
     let cubes = elements.div_ceil(8 * WORDS * UNITS);
-    let blocks = weight.num_blocks();
-    let absmax = match &weight.absmax {
-        DeviceAbsmax::Plain(absmax) => AbsmaxArgs::Plain(buffer(absmax, blocks)),
-        DeviceAbsmax::Nested { codes, absmax, blocksize } => AbsmaxArgs::Nested(NestedLaunch::new(
-            buffer(codes, blocks.div_ceil(4)),
-            buffer(absmax, blocks.div_ceil(*blocksize) + 1),
-            blocks.div_ceil(*blocksize),
-            1.0,
-            *blocksize,
-        )),
-    };
     // SAFETY: the buffers' sizes are checked above, and the kernel stays within `elements`.
     unsafe {
         dequantize_kernel::launch_unchecked(
@@ -97,7 +86,7 @@ pub fn dequantize_range(
             CubeDim::new_1d(UNITS as u32),
             vector,
             buffer(&weight.codes, num_elements.div_ceil(8)),
-            absmax,
+            absmax_args(weight),
             buffer(&tables(client), TABLE_LEN),
             buffer(&out, elements / vector),
             PartLaunch::new(start, elements, codebook_start(weight.quant_type), weight.blocksize.ilog2(), aligned),
@@ -105,6 +94,21 @@ pub fn dequantize_range(
         );
     }
     Ok(())
+}
+
+/// The statistics of a valid weight as kernels take them.
+pub(super) fn absmax_args(weight: &DeviceWeight) -> AbsmaxArgs {
+    let blocks = weight.num_blocks();
+    match &weight.absmax {
+        DeviceAbsmax::Plain(absmax) => AbsmaxArgs::Plain(buffer(absmax, blocks)),
+        DeviceAbsmax::Nested { codes, absmax, blocksize } => AbsmaxArgs::Nested(NestedLaunch::new(
+            buffer(codes, blocks.div_ceil(4)),
+            buffer(absmax, blocks.div_ceil(*blocksize) + 1),
+            blocks.div_ceil(*blocksize),
+            1.0,
+            *blocksize,
+        )),
+    }
 }
 
 /// Which part of which weight.
@@ -124,14 +128,14 @@ struct Part {
 /// The blocks' absmax, either way.
 #[derive(CubeType, CubeLaunch)]
 #[expect(dead_code, reason = "kernels match on it; only the derived launch arguments are constructed")]
-enum Absmax {
+pub(super) enum Absmax {
     Plain(Box<[f32]>),
     Nested(Nested),
 }
 
 /// Double quantization.
 #[derive(CubeType, CubeLaunch)]
-struct Nested {
+pub(super) struct Nested {
     codes: Box<[u32]>,
     absmax: Box<[f32]>,
     /// Position of the offset in `absmax`.
@@ -143,7 +147,7 @@ struct Nested {
 }
 
 #[cube]
-fn offset_of(absmax: &Absmax) -> f32 {
+pub(super) fn offset_of(absmax: &Absmax) -> f32 {
     match absmax {
         Absmax::Plain(_) => 0.0f32.runtime(),
         Absmax::Nested(nested) => nested.absmax[nested.offset],
@@ -151,7 +155,7 @@ fn offset_of(absmax: &Absmax) -> f32 {
 }
 
 #[cube]
-fn absmax_of(absmax: &Absmax, offset: f32, table: &[f32], block: usize) -> f32 {
+pub(super) fn absmax_of(absmax: &Absmax, offset: f32, table: &[f32], block: usize) -> f32 {
     match absmax {
         Absmax::Plain(absmax) => absmax[block],
         Absmax::Nested(nested) => {

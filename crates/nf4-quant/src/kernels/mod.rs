@@ -23,11 +23,13 @@
 mod dequantize;
 mod offset;
 mod quantize;
+mod rows;
 mod streamed;
 mod weight;
 
 pub use dequantize::{dequantize, dequantize_range};
 pub use quantize::{Quantizing, quantize, queue_quantize};
+pub use rows::scale_rows;
 pub use streamed::StreamedQuantize;
 pub use weight::{DeviceAbsmax, DeviceWeight};
 
