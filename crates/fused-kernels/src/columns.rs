@@ -155,7 +155,12 @@ const BUSY: usize = 1024;
 /// Columns of a cube that adds up the slices.
 const SUMMED: usize = 32;
 
-/// `dgain = Σ_rows dy · y / gain`, for a `y` whose columns were multiplied by `gain`; the same bits at every call. No gain is 0.
+/// What is added to a gain before it multiplies anything, so that [`gain_gradient`] can divide by it: 2⁻⁸⁰, which leaves
+/// every gain of more than 2⁻⁵⁶ what it is.
+pub const LEAST_GAIN: f32 = f32::from_bits((127 - 80) << 23);
+
+/// `dgain = Σ_rows dy · y / g`, for a `y` whose columns were multiplied by `g = gain + `[`LEAST_GAIN`]; the same bits at every
+/// call.
 ///
 /// # Shapes
 /// [`Gain`] has them.
@@ -352,19 +357,19 @@ fn gain_kernel(partial: &[f32], gain: &[f32], dgain: &mut [f32], width: usize, s
         for part in 0..comptime!(UNITS / SUMMED) {
             whole += shared[part * SUMMED + unit];
         }
-        dgain[column] = whole / gain[column];
+        dgain[column] = whole / (gain[column] + LEAST_GAIN);
     }
 }
 
 /// The scalar oracle, in f64.
 pub mod oracle {
-    /// The gradient of `gain`.
+    /// The gradient of `gain`, each plus [`LEAST_GAIN`](super::LEAST_GAIN).
     ///
     /// # Shapes
     /// `dy`, `y`: `[rows, width]`, `gain`: `[width]`.
     pub fn gain_gradient(dy: &[f64], y: &[f64], gain: &[f64]) -> Vec<f64> {
         let (_, dots) = backward(dy, y, gain);
-        dots.iter().zip(gain).map(|(dot, gain)| dot / gain).collect()
+        dots.iter().zip(gain).map(|(dot, gain)| dot / (gain + f64::from(super::LEAST_GAIN))).collect()
     }
 
     /// `x · scale`.

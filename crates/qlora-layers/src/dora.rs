@@ -15,10 +15,15 @@
 //! then, which together hold it to 2⁻¹⁶ of itself (2⁻²² in f16), and the weight is in the format that the layer multiplies with,
 //! and PEFT takes norms of; sums are f32.
 //!
+//! Where the device has the weight in 4 bits and no block crosses a row of it, the quotient `m / ‖·‖` is multiplied into the
+//! blocks' absmax and into the rows of B. The product is then LoRA's of this weight, forward and backward, and what remains of the
+//! magnitudes is their gradient, `Σ dy · y / m`: one pass over `dy` and `y`. Elsewhere the product's result is scaled.
+//!
 //! The norms are worked out once for factors that do not change: for all passes of an optimizer step, its micro-batches and
 //! what activation checkpointing runs again. [`Dora::keep_scale`] saves the quotient for passes without a graph.
 
 use crate::Pass;
+use crate::ops::fused::{LEAST_GAIN, adapted_norms, gained};
 use crate::ops::matmul;
 use crate::params::{Derived, constant, frozen, in_pass, trainable_beside};
 use burn::module::{Module, Param};
@@ -69,6 +74,23 @@ impl Dora {
         }
     }
 
+    /// The quotient without a graph, `[1, out_features]`, of magnitudes plus [`LEAST_GAIN`]: for a weight that has it in itself,
+    /// whose result [`gained`] gives the magnitudes their gradient.
+    pub(crate) fn gain(&self, factors: Factors<'_>, a_w: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+        self.scale.get_or(|| {
+            let norms = self.norms.get_or(|| {
+                let a_w = a_w(constant(factors.lora_a));
+                norms(&constant(&self.weight_squares), factors, a_w)
+            });
+            constant(&self.magnitude).add_scalar(LEAST_GAIN) / norms
+        })
+    }
+
+    /// Records that `y` was made by a weight that had [`gain`](Self::gain) in it.
+    pub(crate) fn gained(&self, y: Tensor<2>, pass: Pass) -> Tensor<2> {
+        gained(y, in_pass(&self.magnitude, pass))
+    }
+
     /// Keeps the quotient for passes without a graph, until [`forget_scale`](Self::forget_scale) or until Burn maps the
     /// module's parameters; so are norms kept, for all passes.
     pub(crate) fn keep_scale(&mut self, factors: Factors<'_>, a_w: impl FnOnce(Tensor<2>) -> Tensor<2>) {
@@ -98,6 +120,9 @@ pub(crate) struct Factors<'a> {
 pub(crate) fn norms(weight_squares: &Tensor<2>, factors: Factors<'_>, a_w: Tensor<2>) -> Tensor<2> {
     let (lora_a, lora_b, scaling) = (constant(factors.lora_a), constant(factors.lora_b), factors.scaling);
     let a_w = a_w.without_autodiff();
+    if let Some(norms) = adapted_norms(weight_squares, &a_w, &lora_a, &lora_b, scaling) {
+        return norms;
+    }
     let [out_features, _] = lora_b.dims();
     let row = |sums: Tensor<2>| sums.reshape([1, out_features]);
     let cross = row((a_w.transpose() * lora_b.clone()).sum_dim(1));

@@ -1,6 +1,7 @@
 //! A frozen 4-bit linear layer.
 
 use crate::LayerError;
+use crate::ops::cube_tensors::scaled_rows;
 use crate::ops::{self, Layout4bit, LoraTerms, Packed4bit};
 use crate::params::{flattened, frozen};
 use burn::backend::Dispatch;
@@ -8,7 +9,7 @@ use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use burn_cubecl::CubeBackend;
-use host_copies::{cube_of_int, int_from_buffer, persistent};
+use host_copies::{as_cube, cube_of_int, int_from_buffer, persistent};
 use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight};
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 
@@ -217,6 +218,27 @@ impl Linear4bit {
             nested_absmax: tensor(&self.nested_absmax)?,
             layout: self.layout,
         })
+    }
+
+    /// The weight with each row multiplied by its factor, `[1, out_features]` in f32 without autodiff, for activations in `dtype`.
+    /// It shares this one's codes, and its own statistics take 4 bytes for each block. Elements are rounded once, to the dtype that
+    /// they are multiplied in.
+    ///
+    /// `None` on the host, where blocks cross rows, and where the quantization state's dtype is narrower than `dtype`: there the
+    /// products of [`ops`] round elements to that dtype, before anything may scale them. `factors` is not called then.
+    pub(crate) fn scaled_rows(
+        &self,
+        dtype: DType,
+        factors: impl FnOnce() -> Tensor<2>,
+    ) -> Option<(Packed4bit<Dispatch>, Tensor<2>)> {
+        let Layout4bit { in_features, blocksize, dtype: state, .. } = self.layout;
+        let weight = self.on_cube()?;
+        let rounded_before = dtype == DType::F32 && state != FloatFormat::F32;
+        if !in_features.is_multiple_of(blocksize) || rounded_before {
+            return None;
+        }
+        let factors = factors();
+        Some((scaled_rows(&weight, &as_cube(&factors)?), factors))
     }
 
     /// Codes, absmax and nested absmax.

@@ -2,7 +2,7 @@
 
 use crate::dora::{Dora, Factors, norms};
 use crate::ops::fused::scale_columns;
-use crate::ops::{LoraDropout, LoraTerms, matmul, matmul_into, seeded_dropout};
+use crate::ops::{LoraDropout, LoraTerms, lora_linear_4bit, matmul, matmul_into, seeded_dropout};
 use crate::params::{constant, frozen, in_pass, track, trainable};
 use crate::{FrozenLinear, Pass, Scaling, mix};
 use burn::module::{Flag, Module, Param};
@@ -172,25 +172,37 @@ impl LoraAdapter {
                 None => y,
             };
         };
-        let adapted = |x: Tensor<2>| match base {
-            FrozenLinear::Quantized(base) => {
-                let (lora_a, lora_b) = self.factors_in(pass);
-                let terms = LoraTerms { scaling: self.scaling.get(), dropout: None, gradients_only: false };
-                base.lora_forward(x, lora_a, lora_b, terms)
-            }
-            FrozenLinear::Dense(_) => base.forward_into(x.clone(), FloatDType::F32) + self.update(x, pass),
-        };
-        let scale = dora.scale(self.factors(), pass, |a| base.project_near(a, dtype.into()));
+        let scaled = |x: Tensor<2>, out: FloatDType| self.scaled(base, dora, x, pass, out);
         match self.dropout_in(pass) {
-            None => scale_columns(adapted(x), scale, out),
+            None => scaled(x, out),
             // PEFT's: x Wᵀ + (scale - 1) · x' Wᵀ + scale · update(x') with x' = dropout(x). The two products with W
             // that are not scaled are one, of the difference.
             Some(dropout) => {
                 let kept = dropped(x.clone(), dropout);
                 let difference = base.forward_into(x - kept.clone(), FloatDType::F32);
-                difference + scale_columns(adapted(kept), scale, FloatDType::F32)
+                difference + scaled(kept, FloatDType::F32)
             }
         }
+    }
+
+    /// `x Wᵀ` and the update without dropout, scaled to the magnitudes, in `out`.
+    fn scaled(&self, base: &FrozenLinear, dora: &Dora, x: Tensor<2>, pass: Pass, out: FloatDType) -> Tensor<2> {
+        let dtype = x.dtype();
+        let terms = LoraTerms { scaling: self.scaling.get(), dropout: None, gradients_only: false };
+        let a_w = |a| base.project_near(a, dtype.into());
+        let (lora_a, lora_b) = self.factors_in(pass);
+        if let FrozenLinear::Quantized(weight) = base
+            && let Some((weight, gain)) = weight.scaled_rows(dtype, || dora.gain(self.factors(), a_w))
+        {
+            let [out_features, _] = lora_b.dims();
+            let lora_b = lora_b * gain.reshape([out_features, 1]);
+            return dora.gained(lora_linear_4bit(x, weight, lora_a, lora_b, terms), pass).cast(out);
+        }
+        let y = match base {
+            FrozenLinear::Quantized(base) => base.lora_forward(x, lora_a, lora_b, terms),
+            FrozenLinear::Dense(_) => base.forward_into(x.clone(), FloatDType::F32) + self.update(x, pass),
+        };
+        scale_columns(y, dora.scale(self.factors(), pass, a_w), out)
     }
 
     /// The factors, recorded or not as the pass asks.

@@ -12,7 +12,7 @@ use qlora_layers::{
 use test_support::{devices, noise};
 
 const OUT: usize = 24;
-const IN: usize = 40;
+const IN: usize = 64;
 const RANK: usize = 4;
 const TOKENS: usize = 5;
 const SCALING: f32 = 1.5;
@@ -84,7 +84,7 @@ fn dora_is_its_definition_on_4_bits_and_dense() {
             let magnitude = values(layer.adapter.as_ref().unwrap().dora.as_ref().unwrap().magnitude.val());
             let weight: Vec<f64> = (0..OUT * IN).map(|i| magnitude[i / IN] / norms[i / IN] * sum[i]).collect();
             let expected = product(&values(x.clone()), &transposed(&weight, [OUT, IN]), [TOKENS, IN, OUT]);
-            // Sums of 40 products of order 1 and norms of order 5, in f32.
+            // Sums of 64 products of order 1 and norms of order 5, in f32.
             assert_close(name, &values(layer.forward_in(x.clone(), Pass::INFERENCE)), &expected, 2e-5);
             assert_close(name, &values(layer.adapter.as_ref().unwrap().merged(&layer.base)), &weight, 1e-5);
             let computed = values(layer.forward_in(x.clone(), Pass::INFERENCE));
@@ -176,6 +176,33 @@ fn dora_gradients_match_the_formulas() {
                 assert_close(&format!("{name} {part}"), &found, &expected, 5e-4);
             }
             assert_close(name, &values(x_leaf.grad_remove(&mut grads).unwrap()), &d_x, 5e-4);
+        }
+    }
+}
+
+/// Magnitudes of nothing at all: what comes out is nothing, and still they have the gradient that makes them something.
+#[test]
+fn magnitudes_of_zero_are_trained() {
+    for (name, device) in devices() {
+        for quantized in [true, false] {
+            let mut layer = dora_layer(&device, quantized, 0.0);
+            let adapter =
+                layer.adapter.take().unwrap().with_dora(&layer.base, Some(matrix(4, [1, OUT], &device) * 0.0));
+            layer.set_adapter("layer", adapter).unwrap();
+            let (x, dy) = (matrix(5, [TOKENS, IN], &device), matrix(6, [TOKENS, OUT], &device));
+            let (sum, norms) = adapted(&layer);
+            let z = product(&values(x.clone()), &transposed(&sum, [OUT, IN]), [TOKENS, IN, OUT]);
+            layer.track();
+            let y = layer.forward_in(x, Pass::training(0));
+            assert_close(name, &values(y.clone()), &[0.0; TOKENS * OUT], 1e-20);
+            let mut grads = (y * dy.clone()).sum().backward();
+            let dy = values(dy);
+            let expected: Vec<f64> = (0..OUT)
+                .map(|i| (0..TOKENS).map(|t| dy[t * OUT + i] * z[t * OUT + i]).sum::<f64>() / norms[i])
+                .collect();
+            let magnitude = &layer.adapter.as_ref().unwrap().dora.as_ref().unwrap().magnitude;
+            // Sums of some hundred products of order 1 in f32.
+            assert_close(name, &values(magnitude.grad_remove(&mut grads).unwrap()), &expected, 1e-4);
         }
     }
 }

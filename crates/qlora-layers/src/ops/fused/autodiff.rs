@@ -83,6 +83,25 @@ impl<B: FusedGradients> Backward<B, 2> for ScaleColumnsBackward {
 }
 
 #[derive(Debug)]
+struct GainedBackward;
+
+impl<B: FusedGradients> Backward<B, 2> for GainedBackward {
+    /// The result and the gains, where these have a gradient.
+    type State = Option<(FloatTensor<B>, FloatTensor<B>)>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [y_parent, gain_parent] = ops.parents;
+        let dy = grads.consume::<B>(&ops.node);
+        if let (Some(parent), Some((y, gain))) = (gain_parent, ops.state) {
+            grads.register::<B>(parent.id, B::gain_gradient(dy.clone(), y, gain));
+        }
+        if let Some(parent) = y_parent {
+            grads.register::<B>(parent.id, dy);
+        }
+    }
+}
+
+#[derive(Debug)]
 struct CrossEntropyBackward;
 
 impl<B: FusedGradients> Backward<B, 1> for CrossEntropyBackward {
@@ -142,6 +161,15 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         match ScaleColumnsBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((x.clone(), scale.clone()), B::scale_columns(x, scale, out)),
             OpsKind::UnTracked(prep) => prep.finish(B::scale_columns(x, scale, out)),
+        }
+    }
+
+    fn gained(y: FloatTensor<Self>, gain: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (nodes, tracked) = ([y.node(), gain.node()], gain.is_tracked());
+        let ((y, _y_guard), (gain, _gain_guard)) = (y.into_parts(), gain.into_parts());
+        match GainedBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(tracked.then(|| (y.clone(), gain)), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
 

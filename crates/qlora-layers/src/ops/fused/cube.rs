@@ -7,7 +7,9 @@ use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::{FloatFormat, KernelError, Matrix, add_norm, columns, cross_entropy, gated, rms_norm, rope};
+use fused_kernels::{
+    FloatFormat, KernelError, Matrix, adapted_norms, add_norm, columns, cross_entropy, gated, rms_norm, rope,
+};
 
 fn format(x: &CubeTensor) -> FloatFormat {
     match x.dtype {
@@ -50,6 +52,33 @@ pub(super) fn add_norm(x: &CubeTensor, delta: &CubeTensor, weight: &CubeTensor, 
     [sum, out]
 }
 
+/// The norms, `[1, out_features]`; see [`super::adapted_norms`].
+pub(super) fn adapted_norms(
+    weight_squares: &CubeTensor,
+    a_w: &CubeTensor,
+    lora_a: &CubeTensor,
+    lora_b: &CubeTensor,
+    scaling: f32,
+) -> Option<CubeTensor> {
+    let ([rank, in_features], [out_features, _]) = (lora_a.meta.shape().dims(), lora_b.meta.shape().dims());
+    let norms = empty(&a_w.client, &a_w.device, Shape::new([1, out_features]), DType::F32);
+    let buffers = adapted_norms::Buffers {
+        weight_squares: &weight_squares.handle,
+        a_w: &a_w.handle,
+        lora_a: &lora_a.handle,
+        lora_b: &lora_b.handle,
+        norms: &norms.handle,
+    };
+    let sizes = adapted_norms::Sizes { out_features, in_features, rank };
+    match adapted_norms::adapted_norms(&a_w.client, buffers, sizes, scaling) {
+        Err(KernelError::Rank(_)) => None,
+        result => {
+            launched(result);
+            Some(norms)
+        }
+    }
+}
+
 impl FusedOps for CubeBackend {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
@@ -85,6 +114,10 @@ impl FusedOps for CubeBackend {
         let y = empty(&x.client, &x.device, x.meta.shape().clone(), out.into());
         let buffers = columns::Forward { x: &x.handle, scale: &scale.handle, out: &y.handle };
         launched(columns::forward(&x.client, buffers, matrix(&x), format(&y)));
+        y
+    }
+
+    fn gained(y: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
         y
     }
 
@@ -153,6 +186,14 @@ impl FusedGradients for CubeBackend {
         };
         launched(columns::backward(&x.client, buffers, matrix(&x)));
         [dx, dscale]
+    }
+
+    fn gain_gradient(dy: FloatTensor<Self>, y: FloatTensor<Self>, gain: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (y, gain) = (into_contiguous(y), into_contiguous(gain));
+        let (dy, dgain) = (as_dtype(dy, &y), like(&gain));
+        let buffers = columns::Gain { dy: &dy.handle, y: &y.handle, gain: &gain.handle, dgain: &dgain.handle };
+        launched(columns::gain_gradient(&y.client, buffers, matrix(&y)));
+        dgain
     }
 
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {

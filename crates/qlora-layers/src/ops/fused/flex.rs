@@ -1,6 +1,6 @@
 //! The CPU implementation: loops over rows, on all threads, sums in the order of a row's elements.
 
-use super::{Activation, FusedGradients, FusedOps, Norm, Rotation, loops};
+use super::{Activation, FusedGradients, FusedOps, LEAST_GAIN, Norm, Rotation, loops};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Flex, TensorMetadata};
@@ -230,6 +230,10 @@ impl FusedOps for Flex {
         }
     }
 
+    fn gained(y: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        y
+    }
+
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         let [losses, _] = Self::losses(logits, targets);
         losses
@@ -270,6 +274,12 @@ impl FusedGradients for Flex {
         let dy = as_dtype(dy, &x);
         let dscale = by_dtype!(x, column_products(&dy, &x));
         [Self::scale_columns(dy, scale, x.dtype().into()), dscale]
+    }
+
+    fn gain_gradient(dy: FloatTensor<Self>, y: FloatTensor<Self>, gain: FloatTensor<Self>) -> FloatTensor<Self> {
+        let dy = as_dtype(dy, &y);
+        let sums = by_dtype!(y, column_products(&dy, &y));
+        Self::float_div(sums, Self::float_add_scalar(gain, LEAST_GAIN.into()))
     }
 
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2] {

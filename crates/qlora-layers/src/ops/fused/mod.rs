@@ -17,6 +17,7 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use host_copies::{as_cube, from_cube};
 
+pub use fused_kernels::columns::LEAST_GAIN;
 pub use fused_kernels::gated::Activation;
 pub use fused_kernels::rms_norm::Norm;
 pub use fused_kernels::rope::Rotation;
@@ -40,6 +41,9 @@ pub trait FusedOps: Backend {
 
     /// See [`scale_columns`].
     fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self>;
+
+    /// See [`gained`].
+    fn gained(y: FloatTensor<Self>, gain: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// See [`cross_entropy`].
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
@@ -72,6 +76,9 @@ pub trait FusedGradients: FusedOps {
         x: FloatTensor<Self>,
         scale: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 2];
+
+    /// The gradient of [`gained`]'s `gain`, f32.
+    fn gain_gradient(dy: FloatTensor<Self>, y: FloatTensor<Self>, gain: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// [`cross_entropy`]'s losses, and the log-sum-exp of each row, f32.
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> [FloatTensor<Self>; 2];
@@ -171,6 +178,38 @@ pub fn scale_columns(x: Tensor<2>, scale: Tensor<2>, out: FloatDType) -> Tensor<
     assert_eq!([1, x.dims()[1]], scale.dims(), "scale_columns: one factor for each column");
     assert_eq!(scale.dtype(), DType::F32, "scale_columns: the factors are f32");
     Tensor::from_dispatch(<Dispatch as FusedOps>::scale_columns(x.into_dispatch(), scale.into_dispatch(), out))
+}
+
+/// `y` as it is, whose columns were multiplied by `gain` plus [`LEAST_GAIN`] before: so `gain` gets its gradient,
+/// `Σ_rows dy · y / gain`, where the product that made `y` had it in its weight.
+///
+/// # Shapes
+/// - `y`: `[rows, width]`; output the same
+/// - `gain`: `[1, width]`, f32
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn gained(y: Tensor<2>, gain: Tensor<2>) -> Tensor<2> {
+    assert_eq!([1, y.dims()[1]], gain.dims(), "gained: one gain for each column");
+    assert_eq!(gain.dtype(), DType::F32, "gained: gains are f32");
+    Tensor::from_dispatch(<Dispatch as FusedOps>::gained(y.into_dispatch(), gain.into_dispatch()))
+}
+
+/// `‖w_i + scaling · b_i A‖` for each row of a weight, `[1, out_features]`, in f32 without autodiff; `None` where no kernel
+/// takes the tensors, which are those of [`fused_kernels::adapted_norms::Buffers`].
+///
+/// # Shapes
+/// - `weight_squares`: `[1, out_features]`, `a_w`: `[rank, out_features]`
+/// - `lora_a`: `[rank, in_features]`, `lora_b`: `[out_features, rank]`
+pub(crate) fn adapted_norms(
+    weight_squares: &Tensor<2>,
+    a_w: &Tensor<2>,
+    lora_a: &Tensor<2>,
+    lora_b: &Tensor<2>,
+    scaling: f32,
+) -> Option<Tensor<2>> {
+    let [squares, a_w, lora_a, lora_b] = [weight_squares, a_w, lora_a, lora_b].map(as_cube);
+    cube::adapted_norms(&squares?, &a_w?, &lora_a?, &lora_b?, scaling).map(from_cube)
 }
 
 /// `-log softmax(logits)[target]` of each row, in f32. Its gradient is written over the logits, so that nothing of
