@@ -7,17 +7,18 @@
 //! ‖w_i + s·b_i A‖² = ‖w_i‖² + Σ_j b_ij (2s · (A w_i)_j + s² · (b_i G)_j)
 //! ```
 //!
-//! Two launches. `G` is narrow in both dimensions, so a cube has a tile of 4 x 4 of it, and its units share the sum over the
+//! Two launches behind the product `A Wᵀ`, for which [`split`] is one before it. `G` is narrow in both dimensions, so a cube has a tile of 4 x 4 of it, and its units share the sum over the
 //! features. Then a few rows of B lie in a cube's shared memory, and units share the ranks of a row. All in f32. Composed of stock
-//! operations these are fourteen launches, and a product of f32 whose result is one tile keeps one multiprocessor busy.
+//! operations these are some twenty launches, and a product of f32 whose result is one tile keeps one multiprocessor busy.
 
 use cubecl::CubeDim;
 use cubecl::client::Client;
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::KernelError;
-use crate::elementwise::{UNITS, buffer};
+use crate::elementwise::{UNITS, buffer, check_format};
+use crate::{FloatFormat, KernelError};
 
 /// Rows and columns of a tile of `G`.
 const TILE: usize = 4;
@@ -104,6 +105,60 @@ pub fn adapted_norms(client: &Client, buffers: Buffers<'_>, sizes: Sizes, scalin
         );
     }
     Ok(())
+}
+
+/// Buffers of [`split`].
+#[derive(Clone, Copy, Debug)]
+pub struct Split<'a> {
+    /// f32 `[elements]`.
+    pub x: &'a Handle,
+    /// `[2 · elements]`, which this writes: what the format holds of each element, and behind all of them what it holds of the
+    /// rest.
+    pub parts: &'a Handle,
+}
+
+/// f32 as the sum of two numbers of 16 bits each, for a product with `A` whose sums are f32.
+///
+/// # Shapes
+/// [`Split`] has them.
+///
+/// # Errors
+/// [`KernelError::Format`], and the variants about sizes when a buffer does not hold its shape.
+pub fn split(client: &Client, buffers: Split<'_>, elements: usize, format: FloatFormat) -> Result<(), KernelError> {
+    check_format(client, "split", format)?;
+    let x = buffer("x", buffers.x, elements, 4, 1)?;
+    let parts = buffer("parts", buffers.parts, 2 * elements, format.size(), 1)?;
+    if elements == 0 {
+        return Ok(());
+    }
+    let cubes = elements.div_ceil(UNITS);
+    let across = cubes.min(MAX_CUBES);
+    // SAFETY: the buffers' sizes are checked, and the kernel stays within `elements`.
+    unsafe {
+        split_kernel::launch_unchecked(
+            client,
+            CubeCount::Static(across as u32, cubes.div_ceil(across) as u32, 1),
+            CubeDim::new_1d(UNITS as u32),
+            x,
+            parts,
+            elements,
+            format.elem_type(),
+        );
+    }
+    Ok(())
+}
+
+/// Cubes in one dimension, as WebGPU has them.
+const MAX_CUBES: usize = 65_535;
+
+#[cube(launch_unchecked)]
+fn split_kernel<F: Float>(x: &[f32], parts: &mut [F], elements: usize, #[define(F)] _format: ElemType) {
+    let i = CUBE_POS * UNITS + UNIT_POS as usize;
+    if i < elements {
+        let high = F::cast_from(x[i]);
+        parts[i] = high;
+        parts[elements + i] = F::cast_from(x[i] - f32::cast_from(high));
+    }
 }
 
 /// A tile of `A Aᵀ`; rows beyond the last are the last again.

@@ -410,6 +410,27 @@ fn norms_of_adapted_rows_are_those_of_the_sum() {
 }
 
 #[test]
+fn two_parts_of_16_bits_hold_a_number() {
+    everywhere(|client, format| {
+        let len = 70_001;
+        let x = input(client, &noise(3, len, 4.0), FloatFormat::F32);
+        let parts = poisoned(client, 2 * len, format);
+        adapted_norms::split(client, adapted_norms::Split { x: &x.handle, parts: &parts }, len, format).unwrap();
+        let parts = read(client, parts, format);
+        let relative = match format {
+            FloatFormat::F32 => 0.0,
+            // Half a unit in the last place of half a unit; the rest may be one of f16's subnormals.
+            FloatFormat::F16 => 2.0_f64.powi(-22) + 2.0_f64.powi(-25),
+            FloatFormat::BF16 => 2.0_f64.powi(-18),
+        };
+        for (i, x) in x.values.iter().enumerate() {
+            let sum = parts[i] + parts[len + i];
+            assert!((sum - x).abs() <= relative * x.abs().max(1.0), "{format:?} {i}: {x} became {sum}");
+        }
+    });
+}
+
+#[test]
 fn candidates_are_all_that_is_above_their_threshold() {
     everywhere(|client, format| {
         for (rows, width, scale) in [(1, 1, 1.0), (3, 100, 5.0), (5, 257, 90.0), (2, 32_000, 12.0), (9, 5001, 0.01)] {

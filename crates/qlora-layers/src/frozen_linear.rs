@@ -97,9 +97,7 @@ impl FrozenLinear {
         match self {
             Self::Quantized(weight) if dtype != FloatDType::F32 => {
                 let rows = a.dims()[0];
-                let high = a.clone().cast(dtype);
-                let low = (a - high.clone().cast(FloatDType::F32)).cast(dtype);
-                let both = weight.forward_into(Tensor::cat(vec![high, low], 0), FloatDType::F32);
+                let both = weight.forward_into(ops::fused::split(a, dtype), FloatDType::F32);
                 both.clone().narrow(0, 0, rows) + both.narrow(0, rows, rows)
             }
             _ => self.project(a),

@@ -52,6 +52,15 @@ pub(super) fn add_norm(x: &CubeTensor, delta: &CubeTensor, weight: &CubeTensor, 
     [sum, out]
 }
 
+/// See [`super::split`].
+pub(super) fn split(x: &CubeTensor, dtype: FloatDType) -> CubeTensor {
+    let [rows, width] = x.meta.shape().dims();
+    let parts = empty(&x.client, &x.device, Shape::new([2 * rows, width]), dtype.into());
+    let buffers = adapted_norms::Split { x: &x.handle, parts: &parts.handle };
+    launched(adapted_norms::split(&x.client, buffers, rows * width, format(&parts)));
+    parts
+}
+
 /// The norms, `[1, out_features]`; see [`super::adapted_norms`].
 pub(super) fn adapted_norms(
     weight_squares: &CubeTensor,

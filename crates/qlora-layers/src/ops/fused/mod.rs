@@ -195,6 +195,19 @@ pub fn gained(y: Tensor<2>, gain: Tensor<2>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as FusedOps>::gained(y.into_dispatch(), gain.into_dispatch()))
 }
 
+/// f32 as what `dtype`, of 16 bits, holds of it, and below that what it holds of the rest, without autodiff.
+///
+/// # Shapes
+/// `[rows, width]` to `[2 · rows, width]`
+pub(crate) fn split(x: Tensor<2>, dtype: FloatDType) -> Tensor<2> {
+    if let Some(x) = as_cube(&x) {
+        return from_cube(cube::split(&x, dtype));
+    }
+    let high = x.clone().cast(dtype);
+    let low = (x - high.clone().cast(FloatDType::F32)).cast(dtype);
+    Tensor::cat(vec![high, low], 0)
+}
+
 /// `‖w_i + scaling · b_i A‖` for each row of a weight, `[1, out_features]`, in f32 without autodiff; `None` where no kernel
 /// takes the tensors, which are those of [`fused_kernels::adapted_norms::Buffers`].
 ///
