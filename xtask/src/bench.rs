@@ -15,7 +15,7 @@ use crate::{cargo, root, run_command};
 /// What `cargo xtask bench` takes.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// kernels, step, load, stress or first-use
+    /// kernels, step, curves, load, stress or first-use
     pub what: String,
     /// A `qlora-bench` that was built elsewhere
     #[arg(long)]

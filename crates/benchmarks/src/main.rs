@@ -4,6 +4,7 @@
 //!   what the card gives at best, measured in the same run. With `--peer python3` the same shapes through
 //!   bitsandbytes and cuBLAS.
 //! - `step`: whole training steps of models with random weights, beside PEFT and Unsloth.
+//! - `curves`: what a step costs by tokens, rank, experts and memory, as tables and drawings.
 //! - `serve`: an engine with streams and adapters: tokens a second, time to the first token, memory.
 //! - `load`: a checkpoint's way to the device, in seconds and GB/s.
 //! - `stress`: rows that grow until the device is short of memory.
@@ -46,6 +47,8 @@ enum Command {
     Kernels(kernels::Args),
     /// Time, memory and launches of whole training steps.
     Step(Box<step::Args>),
+    /// What a step costs by tokens, rank, experts and memory: tables and drawings.
+    Curves(step::curves::Args),
     /// Tokens a second of an engine with streams and adapters.
     Serve(serve::Args),
     /// The time that a checkpoint takes to the device, in 4 bits.
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Kernels(args) => kernels::run(&args),
         Command::Step(args) => step::run(&args),
+        Command::Curves(args) => step::curves::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Stress(args) => step::stress::run(&args),

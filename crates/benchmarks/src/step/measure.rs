@@ -93,19 +93,34 @@ pub(crate) struct Measured {
 
 /// A model of random weights with its adapters, ready to train on micro-batches of a case.
 pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Engine> {
+    let planned = plan(shape, config, case, device)?;
+    planned_engine(random_model(shape, config, device)?, config, case, planned)
+}
+
+/// A model of random weights.
+pub(super) fn random_model(shape: &ModelConfig, config: &TrainConfig, device: &Device) -> Result<Decoder> {
     let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-    let seed = config.train.seed;
+    Ok(Decoder::random(shape.clone(), options, config.train.seed, device, &mut |_| {})?)
+}
+
+/// What of a case's activations is kept, by what the device has free now.
+pub(super) fn plan(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Plan> {
+    let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
     let row = Example { input_ids: vec![0; case.len], labels: vec![0; case.len], line: 1 };
     let mut planned = config.clone();
     planned.train.batch_size = case.rows;
     let room = Room::of(device, config.train.memory_budget);
-    let Plan { policies, lighter, .. } = Plan::new(&planned, shape, dtype, &room, &[row])?;
+    Ok(Plan::new(&planned, shape, dtype, &room, &[row])?)
+}
+
+/// An engine over a model that is given fresh adapters.
+pub(super) fn planned_engine(mut model: Decoder, config: &TrainConfig, case: Case, plan: Plan) -> Result<Engine> {
+    let Plan { policies, lighter, .. } = plan;
     if config.train.activation_checkpointing.fixed().is_none() {
         eprintln!("{case}: {policies}");
     }
-    let mut model = Decoder::random(shape.clone(), options, seed, device, &mut |_| {})?;
-    model.attach_lora(&config.lora, seed)?;
+    model.attach_lora(&config.lora, config.train.seed)?;
     Ok(engine(model, &config.train, policies)?.with_lighter(lighter))
 }
 
@@ -126,7 +141,7 @@ pub(crate) fn run(
     let held = held_memory(device);
     let base_bytes = device_memory(device).map_or(0, |(in_use, _)| in_use);
 
-    let mut steps = Steps { engine, config, case, done: 0 };
+    let mut steps = Steps::new(engine, config, case);
     let mut peak = Peak::default();
     let start = Instant::now();
     let first = steps.next()?;
@@ -198,15 +213,19 @@ fn trace(steps: &mut Steps<'_>, tracing: &Tracing) -> Result<()> {
 }
 
 /// Steps on new tokens each.
-struct Steps<'a> {
+pub(super) struct Steps<'a> {
     engine: Engine,
     config: &'a TrainConfig,
     case: Case,
     done: u64,
 }
 
-impl Steps<'_> {
-    fn next(&mut self) -> Result<StepOutput> {
+impl<'a> Steps<'a> {
+    pub(super) fn new(engine: Engine, config: &'a TrainConfig, case: Case) -> Self {
+        Self { engine, config, case, done: 0 }
+    }
+
+    pub(super) fn next(&mut self) -> Result<StepOutput> {
         let options = &self.config.train;
         let vocab = self.engine.model().config().vocab_size;
         let seed = mix(options.seed ^ mix(self.done));
@@ -219,7 +238,7 @@ impl Steps<'_> {
 }
 
 /// Median, and half of the distance between the quartiles as a part of it.
-fn median(seconds: &mut [f64]) -> (f64, f64) {
+pub(super) fn median(seconds: &mut [f64]) -> (f64, f64) {
     seconds.sort_by(f64::total_cmp);
     let len = seconds.len();
     let median = (seconds[(len - 1) / 2] + seconds[len / 2]) / 2.0;

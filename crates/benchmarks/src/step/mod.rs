@@ -5,6 +5,8 @@
 //! pages, and because a case that does not fit must not take the others with it.
 
 mod case;
+pub(crate) mod curves;
+mod draw;
 mod look;
 mod measure;
 mod memory;

@@ -8,7 +8,7 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::dequantize::{Absmax, AbsmaxArgs, absmax_args, absmax_of, offset_of};
+use super::dequantize::{Absmax, absmax_args, absmax_of, offset_of};
 use super::{DeviceAbsmax, DeviceWeight, TABLE_LEN, UNITS, buffer, check_size, cube_count, tables};
 use crate::QuantError;
 
