@@ -15,7 +15,7 @@
 //! then, which together hold it to 2⁻¹⁶ of itself (2⁻²² in f16), and the weight is in the format that the layer multiplies with,
 //! and PEFT takes norms of; sums are f32.
 //!
-//! Where the device has the weight in 4 bits and no block crosses a row of it, the quotient `m / ‖·‖` is multiplied into the
+//! Where a GPU has the weight in 4 bits, no block crosses a row of it and tokens are many, the quotient `m / ‖·‖` is multiplied into the
 //! blocks' absmax and into the rows of B. The product is then LoRA's of this weight, forward and backward, and what remains of the
 //! magnitudes is their gradient, `Σ dy · y / m`: one pass over `dy` and `y`. Elsewhere the product's result is scaled.
 //!

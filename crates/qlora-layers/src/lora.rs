@@ -12,6 +12,10 @@ use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Tokens from which on DoRA's factors are multiplied into the weight. New absmax and rows of B cost as much as to scale some
+/// 200 tokens' results.
+const SCALED_WEIGHT: usize = 128;
+
 /// The trainable part: `x ↦ scaling · (dropout(x) lora_aᵀ lora_bᵀ + bias)`.
 ///
 /// [`LoraLinearConfig`](crate::LoraLinearConfig) makes fresh ones. DoRA's norms are kept between passes: whoever changes
@@ -191,7 +195,9 @@ impl LoraAdapter {
         let terms = LoraTerms { scaling: self.scaling.get(), dropout: None, gradients_only: false };
         let a_w = |a| base.project_near(a, dtype.into());
         let (lora_a, lora_b) = self.factors_in(pass);
+        // A function of the tokens alone: a pass that runs again has to run the same way.
         if let FrozenLinear::Quantized(weight) = base
+            && x.dims()[0] >= SCALED_WEIGHT
             && let Some((weight, gain)) = weight.scaled_rows(dtype, || dora.gain(self.factors(), a_w))
         {
             let [out_features, _] = lora_b.dims();

@@ -14,7 +14,9 @@ use test_support::{devices, noise};
 const OUT: usize = 24;
 const IN: usize = 64;
 const RANK: usize = 4;
-const TOKENS: usize = 5;
+/// Enough for DoRA's factors to be a part of the weight.
+const TOKENS: usize = 130;
+const FEW: usize = 5;
 const SCALING: f32 = 1.5;
 
 fn matrix(seed: u64, shape: [usize; 2], device: &Device) -> Tensor<2> {
@@ -88,8 +90,16 @@ fn dora_is_its_definition_on_4_bits_and_dense() {
             assert_close(name, &values(layer.forward_in(x.clone(), Pass::INFERENCE)), &expected, 2e-5);
             assert_close(name, &values(layer.adapter.as_ref().unwrap().merged(&layer.base)), &weight, 1e-5);
             let computed = values(layer.forward_in(x.clone(), Pass::INFERENCE));
+            let few = values(layer.forward_in(x.clone().narrow(0, 0, FEW), Pass::INFERENCE));
+            assert_close(name, &few, &expected[..FEW * OUT], 2e-5);
             layer.keep_scale();
-            assert_eq!(values(layer.forward_in(x, Pass::INFERENCE)), computed, "{name}: settled norms are the same");
+            assert_eq!(
+                values(layer.forward_in(x.clone(), Pass::INFERENCE)),
+                computed,
+                "{name}: settled norms are the same"
+            );
+            let settled = values(layer.forward_in(x.narrow(0, 0, FEW), Pass::INFERENCE));
+            assert_eq!(settled, few, "{name}: settled norms are the same");
         }
     }
 }
