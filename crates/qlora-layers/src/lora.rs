@@ -145,7 +145,7 @@ impl LoraAdapter {
     /// magnitudes scale, where nothing is added to that here: f32 if the caller adds something, else that of `x`.
     ///
     /// Without magnitudes and bias the sum is rounded once. With them a 4-bit base's sum is rounded to the dtype
-    /// of `x` before it is scaled.
+    /// of `x` before it is scaled, or after, where the weight itself is.
     ///
     /// With `gradients_only` the result is uninitialised where that saves a product; see
     /// [`LoraTerms::gradients_only`].
