@@ -30,7 +30,8 @@ struct Params {
 
 #define THREADS (32 * WARPS)
 #define STEP 256    // columns that a warp takes at once
-#define CHUNK 1024  // columns of one part of a product with a stack's first factor
+#define TURNS 4     // of 32 columns each, that a warp takes of a part of a product with a stack's first factor
+#define CHUNK (TURNS * WARPS * 32)  // columns of such a part
 #define OF(i, name) ((i) == 0 ? name##0 : (i) == 1 ? name##1 : name##2)
 
 #define PIECES 8    // of 8 columns each, that a lane has of a step
@@ -261,35 +262,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
     // then its own next ones are under way, across tiles.
     u32 tile = blockIdx.x, step = column_warp;
     Load even = {}, odd = {};
+#if ADAPTERS == 2
+    const u32 num_spans = __ldg(spans);
+#endif
     if (tile < tiles) {
         seek(tile);
         if (step < steps) load(even, step);
-        if (step + column_warps < steps) load(odd, step + column_warps);
     }
 
 #if ADAPTERS == 2
     // Products with the stacks' first factors, one part for 16 ranks, a span of tokens and a chunk of the columns. All
-    // cubes are on the device at once, so those that wait for parts keep none from being made.
-    const u32 num_spans = __ldg(spans), chunks = (p.columns + CHUNK - 1) / CHUNK;
+    // cubes are on the device at once, so those that wait for parts keep none from being made. Everything waits for the parts in the
+    // end: what the first one of a cube reads goes before all codes but the first.
+    const u32 chunks = (p.columns + CHUNK - 1) / CHUNK;
     const u32 num_parts = p.ranks / 16 * num_spans * chunks;
-    for (u32 part = gridDim.x - 1 - blockIdx.x; part < num_parts; part += gridDim.x) {
-        const u32 chunk = part % chunks, span = part / chunks % num_spans;
-        const u32 rank16 = part / chunks / num_spans * 16;
+    struct Part {
+        uint4 low[TURNS], high[TURNS], v[TURNS][WIDE_TILES];
+    };
+    auto read_part = [&](Part& to, u32 part) {
+        const u32 chunk = part % chunks, span = part / chunks % num_spans, rank16 = part / chunks / num_spans * 16;
         const u32 i = rank16 < p.matrices[1].first_rank ? 0 : rank16 < p.matrices[2].first_rank ? 1 : 2;
-        const u32 first = __ldg(spans + 1 + span * 3), end = __ldg(spans + 2 + span * 3), slot = __ldg(spans + 3 + span * 3);
-        const u32 rank = rank16 - p.matrices[i].first_rank;
+        const u32 slot = __ldg(spans + 3 + span * 3), rank = rank16 - p.matrices[i].first_rank;
         const u16* a = OF(i, a) + ((size_t)slot * p.matrices[i].rank + rank + g) * p.columns + chunk * CHUNK + t * 8;
         const u32 width = min(CHUNK, p.columns - chunk * CHUNK);
-        float d[WIDE_TILES][4] = {};
-        #pragma unroll 4
-        for (u32 column = warp * 32; column < width; column += WARPS * 32) {
-            const uint4 low = __ldg((const uint4*)(a + column));
-            const uint4 high = __ldg((const uint4*)(a + 8 * (size_t)p.columns + column));
+        #pragma unroll
+        for (u32 turn = 0; turn < TURNS; turn++) {
+            const u32 column = (turn * WARPS + warp) * 32;
+            to.low[turn] = to.high[turn] = make_uint4(0, 0, 0, 0);
+            if (column < width) {
+                to.low[turn] = __ldg((const uint4*)(a + column));
+                to.high[turn] = __ldg((const uint4*)(a + 8 * (size_t)p.columns + column));
+            }
             #pragma unroll
             for (u32 n = 0; n < WIDE_TILES; n++) {
                 const u32 token = n * 8 + g;
-                const u16* from_x = x + (size_t)min(token, p.tokens - 1) * p.columns + chunk * CHUNK + t * 8;
-                const uint4 v = token < p.tokens ? __ldg((const uint4*)(from_x + column)) : make_uint4(0, 0, 0, 0);
+                to.v[turn][n] = make_uint4(0, 0, 0, 0);
+                if (token < p.tokens && column < width)
+                    to.v[turn][n] = __ldg((const uint4*)(x + (size_t)token * p.columns + chunk * CHUNK + t * 8 + column));
+            }
+        }
+    };
+    auto write_part = [&](const Part& from, u32 part) {
+        const u32 chunk = part % chunks, span = part / chunks % num_spans, rank16 = part / chunks / num_spans * 16;
+        const u32 first = __ldg(spans + 1 + span * 3), end = __ldg(spans + 2 + span * 3);
+        float d[WIDE_TILES][4] = {};
+        #pragma unroll
+        for (u32 turn = 0; turn < TURNS; turn++) {
+            const uint4 low = from.low[turn], high = from.high[turn];
+            #pragma unroll
+            for (u32 n = 0; n < WIDE_TILES; n++) {
+                const uint4 v = from.v[turn][n];
                 multiply(d[n], low.x, high.x, low.y, high.y, v.x, v.y);
                 multiply(d[n], low.z, high.z, low.w, high.w, v.z, v.w);
             }
@@ -309,10 +331,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
             parts[((size_t)chunk * p.tokens + token) * p.ranks + rank16 + row] = sum;
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence();
-            atomicAdd(counters, 1);
-        }
+        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counters) : "memory");
+    };
+    const u32 first_part = gridDim.x - 1 - blockIdx.x;
+    Part own_part = {};
+    if (first_part < num_parts) read_part(own_part, first_part);
+#endif
+    if (tile < tiles && step + column_warps < steps) load(odd, step + column_warps);
+
+    for (u32 e = threadIdx.x; e < 256 * 8; e += THREADS) {
+        const u32 byte = e / 8;
+        auto entry = [&](u32 code) { return (p.codebook[code / 2] >> (code % 2 * 16)) & 0xffff; };
+        const u32 pair = entry(byte / 16) | entry(byte % 16) << 16;
+        ((uint4*)pairs)[e] = make_uint4(pair, pair, pair, pair);
+    }
+#if NESTED
+    for (u32 e = threadIdx.x; e < 256; e += THREADS) map[e] = tables[p.map + e];
+#endif
+#if ADAPTERS == 2
+    for (u32 part = first_part; part < num_parts; part += gridDim.x) {
+        if (part != first_part) read_part(own_part, part);
+        write_part(own_part, part);
     }
     bool parts_are_there = num_parts == 0;
     auto wait_for_parts = [&]() {
@@ -322,17 +361,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(finished) : "l"(counters) : "memory");
         while (finished < num_parts);
     };
-    // Has the second factors of a tile's rows come nearer while its codes are read.
-    auto prefetch_factors = [&](u32 tile) {
-        const u32 i = matrix_of(tile), rows = p.matrices[i].rows, rank = p.matrices[i].rank;
-        const u32 first = row_of(tile, 0) - row_warp * ROW_TILES * 16;
-        for (u32 e = threadIdx.x; e < num_spans * tile_rows; e += THREADS) {
-            const u32 row = min(first + e % tile_rows, rows - 1), slot = __ldg(spans + 3 + e / tile_rows * 3);
-            const u16* factor = (const u16*)OF(i, b) + ((size_t)slot * rows + row) * rank;
-            for (u32 k = 0; k < rank; k += 64) asm volatile("prefetch.global.L2 [%0];" :: "l"(factor + k));
-        }
+    // A warp's first part of a tile's update: 16 ranks of a span, whose factors come with the tile's codes. A lane has four ranks that
+    // lie side by side, of rows and tokens alike.
+    auto read_factors = [&](uint2 (&to)[ROW_TILES][2], u32 tile, u32 turn) {
+        const u32 i = matrix_of(tile), rows = p.matrices[i].rows, rank = p.matrices[i].rank, rank_tiles = rank / 16;
+        if (turn >= num_spans * rank_tiles) return;
+        const u32 slot = __ldg(spans + 3 + turn / rank_tiles * 3), k = turn % rank_tiles * 16 + 4 * t;
+        const u16* factor = (const u16*)OF(i, b) + (size_t)slot * rows * rank + k;
+        #pragma unroll
+        for (u32 m = 0; m < ROW_TILES; m++)
+            #pragma unroll
+            for (u32 h = 0; h < 2; h++)
+                to[m][h] = __ldg((const uint2*)(factor + (size_t)min(row_of(tile, m) + h * 8 + g, rows - 1) * rank));
     };
-    if (tile < tiles) prefetch_factors(tile);
+    uint2 own_factors[ROW_TILES][2] = {};
+    if (tile < tiles) read_factors(own_factors, tile, column_warp);
 #endif
 
 #if ADAPTERS
@@ -370,13 +413,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
         }
 #else
         const u32 rank_tiles = rank / 16;
-        #pragma unroll 2
         for (u32 turn = column_warp; turn < num_spans * rank_tiles; turn += column_warps) {
             const u32 span = turn / rank_tiles, k = turn % rank_tiles * 16;
             const u32 first = __ldg(spans + 1 + span * 3), end = __ldg(spans + 2 + span * 3), slot = __ldg(spans + 3 + span * 3);
             const float scaling = __ldg(OF(i, scalings) + slot);
-            const u16* factor = (const u16*)OF(i, b) + (size_t)slot * rows * rank;
-            // A lane has four ranks that lie side by side, of rows and tokens alike.
+            if (turn != column_warp) read_factors(own_factors, tile, turn);
             u32 v[TOKEN_TILES][2];
             #pragma unroll
             for (u32 n = 0; n < TOKEN_TILES; n++) {
@@ -386,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
                     const float* from = parts + (size_t)token * p.ranks + p.matrices[i].first_rank + k + 4 * t;
                     #pragma unroll 4
                     for (u32 chunk = 0; chunk < chunks; chunk++) {
-                        const float4 one = __ldcg((const float4*)(from + (size_t)chunk * p.tokens * p.ranks));
+                        const float4 one = *(const float4*)(from + (size_t)chunk * p.tokens * p.ranks);
                         sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
                     }
                 }
@@ -394,8 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
             }
             #pragma unroll
             for (u32 m = 0; m < ROW_TILES; m++) {
-                const uint2 low = __ldg((const uint2*)(factor + row(m, 0) + k + 4 * t));
-                const uint2 high = __ldg((const uint2*)(factor + row(m, 1) + k + 4 * t));
+                const uint2 low = own_factors[m][0], high = own_factors[m][1];
                 #pragma unroll
                 for (u32 n = 0; n < TOKEN_TILES; n++)
                     add_update(m, n, v[n][0], v[n][1], low.x, high.x, low.y, high.y);
@@ -453,15 +493,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
         }
     };
 
-    for (u32 e = threadIdx.x; e < 256 * 8; e += THREADS) {
-        const u32 byte = e / 8;
-        auto entry = [&](u32 code) { return (p.codebook[code / 2] >> (code % 2 * 16)) & 0xffff; };
-        const u32 pair = entry(byte / 16) | entry(byte % 16) << 16;
-        ((uint4*)pairs)[e] = make_uint4(pair, pair, pair, pair);
-    }
-#if NESTED
-    for (u32 e = threadIdx.x; e < 256; e += THREADS) map[e] = tables[p.map + e];
-#endif
     __syncthreads();
 
     while (tile < tiles) {
@@ -482,11 +513,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CUBES) gemv(
         if (at_end) {
 #if ADAPTERS == 2
             if (threadIdx.x == 0) wait_for_parts();
-            if (more) prefetch_factors(next_tile);
 #endif
             __syncthreads();  // The last tile's sums have been read, and the parts are there.
 #if ADAPTERS
             add_low_rank(tile);
+#endif
+#if ADAPTERS == 2
+            if (more) read_factors(own_factors, next_tile, column_warp);
 #endif
             finish(tile);
         }

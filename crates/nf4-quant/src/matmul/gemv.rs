@@ -23,7 +23,8 @@
 //!
 //! - LoRA's product is one more `mma` for each 16 ranks, from the factor as it lies in memory, into the same sums. Where
 //!   tokens have adapters of a stack, the cubes compute `x Aᵀ` first, a part each, while their first codes are on the way; a
-//!   counter tells when all parts are there. All cubes fit on the device at once, so none waits for one that can't start.
+//!   counter tells when all parts are there. What a part reads goes before all codes but the first, because everything waits for it in
+//!   the end. The second factor comes with a tile's codes. All cubes fit on the device at once, so none waits for one that can't start.
 //! - The warps of a cube take other rows, or other columns of the same rows, whichever leaves fewest multiprocessors
 //!   idle (`Shape`). Their sums are added in a fixed order: the same operands give the same bits.
 //!
