@@ -171,22 +171,41 @@ const CASES: &[Case] = &[
     Case { lens: &[600], head_dim: 128, heads: 2, kv_heads: 1, ..CASE },
     Case { lens: &[384, 384], head_dim: 64, heads: 2, kv_heads: 2, window: Some(190), ..CASE },
     Case { lens: &[520], head_dim: 104, heads: 1, kv_heads: 1, window: Some(129), format: F16, ..CASE },
+    Case { lens: &[600], head_dim: 256, heads: 2, kv_heads: 1, ..CASE },
+    Case { lens: &[400, 400], head_dim: 192, heads: 2, kv_heads: 2, window: Some(190), ..CASE },
+    Case { lens: &[450], head_dim: 248, window: Some(129), format: F16, layout: Gaps, ..CASE },
+    Case { lens: &[333], head_dim: 136, heads: 2, kv_heads: 1, format: F16, layout: HeadMajor, ..CASE },
     // More tiles than multiprocessors.
     Case { lens: &[9; 12], head_dim: 64, heads: 24, kv_heads: 12, ..CASE },
     // Softcap, and scales of models.
     Case { lens: &[200], head_dim: 256, softcap: Some(50.0), scale: Some(0.0625), size: 30.0, heads: 2, ..CASE },
     Case { lens: &[129], head_dim: 128, softcap: Some(5.0), size: 8.0, format: F16, heads: 4, kv_heads: 2, ..CASE },
     Case { lens: &[100], head_dim: 64, softcap: Some(1.0), window: Some(33), size: 4.0, ..CASE },
+    Case {
+        lens: &[300],
+        head_dim: 256,
+        softcap: Some(5.0),
+        window: Some(150),
+        size: 8.0,
+        heads: 4,
+        kv_heads: 2,
+        ..CASE
+    },
+    Case { lens: &[260], head_dim: 192, softcap: Some(3.0), size: 8.0, format: F16, ..CASE },
     Case { lens: &[100], head_dim: 64, scale: Some(1.5), ..CASE },
     // Packed rows; empty ones; padding as a row.
     Case { lens: &[64, 1, 100, 17], packed: true, head_dim: 128, heads: 4, kv_heads: 2, ..CASE },
     Case { lens: &[5, 0, 130, 64, 0], packed: true, head_dim: 64, window: Some(70), layout: Gaps, ..CASE },
     Case { lens: &[33, 200, 7], packed: true, head_dim: 256, format: F16, heads: 2, kv_heads: 2, ..CASE },
     Case { lens: &[300, 20], packed: true, head_dim: 80, softcap: Some(3.0), size: 4.0, heads: 8, kv_heads: 2, ..CASE },
+    Case { lens: &[64, 1, 300, 0, 17, 130], packed: true, head_dim: 256, heads: 4, kv_heads: 2, ..CASE },
+    Case { lens: &[77, 240, 0], packed: true, head_dim: 192, softcap: Some(5.0), window: Some(90), size: 8.0, ..CASE },
     // Queries after cached keys.
     Case { lens: &[30, 30], past: 45, head_dim: 128, heads: 2, kv_heads: 2, layout: HeadMajor, ..CASE },
     Case { lens: &[1], past: 200, head_dim: 64, heads: 8, kv_heads: 1, window: Some(100), ..CASE },
     Case { lens: &[65], past: 300, head_dim: 96, window: Some(20), ..CASE },
+    Case { lens: &[130, 130], past: 300, head_dim: 256, heads: 2, kv_heads: 2, ..CASE },
+    Case { lens: &[65], past: 200, head_dim: 192, window: Some(40), layout: HeadMajor, ..CASE },
 ];
 
 impl Case {
@@ -368,6 +387,16 @@ fn heads_up_to_64_by_wgmma() {
 #[test]
 fn heads_up_to_128_by_wgmma() {
     attention_and_its_gradients_are_the_oracles(Path::Hopper, 72..=128);
+}
+
+#[test]
+fn heads_up_to_192_by_wgmma() {
+    attention_and_its_gradients_are_the_oracles(Path::Hopper, 136..=192);
+}
+
+#[test]
+fn heads_up_to_256_by_wgmma() {
+    attention_and_its_gradients_are_the_oracles(Path::Hopper, 200..=256);
 }
 
 #[test]

@@ -19,10 +19,21 @@ struct Sizes {
     kv_heads: usize,
     head_dim: usize,
     window: Option<usize>,
+    softcap: Option<f32>,
 }
 
-const LLAMA: Sizes =
-    Sizes { model: "Llama-2-7B", rows: 1, len: 2048, heads: 32, kv_heads: 32, head_dim: 128, window: None };
+const LLAMA: Sizes = Sizes {
+    model: "Llama-2-7B",
+    rows: 1,
+    len: 2048,
+    heads: 32,
+    kv_heads: 32,
+    head_dim: 128,
+    window: None,
+    softcap: None,
+};
+/// Its softcap is left out where torch is to run beside.
+const GEMMA: Sizes = Sizes { model: "Gemma-2-9B", rows: 4, heads: 16, kv_heads: 8, head_dim: 256, ..LLAMA };
 
 pub(crate) fn cases(bench: &Bench) -> Vec<Case> {
     if !attention::supports(&bench.client) || bench.format != FloatFormat::BF16 {
@@ -37,7 +48,12 @@ pub(crate) fn cases(bench: &Bench) -> Vec<Case> {
         Sizes { model: "Mistral-7B", len: 16384, kv_heads: 8, window: Some(4096), ..LLAMA },
         Sizes { model: "Qwen2.5-0.5B", rows: 4, heads: 14, kv_heads: 2, head_dim: 64, ..LLAMA },
         Sizes { model: "Phi-3-mini", rows: 4, head_dim: 96, ..LLAMA },
-        Sizes { model: "Gemma-2-9B", rows: 4, heads: 16, kv_heads: 8, head_dim: 256, ..LLAMA },
+        GEMMA,
+        Sizes { softcap: Some(50.0), ..GEMMA },
+        Sizes { rows: 1, len: 16384, ..GEMMA },
+        Sizes { model: "Gemma-3-12B", rows: 1, len: 16384, window: Some(1024), ..GEMMA },
+        Sizes { model: "DeepSeek-V2-Lite", kv_heads: 16, head_dim: 192, ..GEMMA },
+        Sizes { model: "DeepSeek-V2-Lite", rows: 1, len: 16384, kv_heads: 16, head_dim: 192, ..GEMMA },
     ];
     [false, true].into_iter().flat_map(|backward| sizes.map(|sizes| sizes.case(backward))).collect()
 }
@@ -87,27 +103,28 @@ impl Sizes {
     }
 
     fn case(self, backward: bool) -> Case {
-        let Self { model, rows, len, heads, kv_heads, head_dim, window } = self;
+        let Self { model, rows, len, heads, kv_heads, head_dim, window, softcap } = self;
         let work = self.work(backward);
         let window_text = window.map_or_else(String::new, |window| format!(" window {window}"));
+        let softcap_text = softcap.map_or_else(String::new, |softcap| format!(" softcap {softcap}"));
         let peer = json!({
             "op": if backward { "attention_backward" } else { "attention" },
             "rows": rows, "len": len, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
         });
         Case {
             kernel: if backward { "attention gradients" } else { "attention" },
-            shape: format!("{rows} x {len}, {heads}/{kv_heads} x {head_dim}{window_text}"),
+            shape: format!("{rows} x {len}, {heads}/{kv_heads} x {head_dim}{window_text}{softcap_text}"),
             model,
             work,
-            // Torch's kernels take no window.
-            peer: window.is_none().then_some(peer),
+            // Torch's kernels take no window and no softcap.
+            peer: (window.is_none() && softcap.is_none()).then_some(peer),
             bar: None,
             prepare: Box::new(move |bench| self.prepare(bench, backward)),
         }
     }
 
     fn prepare(self, bench: &Bench, backward: bool) -> Result<Run> {
-        let Self { rows, len, heads, kv_heads, head_dim, window, .. } = self;
+        let Self { rows, len, heads, kv_heads, head_dim, window, softcap, .. } = self;
         let client = bench.client.clone();
         let shape = Shape {
             rows: Rows::Equal { rows, q_len: len, kv_len: len },
@@ -116,7 +133,7 @@ impl Sizes {
             head_dim,
             format: fused_kernels::FloatFormat::BF16,
         };
-        let options = Options { scale: 1.0 / (head_dim as f32).sqrt(), window, softcap: None };
+        let options = Options { scale: 1.0 / (head_dim as f32).sqrt(), window, softcap };
         let of_queries = Strides::token_major(len, heads, head_dim);
         let of_keys = Strides::token_major(len, kv_heads, head_dim);
         let sets: Vec<Buffers> =

@@ -3,14 +3,16 @@
 //
 // What the kernels for compute capability 9.0 share: TMA, barriers, wgmma, and who computes what. hopper.rs tells the
 // idea. A cube has two warp groups that compute, each with 64 rows of the cube's 128, and a third of which one warp
-// loads. D is 64 or 128 here.
+// loads. D is 64, 128, 192 or 256 here.
 //
 //   TURNS      1: the computing groups take turns at the tensor cores
+//   STAGES     tiles of the other side in shared memory, or of keys
+//   V_STAGES   tiles of values there
 
 #define CONSUMERS 256
 #define THREADS 384
 #define CUBE_ROWS 128
-#define HALVES (D / 64)                     // of a tile: 64 columns each, rows of 128 bytes, swizzled over their width
+#define PANELS (D / 64)                     // of a tile: 64 columns each, rows of 128 bytes, swizzled over their width
 #define TILE_BYTES(rows) ((rows) * D * 2)
 #define NONE 0xffffffffu
 
@@ -26,70 +28,14 @@ struct Cursor {
 // `rows` tokens of a head, as many as the map's box has; zeros beyond the map.
 __device__ __forceinline__ void load_tile(u8* to, const TensorMap* map, u64* bar, u32 rows, u32 token, u32 head, u32 row) {
 #pragma unroll
-    for (u32 half = 0; half < HALVES; half++)
+    for (u32 panel = 0; panel < PANELS; panel++)
         asm volatile(
             "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-            ::"r"(shared_address(to) + half * rows * 128), "l"(map), "r"(shared_address(bar)), "r"(half * 64), "r"(token), "r"(head), "r"(row)
+            ::"r"(shared_address(to) + panel * rows * 128), "l"(map), "r"(shared_address(bar)), "r"(panel * 64), "r"(token), "r"(head), "r"(row)
             : "memory");
 }
 
-// ----------------------------------------------------------------------------------------------- wgmma
-
-#if F16
-#define FORMATS "f16.f16"
-#else
-#define FORMATS "bf16.bf16"
-#endif
-#define NAMES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES_64 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
-#define SUMS_32(d) SIXTEEN(d, 0), SIXTEEN(d, 16)
-#define SUMS_64(d) SUMS_32(d), SIXTEEN(d, 32), SIXTEEN(d, 48)
-
-// d = a b, or d += a b with `add`, over 16 columns of a and rows of b. TURNED: the contraction runs over the rows of
-// b's tile instead of its columns.
-template <int TURNED>
-__device__ __forceinline__ void multiply(float (&d)[32], u64 a, u64 b, u32 add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." FORMATS
-                 " {" NAMES_32 "}, %32, %33, p, 1, 1, 0, %35; }" : SUMS_32(d) : "l"(a), "l"(b), "r"(add), "n"(TURNED));
-}
-template <int TURNED>
-__device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, u32 add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." FORMATS
-                 " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, %67; }" : SUMS_64(d) : "l"(a), "l"(b), "r"(add), "n"(TURNED));
-}
-template <int TURNED>
-__device__ __forceinline__ void multiply(float (&d)[32], const u32* a, u64 b, u32 add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." FORMATS
-                 " {" NAMES_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38; }"
-                 : SUMS_32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
-}
-template <int TURNED>
-__device__ __forceinline__ void multiply(float (&d)[64], const u32* a, u64 b, u32 add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." FORMATS
-                 " {" NAMES_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70; }"
-                 : SUMS_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURNED));
-}
-
-// Keeps the compiler from moving uses of these registers across this point: it does not know that wgmma writes them
-// later.
-template <u32 N>
-__device__ __forceinline__ void pin(float (&x)[N]) {
-#pragma unroll
-    for (u32 i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-// Keeps the assembler from waiting for wgmma before `value` is computed: it assumes that a wait is long and moves it
-// forward.
-__device__ __forceinline__ void hold(float* scratch, float value) {
-    asm volatile("st.volatile.shared.f32 [%0], %1;" ::"r"(shared_address(scratch)), "f"(value) : "memory");
-}
-// Before products of registers that were written, and after a row of them.
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most N committed groups run.
-template <int N>
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// -------------------------------------------------------------------------------------------- operands
 
 // A tile in shared memory as an operand whose contraction runs over columns, from a multiple of 8 rows on.
 __device__ __forceinline__ u64 descriptor(const u8* tile) {
@@ -97,7 +43,7 @@ __device__ __forceinline__ u64 descriptor(const u8* tile) {
 }
 // 16 columns further; the tile has `rows` of them.
 __device__ __forceinline__ u64 columns_on(u64 descriptor, u32 rows, u32 k) { return descriptor + k / 4 * (rows * 8) + k % 4 * 2; }
-// The same tile with the contraction over its rows: the stride to the second half comes in.
+// The same tile with the contraction over its rows: the stride to the next panel comes in.
 __device__ __forceinline__ u64 descriptor_turned(const u8* tile, u32 rows) {
     return (u64)((shared_address(tile) & 0x3ffff) >> 4) | (u64)(rows * 8) << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -203,30 +149,43 @@ __device__ __forceinline__ void store_rows(u16* to, const float (&x)[D / 2], flo
 
 // Their barriers, for the tile of queries (`own`) and the rings. Members of `Shared` itself: the compiler orders loads
 // and stores otherwise around those of a nested struct.
-#define BARRIERS u64 own_full, own_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES]
+#define BARRIERS u64 own_full, own_empty, k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES]
 // Called by one thread.
 template <class Shared>
 __device__ __forceinline__ void init_barriers(Shared& s) {
     barrier_init(&s.own_full, 1);
     barrier_init(&s.own_empty, CONSUMERS / LANES);
-    for (u32 i = 0; i < STAGES; i++) {
-        barrier_init(&s.k_full[i], 1), barrier_init(&s.v_full[i], 1);
-        barrier_init(&s.k_empty[i], CONSUMERS / LANES), barrier_init(&s.v_empty[i], CONSUMERS / LANES);
+    for (u32 i = 0; i < (STAGES > V_STAGES ? STAGES : V_STAGES); i++) {
+        if (i < STAGES) barrier_init(&s.k_full[i], 1);
+        if (i < V_STAGES) barrier_init(&s.v_full[i], 1);
+        if (i < STAGES) barrier_init(&s.k_empty[i], CONSUMERS / LANES);
+        if (i < V_STAGES) barrier_init(&s.v_empty[i], CONSUMERS / LANES);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// A place in the ring of keys, and where its values are.
+#if V_STAGES == STAGES
+typedef Cursor<STAGES> Place;
+#define VALUES_OF(at) at
+#else
+struct Place : Cursor<STAGES> {
+    Cursor<V_STAGES> values;
+    __device__ __forceinline__ void advance() { Cursor<STAGES>::advance(), values.advance(); }
+};
+#define VALUES_OF(at) at.values
+#endif
 // Loads a tile of `rows` keys and values to the place `at` of the rings, as soon as it is free.
 template <class Shared>
-__device__ __forceinline__ void load_keys_and_values(Shared& s, const Cursor<STAGES>& at, const TensorMap* k_map, const TensorMap* v_map,
-                                                     u32 rows, u32 start, u32 tile, u32 head, u32 row) {
+__device__ __forceinline__ void load_keys_and_values(Shared& s, const Place& at, const TensorMap* k_map, const TensorMap* v_map, u32 rows,
+                                                     u32 start, u32 tile, u32 head, u32 row) {
     u64* full = &s.k_full[at.stage];
     barrier_wait(&s.k_empty[at.stage], at.phase ^ 1);
     barrier_expect(full, TILE_BYTES(rows));
     load_tile(s.k[at.stage], k_map, full, rows, start + tile * rows, head, row);
-    full = &s.v_full[at.stage];
-    barrier_wait(&s.v_empty[at.stage], at.phase ^ 1);
+    full = &s.v_full[VALUES_OF(at).stage];
+    barrier_wait(&s.v_empty[VALUES_OF(at).stage], VALUES_OF(at).phase ^ 1);
     barrier_expect(full, TILE_BYTES(rows));
-    load_tile(s.v[at.stage], v_map, full, rows, start + tile * rows, head, row);
+    load_tile(s.v[VALUES_OF(at).stage], v_map, full, rows, start + tile * rows, head, row);
 }
 // Tells the computing groups that there is no further tile.
 template <class Shared>

@@ -40,25 +40,29 @@ use cuda_source::{Arguments, CudaDevice, Source, Swizzle, TensorMap};
 use super::{Backward, Forward, OPERATION, Operand, Options, Params, Shape, Side, check_limit};
 use crate::{FloatFormat, KernelError};
 
-const FORWARD: &str = concat!(
-    cuda_source::prelude!(),
-    include_str!("primitives.cu"),
-    include_str!("shape.cu"),
-    cuda_source::tma_barriers!(),
-    include_str!("hopper.cu"),
-    include_str!("hopper_forward.cu")
-);
-const BACKWARD: &str = concat!(
-    cuda_source::prelude!(),
-    include_str!("primitives.cu"),
-    include_str!("shape.cu"),
-    cuda_source::tma_barriers!(),
-    include_str!("hopper.cu"),
-    include_str!("hopper_backward.cu")
-);
+/// The text of a kernel: what all share, and its own.
+macro_rules! text {
+    ($($file:literal),+) => {
+        concat!(
+            cuda_source::prelude!(),
+            include_str!("primitives.cu"),
+            include_str!("shape.cu"),
+            cuda_source::tma_barriers!(),
+            include_str!("wgmma.cu"),
+            include_str!("hopper.cu"),
+            $(include_str!($file)),+
+        )
+    };
+}
+const FORWARD: &str = text!("hopper_forward.cu");
+const KEYS: &str = text!("hopper_backward.cu", "hopper_keys.cu");
+const KEYS_WIDE: &str = text!("hopper_backward.cu", "hopper_keys_wide.cu");
+const QUERIES: &str = text!("hopper_backward.cu", "hopper_queries.cu");
 const THREADS: u32 = 384;
-/// Rows of queries, or keys, that a cube computes.
+/// Rows of queries, or keys, that both groups of a cube compute, 64 each.
 const CUBE_ROWS: usize = 128;
+/// Tiles of P on their way from the group of dV to that of dK, of wide heads.
+const PASSED: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -73,23 +77,62 @@ enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Variant {
     kind: Kind,
-    /// head_dim, padded: 64 or 128.
+    /// head_dim, padded: 64, 128, 192 or 256.
     dim: usize,
     softcap: bool,
     format: FloatFormat,
 }
 
+/// Tiles of the other side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tiling {
+    /// Rows of each.
+    tile: usize,
+    /// How many of keys, or of queries and gradients, shared memory holds.
+    stages: usize,
+    /// How many of values.
+    v_stages: usize,
+}
+
 impl Variant {
-    /// Rows of a tile of the other side, and how many of them shared memory holds.
-    fn tiling(self) -> (usize, usize) {
-        match (self.kind, self.dim) {
-            (Kind::Forward, _) => (128, 2),
-            (Kind::Keys, 64) if !self.softcap => (128, 3),
-            (Kind::Keys, _) => (64, 3),
+    /// # Panics
+    /// Never: the caller checked that `head_dim` is at most 256.
+    fn new(kind: Kind, head_dim: usize, softcap: bool, format: FloatFormat) -> Self {
+        let dim = [64, 128, 192].into_iter().find(|dim| head_dim <= *dim).unwrap_or(256);
+        Self { kind, dim, softcap, format }
+    }
+
+    fn tiling(self) -> Tiling {
+        let (tile, stages, v_stages) = match (self.kind, self.dim) {
+            (Kind::Forward, 64 | 128) => (128, 2, 2),
+            (Kind::Forward, 192) => (112, 2, 2),
+            (Kind::Forward, _) => (80, 2, 2),
+            (Kind::Keys, 64) if !self.softcap => (128, 3, 3),
+            (Kind::Keys, 64 | 128) => (64, 3, 3),
+            (Kind::Keys, 192) => (64, 3, 3),
+            (Kind::Keys, _) => (64, 2, 2),
             // The softcap's derivative needs the scores once more: registers for half a tile.
-            (Kind::Queries, 128) if self.softcap => (64, 4),
-            (Kind::Queries, _) => (128, 2),
-        }
+            (Kind::Queries, 128) if self.softcap => (64, 4, 4),
+            (Kind::Queries, 64 | 128) => (128, 2, 2),
+            (Kind::Queries, 192) => (64, 3, 2),
+            (Kind::Queries, _) => (64, 2, 1),
+        };
+        Tiling { tile, stages, v_stages }
+    }
+
+    /// Rows of queries, or keys, that a cube computes.
+    fn cube_rows(self) -> usize {
+        if self.is_split() { CUBE_ROWS / 2 } else { CUBE_ROWS }
+    }
+
+    /// Whether one group has the sums of dV and the other those of dK, of the same keys.
+    fn is_split(self) -> bool {
+        self.kind == Kind::Keys && self.dim > 128
+    }
+
+    /// How many sixteenths of K's columns, and V's, the groups of such a kernel hold in registers: what is left of them.
+    fn held(self) -> usize {
+        if self.dim == 192 { 12 } else { 0 }
     }
 
     /// Whether the two groups take turns at the tensor cores. dQ's kernel has no turns.
@@ -102,21 +145,25 @@ impl Variant {
     }
 
     fn source(self) -> Source {
-        let (tile, stages) = self.tiling();
-        let (file, name, kind, tile_name) = match self.kind {
-            Kind::Forward => (FORWARD, "attention_forward", 0, "KEYS"),
-            Kind::Keys => (BACKWARD, "attention_keys", 2, "TILE"),
-            Kind::Queries => (BACKWARD, "attention_queries", 3, "TILE"),
+        let Tiling { tile, stages, v_stages } = self.tiling();
+        let (file, name, tile_name) = match self.kind {
+            Kind::Forward => (FORWARD, "attention_forward", "KEYS"),
+            Kind::Keys if self.is_split() => (KEYS_WIDE, "attention_keys", "TILE"),
+            Kind::Keys => (KEYS, "attention_keys", "TILE"),
+            Kind::Queries => (QUERIES, "attention_queries", "TILE"),
         };
-        let defines = [
+        let mut defines = vec![
             self.format.define(),
             ("D", self.dim as i64),
             ("SOFTCAP", i64::from(self.softcap)),
-            ("KIND", kind),
             (tile_name, tile as i64),
             ("STAGES", stages as i64),
+            ("V_STAGES", v_stages as i64),
             ("TURNS", self.turns().into()),
         ];
+        if self.is_split() {
+            defines.extend([("PASSED", PASSED as i64), ("HELD", self.held() as i64)]);
+        }
         Source::with_defines(file, name, THREADS, &defines)
     }
 }
@@ -124,7 +171,7 @@ impl Variant {
 /// Whether the device runs these kernels, and there are some for heads of that many dimensions.
 pub(super) fn takes(device: &CudaDevice, head_dim: usize) -> bool {
     // They have more than 48 KB of static shared memory, which the assembler of CUDA 13 takes.
-    device.compute_capability == (9, 0) && device.takes_large_static_memory() && head_dim <= 128
+    device.compute_capability == (9, 0) && device.takes_large_static_memory() && head_dim <= 256
 }
 
 /// Whether they are the better ones for rows that the device takes.
@@ -147,7 +194,8 @@ pub(super) struct Call<'a> {
 impl Call<'_> {
     pub(super) fn forward(&self, operands: &Forward<'_>) -> Result<(), KernelError> {
         let Forward { q, k, v, o, lse } = *operands;
-        self.launch(Kind::Forward, |tile, counter| {
+        self.launch(Kind::Forward, |variant, counter| {
+            let tile = variant.tiling().tile;
             Arguments::new()
                 .tensor_map(self.map(q, Side::Queries, CUBE_ROWS))
                 .tensor_map(self.map(k, Side::Keys, tile))
@@ -172,8 +220,12 @@ impl Call<'_> {
                 .read(delta)
                 .counters(counter)
         };
-        self.launch(Kind::Keys, |tile, counter| inputs(tile, CUBE_ROWS, counter).write(d_k.handle).write(d_v.handle))?;
-        self.launch(Kind::Queries, |tile, counter| inputs(CUBE_ROWS, tile, counter).write(d_q.handle))
+        self.launch(Kind::Keys, |variant, counter| {
+            inputs(variant.tiling().tile, variant.cube_rows(), counter).write(d_k.handle).write(d_v.handle)
+        })?;
+        self.launch(Kind::Queries, |variant, counter| {
+            inputs(CUBE_ROWS, variant.tiling().tile, counter).write(d_q.handle)
+        })
     }
 
     /// `[rows, heads, len, head_dim]` in boxes of that many tokens and 64 dimensions.
@@ -192,13 +244,12 @@ impl Call<'_> {
         }
     }
 
-    fn launch(&self, kind: Kind, arguments: impl FnOnce(usize, &Handle) -> Arguments) -> Result<(), KernelError> {
+    fn launch(&self, kind: Kind, arguments: impl FnOnce(Variant, &Handle) -> Arguments) -> Result<(), KernelError> {
         let Self { client, shape, options, mut params, .. } = *self;
-        let dim = if shape.head_dim <= 64 { 64 } else { 128 };
-        let variant = Variant { kind, dim, softcap: options.softcap.is_some(), format: shape.format };
+        let variant = Variant::new(kind, shape.head_dim, options.softcap.is_some(), shape.format);
         let (queries, keys) = shape.rows.longest();
         let (len, heads) = if kind == Kind::Keys { (keys, shape.kv_heads) } else { (queries, shape.heads) };
-        let (tiles, pairs) = (len.div_ceil(CUBE_ROWS), heads * shape.rows.count());
+        let (tiles, pairs) = (len.div_ceil(variant.cube_rows()), heads * shape.rows.count());
         check_limit("tiles of all heads and rows", tiles * pairs, i32::MAX as usize)?;
         if tiles * pairs == 0 {
             return Ok(());
@@ -211,7 +262,7 @@ impl Call<'_> {
         params.section = section(kind, shape, device.l2_bytes).min(pairs) as u32;
         params.light = light(tiles, pairs, cubes) as u32;
         let counter = cuda_source::counters(client, &client.empty(4), 1);
-        let arguments = arguments(variant.tiling().0, &counter).params(params);
+        let arguments = arguments(variant, &counter).params(params);
         cuda_source::launch(client, &variant.source(), (cubes as u32, 1, 1), arguments)
             .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })
     }
@@ -245,18 +296,31 @@ mod tests {
     const KINDS: [Kind; 3] = [Kind::Forward, Kind::Keys, Kind::Queries];
 
     fn variants() -> impl Iterator<Item = Variant> {
-        let of = |kind| [64, 128].map(|dim| Variant { kind, dim, softcap: true, format: FloatFormat::F16 });
-        KINDS.into_iter().flat_map(of)
+        let all = KINDS.into_iter().flat_map(|kind| [64, 128, 192, 256].map(|dim| (kind, dim)));
+        all.flat_map(|(kind, dim)| [false, true].map(|softcap| Variant::new(kind, dim, softcap, FloatFormat::F16)))
+    }
+
+    #[test]
+    fn heads_are_padded_to_the_next_kernel() {
+        for (head_dim, dim) in [(8, 64), (72, 128), (128, 128), (136, 192), (192, 192), (200, 256), (256, 256)] {
+            assert_eq!(Variant::new(Kind::Queries, head_dim, false, FloatFormat::BF16).dim, dim);
+        }
     }
 
     #[test]
     fn tiles_fit_in_shared_memory() {
         for variant in variants() {
-            let (tile, stages) = variant.tiling();
-            let rows = 2 * tile * stages + if variant.kind == Kind::Forward { CUBE_ROWS } else { 2 * CUBE_ROWS };
+            let Tiling { tile, stages, v_stages } = variant.tiling();
+            let own = match variant.kind {
+                Kind::Forward => CUBE_ROWS,
+                _ => 2 * variant.cube_rows(),
+            };
+            // What one group passes to the other: f32 of 64 keys.
+            let passed = if variant.is_split() { PASSED * 64 * tile * 4 } else { 0 };
             // 227 KB less barriers and statistics.
-            assert!(rows * variant.dim * 2 <= 224 << 10, "{variant:?}");
-            assert!(tile.is_multiple_of(64) && tile <= 256, "{variant:?}: what wgmma and TMA take");
+            assert!((own + tile * (stages + v_stages)) * variant.dim * 2 + passed <= 225 << 10, "{variant:?}");
+            // Contractions take 16 rows at once, swizzled tiles start at multiples of 1024 bytes.
+            assert!(tile.is_multiple_of(16) && tile <= 256, "{variant:?}: what wgmma and TMA take");
         }
     }
 
@@ -296,8 +360,8 @@ mod tests {
             toolkit: (13, 0),
             driver: (13, 1),
         };
-        assert!(takes(&device, 128) && takes(&device, 8));
-        assert!(!takes(&device, 136));
+        assert!(takes(&device, 256) && takes(&device, 8));
+        assert!(!takes(&device, 264));
         for other in [
             CudaDevice { compute_capability: (10, 0), ..device },
             CudaDevice { compute_capability: (8, 9), ..device },

@@ -7,7 +7,7 @@
 struct Shared {
     alignas(1024) u8 q[TILE_BYTES(CUBE_ROWS)];
     alignas(1024) u8 k[STAGES][TILE_BYTES(KEYS)];
-    alignas(1024) u8 v[STAGES][TILE_BYTES(KEYS)];
+    alignas(1024) u8 v[V_STAGES][TILE_BYTES(KEYS)];
     BARRIERS;
     u32 ticket;
     float scratch[CONSUMERS / LANES];
@@ -23,7 +23,8 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
     __syncthreads();
 
     Cursor<1> own_at;
-    Cursor<STAGES> k_at, v_at;
+    Place k_at;
+    Cursor<V_STAGES> v_at;
     if (warp >= CONSUMERS / LANES) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp == CONSUMERS / LANES && lane == 0) {
@@ -143,8 +144,11 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
             release(&s.v_empty[v_at.stage]);
             v_at.advance();
             as_operand(operand, weights);
+            // After the first tiles, a larger score is rare.
+            if (D <= 128 || __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-            for (u32 i = 0; i < D / 2; i++) sums[i] *= factor[i / 2 % 2];
+                for (u32 i = 0; i < D / 2; i++) sums[i] *= factor[i / 2 % 2];
+            }
         }
         release(&s.own_empty);
         barrier_wait(&s.v_full[v_at.stage], v_at.phase);
