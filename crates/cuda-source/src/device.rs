@@ -8,10 +8,12 @@ use cubecl_cuda::compiler::CudaBackend;
 use cudarc::driver::result::device::{get, get_attribute};
 use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Attribute, cuDriverGetVersion};
 
+use crate::FloatFormat;
+
 /// A CUDA device that runs hand-written kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CudaDevice {
-    /// Major and minor.
+    /// Major and minor, or less: see [`compute_capability()`].
     pub compute_capability: (u32, u32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
@@ -28,9 +30,22 @@ impl CudaDevice {
     pub fn takes_large_static_memory(&self) -> bool {
         self.driver >= (13, 0) && self.toolkit >= (13, 0)
     }
+
+    /// Whether [`tensor_cores!`](crate::tensor_cores!) multiplies matrices of a format on it: of f16 from compute capability
+    /// 7.5 on, of bf16 from 8.0 on.
+    pub fn multiplies(&self, format: FloatFormat) -> bool {
+        match format {
+            FloatFormat::F32 => false,
+            FloatFormat::F16 => self.compute_capability >= (7, 5),
+            FloatFormat::BF16 => self.compute_capability >= (8, 0),
+        }
+    }
 }
 
 /// Major and minor compute capability of the client's CUDA device; `None` on other runtimes.
+///
+/// The environment variable `CUDA_SOURCE_CAPABILITY`, as in `8.6`, is a limit for it: kernels are then those for such a card,
+/// which use its features alone. What is no version leaves the card as it is.
 pub fn compute_capability(client: &Client) -> Option<(u32, u32)> {
     if client.name() != "cuda" {
         return None;
@@ -41,10 +56,25 @@ pub fn compute_capability(client: &Client) -> Option<(u32, u32)> {
 }
 
 fn capability_of(device: CUdevice) -> Option<(u32, u32)> {
-    Some((
+    static LIMIT: LazyLock<Option<(u32, u32)>> = LazyLock::new(|| {
+        let value = std::env::var("CUDA_SOURCE_CAPABILITY").ok()?;
+        let limit = limit(&value);
+        if limit.is_none() {
+            tracing::warn!(value, "CUDA_SOURCE_CAPABILITY is no compute capability, as 8.6 is: it limits nothing");
+        }
+        limit
+    });
+    let capability = (
         attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
         attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-    ))
+    );
+    Some(LIMIT.map_or(capability, |limit| limit.min(capability)))
+}
+
+/// Major and minor of a version.
+fn limit(value: &str) -> Option<(u32, u32)> {
+    let (major, minor) = value.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// An attribute of a device that `get` returned.
@@ -100,6 +130,29 @@ fn version(decimal: i32) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_is_a_version() {
+        assert_eq!(limit("8.6"), Some((8, 6)));
+        assert_eq!(["86", "8", "sm_86", "8.x", ""].map(limit), [None; 5]);
+    }
+
+    #[test]
+    fn cards_before_ampere_multiply_f16_alone() {
+        let formats = |compute_capability| {
+            let card = CudaDevice {
+                compute_capability,
+                multiprocessors: 40,
+                l2_bytes: 4 << 20,
+                toolkit: (13, 0),
+                driver: (13, 0),
+            };
+            [FloatFormat::F32, FloatFormat::F16, FloatFormat::BF16].map(|format| card.multiplies(format))
+        };
+        assert_eq!(formats((7, 0)), [false; 3]);
+        assert_eq!(formats((7, 5)), [false, true, false]);
+        assert_eq!(formats((8, 0)), [false, true, true]);
+    }
 
     #[test]
     fn cuda_versions_are_decimal() {

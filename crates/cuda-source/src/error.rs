@@ -31,4 +31,14 @@ pub enum LaunchError {
         /// The broken rule.
         reason: String,
     },
+    /// The text is none for a compute capability.
+    #[error("{kernel} does not compile for compute capability {}.{}:\n{log}", compute_capability.0, compute_capability.1)]
+    Text {
+        /// Entry point.
+        kernel: &'static str,
+        /// Major and minor.
+        compute_capability: (u32, u32),
+        /// What the compiler and the assembler say.
+        log: String,
+    },
 }

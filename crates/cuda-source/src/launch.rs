@@ -44,7 +44,8 @@ pub fn launch(
     }
     let bindings = arguments.bindings(kernel)?;
     let (x, y, z) = cube_count;
-    client.launch(Box::new(Kernel(source.clone())), CubeCount::Static(x, y, z), bindings);
+    let source = if device.compute_capability < (8, 0) { source.for_turing() } else { source.clone() };
+    client.launch(Box::new(Kernel(source)), CubeCount::Static(x, y, z), bindings);
     Ok(())
 }
 

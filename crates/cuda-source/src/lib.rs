@@ -48,6 +48,7 @@
 //! is why reads and writes are declared. An illegal address poisons the CUDA context for good, as always.
 
 mod arguments;
+mod assemble;
 mod barriers;
 mod choice;
 mod counters;
@@ -59,9 +60,11 @@ mod launch;
 mod prelude;
 mod signature;
 mod source;
+mod tensor_cores;
 mod tensor_map;
 
 pub use arguments::Arguments;
+pub use assemble::{Resources, assemble};
 pub use choice::{Choices, choose};
 pub use counters::counters;
 pub use device::{CudaDevice, compute_capability, device};

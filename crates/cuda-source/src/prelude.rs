@@ -5,6 +5,7 @@
 ///
 /// `F16` is defined before it: 1 where the 16-bit format is f16, 0 where it is bf16.
 ///
+/// - `TURING`: 1 where the kernel is for a compute capability below 8.0, which has no bf16
 /// - `u8`, `u16`, `u32`, `u64`
 /// - `u32 shared_address(p)`: where in shared memory `p` points
 /// - `u16 narrow(value)`: an f32 in 16 bits, rounded to nearest
@@ -14,6 +15,10 @@
 macro_rules! prelude {
     () => {
         r#"
+#ifndef TURING
+#define TURING (__CUDA_ARCH__ < 800)
+#endif
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -32,6 +37,9 @@ __device__ __forceinline__ u16 narrow(float value) {
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) {
+#if TURING
+    return narrow(low) | (u32)narrow(high) << 16;
+#else
     u32 r;
 #if F16
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -39,6 +47,7 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #endif
     return r;
+#endif
 }
 
 __device__ __forceinline__ void unpack(u32 pair, float& low, float& high) {

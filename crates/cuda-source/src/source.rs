@@ -68,6 +68,24 @@ impl Source {
         source
     }
 
+    /// The kernel for a compute capability below 8.0, whatever it is compiled for: `TURING` of
+    /// [`prelude!`](crate::prelude!) is 1.
+    pub fn for_turing(&self) -> Self {
+        static VARIANTS: RwLock<Vec<(Source, Source)>> = RwLock::new(Vec::new());
+        let is_same = |(plain, _): &&(Self, Self)| {
+            plain.name == self.name && plain.cube_dim == self.cube_dim && plain.hash == self.hash
+        };
+        let variants = VARIANTS.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, turing)) = variants.iter().find(is_same) {
+            return turing.clone();
+        }
+        drop(variants);
+        let turing = Self::new(self.name, self.cube_dim, format!("#define TURING 1\n{}", self.text));
+        let mut variants = VARIANTS.write().unwrap_or_else(PoisonError::into_inner);
+        variants.push((self.clone(), turing.clone()));
+        turing
+    }
+
     /// Entry point.
     pub fn name(&self) -> &'static str {
         self.name
@@ -105,6 +123,16 @@ mod tests {
         let of = |text: &str| Source::new("k", 32, text).hash();
         assert_eq!(of("a"), of("a"));
         assert_ne!(of("a"), of("b"));
+    }
+
+    #[test]
+    fn the_text_for_turing_is_put_together_once() {
+        let plain = Source::new("k", 32, FILE);
+        let turing = plain.for_turing();
+        assert_eq!(turing.text(), format!("#define TURING 1\n{FILE}"));
+        assert_ne!(turing.hash(), plain.hash());
+        assert!(Arc::ptr_eq(&plain.clone().for_turing().text, &turing.text));
+        assert_ne!(Source::new("k", 64, FILE).for_turing().cube_dim(), turing.cube_dim());
     }
 
     #[test]

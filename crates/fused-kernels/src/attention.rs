@@ -20,16 +20,19 @@
 //!
 //! # How
 //!
-//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on, and wgmma on 9.0 for
+//! Two families of kernels compute the same ([`Path`]): `mma` from compute capability 8.0 on (with f16 from 7.5 on), and wgmma on 9.0 for
 //! heads up to 128 and more than a few queries (`attention/hopper.rs` describes those). `FUSED_KERNELS_ATTENTION`
 //! forces one: `mma` or `hopper`. Those for `mma`:
 //!
 //! - A cube of four warps owns 64 queries (forward, dQ) or 64 keys (dK, dV), 16 per warp, and holds their operands in
-//!   registers as `mma` wants them, with the sums. Heads wider than 128 share 16 rows between two warps in the backward
-//!   pass: 32 rows per cube. The other side passes through a ring of tiles in shared memory, filled by `cp.async` with
-//!   one barrier per tile. Chunks of 16 bytes are permuted by XOR, so that `ldmatrix` meets no bank conflict.
+//!   registers as `mma` wants them, with the sums. Forward, heads up to 64 have 32 queries per warp; in the backward pass, where
+//!   registers do not suffice for wide heads, two warps share 16 rows. The other side passes through a ring of tiles in shared
+//!   memory, filled by `cp.async` with one barrier per tile. Chunks of 16 bytes are permuted by XOR, so that `ldmatrix` meets
+//!   no bank conflict. 48 KB hold everything.
 //! - What `mma` leaves is already in the order of its next first operand, so probabilities stay in registers. dK and dV
 //!   compute scores with keys as rows for the same reason.
+//! - Gradients take the products in the order in which arithmetic hides under them: scores, dO Vᵀ under which P is computed,
+//!   dV under which dS is, then dK. `lse` and `delta` come with the tiles.
 //! - Softmax runs online, in f32 and powers of two, with the scale folded into the exponent. The backward pass takes
 //!   `lse` instead and needs no maximum.
 //! - Tiles that no query sees are skipped: those after the diagonal and those before the window. The heaviest tiles are
@@ -49,12 +52,12 @@
 //! # Measured
 //!
 //! One H100, bf16, causal, 4 x 2048 with 32 heads of 128, TFLOP/s (the gradients counted as five products): wgmma 557
-//! forward and 415 for the gradients, `mma` 260 and 148, torch 525 and 390. `docs/src/kernels/attention.md` has more
-//! shapes.
+//! forward and 415 for the gradients; `mma` 262 and 202, where torch's FlashAttention-2, of `mma` too, has 285 and 213.
+//! `docs/src/kernels/attention.md` has more shapes.
 //!
 //! # What was not done
 //!
-//! - Tuning for `mma`: tile sizes were picked by what fits (`plan.rs`).
+//! - `mma` on the cards that it is for: it was measured on an H100 alone.
 //! - Splitting keys between cubes: a single query over a long cache uses one cube per head.
 //! - Heads that are no multiple of 8 wide.
 
@@ -283,9 +286,9 @@ impl Params {
     }
 }
 
-/// Whether this device runs the kernels: CUDA, compute capability 8.0 or later.
-pub fn supports(client: &Client) -> bool {
-    cuda_source::device(client).is_some_and(|device| device.compute_capability >= (8, 0))
+/// Whether this device runs the kernels for operands of a format: CUDA, compute capability 8.0 or later, and 7.5 for f16.
+pub fn supports(client: &Client, format: FloatFormat) -> bool {
+    cuda_source::device(client).is_some_and(|device| device.multiplies(format))
 }
 
 /// Whether there are kernels for heads of that many dimensions.
@@ -460,10 +463,10 @@ fn check_limit(name: &'static str, value: usize, limit: usize) -> Result<(), Ker
 }
 
 fn check(client: &Client, shape: &Shape, options: Options) -> Result<(), KernelError> {
-    if !supports(client) {
+    check_half(client, OPERATION, shape.format)?;
+    if !supports(client, shape.format) {
         return Err(KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION });
     }
-    check_half(client, OPERATION, shape.format)?;
     if !supports_head_dim(shape.head_dim) {
         return Err(KernelError::HeadDim(shape.head_dim));
     }

@@ -195,9 +195,9 @@ impl Params {
     }
 }
 
-/// Whether this device runs the kernels: CUDA, compute capability 8.0 or later.
-pub fn supports(client: &Client) -> bool {
-    cuda_source::device(client).is_some_and(|device| device.compute_capability >= (8, 0))
+/// Whether this device runs the kernels for a format: CUDA, compute capability 8.0 or later, and 7.5 for f16.
+pub fn supports(client: &Client, format: FloatFormat) -> bool {
+    cuda_source::device(client).is_some_and(|device| device.multiplies(format))
 }
 
 /// Rounds a factor to `format`, of 16 bits, and puts it in the order of [`project`].
@@ -348,10 +348,10 @@ fn unsupported(client: &Client) -> KernelError {
 }
 
 fn check(client: &Client, shape: Shape, format: FloatFormat) -> Result<(), KernelError> {
-    if !supports(client) {
+    check_half(client, OPERATION, format)?;
+    if !supports(client, format) {
         return Err(unsupported(client));
     }
-    check_half(client, OPERATION, format)?;
     if !(1..=MAX_RANK).contains(&shape.rank) {
         return Err(KernelError::Rank(shape.rank));
     }

@@ -36,7 +36,7 @@ const SHAPES: [(usize, usize, usize); 16] = [
 ];
 
 fn client() -> Option<&'static Client> {
-    test_support::cuda(low_rank::supports)
+    test_support::cuda(|client| low_rank::supports(client, FloatFormat::F16))
 }
 
 fn floats_of(random: &mut Random, n: usize) -> Vec<f32> {

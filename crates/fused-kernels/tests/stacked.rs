@@ -30,7 +30,7 @@ struct Case {
 }
 
 fn client() -> Option<&'static Client> {
-    test_support::cuda(low_rank::supports)
+    test_support::cuda(|client| low_rank::supports(client, FloatFormat::F16))
 }
 
 /// Half a unit in the last place, relative, with room for a tie that an f32 sum decides otherwise.

@@ -36,7 +36,7 @@ const LLAMA: Sizes = Sizes {
 const GEMMA: Sizes = Sizes { model: "Gemma-2-9B", rows: 4, heads: 16, kv_heads: 8, head_dim: 256, ..LLAMA };
 
 pub(crate) fn cases(bench: &Bench) -> Vec<Case> {
-    if !attention::supports(&bench.client) || bench.format != FloatFormat::BF16 {
+    if !attention::supports(&bench.client, fused_kernels::FloatFormat::BF16) || bench.format != FloatFormat::BF16 {
         return Vec::new();
     }
     let sizes = [

@@ -10,7 +10,7 @@ use crate::case::{Case, Run, Work};
 
 /// Whether the device runs the kernels.
 pub(super) fn applies(bench: &Bench) -> bool {
-    low_rank::supports(&bench.client) && bench.format == FloatFormat::BF16
+    low_rank::supports(&bench.client, fused_kernels::FloatFormat::BF16) && bench.format == FloatFormat::BF16
 }
 
 pub(crate) fn cases(bench: &Bench) -> Vec<Case> {

@@ -5,11 +5,17 @@
 //
 //   dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q
 //
+// The order is that in which arithmetic hides under products: scores, dO V^T under which P is computed, dV under which dS
+// is, dK.
+//
 //   KIND       1: delta, 2: dK and dV, a cube per tile of keys, 3: dQ, a cube per tile of queries
 //   SLICES     warps that share 16 rows: each computes all of their scores, and its part of the head's dimensions of
 //              the results, where all of it does not fit in registers
-//   VALUES_SHARED   kind 2: the values' fragments are in shared memory, not in registers
-//   MIN_CUBES cubes per multiprocessor that registers must leave room for
+//   STEP       queries (kind 2) or keys between which products of scores and of results alternate
+//   STAGES     tiles in the ring
+//   VALUES_SHARED       kind 2: the values' fragments are in shared memory, not in registers
+//   STATISTICS_SHARED   kind 2: lse and delta pass through shared memory with their tiles
+//   MIN_CUBES  cubes per multiprocessor that registers must leave room for
 
 #define CUBE_ROWS (WARPS / SLICES * 16)
 #define RESULT_TILES (CHUNKS / SLICES)
@@ -46,23 +52,43 @@ attention_delta(const u16* __restrict__ o, const u16* __restrict__ d_out, const 
 
 #else
 
-// P and dS of two score tiles; `lse` in units of log2. Element c of tile n has lse[index(n, c)] and delta alike.
+// P out of scores; `lse` in units of log2. Element c of tile n has lse[index(n, c)].
 template <class Index, class Visible>
-__device__ __forceinline__ void probabilities(float (&s)[2][4], float (&ds)[2][4], const float* lse, const float* delta, bool edge,
-                                              const Params& p, Index index, Visible visible) {
+__device__ __forceinline__ void weigh(float (&s)[STEP / 8][4], float (&t)[STEP / 8][4], const float* lse, bool edge, const Params& p,
+                                      Index index, Visible visible) {
 #pragma unroll
-    for (u32 n = 0; n < 2; n++)
+    for (u32 n = 0; n < STEP / 8; n++)
 #pragma unroll
         for (u32 c = 0; c < 4; c++) {
-            float t = capped(s[n][c], p);
-            float weight = exp2_fast(fmaf(t, p.scale_log2, -lse[index(n, c)]));
-            float gradient = weight * (ds[n][c] - delta[index(n, c)]);
+            s[n][c] = capped(s[n][c], p);
 #if SOFTCAP
-            gradient *= 1.0f - t * t;
+            t[n][c] = s[n][c];
 #endif
-            bool seen = !edge || visible(n, c);
-            s[n][c] = seen ? weight : 0.0f;
-            ds[n][c] = seen ? gradient : 0.0f;
+        }
+    if (edge) {
+#pragma unroll
+        for (u32 n = 0; n < STEP / 8; n++)
+#pragma unroll
+            for (u32 c = 0; c < 4; c++)
+                if (!visible(n, c)) s[n][c] = NEGATIVE_INFINITY;
+    }
+#pragma unroll
+    for (u32 n = 0; n < STEP / 8; n++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) s[n][c] = exp2_fast(fmaf(s[n][c], p.scale_log2, -lse[index(n, c)]));
+}
+// dS out of P and dO V^T.
+template <class Index>
+__device__ __forceinline__ void differentiate(const float (&s)[STEP / 8][4], const float (&t)[STEP / 8][4], float (&ds)[STEP / 8][4],
+                                              const float* delta, Index index) {
+#pragma unroll
+    for (u32 n = 0; n < STEP / 8; n++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) {
+            ds[n][c] = s[n][c] * (ds[n][c] - delta[index(n, c)]);
+#if SOFTCAP
+            ds[n][c] *= 1.0f - t[n][c] * t[n][c];
+#endif
         }
 }
 
@@ -76,7 +102,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
                const u16* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ d_k,
                u16* __restrict__ d_v, const __grid_constant__ Params p) {
-    __shared__ __align__(128) unsigned char shared[2 * STAGE_BYTES + VALUE_BYTES];
+    __shared__ __align__(128) unsigned char shared[STAGES * STAGE_BYTES + VALUE_BYTES];
+#if STATISTICS_SHARED
+    __shared__ float statistics[STAGES][2][ROWS];  // lse and delta of a stage's queries
+#endif
     const u32 ring = shared_address(shared);
     const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, slice = warp % SLICES;
     const u32 kv_heads = p.heads / p.group, kv_head = blockIdx.x % kv_heads;
@@ -90,22 +119,34 @@ attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* 
     const u32 beyond = min(cube_key + CUBE_ROWS, row.keys) - 1 + p.window;
     const u32 end = (min(row.queries, beyond > past ? beyond - past : 0) + ROWS - 1) / ROWS;
 
-    // A tile of queries and its gradients, into one half of the ring.
-    auto issue = [&](u32 head, u32 tile, u32 to) {
-        if (tile < end && head < (kv_head + 1) * p.group) {
-            load_tile(to, q + head_at(p, row, p.q, head), tile * ROWS, row.queries, p.q.token, p.head_dim);
-            load_tile(to + TILE_BYTES, d_out + head_at(p, row, p.d_out, head), tile * ROWS, row.queries, p.d_out.token, p.head_dim);
+    // Tiles of queries and their gradients, head by head, into the ring.
+    u32 next_head = kv_head * p.group, next_tile = begin, slot = 0;
+    auto issue = [&]() {
+        if (next_tile < end && next_head < (kv_head + 1) * p.group) {
+            const u32 to = ring + slot * STAGE_BYTES;
+            load_tile(to, q + head_at(p, row, p.q, next_head), next_tile * ROWS, row.queries, p.q.token, p.head_dim);
+            load_tile(to + TILE_BYTES, d_out + head_at(p, row, p.d_out, next_head), next_tile * ROWS, row.queries, p.d_out.token, p.head_dim);
+#if STATISTICS_SHARED
+            if (threadIdx.x < 2 * ROWS) {
+                const u32 i = threadIdx.x % ROWS;
+                const float* from = threadIdx.x < ROWS ? lse : delta;
+                copy_word(shared_address(&statistics[slot][threadIdx.x / ROWS][i]),
+                          from + (size_t)next_head * p.tokens + row.start + min(next_tile * ROWS + i, row.queries - 1));
+            }
+#endif
         }
         commit();
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        if (++next_tile >= end) next_tile = begin, next_head++;
     };
-    u32 tile = ring;
-    issue(kv_head * p.group, begin, tile);
+#pragma unroll 1
+    for (u32 i = 0; i < STAGES - 1; i++) issue();
 
     u32 kf[D / 16][4];
     load_fragments(kf, k + head_at(p, row, p.k, kv_head), key, row.keys, p.k.token, p.head_dim);
 #if VALUES_SHARED
     // In the order in which lanes take them; warps that share rows share these.
-    uint4* own = (uint4*)(shared + 2 * STAGE_BYTES) + warp / SLICES * (D / 16) * LANES + lane;
+    uint4* own = (uint4*)(shared + STAGES * STAGE_BYTES) + warp / SLICES * (D / 16) * LANES + lane;
     {
         u32 vf[D / 16][4];
         load_fragments(vf, v + head_at(p, row, p.v, kv_head), key, row.keys, p.v.token, p.head_dim);
@@ -124,69 +165,94 @@ attention_keys(const u16* __restrict__ q, const u16* __restrict__ k, const u16* 
 #pragma unroll
         for (u32 c = 0; c < 4; c++) dk[n][c] = 0.0f, dv[n][c] = 0.0f;
 
+    u32 used = 0;
 #pragma unroll 1
     for (u32 head = kv_head * p.group; head < (kv_head + 1) * p.group; head++) {
-        const size_t statistics = (size_t)head * p.tokens + row.start;
 #pragma unroll 1
         for (u32 j = begin; j < end; j++) {
-            wait_for_all_but<0>();
+            wait_for_all_but<STAGES - 2>();
             __syncthreads();
-            const u32 other = 2 * ring + STAGE_BYTES - tile;
-            issue(j + 1 < end ? head : head + 1, j + 1 < end ? j + 1 : begin, other);
+            issue();
+            const u32 tile = ring + used * STAGE_BYTES, stage = used;
+            used = used + 1 == STAGES ? 0 : used + 1;
 #pragma unroll 1
-            for (u32 part = 0; part < ROWS; part += 16) {
+            for (u32 part = 0; part < ROWS; part += STEP) {
                 const u32 query = j * ROWS + part, position = query + past;
                 // None of these queries sees any of these keys: they come before the keys, or after their window or the
                 // row's end.
-                if (query >= row.queries || position + 15 < key || (position > key + 15 && position - key - 15 >= p.window)) continue;
-                float row_lse[4], row_delta[4];
+                if (query >= row.queries || position + STEP - 1 < key || (position > key + 15 && position - key - 15 >= p.window)) continue;
+                float row_lse[STEP / 4], row_delta[STEP / 4];
 #pragma unroll
-                for (u32 c = 0; c < 4; c++) {
-                    u32 i = min(query + c / 2 * 8 + lane % 4 * 2 + c % 2, row.queries - 1);
-                    row_lse[c] = lse[statistics + i] * LOG2_E, row_delta[c] = delta[statistics + i];
+                for (u32 c = 0; c < STEP / 4; c++) {
+                    const u32 i = c / 2 * 8 + lane % 4 * 2 + c % 2;
+#if STATISTICS_SHARED
+                    row_lse[c] = statistics[stage][0][part + i] * LOG2_E, row_delta[c] = statistics[stage][1][part + i];
+#else
+                    const size_t at = (size_t)head * p.tokens + row.start + min(query + i, row.queries - 1);
+                    row_lse[c] = lse[at] * LOG2_E, row_delta[c] = delta[at];
+#endif
                 }
                 const u32 rows = tile + part * ROW_BYTES;
                 // Scores and dO V^T with keys as rows, so that their transposes need no exchange.
-                float s[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}}, ds[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+                float s[STEP / 8][4] = {}, t[STEP / 8][4], ds[STEP / 8][4] = {};
+#pragma unroll
+                for (u32 kk = 0; kk < D / 16; kk++)
+#pragma unroll
+                    for (u32 n = 0; n < STEP / 16; n++) {
+                        u32 b[4];
+                        columns(b, rows + n * 16 * ROW_BYTES + columns_lane(), kk);
+                        mma(s[2 * n], kf[kk], b[0], b[1]);
+                        mma(s[2 * n + 1], kf[kk], b[2], b[3]);
+                    }
+                bool edge = position < key + 15 || position + STEP - 1 - key >= p.window || query + STEP > row.queries;
+                auto index = [](u32 n, u32 c) { return 2 * n + c % 2; };
+                weigh(s, t, row_lse, edge, p, index, [&](u32 n, u32 c) {
+                    u32 i = query + n * 8 + lane % 4 * 2 + c % 2;
+                    return i < row.queries && i + past - (key + lane / 4 + c / 2 * 8) < p.window;
+                });
 #pragma unroll
                 for (u32 kk = 0; kk < D / 16; kk++) {
-                    u32 b[4];
-                    columns(b, rows + columns_lane(), kk);
-                    mma(s[0], kf[kk], b[0], b[1]);
-                    mma(s[1], kf[kk], b[2], b[3]);
-                    columns(b, rows + TILE_BYTES + columns_lane(), kk);
 #if VALUES_SHARED
-                    uint4 four = own[kk * LANES];
-                    u32 a[4] = {four.x, four.y, four.z, four.w};
-                    mma(ds[0], a, b[0], b[1]);
-                    mma(ds[1], a, b[2], b[3]);
+                    const uint4 four = own[kk * LANES];
+                    const u32 a[4] = {four.x, four.y, four.z, four.w};
 #else
-                    mma(ds[0], vf[kk], b[0], b[1]);
-                    mma(ds[1], vf[kk], b[2], b[3]);
+                    const u32 (&a)[4] = vf[kk];
 #endif
+#pragma unroll
+                    for (u32 n = 0; n < STEP / 16; n++) {
+                        u32 b[4];
+                        columns(b, rows + n * 16 * ROW_BYTES + TILE_BYTES + columns_lane(), kk);
+                        mma(ds[2 * n], a, b[0], b[1]);
+                        mma(ds[2 * n + 1], a, b[2], b[3]);
+                    }
                 }
-                bool edge = position < key + 15 || position + 15 - key >= p.window || query + 16 > row.queries;
-                probabilities(s, ds, row_lse, row_delta, edge, p, [](u32 n, u32 c) { return 2 * n + c % 2; },
-                    [&](u32 n, u32 c) {
-                        u32 i = query + n * 8 + lane % 4 * 2 + c % 2;
-                        return i < row.queries && i + past - (key + lane / 4 + c / 2 * 8) < p.window;
-                    });
-                u32 weights[4], gradients[4];
-                as_operand(weights, s[0], s[1]);
-                as_operand(gradients, ds[0], ds[1]);
                 const u32 results = rows + (contracted_lane() ^ slice * 32);
 #pragma unroll
-                for (u32 c = 0; c < RESULT_TILES; c += 2) {
-                    u32 b[4];
-                    contracted(b, results + TILE_BYTES, c * SLICES);
-                    mma(dv[c], weights, b[0], b[1]);
-                    mma(dv[c + 1], weights, b[2], b[3]);
-                    contracted(b, results, c * SLICES);
-                    mma(dk[c], gradients, b[0], b[1]);
-                    mma(dk[c + 1], gradients, b[2], b[3]);
+                for (u32 n = 0; n < STEP / 16; n++) {
+                    u32 weights[4];
+                    as_operand(weights, s[2 * n], s[2 * n + 1]);
+#pragma unroll
+                    for (u32 c = 0; c < RESULT_TILES; c += 2) {
+                        u32 b[4];
+                        contracted(b, results + n * 16 * ROW_BYTES + TILE_BYTES, c * SLICES);
+                        mma(dv[c], weights, b[0], b[1]);
+                        mma(dv[c + 1], weights, b[2], b[3]);
+                    }
+                }
+                differentiate(s, t, ds, row_delta, index);
+#pragma unroll
+                for (u32 n = 0; n < STEP / 16; n++) {
+                    u32 gradients[4];
+                    as_operand(gradients, ds[2 * n], ds[2 * n + 1]);
+#pragma unroll
+                    for (u32 c = 0; c < RESULT_TILES; c += 2) {
+                        u32 b[4];
+                        contracted(b, results + n * 16 * ROW_BYTES, c * SLICES);
+                        mma(dk[c], gradients, b[0], b[1]);
+                        mma(dk[c + 1], gradients, b[2], b[3]);
+                    }
                 }
             }
-            tile = other;
         }
     }
     store_rows<RESULT_TILES, SLICES>(d_k + head_at(p, row, p.d_k, kv_head), dk, p.scale, p.scale, key, row.keys, p.d_k.token, slice, p.head_dim);
@@ -199,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 attention_queries(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
                   const u16* __restrict__ d_out, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ d_q,
                   const __grid_constant__ Params p) {
-    __shared__ __align__(128) unsigned char shared[2 * STAGE_BYTES];
+    __shared__ __align__(128) unsigned char shared[STAGES * STAGE_BYTES];
     const u32 ring = shared_address(shared);
     const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, slice = warp % SLICES;
     const u32 head = blockIdx.x % p.heads;
@@ -217,14 +283,15 @@ attention_queries(const u16* __restrict__ q, const u16* __restrict__ k, const u1
     u32 next_tile = begin;
     auto issue = [&]() {
         if (next_tile < end) {
-            u32 to = ring + (next_tile - begin) % 2 * STAGE_BYTES;
+            u32 to = ring + (next_tile - begin) % STAGES * STAGE_BYTES;
             load_tile(to, keys, next_tile * ROWS, row.keys, p.k.token, p.head_dim);
             load_tile(to + TILE_BYTES, values, next_tile * ROWS, row.keys, p.v.token, p.head_dim);
         }
         commit();
         next_tile++;
     };
-    issue();
+#pragma unroll 1
+    for (u32 i = 0; i < STAGES - 1; i++) issue();
 
     u32 qf[D / 16][4], of[D / 16][4];
     load_fragments(qf, q + head_at(p, row, p.q, head), query, row.queries, p.q.token, p.head_dim);
@@ -243,38 +310,51 @@ attention_queries(const u16* __restrict__ q, const u16* __restrict__ k, const u1
 
 #pragma unroll 1
     for (u32 j = begin; j < end; j++) {
-        wait_for_all_but<0>();
+        wait_for_all_but<STAGES - 2>();
         __syncthreads();
         issue();
-        const u32 tile = ring + (j - begin) % 2 * STAGE_BYTES;
+        const u32 tile = ring + (j - begin) % STAGES * STAGE_BYTES;
 #pragma unroll 1
-        for (u32 part = 0; part < ROWS; part += 16) {
+        for (u32 part = 0; part < ROWS; part += STEP) {
             const u32 key = j * ROWS + part;
-            if (key > position + 15 || (position > key + 15 && position - key - 15 >= p.window)) continue;
+            if (key > position + 15 || (position > key + STEP - 1 && position - key - (STEP - 1) >= p.window)) continue;
             const u32 rows = tile + part * ROW_BYTES;
-            float s[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}}, ds[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+            float s[STEP / 8][4] = {}, t[STEP / 8][4], ds[STEP / 8][4] = {};
 #pragma unroll
-            for (u32 kk = 0; kk < D / 16; kk++) {
-                u32 b[4];
-                columns(b, rows + columns_lane(), kk);
-                mma(s[0], qf[kk], b[0], b[1]);
-                mma(s[1], qf[kk], b[2], b[3]);
-                columns(b, rows + TILE_BYTES + columns_lane(), kk);
-                mma(ds[0], of[kk], b[0], b[1]);
-                mma(ds[1], of[kk], b[2], b[3]);
-            }
-            bool edge = key + 15 > position || position + 15 - key >= p.window;
-            probabilities(s, ds, row_lse, row_delta, edge, p, [](u32, u32 c) { return c / 2; },
-                [&](u32 n, u32 c) { return position + lane / 4 + c / 2 * 8 - (key + n * 8 + lane % 4 * 2 + c % 2) < p.window; });
-            u32 gradients[4];
-            as_operand(gradients, ds[0], ds[1]);
-            const u32 results = rows + (contracted_lane() ^ slice * 32);
+            for (u32 kk = 0; kk < D / 16; kk++)
 #pragma unroll
-            for (u32 c = 0; c < RESULT_TILES; c += 2) {
-                u32 b[4];
-                contracted(b, results, c * SLICES);
-                mma(dq[c], gradients, b[0], b[1]);
-                mma(dq[c + 1], gradients, b[2], b[3]);
+                for (u32 n = 0; n < STEP / 16; n++) {
+                    u32 b[4];
+                    columns(b, rows + n * 16 * ROW_BYTES + columns_lane(), kk);
+                    mma(s[2 * n], qf[kk], b[0], b[1]);
+                    mma(s[2 * n + 1], qf[kk], b[2], b[3]);
+                }
+            bool edge = key + STEP - 1 > position || position + 15 - key >= p.window;
+            auto index = [](u32, u32 c) { return c / 2; };
+            weigh(s, t, row_lse, edge, p, index,
+                  [&](u32 n, u32 c) { return position + lane / 4 + c / 2 * 8 - (key + n * 8 + lane % 4 * 2 + c % 2) < p.window; });
+#pragma unroll
+            for (u32 kk = 0; kk < D / 16; kk++)
+#pragma unroll
+                for (u32 n = 0; n < STEP / 16; n++) {
+                    u32 b[4];
+                    columns(b, rows + n * 16 * ROW_BYTES + TILE_BYTES + columns_lane(), kk);
+                    mma(ds[2 * n], of[kk], b[0], b[1]);
+                    mma(ds[2 * n + 1], of[kk], b[2], b[3]);
+                }
+            differentiate(s, t, ds, row_delta, index);
+#pragma unroll
+            for (u32 n = 0; n < STEP / 16; n++) {
+                u32 gradients[4];
+                as_operand(gradients, ds[2 * n], ds[2 * n + 1]);
+                const u32 results = rows + n * 16 * ROW_BYTES + (contracted_lane() ^ slice * 32);
+#pragma unroll
+                for (u32 c = 0; c < RESULT_TILES; c += 2) {
+                    u32 b[4];
+                    contracted(b, results, c * SLICES);
+                    mma(dq[c], gradients, b[0], b[1]);
+                    mma(dq[c + 1], gradients, b[2], b[3]);
+                }
             }
         }
     }

@@ -1,8 +1,7 @@
 //! Which kernels run a shape, and which variant of those for `mma`: everything that its text depends on.
 //!
-//! Tiles were chosen so that 48 KB of shared memory and the registers suffice, not by measurement. CUDA 13.0's
-//! assembler reports no spills for `sm_80`, `sm_86`, `sm_89` and `sm_90a`, except in the kernel of dK and dV from a
-//! head_dim of 128 on: it takes all 255 registers and keeps a few more values, up to 64 bytes, in local memory.
+//! Tiles are the fastest measured on an H100 of those that fit 48 KB of shared memory, the limit of static memory on cards
+//! before Hopper, and the registers. A test asks the assembler for 7.5, 8.0 and 8.6 what they take.
 
 use cubecl::client::Client;
 use cuda_source::{Choices, CudaDevice, Source};
@@ -13,7 +12,7 @@ use crate::FloatFormat;
 /// The kernels that take an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Path {
-    /// `mma.sync`, compute capability 8.0 or later.
+    /// `mma.sync`, compute capability 8.0 or later, and 7.5 for f16.
     Mma,
     /// wgmma and TMA, compute capability 9.0.
     Hopper,
@@ -22,12 +21,12 @@ pub enum Path {
 /// The kernels that can take a shape on a client's device.
 pub fn paths(client: &Client, shape: &Shape) -> Vec<Path> {
     let device = cuda_source::device(client);
-    device.map_or_else(Vec::new, |device| candidates(&device, shape.head_dim).collect())
+    device.map_or_else(Vec::new, |device| candidates(&device, shape).collect())
 }
 
-fn candidates(device: &CudaDevice, head_dim: usize) -> impl Iterator<Item = Path> + use<> {
-    let hopper = hopper::takes(device, head_dim).then_some(Path::Hopper);
-    hopper.into_iter().chain((device.compute_capability >= (8, 0)).then_some(Path::Mma))
+fn candidates(device: &CudaDevice, shape: &Shape) -> impl Iterator<Item = Path> + use<> {
+    let hopper = hopper::takes(device, shape.head_dim).then_some(Path::Hopper);
+    hopper.into_iter().chain(device.multiplies(shape.format).then_some(Path::Mma))
 }
 
 /// The kernels that take a shape: those that suit it best, or those that `FUSED_KERNELS_ATTENTION` names, if they can.
@@ -59,6 +58,7 @@ pub(super) const THREADS: usize = 32 * WARPS;
 
 static FORWARD: &str = concat!(
     cuda_source::prelude!(),
+    cuda_source::tensor_cores!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     include_str!("tiles.cu"),
@@ -66,6 +66,7 @@ static FORWARD: &str = concat!(
 );
 static BACKWARD: &str = concat!(
     cuda_source::prelude!(),
+    cuda_source::tensor_cores!(),
     include_str!("primitives.cu"),
     include_str!("shape.cu"),
     include_str!("tiles.cu"),
@@ -94,8 +95,20 @@ pub(super) struct Variant {
     pub format: FloatFormat,
 }
 
-/// `ROWS`, `STAGES` or `SLICES`, `MIN_CUBES`.
-type Tiling = (usize, usize, usize);
+/// How a cube's warps divide their work: the macros of `forward.cu` and `backward.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tiling {
+    /// Rows of a tile in shared memory.
+    rows: usize,
+    /// Rows of a tile that a warp takes at once.
+    step: usize,
+    stages: usize,
+    /// Sets of 16 rows that a warp owns.
+    sets: usize,
+    /// Warps that share their rows.
+    slices: usize,
+    min_cubes: usize,
+}
 
 impl Variant {
     /// # Panics
@@ -106,27 +119,44 @@ impl Variant {
     }
 
     fn tiling(self) -> Tiling {
+        let of = |[rows, step, stages]: [usize; 3], sets, slices, min_cubes| Tiling {
+            rows,
+            step,
+            stages,
+            sets,
+            slices,
+            min_cubes,
+        };
         match (self.kind, self.dim) {
-            (Kind::Forward, 64) => (64, 4, 3),
-            (Kind::Forward, 96 | 128) => (64, 3, 3),
-            (Kind::Forward, 192) => (32, 3, 2),
-            (Kind::Forward, _) => (16, 4, 2),
-            (Kind::Delta, _) => (16, 1, 1),
-            (Kind::Keys, 64) => (64, 1, 2),
-            (Kind::Keys, 96 | 128) => (32, 1, 2),
-            (Kind::Queries, 64) => (64, 1, 4),
-            (Kind::Queries, 96) => (32, 1, 3),
-            (Kind::Queries, 128) => (32, 1, 2),
-            (Kind::Keys | Kind::Queries, _) => (16, 2, 2),
+            (Kind::Forward, 64) => of([64, 64, 3], 2, 1, 2),
+            (Kind::Forward, 96 | 128) => of([64, 64, 3], 1, 1, 3),
+            (Kind::Forward, _) => of([32, 32, 3], 1, 1, 2),
+            (Kind::Delta, _) => of([16, 16, 1], 1, 1, 1),
+            (Kind::Keys, 64) => of([64, 16, 2], 1, 1, 3),
+            (Kind::Keys, 96 | 128) => of([32, 32, 2], 1, 1, 2),
+            (Kind::Queries, 64) => of([64, 32, 2], 1, 1, 3),
+            (Kind::Queries, 96 | 128) => of([32, 32, 3], 1, 1, 2),
+            (Kind::Keys, 192) => of([16, 16, 3], 1, 2, 2),
+            (Kind::Queries, 192) => of([16, 16, 3], 1, 1, 2),
+            (Kind::Keys, _) => of([16, 16, 2], 1, 2, 2),
+            (Kind::Queries, _) => of([16, 16, 3], 1, 2, 2),
         }
+    }
+
+    /// Whether the forward kernel's keys and values come together, not by turns.
+    fn is_paired(self) -> bool {
+        self.kind == Kind::Forward && self.dim == 64
+    }
+
+    /// Whether the kernel of dK and dV keeps values in shared memory.
+    fn shares_values(self) -> bool {
+        self.kind == Kind::Keys && self.dim == 256
     }
 
     /// Rows of queries, or keys, that a cube computes.
     pub(super) fn cube_rows(self) -> usize {
-        match self.kind {
-            Kind::Forward => 16 * WARPS,
-            _ => 16 * WARPS / self.tiling().1,
-        }
+        let Tiling { sets, slices, .. } = self.tiling();
+        16 * WARPS * sets / slices
     }
 
     /// (token, head) pairs of a cube of [`Kind::Delta`].
@@ -136,7 +166,7 @@ impl Variant {
 
     /// The kernel's text.
     pub(super) fn source(self) -> Source {
-        let (rows, stages_or_slices, min_cubes) = self.tiling();
+        let Tiling { rows, step, stages, sets, slices, min_cubes } = self.tiling();
         let shared = [
             self.format.define(),
             ("D", self.dim as i64),
@@ -144,6 +174,8 @@ impl Variant {
             ("SOFTCAP", i64::from(self.softcap && self.kind != Kind::Delta)),
             ("WARPS", WARPS as i64),
             ("ROWS", rows as i64),
+            ("STEP", step as i64),
+            ("STAGES", stages as i64),
             ("MIN_CUBES", min_cubes as i64),
         ];
         let (file, name, kind) = match self.kind {
@@ -153,11 +185,13 @@ impl Variant {
             Kind::Queries => (BACKWARD, "attention_queries", 3),
         };
         let own: &[(&'static str, i64)] = match self.kind {
-            Kind::Forward => &[("STAGES", stages_or_slices as i64)],
+            Kind::Forward => &[("SETS", sets as i64), ("PAIRED", self.is_paired().into())],
             _ => &[
                 ("KIND", kind),
-                ("SLICES", stages_or_slices as i64),
-                ("VALUES_SHARED", i64::from(self.kind == Kind::Keys && self.dim == 256)),
+                ("SLICES", slices as i64),
+                ("VALUES_SHARED", self.shares_values().into()),
+                // Values leave no room for them.
+                ("STATISTICS_SHARED", (!self.shares_values()).into()),
             ],
         };
         Source::with_defines(file, name, THREADS as u32, &[&shared[..], own].concat())
@@ -191,18 +225,40 @@ mod tests {
         for dim in [64, 96, 128, 192, 256] {
             for kind in KINDS {
                 let variant = Variant::new(kind, dim, false, FloatFormat::BF16);
-                let (rows, stages, _) = variant.tiling();
+                let Tiling { rows, step, stages, slices, .. } = variant.tiling();
                 let tiles = match kind {
-                    Kind::Forward => stages,
                     Kind::Delta => 0,
-                    Kind::Keys | Kind::Queries => 4,
+                    Kind::Forward if !variant.is_paired() => stages,
+                    _ => 2 * stages,
                 };
-                let values = if kind == Kind::Keys && dim == 256 { variant.cube_rows() } else { 0 };
-                assert!((tiles * rows + values) * dim * 2 <= 48 << 10, "{variant:?}");
+                let values = if variant.shares_values() { variant.cube_rows() } else { 0 };
+                let statistics = if kind == Kind::Keys && values == 0 { 8 * stages * rows } else { 0 };
+                assert!((tiles * rows + values) * dim * 2 + statistics <= 48 << 10, "{variant:?}");
                 if kind != Kind::Delta {
                     assert_eq!(rows * dim / 8 % THREADS, 0, "{variant:?}: threads copy equal shares");
+                    assert!(stages >= 2 && rows.is_multiple_of(step) && 2 * rows <= THREADS, "{variant:?}");
                 }
-                assert_eq!(THREADS / 32 % if kind == Kind::Forward { 1 } else { stages }, 0);
+                assert_eq!(WARPS % slices, 0);
+            }
+        }
+    }
+
+    /// The assembler refuses more than 48 KB of static shared memory and what a card lacks. Without NVRTC there is nothing
+    /// to see.
+    #[test]
+    fn kernels_fit_cards_with_less() {
+        // Of a multiprocessor's shared memory, 64 KB are cubes' on 7.5, 164 KB on 8.0, and 100 KB on 8.6 and 8.9.
+        let (f16, bf16) = (FloatFormat::F16, FloatFormat::BF16);
+        for (capability, format, shared, cubes) in [((7, 5), f16, 64, 1), ((8, 0), f16, 164, 3), ((8, 6), bf16, 100, 2)]
+        {
+            for (kind, dim) in KINDS.into_iter().flat_map(|kind| [64, 96, 128, 192, 256].map(|dim| (kind, dim))) {
+                let variant = Variant::new(kind, dim, true, format);
+                let source = if capability < (8, 0) { variant.source().for_turing() } else { variant.source() };
+                let Some(resources) = cuda_source::assemble(&source, capability).unwrap() else { return };
+                let cubes = variant.tiling().min_cubes.min(cubes);
+                let what = format!("{capability:?} {variant:?}: {resources:?}");
+                assert!(resources.cubes(THREADS as u32, shared << 10) >= cubes as u32, "{what}");
+                assert!(resources.spilled_bytes <= 128, "{what}");
             }
         }
     }

@@ -4,7 +4,7 @@
 // cp.async, two chunks ahead; P through registers, where it is weighed. Both contract over rows, which lie in different
 // places of memory, so fragments of either come out of shared memory transposed.
 //
-// Defined before this text: F16, TILES (of 16 ranks), WEIGHTED, RANK_FIRST.
+// `tensor_cores!` comes before. Defined before this text: F16, TILES (of 16 ranks), WEIGHTED, RANK_FIRST.
 
 #define THREADS 128
 #define FEATURES 128
@@ -25,29 +25,6 @@ struct Shared {
     u8 x[STAGES][X_BYTES];
     u8 p[2][ROWS * P_STRIDE];
 };
-
-__device__ __forceinline__ void copy(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-#if F16
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS) expert_gradient(
     const u16* __restrict__ x,          // [rows, features]
@@ -73,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) expert_gradient(
             for (u32 i = 0; i < ROWS / 8; i++) {
                 const u32 row = thread / 16 + 8 * i, from = start + chunk * ROWS + row;
                 const bool valid = from < end && column < p.features;
-                copy(to + row * (FEATURES * 2) + (thread % 16 ^ row % 8) * 16, x + (valid ? (u64)from * p.features + column : 0), valid);
+                copy_async(to + row * (FEATURES * 2) + (thread % 16 ^ row % 8) * 16, x + (valid ? (u64)from * p.features + column : 0), valid);
             }
         }
         commit();
@@ -122,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) expert_gradient(
     const u32 p_at = (lane / 16 * 8 + lane % 8) * P_STRIDE + lane / 8 % 2 * 16;
     const u32 x_row = lane / 8 % 2 * 8 + lane % 8;
     for (u32 chunk = 0; chunk < chunks; chunk++) {
-        wait<STAGES - 2>();
+        wait_for_all_but<STAGES - 2>();
         __syncthreads();
         copy_x(chunk + STAGES - 1);
         if (chunk + 1 < chunks) load_p(chunk + 1);
@@ -132,18 +109,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) expert_gradient(
             u32 b[2][4];
 #pragma unroll
             for (u32 j = 0; j < 2; j++)
-                load_transposed(b[j], at_x + (step * 16 + x_row) * (FEATURES * 2) + ((warp * 4 + j * 2 + lane / 16) ^ x_row % 8) * 16);
+                load_matrices_transposed(b[j], at_x + (step * 16 + x_row) * (FEATURES * 2) + ((warp * 4 + j * 2 + lane / 16) ^ x_row % 8) * 16);
 #pragma unroll
             for (u32 tile = 0; tile < TILES; tile++) {
                 u32 a[4];
-                load_transposed(a, at_p + step * 16 * P_STRIDE + p_at + tile * 32);
+                load_matrices_transposed(a, at_p + step * 16 * P_STRIDE + p_at + tile * 32);
 #pragma unroll
-                for (u32 j = 0; j < 4; j++) multiply(d[tile][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                for (u32 j = 0; j < 4; j++) mma(d[tile][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
         if (chunk + 1 < chunks) store_p(chunk + 1);
     }
-    wait<0>();
+    wait_for_all_but<0>();
 
     const u64 of_expert = (u64)expert * p.features * p.rank;
 #pragma unroll

@@ -109,8 +109,7 @@ pub fn gradient(
 fn fits_tensor_cores(client: &Client, operands: &FactorGradient<'_>, format: FloatFormat) -> bool {
     let FactorGradient { x, product, features, rank, .. } = operands;
     let aligned = |handle: &Handle| handle.offset_start.unwrap_or(0).is_multiple_of(16);
-    cuda_source::device(client).is_some_and(|device| device.compute_capability >= (8, 0))
-        && format.is_half()
+    cuda_source::device(client).is_some_and(|device| device.multiplies(format))
         && features.is_multiple_of(8)
         && rank.is_multiple_of(8)
         && aligned(x)
@@ -135,7 +134,7 @@ fn on_tensor_cores(
     routing: &Routing,
     format: FloatFormat,
 ) -> Result<(), KernelError> {
-    const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("gradient.cu"));
+    const TEXT: &str = concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), include_str!("gradient.cu"));
     let FactorGradient { x, product, weights, out, features, rank, layout } = *operands;
     let tiles = rank.div_ceil(16).next_power_of_two().min(4);
     let defines = [

@@ -1,4 +1,4 @@
-// The low-rank products of LoRA; `low_rank.rs` has the idea. These macros are defined before:
+// The low-rank products of LoRA; `low_rank.rs` has the idea. `tensor_cores!` comes before, and these macros:
 //
 //   KIND       0: pack a factor, 1: project (contraction over features), 2: gradient (over tokens),
 //              3: sum the partial results of 1 (PROJECT 1) or 2 (PROJECT 0)
@@ -178,18 +178,8 @@ low_rank_sum(const float4* __restrict__ partial, void* __restrict__ out, const _
 // --------------------------------------------------------------------------------------------- pieces
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if F16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// 16 bytes to shared memory; zeros where `valid` is 0.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+    const u32 a[4] = {a0, a1, a2, a3};
+    mma(c, a, b0, b1);
 }
 
 #ifndef LD
@@ -385,7 +375,7 @@ __device__ __forceinline__ void product(const u16* __restrict__ large, const u16
 #endif
 #endif
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit();
     };
 
     fill(begin);
@@ -394,7 +384,7 @@ __device__ __forceinline__ void product(const u16* __restrict__ large, const u16
         for (u32 d = 0; d < DEPTH; d++) fetch(d);
     }
     for (u32 step = begin; step < end; step++) {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        wait_for_all_but<0>();
         __syncthreads();
         fill(step + 1);
         const u32 stage = shared_base + step % 2 * STAGE_BYTES;
@@ -468,7 +458,7 @@ __device__ __forceinline__ void product(const u16* __restrict__ large, const u16
     }
 
     // Sums over the warps and cubes that share the tile, in a fixed order.
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    wait_for_all_but<0>();
     const u32 exchange = shared_base;
 #pragma unroll
     for (u32 first = 0; first < NT; first += NTC) {

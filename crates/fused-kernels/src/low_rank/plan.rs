@@ -6,7 +6,8 @@ use super::Shape;
 use crate::FloatFormat;
 
 /// The text of all kernels.
-const KERNELS: &str = concat!(cuda_source::prelude!(), cuda_source::dropout!(), include_str!("kernels.cu"));
+const KERNELS: &str =
+    concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), cuda_source::dropout!(), include_str!("kernels.cu"));
 /// Threads of the kernels that are not tiled.
 pub(super) const FLAT_THREADS: usize = 256;
 
@@ -315,6 +316,35 @@ mod tests {
                     let stage = tiling.warps_k * tiling.depth * panel * padded * 2;
                     assert!(2 * stage <= 48 * 1024, "{tiling:?}: two stages are {} bytes", 2 * stage);
                     assert!(tiling.threads() <= 256, "{tiling:?}");
+                }
+            }
+        }
+    }
+
+    /// Without NVRTC there is nothing to see.
+    #[test]
+    fn kernels_assemble_for_cards_without_clusters() {
+        for (capability, format) in [((7, 5), FloatFormat::F16), ((8, 6), FloatFormat::BF16)] {
+            for (kind, table) in [(Kind::Project, PROJECT), (Kind::Gradient, GRADIENT)] {
+                for (Choice { tiling, .. }, dropout) in
+                    table.iter().flat_map(|(_, choices)| [(&choices[0], false), (&choices[0], true)])
+                {
+                    let variant = Variant {
+                        kind,
+                        tiling: *tiling,
+                        cluster: 0,
+                        last_adds: true,
+                        dropout,
+                        aligned: true,
+                        small_aligned: true,
+                        format,
+                    };
+                    let source = if capability < (8, 0) { variant.source().for_turing() } else { variant.source() };
+                    let Some(resources) = cuda_source::assemble(&source, capability).unwrap() else { return };
+                    assert!(
+                        resources.cubes(source.cube_dim(), 64 << 10) >= 1,
+                        "{capability:?} {variant:?}: {resources:?}"
+                    );
                 }
             }
         }

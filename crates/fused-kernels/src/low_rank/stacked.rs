@@ -34,7 +34,7 @@ use crate::error::check_size;
 use crate::{FloatFormat, KernelError};
 
 const OPERATION: &str = "stacked low_rank";
-const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("stacked.cu"));
+const TEXT: &str = concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), include_str!("stacked.cu"));
 /// The most weights of a launch.
 pub const WEIGHTS: usize = 3;
 /// Ranks of a cube of [`project`].
@@ -136,10 +136,10 @@ impl Params {
     }
 }
 
-/// Whether a device has the kernels for 16-bit activations and a weight `[out_features, in_features]`.
+/// Whether a device has the kernels for 16-bit activations, of either format, and a weight `[out_features, in_features]`.
 pub fn supports_weight(client: &Client, out_features: usize, in_features: usize) -> bool {
     let is_aligned = |features: usize| features > 0 && features.is_multiple_of(8) && features <= MAX_LENGTH;
-    supports(client) && is_aligned(out_features) && is_aligned(in_features)
+    supports(client, FloatFormat::BF16) && is_aligned(out_features) && is_aligned(in_features)
 }
 
 /// The products of each token with its adapters' first factors, times their scalings: `[tokens, ranks]` in the format of x, those
@@ -246,10 +246,10 @@ fn refused(error: cuda_source::LaunchError) -> KernelError {
 
 fn check(client: &Client, input: &Input<'_>, stacks: &[Stack<'_>]) -> Result<(), KernelError> {
     let Input { x, spans, tokens, in_features, format } = *input;
-    if !supports(client) {
+    check_half(client, OPERATION, format)?;
+    if !supports(client, format) {
         return Err(unsupported(client));
     }
-    check_half(client, OPERATION, format)?;
     let wrong = |reason: String| Err(KernelError::Shape { operation: OPERATION, reason });
     if !(1..=WEIGHTS).contains(&stacks.len()) {
         return wrong(format!("{} stacks, which should be 1 to {WEIGHTS}", stacks.len()));

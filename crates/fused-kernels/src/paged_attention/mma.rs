@@ -47,7 +47,12 @@ use super::{Call, MAX_PARTIAL, OPERATION, Shape, buffer, check_limit, check_reac
 use crate::KernelError;
 use crate::elementwise::check_half;
 
-const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("../attention/primitives.cu"), include_str!("mma.cu"));
+const TEXT: &str = concat!(
+    cuda_source::prelude!(),
+    cuda_source::tensor_cores!(),
+    include_str!("../attention/primitives.cu"),
+    include_str!("mma.cu")
+);
 const WARPS: usize = 4;
 const THREADS: usize = 32 * WARPS;
 /// Positions of a split.
@@ -67,9 +72,8 @@ const MIN_COUNTERS: usize = 1 << 12;
 
 /// Whether the kernel takes a shape.
 pub(super) fn takes(client: &Client, shape: &Shape) -> bool {
-    shape.format.is_half()
-        && shape.head_dim.is_multiple_of(8)
-        && cuda_source::device(client).is_some_and(|device| device.compute_capability >= (8, 0))
+    shape.head_dim.is_multiple_of(8)
+        && cuda_source::device(client).is_some_and(|device| device.multiplies(shape.format))
 }
 
 /// [`super::Division::Mma`].
@@ -175,7 +179,7 @@ pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), 
     if !shape.head_dim.is_multiple_of(8) {
         return Err(KernelError::HeadDim(shape.head_dim));
     }
-    let Some(device) = cuda_source::device(client).filter(|device| device.compute_capability >= (8, 0)) else {
+    let Some(device) = cuda_source::device(client).filter(|device| device.multiplies(shape.format)) else {
         return Err(KernelError::Unsupported { runtime: client.name().to_owned(), operation: OPERATION });
     };
     check_reach(batch, shape.slots)?;

@@ -119,7 +119,7 @@ fn half_format(x: &CubeTensor) -> Option<fused_kernels::FloatFormat> {
         DType::F16 => fused_kernels::FloatFormat::F16,
         _ => return None,
     };
-    low_rank::supports(&x.client).then_some(format)
+    low_rank::supports(&x.client, format).then_some(format)
 }
 
 fn factor_layout(which: LoraFactor) -> FactorLayout {

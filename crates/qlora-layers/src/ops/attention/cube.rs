@@ -20,7 +20,7 @@ fn fused(operands: &Operands<CubeTensor>, options: &AttentionOptions) -> Option<
     };
     let [rows, q_len, heads, head_dim] = q.meta.shape().dims();
     let [_, kv_len, kv_heads, _] = k.meta.shape().dims();
-    if !attention::supports(&q.client) || !attention::supports_head_dim(head_dim) {
+    if !attention::supports(&q.client, format) || !attention::supports_head_dim(head_dim) {
         return None;
     }
     let rows = match &options.packed {
