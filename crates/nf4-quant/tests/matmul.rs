@@ -21,7 +21,16 @@ use test_support::{Random, assert_close, skipped};
 
 /// A CUDA client with a path for the product.
 fn client() -> Option<&'static Client> {
-    test_support::cuda(|client| path(client, &PROBLEM).is_some())
+    test_support::cuda(|client| path(client, &on_device(client, PROBLEM)).is_some())
+}
+
+/// The problem in f16 where the device multiplies no bf16.
+fn on_device(client: &Client, problem: Problem) -> Problem {
+    if cuda_source::device(client).is_none_or(|device| device.multiplies(problem.format.into())) {
+        return problem;
+    }
+    let half = |format| if format == FloatFormat::BF16 { FloatFormat::F16 } else { format };
+    Problem { format: half(problem.format), out: half(problem.out), ..problem }
 }
 
 const PROBLEM: Problem = Problem {
@@ -245,7 +254,8 @@ fn client_for(kernel: Kernel) -> Option<&'static Client> {
     let client = client()?;
     let here = cuda_source::device(client).is_some_and(|device| match kernel {
         Kernel::Hopper => device.compute_capability == (9, 0),
-        Kernel::Gemv | Kernel::Ampere | Kernel::Transient => true,
+        Kernel::Gemv => device.compute_capability >= (8, 0),
+        Kernel::Ampere | Kernel::Transient => true,
     });
     if !here {
         skipped("this kernel is for other devices");
@@ -257,6 +267,7 @@ fn client_for(kernel: Kernel) -> Option<&'static Client> {
 fn check_all(kernel: Kernel, cases: impl IntoIterator<Item = Case>) {
     let Some(client) = client_for(kernel) else { return };
     for (seed, case) in cases.into_iter().enumerate().step_by(every()) {
+        let case = Case { problem: on_device(client, case.problem), ..case };
         let paths: Vec<Path> = paths(client, &case.problem).into_iter().filter(|path| kernel.runs(*path)).collect();
         assert!(!paths.is_empty(), "no path for {:?}", case.problem);
         for path in paths {
@@ -454,6 +465,7 @@ fn the_same_operands_give_the_same_bits_every_time() {
     // round of whole ones before.
     for (tokens, direction) in [3, 300, 4096].into_iter().flat_map(|tokens| DIRECTIONS.map(|d| (tokens, d))) {
         let problem = Problem { tokens, out_features: 1280, in_features: 1280, rank: 64, direction, ..PROBLEM };
+        let problem = on_device(client, problem);
         for path in paths(client, &problem) {
             // The oracle on the host takes long for many tokens.
             if tokens < 1000 {
@@ -514,7 +526,7 @@ fn a_product_that_did_not_run_leaves_the_next_ones_alone() {
     let text = "extern \"C\" __global__ void wrong(float* y) { not_there; }";
     let wrong = cuda_source::Source::new("wrong", 32, text);
     for tokens in [1, 300] {
-        let problem = Problem { tokens, out_features: 1280, in_features: 1280, ..PROBLEM };
+        let problem = on_device(client, Problem { tokens, out_features: 1280, in_features: 1280, ..PROBLEM });
         let host = Quantized4bit::quantize(&[0.5; 1280 * 1280], &[1280, 1280], &QuantConfig::default()).unwrap();
         let weight = DeviceWeight::from_host(client, &host).unwrap();
         for path in paths(client, &problem) {
@@ -535,7 +547,7 @@ fn every_tile(kernel: Kernel, tiles: &[Path]) {
     let ranks = DIRECTIONS.into_iter().flat_map(|direction| [0, 40].map(|rank| (direction, rank)));
     let cases = ranks.flat_map(|(direction, rank)| tiles.iter().map(move |tile| (direction, rank, *tile)));
     for (direction, rank, tile) in cases.step_by(every()) {
-        let problem = Problem { tokens: 300, in_features: 448, rank, direction, ..PROBLEM };
+        let problem = on_device(client, Problem { tokens: 300, in_features: 448, rank, direction, ..PROBLEM });
         assert!(paths(client, &problem).into_iter().any(|path| kernel.runs(path)), "no path for {problem:?}");
         check(client, tile, &Case::new(problem), 3);
     }
@@ -555,10 +567,11 @@ fn ampere_tiles() {
 #[test]
 fn operands_that_do_not_fit_are_refused() {
     let Some(client) = client() else { return };
-    let path = path(client, &PROBLEM).unwrap();
+    let problem = on_device(client, PROBLEM);
+    let path = path(client, &problem).unwrap();
     let handle = |bytes| client.empty(bytes);
     let weight = handle(200 * 320 * 2);
-    let problem = Problem { blocksize: None, ..PROBLEM };
+    let problem = Problem { blocksize: None, ..problem };
     let (x, out) = (handle(100 * 320 * 2), handle(100 * 200 * 2));
     let operands = Operands { x: &x, weight: Weight::Dense(&weight), low_rank: None, bias: None };
     matmul(client, path, &problem, &operands, &out).unwrap();

@@ -1,18 +1,18 @@
-// y = x op(W) on tensor cores with mma.sync, with W in 4 bits or dense. ampere.rs has the idea.
+// y = x op(W) on tensor cores with mma.sync for a few tokens, with W in 4 bits. ampere.rs has the idea.
 //
 // The tile computed is transposed: Y^T[m, token] = A[m, k] X^T[k, token], A = W (forward) or W^T (input
 // gradient). X goes through shared memory; a thread turns the codes of its own rows of A into fragments in
-// registers, and a dense W comes from memory straight into them.
+// registers.
 //
 // The order of k within a sum is free as long as A and X keep the same one: of each 32 columns a thread
 // takes the eight neighbours 8 t to 8 t + 7, t = lane % 4. So one 16-byte load brings its part of X for two
-// instructions, and a word of codes or 16 bytes of a dense row its part of A. Likewise the order of rows:
+// instructions, and a word of codes its part of A. Likewise the order of rows:
 // the four that a thread holds are neighbours, 4 g to 4 g + 3, g = lane / 4, and results leave together.
 //
 // GROUPED, each tile's tokens are of one group, which has a weight and a low-rank factor of its own: one behind the
 // other in memory, so that a group is a number of rows to skip. A table says which tokens a tile has.
 //
-// Defined before this text: TRANSPOSED, DENSE, F16, OUT_F32, BN (tokens per tile), STAGES, MIN_CUBES (per
+// `tensor_cores!` comes before. Defined before this text: TRANSPOSED, F16, OUT_F32, BN (tokens per tile), STAGES, MIN_CUBES (per
 // multiprocessor), GROUPED.
 
 #define BM 128
@@ -21,38 +21,28 @@
 #define X_BYTES (BN * BK * 2)
 #define X_CHUNKS (BN * BK / 8)  // copies of 16 bytes
 #define PAIRS (BN / 16)         // pairs of mma's eight columns
-#define FORWARD_CODES (!DENSE && !TRANSPOSED)
-#define TRANSPOSED_CODES (!DENSE && TRANSPOSED)
 // Forward only: transposed, it needs one register more than a thread has.
-#define INTERLEAVE (FORWARD_CODES && BN > 16)
+#define INTERLEAVE (!TRANSPOSED && BN > 16)
 // Forward, a stage of codes is two of X: 32 bytes of a row, what memory moves at least.
-#define W_STAGES (FORWARD_CODES ? STAGES / 2 + 1 : STAGES)
+#define W_STAGES (!TRANSPOSED ? STAGES / 2 + 1 : STAGES)
 #define W_PLANE 144             // 128 bytes and a shift by 16: planes begin in different banks
-#define W_BYTES (FORWARD_CODES ? BM / 32 * 8 * W_PLANE : BM * BK / 2)
+#define W_BYTES (!TRANSPOSED ? BM / 32 * 8 * W_PLANE : BM * BK / 2)
 
 struct Shared {
     u8 x[STAGES][X_BYTES];
-#if !DENSE
     u8 w[W_STAGES][W_BYTES];
     alignas(256) float codebook[16];
-#endif
-#if TRANSPOSED_CODES
+#if TRANSPOSED
     float absmax[2][THREADS];  // per warp, of 32 rows of W
 #endif
     u32 last;
 };
 
-// A chunk of 16 bytes to shared memory, or zeros.
-__device__ __forceinline__ void copy(u32 to, const void* base, u32 chunk, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 ::"r"(to), "l"((const uint4*)base + chunk), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-// d += a b, 16 rows x 8 columns x 16. a: (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8).
+// `mma`, which stays where it is written among lookups.
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if TURING
+    mma(d, a, b0, b1);
+#else
     asm volatile(
 #if F16
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -61,6 +51,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
 #endif
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 // A value of the codebook, given its address in shared memory. Volatile keeps lookups where they are
@@ -152,12 +143,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     const u16* __restrict__ x,           // [tokens, k]
     const u16* __restrict__ u,           // [tokens, rank]
     const float* __restrict__ low_rank,  // [m, rank] forward, [rank, m] transposed
-    const void* __restrict__ weight,     // codes or the dense weight, [m, k] forward, [k, m] transposed
-#if !DENSE
+    const void* __restrict__ weight,     // codes, [m, k] forward, [k, m] transposed
     const void* __restrict__ absmax,
     const float* __restrict__ nested,
     const float* __restrict__ tables,
-#endif
 #if GROUPED
     const Tile* __restrict__ tiles,
     void* __restrict__ out,              // [tokens, m]
@@ -197,10 +186,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 #pragma unroll
         for (int i = 0; i < (X_CHUNKS + THREADS - 1) / THREADS; i++, chunk += width * 32)
             if (X_CHUNKS >= THREADS || thread < X_CHUNKS)
-                copy(x_to + unit % STAGES * X_BYTES + i * (THREADS * 16), is_u ? u : x, chunk, 32 * i < rows);
+                copy_async(x_to + unit % STAGES * X_BYTES + i * (THREADS * 16), (const uint4*)(is_u ? u : x) + chunk, 32 * i < rows);
     };
 
-#if FORWARD_CODES
+#if !TRANSPOSED
     // Codes: halves of 32 bytes, thread % 2, of rows thread / 2 and 64 more. A warp's 32 rows lie in eight
     // planes, of half and row % 4, in the order of row / 4: a quarter of a warp meets every bank once, here
     // and where it reads.
@@ -216,12 +205,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
         if (unit >= total) return;
 #pragma unroll
         for (u32 i = 0; i < 2; i++)
-            copy(w_to + stage * W_BYTES + i * (16 * W_PLANE), weight, w_from[i] + unit, true);
+            copy_async(w_to + stage * W_BYTES + i * (16 * W_PLANE), (const uint4*)weight + (w_from[i] + unit), true);
     };
     // The stage of the codes of the pair of units that is multiplied.
     u32 ring = (W_STAGES - skipped / 2 % W_STAGES) % W_STAGES;
     auto advance_ring = [&]() { ring = ring + 1 == W_STAGES ? 0 : ring + 1; };
-#elif TRANSPOSED_CODES
+#else
     // Codes: chunk thread % 4, 32 columns, of row thread / 4 of the unit. The chunk's place depends on the
     // row, so that the eight rows of ldmatrix meet every bank once.
     const u32 w_column =
@@ -230,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     auto copy_w = [&](u32 unit, u32) {
         if (unit >= total) return;
         const u32 k = (unit + origin) * BK + thread / 4;
-        copy(w_to + unit % STAGES * W_BYTES, weight, k * (p.m / 32) + w_column, k < p.k);
+        copy_async(w_to + unit % STAGES * W_BYTES, (const uint4*)weight + (k * (p.m / 32) + w_column), k < p.k);
     };
 #endif
 
@@ -238,15 +227,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     // multiplied. Where a stage of codes is two units it comes with the first.
     auto copy_group = [&](u32 unit, u32 w_stage) {
         copy_x(unit);
-#if !DENSE
         if ((TRANSPOSED || unit % 2 == 1) && unit + 1 >= skipped) copy_w(unit + 1, w_stage);
-#endif
         commit();
     };
-#if !DENSE
     if (skipped == 0) copy_w(0, 0);
     if (thread < 16) s.codebook[thread] = tables[p.codebook + thread];
-#endif
 #pragma unroll
     for (u32 i = 0; i < STAGES - 1; i++) copy_group(i, (i + 1 - skipped) / 2);
 
@@ -256,9 +241,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 
     // The next unit of X is there, for all warps, and the stage of the one before is free.
     auto next_unit = [&]() {
-        wait<STAGES - 2>();
+        wait_for_all_but<STAGES - 2>();
         __syncthreads();
-#if FORWARD_CODES
+#if !TRANSPOSED
         // One round, less a stage, ahead.
         copy_group(unit + STAGES - 1, ring == 0 ? W_STAGES - 1 : ring - 1);
 #else
@@ -296,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
         }
         multiply_unit(d, x_of_unit(), even, nothing);
         unit++;
-#if FORWARD_CODES
+#if !TRANSPOSED
         if (unit % 2 == 0) advance_ring();
 #endif
     }
@@ -317,55 +302,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     }
 #endif
 
-#if DENSE
-    // Fragments of the next unit come from memory while this one is multiplied.
-    auto load = [&](u32 unit, Fragments& a) {
-        const u32 at = (unit + origin) * BK + 8 * t, k = at < p.k ? at : p.k - 8;
-#if TRANSPOSED
-        u32 from = ((work.group * p.k + k) * p.m + row) / 4;
-#pragma unroll
-        for (u32 i = 0; i < 8; i++, from += p.m / 4) {
-            const uint2 v = ((const uint2*)weight)[from];
-            a[i / 4][0][i % 4] = v.x, a[i / 4][1][i % 4] = v.y;
-        }
-#else
-        u32 from = ((work.group * p.m + row) * p.k + k) / 8;
-#pragma unroll
-        for (u32 i = 0; i < 4; i++, from += p.k / 8) {
-            const uint4 v = ((const uint4*)weight)[from];
-            a[0][i / 2][i % 2] = v.x, a[0][i / 2][i % 2 + 2] = v.y;
-            a[1][i / 2][i % 2] = v.z, a[1][i / 2][i % 2 + 2] = v.w;
-        }
-#endif
-    };
-    // Transposed, memory has pairs of rows of A where a fragment takes pairs of columns. Forward, a fragment's
-    // registers come from two loads: with an instruction to move them the assembler moves them once.
-    auto arrange = [&](Fragments& a) {
-#pragma unroll
-        for (u32 i = 0; i < 8; i++) {
-            u32 &v = a[i / 4][i / 2 % 2][i % 2 * 2], &w = a[i / 4][i / 2 % 2][i % 2 * 2 + 1];
-#if TRANSPOSED
-            const u32 low = __byte_perm(v, w, 0x5410), high = __byte_perm(v, w, 0x7632);
-            v = low, w = high;
-#else
-            v |= zero, w |= zero;
-#endif
-        }
-    };
-    load(unit, even);
-    while (unit < total) {
-        next_unit();
-        arrange(even);
-        load(unit + 1, odd);
-        multiply_unit(d, x_of_unit(), even, nothing);
-        unit++;
-        next_unit();
-        arrange(odd);
-        load(unit + 1, even);
-        multiply_unit(d, x_of_unit(), odd, nothing);
-        unit++;
-    }
-#else
     const bool plain = p.log2_nested == 255;
     const float offset = plain ? 0.0f : nested[p.offset + work.group];
     // absmax in two steps: what lies in memory, and the value.
@@ -384,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     u32 table = codebook, words[4];
     float v[4];  // codebook values of the piece that is decoded
     auto value = [&](u32 offsets, u32 byte) { return lookup(__byte_perm(offsets, table, 0x7650 + byte)); };
-#if FORWARD_CODES
+#if !TRANSPOSED
     // One absmax per row and two units; a lane decodes that of row `lane` of its warp.
     const u32 row_of_lane = work.m0 + warp * 32 + lane;
     u32 element = (work.group * p.m + (row_of_lane < p.m ? row_of_lane : p.m - 1)) * p.k + work.first * BK;
@@ -484,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
     };
 
     // The first unit of codes is decoded before the loop.
-    wait<STAGES - 2>();
+    wait_for_all_but<STAGES - 2>();
     __syncthreads();
 #if TRANSPOSED
     advance_absmax(0, unit + 1);
@@ -524,7 +460,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES) matmul(
 #endif
         multiply_and_decode(odd, even, 0);
     }
-#endif
 
     const Share w = share(p, tiles);
     const u32 id = thread_index();

@@ -1,36 +1,40 @@
-//! The product with `mma.sync`, from compute capability 8.0 on: for all tensor cores without `wgmma`.
+//! The product with `mma.sync`, from compute capability 8.0 on, and with f16 from 7.5 on: for all tensor cores without `wgmma`.
 //!
-//! **Idea.** That of [`mod@super::hopper`]: compute the transposed tile Yᵀ\[features, tokens\] = A Xᵀ, A = W or Wᵀ, so
-//! that the 4-bit operand is the one that instructions take from registers, and let each thread decode just the
-//! fragments that it feeds to them.
+//! Two kernels, of cubes of four warps that compute tiles of 128 features:
 //!
-//! **Layout.** A cube computes 128 features x 128 tokens with four warps of 32 x 128: a decoded fragment serves 16
-//! instructions. Two cubes share a multiprocessor.
+//! **Many tokens, and dense weights** (`ampere_wide.cu`): tiles of 128 tokens (64 or 16 where there are fewer), two cubes on
+//! a multiprocessor. A warp computes 64 x 64, the largest tile whose sums fit in its registers.
+//!
+//! - Both operands pass through shared memory in steps of 32 columns, in 48 KB, so that two cubes fit in the 100 KB of
+//!   compute capability 8.6 and 8.9. `cp.async` keeps activations, and a dense weight, two steps ahead.
+//! - A weight in 4 bits is decoded by all threads, each code once for a tile, while the step before is multiplied. A thread
+//!   has the 16 values that a code of its block can mean (codebook times absmax in f32, rounded) in eight registers, low bytes
+//!   apart from high bytes: byte permutations look up four codes at a time.
+//!
+//! **A few tokens, 4 bits** (`ampere.cu`): the transposed tile Yᵀ\[features, tokens\] = A Xᵀ, as [`mod@super::hopper`] has it,
+//! so that each thread decodes just the fragments that it feeds to the tensor cores, in registers.
 //!
 //! - A thread takes eight neighbouring columns of each 32 and four neighbouring rows of A. So X comes out of shared
 //!   memory in 16-byte loads that serve two instructions and never conflict, a word of codes is a row's share, and
 //!   results leave in 8 bytes or more.
-//! - `cp.async` keeps X three steps of 32 columns ahead, in a ring of four stages, and codes four. Steps are
-//!   synchronised by one barrier each.
-//! - While a step is multiplied the next one is decoded: codebook values come out of shared memory (16 values never
-//!   conflict, and an address is one byte permutation), are multiplied by absmax in f32 and rounded. Forward a row
-//!   has one absmax per 64 columns, which lanes exchange; for the gradient, where every row of W has its own, they go
-//!   through shared memory.
-//! - LoRA's product comes first, as more columns of A and X; its factor is read as it is and rounded on the way.
-//! - Tiles that would not fill the last round are split along the depth. The cube that finishes last adds all parts in
-//!   their order: the same operands give the same bits, and no cube waits for another.
-//! - A dense weight takes the same kernel, its fragments straight from memory.
+//! - `cp.async` keeps X three steps of 32 columns ahead, in a ring of four stages, and codes four.
+//! - While a step is multiplied the next one is decoded: codebook values come out of shared memory, are multiplied by absmax
+//!   in f32 and rounded. Forward, lookups are tied to products by bits that are always 0, because the assembler would
+//!   otherwise move the decoding behind all products of a step, where nothing covers its loads.
 //!
-//! **Bound**, per 32 columns of two cubes on one multiprocessor: instructions for the tensor cores take 1,024
-//! cycles on an A100 and 4,096 on GeForce, whose tensor cores have a quarter of that rate with f32 sums; shared
-//! memory is busy for about 930 (512 X, 256 lookups, 160 copies and absmax) forward and 1,000 for the gradient.
-//! So GeForce is bound by its tensor cores alone, an A100 by both.
+//! In both, LoRA's product comes first, as more columns of both operands; its factor is read as it is and rounded on the way.
+//! Tiles that would not fill the last round are split along the depth. The cube that finishes last adds all parts in their
+//! order: the same operands give the same bits, and no cube waits for another.
 //!
-//! Registers are scarce: 128 of 255 are sums. Positions are computed when they are needed, and the tile's place a
-//! second time after the loop. Forward, lookups are tied to products by bits that are always 0, because the assembler
-//! would otherwise move the decoding behind all products of a step, where nothing covers its loads.
+//! From [`MMA_TRANSIENT_TOKENS`](super::MMA_TRANSIENT_TOKENS) tokens on the dense kernel runs on a weight that was dequantized
+//! before it.
 //!
-//! **Today**: not measured on such cards yet. `docs/src/kernels/matmul.md` says what their machine code shows.
+//! **Bound**, per 32 columns of two cubes on one multiprocessor: `mma` takes 1,024 cycles on an A100 and 4,096 on GeForce, whose
+//! tensor cores have a quarter of that rate with f32 sums; shared memory is busy for 768, with codes for 700.
+//!
+//! **Today**: on an H100, whose tensor cores reach 612 TFLOP/s with `mma` out of registers, the dense kernel has 430 at 8192 x
+//! 11008 x 4096, and with a weight that is decoded 290. No card of 7.5 or 8.x was at hand. `docs/src/kernels/matmul.md` has
+//! the versions that lost.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -41,13 +45,27 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::tables;
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str =
-    concat!(cuda_source::prelude!(), cuda_source::dropout!(), include_str!("common.cu"), include_str!("ampere.cu"));
+/// For a few tokens and a weight in 4 bits.
+const TEXT: &str = concat!(
+    cuda_source::prelude!(),
+    cuda_source::tensor_cores!(),
+    cuda_source::dropout!(),
+    include_str!("common.cu"),
+    include_str!("ampere.cu")
+);
+/// For [`WIDE_TOKENS`], and for dense weights.
+const WIDE_TEXT: &str = concat!(
+    cuda_source::prelude!(),
+    cuda_source::tensor_cores!(),
+    cuda_source::dropout!(),
+    include_str!("common.cu"),
+    include_str!("ampere_wide.cu")
+);
+/// Tokens of the widest tile.
+const WIDE_TOKENS: usize = 128;
 /// Rows of A per tile.
 pub(super) const FEATURES: usize = 128;
 const THREADS: u32 = 128;
-/// Steps of 32 columns in shared memory; even.
-const STAGES: i64 = 4;
 /// Columns whose absmax is the same, and two steps.
 const DEPTH: usize = 64;
 
@@ -76,8 +94,7 @@ pub(super) fn tile(device: &CudaDevice, problem: &Problem) -> Option<Tile> {
     // last tile reaches beyond the end.
     let small = |rows: usize, cols: usize, limit: u64| (rows as u64).saturating_mul(cols as u64) < limit;
     let elements = u64::from(u32::MAX);
-    let fits = device.compute_capability >= (8, 0)
-        && format != FloatFormat::F32
+    let fits = device.multiplies(format.into())
         && (out == format || out == FloatFormat::F32)
         // Rows are copied in 16 bytes.
         && out_features.is_multiple_of(8)
@@ -164,16 +181,21 @@ pub(super) fn source(tile: Tile, problem: &Problem, masked: bool) -> Source {
 
 /// The kernel for one weight, or for groups that have a weight each; with dropout of the low-rank part or without.
 pub(super) fn source_of(tile: Tile, problem: &Problem, grouped: bool, masked: bool) -> Source {
-    let defines = [
+    let dense = problem.blocksize.is_none();
+    let shared = [
         ("TRANSPOSED", i64::from(problem.direction == Direction::InputGradient)),
-        ("DENSE", i64::from(problem.blocksize.is_none())),
         cuda_source::FloatFormat::from(problem.format).define(),
         ("OUT_F32", i64::from(problem.out == FloatFormat::F32)),
-        ("BN", tile.tokens as i64),
-        ("STAGES", STAGES),
         ("MIN_CUBES", tile.cubes() as i64),
         ("GROUPED", grouped.into()),
         ("DROPOUT", masked.into()),
     ];
-    Source::with_defines(TEXT, "matmul", THREADS, &defines)
+    let tokens = tile.tokens as i64;
+    // Stages are as many as fit 48 KB.
+    let (text, own) = match tile.tokens {
+        WIDE_TOKENS => (WIDE_TEXT, [("DENSE", dense.into()), ("BT", tokens), ("STAGES", 3), ("WARPS_T", 2)].to_vec()),
+        _ if dense => (WIDE_TEXT, [("DENSE", 1), ("BT", tokens), ("STAGES", 4), ("WARPS_T", 1)].to_vec()),
+        _ => (TEXT, [("BN", tokens), ("STAGES", 4)].to_vec()),
+    };
+    Source::with_defines(text, "matmul", THREADS, &[&shared[..], &own].concat())
 }

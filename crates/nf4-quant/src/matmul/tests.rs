@@ -34,6 +34,10 @@ fn transient(tokens: usize) -> Option<Path> {
     Some(Path::Transient(Dense::Hopper(hopper::Tile { tokens, stages: if tokens == 128 { 5 } else { 4 } })))
 }
 
+fn mma_transient() -> Option<Path> {
+    Some(Path::Transient(Dense::Ampere(ampere::Tile { tokens: 128 })))
+}
+
 fn ampere(tokens: usize) -> Option<Path> {
     Some(Path::Ampere(ampere::Tile { tokens }))
 }
@@ -44,10 +48,17 @@ fn the_device_decides() {
     assert_eq!(choose(&CudaDevice { driver: (12, 8), ..H200 }, &LINEAR, None), hopper(96, 2));
     for compute_capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
         let device = CudaDevice { compute_capability, ..H200 };
-        assert_eq!(choose(&device, &LINEAR, None), ampere(128), "{compute_capability:?}");
+        let some = Problem { tokens: MMA_TRANSIENT_TOKENS - 1, ..LINEAR };
+        assert_eq!(choose(&device, &some, None), ampere(128), "{compute_capability:?}");
+        assert_eq!(choose(&device, &LINEAR, None), mma_transient(), "{compute_capability:?}");
         assert_eq!(choose(&device, &Problem { tokens: 16, ..LINEAR }, None), Some(Path::Gemv));
     }
-    assert_eq!(choose(&CudaDevice { compute_capability: (7, 5), ..H200 }, &LINEAR, None), None);
+    let turing = CudaDevice { compute_capability: (7, 5), ..H200 };
+    assert_eq!(choose(&turing, &LINEAR, None), None);
+    let half = Problem { format: FloatFormat::F16, out: FloatFormat::F16, ..LINEAR };
+    assert_eq!(choose(&turing, &half, None), mma_transient());
+    assert_eq!(choose(&turing, &Problem { tokens: 1, ..half }, None), ampere(16));
+    assert_eq!(choose(&CudaDevice { compute_capability: (7, 0), ..H200 }, &half, None), None);
 }
 
 #[test]
@@ -84,10 +95,10 @@ fn tokens_decide() {
     assert_eq!((tokens(1), tokens(16)), (Some(Path::Gemv), Some(Path::Gemv)));
     assert_eq!((tokens(17), tokens(128), tokens(129)), (hopper(64, 6), hopper(128, 5), hopper(256, 5)));
     assert_eq!((tokens(TRANSIENT_TOKENS - 1), tokens(TRANSIENT_TOKENS)), (hopper(256, 5), transient(256)));
-    // Where Hopper's dense kernel is not to be had, codes are decoded in registers whatever the tokens are.
+    // Where Hopper's dense kernel is not to be had, its other one decodes codes in registers whatever the tokens are.
     let many = Problem { tokens: 8192, ..LINEAR };
     assert_eq!(choose(&CudaDevice { driver: (12, 8), ..H200 }, &many, None), hopper(96, 2));
-    assert_eq!(choose(&CudaDevice { compute_capability: (8, 0), ..H200 }, &many, None), ampere(128));
+    assert_eq!(choose(&CudaDevice { compute_capability: (8, 0), ..H200 }, &many, None), mma_transient());
     let gradient = Problem { tokens: 1, direction: Direction::InputGradient, ..LINEAR };
     assert_eq!(choose(&H200, &gradient, None), hopper(64, 6));
     let dense = Problem { tokens: 1, blocksize: None, ..LINEAR };
@@ -186,4 +197,29 @@ fn texts_are_written_where_they_are_asked_for() {
         }
     }
     assert!(texts.len() > 100, "{} texts", texts.len());
+}
+
+/// The assembler refuses more than 48 KB of static shared memory and what a card lacks. Without NVRTC there is nothing to see.
+#[test]
+fn mma_kernels_fit_cards_with_less() {
+    // Of a multiprocessor's shared memory, 64 KB are cubes' on 7.5, and 100 KB on 8.6 and 8.9.
+    for (capability, format, shared) in [
+        ((7, 5), FloatFormat::F16, 64 << 10),
+        ((8, 6), FloatFormat::BF16, 100 << 10),
+        ((8, 9), FloatFormat::F16, 100 << 10),
+    ] {
+        for (direction, blocksize) in
+            [Direction::Forward, Direction::InputGradient].into_iter().flat_map(|d| [(d, None), (d, Some(64))])
+        {
+            let problem = Problem { direction, blocksize, format, out: format, ..LINEAR };
+            for (tokens, grouped, masked) in [(16, false, false), (64, true, false), (128, false, true)] {
+                let source = ampere::source_of(ampere::Tile { tokens }, &problem, grouped, masked);
+                let source = if capability < (8, 0) { source.for_turing() } else { source };
+                let Some(resources) = cuda_source::assemble(&source, capability).unwrap() else { return };
+                let cubes = if capability < (8, 0) { 1 } else { 2 };
+                assert!(resources.cubes(source.cube_dim(), shared) >= cubes, "{capability:?} {tokens}: {resources:?}");
+                assert!(resources.spilled_bytes <= 128, "{capability:?} {problem:?} {tokens}: {resources:?}");
+            }
+        }
+    }
 }
