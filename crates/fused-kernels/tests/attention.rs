@@ -410,7 +410,7 @@ fn what_does_not_fit_is_named() {
         heads,
         kv_heads,
         head_dim,
-        format: FloatFormat::BF16,
+        format: F16,
     };
     let options = Options { scale: 1.0, window: None, softcap: None };
     let run = |shape: &Shape, options, elements: usize, strides: Strides| {

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{half_bytes, halves};
+use common::{half_bytes, halves, on_device};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::low_rank::{self, Factor, FactorLayout, Gradient, Output, Projection, Shape, oracle};
@@ -101,7 +101,7 @@ fn half_ulp(format: FloatFormat) -> f64 {
 fn projections_are_the_oracles() {
     let Some(client) = client() else { return };
     for (case, (tokens, features, rank)) in SHAPES.into_iter().enumerate() {
-        let (format, layout) = (FORMATS[case % 2], LAYOUTS[case / 2 % 2]);
+        let (format, layout) = (on_device(client, FORMATS[case % 2]), LAYOUTS[case / 2 % 2]);
         let shape = Shape { tokens, features, rank };
         let mut random = Random(case as u64);
         let (x, factor) = (halves_of(&mut random, tokens * features, format), floats_of(&mut random, rank * features));
@@ -136,7 +136,7 @@ fn projections_are_the_oracles() {
 fn gradients_are_the_oracles() {
     let Some(client) = client() else { return };
     for (case, (tokens, features, rank)) in SHAPES.into_iter().enumerate() {
-        let (format, layout) = (FORMATS[case / 2 % 2], LAYOUTS[case % 2]);
+        let (format, layout) = (on_device(client, FORMATS[case / 2 % 2]), LAYOUTS[case % 2]);
         let shape = Shape { tokens, features, rank };
         let mut random = Random(100 + case as u64);
         let (x, small) =
@@ -159,7 +159,7 @@ fn gradients_are_the_oracles() {
 #[test]
 fn what_does_not_fit_is_named() {
     let Some(client) = client() else { return };
-    let format = FloatFormat::BF16;
+    let format = FloatFormat::F16;
     let handle = |elements: usize| client.empty(elements * 4);
     let pack = |features, rank, values: &Handle| {
         let factor = Factor { values, features, rank, layout: FactorLayout::RankFirst };

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{half_bytes, halves};
+use common::{half_bytes, halves, on_device};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::low_rank::stacked::{Input, Stack, Update, oracle, project, update};
@@ -154,7 +154,7 @@ fn every_token_has_its_own_adapter() {
         (1030, 136, vec![Layer(48, 16)], vec![[5, 500, 3], [700, 1030, 4]]),
     ];
     for (seed, (tokens, columns, layers, spans)) in cases.into_iter().enumerate() {
-        let format = [FloatFormat::BF16, FloatFormat::F16][seed % 2];
+        let format = on_device(client, [FloatFormat::BF16, FloatFormat::F16][seed % 2]);
         let case = Case { tokens, columns, layers, spans, format, bias: seed % 3 == 0 };
         check(client, &case, seed as u64);
     }
@@ -164,7 +164,7 @@ fn every_token_has_its_own_adapter() {
 fn what_does_not_fit_together_is_refused() {
     let Some(client) = client() else { return };
     let buffer = client.empty(1 << 16);
-    let input = Input { x: &buffer, spans: &buffer, tokens: 4, in_features: 64, format: FloatFormat::BF16 };
+    let input = Input { x: &buffer, spans: &buffer, tokens: 4, in_features: 64, format: FloatFormat::F16 };
     let stack = Stack { lora_a: &buffer, lora_b: &buffer, scalings: &buffer, rank: 16, slots: 2, out_features: 64 };
     let refused = |input: Input<'_>, stacks: &[Stack<'_>]| project(client, &input, stacks).unwrap_err().to_string();
     assert!(refused(input, &[]).contains("0 stacks, which should be 1 to 3"));

@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{narrow, round_to};
+use common::{narrow, on_device, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight};
 use nf4_quant::matmul::grouped::{
@@ -30,7 +30,7 @@ const PROBLEM: Problem = Problem {
 const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::InputGradient];
 
 fn client() -> Option<&'static Client> {
-    test_support::cuda(|client| path(client, &Problem { tokens: 100, ..PROBLEM }, 3, 64).is_some())
+    test_support::cuda(|client| path(client, &on_device(client, Problem { tokens: 100, ..PROBLEM }), 3, 64).is_some())
 }
 
 fn bytes(values: &[f32], format: FloatFormat) -> Vec<u8> {
@@ -178,7 +178,7 @@ fn all(problem: Problem, double_quant: bool) {
     for (seed, counts) in counts().into_iter().enumerate() {
         for direction in DIRECTIONS {
             for tile_rows in [16, 64, 128] {
-                let problem = Problem { direction, ..problem };
+                let problem = on_device(client, Problem { direction, ..problem });
                 let scale = if problem.blocksize.is_none() { 0.7 } else { 1.0 };
                 let case = Case { problem, counts: counts.clone(), double_quant, scale };
                 let tokens = counts.iter().sum();
@@ -219,10 +219,11 @@ fn dense_weights() {
 fn the_same_operands_give_the_same_bits_whatever_the_tiles() {
     let Some(client) = client() else { return };
     let problem = Problem { tokens: 180, out_features: 8, in_features: 64, blocksize: None, ..PROBLEM };
+    let problem = on_device(client, problem);
     let mut random = Random(5);
     let mut draw = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
-    let x = client.create_from_slice(&bytes(&draw(180 * 64), FloatFormat::BF16));
-    let weight = client.create_from_slice(&bytes(&draw(3 * 8 * 64), FloatFormat::BF16));
+    let x = client.create_from_slice(&bytes(&draw(180 * 64), problem.format));
+    let weight = client.create_from_slice(&bytes(&draw(3 * 8 * 64), problem.format));
     let run = |tile_rows: usize| {
         let path = path(client, &problem, 3, tile_rows).unwrap();
         let table: Vec<u8> = table(&[50, 100, 30], tile_rows).into_iter().flat_map(u32::to_le_bytes).collect();
@@ -242,7 +243,7 @@ fn the_same_operands_give_the_same_bits_whatever_the_tiles() {
 #[test]
 fn operands_that_do_not_fit_are_refused() {
     let Some(client) = client() else { return };
-    let problem = Problem { tokens: 100, blocksize: None, ..PROBLEM };
+    let problem = on_device(client, Problem { tokens: 100, blocksize: None, ..PROBLEM });
     let (large, short) = (client.empty(1 << 20), client.empty(100));
     let path = path(client, &problem, 2, 64).unwrap();
     let groups = Groups { count: 2, tiles: &large, tile_count: 4, tile_rows: 64 };

@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{narrow, round_to};
+use common::{narrow, on_device, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::DeviceWeight;
 use nf4_quant::matmul::{
@@ -22,15 +22,6 @@ use test_support::{Random, assert_close, skipped};
 /// A CUDA client with a path for the product.
 fn client() -> Option<&'static Client> {
     test_support::cuda(|client| path(client, &on_device(client, PROBLEM)).is_some())
-}
-
-/// The problem in f16 where the device multiplies no bf16.
-fn on_device(client: &Client, problem: Problem) -> Problem {
-    if cuda_source::device(client).is_none_or(|device| device.multiplies(problem.format.into())) {
-        return problem;
-    }
-    let half = |format| if format == FloatFormat::BF16 { FloatFormat::F16 } else { format };
-    Problem { format: half(problem.format), out: half(problem.out), ..problem }
 }
 
 const PROBLEM: Problem = Problem {

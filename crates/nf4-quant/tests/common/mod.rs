@@ -146,3 +146,13 @@ pub fn assert_bits(what: &str, ours: &[f32], theirs: &[f32]) {
         panic!("{what}: element {i} is {:e}, should be {:e}", ours[i], theirs[i]);
     }
 }
+
+/// The problem in f16 where the device multiplies no bf16.
+#[cfg(feature = "kernels")]
+pub fn on_device(client: &cubecl::client::Client, problem: nf4_quant::matmul::Problem) -> nf4_quant::matmul::Problem {
+    if cuda_source::device(client).is_none_or(|device| device.multiplies(problem.format.into())) {
+        return problem;
+    }
+    let half = |format| if format == FloatFormat::BF16 { FloatFormat::F16 } else { format };
+    nf4_quant::matmul::Problem { format: half(problem.format), out: half(problem.out), ..problem }
+}
