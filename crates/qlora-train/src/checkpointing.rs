@@ -24,7 +24,7 @@ use std::fmt;
 use ActivationCheckpointing::{Full, None as Everything, Offload, OffloadSelective, Selective};
 
 /// Tokens that go through a block's second branch at a time.
-const PART: u64 = 8192;
+pub(crate) const PART: u64 = 8192;
 /// What an operation of attention counts beside one of a product.
 const ATTENTION: f64 = 1.7;
 

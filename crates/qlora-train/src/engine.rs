@@ -11,13 +11,13 @@
 //! the update, the host begins with the next step. If loss or gradients are not finite, the update kernel itself leaves
 //! everything unchanged; what follows for the run is [`crate::loss_scale`]'s to say.
 
-use crate::checkpointing::Policies;
+use crate::checkpointing::{PART, Policies};
 use crate::error::TrainError;
-use crate::loss::{LabelledTokens, loss_and_correct, loss_and_gradient};
+use crate::loss::{LabelledTokens, chunk_len, loss_and_correct, loss_and_gradient};
 use crate::loss_scale::{LossScaler, LossScaling};
 use burn::module::Param;
-use burn::tensor::{Gradients, Tensor};
-use host_copies::{DeviceError, Reading};
+use burn::tensor::{DType, Gradients, Tensor};
+use host_copies::{DeviceError, Reading, client_of, is_cuda};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
 use qlora_data::Batch;
 use qlora_layers::Pass;
@@ -177,6 +177,9 @@ impl Engine {
         if label_tokens == 0 {
             return Err(TrainError::NoLabels);
         }
+        if !self.settled {
+            self.size_pages(micro_batches);
+        }
         let gradients = |engine: &Self| {
             engine
                 .gradients(micro_batches, &labelled, label_tokens, seed)
@@ -206,6 +209,21 @@ impl Engine {
         let [loss, grad_norm] = [loss / scale, grad_norm / scale];
         let loss_scaling = self.loss_scaler.update(loss, grad_norm, learning_rate)?;
         Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(grad_norm), label_tokens, loss_scaling })
+    }
+
+    /// Brings the device's allocator to the page size that steps need, before the first one.
+    ///
+    /// CubeCL's pages follow the largest buffer so far. In a step that asks for larger and larger ones, what is kept keeps outgrown
+    /// pages alive, and nothing else goes into them: memory that no later step takes. So the largest buffer is asked for first,
+    /// and what lies in smaller pages, adapters, moves.
+    fn size_pages(&self, micro_batches: &[Batch]) {
+        let device = self.model.device();
+        // Other runtimes may have no buffer as large as an estimate.
+        if client_of(device).is_some_and(|client| is_cuda(&client)) {
+            let largest = largest_buffer(&self.model, micro_batches);
+            drop(Tensor::<1>::empty([largest.div_ceil(4)], (device, DType::F32)));
+            device.memory_cleanup();
+        }
     }
 
     /// Moves the optimizer's state out of the device's memory; false when none was there.
@@ -390,6 +408,25 @@ struct Computed {
     /// The norm for the update, which is skipped where it is not finite.
     norm: Tensor<1>,
     grads: Vec<Tensor<2>>,
+}
+
+/// Bytes of the largest buffer that a step over these micro-batches makes, of those that every model makes: logits, and the widest
+/// activations; never less than the largest gradient of a parameter.
+fn largest_buffer(model: &Decoder, micro_batches: &[Batch]) -> usize {
+    let config = model.config();
+    let width = DType::from(model.dtype()).size();
+    let tokens = micro_batches.iter().map(|batch| batch.input_ids.len()).max().unwrap_or(0);
+    let logits = chunk_len(config.vocab_size).min(tokens) * config.vocab_size;
+    let [queries, ..] = config.qkv_widths();
+    let mlp = match config.experts {
+        Some(experts) => experts.per_token * experts.intermediate_size.max(config.hidden_size),
+        None => config.intermediate_size,
+    };
+    // The MLP takes parts of the tokens; attention sums the gradient of its queries in f32.
+    let mlp = width * mlp * tokens.min(PART as usize);
+    let activations = mlp.max(tokens * (width * config.hidden_size).max(4 * queries));
+    let parameters = model.parameters().into_iter().map(|(_, parameter)| 4 * parameter.shape().num_elements());
+    parameters.max().unwrap_or(0).max(width * logits).max(activations)
 }
 
 #[cfg(test)]

@@ -11,6 +11,13 @@ use std::ops::Range;
 /// 32 thousand, 512 with 128 thousand), and little beside a block's activations.
 pub(crate) const MAX_LOGITS: usize = 1 << 26;
 
+/// Tokens whose logits exist at a time.
+pub(crate) fn chunk_len(vocab: usize) -> usize {
+    let chunk = (MAX_LOGITS / vocab.max(1)).max(1);
+    // Whole tiles of the products, where there are any.
+    if chunk > 128 { chunk / 128 * 128 } else { chunk }
+}
+
 /// The positions of a batch whose next token counts, and those next tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LabelledTokens {
@@ -45,9 +52,7 @@ impl LabelledTokens {
 
     /// Ranges of tokens whose logits exist at once.
     fn chunks(&self, vocab: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (count, chunk) = (self.len(), (MAX_LOGITS / vocab.max(1)).max(1));
-        // Whole tiles of the products, where there are any.
-        let chunk = if chunk > 128 { chunk / 128 * 128 } else { chunk };
+        let (count, chunk) = (self.len(), chunk_len(vocab));
         (0..count).step_by(chunk).map(move |start| start..(start + chunk).min(count))
     }
 
