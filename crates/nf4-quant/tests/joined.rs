@@ -10,8 +10,8 @@ mod common;
 use common::{narrow, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::DeviceWeight;
-use nf4_quant::matmul::joined::{Joined, JoinedWeight, Spans, Stack, launch, supports};
-use nf4_quant::matmul::{Direction, Problem};
+use nf4_quant::matmul::joined::{Joined, JoinedWeight, Spans, Stack, launch, launch_on, supports};
+use nf4_quant::matmul::{Direction, Path, Problem, paths};
 use nf4_quant::{Element, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 use test_support::{Random, assert_close};
 
@@ -108,7 +108,7 @@ struct Held {
     handles: [cubecl::server::Handle; 5],
 }
 
-fn check(client: &Client, case: &Case, seed: u64) {
+fn check(client: &Client, path: Path, case: &Case, seed: u64) {
     let Case { tokens, columns, format, out, .. } = *case;
     let mut random = Random(seed);
     let mut draw = |len: usize, scale: f32| -> Vec<f32> { (0..len).map(|_| random.normal() * scale).collect() };
@@ -166,14 +166,14 @@ fn check(client: &Client, case: &Case, seed: u64) {
     };
     // Twice: the counters must be as they were.
     for _ in 0..2 {
-        launch(client, &joined).unwrap();
+        launch_on(client, path, &joined).unwrap();
     }
     for (which, (layer, held)) in case.layers.iter().zip(&held).enumerate() {
         let actual = floats(&client.read_one(held.handles[4].clone()).unwrap(), out);
         let (actual, behind) = actual.split_at(tokens * layer.rows);
-        assert!(behind.iter().all(|v| v.is_nan()), "{case:?} wrote behind its end");
+        assert!(behind.iter().all(|v| v.is_nan()), "{case:?}, {path:?} wrote behind its end");
         let (expected, bounds) = oracle(case, layer, held, &x);
-        assert_close(format!("{case:?}, weight {which}"), actual, &expected, |i, expected| {
+        assert_close(format!("{case:?}, {path:?}, weight {which}"), actual, &expected, |i, expected| {
             bounds[i] + half_ulp(out) * (expected.abs() + bounds[i])
         });
     }
@@ -228,7 +228,11 @@ fn oracle(case: &Case, layer: &Layer, held: &Held, x: &[f32]) -> (Vec<f64>, Vec<
 fn check_all(cases: impl IntoIterator<Item = Case>) {
     let Some(client) = client() else { return };
     for (seed, case) in cases.into_iter().enumerate() {
-        check(client, &case, seed as u64);
+        let here =
+            paths(client, &case.problem()).into_iter().filter(|path| matches!(path, Path::Gemv | Path::Resident));
+        for path in here {
+            check(client, path, &case, seed as u64);
+        }
     }
 }
 

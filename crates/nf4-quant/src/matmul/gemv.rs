@@ -46,7 +46,7 @@ use cubecl::server::Handle;
 use cuda_source::{Arguments, CudaDevice, Source};
 use half::{bf16, f16};
 
-use super::joined::{Joined, Spans};
+use super::joined::{Joined, JoinedWeight, Spans};
 use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::{DeviceAbsmax, DeviceWeight, MAP_START, tables};
 use crate::{FloatFormat, QuantError, QuantType};
@@ -116,7 +116,7 @@ struct MatrixParams {
 /// `struct Params` of gemv.cu.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Params {
+pub(super) struct Params {
     columns: u32,
     tokens: u32,
     log2_blocksize: u32,
@@ -124,11 +124,52 @@ struct Params {
     map: u32,
     log2_row_warps: u32,
     biases: u32,
-    ranks: u32,
+    pub ranks: u32,
     scale: f32,
     unscale: f32,
     codebook: [u32; 8],
     matrices: [MatrixParams; MATRICES],
+}
+
+impl Params {
+    /// For weights that are alike; what they share is taken from the first.
+    pub fn new(problem: &Problem, matrices: &[Matrix<'_>]) -> Self {
+        let weight = matrices[0].weight;
+        let Book { words, scale } = book(weight.quant_type, problem.format);
+        let nested = nested_blocksize(weight);
+        let mut ranks = 0;
+        let mut params = [MatrixParams::default(); MATRICES];
+        for (i, params) in params.iter_mut().enumerate() {
+            *params = MatrixParams { first_rank: ranks, ..MatrixParams::default() };
+            let Some(Matrix { weight, rows, low_rank, .. }) = matrices.get(i) else { continue };
+            params.rows = *rows as u32;
+            params.offset = nested.map_or(0, |blocksize| weight.num_blocks().div_ceil(blocksize)) as u32;
+            params.rank = low_rank.as_ref().map_or(0, |factors| factors.rank) as u32;
+            ranks += params.rank;
+        }
+        Self {
+            columns: problem.in_features as u32,
+            tokens: problem.tokens as u32,
+            log2_blocksize: weight.blocksize.ilog2(),
+            log2_nested: nested.map_or(0, usize::ilog2),
+            map: MAP_START as u32,
+            log2_row_warps: 0,
+            biases: matrices.iter().enumerate().map(|(i, matrix)| u32::from(matrix.bias.is_some()) << i).sum(),
+            ranks,
+            scale,
+            unscale: 1.0 / scale,
+            codebook: words,
+            matrices: params,
+        }
+    }
+}
+
+/// Blocks of absmax that share one, under double quantization.
+pub(super) fn nested_blocksize(weight: &DeviceWeight) -> Option<usize> {
+    match &weight.absmax {
+        DeviceAbsmax::Plain(_) => None,
+        DeviceAbsmax::Nested { blocksize, .. } => Some(*blocksize),
+    }
 }
 
 /// How the kernel is made for a number of tokens.
@@ -194,24 +235,9 @@ pub(super) fn launch(
     run(client, problem, &call)
 }
 
-/// [`super::joined::launch`], its operands checked.
+/// [`super::joined::launch_on`], its operands checked.
 pub(super) fn launch_joined(client: &Client, joined: &Joined<'_>) -> Result<(), QuantError> {
-    let matrices: Vec<Matrix<'_>> = joined
-        .weights
-        .iter()
-        .map(|each| Matrix {
-            weight: each.weight,
-            rows: each.out_features,
-            bias: each.bias,
-            out: each.out,
-            low_rank: joined.spans.and(each.stack).map(|stack| Factors {
-                rank: stack.rank,
-                lora_a: Some(stack.lora_a),
-                lora_b: stack.lora_b,
-                scalings: Some(stack.scalings),
-            }),
-        })
-        .collect();
+    let matrices = matrices(joined);
     let adapted = matrices.iter().any(|matrix| matrix.low_rank.is_some());
     let call = Call {
         updates: if adapted { Updates::Stacked } else { Updates::None },
@@ -224,20 +250,38 @@ pub(super) fn launch_joined(client: &Client, joined: &Joined<'_>) -> Result<(), 
     run(client, &joined.problem(), &call)
 }
 
-/// One weight of a launch.
-struct Matrix<'a> {
-    weight: &'a DeviceWeight,
-    rows: usize,
-    bias: Option<&'a Handle>,
-    out: &'a Handle,
-    low_rank: Option<Factors<'a>>,
+/// The weights of a joined launch, with their stacks where there are tokens with adapters.
+pub(super) fn matrices<'a>(joined: &Joined<'a>) -> Vec<Matrix<'a>> {
+    let matrix = |each: &JoinedWeight<'a>| Matrix {
+        weight: each.weight,
+        rows: each.out_features,
+        bias: each.bias,
+        out: each.out,
+        low_rank: joined.spans.and(each.stack).map(|stack| Factors {
+            rank: stack.rank,
+            lora_a: Some(stack.lora_a),
+            lora_b: stack.lora_b,
+            scalings: Some(stack.scalings),
+        }),
+    };
+    joined.weights.iter().map(matrix).collect()
 }
 
-struct Factors<'a> {
-    rank: usize,
-    lora_a: Option<&'a Handle>,
-    lora_b: &'a Handle,
-    scalings: Option<&'a Handle>,
+/// One weight of a launch.
+pub(super) struct Matrix<'a> {
+    pub weight: &'a DeviceWeight,
+    pub rows: usize,
+    pub bias: Option<&'a Handle>,
+    pub out: &'a Handle,
+    pub low_rank: Option<Factors<'a>>,
+}
+
+/// A weight's low-rank update.
+pub(super) struct Factors<'a> {
+    pub rank: usize,
+    pub lora_a: Option<&'a Handle>,
+    pub lora_b: &'a Handle,
+    pub scalings: Option<&'a Handle>,
 }
 
 /// A launch.
@@ -263,55 +307,10 @@ fn run(client: &Client, problem: &Problem, call: &Call<'_>) -> Result<(), QuantE
     let Variant { row_tiles, cubes, .. } = variant(problem.tokens);
     let rows: Vec<usize> = matrices.iter().map(|matrix| matrix.rows).collect();
     let shape = Shape::new(&rows, problem.in_features, 16 * row_tiles, multiprocessors * cubes);
-    let Book { words, scale } = book(weight.quant_type, problem.format);
-    let nested = match &weight.absmax {
-        DeviceAbsmax::Plain(_) => None,
-        DeviceAbsmax::Nested { blocksize, .. } => Some(*blocksize),
-    };
-    let mut ranks = 0;
-    let mut params = [MatrixParams::default(); MATRICES];
-    for (i, params) in params.iter_mut().enumerate() {
-        *params = MatrixParams { first_rank: ranks, ..MatrixParams::default() };
-        let Some(Matrix { weight, rows, low_rank, .. }) = matrices.get(i) else { continue };
-        params.rows = *rows as u32;
-        params.offset = nested.map_or(0, |blocksize| weight.num_blocks().div_ceil(blocksize)) as u32;
-        params.rank = low_rank.as_ref().map_or(0, |factors| factors.rank) as u32;
-        ranks += params.rank;
-    }
-    let params = Params {
-        columns: problem.in_features as u32,
-        tokens: problem.tokens as u32,
-        log2_blocksize: weight.blocksize.ilog2(),
-        log2_nested: nested.map_or(0, usize::ilog2),
-        map: MAP_START as u32,
-        log2_row_warps: shape.row_warps.ilog2(),
-        biases: matrices.iter().enumerate().map(|(i, matrix)| u32::from(matrix.bias.is_some()) << i).sum(),
-        ranks,
-        scale,
-        unscale: 1.0 / scale,
-        codebook: words,
-        matrices: params,
-    };
+    let params = Params { log2_row_warps: shape.row_warps.ilog2(), ..Params::new(problem, matrices) };
+    let ranks = params.ranks;
     let tables = tables(client);
-    // What a launch does not use is never read.
-    let of = |i: usize| matrices.get(i).unwrap_or(&matrices[0]);
-    let factor = |i: usize, pick: fn(&Factors<'_>) -> Option<Handle>| {
-        of(i).low_rank.as_ref().and_then(pick).unwrap_or_else(|| tables.clone())
-    };
-    let all = |mut arguments: Arguments, pick: &dyn Fn(usize) -> Handle| {
-        for i in 0..MATRICES {
-            arguments = arguments.read(&pick(i));
-        }
-        arguments
-    };
-    let mut arguments = Arguments::new();
-    arguments = all(arguments, &|i| of(i).weight.codes.clone());
-    arguments = all(arguments, &|i| of(i).weight.absmax.buffers(&tables).0.clone());
-    arguments = all(arguments, &|i| of(i).weight.absmax.buffers(&tables).1.clone());
-    arguments = all(arguments, &|i| of(i).bias.unwrap_or(&tables).clone());
-    arguments = all(arguments, &|i| factor(i, |factors| factors.lora_a.cloned()));
-    arguments = all(arguments, &|i| factor(i, |factors| Some(factors.lora_b.clone())));
-    arguments = all(arguments, &|i| factor(i, |factors| factors.scalings.cloned()));
+    let mut arguments = of_factors(of_weights(Arguments::new(), matrices, &tables), matrices, &tables);
     let stacked = updates == Updates::Stacked;
     let parts = match stacked {
         true => client.empty(problem.in_features.div_ceil(CHUNK) * problem.tokens * ranks as usize * 4),
@@ -323,11 +322,47 @@ fn run(client: &Client, problem: &Problem, call: &Call<'_>) -> Result<(), QuantE
         true => arguments.write(&parts).counters(&cuda_source::counters(client, &parts, 2)),
         false => arguments.read(&parts).read(&parts),
     };
-    for i in 0..MATRICES {
-        arguments = arguments.write(of(i).out);
-    }
-    let source = source(problem, nested.is_some(), updates, half_bias);
+    let nested = nested_blocksize(weight).is_some();
+    let (source, arguments) = (source(problem, nested, updates, half_bias), outs(arguments, matrices));
     cuda_source::launch(client, &source, (shape.cubes as u32, 1, 1), arguments.params(params)).map_err(refused)
+}
+
+/// What `pick` takes of each weight that there may be. What a launch does not use is never read.
+fn of_each(mut arguments: Arguments, matrices: &[Matrix<'_>], pick: impl Fn(&Matrix<'_>) -> Handle) -> Arguments {
+    for i in 0..MATRICES {
+        arguments = arguments.read(&pick(matrices.get(i).unwrap_or(&matrices[0])));
+    }
+    arguments
+}
+
+/// Codes, statistics and biases.
+pub(super) fn of_weights(arguments: Arguments, matrices: &[Matrix<'_>], tables: &Handle) -> Arguments {
+    let arguments = of_each(arguments, matrices, |matrix| matrix.weight.codes.clone());
+    let arguments = of_each(arguments, matrices, |matrix| matrix.weight.absmax.buffers(tables).0.clone());
+    let arguments = of_each(arguments, matrices, |matrix| matrix.weight.absmax.buffers(tables).1.clone());
+    of_each(arguments, matrices, |matrix| matrix.bias.unwrap_or(tables).clone())
+}
+
+/// First factors, second factors and scalings.
+pub(super) fn of_factors(mut arguments: Arguments, matrices: &[Matrix<'_>], tables: &Handle) -> Arguments {
+    let picks: [fn(&Factors<'_>) -> Option<Handle>; 3] = [
+        |factors| factors.lora_a.cloned(),
+        |factors| Some(factors.lora_b.clone()),
+        |factors| factors.scalings.cloned(),
+    ];
+    for pick in picks {
+        let factor = |matrix: &Matrix<'_>| matrix.low_rank.as_ref().and_then(pick).unwrap_or_else(|| tables.clone());
+        arguments = of_each(arguments, matrices, factor);
+    }
+    arguments
+}
+
+/// Results.
+pub(super) fn outs(mut arguments: Arguments, matrices: &[Matrix<'_>]) -> Arguments {
+    for i in 0..MATRICES {
+        arguments = arguments.write(matrices.get(i).unwrap_or(&matrices[0]).out);
+    }
+    arguments
 }
 
 pub(super) fn source(problem: &Problem, nested: bool, updates: Updates, half_bias: bool) -> Source {

@@ -4,13 +4,13 @@
 //! A layer's adapters lie in a [`Stack`] of slots. [`Spans`] say which tokens have which slot; they are read on the device,
 //! so that a recorded launch serves other tokens and other adapters when it is replayed.
 //!
-//! The kernel is that of [`mod@super::gemv`]. As in a training product, `scaling · x Aᵀ` is rounded to the format of x; the
+//! The kernel is that of [`mod@super::gemv`] or of [`mod@super::resident`]. As in a training product, `scaling · x Aᵀ` is rounded to the format of x; the
 //! rest is summed in f32 and rounded once.
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
 
-use super::{Direction, Problem, gemv};
+use super::{Direction, Path, Problem, gemv, path, resident};
 use crate::kernels::{DeviceAbsmax, DeviceWeight, check_size};
 use crate::{FloatFormat, QuantError};
 
@@ -102,12 +102,23 @@ pub fn supports(client: &Client, problem: &Problem, out_features: &[usize]) -> b
         && out_features.iter().all(|&out_features| gemv::fits(&device, &Problem { out_features, ..*problem }))
 }
 
-/// Launches the products.
+/// Launches the products on the path that [`super::path`] gives for the first weight, or by [`Path::Gemv`].
+///
+/// # Errors
+/// As [`launch_on`].
+pub fn launch(client: &Client, joined: &Joined<'_>) -> Result<(), QuantError> {
+    match path(client, &joined.problem()) {
+        Some(Path::Resident) if resident::takes(client, joined) => launch_on(client, Path::Resident, joined),
+        _ => launch_on(client, Path::Gemv, joined),
+    }
+}
+
+/// Launches the products on [`Path::Gemv`] or [`Path::Resident`].
 ///
 /// # Errors
 /// [`QuantError::BufferSize`] for the buffer that is too small, [`QuantError::Matmul`] for operands that the kernel does
 /// not take together. Kernels run asynchronously: a device's own failure shows when a result is read.
-pub fn launch(client: &Client, joined: &Joined<'_>) -> Result<(), QuantError> {
+pub fn launch_on(client: &Client, path: Path, joined: &Joined<'_>) -> Result<(), QuantError> {
     let Joined { x, tokens, in_features, format, out, weights, spans } = *joined;
     let wrong = |reason: String| Err(QuantError::Matmul(reason));
     let rows: Vec<usize> = weights.iter().map(|each| each.out_features).collect();
@@ -150,7 +161,11 @@ pub fn launch(client: &Client, joined: &Joined<'_>) -> Result<(), QuantError> {
     {
         return wrong(format!("nested blocksize {nested} is no power of two"));
     }
-    gemv::launch_joined(client, joined)
+    match path {
+        Path::Gemv => gemv::launch_joined(client, joined),
+        Path::Resident if resident::takes(client, joined) => resident::launch_joined(client, joined),
+        _ => wrong(format!("{tokens} tokens by weights of {rows:?} x {in_features} are not taken by {path:?}")),
+    }
 }
 
 fn check_stack(

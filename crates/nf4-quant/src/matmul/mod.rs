@@ -11,12 +11,13 @@
 //!
 //! Sums are f32 and rounded once, after the low-rank product and the bias have been added. Weights are the codebook's value
 //! times absmax in f32, rounded once to the activations' format, as [`crate::kernels::dequantize`] rounds them. So the
-//! result differs from dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`], for up to 16 tokens,
-//! rounds less.
+//! result differs from dequantizing and multiplying only in the order of an f32 sum; [`mod@gemv`] and [`mod@resident`], for up to
+//! 16 tokens, round less.
 //!
 //! | kernel | for |
 //! |---|---|
 //! | [`mod@gemv`] | up to 16 tokens forward, compute capability 8.0 or later |
+//! | [`mod@resident`] | the same on 9.0: faster from five tokens on, where W has at most 4,096 columns |
 //! | [`mod@hopper`] | wgmma: compute capability 9.0 |
 //! | [`mod@ampere`] | mma.sync: compute capability 8.0 or later, and 7.5 for f16 |
 //! | transient | the dense form of the latter two, on a weight that was dequantized before it |
@@ -33,6 +34,7 @@ pub mod grouped;
 pub mod hopper;
 pub mod joined;
 mod reference;
+pub mod resident;
 mod schedule;
 
 use cubecl::client::Client;
@@ -172,6 +174,8 @@ pub enum Dense {
 pub enum Path {
     /// A few tokens, bound by reading the codes.
     Gemv,
+    /// A few tokens, which stay in registers, compute capability 9.0.
+    Resident,
     /// wgmma, compute capability 9.0.
     Hopper(hopper::Tile),
     /// mma.sync, compute capability 8.0 or later, and 7.5 for f16.
@@ -183,7 +187,7 @@ pub enum Path {
 /// The kernel for a problem on a client's device, or `None` where dequantizing first is the way: other
 /// runtimes and older cards, f32 activations, and shapes whose rows don't start at multiples of 16 bytes.
 ///
-/// The environment variable `NF4_QUANT_MATMUL` forces a choice: `gemv`, `hopper`, `small-tiles` (hopper, as on drivers
+/// The environment variable `NF4_QUANT_MATMUL` forces a choice: `gemv`, `resident`, `hopper`, `small-tiles` (hopper, as on drivers
 /// before CUDA 13, which limit static shared memory to 48 KB), `ampere`, `transient`, or `dequantize` (no kernel). A
 /// problem that the forced kernel does not take has none.
 pub fn path(client: &Client, problem: &Problem) -> Option<Path> {
@@ -223,8 +227,14 @@ fn candidates(device: &CudaDevice, problem: &Problem) -> impl Iterator<Item = (&
         // `wgmma` that decodes is faster than `mma` that need not.
         Dense::Ampere(_) => problem.tokens >= MMA_TRANSIENT_TOKENS && hopper(false).is_none(),
     };
+    let resident = |preferred: bool| {
+        let is_here = resident::fits(device, problem) && resident::is_faster(problem) == preferred;
+        is_here.then_some(Path::Resident)
+    };
     let known = [
+        ("resident", resident(true)),
         ("gemv", gemv::fits(device, problem).then_some(Path::Gemv)),
+        ("resident", resident(false)),
         ("transient", transient.filter(many).map(Path::Transient)),
         ("hopper", hopper(false)),
         ("small-tiles", hopper(true)),
@@ -258,6 +268,7 @@ pub fn matmul(
             Err(QuantError::Matmul("the kernel for a few tokens has no mask: take another path".into()))
         }
         Path::Gemv => gemv::launch(client, problem, operands, out),
+        Path::Resident => resident::launch(client, problem, operands, out),
         Path::Hopper(tile) => hopper::launch(client, tile, problem, operands, out),
         Path::Ampere(tile) => ampere::launch(client, tile, problem, operands, out),
         Path::Transient(dense) => by_transient(client, dense, problem, operands, out),

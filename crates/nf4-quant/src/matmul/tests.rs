@@ -48,10 +48,15 @@ fn the_device_decides() {
     assert_eq!(choose(&CudaDevice { driver: (12, 8), ..H200 }, &LINEAR, None), hopper(96, 2));
     for compute_capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
         let device = CudaDevice { compute_capability, ..H200 };
+<<<<<<< HEAD
         let some = Problem { tokens: MMA_TRANSIENT_TOKENS - 1, ..LINEAR };
         assert_eq!(choose(&device, &some, None), ampere(128), "{compute_capability:?}");
         assert_eq!(choose(&device, &LINEAR, None), mma_transient(), "{compute_capability:?}");
         assert_eq!(choose(&device, &Problem { tokens: 16, ..LINEAR }, None), Some(Path::Gemv));
+=======
+        assert_eq!(choose(&device, &LINEAR, None), ampere(128), "{compute_capability:?}");
+        assert_eq!(choose(&device, &Problem { tokens: 16, rank: 0, ..LINEAR }, None), Some(Path::Gemv));
+>>>>>>> 99cf083 (Five to sixteen tokens by weights of up to 4,096 columns keep x in registers on Hopper)
     }
     let turing = CudaDevice { compute_capability: (7, 5), ..H200 };
     assert_eq!(choose(&turing, &LINEAR, None), None);
@@ -93,6 +98,14 @@ fn tokens_decide() {
     let tokens = |tokens| choose(&H200, &Problem { tokens, ..LINEAR }, None);
     assert_eq!(tokens(0), None);
     assert_eq!((tokens(1), tokens(16)), (Some(Path::Gemv), Some(Path::Gemv)));
+    let bare = |tokens, in_features| choose(&H200, &Problem { tokens, in_features, rank: 0, ..LINEAR }, None);
+    assert_eq!(
+        (bare(4, 4096), bare(5, 4096), bare(16, 4096)),
+        (Some(Path::Gemv), Some(Path::Resident), Some(Path::Resident))
+    );
+    assert_eq!(bare(16, 4160), Some(Path::Gemv));
+    let old = CudaDevice { driver: (12, 8), ..H200 };
+    assert_eq!(choose(&old, &Problem { tokens: 16, rank: 0, ..LINEAR }, None), Some(Path::Gemv));
     assert_eq!((tokens(17), tokens(128), tokens(129)), (hopper(64, 6), hopper(128, 5), hopper(256, 5)));
     assert_eq!((tokens(TRANSIENT_TOKENS - 1), tokens(TRANSIENT_TOKENS)), (hopper(256, 5), transient(256)));
     // Where Hopper's dense kernel is not to be had, its other one decodes codes in registers whatever the tokens are.
@@ -110,6 +123,8 @@ fn a_choice_can_be_forced() {
     let forced = |name, problem: &Problem| choose(&H200, problem, Some(name));
     let few = Problem { tokens: 5, ..LINEAR };
     assert_eq!((forced("gemv", &few), forced("gemv", &LINEAR)), (Some(Path::Gemv), None));
+    let bare = Problem { tokens: 1, rank: 0, ..LINEAR };
+    assert_eq!((forced("resident", &bare), forced("resident", &few)), (Some(Path::Resident), None));
     assert_eq!((forced("hopper", &few), forced("hopper", &LINEAR)), (hopper(64, 6), hopper(256, 5)));
     assert_eq!((forced("small-tiles", &few), forced("small-tiles", &LINEAR)), (hopper(96, 2), hopper(96, 2)));
     assert_eq!((forced("ampere", &few), forced("ampere", &LINEAR)), (ampere(16), ampere(128)));
@@ -173,6 +188,10 @@ fn texts_are_written_where_they_are_asked_for() {
                 let both = |updates| [false, true].map(|nested| gemv::source(problem, nested, updates, !nested));
                 updates.into_iter().flat_map(both).collect()
             }
+            Path::Resident => {
+                let both = |updates| [false, true].map(|nested| resident::source(problem, nested, updates, !nested));
+                [false, true].into_iter().flat_map(both).collect()
+            }
             Path::Hopper(tile) => masks(problem).iter().map(|masked| hopper::source(tile, problem, *masked)).collect(),
             Path::Ampere(tile) => masks(problem).iter().map(|masked| ampere::source(tile, problem, *masked)).collect(),
             // The texts of dense products, which are written by themselves.
@@ -188,8 +207,10 @@ fn texts_are_written_where_they_are_asked_for() {
                         [(1, 4096), (1, 64), (5, 4096), (5, 64), (9, 4096), (9, 64), (17, 64), (65, 64), (129, 64)]
                     {
                         let problem = Problem { tokens, in_features, direction, blocksize, format, out, ..LINEAR };
-                        for (name, path) in candidates(&H200, &problem) {
-                            write(name, &problem, path, &mut write_all);
+                        for problem in [problem, Problem { rank: 0, ..problem }] {
+                            for (name, path) in candidates(&H200, &problem) {
+                                write(name, &problem, path, &mut write_all);
+                            }
                         }
                     }
                 }
