@@ -135,12 +135,12 @@ impl Variant {
         if self.dim == 192 { 12 } else { 0 }
     }
 
-    /// Whether the two groups take turns at the tensor cores. dQ's kernel has no turns.
+    /// Whether the two groups take turns at the tensor cores.
     fn turns(self) -> bool {
         match self.kind {
             Kind::Forward => self.dim == 64,
-            Kind::Keys => self.dim == 128 && !self.softcap,
-            Kind::Queries => false,
+            Kind::Keys => self.is_split() || self.dim == 128 && !self.softcap,
+            Kind::Queries => self.dim == 192,
         }
     }
 

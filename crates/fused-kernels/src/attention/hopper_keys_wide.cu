@@ -8,7 +8,7 @@
 //   TILE       queries of a tile
 //   STAGES     such tiles in shared memory
 //   PASSED     tiles of P there
-//   HELD       of the columns of K, and of V, sixteenths that are held in registers: shared memory is read less for them
+//   HELD       how many times 16 columns of K, and of V, are held in registers, for which shared memory is read less
 
 #define CUBE_KEYS 64
 #define GROUP (CONSUMERS / 2)
@@ -144,6 +144,12 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         u32 held[HELD ? HELD : 1][4];
 #pragma unroll
         for (u32 k = 0; k < HELD; k++) hold_columns(held[k], own_tile, k);
+        // The next tile of keys and values can come then.
+        constexpr bool ALL_HELD = HELD == D / 16;
+        if (ALL_HELD) {
+            __syncwarp();
+            release(&s.own_empty);
+        }
 
         float sums[D / 2], x[TILE / 2];
         u32 operand[TILE / 4];
@@ -190,11 +196,14 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
                         if (column + on >= work.row.queries || distance + on - i / 2 % 2 * 8 >= p.window) x[i] = NEGATIVE_INFINITY;
                     }
                 }
-                const float* row_lse = s.lse[stage] + lane % 4 * 2;
+                // All before the stores: for all the compiler knows, those could change them.
+                float2 row_lse[TILE / 8];
+#pragma unroll
+                for (u32 n = 0; n < TILE / 8; n++) row_lse[n] = *(const float2*)(s.lse[stage] + n * 8 + lane % 4 * 2);
                 barrier_wait(empty, passed_at.phase ^ 1);
 #pragma unroll
                 for (u32 n = 0; n < TILE / 8; n++) {
-                    const float2 l = *(const float2*)(row_lse + n * 8);
+                    const float2 l = row_lse[n];
                     float weight[4];
 #pragma unroll
                     for (u32 c = 0; c < 4; c++) weight[c] = exp2_fast(fmaf(x[4 * n + c], p.scale_log2, c % 2 ? -l.y : -l.x));
@@ -254,14 +263,14 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
                 pin(x);
                 finish(at.stage);
             }
-            release(&s.own_empty);
+            if (!ALL_HELD) release(&s.own_empty);
             add(at.stage, at.phase);
             wgmma_wait<0>();
             pin(sums);
             release(&s.empty[at.stage]);
             at.advance();
         } else {
-            release(&s.own_empty);
+            if (!ALL_HELD) release(&s.own_empty);
         }
         u16* to = group ? d_k + head_at(p, work.row, p.d_k, work.head) : d_v + head_at(p, work.row, p.d_v, work.head);
         const float factor = group ? p.scale : 1.0f;
