@@ -20,16 +20,32 @@
 //! - dQ has a kernel of its own, as in the other kernels. It costs seven products instead of the five of one kernel for
 //!   all gradients, which would have to add dQ up across cubes, in an order, and pass dS and dQ through shared memory.
 //!
+//! # Wide heads
+//!
+//! Sums of 64 rows of 256 take 128 registers of a thread. The forward pass and dQ have room for them beside smaller tiles;
+//! dQ multiplies P with the softcap's derivative at once, so that it keeps no scores. dK and dV of 64 keys take 256, so a
+//! cube has 64 keys, and each of its groups one of the two:
+//!
+//! - The first computes `K Qᵀ`, P and `dV += Pᵀ dO`, the second `V dOᵀ`, dS and `dK += dSᵀ Q`: two products each, none
+//!   twice. P goes from one to the other through shared memory, in f32, so that dS is rounded once. Each thread
+//!   reads what its counterpart wrote, as its registers held it: no transposition, no conflict of banks, and barriers of
+//!   two warps each.
+//! - The groups take turns at the tensor cores.
+//! - For heads of 192 the registers that are left hold K and V as first operands: their scores read half as much of
+//!   shared memory, and the next tile of keys comes while this one is computed.
+//!
 //! # Bound
 //!
 //! Tensor cores, and the exponentials that must hide behind them: with 32 heads of 128, 4 x 2048 runs at 557 TFLOP/s
 //! forward, 629 for dK and dV and 616 for dQ, 1 x 16384 at 709, 690 and 808 (one H100 at 700 W, bf16, causal, of the
-//! products that each kernel computes). `docs/src/kernels/attention.md` has more shapes and the variants that lost.
+//! products that each kernel computes); with 16 heads of 256, 4 x 2048 at 588, 571 and 618. dK and dV of heads of 256
+//! are bound by shared memory: their scores have 64 rows only to share what is read. `docs/src/kernels/attention.md` has
+//! more shapes and the variants that lost.
 //!
 //! # What was not done
 //!
 //! - Tiles across the diagonal are computed whole: 6 % of the work at a length of 2048.
-//! - Heads wider than 128. Their dK and dV don't fit in the registers of two groups.
+//! - Values of another width than queries and keys (192 and 128 of multi-head latent attention).
 //! - A packed row's last tile holds the first tokens of the next row; they weigh nothing, but zero times NaN is NaN.
 //! - A cheaper softcap: its tanh doubles the work of the special function units, a third of the forward pass.
 
@@ -108,8 +124,7 @@ impl Variant {
             (Kind::Forward, 192) => (112, 2, 2),
             (Kind::Forward, _) => (80, 2, 2),
             (Kind::Keys, 64) if !self.softcap => (128, 3, 3),
-            (Kind::Keys, 64 | 128) => (64, 3, 3),
-            (Kind::Keys, 192) => (64, 3, 3),
+            (Kind::Keys, 64 | 128 | 192) => (64, 3, 3),
             (Kind::Keys, _) => (64, 2, 2),
             // The softcap's derivative needs the scores once more: registers for half a tile.
             (Kind::Queries, 128) if self.softcap => (64, 4, 4),
