@@ -249,13 +249,9 @@ fn client_for(kernel: Kernel) -> Option<&'static Client> {
     let client = client()?;
     let here = cuda_source::device(client).is_some_and(|device| match kernel {
         Kernel::Hopper => device.compute_capability == (9, 0),
-<<<<<<< HEAD
+        Kernel::Resident => device.compute_capability == (9, 0) && device.takes_large_static_memory(),
         Kernel::Gemv => device.compute_capability >= (8, 0),
         Kernel::Ampere | Kernel::Transient => true,
-=======
-        Kernel::Resident => device.compute_capability == (9, 0) && device.takes_large_static_memory(),
-        Kernel::Gemv | Kernel::Ampere | Kernel::Transient => true,
->>>>>>> 99cf083 (Five to sixteen tokens by weights of up to 4,096 columns keep x in registers on Hopper)
     });
     if !here {
         skipped("this kernel is for other devices");

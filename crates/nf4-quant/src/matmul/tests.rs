@@ -48,15 +48,10 @@ fn the_device_decides() {
     assert_eq!(choose(&CudaDevice { driver: (12, 8), ..H200 }, &LINEAR, None), hopper(96, 2));
     for compute_capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
         let device = CudaDevice { compute_capability, ..H200 };
-<<<<<<< HEAD
         let some = Problem { tokens: MMA_TRANSIENT_TOKENS - 1, ..LINEAR };
         assert_eq!(choose(&device, &some, None), ampere(128), "{compute_capability:?}");
         assert_eq!(choose(&device, &LINEAR, None), mma_transient(), "{compute_capability:?}");
-        assert_eq!(choose(&device, &Problem { tokens: 16, ..LINEAR }, None), Some(Path::Gemv));
-=======
-        assert_eq!(choose(&device, &LINEAR, None), ampere(128), "{compute_capability:?}");
         assert_eq!(choose(&device, &Problem { tokens: 16, rank: 0, ..LINEAR }, None), Some(Path::Gemv));
->>>>>>> 99cf083 (Five to sixteen tokens by weights of up to 4,096 columns keep x in registers on Hopper)
     }
     let turing = CudaDevice { compute_capability: (7, 5), ..H200 };
     assert_eq!(choose(&turing, &LINEAR, None), None);
