@@ -419,9 +419,10 @@ fn two_parts_of_16_bits_hold_a_number() {
         let parts = read(client, parts, format);
         let relative = match format {
             FloatFormat::F32 => 0.0,
-            // Half a unit in the last place of half a unit; the rest may be one of f16's subnormals.
+            // As below, with three bits more in each part; the rest may be one of f16's subnormals.
             FloatFormat::F16 => 2.0_f64.powi(-22) + 2.0_f64.powi(-25),
-            FloatFormat::BF16 => 2.0_f64.powi(-18),
+            // What the first part leaves is half a unit at most, 2⁻⁸ where x is 1, and the second has half a unit of that: 2⁻¹⁷.
+            FloatFormat::BF16 => 2.0_f64.powi(-17),
         };
         for (i, x) in x.values.iter().enumerate() {
             let sum = parts[i] + parts[len + i];

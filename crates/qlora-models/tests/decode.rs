@@ -3,14 +3,14 @@
 
 use adapter_io::Adapter;
 use burn::module::Param;
-use burn::tensor::{Device, Distribution, FloatDType, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use nf4_quant::QuantConfig;
 use qlora_layers::{LoraConfig, TargetModules};
 use qlora_models::{CachedRow, Decoder, LoadOptions, ModelConfig, PagedCache, Part, RowLogits, default_compute_dtype};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{LazyLock, Mutex, PoisonError};
-use test_support::devices;
+use test_support::{devices, noise};
 
 const BLOCK: usize = 4;
 
@@ -127,6 +127,12 @@ fn a_replayed_pass_is_the_pass() {
     });
 }
 
+/// The length of the difference by the length of the second.
+fn distance(found: &[f32], expected: &[f32]) -> f32 {
+    let difference: f32 = found.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum();
+    (difference / expected.iter().map(|b| b.powi(2)).sum::<f32>()).sqrt()
+}
+
 /// Adapters of other ranks and targets in one batch of 16-bit passes, prompts and single tokens, which share launches where the
 /// device has them, give what each gives by itself.
 #[test]
@@ -143,6 +149,7 @@ fn adapters_of_one_batch_keep_apart() {
             }
             let config = ModelConfig::from_json(&config, &path).unwrap();
             let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype };
+            let vocab = config.vocab_size;
             let model = Decoder::random(config, options, 0, &device, &mut |_| {}).unwrap();
             let adapted = |seed: u64, rank: usize, targets: &[&str]| {
                 let mut adapted = model.clone();
@@ -150,9 +157,13 @@ fn adapters_of_one_batch_keep_apart() {
                 let lora = LoraConfig { rank, alpha: 4.0 * rank as f32, target_modules, ..LoraConfig::default() };
                 adapted.attach_lora(&lora, seed).unwrap();
                 // Where lora_b starts at zero, an adapter changes nothing.
-                for (_, parameter) in adapted.linears_mut().flat_map(|(_, layer)| layer.parameters_mut()) {
-                    let noise = Tensor::random(parameter.shape(), Distribution::Normal(0.0, 0.1), &device);
-                    *parameter = Param::from_tensor(noise);
+                let parameters = adapted.linears_mut().flat_map(|(_, layer)| layer.parameters_mut());
+                for (index, (_, parameter)) in parameters.enumerate() {
+                    let [rows, columns] = parameter.dims();
+                    let values =
+                        noise(1000 * seed + index as u64, rows * columns).into_iter().map(|value| 0.17 * value);
+                    let values = TensorData::new(values.collect(), [rows, columns]);
+                    *parameter = Param::from_tensor(Tensor::from_data(values, &device));
                 }
                 adapted
             };
@@ -171,15 +182,14 @@ fn adapters_of_one_batch_keep_apart() {
                 let mut twice = Twice::new(models.clone());
                 for step in 0..6 {
                     let [found, expected] = twice.step(|len| if step == 0 { 0 } else { len - 1 });
-                    let largest = expected.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-                    // Sums in another order, and factors rounded before and not behind a product: some units in the last place
-                    // of 8 bits, in every layer. Without its adapter a row is off by a tenth of the largest and more.
-                    let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(
-                        worst < 0.03 * largest,
-                        "{device_name}, {} rows, step {step}: {worst} of {largest}",
-                        models.len()
-                    );
+                    // Sums in another order, and factors rounded before and not behind a product: a unit in the last of 8 bits, 0.4 %,
+                    // for each of six layers' dozen results, of which the root of their number adds up: 3.4 %, doubled. An adapter that
+                    // is left out, or another row's, changes half of a row.
+                    for (row, (found, expected)) in found.chunks(vocab).zip(expected.chunks(vocab)).enumerate() {
+                        let difference = distance(found, expected);
+                        let what = format!("{device_name}, row {row} of {}, step {step}", models.len());
+                        assert!(difference < 0.08, "{what}: {difference}");
+                    }
                 }
                 assert_eq!(twice.caches[0].replays(), 4, "{device_name}: {:?}", twice.caches[0].replay_refusal());
             }
@@ -187,9 +197,8 @@ fn adapters_of_one_batch_keep_apart() {
             let [with, _] = twice.step(|_| 0);
             let mut bare = Twice::new(vec![&model, &model]);
             let [without, _] = bare.step(|_| 0);
-            let largest = without.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-            let difference = with.iter().zip(&without).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(difference > 0.1 * largest, "{device_name}: the adapters change {difference} of {largest}");
+            let difference = distance(&with, &without);
+            assert!(difference > 0.5, "{device_name}: the adapters change {difference}");
         }
     });
 }

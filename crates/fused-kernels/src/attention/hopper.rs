@@ -61,6 +61,7 @@ macro_rules! text {
     ($($file:literal),+) => {
         concat!(
             cuda_source::prelude!(),
+            cuda_source::tensor_cores!(),
             include_str!("primitives.cu"),
             include_str!("shape.cu"),
             cuda_source::tma_barriers!(),
