@@ -38,9 +38,9 @@
 //!
 //! Tensor cores, and the exponentials that must hide behind them: with 32 heads of 128, 4 x 2048 runs at 557 TFLOP/s
 //! forward, 629 for dK and dV and 616 for dQ, 1 x 16384 at 709, 690 and 808 (one H100 at 700 W, bf16, causal, of the
-//! products that each kernel computes); with 16 heads of 256, 4 x 2048 at 588, 571 and 618. dK and dV of heads of 256
-//! are bound by shared memory: their scores have 64 rows only to share what is read. `docs/src/kernels/attention.md` has
-//! more shapes and the variants that lost.
+//! products that each kernel computes); with 16 heads of 256, 4 x 2048 at 588, 571 and 618. By arithmetic,
+//! shared memory bounds dK and dV of heads of 256: only 64 rows of scores share what is read for them.
+//! `docs/src/kernels/attention.md` has more shapes and the variants that lost.
 //!
 //! # What was not done
 //!
