@@ -11,7 +11,7 @@ use common::{narrow, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::DeviceWeight;
 use nf4_quant::matmul::joined::{Joined, JoinedWeight, Spans, Stack, launch, launch_on, supports};
-use nf4_quant::matmul::{Direction, Path, Problem, paths};
+use nf4_quant::matmul::{Direction, Operands, Path, Problem, Weight, matmul, paths};
 use nf4_quant::{Element, FloatFormat, QuantConfig, QuantType, Quantized4bit};
 use test_support::{Random, assert_close};
 
@@ -316,4 +316,12 @@ fn what_does_not_fit_together_is_refused() {
     let stack = Stack { lora_a: &x, lora_b: &x, scalings: &x, rank: 8, slots: 1 };
     let odd = JoinedWeight { stack: Some(stack), ..each(&one) };
     assert!(of(2, &[odd]).unwrap_err().contains("no multiple of 16"));
+    // x in registers would leave columns out.
+    let host = Quantized4bit::quantize(&vec![0.5; 8 * 4160], &[8, 4160], &QuantConfig::default()).unwrap();
+    let weight = DeviceWeight::from_host(client, &host).unwrap();
+    let wide = client.empty(5 * 4160 * 2);
+    let operands = Operands { x: &wide, weight: Weight::FourBit(&weight), low_rank: None, bias: None };
+    let problem = Problem { out_features: 8, ..Case::new(5, 4160, &[plain(8)], &[]).problem() };
+    let error = matmul(client, Path::Resident, &problem, &operands, &wide).unwrap_err().to_string();
+    assert!(error.contains("take another path"), "{error}");
 }
