@@ -45,7 +45,9 @@ pub fn assemble(source: &Source, compute_capability: (u32, u32)) -> Result<Optio
     let failed = |log: String| LaunchError::Text { kernel: source.name(), compute_capability, log };
     let text = CString::new(source.text()).map_err(|error| failed(error.to_string()))?;
     let program = nvrtc::create_program(&text, None).map_err(|error| failed(format!("{error:?}")))?;
-    let options = [format!("--gpu-architecture=sm_{major}{minor}"), "--ptxas-options=-v".to_owned()];
+    // `a`: instructions that no later card has, such as `wgmma`.
+    let own = if compute_capability == (9, 0) { "a" } else { "" };
+    let options = [format!("--gpu-architecture=sm_{major}{minor}{own}"), "--ptxas-options=-v".to_owned()];
     // SAFETY: the program was created above and is destroyed below, after its last use; the log ends with a zero.
     let (compiled, log) = unsafe {
         let compiled = nvrtc::compile_program(program, &options);

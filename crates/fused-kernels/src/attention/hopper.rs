@@ -388,6 +388,16 @@ mod tests {
         }
     }
 
+    /// Without NVRTC there is nothing to see.
+    #[test]
+    fn kernels_assemble() {
+        for variant in variants() {
+            let Some(resources) = cuda_source::assemble(&variant.source(), (9, 0)).unwrap() else { return };
+            assert_eq!(resources.cubes(THREADS, 228 << 10), 1, "{variant:?}: {resources:?}");
+            assert!(resources.spilled_bytes <= 64, "{variant:?}: {resources:?}");
+        }
+    }
+
     #[test]
     fn signatures_are_plain() {
         for variant in variants() {
