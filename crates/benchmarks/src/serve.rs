@@ -203,7 +203,7 @@ fn measure(handle: &Handle, Case([streams, prompt, answer, adapters]): Case, rou
                     }
                     Some(Event::Finished(_)) => return Ok((first.unwrap_or_default(), tokens)),
                     Some(Event::Failed(message)) => return Err(anyhow!(message)),
-                    Some(Event::Prompt(_)) => {}
+                    Some(Event::Started { .. } | Event::Prompt(_)) => {}
                     None => return Err(anyhow!("the engine is gone")),
                 }
             }

@@ -83,7 +83,8 @@ impl Asker<'_> {
         let answer = handle.submit(request)?;
         let options = OutputOptions { stops: self.stops.clone(), reasoning, ..OutputOptions::default() };
         let output = Output::new(self.tokenizer, ids, &options);
-        Ok(Answering { answer, output, stop_ids: self.stop_ids.clone(), prompt_tokens: ids.len(), tokens: 0 })
+        let (stop_ids, prompt_tokens) = (self.stop_ids.clone(), ids.len());
+        Ok(Answering { answer, output, stop_ids, prompt_tokens, cached_tokens: 0, tokens: 0 })
     }
 }
 
@@ -93,6 +94,7 @@ pub struct Answering {
     output: Output,
     stop_ids: Vec<u32>,
     prompt_tokens: usize,
+    cached_tokens: usize,
     tokens: usize,
 }
 
@@ -132,6 +134,10 @@ impl Answering {
         match event {
             None => Err(anyhow!("the engine ended before its answer")),
             Some(Event::Failed(message)) => Err(anyhow!(message)),
+            Some(Event::Started { cached_tokens }) => {
+                self.cached_tokens = cached_tokens;
+                more(Vec::new())
+            }
             Some(Event::Prompt(_)) => more(Vec::new()),
             Some(Event::Token(token)) if self.stop_ids.contains(&token.id) => more(Vec::new()),
             Some(Event::Token(token)) => {
@@ -140,9 +146,9 @@ impl Answering {
                 if !self.output.stopped() {
                     return more(deltas);
                 }
-                // The engine goes on until the answer is dropped.
-                let (prompt_tokens, completion_tokens) = (self.prompt_tokens, self.tokens);
-                let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
+                self.answer.finish();
+                let Self { prompt_tokens, cached_tokens, tokens: completion_tokens, .. } = *self;
+                let usage = Usage { prompt_tokens, cached_tokens, completion_tokens };
                 Ok(Step { deltas, finished: Some(Finished { reason: FinishReason::Stop, usage }) })
             }
             Some(Event::Finished(finished)) => Ok(Step { deltas: self.output.finish()?, finished: Some(finished) }),

@@ -322,9 +322,13 @@ impl Engine {
     fn drop_cancelled(&mut self) {
         let gone = self.answering.iter().filter(|(_, answering)| answering.reply.is_cancelled());
         let gone: Vec<SequenceId> = gone.map(|(id, _)| *id).collect();
-        for id in gone {
-            self.remove(id, |counters| &counters.cancelled);
-        }
+        gone.into_iter().for_each(|id| self.leave(id));
+    }
+
+    /// Takes out a request whose reader went away: it has its answer, or wants none.
+    fn leave(&mut self, id: SequenceId) {
+        let is_finished = self.answering.get(&id).is_some_and(|answering| answering.reply.is_finished());
+        self.remove(id, |counters| if is_finished { &counters.finished } else { &counters.cancelled });
     }
 
     /// Takes a request out and counts how it ended.
@@ -401,6 +405,9 @@ impl Engine {
         let prompt = self.scheduler.tokens(slice.id).len();
         counters.cached_tokens.fetch_add(cached as u64, Ordering::Relaxed);
         counters.prompt_tokens.fetch_add((prompt - cached) as u64, Ordering::Relaxed);
+        if let Some(answering) = self.answering.get(&slice.id) {
+            answering.reply.send(Event::Started { cached_tokens: cached });
+        }
     }
 
     /// Takes log probabilities of a prompt's tokens from the logits before them; sends them when they are complete.
@@ -440,9 +447,7 @@ impl Engine {
         let is_long = answering.generated == answering.max_tokens;
         self.scheduler.push(id, token);
         match (is_heard, stops || is_complete, is_long) {
-            (false, ..) => {
-                self.remove(id, |counters| &counters.cancelled);
-            }
+            (false, ..) => self.leave(id),
             (true, true, _) => self.finish(id, FinishReason::Stop),
             (true, false, true) => self.finish(id, FinishReason::Length),
             (true, false, false) => {}

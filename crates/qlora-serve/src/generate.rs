@@ -29,7 +29,7 @@ pub fn generate(model: &Decoder, request: Request, mut on_token: impl FnMut(u32)
         engine.step()?;
         while let Some(event) = answer.try_next() {
             match event {
-                Event::Prompt(_) => {}
+                Event::Started { .. } | Event::Prompt(_) => {}
                 Event::Token(token) => {
                     ids.push(token.id);
                     on_token(token.id);

@@ -38,7 +38,7 @@ pub struct Counters {
     pub running: AtomicUsize,
     /// Requests that were taken.
     pub requests: AtomicU64,
-    /// Requests that ended with an answer.
+    /// Requests that ended with an answer, those whose reader had enough of it among them.
     pub finished: AtomicU64,
     /// Requests whose reader went away.
     pub cancelled: AtomicU64,
@@ -106,43 +106,62 @@ pub enum Command {
 
 /// Where a request's events go.
 #[derive(Debug)]
-pub struct Reply(UnboundedSender<Event>);
+pub struct Reply {
+    events: UnboundedSender<Event>,
+    has_enough: Arc<AtomicBool>,
+}
 
 impl Reply {
     /// Sends an event; `false` when the reader went away.
     pub fn send(&self, event: Event) -> bool {
-        self.0.send(event).is_ok()
+        self.events.send(event).is_ok()
     }
 
-    /// Whether the reader went away.
+    /// Whether the reader went away: with its answer, or without.
     pub fn is_cancelled(&self) -> bool {
-        self.0.is_closed()
+        self.events.is_closed()
+    }
+
+    /// Whether the reader went away because it has its answer.
+    pub fn is_finished(&self) -> bool {
+        self.has_enough.load(Ordering::Acquire)
     }
 }
 
 /// The events of one request. Dropping it cancels the request.
 #[derive(Debug)]
-pub struct Answer(UnboundedReceiver<Event>);
+pub struct Answer {
+    events: UnboundedReceiver<Event>,
+    has_enough: Arc<AtomicBool>,
+}
 
 impl Answer {
     /// The next event; `None` behind the last one.
     pub async fn next(&mut self) -> Option<Event> {
-        self.0.recv().await
+        self.events.recv().await
     }
 
     /// [`next`](Self::next) for those who wait for several answers at once.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.0.poll_recv(context)
+        self.events.poll_recv(context)
     }
 
     /// The next event, if it has come.
     pub fn try_next(&mut self) -> Option<Event> {
-        self.0.try_recv().ok()
+        self.events.try_recv().ok()
     }
 
     /// [`next`](Self::next) for threads outside an asynchronous runtime.
     pub fn next_blocking(&mut self) -> Option<Event> {
-        self.0.blocking_recv()
+        self.events.blocking_recv()
+    }
+
+    /// Ends the request where the reader finds that its answer is whole, at a text for instance. The engine counts it as
+    /// finished, not as cancelled.
+    pub fn finish(&mut self) {
+        // Before the engine can find the line closed.
+        self.has_enough.store(true, Ordering::Release);
+        self.events.close();
     }
 }
 
@@ -259,13 +278,15 @@ impl Handle {
         if waiting.is_err() {
             return Ok(Offered::Full(request));
         }
-        let (sender, receiver) = unbounded_channel();
-        if commands.send(Command::Generate(request, Reply(sender))).is_err() {
+        let (sender, events) = unbounded_channel();
+        let has_enough = Arc::new(AtomicBool::new(false));
+        let reply = Reply { events: sender, has_enough: has_enough.clone() };
+        if commands.send(Command::Generate(request, reply)).is_err() {
             counters.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(ServeError::Closed);
         }
         counters.requests.fetch_add(1, Ordering::Relaxed);
-        Ok(Offered::Taken(Answer(receiver)))
+        Ok(Offered::Taken(Answer { events, has_enough }))
     }
 
     /// Has the engine read an adapter's folder and serve it as `name`.

@@ -103,6 +103,11 @@ pub trait Constraint: Send + fmt::Debug {
 /// What comes of a request, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The prompt is computed from now on.
+    Started {
+        /// Its tokens that were taken from other requests' prefixes.
+        cached_tokens: usize,
+    },
     /// Log probabilities of the prompt's tokens: one for each, `None` for the first.
     Prompt(Vec<Option<TokenLogprobs>>),
     /// A new token.

@@ -78,15 +78,20 @@ struct Whole {
 }
 
 fn read(mut answer: Answer) -> Result<Whole, String> {
-    let (mut ids, mut logprobs, mut prompt) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ids, mut logprobs, mut prompt, mut cached) = (Vec::new(), Vec::new(), Vec::new(), None);
     loop {
         match answer.next_blocking().ok_or("the engine is gone")? {
+            Event::Started { cached_tokens } => cached = Some(cached_tokens),
             Event::Prompt(found) => prompt = found,
             Event::Token(token) => {
                 ids.push(token.id);
                 logprobs.extend(token.logprobs);
             }
-            Event::Finished(finished) => return Ok(Whole { ids, logprobs, prompt, finished }),
+            Event::Finished(finished) => {
+                let told = cached.is_none_or(|cached| cached == finished.usage.cached_tokens);
+                assert!(told, "before the answer as behind it");
+                return Ok(Whole { ids, logprobs, prompt, finished });
+            }
             Event::Failed(message) => return Err(message),
         }
     }
@@ -219,6 +224,7 @@ fn adapters_come_and_go_while_answers_run() {
     assert_eq!(names, ["one", "two"]);
     let ask = || served.handle.submit(Request { adapter: Some("one".into()), ..Request::new(vec![5, 6, 7], 200) });
     let mut running = ask().unwrap();
+    assert_eq!(running.next_blocking(), Some(Event::Started { cached_tokens: 0 }));
     assert!(matches!(running.next_blocking(), Some(Event::Token(_))));
     wait(served.handle.unload_adapter("one")).unwrap();
     assert!(matches!(ask(), Err(ServeError::UnknownAdapter { .. })));
@@ -283,6 +289,27 @@ fn cancelled_neighbours_change_nothing_and_leave_nothing() {
         "{counters:?}"
     );
     assert_eq!(counters.finished.load(Ordering::Relaxed), 8);
+}
+
+#[test]
+fn who_has_enough_of_an_answer_has_finished_it() {
+    let model = load("tiny-llama", None);
+    let served = Served::new(&model, EngineConfig::default());
+    let counters = served.handle.counters();
+    let prompt: Vec<u32> = (10..64).collect();
+    read(served.handle.submit(Request::new(prompt.clone(), 2)).unwrap()).unwrap();
+    let mut answer = served.handle.submit(Request::new(prompt, 400)).unwrap();
+    // Three blocks of 16 of the prompt's 54 tokens.
+    assert_eq!(answer.next_blocking(), Some(Event::Started { cached_tokens: 48 }));
+    assert!(matches!(answer.next_blocking(), Some(Event::Token(_))));
+    answer.finish();
+    while counters.running.load(Ordering::Relaxed) > 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(counters.finished.load(Ordering::Relaxed), 2);
+    assert_eq!(counters.cancelled.load(Ordering::Relaxed), 0);
+    assert!(counters.generated_tokens.load(Ordering::Relaxed) < 400, "the engine went on");
+    served.close();
 }
 
 #[test]

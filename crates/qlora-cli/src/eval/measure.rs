@@ -116,7 +116,7 @@ impl Measurement<'_> {
             loop {
                 match answer.next_blocking() {
                     Some(Event::Prompt(logprobs)) => score = Some(TokenScore::new(row, &logprobs)),
-                    Some(Event::Token(_)) => {}
+                    Some(Event::Started { .. } | Event::Token(_)) => {}
                     Some(Event::Finished(_)) => return Ok(score),
                     Some(Event::Failed(message)) => return Err(anyhow!(message)),
                     None => return Err(anyhow!("the engine ended before its answer")),

@@ -114,8 +114,12 @@ pub(super) async fn get(State(state): State<HttpState>) -> impl IntoResponse {
     line(&mut text, format_args!("qlora_adapters {}", state.handle().adapters().len()));
     let totals: [(&str, &AtomicU64, &str); 9] = [
         ("qlora_requests_total", &counters.requests, "Requests that the engine took."),
-        ("qlora_requests_finished_total", &counters.finished, "Requests that ended with an answer."),
-        ("qlora_requests_cancelled_total", &counters.cancelled, "Requests whose reader went away or had enough."),
+        (
+            "qlora_requests_finished_total",
+            &counters.finished,
+            "Requests that ended with an answer, at a stop text too.",
+        ),
+        ("qlora_requests_cancelled_total", &counters.cancelled, "Requests whose reader went away."),
         ("qlora_requests_failed_total", &counters.failed, "Requests that failed."),
         ("qlora_prompt_tokens_total", &counters.prompt_tokens, "Tokens of prompts that were computed."),
         ("qlora_cached_tokens_total", &counters.cached_tokens, "Tokens of prompts that were taken from the cache."),

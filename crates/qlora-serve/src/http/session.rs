@@ -281,6 +281,7 @@ impl Session {
                 choice.stage = Stage::Over;
                 return Err(ApiError::internal(message));
             }
+            Some(Event::Started { cached_tokens }) => choice.cached_tokens = cached_tokens,
             Some(Event::Prompt(logprobs)) => update.prompt = Some(logprobs),
             Some(Event::Token(token)) => {
                 choice.completion_tokens += 1;
@@ -299,7 +300,6 @@ impl Session {
                 }
             }
             Some(Event::Finished(finished)) => {
-                choice.cached_tokens = finished.usage.cached_tokens;
                 choice.end(&mut update, Some(finished.reason)).map_err(failed)?;
             }
         }
@@ -319,10 +319,11 @@ impl Choice {
         self.pending.drain(..out).collect()
     }
 
-    /// Ends the answer: at the engine's end, or at a text that ends it. The engine's answer is dropped, which cancels
-    /// what it has not done.
+    /// Ends the answer: at the engine's end, or at a text that ends it, where the engine is told that it is enough.
     fn end(&mut self, update: &mut Update, reason: Option<FinishReason>) -> Result<(), chat_text::ChatError> {
-        self.stage = Stage::Over;
+        if let Stage::Running(mut answer) = std::mem::replace(&mut self.stage, Stage::Over) {
+            answer.finish();
+        }
         self.times.finish();
         update.deltas.extend(self.output.finish()?);
         let stopped = self.output.stopped();

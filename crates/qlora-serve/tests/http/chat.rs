@@ -2,9 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::support::{ask, chat, chunks, config, run, says, server, tokenizer};
+use super::support::{ask, chat, chunks, completion, config, goes_on, run, says, server, tokenizer};
 
 const PATH: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
 
 /// The text of one choice's chunks.
 fn text(chunks: &[Value], choice: u64, field: &str) -> String {
@@ -141,7 +142,7 @@ fn log_probabilities_of_the_answers_tokens() {
 }
 
 #[test]
-fn a_stop_string_ends_the_answer_across_tokens_and_cancels_the_rest() {
+fn a_stop_string_ends_the_answer_across_tokens() {
     run(async {
         let (script, _) = says("one two three four five");
         let state = server(tokenizer(), config(), script);
@@ -154,6 +155,36 @@ fn a_stop_string_ends_the_answer_across_tokens_and_cancels_the_rest() {
         }
         let answer = ask(&state, PATH, chat(json!({ "stop": "absent", "max_tokens": 2 }))).await;
         assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    });
+}
+
+/// The engine does not know of it: it is told, and what it said of the prompt is in the usage.
+#[test]
+fn an_answer_that_the_server_ends_is_finished_and_counted() {
+    const HERMES: &str = "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{{ messages[-1].content }}";
+    let time = json!([{ "type": "function", "function": { "name": "time" } }]);
+    let named = json!({ "type": "function", "function": { "name": "time" } });
+    let call = "<tool_call>\n{\"name\": \"time\", \"arguments\": {}}\n</tool_call> and on";
+    let cases = [
+        (PATH, "one two three", chat(json!({ "stop": "e t" }))),
+        (COMPLETIONS, "one two three", completion(json!({ "stop": ["never", "e t"] }))),
+        (PATH, call, chat(json!({ "tools": time, "tool_choice": named }))),
+        (PATH, call, chat(json!({ "tools": time, "tool_choice": "required", "parallel_tool_calls": false }))),
+    ];
+    run(async {
+        for (path, said, body) in cases {
+            let (script, replies) = goes_on(said);
+            let state = server(super::support::tokenizer_with(HERMES), config(), script);
+            let answer = ask(&state, path, body.clone()).await;
+            assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 48, "{body}");
+            let mut streaming = body;
+            streaming["stream_options"] = json!({ "include_usage": true });
+            let last = chunks(&state, path, streaming).await.pop().unwrap();
+            assert_eq!(last["usage"], answer["usage"]);
+            let replies = replies.lock().unwrap();
+            assert_eq!(replies.len(), 2);
+            assert!(replies.iter().all(|reply| reply.is_cancelled() && reply.is_finished()), "{said}");
+        }
     });
 }
 

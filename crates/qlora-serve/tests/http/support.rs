@@ -109,6 +109,21 @@ pub fn says_tokens(tokens: Vec<u32>) -> (Script, Seen) {
     (Box::new(script), seen)
 }
 
+/// An engine that says this and does not end, after 48 tokens of the prompt came from its cache; and where it answers.
+pub fn goes_on(text: &str) -> (Script, Arc<Mutex<Vec<Reply>>>) {
+    let tokens = tokenizer().encode(text, false).unwrap().ids;
+    let replies = Arc::new(Mutex::new(Vec::new()));
+    let keep = replies.clone();
+    let script = move |_: Request, reply: Reply| {
+        reply.send(Event::Started { cached_tokens: 48 });
+        tokens.iter().for_each(|&id| {
+            reply.send(Event::Token(Token { id, logprobs: None }));
+        });
+        keep.lock().unwrap().push(reply);
+    };
+    (Box::new(script), replies)
+}
+
 /// Log probabilities that a test can tell: minus the id, over a thousand.
 pub fn logprobs(id: u32, top: usize) -> TokenLogprobs {
     let logprob = |id: u32| -(id as f32) / 1000.0;
@@ -117,6 +132,7 @@ pub fn logprobs(id: u32, top: usize) -> TokenLogprobs {
 
 /// Answers with these tokens and the first stop id, as far as the request lets it.
 pub fn answer(request: &Request, reply: &Reply, tokens: &[u32]) {
+    reply.send(Event::Started { cached_tokens: 1 });
     if request.prompt_logprobs {
         let top = request.logprobs.unwrap();
         let rest = request.prompt[1..].iter().map(|&id| Some(logprobs(id, top)));
