@@ -1,7 +1,8 @@
 //! Answers that must be JSON of a schema, or calls of tools: constraints of `llguidance` on a tokenizer's vocabulary.
 //!
 //! A schema that `llguidance` can't enforce in full is refused when the grammar is made. White space between JSON's
-//! tokens is bounded, so that a model can't go on with it until its tokens are used up.
+//! tokens is a space, or a new line and what it is indented by, so that a model can't go on with it until its tokens are used
+//! up.
 
 use std::fmt;
 
@@ -13,8 +14,8 @@ use super::tools::ToolFormat;
 use super::vocabulary::Vocabulary;
 use crate::request::Constraint;
 
-/// White space between the tokens of JSON.
-const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
+/// White space between two tokens of JSON: indented by 4, 5 objects deep.
+const WHITESPACE: &str = r"\x20|\x0A(\x20{0,20}|\x09{0,5})";
 
 /// States of a schema's lexer at most, at 1 to 2 KB each: an answer's constraint holds no more than 100 MB.
 const MOST_LEXER_STATES: usize = 50_000;
