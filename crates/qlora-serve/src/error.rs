@@ -5,6 +5,11 @@ use std::path::PathBuf;
 use host_copies::DeviceError;
 use qlora_models::ModelError;
 
+/// A count with its noun.
+pub(crate) fn count(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
 /// Why the engine refuses or fails.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -42,7 +47,7 @@ pub enum ServeError {
         name: String,
     },
     /// As many adapters as may be.
-    #[error("{max_adapters} adapters are loaded, as many as the server takes: unload one first")]
+    #[error("{} loaded, as many as the server takes: unload one first", count(*max_adapters, "adapter is", "adapters are"))]
     TooManyAdapters {
         /// The bound.
         max_adapters: usize,
@@ -57,7 +62,7 @@ pub enum ServeError {
         source: Box<ModelError>,
     },
     /// The queue is full.
-    #[error("{waiting} requests wait already: try again later")]
+    #[error("{} already: try again later", count(*waiting, "request waits", "requests wait"))]
     Busy {
         /// How many.
         waiting: usize,
@@ -67,7 +72,8 @@ pub enum ServeError {
     Closed,
     /// The budget holds too little.
     #[error(
-        "the cache budget of {budget} bytes holds {blocks} blocks of {block_tokens} tokens: one answer needs 2 or more"
+        "the cache budget of {budget} bytes holds {} of {block_tokens} tokens: one answer needs 2 or more",
+        count(*blocks, "block", "blocks")
     )]
     CacheTooSmall {
         /// Bytes that were allowed.

@@ -1,6 +1,6 @@
 //! `POST /v1/load_lora_adapter` and `POST /v1/unload_lora_adapter`, as vLLM has them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -40,6 +40,12 @@ pub(super) async fn load(State(state): State<HttpState>, request: Request) -> Re
         if lora_name == state.config().served_name {
             return fail("is the base model's name");
         }
+        let (inner, is_adapter) = (lora_path.join("adapter"), |dir: &Path| dir.join("adapter_config.json").is_file());
+        if !is_adapter(&lora_path) && is_adapter(&inner) {
+            let (run, inner) = (lora_path.display(), inner.display());
+            let message = format!("lora_path: {run} is a run's folder: its adapter is {inner}");
+            return Err(ApiError::field("lora_path", message).with_code("adapter_not_served"));
+        }
         // A template that does not compile shows now, and not at the first question.
         if let Err(error) = Prompting::of_adapter(&lora_path) {
             let message = format!("lora_path: {}", chain(&error));
@@ -57,10 +63,16 @@ pub(super) async fn unload(State(state): State<HttpState>, request: Request) -> 
     allowed(&state)?;
     let body = body::read(&state, request).await?;
     let UnloadRequest { lora_name } = body::parse(&body.bytes)?;
+    if lora_name == state.config().served_name {
+        let message = format!("lora_name: {lora_name:?} is the base model: only adapters are unloaded");
+        return Err(ApiError::field("lora_name", message));
+    }
     state.handle().unload_adapter(lora_name.clone()).await.map_err(|error| match error {
-        ServeError::UnknownAdapter { name } => {
-            ApiError { param: Some("lora_name".into()), ..ApiError::unknown_model(&name) }
-        }
+        error @ ServeError::UnknownAdapter { .. } => ApiError {
+            param: Some("lora_name".into()),
+            message: format!("lora_name: {error}: GET /v1/models lists those that are"),
+            ..ApiError::unknown_model(&lora_name)
+        },
         error => error.into(),
     })?;
     state.promptings().forget(&lora_name);

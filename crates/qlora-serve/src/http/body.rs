@@ -115,11 +115,43 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
                 ApiError::field(&param, format!("{param}: is missing")).with_code("missing_field")
             }
             None if path == "." => malformed(&error),
-            None => ApiError::field(&path, format!("{path}: {text}")).with_code("invalid_type"),
+            None => ApiError::field(&path, format!("{path}: {}", plain(text))).with_code("invalid_type"),
         }
     })?;
     json.end().map_err(|error| malformed(&error))?;
     Ok(value)
+}
+
+/// Characters of a client's text that are repeated to it at most.
+const MOST_REPEATED: usize = 60;
+
+/// What serde says of a value with a wrong type, in words of JSON.
+fn plain(text: &str) -> String {
+    let wrong = text.strip_prefix("invalid type: ").or_else(|| text.strip_prefix("invalid value: "));
+    let Some((found, expected)) = wrong.and_then(|text| text.rsplit_once(", expected ")) else { return text.into() };
+    let expected = match expected {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number",
+        "f32" | "f64" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "a map" => "an object",
+        "path string" | "string or map" => "a string",
+        other if other.starts_with("struct ") => "an object",
+        other => other,
+    };
+    let value = |kind: &str| found.strip_prefix(kind)?.strip_prefix('`')?.strip_suffix('`');
+    let found = match found {
+        "sequence" => "a list",
+        "map" => "an object",
+        other if other.starts_with("string ") => &other["string ".len()..],
+        other => ["integer ", "floating point ", "boolean "].into_iter().find_map(value).unwrap_or(other),
+    };
+    let shown = match found.char_indices().nth(MOST_REPEATED) {
+        Some((end, _)) => format!("{}…", &found[..end]),
+        None => found.into(),
+    };
+    format!("must be {expected}, not {shown}")
 }
 
 pub(super) fn malformed(error: &serde_json::Error) -> ApiError {

@@ -86,7 +86,8 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let template = template(prompting, state.tokenizer())?;
     let format = template.and_then(|template| ToolFormat::of_template(template.source()));
     let format = template.and(format.or(state.config().tool_format));
-    let tools = tools::read(request.tools.take(), request.tool_choice.take(), request.parallel_tool_calls, format)?;
+    let (tools, tool_choice) = (request.tools.take(), request.tool_choice.take());
+    let tools = tools::read(tools, tool_choice, request.parallel_tool_calls, &model.name, format)?;
     let mut kwargs = request.chat_template_kwargs.take().unwrap_or_default();
     if let Some(effort) = request.reasoning_effort.take() {
         kwargs.insert("reasoning_effort".into(), effort.into());

@@ -11,6 +11,7 @@ use super::session::{Finish, Job, Session, Update, Usage};
 use super::stream::{self, Chunks};
 use super::types::{CompletionRequest, PromptField};
 use super::{HttpState, body, format, now, sampling, unique, unsupported};
+use crate::error;
 use crate::request::{Constraint, Request as EngineRequest, TokenLogprobs};
 use crate::text::{Delta, OutputOptions};
 
@@ -91,14 +92,22 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     };
     let most = state.config().max_choices;
     if count * choice.n > most {
-        let message = format!("prompt: {count} prompts with {} answers each are more than {most} answers", choice.n);
+        let each = error::count(choice.n, "answer", "answers");
+        let message = format!("prompt: {count} prompts with {each} each are more than {most} answers");
         return Err(ApiError::field("prompt", message));
     }
 
     let (echo, special) = (request.echo.unwrap_or(false), !request.skip_special_tokens.unwrap_or(true));
     let add_special = request.add_special_tokens.unwrap_or(true);
     let prompts: Vec<(Vec<u32>, Option<String>)> = match request.prompt {
-        PromptField::Tokens(lists) => lists.into_iter().map(|tokens| (tokens, None)).collect(),
+        PromptField::Tokens(lists) => {
+            let vocab_size = model.vocab_size;
+            if let Some(id) = lists.iter().flatten().find(|&&id| id as usize >= vocab_size) {
+                let message = format!("prompt: {id} is no token: the vocabulary ends at {vocab_size}");
+                return Err(ApiError::field("prompt", message).with_code("unknown_token"));
+            }
+            lists.into_iter().map(|tokens| (tokens, None)).collect()
+        }
         PromptField::Texts(texts) => {
             let encode = |text: String| Ok((state.tokenizer().encode(&text, add_special)?.ids, Some(text)));
             texts.into_iter().map(encode).collect::<Result<_, ApiError>>()?

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use chat_text::Prompting;
+use chat_text::{ChatTemplate, Prompting};
 
 use crate::request::Sampling;
 use crate::text::ToolFormat;
@@ -17,6 +17,8 @@ pub struct HttpConfig {
     pub api_key: Option<String>,
     /// How prompts of the base model are written, and of adapters beside which nothing about it lies.
     pub prompting: Prompting,
+    /// The chat template of the base model and of every adapter, whatever lies beside them; `None` leaves them theirs.
+    pub chat_template: Option<ChatTemplate>,
     /// How models write tool calls, where their chat templates don't say.
     pub tool_format: Option<ToolFormat>,
     /// How tokens are chosen where a request does not say. The seed is not used: without one each answer is different.
@@ -49,6 +51,7 @@ impl HttpConfig {
             served_name: served_name.into(),
             api_key: None,
             prompting: Prompting::default(),
+            chat_template: None,
             tool_format: None,
             sampling: Sampling { temperature: 1.0, ..Sampling::default() },
             adapter_updates: true,

@@ -46,7 +46,7 @@ use crate::handle::Handle;
 use crate::text::{Grammars, Vocabulary};
 use error::ApiError;
 use metrics::Metrics;
-use models::Promptings;
+use models::{Promptings, with_template};
 
 pub use config::HttpConfig;
 pub use serve::serve;
@@ -79,7 +79,7 @@ impl HttpState {
         Self(Arc::new(Shared {
             handle,
             tokenizer: Arc::new(tokenizer),
-            base_prompting: Arc::new(config.prompting.clone()),
+            base_prompting: Arc::new(with_template(config.prompting.clone(), config.chat_template.as_ref())),
             promptings: Promptings::default(),
             vocabulary: OnceLock::new(),
             grammars: OnceLock::new(),

@@ -6,12 +6,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use chat_text::Prompting;
+use chat_text::{ChatTemplate, PromptLayout, PromptSettings, Prompting};
 use serde_json::{Value, json};
 
 use super::HttpState;
 use super::error::{ApiError, chain};
 use crate::handle::AdapterInfo;
+
+/// A way of prompting with the server's template, where it has one.
+pub(super) fn with_template(prompting: Prompting, template: Option<&ChatTemplate>) -> Prompting {
+    match template {
+        None => prompting,
+        Some(template) => {
+            let settings = PromptSettings { layout: PromptLayout::Chat, ..prompting.settings };
+            Prompting { template: Some(template.clone()), settings }
+        }
+    }
+}
 
 /// What a request's `model` names.
 #[derive(Clone, Debug)]
@@ -19,6 +30,8 @@ pub(super) struct Model {
     pub name: String,
     /// `None` is the base model.
     pub adapter: Option<String>,
+    /// Ids below this have an embedding.
+    pub vocab_size: usize,
     pub prompting: Arc<Prompting>,
 }
 
@@ -27,8 +40,14 @@ pub(super) struct Model {
 pub(super) struct Promptings(Mutex<HashMap<String, (AdapterInfo, Arc<Prompting>)>>);
 
 impl Promptings {
-    /// How an adapter is prompted: as lies beside it, else as the base model.
-    fn of(&self, adapter: &AdapterInfo, base: &Arc<Prompting>) -> Result<Arc<Prompting>, ApiError> {
+    /// How an adapter is prompted: as lies beside it, else as the base model; with the server's template, where it has
+    /// one.
+    fn of(
+        &self,
+        adapter: &AdapterInfo,
+        base: &Arc<Prompting>,
+        template: Option<&ChatTemplate>,
+    ) -> Result<Arc<Prompting>, ApiError> {
         let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, prompting)) = known().get(&adapter.name).filter(|(info, _)| info == adapter) {
             return Ok(prompting.clone());
@@ -38,7 +57,7 @@ impl Promptings {
                 format!("what the adapter {:?} is prompted with can't be read: {}", adapter.name, chain(&error));
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "adapter_prompting", message)
         })?;
-        let prompting = read.map_or_else(|| base.clone(), Arc::new);
+        let prompting = read.map_or_else(|| base.clone(), |read| Arc::new(with_template(read, template)));
         known().insert(adapter.name.clone(), (adapter.clone(), prompting.clone()));
         Ok(prompting)
     }
@@ -54,13 +73,15 @@ impl HttpState {
     pub(super) fn model(&self, name: Option<&str>) -> Result<Model, ApiError> {
         let base = &self.config().served_name;
         let Some(name) = name.filter(|name| name != base) else {
-            return Ok(Model { name: base.clone(), adapter: None, prompting: self.base_prompting().clone() });
+            let vocab_size = self.handle().limits().vocab_size;
+            let prompting = self.base_prompting().clone();
+            return Ok(Model { name: base.clone(), adapter: None, vocab_size, prompting });
         };
         let adapters = self.handle().adapters();
         let adapter = adapters.iter().find(|adapter| adapter.name == name);
         let adapter = adapter.ok_or_else(|| ApiError::unknown_model(name))?;
-        let prompting = self.promptings().of(adapter, self.base_prompting())?;
-        Ok(Model { name: name.into(), adapter: Some(name.into()), prompting })
+        let prompting = self.promptings().of(adapter, self.base_prompting(), self.config().chat_template.as_ref())?;
+        Ok(Model { name: name.into(), adapter: Some(name.into()), vocab_size: adapter.vocab_size, prompting })
     }
 
     fn base_json(&self) -> Value {

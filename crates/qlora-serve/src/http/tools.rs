@@ -23,7 +23,7 @@ pub(super) struct Tools {
 const LONGEST_NAME: usize = 64;
 const MOST_TOOLS: usize = 128;
 
-/// Checks a request's tools. `format` is how the model writes calls, where that is known.
+/// Checks a request's tools. `format` is how the model of this name writes calls, where that is known.
 ///
 /// # Errors
 /// It names the field.
@@ -31,6 +31,7 @@ pub(super) fn read(
     tools: Option<Vec<Tool>>,
     choice: Option<ToolChoice>,
     parallel: Option<bool>,
+    model: &str,
     format: Option<ToolFormat>,
 ) -> Result<Option<Tools>, ApiError> {
     let tools = tools.unwrap_or_default();
@@ -64,10 +65,10 @@ pub(super) fn read(
         };
     }
     let Some(format) = format else {
-        return Err(ApiError::field(
-            "tools",
-            "tools: the model's chat template writes no tools in a form that is known",
-        ));
+        let message = format!(
+            "tools: the chat template of {model} writes no tools in a form that is known; the server's --chat-template gives another one"
+        );
+        return Err(ApiError::field("tools", message));
     };
     // A function without parameters takes none.
     let none = json!({ "type": "object", "properties": {}, "additionalProperties": false });

@@ -1,5 +1,6 @@
 //! Adapters: loaded, listed, asked, prompted as they learned, unloaded.
 
+use chat_text::ChatTemplate;
 use serde_json::{Value, json};
 
 use super::support::{ask, chat, config, refused, run, says, send, server, tokenizer};
@@ -52,6 +53,31 @@ fn the_life_of_an_adapter() {
         assert_eq!(status, 404);
         let (status, error) = refused(&state, "/v1/unload_lora_adapter", json!({ "lora_name": "team/kind" })).await;
         assert_eq!((status, &error["param"]), (404, &json!("lora_name")));
+        let (status, error) = refused(&state, "/v1/unload_lora_adapter", json!({ "lora_name": "base" })).await;
+        assert_eq!((status, &error["param"]), (400, &json!("lora_name")));
+        assert!(error["message"].as_str().unwrap().contains("is the base model"), "{error}");
+        assert_eq!(models(&state).await.len(), 1);
+    });
+}
+
+#[test]
+fn the_servers_template_goes_before_every_other() {
+    run(async {
+        let (script, seen) = says("x");
+        let mut config = config();
+        config.chat_template = Some(ChatTemplate::new("served {{ messages[-1].content }}").unwrap());
+        let state = server(tokenizer(), config, script);
+        let dir = tempfile::tempdir().unwrap();
+        let settings = json!({ "layout": "alpaca", "system_prompt": "Be kind." });
+        std::fs::write(dir.path().join("prompt_settings.json"), settings.to_string()).unwrap();
+        ask(&state, LOAD, json!({ "lora_name": "a", "lora_path": dir.path() })).await;
+        for model in ["base", "a"] {
+            ask(&state, CHAT, chat(json!({ "model": model }))).await;
+        }
+        let seen = seen.lock().unwrap();
+        let prompts: Vec<String> =
+            seen.iter().map(|request| tokenizer().decode(&request.prompt, false).unwrap()).collect();
+        assert_eq!(prompts, ["served What is 2 + 3?"; 2]);
     });
 }
 
@@ -113,6 +139,13 @@ fn what_cannot_be_loaded() {
         std::fs::write(dir.path().join("chat_template.jinja"), "{% if %}").unwrap();
         let (status, error) = refused(&state, LOAD, json!({ "lora_name": "a", "lora_path": dir.path() })).await;
         assert_eq!((status, &error["param"]), (400, &json!("lora_path")));
+        let run = tempfile::tempdir().unwrap();
+        std::fs::create_dir(run.path().join("adapter")).unwrap();
+        std::fs::write(run.path().join("adapter/adapter_config.json"), "{}").unwrap();
+        let (status, error) = refused(&state, LOAD, json!({ "lora_name": "a", "lora_path": run.path() })).await;
+        assert_eq!((status, &error["param"]), (400, &json!("lora_path")));
+        let inner = run.path().join("adapter").display().to_string();
+        assert!(error["message"].as_str().unwrap().ends_with(&inner), "{error}");
         assert_eq!(models(&state).await.len(), 1);
     });
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::body::{Body, to_bytes};
 use axum::http::Request as HttpRequest;
 use qlora_serve::http::router;
-use qlora_serve::{Event, Limits, Reply, Request};
+use qlora_serve::{Event, Limits, Reply, Request, ServeError};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -108,6 +108,55 @@ fn fields_with_values_that_cannot_be() {
         });
         assert_eq!(send(&state, "POST", CHAT, Some(chat(neutral))).await.0, 200);
     });
+}
+
+/// Messages speak of JSON, not of the server's types.
+#[test]
+fn what_a_message_says() {
+    let cases = [
+        (CHAT, chat(json!({ "max_tokens": "5" })), "max_tokens: must be a whole number, 0 or more, not \"5\""),
+        (CHAT, chat(json!({ "max_tokens": -1 })), "max_tokens: must be a whole number, 0 or more, not -1"),
+        (CHAT, chat(json!({ "seed": 1.5 })), "seed: must be a whole number, not 1.5"),
+        (CHAT, chat(json!({ "temperature": true })), "temperature: must be a number, not true"),
+        (CHAT, chat(json!({ "stream": 1 })), "stream: must be true or false, not 1"),
+        (CHAT, chat(json!({ "response_format": "json" })), "response_format: must be an object, not \"json\""),
+        (CHAT, chat(json!({ "messages": {} })), "messages: must be a list, not an object"),
+        (CHAT, chat(json!({ "logit_bias": [] })), "logit_bias: must be an object, not a list"),
+        (CHAT, chat(json!({ "stop": 5 })), "stop: must be a string or a list of strings, not 5"),
+        (
+            COMPLETIONS,
+            completion(json!({ "prompt": [99999] })),
+            "prompt: 99999 is no token: the vocabulary ends at 4096",
+        ),
+        (
+            COMPLETIONS,
+            completion(json!({ "prompt": vec!["a"; 300], "n": 1 })),
+            "prompt: 300 prompts with 1 answer each are more than 256 answers",
+        ),
+        (
+            CHAT,
+            chat(json!({ "tools": [{ "type": "function", "function": { "name": "f" } }] })),
+            "tools: the chat template of base writes no tools in a form that is known; the server's --chat-template gives another one",
+        ),
+    ];
+    run(async {
+        let (script, _) = says("x");
+        let state = server(tokenizer(), config(), script);
+        for (path, body, message) in cases {
+            let (status, error) = refused(&state, path, body).await;
+            assert_eq!((status, error["message"].as_str()), (400, Some(message)));
+        }
+        let long = "é".repeat(1000);
+        let (_, error) = refused(&state, CHAT, chat(json!({ "max_tokens": long }))).await;
+        let message = error["message"].as_str().unwrap();
+        assert!(message.ends_with("é…") && message.chars().count() < 130, "{message}");
+    });
+    assert_eq!(
+        ServeError::TooManyAdapters { max_adapters: 1 }.to_string(),
+        "1 adapter is loaded, as many as the server takes: unload one first"
+    );
+    assert_eq!(ServeError::Busy { waiting: 1 }.to_string(), "1 request waits already: try again later");
+    assert_eq!(ServeError::Busy { waiting: 2 }.to_string(), "2 requests wait already: try again later");
 }
 
 #[test]
