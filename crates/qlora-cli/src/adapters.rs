@@ -1,11 +1,11 @@
 //! Adapters by name, each of which answers by itself.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use burn_qlora::Adapter;
 
-use crate::exit::UsageError;
+use crate::exit::{InputError, UsageError};
 use crate::generate::adapter_argument;
 use crate::hub;
 use crate::sources::warn_of_missing;
@@ -18,6 +18,17 @@ pub struct NamedAdapter {
     pub dir: PathBuf,
 }
 
+/// The folder of an adapter, which is a folder or a hub id.
+pub fn folder(name: &str) -> Result<PathBuf> {
+    let dir = hub::resolve(name, None)?;
+    let inner = dir.join("adapter");
+    let is_adapter = |dir: &Path| dir.join("adapter_config.json").is_file();
+    if !is_adapter(&dir) && is_adapter(&inner) {
+        return Err(InputError(format!("{name} is a run's folder: its adapter is {}", inner.display())).into());
+    }
+    Ok(dir)
+}
+
 /// The adapters of flags that say `[NAME=]DIR`, and the base that the first of them names.
 pub fn named(flags: &[String]) -> Result<(Vec<NamedAdapter>, Option<String>)> {
     let (mut adapters, mut base) = (Vec::new(), None);
@@ -27,7 +38,7 @@ pub fn named(flags: &[String]) -> Result<(Vec<NamedAdapter>, Option<String>)> {
             let problem = "each adapter answers by itself, without a weight; `qlora combine` makes one of several";
             return Err(UsageError(format!("--adapter {text}: {problem}")).into());
         }
-        let dir = hub::resolve(dir, None)?;
+        let dir = folder(dir)?;
         let adapter = Adapter::load(&dir)?;
         warn_of_missing(name, &adapter);
         if adapters.is_empty() {

@@ -10,7 +10,7 @@ mod serve;
 use std::path::PathBuf;
 
 use burn_qlora::profile::{Profile, Window};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use answers::{GenerateArgs, ModelArgs, SamplingArgs, WritingArgs};
 pub use chat::ChatArgs;
@@ -37,6 +37,27 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// What the program was started with. A mistake is told, and ends it.
+    pub fn of_program() -> Self {
+        let matches = Self::numbers_command().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut Self::numbers_command()).exit())
+    }
+
+    /// The command line, where a number below zero is a flag's value: it is refused for what it is, not as a flag that
+    /// does not exist.
+    fn numbers_command() -> clap::Command {
+        let takes_value = |arg: &clap::Arg| !arg.is_positional() && arg.get_action().takes_values();
+        let numbers = move |arg: clap::Arg| if takes_value(&arg) { arg.allow_negative_numbers(true) } else { arg };
+        Self::command().mut_subcommands(move |command| command.mut_args(numbers))
+    }
+}
+
+/// Reads a number that counts something.
+fn whole<T: std::str::FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "must be a whole number, 0 or more".into())
 }
 
 /// The commands.
@@ -129,10 +150,10 @@ pub struct PreviewArgs {
     /// The configuration, a TOML file
     pub config: PathBuf,
     /// How many rows to show
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = whole::<usize>)]
     pub rows: usize,
     /// Rows drawn with this seed instead of the first ones
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", value_parser = whole::<u64>)]
     pub random: Option<u64>,
     /// A line for each token, with its id
     #[arg(long)]
@@ -256,11 +277,10 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        Cli::numbers_command().debug_assert();
     }
 
     /// A flag that was added to the struct but not to the list would do nothing.

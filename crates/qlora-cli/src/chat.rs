@@ -51,6 +51,10 @@ pub fn run(args: &ChatArgs) -> Result<Code> {
     };
     let engine = Running::start(model, &config)?;
     engine.load_adapters(&adapters)?;
+    let room = engine.handle.limits().max_tokens;
+    if let Some(asked) = args.max_tokens.filter(|asked| *asked as usize > room) {
+        say!("note: model and memory have room for {room} tokens of a conversation, not for --max-tokens {asked}");
+    }
     let mut input = Input::new()?;
     let interrupts = Interrupts::listen(input.is_terminal())?;
     let mut session = Session::new(args, voices, first, tokenizer, engine.handle.clone(), interrupts)?;

@@ -65,9 +65,11 @@ pub fn run(args: &EvalArgs) -> Result<Code> {
         return Err(InputError(format!("{}: {problem}", args.data.display())).into());
     }
 
+    let quant_type = place.quant_type();
     let model = place.load(&dir)?;
     let ran = Ran {
         model: base,
+        quant_type,
         device: device_name(model.device()),
         compute_dtype: format!("{:?}", model.dtype()).to_lowercase(),
         adapters: &adapters,

@@ -13,10 +13,10 @@ use burn_qlora::{AdapterSet, AdapterSource, Combination, Decoder, Message, Token
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::adapters;
 use crate::answers::{Asker, Running};
 use crate::args::GenerateArgs;
 use crate::exit::{Code, InputError, UsageError};
-use crate::hub;
 use crate::model::{Placement, base_dir, base_name, default_cache};
 use crate::output::{print, say, show};
 use crate::prompts;
@@ -59,7 +59,8 @@ pub fn run(args: &GenerateArgs) -> Result<Code> {
         return Ok(Code::Done);
     }
     for AdapterSource { name, weight } in adapters.sources() {
-        adapters.set.activate_weighted(&mut model, &[AdapterSource { name, weight }])?;
+        let put_on = adapters.set.activate_weighted(&mut model, &[AdapterSource { name, weight }]);
+        put_on.with_context(|| adapters.unfit(name))?;
         print(&format!("[{name}]\n"))?;
         answer(&asker, model.clone(), &ids)?;
     }
@@ -162,7 +163,7 @@ impl Writer<'_> {
         let prompts = lines.map(|(index, text)| {
             let line = index + 1;
             let wrong = |problem: String| unusable(path, Some(line), problem);
-            let row: Map<String, Value> = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+            let row: Map<String, Value> = serde_json::from_str(text).map_err(|e| wrong(of_line(&e)))?;
             let ids = match (row.get("prompt"), row.get("messages")) {
                 (Some(Value::String(prompt)), None) => self.text(prompt)?,
                 (None, Some(messages)) => {
@@ -193,6 +194,13 @@ impl Writer<'_> {
     }
 }
 
+/// What is wrong with a line of JSON. The place in it is a column; the line's number is known to others.
+fn of_line(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let problem = text.rsplit_once(" at line ").map_or(text.as_str(), |(problem, _)| problem);
+    format!("{problem} at column {}", error.column())
+}
+
 /// A file of prompts that can't be used.
 fn unusable(path: &Path, line: Option<usize>, problem: String) -> InputError {
     let line = line.map(|line| format!(", line {line}")).unwrap_or_default();
@@ -219,7 +227,7 @@ impl Adapters {
         let mut found = Self { set: AdapterSet::new(), weights: Vec::new(), dirs: Vec::new(), combination };
         for text in &args.adapter {
             let (name, dir, weight) = adapter_argument(text)?;
-            let dir = hub::resolve(dir, None)?;
+            let dir = adapters::folder(dir)?;
             found.set.load(name, &dir)?;
             warn_of_missing(name, found.set.get(name)?);
             found.dirs.push((name.to_string(), dir));
@@ -242,16 +250,26 @@ impl Adapters {
         let sources: Vec<AdapterSource<'_>> = self.sources().collect();
         match sources.as_slice() {
             [] => {}
-            [_] => self.set.activate_weighted(model, &sources)?,
+            [AdapterSource { name, .. }] => {
+                self.set.activate_weighted(model, &sources).with_context(|| self.unfit(name))?;
+            }
             _ => {
                 let mut set = self.set.clone();
                 // No folder can have this name.
                 const COMBINED: &str = "/";
                 set.combine(COMBINED, &sources, self.combination)?;
-                set.activate(model, COMBINED)?;
+                let names: Vec<&str> = self.dirs.iter().map(|(name, _)| name.as_str()).collect();
+                let unfit = || format!("what {} are together can't be put on the model", names.join(", "));
+                set.activate(model, COMBINED).with_context(unfit)?;
             }
         }
         Ok(())
+    }
+
+    /// Says where the adapter is that the model does not take.
+    fn unfit(&self, name: &str) -> String {
+        let dir = self.dirs.iter().find(|(other, _)| other == name).map(|(_, dir)| dir.display().to_string());
+        format!("the adapter in {} can't be put on the model", dir.as_deref().unwrap_or(name))
     }
 }
 

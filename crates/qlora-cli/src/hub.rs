@@ -1,11 +1,14 @@
 //! The hub, and a bar that shows how far a download or an upload is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn_qlora::model_hub::{Direction, OnProgress, Progress};
-use burn_qlora::{Hub, HubError};
+use anyhow::Result;
+use burn_qlora::Hub;
+use burn_qlora::model_hub::{Direction, OnProgress, Progress, is_hub_id};
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::exit::InputError;
 
 /// The hub of the environment.
 pub fn hub() -> Hub {
@@ -13,8 +16,32 @@ pub fn hub() -> Hub {
 }
 
 /// Finds the folder of a model or adapter.
-pub fn resolve(model: &str, revision: Option<&str>) -> Result<PathBuf, HubError> {
-    hub().resolve(model, revision)
+pub fn resolve(model: &str, revision: Option<&str>) -> Result<PathBuf> {
+    hub().resolve(model, revision).map_err(|error| match neighbours(model) {
+        Some(told) if !is_hub_id(model) => InputError(told).into(),
+        // What the hub says of it comes second: a folder was meant, or nearly.
+        Some(told) => anyhow::Error::from(error).context(told),
+        None => error.into(),
+    })
+}
+
+/// Folders named where one is not.
+const NAMED: usize = 8;
+
+/// What is in the folder that `model` would be in, where that is there and `model` is not.
+fn neighbours(model: &str) -> Option<String> {
+    let path = Path::new(model);
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty() && parent.is_dir())?;
+    if path.exists() {
+        return None;
+    }
+    let folders = std::fs::read_dir(parent).ok()?.flatten().filter(|entry| entry.path().is_dir());
+    let mut names: Vec<String> = folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let more = if names.len() > NAMED { ", .." } else { "" };
+    names.truncate(NAMED);
+    let there = if names.is_empty() { "no folders".into() } else { names.join(", ") + more };
+    Some(format!("{model}: there is no such folder; {} has {there}", parent.display()))
 }
 
 /// What draws the bar. It hides itself where stderr is no terminal, and goes with the last file.

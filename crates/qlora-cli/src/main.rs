@@ -31,7 +31,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use burn_qlora::profile::ProfileLayer;
-use clap::Parser;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -46,7 +45,7 @@ const LOGGED: &str =
     "error,qlora_models=warn,qlora_serve=warn,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::of_program();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOGGED));
     let profile = match &cli.command {
         Command::Train(args) => args.profile(),

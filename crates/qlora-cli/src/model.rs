@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::paged_optim::free_memory;
 use burn_qlora::qlora_models::PagedCache;
 use burn_qlora::qlora_serve::CacheSize;
-use burn_qlora::{Decoder, Device, LoadOptions, TrainConfig, compute_dtype, select_device};
+use burn_qlora::{Decoder, Device, LoadOptions, QuantType, TrainConfig, compute_dtype, select_device};
 
 use crate::args::ModelArgs;
 use crate::exit::UsageError;
@@ -44,7 +44,13 @@ pub fn base_name<'a>(args: &'a ModelArgs, named: Option<&'a str>) -> Result<&'a 
 
 /// The base's folder.
 pub fn base_dir(args: &ModelArgs, name: &str) -> Result<PathBuf> {
-    let dir = hub::resolve(name, args.revision.as_deref())?;
+    let dir = hub::resolve(name, args.revision.as_deref());
+    let dir = match args.model {
+        Some(_) => dir?,
+        None => dir.with_context(|| {
+            format!("the adapter names {name} as its base, which is not found from here: --model says where it is")
+        })?,
+    };
     refuse_adapter(&dir)?;
     Ok(dir)
 }
@@ -76,6 +82,15 @@ impl Placement {
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
         Ok(Self { options: LoadOptions { quantization: config.quantization.quant_config(), dtype }, device })
+    }
+
+    /// How the base's linear layers are kept, by the configuration's name for it.
+    pub fn quant_type(&self) -> &'static str {
+        match self.options.quantization.map(|config| config.quant_type) {
+            None => "none",
+            Some(QuantType::Nf4) => "nf4",
+            Some(QuantType::Fp4) => "fp4",
+        }
     }
 
     /// Loads the base.

@@ -10,7 +10,7 @@ use burn_qlora::chat_text::Prompting;
 use burn_qlora::config::ServeConfig;
 use burn_qlora::qlora_serve::http::{HttpConfig, HttpState, serve};
 use burn_qlora::qlora_serve::{CacheSize, EngineConfig, Handle};
-use burn_qlora::{Device, Tokenizer, TrainConfig};
+use burn_qlora::{ChatTemplate, Device, Tokenizer, TrainConfig};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
@@ -38,6 +38,7 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
     let mut http = HttpConfig::new(served_name(serve, model));
     http.api_key = args.api_key.clone();
     http.prompting = Prompting::of_adapter(&dir)?.unwrap_or_default();
+    http.chat_template = serve.chat_template.as_deref().map(ChatTemplate::from_setting).transpose()?;
     // Whoever can load adapters can have any folder read.
     http.adapter_updates = !serve.fixed_adapters && !is_open(serve, &http);
     http.request_timeout = Duration::from_secs(serve.request_timeout);
@@ -106,6 +107,9 @@ async fn answer(
     }
     let names: Vec<&str> = adapters.iter().map(|adapter| adapter.name.as_str()).collect();
     let tokens = handle.limits().max_tokens;
+    if let Some(asked) = serve_config.max_tokens.filter(|asked| *asked > tokens) {
+        say!("note: model and cache have room for {tokens} tokens of prompt and answer, not for max_tokens = {asked}");
+    }
     let models = [&[http.served_name.as_str()], &names[..]].concat().join(", ");
     say!("{models} at http://{address}, {tokens} tokens of prompt and answer; Ctrl-C ends the server");
     let stop = Arc::new(Notify::new());

@@ -8,6 +8,7 @@ use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::chat_text::{CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE};
 use burn_qlora::{Adapter, Combination, QuantConfig, QuantType, combine};
 
+use crate::adapters;
 use crate::args::{AdapterArgs, How};
 use crate::exit::UsageError;
 use crate::generate::adapter_argument;
@@ -42,7 +43,7 @@ pub fn adapter(args: &AdapterArgs) -> Result<(Adapter, Vec<PathBuf>)> {
 
 /// Reads one adapter, and finds what lies beside it and says how it is prompted.
 pub fn load(name: &str) -> Result<(Adapter, Vec<PathBuf>)> {
-    let dir = hub::resolve(name, None)?;
+    let dir = adapters::folder(name)?;
     let adapter = Adapter::load(&dir)?;
     warn_of_missing(name, &adapter);
     let files = [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE].map(|file| dir.join(file));

@@ -92,6 +92,11 @@ fn settings_change_answers_and_another_seed_answers_anew() {
     let next = ok(&bench, &[&hot[..4], &["--seed", "4"]].concat(), "Hello\n");
     assert_ne!(next, expected);
     assert_eq!(ok(&bench, &hot, "Hello\n/regenerate\n"), format!("{expected}{next}"));
+    // Without chance, the same answer comes again, and is told to.
+    let same = chat(&bench, &args, "Hello\n/regenerate\n");
+    let (one, two) = same.stdout.split_at(same.stdout.len() / 2);
+    assert!(one == two && same.stderr.contains("/set temperature"), "{}{}", same.stdout, same.stderr);
+    assert!(!chat(&bench, &hot, "Hello\n/regenerate\n").stderr.contains("/set temperature"));
     let short = ok(&bench, &args, "/set max_new_tokens 1\nHello\n");
     assert!(ok(&bench, &args, "Hello\n").starts_with(short.trim_end()));
     let run = chat(&bench, &args, "/set\n/help\n");
@@ -113,6 +118,9 @@ fn a_mistake_ends_a_script_and_names_its_line() {
     };
     fails(&args, "Hello\n/adapter nobody\nHello\n", 2, &["line 2", "nobody", "base, first"]);
     fails(&args, "/set warmth 3\n", 2, &["line 1", "warmth"]);
+    fails(&args, "/set top_p 0\n", 2, &["line 1", "/set top_p 0: must be above 0"]);
+    fails(&args, "\"\"\"Hello\nthere\n", 2, &["the standard input ends between two of \"\"\""]);
+    fails(&args, "Hello\\\n", 2, &["the standard input ends behind a line that ends with a backslash"]);
     fails(&args, "/fly\n", 2, &["line 1", "/help"]);
     fails(&args, "/regenerate\n", 2, &["no answer yet"]);
     fails(&[&args[..], &["--max-tokens", "16"]].concat(), &"Hello there. ".repeat(9), 2, &["line 1", "/reset", "16"]);

@@ -106,7 +106,7 @@ fn what_was_learned_by_heart_is_answered_exactly() {
         serde_json::json!({ "value": 0.5, "standard_error": 0.28867513459481287, "count": 4 })
     );
     assert_eq!(adapter["regex"], serde_json::json!({ "value": 1.0, "standard_error": 0.0, "count": 3 }));
-    assert_eq!(report["pattern"], more[1]);
+    assert_eq!((&report["pattern"], &report["quant_type"]), (&more[1].into(), &"nf4".into()));
     let rows = lines(&bench, "out.jsonl");
     let answers: Vec<_> = rows.iter().filter(|row| row["column"] == "a").map(|row| &row["answer"]).collect();
     assert_eq!(answers, ["1,024.", "12 dogs", "1,024.", "1,024."]);
@@ -137,6 +137,21 @@ fn rows_that_are_not_measured_are_told() {
         }
     };
     told(&["--max-length", "100"], &["1 row was left out", "base: 1 of 2 rows were cut to --max-length"]);
+    told(&["--max-length", "100"], &["2 rows were cut to --max-length 100,"]);
+    // Of the rows behind the first ones nothing is said.
+    let first = bench.ok(&[&ask[..], &["--max-length", "100", "--limit", "1"]].concat());
+    assert!(!first.stderr.contains("left out") && !first.stderr.contains("cut to"), "{}", first.stderr);
+    bench.write("long.jsonl", &format!("{}\n", rows[1]).repeat(3));
+    let long = ["eval", "--device", "cpu", "--model", &model, "--data", "long.jsonl", "--max-length", "100"];
+    let none = bench.fails(
+        &[&long[..], &["--limit", "2"]].concat(),
+        3,
+        &[
+            "no row has a token to learn from: 2 with the answer beyond max_length = 100 (lines 1, 2)",
+            "Raise --max-length",
+        ],
+    );
+    assert!(!none.stderr.contains("data."), "{}", none.stderr);
     let plain = reference("adapters/plain").display().to_string();
     bench.copy("adapters/plain", "adapter");
     bench.write("adapter/prompt_settings.json", r#"{"layout": "alpaca", "system_prompt": "Answer."}"#);
@@ -165,7 +180,8 @@ fn mistakes() {
     ask(&["--data", "rows.jsonl", "--metric", "exact", "--regex", "x"], 2, &["--regex belongs to"]);
     ask(&["--data", "rows.jsonl", "--metric", "bleu"], 2, &["bleu", "exact"]);
     ask(&["--data", "rows.jsonl", "--temperature", "1"], 2, &["belong to --metric exact"]);
-    ask(&["--data", "rows.jsonl", "--format", "csv"], 2, &["format", "csv"]);
+    ask(&["--data", "rows.jsonl", "--format", "csv"], 2, &["--format", "csv"]);
+    ask(&["--data", "rows.jsonl", "--loss-on", "user"], 2, &["--loss-on", "user"]);
     ask(&["--data", "rows.jsonl", "--format", "alpaca"], 3, &["rows.jsonl:1", "instruction"]);
     ask(&["--data", "rows.jsonl", "--no-base"], 2, &["--adapter"]);
     ask(&["--data", "rows.jsonl", "--json", "out", "--output", "out"], 2, &["name one file"]);

@@ -18,6 +18,36 @@ fn the_command_line() {
     bench.fails(&train(&["--device", "gpu"]), 2, &["device = gpu", "cuda:1"]);
     bench.fails(&["train", "absent.toml"], 2, &["absent.toml", "qlora init"]);
     bench.fails(&["generate", "--model", "x", "--prompt", "y", "--top-p", "0"], 2, &["--top-p"]);
+    let ask = ["generate", "--model", "x", "--prompt", "y"];
+    for (flag, words) in [
+        ("--temperature", &["--temperature must be from 0 to 2"][..]),
+        ("--repetition-penalty", &["--repetition-penalty must be above 0"]),
+        ("--seed", &["--seed", "must be a whole number, 0 or more"]),
+        ("--top-k", &["--top-k", "must be a whole number, 0 or more"]),
+        ("--max-new-tokens", &["--max-new-tokens", "must be a whole number"]),
+    ] {
+        bench.fails(&[&ask[..], &[flag, "-1"]].concat(), 2, words);
+    }
+    for (line, words) in [
+        (&["serve", "--model", "x", "--port", "-1"][..], &["--port", "-1 is not in"][..]),
+        (&["serve", "--model", "x", "--max-waiting", "-1"], &["--max-waiting", "must be a whole number"]),
+        (&["serve", "--model", "x", "--cache-gib", "-1"], &["cache_gib = -1", "above 0"]),
+        (&["eval", "--data", "rows.jsonl", "--limit", "-1"], &["--limit", "-1 is not in"]),
+        (&["preview", "qlora.toml", "--rows", "-1"], &["--rows", "must be a whole number"]),
+        (&["train", "qlora.toml", "--rank", "-1"], &["lora.rank"]),
+    ] {
+        bench.fails(line, 2, words);
+    }
+    bench.fails(&["generate", "--model", "x"], 2, &["--prompt <PROMPT>|--prompts <FILE>"]);
+    bench.fails(&[&ask[..], &["--prompts", "z"]].concat(), 2, &["--prompts", "cannot be used with"]);
+    bench.write("bad.jsonl", "{\"prompt\": \"x\"}\n{\"prompt\": \n");
+    let model = reference("tiny-llama").display().to_string();
+    let bad = bench.fails(
+        &["generate", "--device", "cpu", "--model", &model, "--prompts", "bad.jsonl"],
+        3,
+        &["bad.jsonl, line 2: EOF", "at column 11"],
+    );
+    assert!(!bad.stderr.contains("line 1"), "{}", bad.stderr);
     bench.fails(&["inspect", "absent"], 2, &["absent: no such file or folder"]);
     bench.fails(&["inspect", "."], 2, &["neither a checkpoint"]);
 }
@@ -119,6 +149,27 @@ fn the_adapter() {
         )
     };
     ask("absent", &["absent"]);
+    bench.copy("adapters/plain", "runs/one/adapter");
+    bench.copy("adapters/plain", "runs/two/adapter");
+    ask("runs/thre", &["runs/thre: there is no such folder; runs has one, two"]);
+    let inner = std::path::Path::new("runs/one/adapter").display().to_string();
+    ask("runs/one", &["runs/one is a run's folder", &inner]);
+    let other = bench.copy("archs/qwen2", "other").display().to_string();
+    std::fs::copy(reference("tiny-llama/tokenizer.json"), bench.path("other/tokenizer.json")).expect("a copy");
+    let generate = ["generate", "--device", "cpu", "--prompt", "Hello", "--no-chat-template", "--adapter", &inner];
+    bench.fails(&[&generate[..], &["--model", &other]].concat(), 3, &["the adapter in", &inner, "can't be put on"]);
+    // The base by a path from where it was trained.
+    let config = std::fs::read_to_string(bench.path("runs/one/adapter/adapter_config.json")).expect("text");
+    bench.write("runs/one/adapter/adapter_config.json", &config.replace("\"tiny-llama\"", "\"models/tiny/llama\""));
+    let named = ["the adapter names models/tiny/llama as its base", "--model says where it is"];
+    bench.fails(&generate, 3, &named);
+    for command in [&["serve"][..], &["chat"], &["eval", "--data", "rows.jsonl"]] {
+        bench.fails(&[command, &["--device", "cpu", "--adapter", &inner]].concat(), 3, &named);
+        let run = [command, &["--device", "cpu", "--adapter", "runs/one"]].concat();
+        bench.fails(&run, 3, &["runs/one is a run's folder"]);
+    }
+    let merge = ["merge", "--adapter", "runs/one", "--output", "merged"];
+    bench.fails(&merge, 3, &["runs/one is a run's folder"]);
     let dir = bench.copy("adapters/plain", "dora");
     let config = std::fs::read_to_string(dir.join("adapter_config.json")).expect("text");
     bench.write("dora/adapter_config.json", &config.replace("\"use_dora\": false", "\"use_dora\": true"));

@@ -29,7 +29,8 @@ fn two_columns_answer_with_the_settings_and_say_how_fast() {
     browser.open(&format!("http://{}/", server.address));
 
     // Nothing is shown without the key.
-    browser.wait("document.getElementById('status').textContent.includes('API key')");
+    browser
+        .wait("document.getElementById('status').textContent.includes('API key is missing or wrong: enter it above')");
     assert_eq!(browser.value("document.querySelectorAll('#model-a option').length"), 0);
     browser.complaints.clear();
     browser.type_into("key", "secret");
@@ -83,6 +84,17 @@ fn two_columns_answer_with_the_settings_and_say_how_fast() {
         assert_eq!(turns(&mut browser, column, "assistant").len(), 2);
         assert!(turns(&mut browser, column, "error").is_empty());
     }
+
+    // The second column goes on from what the first one was asked without it.
+    browser.click("compare");
+    browser.type_into("max_tokens", "4");
+    browser.type_into("prompt", "Alone?");
+    browser.press(ENTER.0, ENTER.1);
+    browser.wait("document.getElementById('status').textContent === 'Done.'");
+    assert_eq!(turns(&mut browser, "b", "user").len(), 2);
+    browser.click("compare");
+    assert_eq!(turns(&mut browser, "b", "user"), ["Hello", "And now?", "Alone?"]);
+    assert_eq!(turns(&mut browser, "b", "assistant"), turns(&mut browser, "a", "assistant"));
 
     // A model that has gone is an error in its column alone.
     let unload = "fetch('/v1/unload_lora_adapter', { method: 'POST', headers: { 'content-type': 'application/json', \

@@ -54,6 +54,55 @@ fn base_and_adapter_answer_as_generate_does() {
     assert_eq!((status, &error["error"]["code"]), (404, &"model_not_found".into()), "{body}");
 }
 
+/// What a flag asks for and does not get is told, and a template that the model lacks can be given.
+#[test]
+fn flags_that_change_what_is_served() {
+    let bench = Bench::new();
+    let model = reference("tiny-llama").display().to_string();
+    let plain = format!("plain={}", reference("adapters/plain").display());
+    let template = "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{{ messages[-1].content }}";
+    bench.write("tools.jinja", template);
+    let served = ["--device", "cpu", "--model", &model, "--adapter", &plain];
+    let flags = [&served[..], &["--max-tokens", "100000", "--host", "localhost"]].concat();
+    let server = Server::with(&bench, &flags);
+    assert!(server.address.starts_with("127.0.0.1:"), "{}", server.address);
+    let told = |server: &Server| server.notes.iter().any(|note| note.contains("room for 1024 tokens"));
+    assert!(told(&server), "{:?}", server.notes);
+    let tool = json!([{ "type": "function", "function": { "name": "time" } }]);
+    let ask = |server: &Server, name: &str| {
+        let mut ask = question(name, 400, false);
+        ask["tools"] = tool.clone();
+        ask["tool_choice"] = "required".into();
+        ask["parallel_tool_calls"] = false.into();
+        let (status, body) = server.ask("POST", "/v1/chat/completions", Some(&ask));
+        (status, serde_json::from_str::<Value>(&body).expect("JSON"))
+    };
+    let (status, error) = ask(&server, "plain");
+    let message = error["error"]["message"].as_str().expect("a text");
+    assert!(status == 400 && message.contains("--chat-template"), "{error}");
+    drop(server);
+    let flags = [&served[..], &["--chat-template", "tools.jinja"]].concat();
+    let server = Server::with(&bench, &flags);
+    assert!(!told(&server), "{:?}", server.notes);
+    for name in ["tiny-llama", "plain"] {
+        let (status, answer) = ask(&server, name);
+        assert_eq!((status, &answer["choices"][0]["finish_reason"]), (200, &"tool_calls".into()), "{answer}");
+    }
+    // The call ends the answer, which the metrics count as such.
+    let finished = (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        server.ask("GET", "/metrics", None).1.contains("qlora_requests_finished_total 2\n")
+    });
+    assert!(finished, "{}", server.ask("GET", "/metrics", None).1);
+    drop(server);
+    bench.fails(
+        &[&["serve"][..], &served[..], &["--host", "nowhere"]].concat(),
+        2,
+        &["--host", "localhost", "0.0.0.0"],
+    );
+    bench.fails(&[&["serve"][..], &served[..], &["--chat-template", "no.jinja"]].concat(), 3, &["no.jinja"]);
+}
+
 /// SIGTERM ends the server, and lets the answer that is under way come to its end first.
 #[cfg(unix)]
 #[test]
@@ -113,6 +162,7 @@ fn a_configuration_is_served() {
     for (serve, words) in [
         ("prot = 1", &["served.toml:17: unknown key `serve.prot`", "did you mean `port`?"][..]),
         ("port = 70000", &["served.toml:17: serve.port"]),
+        ("host = \"nowhere\"", &["served.toml:17: serve.host", "localhost", "0.0.0.0"]),
         ("api_key = \"x\"", &["served.toml:17: unknown key `serve.api_key`", "QLORA_API_KEY"]),
         ("max_batch = 0", &["serve.max_batch = 0: must be 1 or more"]),
     ] {

@@ -43,6 +43,8 @@ pub struct LoadOptions<'a> {
     pub max_positions: Option<usize>,
     /// Rows of the model's embedding: a token beyond them is an error.
     pub embedding_rows: Option<usize>,
+    /// Rows of a file that are read, from its first one on, 1 or more; `None` for all.
+    pub max_rows: Option<usize>,
     /// Asked before every row, from several threads: whether to stop with [`DataError::Interrupted`].
     pub should_stop: &'a (dyn Fn() -> bool + Sync),
     /// Told after every piece of a file.
@@ -51,7 +53,7 @@ pub struct LoadOptions<'a> {
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { max_positions: None, embedding_rows: None, should_stop: &|| false, progress: &|_| {} }
+        Self { max_positions: None, embedding_rows: None, max_rows: None, should_stop: &|| false, progress: &|_| {} }
     }
 }
 
@@ -59,6 +61,7 @@ impl std::fmt::Debug for LoadOptions<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut fields = f.debug_struct("LoadOptions");
         fields.field("max_positions", &self.max_positions).field("embedding_rows", &self.embedding_rows);
+        fields.field("max_rows", &self.max_rows);
         fields.finish_non_exhaustive()
     }
 }
@@ -114,6 +117,8 @@ pub fn load_rows_with(
 
     let mut report = DataReport::new(path, format, config.max_length);
     let (mut examples, mut notices, mut rows) = (Vec::new(), Notices::default(), 0);
+    let max_rows = options.max_rows.unwrap_or(usize::MAX);
+    piece.truncate(max_rows);
     while !piece.is_empty() {
         rows += piece.len();
         for row in encode_piece(piece, &reader, &encoder, options)? {
@@ -128,7 +133,8 @@ pub fn load_rows_with(
             }
         }
         (options.progress)(LoadProgress { path, rows, bytes: lines.bytes, total_bytes: lines.total_bytes });
-        piece = lines.next_piece(piece_bytes)?;
+        piece = if rows < max_rows { lines.next_piece(piece_bytes)? } else { Vec::new() };
+        piece.truncate(max_rows - rows);
     }
     report.notices = notices.finish();
     report.facts = encoder.facts;

@@ -178,3 +178,16 @@ fn reading_stops_when_asked_and_tells_how_far_it_is() {
     assert!(told.len() > 1 && told.windows(2).all(|pair| pair[0] < pair[1]), "{told:?}");
     assert_eq!(told.last(), Some(&(20_000, size, size)));
 }
+
+/// What stands behind the first rows is neither read nor told.
+#[test]
+fn the_first_rows_are_read() {
+    let good = format!("{{\"text\": \"{}\"}}\n", "word ".repeat(20));
+    let text = good.repeat(3) + "{\n";
+    for (max_rows, rows) in [(1, 1), (3, 3)] {
+        let options = LoadOptions { max_rows: Some(max_rows), ..LoadOptions::default() };
+        assert_eq!(load_text_with(&text, &config(), &options).unwrap().examples.len(), rows);
+    }
+    let options = LoadOptions { max_rows: Some(4), ..LoadOptions::default() };
+    assert!(load_text_with(&text, &config(), &options).unwrap_err().starts_with("/rows.jsonl:4: not valid JSON"));
+}

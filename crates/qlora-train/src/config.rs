@@ -36,7 +36,7 @@ use qlora_data::DataConfig;
 pub use best::{FinalAdapter, KeepBest};
 pub use keys::known_keys;
 pub use schedule::Schedule;
-pub use serve::ServeConfig;
+pub use serve::{ServeConfig, listen_address};
 
 /// A commented configuration that documents every key; parses to the defaults.
 pub const TEMPLATE: &str = include_str!("config/template.toml");

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use burn_qlora::qlora_serve::Sampling;
-use clap::Args;
+use clap::{ArgGroup, Args};
 
+use super::whole;
 use crate::exit::UsageError;
 
 /// The model, and where it runs.
@@ -56,13 +57,13 @@ pub struct WritingArgs {
 #[derive(Clone, Debug, PartialEq, Args)]
 pub struct SamplingArgs {
     /// Tokens to generate at most
-    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 256, value_name = "TOKENS", value_parser = whole::<usize>)]
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token; higher is more varied
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f64,
     /// Choose among this many of the likeliest tokens; 0 for all
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = whole::<usize>)]
     pub top_k: usize,
     /// Choose among the likeliest tokens that together have this probability
     #[arg(long, default_value_t = 1.0)]
@@ -83,30 +84,38 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
     /// Seed of the choice
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = whole::<u64>)]
     pub seed: u64,
 }
 
 impl SamplingArgs {
+    /// The first setting that is out of its range, by its flag without the hyphens, and what is allowed: what `qlora serve`
+    /// takes.
+    pub fn out_of_range(&self) -> Option<(&'static str, &'static str)> {
+        let settings = [
+            ("max-new-tokens", self.max_new_tokens > 0, "1 or more"),
+            ("temperature", (0.0..=2.0).contains(&self.temperature), "from 0 to 2"),
+            ("top-p", self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min-p", (0.0..=1.0).contains(&self.min_p), "from 0 to 1"),
+            (
+                "repetition-penalty",
+                self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0,
+                "above 0 and at most 10",
+            ),
+            ("presence-penalty", (-2.0..=2.0).contains(&self.presence_penalty), "from -2 to 2"),
+            ("frequency-penalty", (-2.0..=2.0).contains(&self.frequency_penalty), "from -2 to 2"),
+            ("stop", self.stop.iter().all(|text| !text.is_empty()), "a text that is not empty"),
+        ];
+        settings.into_iter().find(|(_, is_allowed, _)| !is_allowed).map(|(flag, _, allowed)| (flag, allowed))
+    }
+
     /// What the engine is told.
     ///
     /// # Errors
     /// A flag is out of its range.
     pub fn sampling(&self) -> Result<Sampling, UsageError> {
-        let finite = |number: f64| number.is_finite();
-        for (flag, is_allowed, allowed) in [
-            ("--max-new-tokens", self.max_new_tokens > 0, "1 or more"),
-            ("--temperature", self.temperature >= 0.0 && finite(self.temperature), "a finite number, 0 or more"),
-            ("--top-p", self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
-            ("--min-p", (0.0..=1.0).contains(&self.min_p), "from 0 to 1"),
-            ("--repetition-penalty", self.repetition_penalty > 0.0 && finite(self.repetition_penalty), "above 0"),
-            ("--presence-penalty", finite(self.presence_penalty), "a finite number"),
-            ("--frequency-penalty", finite(self.frequency_penalty), "a finite number"),
-            ("--stop", self.stop.iter().all(|text| !text.is_empty()), "a text that is not empty"),
-        ] {
-            if !is_allowed {
-                return Err(UsageError(format!("{flag} must be {allowed}")));
-            }
+        if let Some((flag, allowed)) = self.out_of_range() {
+            return Err(UsageError(format!("--{flag} must be {allowed}")));
         }
         Ok(Sampling {
             temperature: self.temperature,
@@ -124,6 +133,7 @@ impl SamplingArgs {
 
 /// `qlora generate`.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("asked").args(["prompt", "prompts"]).required(true)))]
 #[command(after_help = "\
 An adapter that qlora trained is prompted as its rows were written: with its chat template, system prompt and template
 variables, as an Alpaca instruction, or with the prompt as it is.
@@ -145,7 +155,7 @@ pub struct GenerateArgs {
     #[arg(long, requires = "adapter", conflicts_with_all = ["combine", "prompts"])]
     pub each: bool,
     /// The prompt; `-` reads it from the standard input
-    #[arg(long, required_unless_present = "prompts", conflicts_with = "prompts")]
+    #[arg(long)]
     pub prompt: Option<String>,
     /// A file of prompts, JSONL, answered many at once
     #[arg(long, value_name = "FILE")]

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::whole;
+
 /// The adapters that a command works on.
 #[derive(Debug, Args)]
 pub struct AdapterArgs {
@@ -14,7 +16,7 @@ pub struct AdapterArgs {
     #[arg(long, value_enum, default_value_t = How::Cat, value_name = "HOW")]
     pub combine: How,
     /// The rank that svd keeps; the largest one combined when left out
-    #[arg(long, value_name = "RANK")]
+    #[arg(long, value_name = "RANK", value_parser = whole::<usize>)]
     pub svd_rank: Option<usize>,
 }
 
@@ -178,16 +180,16 @@ pub struct GptqArgs {
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Rows of it to calibrate on, chosen at random [default: 128]
-    #[arg(long, value_name = "ROWS")]
+    #[arg(long, value_name = "ROWS", value_parser = whole::<usize>)]
     pub calibration_rows: Option<usize>,
     /// Further rows to measure the loss on; 0 measures none [default: 32]
-    #[arg(long, value_name = "ROWS")]
+    #[arg(long, value_name = "ROWS", value_parser = whole::<usize>)]
     pub eval_rows: Option<usize>,
     /// Tokens of a row at most [default: 2048]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = whole::<usize>)]
     pub max_length: Option<usize>,
     /// Seed of the choice of rows [default: 42]
-    #[arg(long)]
+    #[arg(long, value_parser = whole::<u64>)]
     pub seed: Option<u64>,
     /// Inputs that share a scale; -1: all of an output's [default: 128]
     #[arg(long, value_name = "INPUTS", allow_negative_numbers = true)]

@@ -9,7 +9,7 @@ pub const HELP: &str = "\
 /compare A B      answer with both, one after the other
 /system TEXT      a system message before the conversation; without TEXT, the adapter's own
 /reset            begin anew
-/regenerate       answer once more, with another seed
+/regenerate       answer once more, with another seed; at temperature 0 it is the same answer
 /set NAME VALUE   temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
                   max_new_tokens or seed; /set alone shows them
 /help             these lines
@@ -109,7 +109,9 @@ pub fn set(choice: &mut SamplingArgs, name: &str, value: &str) -> Result<(), Usa
         "seed" => read(&mut changed.seed, name, value),
         _ => Err(UsageError(format!("/set {name}: there is no such setting; /set alone shows them"))),
     }?;
-    changed.sampling()?;
+    if let Some((_, allowed)) = changed.out_of_range() {
+        return Err(UsageError(format!("/set {name} {value}: must be {allowed}")));
+    }
     *choice = changed;
     Ok(())
 }
@@ -180,7 +182,11 @@ mod tests {
         }
         let before = choice.clone();
         for (name, value, word) in [
-            ("temperature", "-1", "--temperature"),
+            ("temperature", "-1", "/set temperature -1: must be from 0 to 2"),
+            ("temperature", "9", "/set temperature 9: must be from 0 to 2"),
+            ("temperature", "nan", "must be from 0 to 2"),
+            ("top_p", "0", "/set top_p 0: must be above 0 and at most 1"),
+            ("presence_penalty", "3", "must be from -2 to 2"),
             ("temperature", "hot", "hot is no such number"),
             ("max_new_tokens", "0", "1 or more"),
             ("warmth", "1", "no such setting"),

@@ -7,7 +7,7 @@ use rustyline::error::ReadlineError;
 use rustyline::history::MemHistory;
 use rustyline::{Config, Editor};
 
-use crate::exit::InputError;
+use crate::exit::{InputError, UsageError};
 
 /// Begins and ends an entry of several lines.
 const QUOTES: &str = "\"\"\"";
@@ -66,11 +66,9 @@ impl Input {
                 }
                 Read::Interrupted if entry.is_begun() => entry = Lines::default(),
                 Read::Interrupted => return Ok(None),
-                Read::End => match entry.finish() {
-                    // On a terminal the end is meant, whatever was begun.
-                    Some(entered) if !self.is_terminal() => break entered,
-                    _ => return Ok(None),
-                },
+                // On a terminal the end is meant, whatever was begun.
+                Read::End if self.is_terminal() => return Ok(None),
+                Read::End => return entry.end().map(|()| None).map_err(Into::into),
             }
         };
         if let Self::Terminal(editor) = self {
@@ -164,6 +162,19 @@ impl Lines {
         }
     }
 
+    /// Takes the end of the input.
+    ///
+    /// # Errors
+    /// An entry was begun: what it would have been is not known.
+    fn end(&self) -> Result<(), UsageError> {
+        let problem = match (self.begun, self.quoted) {
+            (false, _) => return Ok(()),
+            (true, true) => "between two of \"\"\": a line with \"\"\" ends the prompt",
+            (true, false) => "behind a line that ends with a backslash, which goes on in the next one",
+        };
+        Err(UsageError(format!("the standard input ends {problem}")))
+    }
+
     /// What there is, if anything was begun.
     fn finish(&mut self) -> Option<Entered> {
         let Self { text, quoted, begun } = std::mem::take(self);
@@ -179,8 +190,8 @@ mod tests {
     /// The entries of a text, with whether they are quoted.
     fn entries(text: &str) -> Vec<(String, bool)> {
         let mut lines = Lines::default();
-        let mut found: Vec<Entered> = text.lines().filter_map(|line| lines.push(line.to_string())).collect();
-        found.extend(lines.finish());
+        let found: Vec<Entered> = text.lines().filter_map(|line| lines.push(line.to_string())).collect();
+        assert!(lines.end().is_ok(), "{text}");
         found.into_iter().map(|Entered { text, quoted }| (text, quoted)).collect()
     }
 
@@ -189,7 +200,6 @@ mod tests {
         let entry = |text: &str| (text.to_string(), false);
         assert_eq!(entries("one\ntwo\n"), [entry("one"), entry("two")]);
         assert_eq!(entries("one\\\n  two\\\n\nthree\n"), [entry("one\n  two\n"), entry("three")]);
-        assert_eq!(entries("unfinished\\\n"), [entry("unfinished")]);
         assert_eq!(entries("\n"), [entry("")]);
     }
 
@@ -199,6 +209,14 @@ mod tests {
         assert_eq!(entries("\"\"\"\none\\\n\n/quit\n\"\"\"\n"), [entry("one\\\n\n/quit")]);
         assert_eq!(entries("\"\"\"one\ntwo\"\"\"\n"), [entry("one\ntwo")]);
         assert_eq!(entries("\"\"\"one\"\"\"\n"), [entry("one")]);
-        assert_eq!(entries("\"\"\"one\ntwo\n"), [entry("one\ntwo")]);
+    }
+
+    #[test]
+    fn an_entry_that_does_not_end_is_a_mistake() {
+        for (text, word) in [("one\ntwo\\\n", "backslash"), ("\"\"\"one\ntwo\n", "between two of")] {
+            let mut lines = Lines::default();
+            text.lines().for_each(|line| drop(lines.push(line.to_string())));
+            assert!(lines.end().is_err_and(|error| error.0.contains(word)), "{text}");
+        }
     }
 }

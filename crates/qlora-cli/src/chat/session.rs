@@ -122,6 +122,9 @@ impl Session {
                 }
             }
         }
+        if self.choice.temperature == 0.0 || self.choice.top_k == 1 {
+            say!("note: the likeliest tokens are the same again; /set temperature 0.7 gives another answer");
+        }
         self.attempt += 1;
         self.answer().inspect_err(|_| self.threads = before)
     }

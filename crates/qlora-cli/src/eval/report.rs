@@ -13,6 +13,8 @@ use crate::output::Table;
 pub struct Ran<'a> {
     /// The base's name.
     pub model: &'a str,
+    /// How its linear layers were kept.
+    pub quant_type: &'static str,
     /// Where it was.
     pub device: String,
     /// What it was computed in.
@@ -141,7 +143,7 @@ pub fn json(args: &EvalArgs, asked: &Asked, ran: &Ran<'_>, columns: &[Column], m
         "model": ran.model,
         "revision": args.base.revision,
         "device": ran.device,
-        "quant_type": args.base.quant_type,
+        "quant_type": ran.quant_type,
         "compute_dtype": ran.compute_dtype,
         "data": args.data.display().to_string(),
         "limit": args.limit,

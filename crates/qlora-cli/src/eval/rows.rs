@@ -11,6 +11,7 @@ use burn_qlora::{DataConfig, DataError, Dataset, ModelConfig, Tokenizer, TrainCo
 
 use super::Column;
 use crate::args::EvalArgs;
+use crate::exit::{Code, InputError, UsageError, chain, code_of};
 use crate::output::say;
 use crate::prompts::Voice;
 
@@ -51,9 +52,10 @@ impl Rows {
         let options = LoadOptions {
             max_positions: Some(model.max_position_embeddings),
             embedding_rows: Some(model.vocab_size),
+            max_rows: args.limit.map(|rows| rows as usize),
             ..LoadOptions::default()
         };
-        let mut data = loop {
+        let data = loop {
             match load_rows_with(&args.data, &config, tokenizer, &options) {
                 Err(DataError::Config { key, .. }) if forget(&mut config, args, key) => {
                     if voice.adapter.is_some() {
@@ -61,10 +63,9 @@ impl Rows {
                         say!("note: {name} has a {} that has no place in the rows of {file}", key.replace('_', " "));
                     }
                 }
-                loaded => break loaded?,
+                loaded => break loaded.map_err(|error| of_flags(&error.into()))?,
             }
         };
-        data.examples.truncate(args.limit.map_or(usize::MAX, |rows| rows as usize));
         let stop_ids = voice.prompting.stop_ids(tokenizer);
         let was_cut: HashSet<usize> = data.report.truncated.iter().map(|row| row.line).collect();
         let (fingerprint, mut cut) = (data.fingerprint(), 0);
@@ -102,7 +103,7 @@ pub fn columns(
             Some(other) => other.rows.clone(),
             None => Rc::new(Rows::load(args, &voice, tokenizer, model)?),
         };
-        for warning in rows.report.warnings() {
+        for warning in rows.report.warnings().iter().map(|warning| with_flags(warning)) {
             if told.insert(warning.clone()) {
                 say!("warning: {warning}");
             }
@@ -116,8 +117,9 @@ pub fn columns(
 fn data_config(args: &EvalArgs, prompting: &Prompting) -> Result<DataConfig> {
     // The keys mean what they mean in a configuration, and are checked as there.
     let mut config = TrainConfig::default();
-    config.set("data.format", &args.format)?;
-    config.set("data.loss_on", &args.loss_on)?;
+    for (key, value) in [("data.format", &args.format), ("data.loss_on", &args.loss_on)] {
+        config.set(key, value).map_err(|error| of_flags(&error.into()))?;
+    }
     let is_chat = prompting.settings.layout == PromptLayout::Chat;
     let settings = &prompting.settings;
     let kept = settings.system_prompt.clone().filter(|_| settings.layout != PromptLayout::Plain);
@@ -130,6 +132,34 @@ fn data_config(args: &EvalArgs, prompting: &Prompting) -> Result<DataConfig> {
         end_token: settings.end_token.clone(),
         ..config.data
     })
+}
+
+/// The flags that stand for keys of `[data]` here; rows are read by what knows of the keys.
+const FLAGS: [(&str, &str); 10] = [
+    ("data.loss_on = \"all\"", "--loss-on all"),
+    ("data.max_length = ", "--max-length "),
+    ("data.loss_on = ", "--loss-on "),
+    ("data.format = ", "--format "),
+    ("data.max_length", "--max-length"),
+    ("data.loss_on", "--loss-on"),
+    ("data.format", "--format"),
+    ("data.system_prompt", "--system"),
+    ("data.chat_template", "--chat-template"),
+    ("data.template_kwargs", "--template-kwarg"),
+];
+
+/// What is said of a configuration's keys, said of flags.
+fn with_flags(text: &str) -> String {
+    FLAGS.iter().fold(text.to_string(), |text, (key, flag)| text.replace(key, flag))
+}
+
+/// The same for an error, with its exit code.
+fn of_flags(error: &anyhow::Error) -> anyhow::Error {
+    let text = with_flags(&chain(error));
+    match code_of(error) {
+        Code::Usage => UsageError(text).into(),
+        _ => InputError(text).into(),
+    }
 }
 
 /// Takes a key out that no flag gave; `false` where one did.

@@ -17,6 +17,8 @@ pub struct Server {
     child: Child,
     /// Where it listens.
     pub address: String,
+    /// What it says before.
+    pub notes: Vec<String>,
     /// Who answers, as it says when it starts.
     pub names: String,
 }
@@ -36,12 +38,19 @@ impl Server {
         let mut command = bench.command(&[&["serve", "--port", "0", "--cache-gib", "0.05"], flags].concat());
         let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok);
-        let line = lines.find(|line| line.contains("http://")).expect("the server says where it listens");
+        let mut notes = Vec::new();
+        let line = loop {
+            let line = lines.next().expect("the server says where it listens");
+            if line.contains("http://") {
+                break line;
+            }
+            notes.push(line);
+        };
         let (names, rest) = line.split_once(" at http://").expect("names and an address");
         let (names, address) = (names.to_string(), rest.split(',').next().expect("an address").to_string());
         // What else it says must find a reader.
         std::thread::spawn(move || lines.for_each(drop));
-        Self { child, address, names }
+        Self { child, address, notes, names }
     }
 
     /// Sends a request and returns the connection, from which the answer comes.

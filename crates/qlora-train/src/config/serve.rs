@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::validate::check;
 use crate::error::TrainError;
@@ -19,7 +19,11 @@ pub struct ServeConfig {
     /// The base's name in requests; `None` is the last part of the model's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub served_name: Option<String>,
+    /// The chat template of the base and of every adapter, a Jinja file or text; `None` is what lies beside each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
     /// The address to listen at.
+    #[serde(deserialize_with = "host")]
     pub host: IpAddr,
     /// The port to listen at; 0 takes a free one.
     pub port: u16,
@@ -50,6 +54,7 @@ impl Default for ServeConfig {
         Self {
             adapters: None,
             served_name: None,
+            chat_template: None,
             host: Ipv4Addr::LOCALHOST.into(),
             port: 8000,
             cache_gib: None,
@@ -63,6 +68,23 @@ impl Default for ServeConfig {
             fixed_adapters: false,
         }
     }
+}
+
+/// Reads an address to listen at; `localhost` is 127.0.0.1.
+///
+/// # Errors
+/// It is neither, as a name of another machine; the text says what is allowed.
+pub fn listen_address(text: &str) -> Result<IpAddr, String> {
+    match text {
+        "localhost" => Ok(Ipv4Addr::LOCALHOST.into()),
+        _ => text.parse().map_err(|_| {
+            "must be localhost or an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them".into()
+        }),
+    }
+}
+
+fn host<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IpAddr, D::Error> {
+    listen_address(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
 }
 
 impl ServeConfig {
