@@ -139,7 +139,7 @@ fn rows_that_are_not_measured_are_told() {
     told(&["--max-length", "100"], &["1 row was left out", "base: 1 of 2 rows were cut to --max-length"]);
     told(&["--max-length", "100"], &["2 rows were cut to --max-length 100,"]);
     // Of the rows behind the first ones nothing is said.
-    let first = bench.ok(&[&ask[..], &["--max-length", "100", "--limit", "1"]].concat());
+    let first = bench.ok(&[&ask[..], &["--metric", "loss,exact", "--max-length", "100", "--limit", "1"]].concat());
     assert!(!first.stderr.contains("left out") && !first.stderr.contains("cut to"), "{}", first.stderr);
     bench.write("long.jsonl", &format!("{}\n", rows[1]).repeat(3));
     let long = ["eval", "--device", "cpu", "--model", &model, "--data", "long.jsonl", "--max-length", "100"];

@@ -103,8 +103,10 @@ pub fn says_tokens(tokens: Vec<u32>) -> (Script, Seen) {
     let seen = Seen::default();
     let record = seen.clone();
     let script = move |request: Request, reply: Reply| {
+        // Held until the request is there: a test that has its answer looks for it.
+        let mut seen = record.lock().unwrap();
         answer(&request, &reply, &tokens);
-        record.lock().unwrap().push(request);
+        seen.push(request);
     };
     (Box::new(script), seen)
 }
