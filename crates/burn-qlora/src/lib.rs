@@ -20,6 +20,7 @@
 //! |---|---|
 //! | [`qlora_train`] | configuration, training loop, checkpoints, metrics, report |
 //! | [`qlora_data`] | rows of text to batches of tokens |
+//! | [`qlora_dist`] | processes that train together: places, rendezvous, operations over TCP |
 //! | [`qlora_models`] | the decoder, streaming load, generation |
 //! | [`qlora_serve`] | many answers at once over one base: batching, paged cache, adapters by name, HTTP |
 //! | [`chat_text`] | tokenizers, chat templates, masks |
@@ -31,8 +32,8 @@
 
 // Whole crates, for what has no short name here.
 pub use {
-    adapter_io, chat_text, model_hub, nf4_quant, paged_optim, qlora_data, qlora_layers, qlora_models, qlora_serve,
-    qlora_train,
+    adapter_io, chat_text, model_hub, nf4_quant, paged_optim, qlora_data, qlora_dist, qlora_layers, qlora_models,
+    qlora_serve, qlora_train,
 };
 
 // Training: a configuration, a run, and what it leaves behind.

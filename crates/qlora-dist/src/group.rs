@@ -211,14 +211,6 @@ impl Group {
         self.shared.record(Failure { rank, host, cause: cause.into() });
     }
 
-    /// What has failed so far, without an operation.
-    ///
-    /// # Errors
-    /// Another rank failed.
-    pub fn check(&self) -> Result<(), DistError> {
-        self.shared.failure().map_or(Ok(()), Err)
-    }
-
     /// The error for something of a rank that can't be read.
     pub(crate) fn unreadable(&self, rank: usize, problem: &str) -> DistError {
         let host = self.hosts.get(rank).cloned().unwrap_or_default();
@@ -228,6 +220,9 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.fail("it panicked, which is a failure of its device or a bug");
+        }
         self.shared.leave(std::mem::take(&mut self.threads));
     }
 }

@@ -364,11 +364,6 @@ impl Shared {
         Ok(content)
     }
 
-    /// The error of operations after a failure, if there was one.
-    pub fn failure(&self) -> Option<DistError> {
-        self.inbox().failure.clone().map(Self::error)
-    }
-
     /// Leaves: says so, unless there was a failure, and lets the others read it.
     pub fn leave(&self, threads: Vec<JoinHandle<()>>) {
         let telling = self.changed.wait_timeout_while(self.inbox(), LAST_WORDS, |inbox| inbox.telling);

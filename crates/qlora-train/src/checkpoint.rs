@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 pub use changes::Basis;
+pub(crate) use changes::settings;
 
 const STATE_FILE: &str = "training_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";

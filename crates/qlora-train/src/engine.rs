@@ -11,21 +11,25 @@
 //! the update, the host begins with the next step. If loss or gradients are not finite, the update kernel itself leaves
 //! everything unchanged; what follows for the run is [`crate::loss_scale`]'s to say.
 
+mod evaluate;
+mod gradients;
+
 use crate::checkpointing::{PART, Policies};
 use crate::error::TrainError;
-use crate::loss::{LabelledTokens, chunk_len, loss_and_correct, loss_and_gradient};
+use crate::loss::{LabelledTokens, chunk_len};
 use crate::loss_scale::{LossScaler, LossScaling};
+use crate::ranks::Ranks;
 use burn::module::Param;
-use burn::tensor::{DType, Gradients, Tensor};
-use host_copies::{DeviceError, Reading, client_of, is_cuda};
-use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update, global_norm};
+use burn::tensor::{DType, Tensor, TensorData};
+use gradients::{Computed, Step};
+use host_copies::{DeviceError, client_of, is_cuda};
+use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update};
 use qlora_data::Batch;
-use qlora_layers::Pass;
-use qlora_layers::activation_checkpointing;
-use qlora_layers::ops::backward_from;
-use qlora_models::{BlockInPass, Decoder};
-use std::borrow::Borrow;
+use qlora_models::Decoder;
 use std::collections::VecDeque;
+
+pub use evaluate::Evaluation;
+pub(crate) use gradients::ParameterGrads;
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,17 +51,6 @@ impl StepOutput {
     }
 }
 
-/// What one pass over evaluation rows found.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Evaluation {
-    /// Mean loss over the unmasked tokens, in nats.
-    pub loss: f64,
-    /// Part of the unmasked tokens that the model thought likeliest.
-    pub accuracy: f64,
-    /// Unmasked tokens.
-    pub tokens: usize,
-}
-
 /// A model in training: its adapters, their optimizer, and how activations are kept.
 #[derive(Debug)]
 pub struct Engine {
@@ -74,10 +67,9 @@ pub struct Engine {
     /// Whether the device's allocator has seen a whole step.
     settled: bool,
     loss_scaler: LossScaler,
+    /// The ranks that share each step, where there are several.
+    ranks: Option<Ranks>,
 }
-
-/// Gradients of the parameters by number, f32.
-type ParameterGrads = Vec<Option<Tensor<2>>>;
 
 impl Engine {
     /// Takes a model whose adapters are in place. Experts' adapters are [joined](Decoder::join_experts) where they can be.
@@ -106,13 +98,31 @@ impl Engine {
         let (policies, lighter) = (policies.into(), VecDeque::new());
         let loss_scaler = LossScaler::default();
         let (notice, settled) = (None, false);
-        Ok(Self { model, first_of_block, optimizer, policies, lighter, notice, max_grad_norm, settled, loss_scaler })
+        Ok(Self {
+            model,
+            first_of_block,
+            optimizer,
+            policies,
+            lighter,
+            notice,
+            max_grad_norm,
+            settled,
+            loss_scaler,
+            ranks: None,
+        })
     }
 
     /// With loss scaling, which a model that computes in f16 needs.
     #[must_use]
     pub fn with_loss_scaler(mut self, loss_scaler: LossScaler) -> Self {
         self.loss_scaler = loss_scaler;
+        self
+    }
+
+    /// As one of several ranks, each of which must be given the same micro-batches, rates and seeds.
+    #[must_use]
+    pub fn with_ranks(mut self, ranks: Option<Ranks>) -> Self {
+        self.ranks = ranks;
         self
     }
 
@@ -165,9 +175,10 @@ impl Engine {
         &mut self.loss_scaler
     }
 
-    /// One optimizer step over `micro_batches`. `seed` picks this step's dropout masks.
+    /// One optimizer step over `micro_batches`, those of all ranks. `seed` picks this step's dropout masks.
     ///
     /// # Errors
+    /// Another rank failed (adapters and moments are unchanged then).
     /// No micro-batch has an unmasked token, the loss or the gradients are not finite (beyond what loss scaling can cure)
     /// or the device's memory is short (adapters and moments are unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
@@ -180,16 +191,14 @@ impl Engine {
         if !self.settled {
             self.size_pages(micro_batches);
         }
-        let gradients = |engine: &Self| {
-            engine
-                .gradients(micro_batches, &labelled, label_tokens, seed)
-                .map_err(|e| with_largest_batch(e, micro_batches, &engine.policies))
-        };
-        let mut computed = gradients(self);
-        while matches!(computed, Err(TrainError::OutOfMemory { .. })) && (self.make_room()? || self.keep_less()) {
-            computed = gradients(self);
+        let step = Step { micro_batches, labelled: &labelled, label_tokens, seed };
+        let compute =
+            |engine: &Self| engine.local(&step).map_err(|e| with_largest_batch(e, micro_batches, &engine.policies));
+        let mut local = compute(self);
+        while matches!(local, Err(TrainError::OutOfMemory { .. })) && (self.make_room()? || self.keep_less()) {
+            local = compute(self);
         }
-        let Computed { numbers, norm, grads } = computed?;
+        let Computed { numbers, norm, grads } = self.joined(&step, local?)?;
         self.update(grads, norm, learning_rate)?;
         let _span = tracing::trace_span!("read_back").entered();
         let numbers = numbers.wait()?;
@@ -245,73 +254,6 @@ impl Engine {
         true
     }
 
-    /// Loss and gradients of a step, times the loss scale.
-    fn gradients(
-        &self,
-        micro_batches: &[Batch],
-        labelled: &[LabelledTokens],
-        label_tokens: usize,
-        seed: u64,
-    ) -> Result<Computed, TrainError> {
-        let mut grads: ParameterGrads = vec![None; self.model.parameters().len()];
-        let mut losses = Vec::with_capacity(micro_batches.len());
-        for (micro_step, (batch, labelled)) in micro_batches.iter().zip(labelled).enumerate() {
-            if !labelled.is_empty() {
-                let _span = tracing::trace_span!("micro_step", index = micro_step).entered();
-                let pass = Pass::training(qlora_layers::mix(seed ^ qlora_layers::mix(micro_step as u64)));
-                losses.push(self.forward_backward(batch, labelled, label_tokens, pass, &mut grads)?);
-            }
-        }
-        if grads.iter().all(Option::is_none) {
-            return Err(TrainError::NothingToTrain);
-        }
-        // An expert to which no token came has a gradient, and it is zero: its moments decay like all others.
-        let parameters = self.model.parameters().into_iter();
-        let grads: Vec<Tensor<2>> = grads
-            .into_iter()
-            .zip(parameters)
-            .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
-            .collect();
-        let norm = global_norm(&grads)?;
-        let loss = Tensor::cat(losses, 0).sum();
-        // Starting to read tells whether memory was short.
-        let numbers = Reading::start(Tensor::cat(vec![loss.clone(), norm.clone()], 0))?;
-        // The norm, unless the loss is not finite: then neither is this.
-        let norm = norm + loss.mul_scalar(0.0);
-        Ok(Computed { numbers, norm, grads })
-    }
-
-    /// Loss and accuracy over the unmasked tokens of `batches`, without training.
-    ///
-    /// # Errors
-    /// No batch has an unmasked token, or the device fails.
-    pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<Evaluation, TrainError> {
-        let (mut loss, mut correct, mut tokens) = (0.0, 0.0, 0);
-        for batch in batches {
-            let batch: &Batch = batch.borrow();
-            let labelled = LabelledTokens::new(batch);
-            if labelled.is_empty() {
-                continue;
-            }
-            let sequence = self.model.sequence(batch.rows, batch.cols, 0);
-            let x = self.model.embed(&batch.input_ids, Pass::INFERENCE);
-            let x = self
-                .model
-                .blocks()
-                .iter()
-                .fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
-            let sums = loss_and_correct(&self.model, x, &labelled);
-            let sums = sums.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
-            loss += f64::from(sums[0]);
-            correct += f64::from(sums[1]);
-            tokens += labelled.len();
-        }
-        match tokens {
-            0 => Err(TrainError::NoLabels),
-            _ => Ok(Evaluation { loss: loss / tokens as f64, accuracy: correct / tokens as f64, tokens }),
-        }
-    }
-
     /// The sum of the absolute values of each parameter, by name: what a step changes.
     pub(crate) fn checksums(&self) -> Result<Vec<(String, f32)>, TrainError> {
         let (names, sums): (Vec<String>, Vec<Tensor<1>>) = self
@@ -324,47 +266,28 @@ impl Engine {
         Ok(names.into_iter().zip(sums).collect())
     }
 
-    /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.
-    fn forward_backward(
-        &self,
-        batch: &Batch,
-        labelled: &LabelledTokens,
-        label_tokens: usize,
-        pass: Pass,
-        grads: &mut ParameterGrads,
-    ) -> Result<Tensor<1>, TrainError> {
-        let model = &self.model;
-        let sequence = model.sequence(batch.rows, batch.cols, 0);
-        let blocks = model.blocks_in(&sequence);
-        let mut collect = |first: usize, parameters: Vec<(String, &Tensor<2>)>, from: &mut Gradients| {
-            for (slot, (_, parameter)) in grads[first..].iter_mut().zip(parameters) {
-                if let Some(grad) = parameter.grad_remove(from) {
-                    *slot = Some(match slot.take() {
-                        Some(sum) => sum + grad,
-                        None => grad,
-                    });
-                }
-            }
-        };
-        let embedded = model.embed(&batch.input_ids, pass);
-        let below = self.first_of_block[0] > 0;
-        let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
-        let head = self.first_of_block[blocks.len()];
-        let scale = self.loss_scaler.scale() / label_tokens as f32;
-        let (loss, grad) = loss_and_gradient(model, x.clone(), labelled, scale, pass, |from| {
-            collect(head, model.head_parameters(), from);
-            // Rows of single tokens of a table that is the head too.
-            collect(0, model.embedding_parameters(), from);
-        });
-        drop(x);
-        let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
-            collect(self.first_of_block[i], block.block.parameters(), from);
-        };
-        let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
-        if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
-            collect(0, model.embedding_parameters(), &mut backward_from(embedded, grad));
+    /// Gives every rank rank 0's parameters: an initialisation that looks at activations may differ in its last bits where devices do.
+    pub(crate) fn share_parameters(&mut self) -> Result<(), TrainError> {
+        let Some(ranks) = self.ranks.clone() else { return Ok(()) };
+        let mut bytes = Vec::new();
+        for (_, parameter) in self.model.parameters().into_iter().filter(|_| ranks.rank() == 0) {
+            let values = parameter.clone().without_autodiff().try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+            values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
         }
-        Ok(loss)
+        let bytes = ranks.broadcast(bytes)?;
+        if ranks.rank() == 0 {
+            return Ok(());
+        }
+        let mut values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let device = self.model.device().clone();
+        for (_, parameter) in self.model.parameters_mut() {
+            let shape: [usize; 2] = parameter.dims();
+            let data = TensorData::new(values.by_ref().take(shape[0] * shape[1]).collect::<Vec<f32>>(), shape);
+            let dtype = parameter.dtype();
+            *parameter = Param::initialized(parameter.id, Tensor::from_data(data, (&device, dtype)));
+        }
+        self.model.track();
+        Ok(())
     }
 
     /// Clips and applies the gradients.
@@ -399,15 +322,6 @@ fn with_largest_batch(error: TrainError, micro_batches: &[Batch], policies: &Pol
         }
         None => error,
     }
-}
-
-/// What a step computes before it changes anything.
-struct Computed {
-    /// Loss and global norm, on their way.
-    numbers: Reading,
-    /// The norm for the update, which is skipped where it is not finite.
-    norm: Tensor<1>,
-    grads: Vec<Tensor<2>>,
 }
 
 /// Bytes of the largest buffer that a step over these micro-batches makes, of those that every model makes: logits, and the widest

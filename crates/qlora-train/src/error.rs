@@ -7,6 +7,7 @@ use chat_text::ChatError;
 use host_copies::DeviceError;
 use model_hub::HubError;
 use qlora_data::DataError;
+use qlora_dist::DistError;
 use qlora_layers::{ActivationCheckpointing, LayerError};
 use qlora_models::ModelError;
 
@@ -32,6 +33,9 @@ pub enum TrainError {
     /// A setting of the adapters, or a layer's tensors.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The ranks of a run: another one failed, or they do not fit together.
+    #[error(transparent)]
+    Ranks(#[from] DistError),
     /// The metrics log can't be written.
     #[error("can't write the metrics to {}: {source}", path.display())]
     MetricsWrite {

@@ -2,6 +2,7 @@
 //!
 //! - [`config`]: the TOML configuration, every key of it.
 //! - [`Engine`]: one optimizer step; [`Trainer`]: a whole run, with evaluation, checkpoints and resume.
+//! - [`ranks`]: several processes that share each step.
 //! - [`calibrate`]: GPTQ on data.
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
 //! - [`profile`]: where the time of its steps goes.
@@ -22,6 +23,7 @@ pub mod metrics;
 mod plan;
 pub mod profile;
 mod prompts;
+pub mod ranks;
 pub mod rates;
 pub mod report;
 mod resize;

@@ -52,7 +52,7 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// Tokens read, masked ones included, padding not.
     pub tokens: u64,
-    /// `tokens` by the time of the step.
+    /// `tokens` by the time of the step; both are those of all ranks.
     #[serde(deserialize_with = "number_or_nan")]
     pub tokens_per_second: f64,
     /// Memory reserved on the device (of the process, on the CPU); the highest value seen so far.
@@ -166,7 +166,8 @@ impl History {
 #[derive(Debug)]
 pub(crate) struct MetricsWriter {
     path: PathBuf,
-    file: BufWriter<File>,
+    /// `None` on ranks that don't write.
+    file: Option<BufWriter<File>>,
     history: History,
     elapsed_before: f64,
 }
@@ -179,6 +180,11 @@ impl MetricsWriter {
     pub(crate) fn create(path: &Path) -> Result<Self, TrainError> {
         let options = OpenOptions::new().write(true).create(true).truncate(true).to_owned();
         Self::open(path, &options, &[])
+    }
+
+    /// A log that no file keeps, of a rank that does not write.
+    pub(crate) fn in_memory() -> Self {
+        Self { path: PathBuf::new(), file: None, history: History::default(), elapsed_before: 0.0 }
     }
 
     /// Copies the log of another run, from which this one goes on, where there is one.
@@ -222,7 +228,7 @@ impl MetricsWriter {
         let file = options.open(path).map_err(|source| write_error(path, source))?;
         Ok(Self {
             path: path.to_owned(),
-            file: BufWriter::new(file),
+            file: Some(BufWriter::new(file)),
             history: History::from_entries(entries),
             elapsed_before: entries.iter().map(Entry::elapsed_seconds).fold(0.0, f64::max),
         })
@@ -249,10 +255,11 @@ impl MetricsWriter {
     }
 
     fn append(&mut self, entry: &impl Serialize) -> Result<(), TrainError> {
-        serde_json::to_writer(&mut self.file, entry)
+        let Some(file) = &mut self.file else { return Ok(()) };
+        serde_json::to_writer(&mut *file, entry)
             .map_err(std::io::Error::from)
-            .and_then(|()| self.file.write_all(b"\n"))
-            .and_then(|()| self.file.flush())
+            .and_then(|()| file.write_all(b"\n"))
+            .and_then(|()| file.flush())
             .map_err(|source| write_error(&self.path, source))
     }
 
@@ -262,7 +269,8 @@ impl MetricsWriter {
     /// # Errors
     /// The file can't be written.
     pub(crate) fn sync(&mut self) -> Result<(), TrainError> {
-        self.file.get_ref().sync_data().map_err(|source| write_error(&self.path, source))
+        let Some(file) = &self.file else { return Ok(()) };
+        file.get_ref().sync_data().map_err(|source| write_error(&self.path, source))
     }
 
     /// What the log holds, the part from before a resume included.

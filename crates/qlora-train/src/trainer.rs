@@ -1,36 +1,31 @@
 //! A whole run: load, train, evaluate, save, resume, report.
 
+mod build;
+mod finish;
 mod first_step;
 mod rows;
 mod saving;
 mod start;
+mod together;
 
-use crate::checkpoint::{self, Basis, Evaluations};
-use crate::checkpointing::{Policies, Room};
+use crate::checkpoint::{Basis, Evaluations};
+use crate::checkpointing::Policies;
 use crate::config::{ComputeDtype, RunConfig, TrainConfig};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::loss_scale::LossScaler;
-use crate::metrics::{EvalMetrics, METRICS_FILE, MetricsWriter, RunInfo, StepMetrics};
-use crate::plan::Plan;
+use crate::metrics::{EvalMetrics, MetricsWriter, StepMetrics};
 use crate::prompts::Prompts;
-use crate::report::{Outcome, Summary, device_name};
-use crate::resize::{Resized, resize};
-use crate::run_folder::{ADAPTER_DIR, RunFolder};
-use adapter_io::checksum;
+use crate::ranks::Ranks;
+use crate::report::{Outcome, Summary};
+use crate::run_folder::RunFolder;
 use burn::tensor::{Device, FloatDType};
-use chat_text::Tokenizer;
-use model_hub::Hub;
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Position};
 use qlora_layers::mix;
-use qlora_models::{
-    Decoder, LoadOptions, ModelConfig, check_compute_dtype, default_compute_dtype, device_memory, peak_memory,
-    select_device,
-};
+use qlora_models::{Decoder, check_compute_dtype, default_compute_dtype, device_memory, peak_memory};
 use rows::Rows;
-use start::Resumed;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -62,8 +57,10 @@ pub struct Trainer<'e> {
     dtype: FloatDType,
     peak_memory: u64,
     started: Instant,
-    /// Held to the end; the last field, so that everything else is closed before the folder is given back.
-    folder: RunFolder,
+    /// The ranks that train together, where there are several.
+    ranks: Option<Ranks>,
+    /// Held to the end; the last field, so that everything else is closed before the folder is given back. Only rank 0 has it.
+    folder: Option<RunFolder>,
 }
 
 impl fmt::Debug for Trainer<'_> {
@@ -109,122 +106,7 @@ pub fn engine(model: Decoder, options: &RunConfig, policies: impl Into<Policies>
     Ok(engine.with_loss_scaler(loss_scaler))
 }
 
-impl<'e> Trainer<'e> {
-    /// Checks the configuration, takes the output folder, reads the data, loads the model and puts the adapters in place.
-    /// `events` is told of this and of all that follows.
-    ///
-    /// # Errors
-    /// [`TrainError`], before anything in the output folder is changed: bad configuration, data or model, a checkpoint that can't be
-    /// resumed, a folder that holds another run or in which one is under way; [`TrainError::Stopped`] when the events ask to stop.
-    pub fn new(
-        config: TrainConfig,
-        start: impl Into<Start>,
-        events: &'e mut dyn TrainEvents,
-    ) -> Result<Self, TrainError> {
-        let start = start.into();
-        config.validate()?;
-        let folder = RunFolder::take(&config.train.output_dir)?;
-        if folder.is_unprotected() {
-            let path = folder.path().display();
-            events.on_warning(&format!("{path}: its file system has no locks: nothing keeps a second run out of it"));
-        }
-        let resumed = Resumed::find(&folder, &start)?;
-        if let Some(Resumed { checkpoint, .. }) = &resumed {
-            let changes = checkpoint.config_changes(&config)?;
-            warn_of(checkpoint.judge(changes, start.accept_changes)?, events);
-        }
-        let device = select_device(&config.device)?;
-        let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
-        if dtype == FloatDType::F16 && !config.train.loss_scale.is_on(dtype) {
-            events.on_warning(
-                "train.loss_scale = \"off\" in f16: gradients below 6e-8 become 0; \"auto\" scales the loss against that",
-            );
-        }
-        let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
-        let model_dir = hub.resolve(&config.model.path, config.model.revision.as_deref())?;
-        let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        let Resized { config: resized, model: shape, notice } =
-            resize(&config, ModelConfig::from_dir(&model_dir)?, &tokenizer)?;
-        notice.iter().for_each(|notice| events.on_notice(notice));
-        let rows = Rows::load(&config, &tokenizer, &shape, events)?;
-        let total_steps = config.train.total_steps(rows.train.examples.len());
-        warn_of(config.train.warnings(total_steps), events);
-        let prompts = rows.prompts(&config, &tokenizer)?;
-        let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());
-        if let Some(Resumed { checkpoint, .. }) = &resumed {
-            let changes = checkpoint.basis_changes(&basis, &config);
-            warn_of(checkpoint.judge(changes, start.accept_changes)?, events);
-            checkpoint.check_trained_tokens(&resized.lora)?;
-        }
-
-        let room = Room::of(&device, config.train.memory_budget);
-        let Plan { policies, lighter, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
-        tracing::info!(kept = %policies, "what blocks keep for the backward pass");
-        let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-        let mut model = Decoder::load(&model_dir, options, &device, &mut |progress| events.on_load(progress))?;
-        model.resize_embeddings(shape.vocab_size)?;
-        let lora = &resized.lora;
-        match &resumed {
-            Some(Resumed { checkpoint, .. }) => {
-                model.resume_lora(lora, config.train.seed, &checkpoint.adapter)?;
-            }
-            None => {
-                model.attach_lora_to(lora, config.train.seed, &rows.calibration(&config))?;
-            }
-        }
-        let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter);
-        if let Some(Resumed { checkpoint, .. }) = &resumed {
-            let moments = checkpoint.moments(&parameter_names(engine.model()), config.train.optimizer)?;
-            checkpoint.state.loss_scaler.into_iter().for_each(|state| engine.loss_scaler_mut().restore(state));
-            engine
-                .optimizer_mut()
-                .restore(checkpoint.state.updates(), &moments)
-                .map_err(|source| TrainError::Optimizer { path: checkpoint.path.clone(), source })?;
-        }
-        if events.should_stop() {
-            return Err(TrainError::Stopped);
-        }
-
-        // From here on the folder is this run's.
-        let log = folder.path().join(METRICS_FILE);
-        let (metrics, step, position, evaluations) = match &resumed {
-            Some(Resumed { checkpoint, same_run }) => {
-                let state = &checkpoint.state;
-                if !same_run {
-                    folder.clear()?;
-                    let before = checkpoint.path.parent().map(|run| run.join(METRICS_FILE));
-                    MetricsWriter::copy(before.as_deref(), &log)?;
-                } else if state.step < total_steps {
-                    warn_of(folder.go_on_after(state.step)?, events);
-                }
-                (MetricsWriter::resume(&log, state.step)?, state.step, state.batch_position(), state.evaluations)
-            }
-            None => {
-                folder.clear()?;
-                (MetricsWriter::create(&log)?, 0, Position::default(), Evaluations::default())
-            }
-        };
-        Ok(Self {
-            config,
-            engine,
-            rows: Arc::new(rows),
-            metrics,
-            events,
-            basis,
-            prompts,
-            evaluations,
-            total_steps,
-            step,
-            start_step: step,
-            position,
-            saved: resumed.filter(|resumed| resumed.same_run).map(|resumed| resumed.checkpoint.path),
-            dtype,
-            peak_memory: 0,
-            started: Instant::now(),
-            folder,
-        })
-    }
-
+impl Trainer<'_> {
     /// The model in training.
     pub fn model(&self) -> &Decoder {
         self.engine.model()
@@ -232,9 +114,20 @@ impl<'e> Trainer<'e> {
 
     /// Trains to the end, until early stopping ends the run, or until the events ask to stop; then writes the adapter and the report.
     ///
+    /// Among several ranks only rank 0 writes; the summary of others knows this start alone.
+    ///
     /// # Errors
-    /// The device fails, training diverges, or a file can't be written. Earlier checkpoints stay readable.
-    pub fn run(mut self) -> Result<Summary, TrainError> {
+    /// The device fails, training diverges, a file can't be written, or another rank fails. Earlier checkpoints stay readable.
+    pub fn run(self) -> Result<Summary, TrainError> {
+        let ranks = self.ranks.clone();
+        let result = self.run_to_end();
+        match ranks {
+            Some(ranks) => ranks.tell(result),
+            None => result,
+        }
+    }
+
+    fn run_to_end(mut self) -> Result<Summary, TrainError> {
         let info = self.info();
         self.events.on_start(&info);
         self.started = Instant::now();
@@ -271,7 +164,7 @@ impl<'e> Trainer<'e> {
                 return Err(self.spoilt()?.unwrap_or(error));
             }
             Err(error) => {
-                if matches!(error, TrainError::OutOfMemory { .. }) {
+                if matches!(error, TrainError::OutOfMemory { .. } | TrainError::Ranks(_)) {
                     self.save_steps_so_far();
                 }
                 return Err(error);
@@ -314,49 +207,27 @@ impl<'e> Trainer<'e> {
         let evaluated = last || every(eval_every, self.step);
         let is_best = evaluated && self.evaluate()?;
         let early = if last { None } else { self.stopped_early() };
-        let stop = !last && early.is_none() && self.events.should_stop();
+        let stop = !last && early.is_none() && self.stop_is_agreed()?;
         if last || early.is_some() || stop || is_best || every(save_every, self.step) {
             self.save()?;
         }
         Ok(if stop { Some(Outcome::Interrupted) } else { early })
     }
 
+    /// Whether this process writes what the run leaves.
+    fn is_first(&self) -> bool {
+        self.folder.is_some()
+    }
+
+    /// Whether the events of any rank ask to stop.
+    fn stop_is_agreed(&mut self) -> Result<bool, TrainError> {
+        together::any(self.ranks.as_ref(), self.events.should_stop())
+    }
+
     /// Whether evaluations stopped improving for as long as the configuration allows.
     fn stopped_early(&self) -> Option<Outcome> {
         let patience = self.config.train.early_stopping_patience;
         (patience > 0 && self.evaluations.since_best >= patience).then_some(Outcome::StoppedEarly)
-    }
-
-    /// Writes the adapter, unless the run was interrupted, and the report.
-    fn finish(mut self, info: RunInfo, outcome: Outcome) -> Result<Summary, TrainError> {
-        let output_dir = self.folder.path().to_owned();
-        let (adapter, adapter_step) = match outcome {
-            Outcome::Finished | Outcome::StoppedEarly => {
-                let dir = output_dir.join(ADAPTER_DIR);
-                let (adapter, step) = self.final_adapter()?;
-                adapter_io::atomic::replace_dir(&dir, |tmp| -> Result<(), TrainError> {
-                    adapter.save(tmp)?;
-                    self.prompts.save(tmp)
-                })?;
-                (dir, step)
-            }
-            Outcome::Interrupted => (self.saved.clone().unwrap_or_else(|| output_dir.clone()), self.step),
-        };
-        self.metrics.sync()?;
-        // What could not be removed before may go now; of what still can't, the user has been told.
-        checkpoint::prune(&output_dir, self.config.train.save_limit, self.best_step())?;
-        let history = self.metrics.history();
-        let mut summary = Summary::new(info, history, outcome, adapter);
-        summary.adapter_step = adapter_step;
-        // Saving takes memory too.
-        let peak = peak_memory(self.engine.model().device()).unwrap_or(0);
-        summary.peak_memory_bytes = summary.peak_memory_bytes.max(peak);
-        if let Some(warning) = summary.nothing_learned(history, self.engine.model().config().vocab_size) {
-            self.events.on_warning(&warning);
-        }
-        summary.write(&output_dir, history)?;
-        self.events.on_end(&summary);
-        Ok(summary)
     }
 
     /// Seconds since the run was first started, pauses between stop and resume left out.
@@ -389,31 +260,6 @@ impl<'e> Trainer<'e> {
             self.evaluations.next(self.step, value, options.keep_best, options.early_stopping_threshold);
         self.evaluations = counted;
         Ok(kept && options.keep_best.is_on() && self.step > 0)
-    }
-
-    fn info(&self) -> RunInfo {
-        let model = self.engine.model();
-        let options = &self.config.train;
-        let report = &self.rows.train.report;
-        RunInfo {
-            model: self.config.model.path.clone(),
-            device: device_name(model.device()),
-            compute_dtype: format!("{:?}", self.dtype).to_lowercase(),
-            quantization: self.config.quantization.describe(),
-            base_parameters: model.num_params() as u64,
-            trainable_parameters: model.num_trainable() as u64,
-            adapted_modules: model.adapted_modules().len(),
-            rank: self.config.lora.rank,
-            train_data: self.config.data.train.clone(),
-            train_rows: report.rows,
-            train_tokens: report.tokens,
-            eval_rows: self.rows.eval.examples.len(),
-            total_steps: self.total_steps,
-            start_step: self.start_step,
-            rows_per_step: options.batch_size * options.gradient_accumulation_steps,
-            activation_checkpointing: self.engine.policies().to_string(),
-            output_dir: options.output_dir.clone(),
-        }
     }
 }
 

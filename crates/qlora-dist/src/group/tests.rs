@@ -53,7 +53,6 @@ fn every_rank_has_what_the_operations_say() {
             assert_eq!(values, [(0..count).sum::<usize>() as f32, count as f32]);
             group.compare(&[("seed".into(), "42".into())]).unwrap();
             assert_eq!(group.hosts().len(), count);
-            group.check().unwrap();
             group.describe()
         });
         let plural = if count == 1 { "1 rank " } else { "ranks on 1 host" };
@@ -130,6 +129,20 @@ fn a_rank_that_fails_ends_all_with_its_words() {
         }
         assert!(started.elapsed() < Duration::from_secs(4));
     }
+}
+
+#[test]
+fn a_rank_that_panics_says_so() {
+    let errors = ranks(2, |group| {
+        let rank = group.rank();
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+            assert!(group.rank() == 0, "rank 1 panics");
+            group.agree(false).unwrap_err().to_string()
+        }));
+        (rank == 0).then(|| ended.unwrap())
+    });
+    let error = errors[0].as_ref().unwrap();
+    assert!(error.starts_with("rank 1 on ") && error.contains("it panicked"), "{error}");
 }
 
 #[test]

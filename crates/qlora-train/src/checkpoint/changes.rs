@@ -151,22 +151,36 @@ impl TrainingCheckpoint {
     }
 }
 
-/// Every key that differs, with `section.key was A, now is B`.
-fn differences(saved: &toml::Table, now: &toml::Table) -> Vec<(String, String)> {
-    fn flatten<'a>(prefix: &str, table: &'a toml::Table, into: &mut BTreeMap<String, &'a toml::Value>) {
+/// Every key of a configuration with its value, as TOML writes it.
+///
+/// # Errors
+/// A value has no form in TOML.
+pub(crate) fn settings(config: &TrainConfig) -> Result<Vec<(String, String)>, TrainError> {
+    let table = toml::Table::try_from(config).map_err(|e| TrainError::ConfigWrite { message: e.to_string() })?;
+    Ok(flattened(&table).into_iter().map(|(key, value)| (key, value.to_string())).collect())
+}
+
+/// The values of a table and of the tables in it, by `section.key`.
+fn flattened(table: &toml::Table) -> BTreeMap<String, &toml::Value> {
+    fn add<'a>(prefix: &str, table: &'a toml::Table, into: &mut BTreeMap<String, &'a toml::Value>) {
         for (key, value) in table {
             let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
             match value {
-                toml::Value::Table(table) => flatten(&key, table, into),
+                toml::Value::Table(table) => add(&key, table, into),
                 value => {
                     into.insert(key, value);
                 }
             }
         }
     }
-    let (mut before, mut after) = (BTreeMap::new(), BTreeMap::new());
-    flatten("", saved, &mut before);
-    flatten("", now, &mut after);
+    let mut flat = BTreeMap::new();
+    add("", table, &mut flat);
+    flat
+}
+
+/// Every key that differs, with `section.key was A, now is B`.
+fn differences(saved: &toml::Table, now: &toml::Table) -> Vec<(String, String)> {
+    let (before, after) = (flattened(saved), flattened(now));
     let show = |value: Option<&&toml::Value>| value.map_or("absent".to_string(), |value| value.to_string());
     let keys: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     keys.into_iter()

@@ -35,11 +35,18 @@ pub struct RunInfo {
     pub total_steps: usize,
     /// Steps done before this start: 0, or those of the checkpoint that is resumed.
     pub start_step: usize,
-    /// Rows in an optimizer step.
+    /// Processes that train together.
+    #[serde(default = "one")]
+    pub ranks: usize,
+    /// Rows in an optimizer step, of all ranks.
     pub rows_per_step: usize,
     /// What blocks keep for the backward pass, e.g. `none`.
     #[serde(default)]
     pub activation_checkpointing: String,
     /// Where everything is written.
     pub output_dir: PathBuf,
+}
+
+fn one() -> usize {
+    1
 }

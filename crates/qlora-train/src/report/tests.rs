@@ -58,6 +58,7 @@ fn run() -> RunInfo {
         eval_rows: 100,
         total_steps: 100,
         start_step: 0,
+        ranks: 1,
         rows_per_step: 16,
         activation_checkpointing: "full".into(),
         output_dir: "runs/words".into(),

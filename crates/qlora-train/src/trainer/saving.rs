@@ -34,11 +34,14 @@ impl Trainer<'_> {
         Ok(self.engine.model().export_adapter(&model.path, model.revision.as_deref())?)
     }
 
-    /// Saves a checkpoint of this step, and removes the oldest beyond the limit.
+    /// Saves a checkpoint of this step, and removes the oldest beyond the limit. Ranks that don't write leave it to rank 0.
     ///
     /// # Errors
     /// Parameters or moments are not finite; a file can't be written.
     pub(super) fn save(&mut self) -> Result<(), TrainError> {
+        if !self.is_first() {
+            return Ok(());
+        }
         let _span = tracing::trace_span!("save").entered();
         // The log must not lag behind the checkpoint: a resumed run cuts it at the checkpoint's step.
         self.metrics.sync()?;
@@ -91,7 +94,7 @@ impl Trainer<'_> {
 
     /// Saves what the steps before a failed one led to, unless a checkpoint has it already.
     pub(super) fn save_steps_so_far(&mut self) {
-        if self.step == self.start_step || every(self.config.train.save_every, self.step) {
+        if !self.is_first() || self.step == self.start_step || every(self.config.train.save_every, self.step) {
             return;
         }
         if let Err(error) = self.save() {

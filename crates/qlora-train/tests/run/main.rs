@@ -6,5 +6,6 @@ mod common;
 mod exact;
 mod folder;
 mod loss_scale;
+mod ranks;
 mod resize;
 mod resume;

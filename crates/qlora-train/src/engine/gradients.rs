@@ -1,0 +1,194 @@
+//! Forward and backward over a step's micro-batches.
+//!
+//! What a parameter gets in one micro-batch, in several pieces where it is a head or an embedding, is added up before it joins the sum
+//! over micro-batches: so the sum is the same bits whether one process makes it or several ranks, each of which has some of the
+//! micro-batches.
+
+use burn::tensor::{Gradients, Tensor};
+use host_copies::Reading;
+use paged_optim::global_norm;
+use qlora_data::Batch;
+use qlora_layers::activation_checkpointing;
+use qlora_layers::ops::backward_from;
+use qlora_layers::{Pass, mix};
+use qlora_models::BlockInPass;
+
+use super::Engine;
+use crate::error::TrainError;
+use crate::loss::{LabelledTokens, loss_and_gradient};
+use crate::ranks::{Part, Ranks};
+
+/// Gradients of the parameters by number, f32.
+pub(crate) type ParameterGrads = Vec<Option<Tensor<2>>>;
+
+/// What a step computes before it changes anything.
+pub(super) struct Computed {
+    /// Loss and global norm, on their way.
+    pub numbers: Reading,
+    /// The norm for the update, which is skipped where it is not finite.
+    pub norm: Tensor<1>,
+    pub grads: Vec<Tensor<2>>,
+}
+
+/// What this process computes of a step by itself.
+pub(super) enum Local {
+    /// All of it.
+    Whole(Box<Computed>),
+    /// Its parts, which have to be summed with those of the other ranks.
+    Parts(Ranks, Vec<Part>),
+}
+
+/// The micro-batches of a step, those of all ranks.
+pub(super) struct Step<'a> {
+    pub micro_batches: &'a [Batch],
+    pub labelled: &'a [LabelledTokens],
+    /// Unmasked tokens.
+    pub label_tokens: usize,
+    /// Picks the dropout masks.
+    pub seed: u64,
+}
+
+impl Step<'_> {
+    /// The micro-batches that have something to learn from, by their number in the step.
+    fn numbers(&self) -> Vec<usize> {
+        (0..self.labelled.len()).filter(|number| !self.labelled[*number].is_empty()).collect()
+    }
+
+    /// Of [`numbers`](Self::numbers) the ranks that they are dealt to.
+    fn owners(&self, ranks: &Ranks) -> Vec<usize> {
+        let places = |number: &usize| self.micro_batches[*number].rows * self.micro_batches[*number].cols;
+        ranks.deal(&self.numbers().iter().map(places).collect::<Vec<_>>())
+    }
+}
+
+impl Engine {
+    /// Loss and gradients of a step, times the loss scale, as far as this process computes them.
+    pub(super) fn local(&self, step: &Step<'_>) -> Result<Local, TrainError> {
+        let numbers = step.numbers();
+        let Some(ranks) = &self.ranks else {
+            let mut grads = self.no_gradients();
+            let losses = numbers.into_iter().map(|number| self.micro_step(step, number, &mut grads));
+            let losses = losses.collect::<Result<_, _>>()?;
+            return Ok(Local::Whole(Box::new(self.whole(losses, grads)?)));
+        };
+        let mut parts: Vec<Part> = Vec::new();
+        let apart = ranks.keeps_apart(self.model.device());
+        if !apart {
+            parts.push(Part { number: ranks.rank(), losses: Vec::new(), grads: self.no_gradients() });
+        }
+        for (part, (number, owner)) in numbers.into_iter().zip(step.owners(ranks)).enumerate() {
+            if owner != ranks.rank() {
+                continue;
+            }
+            if apart {
+                parts.push(Part { number: part, losses: Vec::new(), grads: self.no_gradients() });
+            }
+            if let Some(into) = parts.last_mut() {
+                let loss = self.micro_step(step, number, &mut into.grads)?;
+                into.losses.push((part, loss));
+            }
+        }
+        let losses: Vec<_> = parts.iter().flat_map(|part| &part.losses).map(|(_, loss)| loss.clone()).collect();
+        if !losses.is_empty() {
+            // Starting to read tells whether memory was short, while this rank can still do it again by itself.
+            Reading::start(Tensor::cat(losses, 0))?.wait()?;
+        }
+        Ok(Local::Parts(ranks.clone(), parts))
+    }
+
+    /// The step as a whole, once each part is there.
+    pub(super) fn joined(&self, step: &Step<'_>, local: Local) -> Result<Computed, TrainError> {
+        match local {
+            Local::Parts(ranks, parts) => {
+                let shapes: Vec<[usize; 2]> = self.model.parameters().iter().map(|(_, p)| p.dims()).collect();
+                let _span = tracing::trace_span!("sum_over_ranks").entered();
+                let summed = ranks.sum(parts, &shapes, step.numbers().len(), self.model.device())?;
+                self.whole(summed.losses, summed.grads)
+            }
+            Local::Whole(computed) => Ok(*computed),
+        }
+    }
+
+    fn no_gradients(&self) -> ParameterGrads {
+        vec![None; self.model.parameters().len()]
+    }
+
+    /// Adds the gradients of the micro-batch of a number to `grads` and returns its part of the loss.
+    fn micro_step(&self, step: &Step<'_>, number: usize, grads: &mut ParameterGrads) -> Result<Tensor<1>, TrainError> {
+        let _span = tracing::trace_span!("micro_step", index = number).entered();
+        let pass = Pass::training(mix(step.seed ^ mix(number as u64)));
+        self.forward_backward(&step.micro_batches[number], &step.labelled[number], step.label_tokens, pass, grads)
+    }
+
+    /// Loss, norm and gradients of all parameters, from the losses of the micro-batches in their order and the sums of gradients.
+    fn whole(&self, losses: Vec<Tensor<1>>, grads: ParameterGrads) -> Result<Computed, TrainError> {
+        if grads.iter().all(Option::is_none) {
+            return Err(TrainError::NothingToTrain);
+        }
+        // An expert to which no token came has a gradient, and it is zero: its moments decay like all others.
+        let parameters = self.model.parameters().into_iter();
+        let grads: Vec<Tensor<2>> = grads
+            .into_iter()
+            .zip(parameters)
+            .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
+            .collect();
+        let norm = global_norm(&grads)?;
+        let loss = Tensor::cat(losses, 0).sum();
+        // Starting to read tells whether memory was short.
+        let numbers = Reading::start(Tensor::cat(vec![loss.clone(), norm.clone()], 0))?;
+        // The norm, unless the loss is not finite: then neither is this.
+        let norm = norm + loss.mul_scalar(0.0);
+        Ok(Computed { numbers, norm, grads })
+    }
+
+    /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.
+    fn forward_backward(
+        &self,
+        batch: &Batch,
+        labelled: &LabelledTokens,
+        label_tokens: usize,
+        pass: Pass,
+        grads: &mut ParameterGrads,
+    ) -> Result<Tensor<1>, TrainError> {
+        let model = &self.model;
+        let sequence = model.sequence(batch.rows, batch.cols, 0);
+        let blocks = model.blocks_in(&sequence);
+        // Below and above the blocks gradients come in pieces: rows of single tokens of a table that is the head too, chunks of logits.
+        let mut pieces = self.no_gradients();
+        let embedded = model.embed(&batch.input_ids, pass);
+        let below = self.first_of_block[0] > 0;
+        let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
+        let head = self.first_of_block[blocks.len()];
+        let scale = self.loss_scaler.scale() / label_tokens as f32;
+        let (loss, grad) = loss_and_gradient(model, x.clone(), labelled, scale, pass, |from| {
+            collect(&mut pieces[head..], model.head_parameters(), from);
+            collect(&mut pieces, model.embedding_parameters(), from);
+        });
+        drop(x);
+        let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
+            collect(&mut grads[self.first_of_block[i]..], block.block.parameters(), from);
+        };
+        let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
+        if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
+            collect(&mut pieces, model.embedding_parameters(), &mut backward_from(embedded, grad));
+        }
+        grads.iter_mut().zip(pieces).for_each(|(sum, piece)| add(sum, piece));
+        Ok(loss)
+    }
+}
+
+/// Takes the parameters' gradients out of a container and adds them to `grads`.
+fn collect(grads: &mut [Option<Tensor<2>>], parameters: Vec<(String, &Tensor<2>)>, from: &mut Gradients) {
+    for (slot, (_, parameter)) in grads.iter_mut().zip(parameters) {
+        add(slot, parameter.grad_remove(from));
+    }
+}
+
+fn add(sum: &mut Option<Tensor<2>>, grad: Option<Tensor<2>>) {
+    if let Some(grad) = grad {
+        *sum = Some(match sum.take() {
+            Some(sum) => sum + grad,
+            None => grad,
+        });
+    }
+}

@@ -1,0 +1,142 @@
+//! Training over several processes: what each rank does of a step, and how the step's gradients come together.
+//!
+//! Every rank reads all rows and knows all micro-batches of a step, so what has to be agreed on is little: gradients and losses are
+//! summed, everything else follows from the same numbers on every rank. N ranks with k micro-batches each take the N k
+//! micro-batches that one process would take, with their numbers in the step, by which dropout is drawn.
+//!
+//! On the CPU each micro-batch's gradients are sent apart and added in the order of the numbers, as one process adds them: the
+//! result is its result, bit for bit. On other devices, where they would take memory that is short, a rank sends the sum of its
+//! own.
+
+mod deal;
+mod host;
+
+use std::fmt;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+use qlora_dist::{DistError, Group, Place};
+
+use crate::engine::ParameterGrads;
+use crate::error::TrainError;
+
+/// Gradients of some of a step's micro-batches.
+#[derive(Debug)]
+pub struct Part {
+    /// Where it stands in the sum over all ranks' parts.
+    pub number: usize,
+    /// The losses of its micro-batches, `[1]` each, by their number in the step.
+    pub losses: Vec<(usize, Tensor<1>)>,
+    /// Gradients of the parameters by number, f32; `None` where none reached the parameter.
+    pub grads: ParameterGrads,
+}
+
+/// The sums over all ranks.
+#[derive(Debug)]
+pub struct Summed {
+    /// The losses of all micro-batches in their order, `[1]` each.
+    pub losses: Vec<Tensor<1>>,
+    /// Gradients of the parameters by number, f32; `None` where none reached the parameter on any rank.
+    pub grads: ParameterGrads,
+}
+
+/// A way for gradients from rank to rank. There is one, through the memory of hosts.
+pub trait SumGradients: fmt::Debug + Send + Sync {
+    /// Sums the parts of all ranks in the order of their numbers. `shapes` are those of the parameters, `losses` is how many
+    /// losses there are on all ranks. Every rank gets the same bits.
+    ///
+    /// # Errors
+    /// Another rank failed, or the device did.
+    fn sum(
+        &self,
+        group: &Group,
+        parts: Vec<Part>,
+        shapes: &[[usize; 2]],
+        losses: usize,
+        device: &Device,
+    ) -> Result<Summed, TrainError>;
+}
+
+/// The ranks of a run, as training uses them.
+#[derive(Clone, Debug)]
+pub struct Ranks {
+    group: Arc<Group>,
+    transport: Arc<dyn SumGradients>,
+}
+
+impl Ranks {
+    /// Ranks whose gradients go through the memory of their hosts.
+    pub fn over_hosts(group: Group) -> Self {
+        Self { group: Arc::new(group), transport: Arc::new(host::HostSum) }
+    }
+
+    /// This process's number.
+    pub fn rank(&self) -> usize {
+        self.group.rank()
+    }
+
+    /// How many ranks there are.
+    pub fn count(&self) -> usize {
+        self.group.world_size()
+    }
+
+    /// Where this process stands.
+    pub fn place(&self) -> &Place {
+        self.group.place()
+    }
+
+    /// Whether the gradients of each micro-batch are sent by themselves.
+    pub(crate) fn keeps_apart(&self, device: &Device) -> bool {
+        *device == Device::flex()
+    }
+
+    /// Which rank gets each of a step's micro-batches, by their sizes.
+    pub(crate) fn deal(&self, sizes: &[usize]) -> Vec<usize> {
+        deal::deal(sizes, self.count())
+    }
+
+    /// The sums over all ranks' parts.
+    pub(crate) fn sum(
+        &self,
+        parts: Vec<Part>,
+        shapes: &[[usize; 2]],
+        losses: usize,
+        device: &Device,
+    ) -> Result<Summed, TrainError> {
+        self.transport.sum(&self.group, parts, shapes, losses, device)
+    }
+
+    /// Every rank's bytes, on every rank.
+    pub(crate) fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, DistError> {
+        self.group.all_gather(bytes)
+    }
+
+    /// Rank 0's bytes, on every rank.
+    pub(crate) fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>, DistError> {
+        self.group.broadcast(bytes)
+    }
+
+    /// Whether the flag is raised on any rank. All ranks have come here when it returns.
+    pub(crate) fn agree(&self, flag: bool) -> Result<bool, DistError> {
+        self.group.agree(flag)
+    }
+
+    /// Refuses ranks that name other values.
+    pub(crate) fn compare(&self, named: &[(String, String)]) -> Result<(), DistError> {
+        self.group.compare(named)
+    }
+
+    /// The result of this rank; the others are told if it failed. A rank that was stopped before the first step stops all.
+    pub(crate) fn tell<T>(&self, result: Result<T, TrainError>) -> Result<T, TrainError> {
+        let Err(error) = result else { return result };
+        match error {
+            TrainError::Ranks(DistError::Rank { cause, .. }) if cause == TrainError::Stopped.to_string() => {
+                Err(TrainError::Stopped)
+            }
+            error => {
+                self.group.fail(&error.to_string());
+                Err(error)
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What the ranks of a run agree on before the first step. A process that is alone agrees with itself.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::start::Resumed;
+use crate::checkpoint::{self, Basis};
+use crate::config::TrainConfig;
+use crate::error::TrainError;
+use crate::ranks::Ranks;
+
+/// Keys in which ranks may differ: where they are, where their files lie, and what changes no result. What the files hold is compared.
+const OWN: &[&str] = &[
+    "device",
+    "model.path",
+    "data.train",
+    "data.eval",
+    "train.output_dir",
+    "train.optimizer_budget",
+    "train.memory_budget",
+    "train.activation_checkpointing",
+    "train.log_every",
+];
+
+/// The configuration of the run that all ranks are together: one whose steps have the micro-batches of all.
+///
+/// # Errors
+/// Ranks differ in a key that must be the same.
+pub(super) fn configuration(mut config: TrainConfig, ranks: Option<&Ranks>) -> Result<TrainConfig, TrainError> {
+    let Some(ranks) = ranks else { return Ok(config) };
+    let keys = checkpoint::settings(&config)?.into_iter();
+    let shared = |(key, _): &(String, String)| !OWN.contains(&key.as_str()) && !key.starts_with("serve.");
+    ranks.compare(&keys.filter(shared).collect::<Vec<_>>())?;
+    let each = config.train.gradient_accumulation_steps;
+    let range = || TrainError::ConfigRange {
+        key: "train.gradient_accumulation_steps".into(),
+        value: each.to_string(),
+        allowed: format!("is too large for {} ranks", ranks.count()),
+    };
+    config.train.gradient_accumulation_steps = each.checked_mul(ranks.count()).ok_or_else(range)?;
+    Ok(config)
+}
+
+/// What rank 0 tells of the checkpoint that it found.
+#[derive(Serialize, Deserialize)]
+struct Found {
+    path: PathBuf,
+    same_run: bool,
+}
+
+/// The checkpoint that rank 0 found, read by each rank.
+///
+/// # Errors
+/// It can't be read here.
+pub(super) fn resumed(found: Option<Resumed>, ranks: Option<&Ranks>) -> Result<Option<Resumed>, TrainError> {
+    let Some(ranks) = ranks else { return Ok(found) };
+    let told = found.as_ref().map(|found| {
+        let path = &found.checkpoint.path;
+        Found { path: path.canonicalize().unwrap_or_else(|_| path.clone()), same_run: found.same_run }
+    });
+    let fail = |path: &Path, problem: String| TrainError::Checkpoint { path: path.to_owned(), problem };
+    let place = found.as_ref().map_or(Path::new(""), |found| &found.checkpoint.path);
+    let told =
+        serde_json::to_vec(&told).map_err(|e| fail(place, format!("its path can't be told to other ranks: {e}")))?;
+    let told = ranks.broadcast(told)?;
+    if ranks.rank() == 0 {
+        return Ok(found);
+    }
+    let told: Option<Found> =
+        serde_json::from_slice(&told).map_err(|e| fail(place, format!("rank 0 told rubbish: {e}")))?;
+    let read = |Found { path, same_run }| Ok(Resumed { checkpoint: checkpoint::load(&path)?, same_run });
+    told.map(read).transpose()
+}
+
+/// Does what one process of each host has to do for all of them: the others do it after that, when nothing is left but to look.
+///
+/// # Errors
+/// Those of `work`; another rank failed.
+pub(super) fn one_of_each_host_first<T>(
+    ranks: Option<&Ranks>,
+    work: impl Fn() -> Result<T, TrainError>,
+) -> Result<T, TrainError> {
+    let Some(ranks) = ranks else { return work() };
+    if ranks.place().local_rank > 0 {
+        ranks.agree(false)?;
+        return work();
+    }
+    let done = work()?;
+    ranks.agree(false)?;
+    Ok(done)
+}
+
+/// Compares what the ranks stand on.
+///
+/// # Errors
+/// Ranks have other rows, another base, template or checkpoint.
+pub(super) fn compare_basis(ranks: Option<&Ranks>, basis: &Basis, resumed: Option<&Resumed>) -> Result<(), TrainError> {
+    let Some(ranks) = ranks else { return Ok(()) };
+    let state = |found: &Resumed| serde_json::to_vec(&found.checkpoint.state).map(Sha256::digest).ok();
+    let checkpoint = resumed.and_then(state).map(|hash| hash.iter().map(|byte| format!("{byte:02x}")).collect());
+    let named = [
+        ("the version of the program", Some(basis.program.clone())),
+        ("the base (a hash of model.path's weights)", Some(basis.base.clone())),
+        ("the training rows (a hash of data.train's tokens)", Some(basis.train_rows.clone())),
+        ("the evaluation rows (a hash of their tokens)", Some(basis.eval_rows.clone())),
+        ("the chat template (a hash)", basis.template.clone()),
+        ("the checkpoint's state (a hash)", checkpoint),
+    ];
+    let named = named.map(|(name, value)| (name.to_string(), value.unwrap_or_else(|| "none".into())));
+    Ok(ranks.compare(&named)?)
+}
+
+/// Whether the flag is raised on any rank.
+///
+/// # Errors
+/// Another rank failed.
+pub(super) fn any(ranks: Option<&Ranks>, flag: bool) -> Result<bool, TrainError> {
+    match ranks {
+        Some(ranks) => Ok(ranks.agree(flag)?),
+        None => Ok(flag),
+    }
+}
