@@ -28,6 +28,7 @@ Exit codes:
   1    failed while running (device, memory, disk)
   2    the command line or the configuration is wrong
   3    the data, the checkpoint or the adapter can't be used
+  4    another rank of the run failed, which says why
   130  interrupted; `qlora train` has saved a checkpoint to resume from, the others have written nothing";
 
 /// Fine-tunes 4-bit language models with LoRA (QLoRA).
@@ -97,6 +98,8 @@ pub enum Command {
 Flags override the configuration; --set reaches every key, e.g. --set lora.use_rslora=true.
 `qlora init` writes a configuration that documents them all.
 
+Under torchrun, mpirun or srun each process is a rank; a step has gradient_accumulation_steps micro-batches of each.
+
 An output folder that holds a run is refused unless --resume or --overwrite says what is to happen to it.
 
 Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C stops at once.")]
@@ -106,6 +109,9 @@ pub struct TrainArgs {
     /// Say what would be trained, how large it is and what the data is like, and stop
     #[arg(long)]
     pub dry_run: bool,
+    /// Train on this many cards of this host, a process each; on the CPU the processes share its cores
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub gpus: Option<u32>,
     /// Go on from a training checkpoint: the newest in the output folder, or the one given; auto-or-start begins where there is none
     #[arg(long, value_name = "auto|auto-or-start|PATH", num_args = 0..=1, default_missing_value = "auto")]
     pub resume: Option<String>,

@@ -4,6 +4,7 @@ use std::panic::Location;
 use std::process::ExitCode;
 
 use burn_qlora::adapter_io::printable::printable_lines;
+use burn_qlora::qlora_dist::DistError;
 use burn_qlora::qlora_serve::ServeError;
 use burn_qlora::{ChatError, DataError, FormatError, HubError, LayerError, ModelError, TrainError};
 
@@ -19,6 +20,8 @@ pub enum Code {
     Usage = 2,
     /// The data, the checkpoint or the adapter can't be used.
     Input = 3,
+    /// Another rank of the run failed.
+    OtherRank = 4,
     /// Interrupted; a checkpoint was saved.
     Interrupted = 130,
 }
@@ -62,6 +65,9 @@ pub fn code_of(error: &anyhow::Error) -> Code {
         if let Some(error) = cause.downcast_ref::<TrainError>() {
             return Some(of_train(error));
         }
+        if let Some(error) = cause.downcast_ref::<DistError>() {
+            return Some(of_ranks(error));
+        }
         if let Some(error) = cause.downcast_ref::<DataError>() {
             return Some(of_data(error));
         }
@@ -97,10 +103,20 @@ fn of_train(error: &TrainError) -> Code {
         | TrainError::NothingToResume { .. } => Code::Input,
         TrainError::Stopped => Code::Interrupted,
         TrainError::Data(error) => of_data(error),
+        TrainError::Ranks(error) => of_ranks(error),
         TrainError::Layer(error) => of_layer(error),
         TrainError::Hub(error) => of_hub(error),
         TrainError::Model(error) => of_model(error),
         TrainError::Format(error) => of_format(error),
+        _ => Code::Failed,
+    }
+}
+
+fn of_ranks(error: &DistError) -> Code {
+    match error {
+        DistError::Variable { .. } | DistError::Missing { .. } => Code::Usage,
+        DistError::Differs { .. } => Code::Input,
+        DistError::Rank { .. } => Code::OtherRank,
         _ => Code::Failed,
     }
 }

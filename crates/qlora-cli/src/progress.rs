@@ -226,9 +226,10 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
             count(run.train_tokens)
         ),
         format!(
-            "Steps    {}{resumed}, {} rows each; output in {}",
+            "Steps    {}{resumed}, {} rows each{}; output in {}",
             run.total_steps,
             run.rows_per_step,
+            if run.ranks > 1 { format!(" on {} ranks", run.ranks) } else { String::new() },
             run.output_dir.display()
         ),
         format!("Kept     for the backward pass: {}", run.activation_checkpointing),

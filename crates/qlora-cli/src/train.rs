@@ -1,5 +1,8 @@
 //! `qlora train`: the configuration with its overrides, a dry run, or the run itself.
 
+mod local;
+mod ranks;
+
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -9,12 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
+use burn_qlora::qlora_dist::{Launcher, Place};
 use burn_qlora::qlora_train::fits::{self, Change};
 use burn_qlora::qlora_train::{Resized, load_rows, rates, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    ModelConfig, Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainEvents, Trainer, atomic, compute_dtype,
-    select_device,
+    ModelConfig, Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic,
+    compute_dtype, select_device,
 };
 
 use crate::args::{KeyFlags, TrainArgs};
@@ -25,6 +29,7 @@ use crate::output::{Table, print, say, tell};
 use crate::preview;
 use crate::progress::Terminal;
 use crate::signals;
+use ranks::Quiet;
 
 /// Runs the command. `profile` waits for the steps that it is to record.
 pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
@@ -35,21 +40,56 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
         }
     }
     let start = start(args)?;
-    let config = configuration(&args.config, &args.keys, &args.set)?;
+    let mut config = configuration(&args.config, &args.keys, &args.set)?;
+    let place = Place::from_env()?;
+    let count = args.gpus.map_or(place.world_size, |count| count as usize);
+    if args.gpus.is_some() && !place.is_alone() {
+        let Place { rank, world_size, launcher, .. } = place;
+        let text = format!(
+            "--gpus starts ranks, and this process is rank {rank} of {world_size} already, by {launcher}: leave it out"
+        );
+        return Err(UsageError(text).into());
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let mut terminal = Terminal::new(config.train.log_every, stop.clone());
     if args.dry_run {
-        print(&dry_run(&config, &mut terminal)?)?;
+        if place.is_first() {
+            print(&dry_run(&config, count, &mut terminal)?)?;
+        }
         return Ok(Code::Done);
     }
+    if place.is_alone() && count > 1 {
+        ranks::timeouts()?;
+        return local::run(count);
+    }
+    let (is_first, launcher) = (place.is_first(), place.launcher);
+    ranks::end_with_parent(&place);
+    let raised = stop.clone();
     signals::on_interrupt(move || {
-        if stop.swap(true, Ordering::Relaxed) {
+        if raised.swap(true, Ordering::Relaxed) {
             atomic::abandon_all();
             std::process::exit(Code::Interrupted as i32);
         }
-        say!("\nStopping after this step; once more to stop at once, without saving.");
+        if is_first {
+            say!("\nStopping after this step; once more to stop at once, without saving.");
+        }
     })?;
-    let result = Trainer::new(config, start, &mut terminal).and_then(Trainer::run);
+    ranks::choose_device(&mut config, &place)?;
+    let mut quiet = Quiet(stop);
+    let events: &mut dyn TrainEvents = if is_first { &mut terminal } else { &mut quiet };
+    let group = ranks::meet(place, &config)?;
+    let result = Trainer::in_group(config, start, group, events).and_then(Trainer::run);
+    if !is_first {
+        return match result {
+            Ok(summary) if summary.outcome == Outcome::Interrupted => Ok(Code::Interrupted),
+            Ok(_) => Ok(Code::Done),
+            // Rank 0 of this terminal says it.
+            Err(TrainError::Ranks(error)) if error.is_of_another_rank() && launcher == Launcher::Qlora => {
+                Ok(Code::OtherRank)
+            }
+            Err(error) => Err(error.into()),
+        };
+    }
     // A run that failed leaves what was recorded before.
     let profiled = match (profile, &args.profile) {
         (Some(profile), Some(path)) => write_profile(profile, path),
@@ -74,7 +114,8 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
                 summary.run.total_steps,
                 summary.adapter.display()
             )?;
-            writeln!(text, "Go on    {}", resume_command(std::env::args_os().skip(1)))?;
+            let ranks = (launcher == Launcher::Qlora).then_some(count);
+            writeln!(text, "Go on    {}", resume_command(std::env::args_os().skip(1), ranks))?;
             if let Ok(here) = std::env::current_dir() {
                 writeln!(text, "         in {}", here.display())?;
             }
@@ -100,8 +141,9 @@ fn start(args: &TrainArgs) -> Result<Start, UsageError> {
     Ok(Start { resume, overwrite: args.overwrite, accept_changes: args.accept_changes })
 }
 
-/// The command that goes on with a run that was started with `args`: the same flags, but for those that say where to start.
-fn resume_command(args: impl Iterator<Item = OsString>) -> String {
+/// The command that goes on with a run that was started with `args`: the same flags, but for those that say where to start. `ranks` is how
+/// many ranks `--gpus` asked for, which they are not told by a flag.
+fn resume_command(args: impl Iterator<Item = OsString>, ranks: Option<usize>) -> String {
     let args: Vec<String> = args.map(|arg| arg.to_string_lossy().into_owned()).collect();
     let mut kept: Vec<&str> = vec!["qlora"];
     let mut args = args.iter().map(String::as_str).peekable();
@@ -114,6 +156,8 @@ fn resume_command(args: impl Iterator<Item = OsString>) -> String {
             arg => kept.push(arg),
         }
     }
+    let ranks = ranks.map(|ranks| ranks.to_string());
+    ranks.iter().for_each(|ranks| kept.extend(["--gpus", ranks]));
     kept.push("--resume");
     // A command line holds no NUL, the only thing that can't be quoted.
     shlex::try_join(kept.iter().copied()).unwrap_or_else(|_| kept.join(" "))
@@ -167,7 +211,7 @@ fn hint_at_paths_beside_the_file(file: &Path, config: &TrainConfig) -> Result<()
 }
 
 /// What would be trained, how large it is, and what the data is like.
-fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String> {
+fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> Result<String> {
     let device = select_device(&config.device)?;
     let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
@@ -176,7 +220,9 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     let config = &config;
     notice.iter().for_each(|notice| events.on_notice(notice));
     let (train, eval) = load_rows(config, &tokenizer, &model, events)?;
-    let total_steps = config.train.total_steps(train.examples.len());
+    let mut of_all = config.train.clone();
+    of_all.gradient_accumulation_steps = of_all.gradient_accumulation_steps.saturating_mul(ranks);
+    let total_steps = of_all.total_steps(train.examples.len());
     config.train.warnings(total_steps).iter().for_each(|warning| events.on_warning(warning));
     if let Some(holds) = run_in(&config.train.output_dir)? {
         let path = config.train.output_dir.display();
@@ -218,10 +264,11 @@ fn dry_run(config: &TrainConfig, events: &mut dyn TrainEvents) -> Result<String>
     let options = &config.train;
     writeln!(
         text,
-        "Steps    {total_steps}, {} rows each ({} x {})",
-        options.batch_size * options.gradient_accumulation_steps,
+        "Steps    {total_steps}, {} rows each ({} x {}{})",
+        options.batch_size.saturating_mul(of_all.gradient_accumulation_steps),
         options.batch_size,
-        options.gradient_accumulation_steps
+        options.gradient_accumulation_steps,
+        if ranks > 1 { format!(" x {ranks} ranks") } else { String::new() },
     )?;
     writeln!(text, "Kept     for the backward pass: {}{}", plan.policies, within(&room, &plan))?;
     writeln!(text, "Speed    {}", speed(&device_name(&device), &plan))?;
@@ -340,7 +387,7 @@ mod tests {
 
     #[test]
     fn the_command_that_goes_on_repeats_the_flags_and_quotes_them() {
-        let of = |line: &[&str]| resume_command(line.iter().map(OsString::from));
+        let of = |line: &[&str]| resume_command(line.iter().map(OsString::from), None);
         assert_eq!(
             of(&["train", "a b.toml", "--set", "train.epochs=2", "--overwrite", "--output-dir", "two words"]),
             "qlora train 'a b.toml' --set 'train.epochs=2' --output-dir 'two words' --resume"
@@ -352,5 +399,7 @@ mod tests {
         ] {
             assert_eq!(of(line), "qlora train x.toml --rank 8 --resume", "{line:?}");
         }
+        let ranks = resume_command(["train", "x.toml"].iter().map(OsString::from), Some(2));
+        assert_eq!(ranks, "qlora train x.toml --gpus 2 --resume");
     }
 }

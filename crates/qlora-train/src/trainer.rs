@@ -144,7 +144,8 @@ impl Trainer<'_> {
                 true => self.step(&mut batches)?,
             };
             moved |= !metrics.is_skipped();
-            outcome = self.after_step(&metrics)?;
+            let after = self.after_step(&metrics);
+            outcome = self.keep_if_ranks_failed(after)?;
         }
         self.finish(info, outcome.unwrap_or(Outcome::Finished))
     }

@@ -7,7 +7,9 @@ pub fn device_name(device: &Device) -> String {
     match device.identity() {
         Some(identity) => identity.name,
         None => {
-            let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+            let set = std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
+            let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+            let threads = set.filter(|threads| *threads > 0).unwrap_or_else(cores);
             format!("CPU, {threads} thread{}", if threads == 1 { "" } else { "s" })
         }
     }

@@ -1,6 +1,6 @@
 //! Checkpoints of a run, and the adapter that it leaves.
 
-use super::{Trainer, every, parameter_names, warn_of};
+use super::{Trainer, parameter_names, warn_of};
 use crate::checkpoint::{self, TrainingState};
 use crate::config::FinalAdapter;
 use crate::error::TrainError;
@@ -92,14 +92,23 @@ impl Trainer<'_> {
         })
     }
 
-    /// Saves what the steps before a failed one led to, unless a checkpoint has it already.
+    /// Saves what the steps so far led to, unless a checkpoint has it already.
     pub(super) fn save_steps_so_far(&mut self) {
-        if !self.is_first() || self.step == self.start_step || every(self.config.train.save_every, self.step) {
+        let is_saved = self.saved.as_ref() == Some(&checkpoint::path_of(&self.config.train.output_dir, self.step));
+        if !self.is_first() || self.step == self.start_step || is_saved {
             return;
         }
         if let Err(error) = self.save() {
             self.events.on_warning(&format!("the {} steps so far could not be saved: {error}", self.step));
         }
+    }
+
+    /// Saves what the steps so far led to if another rank has failed: this one has nothing to go on with.
+    pub(super) fn keep_if_ranks_failed<T>(&mut self, result: Result<T, TrainError>) -> Result<T, TrainError> {
+        if matches!(result, Err(TrainError::Ranks(_))) {
+            self.save_steps_so_far();
+        }
+        result
     }
 }
 
