@@ -184,10 +184,8 @@ fn measure(handle: &Handle, Case([streams, prompt, answer, adapters]): Case, rou
     let start = Instant::now();
     let answers = (0..streams).map(|stream| {
         let id = |i: usize| ((7919 * (stream + 1) + 104_729 * round + 31 * i) as u32) % vocab;
-        let request = Request {
-            adapter: (adapters > 0).then(|| format!("a{}", stream % adapters)),
-            ..Request::new((0..prompt).map(id).collect(), answer)
-        };
+        let adapter = (adapters > 0).then(|| handle.adapter(&format!("a{}", stream % adapters))).transpose()?;
+        let request = Request { adapter, ..Request::new((0..prompt).map(id).collect::<Vec<_>>(), answer) };
         Ok(handle.submit(request)?)
     });
     let answers = answers.collect::<Result<Vec<_>>>()?;

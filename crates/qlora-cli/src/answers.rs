@@ -38,7 +38,11 @@ impl Running {
     /// Ends it when everything that it took is answered.
     pub fn end(self) -> Result<()> {
         self.handle.close();
-        Ok(self.thread.join().map_err(|_| anyhow!("the engine failed"))??)
+        let failed = |panic: Box<dyn std::any::Any + Send>| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            anyhow!("the engine failed: {}", text.unwrap_or("its thread says nothing about it"))
+        };
+        Ok(self.thread.join().map_err(failed)??)
     }
 }
 
@@ -75,9 +79,9 @@ impl Asker<'_> {
         reasoning: Option<bool>,
     ) -> Result<Answering> {
         let request = Request {
-            adapter: adapter.map(str::to_string),
+            adapter: adapter.map(|name| handle.adapter(name)).transpose()?,
             sampling: self.sampling.clone(),
-            stop_ids: self.stop_ids.clone(),
+            stop_ids: self.stop_ids.as_slice().into(),
             ..Request::new(ids.to_vec(), self.max_tokens)
         };
         let answer = handle.submit(request)?;

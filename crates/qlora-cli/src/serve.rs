@@ -22,6 +22,9 @@ use crate::model::{Placement, base_dir, base_name, default_cache};
 use crate::output::say;
 use crate::signals::on_interrupt;
 
+/// How long clients may take for the errors that a failed engine leaves them.
+const AFTER_FAILURE: Duration = Duration::from_secs(2);
+
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// Runs the command until a signal ends it.
@@ -123,7 +126,24 @@ async fn answer(
         notify.notify_one();
     })?;
     let state = HttpState::new(handle.clone(), tokenizer, http);
-    serve(listener, state, stop.notified()).await.context("the server failed")
+    // A server whose engine has failed answers nothing; whoever started it is to know at once.
+    let shutdown = async {
+        tokio::select! {
+            () = stop.notified() => {}
+            _ = handle.ended() => {}
+        }
+    };
+    let failed = async {
+        if handle.ended().await {
+            tokio::time::sleep(AFTER_FAILURE).await;
+        } else {
+            std::future::pending().await
+        }
+    };
+    tokio::select! {
+        served = serve(listener, state, shutdown) => served.context("the server failed"),
+        () = failed => Ok(()),
+    }
 }
 
 /// The base's name: the one that is given, else the last part of the model's.

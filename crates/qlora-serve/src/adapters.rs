@@ -19,13 +19,9 @@ struct Loaded {
     adapter: Adapter,
     on_device: Option<Decoder>,
     last_used: u64,
-    /// Requests that it is to answer yet.
-    users: usize,
-    /// Whether it goes when its last user has gone.
-    unloaded: bool,
 }
 
-/// The base and its adapters.
+/// The base and its adapters. An adapter stays until it is [dropped](Self::drop_adapter), also without its name.
 #[derive(Debug)]
 pub struct Adapters {
     base: Decoder,
@@ -47,9 +43,14 @@ impl Adapters {
         &self.base
     }
 
-    /// The number behind a name.
-    pub fn number(&self, name: Option<&str>) -> Option<AdapterNumber> {
-        name.map_or(Some(BASE), |name| self.numbers.get(name).copied())
+    /// Whether an adapter has this name.
+    pub fn has_name(&self, name: &str) -> bool {
+        self.numbers.contains_key(name)
+    }
+
+    /// Whether there is an adapter of this number, with or without a name.
+    pub fn has(&self, number: AdapterNumber) -> bool {
+        number == BASE || self.loaded.contains_key(&number)
     }
 
     /// How many adapters have a name.
@@ -57,53 +58,32 @@ impl Adapters {
         self.numbers.len()
     }
 
-    /// Adds an adapter, in place of one of the same name, after it was put on the model once. Returns how many ids have an
-    /// embedding with it.
+    /// Adds an adapter, in place of one of the same name, after it was put on the model once. Returns its
+    /// number, and how many ids have an embedding with it.
     ///
     /// # Errors
     /// The adapter does not fit the model.
-    pub fn insert(&mut self, name: &str, adapter: Adapter) -> Result<usize, ModelError> {
+    pub fn insert(&mut self, name: &str, adapter: Adapter) -> Result<(AdapterNumber, usize), ModelError> {
         let mut model = self.base.clone();
         model.load_adapter(&adapter)?;
         model.join_experts();
         self.last_number += 1;
         let vocab_size = model.vocab_size();
-        let loaded = Loaded { adapter, on_device: Some(model), last_used: self.clock, users: 0, unloaded: false };
+        let loaded = Loaded { adapter, on_device: Some(model), last_used: self.clock };
         self.loaded.insert(self.last_number, loaded);
         self.numbers.insert(name.into(), self.last_number);
         self.evict(&[self.last_number]);
-        Ok(vocab_size)
+        Ok((self.last_number, vocab_size))
     }
 
-    /// Takes a name away. The adapter itself stays until its last user has gone. `None` when there is none.
-    pub fn remove(&mut self, name: &str) -> Option<AdapterNumber> {
-        let number = self.numbers.remove(name)?;
-        if let Some(loaded) = self.loaded.get_mut(&number) {
-            loaded.unloaded = true;
-        }
-        self.drop_unused(number);
-        Some(number)
+    /// Takes a name away. The adapter itself stays. `None` when there is none.
+    pub fn remove_name(&mut self, name: &str) -> Option<AdapterNumber> {
+        self.numbers.remove(name)
     }
 
-    /// Counts a request that the adapter is to answer.
-    pub fn begin_use(&mut self, number: AdapterNumber) {
-        if let Some(loaded) = self.loaded.get_mut(&number) {
-            loaded.users += 1;
-        }
-    }
-
-    /// Counts a request that is over.
-    pub fn end_use(&mut self, number: AdapterNumber) {
-        if let Some(loaded) = self.loaded.get_mut(&number) {
-            loaded.users -= 1;
-        }
-        self.drop_unused(number);
-    }
-
-    fn drop_unused(&mut self, number: AdapterNumber) {
-        if self.loaded.get(&number).is_some_and(|loaded| loaded.unloaded && loaded.users == 0) {
-            self.loaded.remove(&number);
-        }
+    /// Forgets an adapter that nothing uses any more.
+    pub fn drop_adapter(&mut self, number: AdapterNumber) {
+        self.loaded.remove(&number);
     }
 
     /// Brings the adapters of a pass to the device; others may have to go.

@@ -4,23 +4,26 @@ mod choose;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use adapter_io::Adapter;
+use adapter_io::{Adapter, TargetModules};
 use burn::backend::StreamId;
+use chat_text::Prompting;
 use host_copies::{DeviceError, client_of};
 use qlora_models::{CachedRow, Decoder, ModelError, PagedCache, Part, RowLogits};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::sync::oneshot;
 
-use crate::adapters::{AdapterNumber, Adapters};
+use crate::adapters::{AdapterNumber, Adapters, BASE};
 use crate::error::ServeError;
-use crate::handle::{AdapterInfo, Command, Handle, Inbox, Limits, Reply, line};
+use crate::handle::{Command, Handle, Inbox, Limits, ReadAdapter, Reply, line};
 use crate::request::{Constraint, Event, FinishReason, Finished, Request, Token, TokenLogprobs, Usage};
 use crate::sampling::{Sampler, logprobs};
 use crate::scheduler::{BlockPool, Bounds, Scheduler, SequenceId, Slice};
+use crate::served::{AdapterInfo, ServedAdapter};
 
 /// How large the paged cache is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +74,12 @@ impl Default for EngineConfig {
 #[derive(Debug)]
 struct Answering {
     reply: Reply,
-    adapter: AdapterNumber,
+    number: AdapterNumber,
+    /// Has the adapter stay.
+    _kept: Option<ServedAdapter>,
     prompt_len: usize,
     max_tokens: usize,
-    stop_ids: Vec<u32>,
+    stop_ids: Arc<[u32]>,
     logprobs: Option<usize>,
     /// Log probabilities of the prompt's tokens so far, until they are sent.
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
@@ -142,7 +147,7 @@ impl Engine {
     /// # Errors
     /// The name is taken, there are as many adapters as may be, or the adapter does not fit the model.
     pub fn add_adapter(&mut self, name: &str, adapter: Adapter) -> Result<(), ServeError> {
-        self.load_adapter(name.into(), PathBuf::new(), adapter)
+        self.load_adapter(ReadAdapter { name: name.into(), dir: PathBuf::new(), adapter, prompting: None })
     }
 
     /// Runs the engine on a thread of its own until it is closed.
@@ -232,12 +237,16 @@ impl Engine {
         match command {
             Command::Generate(request, reply) => self.take(request, reply),
             Command::LoadAdapter(name, dir, reply) => self.read_adapter(name, dir, reply),
-            Command::AdapterRead(name, dir, adapter, reply) => {
+            Command::AdapterRead(read, reply) => {
                 // Nobody may wait for the answer any more; the adapter is loaded all the same.
-                reply.send(self.load_adapter(name, dir, *adapter)).ok();
+                reply.send(self.load_adapter(*read)).ok();
             }
             Command::UnloadAdapter(name, reply) => {
                 reply.send(self.unload_adapter(&name)).ok();
+            }
+            Command::DropAdapter(number) => {
+                self.adapters.drop_adapter(number);
+                self.forget_adapter(number);
             }
             Command::Wake => {}
         }
@@ -246,18 +255,20 @@ impl Engine {
     fn take(&mut self, request: Request, reply: Reply) {
         let Request { prompt, adapter, max_tokens, sampling, stop_ids, logprobs, prompt_logprobs, constraint } =
             request;
-        // The adapter may have gone since the request was checked.
-        let Some(adapter) = self.adapters.number(adapter.as_deref()) else {
+        let number = adapter.as_ref().map_or(BASE, |adapter| adapter.info().number);
+        // It is kept by the request, unless another engine gave it.
+        if let Some(adapter) = adapter.as_ref().filter(|_| !self.adapters.has(number)) {
             self.count_waiting(-1);
             self.inbox.counters().failed.fetch_add(1, Ordering::Relaxed);
-            let name = adapter.unwrap_or_default();
+            let name = adapter.info().name.clone();
             reply.send(Event::Failed(ServeError::UnknownAdapter { name }.to_string()));
             return;
-        };
+        }
         self.next_id += 1;
         let answering = Answering {
             reply,
-            adapter,
+            number,
+            _kept: adapter,
             prompt_len: prompt.len(),
             max_tokens: max_tokens.min(self.inbox.limits().max_tokens - prompt.len()),
             stop_ids,
@@ -268,9 +279,8 @@ impl Engine {
             generated: 0,
             has_joined: false,
         };
-        self.adapters.begin_use(adapter);
         self.answering.insert(self.next_id, answering);
-        self.scheduler.add(self.next_id, prompt, adapter, !prompt_logprobs);
+        self.scheduler.add(self.next_id, prompt.to_vec(), number, !prompt_logprobs);
     }
 
     fn count_waiting(&self, change: isize) {
@@ -280,12 +290,12 @@ impl Engine {
     /// Reads a folder on another thread, so that answers go on.
     fn read_adapter(&mut self, name: String, dir: PathBuf, reply: oneshot::Sender<Result<(), ServeError>>) {
         let sender = self.inbox.sender();
-        let read = move || match Adapter::load(&dir) {
-            Ok(adapter) => {
-                sender.send(Command::AdapterRead(name, dir, Box::new(adapter), reply)).ok();
+        let read = move || match read_folder(name, dir) {
+            Ok(read) => {
+                sender.send(Command::AdapterRead(Box::new(read), reply)).ok();
             }
-            Err(e) => {
-                reply.send(Err(ServeError::Adapter { dir, source: Box::new(e.into()) })).ok();
+            Err(error) => {
+                reply.send(Err(error)).ok();
             }
         };
         // Without a thread the reply is dropped, which tells who waits.
@@ -294,29 +304,37 @@ impl Engine {
         }
     }
 
-    fn load_adapter(&mut self, name: String, dir: PathBuf, adapter: Adapter) -> Result<(), ServeError> {
+    fn load_adapter(&mut self, read: ReadAdapter) -> Result<(), ServeError> {
+        let ReadAdapter { name, dir, adapter, prompting } = read;
         let Limits { max_adapters, .. } = self.inbox.limits();
-        if self.adapters.number(Some(&name)).is_some() {
+        if self.adapters.has_name(&name) {
             return Err(ServeError::NameTaken { name });
         }
         if self.adapters.len() >= max_adapters {
             return Err(ServeError::TooManyAdapters { max_adapters });
         }
-        let vocab_size = match self.adapters.insert(&name, adapter) {
-            Ok(vocab_size) => vocab_size,
+        let (number, vocab_size) = match self.adapters.insert(&name, adapter) {
+            Ok(inserted) => inserted,
             Err(source) => return Err(ServeError::Adapter { dir, source: Box::new(source) }),
         };
         let loaded = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        self.inbox.announce(AdapterInfo { name, dir, loaded, vocab_size });
+        let prompting = prompting.map(Arc::new);
+        self.inbox.announce(AdapterInfo { name, number, dir, loaded, vocab_size, prompting });
         Ok(())
     }
 
     fn unload_adapter(&mut self, name: &str) -> Result<(), ServeError> {
-        let number = self.adapters.remove(name).ok_or_else(|| ServeError::UnknownAdapter { name: name.to_string() })?;
-        self.scheduler.forget_adapter(number);
-        self.cache.forget_adapter(number);
+        let number = self.adapters.remove_name(name);
+        let number = number.ok_or_else(|| ServeError::UnknownAdapter { name: name.to_string() })?;
+        self.forget_adapter(number);
         self.inbox.withdraw(name);
         Ok(())
+    }
+
+    /// Forgets what is known for an adapter's further requests.
+    fn forget_adapter(&mut self, number: AdapterNumber) {
+        self.scheduler.forget_adapter(number);
+        self.cache.forget_adapter(number);
     }
 
     fn drop_cancelled(&mut self) {
@@ -344,7 +362,6 @@ impl Engine {
             completion_tokens: answering.generated,
         };
         self.scheduler.remove(id);
-        self.adapters.end_use(answering.adapter);
         if !answering.has_joined {
             self.count_waiting(-1);
         }
@@ -370,7 +387,7 @@ impl Engine {
         for slice in slices {
             if let Some(answering) = self.answering.get_mut(&slice.id) {
                 let joined = !std::mem::replace(&mut answering.has_joined, true);
-                by_adapter.entry(answering.adapter).or_default().push(slice.clone());
+                by_adapter.entry(answering.number).or_default().push(slice.clone());
                 if joined {
                     self.joined(&slice);
                 }
@@ -457,11 +474,51 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        // Before its answers break off.
+        self.inbox.note_end();
         let counters = self.inbox.counters();
         for gauge in [&counters.waiting, &counters.running, &counters.blocks_used] {
             AtomicUsize::store(gauge, 0, Ordering::Relaxed);
         }
     }
+}
+
+/// Reads an adapter's folder.
+fn read_folder(name: String, dir: PathBuf) -> Result<ReadAdapter, ServeError> {
+    let prompting = match Prompting::of_adapter(&dir) {
+        Ok(prompting) => prompting,
+        Err(error) => return Err(ServeError::Prompting { dir, source: Box::new(error) }),
+    };
+    // A pipe, say, would be waited for without an end.
+    for file in ["adapter_config.json", "adapter_model.safetensors"].map(|name| dir.join(name)) {
+        if file.metadata().is_ok_and(|meta| !meta.is_file()) {
+            return Err(ServeError::NotAFile { file });
+        }
+    }
+    let read = Adapter::load(&dir).and_then(|adapter| {
+        // Patterns that are none show; what they match is not looked for.
+        adapter.missing_modules(&[]).map(|_| adapter)
+    });
+    let adapter = match read {
+        Ok(adapter) => adapter,
+        Err(error) => return Err(ServeError::Adapter { dir, source: Box::new(error.into()) }),
+    };
+    let missing = adapter.missing_targets();
+    if let (TargetModules::List(names), false) =
+        (adapter.config.target_modules_or_default(), adapter.modules().is_empty())
+        && !names.is_empty()
+        && names.iter().all(|name| missing.contains(name))
+    {
+        return Err(ServeError::NoTargets { dir, names: names.join(", ") });
+    }
+    if !missing.is_empty() {
+        tracing::warn!(
+            name,
+            missing = missing.join(", "),
+            "an adapter has no weights for modules that its configuration names: they stay the base's"
+        );
+    }
+    Ok(ReadAdapter { name, dir, adapter, prompting })
 }
 
 /// A slice as the model takes it.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use chat_text::ChatError;
 use host_copies::DeviceError;
 use qlora_models::ModelError;
 
@@ -61,6 +62,32 @@ pub enum ServeError {
         #[source]
         source: Box<ModelError>,
     },
+    /// What an adapter is prompted with can't be read, or is none.
+    #[error("what the adapter in {} is prompted with can't be used", dir.display())]
+    Prompting {
+        /// The adapter's folder.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<ChatError>,
+    },
+    /// Something that may have no end, or is no file.
+    #[error("{} is not a regular file", file.display())]
+    NotAFile {
+        /// Its path.
+        file: PathBuf,
+    },
+    /// A configuration that is of other weights.
+    #[error(
+        "the adapter in {} has weights for none of its target_modules ({names}): correct them in its adapter_config.json",
+        dir.display()
+    )]
+    NoTargets {
+        /// Its folder.
+        dir: PathBuf,
+        /// The names.
+        names: String,
+    },
     /// The queue is full.
     #[error("{} already: try again later", count(*waiting, "request waits", "requests wait"))]
     Busy {
@@ -70,6 +97,9 @@ pub enum ServeError {
     /// Nothing more is taken.
     #[error("the engine is closing and takes no more requests")]
     Closed,
+    /// Nothing more is answered.
+    #[error("the engine failed and answers nothing more; the server's log says why")]
+    EngineFailed,
     /// The budget holds too little.
     #[error(
         "the cache budget of {budget} bytes holds {} of {block_tokens} tokens: one answer needs 2 or more",

@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::task::{Context, Poll};
 
 use adapter_io::Adapter;
+use chat_text::Prompting;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::error::ServeError;
 use crate::request::{Event, Request};
+use crate::served::{AdapterInfo, ServedAdapter};
 
 /// What an engine can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,31 +64,40 @@ pub struct Counters {
     pub blocks: AtomicUsize,
 }
 
-/// An adapter that an engine knows.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdapterInfo {
-    /// The name that requests use.
-    pub name: String,
-    /// Where it was read from.
-    pub dir: PathBuf,
-    /// Seconds since the Unix epoch when it was loaded.
-    pub loaded: u64,
-    /// Ids below this have an embedding: more than the base's where the adapter was trained with tokens of its own.
-    pub vocab_size: usize,
-}
-
 #[derive(Debug)]
 struct Shared {
     limits: Limits,
     counters: Counters,
     closed: AtomicBool,
-    adapters: Mutex<HashMap<String, AdapterInfo>>,
+    /// Whether the engine ended without having been asked to close, or by a panic.
+    failed: AtomicBool,
+    ended: watch::Sender<bool>,
+    adapters: Mutex<HashMap<String, ServedAdapter>>,
 }
 
 impl Shared {
-    fn adapters(&self) -> std::sync::MutexGuard<'_, HashMap<String, AdapterInfo>> {
+    fn adapters(&self) -> std::sync::MutexGuard<'_, HashMap<String, ServedAdapter>> {
         self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Why nothing more is taken.
+    fn refusal(&self) -> ServeError {
+        let was_asked = self.closed.load(Ordering::Acquire) && !self.failed.load(Ordering::Acquire);
+        if was_asked { ServeError::Closed } else { ServeError::EngineFailed }
+    }
+}
+
+/// An adapter as its folder has it.
+#[derive(Debug)]
+pub struct ReadAdapter {
+    /// The name that requests are to use.
+    pub name: String,
+    /// The folder.
+    pub dir: PathBuf,
+    /// What lies in it.
+    pub adapter: Adapter,
+    /// How it is prompted; `None` where nothing lies beside it.
+    pub prompting: Option<Prompting>,
 }
 
 /// What a handle sends.
@@ -97,9 +108,11 @@ pub enum Command {
     /// Read an adapter's folder and serve it under a name.
     LoadAdapter(String, PathBuf, oneshot::Sender<Result<(), ServeError>>),
     /// An adapter's folder was read.
-    AdapterRead(String, PathBuf, Box<Adapter>, oneshot::Sender<Result<(), ServeError>>),
+    AdapterRead(Box<ReadAdapter>, oneshot::Sender<Result<(), ServeError>>),
     /// Forget an adapter; requests that use it finish.
     UnloadAdapter(String, oneshot::Sender<Result<(), ServeError>>),
+    /// The adapter of this number has no name and no user any more.
+    DropAdapter(u64),
     /// Look at what else has changed: the engine was asked to close.
     Wake,
 }
@@ -213,6 +226,8 @@ pub fn line(limits: Limits) -> (Handle, Inbox) {
         limits,
         counters: Counters::default(),
         closed: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
+        ended: watch::Sender::new(false),
         adapters: Mutex::default(),
     });
     let line = Line { commands: sender.clone(), shared: shared.clone() };
@@ -238,20 +253,14 @@ impl Handle {
     /// As [`submit`](Self::submit), a full queue aside.
     pub(crate) fn check(&self, request: &Request) -> Result<(), ServeError> {
         let shared = &*self.0.shared;
-        let Shared { limits, closed, .. } = shared;
-        if closed.load(Ordering::Acquire) {
-            return Err(ServeError::Closed);
+        let limits = &shared.limits;
+        if self.is_closed() {
+            return Err(shared.refusal());
         }
         if request.prompt.is_empty() {
             return Err(ServeError::EmptyPrompt);
         }
-        let vocab_size = match &request.adapter {
-            None => limits.vocab_size,
-            Some(name) => match shared.adapters().get(name) {
-                Some(adapter) => adapter.vocab_size,
-                None => return Err(ServeError::UnknownAdapter { name: name.clone() }),
-            },
-        };
+        let vocab_size = request.adapter.as_ref().map_or(limits.vocab_size, |adapter| adapter.info().vocab_size);
         if let Some(&token) = request.prompt.iter().find(|&&token| token as usize >= vocab_size) {
             return Err(ServeError::BeyondVocabulary { token, vocab_size });
         }
@@ -270,7 +279,7 @@ impl Handle {
         let Line { commands, shared } = &*self.0;
         let counters = &shared.counters;
         if self.is_closed() {
-            return Err(ServeError::Closed);
+            return Err(shared.refusal());
         }
         let waiting = counters
             .waiting
@@ -283,7 +292,7 @@ impl Handle {
         let reply = Reply { events: sender, has_enough: has_enough.clone() };
         if commands.send(Command::Generate(request, reply)).is_err() {
             counters.waiting.fetch_sub(1, Ordering::AcqRel);
-            return Err(ServeError::Closed);
+            return Err(shared.refusal());
         }
         counters.requests.fetch_add(1, Ordering::Relaxed);
         Ok(Offered::Taken(Answer { events, has_enough }))
@@ -300,7 +309,17 @@ impl Handle {
         receiver.await.unwrap_or(Err(ServeError::Closed))
     }
 
-    /// Has the engine forget an adapter. Requests that use it finish; new ones are refused.
+    /// The adapter that has this name now, to be asked.
+    ///
+    /// # Errors
+    /// [`ServeError::UnknownAdapter`].
+    pub fn adapter(&self, name: &str) -> Result<ServedAdapter, ServeError> {
+        let adapter = self.0.shared.adapters().get(name).cloned();
+        adapter.ok_or_else(|| ServeError::UnknownAdapter { name: name.into() })
+    }
+
+    /// Has the engine forget an adapter's name. Requests that use it finish, those that wait among them; new ones are
+    /// refused.
     ///
     /// # Errors
     /// There is none of this name, or the engine is closing.
@@ -312,14 +331,15 @@ impl Handle {
 
     fn command(&self, command: Command) -> Result<(), ServeError> {
         match self.is_closed() {
-            true => Err(ServeError::Closed),
-            false => self.0.commands.send(command).map_err(|_| ServeError::Closed),
+            true => Err(self.refusal()),
+            false => self.0.commands.send(command).map_err(|_| self.refusal()),
         }
     }
 
     /// The adapters that can be asked, by name.
     pub fn adapters(&self) -> Vec<AdapterInfo> {
-        let mut adapters: Vec<AdapterInfo> = self.0.shared.adapters().values().cloned().collect();
+        let mut adapters: Vec<AdapterInfo> =
+            self.0.shared.adapters().values().map(|adapter| adapter.info().clone()).collect();
         adapters.sort_by(|a, b| a.name.cmp(&b.name));
         adapters
     }
@@ -342,6 +362,18 @@ impl Handle {
     /// Whether the engine was asked to close, or is gone.
     pub fn is_closed(&self) -> bool {
         self.0.shared.closed.load(Ordering::Acquire)
+    }
+
+    /// Why a [closed](Self::is_closed) engine takes nothing: [`ServeError::Closed`] or [`ServeError::EngineFailed`].
+    pub fn refusal(&self) -> ServeError {
+        self.0.shared.refusal()
+    }
+
+    /// Waits until the engine is gone; whether it failed.
+    pub async fn ended(&self) -> bool {
+        // The sender lives as long as this does.
+        self.0.shared.ended.subscribe().wait_for(|ended| *ended).await.ok();
+        self.0.shared.failed.load(Ordering::Acquire)
     }
 }
 
@@ -378,17 +410,31 @@ impl Inbox {
 
     /// Makes an adapter known to handles.
     pub fn announce(&self, adapter: AdapterInfo) {
-        self.shared.adapters().insert(adapter.name.clone(), adapter);
+        let served = ServedAdapter::new(adapter, self.sender());
+        self.shared.adapters().insert(served.info().name.clone(), served);
     }
 
-    /// Makes an adapter unknown to handles.
+    /// Makes an adapter's name unknown to handles. [`Command::DropAdapter`] follows when its last user has gone.
     pub fn withdraw(&self, name: &str) {
         self.shared.adapters().remove(name);
+    }
+
+    /// Notes that nothing more is answered; that the engine failed, if it was not asked to close. Readers of answers
+    /// that break off behind this are told so.
+    pub(crate) fn note_end(&self) {
+        if !self.is_closed() || std::thread::panicking() {
+            self.shared.failed.store(true, Ordering::Release);
+        }
+        self.shared.closed.store(true, Ordering::Release);
     }
 }
 
 impl Drop for Inbox {
     fn drop(&mut self) {
-        self.shared.closed.store(true, Ordering::Release);
+        // An engine has noted it already.
+        if !self.is_closed() || std::thread::panicking() {
+            self.note_end();
+        }
+        self.shared.ended.send_replace(true);
     }
 }

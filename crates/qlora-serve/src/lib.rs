@@ -18,10 +18,12 @@ pub mod http;
 mod request;
 pub mod sampling;
 pub mod scheduler;
+mod served;
 pub mod text;
 
 pub use engine::{CacheSize, Engine, EngineConfig};
 pub use error::ServeError;
 pub use generate::{Generation, generate};
-pub use handle::{AdapterInfo, Answer, Command, Counters, Handle, Inbox, Limits, Reply, line};
+pub use handle::{Answer, Command, Counters, Handle, Inbox, Limits, ReadAdapter, Reply, line};
 pub use request::{Constraint, Event, FinishReason, Finished, Request, Sampling, Token, TokenLogprobs, Usage};
+pub use served::{AdapterInfo, ServedAdapter};

@@ -1,20 +1,23 @@
 //! What is asked of the engine, and what it answers with: token ids in, token ids out.
 
 use std::fmt;
+use std::sync::Arc;
+
+use crate::served::ServedAdapter;
 
 /// Token ids to continue, and how.
 #[derive(Debug)]
 pub struct Request {
     /// The tokens to continue.
-    pub prompt: Vec<u32>,
-    /// The adapter that answers; `None` is the base model.
-    pub adapter: Option<String>,
+    pub prompt: Arc<[u32]>,
+    /// The adapter that answers, as [`Handle::adapter`](crate::Handle::adapter) gives it; `None` is the base model.
+    pub adapter: Option<ServedAdapter>,
     /// New tokens at most.
     pub max_tokens: usize,
     /// How each token is chosen.
     pub sampling: Sampling,
     /// Ids that end the answer; the one that ended it is among the answer's tokens.
-    pub stop_ids: Vec<u32>,
+    pub stop_ids: Arc<[u32]>,
     /// Log probabilities of each new token and of this many of the likeliest; `None` for none.
     pub logprobs: Option<usize>,
     /// Log probabilities of the prompt's tokens too, as many likeliest as [`logprobs`](Self::logprobs) asks for. The
@@ -26,13 +29,13 @@ pub struct Request {
 
 impl Request {
     /// A request for the likeliest continuation.
-    pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
+    pub fn new(prompt: impl Into<Arc<[u32]>>, max_tokens: usize) -> Self {
         Self {
-            prompt,
+            prompt: prompt.into(),
             adapter: None,
             max_tokens,
             sampling: Sampling::default(),
-            stop_ids: Vec::new(),
+            stop_ids: Arc::default(),
             logprobs: None,
             prompt_logprobs: false,
             constraint: None,

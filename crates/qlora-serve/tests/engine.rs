@@ -196,7 +196,7 @@ fn a_batch_of_many_adapters_gives_the_single_answers() {
         .iter()
         .enumerate()
         .map(|(i, prompt)| {
-            let adapter = carrier(i).map(|(name, ..)| name.clone());
+            let adapter = carrier(i).map(|(name, ..)| served.handle.adapter(name).unwrap());
             served.handle.submit(Request { adapter, ..Request::new(prompt.clone(), 6) }).unwrap()
         })
         .collect();
@@ -222,7 +222,10 @@ fn adapters_come_and_go_while_answers_run() {
     assert!(matches!(served.load("three", &dir), Err(ServeError::TooManyAdapters { max_adapters: 2 })));
     let names: Vec<String> = served.handle.adapters().into_iter().map(|adapter| adapter.name).collect();
     assert_eq!(names, ["one", "two"]);
-    let ask = || served.handle.submit(Request { adapter: Some("one".into()), ..Request::new(vec![5, 6, 7], 200) });
+    let ask = || {
+        let adapter = Some(served.handle.adapter("one")?);
+        served.handle.submit(Request { adapter, ..Request::new(vec![5, 6, 7], 200) })
+    };
     let mut running = ask().unwrap();
     assert_eq!(running.next_blocking(), Some(Event::Started { cached_tokens: 0 }));
     assert!(matches!(running.next_blocking(), Some(Event::Token(_))));
@@ -240,6 +243,36 @@ fn adapters_come_and_go_while_answers_run() {
     assert_eq!(read(ask().unwrap()).unwrap().ids, alone(&second, &[5, 6, 7], 200));
     let missing = served.load("four", Path::new("/nowhere"));
     assert!(matches!(missing, Err(ServeError::TooManyAdapters { .. } | ServeError::Adapter { .. })));
+    served.close();
+}
+
+/// A request is answered by the adapter that it was made for, whenever it is sent and whatever its name is by then.
+#[test]
+fn a_request_keeps_its_adapter() {
+    let model = load("tiny-llama", None);
+    let served = Served::new(&model, EngineConfig::default());
+    // Tokens of its own, which the other adapter has no rows for.
+    let own = reference("adapters/tokens");
+    served.load("a", &own).unwrap();
+    let adapter = Some(served.handle.adapter("a").unwrap());
+    let prompt = [4097, 20, 300, 4096];
+    let request = || Request { adapter: adapter.clone(), ..Request::new(prompt, 6) };
+    wait(served.handle.unload_adapter("a")).unwrap();
+    served.load("a", &reference("adapters/plain")).unwrap();
+    let answers = [served.handle.submit(request()).unwrap(), served.handle.submit(request()).unwrap()];
+    let mut first = model.clone();
+    first.load_adapter(&Adapter::load(&own).unwrap()).unwrap();
+    let expected = alone(&first, &prompt, 6);
+    for answer in answers {
+        assert_eq!(read(answer).unwrap().ids, expected);
+    }
+    let other = Request { adapter: Some(served.handle.adapter("a").unwrap()), ..request() };
+    assert!(matches!(served.handle.submit(other), Err(ServeError::BeyondVocabulary { token: 4097, .. })));
+    // One that another engine gave is none here.
+    let elsewhere = Served::new(&model, EngineConfig::default());
+    let failed = read(elsewhere.handle.submit(request()).unwrap()).unwrap_err();
+    assert!(failed.contains("no adapter is called \"a\""), "{failed}");
+    elsewhere.close();
     served.close();
 }
 
@@ -409,7 +442,7 @@ fn answers_end_where_they_must() {
     let ask = |request| read(served.handle.submit(request).unwrap());
     let free = alone(&model, &[5, 6, 7], 30);
     let first = free.iter().position(|id| *id == free[3]).unwrap();
-    let stopped = ask(Request { stop_ids: vec![free[3]], ..Request::new(vec![5, 6, 7], 30) }).unwrap();
+    let stopped = ask(Request { stop_ids: vec![free[3]].into(), ..Request::new(vec![5, 6, 7], 30) }).unwrap();
     assert_eq!((&stopped.ids[..], stopped.finished.reason), (&free[..=first], FinishReason::Stop));
     let constraint: Box<dyn Constraint> = Box::new(CountUp { next: 20, end: 25 });
     let counted = ask(Request { constraint: Some(constraint), ..Request::new(vec![5], 30) }).unwrap();
@@ -435,8 +468,7 @@ fn what_cannot_be_answered_is_refused_at_once() {
     assert!(matches!(handle.submit(Request::new(vec![4096], 1)), Err(ServeError::BeyondVocabulary { .. })));
     let long = handle.submit(Request::new(vec![1; 40], 1));
     assert!(matches!(long, Err(ServeError::TooLong { tokens: 40, max_tokens: 40 })));
-    let unknown = Request { adapter: Some("x".into()), ..Request::new(vec![1], 1) };
-    assert!(matches!(handle.submit(unknown), Err(ServeError::UnknownAdapter { .. })));
+    assert!(matches!(handle.adapter("x"), Err(ServeError::UnknownAdapter { .. })));
     // Nothing runs yet: the queue fills.
     let waiting = [1, 2].map(|id| handle.submit(Request::new(vec![id], 1)).unwrap());
     assert!(matches!(handle.submit(Request::new(vec![1], 1)), Err(ServeError::Busy { waiting: 2 })));
@@ -450,4 +482,42 @@ fn what_cannot_be_answered_is_refused_at_once() {
     thread.join().unwrap().unwrap();
     let small = EngineConfig { cache: CacheSize::Bytes(100), ..config };
     assert!(matches!(Engine::new(model, &small), Err(ServeError::CacheTooSmall { .. })));
+}
+
+/// Folders that would be waited for, and configurations of other weights.
+#[test]
+fn adapters_that_are_refused() {
+    let model = load("tiny-llama", None);
+    let served = Served::new(&model, EngineConfig::default());
+    let copy = |change: &dyn Fn(&Path)| {
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(reference("adapters/plain").join(file), dir.path().join(file)).unwrap();
+        }
+        change(dir.path());
+        let result = served.load("a", dir.path());
+        if result.is_ok() {
+            wait(served.handle.unload_adapter("a")).unwrap();
+        }
+        result
+    };
+    let targets = |targets: serde_json::Value| {
+        copy(&|dir| {
+            let path = dir.join("adapter_config.json");
+            let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            config["target_modules"] = targets.clone();
+            std::fs::write(&path, config.to_string()).unwrap();
+        })
+    };
+    assert!(copy(&|_| ()).is_ok());
+    assert!(matches!(targets(serde_json::json!(["zzz"])), Err(ServeError::NoTargets { .. })));
+    assert!(matches!(targets(serde_json::json!("(")), Err(ServeError::Adapter { .. })));
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        let result = copy(&|dir| {
+            std::fs::remove_file(dir.join(file)).unwrap();
+            std::fs::create_dir(dir.join(file)).unwrap();
+        });
+        assert!(matches!(result, Err(ServeError::NotAFile { .. })), "{file}: {result:?}");
+    }
+    served.close();
 }

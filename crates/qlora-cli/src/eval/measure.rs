@@ -106,7 +106,8 @@ impl Measurement<'_> {
             if !self.has_room(row.ids.len()) {
                 return Ok(None);
             }
-            let asked = Request { adapter: column.voice.adapter.clone(), ..request(row) };
+            let adapter = column.voice.adapter.as_deref().map(|name| self.handle.adapter(name)).transpose()?;
+            let asked = Request { adapter, ..request(row) };
             Ok(Some(self.handle.submit(asked)?))
         };
         let take = |EvalRow { row, .. }: &EvalRow, answer: Option<Answer>| {

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
-use chat_text::Prompting;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{ApiError, chain};
+use super::error::ApiError;
 use super::{HttpState, body};
 use crate::error::ServeError;
 
@@ -46,11 +45,6 @@ pub(super) async fn load(State(state): State<HttpState>, request: Request) -> Re
             let message = format!("lora_path: {run} is a run's folder: its adapter is {inner}");
             return Err(ApiError::field("lora_path", message).with_code("adapter_not_served"));
         }
-        // A template that does not compile shows now, and not at the first question.
-        if let Err(error) = Prompting::of_adapter(&lora_path) {
-            let message = format!("lora_path: {}", chain(&error));
-            return Err(ApiError::field("lora_path", message).with_code("adapter_not_served"));
-        }
         Ok((lora_name, lora_path))
     });
     let (name, path) = work.await?;
@@ -75,7 +69,6 @@ pub(super) async fn unload(State(state): State<HttpState>, request: Request) -> 
         },
         error => error.into(),
     })?;
-    state.promptings().forget(&lora_name);
     Ok(Json(json!({ "status": "unloaded", "lora_name": lora_name })))
 }
 

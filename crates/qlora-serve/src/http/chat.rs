@@ -71,7 +71,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     unsupported::refuse(bytes, &unsupported::OF_COMPLETIONS)?;
     let limits = state.handle().limits();
     let model = state.model(request.model.as_deref())?;
-    let choice = sampling::read(request.sampling(), state.config(), limits.vocab_size)?;
+    let choice = sampling::read(request.sampling(), state.config(), model.vocab_size)?;
     let (stream, include_usage) = stream::wanted(request.stream, request.stream_options)?;
     let logprobs = logprobs_of(&request, state.config().max_logprobs)?;
     if logprobs.is_some() {
@@ -110,6 +110,13 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     let reasoning = (knows || close.is_some()).then_some(prompt.opens_reasoning);
     let grammar = grammar(state, &model, request.response_format.as_ref(), tools.as_ref())?;
     let grammar = grammar.map(|grammar| grammar.ending_with(eos.clone()));
+    if grammar.is_some() && prompt.opens_reasoning && close.is_none() {
+        let param = if tools.is_some() { "tool_choice" } else { "response_format" };
+        let message = format!(
+            "{param}: the model reasons first, and {REASONING_CLOSE} is no token of its own behind which an answer could be constrained; turn reasoning off by `chat_template_kwargs`, where the template has a variable for it"
+        );
+        return Err(ApiError::field(param, message));
+    }
     let constraint = |grammar: Grammar| -> Box<dyn Constraint> {
         match close.filter(|_| prompt.opens_reasoning) {
             Some(close) => Box::new(AfterReasoning::new(grammar, close)),
@@ -117,18 +124,19 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
         }
     };
 
-    let room = limits.max_tokens.saturating_sub(prompt.tokens.len());
+    let room = sampling::room(&prompt.tokens, limits).map_err(of_messages)?;
+    let tokens: Arc<[u32]> = prompt.tokens.into();
     let max_tokens = match request.max_completion_tokens.or(request.max_tokens) {
         Some(0) => return Err(ApiError::field("max_tokens", "max_tokens: an answer has at least one token")),
         Some(most) => most.min(room),
         None => room,
     };
-    let stop_ids = if choice.ignore_eos { choice.stop_ids.clone() } else { [eos, choice.stop_ids.clone()].concat() };
+    let stop_ids: Arc<[u32]> = if choice.ignore_eos { choice.stop_ids } else { [eos, choice.stop_ids].concat() }.into();
     let requests = (0..choice.n).map(|index| {
         let mut sampling = choice.sampling.clone();
         sampling.seed = sampling.seed.wrapping_add(index as u64);
         EngineRequest {
-            prompt: prompt.tokens.clone(),
+            prompt: tokens.clone(),
             adapter: model.adapter.clone(),
             max_tokens,
             sampling,

@@ -1,5 +1,7 @@
 //! `POST /v1/completions`.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -73,7 +75,7 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     unsupported::refuse(bytes, &unsupported::OF_CHATS)?;
     let limits = state.handle().limits();
     let model = state.model(request.model.as_deref())?;
-    let choice = sampling::read(request.sampling(), state.config(), limits.vocab_size)?;
+    let choice = sampling::read(request.sampling(), state.config(), model.vocab_size)?;
     let (stream, include_usage) = stream::wanted(request.stream, request.stream_options)?;
     if request.best_of.is_some_and(|best_of| best_of != choice.n) {
         return Err(ApiError::field("best_of", "best_of: answers are not ranked; leave it out, and use `n`"));
@@ -120,18 +122,20 @@ fn prepare(state: &HttpState, bytes: &[u8]) -> Result<(Job, Head), ApiError> {
     if !choice.ignore_eos {
         stop_ids.extend(eos);
     }
+    let stop_ids: Arc<[u32]> = stop_ids.into();
     let mut requests = Vec::with_capacity(count * choice.n);
     let mut echoed = Vec::new();
     for (tokens, text) in prompts {
         if tokens.is_empty() {
             return Err(ApiError::field("prompt", "prompt: a prompt has no tokens").with_code("empty_prompt"));
         }
-        let room = limits.max_tokens.saturating_sub(tokens.len());
+        let room = sampling::room(&tokens, limits)?;
+        let shared: Arc<[u32]> = tokens.as_slice().into();
         for index in 0..choice.n {
             let mut sampling = choice.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(index as u64);
             requests.push(EngineRequest {
-                prompt: tokens.clone(),
+                prompt: shared.clone(),
                 adapter: model.adapter.clone(),
                 max_tokens: request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).min(room),
                 sampling,

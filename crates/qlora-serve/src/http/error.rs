@@ -97,7 +97,10 @@ impl From<ServeError> for ApiError {
             ServeError::UnknownAdapter { name } => Self::unknown_model(name),
             ServeError::NameTaken { .. } => Self::field("lora_name", message).with_code("name_taken"),
             ServeError::TooManyAdapters { .. } => Self::new(StatusCode::CONFLICT, "too_many_adapters", message),
-            ServeError::Adapter { .. } => Self::field("lora_path", message).with_code("adapter_not_served"),
+            ServeError::Adapter { .. }
+            | ServeError::Prompting { .. }
+            | ServeError::NotAFile { .. }
+            | ServeError::NoTargets { .. } => Self::field("lora_path", message).with_code("adapter_not_served"),
             ServeError::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
             ServeError::Closed => Self::closed(),
             _ => Self::internal(message),

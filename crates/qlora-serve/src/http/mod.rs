@@ -37,7 +37,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::http::StatusCode;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use chat_text::{Prompting, Tokenizer};
 use tokio::sync::Semaphore;
@@ -46,7 +46,7 @@ use crate::handle::Handle;
 use crate::text::{Grammars, Vocabulary};
 use error::ApiError;
 use metrics::Metrics;
-use models::{Promptings, with_template};
+use models::with_template;
 
 pub use config::HttpConfig;
 pub use serve::serve;
@@ -61,7 +61,6 @@ struct Shared {
     tokenizer: Arc<Tokenizer>,
     config: HttpConfig,
     base_prompting: Arc<Prompting>,
-    promptings: Promptings,
     vocabulary: OnceLock<Vocabulary>,
     grammars: OnceLock<Result<Grammars, String>>,
     metrics: Arc<Metrics>,
@@ -80,7 +79,6 @@ impl HttpState {
             handle,
             tokenizer: Arc::new(tokenizer),
             base_prompting: Arc::new(with_template(config.prompting.clone(), config.chat_template.as_ref())),
-            promptings: Promptings::default(),
             vocabulary: OnceLock::new(),
             grammars: OnceLock::new(),
             metrics: Arc::default(),
@@ -106,10 +104,6 @@ impl HttpState {
 
     fn base_prompting(&self) -> &Arc<Prompting> {
         &self.0.base_prompting
-    }
-
-    fn promptings(&self) -> &Promptings {
-        &self.0.promptings
     }
 
     fn metrics(&self) -> &Arc<Metrics> {
@@ -174,13 +168,14 @@ pub fn router(state: HttpState) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), auth::check))
+        .layer(from_fn(serve::bounded_header))
         .layer(from_fn_with_state(state.clone(), metrics::count))
         .with_state(state)
 }
 
 /// `GET /health`: 200 while requests are taken.
 async fn health(axum::extract::State(state): axum::extract::State<HttpState>) -> Result<&'static str, ApiError> {
-    if state.handle().is_closed() { Err(ApiError::closed()) } else { Ok("") }
+    if state.handle().is_closed() { Err(state.handle().refusal().into()) } else { Ok("") }
 }
 
 async fn unknown_path(uri: axum::http::Uri) -> ApiError {

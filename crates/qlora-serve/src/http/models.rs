@@ -1,17 +1,16 @@
 //! The base model and the adapters by their names: `/v1/models`, and which of them a request asks.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
 use chat_text::{ChatTemplate, PromptLayout, PromptSettings, Prompting};
 use serde_json::{Value, json};
 
 use super::HttpState;
-use super::error::{ApiError, chain};
-use crate::handle::AdapterInfo;
+use super::error::ApiError;
+use crate::served::{AdapterInfo, ServedAdapter};
 
 /// A way of prompting with the server's template, where it has one.
 pub(super) fn with_template(prompting: Prompting, template: Option<&ChatTemplate>) -> Prompting {
@@ -29,43 +28,10 @@ pub(super) fn with_template(prompting: Prompting, template: Option<&ChatTemplate
 pub(super) struct Model {
     pub name: String,
     /// `None` is the base model.
-    pub adapter: Option<String>,
+    pub adapter: Option<ServedAdapter>,
+    pub prompting: Arc<Prompting>,
     /// Ids below this have an embedding.
     pub vocab_size: usize,
-    pub prompting: Arc<Prompting>,
-}
-
-/// How adapters are prompted, as read from their folders.
-#[derive(Debug, Default)]
-pub(super) struct Promptings(Mutex<HashMap<String, (AdapterInfo, Arc<Prompting>)>>);
-
-impl Promptings {
-    /// How an adapter is prompted: as lies beside it, else as the base model; with the server's template, where it has
-    /// one.
-    fn of(
-        &self,
-        adapter: &AdapterInfo,
-        base: &Arc<Prompting>,
-        template: Option<&ChatTemplate>,
-    ) -> Result<Arc<Prompting>, ApiError> {
-        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, prompting)) = known().get(&adapter.name).filter(|(info, _)| info == adapter) {
-            return Ok(prompting.clone());
-        }
-        let read = Prompting::of_adapter(&adapter.dir).map_err(|error| {
-            let message =
-                format!("what the adapter {:?} is prompted with can't be read: {}", adapter.name, chain(&error));
-            ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "adapter_prompting", message)
-        })?;
-        let prompting = read.map_or_else(|| base.clone(), |read| Arc::new(with_template(read, template)));
-        known().insert(adapter.name.clone(), (adapter.clone(), prompting.clone()));
-        Ok(prompting)
-    }
-
-    /// Forgets an adapter.
-    pub fn forget(&self, name: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
-    }
 }
 
 impl HttpState {
@@ -73,15 +39,21 @@ impl HttpState {
     pub(super) fn model(&self, name: Option<&str>) -> Result<Model, ApiError> {
         let base = &self.config().served_name;
         let Some(name) = name.filter(|name| name != base) else {
-            let vocab_size = self.handle().limits().vocab_size;
-            let prompting = self.base_prompting().clone();
-            return Ok(Model { name: base.clone(), adapter: None, vocab_size, prompting });
+            return Ok(Model {
+                name: base.clone(),
+                adapter: None,
+                prompting: self.base_prompting().clone(),
+                vocab_size: self.handle().limits().vocab_size,
+            });
         };
-        let adapters = self.handle().adapters();
-        let adapter = adapters.iter().find(|adapter| adapter.name == name);
-        let adapter = adapter.ok_or_else(|| ApiError::unknown_model(name))?;
-        let prompting = self.promptings().of(adapter, self.base_prompting(), self.config().chat_template.as_ref())?;
-        Ok(Model { name: name.into(), adapter: Some(name.into()), vocab_size: adapter.vocab_size, prompting })
+        let adapter = self.handle().adapter(name)?;
+        // What lay beside it when it was loaded, else as the base model; with the server's template, where it has one.
+        let read = adapter.info().prompting.as_ref().map(|read| match &self.config().chat_template {
+            None => read.clone(),
+            template => Arc::new(with_template((**read).clone(), template.as_ref())),
+        });
+        let prompting = read.unwrap_or_else(|| self.base_prompting().clone());
+        Ok(Model { name: name.into(), prompting, vocab_size: adapter.info().vocab_size, adapter: Some(adapter) })
     }
 
     fn base_json(&self) -> Value {
@@ -118,7 +90,11 @@ pub(super) async fn list(State(state): State<HttpState>) -> Json<Value> {
 }
 
 /// `GET /v1/models/{id}`. Names may have slashes.
-pub(super) async fn get(State(state): State<HttpState>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn get(
+    State(state): State<HttpState>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Path(name) = name.map_err(|error| ApiError::field("model", format!("model: {}", error.body_text())))?;
     if name == state.config().served_name {
         return Ok(Json(state.base_json()));
     }

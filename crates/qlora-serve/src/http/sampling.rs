@@ -3,11 +3,20 @@
 use super::HttpConfig;
 use super::error::ApiError;
 use super::types::SamplingFields;
+use crate::error::ServeError;
+use crate::handle::Limits;
 use crate::request::Sampling;
 
 /// Stop strings at most, and bytes of each.
 const MOST_STOPS: usize = 16;
 const LONGEST_STOP: usize = 1024;
+
+/// Tokens of `stop_token_ids` and of `logit_bias` at most: each answer holds them, and looks through them at each token.
+const MOST_STOP_IDS: usize = 1024;
+const MOST_BIASES: usize = 4096;
+
+/// The least `repetition_penalty`. Logits are divided by it: far below, they would no longer be finite.
+const LEAST_PENALTY: f64 = 0.01;
 
 /// What a request says about tokens, checked.
 #[derive(Clone, Debug)]
@@ -41,14 +50,21 @@ pub(super) fn read(fields: SamplingFields, config: &HttpConfig, vocab_size: usiz
             Some(k) => usize::try_from(k).map_err(|_| ApiError::field("top_k", format!("top_k: {k} is negative")))?,
         },
         min_p: number("min_p", fields.min_p, default.min_p, 0.0, 1.0)?,
-        repetition_penalty: above_zero(
+        repetition_penalty: number(
             "repetition_penalty",
-            number("repetition_penalty", fields.repetition_penalty, default.repetition_penalty, 0.0, 10.0)?,
+            fields.repetition_penalty,
+            default.repetition_penalty,
+            LEAST_PENALTY,
+            10.0,
         )?,
         presence_penalty: number("presence_penalty", fields.presence_penalty, default.presence_penalty, -2.0, 2.0)?,
         frequency_penalty: number("frequency_penalty", fields.frequency_penalty, default.frequency_penalty, -2.0, 2.0)?,
         logit_bias: match fields.logit_bias {
             None => default.logit_bias.clone(),
+            Some(biases) if biases.len() > MOST_BIASES => {
+                let message = format!("logit_bias: {} tokens, more than {MOST_BIASES}", biases.len());
+                return Err(ApiError::field("logit_bias", message));
+            }
             Some(biases) => {
                 biases.iter().map(|(id, bias)| self::bias(id, *bias, vocab_size)).collect::<Result<_, _>>()?
             }
@@ -68,11 +84,27 @@ pub(super) fn read(fields: SamplingFields, config: &HttpConfig, vocab_size: usiz
         return Err(ApiError::field("stop", message));
     }
     let stop_ids = fields.stop_token_ids.unwrap_or_default();
+    if stop_ids.len() > MOST_STOP_IDS {
+        let message = format!("stop_token_ids: {} tokens, more than {MOST_STOP_IDS}", stop_ids.len());
+        return Err(ApiError::field("stop_token_ids", message));
+    }
     if let Some(id) = stop_ids.iter().find(|&&id| id as usize >= vocab_size) {
         let message = format!("stop_token_ids: {id} is no token: the vocabulary ends at {vocab_size}");
         return Err(ApiError::field("stop_token_ids", message));
     }
     Ok(Choice { sampling, n, stops, stop_ids, ignore_eos: fields.ignore_eos.unwrap_or(false) })
+}
+
+/// The tokens that are left for an answer to a prompt: known before anything is made for each of many answers.
+///
+/// # Errors
+/// There are none.
+pub(super) fn room(prompt: &[u32], limits: Limits) -> Result<usize, ApiError> {
+    let (tokens, max_tokens) = (prompt.len(), limits.max_tokens);
+    match max_tokens.saturating_sub(tokens) {
+        0 => Err(ServeError::TooLong { tokens, max_tokens }.into()),
+        room => Ok(room),
+    }
 }
 
 fn above_zero(name: &str, value: f64) -> Result<f64, ApiError> {

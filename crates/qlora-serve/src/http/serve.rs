@@ -9,6 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
 use futures_util::future::{Either, select};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -17,6 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::error::ApiError;
 use super::write_timeout::WriteTimeout;
 use super::{HttpState, router};
 
@@ -67,6 +72,18 @@ pub async fn serve(
         connections.shutdown().await;
     }
     Ok(())
+}
+
+/// Lets a request through whose header is within the bound. hyper's bound is for its buffer, which may take some more
+/// before it looks.
+pub(super) async fn bounded_header(request: Request, next: Next) -> Response {
+    let fields = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len());
+    let bytes = fields.sum::<usize>() + request.uri().path().len() + request.uri().query().map_or(0, str::len);
+    if bytes <= MAX_HEADER {
+        return next.run(request).await;
+    }
+    let message = format!("the request's header has {bytes} bytes, more than {MAX_HEADER}");
+    ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "header_too_large", message).into_response()
 }
 
 /// The next connection, and its place among those that may be.

@@ -90,7 +90,7 @@ enum Stage {
 struct Choice {
     stage: Stage,
     output: Output,
-    stop_ids: Vec<u32>,
+    stop_ids: Arc<[u32]>,
     pending: VecDeque<TokenAt>,
     completion_tokens: usize,
     cached_tokens: usize,
@@ -275,7 +275,7 @@ impl Session {
         match event {
             None => {
                 choice.stage = Stage::Over;
-                return Err(ApiError::closed());
+                return Err(self.handle.refusal().into());
             }
             Some(Event::Failed(message)) => {
                 choice.stage = Stage::Over;

@@ -68,8 +68,7 @@ pub(super) async fn detokenize(State(state): State<HttpState>, request: Request)
     let body = body::read(&state, request).await?;
     let answer = state.work(move |state| {
         let request: DetokenizeRequest = body::parse(&body.bytes)?;
-        state.model(request.model.as_deref())?;
-        let vocab_size = state.handle().limits().vocab_size;
+        let vocab_size = state.model(request.model.as_deref())?.vocab_size;
         if let Some(id) = request.tokens.iter().find(|&&id| id as usize >= vocab_size) {
             let message = format!("tokens: {id} is no token: the vocabulary ends at {vocab_size}");
             return Err(ApiError::field("tokens", message).with_code("unknown_token"));

@@ -1,8 +1,8 @@
 //! Answers that must be JSON of a schema, or calls of tools: constraints of `llguidance` on a tokenizer's vocabulary.
 //!
-//! A schema that `llguidance` can't enforce in full is refused when the grammar is made. White space between JSON's
-//! tokens is a space, or a new line and what it is indented by, so that a model can't go on with it until its tokens are used
-//! up.
+//! A schema that `llguidance` can't enforce in full is refused when the grammar is made, one that allows no first token within
+//! its bounds as well. White space between JSON's tokens is a space, or a new line and what it is indented by, so that a model
+//! can't go on with it until its tokens are used up.
 
 use std::fmt;
 
@@ -10,6 +10,7 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value as Json, json};
 
+use super::schema;
 use super::tools::ToolFormat;
 use super::vocabulary::Vocabulary;
 use crate::request::Constraint;
@@ -19,6 +20,9 @@ const WHITESPACE: &str = r"\x20|\x0A(\x20{0,20}|\x09{0,5})";
 
 /// States of a schema's lexer at most, at 1 to 2 KB each: an answer's constraint holds no more than 100 MB.
 const MOST_LEXER_STATES: usize = 50_000;
+
+/// Tokens that a grammar is tried with when it is made.
+const FIRST_TOKENS: usize = 3;
 
 /// Makes constraints for one tokenizer.
 pub struct Grammars {
@@ -104,20 +108,27 @@ impl Grammars {
     }
 
     fn grammar(&self, grammar: TopLevelGrammar) -> Result<Grammar, String> {
-        let matcher = Matcher::new(self.factory.create_parser(grammar));
-        match matcher.get_error() {
-            Some(error) => Err(error),
-            None => {
-                let eos = self.eos.clone();
-                Ok(Grammar { matcher, vocab_size: self.vocab_size, stop_ids: eos.clone(), eos })
+        schema::on_large_stack(|| {
+            let matcher = Matcher::new(self.factory.create_parser(grammar));
+            if let Some(error) = matcher.get_error() {
+                return Err(error);
             }
-        }
+            let (vocab_size, eos) = (self.vocab_size, self.eos.clone());
+            let mut grammar = Grammar { matcher, vocab_size, stop_ids: eos.clone(), eos };
+            // What takes too much mostly shows at the first tokens.
+            grammar.clone().begin().map_err(|error| format!("an answer can't begin: {error}"))?;
+            // The clone has a lexer of its own; this fills the one that answers start with.
+            grammar.allowed()?;
+            Ok(grammar)
+        })
     }
 }
 
+/// A schema within the bounds, and how it is to be compiled.
 fn with_options(schema: &Json) -> Result<Json, String> {
     match schema {
         Json::Object(fields) if !fields.contains_key("x-guidance") => {
+            schema::check(schema)?;
             let mut fields = fields.clone();
             fields.insert("x-guidance".into(), json!({ "whitespace_pattern": WHITESPACE }));
             Ok(Json::Object(fields))
@@ -150,6 +161,22 @@ impl Grammar {
     }
 }
 
+impl Grammar {
+    /// Takes the first of the tokens that may come, a few times.
+    fn begin(mut self) -> Result<(), String> {
+        for _ in 0..FIRST_TOKENS {
+            let mask = self.matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;
+            let token = mask.first_bit_set().ok_or("no token may come")?;
+            let token = u32::try_from(token).map_err(|error| error.to_string())?;
+            if self.eos.contains(&token) {
+                break;
+            }
+            self.matcher.consume_token(token).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+}
+
 impl Clone for Grammar {
     fn clone(&self) -> Self {
         let Self { matcher, vocab_size, eos, stop_ids } = self;
@@ -166,7 +193,10 @@ impl fmt::Debug for Grammar {
 
 impl Constraint for Grammar {
     fn allowed(&mut self) -> Result<Option<Vec<u32>>, String> {
-        let mask = self.matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;
+        let mask = self.matcher.compute_mask_or_eos();
+        let mask = mask.map_err(|error| {
+            format!("the schema of the answer takes more than the server allows, or is none: {error}; make it smaller")
+        })?;
         let mut bits = mask.as_slice().to_vec();
         let may_end = self.eos.iter().any(|&id| mask.is_allowed(id));
         bits.resize(self.vocab_size.div_ceil(32), 0);

@@ -4,6 +4,7 @@ mod grammar;
 mod output;
 mod prompt;
 mod reasoning;
+mod schema;
 mod stops;
 mod tools;
 mod vocabulary;

@@ -40,7 +40,8 @@ fn the_life_of_an_adapter() {
         ask(&state, CHAT, chat(json!({}))).await;
         {
             let seen = seen.lock().unwrap();
-            assert_eq!((seen[0].adapter.as_deref(), seen[1].adapter.as_deref()), (Some("team/kind"), None));
+            let name = |index: usize| seen[index].adapter.as_ref().map(|adapter| adapter.info().name.as_str());
+            assert_eq!((name(0), name(1)), (Some("team/kind"), None));
             let prompt = tokenizer().decode(&seen[0].prompt, false).unwrap();
             assert_eq!(prompt, "Be kind.\n\n### Instruction:\nWhat is 2 + 3?\n\n### Response:\n");
             assert!(seen[0].stop_ids.contains(&tokenizer().token_to_id("<|endoftext|>").unwrap()));
@@ -147,5 +148,53 @@ fn what_cannot_be_loaded() {
         let inner = run.path().join("adapter").display().to_string();
         assert!(error["message"].as_str().unwrap().ends_with(&inner), "{error}");
         assert_eq!(models(&state).await.len(), 1);
+    });
+}
+
+/// What lay beside an adapter when it was loaded is what it is asked with, as its weights are those of then.
+#[test]
+fn an_adapter_is_prompted_as_it_was_loaded() {
+    run(async {
+        let (script, _) = says("x");
+        let state = server(tokenizer(), config(), script);
+        let dir = tempfile::tempdir().unwrap();
+        let template = dir.path().join("chat_template.jinja");
+        std::fs::write(&template, "old {{ messages[-1].content }}").unwrap();
+        ask(&state, LOAD, json!({ "lora_name": "a", "lora_path": dir.path() })).await;
+        let prompt = || async {
+            let messages = json!([{ "role": "user", "content": "hi" }]);
+            let tokens = ask(&state, "/tokenize", json!({ "model": "a", "messages": messages })).await;
+            ask(&state, "/detokenize", json!({ "model": "a", "tokens": tokens["tokens"] })).await["prompt"].clone()
+        };
+        for other in ["new {{ messages[-1].content }}", "{% if"] {
+            std::fs::write(&template, other).unwrap();
+            assert_eq!(prompt().await, "old hi");
+        }
+        drop(dir);
+        assert_eq!(prompt().await, "old hi");
+    });
+}
+
+/// An adapter's own tokens are tokens wherever it is named.
+#[test]
+fn tokens_of_an_adapter() {
+    run(async {
+        let (script, _) = says("x");
+        let state = server(tokenizer(), config(), script);
+        let dir = tempfile::tempdir().unwrap();
+        ask(&state, LOAD, json!({ "lora_name": "a", "lora_path": dir.path() })).await;
+        let fields = json!({ "model": "a", "prompt": [4097], "logit_bias": { "4097": 1 }, "stop_token_ids": [4096] });
+        ask(&state, "/v1/completions", fields.clone()).await;
+        ask(&state, "/detokenize", json!({ "model": "a", "tokens": [4097] })).await;
+        for (field, value) in
+            [("prompt", json!([4097])), ("logit_bias", json!({ "4097": 1 })), ("stop_token_ids", json!([4097]))]
+        {
+            let mut body = json!({ "prompt": "x" });
+            body[field] = value;
+            let (status, error) = refused(&state, "/v1/completions", body).await;
+            assert_eq!((status, &error["param"]), (400, &json!(field)));
+        }
+        let (status, _) = refused(&state, "/detokenize", json!({ "tokens": [4097] })).await;
+        assert_eq!(status, 400);
     });
 }

@@ -33,7 +33,7 @@ fn an_answer_in_openais_shape() {
         let seen = seen.lock().unwrap();
         let prompt = "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(tokenizer().decode(&seen[0].prompt, false).unwrap(), prompt);
-        assert_eq!(seen[0].stop_ids, tokenizer().eos_token_ids());
+        assert_eq!(*seen[0].stop_ids, *tokenizer().eos_token_ids());
         assert_eq!(seen[0].max_tokens, 50);
         assert_eq!(seen[0].sampling.temperature, 1.0);
         let prompt_tokens = seen[0].prompt.len();
@@ -69,7 +69,7 @@ fn every_setting_reaches_the_engine() {
         assert_eq!(sampling.logit_bias, [(17, 5.0), (4095, -100.0)]);
         assert_eq!(sampling.seed, -3i64 as u64);
         assert_eq!(seen[0].max_tokens, 7);
-        assert_eq!(seen[0].stop_ids, [tokenizer().eos_token_ids(), &[9]].concat());
+        assert_eq!(*seen[0].stop_ids, [tokenizer().eos_token_ids(), &[9]].concat());
     });
 }
 

@@ -27,7 +27,8 @@ fn prompts_are_texts_or_tokens() {
                 let whole = json!({ "index": index, "text": " a time", "logprobs": null, "finish_reason": "stop" });
                 assert_eq!(*choice, whole);
             }
-            let prompts: Vec<Vec<u32>> = seen.lock().unwrap().drain(..).map(|request| request.prompt).collect();
+            let prompts: Vec<Vec<u32>> =
+                seen.lock().unwrap().drain(..).map(|request| request.prompt.to_vec()).collect();
             assert_eq!(prompts, expected);
             assert_eq!(answer["usage"]["prompt_tokens"], expected.iter().map(Vec::len).sum::<usize>());
         }
@@ -177,6 +178,6 @@ fn the_end_is_ignored_on_request() {
         let (script, seen) = says("x");
         let state = server(tokenizer(), config(), script);
         ask(&state, PATH, completion(json!({ "ignore_eos": true, "stop_token_ids": [77] }))).await;
-        assert_eq!(seen.lock().unwrap()[0].stop_ids, [77]);
+        assert_eq!(*seen.lock().unwrap()[0].stop_ids, [77]);
     });
 }

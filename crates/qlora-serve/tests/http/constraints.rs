@@ -325,3 +325,79 @@ fn a_reasoning_comes_before_the_constraint() {
         assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("so it is"), &json!("{}")));
     });
 }
+
+/// A chain of `links` definitions, the last one an integer. `link` makes one that leads to the next.
+fn chain(links: usize, link: impl Fn(Value) -> Value) -> Value {
+    let next = |index: usize| json!({ "$ref": format!("#/$defs/a{index}") });
+    let mut defs: serde_json::Map<String, Value> =
+        (0..links).map(|index| (format!("a{index}"), link(next(index + 1)))).collect();
+    defs.insert(format!("a{links}"), json!({ "type": "integer" }));
+    json!({ "$defs": defs, "type": "object", "properties": { "r": next(0) }, "required": ["r"] })
+}
+
+/// What a stack, or memory, would overflow with is refused, and what is below the bounds is not.
+#[test]
+fn chains_of_references_are_bounded() {
+    type Link = fn(Value) -> Value;
+    let object: Link = |next| json!({ "type": "object", "properties": { "x": next }, "required": ["x"] });
+    let bare: Link = |next| next;
+    let merged: Link = |next| json!({ "allOf": [next, { "minimum": 1 }] });
+    let list: Link = |next| json!({ "type": "array", "items": { "anyOf": [next, { "type": "null" }] } });
+    let doubled: Link = |next| {
+        let again = json!({ "$ref": next["$ref"], "type": "object" });
+        json!({ "type": "object", "properties": { "x": again, "y": again } })
+    };
+    // Links that are taken, and that are not; a level of an object is three of JSON.
+    let cases = [(object, 500, 700), (object, 500, 50_000), (bare, 2000, 2100), (list, 400, 520), (doubled, 8, 40)];
+    let cases = cases.into_iter().chain([(merged, 50, 700)]);
+    run(async {
+        let state = server(tokenizer(), config(), random_engine(11));
+        let tools_state = server(tokenizer_with("{% if tools %}<tool_call>{% endif %}x"), config(), random_engine(11));
+        for (index, (link, taken, refused_at)) in cases.enumerate() {
+            let format =
+                |links| json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": chain(links, link) } });
+            let body = chat(json!({ "response_format": format(taken), "max_tokens": 2 }));
+            ask(&state, PATH, body).await;
+            let (status, error) = refused(&state, PATH, chat(json!({ "response_format": format(refused_at) }))).await;
+            assert_eq!((status, &error["code"]), (400, &json!("unsupported_schema")), "{index}: {error}");
+            let tools =
+                json!([{ "type": "function", "function": { "name": "f", "parameters": chain(refused_at, link) } }]);
+            let (status, error) =
+                refused(&tools_state, PATH, chat(json!({ "tools": tools, "tool_choice": "required" }))).await;
+            assert_eq!((status, &error["param"]), (400, &json!("tools")), "{index}: {error}");
+        }
+    });
+}
+
+/// What would fail at an answer's first token is refused before there is one.
+#[test]
+fn schemas_that_no_answer_begins_are_refused() {
+    let optional = |count: usize| {
+        let fields: serde_json::Map<String, Value> =
+            (0..count).map(|index| (format!("k{index}"), json!({ "type": "integer" }))).collect();
+        json!({ "type": "object", "properties": fields, "additionalProperties": false })
+    };
+    let pattern = format!("^{}z$", "(a|b|cd)?(e.|f)*".repeat(200));
+    let cases = [json!({ "$ref": "#" }), optional(600), json!({ "type": "string", "pattern": pattern })];
+    run(async {
+        let state = server(tokenizer(), config(), random_engine(12));
+        let format =
+            |schema: &Value| json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
+        for schema in cases {
+            let (status, error) = refused(&state, PATH, chat(json!({ "response_format": format(&schema) }))).await;
+            assert_eq!((status, &error["code"]), (400, &json!("unsupported_schema")), "{error}");
+        }
+        ask(&state, PATH, chat(json!({ "response_format": format(&optional(400)), "max_tokens": 2 }))).await;
+    });
+}
+
+/// A constraint begins behind a token; a reasoning that ends in several can't be told from its outside.
+#[test]
+fn a_reasoning_without_a_token_at_its_end_has_no_constraint_behind_it() {
+    run(async {
+        let state = server(tokenizer_with("{{ messages[0].content }}<think>\n"), config(), random_engine(13));
+        let format = json!({ "type": "json_object" });
+        let (status, error) = refused(&state, PATH, chat(json!({ "response_format": format }))).await;
+        assert_eq!((status, &error["param"]), (400, &json!("response_format")), "{error}");
+    });
+}

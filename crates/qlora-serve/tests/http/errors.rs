@@ -28,6 +28,9 @@ fn fields_with_values_that_cannot_be() {
         (CHAT, chat(json!({ "top_k": -2 })), "top_k"),
         (CHAT, chat(json!({ "min_p": 1.5 })), "min_p"),
         (CHAT, chat(json!({ "repetition_penalty": 0 })), "repetition_penalty"),
+        (CHAT, chat(json!({ "repetition_penalty": 1e-38 })), "repetition_penalty"),
+        (CHAT, chat(json!({ "stop_token_ids": vec![5; 1025] })), "stop_token_ids"),
+        (COMPLETIONS, completion(json!({ "prompt": vec![5; 600_000], "n": 256 })), "prompt"),
         (CHAT, chat(json!({ "presence_penalty": -2.5 })), "presence_penalty"),
         (CHAT, chat(json!({ "logit_bias": { "x": 1 } })), "logit_bias"),
         (CHAT, chat(json!({ "logit_bias": { "4096": 1 } })), "logit_bias"),
@@ -307,7 +310,8 @@ fn failures_of_the_engine() {
         assert_eq!(events.last().unwrap()["error"]["message"], "out of memory");
 
         let state = server(tokenizer(), config(), Box::new(|_, reply| drop(reply)));
-        assert_eq!(refused(&state, CHAT, chat(json!({}))).await.0, 503);
+        // An answer that breaks off while the engine is not closing.
+        assert_eq!(refused(&state, CHAT, chat(json!({}))).await.0, 500);
         state.handle().close();
         let (status, error) = refused(&state, CHAT, chat(json!({}))).await;
         assert_eq!((status, &error["code"]), (503, &json!("shutting_down")));
@@ -328,5 +332,41 @@ fn an_answer_that_takes_too_long() {
         let events = chunks(&state, CHAT, chat(json!({}))).await;
         assert_eq!(events.last().unwrap()["error"]["code"], "timeout");
         assert!(held.lock().unwrap().iter().all(Reply::is_cancelled));
+    });
+}
+
+/// An engine that fails is told apart from one that closes.
+#[test]
+fn a_failed_engine() {
+    run(async {
+        let script = Box::new(|_: Request, _: Reply| panic!("as a test wants it"));
+        let state = server(tokenizer(), config(), script);
+        let (status, error) = refused(&state, CHAT, chat(json!({}))).await;
+        assert_eq!((status, &error["code"]), (500, &json!("internal_error")), "{error}");
+        assert!(state.handle().ended().await);
+        let (status, error) = refused(&state, CHAT, chat(json!({}))).await;
+        assert_eq!((status, &error["code"]), (500, &json!("internal_error")), "{error}");
+        assert_eq!(send(&state, "GET", "/health", None).await.0, 500);
+        let (script, _) = says("x");
+        let state = server(tokenizer(), config(), script);
+        state.handle().close();
+        assert!(!state.handle().ended().await);
+        let (status, error) = refused(&state, CHAT, chat(json!({}))).await;
+        assert_eq!((status, &error["code"]), (503, &json!("shutting_down")), "{error}");
+    });
+}
+
+#[test]
+fn what_is_before_the_body_is_bounded_and_checked() {
+    run(async {
+        let (script, _) = says("x");
+        let state = server(tokenizer(), config(), script);
+        for (size, status) in [(60_000, 200), (70_000, 431)] {
+            let response = response(&state, "GET", "/v1/models", None, &[("x-long", &"a".repeat(size))]).await;
+            assert_eq!(response.status().as_u16(), status);
+        }
+        let (status, text) = send(&state, "GET", "/v1/models/%ff", None).await;
+        let error: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((status, &error["error"]["param"]), (400, &json!("model")), "{text}");
     });
 }

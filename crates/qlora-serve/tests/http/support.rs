@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::http::{Request as HttpRequest, Response};
-use chat_text::Tokenizer;
+use chat_text::{Prompting, Tokenizer};
 use qlora_serve::http::{HttpConfig, HttpState, router};
 use qlora_serve::{
     AdapterInfo, Command, Event, FinishReason, Finished, Inbox, Limits, Reply, Request, ServeError, Token,
@@ -64,6 +64,7 @@ pub fn server_with(tokenizer: Tokenizer, config: HttpConfig, limits: Limits, scr
 
 fn engine(inbox: &Inbox, mut script: Script) {
     let mut adapters: Vec<String> = Vec::new();
+    let mut number = 0;
     while let Some(command) = inbox.next() {
         match command {
             Command::Generate(request, reply) => {
@@ -71,13 +72,18 @@ fn engine(inbox: &Inbox, mut script: Script) {
                 script(request, reply);
             }
             Command::LoadAdapter(name, dir, done) => {
-                let result = if adapters.contains(&name) {
-                    Err(ServeError::NameTaken { name })
-                } else {
-                    adapters.push(name.clone());
-                    let vocab_size = inbox.limits().vocab_size;
-                    inbox.announce(AdapterInfo { name, dir, loaded: 7, vocab_size });
-                    Ok(())
+                let result = match Prompting::of_adapter(&dir) {
+                    Err(error) => Err(ServeError::Prompting { dir, source: Box::new(error) }),
+                    Ok(_) if adapters.contains(&name) => Err(ServeError::NameTaken { name }),
+                    Ok(prompting) => {
+                        adapters.push(name.clone());
+                        number += 1;
+                        // Two tokens of its own.
+                        let vocab_size = inbox.limits().vocab_size + 2;
+                        let prompting = prompting.map(Arc::new);
+                        inbox.announce(AdapterInfo { name, number, dir, loaded: 7, vocab_size, prompting });
+                        Ok(())
+                    }
                 };
                 done.send(result).ok();
             }
@@ -88,7 +94,7 @@ fn engine(inbox: &Inbox, mut script: Script) {
                 done.send(if known { Ok(()) } else { Err(ServeError::UnknownAdapter { name }) }).ok();
             }
             Command::Wake if inbox.is_closed() => return,
-            Command::Wake | Command::AdapterRead(..) => {}
+            Command::Wake | Command::AdapterRead(..) | Command::DropAdapter(_) => {}
         }
     }
 }
