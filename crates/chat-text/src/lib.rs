@@ -36,6 +36,7 @@ mod answers;
 mod boundary;
 mod conversation;
 mod error;
+mod files;
 mod mask;
 mod message;
 mod prompting;

@@ -204,7 +204,7 @@ pub fn alpaca_turn(instruction: &str, input: &str) -> String {
 }
 
 fn read(path: &Path) -> Result<Option<String>, ChatError> {
-    match std::fs::read_to_string(path) {
+    match crate::files::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(ChatError::Read { path: path.to_owned(), source }),

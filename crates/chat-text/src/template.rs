@@ -144,7 +144,7 @@ impl ChatTemplate {
         let named = path.extension().is_some_and(|e| e == "jinja" || e == "jinja2" || e == "j2" || e == "txt");
         let one_line = !setting.contains('\n');
         if one_line && (named || path.is_file()) {
-            let read = std::fs::read_to_string(path);
+            let read = crate::files::read_to_string(path);
             let source = read.map_err(|source| ChatError::Read { path: path.to_owned(), source })?;
             return Self::new(source);
         }

@@ -64,7 +64,7 @@ impl Tokenizer {
         if !path.exists() {
             return Err(ChatError::NoTokenizer { dir: dir.to_owned(), hint: missing_hint(dir) });
         }
-        let bytes = std::fs::read(&path).map_err(|source| ChatError::Read { path: path.clone(), source })?;
+        let bytes = crate::files::read(&path).map_err(|source| ChatError::Read { path: path.clone(), source })?;
         let fail = |problem: String| ChatError::Tokenizer { path: path.clone(), problem };
         check::check(&bytes).map_err(fail)?;
         let read = || tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| e.to_string());

@@ -32,3 +32,16 @@ fn what_lies_beside_an_adapter_decides() {
     let damaged = Prompting::of_adapter(dir.path());
     assert!(matches!(damaged, Err(ChatError::Json { path, .. }) if path.ends_with(PROMPT_SETTINGS_FILE)));
 }
+
+/// What would be waited for without an end is refused: pipes, devices, sockets.
+#[cfg(unix)]
+#[test]
+fn only_regular_files_are_read() {
+    use std::error::Error;
+    for file in [CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE] {
+        let dir = tempfile::tempdir().unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join(file)).unwrap();
+        let error = Prompting::of_adapter(dir.path()).unwrap_err();
+        assert_eq!(error.source().unwrap().to_string(), "it is not a regular file");
+    }
+}

@@ -57,7 +57,7 @@ impl Settings {
 /// `tokenizer_config.json`.
 fn chat_template(dir: &Path, config: &JsonFile) -> Result<Option<Result<String, String>>, ChatError> {
     let path = dir.join("chat_template.jinja");
-    match std::fs::read_to_string(&path) {
+    match crate::files::read_to_string(&path) {
         Ok(source) => return Ok(Some(Ok(source))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(source) => return Err(ChatError::Read { path, source }),
@@ -78,7 +78,7 @@ struct JsonFile {
 impl JsonFile {
     fn read(dir: &Path, name: &str) -> Result<Self, ChatError> {
         let path = dir.join(name);
-        let json = match std::fs::read(&path) {
+        let json = match crate::files::read(&path) {
             Ok(bytes) => {
                 serde_json::from_slice(&bytes).map_err(|source| ChatError::Json { path: path.clone(), source })?
             }
