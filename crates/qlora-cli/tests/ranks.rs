@@ -166,9 +166,9 @@ fn a_rank_that_is_killed_or_stopped_ends_the_run() {
     for words in ["error: rank 1 was killed by signal 9", "error: rank 1 on ", "its connection"] {
         assert!(killed.stderr.contains(words), "{words}: {}", killed.stderr);
     }
-    let stopped = disturbed(&bench, "stopped", Some("2"), |_, second| signal(second, "STOP"));
+    let stopped = disturbed(&bench, "stopped", Some("4"), |_, second| signal(second, "STOP"));
     assert_eq!(stopped.code, Some(1), "{}", stopped.stderr);
-    for words in ["error: rank 1 on ", "nothing came from it for 2 s", "rank 1 does not end by itself, and is killed"] {
+    for words in ["error: rank 1 on ", "nothing came from it for 4 s", "rank 1 does not end by itself, and is killed"] {
         assert!(stopped.stderr.contains(words), "{words}: {}", stopped.stderr);
     }
     // What was done is kept, and the run goes on from there, in one process as in two.
