@@ -3,7 +3,7 @@
 //! - [`Copies`] and [`Download`]: one stream for the copies of a device, one client that is never dropped, one kind of
 //!   copy to the host that was started and is waited for later.
 //! - [`persistent`]: memory for tensors that stay.
-//! - [`staging`]: room on the host for what is to be sent.
+//! - [`staging()`]: room on the host for what is to be sent.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back;
 //!   [`from_buffer`]: a Burn tensor of a buffer.

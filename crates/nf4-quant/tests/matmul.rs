@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{narrow, on_device, round_to};
+use common::{every, narrow, on_device, round_to};
 use cubecl::client::Client;
 use nf4_quant::kernels::DeviceWeight;
 use nf4_quant::matmul::{
@@ -237,11 +237,6 @@ impl Kernel {
             Self::Transient => matches!(path, Path::Transient(_)),
         }
     }
-}
-
-/// `NF4_QUANT_EVERY=n` takes every n-th case, for tools that make everything slow, such as compute-sanitizer.
-fn every() -> usize {
-    std::env::var("NF4_QUANT_EVERY").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
 }
 
 /// The client, if its device is one that the kernel is for.

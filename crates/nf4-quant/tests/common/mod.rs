@@ -156,3 +156,8 @@ pub fn on_device(client: &cubecl::client::Client, problem: nf4_quant::matmul::Pr
     let half = |format| if format == FloatFormat::BF16 { FloatFormat::F16 } else { format };
     nf4_quant::matmul::Problem { format: half(problem.format), out: half(problem.out), ..problem }
 }
+
+/// `NF4_QUANT_EVERY=n` takes every n-th case, for tools that make everything slow, such as compute-sanitizer.
+pub fn every() -> usize {
+    std::env::var("NF4_QUANT_EVERY").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
+}
