@@ -357,6 +357,10 @@ impl Shared {
         drop(inbox);
         let Some((found, content)) = message else { return Err(self.why(index)) };
         if found != call {
+            // Ranks that learn of a failure at different operations are out of step, and the failure is the reason.
+            if self.has_failed() {
+                return Err(self.why(index));
+            }
             let Link { rank, host, .. } = &self.links[index];
             let (expected, found) = (call.to_string(), found.to_string());
             return Err(DistError::OutOfStep { rank: *rank, host: host.clone(), expected, found });
