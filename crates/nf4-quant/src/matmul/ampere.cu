@@ -98,39 +98,11 @@ __device__ __forceinline__ void multiply_unit(float (&d)[2][2 * PAIRS][4], u32 a
     }
 }
 
-// The share of the work: a tile, or one part of its k. Part 0 also takes the low-rank product. A unit is 32
-// columns; units come in pairs. Tokens are those from n0 up to `end`.
-struct Share {
-    u32 m0, n0, end, group, first, units, slot, part, parts;
-};
-
 // Volatile, like `thread_index`: the loop has no registers for what is needed again only after it.
 __device__ __forceinline__ Share share(const Params& p, const Tile* tiles) {
     u32 cube;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cube));
-    const u32 m_tiles = (p.m + BM - 1) / BM, n_tiles = (p.tokens + BN - 1) / BN, k_pairs = (p.k + 63) / 64;
-    Share w = {0, 0, p.tokens, 0, 0, 2 * k_pairs, 0, 0, 1};
-#if GROUPED
-    // The tiles of the same tokens run side by side, so that these are read from L2 for all but the first.
-    const Tile t = tiles[cube / m_tiles];
-    w.m0 = cube % m_tiles * BM, w.n0 = t.first, w.end = t.end, w.group = t.group;
-    return w;
-#endif
-    u32 tile = cube;
-    if (cube >= p.whole) {
-        w.slot = (cube - p.whole) / p.split, w.part = (cube - p.whole) % p.split, w.parts = p.split;
-        tile = p.whole + w.slot;
-        const u32 first = k_pairs * w.part / w.parts;
-        w.first = 2 * first;
-        w.units = 2 * (k_pairs * (w.part + 1) / w.parts - first);
-    }
-    // Tokens are taken in bands of eight tiles, so that a band's activations stay in L2 while the weight
-    // streams by once per band.
-    const u32 band = tile / (m_tiles * 8), band_first = band * 8;
-    const u32 width = n_tiles - band_first < 8 ? n_tiles - band_first : 8;
-    const u32 within = tile - band * m_tiles * 8;
-    w.m0 = within / width * BM, w.n0 = (band_first + within % width) * BN;
-    return w;
+    return share_of<BM, BN>(cube, p, tiles);
 }
 
 __device__ __forceinline__ u32 thread_index() {

@@ -51,6 +51,7 @@ const TEXT: &str = concat!(
     cuda_source::tensor_cores!(),
     cuda_source::dropout!(),
     include_str!("common.cu"),
+    include_str!("ampere_share.cu"),
     include_str!("ampere.cu")
 );
 /// For [`WIDE_TOKENS`], and for dense weights.
@@ -59,6 +60,7 @@ const WIDE_TEXT: &str = concat!(
     cuda_source::tensor_cores!(),
     cuda_source::dropout!(),
     include_str!("common.cu"),
+    include_str!("ampere_share.cu"),
     include_str!("ampere_wide.cu")
 );
 /// Tokens of the widest tile.

@@ -51,7 +51,7 @@ use super::{Direction, Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::{DeviceAbsmax, DeviceWeight, MAP_START, tables};
 use crate::{FloatFormat, QuantError, QuantType};
 
-const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("gemv.cu"));
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("few_tokens.cu"), include_str!("gemv.cu"));
 /// The most tokens.
 pub(super) const TOKENS: usize = 16;
 /// Weights of a launch.

@@ -1,31 +1,9 @@
 // y_i = x W_i^T for up to 16 rows of x, which stay in registers, and up to three W_i in 4 bits, on tensor cores (mma.sync),
-// with the low-rank updates of LoRA. resident.rs has the idea.
+// with the low-rank updates of LoRA. resident.rs has the idea. few_tokens.cu comes before.
 //
 // Defined before this text: F16 (x is f16, else bf16), OUT_F32, NESTED (double quantization), TAIL (the columns are no
 // multiple of 256), HALF_BIAS (biases are in the format of x), ADAPTERS (each row of x has one of a stack, or none),
 // TOKEN_TILES (8 rows of x each), MAX_TILES (16 rows of W each, of a cube).
-
-struct Matrix {
-    u32 rows;
-    u32 offset;      // position of the mean of the absmax, behind the nested absmax
-    u32 rank;        // columns of the low-rank operand: a multiple of 16, 0 without one
-    u32 first_rank;  // where they begin among those of all matrices
-};
-
-struct Params {
-    u32 columns;         // of every W: a multiple of 64, 4,096 at most
-    u32 tokens;
-    u32 log2_blocksize;  // at least 6
-    u32 log2_nested;     // log2 of the nested blocksize
-    u32 map;             // position of the 8-bit map in `tables`
-    u32 unused;
-    u32 biases;          // bit i: W_i has a bias
-    u32 ranks;           // low-rank columns of all matrices
-    float scale;         // what the codebook was multiplied by
-    float unscale;       // 1 / scale
-    u32 codebook[8];     // 16 entries of 16 bits in the format of x
-    Matrix matrices[3];  // those that there are first; the others have no rows
-};
 
 #define WARPS 16
 #define THREADS (32 * WARPS)
@@ -37,7 +15,6 @@ struct Params {
 // loaded when they are needed. (What the assembler would put aside instead are statistics that are on their way, for which it waits.)
 #define SHORT (ADAPTERS && TOKEN_TILES == 2)
 #define ASIDE (SHORT ? 2 : 0)
-#define OF(i, name) ((i) == 0 ? name##0 : (i) == 1 ? name##1 : name##2)
 
 // Codes are read once: they leave the first-level cache to others.
 __device__ __forceinline__ uint2 load_codes(const u8* p) {
@@ -59,16 +36,6 @@ __device__ __forceinline__ bool has_arrived(u32 barrier, u32 parity) {
 
 __device__ __forceinline__ void make_barrier(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
-}
-
-// d += a * b on 16 x 8 x 16.
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if F16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // 16 rows of a W.

@@ -32,7 +32,7 @@ use super::{Operands, Problem, Weight, check_alignment, refused};
 use crate::kernels::tables;
 use crate::{FloatFormat, QuantError};
 
-const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("resident.cu"));
+const TEXT: &str = concat!(cuda_source::prelude!(), include_str!("few_tokens.cu"), include_str!("resident.cu"));
 const WARPS: usize = 16;
 /// Columns at most: those that a cube's warps have of x.
 const COLUMNS: usize = 256 * WARPS;
