@@ -72,8 +72,8 @@ macro_rules! text {
     };
 }
 const FORWARD: &str = text!("hopper_forward.cu");
-const KEYS: &str = text!("hopper_backward.cu", "hopper_keys.cu");
-const KEYS_WIDE: &str = text!("hopper_backward.cu", "hopper_keys_wide.cu");
+const KEYS: &str = text!("hopper_backward.cu", "hopper_keys_shared.cu", "hopper_keys.cu");
+const KEYS_WIDE: &str = text!("hopper_backward.cu", "hopper_keys_shared.cu", "hopper_keys_wide.cu");
 const QUERIES: &str = text!("hopper_backward.cu", "hopper_queries.cu");
 const THREADS: u32 = 384;
 /// Rows of queries, or keys, that both groups of a cube compute, 64 each.

@@ -1,10 +1,6 @@
 
 // -------------------------------------------------------------------------------- Hopper, dK and dV
 
-struct Stage {
-    alignas(1024) u8 q[TILE_BYTES(TILE)];
-    u8 d_out[TILE_BYTES(TILE)];
-};
 struct Shared {
     alignas(1024) u8 k[TILE_BYTES(CUBE_ROWS)];
     u8 v[TILE_BYTES(CUBE_ROWS)];
@@ -13,19 +9,6 @@ struct Shared {
     float delta[STAGES][TILE];
     u64 own_full, own_empty, q_full[STAGES], d_out_full[STAGES], empty[STAGES];
     u32 ticket;
-};
-
-// Where a cube's keys are, and the tiles of queries that see any of them.
-struct Span {
-    u32 first, past, begin, end;
-    __device__ __forceinline__ Span(const Params& p, const Work& work) {
-        first = work.rank * CUBE_ROWS;
-        past = work.row.keys - work.row.queries;
-        begin = (first > past ? first - past : 0) / TILE;
-        const u32 beyond = min(first + CUBE_ROWS, work.row.keys) - 1 + p.window;
-        end = (min(work.row.queries, beyond > past ? beyond - past : 0) + TILE - 1) / TILE;
-        end = max(begin, end);
-    }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -54,7 +37,7 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         const u32 tickets = p.tiles * kv_heads * p.rows;
         for (u32 ticket = blockIdx.x; ticket != NONE;) {
             const Work work = work_of(p, bounds, kv_heads, ticket);
-            const Span span(p, work);
+            const KeySpan span(p, work, CUBE_ROWS);
             if (span.first < work.row.keys) {
                 const u32 start = p.packed ? work.row.start : 0, row = p.packed ? 0 : work.row.index;
                 barrier_wait(&s.own_empty, own_at.phase ^ 1);
@@ -113,7 +96,7 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         const u32 ticket = s.ticket;
         if (ticket == NONE) return;
         const Work work = work_of(p, bounds, kv_heads, ticket);
-        const Span span(p, work);
+        const KeySpan span(p, work, CUBE_ROWS);
         const u32 key = span.first + warp * 16;
         const u64 k = descriptor(s.k + group * 64 * 128), v = descriptor(s.v + group * 64 * 128);
 

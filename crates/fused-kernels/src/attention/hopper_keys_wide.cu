@@ -19,10 +19,6 @@ __device__ __forceinline__ void hold_columns(u32 (&a)[4], const u8* tile, u32 k)
     load_matrices(a, shared_address(tile) + k / 4 * (64 * 128) + row * 128 + (chunk ^ row % 8) * 16);
 }
 
-struct Stage {
-    alignas(1024) u8 q[TILE_BYTES(TILE)];
-    u8 d_out[TILE_BYTES(TILE)];
-};
 struct Shared {
     alignas(1024) u8 k[TILE_BYTES(CUBE_KEYS)];
     u8 v[TILE_BYTES(CUBE_KEYS)];
@@ -33,19 +29,6 @@ struct Shared {
     u64 own_full, own_empty, q_full[STAGES], d_out_full[STAGES], empty[STAGES];
     u64 passed_full[PASSED][GROUP / LANES], passed_empty[PASSED][GROUP / LANES];   // of each pair of warps
     u32 ticket;
-};
-
-// Where a cube's keys are, and the tiles of queries that see any of them.
-struct Span {
-    u32 first, past, begin, end;
-    __device__ __forceinline__ Span(const Params& p, const Work& work) {
-        first = work.rank * CUBE_KEYS;
-        past = work.row.keys - work.row.queries;
-        begin = (first > past ? first - past : 0) / TILE;
-        const u32 beyond = min(first + CUBE_KEYS, work.row.keys) - 1 + p.window;
-        end = (min(work.row.queries, beyond > past ? beyond - past : 0) + TILE - 1) / TILE;
-        end = max(begin, end);
-    }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -76,7 +59,7 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         const u32 tickets = p.tiles * kv_heads * p.rows;
         for (u32 ticket = blockIdx.x; ticket != NONE;) {
             const Work work = work_of(p, bounds, kv_heads, ticket);
-            const Span span(p, work);
+            const KeySpan span(p, work, CUBE_KEYS);
             if (span.first < work.row.keys) {
                 const u32 start = p.packed ? work.row.start : 0, row = p.packed ? 0 : work.row.index;
                 barrier_wait(&s.own_empty, own_at.phase ^ 1);
@@ -136,7 +119,7 @@ attention_keys(const __grid_constant__ TensorMap q_map, const __grid_constant__ 
         const u32 ticket = s.ticket;
         if (ticket == NONE) return;
         const Work work = work_of(p, bounds, kv_heads, ticket);
-        const Span span(p, work);
+        const KeySpan span(p, work, CUBE_KEYS);
         const u32 key = span.first + pair * 16;
         // The first group multiplies K with Q, and P with dO; the second V with dO, and dS with Q.
         const u8* own_tile = group ? s.v : s.k;
