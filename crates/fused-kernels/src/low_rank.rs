@@ -59,7 +59,8 @@ use cuda_source::Arguments;
 use crate::elementwise::check_half;
 use crate::error::check_size;
 use crate::{Dropout, FloatFormat, KernelError};
-use plan::{FLAT_THREADS, Kind, MAX_RANK, Plan, Processors, Variant};
+pub use plan::MAX_RANK;
+use plan::{FLAT_THREADS, Kind, Plan, Processors, Variant};
 
 const OPERATION: &str = "low_rank";
 /// The most tokens of steps whose launches are dearer than what they do. On an H100 a 7B shape's step of 512 tokens took 57 ms where

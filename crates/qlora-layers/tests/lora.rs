@@ -163,3 +163,42 @@ fn a_factor_of_another_shape_is_refused_by_name() {
         "{message}"
     );
 }
+
+/// The kernels of low-rank products take 256 ranks at a time.
+#[test]
+fn more_ranks_than_a_kernel_takes_are_all_there() {
+    const RANK: usize = 600;
+    for (name, device) in devices() {
+        let x = matrix(3, [64, 40], &device);
+        let run = |dtype: FloatDType| {
+            let mut layer = layer(&device, 0.5);
+            let mut adapter = LoraLinearConfig::new(RANK)
+                .with_alpha(8.0)
+                .with_dropout(0.5)
+                .with_seed(11)
+                .with_index(Some(3))
+                .adapter([24, 40], &device)
+                .unwrap();
+            adapter.lora_b = trainable(matrix(2, [24, RANK], &device));
+            layer.set_adapter("layer", adapter).unwrap();
+            layer.adapter.as_mut().unwrap().track();
+            let y = layer.forward_in(x.clone().cast(dtype), Pass::training(0));
+            let mut grads = y.clone().cast(FloatDType::F32).powi_scalar(2).sum().backward();
+            let adapter = layer.adapter.as_ref().unwrap();
+            let gradients = [&adapter.lora_a, &adapter.lora_b].map(|factor| factor.grad_remove(&mut grads).unwrap());
+            assert_eq!([gradients[0].dims(), gradients[1].dims()], [[RANK, 40], [24, RANK]], "{name}");
+            let [a, b] = gradients.map(values);
+            [values(y.inner().cast(FloatDType::F32)), a, b]
+        };
+        let exact = run(FloatDType::F32);
+        for dtype in test_support::dtypes(name) {
+            for (what, (found, exact)) in ["y", "dA", "dB"].iter().zip(run(dtype).iter().zip(&exact)) {
+                let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>();
+                let apart = squares(&mut found.iter().zip(exact).map(|(found, exact)| found - exact));
+                let error = (apart / squares(&mut exact.iter().copied())).sqrt();
+                // A handful of roundings of 2^-9 each; one part of the ranks is a third or more of all.
+                assert!(error < 0.02, "{name} {dtype:?}: {what} is {error} from its f32 value");
+            }
+        }
+    }
+}

@@ -62,7 +62,7 @@ pub(super) struct Variant {
 }
 
 /// The most ranks there is a kernel for.
-pub(super) const MAX_RANK: usize = 256;
+pub const MAX_RANK: usize = 256;
 
 /// A tiling with the bounds on how many cubes share one of its tiles.
 #[derive(Clone, Copy, Debug)]

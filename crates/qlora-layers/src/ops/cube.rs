@@ -8,20 +8,46 @@ use super::cube_products::{self, Update};
 use super::cube_tensors::{device_weight, dtype_of, empty, grid};
 use super::{LoraDropout, LoraFactor, Packed4bit, QloraOps, composed, float_dtype};
 use burn::backend::cubecl::dtype_to_storage_type;
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::matmul::{MatmulStrategy, init_matmul_output, matmul};
-use burn_cubecl::kernel::{cast, into_contiguous};
+use burn_cubecl::kernel::{cast, into_contiguous, slice};
+use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
 use cubek::matmul::launch::launch_ref;
 use cubek::matmul::multi_level;
 use cubek::matmul::strategy::Strategy;
 use cubek::std::InputBinding;
 use fused_kernels::Dropout;
+use fused_kernels::low_rank::MAX_RANK;
 use nf4_quant::FloatFormat;
 use nf4_quant::kernels::{dequantize, supports};
 use nf4_quant::matmul::Direction;
+use std::ops::Range;
+
+/// Which dimension of a factor, and of its gradient, the ranks are.
+fn ranks_of(which: LoraFactor) -> usize {
+    match which {
+        LoraFactor::A => 0,
+        LoraFactor::B => 1,
+    }
+}
+
+/// The part of a matrix's dimension.
+fn narrow(matrix: &CubeTensor, dim: usize, part: Range<usize>) -> CubeTensor {
+    let [rows, columns]: [usize; 2] = matrix.meta.shape().dims();
+    let mut parts = [0..rows, 0..columns];
+    parts[dim] = part;
+    slice(matrix.clone(), &parts)
+}
+
+/// What the low-rank kernels make of more ranks than they take at a time, side by side along `dim`. No sum goes over ranks.
+fn in_parts(rank: usize, dim: usize, of: impl Fn(Range<usize>) -> CubeTensor) -> CubeTensor {
+    let starts = (0..rank).step_by(MAX_RANK);
+    CubeBackend::float_cat(starts.map(|start| of(start..rank.min(start + MAX_RANK))).collect(), dim)
+}
 
 impl QloraOps for CubeBackend {
     fn dequantize_4bit(weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self> {
@@ -95,6 +121,14 @@ impl QloraOps for CubeBackend {
         scaling: f32,
         dropout: Option<LoraDropout>,
     ) -> FloatTensor<Self> {
+        let ranks_of_factor = ranks_of(which);
+        let rank = factor.meta.shape()[ranks_of_factor];
+        if rank > MAX_RANK && x.dtype != DType::F32 {
+            return in_parts(rank, 1, |part| {
+                let factor = narrow(&factor, ranks_of_factor, part);
+                Self::low_rank_project(x.clone(), factor, which, scaling, dropout)
+            });
+        }
         cube_products::project(&x, &factor, which, scaling, dropout)
             .unwrap_or_else(|| composed::project::<Self>(x, factor, which, scaling, dropout))
     }
@@ -105,6 +139,12 @@ impl QloraOps for CubeBackend {
         which: LoraFactor,
         dropout: Option<LoraDropout>,
     ) -> FloatTensor<Self> {
+        let rank = product.meta.shape()[1];
+        if rank > MAX_RANK && x.dtype != DType::F32 {
+            return in_parts(rank, ranks_of(which), |part| {
+                Self::low_rank_gradient(x.clone(), narrow(&product, 1, part), which, dropout)
+            });
+        }
         cube_products::gradient(&x, &product, which, dropout)
             .unwrap_or_else(|| composed::gradient::<Self>(x, product, which, dropout))
     }
