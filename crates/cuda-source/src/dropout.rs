@@ -14,7 +14,7 @@ __device__ __forceinline__ u32 dropout_round(u32 h) {
     return h ^ (h >> 16);
 }
 __device__ __forceinline__ u32 dropout_bits(u32 pair, u32 low, u32 high) {
-    return dropout_round(dropout_round(pair ^ low) ^ high);
+    return dropout_round(pair * (high | 1) + low);
 }
 "#
     };

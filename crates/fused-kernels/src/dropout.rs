@@ -4,7 +4,7 @@
 /// A dropout mask over a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// Picks the mask.
+    /// Picks the mask. Its bits should be well mixed: seeds that differ by a little have masks that are shifts of each other.
     pub seed: u64,
     /// Elements whose [`dropout_hash`] is below are zero; below 2^16.
     pub threshold: u32,
@@ -27,15 +27,15 @@ impl Dropout {
     }
 }
 
-/// A uniform number of 16 bits from an element's index and a seed. Two neighbours have a half each of two rounds of
-/// MurmurHash3's 32-bit finalizer: in kernels that wait for memory or tensor cores, hashing is what dropout costs.
+/// A uniform number of 16 bits from an element's index and a seed. Two neighbours have a half each of MurmurHash3's 32-bit finalizer
+/// of a sequence that begins at one word of the seed and goes in steps of the other, made odd, as in SplitMix (Steele, Lea and
+/// Flood, 2014): in kernels that wait for memory or tensor cores, hashing is what dropout costs.
 pub fn dropout_hash(index: u32, seed: u64) -> u32 {
-    let round = |mut h: u32| {
-        h = (h ^ (h >> 16)).wrapping_mul(0x85EB_CA6B);
-        h = (h ^ (h >> 13)).wrapping_mul(0xC2B2_AE35);
-        h ^ (h >> 16)
-    };
-    let both = round(round((index / 2) ^ seed as u32) ^ (seed >> 32) as u32);
+    let (start, step) = (seed as u32, (seed >> 32) as u32 | 1);
+    let mut both = (index / 2).wrapping_mul(step).wrapping_add(start);
+    both = (both ^ (both >> 16)).wrapping_mul(0x85EB_CA6B);
+    both = (both ^ (both >> 13)).wrapping_mul(0xC2B2_AE35);
+    both ^= both >> 16;
     (both >> (16 * (index % 2))) & 0xFFFF
 }
 
@@ -52,6 +52,31 @@ mod tests {
         // Neighbours are independent: both are dropped in a sixteenth of pairs, within six deviations of half a million draws.
         let both = (0..500_000).filter(|&i| dropout.factor(2 * i) == 0.0 && dropout.factor(2 * i + 1) == 0.0).count();
         assert!(both.abs_diff(31_250) < 1_030, "{both}");
+    }
+
+    /// Elements at a distance, and masks of seeds that come one after the other out of a mixer, know nothing of each other.
+    #[test]
+    fn masks_are_independent() {
+        let mix = |mut z: u64| {
+            z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^ (z >> 31)
+        };
+        const N: u32 = 200_000;
+        let dropped = |seed: u64, i: u32| Dropout::new(mix(seed), 0.25).factor(i) == 0.0;
+        // N draws, both of a pair dropped in a sixteenth: six standard deviations are 6 * sqrt(N / 16 * 15 / 16).
+        let (expected, bound) = (f64::from(N) / 16.0, 6.0 * (f64::from(N) * 15.0 / 256.0).sqrt());
+        for seed in 0..24 {
+            for distance in [1, 2, 3, 4, 64, 1024, 4096, 4098, 11_008, 1 << 16, 1 << 24] {
+                let both = (0..N).filter(|&i| dropped(seed, i) && dropped(seed, i + distance)).count();
+                assert!((both as f64 - expected).abs() < bound, "seed {seed}, distance {distance}: {both}");
+            }
+            for other in [seed + 1, seed + 2, seed + 224] {
+                let both = (0..N).filter(|&i| dropped(seed, i) && dropped(other, i)).count();
+                assert!((both as f64 - expected).abs() < bound, "seeds {seed}, {other}: {both}");
+            }
+        }
     }
 
     #[test]

@@ -163,13 +163,12 @@ pub struct Gradient<'a> {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
-    seed: u64,
+    seed: [u32; 2],
     tokens: u32,
     features: u32,
     rank: u32,
     splits: u32,
     threshold: u32,
-    dropout_scale: f32,
     scale: f32,
     flags: u32,
 }
@@ -178,19 +177,17 @@ const FLAG_F32_OUT: u32 = 1;
 const FLAG_FEATURES_FIRST: u32 = 2;
 
 impl Params {
-    /// Dimensions were checked: they fit.
+    /// Dimensions were checked: they fit. Dropout's factor comes to the sums, so that kernels only leave elements out.
     fn new(shape: Shape, scale: f32, dropout: Option<Dropout>, flags: u32) -> Self {
-        let Dropout { seed, threshold, scale: dropout_scale } =
-            dropout.unwrap_or(Dropout { seed: 0, threshold: 0, scale: 1.0 });
+        let dropout = dropout.unwrap_or(Dropout { seed: 0, threshold: 0, scale: 1.0 });
         Self {
-            seed,
+            seed: [dropout.seed as u32, (dropout.seed >> 32) as u32],
             tokens: shape.tokens as u32,
             features: shape.features as u32,
             rank: shape.rank as u32,
             splits: 1,
-            threshold,
-            dropout_scale,
-            scale,
+            threshold: dropout.threshold,
+            scale: scale * dropout.scale,
             flags,
         }
     }

@@ -124,12 +124,11 @@ fn half_ulp(format: FloatFormat) -> f64 {
 
 /// `fused_kernels::Dropout::factor`.
 fn factor_of(mask: &Mask, index: u32) -> f32 {
-    let round = |mut h: u32| {
-        h = (h ^ (h >> 16)).wrapping_mul(0x85EB_CA6B);
-        h = (h ^ (h >> 13)).wrapping_mul(0xC2B2_AE35);
-        h ^ (h >> 16)
-    };
-    let both = round(round((index / 2) ^ mask.seed as u32) ^ (mask.seed >> 32) as u32);
+    let (start, step) = (mask.seed as u32, (mask.seed >> 32) as u32 | 1);
+    let mut both = (index / 2).wrapping_mul(step).wrapping_add(start);
+    both = (both ^ (both >> 16)).wrapping_mul(0x85EB_CA6B);
+    both = (both ^ (both >> 13)).wrapping_mul(0xC2B2_AE35);
+    both ^= both >> 16;
     if (both >> (16 * (index % 2))) & 0xFFFF < mask.threshold { 0.0 } else { mask.scale }
 }
 

@@ -15,14 +15,13 @@
 //   MIN_CUBES  cubes per multiprocessor that registers must leave room for
 
 struct Params {
-    u64 seed;
+    u32 seed_low, seed_high;
     u32 tokens;
     u32 features;
     u32 rank;
     u32 splits;
-    u32 threshold;        // dropout: elements whose bits are below are zero
-    float dropout_scale;  // of the others
-    float scale;          // of a projection
+    u32 threshold;  // dropout: elements whose bits are below are zero
+    float scale;    // of the sums; dropout's is in it
     u32 flags;
 };
 // Project: the output is f32.
@@ -82,8 +81,8 @@ low_rank_pack(const float* __restrict__ factor, uint4* __restrict__ packed, cons
 
 // One warp's sums of a tile, as mma leaves them, to their place in the output.
 __device__ __forceinline__ void store(void* out, const Params& p, u32 tile, u32 wm, u32 mt, u32 tile_n, u32 lane, float4 v) {
-#if IS_PROJECT
     v.x *= p.scale, v.y *= p.scale, v.z *= p.scale, v.w *= p.scale;
+#if IS_PROJECT
     u32 n = tile_n * 16 + lane / 4 * 2;
     u32 row = tile * ROWS + (wm * MT + mt) * 8 + lane % 4 * 2;
     bool pair = n + 1 < p.rank;
@@ -222,18 +221,15 @@ __device__ __forceinline__ void load_any(u32 (&d)[N], const u16* from, u32 valid
 }
 
 #if DROPOUT
-// Dropout of elements `index` and `index + 1`, as `Dropout::factor`, rounded.
+// Elements `index` and `index + 1` with zeros where dropout drops.
 __device__ __forceinline__ u32 mask2(u32 x, u32 index, const Params& p) {
-    float lo, hi;
-    unpack(x, lo, hi);
-    u32 seed_low = (u32)p.seed, seed_high = (u32)(p.seed >> 32);
-    u32 bits = dropout_bits(index / 2, seed_low, seed_high);
+    u32 bits = dropout_bits(index / 2, p.seed_low, p.seed_high);
 #if !ALIGNED
     // An odd row of an odd length: the two are of different pairs.
-    if (index % 2) bits = bits >> 16 | dropout_bits((index + 1) / 2, seed_low, seed_high) << 16;
+    if (index % 2) bits = bits >> 16 | dropout_bits((index + 1) / 2, p.seed_low, p.seed_high) << 16;
 #endif
-    return pack((bits & 0xFFFF) >= p.threshold ? lo * p.dropout_scale : 0.0f,
-                bits >> 16 >= p.threshold ? hi * p.dropout_scale : 0.0f);
+    const u32 low = (bits & 0xFFFF) >= p.threshold ? 0x0000FFFF : 0, high = bits >> 16 >= p.threshold ? 0xFFFF0000 : 0;
+    return x & (low | high);
 }
 #endif
 

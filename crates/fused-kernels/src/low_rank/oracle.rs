@@ -13,12 +13,10 @@ pub fn round(value: f32, format: FloatFormat) -> f32 {
     }
 }
 
-/// `x` as the products see it: masked, scaled and rounded.
-pub fn masked(x: &[f32], dropout: Option<Dropout>, format: FloatFormat) -> Vec<f32> {
-    match dropout {
-        None => x.to_vec(),
-        Some(dropout) => x.iter().enumerate().map(|(i, &x)| round(x * dropout.factor(i as u32), format)).collect(),
-    }
+/// `x` as the products see it: masked and scaled, not rounded.
+pub fn masked(x: &[f32], dropout: Option<Dropout>) -> Vec<f64> {
+    let factor = |i: usize| dropout.map_or(1.0, |dropout| dropout.factor(i as u32));
+    x.iter().enumerate().map(|(i, &x)| f64::from(x) * f64::from(factor(i))).collect()
 }
 
 /// [`super::project`], not rounded: `scaling · masked(x) factorᵀ` of the factor rounded to the format.
@@ -35,13 +33,13 @@ pub fn project(
     format: FloatFormat,
 ) -> Vec<f64> {
     let Shape { tokens, features, rank } = shape;
-    let x = masked(x, dropout, format);
+    let x = masked(x, dropout);
     let mut out = Vec::with_capacity(tokens * rank);
     for t in 0..tokens {
         for r in 0..rank {
             let products = (0..features).map(|f| {
                 let factor = factor[layout.index(f, r, features, rank)];
-                f64::from(x[t * features + f]) * f64::from(round(factor, format))
+                x[t * features + f] * f64::from(round(factor, format))
             });
             out.push(products.sum::<f64>() * f64::from(scaling));
         }
@@ -59,14 +57,13 @@ pub fn gradient(
     shape: Shape,
     layout: FactorLayout,
     dropout: Option<Dropout>,
-    format: FloatFormat,
 ) -> Vec<f64> {
     let Shape { tokens, features, rank } = shape;
-    let x = masked(x, dropout, format);
+    let x = masked(x, dropout);
     let mut out = vec![0.0; features * rank];
     for f in 0..features {
         for r in 0..rank {
-            let products = (0..tokens).map(|t| f64::from(x[t * features + f]) * f64::from(product[t * rank + r]));
+            let products = (0..tokens).map(|t| x[t * features + f] * f64::from(product[t * rank + r]));
             out[layout.index(f, r, features, rank)] = products.sum();
         }
     }
@@ -86,7 +83,7 @@ mod tests {
         for layout in [FactorLayout::RankFirst, FactorLayout::FeaturesFirst] {
             let u = project(&X, &[1.0, 10.0, 100.0], SHAPE, layout, 0.5, None, FloatFormat::BF16);
             assert_eq!(u, [160.5, 327.0]);
-            let d = gradient(&X, &[1.0, 10.0], SHAPE, layout, None, FloatFormat::F16);
+            let d = gradient(&X, &[1.0, 10.0], SHAPE, layout, None);
             assert_eq!(d, [41.0, 52.0, 63.0]);
         }
     }
@@ -110,11 +107,13 @@ mod tests {
     }
 
     #[test]
-    fn masked_values_are_scaled_and_rounded() {
-        let dropout = Dropout { seed: 1, threshold: 1 << 31, scale: 1.1 };
-        for (i, value) in masked(&X, Some(dropout), FloatFormat::BF16).into_iter().enumerate() {
-            let kept = round(X[i] * 1.1, FloatFormat::BF16);
-            assert!(value == if dropout.factor(i as u32) == 0.0 { 0.0 } else { kept }, "{i}: {value}");
+    fn masked_values_are_zero_or_scaled() {
+        let dropout = Dropout { seed: 1, threshold: 1 << 15, scale: 2.0 };
+        let masked = masked(&X, Some(dropout));
+        for (i, (value, x)) in masked.iter().zip(X).enumerate() {
+            let kept = dropout.factor(i as u32) == 2.0;
+            assert_eq!(*value, if kept { 2.0 * f64::from(x) } else { 0.0 }, "{i}");
         }
+        assert!(masked.contains(&0.0) && masked.iter().any(|value| *value != 0.0), "{masked:?}");
     }
 }

@@ -216,7 +216,7 @@ mod kernels {
             terminate!();
         }
         let index = i as u32;
-        let both = finalize(finalize((index >> 1u32) ^ seed_low) ^ seed_high);
+        let both = finalize((index >> 1u32) * (seed_high | 1u32) + seed_low);
         let bits = (both >> ((index & 1u32) * 16u32)) & 0xFFFFu32;
         if bits >= threshold {
             y[i] = F::cast_from(f32::cast_from(x[i]) * scale);
