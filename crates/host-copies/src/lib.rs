@@ -4,6 +4,8 @@
 //!   copy to the host that was started and is waited for later.
 //! - [`persistent`]: memory for tensors that stay.
 //! - [`staging()`]: room on the host for what is to be sent.
+//! - [`HostBuffer`] and [`Slot`]: words that wait in the host's memory, and a place on the device that is filled from them
+//!   beside the kernels, in place.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back;
 //!   [`from_buffer`]: a Burn tensor of a buffer.
@@ -24,16 +26,20 @@
 
 mod copies;
 mod error;
+mod host_buffer;
 mod memory;
 mod reading;
 mod recording;
+mod slot;
 mod staging;
 mod tensor;
 
 pub use copies::{Copies, Download, client_of, is_cuda, persistent};
 pub use error::DeviceError;
+pub use host_buffer::HostBuffer;
 pub use memory::{DeviceMemory, UNITS, free_memory, limit_memory, parse_size};
 pub use reading::Reading;
 pub use recording::{Recording, overwrite, overwrite_int};
+pub use slot::Slot;
 pub use staging::staging;
 pub use tensor::{as_cube, cube_of_int, from_buffer, from_cube, int_from_buffer, int_from_cube, into_cube};

@@ -22,6 +22,7 @@
 use crate::Pass;
 use crate::offload::{Pace, Parked};
 use crate::ops::{AttentionResult, backward_from};
+use crate::streamed::{BlockHome, Order};
 use burn::tensor::{Gradients, Tensor};
 use host_copies::DeviceError;
 use serde::{Deserialize, Serialize};
@@ -134,6 +135,11 @@ pub trait ResidualBlock {
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2>;
+
+    /// Where its frozen weights come from, unless the device has them all the time.
+    fn home(&self) -> Option<&BlockHome> {
+        None
+    }
 
     /// The second branch.
     ///
@@ -286,6 +292,7 @@ pub fn forward<B: ResidualBlock>(
     let mut x = x.without_autodiff().autodiff();
     for (index, block) in blocks.iter().enumerate() {
         let _span = trace_span!("block", index).entered();
+        enter(block, Order::ThenBackward)?;
         let policy = policies.get(index).or(policies.last()).copied().unwrap_or_default();
         let input = x.clone().without_autodiff();
         if let [.., earlier, _] = &mut kept[..] {
@@ -314,6 +321,11 @@ pub fn forward<B: ResidualBlock>(
     }
     kept.iter_mut().try_for_each(Block::finish_download)?;
     Ok((x.without_autodiff(), KeptActivations(kept)))
+}
+
+/// Has the block's weights on the device for what is queued from here on.
+fn enter(block: &impl ResidualBlock, order: Order) -> Result<(), DeviceError> {
+    block.home().map_or(Ok(()), |home| home.enter(order))
 }
 
 /// A block's input, as the backward pass sees it. Below the first block only trained embeddings need a gradient.
@@ -349,6 +361,7 @@ pub fn backward<B: ResidualBlock>(
         let index = kept.len();
         let _span = trace_span!("block_backward", index).entered();
         let block = &blocks[index];
+        enter(block, Order::Backward)?;
         let wanted = index > 0 || into_embeddings;
         let Kept { input, branches, .. } = match of_block {
             Block::Kept(kept) => kept,

@@ -6,17 +6,15 @@
 
 use burn::backend::Dispatch;
 use burn::module::{Param, ParamId};
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use host_copies::persistent;
 
+use crate::linear_4bit::format_of;
 use crate::ops::experts::{ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
 use crate::ops::{Layout4bit, LoraDropout};
 use crate::params::{constant, in_pass, track, trainable};
+use crate::streamed::{BlockHome, VIEW_WORDS, Views};
 use crate::{LayerError, Linear4bit, LoraAdapter, Pass};
-
-/// A view begins at a multiple of so many words, and what lies behind it takes a multiple of so many, or devices make it a copy.
-/// Thousands of small buffers would have a price of their own: for each allocation CubeCL looks through all that it holds.
-const VIEW_WORDS: usize = 128;
 
 /// The frozen weights of one projection of all experts, in one memory.
 #[derive(Clone, Debug)]
@@ -24,9 +22,14 @@ pub struct ExpertStack {
     codes: Tensor<1, Int>,
     absmax: Tensor<1, Int>,
     nested_absmax: Tensor<1, Int>,
+    /// The layers' own nested absmax, each with its offset behind it. One memory: thousands of small buffers would have a price of
+    /// their own, since for each allocation CubeCL looks through all that it holds.
+    own: Tensor<1, Int>,
     layout: Layout4bit,
     /// The layers that are views of it.
     layers: Vec<ParamId>,
+    /// The block, where it is streamed.
+    home: Option<BlockHome>,
 }
 
 impl ExpertStack {
@@ -40,7 +43,7 @@ impl ExpertStack {
         if layers.iter().any(|layer| *layer.layout() != layout) {
             return Err(apart("the weights of experts differ in shape or quantization"));
         }
-        let Some([codes_len, absmax_len, nested_len]) = words_of_one(&layout) else {
+        let Some([_, _, nested_len]) = words_of_one(&layout) else {
             let Layout4bit { out_features, in_features, blocksize, .. } = layout;
             return Err(apart(format!("blocks of {blocksize} cross the weights of {out_features} x {in_features}")));
         };
@@ -66,14 +69,74 @@ impl ExpertStack {
             gap.into_iter().chain(std::iter::once(parts[2].clone()))
         });
         let own = cat(apart.collect());
+        let ids = layers.iter().map(|layer| layer.id()).collect();
+        let stack = Self { codes, absmax, nested_absmax, own, layout, layers: ids, home: None };
         let format = layers[0].format();
         for (i, layer) in layers.iter_mut().enumerate() {
-            let view = |all: &Tensor<1, Int>, stride, len| all.clone().narrow(0, i * stride, len);
-            let (codes, absmax) = (view(&codes, codes_len, codes_len), view(&absmax, absmax_len, absmax_len));
-            layer.become_view([codes, absmax, view(&own, stride, own_len)], format.clone());
+            layer.become_view(stack.views(i), format.clone());
         }
-        let layers = layers.iter().map(|layer| layer.id()).collect();
-        Ok(Self { codes, absmax, nested_absmax, layout, layers })
+        Ok(stack)
+    }
+
+    /// The tensors of one layer.
+    fn views(&self, layer: usize) -> [Tensor<1, Int>; 3] {
+        let count = self.layers.len();
+        let view = |all: &Tensor<1, Int>, stride: usize, len| all.clone().narrow(0, layer * stride, len);
+        let each = |all: &Tensor<1, Int>| {
+            let len = all.dims()[0] / count;
+            view(all, len, len)
+        };
+        // Only between two layers is there a gap.
+        let own_len = match self.layout.nested_blocksize {
+            None => 1,
+            Some(nested) => self.layout.num_blocks().div_ceil(nested) + 1,
+        };
+        [each(&self.codes), each(&self.absmax), view(&self.own, own_len.next_multiple_of(VIEW_WORDS), own_len)]
+    }
+
+    /// The words of a [streamed](crate::streamed) block that are this projection's, in their order.
+    pub fn tensors(&self) -> [Tensor<1, Int>; 4] {
+        self.ensure();
+        [&self.codes, &self.absmax, &self.nested_absmax, &self.own].map(Tensor::clone)
+    }
+
+    /// Whether the weights can be streamed: those of each layer are views of the device's memory, never copies.
+    pub fn can_stream(&self) -> bool {
+        let count = self.layers.len();
+        let whole = |all: &Tensor<1, Int>| (all.dims()[0] / count).is_multiple_of(VIEW_WORDS);
+        self.codes.device() == Device::flex() || (whole(&self.codes) && whole(&self.absmax))
+    }
+
+    /// Lets the weights go, those of its layers too, until they [settle](Self::settle) in a streamed block.
+    pub fn leave<'a>(&mut self, layers: impl Iterator<Item = &'a mut Linear4bit>) {
+        let nothing = || Tensor::<1, Int>::empty([0], (&Device::flex(), DType::U32));
+        (self.codes, self.absmax, self.nested_absmax, self.own) = (nothing(), nothing(), nothing(), nothing());
+        layers.for_each(Linear4bit::leave);
+    }
+
+    /// Takes the next tensors of a streamed block, for its layers too.
+    ///
+    /// # Errors
+    /// [`LayerError::Weight`]: there are no more.
+    pub fn settle<'a>(
+        &mut self,
+        layers: impl Iterator<Item = &'a mut Linear4bit>,
+        views: &mut Views,
+    ) -> Result<(), LayerError> {
+        let (tensors, block, _) = views.next::<4>()?;
+        [self.codes, self.absmax, self.nested_absmax, self.own] = tensors;
+        let format = format_of(&self.layout, &self.codes.device()).into_value();
+        for (i, layer) in layers.enumerate() {
+            layer.settle_within(self.views(i), format.clone(), &block);
+        }
+        self.home = Some(block);
+        Ok(())
+    }
+
+    fn ensure(&self) {
+        if let Some(home) = &self.home {
+            home.ensure();
+        }
     }
 
     /// Whether these layers, in this order, are its views.
@@ -89,6 +152,7 @@ impl ExpertStack {
 
     /// The projection as the operations take it, in a pass.
     pub fn projection(&self, adapters: Option<&ExpertAdapters>, pass: Pass) -> ExpertProjection<Dispatch> {
+        self.ensure();
         let tensor = |tensor: &Tensor<1, Int>| tensor.clone().into_dispatch();
         let weight = Stacked4bit {
             codes: tensor(&self.codes),

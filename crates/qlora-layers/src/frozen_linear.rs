@@ -43,6 +43,20 @@ impl FrozenLinear {
         })
     }
 
+    /// Takes the values of another weight, as [`Linear4bit::become_equal`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn become_equal(&mut self, other: Self) -> Result<(), LayerError> {
+        match (self, other) {
+            (Self::Quantized(own), Self::Quantized(other)) => own.become_equal(other),
+            (own, other) => {
+                *own = other;
+                Ok(())
+            }
+        }
+    }
+
     /// `y = x Wᵀ`.
     ///
     /// # Shapes

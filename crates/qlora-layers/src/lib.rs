@@ -9,6 +9,7 @@
 //!   ([`ops::experts`]).
 //! - [`apply_lora`]: adapters on the burn-nn linear layers of a module of your own; [`peft`]: those as PEFT's files.
 //! - [`target_modules`]: which linear layers get an adapter, with PEFT's matching rules.
+//! - [`streamed`]: frozen weights that wait in the host's memory, of which the device has those of a few blocks at a time.
 //! - [`activation_checkpointing`]: recompute blocks in the backward pass instead of keeping what they saw, or keep it in
 //!   the host's memory.
 //!
@@ -39,6 +40,7 @@ mod params;
 mod pass;
 pub mod peft;
 mod stacked;
+pub mod streamed;
 pub mod target_modules;
 mod token_rows;
 

@@ -4,6 +4,7 @@ use crate::LayerError;
 use crate::ops::cube_tensors::scaled_rows;
 use crate::ops::{self, Layout4bit, LoraTerms, Packed4bit};
 use crate::params::{flattened, frozen};
+use crate::streamed::{BlockHome, Views};
 use burn::backend::Dispatch;
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param, ParamId};
@@ -62,6 +63,17 @@ pub struct Linear4bit {
     format: Param<Tensor<2, Int>>,
     #[module(skip)]
     layout: Layout4bit,
+    /// Where the words are while the device has others in their place.
+    #[module(skip)]
+    home: Option<Home>,
+}
+
+/// The place of a weight whose block is streamed.
+#[derive(Clone, Debug)]
+struct Home {
+    block: BlockHome,
+    /// The number of the first of its tensors in the block; `None` where they are views of some of these.
+    first: Option<usize>,
 }
 
 impl Linear4bit {
@@ -98,6 +110,7 @@ impl Linear4bit {
             nested_absmax: frozen(upload(nested_absmax, device)),
             format: format_of(&layout, device),
             layout,
+            home: None,
         })
     }
 
@@ -134,7 +147,7 @@ impl Linear4bit {
         let codes = words(weight.codes, weight.num_elements.div_ceil(8))?;
         let DeviceWeight { quant_type, blocksize, .. } = weight;
         let layout = Layout4bit { out_features, in_features, quant_type, blocksize, dtype, nested_blocksize };
-        Ok(Self { codes, absmax, nested_absmax, format: format_of(&layout, device), layout })
+        Ok(Self { codes, absmax, nested_absmax, format: format_of(&layout, device), layout, home: None })
     }
 
     /// Names the weight: clones of it have the same name, other weights have others.
@@ -200,6 +213,7 @@ impl Linear4bit {
 
     /// The weight as the operations take it.
     pub fn packed(&self) -> Packed4bit<Dispatch> {
+        self.ensure();
         let tensor = |param: &Param<Tensor<1, Int>>| param.val().into_dispatch();
         Packed4bit {
             codes: tensor(&self.codes),
@@ -211,6 +225,7 @@ impl Linear4bit {
 
     /// The weight on a CubeCL runtime; `None` on the host.
     pub(crate) fn on_cube(&self) -> Option<Packed4bit<CubeBackend>> {
+        self.ensure();
         let tensor = |param: &Param<Tensor<1, Int>>| cube_of_int(param.val());
         Some(Packed4bit {
             codes: tensor(&self.codes)?,
@@ -241,8 +256,9 @@ impl Linear4bit {
         Some((scaled_rows(&weight, &as_cube(&factors)?), factors))
     }
 
-    /// Codes, absmax and nested absmax.
-    pub(crate) fn tensors(&self) -> [Tensor<1, Int>; 3] {
+    /// Codes, absmax and nested absmax: the words of a [streamed](crate::streamed) block that are this weight's, in their order.
+    pub fn tensors(&self) -> [Tensor<1, Int>; 3] {
+        self.ensure();
         [&self.codes, &self.absmax, &self.nested_absmax].map(|param| param.val())
     }
 
@@ -253,6 +269,65 @@ impl Linear4bit {
             *param = Param::initialized(param.id, view).set_require_grad(false);
         }
         self.format = Param::initialized(self.format.id, format).set_require_grad(false);
+    }
+
+    /// Lets the weight go, until it [settles](Self::settle) in a streamed block. Its words have to be [elsewhere](Self::tensors)
+    /// before.
+    pub fn leave(&mut self) {
+        let nothing = || Tensor::<1, Int>::empty([0], (&Device::flex(), DType::U32));
+        self.become_view([nothing(), nothing(), nothing()], self.format());
+    }
+
+    /// Takes the next tensors of a streamed block, which have the words of this weight's.
+    ///
+    /// # Errors
+    /// [`LayerError::Weight`]: there are no more.
+    pub fn settle(&mut self, views: &mut Views) -> Result<(), LayerError> {
+        let (tensors, block, first) = views.next::<3>()?;
+        self.format = format_of(&self.layout, &tensors[0].device());
+        self.become_view(tensors, self.format());
+        self.home = Some(Home { block, first: Some(first) });
+        Ok(())
+    }
+
+    /// Takes views of tensors that have settled.
+    pub(crate) fn settle_within(&mut self, tensors: [Tensor<1, Int>; 3], format: Tensor<2, Int>, block: &BlockHome) {
+        self.become_view(tensors, format);
+        self.home = Some(Home { block: block.clone(), first: None });
+    }
+
+    /// Whether the weight waits elsewhere while the device has others in its place.
+    pub fn is_streamed(&self) -> bool {
+        self.home.is_some()
+    }
+
+    /// Takes the values of another weight. One that is streamed stays so, if the other has the same layout.
+    ///
+    /// # Errors
+    /// [`LayerError::Weight`] for one of a stack of experts' weights that is streamed; [`LayerError::Read`] where a device failed.
+    pub fn become_equal(&mut self, other: Self) -> Result<(), LayerError> {
+        let Some(Home { block, first }) = self.home.as_ref().filter(|_| self.layout == other.layout) else {
+            *self = other;
+            return Ok(());
+        };
+        let Some(first) = *first else {
+            return Err(LayerError::Weight(
+                "experts' weights that are streamed can't be changed one by one: have them stay on the device".into(),
+            ));
+        };
+        for (part, tensor) in (first..).zip(other.tensors()) {
+            let failed = |source| LayerError::Read { what: "a changed weight".into(), source };
+            let words = tensor.try_into_vec_as::<u32>().map_err(|error| failed(error.into()))?;
+            block.write(part, &words)?;
+        }
+        Ok(())
+    }
+
+    /// Has a streamed weight on the device for what is queued now.
+    fn ensure(&self) {
+        if let Some(home) = &self.home {
+            home.block.ensure();
+        }
     }
 
     /// What stands for codebook and dtype.
@@ -275,8 +350,11 @@ impl Linear4bit {
         self.codes.lazy_device()
     }
 
-    /// Bytes that codes and statistics take on the device.
+    /// Bytes that codes and statistics take on the device; none where they are streamed, through slots that have room for any block.
     pub fn device_bytes(&self) -> usize {
+        if self.is_streamed() {
+            return 0;
+        }
         4 * [&self.codes, &self.absmax, &self.nested_absmax].map(|words| words.dims()[0]).iter().sum::<usize>()
     }
 }
@@ -312,7 +390,7 @@ fn format_shape(layout: &Layout4bit) -> [usize; 2] {
 }
 
 /// The parameter that stands for codebook and dtype.
-fn format_of(layout: &Layout4bit, device: &Device) -> Param<Tensor<2, Int>> {
+pub(crate) fn format_of(layout: &Layout4bit, device: &Device) -> Param<Tensor<2, Int>> {
     frozen(persistent(device, format_shape(layout), |format| Tensor::zeros(format, (device, DType::U32))))
 }
 

@@ -10,6 +10,7 @@ use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::rotate;
 use qlora_layers::ops::{attention, attention_again, attention_keeping};
+use qlora_layers::streamed::BlockHome;
 use qlora_layers::{LoraAdapter, LoraLinear, Pass};
 
 /// What follows attention.
@@ -43,6 +44,8 @@ pub struct Block {
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
+    /// Where the frozen weights are, unless the device has them all the time.
+    pub(crate) home: Option<BlockHome>,
 }
 
 impl Block {
@@ -215,6 +218,10 @@ pub struct BlockInPass<'a> {
 }
 
 impl ResidualBlock for BlockInPass<'_> {
+    fn home(&self) -> Option<&BlockHome> {
+        self.block.home.as_ref()
+    }
+
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         self.block.attention_branch(x, self.config, self.sequence, pass, purpose)
     }

@@ -123,6 +123,7 @@ impl Decoder {
     /// `[tokens, hidden]` in and out.
     pub fn run_block(&self, block: &Block, x: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
         let _span = tracing::trace_span!("block", index = block.index).entered();
+        let x = block.enter(x, pass);
         BlockInPass { block, config: &self.config, sequence }.forward(x, pass)
     }
 
@@ -236,7 +237,7 @@ impl Decoder {
         self.blocks.iter().flat_map(Block::linears).map(|(_, linear)| linear).chain(head)
     }
 
-    /// Bytes of frozen weights on the device.
+    /// Bytes of frozen weights on the device, and of the slots for those that are streamed.
     pub fn device_bytes(&self) -> usize {
         let bytes = |linear: &LoraLinear| {
             let bias = linear.bias.as_ref().map_or(0, |bias| bias.dims()[0] * bias.dtype().size());
@@ -245,7 +246,8 @@ impl Decoder {
         let embeddings = self.embed_tokens.shape().num_elements() * self.embed_tokens.dtype().size();
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
-        embeddings + narrow + norms + self.own_linears().map(bytes).sum::<usize>()
+        let slots = self.streaming().slot_bytes as usize;
+        embeddings + narrow + norms + slots + self.own_linears().map(bytes).sum::<usize>()
     }
 
     /// Frozen weights, counted before quantization.

@@ -70,6 +70,17 @@ pub enum ModelError {
     /// A LoRA setting or a layer's tensor.
     #[error(transparent)]
     Layer(#[from] qlora_layers::LayerError),
+    /// Dense weights were to be streamed.
+    #[error(
+        "model.residency: only 4-bit weights can wait in the host's memory: set quantization.quant_type to \"nf4\" or \"fp4\", or model.residency to \"device\""
+    )]
+    Streamed,
+    /// The device has no room for the blocks that are streamed.
+    #[error("model.residency: the device has no room for two blocks at a time: {source}")]
+    Slots {
+        /// What it said.
+        source: DeviceError,
+    },
     /// A quantization setting.
     #[error("quantization: {0}")]
     Quantization(#[from] nf4_quant::QuantError),

@@ -28,6 +28,7 @@ mod recorded;
 mod rope;
 mod sequence;
 mod stacks;
+mod streamed;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
@@ -46,3 +47,4 @@ pub use qlora_layers::ops::fused::Activation;
 pub use recorded::Step;
 pub use rope::{Rope, RopeScaling};
 pub use sequence::Sequence;
+pub use streamed::{Placement, Streams};

@@ -24,6 +24,7 @@ use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
+use crate::streamed::Streams;
 use adapter_io::{Checkpoint, Floats, TensorView};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::persistent;
@@ -60,6 +61,21 @@ impl Decoder {
         device: &Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
+        Self::load_streamed(dir, options, None, device, progress)
+    }
+
+    /// [`load`](Self::load) with the frozen weights of some blocks elsewhere, from where they come when they are needed. Each such
+    /// block leaves the device before the next one is loaded.
+    ///
+    /// # Errors
+    /// As there; [`ModelError::Streamed`] without quantization, [`ModelError::Layer`] where a block's weights can't be moved.
+    pub fn load_streamed(
+        dir: &Path,
+        options: LoadOptions,
+        streams: Option<Streams>,
+        device: &Device,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
         let mut config = ModelConfig::from_dir(dir)?;
         check(&options, device)?;
         let checkpoint = Checkpoint::open(dir)?;
@@ -70,7 +86,7 @@ impl Decoder {
         let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
         let root = *config.family.roots.iter().find(holds).unwrap_or(&config.root());
         let streaming = Streaming::to(device, Quantizer::of(device)?);
-        Loader::new(&checkpoint, config, options, device, progress, root, streaming).decoder()
+        Loader::new(&checkpoint, config, options, device, progress, root, streaming).streams(streams)?.decoder()
     }
 
     /// A model of a shape with random weights, to measure with: normal with deviation 0.02, norms that change nothing.
@@ -87,10 +103,25 @@ impl Decoder {
         device: &Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
+        Self::random_streamed(config, options, None, seed, device, progress)
+    }
+
+    /// [`random`](Self::random) with the frozen weights of some blocks elsewhere, as in [`load_streamed`](Self::load_streamed).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn random_streamed(
+        config: ModelConfig,
+        options: LoadOptions,
+        streams: Option<Streams>,
+        seed: u64,
+        device: &Device,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
         check(&options, device)?;
         let source = Random::new(&config, &options, seed)?;
         let root = config.root();
-        Loader::new(&source, config, options, device, progress, root, None).decoder()
+        Loader::new(&source, config, options, device, progress, root, None).streams(streams)?.decoder()
     }
 }
 
@@ -113,6 +144,10 @@ struct Loader<'a> {
     root: Root,
     /// Where the device quantizes.
     streaming: Option<Streaming<'a>>,
+    /// The blocks that leave the device again.
+    streams: Option<Streams>,
+    /// Where 4-bit weights that the host has made go.
+    weights_to: Device,
     /// The tensors that were read, and the 4-bit modules.
     read: BTreeSet<String>,
     loaded_bytes: u64,
@@ -130,15 +165,62 @@ impl<'a> Loader<'a> {
         streaming: Option<Streaming<'a>>,
     ) -> Self {
         let total_bytes = source.total_bytes();
-        let read = BTreeSet::new();
-        Self { source, config, options, device, progress, root, streaming, read, loaded_bytes: 0, total_bytes }
+        let (read, weights_to) = (BTreeSet::new(), device.clone());
+        Self {
+            source,
+            config,
+            options,
+            device,
+            progress,
+            root,
+            streaming,
+            streams: None,
+            weights_to,
+            read,
+            loaded_bytes: 0,
+            total_bytes,
+        }
+    }
+
+    fn streams(mut self, streams: Option<Streams>) -> Result<Self, ModelError> {
+        self.streams = streams.filter(|streams| streams.placement.streamed() > 0);
+        match self.streams.is_some() && self.options.quantization.is_none() {
+            true => Err(ModelError::Streamed),
+            false => Ok(self),
+        }
     }
 
     fn decoder(mut self) -> Result<Decoder, ModelError> {
         let ModelConfig { vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, .. } = self.config;
         let Root { head, .. } = self.config.root();
         let embed_tokens = self.matrix(&self.config.embed_path(), [vocab_size, hidden_size])?;
-        let blocks = (0..num_hidden_layers).map(|index| self.block(index)).collect::<Result<_, _>>()?;
+        let mut blocks = Vec::with_capacity(num_hidden_layers);
+        let (mut streams, mut moved) = (self.streams.take(), Vec::new());
+        for index in 0..num_hidden_layers {
+            let streams = streams.as_mut().filter(|streams| streams.placement.is_streamed(index));
+            // What the host has made need not see the device; of experts, only a block on the device knows whether it can be moved.
+            let by_host = streams.is_some() && self.config.experts_specs(index).is_none();
+            self.weights_to = if by_host { Device::flex() } else { self.device.clone() };
+            let mut block = self.block(index)?;
+            match streams {
+                Some(streams) if block.can_stream() => {
+                    block.move_to(&mut *streams.store)?;
+                    moved.push(index);
+                }
+                Some(_) => tracing::warn!(block = index, "experts of such shapes stay on the device"),
+                None => {}
+            }
+            blocks.push(block);
+        }
+        self.weights_to = self.device.clone();
+        if let Some(streams) = streams.filter(|_| !moved.is_empty()) {
+            // What passed through is given back before there are slots.
+            self.device.memory_cleanup();
+            let homes = streams.store.finish().map_err(|source| ModelError::Slots { source })?;
+            for (number, index) in moved.into_iter().enumerate() {
+                blocks[index].settle(homes.home(number))?;
+            }
+        }
         let norm = self.norm(self.config.last_norm())?;
         let lm_head = match tie_word_embeddings {
             true => None,
@@ -186,7 +268,7 @@ impl<'a> Loader<'a> {
             }
         };
         let norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
-        Ok(Block { index, kind: self.config.layer(index).kind, qkv, output, feed_forward, norms })
+        Ok(Block { index, kind: self.config.layer(index).kind, qkv, output, feed_forward, norms, home: None })
     }
 
     /// Experts, from a tensor for each or from stacked ones.
@@ -266,7 +348,7 @@ impl<'a> Loader<'a> {
             }
             self.read.insert(name.into());
             self.advance(name, weight.codes.len());
-            let linear = Linear4bit::from_quantized(&weight, self.device)?;
+            let linear = Linear4bit::from_quantized(&weight, &self.weights_to)?;
             self.source.release(&format!("{name}.weight"));
             return Ok(match self.options.quantization.filter(|_| spec.role != LinearRole::Router) {
                 Some(_) => FrozenLinear::Quantized(linear),
@@ -309,7 +391,7 @@ impl<'a> Loader<'a> {
         .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })?;
         weight.state.dtype = self.options.state_dtype();
         self.advance(&spec.path, view.data.len());
-        Ok(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, self.device)?))
+        Ok(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &self.weights_to)?))
     }
 
     fn norm(&mut self, (path, width): (String, usize)) -> Result<Named<RmsNorm>, ModelError> {

@@ -22,6 +22,7 @@ use burn::module::Param;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::experts::{expert_mlp, expert_weights, route};
+use qlora_layers::streamed::Views;
 use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass};
 
 /// The projections of an expert, as paths name them.
@@ -125,6 +126,33 @@ impl Moe {
             ExpertStack::new(&mut bases.collect::<Result<Vec<_>, LayerError>>()?)
         };
         Ok(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
+    }
+
+    /// Whether all experts' frozen weights lie in stacks that can be streamed.
+    pub fn can_stream(&self) -> bool {
+        self.stacks.as_ref().is_some_and(|stacks| stacks.iter().all(ExpertStack::can_stream))
+    }
+
+    /// The words of the experts' frozen weights.
+    pub fn words(&self) -> Vec<Tensor<1, Int>> {
+        self.stacks.iter().flat_map(|stacks| stacks.iter()).flat_map(ExpertStack::tensors).collect()
+    }
+
+    /// Lets the experts' frozen weights go.
+    pub fn leave(&mut self) {
+        let Some(mut stacks) = self.stacks.take() else { return };
+        (0..).zip(stacks.iter_mut()).for_each(|(i, stack)| stack.leave(self.layers_mut(i).filter_map(quantized_mut)));
+        self.stacks = Some(stacks);
+    }
+
+    /// Takes the words of a streamed block in their place.
+    pub fn settle(&mut self, views: &mut Views) -> Result<(), LayerError> {
+        let Some(mut stacks) = self.stacks.take() else { return Ok(()) };
+        let settled = (0..)
+            .zip(stacks.iter_mut())
+            .try_for_each(|(i, stack)| stack.settle(self.layers_mut(i).filter_map(quantized_mut), views));
+        self.stacks = Some(stacks);
+        settled
     }
 
     /// Whether the experts' layers are views of the stacks and nothing more.
@@ -239,6 +267,13 @@ fn bare(layer: &LoraLinear) -> Option<&Linear4bit> {
 
 fn quantized(layer: &LoraLinear) -> Option<&Linear4bit> {
     match &layer.base {
+        FrozenLinear::Quantized(base) => Some(base),
+        FrozenLinear::Dense(_) => None,
+    }
+}
+
+fn quantized_mut(layer: &mut Named<LoraLinear>) -> Option<&mut Linear4bit> {
+    match &mut layer.module.base {
         FrozenLinear::Quantized(base) => Some(base),
         FrozenLinear::Dense(_) => None,
     }

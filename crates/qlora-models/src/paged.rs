@@ -377,6 +377,7 @@ impl<'a> MixedPass<'a> {
         let mut x = x;
         for index in 0..last {
             let _span = tracing::trace_span!("block", index).entered();
+            h = self.models[0].1.blocks[index].enter(h, Pass::INFERENCE);
             let mlp_input = self.each(|model| &model.blocks[index].norms.mlp_input.module);
             let attended = self.attention(index, h, cache);
             let [m, input] = add_norm(&mlp_input, x, attended);

@@ -149,7 +149,9 @@ impl Decoder {
             && (placed.is_some() || parts.len() <= MOST_PARTS)
             // The host chooses experts, and finds trained tokens among the ids.
             && first.model.config.experts.is_none()
-            && !parts.iter().any(|(_, part)| part.model.has_trained_tokens());
+            && !parts.iter().any(|(_, part)| part.model.has_trained_tokens())
+            // A recording holds launches alone, and not the copies of streamed weights between them.
+            && !first.model.is_streamed();
         if records && let Some(step) = replayed(&PassOver::new(&parts, placed.as_ref()), cache)? {
             return Ok(Some(step));
         }

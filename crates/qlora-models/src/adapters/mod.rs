@@ -93,7 +93,7 @@ impl Decoder {
             if let Some(target) = by_path.get(path.as_str()) {
                 let Start { adapter, base } = starter.linear(linear, target, index)?;
                 if let Some(base) = base {
-                    linear.base = base;
+                    linear.base.become_equal(base)?;
                 }
                 linear.adapter = Some(finish(adapter, config, &linear.base));
                 index += 1;

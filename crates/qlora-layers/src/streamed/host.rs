@@ -1,0 +1,73 @@
+//! Streamed blocks in the host's memory.
+
+use burn::tensor::{Device, Int, Tensor};
+use host_copies::{DeviceError, HostBuffer, Slot};
+
+use super::{BlockSource, BlockStore, StreamedBlocks, layout};
+use crate::LayerError;
+
+/// Blocks in the host's memory; on CUDA that is pinned.
+#[derive(Debug)]
+pub struct HostStore {
+    device: Device,
+    lens: Vec<Vec<usize>>,
+    blocks: HostBlocks,
+}
+
+impl HostStore {
+    /// For a device that is to compute with the blocks.
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), lens: Vec::new(), blocks: HostBlocks::default() }
+    }
+}
+
+impl BlockStore for HostStore {
+    fn push(&mut self, tensors: Vec<Tensor<1, Int>>) -> Result<(), LayerError> {
+        let lens: Vec<usize> = tensors.iter().map(|tensor| tensor.dims()[0]).collect();
+        let failed = |source: DeviceError| LayerError::Read { what: "the weights of a streamed block".into(), source };
+        let (starts, len) = layout(&lens);
+        let mut buffer = HostBuffer::new(&self.device, len).map_err(failed)?;
+        let Some(words) = buffer.words_mut() else {
+            return Err(failed(DeviceError::Failed("fresh memory is in use".into())));
+        };
+        for (start, tensor) in starts.into_iter().zip(tensors) {
+            let data = tensor.try_into_data().map_err(|error| failed(error.into()))?;
+            let of_tensor =
+                data.as_slice::<u32>().map_err(|error| failed(DeviceError::Failed(format!("{error:?}"))))?;
+            words[start..start + of_tensor.len()].copy_from_slice(of_tensor);
+        }
+        self.lens.push(lens);
+        self.blocks.0.push(buffer);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<StreamedBlocks, DeviceError> {
+        StreamedBlocks::new(&self.device, &self.lens, Box::new(self.blocks))
+    }
+}
+
+#[derive(Debug, Default)]
+struct HostBlocks(Vec<HostBuffer>);
+
+impl BlockSource for HostBlocks {
+    fn fill(&mut self, block: usize, slot: &mut Slot) -> Result<(), DeviceError> {
+        slot.fill(&self.0[block])
+    }
+
+    fn arrive(&mut self, _: usize, slot: &mut Slot) -> Result<(), DeviceError> {
+        slot.arrive();
+        Ok(())
+    }
+
+    fn write(&mut self, block: usize, start: usize, words: &[u32]) -> Result<(), DeviceError> {
+        self.0[block].write(start, words)
+    }
+
+    fn bus_bytes(&self, block: usize) -> u64 {
+        4 * self.0[block].words().len() as u64
+    }
+
+    fn host_bytes(&self) -> u64 {
+        self.0.iter().map(|block| 4 * block.words().len() as u64).sum()
+    }
+}
