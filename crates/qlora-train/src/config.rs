@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpointing::Checkpointing;
 use crate::error::TrainError;
 use crate::loss_scale::LossScale;
+use crate::residency::Residency;
 use qlora_data::DataConfig;
 
 pub use best::{FinalAdapter, KeepBest};
@@ -93,6 +94,10 @@ pub struct BaseModelConfig {
     /// are trained and saved with the adapter.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub resize_embeddings: bool,
+    /// Where frozen weights are while the device does not compute with them.
+    pub residency: Residency,
+    /// How much of the device's memory the frozen weights may take.
+    pub device_budget: Budget,
 }
 
 /// `[quantization]`: how the base model's linear layers are kept in memory.

@@ -5,6 +5,7 @@ use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
 use crate::rates::Work;
+use crate::residency::{Placed, WeightBytes};
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
@@ -17,7 +18,7 @@ use std::collections::HashMap;
 /// the largest micro-batch (see [`Plan::new`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Linear layers, 4-bit codes and their statistics, or dense.
+    /// Linear layers, 4-bit codes and their statistics, or dense: those that stay, and the places that others pass through.
     pub linear_weights: u64,
     /// Embeddings, output head and norms.
     pub other_weights: u64,
@@ -58,6 +59,8 @@ pub struct Plan {
     pub lighter: Vec<Policies>,
     /// What a micro-batch of the largest size does.
     pub work: Work,
+    /// Where the weights of blocks are.
+    pub weights: Placed,
 }
 
 impl Plan {
@@ -98,6 +101,8 @@ impl Plan {
             }
             dense += if spec.bias { spec.shape[0] as u64 } else { 0 };
         }
+        let quant = config.quantization.quant_config();
+        let all_weights = WeightBytes::new(model, quant, width);
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         let norms: u64 = model.norms().iter().map(|(_, width)| *width as u64).sum();
         // A bias or a magnitude for each output feature; an embedding's features are its columns.
@@ -125,14 +130,6 @@ impl Plan {
             Budget::Auto | Budget::Unlimited => state,
         };
 
-        let linear_weights = match config.quantization.quant_config() {
-            None => in_blocks * width,
-            Some(q) => {
-                let blocks = in_blocks.div_ceil(q.blocksize as u64);
-                let absmax = if q.double_quant { blocks + 4 * blocks.div_ceil(256) } else { 4 * blocks };
-                in_blocks.div_ceil(2) + absmax
-            }
-        };
         let longest = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
         let (rows, len) = (config.train.batch_size as u64, longest as u64);
         // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel: GPUs have one for 16
@@ -148,19 +145,36 @@ impl Plan {
         // Of each token of the rows its id and its label.
         let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
         let program = if on_cpu { PROGRAM + of_rows } else { 0 };
-        let other_weights = (dense + embeddings + norms) * width;
-        let resident = program + linear_weights + other_weights + 4 * trainable + state_on_device;
-        let room = memory.device.map(|room| room.saturating_sub(resident));
-        let (policies, lighter) = match config.train.activation_checkpointing {
-            Checkpointing::Fixed(policy) => (policy.into(), Vec::new()),
-            Checkpointing::Auto => choose(&activations, room, memory.host),
+        let other_weights = all_weights.other();
+        let rest = program + other_weights + 4 * trainable + state_on_device;
+        let kept = |placed: &Placed| {
+            let room = memory.device.map(|room| room.saturating_sub(rest + placed.on_device()));
+            match config.train.activation_checkpointing {
+                Checkpointing::Fixed(policy) => (policy.into(), Vec::new()),
+                Checkpointing::Auto => choose(&activations, room, memory.host.saturating_sub(placed.host_bytes)),
+            }
         };
+        let fits = |placed: &Placed| {
+            let within = |room: u64| rest + placed.on_device() + activations.peak(&kept(placed).0.0) <= room;
+            let budget = match config.model.device_budget {
+                Budget::Bytes(budget) => budget,
+                Budget::Auto | Budget::Unlimited => u64::MAX,
+            };
+            memory.device.is_none_or(within) && other_weights + placed.on_device() <= budget
+        };
+        let weights = all_weights.said(&config.model).unwrap_or_else(|| {
+            let fewest = all_weights.fewest(fits);
+            // On the CPU both memories are one.
+            let can_stream = quant.is_some() && !on_cpu && fewest.host_bytes <= memory.host;
+            if can_stream { fewest } else { all_weights.placed(0) }
+        });
+        let (policies, lighter) = kept(&weights);
         let work = Work::new(model, &activations, &policies, in_blocks);
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
             memory: MemoryEstimate {
-                linear_weights,
+                linear_weights: weights.on_device(),
                 other_weights,
                 adapters: 4 * trainable,
                 optimizer: state_on_device,
@@ -173,6 +187,7 @@ impl Plan {
             policies,
             lighter,
             work,
+            weights,
         })
     }
 }

@@ -217,7 +217,7 @@ impl Curves<'_> {
 
     fn over_budgets(&mut self) -> Result<()> {
         let shape = shapes::config(&self.args.shape, None, None)?;
-        let model = random_model(&shape, &self.config(self.args.rank, "auto")?, &self.device)?;
+        let model = random_model(&shape, &self.config(self.args.rank, "auto")?, None, &self.device)?;
         let layers = shape.num_hidden_layers;
         for &budget in &self.args.budgets {
             let mut config = self.config(self.args.rank, "auto")?;
@@ -256,7 +256,7 @@ impl Curves<'_> {
 
     /// Models of both numbers of layers.
     fn models(&self, shape: impl Fn(usize) -> Result<ModelConfig>, config: &TrainConfig) -> Result<Vec<Decoder>> {
-        self.args.layers.iter().map(|layers| random_model(&shape(*layers)?, config, &self.device)).collect()
+        self.args.layers.iter().map(|layers| random_model(&shape(*layers)?, config, None, &self.device)).collect()
     }
 
     /// A point of a whole model, from those of few layers.

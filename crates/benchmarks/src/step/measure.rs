@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use burn_qlora::qlora_layers::mix;
-use burn_qlora::qlora_models::{ModelConfig, device_memory, held_memory};
+use burn_qlora::qlora_models::{ModelConfig, Streams, device_memory, held_memory};
 use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name, with_subscriber};
 use burn_qlora::qlora_train::{Engine, Plan, Room, StepOutput, compute_dtype, engine};
 use burn_qlora::{Decoder, Example, LoadOptions, TrainConfig};
@@ -89,19 +89,35 @@ pub(crate) struct Measured {
     pub readings: Vec<Reading>,
     /// Loss of the first and the last step.
     pub losses: [f64; 2],
+    /// Blocks whose frozen weights wait in the host's memory, and the bytes of these.
+    #[serde(default)]
+    pub streamed_blocks: usize,
+    #[serde(default)]
+    pub streamed_bytes: u64,
+    /// Bytes of the device that they pass through.
+    #[serde(default)]
+    pub slot_bytes: u64,
+    /// Bytes of frozen weights that a timed step brought over the bus.
+    #[serde(default)]
+    pub bus_bytes: u64,
 }
 
 /// A model of random weights with its adapters, ready to train on micro-batches of a case.
 pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Engine> {
     let planned = plan(shape, config, case, device)?;
-    planned_engine(random_model(shape, config, device)?, config, case, planned)
+    planned_engine(random_model(shape, config, planned.weights.streams(device), device)?, config, case, planned)
 }
 
-/// A model of random weights.
-pub(super) fn random_model(shape: &ModelConfig, config: &TrainConfig, device: &Device) -> Result<Decoder> {
+/// A model of random weights, some of which may be streamed.
+pub(super) fn random_model(
+    shape: &ModelConfig,
+    config: &TrainConfig,
+    streams: Option<Streams>,
+    device: &Device,
+) -> Result<Decoder> {
     let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
     let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-    Ok(Decoder::random(shape.clone(), options, config.train.seed, device, &mut |_| {})?)
+    Ok(Decoder::random_streamed(shape.clone(), options, streams, config.train.seed, device, &mut |_| {})?)
 }
 
 /// What of a case's activations is kept, by what the device has free now.
@@ -153,6 +169,7 @@ pub(crate) fn run(
     device.sync()?;
     let mut seconds = Vec::with_capacity(repeats.steps);
     let mut last = first;
+    let before = steps.engine.model().streaming();
     let mut readings = Vec::new();
     for step in 1..=repeats.steps {
         // A step returns with its loss, while the device is at the update, and the next step queues behind that: what is
@@ -166,6 +183,7 @@ pub(crate) fn run(
         }
     }
     let (step_seconds, spread) = median(&mut seconds);
+    let streaming = steps.engine.model().streaming();
 
     device.sync()?;
     let (output, look) = look::at(place.client.as_ref(), || steps.next());
@@ -198,6 +216,10 @@ pub(crate) fn run(
         driver_bytes: place.driver.as_ref().map(|driver| driver.peak().saturating_sub(held)),
         readings,
         losses: [first.loss, last.loss],
+        streamed_blocks: streaming.blocks,
+        streamed_bytes: streaming.host_bytes,
+        slot_bytes: streaming.slot_bytes,
+        bus_bytes: (streaming.bytes_in - before.bytes_in) / repeats.steps.max(1) as u64,
     })
 }
 

@@ -54,6 +54,12 @@ struct Setting {
     /// train.optimizer: adamw_32bit, adamw_8bit or lion_8bit.
     #[arg(long, default_value = "adamw_32bit")]
     optimizer: String,
+    /// model.residency: auto, device or host.
+    #[arg(long, default_value = "auto")]
+    residency: String,
+    /// model.device_budget: what the frozen weights may take of the device, such as 15GiB.
+    #[arg(long, default_value = "auto")]
+    device_budget: String,
     /// Any other key of `qlora train`; may be repeated.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
@@ -163,7 +169,7 @@ fn parent(args: &Args) -> Result<()> {
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
             let row = Row { policy: policy.clone(), case, result, bound };
             println!("{}", row.line());
-            row.memory_line().iter().for_each(|line| println!("{line}"));
+            row.memory_line().into_iter().chain(row.streamed_line()).for_each(|line| println!("{line}"));
             rows.push(row);
             record.save(&rows, &[])?;
         }
@@ -201,6 +207,8 @@ impl Record {
             "rank": args.setting.rank,
             "optimizer": args.setting.optimizer,
             "gradient_accumulation_steps": accumulation,
+            "residency": args.setting.residency,
+            "device_budget": args.setting.device_budget,
             "set": args.setting.set,
             "warm_up": args.warm_up,
             "steps": args.steps,
@@ -233,6 +241,8 @@ impl Setting {
         config.set("train.activation_checkpointing", policy)?;
         config.set("train.optimizer", &self.optimizer)?;
         config.set("lora.rank", &self.rank.to_string())?;
+        config.set("model.residency", &self.residency)?;
+        config.set("model.device_budget", &self.device_budget)?;
         for assignment in &self.set {
             let (key, value) = assignment.split_once('=').context("--set takes SECTION.KEY=VALUE")?;
             config.set(key.trim(), value.trim())?;

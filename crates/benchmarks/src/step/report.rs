@@ -60,6 +60,20 @@ impl Row {
         Some(format!("  MiB in use/reserved after step {}", words.collect::<Vec<_>>().join(", ")))
     }
 
+    /// The frozen weights that wait in the host's memory, where some do.
+    pub(crate) fn streamed_line(&self) -> Option<String> {
+        let m = self.result.as_ref().ok().filter(|measured| measured.streamed_blocks > 0)?;
+        Some(format!(
+            "  {} blocks of frozen weights wait in the host's memory, GiB: {}; {} on the device for them, {} over the bus in a step; \
+             loaded in {:.0} s",
+            m.streamed_blocks,
+            gib(m.streamed_bytes),
+            gib(m.slot_bytes),
+            gib(m.bus_bytes),
+            m.load_seconds,
+        ))
+    }
+
     fn share(&self) -> Option<f64> {
         Some(self.bound? / self.result.as_ref().ok()?.step_seconds)
     }
@@ -139,6 +153,10 @@ mod tests {
             driver_bytes: None,
             readings: vec![Reading { step: 100, in_use_bytes: 3 << 20, reserved_bytes: 5 << 20 }],
             losses: [10.4, 10.3],
+            streamed_blocks: 16,
+            streamed_bytes: 3 << 30,
+            slot_bytes: 1 << 30,
+            bus_bytes: 5 << 30,
         };
         Row { policy: "full".into(), case: Case { rows: 4, len: 2048 }, result: Ok(measured), bound: Some(0.4) }
     }
@@ -150,8 +168,11 @@ mod tests {
         assert_eq!(line.split_whitespace().count(), header.split_whitespace().count(), "{header}\n{line}");
         assert!(line.contains("16384") && line.contains("80%") && line.contains("6.00"), "{line}");
         assert_eq!(row().memory_line().unwrap(), "  MiB in use/reserved after step 100: 3.0/5.0");
+        let streamed = row().streamed_line().unwrap();
+        assert!(streamed.contains("16 blocks") && streamed.contains("3.00; 1.00") && streamed.contains("5.00 over"), "{streamed}");
         let failed = Row { result: Err("out\nof memory".into()), ..row() };
         assert!(failed.line().ends_with("out of memory"));
+        assert_eq!(failed.streamed_line(), None);
         assert_eq!(failed.json()["error"], "out\nof memory");
     }
 

@@ -42,6 +42,8 @@ const FREE: &[&str] = &[
     "device",
     "model.path",
     "model.revision",
+    "model.residency",
+    "model.device_budget",
     "data.train",
     "data.eval",
     "data.strict",

@@ -2,8 +2,10 @@
 
 use std::fmt::Display;
 
-use super::{FinalAdapter, RunConfig, TrainConfig};
+use super::{BaseQuantType, FinalAdapter, RunConfig, TrainConfig};
 use crate::error::TrainError;
+use crate::residency::Residency;
+use paged_optim::Budget;
 
 impl TrainConfig {
     /// Checks every value that has a range.
@@ -26,6 +28,18 @@ impl TrainConfig {
             });
         }
         let q = &self.quantization;
+        check(
+            "model.residency",
+            self.model.residency,
+            self.model.residency != Residency::Host || q.quant_type != BaseQuantType::None,
+            "needs weights in 4 bits: set quantization.quant_type to \"nf4\" or \"fp4\"",
+        )?;
+        check(
+            "model.device_budget",
+            self.model.device_budget,
+            self.model.residency != Residency::Device || self.model.device_budget == Budget::Auto,
+            "says what else waits in the host's memory: set model.residency to \"auto\" or \"host\"",
+        )?;
         check(
             "quantization.blocksize",
             q.blocksize,

@@ -109,10 +109,18 @@ impl<'e> Trainer<'e> {
         together::compare_basis(ranks.as_ref(), &basis, resumed.as_ref())?;
 
         let room = Room::of(&device, config.train.memory_budget);
-        let Plan { policies, lighter, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
+        let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
         tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-        let mut model = Decoder::load(&model_dir, options, &device, &mut |progress| events.on_load(progress))?;
+        let streams = weights.streams(&device);
+        if let Some(streams) = &streams {
+            let (streamed, blocks) = (streams.placement.streamed(), shape.num_hidden_layers);
+            events.on_notice(&format!(
+                "the frozen weights of {streamed} of {blocks} blocks wait in the host's memory (model.residency)"
+            ));
+        }
+        let mut model =
+            Decoder::load_streamed(&model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;
         model.resize_embeddings(shape.vocab_size)?;
         let lora = &resized.lora;
         match &resumed {

@@ -15,6 +15,8 @@ use crate::ranks::Ranks;
 const OWN: &[&str] = &[
     "device",
     "model.path",
+    "model.residency",
+    "model.device_budget",
     "data.train",
     "data.eval",
     "train.output_dir",

@@ -1,0 +1,217 @@
+//! `model.residency`: which blocks' frozen weights stay on the device, and which wait in the host's memory.
+//!
+//! Streamed blocks are spread evenly among the others ([`Placement::evenly`]), and pass through [`SLOTS`] places of the largest
+//! one's size. No choice changes a bit of any result, so it is one of time and memory alone. `auto` streams nothing where a run
+//! fits without, and otherwise the fewest blocks with which it fits.
+
+use std::fmt;
+
+use burn::tensor::Device;
+use paged_optim::Budget;
+use qlora_layers::streamed::{HostStore, SLOTS};
+use qlora_models::{LinearRole, ModelConfig, Placement, Streams};
+use serde::{Deserialize, Serialize};
+
+use crate::config::BaseModelConfig;
+use nf4_quant::QuantConfig;
+
+/// Where frozen weights are while the device does not compute with them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Residency {
+    /// On the device, as far as there is room; the others in the host's memory.
+    #[default]
+    Auto,
+    /// On the device.
+    Device,
+    /// In the host's memory, but for the blocks that `model.device_budget` has room for.
+    Host,
+}
+
+impl fmt::Display for Residency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Auto => "auto",
+            Self::Device => "device",
+            Self::Host => "host",
+        })
+    }
+}
+
+/// Bytes of a model's frozen weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WeightBytes {
+    /// Those of each block that can be streamed.
+    blocks: Vec<u64>,
+    /// Embeddings, output head, norms, routers, biases: what stays on the device.
+    other: u64,
+}
+
+impl WeightBytes {
+    /// Of a model whose linear layers are held as `quant` says, or dense with `width` bytes an element.
+    pub fn new(model: &ModelConfig, quant: Option<QuantConfig>, width: u64) -> Self {
+        let mut blocks = vec![0; model.num_hidden_layers];
+        let mut other = (model.vocab_size * model.hidden_size) as u64 * width;
+        for spec in model.linear_specs() {
+            let elements = spec.shape.iter().product::<usize>() as u64;
+            other += if spec.bias { spec.shape[0] as u64 * width } else { 0 };
+            let block = block_of(&spec.path).and_then(|index| blocks.get_mut(index));
+            match (spec.role, block) {
+                (LinearRole::Projection | LinearRole::Expert, Some(block)) => *block += linear(elements, quant, width),
+                _ => other += elements * width,
+            }
+        }
+        other += model.norms().iter().map(|(_, features)| *features as u64).sum::<u64>() * width;
+        Self { blocks, other }
+    }
+
+    /// What stays on the device whatever is streamed.
+    pub fn other(&self) -> u64 {
+        self.other
+    }
+
+    /// The placement with so many streamed blocks.
+    pub fn placed(&self, streamed: usize) -> Placed {
+        let placement = Placement::evenly(self.blocks.len(), streamed);
+        let of = |wanted: bool| {
+            let blocks = self.blocks.iter().enumerate();
+            blocks.filter(|(index, _)| placement.is_streamed(*index) == wanted).map(|(_, bytes)| *bytes).collect::<Vec<_>>()
+        };
+        let (resident, streamed) = (of(false).iter().sum(), of(true));
+        let slots = SLOTS.min(streamed.len());
+        let all: u64 = streamed.iter().sum();
+        // What is in the slots at a turn stays for the way back, and for the next step's way forward.
+        let at_turns = streamed.iter().take(slots).chain(streamed.iter().rev().take(slots)).sum::<u64>();
+        Placed {
+            placement,
+            resident_bytes: resident,
+            slot_bytes: slots as u64 * streamed.iter().copied().max().unwrap_or(0),
+            host_bytes: all,
+            bus_bytes: (2 * all).saturating_sub(at_turns),
+        }
+    }
+
+    /// The fewest streamed blocks for which `fits`, all of them where it never does.
+    pub fn fewest(&self, fits: impl Fn(&Placed) -> bool) -> Placed {
+        let (mut low, mut high) = (0, self.blocks.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            match fits(&self.placed(middle)) {
+                true => high = middle,
+                false => low = middle + 1,
+            }
+        }
+        self.placed(low)
+    }
+
+    /// What `model.residency` and `model.device_budget` say, where they say it by themselves; `None` for `auto`.
+    pub fn said(&self, config: &BaseModelConfig) -> Option<Placed> {
+        match (config.residency, config.device_budget) {
+            (Residency::Device, _) | (Residency::Host, Budget::Unlimited) => Some(self.placed(0)),
+            (Residency::Host, Budget::Auto) => Some(self.placed(self.blocks.len())),
+            (Residency::Host, Budget::Bytes(budget)) => Some(self.fewest(|placed| self.other + placed.on_device() <= budget)),
+            (Residency::Auto, _) => None,
+        }
+    }
+}
+
+/// The block that a module belongs to: the first number in its path.
+fn block_of(path: &str) -> Option<usize> {
+    path.split('.').find_map(|part| part.parse().ok())
+}
+
+/// Bytes of a linear layer.
+fn linear(elements: u64, quant: Option<QuantConfig>, width: u64) -> u64 {
+    let Some(quant) = quant else { return elements * width };
+    let blocks = elements.div_ceil(quant.blocksize as u64);
+    let absmax = if quant.double_quant { blocks + 4 * blocks.div_ceil(256) } else { 4 * blocks };
+    elements.div_ceil(2) + absmax
+}
+
+/// Where the weights of a model's blocks are, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// The streamed blocks.
+    pub placement: Placement,
+    /// Bytes of the blocks that stay on the device.
+    pub resident_bytes: u64,
+    /// Bytes of the places on the device that the others pass through.
+    pub slot_bytes: u64,
+    /// Bytes of the host's memory, pinned on CUDA.
+    pub host_bytes: u64,
+    /// Bytes over the bus in the forward and backward pass of a micro-batch.
+    pub bus_bytes: u64,
+}
+
+impl Placed {
+    /// Bytes on the device.
+    pub fn on_device(&self) -> u64 {
+        self.resident_bytes + self.slot_bytes
+    }
+
+    /// What a loader is told of it; nothing where all stays on the device.
+    pub fn streams(&self, device: &Device) -> Option<Streams> {
+        let placement = self.placement.clone();
+        (placement.streamed() > 0).then(|| Streams { placement, store: Box::new(HostStore::new(device)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+
+    use super::*;
+    use std::path::Path;
+
+    fn shape(name: &str, file: &str) -> ModelConfig {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(file);
+        let config = serde_json::from_slice::<serde_json::Value>(&std::fs::read(path).unwrap()).unwrap()[name].take();
+        ModelConfig::from_json(&config, Path::new(name)).unwrap()
+    }
+
+    #[test]
+    fn a_70b_takes_34_gib_of_which_two_blocks_are_on_the_device() {
+        let bytes = WeightBytes::new(&shape("llama-2-70b", "llama_shapes.json"), Some(QuantConfig::default()), 2);
+        let (none, all) = (bytes.placed(0), bytes.placed(80));
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        assert!((32.8..33.2).contains(&gib(none.resident_bytes)), "{}", gib(none.resident_bytes));
+        assert_eq!((none.slot_bytes, none.host_bytes, none.bus_bytes), (0, 0, 0));
+        assert_eq!((all.resident_bytes, all.host_bytes), (0, none.resident_bytes));
+        assert_eq!(all.slot_bytes, all.host_bytes / 40);
+        // Of each way two blocks are there already.
+        assert_eq!(all.bus_bytes, 2 * all.host_bytes / 80 * 78);
+        let half = bytes.placed(40);
+        assert_eq!((half.resident_bytes, half.host_bytes), (none.resident_bytes / 2, none.resident_bytes / 2));
+    }
+
+    #[test]
+    fn a_budget_says_how_many_blocks_stay() {
+        let bytes = WeightBytes::new(&shape("llama-2-7b", "llama_shapes.json"), Some(QuantConfig::default()), 2);
+        let block = bytes.blocks[0];
+        let said = |residency, device_budget| {
+            let config = BaseModelConfig { residency, device_budget, ..Default::default() };
+            bytes.said(&config).map(|placed| placed.placement.streamed())
+        };
+        assert_eq!(said(Residency::Device, Budget::Auto), Some(0));
+        assert_eq!(said(Residency::Host, Budget::Auto), Some(32));
+        assert_eq!(said(Residency::Host, Budget::Unlimited), Some(0));
+        assert_eq!(said(Residency::Host, Budget::Bytes(bytes.other + 12 * block)), Some(22));
+        assert_eq!(said(Residency::Host, Budget::Bytes(bytes.other + 12 * block - 1)), Some(23));
+        assert_eq!(said(Residency::Host, Budget::Bytes(0)), Some(32));
+        assert_eq!(said(Residency::Auto, Budget::Bytes(0)), None);
+    }
+
+    #[test]
+    fn experts_are_streamed_and_routers_are_not() {
+        let model = shape("qwen3-30b-a3b", "moe_shapes.json");
+        let bytes = WeightBytes::new(&model, Some(QuantConfig::default()), 2);
+        let routers: u64 = model
+            .linear_specs()
+            .iter()
+            .filter(|spec| spec.role == LinearRole::Router)
+            .map(|spec| 2 * spec.shape.iter().product::<usize>() as u64)
+            .sum();
+        assert!(routers > 0 && bytes.other > routers);
+        assert!(bytes.blocks.iter().all(|block| *block == bytes.blocks[0] && *block > 100 << 20));
+    }
+}
