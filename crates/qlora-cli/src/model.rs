@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::paged_optim::free_memory;
-use burn_qlora::qlora_models::PagedCache;
+use burn_qlora::qlora_models::{ModelConfig, PagedCache};
 use burn_qlora::qlora_serve::CacheSize;
+use burn_qlora::qlora_train::Placed;
+use burn_qlora::qlora_train::config::BaseModelConfig;
 use burn_qlora::{Decoder, Device, LoadOptions, QuantType, TrainConfig, compute_dtype, select_device};
 
 use crate::args::ModelArgs;
@@ -59,6 +61,7 @@ pub fn base_dir(args: &ModelArgs, name: &str) -> Result<PathBuf> {
 pub struct Placement {
     device: Device,
     options: LoadOptions,
+    config: BaseModelConfig,
 }
 
 impl Placement {
@@ -74,14 +77,18 @@ impl Placement {
             ("device", &args.device),
             ("quantization.quant_type", &args.quant_type),
             ("quantization.compute_dtype", &args.compute_dtype),
+            ("model.residency", &args.residency),
+            ("model.device_budget", &args.device_budget),
         ] {
             if let Some(value) = value {
                 config.set(key, value)?;
             }
         }
+        config.validate_residency()?;
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
-        Ok(Self { options: LoadOptions { quantization: config.quantization.quant_config(), dtype }, device })
+        let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
+        Ok(Self { options, device, config: config.model })
     }
 
     /// How the base's linear layers are kept, by the configuration's name for it.
@@ -95,8 +102,16 @@ impl Placement {
 
     /// Loads the base.
     pub fn load(self, dir: &Path) -> Result<Decoder> {
+        let Self { device, options, config } = self;
+        let streams = Placed::to_answer(&config, &ModelConfig::from_dir(dir)?, &options, &device).streams(&device);
+        if let Some(streams) = &streams {
+            let blocks = streams.placement.streamed();
+            eprintln!(
+                "The weights of {blocks} blocks wait in the host's memory (--residency); each pass brings them over the bus."
+            );
+        }
         let mut bar = LoadBar::new();
-        let model = Decoder::load(dir, self.options, &self.device, &mut |progress| bar.update(progress))?;
+        let model = Decoder::load_streamed(dir, options, streams, &device, &mut |progress| bar.update(progress))?;
         bar.finish();
         Ok(model)
     }

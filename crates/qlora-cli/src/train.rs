@@ -14,7 +14,8 @@ use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_dist::{Launcher, Place};
 use burn_qlora::qlora_train::fits::{self, Change};
-use burn_qlora::qlora_train::{Resized, load_rows, rates, resize, run_in};
+use burn_qlora::qlora_train::rates::{self, Seconds};
+use burn_qlora::qlora_train::{Resized, Waiting, load_rows, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
     ModelConfig, Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic,
@@ -276,6 +277,7 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
     text += &targets(&plan).to_string();
     text += "\n";
     text += &memory_table(&plan).to_string();
+    text += &host_table(&plan);
     text += &would_fit(&fits::nearest(config, &model, dtype, &room, &train.examples)?);
     let first = preview::of_rows(config, &tokenizer, &model, &train, 1, PreviewChoice::First)?;
     text += "\nThe first row as it is trained (`qlora preview` shows more):\n";
@@ -300,9 +302,20 @@ fn within(room: &Room, plan: &Plan) -> String {
 /// Tokens per second to expect.
 fn speed(device: &str, plan: &Plan) -> String {
     match rates::seconds(device, &plan.work) {
-        Some(seconds) => {
-            let rate = count((plan.work.tokens as f64 / seconds) as u64);
-            format!("some {rate} tokens/s where batches are full, by steps measured on such a card")
+        Some(Seconds { whole, exposed, bus }) => {
+            let rate = count((plan.work.tokens as f64 / whole) as u64);
+            let hidden = match (bus > 0.0, exposed > 0.0) {
+                (false, _) => String::new(),
+                (true, false) => {
+                    format!("; the bus is busy for {:.0} ms of a micro-batch, behind what is computed", 1e3 * bus)
+                }
+                (true, true) => format!(
+                    "; the bus is busy for {:.0} ms of a micro-batch, of which {:.0} ms are waited for",
+                    1e3 * bus,
+                    1e3 * exposed
+                ),
+            };
+            format!("some {rate} tokens/s where batches are full, by steps measured on such a card{hidden}")
         }
         None => "unknown: no steps were measured on such a device".into(),
     }
@@ -379,6 +392,22 @@ fn memory_table(plan: &Plan) -> Table {
         }
     }
     table
+}
+
+/// What waits in the host's memory; nothing where nothing does.
+fn host_table(plan: &Plan) -> String {
+    let blocks = plan.weights.placement.streamed();
+    let mut table = Table::new(["memory of the host", "estimate", "over the bus in a step"]);
+    let names =
+        [format!("frozen weights of {blocks} blocks"), "kept for the backward pass".into(), "optimizer state".into()];
+    let parts = plan.host.parts();
+    for (name, Waiting { bytes, moved }) in names.into_iter().zip(parts).filter(|(_, part)| part.bytes > 0) {
+        table.row([name, memory(bytes), memory(moved)]);
+    }
+    match parts.iter().any(|part| part.bytes > 0) {
+        true => format!("\n{table}"),
+        false => String::new(),
+    }
 }
 
 #[cfg(test)]

@@ -178,14 +178,19 @@ impl Activations {
         most + passing
     }
 
-    /// Bytes that wait in the host's memory.
+    /// Bytes that wait in the host's memory. Blocks beyond the policies have the last one.
     pub fn on_host(&self, policies: &[ActivationCheckpointing]) -> u64 {
         let of_block = |policy: &ActivationCheckpointing| match policy {
             OffloadSelective => self.branches,
             Offload => self.input,
             _ => 0,
         };
-        policies.iter().map(of_block).sum()
+        self.of_blocks(policies).iter().map(of_block).sum()
+    }
+
+    /// Operations of all blocks' forward pass.
+    pub(crate) fn forward_operations(&self) -> f64 {
+        self.blocks as f64 * self.forward
     }
 
     /// Operations of all blocks in a step of the micro-batch: forward, backward, and what runs again.

@@ -4,6 +4,7 @@ use crate::checkpointing::{Checkpointing, Room};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::plan::Plan;
+use crate::residency::Residency;
 use burn::tensor::FloatDType;
 use paged_optim::OptimizerKind;
 use qlora_data::Example;
@@ -76,6 +77,12 @@ pub fn nearest(
         _ => Vec::new(),
     };
     let paged = vec![("train.optimizer_budget", "256MiB".to_string())];
+    let streamed = match config.model.residency {
+        Residency::Device if !room.on_cpu && config.quantization.quant_config().is_some() => {
+            vec![("model.residency", "auto".to_string())]
+        }
+        _ => Vec::new(),
+    };
 
     let mut found = Vec::new();
     for rows in smaller.map(rows) {
@@ -86,6 +93,7 @@ pub fn nearest(
     }
     let alone = [
         (&kept, ""),
+        (&streamed, "frozen weights of some blocks wait in the host's memory"),
         (&paged, "the optimizer's state waits in the host's memory"),
         (&state, "the optimizer's state is in 8 bits"),
     ];
@@ -94,7 +102,7 @@ pub fn nearest(
     }
     found.extend(search.shorter(&[], longest)?);
     if found.is_empty() {
-        let all = [rows(1), kept, paged].concat();
+        let all = [rows(1), kept, paged, streamed].concat();
         match search.fits(&all, longest, "the optimizer's state waits in the host's memory")? {
             Some(change) => found.push(change),
             None => found.extend(search.shorter(&all, longest)?),

@@ -38,7 +38,7 @@ pub use error::TrainError;
 pub use events::TrainEvents;
 pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_sum};
-pub use plan::{MemoryEstimate, Plan};
+pub use plan::{HostEstimate, MemoryEstimate, Plan, Waiting};
 pub use residency::{Placed, Residency};
 pub use resize::{Resized, resize};
 pub use run_folder::{run_holder, run_in};

@@ -42,6 +42,33 @@ impl MemoryEstimate {
     }
 }
 
+/// What waits in the host's memory while the device does not need it, and what of it an optimizer step moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostEstimate {
+    /// Frozen weights of blocks.
+    pub weights: Waiting,
+    /// What blocks keep for the backward pass, of a micro-batch of the largest size.
+    pub activations: Waiting,
+    /// The optimizer's moments beyond `train.optimizer_budget`.
+    pub optimizer: Waiting,
+}
+
+/// Bytes in the host's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// How many at most.
+    pub bytes: u64,
+    /// How many an optimizer step moves over the bus, in either direction.
+    pub moved: u64,
+}
+
+impl HostEstimate {
+    /// All of it.
+    pub fn parts(&self) -> [Waiting; 3] {
+        [self.weights, self.activations, self.optimizer]
+    }
+}
+
 /// What a run would train.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -61,6 +88,8 @@ pub struct Plan {
     pub work: Work,
     /// Where the weights of blocks are.
     pub weights: Placed,
+    /// What waits in the host's memory.
+    pub host: HostEstimate,
 }
 
 impl Plan {
@@ -169,7 +198,15 @@ impl Plan {
             if can_stream { fewest } else { all_weights.placed(0) }
         });
         let (policies, lighter) = kept(&weights);
-        let work = Work::new(model, &activations, &policies, in_blocks);
+        let work = Work::new(model, &activations, &policies, in_blocks, weights.bus_bytes);
+        let micro_batches = config.train.gradient_accumulation_steps as u64;
+        let kept_on_host = if on_cpu { 0 } else { activations.on_host(&policies.0) };
+        let paged = state - state_on_device;
+        let host = HostEstimate {
+            weights: Waiting { bytes: weights.host_bytes, moved: micro_batches * weights.bus_bytes },
+            activations: Waiting { bytes: kept_on_host, moved: 2 * micro_batches * kept_on_host },
+            optimizer: Waiting { bytes: paged, moved: 2 * paged },
+        };
         Ok(Self {
             base_parameters: in_blocks + dense + embeddings + norms,
             trainable_parameters: trainable,
@@ -188,6 +225,7 @@ impl Plan {
             lighter,
             work,
             weights,
+            host,
         })
     }
 }

@@ -6,10 +6,10 @@
 
 use std::fmt;
 
-use burn::tensor::Device;
-use paged_optim::Budget;
+use burn::tensor::{DType, Device};
+use paged_optim::{Budget, free_memory};
 use qlora_layers::streamed::{HostStore, SLOTS};
-use qlora_models::{LinearRole, ModelConfig, Placement, Streams};
+use qlora_models::{LinearRole, LoadOptions, ModelConfig, Placement, Streams};
 use serde::{Deserialize, Serialize};
 
 use crate::config::BaseModelConfig;
@@ -75,7 +75,10 @@ impl WeightBytes {
         let placement = Placement::evenly(self.blocks.len(), streamed);
         let of = |wanted: bool| {
             let blocks = self.blocks.iter().enumerate();
-            blocks.filter(|(index, _)| placement.is_streamed(*index) == wanted).map(|(_, bytes)| *bytes).collect::<Vec<_>>()
+            blocks
+                .filter(|(index, _)| placement.is_streamed(*index) == wanted)
+                .map(|(_, bytes)| *bytes)
+                .collect::<Vec<_>>()
         };
         let (resident, streamed) = (of(false).iter().sum(), of(true));
         let slots = SLOTS.min(streamed.len());
@@ -109,7 +112,9 @@ impl WeightBytes {
         match (config.residency, config.device_budget) {
             (Residency::Device, _) | (Residency::Host, Budget::Unlimited) => Some(self.placed(0)),
             (Residency::Host, Budget::Auto) => Some(self.placed(self.blocks.len())),
-            (Residency::Host, Budget::Bytes(budget)) => Some(self.fewest(|placed| self.other + placed.on_device() <= budget)),
+            (Residency::Host, Budget::Bytes(budget)) => {
+                Some(self.fewest(|placed| self.other + placed.on_device() <= budget))
+            }
             (Residency::Auto, _) => None,
         }
     }
@@ -143,7 +148,29 @@ pub struct Placed {
     pub bus_bytes: u64,
 }
 
+/// Of a device's free memory, what frozen weights take at most when nothing is said and the model is to answer: the rest is for the
+/// cache of past tokens and a pass's activations.
+const ANSWERING_SHARE: f64 = 0.85;
+
 impl Placed {
+    /// Of a model that is to answer on `device`, as the configuration says or, with `auto`, as far as there is room.
+    pub fn to_answer(config: &BaseModelConfig, model: &ModelConfig, options: &LoadOptions, device: &Device) -> Self {
+        let width = DType::from(options.dtype).size() as u64;
+        let bytes = WeightBytes::new(model, options.quantization, width);
+        bytes.said(config).unwrap_or_else(|| {
+            let free = free_memory(device).map(|(free, _)| (free as f64 * ANSWERING_SHARE) as u64);
+            let budget = match config.device_budget {
+                Budget::Bytes(budget) => Some(budget),
+                Budget::Auto | Budget::Unlimited => free.filter(|_| config.device_budget == Budget::Auto),
+            };
+            let fits = |placed: &Self| budget.is_none_or(|budget| bytes.other() + placed.on_device() <= budget);
+            match options.quantization.is_some() && *device != Device::flex() {
+                true => bytes.fewest(fits),
+                false => bytes.placed(0),
+            }
+        })
+    }
+
     /// Bytes on the device.
     pub fn on_device(&self) -> u64 {
         self.resident_bytes + self.slot_bytes
@@ -161,6 +188,9 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
     use super::*;
+    use crate::{Plan, Room, TrainConfig};
+    use burn::tensor::FloatDType;
+    use qlora_data::Example;
     use std::path::Path;
 
     fn shape(name: &str, file: &str) -> ModelConfig {
@@ -199,6 +229,46 @@ mod tests {
         assert_eq!(said(Residency::Host, Budget::Bytes(bytes.other + 12 * block - 1)), Some(23));
         assert_eq!(said(Residency::Host, Budget::Bytes(0)), Some(32));
         assert_eq!(said(Residency::Auto, Budget::Bytes(0)), None);
+    }
+
+    fn of(shape: &ModelConfig, room: u64, set: &[(&str, &str)]) -> Plan {
+        let mut config = TrainConfig::default();
+        for (key, value) in [("lora.rank", "16"), ("train.batch_size", "1")].iter().chain(set) {
+            config.set(key, value).unwrap();
+        }
+        let row = Example { input_ids: vec![0; 2048], labels: vec![0; 2048], line: 1 };
+        let room = Room { on_cpu: false, device: Some(room), host: 128 << 30 };
+        Plan::new(&config, shape, FloatDType::BF16, &room, &[row]).unwrap()
+    }
+
+    #[test]
+    fn auto_streams_as_little_as_the_room_allows() {
+        let shape = shape("llama-2-70b", "llama_shapes.json");
+        let mut last = None;
+        for gib in [80_u64, 36, 30, 24, 16, 10] {
+            let plan = of(&shape, gib << 30, &[]);
+            assert!(plan.memory.total() <= gib << 30, "{gib}: {:?}", plan.memory);
+            let streamed = plan.weights.placement.streamed();
+            assert!(last.is_none_or(|last| last < streamed || streamed == 80), "{gib}: {streamed} after {last:?}");
+            assert_eq!(streamed == 0, gib == 80, "{gib}: {streamed}");
+            assert_eq!(plan.host.weights.bytes, plan.weights.host_bytes);
+            // Four micro-batches a step.
+            assert_eq!(plan.host.weights.moved, 4 * plan.weights.bus_bytes);
+            if streamed > 0 && streamed < 80 {
+                let budget = format!("{}B", plan.memory.linear_weights + plan.memory.other_weights);
+                let said = of(&shape, 80 << 30, &[("model.residency", "host"), ("model.device_budget", &budget)]);
+                assert_eq!(said.weights, plan.weights, "a budget of as much says the same");
+            }
+            last = Some(streamed);
+        }
+        // What stays on the device is told, and what would help.
+        let stays = of(&shape, 24 << 30, &[("model.residency", "device")]);
+        assert!(stays.memory.total() > 24 << 30 && stays.host.weights.bytes == 0);
+        // Without room in the host's memory nothing can wait there.
+        let room = Room { on_cpu: false, device: Some(24 << 30), host: 1 << 30 };
+        let config = TrainConfig::default();
+        let plan = Plan::new(&config, &shape, FloatDType::BF16, &room, &[]).unwrap();
+        assert_eq!(plan.weights.placement.streamed(), 0);
     }
 
     #[test]

@@ -56,12 +56,14 @@ impl Case<'_> {
         for seed in 0..3 {
             let output = engine.step(&[batch(2, 12, seed), batch(1, 9, seed)], 1e-2, u64::from(seed)).unwrap();
             let evaluation = engine.evaluate([batch(2, 11, 5)]).unwrap();
-            found.push([output.loss, output.grad_norm, evaluation.loss, evaluation.accuracy].map(f64::to_bits).to_vec());
+            found
+                .push([output.loss, output.grad_norm, evaluation.loss, evaluation.accuracy].map(f64::to_bits).to_vec());
         }
         assert_eq!(engine.model().streaming().blocks, self.streamed);
         let model = engine.model().parted();
         let of_factor = |factor: &Tensor<2>| bits(factor.clone()).into_iter().map(u64::from).collect();
-        let factors = model.adapters().flat_map(|(_, adapter)| [&adapter.lora_a, &adapter.lora_b].map(|f| of_factor(f)));
+        let factors =
+            model.adapters().flat_map(|(_, adapter)| [&adapter.lora_a, &adapter.lora_b].map(|f| of_factor(f)));
         found.extend(factors.collect::<Vec<_>>());
         let mut cache = KvCache::new();
         for ids in [&[3, 9, 4, 1][..], &[7], &[8], &[9, 2]] {

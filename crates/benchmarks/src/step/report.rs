@@ -169,7 +169,10 @@ mod tests {
         assert!(line.contains("16384") && line.contains("80%") && line.contains("6.00"), "{line}");
         assert_eq!(row().memory_line().unwrap(), "  MiB in use/reserved after step 100: 3.0/5.0");
         let streamed = row().streamed_line().unwrap();
-        assert!(streamed.contains("16 blocks") && streamed.contains("3.00; 1.00") && streamed.contains("5.00 over"), "{streamed}");
+        assert!(
+            streamed.contains("16 blocks") && streamed.contains("3.00; 1.00") && streamed.contains("5.00 over"),
+            "{streamed}"
+        );
         let failed = Row { result: Err("out\nof memory".into()), ..row() };
         assert!(failed.line().ends_with("out of memory"));
         assert_eq!(failed.streamed_line(), None);

@@ -26,6 +26,12 @@ pub struct ModelArgs {
     /// Dtype of activations: auto (the default), f32, bf16 or f16
     #[arg(long, value_name = "DTYPE")]
     pub compute_dtype: Option<String>,
+    /// Where the base's 4-bit weights are: auto (the default: on the device, as far as they fit), device or host
+    #[arg(long, value_name = "WHERE")]
+    pub residency: Option<String>,
+    /// What the base's weights may take of the device's memory, such as 15GiB
+    #[arg(long, value_name = "SIZE")]
+    pub device_budget: Option<String>,
 }
 
 /// How prompts are written.

@@ -28,6 +28,25 @@ impl TrainConfig {
             });
         }
         let q = &self.quantization;
+        self.validate_residency()?;
+        check(
+            "quantization.blocksize",
+            q.blocksize,
+            q.blocksize.is_power_of_two() && (32..=4096).contains(&q.blocksize),
+            "must be a power of two from 32 to 4096",
+        )?;
+        self.lora.validate()?;
+        self.train.validate()?;
+        self.serve.validate()?;
+        Ok(self.data.validate()?)
+    }
+
+    /// Checks where frozen weights are to be.
+    ///
+    /// # Errors
+    /// Weights that are not in 4 bits are to wait in the host's memory, or a budget is given for what never leaves the device.
+    pub fn validate_residency(&self) -> Result<(), TrainError> {
+        let q = &self.quantization;
         check(
             "model.residency",
             self.model.residency,
@@ -39,17 +58,7 @@ impl TrainConfig {
             self.model.device_budget,
             self.model.residency != Residency::Device || self.model.device_budget == Budget::Auto,
             "says what else waits in the host's memory: set model.residency to \"auto\" or \"host\"",
-        )?;
-        check(
-            "quantization.blocksize",
-            q.blocksize,
-            q.blocksize.is_power_of_two() && (32..=4096).contains(&q.blocksize),
-            "must be a power of two from 32 to 4096",
-        )?;
-        self.lora.validate()?;
-        self.train.validate()?;
-        self.serve.validate()?;
-        Ok(self.data.validate()?)
+        )
     }
 }
 
