@@ -90,6 +90,8 @@ pub enum Command {
     Push(PushArgs),
     /// Say what a checkpoint, an adapter, a training checkpoint or a run's folder is
     Inspect(InspectArgs),
+    /// Look at cards, libraries, memory, folders and the launcher: what would stop a run, and what to do
+    Doctor(DoctorArgs),
 }
 
 /// `qlora train`.
@@ -276,6 +278,17 @@ pub struct InspectArgs {
     /// List every tensor instead of summing up layers
     #[arg(long)]
     pub tensors: bool,
+}
+
+/// `qlora doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Started as a run would be (under torchrun, mpirun or srun, with its variables), it looks at the way to rank 0 as well; one process of each host
+looks at the host. The exit code is 1 where something would stop a run.")]
+pub struct DoctorArgs {
+    /// Write JSON, for programs
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod answers;
 mod args;
 mod chat;
 mod convert;
+mod doctor;
 mod eval;
 mod exit;
 mod generate;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => convert::run(&args),
         Command::Push(args) => push::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(code)) => code.into(),

@@ -1,7 +1,7 @@
 //! `qlora train`: the configuration with its overrides, a dry run, or the run itself.
 
 mod local;
-mod ranks;
+pub mod ranks;
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -61,6 +61,7 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     }
     if place.is_alone() && count > 1 {
         ranks::timeouts()?;
+        ranks::check_cards(&config.device, count)?;
         return local::run(count);
     }
     let (is_first, launcher) = (place.is_first(), place.launcher);

@@ -105,6 +105,24 @@ fn a_model_comes_through_a_proxy() {
     assert!(server.lines().iter().all(|line| line.contains(" http://hub.invalid/")), "{:?}", server.lines());
 }
 
+/// Ranks of a host share its cache: the first that comes loads a file, the others wait for it.
+#[test]
+fn ranks_of_a_host_download_once() {
+    let bench = Bench::new();
+    let server = server(Rules { lfs_from: usize::MAX, ..Rules::default() });
+    let home = bench.path("home").display().to_string();
+    let vars = [("HF_HOME", home.as_str()), ("HF_HUB_OFFLINE", "0"), ("HF_ENDPOINT", &server.endpoint)];
+    let trained =
+        run(&bench, &["train", "qlora.toml", "--model", "org/tiny", "--gpus", "4", "--max-steps", "1"], &vars);
+    assert_eq!(trained.code, Some(0), "{}", trained.stderr);
+    let lines = server.lines();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let path = format!("/resolve/{}/{file}", hub_server::SHA);
+        let loads = lines.iter().filter(|line| line.starts_with("GET ") && line.contains(&path)).count();
+        assert_eq!(loads, 1, "{file}: {lines:#?}");
+    }
+}
+
 /// A hub that does not answer is one line, without the addresses of storage.
 #[test]
 fn a_hub_out_of_reach_is_said_once() {

@@ -215,3 +215,22 @@ fn a_full_disk() {
     bench.ok(&train(&["--resume"]));
     assert!(bench.path("run/adapter/adapter_model.safetensors").is_file());
 }
+
+/// Before any rank is started.
+#[test]
+fn more_ranks_than_cards() {
+    let bench = Bench::new();
+    bench.fails(&train(&["--gpus", "0"]), 2, &["'0'", "--gpus <N>", "1..=1024"]);
+    bench.fails(
+        &train(&["--gpus", "2", "--device", "cuda:1"]),
+        2,
+        &["one card for 2 ranks of this host", "write \"cuda\""],
+    );
+    let mut command = bench.command(&train(&["--gpus", "2", "--device", "cuda"]));
+    command.env("CUDA_VISIBLE_DEVICES", "");
+    let run = common::Run::new(command.output().expect("the program starts"));
+    assert_eq!(run.code, Some(2), "{}", run.stderr);
+    let told = "--gpus 2: no CUDA card answers (CUDA_VISIBLE_DEVICES=\"\"): `qlora doctor` says why";
+    assert!(run.stderr.contains(told) && run.stderr.lines().count() == 1, "{}", run.stderr);
+    assert!(!bench.path("run").exists());
+}

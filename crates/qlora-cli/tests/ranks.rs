@@ -111,6 +111,15 @@ fn ranks_that_do_not_fit_are_told() {
         assert_eq!(run.code, Some(3), "{}", run.stderr);
         assert!(run.stderr.contains("the training rows") && run.stderr.contains("on rank 1 ("), "{}", run.stderr);
     }
+    // Another configuration.
+    let first = rank(&bench, ["0", "2", &port], &["--rank", "8"]).spawn().expect("rank 0 starts");
+    let second = rank(&bench, ["1", "2", &port], &["--learning-rate", "2e-3"]).spawn().expect("rank 1 starts");
+    for run in [end(first), end(second)] {
+        assert_eq!(run.code, Some(3), "{}", run.stderr);
+        for words in ["lora.rank is 8 on rank 0 (", "train.learning_rate", "on rank 1 ("] {
+            assert!(run.stderr.contains(words), "{words}: {}", run.stderr);
+        }
+    }
     assert!(!bench.path("run").exists());
     // Two runs on one port.
     let waiting = seconds(&mut rank(&bench, ["0", "2", &port], &[]), "6");
@@ -127,6 +136,51 @@ fn ranks_that_do_not_fit_are_told() {
     assert!(lost.code == Some(1) && lost.stderr.contains("rank 1 found nobody at 127.0.0.1:"), "{}", lost.stderr);
     let wrong = end(seconds(&mut rank(&bench, ["1", "2", &port], &[]), "soon"));
     assert!(wrong.code == Some(2) && wrong.stderr.contains("QLORA_DIST_TIMEOUT = \"soon\""), "{}", wrong.stderr);
+}
+
+/// What a launcher does that starts all ranks again when one has ended.
+#[test]
+fn ranks_that_are_started_again_go_on() {
+    let bench = Bench::new();
+    let start = |number: &str, port: &str, resume: &str| {
+        let flags = ["--resume", resume, "--max-steps", "60", "--set", "train.save_every=3"];
+        rank(&bench, [number, "2", port], &flags).spawn().expect("a rank starts")
+    };
+    // There is nothing to go on from: `auto` says so on both, `auto-or-start` begins.
+    let port = free_port();
+    let second = start("1", &port, "auto");
+    for run in [end(start("0", &port, "auto")), end(second)] {
+        assert!(run.stderr.contains("auto-or-start"), "{:?} {}", run.code, run.stderr);
+    }
+    let (mut first, mut second) = (start("0", &port, "auto-or-start"), start("1", &port, "auto-or-start"));
+    let mut stderr = BufReader::new(first.stderr.take().expect("piped"));
+    let (mut told, mut line) = (String::new(), String::new());
+    while !line.starts_with("saved ") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).expect("text") > 0, "a checkpoint is reported: {told}");
+        told += &line;
+    }
+    second.kill().expect("rank 1 runs");
+    stderr.read_to_string(&mut told).expect("text");
+    assert_eq!((end(first).code, end(second).code), (Some(4), None), "{told}");
+    assert!(told.contains("error: rank 1 on "), "{told}");
+    // Under the same port, at once: nothing of the run before holds it.
+    let (first, second) = (start("0", &port, "auto"), start("1", &port, "auto"));
+    let (first, second) = (end(first), end(second));
+    assert_eq!((first.code, second.code), (Some(0), Some(0)), "{}{}", first.stderr, second.stderr);
+    assert!(!first.stderr.contains("step 1/60 ") && first.stderr.contains("step 60/60 "), "{}", first.stderr);
+    bench.ok(&[
+        "train",
+        "qlora.toml",
+        "--output-dir",
+        "one",
+        "--gradient-accumulation-steps",
+        "2",
+        "--max-steps",
+        "60",
+    ]);
+    let adapter = |dir: &str| bench.read(&format!("{dir}/adapter/adapter_model.safetensors"));
+    assert_eq!(adapter("one"), adapter("run"));
 }
 
 /// Starts a long run of two ranks and has `act` do something to rank 1, or to the program that started both, after the second step.

@@ -38,14 +38,7 @@ pub(crate) fn enable() {
             Ok(folder) => user_settings(&folder),
             Err(_) => Table::new(),
         };
-        let folder = folder(std::env::var_os(VARIABLE), std::env::var_os("XDG_CACHE_HOME"), std::env::home_dir());
-        let folder = folder.filter(|_| {
-            let told_apart = buildid::build_id().is_some();
-            if !told_apart {
-                debug!("this program has no build id: kernels are not kept");
-            }
-            told_apart
-        });
+        let folder = folder_of_environment();
         let config = |folder: Option<&Path>| {
             // CubeCL's own environment variables come after its files.
             configured(CubeClRuntimeConfig::from_current_dir(), &written, folder).override_from_env()
@@ -67,6 +60,29 @@ pub(crate) fn enable() {
             debug!("compiled kernels are not kept");
         }
     });
+}
+
+/// The folder that compiled kernels are kept in, made if need be: as [`select_device`](crate::select_device) chooses it, but for what
+/// the user's `cubecl.toml` says. `None` where none are kept.
+///
+/// # Errors
+/// The folder, which can't be made or written to, and why: kernels are not kept then.
+pub fn kernel_cache_folder() -> Result<Option<PathBuf>, (PathBuf, io::Error)> {
+    let Some(folder) = folder_of_environment() else { return Ok(None) };
+    match check(&folder, &CubeClRuntimeConfig::default().environment.name) {
+        Ok(()) => Ok(Some(folder)),
+        Err(error) => Err((folder, error)),
+    }
+}
+
+/// What the environment says, where the program's kernels can be told from those of another build.
+fn folder_of_environment() -> Option<PathBuf> {
+    let folder = folder(std::env::var_os(VARIABLE), std::env::var_os("XDG_CACHE_HOME"), std::env::home_dir())?;
+    if buildid::build_id().is_none() {
+        debug!("this program has no build id: kernels are not kept");
+        return None;
+    }
+    Some(folder)
 }
 
 /// The folder that is asked for: the variable's, or one in the user's cache directory. `None` for

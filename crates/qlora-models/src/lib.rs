@@ -38,6 +38,7 @@ pub use device::{
     check_compute_dtype, default_compute_dtype, device_memory, held_memory, host_memory, peak_memory, select_device,
 };
 pub use error::ModelError;
+pub use kernel_cache::kernel_cache_folder;
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
 pub use norm::RmsNorm;

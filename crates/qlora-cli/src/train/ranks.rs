@@ -9,13 +9,12 @@ use anyhow::Result;
 use burn_qlora::qlora_dist::{Group, Launcher, Place, Timeouts};
 use burn_qlora::{TrainConfig, TrainEvents, atomic, select_device};
 
+use crate::doctor::cards::{self, Absent, CARDS_VARIABLE};
 use crate::exit::{Code, UsageError};
 use crate::output::say;
 
 /// How long ranks wait for each other, in seconds, for both kinds of waiting.
 const TIMEOUT_VARIABLE: &str = "QLORA_DIST_TIMEOUT";
-/// What CUDA shows a process of the machine's cards.
-const CARDS_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
 
 /// How long ranks wait for each other, as the environment says.
 pub fn timeouts() -> Result<Timeouts, UsageError> {
@@ -63,14 +62,73 @@ fn device_of(
     }
 }
 
+/// Refuses `--gpus` of more ranks than there are cards for, before any is started.
+///
+/// # Errors
+/// The device is a card, and there are fewer of them.
+pub fn check_cards(device: &str, ranks: usize) -> Result<(), UsageError> {
+    let visible = std::env::var(CARDS_VARIABLE).ok();
+    enough_cards(device, ranks, visible.as_deref(), cards::count)
+}
+
+fn enough_cards(
+    device: &str,
+    ranks: usize,
+    visible: Option<&str>,
+    count: impl Fn() -> Result<usize, Absent>,
+) -> Result<(), UsageError> {
+    let place = Place { world_size: ranks, local_world_size: ranks, ..Place::alone() };
+    device_of(device, &place, visible, |_| true)?;
+    if !["auto", "cuda"].contains(&device) {
+        return Ok(());
+    }
+    let shown = visible.map_or(String::new(), |visible| format!(" ({CARDS_VARIABLE}=\"{visible}\")"));
+    match count() {
+        Ok(count) if count < ranks => Err(UsageError(format!(
+            "--gpus {ranks}: this host shows {count} card{}{shown}: ask for no more than that, or train on the CPU with --device cpu",
+            if count == 1 { "" } else { "s" }
+        ))),
+        // On the CPU ranks share the cores.
+        Err(_) if device == "cuda" => Err(UsageError(format!(
+            "--gpus {ranks}: no CUDA card answers{shown}: `qlora doctor` says why; --device cpu trains on the CPU"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses ranks of one host that have the same card.
+///
+/// # Errors
+/// Two have; another rank failed.
+fn refuse_shared_cards(group: &Group, device: &str) -> Result<()> {
+    let index = device.strip_prefix("cuda:").and_then(|index| index.parse().ok()).unwrap_or(0);
+    let all = group.all_gather(cards::address(index).unwrap_or_default().into_bytes())?;
+    let of = |rank: usize| (&group.hosts()[rank], &all[rank]);
+    let count = group.world_size();
+    let pairs = (0..count).flat_map(|first| (first + 1..count).map(move |second| (first, second)));
+    match pairs.into_iter().find(|(first, second)| of(*first) == of(*second) && !all[*first].is_empty()) {
+        Some((first, second)) => Err(UsageError(format!(
+            "ranks {first} and {second} on {} have the same card (PCI {}): start no more ranks than a host has cards, and let \
+             {CARDS_VARIABLE} show either all of them to each rank, or to each another one",
+            group.hosts()[first],
+            String::from_utf8_lossy(&all[first])
+        ))
+        .into()),
+        None => Ok(()),
+    }
+}
+
 /// Meets the other ranks, and says so on rank 0.
 ///
 /// # Errors
-/// They can't be met, or have devices of other kinds.
+/// They can't be met, have devices of other kinds, or share a card.
 pub fn meet(place: Place, config: &TrainConfig) -> Result<Group> {
     let group = Group::join(place, timeouts()?)?;
     let kind = config.device.split(':').next().unwrap_or_default();
     group.compare(&[("the kind of device".into(), kind.into())])?;
+    if kind == "cuda" && group.world_size() > 1 {
+        refuse_shared_cards(&group, &config.device)?;
+    }
     if group.rank() == 0 && group.world_size() > 1 {
         say!("{}", group.describe());
         if kind == "cuda" {
@@ -140,6 +198,25 @@ mod tests {
         ] {
             assert_eq!(of(name, &second, visible, cards).as_deref(), Ok(device), "{name} {visible:?} {cards}");
         }
+        // Before any rank is started.
+        let enough = |device: &str, cards: Result<usize, ()>| {
+            let count = || cards.map_err(|()| Absent::NoDriver);
+            enough_cards(device, 4, Some("0,1"), count).map_err(|error| error.0)
+        };
+        for (device, cards) in
+            [("cuda", Ok(4)), ("auto", Ok(8)), ("auto", Err(())), ("cpu", Ok(1)), ("vulkan", Err(()))]
+        {
+            assert_eq!(enough(device, cards), Ok(()), "{device} {cards:?}");
+        }
+        for device in ["cuda", "auto"] {
+            let message = enough(device, Ok(2)).expect_err("two cards for four");
+            assert!(
+                message.starts_with("--gpus 4: this host shows 2 cards (CUDA_VISIBLE_DEVICES=\"0,1\")"),
+                "{message}"
+            );
+        }
+        assert!(enough("cuda", Err(())).is_err_and(|message| message.contains("no CUDA card answers")));
+        assert!(enough("cuda:1", Ok(8)).is_err_and(|message| message.contains("one card for 4 ranks")));
         assert!(of("cuda:3", &second, None, 4).is_err_and(|message| message.contains("one card for 4 ranks")));
         assert_eq!(of("cuda:3", &place(0, 1), None, 4).as_deref(), Ok("cuda:3"));
         assert_eq!(of("cuda", &Place::alone(), None, 4).as_deref(), Ok("cuda"));
