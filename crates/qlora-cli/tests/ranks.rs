@@ -143,7 +143,7 @@ fn ranks_that_do_not_fit_are_told() {
 fn ranks_that_are_started_again_go_on() {
     let bench = Bench::new();
     let start = |number: &str, port: &str, resume: &str| {
-        let flags = ["--resume", resume, "--max-steps", "60", "--set", "train.save_every=3"];
+        let flags = ["--resume", resume, "--max-steps", "40", "--set", "train.save_every=3"];
         rank(&bench, [number, "2", port], &flags).spawn().expect("a rank starts")
     };
     // There is nothing to go on from: `auto` says so on both, `auto-or-start` begins.
@@ -168,7 +168,7 @@ fn ranks_that_are_started_again_go_on() {
     let (first, second) = (start("0", &port, "auto"), start("1", &port, "auto"));
     let (first, second) = (end(first), end(second));
     assert_eq!((first.code, second.code), (Some(0), Some(0)), "{}{}", first.stderr, second.stderr);
-    assert!(!first.stderr.contains("step 1/60 ") && first.stderr.contains("step 60/60 "), "{}", first.stderr);
+    assert!(!first.stderr.contains("step 1/40 ") && first.stderr.contains("step 40/40 "), "{}", first.stderr);
     bench.ok(&[
         "train",
         "qlora.toml",
@@ -177,7 +177,7 @@ fn ranks_that_are_started_again_go_on() {
         "--gradient-accumulation-steps",
         "2",
         "--max-steps",
-        "60",
+        "40",
     ]);
     let adapter = |dir: &str| bench.read(&format!("{dir}/adapter/adapter_model.safetensors"));
     assert_eq!(adapter("one"), adapter("run"));
