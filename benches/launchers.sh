@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs the recorded tiny model under the launchers that are at hand and compares each run's adapter with that of one process: --gpus, torchrun,
 # Open MPI's mpirun, MPICH's (PMI), and a real Slurm of one node that slurm_one_node.sh starts. Then a rank is killed: under torchrun, which
-# restarts all ranks, and in Slurm's batch job of examples/distributed/train.sbatch, which is queued again; both must go on from the newest
-# checkpoint to the unbroken run's adapter. Wants `qlora` in the PATH, or its path in QLORA; torchrun's in TORCHRUN. A launcher that is not there
+# restarts all ranks, and in Slurm's batch job of examples/distributed/train.sbatch, which is queued again, as it is when it is told to end; all
+# must go on from the newest checkpoint to the unbroken run's adapter. Wants `qlora` in the PATH, or its path in QLORA; torchrun's in TORCHRUN. A launcher that is not there
 # is told and left out.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -63,7 +63,7 @@ same_as_long() { # output folder, log
     local starts firsts
     starts=$(grep -c "ranks on 1 host, by " "$2") firsts=$(grep -c "^step 1/" "$2")
     [ "$starts" -ge 2 ] && [ "$firsts" = 1 ] || { cat "$2"; echo "$1: $starts starts, of which $firsts from the first step"; exit 1; }
-    echo "$1: killed, started again, and the adapter of a run that was not"
+    echo "$1: ended, started again, and the adapter of a run that was left alone"
 }
 long=(--max-steps 120 --set train.save_every=10)
 
@@ -100,14 +100,22 @@ if PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ]; 
     slurm() {
         set -euo pipefail
         train srun 2 srun -n 2 "$qlora" train
-        local job
-        job=$(QLORA=$qlora sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --output=batch.log \
-            "$root/examples/distributed/train.sbatch" qlora.toml --output-dir batch --gradient-accumulation-steps 1 \
-            --max-steps 120 --set train.save_every=10)
-        kill_rank_1 batch SLURM_PROCID
-        for _ in $(seq 120); do [ -z "$(squeue -h -j "$job" 2> /dev/null)" ] && break; sleep 1; done
-        scontrol show job "$job" | grep -o "JobState=[A-Z]*\|Restarts=[0-9]*" | paste -sd " "
-        same_as_long batch batch.log
+        local job dir
+        for dir in batch told; do
+            job=$(QLORA=$qlora sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --output=$dir.log \
+                "$root/examples/distributed/train.sbatch" qlora.toml --output-dir $dir --gradient-accumulation-steps 1 \
+                --max-steps 120 --set train.save_every=10)
+            if [ $dir = batch ]; then
+                kill_rank_1 batch SLURM_PROCID
+            else
+                # As Slurm does when the time of the job is nearly over.
+                for _ in $(seq 600); do [ -d told/checkpoint-000010 ] && break; sleep 0.1; done
+                scancel --signal=TERM "$job"
+            fi
+            for _ in $(seq 240); do [ -z "$(squeue -h -j "$job" 2> /dev/null)" ] && break; sleep 1; done
+            scontrol show job "$job" | grep -o "JobState=[A-Z]*\|Restarts=[0-9]*" | paste -sd " "
+            same_as_long $dir $dir.log
+        done
     }
     export -f slurm
     "$root/benches/slurm_one_node.sh" bash -c slurm

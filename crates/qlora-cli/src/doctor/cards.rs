@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn_qlora::qlora_dist::Place;
 use burn_qlora::report::memory;
-use burn_qlora::select_device;
+use burn_qlora::{ModelError, select_device};
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::{CudaContext, DriverError, result};
 use nvml_wrapper::enum_wrappers::device::TopologyLevel;
@@ -196,13 +196,14 @@ fn inspect_card(report: &mut Report, card: &Card, device: Option<&Device<'_>>) {
     }
     copies::inspect(report, *index, context, device);
     match select_device(&format!("cuda:{index}")) {
-        Ok(_) => drop(report.ok(format!("cuda:{index}  a kernel was compiled, or found compiled, and ran"))),
-        Err(error) => {
+        Ok(_) => report.ok(format!("cuda:{index}  a kernel was compiled, or found compiled, and ran")),
+        Err(error @ ModelError::NoDevice { .. }) => {
             let cure =
                 "see NVRTC and the headers below; CUDA_PATH names the folder of a CUDA whose version the driver knows";
-            report.problem(format!("cuda:{index}  no kernel runs: {error}"), cure);
+            report.problem(format!("cuda:{index}  no kernel runs: {error}"), cure)
         }
-    }
+        Err(error) => report.problem(format!("cuda:{index}  {error}"), "correct the variable, or unset it"),
+    };
 }
 
 /// What lies between two cards.

@@ -4,7 +4,7 @@ use burn_qlora::qlora_models::host_memory;
 use burn_qlora::report::memory;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
-use super::{Report, State, counted, folders};
+use super::{Report, counted, folders};
 
 const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
 /// Below this a checkpoint of a small model and the program are all there is room for.
@@ -48,11 +48,11 @@ fn processor(report: &mut Report, system: &System) {
     };
     finding.value("threads", threads).value("simd", simd);
     if let Ok(count) = std::env::var(THREADS_VARIABLE) {
-        let (state, words) = match count.trim().parse::<usize>() {
-            Ok(count) if count > 0 => (State::Note, "is how many threads compute"),
-            _ => (State::Note, "is no number of threads, and counts for nothing"),
+        let is_number = count.trim().parse::<usize>().is_ok_and(|count| count > 0);
+        match is_number {
+            true => report.ok(format!("{THREADS_VARIABLE}={count}: so many threads compute")),
+            false => report.note(format!("{THREADS_VARIABLE}=\"{count}\" is no number of threads, and does not count")),
         };
-        report.add(state, format!("{THREADS_VARIABLE}={count} {words}"));
     }
 }
 
