@@ -65,7 +65,7 @@ same_as_long() { # output folder, log
     [ "$starts" -ge 2 ] && [ "$firsts" = 1 ] || { cat "$2"; echo "$1: $starts starts, of which $firsts from the first step"; exit 1; }
     echo "$1: ended, started again, and the adapter of a run that was left alone"
 }
-long=(--max-steps 120 --set train.save_every=10)
+long=(--max-steps 40 --set train.save_every=5)
 
 train one 4 "$qlora" train
 train gpus 2 "$qlora" train --gpus 2
@@ -104,12 +104,12 @@ if PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ]; 
         for dir in batch told; do
             job=$(QLORA=$qlora sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --output=$dir.log \
                 "$root/examples/distributed/train.sbatch" qlora.toml --output-dir $dir --gradient-accumulation-steps 1 \
-                --max-steps 120 --set train.save_every=10)
+                --max-steps 40 --set train.save_every=5)
             if [ $dir = batch ]; then
                 kill_rank_1 batch SLURM_PROCID
             else
                 # As Slurm does when the time of the job is nearly over.
-                for _ in $(seq 600); do [ -d told/checkpoint-000010 ] && break; sleep 0.1; done
+                for _ in $(seq 600); do [ -d told/checkpoint-000005 ] && break; sleep 0.1; done
                 scancel --signal=TERM "$job"
             fi
             for _ in $(seq 240); do [ -z "$(squeue -h -j "$job" 2> /dev/null)" ] && break; sleep 1; done
