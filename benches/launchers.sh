@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs the recorded tiny model under the launchers that are at hand and compares each run's adapter with that of one process: --gpus, torchrun,
-# Open MPI's mpirun, MPICH's (PMI), and a real Slurm of one node that slurm_one_node.sh starts. Then a rank is killed: under torchrun, which
+# Open MPI's mpirun, MPICH's (PMI), and a real Slurm of one node that slurm.sh starts. Then a rank is killed: under torchrun, which
 # restarts all ranks, and in Slurm's batch job of examples/distributed/train.sbatch, which is queued again, as it is when it is told to end; all
 # must go on from the newest checkpoint to the unbroken run's adapter. Wants `qlora` in the PATH, or its path in QLORA; torchrun's in TORCHRUN. A launcher that is not there
 # is told and left out.
@@ -118,7 +118,7 @@ if PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ]; 
         done
     }
     export -f slurm
-    "$root/benches/slurm_one_node.sh" bash -c slurm
+    "$root/benches/slurm.sh" bash -c slurm
 else
     echo "no slurmctld in the PATH, or not root: Slurm is left out (Debian: slurmctld slurmd slurm-client munge)"
 fi

@@ -2,12 +2,16 @@
 # Two hosts on one machine: two network namespaces, joined by a virtual cable. The ranks of either see no network but the cable.
 #   benches/two_hosts.sh
 # 1. Two ranks on each train the recorded tiny model together; losses and adapter must be those of one process.
-# 2. The cable is cut (ip link set down) while they train: all four must end within 60 s, with a message that names a rank and a host.
-# Wants root, ip (Debian: iproute2), and `qlora` in the PATH or its path in QLORA. The default timeouts hold: 45 s of silence.
+# 2. The same by launchers over both, as far as they are at hand: torchrun on each host, Open MPI's mpirun (whose remote shell is a command in
+#    the other namespace), and a Slurm of two nodes.
+# 3. The cable is cut (ip link set down) while they train: all four must end within 60 s, with a message that names a rank and a host.
+# Wants root, ip (Debian: iproute2), and `qlora` in the PATH or its path in QLORA; torchrun's in TORCHRUN. The default timeouts hold: 45 s of
+# silence.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 qlora=$(command -v "${QLORA:-qlora}") || { echo "no qlora in the PATH: build it, and set QLORA to its path"; exit 2; }
 [ "$(id -u)" = 0 ] || { echo "network namespaces are made by root"; exit 2; }
+torchrun=$(command -v "${TORCHRUN:-torchrun}" || true)
 work=$(mktemp -d)
 a=qlora-a-$$ b=qlora-b-$$
 pids=()
@@ -45,21 +49,30 @@ batch_size = 2
 learning_rate = 1e-3
 TOML
 
-# A rank of the host that is given, in its namespace and with its name.
-rank() { # namespace, host name, rank, its number on the host, then flags
-    local space=$1 host=$2 rank=$3 local=$4
-    shift 4
+# A command on a host: in its namespace, with its name, and with both names known.
+printf '127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n' > hosts
+cat > on <<ON
+#!/bin/bash
+case \$1 in host-a) space=$a ;; host-b) space=$b ;; *) exit 2 ;; esac
+exec nsenter --net="/run/netns/\$space" unshare --uts --mount bash -c 'hostname "\$0" && mount --bind $work/hosts /etc/hosts && exec "\$@"' "\$@"
+ON
+printf '#!/bin/bash\nhost=$1\nshift\nexec %s/on "$host" bash -c "$*"\n' "$work" > agent
+chmod +x on agent
+
+# A rank of the host that is given.
+rank() { # host, rank, its number on the host, then flags
+    local host=$1 rank=$2 local=$3
+    shift 3
     RANK=$rank WORLD_SIZE=4 LOCAL_RANK=$local LOCAL_WORLD_SIZE=2 MASTER_ADDR=10.77.0.1 MASTER_PORT=29511 RAYON_NUM_THREADS=1 \
-        ip netns exec "$space" unshare --uts sh -c 'hostname "$0" && exec "$@"' "$host" "$qlora" train qlora.toml "$@" \
-        > "rank-$rank.log" 2>&1 &
+        ./on "$host" "$qlora" train qlora.toml "$@" > "rank-$rank.log" 2>&1 &
     pids+=($!)
 }
 all() { # flags
     pids=()
-    rank $a host-a 0 0 "$@"
-    rank $a host-a 1 1 "$@"
-    rank $b host-b 2 0 "$@"
-    rank $b host-b 3 1 "$@"
+    rank host-a 0 0 "$@"
+    rank host-a 1 1 "$@"
+    rank host-b 2 0 "$@"
+    rank host-b 3 1 "$@"
 }
 losses() { python3 -c '
 import json, sys
@@ -70,10 +83,45 @@ for line in open(sys.argv[1] + "/metrics.jsonl"):
 "$qlora" train qlora.toml --output-dir one --gradient-accumulation-steps 4 > one.log 2>&1 || { cat one.log; exit 1; }
 all --output-dir two --gradient-accumulation-steps 1
 for pid in "${pids[@]}"; do wait "$pid" || { tail -n 5 rank-*.log; echo "a rank failed"; exit 1; }; done
-grep -h "ranks on .*, by " rank-0.log
-cmp <(losses one) <(losses two)
-cmp one/adapter/adapter_model.safetensors two/adapter/adapter_model.safetensors
-echo "two hosts: losses and adapter of one process"
+same() { # output folder, log of rank 0
+    grep -h "4 ranks on 2 hosts, by " "$2" || { cat "$2"; exit 1; }
+    cmp <(losses one) <(losses "$1")
+    cmp one/adapter/adapter_model.safetensors "$1/adapter/adapter_model.safetensors"
+    echo "$1: losses and adapter of one process"
+}
+same two rank-0.log
+
+export RAYON_NUM_THREADS=1
+flags=(--gradient-accumulation-steps 1 --output-dir)
+if [ -n "$torchrun" ]; then
+    pids=()
+    for node in 0 1; do
+        host=$([ $node = 0 ] && echo host-a || echo host-b)
+        ./on "$host" "$torchrun" --no-python --nnodes 2 --node-rank $node --master-addr host-a --nproc-per-node 2 \
+            "$qlora" train qlora.toml "${flags[@]}" torchrun > "torchrun-$node.log" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || { cat torchrun-*.log; exit 1; }; done
+    same torchrun torchrun-0.log
+else
+    echo "no torchrun in the PATH: left out (set TORCHRUN)"
+fi
+openmpi=$(command -v mpirun.openmpi || true)
+if [ -n "$openmpi" ]; then
+    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 ./on host-a "$openmpi" --mca plm_rsh_agent "$work/agent" --oversubscribe -n 4 \
+        --host host-a:2,host-b:2 -x MASTER_ADDR=host-a -x RAYON_NUM_THREADS "$qlora" train qlora.toml "${flags[@]}" openmpi \
+        > openmpi.log 2>&1 || { cat openmpi.log; exit 1; }
+    same openmpi openmpi.log
+else
+    echo "no mpirun.openmpi in the PATH: left out (Debian: openmpi-bin)"
+fi
+if PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null; then
+    SLURM_HOSTS="host-a host-b" SLURM_ON=$work/on "$root/benches/slurm.sh" srun --nodes 2 --ntasks-per-node 2 \
+        "$qlora" train qlora.toml "${flags[@]}" slurm > slurm.log 2>&1 || { cat slurm.log; exit 1; }
+    same slurm slurm.log
+else
+    echo "no slurmctld in the PATH: left out (Debian: slurmctld slurmd slurm-client munge)"
+fi
 
 all --output-dir cut --gradient-accumulation-steps 1 --max-steps 100000
 for _ in $(seq 300); do
