@@ -1,8 +1,8 @@
 """Records small random models of every supported architecture, and what transformers computes with them.
 
-usage: make_archs.py testdata/reference/archs
+usage: make_archs.py testdata/reference/archs [NAME...]
 
-Written by transformers 5.17 with torch 2.11 on a CPU, eager attention, f32. Weights are stored in bf16, which
+Written by transformers 5.17 with torch 2.11 (those of `SMALL`: 5.24 and 2.15) on a CPU, eager attention, f32. Weights are stored in bf16, which
 holds them exactly; logits are f32. The names are those of make_reference.py where it has the family, the shapes
 are smaller and less regular: head widths that do not divide the model, windows shorter than the rows, rotary
 scalings past their original context, experts in some blocks only, files in shards and with stacked experts.
@@ -11,9 +11,11 @@ import shutil, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Mistral3Config,
+                          Mistral3ForConditionalGeneration, PixtralVisionConfig)
 
 OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
+ONLY = sys.argv[2:]
 BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
@@ -49,7 +51,44 @@ MODELS = {
 }
 
 
+# Two shapes of each: about 25 KB a model.
+SMALL_BASE = dict(vocab_size=41, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=6, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+SMALL = {
+    "ministral3": ("ministral3", dict(head_dim=8, rope_parameters=dict(YARN, llama_4_scaling_beta=0.3)), {}),
+    "mistral3_images": ("mistral3", dict(model_type="ministral3", head_dim=10, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=7,
+                                         rope_parameters=dict(YARN, llama_4_scaling_beta=0.2, rope_theta=5000.0)), {}),
+    "smollm3": ("smollm3", dict(no_rope_layer_interval=2, num_hidden_layers=3), {}),
+    "smollm3_windows": ("smollm3", dict(no_rope_layers=[0, 1, 1], num_hidden_layers=3, use_sliding_window=True, sliding_window=5, attention_bias=True,
+                                        mlp_bias=True, tie_word_embeddings=False, num_attention_heads=6, num_key_value_heads=3, head_dim=4), {}),
+    "granite": ("granite", dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.2, logits_scaling=8.0, tie_word_embeddings=True), {}),
+    "granite_biases": ("granite", dict(embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.125, logits_scaling=3.0, num_key_value_heads=1,
+                                       attention_bias=True, mlp_bias=True, rope_parameters=rope("linear", factor=2.0)), {}),
+    "seed_oss": ("seed_oss", dict(head_dim=10, attention_dropout=0.0, residual_dropout=0.0), {}),
+    "seed_oss_biases": ("seed_oss", dict(head_dim=6, attention_bias=False, attention_out_bias=True, mlp_bias=True, num_key_value_heads=4,
+                                         tie_word_embeddings=True), {}),
+    "hunyuan": ("hunyuan_v1_dense", dict(head_dim=8, tie_word_embeddings=True,
+                                         rope_parameters=rope("dynamic", alpha=1000.0, beta_fast=32, beta_slow=1, factor=1.0, mscale=1.0, mscale_all_dim=1.0)), {}),
+    "hunyuan_biases": ("hunyuan_v1_dense", dict(head_dim=12, attention_bias=True, num_attention_heads=2, num_key_value_heads=1), {}),
+    "olmo2": ("olmo2", dict(num_key_value_heads=4), {}),
+    "olmo2_biases": ("olmo2", dict(attention_bias=True, tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1, head_dim=8), {}),
+    "olmo3": ("olmo3", dict(num_hidden_layers=4, sliding_window=5, num_key_value_heads=1, intermediate_size=20, hidden_size=20, head_dim=6), {}),
+    "olmo3_yarn": ("olmo3", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=6, attention_bias=True, tie_word_embeddings=True,
+                                 rope_parameters=dict(full_attention=rope("yarn", factor=4.0, original_max_position_embeddings=8),
+                                                      sliding_attention=rope("default"))), {}),
+    "glm4": ("glm4", dict(head_dim=8), {}),
+    "glm4_plain": ("glm4", dict(head_dim=12, attention_bias=False, num_key_value_heads=1, tie_word_embeddings=True, partial_rotary_factor=1.0), {}),
+    "ernie": ("ernie4_5", dict(head_dim=8), {}),
+    "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
+}
+
+
 def build(kind, more):
+    if kind == "mistral3":
+        vision = PixtralVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4, image_size=8, patch_size=4)
+        config = Mistral3Config(text_config=more, vision_config=vision, image_token_index=40, tie_word_embeddings=more["tie_word_embeddings"])
+        return Mistral3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
     if kind == "gemma3":
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
@@ -58,7 +97,10 @@ def build(kind, more):
 
 
 torch.set_num_threads(1)
+MODELS |= {name: (kind, {**SMALL_BASE, **more}, how) for name, (kind, more, how) in SMALL.items()}
 for name, (kind, more, how) in MODELS.items():
+    if ONLY and name not in ONLY:
+        continue
     torch.manual_seed(70)
     model = build(kind, more).eval()
     with torch.no_grad():
@@ -70,7 +112,7 @@ for name, (kind, more, how) in MODELS.items():
             else:
                 p.mul_(4.0)
             p.copy_(p.bfloat16().float())
-        ids = torch.randint(3, 60, (ROWS, LENGTH))
+        ids = torch.randint(3, 38, (ROWS, 16)) if name in SMALL else torch.randint(3, 60, (ROWS, LENGTH))
         logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)

@@ -278,6 +278,100 @@ fn model_types_differ_by_the_table() {
     assert!(!dir.path().join("out.gguf").exists());
 }
 
+/// Small models of the families that llama.cpp knows by another name than `llama`, as transformers saves them.
+#[test]
+fn families_have_the_names_and_keys_of_readers() {
+    let out = tempfile::tempdir().unwrap();
+    let export_arch = |name: &str| {
+        let dir = reference("archs").join(name);
+        let path = out.path().join(format!("{name}.gguf"));
+        let options = GgufOptions { kind: GgmlType::F32, without_tokenizer: true, ..GgufOptions::default() };
+        export_gguf(&dir, &path, &options, &mut |_| ()).map_err(|e| e.to_string())?;
+        Ok::<_, String>((Checkpoint::open(&dir).unwrap(), GgufFile::open(&path).unwrap()))
+    };
+    let values = |base: &Checkpoint, name: &str| base.tensor(name).unwrap().to_f32_vec().unwrap();
+    // The family, a tensor of the checkpoint and its name in the file, what is written for a reader, and the number of tensors
+    // of a block.
+    for (name, theirs, ours, entries, each) in [
+        (
+            "granite",
+            "input_layernorm",
+            "attn_norm",
+            vec![
+                ("granite.logit_scale", 8.0),
+                ("granite.attention.scale", 0.2),
+                ("granite.residual_scale", 0.22),
+                ("granite.embedding_scale", 12.0),
+            ],
+            9,
+        ),
+        (
+            "seed_oss",
+            "post_attention_layernorm",
+            "post_attention_norm",
+            vec![("seed_oss.rope.freq_base", 10_000.0)],
+            12,
+        ),
+        (
+            "hunyuan",
+            "self_attn.key_layernorm",
+            "attn_k_norm",
+            vec![("hunyuan-dense.rope.freq_base", 1e4 * 1000f32.powf(8.0 / 6.0))],
+            11,
+        ),
+        ("olmo2", "self_attn.k_norm", "attn_k_norm", vec![("olmo2.attention.layer_norm_rms_epsilon", 1e-5)], 11),
+        ("glm4", "post_mlp_layernorm", "post_ffw_norm", vec![("glm4.rope.freq_base", 10_000.0)], 13),
+        ("ernie", "mlp.down_proj", "ffn_down", vec![("ernie4_5.rope.freq_base", 500_000.0)], 9),
+    ] {
+        let (base, file) = export_arch(name).unwrap();
+        assert_eq!(
+            values(&base, &format!("model.layers.1.{theirs}.weight")),
+            file.to_f32_vec(&format!("blk.1.{ours}.weight")).unwrap(),
+            "{name}"
+        );
+        assert_eq!(file.tensors.iter().filter(|tensor| tensor.name.starts_with("blk.1.")).count(), each, "{name}");
+        for (key, value) in entries {
+            let Some(&Value::F32(found)) = file.value(key) else { panic!("{name}: {key} is {:?}", file.value(key)) };
+            assert!((found / value - 1.0).abs() < 1e-6, "{name}: {key} is {found}");
+        }
+    }
+    let dimensions = |name: &str, key: &str| export_arch(name).unwrap().1.value(key).cloned();
+    assert_eq!(dimensions("glm4", "glm4.rope.dimension_count"), Some(Value::U32(4)));
+    assert_eq!(dimensions("glm4", "glm4.attention.key_length"), Some(Value::U32(8)));
+    for (name, key, says) in [
+        ("ministral3", "model_type", "growth of its queries"),
+        ("smollm3", "no_rope_layers", "one layer in 4"),
+        ("seed_oss_biases", "attention_out_bias", "true"),
+        ("hunyuan_biases", "attention_bias", "true"),
+        ("olmo2_biases", "attention_bias", "true"),
+        ("olmo3", "head_dim", "it is 6"),
+        ("ernie_biases", "use_bias", "true"),
+    ] {
+        let message = export_arch(name).map(drop).unwrap_err();
+        assert!(
+            message.contains(key) && message.contains(says) && message.contains("config.json"),
+            "{name}: {message}"
+        );
+    }
+    // Published shapes: one block in four is global or not rotated, and the scaling of a longer context is the factor's own.
+    let scaling = json!({"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.1 * 8f64.ln() + 1.0, "original_max_position_embeddings": 64});
+    let olmo = |layer_types, scaling: &serde_json::Value| {
+        let config = json!({"model_type": "olmo3", "head_dim": 4, "sliding_window": 8, "layer_types": layer_types, "rope_scaling": scaling});
+        let p = "model.layers.0.";
+        let norms = [format!("{p}post_attention_layernorm.weight"), format!("{p}self_attn.q_norm.weight")];
+        let dir = small(config, &[(&norms[0], &[8]), (&norms[1], &[8])]);
+        export(dir.path())
+    };
+    let file = olmo(vec!["sliding_attention"], &scaling).unwrap();
+    assert_eq!(file.value("olmo2.rope.scaling.factor"), Some(&Value::F32(8.0)));
+    assert_eq!(file.value("olmo2.attention.sliding_window"), Some(&Value::U32(8)));
+    assert!(file.value("olmo2.rope.scaling.yarn_attn_factor").is_none());
+    assert!(olmo(vec!["full_attention"], &scaling).map(drop).unwrap_err().contains("layer_types"));
+    let mut other = scaling.clone();
+    other["attention_factor"] = json!(1.0);
+    assert!(olmo(vec!["sliding_attention"], &other).map(drop).unwrap_err().contains("attention_factor"));
+}
+
 /// As transformers saves a model without its head.
 #[test]
 fn a_bare_model_becomes_the_same_file() {

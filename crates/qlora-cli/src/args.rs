@@ -232,6 +232,9 @@ pub struct KeyFlags {
     /// train.seed
     #[arg(long)]
     pub seed: Option<String>,
+    /// Pass over a key of the model's config.json that is not known and may change what it computes; may be repeated
+    #[arg(long, value_name = "NAME", help_heading = "Options")]
+    pub accept_key: Vec<String>,
 }
 
 impl KeyFlags {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::paged_optim::free_memory;
-use burn_qlora::qlora_models::{ModelConfig, PagedCache};
+use burn_qlora::qlora_models::{ModelConfig, PagedCache, accept_keys};
 use burn_qlora::qlora_serve::CacheSize;
 use burn_qlora::qlora_train::Placed;
 use burn_qlora::qlora_train::config::BaseModelConfig;
@@ -14,6 +14,7 @@ use burn_qlora::{Decoder, Device, LoadOptions, QuantType, TrainConfig, compute_d
 use crate::args::ModelArgs;
 use crate::exit::UsageError;
 use crate::hub;
+use crate::output::say;
 use crate::progress::LoadBar;
 
 /// Of a GPU's free memory, what the cache takes when nothing is said: the rest is for a pass's activations and adapters.
@@ -85,6 +86,7 @@ impl Placement {
             }
         }
         config.validate_residency()?;
+        accept_keys(args.accept_key.iter().chain(&config.model.accept_keys).cloned());
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
@@ -113,6 +115,7 @@ impl Placement {
         let mut bar = LoadBar::new();
         let model = Decoder::load_streamed(dir, options, streams, &device, &mut |progress| bar.update(progress))?;
         bar.finish();
+        model.config().notes.iter().for_each(|note| say!("{note}"));
         Ok(model)
     }
 }

@@ -27,7 +27,7 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut events = Terminal::new(config.train.log_every, Arc::default());
     let Resized { config, model, notice } = resize(&config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
-    notice.iter().for_each(|notice| events.on_notice(notice));
+    model.notes.iter().chain(&notice).for_each(|note| events.on_notice(note));
     let (train, eval) = load_rows(&config, &tokenizer, &model, &mut events)?;
     let rows = if args.eval_rows { &eval } else { &train };
     if rows.examples.is_empty() {

@@ -13,6 +13,7 @@ use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_dist::{Launcher, Place};
+use burn_qlora::qlora_models::accept_keys;
 use burn_qlora::qlora_train::fits::{self, Change};
 use burn_qlora::qlora_train::rates::{self, Seconds};
 use burn_qlora::qlora_train::{Resized, Waiting, load_rows, resize, run_in};
@@ -189,7 +190,9 @@ pub fn configuration(file: &Path, keys: &KeyFlags, set: &[String]) -> Result<Tra
         })?;
         config.set(key.trim(), value.trim())?;
     }
+    config.model.accept_keys.extend(keys.accept_key.iter().cloned());
     config.validate()?;
+    accept_keys(config.model.accept_keys.iter().cloned());
     hint_at_paths_beside_the_file(file, &config)?;
     Ok(config)
 }
@@ -220,6 +223,7 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let Resized { config, model, notice } = resize(config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
     let config = &config;
+    model.notes.iter().for_each(|note| events.on_notice(note));
     notice.iter().for_each(|notice| events.on_notice(notice));
     let (train, eval) = load_rows(config, &tokenizer, &model, events)?;
     let mut of_all = config.train.clone();

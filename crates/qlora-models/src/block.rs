@@ -103,10 +103,10 @@ impl Block {
 
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
-    fn feed_forward_branch(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        let h = self.norms.mlp_input.module.forward(x, pass);
+    fn feed_forward_branch(&self, x: Tensor<2>, config: &ModelConfig, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        let h = normalised(&self.norms.mlp_input, |_| x, pass, false);
         let run = |gradients_only| self.feed_forward.forward(h, pass, gradients_only);
-        normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only())
+        scaled(normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only()), config)
     }
 
     /// # Shapes
@@ -120,20 +120,33 @@ impl Block {
         purpose: Purpose<'_>,
     ) -> Tensor<2> {
         let &Sequence { rows, len, .. } = sequence;
-        let h = self.norms.attention_input.module.forward(x, pass);
-        let view = &sequence.views[self.kind];
+        let h = normalised(&self.norms.attention_input, |_| x, pass, false);
+        let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
         let [q, k, v] = self.project(h, config, pass);
-        let (q, k) = match &self.norms.qk {
-            Some([q_norm, k_norm]) => (q_norm.module.forward_heads(q, pass), k_norm.module.forward_heads(k, pass)),
-            None => (q, k),
-        };
-        let rotated = |x: Tensor<2>| match view.rotation.rotary {
+        let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
-            _ => rotate(x, view.cos.clone(), view.sin.clone(), view.rotation),
+            _ => rotate(rope.paired(x, config.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
+        };
+        let (q, k) = match &self.norms.qk {
+            Some([q_norm, k_norm]) => {
+                let each = |x: Tensor<2>, norm: &Named<RmsNorm>| match config.normalises_rotated() {
+                    true => norm.module.forward_heads(rotated(x), pass),
+                    false => rotated(norm.module.forward_heads(x, pass)),
+                };
+                (each(q, q_norm), each(k, k_norm))
+            }
+            None => (rotated(q), rotated(k)),
+        };
+        let q = match &view.query_growth {
+            Some(factors) => {
+                let [tokens, width] = q.dims();
+                let factors = factors.clone().reshape([1, len, 1]).cast(q.dtype());
+                (q.reshape([rows, len, width]) * factors).reshape([tokens, width])
+            }
+            None => q,
         };
         let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]);
-        let q = heads(rotated(q), config.num_attention_heads);
-        let k = heads(rotated(k), config.num_key_value_heads);
+        let (q, k) = (heads(q, config.num_attention_heads), heads(k, config.num_key_value_heads));
         let v = heads(v, config.num_key_value_heads);
         let gradients_only = purpose.gradients_only();
         let mixed = match purpose {
@@ -151,7 +164,7 @@ impl Block {
             true => output.record(mixed, pass),
             false => output.forward_in(mixed, pass),
         };
-        normalised(&self.norms.attention_output, run, pass, gradients_only)
+        scaled(normalised(&self.norms.attention_output, run, pass, gradients_only), config)
     }
 
     /// The projections of queries, keys and values, or the one that holds them all.
@@ -194,7 +207,15 @@ pub(crate) fn split_qkv(all: Tensor<2>, config: &ModelConfig) -> [Tensor<2>; 3] 
     [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
 }
 
-/// The end of a branch: what `run` gives, normalised where the family does so. `run` is told whether only its gradients are
+/// What a branch adds to the residual stream.
+pub(crate) fn scaled(x: Tensor<2>, config: &ModelConfig) -> Tensor<2> {
+    match config.residual_scale {
+        Some(scale) => x.mul_scalar(scale),
+        None => x,
+    }
+}
+
+/// What `run` gives, normalised where the family does so. `run` is told whether only its gradients are
 /// needed; its output is needed whenever a norm follows.
 fn normalised(
     norm: &Option<Named<RmsNorm>>,
@@ -227,6 +248,6 @@ impl ResidualBlock for BlockInPass<'_> {
     }
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.block.feed_forward_branch(x, pass, purpose)
+        self.block.feed_forward_branch(x, self.config, pass, purpose)
     }
 }

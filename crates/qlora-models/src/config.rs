@@ -4,15 +4,18 @@
 //! that the entry does not know, and that is in no list of harmless ones, is an error: it may change what the
 //! model computes.
 
+mod accepted;
 mod activation;
 mod blocks;
 mod fields;
+mod keys;
 mod modules;
 mod rope;
 
 use crate::ModelError;
-use crate::family::Family;
+use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
 use crate::rope::RopeScaling;
+pub use accepted::accept_keys;
 use adapter_io::BnbConfig;
 use blocks::LayerConfig;
 pub use blocks::{AttentionKind, ExpertsConfig};
@@ -28,6 +31,8 @@ use std::path::{Path, PathBuf};
 pub struct ModelConfig {
     /// The family's table entry.
     pub(crate) family: &'static Family,
+    /// Where the language model lies; see [`Family::roots`].
+    pub(crate) roots: &'static [Root],
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -46,13 +51,19 @@ pub struct ModelConfig {
     pub activation: Activation,
     /// Epsilon of RMSNorm.
     pub rms_norm_eps: f64,
+    /// Factor of embeddings, where it is not 1.
+    pub embedding_scale: Option<f64>,
+    /// Factor of what attention and MLP add to the residual stream, where it is not 1.
+    pub residual_scale: Option<f64>,
     /// Factor of attention scores.
     pub score_scale: f64,
     /// Attention scores are bounded by it, smoothly.
     pub score_softcap: Option<f64>,
     /// Logits are bounded by it, smoothly.
     pub logit_softcap: Option<f64>,
-    /// What kinds of attention there are among the blocks: one or two.
+    /// Logits are divided by it, where it is not 1.
+    pub logit_divisor: Option<f64>,
+    /// What kinds of attention there are among the blocks: one, or a few.
     pub attention_kinds: Vec<AttentionKind>,
     /// Mixture of experts, if there is one.
     pub experts: Option<ExpertsConfig>,
@@ -62,6 +73,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// How bitsandbytes quantized the checkpoint, if it did.
     pub bnb: Option<BnbConfig>,
+    /// What a user should know of keys that were passed over.
+    pub notes: Vec<String>,
     layers: Vec<LayerConfig>,
     qkv_bias: bool,
     output_bias: bool,
@@ -90,19 +103,38 @@ impl ModelConfig {
     pub fn from_json(value: &Value, path: &Path) -> Result<Self, ModelError> {
         let not_an_object =
             || ModelError::Field { path: path.into(), field: "config".into(), problem: "is not a JSON object".into() };
-        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?, "");
+        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?);
         let model_type = file.text("model_type")?.ok_or_else(|| file.error("model_type", "is missing"))?;
-        let family = Family::find(model_type).ok_or_else(|| {
-            let problem = format!("is \"{model_type}\", which is not supported; supported: {}", Family::supported());
-            file.error("model_type", problem)
-        })?;
         let file_tied = file.flag("tie_word_embeddings")?;
-        let section = family.section.map(|(key, kind)| section(&file, key, kind)).transpose()?;
+        let unknown = |fields: &Fields, model_type: &str| {
+            let problem = format!("is \"{model_type}\", which is not supported; supported: {}", Family::supported());
+            fields.error("model_type", problem)
+        };
+        // A type that reads more than text has the language model in a section; that of a family is the whole file.
+        let whole = Family::find(model_type);
+        let section = match whole {
+            Some(_) => None,
+            None => file.object(SECTION)?,
+        };
+        let wrapper = section.as_ref().map(|_| Wrapper::find(model_type));
+        if let Some(why) = wrapper.and_then(|wrapper| wrapper.refused) {
+            return Err(file.error("model_type", format!("is \"{model_type}\", which is not supported: {why}")));
+        }
+        let family = match (whole, &section, wrapper) {
+            (None, Some(section), Some(wrapper)) => {
+                let text = section.text("model_type")?.or(wrapper.text);
+                let text = text.ok_or_else(|| section.error("model_type", "is missing"))?;
+                Family::find(text).ok_or_else(|| unknown(section, text))?
+            }
+            (whole, ..) => whole.ok_or_else(|| unknown(&file, model_type))?,
+        };
         let fields = section.as_ref().unwrap_or(&file);
         let tied = fields.flag("tie_word_embeddings")?;
 
         fields.fixed(family.fixed)?;
-        let sizes = family.sizes;
+        fields.fixed(wrapper.map_or(&[], |wrapper| wrapper.fixed))?;
+        // Sections leave out what equals the defaults, files do not.
+        let sizes = if section.is_some() { family.sizes } else { family.sizes.of_a_file() };
         let hidden_size = fields.required("hidden_size", sizes.hidden_size)?;
         let num_hidden_layers = fields.required("num_hidden_layers", sizes.num_hidden_layers)?;
         fields.bounded("num_hidden_layers", num_hidden_layers, 10_000)?;
@@ -130,15 +162,26 @@ impl ModelConfig {
         let max_position_embeddings =
             fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
         let ropes = rope::read(fields, family, &rope::Sizes { head_dim, max_position_embeddings })?;
-        let (attention_kinds, kinds) = blocks::attention_kinds(fields, &family.window, num_hidden_layers, ropes)?;
+        let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
         let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
-        let score_scale = match family.query_scalar {
-            Some((key, default)) => fields.number(key)?.unwrap_or(default),
-            None => head_dim as f64,
+        let factor = |key: Option<&str>| -> Result<Option<f64>, ModelError> {
+            Ok(key.map(|key| fields.number(key)).transpose()?.flatten().filter(|factor| *factor != 1.0))
         };
-        let config = Self {
+        let embedding_scale = match family.embedding_scale {
+            EmbeddingScale::One => None,
+            EmbeddingScale::SqrtWidth => Some((hidden_size as f64).sqrt()),
+            EmbeddingScale::Key(key) => factor(Some(key))?,
+        };
+        let score_scale = match family.score_scale {
+            ScoreScale::HeadDim => 1.0 / (head_dim as f64).sqrt(),
+            ScoreScale::Scalar(key, default) => 1.0 / fields.number(key)?.unwrap_or(default).sqrt(),
+            ScoreScale::Factor(key) => fields.number(key)?.unwrap_or(1.0),
+        };
+        let uncapped = wrapper.is_some_and(|wrapper| wrapper.uncapped);
+        let mut config = Self {
             family,
+            roots: wrapper.map_or(family.roots, |wrapper| wrapper.roots),
             vocab_size: fields.required("vocab_size", sizes.vocab_size)?,
             hidden_size,
             intermediate_size: fields.required("intermediate_size", sizes.intermediate_size)?,
@@ -148,14 +191,18 @@ impl ModelConfig {
             head_dim,
             activation: activation::activation(fields, family.activation)?,
             rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
-            score_scale: 1.0 / score_scale.sqrt(),
+            embedding_scale,
+            residual_scale: factor(family.residual_scale)?,
+            score_scale,
             score_softcap: softcap(fields, family.score_softcap)?,
-            logit_softcap: softcap(fields, family.logit_softcap)?,
+            logit_softcap: softcap(fields, family.logit_softcap.filter(|_| !uncapped))?,
+            logit_divisor: factor(family.logit_divisor)?,
             attention_kinds,
             experts,
             tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
+            notes: Vec::new(),
             layers: kinds.into_iter().zip(sparse).map(|(kind, sparse)| LayerConfig { kind, sparse }).collect(),
             qkv_bias: fields.switch(family.qkv_bias)?,
             output_bias: fields.switch(family.output_bias)?,
@@ -163,6 +210,7 @@ impl ModelConfig {
             path: path.into(),
         };
         fields.nothing_left(family.harmless)?;
+        config.notes = fields.notes();
         Ok(config)
     }
 
@@ -179,17 +227,6 @@ impl ModelConfig {
     /// Where the configuration was read from.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-}
-
-/// The part of a file that describes the language model.
-fn section<'a>(file: &Fields<'a>, key: &str, kind: &str) -> Result<Fields<'a>, ModelError> {
-    let section = file.object(key)?.ok_or_else(|| file.error(key, "is missing"))?;
-    match section.text("model_type")? {
-        Some(other) if other != kind => {
-            Err(section.error("model_type", format!("is \"{other}\"; only \"{kind}\" is supported here")))
-        }
-        _ => Ok(section),
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::block::{Block, BlockInPass};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::embedding::Embedding;
+use crate::family::EmbeddingScale;
 use crate::kv_cache::KvCache;
 use crate::named::Named;
 use crate::norm::RmsNorm;
@@ -83,10 +84,15 @@ impl Decoder {
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
         let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
             let (cos, sin) = tables.get(&kind.rope, past, len, &self.device);
-            let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.dim, inverse: false };
+            let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.turned, inverse: false };
             let softcap = self.config.score_softcap.map(|cap| cap as f32);
             let attention = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
-            View { cos, sin, rotation, attention }
+            let query_growth =
+                kind.rope.query_growth.filter(|growth| growth.reaches(&(past..past + len))).map(|growth| {
+                    let factors: Vec<f32> = (past..past + len).map(|position| growth.factor(position)).collect();
+                    Tensor::from_data(TensorData::new(factors, [len, 1]), (&self.device, DType::F32))
+                });
+            View { cos, sin, rotation, query_growth, attention }
         };
         Sequence { rows, len, views: self.config.attention_kinds.iter().zip(&*self.rotary).map(view).collect() }
     }
@@ -105,10 +111,11 @@ impl Decoder {
     /// [`embed`](Self::embed) of ids that are on the device too, i32.
     pub(crate) fn embed_on_device(&self, ids: &[u32], index: Tensor<1, Int>, pass: Pass) -> Tensor<2> {
         let x = self.embedding.forward(&self.embed_tokens, ids, index, pass);
-        // transformers holds the factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
-        match self.config.family.scale_embeddings {
-            true => x.mul_scalar(rounded((self.config.hidden_size as f64).sqrt(), self.dtype)),
-            false => x,
+        match (self.config.embedding_scale, self.config.family.embedding_scale) {
+            // transformers holds this factor in the weight's dtype: 55.5 and not 55.4256 in bf16.
+            (Some(scale), EmbeddingScale::SqrtWidth) => x.mul_scalar(rounded(scale, self.dtype)),
+            (Some(scale), _) => x.mul_scalar(scale),
+            (None, _) => x,
         }
     }
 
@@ -132,7 +139,15 @@ impl Decoder {
     /// # Shapes
     /// `[tokens, hidden]` to `[tokens, vocab]`, in the compute dtype.
     pub fn logits(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        self.capped(self.head(self.norm.module.forward(x, pass), pass))
+        self.capped(self.head(self.before_head(self.norm.module.forward(x, pass)), pass))
+    }
+
+    /// The input of the head, divided by what logits are to be divided by: far fewer values, and the head is linear.
+    pub(crate) fn before_head(&self, x: Tensor<2>) -> Tensor<2> {
+        match self.config.logit_divisor {
+            Some(divisor) => x.div_scalar(divisor),
+            None => x,
+        }
     }
 
     /// The output head alone.

@@ -4,7 +4,12 @@
 //! keys of `config.json` carry the rest, with the values that transformers takes when a key is absent.
 //! Entries are written as differences from `BASE`, the plainest of them.
 
+mod dense;
+mod wrappers;
+
+use crate::rope::Pairs;
 use qlora_layers::ops::fused::Activation;
+pub(crate) use wrappers::{SECTION, Wrapper};
 
 /// One `model_type` of `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,17 +19,14 @@ pub(crate) struct Family {
     /// Where the language model lies in a checkpoint. The first is what modules are called; the others occur
     /// in files.
     pub roots: &'static [Root],
-    /// The section of `config.json` that describes the language model, where it is not the whole file, and its
-    /// `model_type`.
-    pub section: Option<(&'static str, &'static str)>,
     /// Queries, keys and values: three projections, or one whose output holds all three in this order.
     pub qkv: &'static [&'static str],
     /// Whether those have biases.
     pub qkv_bias: Switch,
     /// Whether the attention's output projection has a bias.
     pub output_bias: Switch,
-    /// Whether queries and keys are normalised per head, before they are rotated.
-    pub qk_norm: bool,
+    /// The norms of queries and keys.
+    pub qk_norm: Option<QkNorm>,
     /// The MLP's gate and its input projection: two, or one whose output holds both in this order.
     pub gate_up: &'static [&'static str],
     /// Whether the MLP's projections have biases.
@@ -35,16 +37,20 @@ pub(crate) struct Family {
     pub norms: Norms,
     /// Added to every norm's weight.
     pub norm_offset: f64,
-    /// Whether embeddings are multiplied by the square root of their width.
-    pub scale_embeddings: bool,
+    /// What embeddings are multiplied by.
+    pub embedding_scale: EmbeddingScale,
+    /// The key with what the output of attention and MLP is multiplied by before it is added; 1 when absent.
+    pub residual_scale: Option<&'static str>,
     /// The key with the activation, and what it is when absent.
     pub activation: (&'static str, Activation),
-    /// The key whose value takes the place of `head_dim` in the scale of scores, and what it is when absent.
-    pub query_scalar: Option<(&'static str, f64)>,
+    /// The factor of attention scores.
+    pub score_scale: ScoreScale,
     /// The key with the soft cap of scores, and what it is when absent.
     pub score_softcap: Option<(&'static str, Option<f64>)>,
     /// The key with the soft cap of logits, and what it is when absent.
     pub logit_softcap: Option<(&'static str, Option<f64>)>,
+    /// The key with what logits are divided by; 1 when absent.
+    pub logit_divisor: Option<&'static str>,
     /// Which blocks look back no further than a window.
     pub window: Window,
     /// Rotary position embeddings.
@@ -94,6 +100,41 @@ pub(crate) enum Switch {
     Off,
     /// When this key is true.
     Key(&'static str),
+    /// Unless this key is false.
+    Unless(&'static str),
+}
+
+/// What embeddings are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EmbeddingScale {
+    /// Nothing.
+    One,
+    /// The square root of their width, in the dtype of the weights.
+    SqrtWidth,
+    /// The value of this key; 1 when absent.
+    Key(&'static str),
+}
+
+/// The factor of attention scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum ScoreScale {
+    /// One over the square root of the width of a head.
+    HeadDim,
+    /// One over the square root of this key's value, and what that is when absent.
+    Scalar(&'static str, f64),
+    /// This key's value; 1 when absent.
+    Factor(&'static str),
+}
+
+/// Norms of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct QkNorm {
+    /// Of queries and of keys.
+    pub names: [&'static str; 2],
+    /// Over all heads at once, and not over each by itself.
+    pub whole: bool,
+    /// After the rotation, and not before it.
+    pub rotated: bool,
 }
 
 /// The only value of a key that is covered.
@@ -103,20 +144,21 @@ pub(crate) enum Only {
     Flag(bool),
     /// A number.
     Number(f64),
+    /// A word.
+    Text(&'static str),
     /// Nothing: the key has to be absent or null.
     Null,
 }
 
-/// Names of the norms of a block. Attention and MLP read a normalised input; what they give may be normalised
-/// too before it is added.
+/// Names of the norms of a block: what attention and MLP read may be normalised, and what they give before it is added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Norms {
     /// Of the attention's input.
-    pub attention_input: &'static str,
+    pub attention_input: Option<&'static str>,
     /// Of the attention's output.
     pub attention_output: Option<&'static str>,
     /// Of the MLP's input.
-    pub mlp_input: &'static str,
+    pub mlp_input: Option<&'static str>,
     /// Of the MLP's output.
     pub mlp_output: Option<&'static str>,
 }
@@ -173,6 +215,8 @@ pub(crate) enum Windowed {
     From(&'static str, usize),
     /// What `layer_types` says; when absent, all but every n-th, with n from this key if there is one.
     AllButEvery(Option<&'static str>, usize),
+    /// What `layer_types` says; when absent, those without rotary embeddings.
+    Unrotated,
 }
 
 /// Rotary position embeddings.
@@ -180,17 +224,35 @@ pub(crate) enum Windowed {
 pub(crate) struct Rotary {
     /// `rope_theta` when absent.
     pub theta: f64,
-    /// The key with another theta for blocks with a window, and what it is when absent.
-    pub local_theta: Option<(&'static str, f64)>,
-    /// Whether `partial_rotary_factor` is known.
-    pub partial: bool,
+    /// Where blocks with a window have rotary embeddings of their own, without scaling.
+    pub local: Option<Local>,
+    /// `partial_rotary_factor` when absent, where the key is known.
+    pub partial: Option<f64>,
+    /// Which elements of a head are a pair.
+    pub pairs: Pairs,
+    /// The keys with the list of blocks that are rotated (1) or not (0) and with n where that is absent and every n-th is not,
+    /// and what n is when absent.
+    pub unrotated: Option<(&'static str, &'static str, usize)>,
+    /// Whether "dynamic" with a key `alpha` means a theta that is larger by a power of it, at every length.
+    pub alpha: bool,
+    /// Whether queries grow with their position, by `llama_4_scaling_beta` beside the scaling.
+    pub query_growth: bool,
     /// Whether "yarn" and "su" are earlier names of "longrope".
     pub long_aliases: bool,
     /// `original_max_position_embeddings` when absent, where it is a key beside the scaling and not in it.
     pub original_context: Option<usize>,
 }
 
-/// Sizes that may be absent; `None` where they have to be there.
+/// Rotary embeddings of blocks with a window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Local {
+    /// The key with their theta, and what it is when absent.
+    Theta(&'static str, f64),
+    /// The theta of the other blocks.
+    SameTheta,
+}
+
+/// Sizes that may be absent, the first five from a section only; `None` where they have to be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sizes {
     /// `vocab_size`.
@@ -211,12 +273,20 @@ pub(crate) struct Sizes {
     pub max_position_embeddings: usize,
 }
 
+impl Sizes {
+    /// What may be absent from a file that describes nothing but a language model.
+    pub(crate) fn of_a_file(self) -> Self {
+        let (vocab_size, hidden_size, intermediate_size) = (None, None, None);
+        Self { vocab_size, hidden_size, intermediate_size, num_hidden_layers: None, num_attention_heads: None, ..self }
+    }
+}
+
 /// The attention's output projection.
 pub(crate) const ATTENTION_OUTPUT: &str = "self_attn.o_proj";
 /// The MLP's output projection.
 pub(crate) const MLP_OUTPUT: &str = "mlp.down_proj";
-/// The norms of queries and keys.
-pub(crate) const QK_NORMS: [&str; 2] = ["self_attn.q_norm", "self_attn.k_norm"];
+/// The norms of queries and keys, of each head by itself.
+const PER_HEAD: QkNorm = QkNorm { names: ["self_attn.q_norm", "self_attn.k_norm"], whole: false, rotated: false };
 
 const SEPARATE_QKV: &[&str] = &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
 const SEPARATE_GATE_UP: &[&str] = &["mlp.gate_proj", "mlp.up_proj"];
@@ -229,28 +299,39 @@ const NO_BIAS: &[(&str, Only)] = &[("attention_bias", Only::Flag(false)), ("mlp_
 const BASE: Family = Family {
     model_type: "",
     roots: &[PLAIN_ROOT, BARE_ROOT],
-    section: None,
     qkv: SEPARATE_QKV,
     qkv_bias: Switch::Off,
     output_bias: Switch::Off,
-    qk_norm: false,
+    qk_norm: None,
     gate_up: SEPARATE_GATE_UP,
     mlp_bias: Switch::Off,
     experts: None,
     norms: Norms {
-        attention_input: "input_layernorm",
+        attention_input: Some("input_layernorm"),
         attention_output: None,
-        mlp_input: "post_attention_layernorm",
+        mlp_input: Some("post_attention_layernorm"),
         mlp_output: None,
     },
     norm_offset: 0.0,
-    scale_embeddings: false,
+    embedding_scale: EmbeddingScale::One,
+    residual_scale: None,
     activation: ("hidden_act", Activation::Silu),
-    query_scalar: None,
+    score_scale: ScoreScale::HeadDim,
     score_softcap: None,
     logit_softcap: None,
+    logit_divisor: None,
     window: Window { blocks: Windowed::None, width: None, switch: None },
-    rotary: Rotary { theta: 10_000.0, local_theta: None, partial: false, long_aliases: false, original_context: None },
+    rotary: Rotary {
+        theta: 10_000.0,
+        local: None,
+        partial: None,
+        pairs: Pairs::Halves,
+        unrotated: None,
+        alpha: false,
+        query_growth: false,
+        long_aliases: false,
+        original_context: None,
+    },
     sizes: Sizes {
         vocab_size: None,
         hidden_size: None,
@@ -272,6 +353,14 @@ const LLAMA: Family = Family {
     qkv_bias: Switch::Key("attention_bias"),
     output_bias: Switch::Key("attention_bias"),
     mlp_bias: Switch::Key("mlp_bias"),
+    sizes: Sizes {
+        vocab_size: Some(32_000),
+        hidden_size: Some(4096),
+        intermediate_size: Some(11_008),
+        num_hidden_layers: Some(32),
+        num_attention_heads: Some(32),
+        ..BASE.sizes
+    },
     fixed: &[("rope_interleaved", Only::Flag(false))],
     // `pretraining_tp` splits products over several devices: the same sums. The others are in files of models
     // that were converted to this type.
@@ -282,7 +371,12 @@ const LLAMA: Family = Family {
 const MISTRAL: Family = Family {
     model_type: "mistral",
     window: Window { blocks: Windowed::All, width: Some(4096), switch: None },
-    sizes: Sizes { num_key_value_heads: Some(8), max_position_embeddings: 131_072, ..BASE.sizes },
+    sizes: Sizes {
+        intermediate_size: Some(14_336),
+        num_key_value_heads: Some(8),
+        max_position_embeddings: 131_072,
+        ..LLAMA.sizes
+    },
     fixed: NO_BIAS,
     ..BASE
 };
@@ -327,7 +421,13 @@ const QWEN2: Family = Family {
         width: Some(4096),
         switch: Some("use_sliding_window"),
     },
-    sizes: Sizes { num_key_value_heads: Some(32), max_position_embeddings: 32_768, ..BASE.sizes },
+    sizes: Sizes {
+        vocab_size: Some(151_936),
+        intermediate_size: Some(22_016),
+        num_key_value_heads: Some(32),
+        max_position_embeddings: 32_768,
+        ..LLAMA.sizes
+    },
     fixed: &[("attention_bias", Only::Flag(true)), ("mlp_bias", Only::Flag(false)), ("use_mrope", Only::Flag(false))],
     ..BASE
 };
@@ -336,7 +436,7 @@ const QWEN3: Family = Family {
     model_type: "qwen3",
     qkv_bias: Switch::Key("attention_bias"),
     output_bias: Switch::Key("attention_bias"),
-    qk_norm: true,
+    qk_norm: Some(PER_HEAD),
     sizes: Sizes { head_dim: Some(128), ..QWEN2.sizes },
     fixed: &[("mlp_bias", Only::Flag(false))],
     ..QWEN2
@@ -375,15 +475,15 @@ const GEMMA2: Family = Family {
     qkv_bias: Switch::Key("attention_bias"),
     output_bias: Switch::Key("attention_bias"),
     norms: Norms {
-        attention_input: "input_layernorm",
+        attention_input: Some("input_layernorm"),
         attention_output: Some("post_attention_layernorm"),
-        mlp_input: "pre_feedforward_layernorm",
+        mlp_input: Some("pre_feedforward_layernorm"),
         mlp_output: Some("post_feedforward_layernorm"),
     },
     norm_offset: 1.0,
-    scale_embeddings: true,
+    embedding_scale: EmbeddingScale::SqrtWidth,
     activation: ("hidden_activation", Activation::GeluTanh),
-    query_scalar: Some(("query_pre_attn_scalar", 256.0)),
+    score_scale: ScoreScale::Scalar("query_pre_attn_scalar", 256.0),
     score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
     logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
     window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
@@ -397,12 +497,12 @@ const GEMMA2: Family = Family {
 
 const GEMMA3_TEXT: Family = Family {
     model_type: "gemma3_text",
-    qk_norm: true,
+    qk_norm: Some(PER_HEAD),
     // transformers has the key and does not use it.
     score_softcap: None,
     logit_softcap: Some(("final_logit_softcapping", None)),
     window: Window { blocks: Windowed::AllButEvery(Some("sliding_window_pattern"), 6), ..GEMMA2.window },
-    rotary: Rotary { theta: 1_000_000.0, local_theta: Some(("rope_local_base_freq", 10_000.0)), ..BASE.rotary },
+    rotary: Rotary { theta: 1_000_000.0, local: Some(Local::Theta("rope_local_base_freq", 10_000.0)), ..BASE.rotary },
     // Sections of larger files leave out what equals these.
     sizes: Sizes {
         vocab_size: Some(262_208),
@@ -422,40 +522,18 @@ const GEMMA3_TEXT: Family = Family {
     ..GEMMA2
 };
 
-/// Images are left aside: their encoder is not loaded.
-const GEMMA3: Family = Family {
-    model_type: "gemma3",
-    roots: &[
-        Root { model: "model.language_model", head: "lm_head" },
-        Root { model: "language_model.model", head: "language_model.lm_head" },
-        Root { model: "language_model", head: "lm_head" },
-    ],
-    section: Some(("text_config", "gemma3_text")),
-    // Not applied when the model is part of the larger one.
-    logit_softcap: None,
-    fixed: &[
-        ("use_bidirectional_attention", Only::Flag(false)),
-        ("mlp_bias", Only::Flag(false)),
-        ("attn_logit_softcapping", Only::Null),
-        ("final_logit_softcapping", Only::Null),
-    ],
-    ..GEMMA3_TEXT
-};
-
 const PHI3: Family = Family {
     model_type: "phi3",
     qkv: &["self_attn.qkv_proj"],
     gate_up: &["mlp.gate_up_proj"],
     window: Window { blocks: Windowed::All, width: None, switch: None },
-    rotary: Rotary { partial: true, long_aliases: true, original_context: Some(4096), ..BASE.rotary },
+    rotary: Rotary { partial: Some(1.0), long_aliases: true, original_context: Some(4096), ..BASE.rotary },
     sizes: Sizes { max_position_embeddings: 4096, ..BASE.sizes },
     rms_norm_eps: 1e-5,
     fixed: &[
         ("attention_bias", Only::Flag(false)),
         ("mlp_bias", Only::Flag(false)),
         ("lm_head_bias", Only::Flag(false)),
-        ("embd_pdrop", Only::Number(0.0)),
-        ("resid_pdrop", Only::Number(0.0)),
         ("full_attn_mod", Only::Number(1.0)),
         ("interpolate_factor", Only::Number(1.0)),
     ],
@@ -463,8 +541,26 @@ const PHI3: Family = Family {
 };
 
 /// Every family that loads.
-pub(crate) static FAMILIES: &[Family] =
-    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3_TEXT, GEMMA3, PHI3];
+pub(crate) static FAMILIES: &[Family] = &[
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    GEMMA2,
+    GEMMA3_TEXT,
+    PHI3,
+    dense::MINISTRAL3,
+    dense::SMOLLM3,
+    dense::GRANITE,
+    dense::SEED_OSS,
+    dense::HUNYUAN,
+    dense::OLMO2,
+    dense::OLMO3,
+    dense::GLM4,
+    dense::ERNIE,
+];
 
 impl Family {
     /// The family of a `model_type`.
@@ -474,6 +570,7 @@ impl Family {
 
     /// The supported model types, for messages.
     pub fn supported() -> String {
-        FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
+        let types: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
+        format!("{}, and what has one of them as its text_config", types.join(", "))
     }
 }

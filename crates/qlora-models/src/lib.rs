@@ -32,7 +32,7 @@ mod streamed;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
-pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig};
+pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig, accept_keys};
 pub use decoder::Decoder;
 pub use device::{
     check_compute_dtype, default_compute_dtype, device_memory, held_memory, host_memory, peak_memory, select_device,
@@ -46,6 +46,6 @@ pub use paged::{CachedRow, PagedCache, Part, RowLogits};
 pub use qlora_layers::candidates::{Candidates, CandidatesRest, RowCandidates};
 pub use qlora_layers::ops::fused::Activation;
 pub use recorded::Step;
-pub use rope::{Rope, RopeScaling};
+pub use rope::{Pairs, QueryGrowth, Rope, RopeScaling};
 pub use sequence::Sequence;
 pub use streamed::{Placement, Streams};

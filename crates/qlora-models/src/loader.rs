@@ -84,7 +84,7 @@ impl Decoder {
             config.bnb = None;
         }
         let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
-        let root = *config.family.roots.iter().find(holds).unwrap_or(&config.root());
+        let root = *config.roots.iter().find(holds).unwrap_or(&config.root());
         let streaming = Streaming::to(device, Quantizer::of(device)?);
         Loader::new(&checkpoint, config, options, device, progress, root, streaming).streams(streams)?.decoder()
     }

@@ -2,8 +2,8 @@
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use qlora_layers::Pass;
-use qlora_layers::ops::fused::{Norm, add_norm, rms_norm};
+use qlora_layers::ops::fused::{self, Norm, rms_norm};
+use qlora_layers::{Pass, by_part};
 
 /// `x / sqrt(mean(x²) + eps) · (weight + offset)`.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ impl RmsNorm {
 
     /// `x + delta` and [`forward`](Self::forward) of it, in a pass without a graph.
     pub(crate) fn add_forward(&self, x: Tensor<2>, delta: Tensor<2>) -> [Tensor<2>; 2] {
-        add_norm(x, delta, self.weight_in(Pass::INFERENCE), self.constants())
+        fused::add_norm(x, delta, self.weight_in(Pass::INFERENCE), self.constants())
     }
 
     /// `[width]`, f32.
@@ -52,5 +52,43 @@ impl RmsNorm {
         let [tokens, features] = x.dims();
         let width = self.weight.dims()[0];
         self.forward(x.reshape([tokens * features / width, width]), pass).reshape([tokens, features])
+    }
+}
+
+/// The norms of each part's model, with the part's number of tokens.
+pub(crate) type Norms<'a> = Vec<(usize, &'a RmsNorm)>;
+
+/// `x + delta` and, where there are norms, its norm.
+pub(crate) fn add_norm(parts: Option<Norms<'_>>, x: Tensor<2>, delta: Tensor<2>) -> [Tensor<2>; 2] {
+    match parts {
+        Some(parts) if parts.iter().all(|(_, norm)| norm.trained.is_none()) => parts[0].1.add_forward(x, delta),
+        parts => {
+            let sum = x + delta;
+            [sum.clone(), normalised(parts, sum, RmsNorm::forward)]
+        }
+    }
+}
+
+/// The norm of each part, or `x` where there are no norms.
+pub(crate) fn normalised(
+    parts: Option<Norms<'_>>,
+    x: Tensor<2>,
+    forward: impl Fn(&RmsNorm, Tensor<2>, Pass) -> Tensor<2>,
+) -> Tensor<2> {
+    match parts {
+        Some(parts) => norm(&parts, x, forward),
+        None => x,
+    }
+}
+
+/// The norms differ only where an adapter trained one in full.
+pub(crate) fn norm(
+    parts: &[(usize, &RmsNorm)],
+    x: Tensor<2>,
+    forward: impl Fn(&RmsNorm, Tensor<2>, Pass) -> Tensor<2>,
+) -> Tensor<2> {
+    match parts.iter().all(|(_, norm)| norm.trained.is_none()) {
+        true => forward(parts[0].1, x, Pass::INFERENCE),
+        false => by_part(parts, x, |norm, x| forward(norm, x, Pass::INFERENCE)),
     }
 }

@@ -4,11 +4,12 @@
 //! chosen last. Products run over all rows' tokens at once; only attention tells the rows apart. What a row gets does not
 //! depend on the rows beside it.
 
-use crate::block::{FeedForward, split_qkv};
-use crate::config::ModelConfig;
+use crate::block::{FeedForward, scaled, split_qkv};
+use crate::config::{AttentionKind, ModelConfig};
 use crate::decoder::Decoder;
 use crate::mlp::halves;
-use crate::norm::RmsNorm;
+use crate::named::Named;
+use crate::norm::{Norms, RmsNorm, add_norm, norm, normalised};
 use crate::recorded::Recorded;
 use crate::stacks::{Layers, Stacks};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
@@ -145,6 +146,8 @@ pub(crate) struct Inputs {
     index: Tensor<1, Int>,
     /// For each kind of attention, cosines and sines, `[tokens * dim / 2]`.
     rotary: Vec<[Tensor<1>; 2]>,
+    /// For each kind of attention, `[tokens]`, f32: what queries are multiplied by, where it grows with their position.
+    query_growth: Vec<Option<Tensor<1>>>,
     batch: PagedBatch,
     /// How attention goes over the rows.
     segments: Vec<Segment>,
@@ -186,11 +189,17 @@ impl Inputs {
             [cos, sin].map(|values| Tensor::from_data(TensorData::new(values, [len]), (device, DType::F32)))
         });
         let rotary = rotary.collect();
+        let growth = |kind: &AttentionKind| {
+            let factors = query_growth(kind, rows)?;
+            let len = factors.len();
+            Some(Tensor::from_data(TensorData::new(factors, [len]), (device, DType::F32)))
+        };
+        let query_growth = config.attention_kinds.iter().map(growth).collect();
         let batch = PagedBatch::with_room(&paged(rows), block_tokens, max_len, device);
         let has_kernel = model.dtype != FloatDType::F32 && client_of(device).is_some();
         let is_long = |row: &CachedRow<'_>| has_kernel && row.ids.len() >= LONG_ROW;
         let segments = segments(rows, is_long, block_tokens, device);
-        Self { ids, index, rotary, batch, segments }
+        Self { ids, index, rotary, query_growth, batch, segments }
     }
 
     /// Puts other rows in their place, of as many tokens each. `false` where the room does not suffice.
@@ -203,6 +212,12 @@ impl Inputs {
             && tables.into_iter().all(|((kind, tables), [cos, sin])| {
                 let (new_cos, new_sin) = tables.spans(&kind.rope, spans(rows));
                 new_cos.is_empty() || (overwrite(cos, &new_cos) && overwrite(sin, &new_sin))
+            })
+            && model.config.attention_kinds.iter().zip(&self.query_growth).all(|(kind, held)| {
+                match (query_growth(kind, rows), held) {
+                    (Some(factors), Some(held)) => overwrite(held, &factors),
+                    _ => true,
+                }
             })
     }
 
@@ -242,6 +257,13 @@ impl Inputs {
 /// The length that each row is rotated for, and its positions.
 fn spans<'a>(rows: &'a [CachedRow<'_>]) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
     rows.iter().map(|row| (row.rotated_for, row.past..row.past + row.ids.len()))
+}
+
+/// What the queries of all tokens are multiplied by; `None` where it is 1 at every position.
+fn query_growth(kind: &AttentionKind, rows: &[CachedRow<'_>]) -> Option<Vec<f32>> {
+    let growth = kind.rope.query_growth?;
+    let positions = rows.iter().flat_map(|row| row.past..row.past + row.ids.len());
+    Some(positions.map(|position| growth.factor(position)).collect())
 }
 
 fn paged<'a>(rows: &[CachedRow<'a>]) -> Vec<PagedRow<'a>> {
@@ -373,26 +395,33 @@ impl<'a> MixedPass<'a> {
         });
         let x = joined(embedded.collect());
         let last = self.models[0].1.blocks.len();
-        let Some(mut h) = (last > 0).then(|| norm(&self.input_norms(0), x.clone(), RmsNorm::forward)) else { return x };
+        let Some(mut h) = (last > 0).then(|| normalised(self.input_norms(0), x.clone(), RmsNorm::forward)) else {
+            return x;
+        };
         let mut x = x;
         for index in 0..last {
             let _span = tracing::trace_span!("block", index).entered();
             h = self.models[0].1.blocks[index].enter(h, Pass::INFERENCE);
-            let mlp_input = self.each(|model| &model.blocks[index].norms.mlp_input.module);
+            let mlp_input = self.norms(|model| model.blocks[index].norms.mlp_input.as_ref());
             let attended = self.attention(index, h, cache);
-            let [m, input] = add_norm(&mlp_input, x, attended);
+            let [m, input] = add_norm(mlp_input, x, attended);
             let output = self.feed_forward(index, input);
             if index + 1 == last {
                 return m + output;
             }
-            [x, h] = add_norm(&self.input_norms(index + 1), m, output);
+            [x, h] = add_norm(self.input_norms(index + 1), m, output);
         }
         x
     }
 
     /// The norms before a block's attention.
-    fn input_norms(&self, index: usize) -> Vec<(usize, &'a RmsNorm)> {
-        self.each(|model| &model.blocks[index].norms.attention_input.module)
+    fn input_norms(&self, index: usize) -> Option<Norms<'a>> {
+        self.norms(|model| model.blocks[index].norms.attention_input.as_ref())
+    }
+
+    /// The norms that the models of a family have somewhere.
+    fn norms(&self, pick: impl Fn(&'a Decoder) -> Option<&'a Named<RmsNorm>>) -> Option<Norms<'a>> {
+        self.each_some(|model| Some(&pick(model)?.module))
     }
 
     /// What each part's model holds somewhere, with the part's number of tokens.
@@ -444,39 +473,51 @@ impl<'a> MixedPass<'a> {
             3 => std::array::from_fn(|_| qkv.remove(0)),
             _ => split_qkv(qkv.remove(0), config),
         };
-        let head_norm = |x: Tensor<2>, i: usize| {
-            let norms = self.each_some(|model| Some(&block(model).norms.qk.as_ref()?[i].module));
-            norms.map_or_else(|| x.clone(), |norms| norm(&norms, x.clone(), RmsNorm::forward_heads))
-        };
         let [tokens, _] = q.dims();
-        let rotary = attention_kind.rope.dim;
-        let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary, inverse: false };
-        let tables = || [cos, sin].map(|table| table.clone().reshape([tokens, rotary / 2]));
+        let rope = &attention_kind.rope;
+        let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary: rope.turned, inverse: false };
+        let tables = || [cos, sin].map(|table| table.clone().reshape([tokens, rope.turned / 2]));
         let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
-        let (q, k) = (head_norm(q, 0), head_norm(k, 1));
+        let head_norm = |x: Tensor<2>, i: usize| {
+            normalised(self.norms(|model| Some(&block(model).norms.qk.as_ref()?[i])), x, RmsNorm::forward_heads)
+        };
+        let rotated_first = config.normalises_rotated();
+        let (q, k) = match rotated_first {
+            true => (q, k),
+            false => (head_norm(q, 0), head_norm(k, 1)),
+        };
+        let [q, k] = [q, k].map(|x| rope.paired(x, config.head_dim));
+        let q = match &self.inputs.query_growth[kind] {
+            Some(factors) => {
+                let factors = factors.clone().reshape([tokens, 1]).cast(q.dtype());
+                q * factors
+            }
+            None => q,
+        };
         let softcap = config.score_softcap.map(|cap| cap as f32);
         let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap);
-        let mixed = match self.inputs.is_paged() {
+        let mixed = match self.inputs.is_paged() && !rotated_first {
             true => {
                 let new = NewTokens { q, k, v };
                 let (q, cached) = cache.rotate_and_write(index, new, tables(), &self.inputs.batch, rotation);
                 self.inputs.attend(heads(q, config.num_attention_heads), None, cached, &options)
             }
             false => {
-                let rotated = |x: Tensor<2>| match (rotary, tables()) {
-                    (0, _) => x,
-                    (_, [cos, sin]) => rotate(x, cos, sin, rotation),
+                let rotated = |x: Tensor<2>, i: usize| {
+                    let [cos, sin] = tables();
+                    let x = if rope.dim == 0 { x } else { rotate(x, cos, sin, rotation) };
+                    if rotated_first { head_norm(x, i) } else { x }
                 };
-                let q = heads(rotated(q), config.num_attention_heads);
-                let new = [rotated(k), v].map(|x| heads(x, config.num_key_value_heads));
+                let q = heads(rotated(q, 0), config.num_attention_heads);
+                let new = [rotated(k, 1), v].map(|x| heads(x, config.num_key_value_heads));
                 let cached = cache.write(index, new.clone(), &self.inputs.batch);
                 self.inputs.attend(q, Some(new), cached, &options)
             }
         };
         let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
         let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
-        let norms = self.each_some(|model| Some(&block(model).norms.attention_output.as_ref()?.module));
-        norms.map_or_else(|| output.clone(), |norms| norm(&norms, output.clone(), RmsNorm::forward))
+        let norms = self.norms(|model| block(model).norms.attention_output.as_ref());
+        scaled(normalised(norms, output, RmsNorm::forward), config)
     }
 
     /// The feed-forward branch of a block, for its normalised input.
@@ -497,14 +538,14 @@ impl<'a> MixedPass<'a> {
             }
             None => self.by_part(h, |model, x| block(model).feed_forward.forward(x, Pass::INFERENCE, false)),
         };
-        let norms = self.each_some(|model| Some(&block(model).norms.mlp_output.as_ref()?.module));
-        norms.map_or_else(|| output.clone(), |norms| norm(&norms, output.clone(), RmsNorm::forward))
+        let norms = self.norms(|model| block(model).norms.mlp_output.as_ref());
+        scaled(normalised(norms, output, RmsNorm::forward), self.config)
     }
 
     /// Final norm and output head.
     pub fn logits(&self, x: Tensor<2>) -> Tensor<2> {
-        let x = norm(&self.each(|model| &model.norm.module), x, RmsNorm::forward);
         let model = self.models[0].1;
+        let x = model.before_head(norm(&self.each(|model| &model.norm.module), x, RmsNorm::forward));
         let vocab = model.vocab_size();
         // Adapters that touch a tied head give their model a head of its own; some have more tokens than the base.
         let differ = |model: &Decoder| model.has_trained_tokens() || model.vocab_size() != vocab;
@@ -539,28 +580,5 @@ impl<'a> MixedPass<'a> {
     /// Runs each part's rows by themselves.
     fn by_part(&self, x: Tensor<2>, run: impl Fn(&'a Decoder, Tensor<2>) -> Tensor<2>) -> Tensor<2> {
         by_part(&self.models, x, run)
-    }
-}
-
-/// `x + delta` and its norm.
-fn add_norm(parts: &[(usize, &RmsNorm)], x: Tensor<2>, delta: Tensor<2>) -> [Tensor<2>; 2] {
-    match parts.iter().all(|(_, norm)| norm.trained.is_none()) {
-        true => parts[0].1.add_forward(x, delta),
-        false => {
-            let sum = x + delta;
-            [sum.clone(), norm(parts, sum, RmsNorm::forward)]
-        }
-    }
-}
-
-/// The norms differ only where an adapter trained one in full.
-fn norm(
-    parts: &[(usize, &RmsNorm)],
-    x: Tensor<2>,
-    forward: impl Fn(&RmsNorm, Tensor<2>, Pass) -> Tensor<2>,
-) -> Tensor<2> {
-    match parts.iter().all(|(_, norm)| norm.trained.is_none()) {
-        true => forward(parts[0].1, x, Pass::INFERENCE),
-        false => by_part(parts, x, |norm, x| forward(norm, x, Pass::INFERENCE)),
     }
 }

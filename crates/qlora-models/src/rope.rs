@@ -1,5 +1,5 @@
 //! Rotary position embeddings (Su et al., 2021, arXiv 2104.09864), in the half-split layout of
-//! Hugging Face checkpoints, with the scalings for longer contexts that transformers knows.
+//! Hugging Face checkpoints or by pairs of neighbours, with the scalings for longer contexts that transformers knows.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use std::f64::consts::PI;
@@ -11,10 +11,48 @@ use std::sync::{Mutex, PoisonError};
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Dimensions of a head that are rotated, the first ones.
+    /// Dimensions of a head that are rotated, the first ones; 0 for none.
     pub dim: usize,
+    /// Dimensions of a head that are turned: [`dim`](Self::dim), or with [`Pairs::Adjacent`] the whole head, where those
+    /// beyond are turned by an angle of zero. A head that is not rotated is turned so too.
+    pub turned: usize,
     /// Scaling of the frequencies.
     pub scaling: RopeScaling,
+    /// Which of them are a pair.
+    pub pairs: Pairs,
+    /// Growth of queries with their position.
+    pub query_growth: Option<QueryGrowth>,
+}
+
+/// Which dimensions of a head are rotated by one angle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairs {
+    /// One of the first half with one of the second.
+    Halves,
+    /// Neighbours.
+    Adjacent,
+}
+
+/// Queries at position `p` are multiplied by `1 + beta · ln(1 + floor(p / original))` as in Llama 4.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryGrowth {
+    /// How fast.
+    pub beta: f64,
+    /// Context length before the extension.
+    pub original_max_position_embeddings: f64,
+}
+
+impl QueryGrowth {
+    /// The factor at a position, in f32 as transformers computes it.
+    pub fn factor(&self, position: usize) -> f32 {
+        let periods = (position as f32 / self.original_max_position_embeddings as f32).floor();
+        1.0 + self.beta as f32 * (1.0 + periods).ln()
+    }
+
+    /// Whether the factor of some of these positions is not 1.
+    pub(crate) fn reaches(&self, positions: &Range<usize>) -> bool {
+        positions.end as f64 > self.original_max_position_embeddings
+    }
 }
 
 /// Frequency scaling of rotary position embeddings.
@@ -134,6 +172,22 @@ impl Rope {
         }
     }
 
+    /// Brings what is a pair into the places where kernels look for it. Queries and keys change alike, so that their products
+    /// stay what they are.
+    ///
+    /// # Shapes
+    /// `[tokens, heads * head_dim]` in and out.
+    pub(crate) fn paired(&self, x: Tensor<2>, head_dim: usize) -> Tensor<2> {
+        match self.pairs {
+            Pairs::Halves => x,
+            Pairs::Adjacent => {
+                let [tokens, features] = x.dims();
+                let neighbours = x.reshape([tokens, features / head_dim, head_dim / 2, 2]);
+                neighbours.swap_dims(2, 3).reshape([tokens, features])
+            }
+        }
+    }
+
     /// Appends the cosines and sines of the angles at `positions`, one row for each.
     fn append_angles(&self, frequencies: &[f32], positions: Range<usize>, cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         let factor = match &self.scaling {
@@ -149,6 +203,9 @@ impl Rope {
                 cos.push((c * factor) as f32);
                 sin.push((s * factor) as f32);
             }
+            let still = self.turned / 2 - frequencies.len();
+            cos.extend(std::iter::repeat_n(1.0, still));
+            sin.extend(std::iter::repeat_n(0.0, still));
         }
     }
 }
@@ -161,6 +218,8 @@ pub(crate) struct RotaryTables(Mutex<Known>);
 /// Rows of frequencies, from position 0 on.
 #[derive(Debug, Default)]
 struct Known {
+    /// Whether `frequencies` are there.
+    made: bool,
     /// The [`Rope::variant`] that has these frequencies.
     variant: Option<u64>,
     frequencies: Vec<f32>,
@@ -172,15 +231,15 @@ impl RotaryTables {
     /// Cosines and sines of the angles at positions `start..start + len`, the last of a sequence.
     ///
     /// # Shapes
-    /// Each `[len, dim / 2]`, f32.
+    /// Each `[len, turned / 2]`, f32.
     pub fn get(&self, rope: &Rope, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
         let (cos, sin) = self.spans(rope, [(start + len, start..start + len)]);
-        let pairs = rope.dim / 2;
+        let pairs = rope.turned / 2;
         let table = |values| Tensor::from_data(TensorData::new(values, [len, pairs]), (device, DType::F32));
         (table(cos), table(sin))
     }
 
-    /// Cosines and sines of the angles at positions of several sequences, `dim / 2` of each for every position: of each
+    /// Cosines and sines of the angles at positions of several sequences, `turned / 2` of each for every position: of each
     /// sequence the length that it is rotated for, and the positions.
     pub fn spans(&self, rope: &Rope, spans: impl IntoIterator<Item = (usize, Range<usize>)>) -> (Vec<f32>, Vec<f32>) {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
@@ -200,11 +259,11 @@ impl RotaryTables {
     ) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let variant = rope.variant(rotated_for);
-        if known.frequencies.is_empty() || known.variant != variant {
-            *known = Known { variant, frequencies: rope.frequencies(rotated_for), ..Known::default() };
+        if !known.made || known.variant != variant {
+            *known = Known { made: true, variant, frequencies: rope.frequencies(rotated_for), ..Known::default() };
         }
         let Known { frequencies, cos, sin, .. } = &mut *known;
-        let pairs = frequencies.len();
+        let pairs = rope.turned / 2;
         let rows = cos.len() / pairs.max(1);
         if positions.start > rows {
             // A dynamic rope has other angles for every length: tables of earlier positions would not be used again.
@@ -224,7 +283,7 @@ mod tests {
     use super::*;
 
     fn rope(scaling: RopeScaling) -> Rope {
-        Rope { theta: 10_000.0, dim: 8, scaling }
+        Rope { theta: 10_000.0, dim: 8, turned: 8, scaling, pairs: Pairs::Halves, query_growth: None }
     }
 
     #[test]
@@ -240,6 +299,30 @@ mod tests {
         let dynamic = rope(RopeScaling::Dynamic { factor: 2.0, max_position_embeddings: 8 });
         assert_eq!([7, 8, 9, 10].map(|len| dynamic.variant(len)), [Some(8), Some(8), Some(9), Some(10)]);
         assert_eq!(dynamic.frequencies(8), rope(RopeScaling::Default).frequencies(8));
+    }
+
+    #[test]
+    fn what_is_not_rotated_is_turned_by_nothing() {
+        let device = Device::flex();
+        let rope = Rope { dim: 4, pairs: Pairs::Adjacent, ..rope(RopeScaling::Linear { factor: 2.0 }) };
+        let (cos, sin) = RotaryTables::default().get(&rope, 3, 2, &device);
+        let [cos, sin] = [cos, sin].map(|table| table.try_into_vec_as::<f32>().unwrap());
+        assert_eq!([&cos[2..4], &cos[6..8]], [[1.0, 1.0]; 2]);
+        assert_eq!([&sin[2..4], &sin[6..8]], [[0.0, 0.0]; 2]);
+        assert!((sin[0] - 1.5f32.sin()).abs() < 1e-7, "{sin:?}");
+        // Neighbours come into the halves.
+        let x = Tensor::<2>::from_data(TensorData::from([[0.0f32, 1., 2., 3., 4., 5., 6., 7.]]), &device);
+        let paired = rope.paired(x, 8).try_into_vec_as::<f32>().unwrap();
+        assert_eq!(paired, [0., 2., 4., 6., 1., 3., 5., 7.]);
+    }
+
+    #[test]
+    fn queries_grow_from_the_original_context_on() {
+        let growth = QueryGrowth { beta: 0.1, original_max_position_embeddings: 16.0 };
+        assert_eq!([0, 15].map(|position| growth.factor(position)), [1.0; 2]);
+        assert!((growth.factor(16) - (1.0 + 0.1 * 2f32.ln())).abs() < 1e-7);
+        assert!((growth.factor(50) - (1.0 + 0.1 * 4f32.ln())).abs() < 1e-7);
+        assert_eq!([growth.reaches(&(0..16)), growth.reaches(&(16..17))], [false, true]);
     }
 
     #[test]

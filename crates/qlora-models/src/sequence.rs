@@ -22,5 +22,7 @@ pub(crate) struct View {
     pub cos: Tensor<2>,
     pub sin: Tensor<2>,
     pub rotation: Rotation,
+    /// `[len, 1]`, f32: what queries are multiplied by, where that is not 1 at every position.
+    pub query_growth: Option<Tensor<2>>,
     pub attention: AttentionOptions,
 }

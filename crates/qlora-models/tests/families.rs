@@ -7,7 +7,7 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use proptest::prelude::*;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling};
+use qlora_models::{Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling, accept_keys};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -267,7 +267,30 @@ fn what_is_not_covered_is_refused_by_name() {
         refusal("qwen3_moe", |c| c["shared_expert_intermediate_size"] = json!(32)),
         &["shared_expert_intermediate_size"],
     );
-    has(refusal("gemma3_images", |c| c["text_config"]["model_type"] = json!("llama")), &["text_config.model_type"]);
+    has(
+        refusal("gemma3_images", |c| c["text_config"]["model_type"] = json!("gemma3n_text")),
+        &["text_config.model_type"],
+    );
+    has(
+        refusal("gemma3_images", |c| c["model_type"] = json!("paligemma")),
+        &["model_type", "paligemma", "behind them"],
+    );
+    has(
+        refusal("gemma3_images", |c| c["text_config"]["final_logit_softcapping"] = json!(30.0)),
+        &["final_logit_softcapping"],
+    );
+    has(refusal("smollm3", |c| c["no_rope_layers"] = json!([1, 0])), &["no_rope_layers", "2 entries", "3 layers"]);
+    has(refusal("smollm3", |c| c["no_rope_layers"] = json!([1, 0, 2])), &["no_rope_layers", "2"]);
+    has(
+        refusal("ministral3", |c| drop(c["rope_parameters"].as_object_mut().unwrap().remove("llama_4_scaling_beta"))),
+        &["llama_4_scaling_beta"],
+    );
+    has(refusal("hunyuan", |c| c["norm_type"] = json!("layer")), &["norm_type", "layer", "rms"]);
+    has(
+        refusal("olmo3_yarn", |c| c["rope_parameters"] = json!({"rope_type": "yarn", "factor": 2.0})),
+        &["rope_parameters", "full_attention"],
+    );
+    has(refusal("llama3", |c| c["mup_multiplier"] = json!(2)), &["mup_multiplier", "--accept-key mup_multiplier"]);
     has(
         refusal("gemma3_images", |c| c["text_config"]["altup_num_inputs"] = json!(4)),
         &["text_config.altup_num_inputs"],
@@ -276,8 +299,61 @@ fn what_is_not_covered_is_refused_by_name() {
         refusal("phi3", |c| c["rope_parameters"]["short_factor"] = json!([1.0])),
         &["rope_parameters.short_factor", "1", "2"],
     );
-    has(refusal("phi3", |c| c["resid_pdrop"] = json!(0.1)), &["resid_pdrop", "0.1"]);
+    has(refusal("phi3", |c| c["resid_pdrop"] = json!(1.5)), &["resid_pdrop", "1.5"]);
     has(refusal("gemma3", |c| c["rope_parameters"]["chunked"] = json!({})), &["rope_parameters.chunked"]);
+}
+
+#[test]
+fn what_computes_nothing_passes_with_a_note() {
+    let mut config = json_of("seed_oss");
+    let keys = json!({"attention_dropout": 0.1, "residual_dropout": 0.1, "unk_token_id": 3, "_model_name_or_path": "x", "pretraining_tp": 1});
+    config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    let notes = parse(&config).unwrap().notes;
+    for parts in [
+        ["`_model_name_or_path`", "passed over"],
+        ["`attention_dropout`", "0.1"],
+        ["`residual_dropout`", "0.1"],
+        ["`unk_token_id`", "3"],
+    ] {
+        let told = |note: &&String| note.contains("config.json") && parts.iter().all(|part| note.contains(part));
+        assert_eq!(notes.iter().filter(told).count(), 1, "{parts:?} in {notes:?}");
+    }
+    assert_eq!(notes.len(), 4, "{notes:?}");
+
+    // Accepted by name, and only then.
+    config["rope_parameters"]["swing_factor"] = json!(2);
+    config["residual_gain"] = json!(2);
+    let refused = |key: &str| parse(&config).unwrap_err().to_string().contains(&format!("--accept-key {key}"));
+    assert!(refused("rope_parameters.swing_factor"));
+    accept_keys(["rope_parameters.swing_factor".into()]);
+    assert!(refused("residual_gain"));
+    accept_keys(["residual_gain".into()]);
+    assert_eq!(parse(&config).unwrap().notes.len(), 6);
+}
+
+#[test]
+fn the_text_model_of_any_wrapper_is_its_familys() {
+    let text = json_of("qwen3");
+    let whole = parse(&text).unwrap();
+    for (wrapper, path) in [
+        ("lighton_ocr", "model.language_model"),
+        ("smolvlm", "model.text_model"),
+        ("never_heard_of", "model.language_model"),
+    ] {
+        let config = json!({"model_type": wrapper, "text_config": text, "vision_config": {"attention_type": "x"}, "image_size": 3});
+        let config = parse(&config).unwrap();
+        assert_eq!(config.attention_kinds, whole.attention_kinds);
+        assert_eq!(config.linears()[0].0, format!("{path}.layers.0.self_attn.q_proj"));
+    }
+    // As in llava-1.5-7b-hf: what equals the defaults is left out, and so may be the type.
+    let config =
+        parse(&json!({"model_type": "llava", "text_config": {"max_position_embeddings": 4096, "vocab_size": 32064}}))
+            .unwrap();
+    assert_eq!((config.hidden_size, config.num_hidden_layers, config.num_key_value_heads), (4096, 32, 32));
+    let nobody = parse(&json!({"model_type": "never_heard_of", "text_config": {}})).unwrap_err().to_string();
+    assert!(nobody.contains("text_config.model_type"), "{nobody}");
+    let whole = parse(&json!({"model_type": "llama"})).unwrap_err().to_string();
+    assert!(whole.contains("hidden_size"), "{whole}");
 }
 
 proptest! {

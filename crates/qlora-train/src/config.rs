@@ -98,6 +98,9 @@ pub struct BaseModelConfig {
     pub residency: Residency,
     /// How much of the device's memory the frozen weights may take.
     pub device_budget: Budget,
+    /// Keys of `config.json` that are passed over although they are not known and may change what the model computes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub accept_keys: Vec<String>,
 }
 
 /// `[quantization]`: how the base model's linear layers are kept in memory.

@@ -24,7 +24,8 @@ struct Sizes {
     queries: Dim,
     keys: Dim,
     fused: Dim,
-    head: Dim,
+    /// Of the norms of queries and keys.
+    norms: [Dim; 2],
 }
 
 impl Sizes {
@@ -50,7 +51,10 @@ impl Sizes {
             queries: (heads * head, "num_attention_heads"),
             keys: (kv_heads * head, "num_key_value_heads"),
             fused: ((heads + 2 * kv_heads) * head, "num_attention_heads"),
-            head: (head, "head_dim"),
+            norms: match model.kind.has("whole_heads") {
+                true => [(heads * head, "num_attention_heads"), (kv_heads * head, "num_key_value_heads")],
+                false => [(head, "head_dim"); 2],
+            },
         })
     }
 
@@ -58,10 +62,11 @@ impl Sizes {
     /// configuration.
     fn shape(&self, name: &str, gate_is_apart: bool) -> Option<Vec<Dim>> {
         let (module, kind) = name.rsplit_once('.')?;
-        let Self { hidden, vocabulary, inner, expert, experts, queries, keys, fused, head, .. } = *self;
+        let Self { hidden, vocabulary, inner, expert, experts, queries, keys, fused, norms, .. } = *self;
         let shape = match module {
             "token_embd" | "output" => vec![vocabulary, hidden],
-            "attn_q_norm" | "attn_k_norm" => vec![head],
+            "attn_q_norm" => vec![norms[0]],
+            "attn_k_norm" => vec![norms[1]],
             norm if norm.ends_with("_norm") => vec![hidden],
             "attn_q" => vec![queries, hidden],
             "attn_k" | "attn_v" => vec![keys, hidden],
@@ -83,7 +88,7 @@ impl Sizes {
 
 /// What every block has, one of each row.
 const NEEDED: [&[&str]; 7] = [
-    &["attn_norm.weight"],
+    &["attn_norm.weight", "post_attention_norm.weight"],
     &["attn_q.weight", "attn_qkv.weight"],
     &["attn_k.weight", "attn_qkv.weight"],
     &["attn_v.weight", "attn_qkv.weight"],

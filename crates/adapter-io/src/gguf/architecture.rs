@@ -53,6 +53,10 @@ pub(super) struct ModelType {
     pub require: BTreeMap<String, Vec<Value>>,
     /// Rotary scalings that the architecture knows, where not all.
     pub rope_types: Option<Vec<String>>,
+    /// What transformers takes when a key is absent, where llama.cpp takes something else.
+    pub defaults: Map<String, Value>,
+    /// Why it can't be written.
+    pub refused: Option<String>,
 }
 
 impl ModelType {
@@ -78,10 +82,15 @@ impl Model {
         let config = ModelConfigFile::read(dir)?;
         let model_type = config.map.get("model_type").and_then(Value::as_str).unwrap_or_default();
         let Some(kind) = table().model_types.get(model_type) else {
-            let known: Vec<&str> = table().model_types.keys().map(String::as_str).collect();
+            let known = table().model_types.iter().filter(|(_, kind)| kind.refused.is_none());
+            let known: Vec<&str> = known.map(|(name, _)| name.as_str()).collect();
             let reason = format!("`{model_type}` cannot be written as GGUF; supported: {}", known.join(", "));
             return Err(field(&config.path, "model_type", reason));
         };
+        if let Some(reason) = &kind.refused {
+            let reason = format!("`{model_type}` cannot be written as GGUF: {reason}");
+            return Err(field(&config.path, "model_type", reason));
+        }
         for (key, allowed) in &kind.require {
             if let Some(value) = config.map.get(key).filter(|v| !v.is_null() && !allowed.contains(v)) {
                 let reason = format!("it is {value}, which readers of GGUF do not compute for `{model_type}`");
@@ -96,7 +105,7 @@ impl Model {
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
-        self.config.map.get(key).filter(|v| !v.is_null())
+        self.config.map.get(key).filter(|v| !v.is_null()).or_else(|| self.kind.defaults.get(key))
     }
 
     /// A whole number that fits 32 bits.
@@ -162,6 +171,12 @@ impl Model {
         nested.or_else(|| self.get("rope_local_base_freq")).and_then(Value::as_f64)
     }
 
+    /// Which layers have rotary embeddings, as `no_rope_layers` says.
+    pub fn unrotated(&self, layers: usize) -> Option<Vec<bool>> {
+        let rotated = |value: &Value| value.as_bool().unwrap_or_else(|| value.as_u64() != Some(0));
+        Some(self.get("no_rope_layers")?.as_array()?.iter().take(layers).map(rotated).collect())
+    }
+
     pub fn layer_types(&self) -> Option<Vec<&str>> {
         self.get("layer_types")?.as_array()?.iter().map(Value::as_str).collect()
     }
@@ -179,7 +194,7 @@ mod tests {
     fn the_table_is_read() {
         let table: Table = serde_json::from_str(include_str!("architectures.json")).unwrap();
         assert_eq!(table.model_types.len(), super::table().model_types.len());
-        assert!(table.model_types.values().all(|m| !m.architecture.is_empty()));
+        assert!(table.model_types.values().all(|m| m.architecture.is_empty() == m.refused.is_some()));
         assert!(table.model_types.len() >= 9 && table.pre_tokenizers.len() >= 5);
     }
 }

@@ -51,6 +51,17 @@ pub(super) fn model_metadata(model: &Model, kind: GgmlType) -> Result<ModelMetad
             }
         }
     }
+    if model.kind.has("factors") {
+        for (key, name) in [
+            ("attention_multiplier", "attention.scale"),
+            ("embedding_multiplier", "embedding_scale"),
+            ("residual_multiplier", "residual_scale"),
+            ("logits_scaling", "logit_scale"),
+        ] {
+            // Absent means 1, and to readers something else.
+            put(name, Value::F32(model.number(key)?.unwrap_or(1.0) as f32));
+        }
+    }
     if model.kind.has("sliding_window") {
         put("attention.sliding_window", Value::U32(model.needed(&["sliding_window"])?));
     }
@@ -66,7 +77,17 @@ pub(super) fn model_metadata(model: &Model, kind: GgmlType) -> Result<ModelMetad
 fn rope(model: &Model, out: &mut ModelMetadata) -> Result<(), FormatError> {
     let architecture = model.kind.architecture.clone();
     let mut put = |key: &str, value: Value| out.entries.push((format!("{architecture}.rope.{key}"), value));
-    let rope = model.rope();
+    let mut rope = model.rope();
+    let dim = model.head_dim()?;
+    let alpha = rope.get("alpha").and_then(Json::as_f64).filter(|alpha| *alpha != 0.0);
+    if let (true, Some(alpha), Some("dynamic")) =
+        (model.kind.has("alpha"), alpha, ["rope_type", "type"].into_iter().find_map(|k| rope.get(k)?.as_str()))
+    {
+        // A fixed theta under the name of one that grows.
+        let (theta, dim) = (rope.get("rope_theta").and_then(Json::as_f64).unwrap_or(10_000.0), f64::from(dim));
+        rope.insert("rope_theta".into(), (theta * alpha.powf(dim / (dim - 2.0))).into());
+        rope.insert("rope_type".into(), "default".into());
+    }
     let number = |key: &str| rope.get(key).and_then(Json::as_f64);
     let needed = |key: &str| number(key).ok_or_else(|| model.fail(&format!("rope_parameters.{key}"), "it is missing"));
     if let Some(theta) = number("rope_theta") {
@@ -76,7 +97,6 @@ fn rope(model: &Model, out: &mut ModelMetadata) -> Result<(), FormatError> {
         put("freq_base_swa", Value::F32(theta as f32));
     }
     let partial = number("partial_rotary_factor").unwrap_or(1.0);
-    let dim = model.head_dim()?;
     if model.kind.has("rope_dimensions") {
         put("dimension_count", Value::U32((f64::from(dim) * partial) as u32));
     } else if partial != 1.0 {
@@ -100,6 +120,15 @@ fn rope(model: &Model, out: &mut ModelMetadata) -> Result<(), FormatError> {
             put("scaling.type", "yarn".into());
             put("scaling.factor", Value::F32(needed("factor")? as f32));
             put("scaling.original_context_length", Value::U32(needed("original_max_position_embeddings")? as u32));
+            if model.kind.has("yarn_by_factor") {
+                // Readers have the factor of cosines from that of the context.
+                let own = 0.1 * needed("factor")?.ln() + 1.0;
+                if let Some(other) = number("attention_factor").filter(|other| (other - own).abs() > 1e-4) {
+                    let reason = format!("it is {other}, and readers of GGUF compute with {own:.4} here");
+                    return Err(model.fail("rope_parameters.attention_factor", reason));
+                }
+                return Ok(());
+            }
             for (key, names) in [
                 ("scaling.yarn_ext_factor", &["extrapolation_factor"][..]),
                 ("scaling.yarn_attn_factor", &["attention_factor", "attn_factor"]),
@@ -178,7 +207,27 @@ fn check_fixed(model: &Model) -> Result<(), FormatError> {
             ));
         }
     }
-    for (key, every) in [("layer_pattern_2", 2), ("layer_pattern_6", 6)] {
+    let (heads, _) = model.heads()?;
+    let (width, dim) = (model.needed(&["hidden_size"])?, model.head_dim()?);
+    if model.kind.has("whole_heads") && u64::from(heads) * u64::from(dim) != u64::from(width) {
+        let reason = format!("it is {dim}, and readers of GGUF take the width over the heads for it here");
+        return Err(model.fail("head_dim", reason));
+    }
+    if model.kind.has("unrotated_4") {
+        let layers = model.needed(&["num_hidden_layers"])? as usize;
+        let wrong =
+            |key: &str| Err(model.fail(key, "readers of GGUF take one layer in 4 for one without rotary embeddings"));
+        match model.unrotated(layers) {
+            Some(found) if found.iter().enumerate().any(|(i, rotated)| *rotated != ((i + 1) % 4 != 0)) => {
+                return wrong("no_rope_layers");
+            }
+            None if model.size("no_rope_layer_interval")?.is_some_and(|every| every != 4) => {
+                return wrong("no_rope_layer_interval");
+            }
+            _ => {}
+        }
+    }
+    for (key, every) in [("layer_pattern_2", 2), ("layer_pattern_4", 4), ("layer_pattern_6", 6)] {
         let Some(layers) = model.layer_types().filter(|_| model.kind.has(key)) else { continue };
         if layers.iter().enumerate().any(|(i, kind)| (*kind == "full_attention") != ((i + 1) % every == 0)) {
             return Err(

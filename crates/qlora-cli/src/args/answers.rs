@@ -32,6 +32,9 @@ pub struct ModelArgs {
     /// What the base's weights may take of the device's memory, such as 15GiB
     #[arg(long, value_name = "SIZE")]
     pub device_budget: Option<String>,
+    /// Pass over a key of the model's config.json that is not known and may change what it computes; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub accept_key: Vec<String>,
 }
 
 /// How prompts are written.

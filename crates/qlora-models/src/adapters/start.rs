@@ -67,7 +67,7 @@ impl<'a> Starter<'a> {
             Some(dir) if from_weights && quantized => Some(Checkpoint::open(dir)?),
             _ => None,
         };
-        let roots = model.config.family.roots;
+        let roots = model.config.roots;
         Ok(Self { config, seed, device: model.device.clone(), roots, checkpoint, components })
     }
 

@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::{Experts, Window, Windowed};
+use crate::family::{Experts, Family, Windowed};
 use crate::rope::Rope;
 
 /// How blocks of a kind attend.
@@ -42,16 +42,19 @@ const LAYER_TYPES: &str = "layer_types";
 /// The kinds of attention, and which of them each block has.
 pub(super) fn attention_kinds(
     fields: &Fields,
-    window: &Window,
+    family: &Family,
     layers: usize,
     [global_rope, local_rope]: [Rope; 2],
+    head_dim: usize,
 ) -> Result<(Vec<AttentionKind>, Vec<usize>), ModelError> {
+    let window = &family.window;
     let enabled = window.switch.map(|key| fields.flag(key)).transpose()?.is_none_or(|on| on.unwrap_or(false));
     let width = match window.blocks {
         Windowed::None => None,
         _ if fields.is_null(WINDOW) => None,
         _ => fields.size(WINDOW)?.or(window.width).filter(|_| enabled),
     };
+    let rotated = rotated(fields, family, layers)?;
     let local: Vec<bool> = match window.blocks {
         Windowed::None => vec![false; layers],
         Windowed::All => vec![width.is_some(); layers],
@@ -64,15 +67,45 @@ pub(super) fn attention_kinds(
             let every = key.map(|key| fields.size(key)).transpose()?.flatten().unwrap_or(default);
             layer_types(fields, layers)?.unwrap_or_else(|| (1..=layers).map(|n| n % every != 0).collect())
         }
+        Windowed::Unrotated => {
+            let otherwise = || rotated.iter().map(|rotated| width.is_some() && !rotated).collect();
+            layer_types(fields, layers)?.unwrap_or_else(otherwise)
+        }
     };
-    let global = AttentionKind { window: None, rope: global_rope };
-    let windowed = AttentionKind { window: width, rope: local_rope };
-    Ok(match (local.contains(&false), local.contains(&true)) {
-        (_, true) if width.is_none() => return Err(fields.error(WINDOW, "is missing, and some layers have a window")),
-        (true, true) => (vec![global, windowed], local.into_iter().map(usize::from).collect()),
-        (_, false) => (vec![global], vec![0; layers]),
-        (false, true) => (vec![windowed], vec![0; layers]),
-    })
+    if local.contains(&true) && width.is_none() {
+        return Err(fields.error(WINDOW, "is missing, and some layers have a window"));
+    }
+    let still = |rope: &Rope| Rope { dim: 0, turned: head_dim, ..rope.clone() };
+    // Of the four that there can be, those that some block has.
+    let all = [(false, true), (true, true), (false, false), (true, false)];
+    let used =
+        all.into_iter().filter(|kind| local.iter().copied().zip(rotated.iter().copied()).any(|each| each == *kind));
+    let used: Vec<(bool, bool)> = used.collect();
+    let kind = |&(local, rotated): &(bool, bool)| {
+        let rope = if local { &local_rope } else { &global_rope };
+        let rope = if rotated { rope.clone() } else { still(rope) };
+        AttentionKind { window: width.filter(|_| local), rope }
+    };
+    let kinds = local.into_iter().zip(rotated).map(|each| used.iter().position(|kind| *kind == each).unwrap_or(0));
+    Ok((used.iter().map(kind).collect(), kinds.collect()))
+}
+
+/// Whether each block has rotary embeddings.
+fn rotated(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<bool>, ModelError> {
+    let Some((list, interval, default)) = family.rotary.unrotated else { return Ok(vec![true; layers]) };
+    let every = fields.size(interval)?.unwrap_or(default);
+    let read = |value: &serde_json::Value| match (value.as_u64(), value.as_bool()) {
+        (Some(0), _) | (_, Some(false)) => Some(false),
+        (Some(1), _) | (_, Some(true)) => Some(true),
+        _ => None,
+    };
+    match fields.list(list, "1 (rotated) and 0 (not rotated)", read)? {
+        Some(found) if found.len() < layers => {
+            Err(fields.error(list, format!("has {} entries; there are {layers} layers", found.len())))
+        }
+        Some(found) => Ok(found[..layers].to_vec()),
+        None => Ok((1..=layers).map(|n| n % every != 0).collect()),
+    }
 }
 
 /// Whether each block has a window, as `layer_types` says.

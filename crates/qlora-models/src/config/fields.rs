@@ -1,108 +1,20 @@
 //! Typed access to an object of `config.json`, with errors that name file and key, and a record of the keys
 //! that were read: a key that is not read may change the arithmetic.
 
+use super::accepted::is_accepted;
+use super::keys::{DROPOUTS, HARMLESS, may_compute};
 use crate::ModelError;
 use crate::family::{Only, Switch};
 use serde_json::{Map, Value};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::rc::Rc;
 
-/// Keys that change nothing about what a model computes from tokens: names, identifiers, training-time
-/// initialisation, what the Python classes return, defaults of generation, which transformers keeps in
-/// `generation_config.json` today, and what other programs read and transformers does not (`attn_factor`,
-/// `dual_chunk_attention_config`).
-const HARMLESS: &[&str] = &[
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation",
-    "_flash_attn_2_enabled",
-    "_name_or_path",
-    "architectures",
-    "attn_factor",
-    "attn_implementation",
-    "auto_map",
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "cache_implementation",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "dtype",
-    "dual_chunk_attention_config",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "eos_token_id",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "exponential_decay_length_penalty",
-    "finetuned",
-    "finetuning_task",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "id2label",
-    "initializer_range",
-    "internal_version",
-    "is_decoder",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "model_max_length",
-    "model_type",
-    "name_or_path",
-    "no_repeat_ngram_size",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "num_beam_groups",
-    "num_beams",
-    "num_labels",
-    "num_return_sequences",
-    "original_max_position_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "output_scores",
-    "pad_token_id",
-    "penalty_alpha",
-    "prefix",
-    "problem_type",
-    "pruned_heads",
-    "quantization_config",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "suppress_tokens",
-    "task_specific_params",
-    "temperature",
-    "tf_legacy_loss",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "typical_p",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-];
-
-/// Keys that every family knows, with the only value that is covered. The dropouts do nothing at
-/// inference but would change training, so any value but 0 is refused.
+/// Keys that every family knows, with the only value that is covered.
 const FIXED: &[(&str, Only)] = &[
     ("add_cross_attention", Only::Flag(false)),
-    ("attention_dropout", Only::Number(0.0)),
     ("chunk_size_feed_forward", Only::Number(0.0)),
-    ("hidden_dropout", Only::Number(0.0)),
     ("is_encoder_decoder", Only::Flag(false)),
 ];
 
@@ -112,18 +24,30 @@ pub(super) struct Fields<'a> {
     map: &'a Map<String, Value>,
     prefix: String,
     read: RefCell<BTreeSet<String>>,
+    notes: Rc<RefCell<Vec<String>>>,
 }
 
 impl<'a> Fields<'a> {
     /// `prefix` goes before keys in messages.
-    pub fn new(path: &'a Path, map: &'a Map<String, Value>, prefix: impl Into<String>) -> Self {
-        Self { path, map, prefix: prefix.into(), read: RefCell::default() }
+    pub fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
+        Self { path, map, prefix: String::new(), read: RefCell::default(), notes: Rc::default() }
+    }
+
+    /// What a user should know of keys that were passed over.
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.borrow().clone()
     }
 
     /// The object under `key`.
     pub fn object(&self, key: &str) -> Result<Option<Fields<'a>>, ModelError> {
         let open = |value: &'a Value| match value.as_object() {
-            Some(map) => Ok(Fields::new(self.path, map, format!("{}{key}.", self.prefix))),
+            Some(map) => Ok(Fields {
+                path: self.path,
+                map,
+                prefix: format!("{}{key}.", self.prefix),
+                read: RefCell::default(),
+                notes: self.notes.clone(),
+            }),
             None => Err(self.error(key, "is not a JSON object")),
         };
         self.get(key).map(open).transpose()
@@ -137,6 +61,11 @@ impl<'a> Fields<'a> {
     pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.read.borrow_mut().insert(key.into());
         self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Takes keys for read that mean nothing beside one that was.
+    pub fn take_note_of(&self, keys: &[&str]) {
+        self.read.borrow_mut().extend(keys.iter().map(ToString::to_string));
     }
 
     /// Whether `key` is there with the value `null`, which may mean something else than its absence.
@@ -195,6 +124,7 @@ impl<'a> Fields<'a> {
             Switch::On => Ok(true),
             Switch::Off => Ok(false),
             Switch::Key(key) => Ok(self.flag(key)?.unwrap_or(false)),
+            Switch::Unless(key) => Ok(self.flag(key)?.unwrap_or(true)),
         }
     }
 
@@ -226,6 +156,7 @@ impl<'a> Fields<'a> {
             let (fits, expected) = match only {
                 Only::Flag(flag) => (value.as_bool() == Some(*flag), flag.to_string()),
                 Only::Number(number) => (value.as_f64() == Some(*number), number.to_string()),
+                Only::Text(text) => (value.as_str() == Some(*text), format!("\"{text}\"")),
                 Only::Null => (false, "null".into()),
             };
             if !fits {
@@ -235,19 +166,38 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    /// Refuses a key that was not read and is in no list of harmless ones.
+    /// Looks at the keys that were not read. Those that mean nothing to what is computed pass, with a note where they are in no
+    /// list; so do those that were accepted by name. Any other is refused: it may change what the model computes.
     pub fn nothing_left(&self, harmless: &[&str]) -> Result<(), ModelError> {
         let read = self.read.borrow();
         let known = |key: &str| read.contains(key) || HARMLESS.contains(&key) || harmless.contains(&key);
-        match self.map.iter().find(|(key, value)| !value.is_null() && !known(key)) {
-            None => Ok(()),
-            Some((key, value)) => Err(self.error(
-                key,
-                format!(
-                    "is {value}; this key is not known for this model type, and it may change what the model computes. \
-                     If it does not, remove it"
-                ),
-            )),
+        for (key, value) in self.map.iter().filter(|(key, value)| !value.is_null() && !known(key)) {
+            let name = format!("{}{key}", self.prefix);
+            let note = match value.as_f64() {
+                Some(0.0) if DROPOUTS.contains(&key.as_str()) => continue,
+                Some(rate) if DROPOUTS.contains(&key.as_str()) && (0.0..1.0).contains(&rate) => {
+                    format!(
+                        "is {rate}: the base computes without this dropout here, in training too; lora.dropout is the adapter's"
+                    )
+                }
+                _ if is_accepted(&name) => {
+                    format!("is {value}, which means nothing here: passed over, as was asked for")
+                }
+                _ if !may_compute(key) => {
+                    format!("is {value}, which is not known here and says nothing about what is computed: passed over")
+                }
+                _ => {
+                    return Err(self.error(
+                        key,
+                        format!(
+                            "is {value}; this key is not known for this model type, and it may change what the model computes. \
+                             If it does not, accept it: --accept-key {name}, or model.accept_keys"
+                        ),
+                    ));
+                }
+            };
+            self.notes.borrow_mut().push(format!("{}: `{name}` {note}", self.path.display()));
         }
+        Ok(())
     }
 }

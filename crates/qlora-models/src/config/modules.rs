@@ -2,7 +2,7 @@
 
 use super::ModelConfig;
 use super::blocks::{ExpertsConfig, LayerConfig};
-use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, QK_NORMS, Root};
+use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, Root};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
 use qlora_layers::{LayerError, LoraConfig};
 
@@ -49,7 +49,7 @@ impl ModelConfig {
 
     /// Where modules of the model lie.
     pub(crate) fn root(&self) -> Root {
-        self.family.roots[0]
+        self.roots[0]
     }
 
     /// The path of a block.
@@ -73,6 +73,11 @@ impl ModelConfig {
     pub fn qkv_widths(&self) -> [usize; 3] {
         let keys = self.num_key_value_heads * self.head_dim;
         [self.num_attention_heads * self.head_dim, keys, keys]
+    }
+
+    /// Whether queries and keys are normalised after they are rotated.
+    pub(crate) fn normalises_rotated(&self) -> bool {
+        self.family.qk_norm.is_some_and(|norm| norm.rotated)
     }
 
     /// The attention's output projection.
@@ -192,12 +197,18 @@ impl ModelConfig {
         let block = self.block_path(index);
         let norm = |name: &str, width| (format!("{block}.{name}"), width);
         let Norms { attention_input, attention_output, mlp_input, mlp_output } = self.family.norms;
+        let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
+        let [q, k, _] = self.qkv_widths();
+        let qk = self.family.qk_norm.map(|qk| {
+            let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
+            std::array::from_fn(|i| norm(qk.names[i], widths[i]))
+        });
         BlockNorms {
-            attention_input: norm(attention_input, self.hidden_size),
-            qk: self.family.qk_norm.then(|| QK_NORMS.map(|name| norm(name, self.head_dim))),
-            attention_output: attention_output.map(|name| norm(name, self.hidden_size)),
-            mlp_input: norm(mlp_input, self.hidden_size),
-            mlp_output: mlp_output.map(|name| norm(name, self.hidden_size)),
+            attention_input: of_stream(attention_input),
+            qk,
+            attention_output: of_stream(attention_output),
+            mlp_input: of_stream(mlp_input),
+            mlp_output: of_stream(mlp_output),
         }
     }
 
@@ -218,51 +229,52 @@ impl ModelConfig {
 /// The norms of a block, or something for each.
 #[derive(Clone, Debug)]
 pub(crate) struct BlockNorms<T> {
-    pub attention_input: T,
+    pub attention_input: Option<T>,
     pub qk: Option<[T; 2]>,
     pub attention_output: Option<T>,
-    pub mlp_input: T,
+    pub mlp_input: Option<T>,
     pub mlp_output: Option<T>,
 }
 
 impl<T> BlockNorms<T> {
     pub fn try_map<U, E>(self, mut f: impl FnMut(T) -> Result<U, E>) -> Result<BlockNorms<U>, E> {
         Ok(BlockNorms {
-            attention_input: f(self.attention_input)?,
+            attention_input: self.attention_input.map(&mut f).transpose()?,
             qk: match self.qk {
                 Some([q, k]) => Some([f(q)?, f(k)?]),
                 None => None,
             },
             attention_output: self.attention_output.map(&mut f).transpose()?,
-            mlp_input: f(self.mlp_input)?,
+            mlp_input: self.mlp_input.map(&mut f).transpose()?,
             mlp_output: self.mlp_output.map(&mut f).transpose()?,
         })
     }
 
     pub fn into_iter(self) -> impl Iterator<Item = T> {
-        std::iter::once(self.attention_input)
+        self.attention_input
+            .into_iter()
             .chain(self.qk.into_iter().flatten())
             .chain(self.attention_output)
-            .chain([self.mlp_input])
+            .chain(self.mlp_input)
             .chain(self.mlp_output)
     }
 
     pub fn as_ref(&self) -> BlockNorms<&T> {
         BlockNorms {
-            attention_input: &self.attention_input,
+            attention_input: self.attention_input.as_ref(),
             qk: self.qk.as_ref().map(|[q, k]| [q, k]),
             attention_output: self.attention_output.as_ref(),
-            mlp_input: &self.mlp_input,
+            mlp_input: self.mlp_input.as_ref(),
             mlp_output: self.mlp_output.as_ref(),
         }
     }
 
     pub fn as_mut(&mut self) -> BlockNorms<&mut T> {
         BlockNorms {
-            attention_input: &mut self.attention_input,
+            attention_input: self.attention_input.as_mut(),
             qk: self.qk.as_mut().map(|[q, k]| [q, k]),
             attention_output: self.attention_output.as_mut(),
-            mlp_input: &mut self.mlp_input,
+            mlp_input: self.mlp_input.as_mut(),
             mlp_output: self.mlp_output.as_mut(),
         }
     }

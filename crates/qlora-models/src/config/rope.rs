@@ -2,8 +2,8 @@
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::Family;
-use crate::rope::{Rope, RopeScaling};
+use crate::family::{Family, Local};
+use crate::rope::{Pairs, QueryGrowth, Rope, RopeScaling};
 use serde_json::Value;
 
 /// The names that blocks without and with a window have in `rope_parameters`.
@@ -22,14 +22,17 @@ pub(super) fn read(fields: &Fields, family: &Family, sizes: &Sizes) -> Result<[R
     let parameters = fields.object("rope_parameters")?;
     let theta = fields.number("rope_theta")?;
     let partial = fields.number("partial_rotary_factor")?;
-    let outer = Outer { fields, family, sizes, partial };
-    let Some((local_key, local_theta)) = family.rotary.local_theta else {
+    let outer = Outer { fields, family, sizes, partial: partial.or(family.rotary.partial) };
+    let Some(local) = family.rotary.local else {
         let inner = scaling.or(parameters);
         let rope = outer.rope(inner.as_ref(), theta.unwrap_or(family.rotary.theta))?;
         return Ok([rope.clone(), rope]);
     };
-    let local_theta = fields.number(local_key)?.unwrap_or(local_theta);
     let theta = theta.unwrap_or(family.rotary.theta);
+    let local_theta = match local {
+        Local::Theta(key, default) => fields.number(key)?.unwrap_or(default),
+        Local::SameTheta => theta,
+    };
     if let Some(inner) = parameters {
         if scaling.is_some() {
             return Err(
@@ -56,8 +59,14 @@ struct Outer<'a> {
 
 impl Outer<'_> {
     fn rope(&self, inner: Option<&Fields>, theta: f64) -> Result<Rope, ModelError> {
+        let rope = |theta, dim, scaling, query_growth| {
+            let pairs = self.family.rotary.pairs;
+            let turned = if pairs == Pairs::Adjacent { self.sizes.head_dim } else { dim };
+            Rope { theta, dim, turned, scaling, pairs, query_growth }
+        };
         let Some(inner) = inner else {
-            return Ok(Rope { theta, dim: self.dim(self.partial, self.fields)?, scaling: RopeScaling::Default });
+            self.growth(None)?;
+            return Ok(rope(theta, self.dim(self.partial, self.fields)?, RopeScaling::Default, None));
         };
         let theta = inner.number("rope_theta")?.unwrap_or(theta);
         let dim = match inner.number("partial_rotary_factor")? {
@@ -66,8 +75,14 @@ impl Outer<'_> {
         };
         let kinds = [inner.text("rope_type")?, inner.text("type")?];
         let kind = kinds.into_iter().flatten().next().unwrap_or("default");
+        let (alpha, mut theta) = (self.alpha(inner, kind)?, theta);
         let scaling = match kind {
             "default" => RopeScaling::Default,
+            "dynamic" if alpha.is_some() => {
+                let dim = dim as f64;
+                theta *= alpha.unwrap_or(1.0).powf(dim / (dim - 2.0));
+                RopeScaling::Default
+            }
             "linear" => RopeScaling::Linear { factor: inner.need("factor")? },
             "dynamic" => RopeScaling::Dynamic {
                 factor: inner.need("factor")?,
@@ -89,14 +104,44 @@ impl Outer<'_> {
                 ));
             }
         };
-        inner.nothing_left(&[])?;
-        Ok(Rope { theta, dim, scaling })
+        let growth = self.growth(Some(inner))?;
+        // What its own files call the longest context, where the scaling is written.
+        inner.nothing_left(if self.family.rotary.query_growth { &["max_position_embeddings"] } else { &[] })?;
+        Ok(rope(theta, dim, scaling, growth))
+    }
+
+    /// A fixed factor of theta, where a family gives one to "dynamic", with keys that mean nothing beside it.
+    fn alpha(&self, inner: &Fields, kind: &str) -> Result<Option<f64>, ModelError> {
+        if !self.family.rotary.alpha || kind != "dynamic" {
+            return Ok(None);
+        }
+        let alpha = inner.number("alpha")?;
+        if alpha.is_some() {
+            inner.take_note_of(&["factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"]);
+        }
+        Ok(alpha)
+    }
+
+    /// The growth of queries, which a family that knows it has to say.
+    fn growth(&self, inner: Option<&Fields>) -> Result<Option<QueryGrowth>, ModelError> {
+        if !self.family.rotary.query_growth {
+            return Ok(None);
+        }
+        const KEY: &str = "llama_4_scaling_beta";
+        let missing =
+            |fields: &Fields, key| fields.error(key, "is missing: rope_parameters has to say how queries grow");
+        let inner = inner.ok_or_else(|| missing(self.fields, KEY))?;
+        let beta = inner.get(KEY).ok_or_else(|| missing(inner, KEY))?;
+        let beta = beta.as_f64().filter(|beta| beta.is_finite() && *beta >= 0.0);
+        let beta = beta.ok_or_else(|| inner.error(KEY, "is no number from 0 on"))?;
+        let original_max_position_embeddings = self.original(inner)?;
+        Ok((beta > 0.0).then_some(QueryGrowth { beta, original_max_position_embeddings }))
     }
 
     /// Dimensions of a head that are rotated.
     fn dim(&self, factor: Option<f64>, fields: &Fields) -> Result<usize, ModelError> {
         let factor = factor.unwrap_or(1.0);
-        if factor != 1.0 && !self.family.rotary.partial {
+        if factor != 1.0 && self.family.rotary.partial.is_none() {
             let problem = format!("is {factor}; only 1 is supported for {}", self.family.model_type);
             return Err(fields.error("partial_rotary_factor", problem));
         }

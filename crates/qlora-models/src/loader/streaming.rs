@@ -237,7 +237,7 @@ mod tests {
         let model = ModelConfig::from_dir(dir)?;
         let root = model.root();
         let holds = |root: &&crate::family::Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
-        let root = *model.family.roots.iter().find(holds).unwrap_or(&root);
+        let root = *model.roots.iter().find(holds).unwrap_or(&root);
         Loader::new(&checkpoint, model, options, to.0, &mut |_| {}, root, streaming).decoder()
     }
 

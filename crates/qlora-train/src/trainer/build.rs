@@ -19,7 +19,7 @@ use chat_text::Tokenizer;
 use model_hub::Hub;
 use qlora_data::Position;
 use qlora_dist::Group;
-use qlora_models::{Decoder, LoadOptions, ModelConfig, select_device};
+use qlora_models::{Decoder, LoadOptions, ModelConfig, accept_keys, select_device};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -91,8 +91,10 @@ impl<'e> Trainer<'e> {
             Ok(hub.resolve(&config.model.path, config.model.revision.as_deref())?)
         })?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
+        accept_keys(config.model.accept_keys.iter().cloned());
         let Resized { config: resized, model: shape, notice } =
             resize(&config, ModelConfig::from_dir(&model_dir)?, &tokenizer)?;
+        shape.notes.iter().for_each(|note| events.on_notice(note));
         notice.iter().for_each(|notice| events.on_notice(notice));
         let rows = Rows::load(&config, &tokenizer, &shape, events)?;
         let total_steps = config.train.total_steps(rows.train.examples.len());
