@@ -33,11 +33,13 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`, for ReGLU.
     Relu,
+    /// `1 / (1 + exp(-x))`, for the first gated units and for gates of attention.
+    Sigmoid,
 }
 
 impl Activation {
     /// Every function.
-    pub const ALL: [Self; 4] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu];
+    pub const ALL: [Self; 5] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu, Self::Sigmoid];
 
     /// The function on the host, for backends without kernels.
     pub fn value(self, x: f32) -> f32 {
@@ -46,6 +48,7 @@ impl Activation {
             Self::Gelu => 0.5 * x * (1.0 + libm::erff(x * FRAC_1_SQRT_2)),
             Self::GeluTanh => 0.5 * x * (1.0 + (TANH_SCALE * (x + TANH_CUBIC * x * x * x)).tanh()),
             Self::Relu => x.max(0.0),
+            Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         }
     }
 
@@ -63,6 +66,10 @@ impl Activation {
                 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
             }
             Self::Relu => f32::from(x > 0.0),
+            Self::Sigmoid => {
+                let sigmoid = 1.0 / (1.0 + (-x).exp());
+                sigmoid * (1.0 - sigmoid)
+            }
         }
     }
 }
@@ -246,6 +253,7 @@ pub(crate) fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
         Activation::Gelu => x * normal_distribution(x),
         Activation::GeluTanh => 0.5f32 * x * (1.0f32 + bounded_tanh(tanh_argument(x))),
         Activation::Relu => max(x, 0.0f32),
+        Activation::Sigmoid => 1.0f32 / (1.0f32 + (-x).exp()),
     }
 }
 
@@ -264,6 +272,10 @@ pub(crate) fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
             0.5f32 * (1.0f32 + t) + 0.5f32 * x * (1.0f32 - t * t) * inner
         }
         Activation::Relu => select(x > 0.0f32, 1.0f32, 0.0f32),
+        Activation::Sigmoid => {
+            let sigmoid = 1.0f32 / (1.0f32 + (-x).exp());
+            sigmoid * (1.0f32 - sigmoid)
+        }
     }
 }
 
@@ -304,6 +316,7 @@ pub mod oracle {
             Activation::Gelu => x * normal_distribution(x),
             Activation::GeluTanh => 0.5 * x * (1.0 + tanh_argument(x).tanh()),
             Activation::Relu => x.max(0.0),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         }
     }
 
@@ -320,6 +333,7 @@ pub mod oracle {
                 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
             }
             Activation::Relu => f64::from(x > 0.0),
+            Activation::Sigmoid => (-x).exp() / (1.0 + (-x).exp()).powi(2),
         }
     }
 

@@ -6,8 +6,10 @@
 //! | [`add_norm`] | a residual connection and the normalisation behind it | CubeCL |
 //! | [`attention`] | causal attention whose scores never reach memory | CUDA C++ |
 //! | [`candidates`] | the largest logits of each row, to draw from | CubeCL |
+//! | [`causal_conv`] | the short convolution of linear attention | CubeCL |
 //! | [`columns`] | a factor for each output feature, as DoRA's | CubeCL |
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
+//! | [`delta_rule`] | linear attention with the gated delta rule | an oracle |
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
 //! | [`paged_attention`] | attention of generation over a paged cache | CubeCL, CUDA C++ |
@@ -26,8 +28,10 @@ pub mod adapted_norms;
 pub mod add_norm;
 pub mod attention;
 pub mod candidates;
+pub mod causal_conv;
 pub mod columns;
 pub mod cross_entropy;
+pub mod delta_rule;
 mod dropout;
 mod elementwise;
 mod error;

@@ -9,7 +9,7 @@ use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
 use fused_kernels::{
-    FloatFormat, KernelError, Matrix, adapted_norms, candidates, columns, cross_entropy, gated, likeliest, rms_norm,
+    FloatFormat, KernelError, Matrix, adapted_norms, candidates, causal_conv, columns, cross_entropy, gated, likeliest, rms_norm,
     rope, supports,
 };
 use half::{bf16, f16};
@@ -174,6 +174,38 @@ fn gated_products_and_their_gradients() {
 }
 
 #[test]
+fn short_convolutions_and_their_gradients() {
+    everywhere(|client, format| {
+        for (rows, len, channels, taps) in [(1, 1, 1, 4), (3, 5, 7, 4), (2, 9, 64, 4), (1, 40, 24, 2), (2, 3, 8, 1)] {
+            let what = format!("{taps} taps over {rows} rows of {len} x {channels}");
+            let (tokens, conv) = (rows * len, causal_conv::Conv { len, taps });
+            let x = input(client, &noise(1, tokens * channels, 3.0), format);
+            let dy = input(client, &noise(2, tokens * channels, 1.0), format);
+            let weight = input(client, &noise(3, taps * channels, 1.0), FloatFormat::F32);
+            let [out, dx] = [(); 2].map(|()| poisoned(client, tokens * channels, format));
+            let matrix = Matrix { rows: tokens, width: channels, format };
+            let buffers = causal_conv::Forward { x: &x.handle, weight: &weight.handle, out: &out };
+            causal_conv::forward(client, buffers, matrix, conv).unwrap();
+            let buffers = causal_conv::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx };
+            causal_conv::backward(client, buffers, matrix, conv).unwrap();
+            let expected = causal_conv::oracle::forward(&x.values, &weight.values, channels, conv);
+            // Sums of up to four products of values up to 3, through a function with slopes near 1.
+            assert_close(&what, &read(client, out, format), &expected, format, channels, 2e-6);
+            let expected = causal_conv::oracle::backward(&dy.values, &x.values, &weight.values, channels, conv);
+            assert_close(&what, &read(client, dx, format), &expected, format, channels, 2e-6);
+        }
+        let x = input(client, &[0.0; 12], format);
+        let weight = input(client, &[0.0; 12], FloatFormat::F32);
+        let buffers = causal_conv::Forward { x: &x.handle, weight: &weight.handle, out: &x.handle };
+        let matrix = Matrix { rows: 4, width: 3, format };
+        for conv in [causal_conv::Conv { len: 3, taps: 4 }, causal_conv::Conv { len: 4, taps: 17 }] {
+            let error = causal_conv::forward(client, buffers, matrix, conv).unwrap_err();
+            assert!(matches!(error, KernelError::Shape { .. }), "{error}");
+        }
+    });
+}
+
+#[test]
 fn extreme_gates_give_numbers() {
     everywhere(|client, format| {
         let values = [-60000.0, -200.0, -89.0, 89.0, 200.0, 60000.0];
@@ -186,12 +218,13 @@ fn extreme_gates_give_numbers() {
             let buffers =
                 gated::Backward { dy: &one.handle, gate: &gate.handle, up: &one.handle, dgate: &dgate, dup: &dup };
             gated::backward(client, buffers, 6, activation, format).unwrap();
+            let is_sigmoid = activation == Activation::Sigmoid;
             for (i, y) in read(client, out, format).into_iter().enumerate() {
-                let expected = gate.values[i].max(0.0);
+                let expected = gate.values[i].max(0.0).min(if is_sigmoid { 1.0 } else { f64::INFINITY });
                 assert!((y - expected).abs() <= 1e-6 * expected, "{activation:?} of {} is {y}", gate.values[i]);
             }
             for (i, slope) in read(client, dgate, format).into_iter().enumerate() {
-                let expected = f64::from(gate.values[i] > 0.0);
+                let expected = f64::from(gate.values[i] > 0.0 && !is_sigmoid);
                 assert!((slope - expected).abs() <= 1e-6, "slope of {activation:?} at {} is {slope}", gate.values[i]);
             }
         }

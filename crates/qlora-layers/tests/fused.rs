@@ -3,7 +3,7 @@
 
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::backward_from;
-use qlora_layers::ops::fused::{Activation, Norm, Rotation, add_norm, cross_entropy, gated, rms_norm, rotate};
+use qlora_layers::ops::fused::{Activation, Conv, Norm, Rotation, add_norm, causal_conv, cross_entropy, gated, rms_norm, rotate};
 use test_support::{devices, dtypes, noise};
 
 fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
@@ -88,6 +88,26 @@ fn gated_activations_and_their_gradients() {
             assert_close(&what, &values(y.inner()), &expected);
             assert_close(&what, &values(gate_leaf.grad_remove(&mut grads).unwrap()), &dgate);
             assert_close(&what, &values(up_leaf.grad_remove(&mut grads).unwrap()), &dup);
+        }
+    }
+}
+
+#[test]
+fn short_convolution_and_its_gradient() {
+    for (name, device) in devices() {
+        for (rows, len, channels, taps) in [(1, 1, 3, 4), (3, 5, 7, 4), (2, 9, 64, 3)] {
+            let (tokens, what) = (rows * len, format!("{name}, {rows} rows of {len} x {channels}"));
+            let [x, dy] = [10, 11].map(|seed| noise(seed, tokens * channels));
+            let weight = noise(12, taps * channels);
+            let leaf = tensor(&x, [tokens, channels], &device).autodiff().require_grad();
+            let conv = Conv { len, taps };
+            let y = causal_conv(leaf.clone(), tensor(&weight, [taps, channels], &device), conv);
+            let mut grads = (y.clone() * tensor(&dy, [tokens, channels], &device)).sum().backward();
+            let [x, dy, weight] = [x, dy, weight].map(|v| widened(&v));
+            let expected = fused_kernels::causal_conv::oracle::forward(&x, &weight, channels, conv);
+            assert_close(&what, &values(y.inner()), &expected);
+            let expected = fused_kernels::causal_conv::oracle::backward(&dy, &x, &weight, channels, conv);
+            assert_close(&what, &values(leaf.grad_remove(&mut grads).unwrap()), &expected);
         }
     }
 }

@@ -28,6 +28,7 @@ mod composed;
 mod cube;
 mod cube_products;
 pub(crate) mod cube_tensors;
+mod delta_rule;
 pub mod experts;
 mod exponential;
 mod flex;
@@ -44,6 +45,7 @@ pub use attention::{
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Tensor};
+pub use delta_rule::{DeltaRows, DeltaRuleOps, delta_rule, delta_rule_after};
 pub use flex_products::{FEW_TOKENS, in_bf16};
 pub use fused_kernels::dropout_hash;
 use host_copies::client_of;

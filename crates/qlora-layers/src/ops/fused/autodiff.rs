@@ -1,6 +1,6 @@
 //! Backward passes, written by hand.
 
-use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
+use super::{Activation, Conv, FusedGradients, FusedOps, Norm, Rotation};
 use burn::backend::Autodiff;
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -60,6 +60,22 @@ impl<B: FusedGradients> Backward<B, 1> for RotateBackward {
         if let Some(parent) = parent {
             let back = Rotation { inverse: !rotation.inverse, ..rotation };
             grads.register::<B>(parent.id, B::rotate(dy, cos, sin, back));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CausalConvBackward;
+
+impl<B: FusedGradients> Backward<B, 1> for CausalConvBackward {
+    /// `x`, the weight, how it runs.
+    type State = (FloatTensor<B>, FloatTensor<B>, Conv);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([parent], (x, weight, conv)) = (ops.parents, ops.state);
+        let dy = grads.consume::<B>(&ops.node);
+        if let Some(parent) = parent {
+            grads.register::<B>(parent.id, B::causal_conv_grad(dy, x, weight, conv));
         }
     }
 }
@@ -152,6 +168,15 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
                 prep.finish((cos.clone(), sin.clone(), rotation), B::rotate(x, cos, sin, rotation))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::rotate(x, cos, sin, rotation)),
+        }
+    }
+
+    fn causal_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>, conv: Conv) -> FloatTensor<Self> {
+        let nodes = [x.node()];
+        let ((x, _x_guard), (weight, _weight_guard)) = (x.into_parts(), weight.into_parts());
+        match CausalConvBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone(), conv), B::causal_conv(x, weight, conv)),
+            OpsKind::UnTracked(prep) => prep.finish(B::causal_conv(x, weight, conv)),
         }
     }
 

@@ -1,14 +1,14 @@
 //! The GPU implementation, for every CubeCL runtime.
 
 use super::super::cube_tensors::empty;
-use super::{Activation, FusedGradients, FusedOps, Norm, Rotation};
+use super::{Activation, Conv, FusedGradients, FusedOps, Norm, Rotation};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::{
-    FloatFormat, KernelError, Matrix, adapted_norms, add_norm, columns, cross_entropy, gated, rms_norm, rope,
+    FloatFormat, KernelError, Matrix, adapted_norms, add_norm, causal_conv, columns, cross_entropy, gated, rms_norm, rope,
 };
 
 fn format(x: &CubeTensor) -> FloatFormat {
@@ -118,6 +118,14 @@ impl FusedOps for CubeBackend {
         y
     }
 
+    fn causal_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>, conv: Conv) -> FloatTensor<Self> {
+        let (x, weight) = (into_contiguous(x), into_contiguous(weight));
+        let y = like(&x);
+        let buffers = causal_conv::Forward { x: &x.handle, weight: &weight.handle, out: &y.handle };
+        launched(causal_conv::forward(&x.client, buffers, matrix(&x), conv));
+        y
+    }
+
     fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
         let (x, scale) = (into_contiguous(x), into_contiguous(scale));
         let y = empty(&x.client, &x.device, x.meta.shape().clone(), out.into());
@@ -177,6 +185,20 @@ impl FusedGradients for CubeBackend {
         let elements = gate.meta.shape().num_elements();
         launched(gated::backward(&gate.client, buffers, elements, activation, format(&gate)));
         [dgate, dup]
+    }
+
+    fn causal_conv_grad(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        conv: Conv,
+    ) -> FloatTensor<Self> {
+        let (x, weight) = (into_contiguous(x), into_contiguous(weight));
+        let (dy, dx) = (as_dtype(dy, &x), like(&x));
+        let buffers =
+            causal_conv::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx.handle };
+        launched(causal_conv::backward(&x.client, buffers, matrix(&x), conv));
+        dx
     }
 
     fn scale_columns_grads(

@@ -1,6 +1,6 @@
 //! The CPU implementation: loops over rows, on all threads, sums in the order of a row's elements.
 
-use super::{Activation, FusedGradients, FusedOps, LEAST_GAIN, Norm, Rotation, loops};
+use super::{Activation, Conv, FusedGradients, FusedOps, LEAST_GAIN, Norm, Rotation, loops};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Flex, TensorMetadata};
@@ -140,6 +140,57 @@ fn rotate<T: RowElement>(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, rot
     tensor(y, shape.to_vec())
 }
 
+/// A token's sums before the activation: of the tokens that it sees, itself first.
+fn filter<T: Element>(x: &[T], weight: &[f32], token: usize, conv: Conv, sums: &mut [f32]) {
+    let channels = sums.len();
+    sums.fill(0.0);
+    for back in 0..conv.taps.min(token % conv.len + 1) {
+        let taps = &weight[(conv.taps - 1 - back) * channels..][..channels];
+        let x = &x[(token - back) * channels..][..channels];
+        sums.iter_mut().zip(taps).zip(x).for_each(|((sum, w), x)| *sum += w * x.to_f32());
+    }
+}
+
+fn causal_conv<T: RowElement>(x: &FlexTensor, weight: &FlexTensor, conv: Conv) -> FlexTensor {
+    let (shape, x, weight) = (dims(x), values::<T>(x), values::<f32>(weight));
+    let (mut y, channels) = (zeros(&x), shape[1].max(1));
+    y.par_chunks_mut(channels).enumerate().for_each_init(
+        || vec![0.0; channels],
+        |sums, (token, y)| {
+            filter(&x, &weight, token, conv, sums);
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::from_f32(Activation::Silu.value(*sum)));
+        },
+    );
+    tensor(y, shape.to_vec())
+}
+
+fn causal_conv_grad<T: RowElement>(dy: &FlexTensor, x: &FlexTensor, weight: &FlexTensor, conv: Conv) -> FlexTensor {
+    let (shape, dy, x, weight) = (dims(x), values::<T>(dy), values::<T>(x), values::<f32>(weight));
+    let (mut dx, channels) = (zeros(&x), shape[1].max(1));
+    // The gradients before the activation, a row at a time.
+    let row = conv.len.max(1) * channels;
+    dx.par_chunks_mut(row).enumerate().for_each(|(index, dx)| {
+        let first = index * conv.len;
+        let (mut inner, mut sums) = (vec![0.0_f32; dx.len()], vec![0.0_f32; channels]);
+        for (position, inner) in inner.chunks_mut(channels).enumerate() {
+            filter(&x, &weight, first + position, conv, &mut sums);
+            let dy = &dy[(first + position) * channels..][..channels];
+            let each = inner.iter_mut().zip(dy).zip(&sums);
+            each.for_each(|((inner, dy), sum)| *inner = dy.to_f32() * Activation::Silu.slope(*sum));
+        }
+        for (position, dx) in dx.chunks_mut(channels).enumerate() {
+            sums.fill(0.0);
+            for ahead in 0..conv.taps.min(conv.len - position) {
+                let taps = &weight[(conv.taps - 1 - ahead) * channels..][..channels];
+                let inner = &inner[(position + ahead) * channels..][..channels];
+                sums.iter_mut().zip(taps).zip(inner).for_each(|((sum, w), inner)| *sum += w * inner);
+            }
+            dx.iter_mut().zip(&sums).for_each(|(dx, sum)| *dx = T::from_f32(*sum));
+        }
+    });
+    tensor(dx, shape.to_vec())
+}
+
 fn scale_columns<T: Element + BurnElement + bytemuck::Pod, O: Element + BurnElement>(
     x: &FlexTensor,
     scale: &FlexTensor,
@@ -219,6 +270,10 @@ impl FusedOps for Flex {
         by_dtype!(x, rotate(&x, &cos, &sin, rotation))
     }
 
+    fn causal_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>, conv: Conv) -> FloatTensor<Self> {
+        by_dtype!(x, causal_conv(&x, &weight, conv))
+    }
+
     fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
         match (FloatDType::from(x.dtype()), out) {
             (FloatDType::BF16, FloatDType::BF16) => scale_columns::<bf16, bf16>(&x, &scale),
@@ -264,6 +319,16 @@ impl FusedGradients for Flex {
     ) -> [FloatTensor<Self>; 2] {
         let dy = as_dtype(dy, &gate);
         by_dtype!(gate, gated_grads(&dy, &gate, &up, activation))
+    }
+
+    fn causal_conv_grad(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        conv: Conv,
+    ) -> FloatTensor<Self> {
+        let dy = as_dtype(dy, &x);
+        by_dtype!(x, causal_conv_grad(&dy, &x, &weight, conv))
     }
 
     fn scale_columns_grads(

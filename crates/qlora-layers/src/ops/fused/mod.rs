@@ -17,6 +17,7 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, FloatDType, Int, Tensor};
 use host_copies::{as_cube, from_cube};
 
+pub use fused_kernels::causal_conv::{Conv, MAX_TAPS};
 pub use fused_kernels::columns::LEAST_GAIN;
 pub use fused_kernels::gated::Activation;
 pub use fused_kernels::rms_norm::Norm;
@@ -38,6 +39,9 @@ pub trait FusedOps: Backend {
         sin: FloatTensor<Self>,
         rotation: Rotation,
     ) -> FloatTensor<Self>;
+
+    /// See [`causal_conv`].
+    fn causal_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>, conv: Conv) -> FloatTensor<Self>;
 
     /// See [`scale_columns`].
     fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self>;
@@ -69,6 +73,14 @@ pub trait FusedGradients: FusedOps {
         up: FloatTensor<Self>,
         activation: Activation,
     ) -> [FloatTensor<Self>; 2];
+
+    /// The gradient of [`causal_conv`]'s `x`, in its dtype.
+    fn causal_conv_grad(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        conv: Conv,
+    ) -> FloatTensor<Self>;
 
     /// The gradients of [`scale_columns`]' `x`, in its dtype, and `scale`, f32.
     fn scale_columns_grads(
@@ -138,6 +150,21 @@ pub fn add_norm(x: Tensor<2>, delta: Tensor<2>, weight: Tensor<1>, norm: Norm) -
 pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
     assert_eq!((gate.dims(), gate.dtype()), (up.dims(), up.dtype()), "gated: gate and up are alike");
     Tensor::from_dispatch(<Dispatch as FusedOps>::gated(gate.into_dispatch(), up.into_dispatch(), activation))
+}
+
+/// The short convolution of linear attention with SiLU behind it: each channel by itself, over the token and those before it
+/// in its row. The weight has no gradient.
+///
+/// # Shapes
+/// - `x`: `[tokens, channels]`, tokens in whole rows of `conv.len`; output the same, dtype kept
+/// - `weight`: `[taps, channels]`, f32; the last tap is the token's own
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn causal_conv(x: Tensor<2>, weight: Tensor<2>, conv: Conv) -> Tensor<2> {
+    assert_eq!(weight.dims(), [conv.taps, x.dims()[1]], "causal_conv: a tap for each channel");
+    assert_eq!(weight.dtype(), DType::F32, "causal_conv: the weight is f32");
+    Tensor::from_dispatch(<Dispatch as FusedOps>::causal_conv(x.into_dispatch(), weight.into_dispatch(), conv))
 }
 
 /// Rotates each pair of a head's elements by the angle of its position (Su et al., 2021, arXiv 2104.09864), in the
