@@ -2,7 +2,7 @@
 
 usage: make_archs.py testdata/reference/archs [NAME...]
 
-Written by transformers 5.17 with torch 2.11 (those of `SMALL`: 5.24 and 2.15) on a CPU, eager attention, f32. Weights are stored in bf16, which
+Written by transformers 5.17 with torch 2.11 (those of `SMALL` and of Qwen 3.5: 5.24 and 2.15) on a CPU, eager attention, f32. Weights are stored in bf16, which
 holds them exactly; logits are f32. The names are those of make_reference.py where it has the family, the shapes
 are smaller and less regular: head widths that do not divide the model, windows shorter than the rows, rotary
 scalings past their original context, experts in some blocks only, files in shards and with stacked experts.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Mistral3Config,
-                          Mistral3ForConditionalGeneration, PixtralVisionConfig)
+                          Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
 
 OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
 ONLY = sys.argv[2:]
@@ -38,6 +38,11 @@ MODELS = {
     "mistral": ("mistral", dict(sliding_window=7, num_key_value_heads=4, head_dim=12), {}),
     "qwen2": ("qwen2", dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=6, max_window_layers=1), {}),
     "qwen3": ("qwen3", dict(head_dim=12, attention_bias=True, tie_word_embeddings=True), {}),
+    "qwen3_5": ("qwen3_5_text", dict(head_dim=16, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                                     linear_value_head_dim=6), {}),
+    "qwen3_5_images": ("qwen3_5", dict(head_dim=8, num_attention_heads=5, num_key_value_heads=1, hidden_size=40, linear_num_key_heads=1,
+                                       linear_num_value_heads=3, linear_key_head_dim=12, linear_value_head_dim=10, linear_conv_kernel_dim=3,
+                                       layer_types=["full_attention", "linear_attention"], rope_parameters=rope("default", partial_rotary_factor=0.5)), {}),
     "gemma2": ("gemma2", dict(head_dim=12, query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=5.0, sliding_window=5), {}),
     "gemma3": ("gemma3_text", dict(TEXT, query_pre_attn_scalar=24, final_logit_softcapping=4.0, rope_scaling=dict(rope_type="linear", factor=8.0)), {}),
     "gemma3_images": ("gemma3", dict(query_pre_attn_scalar=16), {}),
@@ -93,6 +98,11 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
         return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    if kind == "qwen3_5":
+        vision = dict(hidden_size=8, intermediate_size=16, depth=1, num_heads=2, patch_size=4, out_hidden_size=40, num_position_embeddings=4)
+        config = Qwen3_5Config(text_config={**BASE, **more}, vision_config=vision, image_token_id=60, video_token_id=61, vision_start_token_id=62,
+                               vision_end_token_id=63, tie_word_embeddings=True)
+        return Qwen3_5ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **more}), attn_implementation="eager").float()
 
 

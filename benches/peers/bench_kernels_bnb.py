@@ -196,10 +196,54 @@ def attention_backward(op):
     return call
 
 
+def delta_rule_operands(op):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    tokens, dim = (op["rows"], op["len"]), op["dim"]
+    q, k = (normal(*tokens, op["key_heads"], dim) / dim**0.5 for _ in range(2))
+    v = normal(*tokens, op["value_heads"], dim)
+    g, beta = (torch.full((*tokens, op["value_heads"]), x, device=DEVICE) for x in (-0.1, 0.5))
+    return chunk_gated_delta_rule, (q, k, v, g, beta)
+
+
+def delta_rule_bytes(op):
+    return 4 * op["rows"] * op["len"] * op["dim"] * (op["key_heads"] + op["value_heads"])
+
+
+def delta_rule(op):
+    """flash-linear-attention's, scaled queries and all, beside ours, whose caller scales them."""
+    s = sets(lambda: delta_rule_operands(op), delta_rule_bytes(op))
+
+    def call(i):
+        rule, operands = s[i % len(s)]
+        return rule(*operands)[0]
+
+    return call
+
+
+def delta_rule_backward(op):
+    """The gradients of all five operands alone, on a graph that is kept."""
+
+    def make():
+        with torch.enable_grad():
+            rule, operands = delta_rule_operands(op)
+            operands = [x.requires_grad_() for x in operands]
+            o = rule(*operands)[0]
+        return operands, o, torch.randn_like(o)
+
+    s = sets(make, 2 * delta_rule_bytes(op))
+
+    def call(i):
+        operands, o, d_out = s[i % len(s)]
+        return torch.autograd.grad(o, operands, d_out, retain_graph=True)
+
+    return call
+
+
 OPERATIONS = {
     f.__name__: f
     for f in (dequantize, quantize, matmul_4bit, matmul_4bit_gradient, lora_linear_4bit, matmul, attention,
-              attention_backward)
+              attention_backward, delta_rule, delta_rule_backward)
 }
 
 

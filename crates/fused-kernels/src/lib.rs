@@ -9,7 +9,7 @@
 //! | [`causal_conv`] | the short convolution of linear attention | CubeCL |
 //! | [`columns`] | a factor for each output feature, as DoRA's | CubeCL |
 //! | [`cross_entropy`] | the loss of next-token prediction, its gradient written over the logits | CubeCL |
-//! | [`delta_rule`] | linear attention with the gated delta rule | an oracle |
+//! | [`delta_rule`] | linear attention with the gated delta rule | CUDA C++ |
 //! | [`likeliest`] | the likeliest token of each row of logits | CubeCL |
 //! | [`low_rank`] | the products of LoRA with a narrow side | CUDA C++ |
 //! | [`paged_attention`] | attention of generation over a paged cache | CubeCL, CUDA C++ |

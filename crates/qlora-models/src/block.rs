@@ -1,6 +1,7 @@
-//! One decoder block: attention and an MLP or experts, each over a normalised input and added to it.
+//! One decoder block: attention, full or linear, and an MLP or experts, each over a normalised input and added to it.
 
 use crate::config::{BlockNorms, ModelConfig};
+use crate::delta_net::DeltaNet;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
@@ -8,7 +9,7 @@ use crate::norm::RmsNorm;
 use crate::sequence::Sequence;
 use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
-use qlora_layers::ops::fused::rotate;
+use qlora_layers::ops::fused::{Activation, gated, rotate};
 use qlora_layers::ops::{attention, attention_again, attention_keeping};
 use qlora_layers::streamed::BlockHome;
 use qlora_layers::{LoraAdapter, LoraLinear, Pass};
@@ -39,8 +40,11 @@ pub struct Block {
     pub(crate) index: usize,
     /// Index into [`ModelConfig::attention_kinds`].
     pub(crate) kind: usize,
-    /// Queries, keys and values, or one projection whose output holds all three in this order.
+    /// Queries, keys and values, or one projection whose output holds all three in this order. Of linear attention
+    /// [`ModelConfig::qkv_specs`] has them.
     pub(crate) qkv: Vec<Named<LoraLinear>>,
+    /// Linear attention, if the block has it in the place of attention.
+    pub(crate) delta: Option<DeltaNet>,
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
@@ -121,8 +125,12 @@ impl Block {
     ) -> Tensor<2> {
         let &Sequence { rows, len, .. } = sequence;
         let h = normalised(&self.norms.attention_input, |_| x, pass, false);
+        if let Some(delta) = &self.delta {
+            let mixed = self.linear_attention(delta, h, len, pass);
+            return self.project_output(mixed, config, pass, purpose.gradients_only());
+        }
         let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
-        let [q, k, v] = self.project(h, config, pass);
+        let ([q, k, v], gate) = self.project(h, config, pass);
         let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
             _ => rotate(rope.paired(x, config.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
@@ -159,12 +167,32 @@ impl Block {
             Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
         };
         let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
+        let mixed = match gate {
+            Some(gate) => gated(gate, mixed, Activation::Sigmoid),
+            None => mixed,
+        };
+        self.project_output(mixed, config, pass, gradients_only)
+    }
+
+    /// The end of the attention branch.
+    fn project_output(&self, mixed: Tensor<2>, config: &ModelConfig, pass: Pass, gradients_only: bool) -> Tensor<2> {
         let output = &self.output.module;
         let run = |gradients_only| match gradients_only {
             true => output.record(mixed, pass),
             false => output.forward_in(mixed, pass),
         };
         scaled(normalised(&self.norms.attention_output, run, pass, gradients_only), config)
+    }
+
+    /// Linear attention up to the output projection, `[tokens, heads * value_dim]`.
+    fn linear_attention(&self, delta: &DeltaNet, h: Tensor<2>, len: usize, pass: Pass) -> Tensor<2> {
+        let project = |i: usize| self.qkv[i].module.forward_in(h.clone(), pass);
+        let [qkv, z, b, a] = std::array::from_fn(project);
+        let out = delta.forward(qkv, [b, a], len);
+        match &self.norms.linear {
+            Some(norm) => delta.gated(out, z, &norm.module, pass),
+            None => out,
+        }
     }
 
     /// The projections of queries, keys and values, or the one that holds them all.
@@ -188,17 +216,30 @@ impl Block {
         }
     }
 
-    /// Queries, keys and values, each `[tokens, heads * head_dim]`.
-    fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> [Tensor<2>; 3] {
-        match &self.qkv[..] {
+    /// Queries, keys and values, each `[tokens, heads * head_dim]`, and the gate of what attention gives, as queries.
+    fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> ([Tensor<2>; 3], Option<Tensor<2>>) {
+        let [q, k, v] = match &self.qkv[..] {
             [q, k, v] => [
                 q.module.forward_in(h.clone(), pass),
                 k.module.forward_in(h.clone(), pass),
                 v.module.forward_in(h, pass),
             ],
             fused => split_qkv(fused[0].module.forward_in(h, pass), config),
-        }
+        };
+        let (q, gate) = split_gate(q, config);
+        ([q, k, v], gate)
     }
+}
+
+/// Queries and the gate of what attention gives, where the family has one: a projection gives both for each head.
+pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig) -> (Tensor<2>, Option<Tensor<2>>) {
+    if !config.family.attention_gate {
+        return (q, None);
+    }
+    let (tokens, width) = (q.dims()[0], config.head_dim);
+    let both = q.reshape([tokens, config.num_attention_heads, 2 * width]);
+    let half = |start| both.clone().narrow(2, start, width).reshape([tokens, config.num_attention_heads * width]);
+    (half(0), Some(half(width)))
 }
 
 /// Queries, keys and values out of one projection's `[tokens, ..]`, which holds them in this order.

@@ -18,7 +18,7 @@ use crate::rope::RopeScaling;
 pub use accepted::accept_keys;
 use adapter_io::BnbConfig;
 use blocks::LayerConfig;
-pub use blocks::{AttentionKind, ExpertsConfig};
+pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
 use fields::Fields;
 pub(crate) use modules::{BlockNorms, ExpertsSpecs};
 pub use modules::{LinearRole, LinearSpec};
@@ -65,6 +65,8 @@ pub struct ModelConfig {
     pub logit_divisor: Option<f64>,
     /// What kinds of attention there are among the blocks: one, or a few.
     pub attention_kinds: Vec<AttentionKind>,
+    /// Linear attention, if some blocks have it in the place of attention.
+    pub linear: Option<LinearAttentionConfig>,
     /// Mixture of experts, if there is one.
     pub experts: Option<ExpertsConfig>,
     /// Whether the output head is the embedding table.
@@ -165,6 +167,10 @@ impl ModelConfig {
         let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
         let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
+        let (linear, is_linear) = match &family.linear {
+            Some(names) => blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), is))?,
+            None => (None, vec![false; num_hidden_layers]),
+        };
         let factor = |key: Option<&str>| -> Result<Option<f64>, ModelError> {
             Ok(key.map(|key| fields.number(key)).transpose()?.flatten().filter(|factor| *factor != 1.0))
         };
@@ -198,12 +204,18 @@ impl ModelConfig {
             logit_softcap: softcap(fields, family.logit_softcap.filter(|_| !uncapped))?,
             logit_divisor: factor(family.logit_divisor)?,
             attention_kinds,
+            linear,
             experts,
             tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
             notes: Vec::new(),
-            layers: kinds.into_iter().zip(sparse).map(|(kind, sparse)| LayerConfig { kind, sparse }).collect(),
+            layers: kinds
+                .into_iter()
+                .zip(sparse)
+                .zip(is_linear)
+                .map(|((kind, sparse), linear)| LayerConfig { kind, sparse, linear })
+                .collect(),
             qkv_bias: fields.switch(family.qkv_bias)?,
             output_bias: fields.switch(family.output_bias)?,
             mlp_bias: fields.switch(family.mlp_bias)?,
@@ -211,7 +223,15 @@ impl ModelConfig {
         };
         fields.nothing_left(family.harmless)?;
         config.notes = fields.notes();
+        if config.linear.is_some() && config.activation != Activation::Silu {
+            return Err(fields.error(family.activation.0, "is not silu, which linear attention has here"));
+        }
         Ok(config)
+    }
+
+    /// Blocks with keys and values, which a token adds to; blocks with linear attention have a state of one size.
+    pub fn attention_blocks(&self) -> usize {
+        self.layers.iter().filter(|layer| !layer.linear).count()
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

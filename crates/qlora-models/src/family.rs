@@ -5,9 +5,11 @@
 //! Entries are written as differences from `BASE`, the plainest of them.
 
 mod dense;
+mod hybrid;
 mod wrappers;
 
 use crate::rope::Pairs;
+pub(crate) use hybrid::Linear;
 use qlora_layers::ops::fused::Activation;
 pub(crate) use wrappers::{SECTION, Wrapper};
 
@@ -27,6 +29,11 @@ pub(crate) struct Family {
     pub output_bias: Switch,
     /// The norms of queries and keys.
     pub qk_norm: Option<QkNorm>,
+    /// Whether what attention gives is multiplied by the sigmoid of a gate, which the query projection gives behind the
+    /// queries of each head.
+    pub attention_gate: bool,
+    /// Linear attention in the place of attention in most blocks.
+    pub linear: Option<Linear>,
     /// The MLP's gate and its input projection: two, or one whose output holds both in this order.
     pub gate_up: &'static [&'static str],
     /// Whether the MLP's projections have biases.
@@ -237,6 +244,8 @@ pub(crate) struct Rotary {
     pub alpha: bool,
     /// Whether queries grow with their position, by `llama_4_scaling_beta` beside the scaling.
     pub query_growth: bool,
+    /// Keys beside the scaling that mean nothing for text.
+    pub harmless: &'static [&'static str],
     /// Whether "yarn" and "su" are earlier names of "longrope".
     pub long_aliases: bool,
     /// `original_max_position_embeddings` when absent, where it is a key beside the scaling and not in it.
@@ -303,6 +312,8 @@ const BASE: Family = Family {
     qkv_bias: Switch::Off,
     output_bias: Switch::Off,
     qk_norm: None,
+    attention_gate: false,
+    linear: None,
     gate_up: SEPARATE_GATE_UP,
     mlp_bias: Switch::Off,
     experts: None,
@@ -329,6 +340,7 @@ const BASE: Family = Family {
         unrotated: None,
         alpha: false,
         query_growth: false,
+        harmless: &[],
         long_aliases: false,
         original_context: None,
     },
@@ -548,6 +560,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     QWEN2,
     QWEN3,
     QWEN3_MOE,
+    hybrid::QWEN3_5_TEXT,
     GEMMA2,
     GEMMA3_TEXT,
     PHI3,

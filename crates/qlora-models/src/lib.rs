@@ -12,6 +12,7 @@ pub mod adapters;
 mod block;
 mod config;
 mod decoder;
+mod delta_net;
 mod device;
 mod embedding;
 mod error;
@@ -32,7 +33,9 @@ mod streamed;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
-pub use config::{AttentionKind, ExpertsConfig, LinearRole, LinearSpec, ModelConfig, accept_keys};
+pub use config::{
+    AttentionKind, ExpertsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig, accept_keys,
+};
 pub use decoder::Decoder;
 pub use device::{
     check_compute_dtype, default_compute_dtype, device_memory, held_memory, host_memory, peak_memory, select_device,

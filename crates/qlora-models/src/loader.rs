@@ -17,6 +17,7 @@ use crate::ModelError;
 use crate::block::{Block, FeedForward};
 use crate::config::{ExpertsSpecs, LinearRole, LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
+use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
 use crate::family::Root;
 use crate::mlp::Mlp;
@@ -267,8 +268,36 @@ impl<'a> Loader<'a> {
                 })
             }
         };
-        let norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
-        Ok(Block { index, kind: self.config.layer(index).kind, qkv, output, feed_forward, norms, home: None })
+        let mut norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
+        if let Some(norm) = &mut norms.linear {
+            // Families that store other norms' distance from 1 store this one as it is.
+            norm.module.offset = 0.0;
+        }
+        let delta = self.delta_net(index)?;
+        let kind = self.config.layer(index).kind;
+        Ok(Block { index, kind, qkv, delta, output, feed_forward, norms, home: None })
+    }
+
+    /// What a block's linear attention has beside projections and norm.
+    fn delta_net(&mut self, index: usize) -> Result<Option<DeltaNet>, ModelError> {
+        let Some((config, names)) = self.config.linear_attention(index) else { return Ok(None) };
+        let block = self.file_name(&self.config.block_path(index));
+        let [rates, dt_bias] = names.rates.map(|name| format!("{block}.{name}"));
+        let conv = self.values(&format!("{block}.{}.weight", names.conv), &[config.channels(), 1, config.taps])?;
+        let rates = self.values(&rates, &[config.value_heads])?;
+        let dt_bias = self.values(&dt_bias, &[config.value_heads])?;
+        Ok(Some(DeltaNet::new(config, &conv, &rates, dt_bias, self.device)))
+    }
+
+    /// A small tensor, in the host's memory.
+    fn values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let view = self.source.tensor(name, shape)?;
+        view.expect_finite()?;
+        let values = view.to_f32_vec()?;
+        self.read.insert(name.into());
+        self.advance(name, view.data.len());
+        self.source.release(name);
+        Ok(values)
     }
 
     /// Experts, from a tensor for each or from stacked ones.

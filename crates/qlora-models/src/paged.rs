@@ -4,9 +4,13 @@
 //! chosen last. Products run over all rows' tokens at once; only attention tells the rows apart. What a row gets does not
 //! depend on the rows beside it.
 
-use crate::block::{FeedForward, scaled, split_qkv};
+mod head;
+mod linear;
+
+use crate::block::{Block, FeedForward, scaled, split_gate, split_qkv};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::decoder::Decoder;
+use crate::delta_net::DeltaState;
 use crate::mlp::halves;
 use crate::named::Named;
 use crate::norm::{Norms, RmsNorm, add_norm, norm, normalised};
@@ -14,7 +18,8 @@ use crate::recorded::Recorded;
 use crate::stacks::{Layers, Stacks};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use host_copies::{client_of, overwrite, overwrite_int};
-use qlora_layers::ops::fused::{Rotation, gated, rotate};
+use linear::RowSequence;
+use qlora_layers::ops::fused::{Activation, Rotation, gated, rotate};
 use qlora_layers::ops::{
     AttentionOptions, NewTokens, PagedBatch, PagedRow, attention, paged_attention, paged_slot, paged_write,
     rotate_into_cache,
@@ -22,15 +27,19 @@ use qlora_layers::ops::{
 use qlora_layers::{
     AdapterSpans, JoinedLayer, LoraLinear, Pass, by_part, forward_joined, forward_mixed, forward_stacked,
 };
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Keys and values in blocks of some tokens each. Who holds which block is the caller's business.
 #[derive(Debug)]
 pub struct PagedCache {
     block_tokens: usize,
-    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`. The last block is nobody's:
-    /// rows that only fill a pass up write there.
+    blocks: usize,
+    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has linear
+    /// attention. The last block is nobody's: rows that only fill a pass up write there.
     layers: Vec<[Tensor<3>; 2]>,
+    /// By the first of a sequence's blocks and the decoder block: what linear attention goes on from.
+    states: HashMap<(u32, usize), DeltaState>,
     /// Passes over this cache that can be replayed.
     pub(crate) recorded: Recorded,
     /// The adapters of its passes.
@@ -41,14 +50,31 @@ impl PagedCache {
     /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
     pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
         let shape = [(blocks + 1) * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
-        let zeros = || Tensor::zeros(shape, (&model.device, DType::from(model.dtype)));
-        let layers = model.blocks.iter().map(|_| [zeros(), zeros()]).collect();
-        Self { block_tokens, layers, recorded: Recorded::default(), stacks: Stacks::default() }
+        let place = || (&model.device, DType::from(model.dtype));
+        let layer = |block: &Block| match block.delta {
+            Some(_) => [(); 2].map(|()| Tensor::empty([0, 1, 1], place())),
+            None => [(); 2].map(|()| Tensor::zeros(shape, place())),
+        };
+        let layers = model.blocks.iter().map(layer).collect();
+        let (recorded, stacks) = (Recorded::default(), Stacks::default());
+        Self { block_tokens, blocks, layers, states: HashMap::new(), recorded, stacks }
     }
 
     /// Bytes on the device that a token takes.
     pub fn token_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
+        2 * config.attention_blocks() * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
+    }
+
+    /// Bytes on the device that a sequence takes beside its tokens: the states of linear attention.
+    pub fn sequence_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
+        let blocks = config.num_hidden_layers - config.attention_blocks();
+        config.linear.map_or(0, |linear| blocks * DeltaState::bytes(&linear, dtype))
+    }
+
+    /// Drops the states of sequences whose first block `is_live` does not know. Others are dropped when their first block begins
+    /// another sequence.
+    pub fn keep_sequences(&mut self, is_live: impl Fn(u32) -> bool) {
+        self.states.retain(|(first, _), _| is_live(*first));
     }
 
     /// Tokens of a block.
@@ -58,14 +84,15 @@ impl PagedCache {
 
     /// Blocks.
     pub fn blocks(&self) -> usize {
-        self.layers.first().map_or(0, |[keys, _]| keys.dims()[0] / self.block_tokens - 1)
+        self.blocks
     }
 
     /// Appends room for as many blocks.
     pub fn grow(&mut self, blocks: usize) {
         // What was recorded looks at the old memory.
         self.recorded = Recorded::default();
-        for tensor in self.layers.iter_mut().flatten() {
+        self.blocks += blocks;
+        for tensor in self.layers.iter_mut().flatten().filter(|tensor| tensor.dims()[0] > 0) {
             let [_, heads, head_dim] = tensor.dims();
             let more = Tensor::zeros([blocks * self.block_tokens, heads, head_dim], (&tensor.device(), tensor.dtype()));
             *tensor = Tensor::cat(vec![tensor.clone(), more], 0);
@@ -151,6 +178,8 @@ pub(crate) struct Inputs {
     batch: PagedBatch,
     /// How attention goes over the rows.
     segments: Vec<Segment>,
+    /// How linear attention does.
+    sequences: Vec<RowSequence>,
 }
 
 /// Rows that lie beside each other and are attended to in one way.
@@ -199,7 +228,8 @@ impl Inputs {
         let has_kernel = model.dtype != FloatDType::F32 && client_of(device).is_some();
         let is_long = |row: &CachedRow<'_>| has_kernel && row.ids.len() >= LONG_ROW;
         let segments = segments(rows, is_long, block_tokens, device);
-        Self { ids, index, rotary, query_growth, batch, segments }
+        let sequences = rows.iter().map(RowSequence::new).collect();
+        Self { ids, index, rotary, query_growth, batch, segments, sequences }
     }
 
     /// Puts other rows in their place, of as many tokens each. `false` where the room does not suffice.
@@ -466,6 +496,9 @@ impl<'a> MixedPass<'a> {
     fn attention(&self, index: usize, h: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
         let config = self.config;
         let block = |model: &'a Decoder| &model.blocks[index];
+        if let Some(delta) = &block(self.models[0].1).delta {
+            return self.linear_attention(delta, index, h, cache);
+        }
         let kind = block(self.models[0].1).kind;
         let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
         let mut qkv = self.linears(h, |model| block(model).qkv());
@@ -473,6 +506,7 @@ impl<'a> MixedPass<'a> {
             3 => std::array::from_fn(|_| qkv.remove(0)),
             _ => split_qkv(qkv.remove(0), config),
         };
+        let (q, gate) = split_gate(q, config);
         let [tokens, _] = q.dims();
         let rope = &attention_kind.rope;
         let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary: rope.turned, inverse: false };
@@ -515,6 +549,10 @@ impl<'a> MixedPass<'a> {
             }
         };
         let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
+        let mixed = match gate {
+            Some(gate) => gated(gate, mixed, Activation::Sigmoid),
+            None => mixed,
+        };
         let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
         let norms = self.norms(|model| block(model).norms.attention_output.as_ref());
         scaled(normalised(norms, output, RmsNorm::forward), config)
@@ -540,41 +578,6 @@ impl<'a> MixedPass<'a> {
         };
         let norms = self.norms(|model| block(model).norms.mlp_output.as_ref());
         scaled(normalised(norms, output, RmsNorm::forward), self.config)
-    }
-
-    /// Final norm and output head.
-    pub fn logits(&self, x: Tensor<2>) -> Tensor<2> {
-        let model = self.models[0].1;
-        let x = model.before_head(norm(&self.each(|model| &model.norm.module), x, RmsNorm::forward));
-        let vocab = model.vocab_size();
-        // Adapters that touch a tied head give their model a head of its own; some have more tokens than the base.
-        let differ = |model: &Decoder| model.has_trained_tokens() || model.vocab_size() != vocab;
-        let heads = self.each_some(|model| model.lm_head.as_ref());
-        let logits = match heads {
-            _ if self.models.iter().any(|(_, model)| differ(model)) => self.padded_logits(x),
-            _ if self.models.iter().all(|(_, model)| model.narrow_head().is_some()) => model.head(x, Pass::INFERENCE),
-            Some(heads) => {
-                let head = |model: &'a Decoder| vec![model.lm_head.as_ref().unwrap_or(heads[0].1)];
-                self.linears(x, head).remove(0)
-            }
-            None if self.models.iter().all(|(_, model)| model.lm_head.is_none()) => model.head(x, Pass::INFERENCE),
-            None => self.by_part(x, |model, x| model.head(x, Pass::INFERENCE)),
-        };
-        model.capped(logits)
-    }
-
-    /// Logits of models with different numbers of tokens: those that a model does not have can't come.
-    fn padded_logits(&self, x: Tensor<2>) -> Tensor<2> {
-        let most = self.models.iter().map(|(_, model)| model.vocab_size()).max().unwrap_or(0);
-        self.by_part(x, |model, x| {
-            let logits = model.head(x, Pass::INFERENCE);
-            let [rows, vocab] = logits.dims();
-            let place = (&logits.device(), logits.dtype());
-            match most - vocab {
-                0 => logits,
-                missing => Tensor::cat(vec![logits, Tensor::full([rows, missing], f32::NEG_INFINITY, place)], 1),
-            }
-        })
     }
 
     /// Runs each part's rows by themselves.

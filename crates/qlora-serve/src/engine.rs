@@ -2,7 +2,7 @@
 
 mod choose;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -108,11 +108,18 @@ impl Engine {
     pub fn new(mut model: Decoder, config: &EngineConfig) -> Result<(Self, Handle), ServeError> {
         model.hold_narrow_head();
         let block_tokens = config.block_tokens.max(1);
+        let mut sequences = config.max_batch.max(1);
         let blocks = match config.cache {
             CacheSize::Tokens(tokens) => tokens.div_ceil(block_tokens).max(2),
             CacheSize::Bytes(budget) => {
+                let state_bytes = PagedCache::sequence_bytes(model.config(), model.dtype()) as u64;
+                if let Some(most) = (budget / 2).checked_div(state_bytes) {
+                    // Not more than half of it for states of linear attention.
+                    sequences = sequences.min(most.max(1) as usize);
+                }
                 let block_bytes = block_tokens * PagedCache::token_bytes(model.config(), model.dtype());
-                let blocks = (budget / block_bytes.max(1) as u64) as usize;
+                let left = budget.saturating_sub(sequences as u64 * state_bytes);
+                let blocks = (left / block_bytes.max(1) as u64) as usize;
                 if blocks < 2 {
                     return Err(ServeError::CacheTooSmall { budget, blocks, block_tokens });
                 }
@@ -128,7 +135,7 @@ impl Engine {
         };
         let (handle, inbox) = line(limits);
         inbox.counters().blocks.store(blocks, Ordering::Relaxed);
-        let bounds = Bounds { sequences: config.max_batch.max(1), tokens: config.max_batch_tokens.max(1) };
+        let bounds = Bounds { sequences, tokens: config.max_batch_tokens.max(1) };
         let mut cache = PagedCache::new(&model, blocks, block_tokens);
         cache.limit_adapters(config.max_adapters_on_device);
         let engine = Self {
@@ -205,6 +212,10 @@ impl Engine {
         self.drop_cancelled();
         let base = self.adapters.base();
         let plan = self.scheduler.plan(&|len| base.rotation(len));
+        if base.config().linear.is_some() {
+            let live: HashSet<u32> = self.scheduler.first_blocks().collect();
+            self.cache.keep_sequences(|first| live.contains(&first));
+        }
         self.inbox.counters().preemptions.fetch_add(plan.preempted as u64, Ordering::Relaxed);
         if !plan.slices.is_empty() {
             if let Err(e) = self.pass(plan.slices) {
@@ -280,7 +291,9 @@ impl Engine {
             has_joined: false,
         };
         self.answering.insert(self.next_id, answering);
-        self.scheduler.add(self.next_id, prompt.to_vec(), number, !prompt_logprobs);
+        // States of linear attention are those behind the last token: a shared beginning has none.
+        let shares = !prompt_logprobs && self.adapters.base().config().linear.is_none();
+        self.scheduler.add(self.next_id, prompt.to_vec(), number, shares);
     }
 
     fn count_waiting(&self, change: isize) {

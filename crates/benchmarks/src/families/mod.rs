@@ -4,6 +4,7 @@ mod attention;
 mod bars;
 mod burn;
 mod codec;
+mod delta_rule;
 mod dora;
 mod low_rank;
 mod matmul;
@@ -14,8 +15,15 @@ use crate::case::Case;
 
 /// Everything that `kernels` measures, in the order of the table.
 pub(crate) fn all(bench: &Bench) -> Vec<Case> {
-    let families =
-        [codec::cases, matmul::cases, low_rank::cases, dora::cases, attention::cases, paged_attention::cases];
+    let families = [
+        codec::cases,
+        matmul::cases,
+        low_rank::cases,
+        dora::cases,
+        attention::cases,
+        paged_attention::cases,
+        delta_rule::cases,
+    ];
     families.into_iter().flat_map(|cases| cases(bench)).collect()
 }
 

@@ -1,9 +1,10 @@
-//! What the blocks of a model differ in: their window, and whether they have experts.
+//! What the blocks of a model differ in: their window, and whether they have linear attention or experts.
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::{Experts, Family, Windowed};
+use crate::family::{Experts, Family, Linear, Windowed};
 use crate::rope::Rope;
+use qlora_layers::ops::fused::MAX_TAPS;
 
 /// How blocks of a kind attend.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +28,34 @@ pub struct ExpertsConfig {
     pub normalise: bool,
 }
 
+/// Linear attention with the gated delta rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearAttentionConfig {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values; a multiple of those of keys.
+    pub value_heads: usize,
+    /// Width of a query or key.
+    pub key_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+    /// Tokens that the short convolution looks at.
+    pub taps: usize,
+}
+
+impl LinearAttentionConfig {
+    /// Widths of all queries, keys and values.
+    pub fn widths(&self) -> [usize; 3] {
+        let keys = self.key_heads * self.key_dim;
+        [keys, keys, self.value_heads * self.value_dim]
+    }
+
+    /// What the short convolution goes over.
+    pub fn channels(&self) -> usize {
+        self.widths().iter().sum()
+    }
+}
+
 /// A block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LayerConfig {
@@ -34,10 +63,14 @@ pub(crate) struct LayerConfig {
     pub kind: usize,
     /// Whether it has experts in the place of the MLP.
     pub sparse: bool,
+    /// Whether it has linear attention in the place of attention.
+    pub linear: bool,
 }
 
 const WINDOW: &str = "sliding_window";
 const LAYER_TYPES: &str = "layer_types";
+const VALUE_HEADS: &str = "linear_num_value_heads";
+const TAPS: &str = "linear_conv_kernel_dim";
 
 /// The kinds of attention, and which of them each block has.
 pub(super) fn attention_kinds(
@@ -61,15 +94,16 @@ pub(super) fn attention_kinds(
         Windowed::From(key, default) => {
             let first = count(fields, key)?.unwrap_or(default);
             let otherwise = || (0..layers).map(|index| width.is_some() && index >= first).collect();
-            layer_types(fields, layers)?.unwrap_or_else(otherwise)
+            layer_types(fields, layers, "sliding_attention")?.unwrap_or_else(otherwise)
         }
         Windowed::AllButEvery(key, default) => {
             let every = key.map(|key| fields.size(key)).transpose()?.flatten().unwrap_or(default);
-            layer_types(fields, layers)?.unwrap_or_else(|| (1..=layers).map(|n| n % every != 0).collect())
+            layer_types(fields, layers, "sliding_attention")?
+                .unwrap_or_else(|| (1..=layers).map(|n| n % every != 0).collect())
         }
         Windowed::Unrotated => {
             let otherwise = || rotated.iter().map(|rotated| width.is_some() && !rotated).collect();
-            layer_types(fields, layers)?.unwrap_or_else(otherwise)
+            layer_types(fields, layers, "sliding_attention")?.unwrap_or_else(otherwise)
         }
     };
     if local.contains(&true) && width.is_none() {
@@ -108,14 +142,39 @@ fn rotated(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<bool>,
     }
 }
 
-/// Whether each block has a window, as `layer_types` says.
-fn layer_types(fields: &Fields, layers: usize) -> Result<Option<Vec<bool>>, ModelError> {
+/// Sizes of linear attention, and which blocks have it.
+pub(super) fn linear(
+    fields: &Fields,
+    names: &Linear,
+    layers: usize,
+) -> Result<(LinearAttentionConfig, Vec<bool>), ModelError> {
+    let size = |key, default| fields.required(key, Some(default));
+    let config = LinearAttentionConfig {
+        key_heads: size("linear_num_key_heads", 16)?,
+        value_heads: size(VALUE_HEADS, 32)?,
+        key_dim: size("linear_key_head_dim", 128)?,
+        value_dim: size("linear_value_head_dim", 128)?,
+        taps: fields.bounded(TAPS, size(TAPS, 4)?, MAX_TAPS)?,
+    };
+    let LinearAttentionConfig { key_heads, value_heads, .. } = config;
+    if !value_heads.is_multiple_of(key_heads) {
+        let problem = format!("is {value_heads}, no multiple of the {key_heads} heads of keys");
+        return Err(fields.error(VALUE_HEADS, problem));
+    }
+    let (key, default) = names.all_but_every;
+    let every = fields.size(key)?.unwrap_or(default);
+    let otherwise = || (1..=layers).map(|n| n % every != 0).collect();
+    Ok((config, layer_types(fields, layers, "linear_attention")?.unwrap_or_else(otherwise)))
+}
+
+/// Whether each block is of a kind that is not full attention, as `layer_types` says.
+fn layer_types(fields: &Fields, layers: usize, other: &str) -> Result<Option<Vec<bool>>, ModelError> {
     let read = |value: &serde_json::Value| match value.as_str() {
         Some("full_attention") => Some(false),
-        Some("sliding_attention") => Some(true),
+        Some(kind) if kind == other => Some(true),
         _ => None,
     };
-    let types = fields.list(LAYER_TYPES, "\"full_attention\" and \"sliding_attention\"", read)?;
+    let types = fields.list(LAYER_TYPES, &format!("\"full_attention\" and \"{other}\""), read)?;
     match types {
         Some(types) if types.len() != layers => {
             Err(fields.error(LAYER_TYPES, format!("has {} entries; there are {layers} layers", types.len())))

@@ -1,8 +1,8 @@
 //! Which modules a model has: their paths, shapes and roles, in the order in which the decoder holds them.
 
 use super::ModelConfig;
-use super::blocks::{ExpertsConfig, LayerConfig};
-use crate::family::{ATTENTION_OUTPUT, Experts, MLP_OUTPUT, Norms, Root};
+use super::blocks::{ExpertsConfig, LayerConfig, LinearAttentionConfig};
+use crate::family::{ATTENTION_OUTPUT, Experts, Linear, MLP_OUTPUT, Norms, Root};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
 use qlora_layers::{LayerError, LoraConfig};
 
@@ -58,15 +58,31 @@ impl ModelConfig {
     }
 
     /// Queries, keys and values: one linear layer per group of output widths.
+    /// Of linear attention: queries, keys and values as one, then the output's gate, and the rule's strength and decay.
     pub(crate) fn qkv_specs(&self, index: usize) -> Vec<LinearSpec> {
         let block = self.block_path(index);
-        let widths = self.qkv_widths();
+        if let Some((config, names)) = self.linear_attention(index) {
+            let [_, _, values] = config.widths();
+            let outputs = [config.channels(), values, config.value_heads, config.value_heads];
+            let spec = |(name, out)| projection(&block, name, [out, self.hidden_size], false);
+            return names.projections.into_iter().zip(outputs).map(spec).collect();
+        }
+        let mut widths = self.qkv_widths();
+        if self.family.attention_gate {
+            widths[0] *= 2;
+        }
         let outputs = match self.family.qkv {
             [_] => vec![widths.iter().sum()],
             _ => widths.to_vec(),
         };
         let spec = |(name, out): (&&str, usize)| projection(&block, name, [out, self.hidden_size], self.qkv_bias);
         self.family.qkv.iter().zip(outputs).map(spec).collect()
+    }
+
+    /// The sizes and names of a block's linear attention, if it has that in the place of attention.
+    pub(crate) fn linear_attention(&self, index: usize) -> Option<(LinearAttentionConfig, Linear)> {
+        let found = self.linear.zip(self.family.linear);
+        found.filter(|_| self.layers[index].linear)
     }
 
     /// Widths of queries, keys and values.
@@ -82,6 +98,10 @@ impl ModelConfig {
 
     /// The attention's output projection.
     pub(crate) fn output_spec(&self, index: usize) -> LinearSpec {
+        if let Some((config, names)) = self.linear_attention(index) {
+            let [_, _, values] = config.widths();
+            return projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
+        }
         let shape = [self.hidden_size, self.num_attention_heads * self.head_dim];
         projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
     }
@@ -199,13 +219,15 @@ impl ModelConfig {
         let Norms { attention_input, attention_output, mlp_input, mlp_output } = self.family.norms;
         let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
         let [q, k, _] = self.qkv_widths();
-        let qk = self.family.qk_norm.map(|qk| {
+        let linear = self.linear_attention(index);
+        let qk = self.family.qk_norm.filter(|_| linear.is_none()).map(|qk| {
             let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
             std::array::from_fn(|i| norm(qk.names[i], widths[i]))
         });
         BlockNorms {
             attention_input: of_stream(attention_input),
             qk,
+            linear: linear.map(|(config, names)| norm(names.norm, config.value_dim)),
             attention_output: of_stream(attention_output),
             mlp_input: of_stream(mlp_input),
             mlp_output: of_stream(mlp_output),
@@ -231,6 +253,8 @@ impl ModelConfig {
 pub(crate) struct BlockNorms<T> {
     pub attention_input: Option<T>,
     pub qk: Option<[T; 2]>,
+    /// Of the heads that linear attention gives.
+    pub linear: Option<T>,
     pub attention_output: Option<T>,
     pub mlp_input: Option<T>,
     pub mlp_output: Option<T>,
@@ -244,6 +268,7 @@ impl<T> BlockNorms<T> {
                 Some([q, k]) => Some([f(q)?, f(k)?]),
                 None => None,
             },
+            linear: self.linear.map(&mut f).transpose()?,
             attention_output: self.attention_output.map(&mut f).transpose()?,
             mlp_input: self.mlp_input.map(&mut f).transpose()?,
             mlp_output: self.mlp_output.map(&mut f).transpose()?,
@@ -254,6 +279,7 @@ impl<T> BlockNorms<T> {
         self.attention_input
             .into_iter()
             .chain(self.qk.into_iter().flatten())
+            .chain(self.linear)
             .chain(self.attention_output)
             .chain(self.mlp_input)
             .chain(self.mlp_output)
@@ -263,6 +289,7 @@ impl<T> BlockNorms<T> {
         BlockNorms {
             attention_input: self.attention_input.as_ref(),
             qk: self.qk.as_ref().map(|[q, k]| [q, k]),
+            linear: self.linear.as_ref(),
             attention_output: self.attention_output.as_ref(),
             mlp_input: self.mlp_input.as_ref(),
             mlp_output: self.mlp_output.as_ref(),
@@ -273,6 +300,7 @@ impl<T> BlockNorms<T> {
         BlockNorms {
             attention_input: self.attention_input.as_mut(),
             qk: self.qk.as_mut().map(|[q, k]| [q, k]),
+            linear: self.linear.as_mut(),
             attention_output: self.attention_output.as_mut(),
             mlp_input: self.mlp_input.as_mut(),
             mlp_output: self.mlp_output.as_mut(),

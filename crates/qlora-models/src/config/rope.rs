@@ -105,8 +105,7 @@ impl Outer<'_> {
             }
         };
         let growth = self.growth(Some(inner))?;
-        // What its own files call the longest context, where the scaling is written.
-        inner.nothing_left(if self.family.rotary.query_growth { &["max_position_embeddings"] } else { &[] })?;
+        inner.nothing_left(self.family.rotary.harmless)?;
         Ok(rope(theta, dim, scaling, growth))
     }
 

@@ -10,7 +10,8 @@ use crate::rope::Pairs;
 pub(super) const MINISTRAL3: Family = Family {
     model_type: "ministral3",
     window: Window { blocks: Windowed::All, width: None, switch: None },
-    rotary: Rotary { theta: 1_000_000.0, query_growth: true, ..BASE.rotary },
+    // Its own files have the longest context where the scaling is, too.
+    rotary: Rotary { theta: 1_000_000.0, query_growth: true, harmless: &["max_position_embeddings"], ..BASE.rotary },
     sizes: Sizes {
         vocab_size: Some(131_072),
         hidden_size: Some(4096),

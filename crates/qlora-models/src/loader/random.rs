@@ -29,6 +29,10 @@ pub(super) struct Random {
     /// In 4 bits, where that is asked for.
     quantized: HashMap<[usize; 2], Vec<Quantized4bit>>,
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
+    /// By shape: what linear attention has beside projections, its norm as `[1, width]`.
+    linear: HashMap<Vec<usize>, Vec<bf16>>,
+    /// The name of that norm.
+    linear_norm: Option<&'static str>,
     /// By width: the weights of norms, and biases.
     norms: HashMap<usize, Vec<bf16>>,
     biases: HashMap<usize, Vec<bf16>>,
@@ -41,6 +45,8 @@ impl Random {
             path: config.path().into(),
             quantized: HashMap::new(),
             dense: HashMap::new(),
+            linear: HashMap::new(),
+            linear_norm: config.family.linear.map(|names| names.norm),
             norms: HashMap::new(),
             biases: HashMap::new(),
             total_bytes: 0,
@@ -75,6 +81,20 @@ impl Random {
             let make = |index| normal(rows * columns, stream(seed, shape, index));
             source.dense.entry(shape).or_insert_with(|| (0..EACH).map(make).collect());
         }
+        for index in 0..config.num_hidden_layers {
+            let Some((linear, _)) = config.linear_attention(index) else { continue };
+            // A convolution of the usual size, and states that keep nine tenths and more.
+            let filters = linear.channels() * linear.taps;
+            let scale = bf16::from_f64(0.5 / f64::from(DEVIATION));
+            let filter = || normal(filters, mix(seed)).into_iter().map(|value| value * scale).collect();
+            source.linear.entry(vec![linear.channels(), 1, linear.taps]).or_insert_with(filter);
+            source
+                .linear
+                .entry(vec![linear.value_heads])
+                .or_insert_with(|| vec![bf16::from_f64(-2.0); linear.value_heads]);
+            source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
+            source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
+        }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);
         for (_, width) in config.norms() {
@@ -82,6 +102,13 @@ impl Random {
             source.total_bytes += 2 * width as u64;
         }
         Ok(source)
+    }
+}
+
+impl Random {
+    fn is_linear_norm(&self, tensor: &str) -> bool {
+        let module = tensor.strip_suffix(".weight");
+        self.linear_norm.zip(module).is_some_and(|(norm, module)| module.ends_with(norm))
     }
 }
 
@@ -114,8 +141,9 @@ impl Source for Random {
         let values = match *shape {
             [rows, columns] => self.dense.get(&[rows, columns]).map(|all| pick(all, name)),
             [width] if name.ends_with(".bias") => self.biases.get(&width),
-            [width] => self.norms.get(&width),
-            _ => None,
+            [width] if self.is_linear_norm(name) => self.linear.get(&[1, width][..]),
+            [width] if name.ends_with(".weight") => self.norms.get(&width),
+            _ => self.linear.get(shape),
         };
         let missing = || FormatError::MissingTensor { path: self.path.clone(), tensor: name.into(), nearest: vec![] };
         let data = bytemuck::cast_slice(values.ok_or_else(missing)?);

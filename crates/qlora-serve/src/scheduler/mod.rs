@@ -271,6 +271,11 @@ impl Scheduler {
         self.sequences.get(&id).map_or(&[], |sequence| &sequence.blocks)
     }
 
+    /// The first block of each sequence that runs. Sequences that do not share have one of their own.
+    pub fn first_blocks(&self) -> impl Iterator<Item = u32> + '_ {
+        self.running.iter().filter_map(|id| self.sequences.get(id)?.blocks.first().copied())
+    }
+
     /// Tokens that a sequence took from others when it joined first.
     pub fn cached(&self, id: SequenceId) -> usize {
         self.sequences.get(&id).and_then(|sequence| sequence.cached).unwrap_or(0)

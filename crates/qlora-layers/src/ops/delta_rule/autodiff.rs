@@ -47,10 +47,10 @@ impl<B: DeltaRulePasses, C: CheckpointStrategy> DeltaRuleOps for Autodiff<B, C> 
         let operands = Operands { q, k, v, g, beta };
         match DeltaRuleBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let (o, _) = B::delta_rule_forward(operands.clone(), None, &rows);
+                let o = B::delta_rule_forward(operands.clone(), &rows);
                 prep.finish((operands, rows), o)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::delta_rule_forward(operands, None, &rows).0),
+            OpsKind::UnTracked(prep) => prep.finish(B::delta_rule_forward(operands, &rows)),
         }
     }
 
@@ -64,8 +64,7 @@ impl<B: DeltaRulePasses, C: CheckpointStrategy> DeltaRuleOps for Autodiff<B, C> 
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let [(q, _), (k, _), (v, _), (g, _), (beta, _), (state, _)] =
             [q, k, v, g, beta, state].map(|tensor| tensor.into_parts());
-        let (o, state) =
-            B::delta_rule_forward(Operands { q, k, v, g, beta }, Some(state), &DeltaRows::default());
+        let (o, state) = B::delta_rule_forward_after(Operands { q, k, v, g, beta }, state);
         (Self::from_inner(o), Self::from_inner(state))
     }
 }

@@ -1,11 +1,84 @@
-//! The GPU implementation, composed of stock operations and the products of [`QloraOps`](crate::ops::QloraOps).
+//! The GPU implementation: the fused kernels where the device, the dtype and the widths have them, else composed.
 
 use super::{DeltaRows, DeltaRuleOps, DeltaRulePasses, Operands, composed};
+use crate::ops::cube_tensors::empty;
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
+use fused_kernels::delta_rule::{self, Gradients, Inputs, Operand, Rows, Shape};
+use fused_kernels::{FloatFormat, KernelError};
 use host_copies::{from_cube, into_cube};
+
+/// The shape for the kernels, if they take it.
+fn fused(operands: &Operands<CubeTensor>, rows: &DeltaRows) -> Option<Shape> {
+    let Operands { k, v, .. } = operands;
+    let format = match k.dtype {
+        DType::BF16 => FloatFormat::BF16,
+        DType::F16 => FloatFormat::F16,
+        _ => return None,
+    };
+    let [count, len, key_heads, key_dim] = k.meta.shape().dims();
+    let [_, _, value_heads, value_dim] = v.meta.shape().dims();
+    if !delta_rule::supports(&k.client, format, [key_dim, value_dim]) {
+        return None;
+    }
+    let rows = match &rows.packed {
+        Some(bounds) => Rows::new(&k.client, bounds),
+        None => {
+            let bounds: Vec<u32> = (0..=count).map(|row| (row * len) as u32).collect();
+            Rows::new(&k.client, &bounds)
+        }
+    };
+    Some(Shape { rows: expect(rows), key_heads, value_heads, format })
+}
+
+/// Shapes were checked, so what is left is a failed launch.
+fn expect<T>(result: Result<T, KernelError>) -> T {
+    result.unwrap_or_else(|e| panic!("delta_rule: {e}"))
+}
+
+/// The tensor itself where the kernels can read it, else a contiguous copy: a token's heads are neighbours, and rows follow one
+/// another.
+fn readable(x: CubeTensor) -> CubeTensor {
+    let ([rows, len, _, dim], strides) = (x.meta.shape().dims(), x.meta.strides());
+    let in_place = strides[3] == 1
+        && strides[2] == dim
+        && strides[1].is_multiple_of(8)
+        && (rows == 1 || strides[0] == len * strides[1])
+        && x.handle.offset_start.unwrap_or(0).is_multiple_of(16);
+    if in_place { x } else { into_contiguous(x) }
+}
+
+fn operand(x: &CubeTensor) -> Operand<'_> {
+    Operand { handle: &x.handle, stride: x.meta.strides()[1] }
+}
+
+fn like(x: &CubeTensor) -> CubeTensor {
+    empty(&x.client, &x.device, x.meta.shape().clone(), x.dtype)
+}
+
+/// The operands as the kernels read them.
+fn prepared(operands: Operands<CubeTensor>) -> Operands<CubeTensor> {
+    let Operands { q, k, v, g, beta } = operands;
+    let [q, k, v] = [q, k, v].map(readable);
+    let [g, beta] = [g, beta].map(into_contiguous);
+    Operands { q, k, v, g, beta }
+}
+
+fn inputs(operands: &Operands<CubeTensor>) -> Inputs<'_> {
+    let Operands { q, k, v, g, beta } = operands;
+    Inputs { q: operand(q), k: operand(k), v: operand(v), g: &g.handle, beta: &beta.handle }
+}
+
+/// The outputs of rows that start from zeros, by the kernels.
+fn fused_forward(operands: Operands<CubeTensor>, shape: &Shape) -> CubeTensor {
+    let operands = prepared(operands);
+    let out = like(&operands.v);
+    expect(delta_rule::forward(&out.client, inputs(&operands), operand(&out), shape));
+    out
+}
 
 fn tensors(operands: Operands<CubeTensor>) -> composed::Inputs {
     let Operands { q, k, v, g, beta } = operands;
@@ -18,12 +91,18 @@ fn cube<const D: usize>(tensor: Tensor<D>) -> CubeTensor {
 }
 
 impl DeltaRulePasses for CubeBackend {
-    fn delta_rule_forward(
+    fn delta_rule_forward(operands: Operands<FloatTensor<Self>>, rows: &DeltaRows) -> FloatTensor<Self> {
+        match fused(&operands, rows) {
+            Some(shape) => fused_forward(operands, &shape),
+            None => cube(composed::forward(tensors(operands), None, rows).0),
+        }
+    }
+
+    fn delta_rule_forward_after(
         operands: Operands<FloatTensor<Self>>,
-        state: Option<FloatTensor<Self>>,
-        rows: &DeltaRows,
+        state: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (o, state) = composed::forward(tensors(operands), state.map(from_cube), rows);
+        let (o, state) = composed::forward(tensors(operands), Some(from_cube(state)), &DeltaRows::default());
         (cube(o), cube(state))
     }
 
@@ -32,8 +111,17 @@ impl DeltaRulePasses for CubeBackend {
         d_out: FloatTensor<Self>,
         rows: &DeltaRows,
     ) -> [FloatTensor<Self>; 5] {
-        let composed::Inputs { q, k, v, g, beta } = composed::backward(tensors(operands), from_cube(d_out), rows);
-        [cube(q), cube(k), cube(v), cube(g), cube(beta)]
+        let Some(shape) = fused(&operands, rows) else {
+            let composed::Inputs { q, k, v, g, beta } = composed::backward(tensors(operands), from_cube(d_out), rows);
+            return [cube(q), cube(k), cube(v), cube(g), cube(beta)];
+        };
+        let (operands, d_out) = (prepared(operands), readable(d_out));
+        let Operands { q, k, v, g, beta } = &operands;
+        let [d_q, d_k, d_v, d_g, d_beta] = [q, k, v, g, beta].map(like);
+        let gradients =
+            Gradients { q: &d_q.handle, k: &d_k.handle, v: &d_v.handle, g: &d_g.handle, beta: &d_beta.handle };
+        expect(delta_rule::backward(&q.client, inputs(&operands), operand(&d_out), gradients, &shape));
+        [d_q, d_k, d_v, d_g, d_beta]
     }
 }
 
@@ -46,7 +134,7 @@ impl DeltaRuleOps for CubeBackend {
         beta: FloatTensor<Self>,
         rows: DeltaRows,
     ) -> FloatTensor<Self> {
-        Self::delta_rule_forward(Operands { q, k, v, g, beta }, None, &rows).0
+        Self::delta_rule_forward(Operands { q, k, v, g, beta }, &rows)
     }
 
     fn delta_rule_after(
@@ -57,6 +145,6 @@ impl DeltaRuleOps for CubeBackend {
         beta: FloatTensor<Self>,
         state: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        Self::delta_rule_forward(Operands { q, k, v, g, beta }, Some(state), &DeltaRows::default())
+        Self::delta_rule_forward_after(Operands { q, k, v, g, beta }, state)
     }
 }

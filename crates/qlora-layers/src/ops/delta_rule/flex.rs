@@ -274,32 +274,42 @@ fn tensor(values: Vec<f32>, like: &FlexTensor) -> FlexTensor {
     Flex::float_cast(tensor, like.dtype().into())
 }
 
+/// Outputs, and the state behind each row and head; `start` is the state of a row and head by their number.
+fn forward(
+    operands: &Operands<FlexTensor>,
+    rows: &DeltaRows,
+    start: impl Fn(usize, usize) -> Vec<f32> + Sync,
+) -> (FlexTensor, FlexTensor) {
+    let all = Values::new(operands, rows);
+    let size = all.state_len();
+    let one = |index: usize| {
+        let tokens = all.rows[index / all.heads].clone();
+        head_forward(&all, tokens, index % all.heads, start(index, size))
+    };
+    let count = all.rows.len() * all.heads;
+    let done: Vec<(Vec<f32>, Vec<f32>)> = (0..count).into_par_iter().map(one).collect();
+    let mut out = vec![0.0; all.v.len()];
+    let mut states = Vec::with_capacity(count * size);
+    for (index, (head_out, state)) in done.into_iter().enumerate() {
+        let first = all.rows[index / all.heads].start;
+        scatter(&mut out, &head_out, first, index % all.heads, all.heads, all.value_dim);
+        states.extend(state);
+    }
+    let shape = vec![all.rows.len(), all.heads, all.key_dim, all.value_dim];
+    (tensor(out, &operands.v), FlexTensor::from_data(TensorData::new(states, shape)))
+}
+
 impl DeltaRulePasses for Flex {
-    fn delta_rule_forward(
+    fn delta_rule_forward(operands: Operands<FloatTensor<Self>>, rows: &DeltaRows) -> FloatTensor<Self> {
+        forward(&operands, rows, |_, size| vec![0.0; size]).0
+    }
+
+    fn delta_rule_forward_after(
         operands: Operands<FloatTensor<Self>>,
-        state: Option<FloatTensor<Self>>,
-        rows: &DeltaRows,
+        state: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let all = Values::new(&operands, rows);
-        let (size, state) = (all.state_len(), state.as_ref().map(f32s));
-        let one = |index: usize| {
-            let start = match &state {
-                Some(states) => states[index * size..(index + 1) * size].to_vec(),
-                None => vec![0.0; size],
-            };
-            head_forward(&all, all.rows[index / all.heads].clone(), index % all.heads, start)
-        };
-        let count = all.rows.len() * all.heads;
-        let done: Vec<(Vec<f32>, Vec<f32>)> = (0..count).into_par_iter().map(one).collect();
-        let mut out = vec![0.0; all.v.len()];
-        let mut states = Vec::with_capacity(count * size);
-        for (index, (head_out, state)) in done.into_iter().enumerate() {
-            let first = all.rows[index / all.heads].start;
-            scatter(&mut out, &head_out, first, index % all.heads, all.heads, all.value_dim);
-            states.extend(state);
-        }
-        let shape = vec![all.rows.len(), all.heads, all.key_dim, all.value_dim];
-        (tensor(out, &operands.v), FlexTensor::from_data(TensorData::new(states, shape)))
+        let states = f32s(&state);
+        forward(&operands, &DeltaRows::default(), |index, size| states[index * size..(index + 1) * size].to_vec())
     }
 
     fn delta_rule_backward(
@@ -341,7 +351,7 @@ impl DeltaRuleOps for Flex {
         beta: FloatTensor<Self>,
         rows: DeltaRows,
     ) -> FloatTensor<Self> {
-        Self::delta_rule_forward(Operands { q, k, v, g, beta }, None, &rows).0
+        Self::delta_rule_forward(Operands { q, k, v, g, beta }, &rows)
     }
 
     fn delta_rule_after(
@@ -352,6 +362,6 @@ impl DeltaRuleOps for Flex {
         beta: FloatTensor<Self>,
         state: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        Self::delta_rule_forward(Operands { q, k, v, g, beta }, Some(state), &DeltaRows::default())
+        Self::delta_rule_forward_after(Operands { q, k, v, g, beta }, state)
     }
 }

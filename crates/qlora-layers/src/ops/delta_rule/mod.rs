@@ -8,9 +8,10 @@
 //!
 //! (Yang et al., 2024, arXiv 2412.06464). For the backward its inputs are kept; states are computed again.
 //!
-//! The CPU goes token by token, all heads at once ([`flex`]). Devices go by chunks of tokens, within which the recurrence is a
+//! CUDA devices run [`fused_kernels::delta_rule`] on 16-bit tensors with heads of 128. The CPU goes token by token, all heads at
+//! once ([`flex`]). Elsewhere, and where a row goes on from a state, it goes by chunks of tokens, within which the recurrence is a
 //! triangular system (Yang et al., 2024, arXiv 2406.06484): its products run over all chunks at once, and only the state
-//! goes from chunk to chunk ([`composed`]). Both compute in f32 and round once.
+//! goes from chunk to chunk ([`composed`]). The last two compute in f32 and round once.
 
 mod autodiff;
 mod composed;
@@ -68,11 +69,13 @@ pub(crate) struct Operands<F> {
 
 /// The two passes, on backends without autodiff.
 pub(crate) trait DeltaRulePasses: QloraOps {
-    /// The output, in the shape and dtype of `v`, and the state behind the last token of each of the batch's rows, f32.
-    fn delta_rule_forward(
+    /// The output, in the shape and dtype of `v`.
+    fn delta_rule_forward(operands: Operands<FloatTensor<Self>>, rows: &DeltaRows) -> FloatTensor<Self>;
+
+    /// The output of the batch's rows behind a state, and the state behind their last tokens, f32.
+    fn delta_rule_forward_after(
         operands: Operands<FloatTensor<Self>>,
-        state: Option<FloatTensor<Self>>,
-        rows: &DeltaRows,
+        state: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// The gradients of the operands, in their shapes and dtypes, for `d_out` in the dtype of `v`.
