@@ -36,11 +36,11 @@ pub struct BnbConfig {
 }
 
 impl BnbConfig {
-    /// Reads the quantization of a parsed `config.json`; `None` when the checkpoint is not quantized.
+    /// Reads the quantization of a parsed `config.json`; `None` when it is none of bitsandbytes to 4 bits. What a file
+    /// says is no proof that its tensors are in 4 bits: [`Checkpoint::quantized_modules`] tells.
     ///
     /// # Errors
-    /// [`FormatError::Field`], which names `path`, for other methods than bitsandbytes 4-bit and for
-    /// values that cannot be.
+    /// [`FormatError::Field`], which names `path`, for values that cannot be.
     pub fn from_config(config: &Value, path: &Path) -> Result<Option<Self>, FormatError> {
         let fail = |field: &str, reason: String| FormatError::Field {
             path: path.to_path_buf(),
@@ -64,19 +64,8 @@ impl BnbConfig {
         };
         // Early versions of transformers wrote no method.
         let method = text("quant_method", "bitsandbytes")?;
-        if method != "bitsandbytes" {
-            return Err(fail(
-                "quant_method",
-                format!(
-                    "`{method}` checkpoints cannot be loaded; use the unquantized one, or one of bitsandbytes in 4 bits"
-                ),
-            ));
-        }
-        if !flag("load_in_4bit")? {
-            return Err(fail(
-                "load_in_4bit",
-                "only 4-bit checkpoints can be loaded, this one is not; use the unquantized one".into(),
-            ));
+        if method != "bitsandbytes" || !flag("load_in_4bit")? {
+            return Ok(None);
         }
         let skip_modules = match quantization.get("llm_int8_skip_modules") {
             None | Some(Value::Null) => Vec::new(),
@@ -169,6 +158,19 @@ impl Checkpoint {
         let state = QuantState { quant_type, blocksize, dtype, shape, absmax };
         let quantized = Quantized4bit::new(weight.data.to_vec(), state).map_err(|e| bad(&weight, e.to_string()))?;
         Ok(Some(quantized))
+    }
+
+    /// Refuses a checkpoint that bitsandbytes quantized, for who is about to quantize it.
+    pub(crate) fn refuse_quantized(&self) -> Result<(), FormatError> {
+        let of_bnb = |name: &&str| name.contains(STATE) || name.ends_with(".SCB");
+        match self.names().find(of_bnb) {
+            None => Ok(()),
+            Some(name) => Err(FormatError::QuantState {
+                file: self.dir().to_path_buf(),
+                tensor: name.to_string(),
+                reason: "the checkpoint is quantized already; start from the full-precision one".into(),
+            }),
+        }
     }
 
     /// Other layouts of bitsandbytes would otherwise be taken for plain weights.

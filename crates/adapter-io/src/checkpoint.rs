@@ -2,6 +2,8 @@
 //!
 //! All files are mapped and their headers checked when the checkpoint is opened; tensors are then
 //! views into the page cache. What a loader holds at any time is the tensor it is working on.
+//!
+//! Names are those of a dense model, whatever the files hold for its weights ([`crate::sources`]).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use crate::header::TensorInfo;
 use crate::json;
 use crate::mapped::{MappedFile, TensorView};
 use crate::paths::resolve_inside;
+use crate::sources::config::Configured;
+use crate::sources::{Coded, DenseTensor, Found, find};
 
 /// The file of a checkpoint that is not sharded.
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -26,6 +30,10 @@ pub struct Checkpoint {
     files: Vec<MappedFile>,
     /// Name to file and position in the file's header.
     tensors: BTreeMap<String, (usize, usize)>,
+    /// Weights in other storages, and the tensors that are their parts.
+    found: Found,
+    /// The names of a dense model's tensors, sorted.
+    names: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -39,15 +47,30 @@ impl Checkpoint {
     /// # Errors
     /// [`FormatError::NoCheckpoint`], [`FormatError::MissingShard`], [`FormatError::Truncated`],
     /// [`FormatError::Header`], [`FormatError::UnsafePath`], or [`FormatError::MissingTensor`] when a
-    /// shard lacks a tensor that the index places there.
+    /// shard lacks a tensor that the index places there; [`FormatError::Coded`] and [`FormatError::Field`] for weights in a
+    /// storage that is not decoded.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
-        if let Some(path) = resolve_inside(dir, SINGLE_FILE, dir)? {
-            return Self::from_file(dir, &path);
+        let stored = match resolve_inside(dir, SINGLE_FILE, dir)? {
+            Some(path) => Self::from_file(dir, &path)?,
+            None => match resolve_inside(dir, INDEX_FILE, dir)? {
+                Some(index) => Self::open_sharded(dir, &index)?,
+                None => return Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) }),
+            },
+        };
+        stored.with_sources(&Configured::read(dir)?)
+    }
+
+    /// Finds the weights that are to be decoded.
+    fn with_sources(mut self, configured: &Configured) -> Result<Self, FormatError> {
+        self.found = find(&self, configured)?;
+        if !self.found.coded.is_empty() {
+            let Found { coded, parts } = &self.found;
+            let mut names: Vec<String> = self.tensors.keys().filter(|name| !parts.contains(*name)).cloned().collect();
+            names.extend(coded.keys().cloned());
+            names.sort();
+            self.names = names;
         }
-        match resolve_inside(dir, INDEX_FILE, dir)? {
-            Some(index) => Self::open_sharded(dir, &index),
-            None => Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) }),
-        }
+        Ok(self)
     }
 
     /// Opens one safetensors file of any name; [`Self::dir`] is then the file.
@@ -61,7 +84,7 @@ impl Checkpoint {
     fn from_file(dir: &Path, path: &Path) -> Result<Self, FormatError> {
         let file = MappedFile::open(path)?;
         let tensors = file.tensors().iter().enumerate().map(|(i, t)| (t.name.clone(), (0, i))).collect();
-        Ok(Self { dir: dir.to_path_buf(), files: vec![file], tensors })
+        Ok(Self::new(dir, vec![file], tensors))
     }
 
     fn open_sharded(dir: &Path, index_path: &Path) -> Result<Self, FormatError> {
@@ -86,7 +109,12 @@ impl Checkpoint {
             }
             files.push(file);
         }
-        Ok(Self { dir: dir.to_path_buf(), files, tensors })
+        Ok(Self::new(dir, files, tensors))
+    }
+
+    fn new(dir: &Path, files: Vec<MappedFile>, tensors: BTreeMap<String, (usize, usize)>) -> Self {
+        let names = tensors.keys().cloned().collect();
+        Self { dir: dir.to_path_buf(), files, tensors, found: Found::default(), names }
     }
 
     /// What the checkpoint was opened from: its folder.
@@ -107,24 +135,54 @@ impl Checkpoint {
 
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        self.names.iter().map(String::as_str)
     }
 
     /// The names of all tensors in the order in which they lie in the files: reading along this order
     /// reads a disk forward.
     pub fn names_in_file_order(&self) -> Vec<&str> {
-        let start = |(_, (f, i)): &(&String, &(usize, usize))| (*f, self.files[*f].tensors()[*i].range.start);
-        let mut entries: Vec<_> = self.tensors.iter().collect();
-        entries.sort_by_key(start);
-        entries.into_iter().map(|(name, _)| name.as_str()).collect()
+        let start = |name: &&str| {
+            let stored = self.found.coded.get(*name).map_or(*name, Coded::codes);
+            self.tensors.get(stored).map(|(f, i)| (*f, self.files[*f].tensors()[*i].range.start))
+        };
+        let mut names: Vec<&str> = self.names().collect();
+        names.sort_by_key(start);
+        names
     }
 
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.names.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }
 
-    /// The tensor of this name.
+    /// The tensor of this name as a dense model has it.
+    ///
+    /// # Errors
+    /// [`FormatError::MissingTensor`], which lists the nearest names.
+    pub fn dense(&self, name: &str) -> Result<DenseTensor<'_>, FormatError> {
+        let Some((name, coded)) = self.found.coded.get_key_value(name) else {
+            return self.tensor(name).map(|view| DenseTensor::stored(view, self));
+        };
+        let codes = self.tensor(coded.codes())?;
+        Ok(DenseTensor::coded(name, codes.file, coded, self))
+    }
+
+    /// The storage of a weight that is decoded, and the bytes of all that it is made of.
+    pub(crate) fn coded(&self, name: &str) -> Option<(&'static str, u64)> {
+        let coded = self.found.coded.get(name)?;
+        let bytes = coded.parts().filter_map(|part| self.get(part)).map(|view| view.data.len() as u64).sum();
+        Some((coded.kind, bytes))
+    }
+
+    /// The storages of weights that are decoded, each once; none for a checkpoint of plain floats.
+    pub fn storages(&self) -> Vec<&'static str> {
+        let mut kinds: Vec<_> = self.found.coded.values().map(|coded| coded.kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        kinds
+    }
+
+    /// The tensor of this name as it lies in a file: of a weight in another storage its codes, where they have its name.
     ///
     /// # Errors
     /// [`FormatError::MissingTensor`], which lists the nearest names.
@@ -136,7 +194,7 @@ impl Checkpoint {
         })
     }
 
-    /// The tensor of this name, if there is one.
+    /// The tensor of this name as it lies in a file, if there is one.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         self.tensors.get(name).map(|&(file, position)| self.files[file].view(position))
     }
@@ -159,12 +217,21 @@ impl Checkpoint {
     /// Lets go of a tensor's part of the mapped file, once it has been read: a conversion then holds a few tensors,
     /// however large the checkpoint is. It can be read again.
     pub fn release(&self, name: &str) {
-        if let Some(&(file, position)) = self.tensors.get(name) {
-            self.files[file].release(position);
+        let parts = self.found.coded.get(name).into_iter().flat_map(Coded::parts);
+        for name in parts.chain([name]) {
+            if let Some(&(file, position)) = self.tensors.get(name) {
+                self.files[file].release(position);
+            }
         }
     }
 
-    /// The bytes of all tensors together.
+    /// The bytes of all tensors together as a dense model has them: what is read in all.
+    pub fn dense_bytes(&self) -> u64 {
+        let bytes = |name| self.dense(name).map_or(0, |tensor| tensor.num_bytes() as u64);
+        self.names().map(bytes).sum()
+    }
+
+    /// The bytes of all tensors together, as they lie in the files.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|&(file, i)| self.files[file].tensors()[i].range.len() as u64).sum()
     }

@@ -168,6 +168,16 @@ pub enum FormatError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A weight in another storage than plain floats is inconsistent.
+    #[error("{}: `{tensor}`, of which a weight is decoded: {reason}", file.display())]
+    Coded {
+        /// The file.
+        file: PathBuf,
+        /// The tensor at fault.
+        tensor: String,
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
     /// A JSON file is not JSON, or not an object.
     #[error("{} is not valid JSON: {reason}", path.display())]
     Json {

@@ -94,7 +94,7 @@ impl Checkpoint {
             self.quantized_modules().into_iter().map(|module| format!("{module}.weight")).collect();
         for name in self.names_in_file_order() {
             if !codes.contains(name) {
-                self.tensor(name)?.expect_finite()?;
+                self.dense(name)?.expect_finite()?;
                 self.release(name);
             }
         }

@@ -61,7 +61,7 @@ impl GptqCheckpoint<'_> {
             reason: "it is not among the modules to quantize, or was quantized before".into(),
         })?;
         let name = format!("{module}.weight");
-        let weight = self.base.tensor(&name)?.expect_finite()?.to_f32_vec()?;
+        let weight = self.base.dense(&name)?.to_f32_vec()?;
         self.base.release(&name);
         let nearest = || GptqWeight::round_to_nearest(module, &weight, &shape, &self.options);
         let mut report = GptqReport { module: module.to_string(), output_error: None, nearest_error: None };
@@ -88,8 +88,8 @@ impl GptqCheckpoint<'_> {
     /// # Errors
     /// As [`Self::quantize`].
     pub fn rounded_to_nearest(&self, module: &str) -> Result<GptqWeight, FormatError> {
-        let view = self.base.tensor(&format!("{module}.weight"))?;
-        GptqWeight::round_to_nearest(module, &view.to_f32_vec()?, &view.shape, &self.options)
+        let tensor = self.base.dense(&format!("{module}.weight"))?;
+        GptqWeight::round_to_nearest(module, &tensor.to_f32_vec()?, &tensor.shape, &self.options)
     }
 
     fn written(&mut self, name: &str, bytes: usize) {
@@ -119,19 +119,13 @@ pub fn gptq_checkpoint<E: From<FormatError>>(
     refuse_same_folder(base_dir, out_dir)?;
     let base = Checkpoint::open(base_dir)?;
     let mut config = ModelConfigFile::read(base_dir)?;
-    if config.map.get("quantization_config").is_some_and(|v| !v.is_null()) {
-        return Err(E::from(FormatError::QuantState {
-            file: config.path,
-            tensor: "quantization_config".into(),
-            reason: "the checkpoint is quantized already; start from the full-precision one".into(),
-        }));
-    }
+    base.refuse_quantized()?;
     config.keep_code(base_dir)?;
     let mut planned: Vec<TensorSpec> = Vec::new();
     let mut modules = BTreeMap::new();
     let mut kept = Vec::new();
     for name in base.names_in_file_order() {
-        let view = base.tensor(name)?;
+        let view = base.dense(name)?;
         let module = quantized_module(name, &view.shape, skip_modules).filter(|_| format_of(view.dtype).is_some());
         match module {
             Some(module) => {
@@ -168,9 +162,9 @@ pub fn gptq_checkpoint<E: From<FormatError>>(
             made.quantize(&module, None)?;
         }
         for name in &kept {
-            let data = made.base.tensor(name)?.expect_finite()?.data;
-            let bytes = data.len();
-            made.writer.write(name, data)?;
+            let tensor = made.base.dense(name)?;
+            let bytes = tensor.expect_finite()?.num_bytes();
+            made.writer.write_tensor(name, &tensor)?;
             made.base.release(name);
             made.written(name, bytes);
         }

@@ -6,6 +6,7 @@
 //! | module | format |
 //! |---|---|
 //! | [`checkpoint`] | `model.safetensors`, or shards with `model.safetensors.index.json` |
+//! | [`sources`] | FP8, MXFP4, NVFP4, GPTQ and AWQ weights inside such a checkpoint, decoded while they are read |
 //! | [`bnb`], [`mod@quantize_checkpoint`] | bitsandbytes 4-bit weights inside such a checkpoint, read and written |
 //! | [`adapter_config`], [`adapter`] | PEFT's `adapter_config.json` and `adapter_model.safetensors` |
 //! | [`lora_module`], [`mod@combine`] | what an adapter holds for one module; several adapters in one |
@@ -60,6 +61,7 @@ pub mod printable;
 mod products;
 pub mod quantize_checkpoint;
 pub mod shard_writer;
+pub mod sources;
 pub mod token_rows;
 
 pub use adapter::Adapter;
@@ -81,6 +83,7 @@ pub use merge_checkpoint::{LayerReport, MergeOptions, MergeReport, TensorReport,
 pub use merge_plan::MergeBase;
 pub use quantize_checkpoint::{BnbOptions, QuantizeReport, quantize_checkpoint};
 pub use shard_writer::ShardedWriter;
+pub use sources::DenseTensor;
 pub use token_rows::TokenRows;
 
 pub use safetensors::Dtype;

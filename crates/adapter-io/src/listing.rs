@@ -17,7 +17,7 @@ const PARTS: [&str; 5] =
 pub struct ListedTensor {
     /// Its name, as the file has it: see [`printable`](crate::printable::printable).
     pub name: String,
-    /// Its data type; `NF4` or `FP4` for 4-bit weights.
+    /// Its data type; the storage's name for weights in another one than plain floats: `NF4`, `FP8`, `GPTQ`.
     pub dtype: String,
     /// Its shape.
     pub shape: Vec<usize>,
@@ -61,6 +61,10 @@ impl Listing {
         };
         let mut weights: HashMap<&str, usize> = HashMap::new();
         for name in checkpoint.names() {
+            if let (Some((kind, bytes)), Ok(tensor)) = (checkpoint.coded(name), checkpoint.dense(name)) {
+                tensors.push(ListedTensor { name: name.into(), dtype: kind.into(), shape: tensor.shape, bytes });
+                continue;
+            }
             let (Some(view), of_weight) = (checkpoint.get(name), module_of(name)) else { continue };
             let bytes = view.data.len() as u64;
             let Some((module, kind)) = of_weight else {

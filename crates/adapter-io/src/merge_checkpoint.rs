@@ -205,14 +205,14 @@ fn write_tensor(
     let replaced = job.replacement.is_some() || job.token_rows.is_some() || job.grown;
     let touched = job.weight_of.is_some() || job.bias_of.is_some() || replaced;
     if !touched && job.quantized.is_none() && job.requantize.is_none() {
-        let view = base.tensor(&job.source)?;
-        view.expect_finite()?;
-        writer.write(name, view.data)?;
-        return Ok(view.data.len());
+        let tensor = base.dense(&job.source)?;
+        tensor.expect_finite()?;
+        writer.write_tensor(name, &tensor)?;
+        return Ok(tensor.num_bytes());
     }
     let mut values = match &job.quantized {
         Some(module) => decoded(base, module)?,
-        None => Owned::read(base.tensor(&job.source)?.expect_finite()?)?,
+        None => base.dense(&job.source)?.with_values(|view| Owned::read(view.expect_finite()?))?,
     };
     let mut quantization = None;
     if let Some(config) = &job.requantize {

@@ -224,9 +224,9 @@ fn base_job<'a>(
         }
         return Ok(Some(job));
     }
-    let view = base.tensor(name)?;
-    job.spec.dtype = view.dtype;
-    job.spec.shape = view.shape;
+    let tensor = base.dense(name)?;
+    job.spec.dtype = tensor.dtype;
+    job.spec.shape = tensor.shape;
     if let MergeBase::Dequantized { config, skip_modules } = mode
         && quantized.is_empty()
         && quantized_module(name, &job.spec.shape, skip_modules).is_some()

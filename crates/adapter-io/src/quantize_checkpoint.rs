@@ -89,13 +89,7 @@ pub fn quantize_checkpoint(
             ),
         });
     }
-    if config.map.get("quantization_config").is_some_and(|v| !v.is_null()) {
-        return Err(FormatError::QuantState {
-            file: config.path,
-            tensor: "quantization_config".into(),
-            reason: "the checkpoint is quantized already; start from the full-precision one".into(),
-        });
-    }
+    base.refuse_quantized()?;
     config.keep_code(base_dir)?;
     let mut jobs = Vec::new();
     let mut skip = options.skip_modules.clone();
@@ -103,9 +97,9 @@ pub fn quantize_checkpoint(
         skip.push("experts".into());
     }
     for name in base.names_in_file_order() {
-        let view = base.tensor(name)?;
+        let view = base.dense(name)?;
         let module = quantized_module(name, &view.shape, &skip)
-            .filter(|_| view.num_elements() > 0)
+            .filter(|_| view.num_bytes() > 0)
             .and_then(|module| Some((module, format_of(view.dtype)?)));
         jobs.push((name, module));
     }
@@ -117,12 +111,11 @@ pub fn quantize_checkpoint(
         copy_companions(base_dir, None, dir)?;
         let mut specs = Vec::new();
         for (name, module) in &jobs {
-            let view = base.tensor(name)?;
-            view.expect_finite()?;
+            let view = base.dense(name)?;
             match module {
-                None => specs.push(TensorSpec::new(*name, view.dtype, &view.shape)),
+                None => specs.push(TensorSpec::new(*name, view.dtype, &view.expect_finite()?.shape)),
                 Some((module, format)) => {
-                    let values = Owned::read(&view)?;
+                    let values = view.with_values(|view| Owned::read(view.expect_finite()?))?;
                     let absmax = with_owned!(&values, x => absmax(x, options.config.blocksize));
                     specs.extend(specs_of(module, *format, &view.shape, &absmax, &options.config));
                 }
@@ -133,14 +126,14 @@ pub fn quantize_checkpoint(
         report.bytes_after = writer.total_bytes();
         let mut done_bytes = 0;
         for (name, module) in &jobs {
-            let view = base.tensor(name)?;
+            let view = base.dense(name)?;
             match module {
                 None => {
-                    writer.write(name, view.data)?;
-                    done_bytes += view.data.len() as u64;
+                    writer.write_tensor(name, &view)?;
+                    done_bytes += view.num_bytes() as u64;
                 }
                 Some((module, _)) => {
-                    let values = Owned::read(&view)?;
+                    let values = view.with_values(Owned::read)?;
                     let weight = with_owned!(&values, x => Quantized4bit::quantize(x, &view.shape, &options.config))
                         .map_err(|e| FormatError::QuantState {
                             file: view.file.to_path_buf(),

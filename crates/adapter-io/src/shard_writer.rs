@@ -19,6 +19,7 @@ use crate::checkpoint::{INDEX_FILE, SINGLE_FILE};
 use crate::error::FormatError;
 use crate::header::{self, TensorSpec};
 use crate::json;
+use crate::sources::DenseTensor;
 
 /// The largest shard that transformers 4 wrote by default: 5 GB.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -109,18 +110,38 @@ impl ShardedWriter {
     /// [`FormatError::Plan`] for a tensor that was not announced, came before, or has another size;
     /// [`FormatError::Write`].
     pub fn write(&mut self, name: &str, data: &[u8]) -> Result<(), FormatError> {
+        self.write_with(name, data.len(), |file, failed| file.write_all(data).map_err(failed))
+    }
+
+    /// Writes one tensor as a dense model has it, in pieces where it is decoded.
+    ///
+    /// # Errors
+    /// As [`Self::write`] and [`DenseTensor::read`].
+    pub fn write_tensor(&mut self, name: &str, tensor: &DenseTensor<'_>) -> Result<(), FormatError> {
+        self.write_with(name, tensor.num_bytes(), |file, failed| {
+            tensor.for_each_piece(|piece| file.write_all(piece).map_err(failed))
+        })
+    }
+
+    fn write_with(
+        &mut self,
+        name: &str,
+        bytes: usize,
+        write_all: impl FnOnce(&mut NamedTempFile, &dyn Fn(std::io::Error) -> FormatError) -> Result<(), FormatError>,
+    ) -> Result<(), FormatError> {
         let plan = |reason: String| FormatError::Plan { path: self.dir.clone(), tensor: name.to_string(), reason };
         let place = self.places.get_mut(name).ok_or_else(|| plan("it was not announced".into()))?;
         if place.written {
             return Err(plan("it was written before".into()));
         }
-        if place.bytes != data.len() {
-            return Err(plan(format!("{} bytes came, {} were announced", data.len(), place.bytes)));
+        if place.bytes != bytes {
+            return Err(plan(format!("{bytes} bytes came, {} were announced", place.bytes)));
         }
         let shard = &mut self.shards[place.shard];
-        let write = |source| FormatError::Write { path: shard.path.clone(), source };
+        let path = shard.path.clone();
+        let write = |source| FormatError::Write { path: path.clone(), source };
         shard.file.seek(SeekFrom::Start(place.offset)).map_err(write)?;
-        shard.file.write_all(data).map_err(write)?;
+        write_all(&mut shard.file, &write)?;
         place.written = true;
         shard.missing -= 1;
         if shard.missing == 0 {

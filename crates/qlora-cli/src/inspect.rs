@@ -77,12 +77,13 @@ fn model(path: &Path, all: bool) -> Result<String> {
         false => Value::Null,
     };
     let quantized = config.get("quantization_config").filter(|value| !value.is_null());
-    let kind = match quantized.and_then(|q| q.get("quant_method")).and_then(Value::as_str) {
-        Some("bitsandbytes") => "a model checkpoint, quantized to 4 bits by bitsandbytes",
-        Some(_) => "a quantized model checkpoint",
-        None => "a model checkpoint",
-    };
-    writeln!(text, "{kind}\n")?;
+    // What the tensors are, whatever the configuration says.
+    let storages = checkpoint.storages();
+    match (checkpoint.quantized_modules().is_empty(), storages.is_empty()) {
+        (false, _) => writeln!(text, "a model checkpoint, quantized to 4 bits by bitsandbytes\n")?,
+        (true, false) => writeln!(text, "a model checkpoint, with weights in {}\n", storages.join(", "))?,
+        (true, true) => writeln!(text, "a model checkpoint\n")?,
+    }
     // The language model of a larger one has a section of its own.
     let section = config.get("text_config").filter(|section| section.is_object());
     let mut describe = |label: &str, key: &str| {

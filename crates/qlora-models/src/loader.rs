@@ -26,7 +26,7 @@ use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
 use crate::streamed::Streams;
-use adapter_io::{Checkpoint, Floats, TensorView};
+use adapter_io::{Checkpoint, DenseTensor, Floats};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::persistent;
 use nf4_quant::Quantized4bit;
@@ -295,7 +295,7 @@ impl<'a> Loader<'a> {
         view.expect_finite()?;
         let values = view.to_f32_vec()?;
         self.read.insert(name.into());
-        self.advance(name, view.data.len());
+        self.advance(name, view.num_bytes());
         self.source.release(name);
         Ok(values)
     }
@@ -354,11 +354,13 @@ impl<'a> Loader<'a> {
         spec: LinearSpec,
     ) -> Result<Named<LoraLinear>, ModelError> {
         let [rows, columns] = spec.shape;
-        let whole = self.source.tensor(name, &[experts, each * rows, columns])?;
-        let bytes = whole.data.len() / (experts * each);
-        let view = TensorView { shape: spec.shape.into(), data: &whole.data[part * bytes..][..bytes], ..whole };
+        let shape = [experts, each * rows, columns];
+        let whole = self.source.tensor(name, &shape)?;
+        let wrong =
+            || ModelError::WeightShape { module: name.into(), expected: shape.into(), found: whole.shape.clone() };
+        let tensor = whole.part(part, experts * each, &spec.shape).ok_or_else(wrong)?;
         self.read.insert(name.into());
-        let base = self.weight(&view, &spec)?;
+        let base = self.weight(&tensor, &spec)?;
         if part + 1 == experts * each {
             self.source.release(name);
         }
@@ -385,41 +387,42 @@ impl<'a> Loader<'a> {
             });
         }
         let weight = format!("{name}.weight");
-        let view = self.source.tensor(&weight, &spec.shape)?;
+        let tensor = self.source.tensor(&weight, &spec.shape)?;
         self.read.insert(weight.clone());
-        let base = self.weight(&view, spec)?;
+        let base = self.weight(&tensor, spec)?;
         self.source.release(&weight);
         Ok(base)
     }
 
     /// A weight, quantized if that is asked for and it is no router.
-    fn weight(&mut self, view: &TensorView, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
+    fn weight(&mut self, tensor: &DenseTensor, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
         let wanted = self.options.quantization.filter(|_| self.config.bnb.is_none());
         let Some(quantization) = wanted.filter(|_| spec.role != LinearRole::Router) else {
-            let weight = self.upload(view, spec.shape, self.options.dtype.into())?;
-            self.advance(&spec.path, view.data.len());
+            let weight = self.upload(tensor, spec.shape, self.options.dtype.into())?;
+            self.advance(&spec.path, tensor.num_bytes());
             return Ok(FrozenLinear::dense(weight));
         };
         if let Some(streaming) = &mut self.streaming {
-            let layer = streaming.quantize(self.source, view, spec.shape, &quantization, self.options.state_dtype());
+            let layer = streaming.quantize(tensor, spec.shape, &quantization, self.options.state_dtype());
             let failed = |error| match error {
                 ModelError::Quantization(source) => ModelError::Quantize { module: spec.path.clone(), source },
                 other => other,
             };
             if let Some(layer) = layer.map_err(failed)? {
-                self.advance(&spec.path, view.data.len());
+                self.advance(&spec.path, tensor.num_bytes());
                 return Ok(FrozenLinear::Quantized(layer));
             }
         }
-        view.expect_finite()?;
-        let mut weight = match view.floats()? {
-            Floats::F32(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
-            Floats::F16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
-            Floats::BF16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
-        }
-        .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })?;
+        let mut weight = tensor.with_values(|view| {
+            match view.expect_finite()?.floats()? {
+                Floats::F32(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
+                Floats::F16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
+                Floats::BF16(values) => Quantized4bit::quantize(&values, &spec.shape, &quantization),
+            }
+            .map_err(|source| ModelError::Quantize { module: spec.path.clone(), source })
+        })?;
         weight.state.dtype = self.options.state_dtype();
-        self.advance(&spec.path, view.data.len());
+        self.advance(&spec.path, tensor.num_bytes());
         Ok(FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, &self.weights_to)?))
     }
 
@@ -434,10 +437,10 @@ impl<'a> Loader<'a> {
     }
 
     fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D], dtype: DType) -> Result<Tensor<D>, ModelError> {
-        let view = self.source.tensor(name, &shape)?;
-        let tensor = self.upload(&view, shape, dtype)?;
+        let stored = self.source.tensor(name, &shape)?;
+        let tensor = self.upload(&stored, shape, dtype)?;
         self.read.insert(name.into());
-        self.advance(name, view.data.len());
+        self.advance(name, stored.num_bytes());
         self.source.release(name);
         Ok(tensor)
     }
@@ -485,21 +488,22 @@ impl<'a> Loader<'a> {
     /// Uploads a tensor in `dtype`; values that are in it already travel as they are.
     fn upload<const D: usize>(
         &mut self,
-        view: &TensorView,
+        tensor: &DenseTensor,
         shape: [usize; D],
         dtype: DType,
     ) -> Result<Tensor<D>, ModelError> {
         if let Some(streaming) = &mut self.streaming
-            && let Some(tensor) = streaming.dense(self.source, view, shape, dtype)?
+            && let Some(tensor) = streaming.dense(tensor, shape, dtype)?
         {
             return Ok(tensor);
         }
-        view.expect_finite()?;
-        let data = match (view.floats()?, dtype) {
-            (Floats::BF16(values), DType::BF16) => TensorData::new(values.into_owned(), shape),
-            (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),
-            _ => TensorData::new(view.to_f32_vec()?, shape),
-        };
+        let data = tensor.with_values(|view| {
+            Ok::<_, ModelError>(match (view.expect_finite()?.floats()?, dtype) {
+                (Floats::BF16(values), DType::BF16) => TensorData::new(values.into_owned(), shape),
+                (Floats::F16(values), DType::F16) => TensorData::new(values.into_owned(), shape),
+                _ => TensorData::new(view.to_f32_vec()?, shape),
+            })
+        })?;
         Ok(persistent(self.device, data, |data| Tensor::from_data(data, (self.device, dtype))))
     }
 }

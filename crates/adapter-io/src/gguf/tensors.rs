@@ -119,7 +119,7 @@ pub(super) fn plan(
         let shape = match name.split_once(".weight").filter(|(module, _)| quantized.contains(*module)) {
             Some((_, part)) if !part.is_empty() => continue,
             Some((module, _)) => base.quantized(module)?.map(|w| w.state.shape).unwrap_or_default(),
-            None => base.tensor(name)?.shape,
+            None => base.dense(name)?.shape,
         };
         let full_name = if bare && !name.starts_with("lm_head.") { &format!("model.{name}") } else { name };
         let Some(mapped) = map_name(model, full_name)? else { continue };

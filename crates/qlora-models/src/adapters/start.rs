@@ -153,9 +153,9 @@ impl<'a> Starter<'a> {
         let data = match (&linear.base, &self.checkpoint) {
             (FrozenLinear::Quantized(_), Some(file)) => match self.name_in(file, path)? {
                 Some(name) => {
-                    let view = file.tensor(&name)?;
-                    view.expect_shape(&shape)?;
-                    Some(view.to_f32_vec()?)
+                    let tensor = file.dense(&name)?;
+                    tensor.expect_shape(&shape)?;
+                    Some(tensor.to_f32_vec()?)
                 }
                 None => None,
             },

@@ -8,7 +8,7 @@ use super::options::LoadOptions;
 use super::source::Source;
 use crate::ModelError;
 use crate::config::{LinearRole, ModelConfig};
-use adapter_io::{Dtype, FormatError, TensorView};
+use adapter_io::{DenseTensor, Dtype, FormatError, TensorView};
 use half::bf16;
 use nf4_quant::Quantized4bit;
 use qlora_layers::mix;
@@ -113,11 +113,6 @@ impl Random {
 }
 
 impl Source for Random {
-    fn read(&self, view: &TensorView, start: usize, to: &mut [u8]) -> Result<(), ModelError> {
-        to.copy_from_slice(&view.data[start..][..to.len()]);
-        Ok(())
-    }
-
     fn release(&self, _: &str) {}
 
     fn total_bytes(&self) -> u64 {
@@ -137,7 +132,7 @@ impl Source for Random {
         Ok(self.quantized.get(&shape).map(|all| Cow::Borrowed(pick(all, module))))
     }
 
-    fn tensor<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, ModelError> {
+    fn tensor<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<DenseTensor<'a>, ModelError> {
         let values = match *shape {
             [rows, columns] => self.dense.get(&[rows, columns]).map(|all| pick(all, name)),
             [width] if name.ends_with(".bias") => self.biases.get(&width),
@@ -147,7 +142,7 @@ impl Source for Random {
         };
         let missing = || FormatError::MissingTensor { path: self.path.clone(), tensor: name.into(), nearest: vec![] };
         let data = bytemuck::cast_slice(values.ok_or_else(missing)?);
-        Ok(TensorView { file: &self.path, name, dtype: Dtype::BF16, shape: shape.into(), data })
+        Ok(TensorView { file: &self.path, name, dtype: Dtype::BF16, shape: shape.into(), data }.into())
     }
 }
 

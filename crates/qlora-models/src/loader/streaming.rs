@@ -1,16 +1,15 @@
 //! Weights that a device quantizes while the next ones are read.
 //!
-//! A tensor is read in slices. All processor cores copy a slice from the file's pages into pinned memory and look at what they
-//! copied while it is in their caches: for numbers that are not finite, and for the absmax of the blocks, whose mean double
+//! A tensor is read in slices. All processor cores copy a slice from the file's pages into pinned memory, or decode it there
+//! where the file holds it in another storage, and look at what they copied while it is in their caches: for numbers that are not finite, and for the absmax of the blocks, whose mean double
 //! quantization wants. The device fetches the slice and encodes it while the cores fill the next one. It never holds more of
 //! a weight's original than one slice, and the host three slices at most.
 //!
 //! Nothing waits for the device, and what it makes is the host codec's to the last bit (`nf4_quant::kernels::StreamedQuantize`).
 //! That takes a division that is rounded correctly, which CUDA has and Vulkan need not have: there the host quantizes.
 
-use super::source::Source;
 use crate::ModelError;
-use adapter_io::{Dtype, TensorView};
+use adapter_io::{DenseTensor, Dtype};
 use burn::tensor::{DType, Device, Tensor};
 use bytemuck::Pod;
 use cubecl::client::Client;
@@ -80,16 +79,15 @@ impl<'a> Streaming<'a> {
     /// that are not finite.
     pub(super) fn quantize(
         &mut self,
-        source: &dyn Source,
-        view: &TensorView,
+        tensor: &DenseTensor,
         shape: [usize; 2],
         config: &QuantConfig,
         dtype: FloatFormat,
     ) -> Result<Option<Linear4bit>, ModelError> {
-        let weight = match view.dtype {
-            Dtype::F32 => self.quantize_as::<f32>(source, view, shape, config)?,
-            Dtype::F16 => self.quantize_as::<f16>(source, view, shape, config)?,
-            Dtype::BF16 => self.quantize_as::<bf16>(source, view, shape, config)?,
+        let weight = match tensor.dtype {
+            Dtype::F32 => self.quantize_as::<f32>(tensor, shape, config)?,
+            Dtype::F16 => self.quantize_as::<f16>(tensor, shape, config)?,
+            Dtype::BF16 => self.quantize_as::<bf16>(tensor, shape, config)?,
             _ => None,
         };
         let layer = |weight| Linear4bit::from_device(weight, shape, dtype, self.device);
@@ -98,8 +96,7 @@ impl<'a> Streaming<'a> {
 
     fn quantize_as<E: Element + Pod>(
         &mut self,
-        source: &dyn Source,
-        view: &TensorView,
+        tensor: &DenseTensor,
         [rows, columns]: [usize; 2],
         config: &QuantConfig,
     ) -> Result<Option<DeviceWeight>, ModelError> {
@@ -116,7 +113,7 @@ impl<'a> Streaming<'a> {
             let len = slice.min(elements - i * slice);
             // Runtimes copy whole words.
             let mut bytes = staging(&self.client, (len * size).next_multiple_of(4));
-            if !fill::<E>(source, view, i * slice * size, &mut bytes[..len * size], blocksize, absmax)? {
+            if !fill::<E>(tensor, i * slice * size, &mut bytes[..len * size], blocksize, absmax)? {
                 return Ok(None);
             }
             self.client.write(&buffer, bytes);
@@ -129,27 +126,25 @@ impl<'a> Streaming<'a> {
     /// A tensor that stays as it is, in `dtype`. `None`, and nothing done, for what is small, in another format, or not finite.
     pub(super) fn dense<const D: usize>(
         &mut self,
-        source: &dyn Source,
-        view: &TensorView,
+        tensor: &DenseTensor,
         shape: [usize; D],
         dtype: DType,
     ) -> Result<Option<Tensor<D>>, ModelError> {
-        match (view.dtype, dtype) {
-            (Dtype::F32, DType::F32) => self.dense_as::<f32, D>(source, view, shape, dtype),
-            (Dtype::F16, DType::F16) => self.dense_as::<f16, D>(source, view, shape, dtype),
-            (Dtype::BF16, DType::BF16) => self.dense_as::<bf16, D>(source, view, shape, dtype),
+        match (tensor.dtype, dtype) {
+            (Dtype::F32, DType::F32) => self.dense_as::<f32, D>(tensor, shape, dtype),
+            (Dtype::F16, DType::F16) => self.dense_as::<f16, D>(tensor, shape, dtype),
+            (Dtype::BF16, DType::BF16) => self.dense_as::<bf16, D>(tensor, shape, dtype),
             _ => Ok(None),
         }
     }
 
     fn dense_as<E: Element + Pod, const D: usize>(
         &mut self,
-        source: &dyn Source,
-        view: &TensorView,
+        tensor: &DenseTensor,
         shape: [usize; D],
         dtype: DType,
     ) -> Result<Option<Tensor<D>>, ModelError> {
-        let total = view.data.len();
+        let total = tensor.num_bytes();
         if total < SMALL || !total.is_multiple_of(4) || !supports(&self.client, E::FORMAT) {
             return Ok(None);
         }
@@ -159,7 +154,7 @@ impl<'a> Streaming<'a> {
             let len = self.slice_bytes.min(total - start);
             let mut bytes = staging(&self.client, len);
             let absmax = &mut absmax[..(len / E::FORMAT.size()).div_ceil(LOOK)];
-            if !fill::<E>(source, view, start, &mut bytes, LOOK, absmax)? {
+            if !fill::<E>(tensor, start, &mut bytes, LOOK, absmax)? {
                 return Ok(None);
             }
             let place = buffer.clone().offset_start(start as u64).offset_end((total - start - len) as u64);
@@ -182,10 +177,10 @@ impl<'a> Streaming<'a> {
     }
 }
 
-/// Copies bytes of a tensor on all processor cores, and finds the absmax of its blocks; `false` where a number is not finite.
+/// Copies or decodes bytes of a tensor on all processor cores, and finds the absmax of its blocks; `false` where a number is
+/// not finite.
 fn fill<E: Element + Pod>(
-    source: &dyn Source,
-    view: &TensorView,
+    tensor: &DenseTensor,
     start: usize,
     to: &mut [u8],
     blocksize: usize,
@@ -194,7 +189,7 @@ fn fill<E: Element + Pod>(
     let blocks = CHUNK / E::FORMAT.size() / blocksize;
     let chunks = to.par_chunks_mut(CHUNK).zip(absmax.par_chunks_mut(blocks)).enumerate();
     let fill = |(i, (to, absmax)): (usize, (&mut [u8], &mut [f32]))| {
-        source.read(view, start + i * CHUNK, to)?;
+        tensor.read(start + i * CHUNK, to)?;
         let finite = match bytemuck::try_cast_slice::<u8, E>(to) {
             Ok(values) => block_absmax(values, blocksize, absmax),
             Err(_) => block_absmax(&bytemuck::pod_collect_to_vec::<u8, E>(to), blocksize, absmax),

@@ -1,0 +1,185 @@
+//! GPTQ's and AWQ's weights: inputs go down, outputs across, as their kernels read them.
+//!
+//! GPTQ [in * bits / 32, out]: a word has consecutive inputs of one output, the first in the low bits. AWQ [in,
+//! out / 8]: a word has eight outputs of one input, in the order 0 2 4 6 1 3 5 7 from the low bits. Zero points
+//! [groups, out * bits / 32] lie in words across, AWQ's in the same order. GPTQ's first version holds them less one:
+//! a stored 15 of 4 bits then is a zero point of 16, as vLLM and AutoGPTQ read it.
+
+use std::ops::Range;
+
+use nf4_quant::Element;
+
+use super::scales::{Scales, word};
+
+/// Outputs that are worked on together, so that a line of the words that lie across is used while it is in the cache.
+const TILE: usize = 16;
+/// Inputs that AWQ's outputs go through together, for the same reason.
+const RUN: usize = 64;
+/// Where AWQ has each of eight outputs: in this nibble.
+const NIBBLE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// How words hold codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Consecutive inputs, of so many bits.
+    Inputs(usize),
+    /// Eight outputs of 4 bits.
+    Outputs,
+}
+
+/// A weight.
+#[derive(Debug, Clone)]
+pub(super) struct InputMajor<'a> {
+    pub order: Order,
+    pub codes: &'a [u8],
+    pub zeros: &'a [u8],
+    /// What is added to a stored zero point.
+    pub add: u32,
+    pub scales: Scales<'a>,
+    pub outputs: usize,
+    /// Inputs that share a scale.
+    pub group: usize,
+    /// The group of each input, where it is not that of its place.
+    pub groups: Option<Vec<u32>>,
+}
+
+fn at(words: &[u8], i: usize) -> u32 {
+    word(words, i).map_or(0, u32::from_le_bytes)
+}
+
+impl InputMajor<'_> {
+    fn zero(&self, group: usize, output: usize) -> f32 {
+        let (bits, place) = match self.order {
+            Order::Inputs(bits) => (bits, output % (32 / bits)),
+            Order::Outputs => (4, NIBBLE[output % 8]),
+        };
+        let each = 32 / bits;
+        let word = at(self.zeros, group * self.outputs.div_ceil(each) + output / each);
+        (((word >> (place * bits)) & ((1 << bits) - 1)) + self.add) as f32
+    }
+
+    fn group_of(&self, input: usize) -> usize {
+        self.groups.as_ref().map_or(input / self.group, |groups| groups[input] as usize)
+    }
+
+    /// Decodes a rectangle of the weight [out, in]; its rows lie `stride` apart in `out`.
+    pub(super) fn tile<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+        let groups = match &self.groups {
+            None => columns.start / self.group..(columns.end - 1) / self.group + 1,
+            Some(groups) => 0..groups[columns.clone()].iter().max().map_or(0, |g| *g as usize + 1),
+        };
+        let mut row = rows.start;
+        while row < rows.end {
+            let end = ((row / TILE + 1) * TILE).min(rows.end);
+            let to = &mut out[(row - rows.start) * stride..];
+            match self.order {
+                Order::Inputs(8) => self.bytes(row..end, columns.clone(), to, stride),
+                _ => {
+                    // Tables of a group's rows lie side by side.
+                    let mut tables: Vec<[E; 16]> = Vec::with_capacity(groups.len() * (end - row));
+                    for group in groups.clone() {
+                        tables.extend((row..end).map(|row| {
+                            let (zero, scale) = (self.zero(group, row), self.scales.at(group * self.outputs + row));
+                            std::array::from_fn(|code| E::from_f32((code as f32 - zero) * scale))
+                        }));
+                    }
+                    let tables = Tables { all: &tables, first: groups.start, rows: end - row };
+                    match self.order {
+                        Order::Inputs(_) => self.words_of_inputs(row..end, columns.clone(), to, stride, &tables),
+                        Order::Outputs => self.words_of_outputs(row..end, columns.clone(), to, stride, &tables),
+                    }
+                }
+            }
+            row = end;
+        }
+    }
+
+    /// GPTQ in 4 bits.
+    fn words_of_inputs<E: Element>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: &mut [E],
+        stride: usize,
+        tables: &Tables<'_, E>,
+    ) {
+        let one_group = self.groups.is_none() && self.group.is_multiple_of(8);
+        let mut column = columns.start;
+        while column < columns.end {
+            let stop = ((column / 8 + 1) * 8).min(columns.end);
+            let words = column / 8 * self.outputs;
+            let group = self.group_of(column);
+            for row in rows.clone() {
+                let word = at(self.codes, words + row);
+                let i = row - rows.start;
+                let to = &mut out[i * stride + column - columns.start..][..stop - column];
+                if one_group && let Ok(to) = <&mut [E; 8]>::try_from(&mut *to) {
+                    let table = tables.of(group, i);
+                    for (j, to) in to.iter_mut().enumerate() {
+                        *to = table[(word >> (4 * j)) as usize & 15];
+                    }
+                } else {
+                    for (input, to) in (column..stop).zip(to) {
+                        *to = tables.of(self.group_of(input), i)[(word >> (4 * (input % 8))) as usize & 15];
+                    }
+                }
+            }
+            column = stop;
+        }
+    }
+
+    /// AWQ.
+    fn words_of_outputs<E: Element>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: &mut [E],
+        stride: usize,
+        tables: &Tables<'_, E>,
+    ) {
+        let across = self.outputs / 8;
+        let mut column = columns.start;
+        while column < columns.end {
+            let group = column / self.group;
+            let run = column..(column + RUN).min((group + 1) * self.group).min(columns.end);
+            for row in rows.clone() {
+                let (i, shift) = (row - rows.start, 4 * NIBBLE[row % 8]);
+                let table = tables.of(group, i);
+                let to = &mut out[i * stride + run.start - columns.start..][..run.len()];
+                for (input, to) in run.clone().zip(to) {
+                    *to = table[(at(self.codes, input * across + row / 8) >> shift) as usize & 15];
+                }
+            }
+            column = run.end;
+        }
+    }
+
+    /// GPTQ in 8 bits, where a table would be as large as what it is for.
+    fn bytes<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+        for row in rows.clone() {
+            let to = &mut out[(row - rows.start) * stride..][..columns.len()];
+            let (mut known, mut zero, mut scale) = (usize::MAX, 0.0, 0.0);
+            for (input, to) in columns.clone().zip(to) {
+                let group = self.group_of(input);
+                if group != known {
+                    (known, zero, scale) = (group, self.zero(group, row), self.scales.at(group * self.outputs + row));
+                }
+                let code = (at(self.codes, input / 4 * self.outputs + row) >> (8 * (input % 4))) & 255;
+                *to = E::from_f32((code as f32 - zero) * scale);
+            }
+        }
+    }
+}
+
+/// The values of all codes of some groups and rows.
+struct Tables<'a, E> {
+    all: &'a [[E; 16]],
+    first: usize,
+    rows: usize,
+}
+
+impl<E> Tables<'_, E> {
+    fn of(&self, group: usize, row: usize) -> &[E; 16] {
+        &self.all[(group - self.first) * self.rows + row]
+    }
+}
