@@ -292,6 +292,9 @@ pub struct DoctorArgs {
     /// Write JSON, for programs
     #[arg(long)]
     pub json: bool,
+    /// Only list graphics adapters, as `doctor` has another process do
+    #[arg(long, hide = true)]
+    pub adapters: bool,
 }
 
 #[cfg(test)]

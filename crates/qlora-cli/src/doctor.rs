@@ -27,6 +27,10 @@ use crate::output::print;
 
 /// Runs the command.
 pub fn run(args: &DoctorArgs) -> Result<Code> {
+    if args.adapters {
+        adapters::answer()?;
+        return Ok(Code::Done);
+    }
     let mut report = Report::default();
     let place = launcher::place();
     // Processes of one host find the same; one of them tells it.

@@ -50,6 +50,8 @@ fn a_host_without_cards_is_fine() {
         assert!(run.stdout.contains(words), "`{words}` is not in: {}", run.stdout);
     }
     assert!(!bench.path("hub").exists(), "looking makes no folder");
+    assert_eq!(run.stderr, "", "drivers that are asked talk to nobody");
+    assert!(!run.stdout.contains("drivers fail"), "{}", run.stdout);
 }
 
 #[test]
