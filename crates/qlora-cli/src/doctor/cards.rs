@@ -50,10 +50,18 @@ pub fn count() -> Result<usize, Absent> {
     }
 }
 
-/// A card's address on the PCI bus, which no other card of the host has; `None` where the driver does not say.
-pub fn address(index: usize) -> Option<String> {
+/// What tells a card, or a part of one that is used as a card (MIG), from all others: its UUID as `nvidia-smi -L` lists it, without what it begins
+/// with; `None` where the driver does not say.
+pub fn uuid(index: usize) -> Option<String> {
     count().ok()?;
-    bus(result::device::get(i32::try_from(index).ok()?).ok()?)
+    let device = result::device::get(i32::try_from(index).ok()?).ok()?;
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: the call writes sixteen bytes into `uuid`, which outlives it, and the device is one that the driver returned.
+    unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) }.result().ok()?;
+    let bytes = uuid.bytes.map(|byte| byte.to_ne_bytes()[0]);
+    let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let part = |range: std::ops::Range<usize>| hex[range].concat();
+    Some([part(0..4), part(4..6), part(6..8), part(8..10), part(10..16)].join("-"))
 }
 
 fn bus(device: sys::CUdevice) -> Option<String> {

@@ -102,13 +102,13 @@ fn enough_cards(
 /// Two have; another rank failed.
 fn refuse_shared_cards(group: &Group, device: &str) -> Result<()> {
     let index = device.strip_prefix("cuda:").and_then(|index| index.parse().ok()).unwrap_or(0);
-    let all = group.all_gather(cards::address(index).unwrap_or_default().into_bytes())?;
+    let all = group.all_gather(cards::uuid(index).unwrap_or_default().into_bytes())?;
     let of = |rank: usize| (&group.hosts()[rank], &all[rank]);
     let count = group.world_size();
     let pairs = (0..count).flat_map(|first| (first + 1..count).map(move |second| (first, second)));
     match pairs.into_iter().find(|(first, second)| of(*first) == of(*second) && !all[*first].is_empty()) {
         Some((first, second)) => Err(UsageError(format!(
-            "ranks {first} and {second} on {} have the same card (PCI {}): start no more ranks than a host has cards, and let \
+            "ranks {first} and {second} on {} have the same card (UUID {}): start no more ranks than a host has cards, and let \
              {CARDS_VARIABLE} show either all of them to each rank, or to each another one",
             group.hosts()[first],
             String::from_utf8_lossy(&all[first])
