@@ -13,6 +13,7 @@ use burn_cubecl::CubeBackend;
 use host_copies::{as_cube, cube_of_int, int_from_buffer, persistent};
 use nf4_quant::kernels::{DeviceAbsmax, DeviceWeight};
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, QuantType, Quantized4bit};
+use rayon::prelude::*;
 
 /// Makes a [`Linear4bit`] with random weights, to be filled from a record.
 ///
@@ -396,13 +397,17 @@ pub(crate) fn format_of(layout: &Layout4bit, device: &Device) -> Param<Tensor<2,
 
 /// A byte stream as little-endian words, zero-padded to a multiple of four.
 fn pack_words(bytes: &[u8]) -> Vec<u32> {
-    let (chunks, tail) = bytes.as_chunks::<4>();
-    let mut words: Vec<u32> = chunks.iter().map(|&chunk| u32::from_le_bytes(chunk)).collect();
-    if !tail.is_empty() {
-        let mut last = [0; 4];
-        last[..tail.len()].copy_from_slice(tail);
-        words.push(u32::from_le_bytes(last));
-    }
+    const CHUNK: usize = 1 << 18;
+    let mut words = vec![0; bytes.len().div_ceil(4)];
+    words.par_chunks_mut(CHUNK).zip(bytes.par_chunks(4 * CHUNK)).for_each(|(words, bytes)| {
+        let (whole, tail) = bytes.as_chunks::<4>();
+        words.iter_mut().zip(whole).for_each(|(word, bytes)| *word = u32::from_le_bytes(*bytes));
+        if let Some(word) = words.get_mut(whole.len()) {
+            let mut last = [0; 4];
+            last[..tail.len()].copy_from_slice(tail);
+            *word = u32::from_le_bytes(last);
+        }
+    });
     words
 }
 

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 /// The contiguous words of a 1-D u32 tensor.
-pub(super) fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
+pub(crate) fn words(tensor: &FlexTensor) -> std::borrow::Cow<'_, [u32]> {
     match tensor.as_slice::<u32>() {
         Some(slice) => slice.into(),
         None => tensor.to_contiguous().storage::<u32>().to_vec().into(),

@@ -46,6 +46,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Tensor};
 pub use delta_rule::{DeltaRows, DeltaRuleOps, delta_rule, delta_rule_after};
+pub(crate) use flex::words;
 pub use flex_products::{FEW_TOKENS, in_bf16};
 pub use fused_kernels::dropout_hash;
 use host_copies::client_of;

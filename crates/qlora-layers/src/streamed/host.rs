@@ -1,10 +1,13 @@
 //! Streamed blocks in the host's memory.
 
+use burn::backend::DispatchTensorKind;
 use burn::tensor::{Device, Int, Tensor};
 use host_copies::{DeviceError, HostBuffer, Slot};
+use rayon::prelude::*;
 
 use super::{BlockSource, BlockStore, StreamedBlocks, layout};
 use crate::LayerError;
+use crate::ops::words;
 
 /// Blocks in the host's memory; on CUDA that is pinned.
 #[derive(Debug)]
@@ -31,10 +34,8 @@ impl BlockStore for HostStore {
             return Err(failed(DeviceError::Failed("fresh memory is in use".into())));
         };
         for (start, tensor) in starts.into_iter().zip(tensors) {
-            let data = tensor.try_into_data().map_err(|error| failed(error.into()))?;
-            let of_tensor =
-                data.as_slice::<u32>().map_err(|error| failed(DeviceError::Failed(format!("{error:?}"))))?;
-            words[start..start + of_tensor.len()].copy_from_slice(of_tensor);
+            let len = tensor.dims()[0];
+            copy(tensor, &mut words[start..start + len]).map_err(failed)?;
         }
         self.lens.push(lens);
         self.blocks.0.push(buffer);
@@ -44,6 +45,21 @@ impl BlockStore for HostStore {
     fn finish(self: Box<Self>) -> Result<StreamedBlocks, DeviceError> {
         StreamedBlocks::new(&self.device, &self.lens, Box::new(self.blocks))
     }
+}
+
+/// Copies the words of a tensor, on all processor cores.
+fn copy(tensor: Tensor<1, Int>, to: &mut [u32]) -> Result<(), DeviceError> {
+    const CHUNK: usize = 1 << 18;
+    let fill = |to: &mut [u32], from: &[u32]| {
+        to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+    };
+    if let DispatchTensorKind::Flex(flex) = tensor.clone().into_dispatch().kind {
+        fill(to, &words(&flex.int()));
+        return Ok(());
+    }
+    let data = tensor.try_into_data()?;
+    fill(to, data.as_slice::<u32>().map_err(|error| DeviceError::Failed(format!("{error:?}")))?);
+    Ok(())
 }
 
 #[derive(Debug, Default)]
