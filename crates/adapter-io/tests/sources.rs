@@ -12,6 +12,7 @@ use adapter_io::{
     Adapter, AdapterConfig, BnbOptions, Checkpoint, Dtype, FormatError, GptqOptions, HostTensor, MergeOptions,
     ShardedWriter, TargetModules, TensorSpec, gptq_checkpoint, merge_checkpoint, quantize_checkpoint,
 };
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use test_support::noise;
@@ -343,5 +344,45 @@ fn conversions_of_coded_weights_are_those_of_dense_ones() {
         let largest = before.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
         // Half a step is a fifteenth of a group's largest, and a little more for the rounding of its scale.
         assert!(before.iter().zip(&after).all(|(x, y)| (x - y).abs() < largest / 14.0), "{case}");
+    }
+}
+
+/// A tensor of a case becomes another: of any type and shape, or of no name that is known.
+fn broken(case: &str, tensor: usize, dtype: usize, shape: &[usize], gone: bool) -> Result<(), FormatError> {
+    let (_dir, opened) = changed(case, |_, tensors| {
+        let name = tensors.keys().nth(tensor % tensors.len()).unwrap().clone();
+        let (_, old_shape, bytes) = tensors.remove(&name).unwrap();
+        if gone {
+            return;
+        }
+        let types = [Dtype::U8, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::F8_E4M3, Dtype::F8_E8M0, Dtype::F16, Dtype::F32];
+        let dtype = types[dtype % types.len()];
+        let shape = if shape.len() < 4 { shape.to_vec() } else { old_shape };
+        let size = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let bytes = bytes.into_iter().cycle().take(size).collect();
+        tensors.insert(name, (dtype, shape, bytes));
+    });
+    let checkpoint = opened?;
+    let mut first = Ok(());
+    for name in checkpoint.names() {
+        let tensor = checkpoint.dense(name)?;
+        first = first.and(tensor.bytes().and_then(|bytes| {
+            assert_eq!(bytes.len(), tensor.num_bytes());
+            tensor.expect_finite().map(drop)
+        }));
+    }
+    first
+}
+
+proptest! {
+    #[test]
+    fn no_tensors_make_decoding_panic(
+        case in 0_usize..14, tensor in 0_usize..40, dtype in 0_usize..8,
+        shape in prop::collection::vec(0_usize..70, 0..5), gone in prop::bool::weighted(0.1),
+    ) {
+        let case = &cases()[case];
+        if let Err(error) = broken(case, tensor, dtype, &shape, gone) {
+            prop_assert!(error.to_string().len() > 40);
+        }
     }
 }

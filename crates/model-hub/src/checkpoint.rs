@@ -15,10 +15,12 @@ const ADAPTER_CONFIG: &str = "adapter_config.json";
 const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
 /// Files beside the weights that are read here, or go along when a model is merged or converted.
-const SETTINGS: [&str; 13] = [
+const SETTINGS: [&str; 15] = [
     CONFIG,
     ADAPTER_CONFIG,
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer.model.v3",

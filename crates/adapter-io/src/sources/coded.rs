@@ -124,7 +124,7 @@ impl Coded {
         }
     }
 
-    fn fill<E: Element>(&self, checkpoint: &Checkpoint, first: usize, to: &mut [E]) -> Result<(), FormatError> {
+    fn fill<E: Element + Pod>(&self, checkpoint: &Checkpoint, first: usize, to: &mut [E]) -> Result<(), FormatError> {
         let columns = self.shape.last().copied().unwrap_or(0);
         let range = first..first + to.len();
         let codes = checkpoint.tensor(self.codes())?;

@@ -127,6 +127,14 @@ impl<'a> DenseTensor<'a> {
         }
     }
 
+    /// [`Self::read`] on all processor cores.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_all(&self, start: usize, to: &mut [u8]) -> Result<(), FormatError> {
+        to.par_chunks_mut(CHUNK).enumerate().try_for_each(|(i, to)| self.read(start + i * CHUNK, to))
+    }
+
     /// All bytes of its values; decoded on all processor cores where they are not there.
     ///
     /// # Errors
@@ -136,7 +144,7 @@ impl<'a> DenseTensor<'a> {
             return Ok(Cow::Borrowed(data));
         }
         let mut bytes = vec![0; self.num_bytes()];
-        bytes.par_chunks_mut(CHUNK).enumerate().try_for_each(|(i, to)| self.read(i * CHUNK, to))?;
+        self.read_all(0, &mut bytes)?;
         Ok(Cow::Owned(bytes))
     }
 
@@ -202,8 +210,7 @@ impl<'a> DenseTensor<'a> {
         let mut piece = vec![0; PIECE.min(self.num_bytes())];
         for start in (0..self.num_bytes()).step_by(PIECE) {
             let piece = &mut piece[..PIECE.min(self.num_bytes() - start)];
-            let chunks = piece.par_chunks_mut(CHUNK).enumerate();
-            chunks.try_for_each(|(i, to)| self.read(start + i * CHUNK, to)).map_err(Error::from)?;
+            self.read_all(start, piece)?;
             take(piece)?;
         }
         Ok(())

@@ -82,7 +82,11 @@ impl<'a> Finder<'a> {
     /// The weight that a tensor holds the codes of.
     fn look_at(&mut self, name: &str) -> Result<(), FormatError> {
         let Some(codes) = self.get(name) else { return Ok(()) };
+        let is_empty = codes.num_elements() == 0;
         if let Some(module) = name.strip_suffix(".qweight") {
+            if is_empty {
+                return Err(wrong(&codes, EMPTY.into()));
+            }
             return self.input_major(module, &codes);
         }
         if let Some(weight) = name.strip_suffix("_packed") {
@@ -105,6 +109,7 @@ impl<'a> Finder<'a> {
         }
         let scales = SCALES.iter().find_map(|suffix| self.get(&format!("{name}{suffix}")));
         match (scales, code) {
+            (Some(_), _) if is_empty => Err(wrong(&codes, EMPTY.into())),
             (Some(scales), _) => self.bytes(name, &codes, &scales, code),
             // Other integers are no weights.
             (None, Code::I8) if !name.ends_with(".weight") => Ok(()),
@@ -413,6 +418,8 @@ impl<'a> Finder<'a> {
     }
 }
 
+/// What has nothing to decode.
+const EMPTY: &str = "it is empty; download the file again";
 /// What to do about what is not decoded.
 const ORIGINAL: &str = "use the original checkpoint";
 

@@ -5,12 +5,16 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
 use nf4_quant::Element;
 
+use super::lookup;
 use super::scales::{E2M1, E4M3, E5M2, Scales};
 
 /// From so many elements with one scale on, a table of all 256 values is made for them.
 const WORTH_A_TABLE: usize = 1024;
+/// Elements that are rounded together where there is none.
+const PART: usize = 32;
 
 /// What a code is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,10 +64,10 @@ pub(super) enum Zeros<'a> {
 }
 
 impl Zeros<'_> {
-    /// For row `row` and group `group` of `groups`.
-    fn at(&self, row: usize, group: usize, groups: usize) -> f32 {
+    /// For scale `scale`, which is that of row `row` and group `group` of `groups` where rows have their own.
+    fn at(&self, scale: usize, row: usize, group: usize, groups: usize) -> f32 {
         match *self {
-            Self::Bytes(bytes) => bytes.get(row * groups + group).map_or(f32::NAN, |x| f32::from(*x as i8)),
+            Self::Bytes(bytes) => bytes.get(scale).map_or(f32::NAN, |x| f32::from(*x as i8)),
             Self::Packed(words, bits) => {
                 let each = 32 / bits;
                 let word = super::scales::word(words, row / each * groups + group).map(u32::from_le_bytes);
@@ -95,8 +99,9 @@ pub(super) struct Grid<'a> {
 
 impl Grid<'_> {
     /// Decodes a rectangle; its rows lie `stride` apart in `out`.
-    pub(super) fn tile<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+    pub(super) fn tile<E: Element + Pod>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
         let values = self.code.values();
+        let nibble_values: [f32; 16] = std::array::from_fn(|code| values[code]);
         let mut row = rows.start;
         while row < rows.end {
             let (matrix, inside) = (row / self.rows, row % self.rows);
@@ -113,7 +118,7 @@ impl Grid<'_> {
                 };
                 let stop = stop.min(columns.end);
                 let scale = self.scales.at(first_scale + group);
-                let zero = self.zeros.map_or(0.0, |zeros| zeros.at(row, group, self.grid[1]));
+                let zero = self.zeros.map_or(0.0, |zeros| zeros.at(first_scale + group, row, group, self.grid[1]));
                 let value = |code: u8| E::from_f32((values[usize::from(code)] - zero) * scale);
                 let to = &mut out[place + column - columns.start..];
                 let blocks = to.chunks_mut(stride).take(end - row).enumerate().map(|(i, to)| {
@@ -122,7 +127,7 @@ impl Grid<'_> {
                 });
                 match self.code.bits() {
                     4 => {
-                        let table: [E; 16] = std::array::from_fn(|code| value(code as u8));
+                        let table = lookup::table::<E>(&nibble_values, zero, scale);
                         blocks.for_each(|(codes, to)| nibbles(codes, column, &table, to));
                     }
                     _ if (end - row) * (stop - column) >= WORTH_A_TABLE => {
@@ -132,7 +137,13 @@ impl Grid<'_> {
                         });
                     }
                     _ => blocks.for_each(|(codes, to)| {
-                        to.iter_mut().zip(&codes[column..]).for_each(|(to, code)| *to = value(*code));
+                        let mut floats = [0.0; PART];
+                        for (to, codes) in to.chunks_mut(PART).zip(codes[column..].chunks(PART)) {
+                            let floats = &mut floats[..to.len()];
+                            let each = floats.iter_mut().zip(codes);
+                            each.for_each(|(x, code)| *x = (values[usize::from(*code)] - zero) * scale);
+                            E::narrow(floats, to);
+                        }
                     }),
                 }
                 column = stop;
@@ -143,19 +154,17 @@ impl Grid<'_> {
 }
 
 /// Looks up nibbles from `first` on.
-fn nibbles<E: Element>(codes: &[u8], first: usize, table: &[E; 16], to: &mut [E]) {
+fn nibbles<E: Element + Pod>(codes: &[u8], first: usize, table: &[E; 16], to: &mut [E]) {
     let odd = first % 2;
     let (head, rest) = to.split_at_mut(odd.min(to.len()));
     if let [to] = head {
         *to = table[usize::from(codes[first / 2] >> 4)];
     }
     let codes = &codes[(first + odd) / 2..];
-    let (pairs, tail) = rest.as_chunks_mut::<2>();
-    for ([low, high], code) in pairs.iter_mut().zip(codes) {
-        *low = table[usize::from(code & 15)];
-        *high = table[usize::from(code >> 4)];
-    }
+    let bytes = rest.len() / 2;
+    let (pairs, tail) = rest.split_at_mut(2 * bytes);
+    lookup::pairs(&codes[..bytes], table, pairs);
     if let [to] = tail {
-        *to = table[usize::from(codes[pairs.len()] & 15)];
+        *to = table[usize::from(codes[bytes] & 15)];
     }
 }

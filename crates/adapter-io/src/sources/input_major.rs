@@ -7,14 +7,16 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
 use nf4_quant::Element;
 
+use super::lookup;
 use super::scales::{Scales, word};
 
 /// Outputs that are worked on together, so that a line of the words that lie across is used while it is in the cache.
 const TILE: usize = 16;
-/// Inputs that AWQ's outputs go through together, for the same reason.
-const RUN: usize = 64;
+/// Inputs whose words are brought together before they are looked up.
+const RUN: usize = 128;
 /// Where AWQ has each of eight outputs: in this nibble.
 const NIBBLE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
@@ -63,7 +65,8 @@ impl InputMajor<'_> {
     }
 
     /// Decodes a rectangle of the weight [out, in]; its rows lie `stride` apart in `out`.
-    pub(super) fn tile<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+    pub(super) fn tile<E: Element + Pod>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+        let values: [f32; 16] = std::array::from_fn(|code| code as f32);
         let groups = match &self.groups {
             None => columns.start / self.group..(columns.end - 1) / self.group + 1,
             Some(groups) => 0..groups[columns.clone()].iter().max().map_or(0, |g| *g as usize + 1),
@@ -79,8 +82,8 @@ impl InputMajor<'_> {
                     let mut tables: Vec<[E; 16]> = Vec::with_capacity(groups.len() * (end - row));
                     for group in groups.clone() {
                         tables.extend((row..end).map(|row| {
-                            let (zero, scale) = (self.zero(group, row), self.scales.at(group * self.outputs + row));
-                            std::array::from_fn(|code| E::from_f32((code as f32 - zero) * scale))
+                            let scale = self.scales.at(group * self.outputs + row);
+                            lookup::table(&values, self.zero(group, row), scale)
                         }));
                     }
                     let tables = Tables { all: &tables, first: groups.start, rows: end - row };
@@ -95,7 +98,7 @@ impl InputMajor<'_> {
     }
 
     /// GPTQ in 4 bits.
-    fn words_of_inputs<E: Element>(
+    fn words_of_inputs<E: Element + Pod>(
         &self,
         rows: Range<usize>,
         columns: Range<usize>,
@@ -103,33 +106,46 @@ impl InputMajor<'_> {
         stride: usize,
         tables: &Tables<'_, E>,
     ) {
-        let one_group = self.groups.is_none() && self.group.is_multiple_of(8);
+        let mut codes = [0; RUN / 2];
         let mut column = columns.start;
         while column < columns.end {
-            let stop = ((column / 8 + 1) * 8).min(columns.end);
-            let words = column / 8 * self.outputs;
-            let group = self.group_of(column);
+            let (run, whole) = self.run(column, &columns);
             for row in rows.clone() {
-                let word = at(self.codes, words + row);
                 let i = row - rows.start;
-                let to = &mut out[i * stride + column - columns.start..][..stop - column];
-                if one_group && let Ok(to) = <&mut [E; 8]>::try_from(&mut *to) {
-                    let table = tables.of(group, i);
-                    for (j, to) in to.iter_mut().enumerate() {
-                        *to = table[(word >> (4 * j)) as usize & 15];
+                let to = &mut out[i * stride + run.start - columns.start..][..run.len()];
+                if whole && self.groups.is_none() {
+                    for (j, bytes) in codes.as_chunks_mut::<4>().0.iter_mut().take(run.len() / 8).enumerate() {
+                        *bytes = at(self.codes, (run.start / 8 + j) * self.outputs + row).to_le_bytes();
                     }
+                    lookup::pairs(&codes[..run.len() / 2], tables.of(run.start / self.group, i), to);
                 } else {
-                    for (input, to) in (column..stop).zip(to) {
+                    for (input, to) in run.clone().zip(to) {
+                        let word = at(self.codes, input / 8 * self.outputs + row);
                         *to = tables.of(self.group_of(input), i)[(word >> (4 * (input % 8))) as usize & 15];
                     }
                 }
             }
-            column = stop;
+            column = run.end;
+        }
+    }
+
+    /// Inputs from `first` on that are worked on together: of one group where groups count up, and whole words if any.
+    fn run(&self, first: usize, columns: &Range<usize>) -> (Range<usize>, bool) {
+        let of_group = match &self.groups {
+            None => (first / self.group + 1) * self.group,
+            Some(_) => columns.end,
+        };
+        let end = (first + RUN).min(of_group).min(columns.end);
+        let words = end / 8 * 8;
+        match first.is_multiple_of(8) && words > first {
+            true => (first..words, true),
+            // Up to where words are whole again.
+            false => (first..end.min((first / 8 + 1) * 8), false),
         }
     }
 
     /// AWQ.
-    fn words_of_outputs<E: Element>(
+    fn words_of_outputs<E: Element + Pod>(
         &self,
         rows: Range<usize>,
         columns: Range<usize>,
@@ -138,17 +154,22 @@ impl InputMajor<'_> {
         tables: &Tables<'_, E>,
     ) {
         let across = self.outputs / 8;
+        let (mut words, mut codes) = ([0; RUN], [0; RUN]);
         let mut column = columns.start;
         while column < columns.end {
             let group = column / self.group;
             let run = column..(column + RUN).min((group + 1) * self.group).min(columns.end);
             for row in rows.clone() {
-                let (i, shift) = (row - rows.start, 4 * NIBBLE[row % 8]);
-                let table = tables.of(group, i);
-                let to = &mut out[i * stride + run.start - columns.start..][..run.len()];
-                for (input, to) in run.clone().zip(to) {
-                    *to = table[(at(self.codes, input * across + row / 8) >> shift) as usize & 15];
+                if row == rows.start || row % 8 == 0 {
+                    for (input, word) in run.clone().zip(&mut words) {
+                        *word = at(self.codes, input * across + row / 8);
+                    }
                 }
+                let (i, shift) = (row - rows.start, 4 * NIBBLE[row % 8]);
+                let codes = &mut codes[..run.len()];
+                codes.iter_mut().zip(&words).for_each(|(code, word)| *code = (word >> shift) as u8);
+                let to = &mut out[i * stride + run.start - columns.start..][..run.len()];
+                lookup::singles(codes, tables.of(group, i), to);
             }
             column = run.end;
         }
@@ -156,16 +177,22 @@ impl InputMajor<'_> {
 
     /// GPTQ in 8 bits, where a table would be as large as what it is for.
     fn bytes<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+        let mut floats = [0.0; RUN];
         for row in rows.clone() {
             let to = &mut out[(row - rows.start) * stride..][..columns.len()];
             let (mut known, mut zero, mut scale) = (usize::MAX, 0.0, 0.0);
-            for (input, to) in columns.clone().zip(to) {
-                let group = self.group_of(input);
-                if group != known {
-                    (known, zero, scale) = (group, self.zero(group, row), self.scales.at(group * self.outputs + row));
+            for (run, to) in to.chunks_mut(RUN).enumerate() {
+                let floats = &mut floats[..to.len()];
+                for (input, value) in (columns.start + run * RUN..).zip(floats.iter_mut()) {
+                    let group = self.group_of(input);
+                    if group != known {
+                        (known, zero, scale) =
+                            (group, self.zero(group, row), self.scales.at(group * self.outputs + row));
+                    }
+                    let code = (at(self.codes, input / 4 * self.outputs + row) >> (8 * (input % 4))) & 255;
+                    *value = (code as f32 - zero) * scale;
                 }
-                let code = (at(self.codes, input / 4 * self.outputs + row) >> (8 * (input % 4))) & 255;
-                *to = E::from_f32((code as f32 - zero) * scale);
+                E::narrow(floats, to);
             }
         }
     }

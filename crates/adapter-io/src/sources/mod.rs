@@ -31,6 +31,7 @@ mod dense;
 mod find;
 mod grid;
 mod input_major;
+mod lookup;
 mod scales;
 mod stacked;
 

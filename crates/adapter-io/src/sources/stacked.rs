@@ -4,8 +4,10 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
 use nf4_quant::Element;
 
+use super::lookup;
 use super::scales::{E2M1, Scales};
 
 /// Codes of a block.
@@ -23,7 +25,7 @@ pub(super) struct Stacked<'a> {
 
 impl Stacked<'_> {
     /// Decodes a rectangle of [experts * in, out]; its rows lie `stride` apart in `out`.
-    pub(super) fn tile<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+    pub(super) fn tile<E: Element + Pod>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
         let mut row = rows.start;
         while row < rows.end {
             // Experts' inputs are whole blocks, so that blocks count on through all of them.
@@ -32,7 +34,7 @@ impl Stacked<'_> {
             for column in columns.clone() {
                 let at = (expert * self.outputs + column) * self.blocks + block;
                 let scale = self.scales.at(at);
-                let table: [E; 16] = std::array::from_fn(|code| E::from_f32(E2M1[code] * scale));
+                let table = lookup::table::<E>(&E2M1, 0.0, scale);
                 let codes = &self.codes[at * BLOCK / 2..][..BLOCK / 2];
                 for row in row..end {
                     let code = codes[row % BLOCK / 2] >> (4 * (row % 2));

@@ -342,6 +342,57 @@ mod tests {
         }
     }
 
+    /// A model with the recorded block of a storage that is decoded.
+    fn coded_model(case: &Path) -> tempfile::TempDir {
+        let said = std::fs::read(case.join("quantization_config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&said).unwrap();
+        let sizes = serde_json::json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 300, "rms_norm_eps": 1e-5,
+            "hidden_act": "silu", "tie_word_embeddings": true, "max_position_embeddings": 512,
+        });
+        config.as_object_mut().unwrap().extend(sizes.as_object().unwrap().clone());
+        let coded = Checkpoint::open_file(&case.join("coded.safetensors")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        // Weights of odd sizes lie beside those of the block.
+        let names: Vec<&str> = coded.names().filter(|name| !name.contains(".odd.")).collect();
+        let spec = |name: &&str| {
+            let view = coded.tensor(name).unwrap();
+            adapter_io::TensorSpec::new(*name, view.dtype, &view.shape)
+        };
+        let rest = ["model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"];
+        let rest = rest.map(|name| (name, vec![64])).into_iter().chain([("model.embed_tokens", vec![300, 64])]);
+        let rest: Vec<_> = rest
+            .map(|(name, shape)| adapter_io::TensorSpec::new(format!("{name}.weight"), Dtype::F32, &shape))
+            .collect();
+        let specs = names.iter().map(spec).chain(rest.clone()).collect();
+        let mut writer = ShardedWriter::create(dir.path(), specs, u64::MAX).unwrap();
+        names.iter().for_each(|name| writer.write(name, coded.tensor(name).unwrap().data).unwrap());
+        for spec in rest {
+            let values = noise(7, spec.shape.iter().product());
+            writer.write(&spec.name, bytemuck::cast_slice(&values)).unwrap();
+        }
+        writer.finish().unwrap();
+        dir
+    }
+
+    #[test]
+    fn devices_quantize_what_is_decoded_as_the_host_does() {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/sources");
+        let cases = std::fs::read_dir(sources).unwrap().map(|entry| entry.unwrap().path());
+        // gpt-oss's experts are no llama's.
+        let cases: Vec<_> = cases.filter(|case| !case.ends_with("mxfp4-gpt-oss")).collect();
+        assert!(cases.len() > 10);
+        for case in cases {
+            let dir = coded_model(&case);
+            let config = QuantConfig { blocksize: 32, ..QuantConfig::default() };
+            let model = load(dir.path(), config, FloatDType::F32, (&Device::flex(), Quantizer::Host)).unwrap();
+            assert_eq!(model.linears().filter(|(_, l)| matches!(l.base, FrozenLinear::Quantized(_))).count(), 7);
+            check(dir.path(), config, FloatDType::F32);
+        }
+    }
+
     #[test]
     fn what_is_not_finite_is_named_as_the_host_names_it() {
         for bad in ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"] {
