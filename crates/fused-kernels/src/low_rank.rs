@@ -304,7 +304,7 @@ fn product(
     let dropout = dropout.is_some_and(|dropout| dropout.threshold > 0 || dropout.scale != 1.0);
     let processors =
         Processors { count: device.multiprocessors as usize, clusters: device.compute_capability >= (9, 0) };
-    let Plan { tiling, tiles, splits, scratch } = plan::plan(kind, shape, processors, dropout);
+    let Plan { tiling, tiles, splits, scratch } = plan::plan(kind, shape, processors);
     params.splits = splits as u32;
     let aligned = shape.features.is_multiple_of(8) && offset(x).is_multiple_of(16);
     let cluster = if scratch { 0 } else { splits };

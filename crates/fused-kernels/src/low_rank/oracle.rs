@@ -51,13 +51,7 @@ pub fn project(
 ///
 /// # Shapes
 /// `x` `[tokens, features]` and `product` `[tokens, rank]` of values of the format.
-pub fn gradient(
-    x: &[f32],
-    product: &[f32],
-    shape: Shape,
-    layout: FactorLayout,
-    dropout: Option<Dropout>,
-) -> Vec<f64> {
+pub fn gradient(x: &[f32], product: &[f32], shape: Shape, layout: FactorLayout, dropout: Option<Dropout>) -> Vec<f64> {
     let Shape { tokens, features, rank } = shape;
     let x = masked(x, dropout);
     let mut out = vec![0.0; features * rank];

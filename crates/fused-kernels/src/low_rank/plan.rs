@@ -237,9 +237,8 @@ pub(super) struct Processors {
 }
 
 /// Picks the first choice whose cubes, split as often as its bounds allow, come to between seven tenths and all of
-/// what it aims for; the last one takes what is left. With dropout it is the last one, which has the smallest tiles:
-/// masking needs the registers. There is at least one row.
-pub(super) fn plan(kind: Kind, shape: Shape, processors: Processors, dropout: bool) -> Plan {
+/// what it aims for; the last one takes what is left. There is at least one row.
+pub(super) fn plan(kind: Kind, shape: Shape, processors: Processors) -> Plan {
     let (rows, length) = match kind.is_project() {
         true => (shape.tokens, shape.features),
         false => (shape.features, shape.tokens),
@@ -255,7 +254,7 @@ pub(super) fn plan(kind: Kind, shape: Shape, processors: Processors, dropout: bo
         (Plan { tiling: choice.tiling, tiles, splits, scratch }, fits)
     };
     let last = with(&choices[choices.len() - 1]).0;
-    choices.iter().filter(|_| !dropout).map(with).find(|(_, fits)| *fits).map_or(last, |(plan, _)| plan)
+    choices.iter().map(with).find(|(_, fits)| *fits).map_or(last, |(plan, _)| plan)
 }
 
 impl Variant {
@@ -304,7 +303,7 @@ mod tests {
     const H200: Processors = Processors { count: 132, clusters: true };
 
     fn of(kind: Kind, tokens: usize, features: usize, rank: usize) -> Plan {
-        plan(kind, Shape { tokens, features, rank }, H200, false)
+        plan(kind, Shape { tokens, features, rank }, H200)
     }
 
     #[test]
@@ -353,12 +352,12 @@ mod tests {
     #[test]
     fn plans_cover_every_row_within_their_bounds() {
         let devices = [H200, Processors { count: 108, clusters: false }, Processors { count: 1, clusters: false }];
-        for (kind, dropout) in [Kind::Project, Kind::Gradient].into_iter().flat_map(|k| [(k, false), (k, true)]) {
+        for kind in [Kind::Project, Kind::Gradient] {
             for processors in devices {
                 for rank in [1, 4, 8, 16, 20, 64, 65, 128, 256] {
                     for (tokens, features) in [(1, 1), (1, 64), (1, 4096), (63, 28672), (2048, 512), (100_000, 11008)] {
                         let shape = Shape { tokens, features, rank };
-                        let plan = plan(kind, shape, processors, dropout);
+                        let plan = plan(kind, shape, processors);
                         let (rows, length) =
                             if kind == Kind::Project { (tokens, features) } else { (features, tokens) };
                         assert!(plan.tiles * plan.tiling.rows(kind) >= rows, "{shape:?} {plan:?}");
@@ -404,12 +403,5 @@ mod tests {
             let plan = of(kind, tokens, features, rank);
             assert_eq!((plan.tiles, plan.splits, plan.scratch), expected, "{kind:?} {tokens}x{features} rank {rank}");
         }
-    }
-
-    #[test]
-    fn dropout_takes_the_smallest_tiles() {
-        let shape = Shape { tokens: 8192, features: 4096, rank: 64 };
-        assert_eq!(plan(Kind::Gradient, shape, H200, true).tiling.rows(Kind::Gradient), 64);
-        assert_eq!(plan(Kind::Gradient, shape, H200, false).tiling.rows(Kind::Gradient), 128);
     }
 }
