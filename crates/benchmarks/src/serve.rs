@@ -11,7 +11,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use burn_qlora::adapter_io::Adapter;
 use burn_qlora::qlora_models::{CachedRow, PagedCache, Part, RowLogits, default_compute_dtype};
 use burn_qlora::qlora_serve::{CacheSize, Engine, EngineConfig, Event, Handle, Request};
-use burn_qlora::{Decoder, Device, LoadOptions, LoraConfig, QuantConfig, device_memory, select_device};
+use burn_qlora::qlora_train::Placed;
+use burn_qlora::{Decoder, Device, LoadOptions, LoraConfig, QuantConfig, TrainConfig, device_memory, select_device};
 use serde_json::{Value, json};
 
 use crate::bench::Bench;
@@ -43,6 +44,12 @@ pub(crate) struct Args {
     /// Tokens of a pass at most.
     #[arg(long, default_value_t = 2048)]
     batch_tokens: usize,
+    /// model.residency: auto, device or host.
+    #[arg(long, default_value = "auto")]
+    residency: String,
+    /// model.device_budget: what the weights may take of the device, such as 15GiB.
+    #[arg(long, default_value = "auto")]
+    device_budget: String,
     /// Writes the figures to a file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -71,7 +78,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let dtype = default_compute_dtype(&device);
     let config = shapes::config(&args.shape, args.layers, None)?;
     let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype };
-    let model = Decoder::random(config, options, 0, &device, &mut |_| {})?;
+    let mut place = TrainConfig::default();
+    place.set("model.residency", &args.residency)?;
+    place.set("model.device_budget", &args.device_budget)?;
+    let streams = Placed::to_answer(&place.model, &config, &options, &device).streams(&device);
+    let model = Decoder::random_streamed(config, options, streams, 0, &device, &mut |_| {})?;
+    let streamed = model.streaming();
     let num_adapters = cases.iter().map(|Case([.., adapters])| *adapters).max().unwrap_or(0);
     let adapters = (0..num_adapters).map(|seed| adapter(&model, args.rank, seed as u64)).collect::<Result<Vec<_>>>()?;
     device.sync()?;
@@ -79,6 +91,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let most = |Case([streams, prompt, answer, _]): &Case| streams * (prompt + answer + 16);
     let tokens = cases.iter().map(most).max().unwrap_or(0) + 64;
     println!("{} in {dtype:?}, {} in use, cache of {tokens} tokens", args.shape, mib(weights));
+    if streamed.blocks > 0 {
+        println!("{} blocks wait in the host's memory, {}", streamed.blocks, mib(streamed.host_bytes));
+    }
     println!(
         "{:>16} {:>9} {:>9} {:>9} {:>9} {:>10} {:>9}",
         "case", "tok/s", "first ms", "last ms", "token ms", "memory MiB", "replayed"
@@ -102,7 +117,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let thread = engine.spawn()?;
         // Once for kernels to be compiled and measured.
         measure(&handle, *case, 0)?;
+        let (before, start) = (model.streaming().bytes_in, Instant::now());
         let measured = median(&handle, *case)?;
+        let bus = (model.streaming().bytes_in - before) as f64 / start.elapsed().as_secs_f64();
         let beyond = in_use(&device).saturating_sub(held);
         let passes = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let [steps, replays] = [&handle.counters().steps, &handle.counters().replays].map(passes);
@@ -119,7 +136,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             replays,
             steps
         );
+        if streamed.blocks > 0 {
+            println!("{:>16} {:>9.1} GB/s over the bus", "", bus / 1e9);
+        }
         rows.push(json!({
+            "bus_gb_per_second": (bus / 1e8).round() / 10.0,
             "case": text, "tokens_per_second": rate, "first_token_ms": ms(first), "last_first_token_ms": ms(last),
             "token_ms": ms(per_token), "beyond_weights_cache_and_adapters_mib": beyond >> 20, "passes": steps, "replayed": replays,
         }));
@@ -132,7 +153,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     record["script"] = json!("qlora-bench serve");
     record["serve"] = json!({
         "shape": args.shape, "layers": args.layers, "rank": args.rank, "batch_tokens": args.batch_tokens,
-        "weights_mib": weights >> 20, "cache_tokens": tokens, "rows": Value::Array(rows),
+        "residency": args.residency, "device_budget": args.device_budget, "streamed_blocks": streamed.blocks,
+        "streamed_mib": streamed.host_bytes >> 20, "weights_mib": weights >> 20, "cache_tokens": tokens, "rows": Value::Array(rows),
         "prefill_4096_ms": prefill[0], "training_forward_4096_ms": prefill[1],
     });
     write(path, &record)

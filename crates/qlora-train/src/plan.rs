@@ -191,14 +191,20 @@ impl Plan {
             };
             memory.device.is_none_or(within) && other_weights + placed.on_device() <= budget
         };
+        let work_of = |placed: &Placed, policies: &Policies| {
+            Work::new(model, &activations, policies, in_blocks, placed.bus_bytes)
+        };
         let weights = all_weights.said(&config.model).unwrap_or_else(|| {
             let fewest = all_weights.fewest(fits);
             // On the CPU both memories are one.
             let can_stream = quant.is_some() && !on_cpu && fewest.host_bytes <= memory.host;
-            if can_stream { fewest } else { all_weights.placed(0) }
+            match can_stream {
+                true => all_weights.quickest(fewest, memory.host, |placed| work_of(placed, &kept(placed).0).with_waiting()),
+                false => all_weights.placed(0),
+            }
         });
         let (policies, lighter) = kept(&weights);
-        let work = Work::new(model, &activations, &policies, in_blocks, weights.bus_bytes);
+        let work = work_of(&weights, &policies);
         let micro_batches = config.train.gradient_accumulation_steps as u64;
         let kept_on_host = if on_cpu { 0 } else { activations.on_host(&policies.0) };
         let paged = state - state_on_device;

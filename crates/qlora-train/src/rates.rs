@@ -54,6 +54,20 @@ impl Work {
     }
 }
 
+/// Operations that a card does while a byte comes over its bus: an H100's and an A100's are near this, smaller cards do fewer, so
+/// that more is hidden there than this says.
+const OPERATIONS_PER_BYTE: f64 = 10_600.0;
+
+impl Work {
+    /// What it takes in operations, those among them in whose time the bus is waited for: to compare plans for a card of which nothing
+    /// is known.
+    pub(crate) fn with_waiting(&self) -> f64 {
+        let passes = [self.forward, 1.0 - self.forward].map(|part| part * self.operations);
+        let waits = passes.iter().zip(self.bus).map(|(pass, bytes)| (bytes * OPERATIONS_PER_BYTE - pass).max(0.0));
+        self.operations + waits.sum::<f64>()
+    }
+}
+
 /// What was measured on a kind of card.
 struct Rates {
     /// Operations per second that count.
