@@ -7,7 +7,9 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use cubecl::bytes::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
 use cudarc::driver::CudaContext;
-use cudarc::driver::result::{free_host, malloc_host};
+use cudarc::driver::sys::{cuMemHostRegister_v2, cuMemHostUnregister};
+use memmap2::MmapMut;
+use rayon::prelude::*;
 
 use crate::{DeviceError, client_of, is_cuda};
 
@@ -62,9 +64,9 @@ impl HostBuffer {
             return Err(DeviceError::Failed(format!("{} words don't fit from {start} on into {room}", words.len())));
         }
         if self.words_mut().is_none() {
-            let mut copy = match &self.0.context {
-                Some(context) => Memory::pinned(context, room)?,
-                None => Memory::ordinary(room),
+            let mut copy = match &self.0.backing {
+                Backing::Pinned { context, .. } => Memory::pinned(context, room)?,
+                Backing::Boxed => Memory::ordinary(room),
             };
             copy.words_mut().copy_from_slice(self.words());
             self.0 = Arc::new(copy);
@@ -91,8 +93,14 @@ fn unpinned(words: usize, error: &dyn fmt::Display) -> DeviceError {
 pub(crate) struct Memory {
     at: *mut u32,
     words: usize,
-    /// Whose pinned memory it is; ordinary memory without.
-    context: Option<Arc<CudaContext>>,
+    backing: Backing,
+}
+
+enum Backing {
+    /// A boxed slice.
+    Boxed,
+    /// Pages that were registered with a context.
+    Pinned { _pages: MmapMut, context: Arc<CudaContext> },
 }
 
 // SAFETY: the memory is this value's alone and valid from every thread. It is changed through `&mut` only, or by a `Slot`,
@@ -104,14 +112,25 @@ unsafe impl Sync for Memory {}
 impl Memory {
     pub(crate) fn ordinary(words: usize) -> Self {
         let memory = Box::into_raw(vec![0_u32; words].into_boxed_slice());
-        Self { at: memory.cast(), words, context: None }
+        Self { at: memory.cast(), words, backing: Backing::Boxed }
     }
 
+    /// Pages are made by all processor cores and registered then, large ones where the system has such: ten times as fast as
+    /// `cuMemAllocHost`, which makes them one by one (on an H100's host 28 ms instead of 250 for 440 MiB).
     fn pinned(context: &Arc<CudaContext>, words: usize) -> Result<Self, DeviceError> {
+        const CHUNK: usize = 2 << 20;
+        const PAGE: usize = 4096;
+        let len = (4 * words).max(PAGE);
+        let mut pages = MmapMut::map_anon(len).map_err(|error| unpinned(words, &error))?;
+        // A wish, which nothing depends on.
+        #[cfg(target_os = "linux")]
+        let _ = pages.advise(memmap2::Advice::HugePage);
+        pages.par_chunks_mut(CHUNK).for_each(|chunk| chunk.iter_mut().step_by(PAGE).for_each(|byte| *byte = 0));
+        let at = pages.as_mut_ptr();
         context.bind_to_thread().map_err(|error| unpinned(words, &error))?;
-        // SAFETY: the context is bound to this thread.
-        let at = unsafe { malloc_host((4 * words).max(4), 0) }.map_err(|error| unpinned(words, &error))?;
-        Ok(Self { at: at.cast(), words, context: Some(Arc::clone(context)) })
+        // SAFETY: the context is bound to this thread, and the pages stay mapped until they are unregistered.
+        unsafe { cuMemHostRegister_v2(at.cast(), len, 0) }.result().map_err(|error| unpinned(words, &error))?;
+        Ok(Self { at: at.cast(), words, backing: Backing::Pinned { _pages: pages, context: Arc::clone(context) } })
     }
 
     pub(crate) fn words(&self) -> &[u32] {
@@ -137,16 +156,16 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        match &self.context {
-            None => {
+        match &self.backing {
+            Backing::Boxed => {
                 // SAFETY: the memory came from a boxed slice of this length.
                 drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.at, self.words)) });
             }
-            Some(context) => {
-                // A context that is gone has freed it.
+            Backing::Pinned { context, .. } => {
+                // A context that is gone knows nothing of the pages any more. They are unmapped next.
                 if context.bind_to_thread().is_ok() {
-                    // SAFETY: the memory came from `malloc_host` in this context, and copies from it held the value.
-                    let _ = unsafe { free_host(self.at.cast()) };
+                    // SAFETY: the pages were registered in this context, and copies from them held the value.
+                    let _ = unsafe { cuMemHostUnregister(self.at.cast()) };
                 }
             }
         }
@@ -162,9 +181,9 @@ impl AllocationController for View {
     }
 
     fn property(&self) -> AllocationProperty {
-        match self.0.context {
-            Some(_) => AllocationProperty::Pinned,
-            None => AllocationProperty::Native,
+        match self.0.backing {
+            Backing::Pinned { .. } => AllocationProperty::Pinned,
+            Backing::Boxed => AllocationProperty::Native,
         }
     }
 
