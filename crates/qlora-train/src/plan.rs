@@ -199,7 +199,9 @@ impl Plan {
             // On the CPU both memories are one.
             let can_stream = quant.is_some() && !on_cpu && fewest.host_bytes <= memory.host;
             match can_stream {
-                true => all_weights.quickest(fewest, memory.host, |placed| work_of(placed, &kept(placed).0).with_waiting()),
+                true => {
+                    all_weights.quickest(fewest, memory.host, |placed| work_of(placed, &kept(placed).0).with_waiting())
+                }
                 false => all_weights.placed(0),
             }
         });
