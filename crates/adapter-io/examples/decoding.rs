@@ -26,15 +26,63 @@ fn main() {
     let method = |name: &str| json!({"quant_method": name, "weight_block_size": [128, 128], "group_size": 128});
     let cases: Vec<(&str, Value, Vec<TensorSpec>)> = vec![
         ("BF16", Value::Null, vec![part("weight", bf16, &[n, k])]),
-        ("FP8, blocks of 128 x 128", method("fp8"), vec![part("weight", f8, &[n, k]), part("weight_scale_inv", f32, &[n.div_ceil(128), k.div_ceil(128)])]),
-        ("FP8, rows", method("compressed-tensors"), vec![part("weight", f8, &[n, k]), part("weight_scale", bf16, &[n, 1])]),
+        (
+            "FP8, blocks of 128 x 128",
+            method("fp8"),
+            vec![part("weight", f8, &[n, k]), part("weight_scale_inv", f32, &[n.div_ceil(128), k.div_ceil(128)])],
+        ),
+        (
+            "FP8, rows",
+            method("compressed-tensors"),
+            vec![part("weight", f8, &[n, k]), part("weight_scale", bf16, &[n, 1])],
+        ),
         ("MXFP8", method("mxfp8"), vec![part("weight", f8, &[n, k]), part("weight_scale_inv", u8, &[n, k / 32])]),
-        ("MXFP4", method("compressed-tensors"), vec![part("weight_packed", u8, &[n, k / 2]), part("weight_scale", u8, &[n, k / 32])]),
-        ("MXFP4 of gpt-oss", method("mxfp4"), vec![part("weight_blocks", u8, &[1, n, k / 32, 16]), part("weight_scales", u8, &[1, n, k / 32])]),
-        ("NVFP4", method("compressed-tensors"), vec![part("weight_packed", u8, &[n, k / 2]), part("weight_scale", f8, &[n, k / 16]), part("weight_global_scale", f32, &[1])]),
-        ("GPTQ, 4 bits", method("gptq"), vec![part("qweight", i32, &[k / 8, n]), part("qzeros", i32, &[k / 128, n / 8]), part("scales", f16, &[k / 128, n])]),
-        ("GPTQ, 8 bits", method("gptq"), vec![part("qweight", i32, &[k / 4, n]), part("qzeros", i32, &[k / 128, n / 4]), part("scales", f16, &[k / 128, n])]),
-        ("AWQ", method("awq"), vec![part("qweight", i32, &[k, n / 8]), part("qzeros", i32, &[k / 128, n / 8]), part("scales", f16, &[k / 128, n])]),
+        (
+            "MXFP4",
+            method("compressed-tensors"),
+            vec![part("weight_packed", u8, &[n, k / 2]), part("weight_scale", u8, &[n, k / 32])],
+        ),
+        (
+            "MXFP4 of gpt-oss",
+            method("mxfp4"),
+            vec![part("weight_blocks", u8, &[1, n, k / 32, 16]), part("weight_scales", u8, &[1, n, k / 32])],
+        ),
+        (
+            "NVFP4",
+            method("compressed-tensors"),
+            vec![
+                part("weight_packed", u8, &[n, k / 2]),
+                part("weight_scale", f8, &[n, k / 16]),
+                part("weight_global_scale", f32, &[1]),
+            ],
+        ),
+        (
+            "GPTQ, 4 bits",
+            method("gptq"),
+            vec![
+                part("qweight", i32, &[k / 8, n]),
+                part("qzeros", i32, &[k / 128, n / 8]),
+                part("scales", f16, &[k / 128, n]),
+            ],
+        ),
+        (
+            "GPTQ, 8 bits",
+            method("gptq"),
+            vec![
+                part("qweight", i32, &[k / 4, n]),
+                part("qzeros", i32, &[k / 128, n / 4]),
+                part("scales", f16, &[k / 128, n]),
+            ],
+        ),
+        (
+            "AWQ",
+            method("awq"),
+            vec![
+                part("qweight", i32, &[k, n / 8]),
+                part("qzeros", i32, &[k / 128, n / 8]),
+                part("scales", f16, &[k / 128, n]),
+            ],
+        ),
     ];
     println!("{n} x {k}, {} threads", rayon::current_num_threads());
     println!("{:<26} {:>14} {:>14} {:>16}", "storage", "GB/s of file", "GB/s decoded", "10^9 weights/s");

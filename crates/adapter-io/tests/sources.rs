@@ -355,7 +355,8 @@ fn broken(case: &str, tensor: usize, dtype: usize, shape: &[usize], gone: bool) 
         if gone {
             return;
         }
-        let types = [Dtype::U8, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::F8_E4M3, Dtype::F8_E8M0, Dtype::F16, Dtype::F32];
+        let types =
+            [Dtype::U8, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::F8_E4M3, Dtype::F8_E8M0, Dtype::F16, Dtype::F32];
         let dtype = types[dtype % types.len()];
         let shape = if shape.len() < 4 { shape.to_vec() } else { old_shape };
         let size = shape.iter().product::<usize>() * dtype.bitsize() / 8;

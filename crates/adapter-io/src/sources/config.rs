@@ -44,7 +44,7 @@ pub(crate) struct Configured {
 }
 
 /// The methods whose weights are not decoded, and what they would take.
-const NOT_DECODED: [(&str, &str); 21] = [
+const NOT_DECODED: [(&str, &str); 20] = [
     ("hqq", "its zero points are floats, and its groups cross rows as each layer's metadata says"),
     ("eetq", "its codes lie in the order of a GPU's instructions"),
     ("quanto", "its packing is that of one program's tensors"),
@@ -64,7 +64,6 @@ const NOT_DECODED: [(&str, &str); 21] = [
     ("sinq", "its weights have scales in both directions"),
     ("metal", "it is made for one system's kernels"),
     ("fouroversix", "its blocks choose between two scales"),
-    ("gemma", "its layout is that of one family's own kernels"),
     ("gguf", "it is a GGUF file's"),
 ];
 /// What to do instead.

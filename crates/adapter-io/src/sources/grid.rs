@@ -99,9 +99,15 @@ pub(super) struct Grid<'a> {
 
 impl Grid<'_> {
     /// Decodes a rectangle; its rows lie `stride` apart in `out`.
-    pub(super) fn tile<E: Element + Pod>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+    pub(super) fn tile<E: Element + Pod>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: &mut [E],
+        stride: usize,
+    ) {
         let values = self.code.values();
-        let nibble_values: [f32; 16] = std::array::from_fn(|code| values[code]);
+        let mut tables = Tables::default();
         let mut row = rows.start;
         while row < rows.end {
             let (matrix, inside) = (row / self.rows, row % self.rows);
@@ -109,47 +115,118 @@ impl Grid<'_> {
             let last = matrix * self.rows + ((band + 1) * self.block[0]).min(self.rows);
             let end = last.min(rows.end);
             let first_scale = (matrix * self.grid[0] + band) * self.grid[1];
-            let place = (row - rows.start) * stride;
-            let mut column = columns.start;
-            while column < columns.end {
-                let (group, stop) = match &self.groups {
-                    None => (column / self.block[1], (column / self.block[1] + 1) * self.block[1]),
-                    Some(groups) => (groups[column] as usize, column + 1),
-                };
-                let stop = stop.min(columns.end);
-                let scale = self.scales.at(first_scale + group);
-                let zero = self.zeros.map_or(0.0, |zeros| zeros.at(first_scale + group, row, group, self.grid[1]));
-                let value = |code: u8| E::from_f32((values[usize::from(code)] - zero) * scale);
-                let to = &mut out[place + column - columns.start..];
-                let blocks = to.chunks_mut(stride).take(end - row).enumerate().map(|(i, to)| {
-                    let codes = &self.codes[(row + i) * self.row_bytes..][..self.row_bytes];
-                    (codes, &mut to[..stop - column])
-                });
-                match self.code.bits() {
-                    4 => {
-                        let table = lookup::table::<E>(&nibble_values, zero, scale);
-                        blocks.for_each(|(codes, to)| nibbles(codes, column, &table, to));
-                    }
-                    _ if (end - row) * (stop - column) >= WORTH_A_TABLE => {
-                        let table: [E; 256] = std::array::from_fn(|code| value(code as u8));
-                        blocks.for_each(|(codes, to)| {
-                            to.iter_mut().zip(&codes[column..]).for_each(|(to, code)| *to = table[usize::from(*code)]);
-                        });
-                    }
-                    _ => blocks.for_each(|(codes, to)| {
-                        let mut floats = [0.0; PART];
-                        for (to, codes) in to.chunks_mut(PART).zip(codes[column..].chunks(PART)) {
-                            let floats = &mut floats[..to.len()];
-                            let each = floats.iter_mut().zip(codes);
-                            each.for_each(|(x, code)| *x = (values[usize::from(*code)] - zero) * scale);
-                            E::narrow(floats, to);
+            let groups = Groups { grid: self, columns: &columns, first_scale };
+            let to = &mut out[(row - rows.start) * stride..];
+            let lines = to.chunks_mut(stride).zip(row..end).map(|(to, row)| {
+                let codes = &self.codes[row * self.row_bytes..][..self.row_bytes];
+                (row, codes, &mut to[..columns.len()])
+            });
+            match self.code.bits() {
+                4 => lines.for_each(|(row, codes, to)| groups.nibbles(row, codes, &values, to, &mut tables)),
+                // Rows one after the other, with the tables of all blocks beside each other.
+                _ if (end - row) * self.block[1].min(columns.len()) >= WORTH_A_TABLE && self.groups.is_none() => {
+                    let of_block = |(run, scale, zero)| {
+                        let table: [E; 256] = std::array::from_fn(|code| E::from_f32((values[code] - zero) * scale));
+                        (run, table)
+                    };
+                    let tables: Vec<(Range<usize>, [E; 256])> = groups.of(row).map(of_block).collect();
+                    lines.for_each(|(_, codes, to)| {
+                        for (run, table) in &tables {
+                            let to = &mut to[run.start - columns.start..run.end - columns.start];
+                            let each = to.iter_mut().zip(&codes[run.clone()]);
+                            each.for_each(|(to, code)| *to = table[usize::from(*code)]);
                         }
-                    }),
+                    });
                 }
-                column = stop;
+                _ => lines.for_each(|(row, codes, to)| groups.bytes(row, codes, &values, to)),
             }
             row = end;
         }
+    }
+}
+
+/// The columns of a rectangle by the scales that they share.
+struct Groups<'a> {
+    grid: &'a Grid<'a>,
+    columns: &'a Range<usize>,
+    /// The scale of the first group.
+    first_scale: usize,
+}
+
+impl Groups<'_> {
+    /// Columns with one scale, their scale and code of 0.
+    fn of(&self, row: usize) -> impl Iterator<Item = (Range<usize>, f32, f32)> {
+        self.runs().map(move |(run, scale)| (run, self.grid.scales.at(scale), self.zero(row, scale)))
+    }
+
+    /// Columns with one scale, and which it is.
+    fn runs(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let mut column = self.columns.start;
+        std::iter::from_fn(move || {
+            let width = self.grid.block[1];
+            let (group, end) = match &self.grid.groups {
+                _ if column >= self.columns.end => return None,
+                None => (column / width, (column / width + 1) * width),
+                Some(groups) => (groups[column] as usize, column + 1),
+            };
+            let run = column..end.min(self.columns.end);
+            column = run.end;
+            Some((run, self.first_scale + group))
+        })
+    }
+
+    fn zero(&self, row: usize, scale: usize) -> f32 {
+        self.grid.zeros.map_or(0.0, |zeros| zeros.at(scale, row, scale - self.first_scale, self.grid.grid[1]))
+    }
+
+    fn nibbles<E: Element + Pod>(
+        &self,
+        row: usize,
+        codes: &[u8],
+        values: &[f32; 256],
+        to: &mut [E],
+        tables: &mut Tables<E>,
+    ) {
+        let values: [f32; 16] = std::array::from_fn(|code| values[code]);
+        let scales = &self.grid.scales;
+        for (run, scale) in self.runs() {
+            let to = &mut to[run.start - self.columns.start..run.end - self.columns.start];
+            match scales.code(scale).filter(|_| self.grid.zeros.is_none()) {
+                // A scale of 8 bits has 256 values, and so have their tables.
+                Some(code) => {
+                    if tables.0.is_empty() {
+                        tables.0 = (0..=255).map(|code| lookup::table(&values, 0.0, scales.of_code(code))).collect();
+                    }
+                    nibbles(codes, run.start, &tables.0[usize::from(code)], to);
+                }
+                None => {
+                    let table = lookup::table(&values, self.zero(row, scale), scales.at(scale));
+                    nibbles(codes, run.start, &table, to);
+                }
+            }
+        }
+    }
+
+    fn bytes<E: Element>(&self, row: usize, codes: &[u8], values: &[f32; 256], to: &mut [E]) {
+        let mut floats = [0.0; PART];
+        for (run, scale, zero) in self.of(row) {
+            let to = &mut to[run.start - self.columns.start..run.end - self.columns.start];
+            for (to, codes) in to.chunks_mut(PART).zip(codes[run].chunks(PART)) {
+                let floats = &mut floats[..to.len()];
+                let each = floats.iter_mut().zip(codes);
+                each.for_each(|(x, code)| *x = (values[usize::from(*code)] - zero) * scale);
+                E::narrow(floats, to);
+            }
+        }
+    }
+}
+
+/// The values of all 4-bit codes for each scale of 8 bits, where they were made.
+struct Tables<E>(Vec<[E; 16]>);
+
+impl<E> Default for Tables<E> {
+    fn default() -> Self {
+        Self(Vec::new())
     }
 }
 

@@ -13,8 +13,9 @@ use nf4_quant::Element;
 use super::lookup;
 use super::scales::{Scales, word};
 
-/// Outputs that are worked on together, so that a line of the words that lie across is used while it is in the cache.
-const TILE: usize = 16;
+/// Outputs that are worked on together, so that a line of the words that lie across is used while it is in the cache:
+/// it holds 16 of GPTQ's, and 128 of AWQ's.
+const TILE: [usize; 2] = [16, 64];
 /// Inputs whose words are brought together before they are looked up.
 const RUN: usize = 128;
 /// Where AWQ has each of eight outputs: in this nibble.
@@ -65,15 +66,22 @@ impl InputMajor<'_> {
     }
 
     /// Decodes a rectangle of the weight [out, in]; its rows lie `stride` apart in `out`.
-    pub(super) fn tile<E: Element + Pod>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+    pub(super) fn tile<E: Element + Pod>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: &mut [E],
+        stride: usize,
+    ) {
         let values: [f32; 16] = std::array::from_fn(|code| code as f32);
         let groups = match &self.groups {
             None => columns.start / self.group..(columns.end - 1) / self.group + 1,
             Some(groups) => 0..groups[columns.clone()].iter().max().map_or(0, |g| *g as usize + 1),
         };
+        let tile = TILE[usize::from(self.order == Order::Outputs)];
         let mut row = rows.start;
         while row < rows.end {
-            let end = ((row / TILE + 1) * TILE).min(rows.end);
+            let end = ((row / tile + 1) * tile).min(rows.end);
             let to = &mut out[(row - rows.start) * stride..];
             match self.order {
                 Order::Inputs(8) => self.bytes(row..end, columns.clone(), to, stride),
@@ -177,23 +185,31 @@ impl InputMajor<'_> {
 
     /// GPTQ in 8 bits, where a table would be as large as what it is for.
     fn bytes<E: Element>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
-        let mut floats = [0.0; RUN];
-        for row in rows.clone() {
-            let to = &mut out[(row - rows.start) * stride..][..columns.len()];
-            let (mut known, mut zero, mut scale) = (usize::MAX, 0.0, 0.0);
-            for (run, to) in to.chunks_mut(RUN).enumerate() {
-                let floats = &mut floats[..to.len()];
-                for (input, value) in (columns.start + run * RUN..).zip(floats.iter_mut()) {
-                    let group = self.group_of(input);
-                    if group != known {
-                        (known, zero, scale) =
-                            (group, self.zero(group, row), self.scales.at(group * self.outputs + row));
+        let (mut codes, mut floats) = ([0_u8; RUN], [0.0; RUN]);
+        let mut column = columns.start;
+        while column < columns.end {
+            let (run, whole) = self.run(column, &columns);
+            for row in rows.clone() {
+                let to = &mut out[(row - rows.start) * stride + run.start - columns.start..][..run.len()];
+                let floats = &mut floats[..run.len()];
+                if whole && self.groups.is_none() {
+                    for (j, bytes) in codes.as_chunks_mut::<4>().0.iter_mut().take(run.len() / 4).enumerate() {
+                        *bytes = at(self.codes, (run.start / 4 + j) * self.outputs + row).to_le_bytes();
                     }
-                    let code = (at(self.codes, input / 4 * self.outputs + row) >> (8 * (input % 4))) & 255;
-                    *value = (code as f32 - zero) * scale;
+                    let group = run.start / self.group;
+                    let (zero, scale) = (self.zero(group, row), self.scales.at(group * self.outputs + row));
+                    floats.iter_mut().zip(&codes).for_each(|(x, code)| *x = (f32::from(*code) - zero) * scale);
+                } else {
+                    for (input, x) in run.clone().zip(floats.iter_mut()) {
+                        let group = self.group_of(input);
+                        let (zero, scale) = (self.zero(group, row), self.scales.at(group * self.outputs + row));
+                        let code = (at(self.codes, input / 4 * self.outputs + row) >> (8 * (input % 4))) & 255;
+                        *x = (code as f32 - zero) * scale;
+                    }
                 }
                 E::narrow(floats, to);
             }
+            column = run.end;
         }
     }
 }

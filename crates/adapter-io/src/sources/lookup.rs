@@ -72,10 +72,7 @@ mod x86 {
                 return None;
             }
             let bytes: &[u8] = bytemuck::cast_slice(table);
-            Some(Self {
-                low: std::array::from_fn(|i| bytes[2 * i]),
-                high: std::array::from_fn(|i| bytes[2 * i + 1]),
-            })
+            Some(Self { low: std::array::from_fn(|i| bytes[2 * i]), high: std::array::from_fn(|i| bytes[2 * i + 1]) })
         }
 
         /// The bytes that were looked up, a multiple of 16.
@@ -156,7 +153,8 @@ mod tests {
             let (mut by_bytes, mut by_floats) = (vec![f16::ZERO; 2 * len], vec![0.0_f32; 2 * len]);
             pairs(codes, &table, &mut by_bytes);
             pairs(codes, &wide, &mut by_floats);
-            let expected = codes.iter().flat_map(|code| [code & 15, code >> 4]).map(|code| table[usize::from(code)].to_bits());
+            let expected =
+                codes.iter().flat_map(|code| [code & 15, code >> 4]).map(|code| table[usize::from(code)].to_bits());
             let expected: Vec<u16> = expected.collect();
             assert!(by_bytes.iter().map(|x| x.to_bits()).eq(expected.iter().copied()), "{len}");
             assert!(by_floats.iter().map(|x| *x as u16).eq(expected), "{len}");

@@ -56,9 +56,25 @@ impl Scales<'_> {
             Dtype::F32 => word(self.data, i).map_or(f32::NAN, f32::from_le_bytes),
             Dtype::F16 => word(self.data, i).map_or(f32::NAN, |x| f16::from_le_bytes(x).to_f32()),
             Dtype::BF16 => word(self.data, i).map_or(f32::NAN, |x| bf16::from_le_bytes(x).to_f32()),
-            Dtype::F8_E4M3 => self.data.get(i).map_or(f32::NAN, |x| E4M3[usize::from(*x)]),
-            _ => self.data.get(i).map_or(f32::NAN, |x| power_of_two(*x)),
+            _ => return self.data.get(i).map_or(f32::NAN, |code| self.of_code(*code)),
         };
+        self.divided(scale)
+    }
+
+    /// The code of scale `i`, where scales have 8 bits.
+    pub(super) fn code(&self, i: usize) -> Option<u8> {
+        self.data.get(i).copied().filter(|_| self.dtype.bitsize() == 8)
+    }
+
+    /// What a scale of 8 bits stands for.
+    pub(super) fn of_code(&self, code: u8) -> f32 {
+        self.divided(match self.dtype {
+            Dtype::F8_E4M3 => E4M3[usize::from(code)],
+            _ => power_of_two(code),
+        })
+    }
+
+    fn divided(&self, scale: f32) -> f32 {
         match self.divisor {
             None => scale,
             Some(divisor) => scale / divisor,

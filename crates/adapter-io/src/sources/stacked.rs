@@ -25,20 +25,32 @@ pub(super) struct Stacked<'a> {
 
 impl Stacked<'_> {
     /// Decodes a rectangle of [experts * in, out]; its rows lie `stride` apart in `out`.
-    pub(super) fn tile<E: Element + Pod>(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [E], stride: usize) {
+    pub(super) fn tile<E: Element + Pod>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: &mut [E],
+        stride: usize,
+    ) {
+        let tables: Vec<[E; 16]> = (0..=255).map(|code| lookup::table(&E2M1, 0.0, self.scales.of_code(code))).collect();
+        let mut side = [[E::zeroed(); BLOCK]; BLOCK];
         let mut row = rows.start;
         while row < rows.end {
             // Experts' inputs are whole blocks, so that blocks count on through all of them.
             let (expert, block) = (row / BLOCK / self.blocks, row / BLOCK % self.blocks);
             let end = ((row / BLOCK + 1) * BLOCK).min(rows.end);
-            for column in columns.clone() {
-                let at = (expert * self.outputs + column) * self.blocks + block;
-                let scale = self.scales.at(at);
-                let table = lookup::table::<E>(&E2M1, 0.0, scale);
-                let codes = &self.codes[at * BLOCK / 2..][..BLOCK / 2];
+            // Blocks of some outputs are decoded side by side, and go out row by row.
+            for run in columns.clone().step_by(BLOCK) {
+                let run = run..(run + BLOCK).min(columns.end);
+                for (column, to) in run.clone().zip(&mut side) {
+                    let at = (expert * self.outputs + column) * self.blocks + block;
+                    let table = &tables[usize::from(self.scales.code(at).unwrap_or(255))];
+                    lookup::pairs(&self.codes[at * BLOCK / 2..][..BLOCK / 2], table, to);
+                }
                 for row in row..end {
-                    let code = codes[row % BLOCK / 2] >> (4 * (row % 2));
-                    out[(row - rows.start) * stride + column - columns.start] = table[usize::from(code & 15)];
+                    let place = (row - rows.start) * stride + run.start - columns.start;
+                    let to = &mut out[place..place + run.len()];
+                    to.iter_mut().zip(&side).for_each(|(to, block)| *to = block[row % BLOCK]);
                 }
             }
             row = end;
