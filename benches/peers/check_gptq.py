@@ -1,7 +1,7 @@
 """Loads what `qlora quantize --format gptq` writes with transformers, through GPTQModel on a CPU, and compares logits with ours.
 
     cargo build --release --bin qlora --example logits
-    pip install torch transformers gptqmodel
+    pip install torch transformers gptqmodel optimum
     python benches/peers/check_gptq.py --bin target/release --model M --rows calibration.jsonl --held held.jsonl
 
 1. M is quantized with the rows, in order and with --act-order, in groups of 64.

@@ -348,7 +348,7 @@ mod tests {
         let mut config: serde_json::Value = serde_json::from_slice(&said).unwrap();
         let sizes = serde_json::json!({
             "model_type": "llama", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1,
-            "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 300, "rms_norm_eps": 1e-5,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 300, "rms_norm_eps": 1e-5,
             "hidden_act": "silu", "tie_word_embeddings": true, "max_position_embeddings": 512,
         });
         config.as_object_mut().unwrap().extend(sizes.as_object().unwrap().clone());
