@@ -15,7 +15,6 @@ use crate::header::TensorInfo;
 use crate::json;
 use crate::mapped::{MappedFile, TensorView};
 use crate::paths::resolve_inside;
-use crate::sources::config::Configured;
 use crate::sources::{Coded, DenseTensor, Found, find};
 
 /// The file of a checkpoint that is not sharded.
@@ -57,12 +56,12 @@ impl Checkpoint {
                 None => return Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: what_is_there(dir) }),
             },
         };
-        stored.with_sources(&Configured::read(dir)?)
+        stored.with_sources()
     }
 
     /// Finds the weights that are to be decoded.
-    fn with_sources(mut self, configured: &Configured) -> Result<Self, FormatError> {
-        self.found = find(&self, configured)?;
+    fn with_sources(mut self) -> Result<Self, FormatError> {
+        self.found = find(&self)?;
         if !self.found.coded.is_empty() {
             let Found { coded, parts } = &self.found;
             let mut names: Vec<String> = self.tensors.keys().filter(|name| !parts.contains(*name)).cloned().collect();

@@ -44,14 +44,16 @@ pub(crate) struct Found {
 ///
 /// # Errors
 /// [`FormatError::Coded`] for parts that are missing or do not fit together; [`FormatError::Field`] for a storage
-/// that is not decoded.
-pub(crate) fn find(checkpoint: &Checkpoint, configured: &Configured) -> Result<Found, FormatError> {
-    let mut finder = Finder { checkpoint, configured, found: Found::default() };
+/// that is not decoded; those of [`Configured::read`].
+pub(crate) fn find(checkpoint: &Checkpoint) -> Result<Found, FormatError> {
     let is_bnb = |name: &str| name.contains(".quant_state.bitsandbytes__") || name.ends_with(".SCB");
-    if checkpoint.names().any(is_bnb) || !checkpoint.names().any(|name| finder.is_code(name)) {
-        return Ok(finder.found);
+    if checkpoint.names().any(is_bnb) || !checkpoint.names().any(|name| is_code(checkpoint, name)) {
+        return Ok(Found::default());
     }
+    // Not read before: plain floats need nothing of it.
+    let configured = &Configured::read(checkpoint.dir())?;
     configured.refuse()?;
+    let mut finder = Finder { checkpoint, configured, found: Found::default() };
     for name in checkpoint.names() {
         finder.look_at(name)?;
     }
@@ -60,6 +62,12 @@ pub(crate) fn find(checkpoint: &Checkpoint, configured: &Configured) -> Result<F
         finder.found.parts.extend(checkpoint.names().filter(unused).map(ToString::to_string));
     }
     Ok(finder.found)
+}
+
+/// Whether a tensor is none that a dense model has: those are floats, and a few buffers of integers.
+fn is_code(checkpoint: &Checkpoint, name: &str) -> bool {
+    use Dtype::{BF16, BOOL, F16, F32, F64, I64};
+    checkpoint.get(name).is_some_and(|view| ![F32, F16, BF16, F64, I64, BOOL].contains(&view.dtype))
 }
 
 struct Finder<'a> {
@@ -71,12 +79,6 @@ struct Finder<'a> {
 impl<'a> Finder<'a> {
     fn get(&self, name: &str) -> Option<TensorView<'a>> {
         self.checkpoint.get(name)
-    }
-
-    /// Whether a tensor is none that a dense model has: those are floats, and a few buffers of integers.
-    fn is_code(&self, name: &str) -> bool {
-        use Dtype::{BF16, BOOL, F16, F32, F64, I64};
-        self.get(name).is_some_and(|view| ![F32, F16, BF16, F64, I64, BOOL].contains(&view.dtype))
     }
 
     /// The weight that a tensor holds the codes of.
