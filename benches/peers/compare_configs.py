@@ -4,15 +4,17 @@ usage: compare_configs.py LOGITS FOLDER [WORK]
 
 LOGITS is the program of `cargo build --release -p burn-qlora --example logits`. FOLDER holds configurations as they were published,
 any *.json below it with a `model_type`, such as the config.json files that `hf download ORG/NAME config.json --local-dir FOLDER/NAME`
-brings. Of each, sizes are changed and nothing else: every key stays, with its value unless it is a size. transformers makes a random
+brings. Of each, sizes are changed and nothing else: every key stays, with its value unless it is a size, but `quantization_config`, since
+the weights are made in f32. transformers makes a random
 model of it in f32, and both compute the loss of the same random tokens. What transformers does not load is left out and said.
 A line for each file, and how far the losses are apart: up to 1e-5, since both sum a few hundred products in f32 in their own order.
 """
 import copy, json, subprocess, sys, tempfile
 from pathlib import Path
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LOGITS, FOLDER = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
 WORK = Path(sys.argv[3]) if len(sys.argv) > 3 else None
@@ -34,6 +36,7 @@ def heads(config):
 def shrink(config):
     """Sizes only. What hangs on one, such as a list with an entry for each layer, is cut to it."""
     config = copy.deepcopy(config)
+    config.pop("quantization_config", None)
     for section in [config, *(config[key] for key in ("text_config", "vision_config", "audio_config") if isinstance(config.get(key), dict))]:
         layers = section.get("num_hidden_layers")
         if layers:
@@ -80,9 +83,10 @@ def shrink(config):
 
 def build(folder):
     config = AutoConfig.from_pretrained(folder)
-    kind = AutoModelForCausalLM if not hasattr(config, "text_config") else AutoModelForImageTextToText
     torch.manual_seed(5)
-    model = kind.from_config(config, attn_implementation="eager").float().eval()
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    make = kind._from_config if kind else AutoModelForCausalLM.from_config
+    model = make(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):

@@ -79,7 +79,9 @@ pub use header::TensorSpec;
 pub use host_tensor::HostTensor;
 pub use lora_module::{LoraModule, ModuleKind, WeightChange};
 pub use mapped::{Floats, TensorView};
-pub use merge_checkpoint::{LayerReport, MergeOptions, MergeReport, TensorReport, merge_checkpoint};
+pub use merge_checkpoint::{
+    LayerReport, MergeOptions, MergeReport, TensorReport, merge_checkpoint, merge_checkpoint_checked,
+};
 pub use merge_plan::MergeBase;
 pub use quantize_checkpoint::{BnbOptions, QuantizeReport, quantize_checkpoint};
 pub use shard_writer::ShardedWriter;

@@ -13,8 +13,8 @@
 //!
 //! **Tied embeddings.** Where the output head is the embedding's tensor, an adapter on one of them must not
 //! change the other: the head gets a tensor of its own and `tie_word_embeddings` becomes false, unless the
-//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.) It does not
-//! matter whether the file holds a head beside the embedding: loaders go by `tie_word_embeddings`.
+//! adapter was trained with `ensure_weight_tying`. (PEFT merges into the shared tensor, and warns.) A head that the file holds beside the
+//! embedding, and that is another tensor, is the head, whatever `tie_word_embeddings` says: transformers 5 goes by the weights, too.
 //! Rows of single tokens (`trainable_token_indices`) go into both, as PEFT trains them.
 //!
 //! **Grown vocabularies.** Where the adapter has rows for tokens beyond the base's tables, the tables grow to hold
@@ -148,15 +148,31 @@ pub fn merge_checkpoint(
     options: &MergeOptions,
     progress: OnProgress<'_>,
 ) -> Result<MergeReport, FormatError> {
+    merge_checkpoint_checked(base_dir, adapter, out_dir, options, progress, |_| Ok(()))
+}
+
+/// [`merge_checkpoint`], where `check` looks at the folder of the result, which is complete, before it takes its place.
+///
+/// # Errors
+/// As there, and what `check` says: what was at `out_dir` is unchanged then, too.
+pub fn merge_checkpoint_checked<E: From<FormatError>>(
+    base_dir: &Path,
+    adapter: &Adapter,
+    out_dir: &Path,
+    options: &MergeOptions,
+    progress: OnProgress<'_>,
+    check: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<MergeReport, E> {
     refuse_same_folder(base_dir, out_dir)?;
     let base = Checkpoint::open(base_dir)?;
     let mut config = ModelConfigFile::read(base_dir)?;
     let modules: Vec<String> = base.names().filter_map(module_of).collect();
     let adapter = adapter.named_as(&modules)?;
     let adapter = &*unstack(&adapter, &modules)?;
-    let plan = plan(&base, adapter, &options.base, config.is_tied())?;
+    let own_head = config.is_tied() && has_own_head(&base);
+    let plan = plan(&base, adapter, &options.base, config.is_tied() && !own_head)?;
     config.remove("quantization_config");
-    if plan.untied {
+    if plan.untied || own_head {
         config.untie();
     }
     if let Some(rows) = plan.vocabulary {
@@ -168,7 +184,7 @@ pub fn merge_checkpoint(
     let missing = adapter.missing_modules(&matrices)?;
     let mut report =
         MergeReport { untied: plan.untied, vocabulary: plan.vocabulary, missing, ..MergeReport::default() };
-    atomic::replace_dir(out_dir, |dir| {
+    atomic::replace_dir(out_dir, |dir| -> Result<(), E> {
         config.write(dir)?;
         copy_companions(base_dir, options.tokenizer_from.as_deref(), dir)?;
         options.companions.iter().try_for_each(|path| copy_file(path, dir))?;
@@ -184,9 +200,20 @@ pub fn merge_checkpoint(
         }
         let files = writer.finish()?;
         report.files = files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
-        Ok(())
+        check(dir)
     })
     .map(|()| report)
+}
+
+/// Whether the checkpoint holds an output head that is not the embedding table.
+fn has_own_head(base: &Checkpoint) -> bool {
+    let named = |end: &str| base.names().find(|name| name.ends_with(end)).and_then(|name| base.get(name));
+    match (named("embed_tokens.weight"), named("lm_head.weight")) {
+        (Some(embed), Some(head)) => {
+            (embed.dtype, &embed.shape) != (head.dtype, &head.shape) || embed.data != head.data
+        }
+        _ => false,
+    }
 }
 
 /// The module of a weight.

@@ -9,8 +9,8 @@ use std::path::Path;
 use common::{adapter_on, tensor};
 
 use adapter_io::{
-    Adapter, BnbOptions, Checkpoint, Dtype, GptqOptions, MergeBase, MergeOptions, MergeReport, TensorSpec,
-    gptq_checkpoint, merge_checkpoint, quantize_checkpoint,
+    Adapter, BnbOptions, Checkpoint, Dtype, FormatError, GptqOptions, MergeBase, MergeOptions, MergeReport, TensorSpec,
+    gptq_checkpoint, merge_checkpoint, merge_checkpoint_checked, quantize_checkpoint,
 };
 use serde_json::{Value, json};
 
@@ -138,7 +138,7 @@ fn a_map_to_code_keeps_what_has_its_code() {
     }
 }
 
-/// A file may hold a head beside the embedding and say that they are one: loaders take the embedding then.
+/// A file may hold a copy of the embedding as its head, and say that they are one.
 #[test]
 fn a_head_in_the_file_of_a_tied_model_does_not_hide_what_was_adapted() {
     let head = |x: f32| {
@@ -154,6 +154,7 @@ fn a_head_in_the_file_of_a_tied_model_does_not_hide_what_was_adapted() {
         let folder = tempfile::tempdir().unwrap();
         let (base, out) = (folder.path().join("base"), folder.path().join("out"));
         common::model(&base);
+        common::copy_head(&base);
         let mut config = config_of(&base);
         if nested {
             config.as_object_mut().unwrap().remove("tie_word_embeddings");
@@ -191,6 +192,20 @@ fn a_head_in_the_file_of_a_tied_model_does_not_hide_what_was_adapted() {
         assert!(!report.untied && values(&out, "lm_head.weight").is_none());
         assert_eq!(values(&out, "model.embed_tokens.weight"), plus(0.5));
     }
+    // A head that is no copy is the head, whatever the configuration says.
+    let folder = tempfile::tempdir().unwrap();
+    let (base, out) = (folder.path().join("base"), folder.path().join("out"));
+    common::model(&base);
+    let mut config = config_of(&base);
+    config["tie_word_embeddings"] = json!(true);
+    fs::write(base.join("config.json"), config.to_string()).unwrap();
+    let old = values(&base, "lm_head.weight").unwrap();
+    merge(&base, &adapter_on(&head(0.5)), &out, &MergeOptions::default());
+    let plus: Vec<f32> = old.iter().map(|v| half::bf16::from_f32(v + 0.5).to_f32()).collect();
+    assert_eq!(values(&out, "lm_head.weight"), Some(plus));
+    merge(&base, &adapter_on(&embedding), &out, &MergeOptions::default());
+    assert_eq!(values(&out, "lm_head.weight"), Some(old));
+    assert_eq!(config_of(&out)["tie_word_embeddings"], json!(false));
     // A model whose head is its own keeps it apart.
     let folder = tempfile::tempdir().unwrap();
     let (base, out) = (folder.path().join("base"), folder.path().join("out"));
@@ -198,6 +213,28 @@ fn a_head_in_the_file_of_a_tied_model_does_not_hide_what_was_adapted() {
     let report = merge(&base, &adapter_on(&saved), &out, &MergeOptions::default());
     assert!(!report.untied && values(&out, "lm_head.weight") == Some(vec![3.0; 512]));
     assert_eq!(values(&out, "model.embed_tokens.weight"), values(&base, "model.embed_tokens.weight"));
+}
+
+/// A merged checkpoint that its check refuses is not left, and what was there stays.
+#[test]
+fn what_a_check_refuses_is_not_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, out) = (folder.path().join("base"), folder.path().join("out"));
+    common::model(&base);
+    merge(&base, &q_proj(), &out, &MergeOptions::default());
+    let before = values(&out, "model.layers.0.self_attn.q_proj.weight");
+    let mut twice = q_proj();
+    twice.config.lora_alpha *= 2.0;
+    let check = |dir: &Path| {
+        // What is looked at is whole.
+        assert!(Checkpoint::open(dir).unwrap().contains("lm_head.weight") && dir.join("config.json").is_file());
+        Err(FormatError::NoCheckpoint { dir: dir.to_path_buf(), hint: "; it is wrong".into() })
+    };
+    let message =
+        merge_checkpoint_checked(&base, &twice, &out, &MergeOptions::default(), &mut |_| {}, check).unwrap_err();
+    assert!(message.to_string().contains("it is wrong"));
+    assert_eq!(values(&out, "model.layers.0.self_attn.q_proj.weight"), before);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
 }
 
 /// bitsandbytes replaces linear layers; an embedding in 4 bits is loaded by nobody.

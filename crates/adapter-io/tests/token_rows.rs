@@ -57,6 +57,9 @@ fn base(dir: &Path, tied: bool, nested: bool) {
         config.as_object_mut().unwrap().remove("vocab_size");
     }
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    if tied {
+        common::copy_head(dir);
+    }
 }
 
 #[test]

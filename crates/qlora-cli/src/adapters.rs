@@ -8,7 +8,7 @@ use burn_qlora::Adapter;
 use crate::exit::{InputError, UsageError};
 use crate::generate::adapter_argument;
 use crate::hub;
-use crate::sources::warn_of_missing;
+use crate::sources::{NamedBase, warn_of_missing};
 
 /// An adapter that can be asked.
 pub struct NamedAdapter {
@@ -30,8 +30,8 @@ pub fn folder(name: &str) -> Result<PathBuf> {
 }
 
 /// The adapters of flags that say `[NAME=]DIR`, and the base that the first of them names.
-pub fn named(flags: &[String]) -> Result<(Vec<NamedAdapter>, Option<String>)> {
-    let (mut adapters, mut base) = (Vec::new(), None);
+pub fn named(flags: &[String]) -> Result<(Vec<NamedAdapter>, NamedBase)> {
+    let (mut adapters, mut base) = (Vec::new(), NamedBase::default());
     for text in flags {
         let (name, dir, weight) = adapter_argument(text)?;
         if weight != 1.0 {
@@ -42,7 +42,7 @@ pub fn named(flags: &[String]) -> Result<(Vec<NamedAdapter>, Option<String>)> {
         let adapter = Adapter::load(&dir)?;
         warn_of_missing(name, &adapter);
         if adapters.is_empty() {
-            base = adapter.config.base_model_name_or_path;
+            base = NamedBase::of(&adapter.config);
         }
         adapters.push(NamedAdapter { name: name.to_string(), dir });
     }

@@ -33,7 +33,7 @@ pub fn run(args: &ChatArgs) -> Result<Code> {
     let place = Placement::new(&args.base)?;
     let (adapters, named) = adapters::named(&args.adapter)?;
     adapters::check_names(&adapters, BASE)?;
-    let dir = base_dir(&args.base, base_name(&args.base, named.as_deref())?)?;
+    let dir = base_dir(&args.base, base_name(&args.base, &named)?, &named)?;
     let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
     let voices = prompts::voices(&args.writing, &adapters, &dir)?;
     let first = usize::from(!adapters.is_empty());

@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use burn_qlora::adapter_io::merge_checkpoint_checked;
 use burn_qlora::gguf::{ExportReport, GgmlType, GgufOptions, export_gguf, export_lora_gguf};
 use burn_qlora::report::memory;
-use burn_qlora::{Adapter, MergeOptions, atomic, merge_checkpoint};
+use burn_qlora::{Adapter, MergeOptions, atomic};
 
 use crate::args::{ConvertArgs, Format};
 use crate::exit::{Code, UsageError};
 use crate::output::print;
 use crate::outputs::{self, ConvertBar};
 use crate::sources;
+use crate::verify;
 
 /// Runs the command.
 pub fn run(args: &ConvertArgs) -> Result<Code> {
@@ -65,7 +67,8 @@ fn merged(
     let dir = scratch.path().join("merged");
     let mut bar = ConvertBar::new("Merging");
     let options = MergeOptions { companions, ..MergeOptions::default() };
-    merge_checkpoint(base, adapter, &dir, &options, &mut |progress| bar.update(progress))?;
+    let check = |merged: &Path| if args.no_verify { Ok(()) } else { verify::merged(base, adapter, merged, None) };
+    merge_checkpoint_checked(base, adapter, &dir, &options, &mut |progress| bar.update(progress), check)?;
     bar.finish();
     // The temporary folder's name is nobody's name for a model.
     let own = base.canonicalize().ok().and_then(|dir| Some(dir.file_name()?.to_string_lossy().into_owned()));

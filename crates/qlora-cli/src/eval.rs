@@ -49,8 +49,8 @@ pub fn run(args: &EvalArgs) -> Result<Code> {
     }
     let (adapters, named) = adapters::named(&args.adapter)?;
     adapters::check_names(&adapters, BASE)?;
-    let base = base_name(&args.base, named.as_deref())?;
-    let dir = base_dir(&args.base, base)?;
+    let base = base_name(&args.base, &named)?;
+    let dir = base_dir(&args.base, base, &named)?;
     let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
     let mut voices = prompts::voices(&args.writing, &adapters, &dir)?;
     if let [first, others @ ..] = &mut voices[..]

@@ -20,14 +20,15 @@ use crate::exit::{Code, InputError, UsageError};
 use crate::model::{Placement, base_dir, base_name, default_cache};
 use crate::output::{print, say, show};
 use crate::prompts;
-use crate::sources::warn_of_missing;
+use crate::sources::{NamedBase, warn_of_missing};
 
 /// Runs the command. Answers go to stdout, a single one as it comes; everything else to stderr.
 pub fn run(args: &GenerateArgs) -> Result<Code> {
     let sampling = args.choice.sampling()?;
     let place = Placement::new(&args.base)?;
     let adapters = Adapters::load(args)?;
-    let dir = base_dir(&args.base, base_name(&args.base, adapters.base_model())?)?;
+    let named = adapters.base_model();
+    let dir = base_dir(&args.base, base_name(&args.base, &named)?, &named)?;
     let tokenizer = Arc::new(Tokenizer::from_dir(&dir)?);
     let prompting = prompting(args, &adapters, &dir)?;
     let writer = Writer { args, tokenizer: &tokenizer, prompting: &prompting };
@@ -241,9 +242,9 @@ impl Adapters {
     }
 
     /// The base that the first adapter names.
-    fn base_model(&self) -> Option<&str> {
-        let first = self.set.get(&self.weights.first()?.0).ok()?;
-        first.config.base_model_name_or_path.as_deref()
+    fn base_model(&self) -> NamedBase {
+        let first = self.weights.first().and_then(|(name, _)| self.set.get(name).ok());
+        first.map(|adapter| NamedBase::of(&adapter.config)).unwrap_or_default()
     }
 
     fn put_on(&self, model: &mut Decoder) -> Result<()> {

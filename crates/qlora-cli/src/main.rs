@@ -27,6 +27,7 @@ mod serve;
 mod signals;
 mod sources;
 mod train;
+mod verify;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;

@@ -1,17 +1,20 @@
 //! `qlora merge` and `qlora combine`: adapters folded into a checkpoint, or into one adapter.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::merge_checkpoint_checked;
 use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::report::memory;
-use burn_qlora::{MergeBase, MergeOptions, MergeReport, atomic, merge_checkpoint};
+use burn_qlora::{MergeBase, MergeOptions, MergeReport, atomic};
 
 use crate::args::{CombineArgs, MergeArgs, MergeInto};
 use crate::exit::{Code, UsageError};
-use crate::output::{Table, print};
+use crate::output::{Table, print, say};
 use crate::outputs::{self, ConvertBar};
 use crate::sources;
+use crate::verify;
 
 /// Runs `qlora merge`.
 pub fn run(args: &MergeArgs) -> Result<Code> {
@@ -29,7 +32,25 @@ pub fn run(args: &MergeArgs) -> Result<Code> {
     options.companions = companions;
     let base = sources::base(args.base_model.model.as_deref(), args.base_model.revision.as_deref(), Some(&adapter))?;
     let mut bar = ConvertBar::new("Merging");
-    let report = merge_checkpoint(&base, &adapter, &args.output, &options, &mut |progress| bar.update(progress))?;
+    // Modules that are left out of the rounding are so by rules of the file, not of the model.
+    let rounded = match &options.base {
+        MergeBase::Dequantized { config, skip_modules } => Some((*config, skip_modules.is_empty())),
+        MergeBase::FullPrecision => None,
+    };
+    let check = |merged: &Path| -> Result<()> {
+        match rounded {
+            _ if args.no_verify => Ok(()),
+            Some((_, false)) => {
+                say!(
+                    "note: the merged checkpoint was not compared with base and adapter: --skip-module leaves parts unrounded"
+                );
+                Ok(())
+            }
+            rounded => verify::merged(&base, &adapter, merged, rounded.map(|(config, _)| config)),
+        }
+    };
+    let report =
+        merge_checkpoint_checked(&base, &adapter, &args.output, &options, &mut |progress| bar.update(progress), check)?;
     bar.finish();
     print(&describe(args, &report)?)?;
     Ok(Code::Done)

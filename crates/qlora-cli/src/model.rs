@@ -16,6 +16,7 @@ use crate::exit::UsageError;
 use crate::hub;
 use crate::output::say;
 use crate::progress::LoadBar;
+use crate::sources::NamedBase;
 
 /// Of a GPU's free memory, what the cache takes when nothing is said: the rest is for a pass's activations and adapters.
 const CACHE_SHARE: f64 = 0.8;
@@ -40,14 +41,14 @@ pub fn cache_for(model: &Decoder, tokens: usize) -> CacheSize {
 }
 
 /// The name of the base: the one of the flags, or else the one that an adapter gives.
-pub fn base_name<'a>(args: &'a ModelArgs, named: Option<&'a str>) -> Result<&'a str> {
-    let name = args.model.as_deref().or(named).filter(|name| !name.is_empty());
+pub fn base_name<'a>(args: &'a ModelArgs, named: &'a NamedBase) -> Result<&'a str> {
+    let name = args.model.as_deref().or(named.name.as_deref()).filter(|name| !name.is_empty());
     Ok(name.ok_or_else(|| UsageError("no base model is named, by --model or by an adapter: give --model".into()))?)
 }
 
-/// The base's folder.
-pub fn base_dir(args: &ModelArgs, name: &str) -> Result<PathBuf> {
-    let dir = hub::resolve(name, args.revision.as_deref());
+/// The base's folder. A base that is another than the adapter's is told.
+pub fn base_dir(args: &ModelArgs, name: &str, named: &NamedBase) -> Result<PathBuf> {
+    let dir = hub::resolve(name, named.revision(name, args.revision.as_deref()));
     let dir = match args.model {
         Some(_) => dir?,
         None => dir.with_context(|| {

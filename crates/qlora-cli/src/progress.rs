@@ -211,6 +211,7 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
     let evaluated = if run.eval_rows == 0 { String::new() } else { format!(", {} rows for evaluation", run.eval_rows) };
     let resumed = if run.start_step == 0 { String::new() } else { format!(", {} of them done", run.start_step) };
     vec![
+        format!("Weights  {}", run.held),
         format!("Device   {}, computing in {}", run.device, run.compute_dtype),
         format!(
             "Adapters rank {} on {} modules: {} of {} parameters train ({percent:.2} %)",

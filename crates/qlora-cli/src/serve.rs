@@ -35,8 +35,8 @@ pub fn run(args: &ServeArgs) -> Result<Code> {
     let (config, base) = settings(args)?;
     let serve = &config.serve;
     let (adapters, named) = adapters::named(serve.adapters.as_deref().unwrap_or_default())?;
-    let model = base_name(&base, named.as_deref())?;
-    let dir = base_dir(&base, model)?;
+    let model = base_name(&base, &named)?;
+    let dir = base_dir(&base, model, &named)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut http = HttpConfig::new(served_name(serve, model));
     http.api_key = args.api_key.clone();

@@ -1,8 +1,9 @@
 //! What the commands that convert read: adapters, combined as the flags say, and the base they belong to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::AdapterConfig;
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::chat_text::{CHAT_TEMPLATE_FILE, PROMPT_SETTINGS_FILE};
@@ -67,17 +68,50 @@ fn check(args: &AdapterArgs) -> Result<(), UsageError> {
     }
 }
 
+/// The base that an adapter names.
+#[derive(Clone, Debug, Default)]
+pub struct NamedBase {
+    /// A hub id, or a folder.
+    pub name: Option<String>,
+    /// Its branch, tag or commit.
+    pub revision: Option<String>,
+}
+
+impl NamedBase {
+    /// The one of an adapter's configuration.
+    pub fn of(config: &AdapterConfig) -> Self {
+        let name = config.base_model_name_or_path.clone().filter(|name| !name.is_empty());
+        Self { name, revision: config.revision.clone() }
+    }
+
+    /// The revision of the base that was chosen: what the flags give, or else what the adapter names with it. A base that is another
+    /// than the adapter's is told.
+    pub fn revision<'a>(&'a self, chosen: &str, given: Option<&'a str>) -> Option<&'a str> {
+        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
+        let Some(named) = &self.name else { return given };
+        if last(named) != last(chosen) {
+            say!("note: the adapter was trained on {}", printable(named));
+            return given;
+        }
+        match (given, self.revision.as_deref()) {
+            (Some(given), Some(own)) if given != own => {
+                say!("note: the adapter was trained on revision {} of {}", printable(own), printable(named));
+                Some(given)
+            }
+            // A folder has no revisions.
+            (None, own) if !Path::new(chosen).exists() => own,
+            (given, _) => given,
+        }
+    }
+}
+
 /// The folder of the base: the model that is named, or else the one that the adapter names.
 pub fn base(model: Option<&str>, revision: Option<&str>, adapter: Option<&Adapter>) -> Result<PathBuf> {
-    let named = adapter.and_then(|adapter| adapter.config.base_model_name_or_path.as_deref());
-    let chosen = model.or(named).filter(|name| !name.is_empty()).ok_or_else(|| {
+    let named = adapter.map(|adapter| NamedBase::of(&adapter.config)).unwrap_or_default();
+    let chosen = model.or(named.name.as_deref()).filter(|name| !name.is_empty()).ok_or_else(|| {
         UsageError("the adapter names no base model, or several name different ones: give --model".into())
     })?;
-    let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
-    if let Some(named) = named.filter(|named| last(named) != last(chosen)) {
-        say!("note: the adapter was trained on {named}");
-    }
-    let dir = hub::resolve(chosen, revision);
+    let dir = hub::resolve(chosen, named.revision(chosen, revision));
     let dir = match model {
         None => dir.context("can't find the base model that the adapter names; --model gives another place")?,
         Some(_) => dir?,
@@ -94,4 +128,22 @@ pub fn four_bit(quant_type: &str, no_double_quant: bool) -> Result<QuantConfig, 
         other => return Err(UsageError(format!("--quant-type {other}: must be nf4 or fp4"))),
     };
     Ok(QuantConfig { quant_type, double_quant: !no_double_quant, ..QuantConfig::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapters_revision_is_taken_unless_another_is_given() {
+        let named = |name: &str| NamedBase { name: Some(name.into()), revision: Some("v2".into()) };
+        let of_hub = named("org/base");
+        assert_eq!(of_hub.revision("org/base", None), Some("v2"));
+        assert_eq!(of_hub.revision("org/base", Some("v3")), Some("v3"));
+        assert_eq!(of_hub.revision("mirror/base/", None), Some("v2"));
+        // Another model has revisions of its own, and a folder has none.
+        assert_eq!(of_hub.revision("org/other", None), None);
+        assert_eq!(named("src").revision("src", None), None);
+        assert_eq!(NamedBase::default().revision("org/base", Some("v1")), Some("v1"));
+    }
 }

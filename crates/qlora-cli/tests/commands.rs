@@ -44,11 +44,34 @@ fn dry_run_says_what_would_be_trained_and_writes_nothing() {
 }
 
 #[test]
+fn unknown_keys_of_a_model_are_accepted_by_name() {
+    let bench = Bench::new();
+    bench.copy("tiny-llama", "model");
+    let config = String::from_utf8(bench.read("model/config.json")).expect("text");
+    let config = config.replacen('{', r#"{"mup_gain": 2.5, "unk_token_id": 0, "attention_dropout": 0.1, "#, 1);
+    let config = config.replace(r#""attention_dropout": 0.0,"#, "");
+    std::fs::write(bench.path("model/config.json"), config).expect("written");
+    let ask = ["generate", "--device", "cpu", "--model", "model", "--max-new-tokens", "1", "--prompt", "a"];
+    bench.fails(&ask, 3, &["config.json", "mup_gain", "2.5", "--accept-key mup_gain"]);
+    let accepted = bench.ok(&[&ask[..], &["--accept-key", "mup_gain"]].concat()).stderr;
+    for word in ["`mup_gain` is 2.5", "`unk_token_id` is 0", "`attention_dropout` is 0.1"] {
+        assert!(accepted.contains(word), "{word}: {accepted}");
+    }
+    let train = ["train", "qlora.toml", "--model", "model", "--dry-run"];
+    bench.fails(&train, 3, &["mup_gain", "model.accept_keys"]);
+    for by in [&["--accept-key", "mup_gain"], &["--set", "model.accept_keys=[\"mup_gain\"]"]] {
+        let told = bench.ok(&[&train[..], by].concat()).stderr;
+        assert!(told.contains("`mup_gain` is 2.5"), "{told}");
+    }
+}
+
+#[test]
 fn train_leaves_adapter_metrics_and_report_and_generate_uses_them() {
     let bench = Bench::new();
     let run = bench.ok(&["train", "qlora.toml", "--set", "data.eval_fraction=0.2", "--set", "train.eval_every=2"]);
     assert!(run.stdout.contains("Adapter  run/adapter"), "{}", run.stdout);
     assert!(run.stderr.contains("step 4/4  loss ") && run.stderr.contains("evaluation loss"), "{}", run.stderr);
+    assert!(run.stderr.contains("Weights  ") && run.stderr.contains(" in 4 bits, "), "{}", run.stderr);
     for name in
         ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "summary.md", "summary.json", "loss.svg"]
     {

@@ -44,6 +44,10 @@ fn a_merged_model_answers_as_base_and_adapter_do() {
         assert!(out.contains(word), "{word}: {out}");
     }
     assert!(bench.path("merged/model.safetensors.index.json").is_file());
+    // What base and adapter compute was compared before anything was left, unless that is not wanted.
+    let stderr = |more: &[&str]| bench.ok(&[&merge[..], &["--max-shard-size", "4MB", "--force"], more].concat()).stderr;
+    assert!(stderr(&[]).contains("Checked  logits of base and adapter and of the merged weights are"));
+    assert!(!stderr(&["--no-verify"]).contains("Checked"));
     for name in ["tokenizer.json", "chat_template.jinja", "generation_config.json"] {
         assert_eq!(
             bench.read(&format!("merged/{name}")),

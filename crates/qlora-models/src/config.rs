@@ -11,12 +11,13 @@ mod fields;
 mod keys;
 mod modules;
 mod rope;
+mod tied;
 
 use crate::ModelError;
 use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
 use crate::rope::RopeScaling;
 pub use accepted::accept_keys;
-use adapter_io::BnbConfig;
+use adapter_io::{BnbConfig, Checkpoint};
 use blocks::LayerConfig;
 pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
 use fields::Fields;
@@ -77,6 +78,8 @@ pub struct ModelConfig {
     pub bnb: Option<BnbConfig>,
     /// What a user should know of keys that were passed over.
     pub notes: Vec<String>,
+    /// Blocks that predict tokens beyond the next one.
+    pub(crate) multi_token_layers: usize,
     layers: Vec<LayerConfig>,
     qkv_bias: bool,
     output_bias: bool,
@@ -85,7 +88,8 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `dir/config.json`.
+    /// Reads `dir/config.json`. Where the checkpoint beside it has an output head that is not the embedding table, the two are not
+    /// tied, whatever the file says.
     ///
     /// # Errors
     /// The file is missing or no JSON, the model type is unknown, or a field is missing, has a
@@ -95,7 +99,12 @@ impl ModelConfig {
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
         let value: Value =
             serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
-        Self::from_json(&value, &path)
+        let mut config = Self::from_json(&value, &path)?;
+        // Who loads the weights is told what is wrong with them.
+        if let Ok(checkpoint) = Checkpoint::open(dir) {
+            config.untie_by_weights(&checkpoint);
+        }
+        Ok(config)
     }
 
     /// Reads a parsed `config.json`; `path` names it in errors.
@@ -210,6 +219,7 @@ impl ModelConfig {
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
             notes: Vec::new(),
+            multi_token_layers: blocks::multi_token_layers(fields)?,
             layers: kinds
                 .into_iter()
                 .zip(sparse)

@@ -8,6 +8,7 @@
 //!
 //! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
 
+mod aside;
 mod options;
 mod random;
 mod source;
@@ -86,6 +87,7 @@ impl Decoder {
         }
         let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
         let root = *config.roots.iter().find(holds).unwrap_or(&config.root());
+        config.notes.extend(aside::note(&checkpoint, &config, &root));
         let streaming = Streaming::to(device, Quantizer::of(device)?);
         Loader::new(&checkpoint, config, options, device, progress, root, streaming).streams(streams)?.decoder()
     }
@@ -465,7 +467,8 @@ impl<'a> Loader<'a> {
             let module = name.split_once(".weight").map_or(name, |(module, _)| module);
             self.read.contains(name) || self.read.contains(module)
         };
-        let left = |name: &&str| self.root.has(name) && !harmless(name) && !read(name);
+        let further = |name: &str| aside::predicts_further(&self.config, &self.root, name);
+        let left = |name: &&str| self.root.has(name) && !harmless(name) && !read(name) && !further(name);
         match self.source.names().find(left) {
             None => Ok(()),
             Some(tensor) => Err(ModelError::UnexpectedTensor {

@@ -2,13 +2,14 @@
 //! models of each. `conformance` compares their logits with recorded ones.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-use adapter_io::Checkpoint;
+use adapter_io::{Checkpoint, Dtype, ShardedWriter, TensorSpec};
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use proptest::prelude::*;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
 use qlora_models::{Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling, accept_keys};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 fn archs() -> PathBuf {
@@ -183,6 +184,14 @@ fn keys_of_published_files_are_known() {
         ),
         ("mixtral", json!({"output_router_logits": true, "router_aux_loss_coef": 0.02, "id2label": {"0": "LABEL_0"}})),
     ];
+    // As in Devstral 2: a 0 is an absent factor, and no growth.
+    let mut config = json_of("ministral3");
+    config["rope_parameters"]["mscale_all_dim"] = json!(0.0);
+    config["rope_parameters"]["llama_4_scaling_beta"] = json!(0.0);
+    config["rope_parameters"]["type"] = json!("yarn");
+    let rope = &parse(&config).unwrap().attention_kinds[0].rope;
+    let RopeScaling::Yarn { attention_factor, .. } = rope.scaling else { panic!("{rope:?}") };
+    assert!((attention_factor - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12 && rope.query_growth.is_none(), "{rope:?}");
     for (name, keys) in extras {
         let mut config = json_of(name);
         config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
@@ -402,6 +411,82 @@ fn a_tensor_without_a_place_is_refused() {
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let message = load(dir.path(), None).unwrap_err().to_string();
     assert!(message.contains("model.layers.0.self_attn.k_proj.bias") && message.contains("llama"), "{message}");
+}
+
+/// A copy of a model with other tensors and keys.
+fn edited(
+    name: &str,
+    edit: impl FnOnce(&mut BTreeMap<String, (Vec<usize>, Vec<u8>)>, &mut Value),
+) -> tempfile::TempDir {
+    let (dir, checkpoint, mut config) =
+        (tempfile::tempdir().unwrap(), Checkpoint::open(&archs().join(name)).unwrap(), json_of(name));
+    let owned = |name: &str| {
+        let view = checkpoint.tensor(name).unwrap();
+        (name.to_string(), (view.shape.clone(), view.data.to_vec()))
+    };
+    let mut tensors = checkpoint.names().map(owned).collect();
+    edit(&mut tensors, &mut config);
+    let specs = tensors.iter().map(|(name, (shape, _))| TensorSpec::new(name, Dtype::BF16, shape)).collect();
+    let mut writer = ShardedWriter::create(dir.path(), specs, 1 << 30).unwrap();
+    tensors.iter().for_each(|(name, (_, data))| writer.write(name, data).unwrap());
+    writer.finish().unwrap();
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    dir
+}
+
+#[test]
+fn a_head_that_is_not_the_embedding_table_is_a_head_whatever_the_file_says() {
+    let logits = |dir: &Path| values(load(dir, None).unwrap().forward(&[3, 4, 5], 1, Pass::INFERENCE));
+    let tied = edited("qwen3", |_, _| ());
+    let with_head = |flip: u8, tie: bool| {
+        edited("qwen3", |tensors, config| {
+            let mut head = tensors["model.embed_tokens.weight"].clone();
+            head.1.iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= flip);
+            tensors.insert("lm_head.weight".into(), head);
+            config["tie_word_embeddings"] = json!(tie);
+        })
+    };
+    // The table once more is the table; the negative of it is a head.
+    let (same, other) = (with_head(0, true), with_head(0x80, true));
+    assert_eq!(logits(same.path()), logits(tied.path()));
+    assert!(ModelConfig::from_dir(same.path()).unwrap().notes.is_empty());
+    let config = ModelConfig::from_dir(other.path()).unwrap();
+    assert!(!config.tie_word_embeddings && config.notes[0].contains("lm_head.weight"), "{:?}", config.notes);
+    assert_eq!(logits(other.path()), logits(with_head(0x80, false).path()));
+    assert_eq!(logits(other.path()), logits(tied.path()).iter().map(|x| -x).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_is_left_aside_is_told() {
+    let model = load(&archs().join("mistral3_images"), Some(QuantConfig::default())).unwrap();
+    let [note] = &model.config().notes[..] else { panic!("{:?}", model.config().notes) };
+    for part in ["left aside", "vision_tower (", "multi_modal_projector (", "tensors"] {
+        assert!(note.contains(part), "{note}");
+    }
+    // A block behind the last one, that predicts the token after the next.
+    let further = |key: bool| {
+        edited("llama3", |tensors, config| {
+            let norm = tensors["model.layers.0.input_layernorm.weight"].clone();
+            tensors.insert("model.layers.2.enorm.weight".into(), norm);
+            if key {
+                config["num_nextn_predict_layers"] = json!(1);
+            }
+        })
+    };
+    let model = load(further(true).path(), None).unwrap();
+    assert!(model.config().notes[0].contains("model.layers.2 (1 tensors"), "{:?}", model.config().notes);
+    assert!(load(further(false).path(), None).unwrap_err().to_string().contains("model.layers.2.enorm.weight"));
+}
+
+#[test]
+fn what_weights_are_held_in_is_read_from_them() {
+    let model = load(&archs().join("qwen3_moe"), Some(QuantConfig::default())).unwrap();
+    let held = model.held_weights();
+    assert_eq!(held.format(), "NF4, blocksize 64 with double quantization");
+    assert_eq!(held.four_bit + held.sixteen_bit + held.f32, model.device_bytes());
+    assert!(held.left_dense.is_none() && held.four_bit > 0 && held.sixteen_bit == 0, "{held}");
+    let dense = load(&archs().join("qwen3_moe"), None).unwrap().held_weights();
+    assert_eq!((dense.format().as_str(), dense.four_bit, dense.left_dense), ("unquantized", 0, None));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use adapter_io::{Adapter, AdapterConfig, Dtype, HostTensor, ShardedWriter, TensorSpec};
+use adapter_io::{Adapter, AdapterConfig, Checkpoint, Dtype, HostTensor, ShardedWriter, TensorSpec};
 
 /// A safetensors file from a header's JSON and its data.
 pub fn file_of(header: &str, data: &[u8]) -> Vec<u8> {
@@ -62,6 +62,19 @@ pub fn model(dir: &Path) {
     ];
     write(dir, &specs, 1 << 30);
     fs::write(dir.join("config.json"), MODEL_CONFIG).unwrap();
+}
+
+/// Makes the output head of [`model`] a copy of its embedding table.
+pub fn copy_head(dir: &Path) {
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let data = |name: &str| checkpoint.tensor(name).unwrap().data.to_vec();
+    let (embed, head) = (data("model.embed_tokens.weight"), data("lm_head.weight"));
+    drop(checkpoint);
+    let at = bytes.windows(head.len()).position(|window| window == head).unwrap();
+    bytes[at..at + head.len()].copy_from_slice(&embed);
+    fs::write(path, bytes).unwrap();
 }
 
 /// The configuration of [`model`].

@@ -90,6 +90,9 @@ pub struct MergeArgs {
     /// Take tokenizer and chat template from this folder instead of the base
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
+    /// Do not compare the logits of a few tokens of base and adapter with the merged checkpoint's before it is left
+    #[arg(long)]
+    pub no_verify: bool,
 }
 
 /// What an adapter is merged into.
@@ -254,6 +257,9 @@ pub struct ConvertArgs {
     /// Leave the tokenizer out
     #[arg(long)]
     pub without_tokenizer: bool,
+    /// Do not compare the logits of a few tokens of base and adapter with the merged checkpoint's before the file is written
+    #[arg(long)]
+    pub no_verify: bool,
 }
 
 /// A format that `qlora convert` writes.

@@ -192,6 +192,15 @@ fn count(fields: &Fields, key: &str) -> Result<Option<usize>, ModelError> {
     fields.get(key).map(read).transpose()
 }
 
+/// The keys with the number of blocks that predict tokens beyond the next one.
+const MULTI_TOKEN: [&str; 3] = ["num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"];
+
+/// How many blocks predict tokens beyond the next one.
+pub(super) fn multi_token_layers(fields: &Fields) -> Result<usize, ModelError> {
+    let counts = MULTI_TOKEN.iter().map(|key| count(fields, key)).collect::<Result<Vec<_>, _>>()?;
+    Ok(counts.into_iter().flatten().max().unwrap_or(0).min(1000))
+}
+
 /// All experts of a model.
 const MOST_EXPERTS: usize = 100_000;
 

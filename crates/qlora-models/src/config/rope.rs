@@ -182,7 +182,12 @@ impl Outer<'_> {
         let original = self.original(inner)?;
         let factor = self.factor(inner, original)?;
         let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
-        let (scale, all) = (inner.number("mscale")?, inner.number("mscale_all_dim")?);
+        // A 0 stands for an absent one.
+        let scale_of = |key: &str| match inner.get(key).and_then(Value::as_f64) {
+            Some(0.0) => Ok(None),
+            _ => inner.number(key),
+        };
+        let (scale, all) = (scale_of("mscale")?, scale_of("mscale_all_dim")?);
         let attention_factor = match (inner.number("attention_factor")?, scale, all) {
             (Some(factor), ..) => factor,
             (None, Some(scale), Some(all)) => magnitude(scale) / magnitude(all),

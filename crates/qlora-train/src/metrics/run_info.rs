@@ -15,6 +15,9 @@ pub struct RunInfo {
     pub compute_dtype: String,
     /// The base's weights in words, e.g. `NF4, blocksize 64 with double quantization`.
     pub quantization: String,
+    /// The base's weights by what they are held in, e.g. `3.6 GiB in 4 bits, 250.0 MiB in 16 bits`.
+    #[serde(default)]
+    pub held: String,
     /// Parameters of the base model.
     pub base_parameters: u64,
     /// Parameters of the adapters.

@@ -94,7 +94,6 @@ impl<'e> Trainer<'e> {
         accept_keys(config.model.accept_keys.iter().cloned());
         let Resized { config: resized, model: shape, notice } =
             resize(&config, ModelConfig::from_dir(&model_dir)?, &tokenizer)?;
-        shape.notes.iter().for_each(|note| events.on_notice(note));
         notice.iter().for_each(|notice| events.on_notice(notice));
         let rows = Rows::load(&config, &tokenizer, &shape, events)?;
         let total_steps = config.train.total_steps(rows.train.examples.len());
@@ -123,6 +122,7 @@ impl<'e> Trainer<'e> {
         }
         let mut model =
             Decoder::load_streamed(&model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;
+        model.config().notes.iter().for_each(|note| events.on_notice(note));
         model.resize_embeddings(shape.vocab_size)?;
         let lora = &resized.lora;
         match &resumed {

@@ -60,11 +60,13 @@ impl Trainer<'_> {
         let model = self.engine.model();
         let options = &self.config.train;
         let report = &self.rows.train.report;
+        let held = model.held_weights();
         RunInfo {
             model: self.config.model.path.clone(),
             device: device_name(model.device()),
             compute_dtype: format!("{:?}", self.dtype).to_lowercase(),
-            quantization: self.config.quantization.describe(),
+            quantization: held.format(),
+            held: held.to_string(),
             base_parameters: model.num_params() as u64,
             trainable_parameters: model.num_trainable() as u64,
             adapted_modules: model.adapted_modules().len(),
