@@ -101,7 +101,7 @@ fn what_a_model_needs_comes_along() {
     quantize_checkpoint(&base, &out, &BnbOptions::default(), &mut |_| {}).unwrap();
     assert_eq!(names(&out), wanted);
     let options = GptqOptions { group_size: Some(8), ..GptqOptions::default() };
-    gptq_checkpoint::<adapter_io::FormatError>(&base, &out, &options, &[], 1 << 30, |_| Ok(()), &mut |_| {}).unwrap();
+    gptq_checkpoint::<FormatError>(&base, &out, &options, &[], 1 << 30, |_| Ok(()), &mut |_| {}).unwrap();
     let mut of_gptq: Vec<String> = with_tekken().chain(["quantize_config.json".into()]).collect();
     of_gptq.sort();
     assert_eq!(names(&out), of_gptq);
@@ -270,6 +270,6 @@ fn embeddings_of_any_name_stay_as_they_are() {
     let name = format!("{}.weight", linears[0]);
     assert_ne!(values(&out, &name), values(&base, &name));
     let options = GptqOptions { group_size: Some(32), ..GptqOptions::default() };
-    let made = gptq_checkpoint::<adapter_io::FormatError>(&base, &out, &options, &[], 1 << 30, |_| Ok(()), &mut |_| {});
+    let made = gptq_checkpoint::<FormatError>(&base, &out, &options, &[], 1 << 30, |_| Ok(()), &mut |_| {});
     assert_eq!(made.unwrap().len(), 3);
 }

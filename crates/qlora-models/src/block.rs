@@ -108,7 +108,7 @@ impl Block {
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
     fn feed_forward_branch(&self, x: Tensor<2>, config: &ModelConfig, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        let h = normalised(&self.norms.mlp_input, |_| x, pass, false);
+        let h = input(&self.norms.mlp_input, x, pass);
         let run = |gradients_only| self.feed_forward.forward(h, pass, gradients_only);
         scaled(normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only()), config)
     }
@@ -124,7 +124,7 @@ impl Block {
         purpose: Purpose<'_>,
     ) -> Tensor<2> {
         let &Sequence { rows, len, .. } = sequence;
-        let h = normalised(&self.norms.attention_input, |_| x, pass, false);
+        let h = input(&self.norms.attention_input, x, pass);
         if let Some(delta) = &self.delta {
             let mixed = self.linear_attention(delta, h, len, pass);
             return self.project_output(mixed, config, pass, purpose.gradients_only());
@@ -246,6 +246,18 @@ pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig) -> (Tensor<2>, Opti
 pub(crate) fn split_qkv(all: Tensor<2>, config: &ModelConfig) -> [Tensor<2>; 3] {
     let [q, k, v] = config.qkv_widths();
     [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
+}
+
+/// What a branch reads. Without a norm it is the residual stream, as one node of the graph: the gradients of what reads it are summed
+/// before they meet the residual's, in the same order whether a block is differentiated whole or branch by branch.
+fn input(norm: &Option<Named<RmsNorm>>, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+    match norm {
+        Some(norm) => norm.module.forward(x, pass),
+        None => {
+            let [tokens, width] = x.dims();
+            x.reshape([1, tokens, width]).reshape([tokens, width])
+        }
+    }
 }
 
 /// What a branch adds to the residual stream.

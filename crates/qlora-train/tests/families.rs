@@ -18,6 +18,10 @@ fn archs() -> Vec<PathBuf> {
     paths
 }
 
+fn arch(name: &str) -> PathBuf {
+    archs().into_iter().find(|path| path.ends_with(name)).unwrap()
+}
+
 fn model(dir: &Path) -> Decoder {
     let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
     let mut model = Decoder::load(dir, options, &Device::flex(), &mut |_| ()).unwrap();
@@ -35,7 +39,13 @@ fn engine_of(model: Decoder, checkpointing: ActivationCheckpointing) -> Engine {
 }
 
 fn batch(rows: usize, len: usize) -> Batch {
-    let input_ids: Vec<u32> = (0..(rows * len) as u32).map(|i| 3 + i * 7 % 50).collect();
+    batch_of(53, rows, len)
+}
+
+/// For a vocabulary of so many tokens.
+fn batch_of(vocabulary: usize, rows: usize, len: usize) -> Batch {
+    let words = (vocabulary as u32 - 3).min(50);
+    let input_ids: Vec<u32> = (0..(rows * len) as u32).map(|i| 3 + i * 7 % words).collect();
     let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
     Batch { input_ids, labels, rows, cols: len, lengths: vec![len; rows] }
 }
@@ -60,11 +70,13 @@ fn activation_checkpointing_changes_no_bit_in_any_family() {
         let adapters = ActivationCheckpointing::ALL.map(|checkpointing| {
             let mut engine = engine(&dir, checkpointing);
             // The second step starts from factors that are not zero.
-            let losses: Vec<f64> = (0..2).map(|seed| engine.step(&[batch(2, 12)], 1e-2, seed).unwrap().loss).collect();
+            let batch = batch_of(engine.model().vocab_size(), 2, 12);
+            let step = |seed| engine.step(std::slice::from_ref(&batch), 1e-2, seed).unwrap().loss;
+            let losses: Vec<f64> = (0..2).map(step).collect();
             (losses, factors(&engine))
         });
         for (policy, of_policy) in ActivationCheckpointing::ALL.iter().zip(&adapters) {
-            assert_eq!(&adapters[0], of_policy, "{policy:?}, {}", dir.display());
+            assert!(&adapters[0] == of_policy, "{policy:?}, {}", dir.display());
         }
     }
 }
@@ -88,7 +100,7 @@ fn a_plan_counts_what_is_loaded() {
 /// The update is queued before the host knows the loss.
 #[test]
 fn a_step_that_is_not_finite_changes_nothing() {
-    let dir = archs().into_iter().next().unwrap();
+    let dir = arch("gemma2");
     let mut engine = engine(&dir, ActivationCheckpointing::Full);
     engine.step(&[batch(2, 12)], 1e30, 0).unwrap();
     let all = |engine: &mut Engine| (factors(engine), engine.optimizer_mut().state().unwrap());
@@ -102,7 +114,7 @@ fn a_step_that_is_not_finite_changes_nothing() {
 
 #[test]
 fn an_expert_without_tokens_has_a_zero_gradient() {
-    let dir = archs().into_iter().find(|path| path.ends_with("qwen3_moe")).unwrap();
+    let dir = arch("qwen3_moe");
     let mut model = model(&dir);
     for (_, adapter) in model.adapters_mut() {
         adapter.lora_b = trainable(adapter.lora_b.val().without_autodiff() + 0.25);
@@ -141,7 +153,7 @@ fn an_expert_without_tokens_has_a_zero_gradient() {
 /// of an engine that never met it.
 #[test]
 fn an_overflowing_step_is_skipped() {
-    let dir = archs().into_iter().next().unwrap();
+    let dir = arch("gemma2");
     let in_f16 = |scale: f64| {
         let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F16 };
         let mut model = Decoder::load(&dir, options, &Device::flex(), &mut |_| ()).unwrap();
@@ -184,7 +196,7 @@ fn an_overflowing_step_is_skipped() {
 /// The norm that clipping sees, and that is reported, is that of the gradients of the loss itself.
 #[test]
 fn clipping_sees_gradients_without_the_scale() {
-    let dir = archs().into_iter().next().unwrap();
+    let dir = arch("gemma2");
     let run = |choice: LossScale| {
         let mut engine = engine(&dir, ActivationCheckpointing::None);
         // A bound that the norm exceeds.
