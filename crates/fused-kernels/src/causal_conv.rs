@@ -80,7 +80,8 @@ fn vector(client: &Client, tokens: Matrix, conv: Conv) -> Result<usize, KernelEr
 pub fn forward(client: &Client, buffers: Forward<'_>, tokens: Matrix, conv: Conv) -> Result<(), KernelError> {
     let vector = vector(client, tokens, conv)?;
     let (elements, size) = (tokens.elements(), tokens.format.size());
-    let (x, out) = (buffer("x", buffers.x, elements, size, vector)?, buffer("out", buffers.out, elements, size, vector)?);
+    let (x, out) =
+        (buffer("x", buffers.x, elements, size, vector)?, buffer("out", buffers.out, elements, size, vector)?);
     let weight = buffer("weight", buffers.weight, conv.taps * tokens.width, 4, 1)?;
     if elements == 0 {
         return Ok(());

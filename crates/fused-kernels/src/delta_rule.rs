@@ -30,6 +30,7 @@
 //!   nothing is kept from the forward pass.
 //! - A cube of `delta_gradient` goes through all heads of values of its head of keys, so that nothing is added by atomics: the same
 //!   bits on every run.
+//! - Rows of generation, which go on from a state by a token or a few, go token by token ([`recurrent`]), on every runtime.
 //! - The inverse is made in f32: blocks of 16 by substitution, then `X ← −X₂₂ L₂₁ X₁₁` between them.
 //!
 //! # Numerics
@@ -40,11 +41,14 @@
 //! are then small differences. `tests/delta_rule.rs` checks elements.
 
 pub mod oracle;
+mod recurrent;
 
 use bytemuck::{Pod, Zeroable};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use cuda_source::{Arguments, Source};
+
+pub use recurrent::{Recurrent, Sizes, recurrent};
 
 use crate::elementwise::check_half;
 use crate::error::check_size;
@@ -59,10 +63,30 @@ const CHUNK: usize = 64;
 const MAX_ELEMENTS: usize = u32::MAX as usize;
 
 static SHARED: [&str; 4] = [
-    concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), include_str!("delta_rule/shared.cu"), include_str!("delta_rule/chunks.cu")),
-    concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), include_str!("delta_rule/shared.cu"), include_str!("delta_rule/forward.cu")),
-    concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), include_str!("delta_rule/shared.cu"), include_str!("delta_rule/states.cu")),
-    concat!(cuda_source::prelude!(), cuda_source::tensor_cores!(), include_str!("delta_rule/shared.cu"), include_str!("delta_rule/gradient.cu")),
+    concat!(
+        cuda_source::prelude!(),
+        cuda_source::tensor_cores!(),
+        include_str!("delta_rule/shared.cu"),
+        include_str!("delta_rule/chunks.cu")
+    ),
+    concat!(
+        cuda_source::prelude!(),
+        cuda_source::tensor_cores!(),
+        include_str!("delta_rule/shared.cu"),
+        include_str!("delta_rule/forward.cu")
+    ),
+    concat!(
+        cuda_source::prelude!(),
+        cuda_source::tensor_cores!(),
+        include_str!("delta_rule/shared.cu"),
+        include_str!("delta_rule/states.cu")
+    ),
+    concat!(
+        cuda_source::prelude!(),
+        cuda_source::tensor_cores!(),
+        include_str!("delta_rule/shared.cu"),
+        include_str!("delta_rule/gradient.cu")
+    ),
 ];
 
 /// Where rows begin, one after the other: checked, and on the device.
@@ -251,14 +275,21 @@ impl<'a> Call<'a> {
         let stride = |name, operand: Operand<'_>, heads: usize| {
             let Operand { handle, stride } = operand;
             if !stride.is_multiple_of(8) || stride < heads * DIM {
-                let reason = format!("`{name}` has {stride} elements from token to token; a multiple of 8 is needed, {} or more", heads * DIM);
+                let reason = format!(
+                    "`{name}` has {stride} elements from token to token; a multiple of 8 is needed, {} or more",
+                    heads * DIM
+                );
                 return Err(KernelError::Shape { operation: OPERATION, reason });
             }
             let offset = handle.offset_start.unwrap_or(0) as usize;
             if !offset.is_multiple_of(16) {
                 return Err(KernelError::Alignment { name, offset, size: 16 });
             }
-            check_size(name, handle, 2 * (rows.tokens.saturating_sub(1) * stride + heads * DIM).min(rows.tokens * stride))?;
+            check_size(
+                name,
+                handle,
+                2 * (rows.tokens.saturating_sub(1) * stride + heads * DIM).min(rows.tokens * stride),
+            )?;
             Ok(stride as u32)
         };
         for (name, factor) in [("g", inputs.g), ("beta", inputs.beta)] {

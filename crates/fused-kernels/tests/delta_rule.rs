@@ -8,9 +8,9 @@ use common::{half_bytes, halves, on_device};
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::delta_rule::oracle::{self, Batch};
-use fused_kernels::delta_rule::{self, Gradients, Inputs, Operand, Rows, Shape};
-use fused_kernels::{FloatFormat, KernelError};
-use test_support::noise;
+use fused_kernels::delta_rule::{self, Gradients, Inputs, Operand, Recurrent, Rows, Shape, Sizes, recurrent};
+use fused_kernels::{FloatFormat, KernelError, supports};
+use test_support::{clients, noise};
 
 const DIM: usize = 128;
 
@@ -39,9 +39,10 @@ fn read_half(client: &Client, handle: Handle, format: FloatFormat) -> Vec<f64> {
     halves(&client.read_one(handle).expect("the kernel runs"), format).into_iter().map(f64::from).collect()
 }
 
-/// Elements within some roundings of products' operands of the largest: what a head's terms are made of.
-fn assert_close(what: &str, found: &[f64], expected: &[f64], format: FloatFormat) {
-    let largest = expected.iter().fold(0.0_f64, |most, value| most.max(value.abs()));
+/// Elements within some roundings of products' operands of the largest: what a head's terms are made of. Gradients of one token
+/// or a few are small sums of 128 terms near 1, so that the largest may be smaller than those terms' rounding asks for: `least`.
+fn assert_close(what: &str, found: &[f64], expected: &[f64], format: FloatFormat, least: f64) {
+    let largest = expected.iter().fold(least, |most, value| most.max(value.abs()));
     // Four half-ulps: the error of a sum is a fraction of that of its largest terms, of which there are a few.
     let bar = largest * if format == FloatFormat::F16 { 4.0 * 4.9e-4 } else { 4.0 * 3.9e-3 };
     test_support::assert_close(format!("{what}, {format:?}"), found, expected, |_, _| bar);
@@ -104,7 +105,8 @@ fn outputs_and_gradients_are_those_of_the_recurrence() {
             let [g, beta] = [g, beta].map(|x| x.into_iter().map(f64::from).collect::<Vec<_>>());
             let wide = oracle::Inputs { q: &q, k: &k, v: &v, g: &g, beta: &beta };
             let close = |name: &str, found: &[f64], expected: &[f64]| {
-                assert_close(&format!("{name}, {what}"), found, expected, format);
+                let least = if name == "output" { 0.0 } else { 0.1 };
+                assert_close(&format!("{name}, {what}"), found, expected, format, least);
             };
             close("output", &read_half(client, out, format), &oracle::forward(wide, &batch).0);
             let expected = oracle::backward(wide, &d_out, &batch);
@@ -113,6 +115,85 @@ fn outputs_and_gradients_are_those_of_the_recurrence() {
             close("gradient of v", &read_half(client, d_v, format), &expected.v);
             close("gradient of g", &read_f32(client, d_g), &expected.g);
             close("gradient of beta", &read_f32(client, d_beta), &expected.beta);
+        }
+    }
+}
+
+/// On every runtime at hand: rows in two calls give what they give in one recurrence.
+#[test]
+fn rows_go_on_from_their_states() {
+    for (name, client) in clients() {
+        for format in FloatFormat::ALL.into_iter().filter(|format| supports(client, *format)) {
+            for (rows, [key_heads, value_heads], [key_dim, value_dim]) in
+                [(1, [1, 1], [4, 4]), (2, [2, 4], [12, 20]), (1, [1, 3], [16, 200])]
+            {
+                let what = format!("{name}, {format:?}, {rows} rows, {value_heads} heads of {key_dim} x {value_dim}");
+                let lens = [3, 1];
+                let len: usize = lens.iter().sum();
+                let batch = Batch { rows: vec![len; rows], key_heads, value_heads, key_dim, value_dim };
+                let held = |values: &[f32]| -> Vec<f64> {
+                    match format {
+                        FloatFormat::F32 => values.iter().copied().map(f64::from).collect(),
+                        _ => halves(&half_bytes(values, format), format).into_iter().map(f64::from).collect(),
+                    }
+                };
+                let noise_of = |seed, width: usize| held(&noise(seed, rows * len * width));
+                let (q, k) = (noise_of(1, key_heads * key_dim), noise_of(2, key_heads * key_dim));
+                let v = noise_of(3, value_heads * value_dim);
+                let wide = |seed, sign: f32| -> Vec<f64> {
+                    noise(seed, rows * len * value_heads).iter().map(|x| f64::from(sign * x.abs())).collect()
+                };
+                let (g, beta) = (wide(4, -1.0), wide(5, 0.5));
+                let inputs = oracle::Inputs { q: &q, k: &k, v: &v, g: &g, beta: &beta };
+                let (expected, states) = oracle::forward(inputs, &batch);
+
+                let state = f32s(client, &vec![0.0; rows * value_heads * key_dim * value_dim]);
+                let (mut found, mut start) = (vec![0.0; expected.len()], 0);
+                for len_now in lens {
+                    // The tokens of a call, of each row.
+                    let places: Vec<usize> =
+                        (0..rows).flat_map(|row| (start..start + len_now).map(move |at| row * len + at)).collect();
+                    let part = |values: &[f64], width: usize, format: FloatFormat| -> Handle {
+                        let tokens = places.iter().flat_map(|token| &values[token * width..][..width]);
+                        let values: Vec<f32> = tokens.map(|value| *value as f32).collect();
+                        match format {
+                            FloatFormat::F32 => f32s(client, &values),
+                            _ => client.create_from_slice(&half_bytes(&values, format)),
+                        }
+                    };
+                    let width = value_heads * value_dim;
+                    let out = client.create_from_slice(&vec![0xFF; places.len() * width * format.size()]);
+                    let buffers = Recurrent {
+                        q: &part(&q, key_heads * key_dim, format),
+                        k: &part(&k, key_heads * key_dim, format),
+                        v: &part(&v, width, format),
+                        g: &part(&g, value_heads, FloatFormat::F32),
+                        beta: &part(&beta, value_heads, FloatFormat::F32),
+                        state: &state,
+                        out: &out,
+                    };
+                    let sizes = Sizes { rows, len: len_now, key_heads, value_heads, key_dim, value_dim, format };
+                    recurrent(client, buffers, sizes).unwrap();
+                    let out = match format {
+                        FloatFormat::F32 => read_f32(client, out),
+                        _ => read_half(client, out, format),
+                    };
+                    for (values, token) in out.chunks(width).zip(&places) {
+                        found[token * width..][..width].copy_from_slice(values);
+                    }
+                    start += len_now;
+                }
+                // One rounding of an output; states and sums are f32 over some tens of terms.
+                let ulp = match format {
+                    FloatFormat::F32 => 6e-8,
+                    FloatFormat::F16 => 4.9e-4,
+                    FloatFormat::BF16 => 3.91e-3,
+                };
+                let scale = |values: &[f64]| values.iter().fold(1.0_f64, |most, value| most.max(value.abs()));
+                let (of_outputs, of_states) = (scale(&expected), scale(&states));
+                test_support::assert_close(&what, &found, &expected, |_, e| ulp * e.abs() + 5e-6 * of_outputs);
+                test_support::assert_close(&what, &read_f32(client, state), &states, |_, _| 5e-6 * of_states);
+            }
         }
     }
 }

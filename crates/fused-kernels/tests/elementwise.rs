@@ -9,8 +9,8 @@ use fused_kernels::gated::Activation;
 use fused_kernels::rms_norm::Norm;
 use fused_kernels::rope::{Buffers, Rotation};
 use fused_kernels::{
-    FloatFormat, KernelError, Matrix, adapted_norms, candidates, causal_conv, columns, cross_entropy, gated, likeliest, rms_norm,
-    rope, supports,
+    FloatFormat, KernelError, Matrix, adapted_norms, candidates, causal_conv, columns, cross_entropy, gated, likeliest,
+    rms_norm, rope, supports,
 };
 use half::{bf16, f16};
 use test_support::clients;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::paged_optim::free_memory;
-use burn_qlora::qlora_models::{ModelConfig, PagedCache, accept_keys};
+use burn_qlora::qlora_models::{PagedCache, accept_keys};
 use burn_qlora::qlora_serve::CacheSize;
 use burn_qlora::qlora_train::Placed;
-use burn_qlora::qlora_train::config::BaseModelConfig;
+use burn_qlora::qlora_train::config::{BaseModelConfig, QuantizationConfig};
 use burn_qlora::{Decoder, Device, LoadOptions, QuantType, TrainConfig, compute_dtype, select_device};
 
 use crate::args::ModelArgs;
@@ -64,6 +64,7 @@ pub struct Placement {
     device: Device,
     options: LoadOptions,
     config: BaseModelConfig,
+    quantization: QuantizationConfig,
 }
 
 impl Placement {
@@ -91,7 +92,7 @@ impl Placement {
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-        Ok(Self { options, device, config: config.model })
+        Ok(Self { options, device, config: config.model, quantization: config.quantization })
     }
 
     /// How the base's linear layers are kept, by the configuration's name for it.
@@ -105,8 +106,9 @@ impl Placement {
 
     /// Loads the base.
     pub fn load(self, dir: &Path) -> Result<Decoder> {
-        let Self { device, options, config } = self;
-        let streams = Placed::to_answer(&config, &ModelConfig::from_dir(dir)?, &options, &device).streams(&device);
+        let Self { device, options, config, quantization } = self;
+        let base = quantization.base_config(dir)?;
+        let streams = Placed::to_answer(&config, &base, &options, &device).streams(&device);
         if let Some(streams) = &streams {
             let blocks = streams.placement.streamed();
             eprintln!(
@@ -114,7 +116,7 @@ impl Placement {
             );
         }
         let mut bar = LoadBar::new();
-        let model = Decoder::load_streamed(dir, options, streams, &device, &mut |progress| bar.update(progress))?;
+        let model = Decoder::load_as(base, dir, options, streams, &device, &mut |progress| bar.update(progress))?;
         bar.finish();
         model.config().notes.iter().for_each(|note| say!("{note}"));
         Ok(model)

@@ -19,8 +19,8 @@ use burn_qlora::qlora_train::rates::{self, Seconds};
 use burn_qlora::qlora_train::{Resized, Waiting, load_rows, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    ModelConfig, Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic,
-    compute_dtype, select_device,
+    Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic, compute_dtype,
+    select_device,
 };
 
 use crate::args::{KeyFlags, TrainArgs};
@@ -221,7 +221,7 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
     let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let Resized { config, model, notice } = resize(config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
+    let Resized { config, model, notice } = resize(config, config.quantization.base_config(&dir)?, &tokenizer)?;
     let config = &config;
     model.notes.iter().for_each(|note| events.on_notice(note));
     notice.iter().for_each(|notice| events.on_notice(notice));

@@ -1,10 +1,10 @@
 //! The gated delta rule on every device: outputs, states and gradients against the recurrence in f64.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use fused_kernels::delta_rule::oracle::{self, Batch, Inputs};
 use qlora_layers::ops::{DeltaRows, delta_rule, delta_rule_after};
-use test_support::{devices, noise};
+use test_support::{devices, dtypes, noise};
 
 /// What a case reads, as f32 tensors and in f64.
 struct Case {
@@ -160,5 +160,40 @@ fn a_row_goes_on_from_its_state() {
         let [q, k, v, g, beta] = &wide;
         let (_, states) = oracle::forward(Inputs { q, k, v, g, beta }, &case.batch);
         assert_close(&format!("{name}, states"), &values(state), &states);
+    }
+}
+
+/// On CUDA these are the fused kernels, over values that lie apart, as parts of a wider tensor.
+#[test]
+fn narrow_operands_give_what_wide_ones_give() {
+    for (name, device) in devices() {
+        let on_host = (name == "flex").then_some(FloatDType::BF16);
+        for dtype in dtypes(name).into_iter().chain(on_host).filter(|dtype| *dtype != FloatDType::F32) {
+            let batch = Batch { rows: vec![70, 70], key_heads: 1, value_heads: 2, key_dim: 128, value_dim: 128 };
+            let case = Case::new(batch, false);
+            let ([q, k, v], factors) = case.tensors(&device);
+            let run = |dtype: FloatDType| {
+                let wide = Tensor::cat(vec![v.clone(), v.clone()], 2).cast(dtype);
+                let leaves = [&q, &k].map(|x| x.clone().cast(dtype).autodiff().require_grad());
+                let values_leaf = wide.autodiff().require_grad();
+                let factors = factors.clone().map(|x| x.autodiff().require_grad());
+                let ([q, k], v) = (leaves.clone(), values_leaf.clone().narrow(2, 1, 2));
+                let out = delta_rule(q, k, v, factors.clone(), &DeltaRows::default());
+                let d_out = tensor(&case.d_out, out.dims(), &device).cast(dtype);
+                let mut grads = (out.clone() * d_out).sum().backward();
+                let mut found = vec![values(out.inner())];
+                found.extend(leaves.map(|leaf| values(leaf.grad_remove(&mut grads).unwrap())));
+                found.push(values(values_leaf.grad_remove(&mut grads).unwrap()));
+                found.extend(factors.map(|leaf| values(leaf.grad_remove(&mut grads).unwrap())));
+                found
+            };
+            let (narrow, wide) = (run(dtype), run(FloatDType::F32));
+            for (which, (found, expected)) in ["out", "q", "k", "v", "g", "beta"].iter().zip(narrow.iter().zip(&wide)) {
+                let largest = expected.iter().fold(0.0_f64, |most, value| most.max(value.abs()));
+                // Inputs and operands of products are rounded: some half-ulps of bf16 of the largest terms.
+                let bar = 6.0 * 3.9e-3 * largest;
+                test_support::assert_close(format!("{which}, {name}, {dtype:?}"), found, expected, |_, _| bar);
+            }
+        }
     }
 }

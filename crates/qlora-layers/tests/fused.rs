@@ -3,7 +3,9 @@
 
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::backward_from;
-use qlora_layers::ops::fused::{Activation, Conv, Norm, Rotation, add_norm, causal_conv, cross_entropy, gated, rms_norm, rotate};
+use qlora_layers::ops::fused::{
+    Activation, Conv, Norm, Rotation, add_norm, causal_conv, cross_entropy, gated, rms_norm, rotate,
+};
 use test_support::{devices, dtypes, noise};
 
 fn tensor<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {

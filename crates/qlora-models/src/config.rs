@@ -81,6 +81,8 @@ pub struct ModelConfig {
     /// Blocks that predict tokens beyond the next one.
     pub(crate) multi_token_layers: usize,
     layers: Vec<LayerConfig>,
+    /// Parts of the paths of linear layers that are left dense.
+    dense: Vec<String>,
     qkv_bias: bool,
     output_bias: bool,
     mlp_bias: bool,
@@ -226,6 +228,7 @@ impl ModelConfig {
                 .zip(is_linear)
                 .map(|((kind, sparse), linear)| LayerConfig { kind, sparse, linear })
                 .collect(),
+            dense: Vec::new(),
             qkv_bias: fields.switch(family.qkv_bias)?,
             output_bias: fields.switch(family.output_bias)?,
             mlp_bias: fields.switch(family.mlp_bias)?,
@@ -242,6 +245,12 @@ impl ModelConfig {
     /// Blocks with keys and values, which a token adds to; blocks with linear attention have a state of one size.
     pub fn attention_blocks(&self) -> usize {
         self.layers.iter().filter(|layer| !layer.linear).count()
+    }
+
+    /// What linear attention has beside projections and norms, all of it held in f32.
+    pub fn linear_attention_values(&self) -> usize {
+        let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
+        (self.num_hidden_layers - self.attention_blocks()) * of_block
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

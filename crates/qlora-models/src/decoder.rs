@@ -3,7 +3,6 @@
 
 use crate::block::{Block, BlockInPass};
 use crate::config::{AttentionKind, ModelConfig};
-use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
 use crate::family::EmbeddingScale;
 use crate::kv_cache::KvCache;
@@ -263,7 +262,7 @@ impl Decoder {
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
         let slots = self.streaming().slot_bytes as usize;
-        let linear = 4 * self.delta_values();
+        let linear = 4 * self.config.linear_attention_values();
         embeddings + narrow + norms + slots + linear + self.own_linears().map(bytes).sum::<usize>()
     }
 
@@ -275,12 +274,7 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        self.embed_tokens.shape().num_elements() + norms + linears + self.delta_values()
-    }
-
-    /// What linear attention has beside projections and norms.
-    fn delta_values(&self) -> usize {
-        self.blocks.iter().filter_map(|block| block.delta.as_ref()).map(DeltaNet::num_values).sum()
+        self.embed_tokens.shape().num_elements() + norms + linears + self.config.linear_attention_values()
     }
 }
 

@@ -71,11 +71,6 @@ impl DeltaNet {
         }
     }
 
-    /// Numbers of frozen values, all of them f32.
-    pub fn num_values(&self) -> usize {
-        self.config.taps * self.config.channels() + 2 * self.config.value_heads
-    }
-
     /// What the rule gives for rows that start here.
     ///
     /// # Shapes

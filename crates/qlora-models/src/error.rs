@@ -142,6 +142,14 @@ pub enum ModelError {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A module that is to be left unquantized is not there.
+    #[error(
+        "quantization.skip_modules: `{name}` is in the path of no linear layer of the model: give whole parts of one"
+    )]
+    SkippedModule {
+        /// The name.
+        name: String,
+    },
     /// Tables can't grow while an adapter is on them.
     #[error("the embeddings can't be resized while an adapter is on the model: unload it first")]
     ResizeAdapted,

@@ -16,7 +16,7 @@ mod streaming;
 
 use crate::ModelError;
 use crate::block::{Block, FeedForward};
-use crate::config::{ExpertsSpecs, LinearRole, LinearSpec, ModelConfig};
+use crate::config::{ExpertsSpecs, LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
@@ -78,7 +78,22 @@ impl Decoder {
         device: &Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let mut config = ModelConfig::from_dir(dir)?;
+        Self::load_as(ModelConfig::from_dir(dir)?, dir, options, streams, device, progress)
+    }
+
+    /// [`load_streamed`](Self::load_streamed) with the folder's configuration as it was read, some of its layers
+    /// [kept dense](ModelConfig::keep_dense).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_as(
+        mut config: ModelConfig,
+        dir: &Path,
+        options: LoadOptions,
+        streams: Option<Streams>,
+        device: &Device,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
         check(&options, device)?;
         let checkpoint = Checkpoint::open(dir)?;
         if checkpoint.quantized_modules().is_empty() {
@@ -383,7 +398,7 @@ impl<'a> Loader<'a> {
             self.advance(name, weight.codes.len());
             let linear = Linear4bit::from_quantized(&weight, &self.weights_to)?;
             self.source.release(&format!("{name}.weight"));
-            return Ok(match self.options.quantization.filter(|_| spec.role != LinearRole::Router) {
+            return Ok(match self.options.quantization.filter(|_| spec.role.is_quantized()) {
                 Some(_) => FrozenLinear::Quantized(linear),
                 None => FrozenLinear::dense(linear.dequantize(self.options.dtype)),
             });
@@ -396,10 +411,10 @@ impl<'a> Loader<'a> {
         Ok(base)
     }
 
-    /// A weight, quantized if that is asked for and it is no router.
+    /// A weight, quantized if that is asked for and it is none that stays dense.
     fn weight(&mut self, tensor: &DenseTensor, spec: &LinearSpec) -> Result<FrozenLinear, ModelError> {
         let wanted = self.options.quantization.filter(|_| self.config.bnb.is_none());
-        let Some(quantization) = wanted.filter(|_| spec.role != LinearRole::Router) else {
+        let Some(quantization) = wanted.filter(|_| spec.role.is_quantized()) else {
             let weight = self.upload(tensor, spec.shape, self.options.dtype.into())?;
             self.advance(&spec.path, tensor.num_bytes());
             return Ok(FrozenLinear::dense(weight));

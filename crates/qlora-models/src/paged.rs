@@ -65,18 +65,6 @@ impl PagedCache {
         2 * config.attention_blocks() * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
     }
 
-    /// Bytes on the device that a sequence takes beside its tokens: the states of linear attention.
-    pub fn sequence_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
-        let blocks = config.num_hidden_layers - config.attention_blocks();
-        config.linear.map_or(0, |linear| blocks * DeltaState::bytes(&linear, dtype))
-    }
-
-    /// Drops the states of sequences whose first block `is_live` does not know. Others are dropped when their first block begins
-    /// another sequence.
-    pub fn keep_sequences(&mut self, is_live: impl Fn(u32) -> bool) {
-        self.states.retain(|(first, _), _| is_live(*first));
-    }
-
     /// Tokens of a block.
     pub fn block_tokens(&self) -> usize {
         self.block_tokens

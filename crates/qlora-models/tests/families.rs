@@ -64,6 +64,37 @@ fn what_a_configuration_describes_is_what_is_loaded() {
 }
 
 #[test]
+fn layers_that_are_named_stay_dense() {
+    let dir = archs().join("qwen3_5");
+    let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
+    let loaded = |config| Decoder::load_as(config, &dir, options, None, &Device::flex(), &mut |_| {}).unwrap();
+    let read = || ModelConfig::from_dir(&dir).unwrap();
+    let dense = |model: &Decoder| -> Vec<String> {
+        let dense = model.linears().filter(|(_, linear)| matches!(linear.base, FrozenLinear::Dense(_)));
+        dense.map(|(path, _)| path).filter(|path| path != "lm_head").collect()
+    };
+    let of_blocks = |names: &[&str], blocks: &[usize]| -> Vec<String> {
+        let of_block = |block| names.iter().map(move |name| format!("model.layers.{block}.{name}"));
+        blocks.iter().flat_map(of_block).collect()
+    };
+    assert!(dense(&loaded(read())).is_empty());
+    let mut config = read();
+    config.keep_sensitive_dense();
+    let names = ["linear_attn.in_proj_b", "linear_attn.in_proj_a"];
+    assert_eq!(dense(&loaded(config)), of_blocks(&names, &[0, 1, 2]));
+    let mut config = read();
+    config.keep_dense(&["down_proj".into(), "layers.3.self_attn.k_proj".into()]).unwrap();
+    let mut expected = of_blocks(&["mlp.down_proj"], &[0, 1, 2]);
+    expected.extend(of_blocks(&["self_attn.k_proj", "mlp.down_proj"], &[3]));
+    let mut model = loaded(config);
+    assert_eq!(dense(&model), expected);
+    // They are adapted as all others: three blocks of eight, and one of seven.
+    assert_eq!(model.attach_lora(&LoraConfig { rank: 2, ..Default::default() }, 0).unwrap(), 3 * 8 + 7);
+    let message = read().keep_dense(&["down".into()]).unwrap_err().to_string();
+    assert!(message.contains("quantization.skip_modules: `down`"), "{message}");
+}
+
+#[test]
 fn every_parameter_of_the_language_model_is_counted_once() {
     for name in names() {
         let checkpoint = Checkpoint::open(&archs().join(&name)).unwrap();

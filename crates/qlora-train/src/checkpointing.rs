@@ -76,22 +76,30 @@ impl Activations {
                 routed.max(values * intermediate)
             })
         };
+        // Linear attention: projections, what the convolution makes of them, normalised queries and keys, and outputs before and behind
+        // norm and gate; then the gradients, states of every 64 tokens and corrections that its backward pass holds.
+        let (linear, linear_back) = model.linear.map_or((0, 0), |linear| {
+            let (channels, [_, _, values]) = (linear.channels() as u64, linear.widths().map(|width| width as u64));
+            let states = (linear.value_heads * linear.key_dim * linear.value_dim) as u64 / 64;
+            (3 * channels + 4 * values, 3 * channels + 2 * states + 5 * values)
+        });
+        let mixer = (qkv + attention).max(linear);
         let bytes = |features: u64| tokens * features * width;
         let of_part = |features: u64| tokens.min(PART) * features * width;
         // Inputs, norms, projections and attention; then the second branch with its gradients, and those that flow through.
-        let first = 2 * hidden + qkv + attention;
+        let first = 2 * hidden + mixer;
         let second = 2 * hidden + gated(4);
         let (recorded, working, working_by_branch, working_recorded) = match on_cpu {
             true => {
-                let block = bytes(6 * hidden + 4 * attention + gated(5)) + scores;
+                let block = bytes(6 * hidden + (4 * attention).max(linear + linear_back) + gated(5)) + scores;
                 (block, block, block, 0)
             }
             false => {
                 // Attention's gradient of its queries is summed in f32.
-                let attention_back = bytes(2 * hidden) + tokens * q * 4;
+                let attention_back = bytes(2 * hidden) + (tokens * q * 4).max(bytes(linear_back));
                 let whole = bytes(first) + attention_back + of_part(second) + scores;
                 let by_branch = (bytes(2 * hidden) + of_part(second)).max(bytes(first) + attention_back) + scores;
-                let recorded = bytes(4 * hidden + qkv + attention + gated(3)) + scores;
+                let recorded = bytes(4 * hidden + mixer + gated(3)) + scores;
                 (recorded, whole, by_branch, attention_back + bytes(gated(3)))
             }
         };
@@ -101,7 +109,7 @@ impl Activations {
         };
         let blocks = model.num_hidden_layers as u64;
         let of_experts = model.experts.map_or(0.0, |experts| experts.per_token as f64 / experts.count.max(1) as f64);
-        let products = (per_token(|role| role == LinearRole::Projection)
+        let products = (per_token(|role| matches!(role, LinearRole::Projection | LinearRole::Dense))
             + of_experts * per_token(|role| role == LinearRole::Expert))
             / blocks.max(1) as f64;
         // The last product of each branch need not run again.

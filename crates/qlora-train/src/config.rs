@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use nf4_quant::{QuantConfig, QuantType};
 use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::LoraConfig;
+use qlora_models::{ModelConfig, ModelError};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpointing::Checkpointing;
@@ -115,11 +116,41 @@ pub struct QuantizationConfig {
     pub double_quant: bool,
     /// The dtype of activations and of the dequantized weights.
     pub compute_dtype: ComputeDtype,
+    /// Linear layers that are left unquantized, by parts of their paths.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skip_modules: Vec<String>,
+    /// What becomes of small projections that much hangs on.
+    #[serde(skip_serializing_if = "Sensitive::is_default")]
+    pub sensitive: Sensitive,
 }
 
 impl Default for QuantizationConfig {
     fn default() -> Self {
-        Self { quant_type: BaseQuantType::Nf4, blocksize: 64, double_quant: true, compute_dtype: ComputeDtype::Auto }
+        Self {
+            quant_type: BaseQuantType::Nf4,
+            blocksize: 64,
+            double_quant: true,
+            compute_dtype: ComputeDtype::Auto,
+            skip_modules: Vec::new(),
+            sensitive: Sensitive::Quantize,
+        }
+    }
+}
+
+/// What becomes of small projections that much hangs on, as those of strength and decay of linear attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sensitive {
+    /// They are quantized as all others.
+    #[default]
+    Quantize,
+    /// They are kept in the compute dtype.
+    Keep,
+}
+
+impl Sensitive {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 
@@ -132,6 +163,19 @@ impl QuantizationConfig {
             BaseQuantType::None => return None,
         };
         Some(QuantConfig { quant_type, blocksize: self.blocksize, double_quant: self.double_quant })
+    }
+
+    /// The configuration of the base in a folder, with the layers that are left unquantized.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_dir`], and a name of `skip_modules` that is in no path.
+    pub fn base_config(&self, dir: &Path) -> Result<ModelConfig, ModelError> {
+        let mut config = ModelConfig::from_dir(dir)?;
+        config.keep_dense(&self.skip_modules)?;
+        if self.sensitive == Sensitive::Keep {
+            config.keep_sensitive_dense();
+        }
+        Ok(config)
     }
 
     /// The settings in words, for a log line or a report.

@@ -11,7 +11,7 @@ use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
 use qlora_layers::ops::MAX_SCORES;
 use qlora_layers::target_modules::{Target, resolve};
-use qlora_models::{LinearRole, ModelConfig};
+use qlora_models::ModelConfig;
 use std::collections::HashMap;
 
 /// Bytes by purpose. Weights, adapters and optimizer state are exact; activations are an estimate of
@@ -124,16 +124,18 @@ impl Plan {
         let elements = |[rows, columns]: [usize; 2]| (rows * columns) as u64;
         let (mut in_blocks, mut dense) = (0, 0);
         for spec in &linears {
-            match spec.role {
-                LinearRole::Projection | LinearRole::Expert => in_blocks += elements(spec.shape),
-                LinearRole::Router | LinearRole::Head => dense += elements(spec.shape),
+            match spec.role.is_quantized() {
+                true => in_blocks += elements(spec.shape),
+                false => dense += elements(spec.shape),
             }
             dense += if spec.bias { spec.shape[0] as u64 } else { 0 };
         }
         let quant = config.quantization.quant_config();
         let all_weights = WeightBytes::new(model, quant, width);
         let embeddings = elements([model.vocab_size, model.hidden_size]);
-        let norms: u64 = model.norms().iter().map(|(_, width)| *width as u64).sum();
+        // Held in f32, as norms are.
+        let linear_attention = model.linear_attention_values() as u64;
+        let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + linear_attention;
         // A bias or a magnitude for each output feature; an embedding's features are its columns.
         let (lora, embedding) = (&config.lora, model.adaptable_modules().pop());
         let parameters = |(target, [out, input]): &(Target, [usize; 2])| {

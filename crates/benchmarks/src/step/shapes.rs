@@ -7,8 +7,11 @@ use burn_qlora::qlora_models::{LinearRole, ModelConfig};
 use serde_json::{Map, Value, json};
 
 /// The models' own `config.json`, by the names that `--shape` takes.
-const SHAPES: [&str; 2] =
-    [include_str!("../../../../testdata/llama_shapes.json"), include_str!("../../../../testdata/moe_shapes.json")];
+const SHAPES: [&str; 3] = [
+    include_str!("../../../../testdata/llama_shapes.json"),
+    include_str!("../../../../testdata/moe_shapes.json"),
+    include_str!("../../../../testdata/linear_shapes.json"),
+];
 /// Contexts are what lengths are measured with, not what the models were made for.
 const CONTEXT: usize = 131_072;
 
@@ -39,8 +42,8 @@ pub(crate) fn json(name: &str, layers: Option<usize>, words: Option<usize>) -> R
 
 /// Operations of a step over rows of `len` tokens at least: two per weight and token for the forward product, two for
 /// the gradient of its input, two more where blocks run again; causal attention with two products forward and five
-/// backward. Adapters, norms and the optimizer are left out, and so is what an implementation computes twice of its own
-/// accord.
+/// backward. Linear attention between its projections, adapters, norms and the optimizer are left out, and so is what an
+/// implementation computes twice of its own accord.
 pub(crate) fn flops(config: &ModelConfig, rows: usize, len: usize, recomputed: bool) -> f64 {
     let weights = |wanted: fn(LinearRole) -> bool| {
         let specs = config.linear_specs().into_iter().filter(|spec| wanted(spec.role));
@@ -58,7 +61,7 @@ pub(crate) fn flops(config: &ModelConfig, rows: usize, len: usize, recomputed: b
     });
     let blocks = weights(|role| role != LinearRole::Head) - experts;
     // One of two products: half of len x len scores, a multiplication and an addition for each feature of a head.
-    let heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers;
+    let heads = config.num_attention_heads * config.head_dim * config.attention_blocks();
     let scores = (rows * heads) as f64 * (len as f64).powi(2);
     let again = f64::from(u8::from(recomputed));
     let tokens = (rows * len) as f64;

@@ -83,6 +83,7 @@ delta_chunks(const u16* q, const u16* k, const u16* v, const float* g, const flo
         u32 n = warp / 4 * 32;
         product<32, false, false, D, D>(kk, keys, m, keys, n, 0, D);
         product<32, false, false, D, D>(qk, queries, m, keys, n, 0, D);
+        u32 scores[4][2];
 #pragma unroll
         for (u32 j = 0; j < 4; j++)
 #pragma unroll
@@ -91,9 +92,14 @@ delta_chunks(const u16* q, const u16* k, const u16* v, const float* g, const flo
                 float d0 = c <= r ? __expf(sum[r] - sum[c]) : 0.0f, d1 = c + 1 <= r ? __expf(sum[r] - sum[c + 1]) : 0.0f;
                 system[r * PITCH + c] = c < r ? strength[r] * d0 * kk[j][2 * i] : 0.0f;
                 system[r * PITCH + c + 1] = c + 1 < r ? strength[r] * d1 * kk[j][2 * i + 1] : 0.0f;
-                if (r < span.tokens)
-                    *(u32*)(p + ((size_t)(span.first + r) * heads + head) * CHUNK + c) = pack(qk[j][2 * i] * d0, qk[j][2 * i + 1] * d1);
+                scores[j][i] = pack(qk[j][2 * i] * d0, qk[j][2 * i + 1] * d1);
             }
+#pragma unroll
+        for (u32 j = 0; j < 4; j += 2)
+#pragma unroll
+            for (u32 i = 0; i < 2; i++)
+                store_tiles(p + ((size_t)(span.first + row + 8 * i) * heads + head) * CHUNK + n + j * 8, scores[j][i], scores[j + 1][i],
+                            row + 8 * i < span.tokens);
     }
     __syncthreads();
     // Values take the place of queries.
@@ -137,11 +143,10 @@ delta_chunks(const u16* q, const u16* k, const u16* v, const float* g, const flo
         product<64, false, true, CHUNK, D>(acc, which ? of_values : of_keys, m, which ? values : keys, n, 0, m + 16);
         u16* to = which ? u : w;
 #pragma unroll
-        for (u32 j = 0; j < 8; j++)
+        for (u32 j = 0; j < 8; j += 2)
 #pragma unroll
             for (u32 i = 0; i < 2; i++)
-                if (row + 8 * i < span.tokens)
-                    *(u32*)(to + ((size_t)(span.first + row + 8 * i) * heads + head) * D + n + j * 8 + column) =
-                        pack(acc[j][2 * i], acc[j][2 * i + 1]);
+                store_tiles(to + ((size_t)(span.first + row + 8 * i) * heads + head) * D + n + j * 8, pack(acc[j][2 * i], acc[j][2 * i + 1]),
+                            pack(acc[j + 1][2 * i], acc[j + 1][2 * i + 1]), row + 8 * i < span.tokens);
     }
 }

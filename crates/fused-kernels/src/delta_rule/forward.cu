@@ -60,6 +60,7 @@ delta_forward(const u16* q, const u16* k, const u16* w, u16* u, const u16* p, co
             for (u32 i = 0; i < 2; i++) {
                 u32 r = row + 8 * i;
                 float left = __expf(end - sum[r]), kept = __expf(sum[r]);
+                u32 both[COLUMNS / 16];
 #pragma unroll
                 for (u32 j = 0; j < COLUMNS / 16; j++) {
                     u32 at = pair_at<COLUMNS>(r, n + j * 8 + column);
@@ -67,15 +68,17 @@ delta_forward(const u16* q, const u16* k, const u16* w, u16* u, const u16* p, co
                     unpack(load_pair(mine + at), low, high);
                     low -= known[j][2 * i], high -= known[j][2 * i + 1];
                     store_pair(scaled + at, pack(low * left, high * left));
-                    u32 both = pack(low, high);
-                    if (KEEP) {
-                        if (r < span.tokens)
-                            *(u32*)(u + ((size_t)(span.first + r) * heads + head) * D + first_column + n + j * 8 + column) = both;
-                    } else {
-                        store_pair(mine + at, both);
+                    both[j] = pack(low, high);
+                    if (!KEEP) {
+                        store_pair(mine + at, both[j]);
                         out[j][2 * i] *= kept, out[j][2 * i + 1] *= kept;
                     }
                 }
+                if (KEEP)
+#pragma unroll
+                    for (u32 j = 0; j < COLUMNS / 16; j += 2)
+                        store_tiles(u + ((size_t)(span.first + r) * heads + head) * D + first_column + n + j * 8, both[j], both[j + 1],
+                                    r < span.tokens);
             }
         }
         wait_for_all_but<0>();
@@ -84,12 +87,12 @@ delta_forward(const u16* q, const u16* k, const u16* w, u16* u, const u16* p, co
         if (!KEEP) {
             product<COLUMNS / 2, false, true, CHUNK, COLUMNS>(out, scores, m, mine, n, 0, m + 16);
 #pragma unroll
-            for (u32 j = 0; j < COLUMNS / 16; j++)
+            for (u32 j = 0; j < COLUMNS / 16; j += 2)
 #pragma unroll
                 for (u32 i = 0; i < 2; i++)
-                    if (row + 8 * i < span.tokens)
-                        *(u32*)(o + (size_t)(span.first + row + 8 * i) * params.o_stride + head * D + first_column + n + j * 8 + column) =
-                            pack(out[j][2 * i], out[j][2 * i + 1]);
+                    store_tiles(o + (size_t)(span.first + row + 8 * i) * params.o_stride + head * D + first_column + n + j * 8,
+                                pack(out[j][2 * i], out[j][2 * i + 1]), pack(out[j + 1][2 * i], out[j + 1][2 * i + 1]),
+                                row + 8 * i < span.tokens);
         }
         float all = __expf(end);
 #pragma unroll

@@ -69,7 +69,8 @@ delta_gradient(const u16* q, const u16* k, const u16* v, const float* beta, cons
                 float kept = __expf(sum[token]), b = strength[token];
                 bool valid = token < span.tokens;
                 const u16* value = v + (size_t)(span.first + token) * params.v_stride + head * D + n + column;
-                u16* to = d_v + (at + (size_t)token * heads) * D + n + column;
+                u16* to = d_v + (at + (size_t)token * heads) * D + n;
+                u32 both[4];
 #pragma unroll
                 for (u32 j = 0; j < 4; j++) {
                     float low, high, r0 = r[j][2 * i], r1 = r[j][2 * i + 1];
@@ -77,8 +78,9 @@ delta_gradient(const u16* q, const u16* k, const u16* v, const float* beta, cons
                     float known0 = known[j][2 * i] * kept, known1 = known[j][2 * i + 1] * kept;
                     from_strength[i] += r0 * (low - known0) + r1 * (high - known1);
                     from_sum[i] -= b * (r0 * known0 + r1 * known1);
-                    if (valid) *(u32*)(to + j * 8) = pack(r0 * b, r1 * b);
+                    both[j] = pack(r0 * b, r1 * b);
                 }
+                store_tiles(to, both[0], both[1], valid), store_tiles(to + 16, both[2], both[3], valid);
             }
             __syncthreads();
 #pragma unroll
@@ -210,12 +212,12 @@ delta_gradient(const u16* q, const u16* k, const u16* v, const float* beta, cons
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
         u32 token = row + 8 * i;
-        if (token >= span.tokens) continue;
-        size_t at = ((size_t)(span.first + token) * key_heads + key_head) * D + n + column;
+        size_t at = ((size_t)(span.first + token) * key_heads + key_head) * D + n;
+        bool valid = token < span.tokens;
 #pragma unroll
-        for (u32 j = 0; j < 4; j++) {
-            *(u32*)(d_q + at + j * 8) = pack(dq[j][2 * i], dq[j][2 * i + 1]);
-            *(u32*)(d_k + at + j * 8) = pack(dk[j][2 * i], dk[j][2 * i + 1]);
+        for (u32 j = 0; j < 4; j += 2) {
+            store_tiles(d_q + at + j * 8, pack(dq[j][2 * i], dq[j][2 * i + 1]), pack(dq[j + 1][2 * i], dq[j + 1][2 * i + 1]), valid);
+            store_tiles(d_k + at + j * 8, pack(dk[j][2 * i], dk[j][2 * i + 1]), pack(dk[j + 1][2 * i], dk[j + 1][2 * i + 1]), valid);
         }
     }
 }

@@ -196,9 +196,8 @@ mod tests {
     fn gradients_are_the_slopes_of_the_outputs() {
         let batch = Batch { rows: vec![3, 1, 4], key_heads: 1, value_heads: 2, key_dim: 3, value_dim: 2 };
         let tokens: usize = batch.rows.iter().sum();
-        let noise = |seed: u64, len: usize| -> Vec<f64> {
-            test_support::noise(seed, len).into_iter().map(f64::from).collect()
-        };
+        let noise =
+            |seed: u64, len: usize| -> Vec<f64> { test_support::noise(seed, len).into_iter().map(f64::from).collect() };
         let values: [Vec<f64>; 5] = [
             noise(1, 3 * tokens),
             noise(2, 3 * tokens),

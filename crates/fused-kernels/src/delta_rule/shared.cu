@@ -100,6 +100,14 @@ __device__ __forceinline__ void products(float (&first)[N / 8][4], float (&secon
     }
 }
 
+// Pairs of two neighbouring tiles of 8 columns of a product, from the first column on: lanes change halves, so that a row's 32 bytes go
+// at once.
+__device__ __forceinline__ void store_tiles(u16* to, u32 left, u32 right, bool valid) {
+    u32 lane = threadIdx.x % 32, odd = lane % 2;
+    u32 other = __shfl_xor_sync(0xFFFFFFFFu, odd ? left : right, 1);
+    if (valid) *(uint2*)(to + odd * 8 + lane % 4 / 2 * 4) = odd ? make_uint2(other, right) : make_uint2(left, other);
+}
+
 // A tile as it lies in shared memory, in whole runs.
 template <u32 HEIGHT, u32 WIDTH, u32 TEAM>
 __device__ __forceinline__ void store_tile(u16* to, size_t stride, u32 from) {

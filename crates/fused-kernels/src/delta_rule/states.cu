@@ -63,6 +63,7 @@ delta_states(const u16* q, const u16* k, const u16* w, const u16* p, const u16* 
             for (u32 i = 0; i < 2; i++) {
                 u32 r = row + 8 * i;
                 float kept = __expf(sum[r]);
+                u32 both[COLUMNS / 16];
 #pragma unroll
                 for (u32 j = 0; j < COLUMNS / 16; j++) {
                     u32 at = pair_at<COLUMNS>(r, n + j * 8 + column);
@@ -70,10 +71,12 @@ delta_states(const u16* q, const u16* k, const u16* w, const u16* p, const u16* 
                     unpack(load_pair(given + at), low, high);
                     store_pair(scaled + at, pack(low * kept, high * kept));
                     store_pair(negative + at, pack(-d[j][2 * i], -d[j][2 * i + 1]));
-                    if (r < span.tokens)
-                        *(u32*)(d_u + ((size_t)(span.first + r) * heads + head) * D + first_column + n + j * 8 + column) =
-                            pack(d[j][2 * i], d[j][2 * i + 1]);
+                    both[j] = pack(d[j][2 * i], d[j][2 * i + 1]);
                 }
+#pragma unroll
+                for (u32 j = 0; j < COLUMNS / 16; j += 2)
+                    store_tiles(d_u + ((size_t)(span.first + r) * heads + head) * D + first_column + n + j * 8, both[j], both[j + 1],
+                                r < span.tokens);
             }
         }
         wait_for_all_but<0>();

@@ -2,6 +2,7 @@
 
 use super::ModelConfig;
 use super::blocks::{ExpertsConfig, LayerConfig, LinearAttentionConfig};
+use crate::ModelError;
 use crate::family::{ATTENTION_OUTPUT, Experts, Linear, MLP_OUTPUT, Norms, Root};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
 use qlora_layers::{LayerError, LoraConfig};
@@ -26,10 +27,19 @@ pub enum LinearRole {
     Projection,
     /// A projection of an expert: the same.
     Expert,
+    /// A projection that is left dense, as [`ModelConfig::keep_dense`] was told, and adapted by `"all-linear"`.
+    Dense,
     /// A router: dense, since small rounding differences change which experts are chosen, and adapted only when named.
     Router,
     /// The output head: dense, and adapted only when named.
     Head,
+}
+
+impl LinearRole {
+    /// Whether the layer is held in 4 bits where the model is.
+    pub fn is_quantized(self) -> bool {
+        matches!(self, Self::Projection | Self::Expert)
+    }
 }
 
 /// The linear layers of a block with experts.
@@ -64,7 +74,7 @@ impl ModelConfig {
         if let Some((config, names)) = self.linear_attention(index) {
             let [_, _, values] = config.widths();
             let outputs = [config.channels(), values, config.value_heads, config.value_heads];
-            let spec = |(name, out)| projection(&block, name, [out, self.hidden_size], false);
+            let spec = |(name, out)| self.projection(&block, name, [out, self.hidden_size], false);
             return names.projections.into_iter().zip(outputs).map(spec).collect();
         }
         let mut widths = self.qkv_widths();
@@ -75,7 +85,7 @@ impl ModelConfig {
             [_] => vec![widths.iter().sum()],
             _ => widths.to_vec(),
         };
-        let spec = |(name, out): (&&str, usize)| projection(&block, name, [out, self.hidden_size], self.qkv_bias);
+        let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], self.qkv_bias);
         self.family.qkv.iter().zip(outputs).map(spec).collect()
     }
 
@@ -100,18 +110,18 @@ impl ModelConfig {
     pub(crate) fn output_spec(&self, index: usize) -> LinearSpec {
         if let Some((config, names)) = self.linear_attention(index) {
             let [_, _, values] = config.widths();
-            return projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
+            return self.projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
         }
         let shape = [self.hidden_size, self.num_attention_heads * self.head_dim];
-        projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
+        self.projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
     }
 
     /// Gate and input projection of the MLP, one linear layer or two, and its output projection.
     pub(crate) fn mlp_specs(&self, index: usize) -> (Vec<LinearSpec>, LinearSpec) {
         let (block, width) = (self.block_path(index), self.intermediate_size);
         let out = if self.family.gate_up.len() == 1 { 2 * width } else { width };
-        let spec = |name: &&str| projection(&block, name, [out, self.hidden_size], self.mlp_bias);
-        let down = projection(&block, MLP_OUTPUT, [self.hidden_size, width], self.mlp_bias);
+        let spec = |name: &&str| self.projection(&block, name, [out, self.hidden_size], self.mlp_bias);
+        let down = self.projection(&block, MLP_OUTPUT, [self.hidden_size, width], self.mlp_bias);
         (self.family.gate_up.iter().map(spec).collect(), down)
     }
 
@@ -124,17 +134,51 @@ impl ModelConfig {
         let (block, width) = (self.block_path(index), config.intermediate_size);
         let router = LinearSpec {
             role: LinearRole::Router,
-            ..projection(&block, names.router, [config.count, self.hidden_size], false)
+            ..self.projection(&block, names.router, [config.count, self.hidden_size], false)
         };
         let expert = |expert: usize| {
             let path = format!("{block}.{}.{expert}", names.list);
             let shapes = [[width, self.hidden_size], [width, self.hidden_size], [self.hidden_size, width]];
-            std::array::from_fn(|i| LinearSpec {
-                role: LinearRole::Expert,
-                ..projection(&path, names.projections[i], shapes[i], false)
+            std::array::from_fn(|i| {
+                let spec = self.projection(&path, names.projections[i], shapes[i], false);
+                let role = if spec.role.is_quantized() { LinearRole::Expert } else { spec.role };
+                LinearSpec { role, ..spec }
             })
         };
         Some(ExpertsSpecs { config, names, router, experts: (0..config.count).map(expert).collect() })
+    }
+
+    fn projection(&self, parent: &str, name: &str, shape: [usize; 2], bias: bool) -> LinearSpec {
+        let path = format!("{parent}.{name}");
+        let role = if self.is_kept_dense(&path) { LinearRole::Dense } else { LinearRole::Projection };
+        LinearSpec { path, shape, bias, role }
+    }
+
+    fn is_kept_dense(&self, path: &str) -> bool {
+        let inside = |name: &String| format!(".{path}.").contains(&format!(".{name}."));
+        self.dense.iter().any(inside)
+    }
+
+    /// Leaves linear layers dense that would be held in 4 bits: those with one of `names` in their paths, whole parts of it, as
+    /// in `in_proj_a`, `layers.0.mlp` or `model.layers.3.self_attn.q_proj`.
+    ///
+    /// # Errors
+    /// A name that is in no path.
+    pub fn keep_dense(&mut self, names: &[String]) -> Result<(), ModelError> {
+        for name in names {
+            let named = Self { dense: vec![name.clone()], ..self.clone() };
+            if !named.linear_specs().iter().any(|spec| spec.role == LinearRole::Dense) {
+                return Err(ModelError::SkippedModule { name: name.clone() });
+            }
+        }
+        self.dense.extend_from_slice(names);
+        Ok(())
+    }
+
+    /// [`keep_dense`](Self::keep_dense) of small projections that much hangs on: those of strength and decay of linear attention.
+    pub fn keep_sensitive_dense(&mut self) {
+        let names = self.family.linear.iter().flat_map(|linear| &linear.projections[2..]);
+        self.dense.extend(names.map(|name| (*name).to_string()));
     }
 
     /// Every linear layer, in the order of [`Decoder::linears`](crate::Decoder::linears).
@@ -306,8 +350,4 @@ impl<T> BlockNorms<T> {
             mlp_output: self.mlp_output.as_mut(),
         }
     }
-}
-
-fn projection(parent: &str, name: &str, shape: [usize; 2], bias: bool) -> LinearSpec {
-    LinearSpec { path: format!("{parent}.{name}"), shape, bias, role: LinearRole::Projection }
 }

@@ -7,7 +7,7 @@
 use super::options::LoadOptions;
 use super::source::Source;
 use crate::ModelError;
-use crate::config::{LinearRole, ModelConfig};
+use crate::config::ModelConfig;
 use adapter_io::{DenseTensor, Dtype, FormatError, TensorView};
 use half::bf16;
 use nf4_quant::Quantized4bit;
@@ -58,8 +58,7 @@ impl Random {
                 source.biases.entry(rows).or_insert_with(|| vec![bf16::ZERO; rows]);
                 source.total_bytes += 2 * rows as u64;
             }
-            let held_dense = matches!(spec.role, LinearRole::Router | LinearRole::Head);
-            let Some(quantization) = options.quantization.filter(|_| !held_dense) else {
+            let Some(quantization) = options.quantization.filter(|_| spec.role.is_quantized()) else {
                 dense.push(spec.shape);
                 continue;
             };

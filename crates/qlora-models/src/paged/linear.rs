@@ -1,10 +1,11 @@
 //! Linear attention of a pass: each row goes on from the state that its sequence left in the cache.
 
 use super::{CachedRow, MixedPass, PagedCache, joined, norm};
+use crate::config::ModelConfig;
 use crate::decoder::Decoder;
-use crate::delta_net::DeltaNet;
+use crate::delta_net::{DeltaNet, DeltaState};
 use crate::norm::RmsNorm;
-use burn::tensor::Tensor;
+use burn::tensor::{FloatDType, Tensor};
 use qlora_layers::ops::fused::{Activation, gated};
 
 /// A row as linear attention sees it.
@@ -27,6 +28,20 @@ impl RowSequence {
     }
 }
 
+impl PagedCache {
+    /// Bytes on the device that a sequence takes beside its tokens: the states of linear attention.
+    pub fn sequence_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
+        let blocks = config.num_hidden_layers - config.attention_blocks();
+        config.linear.map_or(0, |linear| blocks * DeltaState::bytes(&linear, dtype))
+    }
+
+    /// Drops the states of sequences whose first block `is_live` does not know. Others are dropped when their first block begins
+    /// another sequence.
+    pub fn keep_sequences(&mut self, is_live: impl Fn(u32) -> bool) {
+        self.states.retain(|(first, _), _| is_live(*first));
+    }
+}
+
 impl<'a> MixedPass<'a> {
     /// The linear attention of a block, for its normalised input.
     ///
@@ -40,8 +55,13 @@ impl<'a> MixedPass<'a> {
         cache: &mut PagedCache,
     ) -> Tensor<2> {
         let block = |model: &'a Decoder| &model.blocks[index];
-        let mut projected = self.linears(h, |model| block(model).qkv());
-        let [qkv, z, b, a] = std::array::from_fn(|_| projected.remove(0));
+        // Products that share an input are joined up to three.
+        let pair = |first: usize| {
+            let projections = |model: &'a Decoder| block(model).qkv()[first..first + 2].to_vec();
+            let mut outputs = self.linears(h.clone(), projections);
+            [(); 2].map(|()| outputs.remove(0))
+        };
+        let ([qkv, z], [b, a]) = (pair(0), pair(2));
         let mut start = 0;
         let of_row = |row: &RowSequence| {
             let first = start;

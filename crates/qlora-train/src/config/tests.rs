@@ -66,6 +66,8 @@ fn every_key_survives_writing_and_reading() {
         ("device", "cuda:1"),
         ("model.revision", "main"),
         ("quantization.quant_type", "none"),
+        ("quantization.skip_modules", "[\"down_proj\"]"),
+        ("quantization.sensitive", "keep"),
         ("lora.exclude_modules", "[\"down_proj\"]"),
         ("lora.layers_to_transform", "[0, 2]"),
         ("lora.rank_pattern", "{ q_proj = 4, \"layers\\\\.0\\\\..*\" = 2 }"),

@@ -19,7 +19,7 @@ use chat_text::Tokenizer;
 use model_hub::Hub;
 use qlora_data::Position;
 use qlora_dist::Group;
-use qlora_models::{Decoder, LoadOptions, ModelConfig, accept_keys, select_device};
+use qlora_models::{Decoder, LoadOptions, accept_keys, select_device};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -93,7 +93,7 @@ impl<'e> Trainer<'e> {
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
         accept_keys(config.model.accept_keys.iter().cloned());
         let Resized { config: resized, model: shape, notice } =
-            resize(&config, ModelConfig::from_dir(&model_dir)?, &tokenizer)?;
+            resize(&config, config.quantization.base_config(&model_dir)?, &tokenizer)?;
         notice.iter().for_each(|notice| events.on_notice(notice));
         let rows = Rows::load(&config, &tokenizer, &shape, events)?;
         let total_steps = config.train.total_steps(rows.train.examples.len());
@@ -120,8 +120,9 @@ impl<'e> Trainer<'e> {
                 "the frozen weights of {streamed} of {blocks} blocks wait in the host's memory (model.residency)"
             ));
         }
+        let base = config.quantization.base_config(&model_dir)?;
         let mut model =
-            Decoder::load_streamed(&model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;
+            Decoder::load_as(base, &model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;
         model.config().notes.iter().for_each(|note| events.on_notice(note));
         model.resize_embeddings(shape.vocab_size)?;
         let lora = &resized.lora;

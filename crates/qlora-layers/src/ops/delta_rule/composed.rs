@@ -99,10 +99,7 @@ impl Dims {
         let group = self.heads / self.key_heads;
         match group {
             1 => x,
-            _ => x
-                .reshape([rows * len, heads, 1, width])
-                .repeat_dim(2, group)
-                .reshape([rows, len, self.heads, width]),
+            _ => x.reshape([rows * len, heads, 1, width]).repeat_dim(2, group).reshape([rows, len, self.heads, width]),
         }
     }
 
@@ -119,10 +116,12 @@ impl Dims {
         let group = self.heads / self.key_heads;
         match group {
             1 => x,
-            _ => x
-                .reshape([rows * len, self.key_heads, group, width])
-                .sum_dim(2)
-                .reshape([rows, len, self.key_heads, width]),
+            _ => x.reshape([rows * len, self.key_heads, group, width]).sum_dim(2).reshape([
+                rows,
+                len,
+                self.key_heads,
+                width,
+            ]),
         }
     }
 }

@@ -7,21 +7,28 @@ use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use fused_kernels::delta_rule::{self, Gradients, Inputs, Operand, Rows, Shape};
+use fused_kernels::delta_rule::{self, Gradients, Inputs, Operand, Recurrent, Rows, Shape, Sizes};
 use fused_kernels::{FloatFormat, KernelError};
 use host_copies::{from_cube, into_cube};
+
+/// Tokens up to which rows go on token by token.
+const FEW_TOKENS: usize = 16;
+
+fn format(x: &CubeTensor) -> FloatFormat {
+    match x.dtype {
+        DType::BF16 => FloatFormat::BF16,
+        DType::F16 => FloatFormat::F16,
+        _ => FloatFormat::F32,
+    }
+}
 
 /// The shape for the kernels, if they take it.
 fn fused(operands: &Operands<CubeTensor>, rows: &DeltaRows) -> Option<Shape> {
     let Operands { k, v, .. } = operands;
-    let format = match k.dtype {
-        DType::BF16 => FloatFormat::BF16,
-        DType::F16 => FloatFormat::F16,
-        _ => return None,
-    };
+    let format = format(k);
     let [count, len, key_heads, key_dim] = k.meta.shape().dims();
     let [_, _, value_heads, value_dim] = v.meta.shape().dims();
-    if !delta_rule::supports(&k.client, format, [key_dim, value_dim]) {
+    if !format.is_half() || !delta_rule::supports(&k.client, format, [key_dim, value_dim]) {
         return None;
     }
     let rows = match &rows.packed {
@@ -80,6 +87,29 @@ fn fused_forward(operands: Operands<CubeTensor>, shape: &Shape) -> CubeTensor {
     out
 }
 
+/// Outputs and states of rows that go on by a few tokens, token by token.
+fn recurrent(operands: Operands<CubeTensor>, state: CubeTensor) -> (CubeTensor, CubeTensor) {
+    let Operands { q, k, v, g, beta } = operands;
+    let [q, k, v, g, beta, state] = [q, k, v, g, beta, state].map(into_contiguous);
+    let state = if state.can_mut() { state } else { state.copy() };
+    let ([rows, len, key_heads, key_dim], [_, _, value_heads, value_dim]) =
+        (k.meta.shape().dims(), v.meta.shape().dims());
+    let format = format(&k);
+    let out = like(&v);
+    let buffers = Recurrent {
+        q: &q.handle,
+        k: &k.handle,
+        v: &v.handle,
+        g: &g.handle,
+        beta: &beta.handle,
+        state: &state.handle,
+        out: &out.handle,
+    };
+    let sizes = Sizes { rows, len, key_heads, value_heads, key_dim, value_dim, format };
+    expect(delta_rule::recurrent(&v.client, buffers, sizes));
+    (out, state)
+}
+
 fn tensors(operands: Operands<CubeTensor>) -> composed::Inputs {
     let Operands { q, k, v, g, beta } = operands;
     composed::Inputs { q: from_cube(q), k: from_cube(k), v: from_cube(v), g: from_cube(g), beta: from_cube(beta) }
@@ -102,6 +132,10 @@ impl DeltaRulePasses for CubeBackend {
         operands: Operands<FloatTensor<Self>>,
         state: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let [_, len, _, _] = operands.v.meta.shape().dims();
+        if len <= FEW_TOKENS {
+            return recurrent(operands, state);
+        }
         let (o, state) = composed::forward(tensors(operands), Some(from_cube(state)), &DeltaRows::default());
         (cube(o), cube(state))
     }

@@ -96,9 +96,7 @@ fn step_back_body(
     update.iter_mut().zip(&*missing).for_each(|(u, m)| *u = token.beta * m);
     d_update.fill(0.0);
     let update_share = dot(update, d_out);
-    for (i, (before, gradient)) in
-        before.chunks_exact(width).zip(gradient.chunks_exact_mut(width)).enumerate()
-    {
+    for (i, (before, gradient)) in before.chunks_exact(width).zip(gradient.chunks_exact_mut(width)).enumerate() {
         grads.q[i] += decay * dot(before, d_out) + token.k[i] * update_share;
         add(gradient, token.q[i], d_out);
         grads.k[i] += dot(gradient, update);
@@ -107,9 +105,7 @@ fn step_back_body(
     grads.beta = dot(d_update, missing);
     grads.v.iter_mut().zip(&*d_update).for_each(|(v, d)| *v = token.beta * d);
     grads.g = 0.0;
-    for (i, (before, gradient)) in
-        before.chunks_exact(width).zip(gradient.chunks_exact_mut(width)).enumerate()
-    {
+    for (i, (before, gradient)) in before.chunks_exact(width).zip(gradient.chunks_exact_mut(width)).enumerate() {
         grads.k[i] -= decay * dot(before, grads.v);
         add(gradient, -token.k[i], grads.v);
         grads.g += decay * dot(gradient, before);
@@ -319,9 +315,8 @@ impl DeltaRulePasses for Flex {
     ) -> [FloatTensor<Self>; 5] {
         let all = Values::new(&operands, rows);
         let d_out = f32s(&d_out);
-        let one = |index: usize| {
-            head_backward(&all, &d_out, all.rows[index / all.key_heads].clone(), index % all.key_heads)
-        };
+        let one =
+            |index: usize| head_backward(&all, &d_out, all.rows[index / all.key_heads].clone(), index % all.key_heads);
         let count = all.rows.len() * all.key_heads;
         let done: Vec<HeadGradients> = (0..count).into_par_iter().map(one).collect();
         let zeros = |like: &[f32]| vec![0.0; like.len()];

@@ -96,13 +96,7 @@ pub(crate) trait DeltaRulePasses: QloraOps {
 ///
 /// # Panics
 /// When shapes or dtypes don't fit one another, or row bounds don't cover a batch of one.
-pub fn delta_rule(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    [g, beta]: [Tensor<3>; 2],
-    rows: &DeltaRows,
-) -> Tensor<4> {
+pub fn delta_rule(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, [g, beta]: [Tensor<3>; 2], rows: &DeltaRows) -> Tensor<4> {
     check([&q, &k, &v], [&g, &beta]);
     if let Some(bounds) = &rows.packed {
         let [rows, len, ..] = q.dims();

@@ -8,7 +8,8 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::{
-    FloatFormat, KernelError, Matrix, adapted_norms, add_norm, causal_conv, columns, cross_entropy, gated, rms_norm, rope,
+    FloatFormat, KernelError, Matrix, adapted_norms, add_norm, causal_conv, columns, cross_entropy, gated, rms_norm,
+    rope,
 };
 
 fn format(x: &CubeTensor) -> FloatFormat {
@@ -195,8 +196,7 @@ impl FusedGradients for CubeBackend {
     ) -> FloatTensor<Self> {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let (dy, dx) = (as_dtype(dy, &x), like(&x));
-        let buffers =
-            causal_conv::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx.handle };
+        let buffers = causal_conv::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx.handle };
         launched(causal_conv::backward(&x.client, buffers, matrix(&x), conv));
         dx
     }
