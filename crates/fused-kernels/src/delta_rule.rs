@@ -39,6 +39,11 @@
 //! among them. Relative error (Frobenius) against f64 of the same operands: 3e-3 to 4e-3 in bf16, which is what one rounding of an
 //! operand costs, for outputs and all gradients; 1e-2 to 4e-2 where keys repeat with strength 1 and nearly no decay, since outputs
 //! are then small differences. `tests/delta_rule.rs` checks elements.
+//!
+//! # Measured
+//!
+//! One H200, bf16, 4 x 2048 with 16 heads of keys and 32 of values: 320 us forward and 997 for the gradients, where
+//! flash-linear-attention's kernels take 430 and 1,463. `docs/src/kernels/delta-rule.md` has more shapes, and what was not done.
 
 pub mod oracle;
 mod recurrent;
