@@ -20,5 +20,5 @@ pub use close::assert_close;
 pub use devices::{client, clients, cuda};
 #[cfg(feature = "burn")]
 pub use devices::{devices, dtypes};
-pub use named::{VARIABLE, missing, required, skipped};
+pub use named::{VARIABLE, missing, required, say, skipped};
 pub use random::{Random, mix, noise};

@@ -49,7 +49,7 @@ pub fn skipped(reason: impl Display) {
 }
 
 /// Writes a line past libtest.
-pub(crate) fn say(line: impl Display) {
+pub fn say(line: impl Display) {
     // A closed stream is no reason for a test to fail.
     let _ = std::io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }

@@ -1,0 +1,248 @@
+//! The ranks that have met, and what they do together.
+
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, Device, Int, Tensor};
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Client;
+use cubecl::cuda::CudaRuntime;
+use cubecl::server::Handle;
+use cubecl_runtime::runtime::Runtime;
+use host_copies::{DeviceError, client_of, from_buffer, from_cube, int_from_cube, into_cube};
+
+use crate::error::CollectiveError;
+use crate::nccl::{Comm, Element, Nccl};
+use crate::side_stream::SideStream;
+
+/// How long an abort waits for a call that queues operations.
+const QUEUEING: Duration = Duration::from_secs(5);
+
+/// A communicator until it is aborted.
+struct Communicator(Option<Comm>);
+
+// SAFETY: NCCL takes a communicator from any thread, one at a time.
+unsafe impl Send for Communicator {}
+
+/// How a [wait](Collectives::wait) ended, on the device.
+#[derive(Debug)]
+pub struct Waited {
+    /// 0, or NaN where the operations were broken off: `[1]`, f32.
+    pub broken: Tensor<1>,
+    /// Seconds that the device waited: `[1]`, f32.
+    pub seconds: Tensor<1>,
+}
+
+/// Collective operations of a process's device with those of other processes: all queue the same ones in the same order.
+pub struct Collectives {
+    nccl: Nccl,
+    device: Device,
+    client: Client,
+    world_size: usize,
+    side: SideStream,
+    communicator: Mutex<Communicator>,
+    /// The same, for an abort that can't wait for whoever uses it.
+    raw: std::sync::atomic::AtomicPtr<std::ffi::c_void>,
+}
+
+impl std::fmt::Debug for Collectives {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Collectives")
+            .field("nccl", &self.nccl)
+            .field("world_size", &self.world_size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Collectives {
+    /// Joins the other ranks, each of which has the same `id` and a device of its own. Returns when all are there and a first sum
+    /// over them has come out right. A rank that never comes keeps it waiting; `is_over`, asked now and then, ends that.
+    ///
+    /// # Errors
+    /// The device is none of CUDA's, NCCL finds no way between the devices or two ranks on one device, or
+    /// [`CollectiveError::Aborted`] when `is_over` said so.
+    pub fn join(
+        nccl: Nccl,
+        device: &Device,
+        rank: usize,
+        world_size: usize,
+        id: &[u8],
+        is_over: impl Fn() -> bool,
+    ) -> Result<Self, CollectiveError> {
+        let client = client_of(device).ok_or(CollectiveError::NotCuda)?;
+        let side = SideStream::new(&client)?;
+        let (context, library, id) = (side.context().clone(), nccl.clone(), id.to_vec());
+        let (sender, receiver) = std::sync::mpsc::channel();
+        // On a thread of its own, because nothing but the others ends it.
+        let meet = move || {
+            let bound = context.bind_to_thread();
+            let bound = bound.map_err(|e| CollectiveError::Driver { call: "cuCtxSetCurrent", problem: e.to_string() });
+            // SAFETY: the context is current.
+            let comm = bound.and_then(|()| unsafe { library.init(world_size, &id, rank) });
+            // Nobody listens where it was over.
+            let _ = sender.send(comm.map(|comm| Communicator(Some(comm))));
+        };
+        let spawned = std::thread::Builder::new().name("nccl-init".into()).spawn(meet);
+        spawned.map_err(|error| CollectiveError::Driver { call: "thread", problem: error.to_string() })?;
+        let communicator = loop {
+            match receiver.recv_timeout(Duration::from_millis(50)) {
+                Ok(met) => break met?,
+                Err(_) if is_over() => return Err(CollectiveError::Aborted),
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Err(CollectiveError::Aborted),
+            }
+        };
+        let raw = std::sync::atomic::AtomicPtr::new(communicator.0.unwrap_or(std::ptr::null_mut()));
+        Ok(Self { nccl, device: device.clone(), client, world_size, side, communicator: Mutex::new(communicator), raw })
+    }
+
+    /// How many ranks there are.
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// NCCL's version.
+    pub fn version(&self) -> String {
+        self.nccl.version()
+    }
+
+    fn communicator(&self) -> MutexGuard<'_, Communicator> {
+        self.communicator.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues the sum of each tensor over all ranks, as one operation, in place where nothing else holds the tensor's memory. It
+    /// begins when what the calling thread has queued is done; [`wait`](Self::wait) before the sums are used.
+    ///
+    /// # Shapes
+    /// f32, the same shapes on all ranks.
+    ///
+    /// # Errors
+    /// What a tensor depends on failed, for want of memory for example: nothing was queued then. NCCL refuses, or the operations were
+    /// aborted.
+    pub fn sum(&self, tensors: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, CollectiveError> {
+        let mut cubes = Vec::with_capacity(tensors.len());
+        let mut places = Vec::with_capacity(tensors.len());
+        for tensor in tensors {
+            let cube = self.own(tensor)?;
+            places.push((self.address(&cube)?, cube.meta.num_elements()));
+            cubes.push(cube);
+        }
+        let communicator = self.communicator();
+        let comm = communicator.0.ok_or(CollectiveError::Aborted)?;
+        self.side.follow()?;
+        let stream = self.side.stream()?;
+        self.nccl.grouped(|| {
+            places.iter().try_for_each(|(at, count)| {
+                // SAFETY: the tensors' memory is theirs alone and stays, because they do; they are used again behind `wait`.
+                unsafe { self.nccl.sum(*at, *count, Element::F32, comm, stream) }
+            })
+        })?;
+        Ok(cubes.into_iter().map(from_cube).collect())
+    }
+
+    /// Queues a gather of every rank's bytes, in the order of ranks, into `to`. It begins when what the calling thread has
+    /// queued is done; [`wait`](Self::wait) before `to` is used.
+    ///
+    /// # Shapes
+    /// `from` `[n]` and `to` `[world_size n]`, both of integers of the same size.
+    ///
+    /// # Errors
+    /// As [`sum`](Self::sum); sizes do not fit.
+    pub fn gather(&self, pairs: Vec<(Tensor<1, Int>, Tensor<1, Int>)>) -> Result<Vec<Tensor<1, Int>>, CollectiveError> {
+        let mut kept = Vec::with_capacity(pairs.len());
+        for (from, to) in pairs {
+            let of = |tensor: Tensor<1, Int>| host_copies::cube_of_int(tensor).ok_or(CollectiveError::NotCuda);
+            let (from, to) = (of(from)?, of(to)?);
+            let bytes = |cube: &CubeTensor| cube.meta.num_elements() * cube.dtype.size();
+            if bytes(&from) * self.world_size != bytes(&to) {
+                return Err(CollectiveError::Layout { bytes: bytes(&to), problem: "a gather's sizes do not fit" });
+            }
+            let (source, target, count) = (self.address(&from)?, self.address(&to)?, bytes(&from));
+            kept.push((from, to, source, target, count));
+        }
+        let communicator = self.communicator();
+        let comm = communicator.0.ok_or(CollectiveError::Aborted)?;
+        self.side.follow()?;
+        let stream = self.side.stream()?;
+        self.nccl.grouped(|| {
+            kept.iter().try_for_each(|(_, _, from, to, count)| {
+                // SAFETY: sizes were checked; the caller uses `to` behind `wait`, and both stay until then.
+                unsafe { self.nccl.gather(*from, *to, *count, Element::U8, comm, stream) }
+            })
+        })?;
+        Ok(kept.into_iter().map(|(_, to, ..)| int_from_cube(to)).collect())
+    }
+
+    /// Has what the calling thread queues from now on begin when all operations so far are done.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn wait(&self) -> Result<Waited, CollectiveError> {
+        let result = self.side.lead()?;
+        let both = from_buffer::<1>(&self.device, result, [2], DType::F32).ok_or(CollectiveError::NotCuda)?;
+        Ok(Waited { broken: both.clone().narrow(0, 0, 1), seconds: both.narrow(0, 1, 1) })
+    }
+
+    /// Ends all operations, because another rank is gone: those that are under way, and all later ones.
+    pub fn abort(&self) {
+        self.side.break_off();
+        let deadline = Instant::now() + QUEUEING;
+        let guard = loop {
+            match self.communicator.try_lock() {
+                Ok(guard) => break Some(guard),
+                Err(TryLockError::Poisoned(guard)) => break Some(guard.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5))
+                }
+                // A call that queues waits for the rank that is gone: NCCL ends it when it learns of the abort.
+                Err(TryLockError::WouldBlock) => break None,
+            }
+        };
+        let comm = self.raw.swap(std::ptr::null_mut(), std::sync::atomic::Ordering::SeqCst);
+        if let Some(mut guard) = guard {
+            guard.0 = None;
+        }
+        if comm.is_null() || self.side.stream().is_err() {
+            return;
+        }
+        // SAFETY: nobody has aborted it before. Whoever may use it now is ended by this.
+        if let Err(error) = unsafe { self.nccl.abort(comm) } {
+            tracing::warn!(%error, "NCCL's communicator does not end in order");
+        }
+    }
+
+    /// A tensor's CubeCL tensor whose memory nothing else holds.
+    fn own(&self, tensor: Tensor<2>) -> Result<CubeTensor, CollectiveError> {
+        let cube = into_cube(tensor).ok_or(CollectiveError::NotCuda)?;
+        if cube.dtype != DType::F32 {
+            let bytes = cube.meta.num_elements() * cube.dtype.size();
+            return Err(CollectiveError::Layout { bytes, problem: "its elements are not f32" });
+        }
+        Ok(if cube.handle.can_mut() { cube } else { cube.copy() })
+    }
+
+    /// Where a tensor lies.
+    fn address(&self, cube: &CubeTensor) -> Result<u64, CollectiveError> {
+        let bytes = cube.meta.num_elements() * cube.dtype.size();
+        let problem = match () {
+            () if cube.client.service_id() != self.client.service_id() => "it lies on another device",
+            () if !cube.is_contiguous() => "its rows lie apart",
+            () if cube.handle.size_in_used() < bytes as u64 => "its buffer is smaller",
+            () => return self.address_of(&cube.handle),
+        };
+        Err(CollectiveError::Layout { bytes, problem })
+    }
+
+    fn address_of(&self, handle: &Handle) -> Result<u64, CollectiveError> {
+        let resource = self.client.get_resource::<<CudaRuntime as Runtime>::Server>(handle.clone());
+        let resource = resource.map_err(|error| CollectiveError::Device(DeviceError::from(error)))?;
+        Ok(resource.resource().ptr)
+    }
+}
+
+impl Drop for Collectives {
+    fn drop(&mut self) {
+        // Ends the communicator without asking the others: whatever was queued has been waited for by now, or was given up.
+        self.abort();
+    }
+}
