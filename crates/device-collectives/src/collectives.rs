@@ -1,5 +1,8 @@
 //! The ranks that have met, and what they do together.
 
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -42,7 +45,7 @@ pub struct Collectives {
     side: SideStream,
     communicator: Mutex<Communicator>,
     /// The same, for an abort that can't wait for whoever uses it.
-    raw: std::sync::atomic::AtomicPtr<std::ffi::c_void>,
+    raw: AtomicPtr<c_void>,
 }
 
 impl std::fmt::Debug for Collectives {
@@ -54,23 +57,57 @@ impl std::fmt::Debug for Collectives {
     }
 }
 
-impl Collectives {
-    /// Joins the other ranks, each of which has the same `id` and a device of its own. Returns when all are there and a first sum
-    /// over them has come out right. A rank that never comes keeps it waiting; `is_over`, asked now and then, ends that.
+/// A device that is ready to join others: what it lacks is known before anybody waits for it.
+pub struct Endpoint {
+    nccl: Nccl,
+    device: Device,
+    client: Client,
+    side: SideStream,
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoint").field("nccl", &self.nccl).field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+impl Endpoint {
+    /// Of a device.
     ///
     /// # Errors
-    /// The device is none of CUDA's, NCCL finds no way between the devices or two ranks on one device, or
-    /// [`CollectiveError::Aborted`] when `is_over` said so.
+    /// The device is none of CUDA's, or its driver refuses a stream.
+    pub fn new(nccl: Nccl, device: &Device) -> Result<Self, CollectiveError> {
+        let client = client_of(device).ok_or(CollectiveError::NotCuda)?;
+        let side = SideStream::new(&client)?;
+        Ok(Self { nccl, device: device.clone(), client, side })
+    }
+
+    /// NCCL's version, which all ranks need to share.
+    pub fn version(&self) -> String {
+        self.nccl.version()
+    }
+
+    /// What one rank makes and all [join](Self::join) by.
+    ///
+    /// # Errors
+    /// The host has no network interface for it.
+    pub fn unique_id(&self) -> Result<Vec<u8>, CollectiveError> {
+        self.nccl.unique_id()
+    }
+
+    /// Joins the other ranks, each of which has the same `id` and a device of its own. Returns when all are there. A rank that
+    /// never comes keeps it waiting; `is_over`, asked now and then, ends that.
+    ///
+    /// # Errors
+    /// NCCL finds no way between the devices, or two ranks on one device; [`CollectiveError::Aborted`] when `is_over` said so.
     pub fn join(
-        nccl: Nccl,
-        device: &Device,
+        self,
         rank: usize,
         world_size: usize,
         id: &[u8],
         is_over: impl Fn() -> bool,
-    ) -> Result<Self, CollectiveError> {
-        let client = client_of(device).ok_or(CollectiveError::NotCuda)?;
-        let side = SideStream::new(&client)?;
+    ) -> Result<Collectives, CollectiveError> {
+        let Self { nccl, device, client, side } = self;
         let (context, library, id) = (side.context().clone(), nccl.clone(), id.to_vec());
         let (sender, receiver) = std::sync::mpsc::channel();
         // On a thread of its own, because nothing but the others ends it.
@@ -83,19 +120,20 @@ impl Collectives {
             let _ = sender.send(comm.map(|comm| Communicator(Some(comm))));
         };
         let spawned = std::thread::Builder::new().name("nccl-init".into()).spawn(meet);
-        spawned.map_err(|error| CollectiveError::Driver { call: "thread", problem: error.to_string() })?;
+        spawned.map_err(|error| CollectiveError::Driver { call: "a thread", problem: error.to_string() })?;
         let communicator = loop {
-            match receiver.recv_timeout(Duration::from_millis(50)) {
+            match receiver.recv_timeout(Duration::from_millis(20)) {
                 Ok(met) => break met?,
-                Err(_) if is_over() => return Err(CollectiveError::Aborted),
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Err(CollectiveError::Aborted),
+                Err(RecvTimeoutError::Timeout) if !is_over() => {}
+                Err(_) => return Err(CollectiveError::Aborted),
             }
         };
-        let raw = std::sync::atomic::AtomicPtr::new(communicator.0.unwrap_or(std::ptr::null_mut()));
-        Ok(Self { nccl, device: device.clone(), client, world_size, side, communicator: Mutex::new(communicator), raw })
+        let raw = AtomicPtr::new(communicator.0.unwrap_or(std::ptr::null_mut()));
+        Ok(Collectives { nccl, device, client, world_size, side, communicator: Mutex::new(communicator), raw })
     }
+}
 
+impl Collectives {
     /// How many ranks there are.
     pub fn world_size(&self) -> usize {
         self.world_size
@@ -183,6 +221,15 @@ impl Collectives {
         Ok(Waited { broken: both.clone().narrow(0, 0, 1), seconds: both.narrow(0, 1, 1) })
     }
 
+    /// What NCCL has met with by itself, such as a network that is gone; the operations do not end then. Nothing is
+    /// told while operations are being queued, or after an [abort](Self::abort).
+    pub fn problem(&self) -> Option<CollectiveError> {
+        let communicator = self.communicator.try_lock().ok()?;
+        let comm = communicator.0?;
+        // SAFETY: it is a communicator as long as the lock is held.
+        unsafe { self.nccl.state(comm) }.err()
+    }
+
     /// Ends all operations, because another rank is gone: those that are under way, and all later ones.
     pub fn abort(&self) {
         self.side.break_off();
@@ -198,7 +245,7 @@ impl Collectives {
                 Err(TryLockError::WouldBlock) => break None,
             }
         };
-        let comm = self.raw.swap(std::ptr::null_mut(), std::sync::atomic::Ordering::SeqCst);
+        let comm = self.raw.swap(std::ptr::null_mut(), Ordering::SeqCst);
         if let Some(mut guard) = guard {
             guard.0 = None;
         }

@@ -2,6 +2,7 @@
 //!
 //! - [`Nccl`]: the library, looked for when it is asked for. A machine without it has no use for this crate, and is told what to
 //!   install.
+//! - [`Endpoint`]: a device that is ready to join others.
 //! - [`Collectives`]: the ranks that have met. Operations are queued on a stream of their own, beside CubeCL's kernels: each begins
 //!   when what was queued on CubeCL's stream before it is done, and CubeCL's stream waits for all of them where it is asked to.
 //!
@@ -24,7 +25,7 @@
 //!
 //! - cudarc's binding of NCCL: it looks for `libnccl.so`, which only NVIDIA's packages for developers have, panics where it finds none, and
 //!   takes codes that it doesn't know for enums.
-//! - A communicator that does not block the host ([`Collectives::join`] does, until all ranks are there): every call would have to
+//! - A communicator that does not block the host ([`Endpoint::join`] does, until all ranks are there): every call would have to
 //!   be polled.
 
 mod collectives;
@@ -32,6 +33,6 @@ mod error;
 mod nccl;
 mod side_stream;
 
-pub use collectives::{Collectives, Waited};
+pub use collectives::{Collectives, Endpoint, Waited};
 pub use error::CollectiveError;
 pub use nccl::{ID_BYTES, Nccl};

@@ -27,6 +27,7 @@ struct UniqueId([u8; ID_BYTES]);
 pub(crate) type Comm = *mut c_void;
 
 const SUCCESS: c_int = 0;
+const IN_PROGRESS: c_int = 7;
 /// `ncclSum`.
 const SUM: c_int = 0;
 
@@ -49,6 +50,7 @@ struct Functions {
     unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
     init: Init,
     abort: unsafe extern "C" fn(Comm) -> c_int,
+    asynchronous: unsafe extern "C" fn(Comm, *mut c_int) -> c_int,
     all_reduce: AllReduce,
     all_gather: AllGather,
     group_start: unsafe extern "C" fn() -> c_int,
@@ -114,6 +116,7 @@ impl Nccl {
                 unique_id: find(&library, "ncclGetUniqueId")?,
                 init: find(&library, "ncclCommInitRank")?,
                 abort: find(&library, "ncclCommAbort")?,
+                asynchronous: find(&library, "ncclCommGetAsyncError")?,
                 all_reduce: find(&library, "ncclAllReduce")?,
                 all_gather: find(&library, "ncclAllGather")?,
                 group_start: find(&library, "ncclGroupStart")?,
@@ -140,7 +143,7 @@ impl Nccl {
         format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
     }
 
-    /// What one rank makes and all [join](crate::Collectives::join) by: [`ID_BYTES`] bytes.
+    /// What one rank makes and all [join](crate::Endpoint::join) by: [`ID_BYTES`] bytes.
     ///
     /// # Errors
     /// The host has no network interface for it.
@@ -195,6 +198,17 @@ impl Nccl {
     pub(crate) unsafe fn abort(&self, comm: Comm) -> Result<(), CollectiveError> {
         // SAFETY: promised by the caller.
         self.check("ncclCommAbort", unsafe { (self.functions.abort)(comm) })
+    }
+
+    /// What a communicator has met with by itself since.
+    ///
+    /// # Safety
+    /// The communicator is one.
+    pub(crate) unsafe fn state(&self, comm: Comm) -> Result<(), CollectiveError> {
+        let mut code = SUCCESS;
+        // SAFETY: promised by the caller; the call writes a code.
+        self.check("ncclCommGetAsyncError", unsafe { (self.functions.asynchronous)(comm, &mut code) })?;
+        self.check("an operation", if code == IN_PROGRESS { SUCCESS } else { code })
     }
 
     /// Queues the operations that `queue` asks for as one.

@@ -51,6 +51,12 @@ pub(crate) struct SideStream {
     wait: Source,
 }
 
+impl std::fmt::Debug for SideStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SideStream").field("counts", &self.counts).finish_non_exhaustive()
+    }
+}
+
 // SAFETY: the stream and the addresses are the driver's, which takes them from any thread; the word in the host's memory is read and
 // written with atomic accesses by the host, and only read by the device.
 unsafe impl Send for SideStream {}

@@ -211,6 +211,27 @@ impl Group {
         self.shared.record(Failure { rank, host, cause: cause.into() });
     }
 
+    /// The failure that ended the operations, of whichever rank, if there was one.
+    pub fn failure(&self) -> Option<DistError> {
+        self.shared.failure()
+    }
+
+    /// Has `act` called, on a thread of its own, when a rank fails, this one included: what else waits for other ranks can be
+    /// ended there. It is not called when the group ends in order, and at once if a rank has failed already.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn on_failure(&self, act: impl FnOnce(DistError) + Send + 'static) -> Result<(), DistError> {
+        let shared = Arc::clone(&self.shared);
+        let watch = move || {
+            if let Some(failure) = shared.next_failure() {
+                act(failure);
+            }
+        };
+        let spawned = std::thread::Builder::new().name("dist-watch".into()).spawn(watch);
+        spawned.map(drop).map_err(|source| DistError::System { rank: self.place.rank, source })
+    }
+
     /// The error for something of a rank that can't be read.
     pub(crate) fn unreadable(&self, rank: usize, problem: &str) -> DistError {
         let host = self.hosts.get(rank).cloned().unwrap_or_default();

@@ -368,6 +368,18 @@ impl Shared {
         Ok(content)
     }
 
+    /// What ended the operations, if something did.
+    pub fn failure(&self) -> Option<DistError> {
+        self.inbox().failure.clone().map(Self::error)
+    }
+
+    /// Waits for a failure; `None` when the group ends without one.
+    pub fn next_failure(&self) -> Option<DistError> {
+        let going_on = |inbox: &mut Inbox| inbox.failure.is_none() && !self.is_closing();
+        let inbox = self.changed.wait_while(self.inbox(), going_on).unwrap_or_else(PoisonError::into_inner);
+        inbox.failure.clone().map(Self::error)
+    }
+
     /// Leaves: says so, unless there was a failure, and lets the others read it.
     pub fn leave(&self, threads: Vec<JoinHandle<()>>) {
         let telling = self.changed.wait_timeout_while(self.inbox(), LAST_WORDS, |inbox| inbox.telling);
@@ -379,7 +391,11 @@ impl Shared {
             }
             let _ = link.stream.shutdown(Shutdown::Write);
         }
-        let _ = self.closing.set(Instant::now());
+        {
+            // Under the lock, so that nobody is between a look at it and the wait.
+            let _inbox = self.inbox();
+            let _ = self.closing.set(Instant::now());
+        }
         self.changed.notify_all();
         for thread in threads {
             let _ = thread.join();

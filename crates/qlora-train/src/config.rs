@@ -14,6 +14,7 @@
 //! thing, and a hub id such as `org/name` is never mistaken for a path beside the file.
 
 mod best;
+mod distributed;
 mod keys;
 mod schedule;
 mod serve;
@@ -36,6 +37,7 @@ use crate::residency::Residency;
 use qlora_data::DataConfig;
 
 pub use best::{FinalAdapter, KeepBest};
+pub use distributed::{DistributedConfig, Transport};
 pub use keys::known_keys;
 pub use schedule::Schedule;
 pub use serve::{ServeConfig, listen_address};
@@ -64,6 +66,8 @@ pub struct TrainConfig {
     pub data: DataConfig,
     /// The optimizer, its schedule, and what is written when.
     pub train: RunConfig,
+    /// What several processes that train together do otherwise.
+    pub distributed: DistributedConfig,
     /// What a server over this base is told; nothing of it decides the run.
     pub serve: ServeConfig,
 }
@@ -77,6 +81,7 @@ impl Default for TrainConfig {
             lora: LoraConfig::default(),
             data: DataConfig::default(),
             train: RunConfig::default(),
+            distributed: DistributedConfig::default(),
             serve: ServeConfig::default(),
         }
     }

@@ -11,6 +11,7 @@
 //! the update, the host begins with the next step. If loss or gradients are not finite, the update kernel itself leaves
 //! everything unchanged; what follows for the run is [`crate::loss_scale`]'s to say.
 
+mod buckets;
 mod evaluate;
 mod gradients;
 
@@ -42,6 +43,8 @@ pub struct StepOutput {
     pub label_tokens: usize,
     /// What loss scaling did, where it is on. A step that it skipped changed nothing, and loss or norm is not finite.
     pub loss_scaling: Option<LossScaling>,
+    /// Seconds that this rank waited for the sums of all, where there are several.
+    pub waited_seconds: Option<f64>,
 }
 
 impl StepOutput {
@@ -192,13 +195,17 @@ impl Engine {
             self.size_pages(micro_batches);
         }
         let step = Step { micro_batches, labelled: &labelled, label_tokens, seed };
-        let compute =
-            |engine: &Self| engine.local(&step).map_err(|e| with_largest_batch(e, micro_batches, &engine.policies));
+        let mut buckets = self.buckets();
+        let mut compute = |engine: &Self| {
+            let local = engine.local(&step, buckets.as_mut());
+            local.map_err(|e| with_largest_batch(e, micro_batches, &engine.policies))
+        };
         let mut local = compute(self);
         while matches!(local, Err(TrainError::OutOfMemory { .. })) && (self.make_room()? || self.keep_less()) {
             local = compute(self);
         }
-        let Computed { numbers, norm, grads } = self.joined(&step, local?)?;
+        drop(buckets);
+        let Computed { numbers, waited, norm, grads } = self.joined(&step, local?)?;
         self.update(grads, norm, learning_rate)?;
         let _span = tracing::trace_span!("read_back").entered();
         let numbers = numbers.wait()?;
@@ -207,17 +214,28 @@ impl Engine {
             // which else holds them.
             self.model.device().memory_cleanup();
         }
-        let [loss, grad_norm] = numbers[..] else {
+        let [loss, grad_norm, ref of_device @ ..] = numbers[..] else {
             let sent = format!("it sent {} numbers instead of loss and norm", numbers.len());
             return Err(DeviceError::Failed(sent).into());
         };
         if !loss.is_finite() || !grad_norm.is_finite() {
             self.optimizer.discount_void_step();
+            // Sums that were broken off are no numbers.
+            if let Some(failure) = self.ranks.as_ref().and_then(Ranks::failure) {
+                return Err(failure.into());
+            }
         }
+        let waited_seconds = of_device.first().copied().map(f64::from).or(waited);
         let scale = self.loss_scaler.scale();
         let [loss, grad_norm] = [loss / scale, grad_norm / scale];
         let loss_scaling = self.loss_scaler.update(loss, grad_norm, learning_rate)?;
-        Ok(StepOutput { loss: f64::from(loss), grad_norm: f64::from(grad_norm), label_tokens, loss_scaling })
+        Ok(StepOutput {
+            loss: f64::from(loss),
+            grad_norm: f64::from(grad_norm),
+            label_tokens,
+            loss_scaling,
+            waited_seconds,
+        })
     }
 
     /// Brings the device's allocator to the page size that steps need, before the first one.

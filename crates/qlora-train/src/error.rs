@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use adapter_io::FormatError;
 use chat_text::ChatError;
+use device_collectives::CollectiveError;
 use host_copies::DeviceError;
 use model_hub::HubError;
 use qlora_data::DataError;
@@ -36,6 +37,17 @@ pub enum TrainError {
     /// The ranks of a run: another one failed, or they do not fit together.
     #[error(transparent)]
     Ranks(#[from] DistError),
+    /// Gradients do not come from card to card any more.
+    #[error(transparent)]
+    Collectives(CollectiveError),
+    /// They can't, and the configuration asks for that; or they turned out not to.
+    #[error(
+        "gradients can't go from card to card: {problem}. With distributed.transport = \"tcp\" they go through the memory of the hosts"
+    )]
+    Transport {
+        /// On which rank, and why.
+        problem: String,
+    },
     /// The metrics log can't be written.
     #[error("can't write the metrics to {}: {source}", path.display())]
     MetricsWrite {
@@ -239,6 +251,15 @@ pub enum TrainError {
         /// What is wrong and what to do.
         problem: String,
     },
+}
+
+impl From<CollectiveError> for TrainError {
+    fn from(error: CollectiveError) -> Self {
+        match error {
+            CollectiveError::Device(error) => Self::Device(error),
+            other => Self::Collectives(other),
+        }
+    }
 }
 
 impl From<paged_optim::OptimError> for TrainError {

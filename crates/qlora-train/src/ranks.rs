@@ -7,8 +7,13 @@
 //! On the CPU each micro-batch's gradients are sent apart and added in the order of the numbers, as one process adds them: the
 //! result is its result, bit for bit. On other devices, where they would take memory that is short, a rank sends the sum of its
 //! own.
+//!
+//! Between CUDA cards the sums of a block's gradients are queued as soon as the last micro-batch's backward pass is done with the
+//! block ([`SumBuckets`]), and the device adds them up while it goes on with the next one.
 
+mod connect;
 mod deal;
+mod devices;
 mod host;
 
 use std::fmt;
@@ -20,9 +25,11 @@ use qlora_dist::{DistError, Group, Place};
 use crate::engine::ParameterGrads;
 use crate::error::TrainError;
 
+pub use device_collectives::Waited;
+
 /// Gradients of some of a step's micro-batches.
 #[derive(Debug)]
-pub struct Part {
+pub(crate) struct Part {
     /// Where it stands in the sum over all ranks' parts.
     pub number: usize,
     /// The losses of its micro-batches, `[1]` each, by their number in the step.
@@ -33,41 +40,60 @@ pub struct Part {
 
 /// The sums over all ranks.
 #[derive(Debug)]
-pub struct Summed {
+pub(crate) struct Summed {
     /// The losses of all micro-batches in their order, `[1]` each.
     pub losses: Vec<Tensor<1>>,
     /// Gradients of the parameters by number, f32; `None` where none reached the parameter on any rank.
     pub grads: ParameterGrads,
 }
 
-/// A way for gradients from rank to rank. There is one, through the memory of hosts.
-pub trait SumGradients: fmt::Debug + Send + Sync {
-    /// Sums the parts of all ranks in the order of their numbers. `shapes` are those of the parameters, `losses` is how many
-    /// losses there are on all ranks. Every rank gets the same bits.
+/// A way for gradients from device to device, while the backward pass goes on.
+///
+/// All ranks queue the same buckets in the same order, whatever becomes of their micro-batches meanwhile.
+pub trait SumBuckets: fmt::Debug + Send + Sync {
+    /// Queues the sum of each tensor over all ranks, behind what the calling thread has queued. The results are not
+    /// used before [`wait`](Self::wait).
+    ///
+    /// # Shapes
+    /// f32, the same shapes on all ranks.
     ///
     /// # Errors
-    /// Another rank failed, or the device did.
-    fn sum(
-        &self,
-        group: &Group,
-        parts: Vec<Part>,
-        shapes: &[[usize; 2]],
-        losses: usize,
-        device: &Device,
-    ) -> Result<Summed, TrainError>;
+    /// What a tensor depends on failed: nothing was queued then, and the same bucket may be queued again. Otherwise another rank
+    /// failed.
+    fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError>;
+
+    /// Has what the calling thread queues next begin when all sums are done.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn wait(&self) -> Result<Waited, TrainError>;
+}
+
+/// How gradients travel.
+#[derive(Clone, Debug)]
+enum Way {
+    /// Through the memory of the hosts.
+    Hosts,
+    /// From device to device.
+    Devices(Arc<dyn SumBuckets>),
 }
 
 /// The ranks of a run, as training uses them.
 #[derive(Clone, Debug)]
 pub struct Ranks {
     group: Arc<Group>,
-    transport: Arc<dyn SumGradients>,
+    way: Way,
 }
 
 impl Ranks {
     /// Ranks whose gradients go through the memory of their hosts.
     pub fn over_hosts(group: Group) -> Self {
-        Self { group: Arc::new(group), transport: Arc::new(host::HostSum) }
+        Self { group: Arc::new(group), way: Way::Hosts }
+    }
+
+    /// Ranks whose gradients go from device to device.
+    pub fn over_devices(group: Group, way: Arc<dyn SumBuckets>) -> Self {
+        Self { group: Arc::new(group), way: Way::Devices(way) }
     }
 
     /// This process's number.
@@ -87,7 +113,25 @@ impl Ranks {
 
     /// Whether the gradients of each micro-batch are sent by themselves.
     pub(crate) fn keeps_apart(&self, device: &Device) -> bool {
-        *device == Device::flex()
+        *device == Device::flex() && matches!(self.way, Way::Hosts)
+    }
+
+    /// The way from device to device, where gradients take it.
+    pub(crate) fn devices(&self) -> Option<&dyn SumBuckets> {
+        match &self.way {
+            Way::Hosts => None,
+            Way::Devices(way) => Some(&**way),
+        }
+    }
+
+    /// The ranks as they met.
+    pub(crate) fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// What has ended the ranks' operations, if something did.
+    pub(crate) fn failure(&self) -> Option<DistError> {
+        self.group.failure()
     }
 
     /// Which rank gets each of a step's micro-batches, by their sizes.
@@ -95,7 +139,7 @@ impl Ranks {
         deal::deal(sizes, self.count())
     }
 
-    /// The sums over all ranks' parts.
+    /// The sums over all ranks' parts, through the memory of the hosts.
     pub(crate) fn sum(
         &self,
         parts: Vec<Part>,
@@ -103,7 +147,7 @@ impl Ranks {
         losses: usize,
         device: &Device,
     ) -> Result<Summed, TrainError> {
-        self.transport.sum(&self.group, parts, shapes, losses, device)
+        host::sum(&self.group, parts, shapes, losses, device)
     }
 
     /// Every rank's bytes, on every rank.

@@ -131,11 +131,6 @@ pub fn meet(place: Place, config: &TrainConfig) -> Result<Group> {
     }
     if group.rank() == 0 && group.world_size() > 1 {
         say!("{}", group.describe());
-        if kind == "cuda" {
-            say!(
-                "note: gradients go through the memory of the hosts, which costs some of the speed; NCCL is not used yet"
-            );
-        }
     }
     Ok(group)
 }

@@ -327,3 +327,30 @@ fn a_wrong_port_is_told() {
     assert!(error.contains("is not rank 0 of a run (it begins with \"HTTP/1.1\")"), "{error}");
     server.join().unwrap();
 }
+
+/// Each rank is told of a failure once, its own included; of an end in order none is.
+#[test]
+fn whoever_watches_is_told_of_a_failure() {
+    for fails in [true, false] {
+        let told = ranks(3, |group| {
+            let (sender, receiver) = std::sync::mpsc::channel();
+            group.on_failure(move |failure| sender.send(failure.to_string()).unwrap()).unwrap();
+            assert!(!group.agree(false).unwrap() && group.failure().is_none());
+            if fails && group.rank() == 1 {
+                group.fail("its card is gone");
+            }
+            let told = if fails { receiver.recv_timeout(SHORT.rendezvous).ok() } else { None };
+            assert_eq!(group.failure().map(|failure| failure.to_string()), told);
+            drop(group);
+            // Nobody holds the other end any more.
+            assert!(receiver.recv_timeout(SHORT.rendezvous) == Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
+            told
+        });
+        for told in told {
+            assert_eq!(
+                told.is_some_and(|told| told.contains("rank 1 on ") && told.contains("its card is gone")),
+                fails
+            );
+        }
+    }
+}

@@ -61,6 +61,7 @@ const FREE: &[&str] = &[
     "train.early_stopping_patience",
     "train.early_stopping_threshold",
     "train.log_every",
+    "distributed.transport",
 ];
 
 /// Keys that the adapter's and the optimizer's tensors depend on.

@@ -8,7 +8,7 @@ use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
-use super::{BaseModelConfig, QuantizationConfig, RunConfig, ServeConfig, TrainConfig};
+use super::{BaseModelConfig, DistributedConfig, QuantizationConfig, RunConfig, ServeConfig, TrainConfig};
 use crate::error::TrainError;
 use qlora_data::DataConfig;
 
@@ -24,6 +24,7 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("per_device_train_batch_size", "train.batch_size"),
     ("grad_accum", "train.gradient_accumulation_steps"),
     ("gradient_accumulation", "train.gradient_accumulation_steps"),
+    ("ddp_backend", "distributed.transport"),
     ("gradient_checkpointing", "train.activation_checkpointing"),
     ("optim", "train.optimizer"),
     ("adam_beta1", "train.betas"),
@@ -60,13 +61,14 @@ const SYNONYMS: &[(&str, &str)] = &[
 ];
 
 /// The sections and the keys of each.
-fn sections() -> [(&'static str, &'static [&'static str]); 6] {
+fn sections() -> [(&'static str, &'static [&'static str]); 7] {
     [
         ("model", field_names::<BaseModelConfig>()),
         ("quantization", field_names::<QuantizationConfig>()),
         ("lora", field_names::<LoraConfig>()),
         ("data", field_names::<DataConfig>()),
         ("train", field_names::<RunConfig>()),
+        ("distributed", field_names::<DistributedConfig>()),
         ("serve", field_names::<ServeConfig>()),
     ]
 }

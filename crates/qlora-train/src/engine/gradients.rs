@@ -4,6 +4,8 @@
 //! over micro-batches: so the sum is the same bits whether one process makes it or several ranks, each of which has some of the
 //! micro-batches.
 
+use std::time::Instant;
+
 use burn::tensor::{Gradients, Tensor};
 use host_copies::Reading;
 use paged_optim::global_norm;
@@ -14,17 +16,20 @@ use qlora_layers::{Pass, mix};
 use qlora_models::BlockInPass;
 
 use super::Engine;
+use super::buckets::Buckets;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient};
-use crate::ranks::{Part, Ranks};
+use crate::ranks::{Part, Ranks, Waited};
 
 /// Gradients of the parameters by number, f32.
 pub(crate) type ParameterGrads = Vec<Option<Tensor<2>>>;
 
 /// What a step computes before it changes anything.
 pub(super) struct Computed {
-    /// Loss and global norm, on their way.
+    /// Loss and global norm, on their way; behind them the seconds that the device waited for other ranks, where they came to it.
     pub numbers: Reading,
+    /// Seconds that the host waited for other ranks.
+    pub waited: Option<f64>,
     /// The norm for the update, which is skipped where it is not finite.
     pub norm: Tensor<1>,
     pub grads: Vec<Tensor<2>>,
@@ -62,15 +67,19 @@ impl Step<'_> {
 }
 
 impl Engine {
-    /// Loss and gradients of a step, times the loss scale, as far as this process computes them.
-    pub(super) fn local(&self, step: &Step<'_>) -> Result<Local, TrainError> {
+    /// Loss and gradients of a step, times the loss scale, as far as this process computes them. `buckets` are those of gradients that
+    /// go from device to device; when this is done once more, they hold what is under way.
+    pub(super) fn local(&self, step: &Step<'_>, buckets: Option<&mut Buckets>) -> Result<Local, TrainError> {
         let numbers = step.numbers();
         let Some(ranks) = &self.ranks else {
             let mut grads = self.no_gradients();
-            let losses = numbers.into_iter().map(|number| self.micro_step(step, number, &mut grads));
+            let losses = numbers.into_iter().map(|number| self.micro_step(step, number, &mut grads, None));
             let losses = losses.collect::<Result<_, _>>()?;
-            return Ok(Local::Whole(Box::new(self.whole(losses, grads)?)));
+            return Ok(Local::Whole(Box::new(self.whole(losses, grads, None)?)));
         };
+        if let Some(buckets) = buckets {
+            return self.over_devices(step, ranks, buckets);
+        }
         let mut parts: Vec<Part> = Vec::new();
         let apart = ranks.keeps_apart(self.model.device());
         if !apart {
@@ -84,7 +93,7 @@ impl Engine {
                 parts.push(Part { number: part, losses: Vec::new(), grads: self.no_gradients() });
             }
             if let Some(into) = parts.last_mut() {
-                let loss = self.micro_step(step, number, &mut into.grads)?;
+                let loss = self.micro_step(step, number, &mut into.grads, None)?;
                 into.losses.push((part, loss));
             }
         }
@@ -96,32 +105,70 @@ impl Engine {
         Ok(Local::Parts(ranks.clone(), parts))
     }
 
+    /// The step of a rank whose gradients go from device to device: of its last micro-batch those of a block are on their way while
+    /// the next block's are computed.
+    fn over_devices(&self, step: &Step<'_>, ranks: &Ranks, buckets: &mut Buckets) -> Result<Local, TrainError> {
+        let numbers = step.numbers();
+        if !buckets.are_queued() {
+            let owned = numbers.iter().zip(step.owners(ranks)).enumerate();
+            let mine: Vec<(usize, usize)> = owned
+                .filter(|(_, (_, owner))| *owner == ranks.rank())
+                .map(|(part, (number, _))| (part, *number))
+                .collect();
+            let (mut grads, mut losses) = (self.no_gradients(), Vec::new());
+            for (at, (part, number)) in mine.iter().enumerate() {
+                let last = (at + 1 == mine.len()).then_some(&mut *buckets);
+                losses.push((*part, self.micro_step(step, *number, &mut grads, last)?));
+            }
+            buckets.queue_rest(&mut grads, losses, numbers.len())?;
+        }
+        let waited = buckets.wait()?;
+        let (losses, sums) = buckets.sums(numbers.len());
+        Ok(Local::Whole(Box::new(self.whole(losses, sums, Some(waited))?)))
+    }
+
     /// The step as a whole, once each part is there.
     pub(super) fn joined(&self, step: &Step<'_>, local: Local) -> Result<Computed, TrainError> {
         match local {
             Local::Parts(ranks, parts) => {
                 let shapes: Vec<[usize; 2]> = self.model.parameters().iter().map(|(_, p)| p.dims()).collect();
                 let _span = tracing::trace_span!("sum_over_ranks").entered();
+                let start = Instant::now();
                 let summed = ranks.sum(parts, &shapes, step.numbers().len(), self.model.device())?;
-                self.whole(summed.losses, summed.grads)
+                let waited = start.elapsed().as_secs_f64();
+                Ok(Computed { waited: Some(waited), ..self.whole(summed.losses, summed.grads, None)? })
             }
             Local::Whole(computed) => Ok(*computed),
         }
     }
 
-    fn no_gradients(&self) -> ParameterGrads {
+    pub(super) fn no_gradients(&self) -> ParameterGrads {
         vec![None; self.model.parameters().len()]
     }
 
-    /// Adds the gradients of the micro-batch of a number to `grads` and returns its part of the loss.
-    fn micro_step(&self, step: &Step<'_>, number: usize, grads: &mut ParameterGrads) -> Result<Tensor<1>, TrainError> {
+    /// Adds the gradients of the micro-batch of a number to `grads` and returns its part of the loss. Where it is the last one,
+    /// `buckets` take the gradients of each block when they are there.
+    fn micro_step(
+        &self,
+        step: &Step<'_>,
+        number: usize,
+        grads: &mut ParameterGrads,
+        buckets: Option<&mut Buckets>,
+    ) -> Result<Tensor<1>, TrainError> {
         let _span = tracing::trace_span!("micro_step", index = number).entered();
         let pass = Pass::training(mix(step.seed ^ mix(number as u64)));
-        self.forward_backward(&step.micro_batches[number], &step.labelled[number], step.label_tokens, pass, grads)
+        let batch = (&step.micro_batches[number], &step.labelled[number]);
+        self.forward_backward(batch, step.label_tokens, pass, grads, buckets)
     }
 
     /// Loss, norm and gradients of all parameters, from the losses of the micro-batches in their order and the sums of gradients.
-    fn whole(&self, losses: Vec<Tensor<1>>, grads: ParameterGrads) -> Result<Computed, TrainError> {
+    /// `waited` is how the wait for sums of other devices ended: where they were broken off, the norm is not a number.
+    fn whole(
+        &self,
+        losses: Vec<Tensor<1>>,
+        grads: ParameterGrads,
+        waited: Option<Waited>,
+    ) -> Result<Computed, TrainError> {
         if grads.iter().all(Option::is_none) {
             return Err(TrainError::NothingToTrain);
         }
@@ -132,23 +179,29 @@ impl Engine {
             .zip(parameters)
             .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
             .collect();
-        let norm = global_norm(&grads)?;
+        let mut norm = global_norm(&grads)?;
         let loss = Tensor::cat(losses, 0).sum();
+        let mut seconds = None;
+        if let Some(waited) = waited {
+            norm = norm + waited.broken;
+            seconds = Some(waited.seconds);
+        }
         // Starting to read tells whether memory was short.
-        let numbers = Reading::start(Tensor::cat(vec![loss.clone(), norm.clone()], 0))?;
+        let numbers = [loss.clone(), norm.clone()].into_iter().chain(seconds).collect();
+        let numbers = Reading::start(Tensor::cat(numbers, 0))?;
         // The norm, unless the loss is not finite: then neither is this.
         let norm = norm + loss.mul_scalar(0.0);
-        Ok(Computed { numbers, norm, grads })
+        Ok(Computed { numbers, waited: None, norm, grads })
     }
 
     /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.
     fn forward_backward(
         &self,
-        batch: &Batch,
-        labelled: &LabelledTokens,
+        (batch, labelled): (&Batch, &LabelledTokens),
         label_tokens: usize,
         pass: Pass,
         grads: &mut ParameterGrads,
+        mut buckets: Option<&mut Buckets>,
     ) -> Result<Tensor<1>, TrainError> {
         let model = &self.model;
         let sequence = model.sequence(batch.rows, batch.cols, 0);
@@ -165,10 +218,16 @@ impl Engine {
             collect(&mut pieces, model.embedding_parameters(), from);
         });
         drop(x);
+        let mut queued = Ok(());
         let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {
+            // Those of later blocks are complete.
+            if let Some(buckets) = buckets.as_deref_mut().filter(|_| queued.is_ok()) {
+                queued = buckets.queue_blocks_above(i, grads);
+            }
             collect(&mut grads[self.first_of_block[i]..], block.block.parameters(), from);
         };
         let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
+        queued?;
         if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
             collect(&mut pieces, model.embedding_parameters(), &mut backward_from(embedded, grad));
         }

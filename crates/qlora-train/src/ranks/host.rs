@@ -8,46 +8,44 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::DeviceError;
 use qlora_dist::Group;
 
-use super::{Part, SumGradients, Summed};
+use super::{Part, Summed};
 use crate::error::TrainError;
 
 /// What a sum does not notice.
 const NOTHING: f32 = -0.0;
 
-/// The host transport.
-#[derive(Debug)]
-pub(super) struct HostSum;
-
-impl SumGradients for HostSum {
-    fn sum(
-        &self,
-        group: &Group,
-        parts: Vec<Part>,
-        shapes: &[[usize; 2]],
-        losses: usize,
-        device: &Device,
-    ) -> Result<Summed, TrainError> {
-        let elements: usize = shapes.iter().map(|[rows, cols]| rows * cols).sum();
-        let len = elements + shapes.len() + losses;
-        let vectors = parts.into_iter().map(|part| Ok((part.number, flat(part, shapes, losses)?)));
-        let vectors = vectors.collect::<Result<Vec<(usize, Vec<f32>)>, TrainError>>()?;
-        let views: Vec<(usize, &[f32])> = vectors.iter().map(|(number, vector)| (*number, &vector[..])).collect();
-        let sum = group.sum_parts(&views, len)?;
-        drop(vectors);
-        let (values, rest) = sum.split_at(elements);
-        let (present, losses) = rest.split_at(shapes.len());
-        let mut start = 0;
-        let mut grads = Vec::with_capacity(shapes.len());
-        for (shape, present) in shapes.iter().zip(present) {
-            let end = start + shape[0] * shape[1];
-            let data = || TensorData::new(values[start..end].to_vec(), *shape);
-            grads.push((*present > 0.0).then(|| Tensor::from_data(data(), (device, DType::F32))));
-            start = end;
-        }
-        let on_device = |loss: &f32| Tensor::from_data(TensorData::new(vec![*loss], [1]), (device, DType::F32));
-        let losses = losses.iter().map(on_device).collect();
-        Ok(Summed { losses, grads })
+/// Sums the parts of all ranks in the order of their numbers. `shapes` are those of the parameters, `losses` is how many losses
+/// there are on all ranks. Every rank gets the same bits.
+///
+/// # Errors
+/// Another rank failed, or the device did.
+pub(super) fn sum(
+    group: &Group,
+    parts: Vec<Part>,
+    shapes: &[[usize; 2]],
+    losses: usize,
+    device: &Device,
+) -> Result<Summed, TrainError> {
+    let elements: usize = shapes.iter().map(|[rows, cols]| rows * cols).sum();
+    let len = elements + shapes.len() + losses;
+    let vectors = parts.into_iter().map(|part| Ok((part.number, flat(part, shapes, losses)?)));
+    let vectors = vectors.collect::<Result<Vec<(usize, Vec<f32>)>, TrainError>>()?;
+    let views: Vec<(usize, &[f32])> = vectors.iter().map(|(number, vector)| (*number, &vector[..])).collect();
+    let sum = group.sum_parts(&views, len)?;
+    drop(vectors);
+    let (values, rest) = sum.split_at(elements);
+    let (present, losses) = rest.split_at(shapes.len());
+    let mut start = 0;
+    let mut grads = Vec::with_capacity(shapes.len());
+    for (shape, present) in shapes.iter().zip(present) {
+        let end = start + shape[0] * shape[1];
+        let data = || TensorData::new(values[start..end].to_vec(), *shape);
+        grads.push((*present > 0.0).then(|| Tensor::from_data(data(), (device, DType::F32))));
+        start = end;
     }
+    let on_device = |loss: &f32| Tensor::from_data(TensorData::new(vec![*loss], [1]), (device, DType::F32));
+    let losses = losses.iter().map(on_device).collect();
+    Ok(Summed { losses, grads })
 }
 
 /// A part as one vector.
@@ -92,7 +90,7 @@ mod tests {
             },
         ];
         let group = Group::join(Place::alone(), Timeouts::default()).unwrap();
-        let Summed { losses, grads } = HostSum.sum(&group, parts, &[[1, 2]; 3], 2, &device).unwrap();
+        let Summed { losses, grads } = sum(&group, parts, &[[1, 2]; 3], 2, &device).unwrap();
         let bits = |tensor: Tensor<2>| {
             tensor.try_into_vec_as::<f32>().unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };

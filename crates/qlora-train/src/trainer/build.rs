@@ -80,6 +80,11 @@ impl<'e> Trainer<'e> {
         }
         let resumed = together::resumed(found, ranks.as_ref())?;
         let device = select_device(&config.device)?;
+        let (ranks, note) = match ranks.map(|ranks| ranks.connect(&device, config.distributed.transport)).transpose()? {
+            Some((ranks, note)) => (Some(ranks), note),
+            None => (None, None),
+        };
+        note.iter().for_each(|note| events.on_notice(note));
         let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
         if dtype == FloatDType::F16 && !config.train.loss_scale.is_on(dtype) {
             events.on_warning(

@@ -1,0 +1,98 @@
+//! Gradients from card to card, by NCCL.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, Device, Tensor};
+use device_collectives::{CollectiveError, Collectives, Waited};
+use host_copies::Reading;
+use qlora_dist::{DistError, Group};
+
+use super::SumBuckets;
+use crate::error::TrainError;
+
+/// How long NCCL's word for a rank that is gone waits for the group's, which names the rank.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How often NCCL is asked for failures that it meets by itself, such as those of a network.
+const ASK: Duration = Duration::from_secs(1);
+
+/// The cards of all ranks.
+#[derive(Debug)]
+pub(super) struct Cards(Arc<Collectives>);
+
+impl Cards {
+    pub(super) fn new(collectives: Collectives) -> Self {
+        Self(Arc::new(collectives))
+    }
+
+    /// One sum, from the first kernel to the number on the host: whether it can be had is known after that. In words why not.
+    pub(super) fn try_out(&self, device: &Device, ranks: usize) -> Result<(), String> {
+        let try_out = || -> Result<f32, TrainError> {
+            let ones = Tensor::<2>::ones([1, 4], (device, DType::F32));
+            let sum = self.0.sum(vec![ones])?;
+            let waited = self.0.wait()?;
+            let sums = sum.into_iter().map(|sum| sum.reshape([4]).narrow(0, 0, 1) + waited.broken.clone());
+            let numbers = Reading::start(Tensor::cat(sums.collect(), 0))?.wait()?;
+            Ok(numbers.first().copied().unwrap_or(f32::NAN))
+        };
+        match try_out() {
+            Ok(sum) if sum == ranks as f32 => Ok(()),
+            Ok(sum) => Err(format!("NCCL sums 1 over {ranks} ranks to {sum}")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Ends the sums when a rank fails, and tells the ranks when the sums do.
+    pub(super) fn watch(&self, group: &Arc<Group>) -> Result<(), DistError> {
+        let (cards, of_group) = (Arc::downgrade(&self.0), Arc::downgrade(group));
+        group.on_failure(move |_| {
+            if let Some(cards) = cards.upgrade() {
+                cards.abort();
+            }
+        })?;
+        let cards = Arc::downgrade(&self.0);
+        let ask = move || {
+            while let (Some(cards), Some(group)) = (cards.upgrade(), of_group.upgrade()) {
+                if let Some(problem) = cards.problem() {
+                    // A rank that is gone has a name, which comes over its connection.
+                    if group.failure().is_none() && failure_within(&group, LAST_WORDS).is_none() {
+                        group.fail(&problem.to_string());
+                    }
+                    break;
+                }
+                drop((cards, group));
+                std::thread::sleep(ASK);
+            }
+        };
+        let spawned = std::thread::Builder::new().name("nccl-ask".into()).spawn(ask);
+        spawned.map(drop).map_err(|source| DistError::System { rank: group.rank(), source })
+    }
+}
+
+impl SumBuckets for Cards {
+    fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError> {
+        self.0.sum(bucket).map_err(|error| match error {
+            // This device's own.
+            CollectiveError::Device(error) => error.into(),
+            error => match failure_within(group, LAST_WORDS) {
+                Some(failure) => failure.into(),
+                None => error.into(),
+            },
+        })
+    }
+
+    fn wait(&self) -> Result<Waited, TrainError> {
+        Ok(self.0.wait()?)
+    }
+}
+
+/// The failure of a rank that is known now or soon.
+fn failure_within(group: &Group, time: Duration) -> Option<DistError> {
+    let deadline = Instant::now() + time;
+    loop {
+        match group.failure() {
+            None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            failure => return failure,
+        }
+    }
+}
