@@ -98,6 +98,31 @@ impl Place {
         }
     }
 
+    /// The place of rank 0 of `count` ranks that this program starts on this host, at a port of loopback that is free now, in a run whose
+    /// name no other run of the host has. Others differ in `rank` and `local_rank`.
+    ///
+    /// # Errors
+    /// The host gives no port.
+    pub fn first_of(count: usize) -> std::io::Result<Self> {
+        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr())?.port();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Ok(Self {
+            world_size: count,
+            local_world_size: count,
+            master_port: port,
+            launcher: Launcher::Qlora,
+            run: format!("process {}, {}", std::process::id(), now.as_nanos()),
+            ..Self::alone()
+        })
+    }
+
+    /// The number of the card that is this process's among those that it sees. `visible` is what limits them, in the form of
+    /// `CUDA_VISIBLE_DEVICES`: a scheduler that shows each rank its own card alone calls it 0 in each.
+    pub fn card(&self, visible: Option<&str>) -> usize {
+        let one = visible.is_some_and(|list| !list.trim().is_empty() && !list.contains(','));
+        if one { 0 } else { self.local_rank }
+    }
+
     /// The place of this process.
     ///
     /// # Errors

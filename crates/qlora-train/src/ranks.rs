@@ -150,8 +150,11 @@ impl Ranks {
         host::sum(&self.group, parts, shapes, losses, device)
     }
 
-    /// Every rank's bytes, on every rank.
-    pub(crate) fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, DistError> {
+    /// Every rank's bytes, in the order of ranks, on every rank.
+    ///
+    /// # Errors
+    /// Another rank failed.
+    pub fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, DistError> {
         self.group.all_gather(bytes)
     }
 

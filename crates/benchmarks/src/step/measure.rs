@@ -239,12 +239,19 @@ pub(super) struct Steps<'a> {
     engine: Engine,
     config: &'a TrainConfig,
     case: Case,
+    /// Ranks that share each step.
+    ranks: usize,
     done: u64,
 }
 
 impl<'a> Steps<'a> {
     pub(super) fn new(engine: Engine, config: &'a TrainConfig, case: Case) -> Self {
-        Self { engine, config, case, done: 0 }
+        Self { engine, config, case, ranks: 1, done: 0 }
+    }
+
+    /// As one of several ranks.
+    pub(super) fn of_ranks(self, ranks: usize) -> Self {
+        Self { ranks, ..self }
     }
 
     pub(super) fn next(&mut self) -> Result<StepOutput> {
@@ -253,7 +260,7 @@ impl<'a> Steps<'a> {
         let seed = mix(options.seed ^ mix(self.done));
         self.done += 1;
         let batch = |micro_step: usize| self.case.batch(vocab, mix(seed ^ micro_step as u64));
-        let micro_batches: Vec<_> = (0..options.gradient_accumulation_steps).map(batch).collect();
+        let micro_batches: Vec<_> = (0..options.gradient_accumulation_steps * self.ranks).map(batch).collect();
         let output = self.engine.step(&micro_batches, options.learning_rate, seed);
         output.with_context(|| format!("step {}", self.done))
     }

@@ -12,6 +12,7 @@ mod measure;
 mod memory;
 mod peers;
 mod report;
+mod scaling;
 pub(crate) mod shapes;
 pub(crate) mod stress;
 
@@ -20,6 +21,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
+use burn_qlora::qlora_dist::Place as Rank;
 use burn_qlora::qlora_train::report::device_name;
 use burn_qlora::{ActivationCheckpointing, TrainConfig};
 use serde::{Deserialize, Serialize};
@@ -35,6 +37,7 @@ use measure::{Measured, Place, Repeats, Tracing};
 use memory::Driver;
 use peers::Answer;
 use report::Row;
+use scaling::{Scaled, Together};
 
 /// What is trained, and where.
 #[derive(clap::Args)]
@@ -85,6 +88,9 @@ pub(crate) struct Args {
     /// Steps before them.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     warm_up: u32,
+    /// The same with so many ranks too, each on a card of its own, and how much faster that is than one.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=64))]
+    gpus: Option<u32>,
     /// PEFT and Unsloth on the same cases, in this Python.
     #[arg(long, value_name = "PYTHON")]
     peer: Option<String>,
@@ -104,7 +110,7 @@ pub(crate) struct Args {
     /// Writes the figures to `DIR/<gpu>/<date>-step-<shape>.json`.
     #[arg(long, value_name = "DIR", conflicts_with = "json")]
     record: Option<PathBuf>,
-    /// One process's part: `ceilings`, or POLICY:CASE.
+    /// One process's part: `ceilings`, POLICY:CASE, or ranks:POLICY:CASE.
     #[arg(long, hide = true)]
     child: Option<String>,
 }
@@ -122,13 +128,55 @@ struct Card {
 pub(crate) fn run(args: &Args) -> Result<()> {
     match args.child.as_deref() {
         Some("ceilings") => answer(ceilings(&args.setting.device)),
+        Some(child) if child.starts_with(RANKS) => {
+            let (policy, case) = child[RANKS.len()..].split_once(':').context("a rank's part is ranks:POLICY:CASE")?;
+            let case = case.parse::<Case>().map_err(anyhow::Error::msg)?;
+            answer(of_ranks(args, policy, case))
+        }
         Some(child) => {
             let (policy, case) = child.split_once(':').context("a child is POLICY:CASE")?;
             let case = case.parse::<Case>().map_err(anyhow::Error::msg)?;
             answer(measured(args, policy, case))
         }
-        None => parent(args),
+        None => match Rank::from_env()? {
+            place if place.is_alone() => parent(args, None),
+            _ if args.gpus.is_some() => bail!("--gpus starts ranks, and this process is one already: leave it out"),
+            place => under_launcher(args, place),
+        },
     }
+}
+
+/// What the part of a rank begins with.
+const RANKS: &str = "ranks:";
+
+/// As a process that a launcher started.
+fn under_launcher(args: &Args, place: Rank) -> Result<()> {
+    let (device, _) = open(&scaling::device_of(&args.setting.device, &place))?;
+    let together = Together::meet(place, &device, &args.setting.config(&args.policies[0])?)?;
+    if together.is_first() {
+        return parent(args, Some(&together));
+    }
+    for policy in &args.policies {
+        for &case in &args.cases {
+            together.wait_for_all()?;
+            measured_together(args, &together, policy, case)?;
+        }
+    }
+    Ok(())
+}
+
+/// A rank of several that this program started.
+fn of_ranks(args: &Args, policy: &str, case: Case) -> Result<Scaled> {
+    let place = Rank::from_env()?;
+    let (device, _) = open(&scaling::device_of(&args.setting.device, &place))?;
+    let together = Together::meet(place, &device, &args.setting.config(policy)?)?;
+    measured_together(args, &together, policy, case)
+}
+
+fn measured_together(args: &Args, together: &Together, policy: &str, case: Case) -> Result<Scaled> {
+    let shape = shapes::config(&args.setting.shape, args.setting.layers, args.setting.words)?;
+    let config = args.setting.config(policy)?;
+    together.measure(&shape, &config, case, (args.warm_up as usize, args.steps as usize))
 }
 
 /// A child's last line.
@@ -141,7 +189,8 @@ fn answer<T: Serialize>(result: Result<T>) -> Result<()> {
     Ok(())
 }
 
-fn parent(args: &Args) -> Result<()> {
+/// Measures all cases; `together` are the ranks of a launcher, of which this is rank 0.
+fn parent(args: &Args, together: Option<&Together>) -> Result<()> {
     let shape = shapes::config(&args.setting.shape, args.setting.layers, args.setting.words)?;
     for policy in &args.policies {
         args.setting.config(policy)?;
@@ -167,9 +216,18 @@ fn parent(args: &Args) -> Result<()> {
             let reruns_blocks = kept.fixed().is_some_and(ActivationCheckpointing::reruns_blocks);
             let work = shapes::flops(&shape, case.rows, case.len, reruns_blocks) * accumulation as f64;
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
-            let row = Row { policy: policy.clone(), case, result, bound };
+            let scaled = match (together, args.gpus) {
+                (Some(together), _) => {
+                    together.wait_for_all()?;
+                    Some(measured_together(args, together, policy, case).map_err(|error| format!("{error:#}")))
+                }
+                (None, Some(count)) => Some(scaling::children(count as usize, &format!("{RANKS}{policy}:{case}"))),
+                (None, None) => None,
+            };
+            let row = Row { policy: policy.clone(), case, result, bound, scaled };
             println!("{}", row.line());
-            row.memory_line().into_iter().chain(row.streamed_line()).for_each(|line| println!("{line}"));
+            let lines = [row.memory_line(), row.streamed_line(), row.scaled_line()];
+            lines.iter().flatten().for_each(|line| println!("{line}"));
             rows.push(row);
             record.save(&rows, &[])?;
         }

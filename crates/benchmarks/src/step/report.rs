@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::case::Case;
 use super::measure::Measured;
 use super::peers::Answer;
+use super::scaling::Scaled;
 
 /// Steps from which on the memory's course is a line of the table.
 const LONG: usize = 100;
@@ -16,6 +17,8 @@ pub(crate) struct Row {
     pub result: Result<Measured, String>,
     /// Seconds that the step's operations take at the dense peak.
     pub bound: Option<f64>,
+    /// The same of several ranks, where they were measured.
+    pub scaled: Option<Result<Scaled, String>>,
 }
 
 impl Row {
@@ -74,6 +77,15 @@ impl Row {
         ))
     }
 
+    /// What several ranks do, where they were measured.
+    pub(crate) fn scaled_line(&self) -> Option<String> {
+        match (&self.result, self.scaled.as_ref()?) {
+            (Ok(one), Ok(scaled)) => Some(scaled.line(one)),
+            (_, Err(error)) => Some(format!("  ranks: {}", error.split_whitespace().collect::<Vec<_>>().join(" "))),
+            (Err(_), Ok(_)) => None,
+        }
+    }
+
     fn share(&self) -> Option<f64> {
         Some(self.bound? / self.result.as_ref().ok()?.step_seconds)
     }
@@ -87,6 +99,11 @@ impl Row {
                 line["share_of_limit"] = json!(self.share().map(|share| (share * 1e3).round() / 1e3));
                 if let Value::Object(fields) = json!(measured) {
                     fields.into_iter().for_each(|(key, value)| line[key] = rounded(value));
+                }
+                match &self.scaled {
+                    Some(Ok(scaled)) => line["of_ranks"] = scaled.json(measured),
+                    Some(Err(error)) => line["of_ranks"] = json!({"error": error}),
+                    None => {}
                 }
             }
         }
@@ -158,7 +175,13 @@ mod tests {
             slot_bytes: 1 << 30,
             bus_bytes: 5 << 30,
         };
-        Row { policy: "full".into(), case: Case { rows: 4, len: 2048 }, result: Ok(measured), bound: Some(0.4) }
+        Row {
+            policy: "full".into(),
+            case: Case { rows: 4, len: 2048 },
+            result: Ok(measured),
+            bound: Some(0.4),
+            scaled: None,
+        }
     }
 
     #[test]
@@ -184,6 +207,26 @@ mod tests {
         let json = row().json();
         assert_eq!((&json["tokens_per_second"], &json["share_of_limit"]), (&json!(16384.0), &json!(0.8)));
         assert_eq!(json["launches"], 3000);
+    }
+
+    #[test]
+    fn several_ranks_are_compared_with_one() {
+        let scaled = Scaled {
+            ranks: 2,
+            transport: "by NCCL".into(),
+            tokens: 16384,
+            step_seconds: 0.51,
+            spread: 0.01,
+            waited_seconds: vec![0.002, 0.001],
+            gradient_bytes: 640_000_000,
+            losses: [10.4, 10.3],
+        };
+        let row = Row { scaled: Some(Ok(scaled)), ..row() };
+        let line = row.scaled_line().unwrap();
+        assert!(line.contains("2 ranks: 510.0 ms") && line.contains("1.961x of one; waited 2.0 and 1.0 ms"), "{line}");
+        assert_eq!(row.json()["of_ranks"]["ratio_to_one"], json!(1.961));
+        let failed = Row { scaled: Some(Err("rank 1\nis gone".into())), ..row };
+        assert_eq!(failed.scaled_line().unwrap(), "  ranks: rank 1 is gone");
     }
 
     #[test]

@@ -6,14 +6,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead as _, BufReader};
-use std::net::TcpListener;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use burn_qlora::qlora_dist::{Launcher, Place};
+use burn_qlora::qlora_dist::Place;
 
 use crate::exit::{Code, InputError};
 use crate::output::say;
@@ -31,14 +30,7 @@ const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
 /// They can't be started.
 pub fn run(count: usize) -> Result<Code> {
     let program = std::env::current_exe().context("can't find this program's own file to start ranks with")?;
-    let place = Place {
-        world_size: count,
-        local_world_size: count,
-        master_port: free_port()?,
-        launcher: Launcher::Qlora,
-        run: run_name(),
-        ..Place::alone()
-    };
+    let place = Place::first_of(count).context("this host gives no port for the ranks to meet at")?;
     let mut ranks = Ranks { living: Arc::default(), ended: Vec::new() };
     let pids = Arc::clone(&ranks.living);
     signals::on_interrupt(move || interrupt(&pids))?;
@@ -207,18 +199,6 @@ fn signal_of(status: &ExitStatus) -> Option<i32> {
 #[cfg(not(unix))]
 fn signal_of(_: &ExitStatus) -> Option<i32> {
     None
-}
-
-/// A port of loopback that is free now.
-fn free_port() -> Result<u16> {
-    let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
-    Ok(port.context("this host gives no port for the ranks to meet at")?.port())
-}
-
-/// A name that no other run of this host has.
-fn run_name() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    format!("process {}, {}", std::process::id(), now.as_nanos())
 }
 
 /// Threads for each of `count` ranks.

@@ -46,9 +46,7 @@ fn device_of(
     visible: Option<&str>,
     answers: impl Fn(&str) -> bool,
 ) -> Result<String, UsageError> {
-    let one = visible.is_some_and(|list| !list.trim().is_empty() && !list.contains(','));
-    // A scheduler that shows each rank its own card alone calls it 0 in each.
-    let own = format!("cuda:{}", if one { 0 } else { place.local_rank });
+    let own = format!("cuda:{}", place.card(visible));
     match name {
         _ if place.is_alone() => Ok(name.into()),
         "cuda" => Ok(own),

@@ -124,3 +124,6 @@ impl Buckets {
         (losses.into_iter().collect(), self.sums.clone())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -41,7 +41,7 @@ impl Ranks {
     ///
     /// # Errors
     /// `transport` asks for NCCL and a rank can't; another rank failed.
-    pub(crate) fn connect(self, device: &Device, transport: Transport) -> Result<(Self, Option<String>), TrainError> {
+    pub fn connect(self, device: &Device, transport: Transport) -> Result<(Self, Option<String>), TrainError> {
         if transport == Transport::Tcp {
             return Ok((self, None));
         }

@@ -1,0 +1,178 @@
+//! Whole steps of several ranks, each on a card of its own, beside the same step of one.
+//!
+//! With `--gpus N` each case has N fresh processes. Under a launcher, such as `torchrun --no-python`, the processes are the launcher's:
+//! they measure all cases together, one after the other, while rank 0 alone measures what one card does, in a process of its own.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
+use burn_qlora::TrainConfig;
+use burn_qlora::qlora_dist::{Group, Place, Timeouts};
+use burn_qlora::qlora_models::ModelConfig;
+use burn_qlora::qlora_train::ranks::Ranks;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::case::Case;
+use super::measure::{Measured, Steps, median, random_engine};
+
+/// Steps of several ranks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Scaled {
+    pub ranks: usize,
+    /// How gradients went from rank to rank, as the ranks say it.
+    pub transport: String,
+    /// Tokens of a step, those of all ranks.
+    pub tokens: usize,
+    /// Median of the timed steps, and half of the distance between the quartiles as a part of it.
+    pub step_seconds: f64,
+    pub spread: f64,
+    /// Of each rank, the median of what it waited for the sums of all in a step.
+    pub waited_seconds: Vec<f64>,
+    /// Bytes of the gradients that a step sums.
+    pub gradient_bytes: usize,
+    /// Loss of the first and the last step.
+    pub losses: [f64; 2],
+}
+
+impl Scaled {
+    /// Tokens a second over those of one card.
+    fn ratio(&self, one: &Measured) -> f64 {
+        (self.tokens as f64 / self.step_seconds) / (one.tokens as f64 / one.step_seconds)
+    }
+
+    /// A line below that of one card.
+    pub(crate) fn line(&self, one: &Measured) -> String {
+        let waited = self.waited_seconds.iter().map(|seconds| format!("{:.1}", 1e3 * seconds)).collect::<Vec<_>>();
+        format!(
+            "  {} ranks: {:.1} ms +- {:.1} %, {:.0} tok/s, {:.3}x of one; waited {} ms for sums of {} MB; {}",
+            self.ranks,
+            1e3 * self.step_seconds,
+            100.0 * self.spread,
+            self.tokens as f64 / self.step_seconds,
+            self.ratio(one),
+            waited.join(" and "),
+            self.gradient_bytes / 1_000_000,
+            self.transport,
+        )
+    }
+
+    pub(crate) fn json(&self, one: &Measured) -> Value {
+        let mut line = json!(self);
+        line["tokens_per_second"] = json!((self.tokens as f64 / self.step_seconds).round());
+        line["ratio_to_one"] = json!((self.ratio(one) * 1e3).round() / 1e3);
+        line
+    }
+}
+
+/// The ranks of this process's launcher, on their devices.
+pub(super) struct Together {
+    ranks: Ranks,
+    transport: String,
+    pub device: Device,
+}
+
+/// The name of the device of a rank.
+pub(super) fn device_of(name: &str, place: &Place) -> String {
+    match name {
+        "auto" | "cuda" => format!("cuda:{}", place.card(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())),
+        other => other.into(),
+    }
+}
+
+impl Together {
+    /// Meets the others.
+    pub(super) fn meet(place: Place, device: &Device, config: &TrainConfig) -> Result<Self> {
+        let group = Group::join(place, Timeouts::default())?;
+        let (ranks, note) = Ranks::over_hosts(group).connect(device, config.distributed.transport)?;
+        let transport = note.unwrap_or_else(|| "gradients go over TCP".into());
+        Ok(Self { ranks, transport, device: device.clone() })
+    }
+
+    /// Whether this is rank 0.
+    pub(super) fn is_first(&self) -> bool {
+        self.ranks.rank() == 0
+    }
+
+    /// Returns when all ranks are here.
+    pub(super) fn wait_for_all(&self) -> Result<()> {
+        self.ranks.all_gather(Vec::new())?;
+        Ok(())
+    }
+
+    /// Measures a case on all ranks.
+    pub(super) fn measure(
+        &self,
+        shape: &ModelConfig,
+        config: &TrainConfig,
+        case: Case,
+        (warm_up, steps): (usize, usize),
+    ) -> Result<Scaled> {
+        let count = self.ranks.count();
+        let engine = random_engine(shape, config, case, &self.device)?.with_ranks(Some(self.ranks.clone()));
+        let gradient_bytes = 4 * engine.model().num_trainable();
+        let mut all = Steps::new(engine, config, case).of_ranks(count);
+        let first = all.next()?;
+        for _ in 1..warm_up {
+            all.next()?;
+        }
+        self.device.sync()?;
+        self.wait_for_all()?;
+        let (mut seconds, mut waited) = (Vec::new(), Vec::new());
+        let mut last = first;
+        for _ in 0..steps {
+            let start = std::time::Instant::now();
+            last = all.next()?;
+            seconds.push(start.elapsed().as_secs_f64());
+            waited.push(last.waited_seconds.unwrap_or(0.0));
+        }
+        let (step_seconds, spread) = median(&mut seconds);
+        waited.sort_by(f64::total_cmp);
+        let mine = waited.get(waited.len() / 2).copied().unwrap_or(0.0);
+        let of_all = self.ranks.all_gather(mine.to_le_bytes().to_vec())?;
+        let waited_seconds = of_all.iter().filter_map(|bytes| bytes.as_slice().try_into().ok().map(f64::from_le_bytes));
+        Ok(Scaled {
+            ranks: count,
+            transport: self.transport.clone(),
+            tokens: case.rows * case.len * config.train.gradient_accumulation_steps * count,
+            step_seconds,
+            spread,
+            waited_seconds: waited_seconds.collect(),
+            gradient_bytes,
+            losses: [first.loss, last.loss],
+        })
+    }
+}
+
+/// Runs this program once more as each of `count` ranks, for a part of its work, and returns what rank 0 answers.
+pub(super) fn children(count: usize, part: &str) -> Result<Scaled, String> {
+    let run = || -> Result<Value> {
+        let first = Place::first_of(count).context("this host gives no port for the ranks to meet at")?;
+        let program = std::env::current_exe()?;
+        let mut children = Vec::new();
+        for rank in 0..count {
+            let place = Place { rank, local_rank: rank, ..first.clone() };
+            let mut command = Command::new(&program);
+            command.args(std::env::args_os().skip(1)).args(["--child", part]).envs(place.to_env());
+            children.push(command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn()?);
+        }
+        let outputs = children.into_iter().map(std::process::Child::wait_with_output);
+        let outputs = outputs.collect::<std::io::Result<Vec<_>>>()?;
+        // What went wrong is said by whom it went wrong with; the others repeat it.
+        let mut answer = None;
+        for output in outputs.iter().rev() {
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            match text.lines().rev().find(|line| line.starts_with('{')) {
+                Some(line) => answer = Some(serde_json::from_str(line)?),
+                None => bail!("a rank ended: {}", output.status),
+            }
+        }
+        answer.context("there is no rank")
+    };
+    let mut answer = run().map_err(|error| format!("{error:#}"))?;
+    match answer["error"].as_str() {
+        Some(error) => Err(error.to_owned()),
+        None => serde_json::from_value(answer["ok"].take()).map_err(|error| error.to_string()),
+    }
+}
