@@ -12,6 +12,8 @@ use cubecl::client::Client;
 use cubecl::cuda::CudaRuntime;
 use cubecl::server::Handle;
 use cubecl_runtime::runtime::Runtime;
+use cubecl_runtime::server::ServerStorage;
+use cubecl_runtime::storage::{ComputeStorage, ManagedResource};
 use host_copies::{DeviceError, client_of, from_buffer, from_cube, int_from_cube, into_cube};
 
 use crate::error::CollectiveError;
@@ -21,11 +23,27 @@ use crate::side_stream::SideStream;
 /// How long an abort waits for a call that queues operations.
 const QUEUEING: Duration = Duration::from_secs(5);
 
-/// A communicator until it is aborted.
-struct Communicator(Option<Comm>);
+/// A communicator that goes from the thread that makes it to the one that uses it.
+struct Made(Comm);
 
 // SAFETY: NCCL takes a communicator from any thread, one at a time.
-unsafe impl Send for Communicator {}
+unsafe impl Send for Made {}
+
+/// A buffer whose address is in use: CubeCL leaves it where it is as long as this lives.
+struct Place {
+    resource: ManagedResource<GpuResource>,
+    _buffer: Handle,
+}
+
+impl Place {
+    fn address(&self) -> u64 {
+        self.resource.resource().ptr
+    }
+}
+
+/// The memory of CubeCL's CUDA runtime.
+type Storage = <<CudaRuntime as Runtime>::Server as ServerStorage>::Storage;
+type GpuResource = <Storage as ComputeStorage>::Resource;
 
 /// How a [wait](Collectives::wait) ended, on the device.
 #[derive(Debug)]
@@ -43,9 +61,13 @@ pub struct Collectives {
     client: Client,
     world_size: usize,
     side: SideStream,
-    communicator: Mutex<Communicator>,
-    /// The same, for an abort that can't wait for whoever uses it.
-    raw: AtomicPtr<c_void>,
+    /// Null once it is aborted.
+    communicator: AtomicPtr<c_void>,
+    /// Held while the communicator is used. An abort takes it away from whoever holds this for too long.
+    using: Mutex<()>,
+    /// What operations may work on: CubeCL neither gives its memory to others nor moves it before they are waited for. The last field,
+    /// so that it goes after the stream.
+    under_way: Mutex<Vec<Place>>,
 }
 
 impl std::fmt::Debug for Collectives {
@@ -117,19 +139,20 @@ impl Endpoint {
             // SAFETY: the context is current.
             let comm = bound.and_then(|()| unsafe { library.init(world_size, &id, rank) });
             // Nobody listens where it was over.
-            let _ = sender.send(comm.map(|comm| Communicator(Some(comm))));
+            let _ = sender.send(comm.map(Made));
         };
         let spawned = std::thread::Builder::new().name("nccl-init".into()).spawn(meet);
         spawned.map_err(|error| CollectiveError::Driver { call: "a thread", problem: error.to_string() })?;
-        let communicator = loop {
+        let Made(comm) = loop {
             match receiver.recv_timeout(Duration::from_millis(20)) {
                 Ok(met) => break met?,
                 Err(RecvTimeoutError::Timeout) if !is_over() => {}
                 Err(_) => return Err(CollectiveError::Aborted),
             }
         };
-        let raw = AtomicPtr::new(communicator.0.unwrap_or(std::ptr::null_mut()));
-        Ok(Collectives { nccl, device, client, world_size, side, communicator: Mutex::new(communicator), raw })
+        let communicator = AtomicPtr::new(comm);
+        let (using, under_way) = (Mutex::default(), Mutex::default());
+        Ok(Collectives { nccl, device, client, world_size, side, communicator, using, under_way })
     }
 }
 
@@ -144,8 +167,16 @@ impl Collectives {
         self.nccl.version()
     }
 
-    fn communicator(&self) -> MutexGuard<'_, Communicator> {
-        self.communicator.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The communicator, for as long as the guard is held.
+    fn communicator(&self) -> Result<(MutexGuard<'_, ()>, Comm), CollectiveError> {
+        let guard = self.using.lock().unwrap_or_else(PoisonError::into_inner);
+        let comm = self.communicator.load(Ordering::SeqCst);
+        if comm.is_null() { Err(CollectiveError::Aborted) } else { Ok((guard, comm)) }
+    }
+
+    /// Keeps what operations that were queued work on.
+    fn keep(&self, places: Vec<Place>) {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
     }
 
     /// Queues the sum of each tensor over all ranks, as one operation, in place where nothing else holds the tensor's memory. It
@@ -158,20 +189,16 @@ impl Collectives {
     /// What a tensor depends on failed, for want of memory for example: nothing was queued then. NCCL refuses, or the operations were
     /// aborted.
     pub fn sum(&self, tensors: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, CollectiveError> {
-        let mut cubes = Vec::with_capacity(tensors.len());
-        let mut places = Vec::with_capacity(tensors.len());
-        for tensor in tensors {
-            let cube = self.own(tensor)?;
-            places.push((self.address(&cube)?, cube.meta.num_elements()));
-            cubes.push(cube);
-        }
-        let communicator = self.communicator();
-        let comm = communicator.0.ok_or(CollectiveError::Aborted)?;
+        let cubes = tensors.into_iter().map(|tensor| self.own(tensor)).collect::<Result<Vec<_>, _>>()?;
+        let places = cubes.iter().map(|cube| self.place(cube)).collect::<Result<Vec<_>, _>>()?;
+        let sums: Vec<_> = places.iter().map(Place::address).zip(cubes.iter().map(|c| c.meta.num_elements())).collect();
+        let (_guard, comm) = self.communicator()?;
         self.side.follow()?;
+        self.keep(places);
         let stream = self.side.stream()?;
         self.nccl.grouped(|| {
-            places.iter().try_for_each(|(at, count)| {
-                // SAFETY: the tensors' memory is theirs alone and stays, because they do; they are used again behind `wait`.
+            sums.iter().try_for_each(|(at, count)| {
+                // SAFETY: the tensors' memory is theirs alone and stays, because they are kept; they are used again behind `wait`.
                 unsafe { self.nccl.sum(*at, *count, Element::F32, comm, stream) }
             })
         })?;
@@ -187,7 +214,7 @@ impl Collectives {
     /// # Errors
     /// As [`sum`](Self::sum); sizes do not fit.
     pub fn gather(&self, pairs: Vec<(Tensor<1, Int>, Tensor<1, Int>)>) -> Result<Vec<Tensor<1, Int>>, CollectiveError> {
-        let mut kept = Vec::with_capacity(pairs.len());
+        let (mut gathers, mut places, mut results) = (Vec::new(), Vec::new(), Vec::new());
         for (from, to) in pairs {
             let of = |tensor: Tensor<1, Int>| host_copies::cube_of_int(tensor).ok_or(CollectiveError::NotCuda);
             let (from, to) = (of(from)?, of(to)?);
@@ -195,20 +222,22 @@ impl Collectives {
             if bytes(&from) * self.world_size != bytes(&to) {
                 return Err(CollectiveError::Layout { bytes: bytes(&to), problem: "a gather's sizes do not fit" });
             }
-            let (source, target, count) = (self.address(&from)?, self.address(&to)?, bytes(&from));
-            kept.push((from, to, source, target, count));
+            let (source, target) = (self.place(&from)?, self.place(&to)?);
+            gathers.push((source.address(), target.address(), bytes(&from)));
+            places.extend([source, target]);
+            results.push(to);
         }
-        let communicator = self.communicator();
-        let comm = communicator.0.ok_or(CollectiveError::Aborted)?;
+        let (_guard, comm) = self.communicator()?;
         self.side.follow()?;
+        self.keep(places);
         let stream = self.side.stream()?;
         self.nccl.grouped(|| {
-            kept.iter().try_for_each(|(_, _, from, to, count)| {
+            gathers.iter().try_for_each(|(from, to, count)| {
                 // SAFETY: sizes were checked; the caller uses `to` behind `wait`, and both stay until then.
                 unsafe { self.nccl.gather(*from, *to, *count, Element::U8, comm, stream) }
             })
         })?;
-        Ok(kept.into_iter().map(|(_, to, ..)| int_from_cube(to)).collect())
+        Ok(results.into_iter().map(int_from_cube).collect())
     }
 
     /// Has what the calling thread queues from now on begin when all operations so far are done.
@@ -217,6 +246,8 @@ impl Collectives {
     /// The driver refuses.
     pub fn wait(&self) -> Result<Waited, CollectiveError> {
         let result = self.side.lead()?;
+        // Whatever takes their memory on CubeCL's stream from now on comes after the operations.
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let both = from_buffer::<1>(&self.device, result, [2], DType::F32).ok_or(CollectiveError::NotCuda)?;
         Ok(Waited { broken: both.clone().narrow(0, 0, 1), seconds: both.narrow(0, 1, 1) })
     }
@@ -224,8 +255,8 @@ impl Collectives {
     /// What NCCL has met with by itself, such as a network that is gone; the operations do not end then. Nothing is
     /// told while operations are being queued, or after an [abort](Self::abort).
     pub fn problem(&self) -> Option<CollectiveError> {
-        let communicator = self.communicator.try_lock().ok()?;
-        let comm = communicator.0?;
+        let _guard = self.using.try_lock().ok()?;
+        let comm = Some(self.communicator.load(Ordering::SeqCst)).filter(|comm| !comm.is_null())?;
         // SAFETY: it is a communicator as long as the lock is held.
         unsafe { self.nccl.state(comm) }.err()
     }
@@ -234,8 +265,8 @@ impl Collectives {
     pub fn abort(&self) {
         self.side.break_off();
         let deadline = Instant::now() + QUEUEING;
-        let guard = loop {
-            match self.communicator.try_lock() {
+        let _guard = loop {
+            match self.using.try_lock() {
                 Ok(guard) => break Some(guard),
                 Err(TryLockError::Poisoned(guard)) => break Some(guard.into_inner()),
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
@@ -245,10 +276,7 @@ impl Collectives {
                 Err(TryLockError::WouldBlock) => break None,
             }
         };
-        let comm = self.raw.swap(std::ptr::null_mut(), Ordering::SeqCst);
-        if let Some(mut guard) = guard {
-            guard.0 = None;
-        }
+        let comm = self.communicator.swap(std::ptr::null_mut(), Ordering::SeqCst);
         if comm.is_null() || self.side.stream().is_err() {
             return;
         }
@@ -269,21 +297,19 @@ impl Collectives {
     }
 
     /// Where a tensor lies.
-    fn address(&self, cube: &CubeTensor) -> Result<u64, CollectiveError> {
+    fn place(&self, cube: &CubeTensor) -> Result<Place, CollectiveError> {
         let bytes = cube.meta.num_elements() * cube.dtype.size();
         let problem = match () {
             () if cube.client.service_id() != self.client.service_id() => "it lies on another device",
             () if !cube.is_contiguous() => "its rows lie apart",
             () if cube.handle.size_in_used() < bytes as u64 => "its buffer is smaller",
-            () => return self.address_of(&cube.handle),
+            () => {
+                let resource = self.client.get_resource::<<CudaRuntime as Runtime>::Server>(cube.handle.clone());
+                let resource = resource.map_err(|error| CollectiveError::Device(DeviceError::from(error)))?;
+                return Ok(Place { resource, _buffer: cube.handle.clone() });
+            }
         };
         Err(CollectiveError::Layout { bytes, problem })
-    }
-
-    fn address_of(&self, handle: &Handle) -> Result<u64, CollectiveError> {
-        let resource = self.client.get_resource::<<CudaRuntime as Runtime>::Server>(handle.clone());
-        let resource = resource.map_err(|error| CollectiveError::Device(DeviceError::from(error)))?;
-        Ok(resource.resource().ptr)
     }
 }
 

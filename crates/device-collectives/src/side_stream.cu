@@ -21,11 +21,11 @@ extern "C" __global__ void __launch_bounds__(32) tell_side_stream(unsigned* told
 extern "C" __global__ void __launch_bounds__(32) await_side_stream(float* result, const __grid_constant__ Params p) {
     if (threadIdx.x != 0) return;
     unsigned long long start, end;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
     const volatile unsigned* flag = (const volatile unsigned*)p.flag;
     while ((int)(*flag - p.value) < 0) __nanosleep(200);
     __threadfence_system();
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(end));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(end));
     const unsigned broken = *(const volatile unsigned*)p.broken;
     result[0] = broken != 0 ? __int_as_float(0x7fc00000) : 0.0f;
     result[1] = (float)(end - start) * 1e-9f;

@@ -150,6 +150,7 @@ fn two_ranks_sum_over_their_cards() {
     if let Some((collectives, device, rank)) = joined(nccl) {
         sums(&collectives, &device, rank);
         gathers(&collectives, &device, rank);
+        late(&collectives, &device, rank);
         rates(&collectives, &device, rank);
         // The other one may still read from this one's memory.
         std::thread::sleep(Duration::from_secs(1));
@@ -158,6 +159,41 @@ fn two_ranks_sum_over_their_cards() {
     let folder = tempfile::tempdir().unwrap();
     for mut child in spawn("two_ranks_sum_over_their_cards", folder.path()) {
         assert!(child.wait().unwrap().success());
+    }
+}
+
+/// Sums begin after the work that gives what is summed, and work that uses them after the sums, however long either takes: here one
+/// rank's host is late, and then one rank's device.
+fn late(collectives: &Collectives, device: &Device, rank: usize) {
+    let x = Tensor::<2>::ones([4096, 4096], (device, DType::F32));
+    // Some 10 ms each on a card of today.
+    let long = |x: &Tensor<2>| (0..400).fold(x.clone(), |x, i| if i % 2 == 0 { x * 2.0 } else { x * 0.5 });
+    for late in 0..2 {
+        for of_host in [true, false] {
+            device.sync().unwrap();
+            if of_host && rank == late {
+                std::thread::sleep(Duration::from_millis(700));
+            }
+            let mut summed = Vec::new();
+            for bucket in 0..6 {
+                let part = if !of_host && rank == late { long(&x) } else { x.clone() * 1.0 };
+                summed.extend(collectives.sum(vec![part * (bucket as f32 + 1.0)]).unwrap());
+                // In the way of memory that is not kept.
+                drop(x.clone() * f32::NAN);
+            }
+            let waited = collectives.wait().unwrap();
+            let all = summed.iter().flat_map(|sum| [sum.clone().min(), sum.clone().max()]).collect();
+            let numbers = Tensor::cat(vec![Tensor::cat(all, 0), waited.broken, waited.seconds], 0);
+            let numbers = Reading::start(numbers).unwrap().wait().unwrap();
+            let expected: Vec<f32> = (1..=6).flat_map(|factor| [2.0 * factor as f32; 2]).collect();
+            assert_eq!(numbers[..12], expected, "late {late}, rank {rank}, host {of_host}: {numbers:?}");
+            let [broken, seconds] = numbers[12..] else { panic!("{numbers:?}") };
+            assert_eq!(broken, 0.0);
+            test_support::say(format_args!("rank {late}'s host is late ({of_host}): rank {rank} waited {seconds} s"));
+            if of_host && rank != late {
+                assert!((0.4..1.5).contains(&seconds), "rank {rank} waited {seconds} s");
+            }
+        }
     }
 }
 
@@ -174,9 +210,7 @@ fn rates(collectives: &Collectives, device: &Device, rank: usize) {
         let tensors = tensors();
         device.sync().unwrap();
         let start = Instant::now();
-        for tensor in tensors {
-            drop(collectives.sum(vec![tensor]).unwrap());
-        }
+        tensors.into_iter().for_each(|tensor| drop(collectives.sum(vec![tensor]).unwrap()));
         read(collectives.wait().unwrap().broken);
         start.elapsed().as_secs_f32()
     });

@@ -306,6 +306,7 @@ mod tests {
             memory_reserved_bytes: 400 << 20,
             paging: None,
             loss_scaling: None,
+            slowest_rank: None,
             elapsed_seconds: 3.0,
         };
         let words = step_words(&metrics, Some(Duration::from_secs(190)));

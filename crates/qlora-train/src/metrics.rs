@@ -12,7 +12,8 @@
 //! ```
 //!
 //! `paging` is there once optimizer state was moved to host memory, and `loss_scaling` where the loss is scaled:
-//! `{"scale":65536.0,"skipped":false,"skipped_steps":0}`. Loss or norm of a step that was skipped is `null`.
+//! `{"scale":65536.0,"skipped":false,"skipped_steps":0}`. Loss or norm of a step that was skipped is `null`. Among several
+//! ranks `slowest_rank` is there from the second step on, `{"rank":1,"seconds":0.613,"share":0.021}`: see [`SlowestRank`].
 //!
 //! The file is a log: lines are appended as they come, which is the one exception to the rule that
 //! files appear whole. A run that resumes at step k first drops every later line (and a last line
@@ -70,8 +71,36 @@ pub struct StepMetrics {
     /// What loss scaling did; left out where the loss is not scaled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scaling: Option<LossScaling>,
+    /// Which rank the others waited for in the step before this one; left out where there is one process, and of the first
+    /// step after a start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slowest_rank: Option<SlowestRank>,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
+}
+
+/// The rank that took longest for its own part of a step, which all others wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SlowestRank {
+    /// Its number.
+    pub rank: usize,
+    /// What its own part took: the step but for its wait for the sums of all.
+    pub seconds: f64,
+    /// The part of that time in which the others were done, on average: 0 where all are equally fast.
+    pub share: f64,
+}
+
+impl SlowestRank {
+    /// Of the seconds that the own part of each rank took; `None` where there are less than two, or they are no times.
+    pub(crate) fn of(seconds: &[f64]) -> Option<Self> {
+        let (rank, slowest) = seconds.iter().copied().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b))?;
+        let others = seconds.len() - 1;
+        if others == 0 || !(slowest > 0.0 && slowest.is_finite()) {
+            return None;
+        }
+        let rest = (seconds.iter().sum::<f64>() - slowest) / others as f64;
+        Some(Self { rank, seconds: slowest, share: ((slowest - rest) / slowest).clamp(0.0, 1.0) })
+    }
 }
 
 impl StepMetrics {
@@ -342,6 +371,7 @@ mod tests {
             memory_in_use_bytes: 1 << 19,
             memory_reserved_bytes: 1 << 20,
             paging: step.is_multiple_of(2).then(|| Paging { pages: 10, bytes_in: 1 << 40, ..Default::default() }),
+            slowest_rank: SlowestRank::of(&[0.25 * step as f64, 0.5]).filter(|_| step > 1),
             loss_scaling: (step == 3).then_some(LossScaling { scale: 1024.0, skipped: false, skipped_steps: 2 }),
             elapsed_seconds: step as f64,
         }
@@ -383,6 +413,16 @@ mod tests {
         }
         assert_eq!(history.evals, [eval(4)]);
         assert_eq!(MetricsWriter::resume(&path, 5).unwrap().history(), &history);
+    }
+
+    #[test]
+    fn the_slowest_rank_is_the_one_that_the_others_wait_for() {
+        let of = SlowestRank::of;
+        assert_eq!(of(&[0.5, 1.0, 0.75]), Some(SlowestRank { rank: 1, seconds: 1.0, share: 0.375 }));
+        assert_eq!(of(&[0.5, 0.5]).map(|slowest| slowest.share), Some(0.0));
+        for nothing in [&[][..], &[1.0], &[0.0, 0.0], &[f64::NAN, 1.0]] {
+            assert_eq!(of(nothing), None, "{nothing:?}");
+        }
     }
 
     #[test]

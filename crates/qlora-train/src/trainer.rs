@@ -15,7 +15,7 @@ use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::loss_scale::LossScaler;
-use crate::metrics::{EvalMetrics, MetricsWriter, StepMetrics};
+use crate::metrics::{EvalMetrics, MetricsWriter, SlowestRank, StepMetrics};
 use crate::prompts::Prompts;
 use crate::ranks::Ranks;
 use crate::report::{Outcome, Summary};
@@ -59,6 +59,10 @@ pub struct Trainer<'e> {
     started: Instant,
     /// The ranks that train together, where there are several.
     ranks: Option<Ranks>,
+    /// Seconds that this rank's own part of the last step took.
+    own_seconds: f64,
+    /// Which rank the others waited for in the last step.
+    slowest_rank: Option<SlowestRank>,
     /// Held to the end; the last field, so that everything else is closed before the folder is given back. Only rank 0 has it.
     folder: Option<RunFolder>,
 }
@@ -179,6 +183,8 @@ impl Trainer<'_> {
         let (in_use, reserved) = device_memory(self.engine.model().device()).unwrap_or_default();
         self.peak_memory = self.peak_memory.max(peak_memory(self.engine.model().device()).unwrap_or(reserved));
         let epoch_part = self.position.batch as f64 / self.rows.order.batches_per_epoch() as f64;
+        let seconds = started.elapsed().as_secs_f64();
+        self.own_seconds = seconds - output.waited_seconds.unwrap_or(0.0);
         Ok(StepMetrics {
             step: self.step,
             epoch: self.position.epoch as f64 + epoch_part,
@@ -186,12 +192,13 @@ impl Trainer<'_> {
             learning_rate,
             grad_norm: output.grad_norm,
             tokens,
-            tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+            tokens_per_second: tokens as f64 / seconds,
             memory_bytes: self.peak_memory,
             memory_in_use_bytes: in_use,
             memory_reserved_bytes: reserved,
             paging: Some(self.engine.optimizer().paging()).filter(|paging| *paging != resting(paging)),
             loss_scaling: output.loss_scaling,
+            slowest_rank: self.slowest_rank,
             elapsed_seconds: self.elapsed_seconds(),
         })
     }
@@ -220,9 +227,13 @@ impl Trainer<'_> {
         self.folder.is_some()
     }
 
-    /// Whether the events of any rank ask to stop.
+    /// Whether the events of any rank ask to stop. With that the ranks tell what their parts of the step took.
     fn stop_is_agreed(&mut self) -> Result<bool, TrainError> {
-        together::any(self.ranks.as_ref(), self.events.should_stop())
+        let stop = self.events.should_stop();
+        let Some(ranks) = &self.ranks else { return Ok(stop) };
+        let (stop, seconds) = together::after_step(ranks, stop, self.own_seconds)?;
+        self.slowest_rank = SlowestRank::of(&seconds);
+        Ok(stop)
     }
 
     /// Whether evaluations stopped improving for as long as the configuration allows.

@@ -114,8 +114,10 @@ impl Together {
         let gradient_bytes = 4 * engine.model().num_trainable();
         let mut all = Steps::new(engine, config, case).of_ranks(count);
         let first = all.next()?;
+        tracing::info!(loss = first.loss, grad_norm = first.grad_norm, waited = ?first.waited_seconds, "the first step");
         for _ in 1..warm_up {
-            all.next()?;
+            let next = all.next()?;
+            tracing::info!(loss = next.loss, grad_norm = next.grad_norm, waited = ?next.waited_seconds, "a step");
         }
         self.device.sync()?;
         self.wait_for_all()?;
@@ -126,6 +128,7 @@ impl Together {
             last = all.next()?;
             seconds.push(start.elapsed().as_secs_f64());
             waited.push(last.waited_seconds.unwrap_or(0.0));
+            tracing::info!(loss = last.loss, grad_norm = last.grad_norm, seconds = ?seconds.last(), waited = ?waited.last(), "a step");
         }
         let (step_seconds, spread) = median(&mut seconds);
         waited.sort_by(f64::total_cmp);

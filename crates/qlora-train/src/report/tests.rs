@@ -25,6 +25,7 @@ fn history(steps: usize) -> History {
             memory_reserved_bytes: 400 << 20,
             paging: None,
             loss_scaling: None,
+            slowest_rank: None,
             elapsed_seconds: 1.5 * k as f64,
         });
         if k % 25 == 0 {

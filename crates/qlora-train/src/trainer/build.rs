@@ -184,6 +184,8 @@ impl<'e> Trainer<'e> {
             peak_memory: 0,
             started: Instant::now(),
             ranks,
+            own_seconds: 0.0,
+            slowest_rank: None,
             folder,
         })
     }

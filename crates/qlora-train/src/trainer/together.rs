@@ -114,6 +114,18 @@ pub(super) fn compare_basis(ranks: Option<&Ranks>, basis: &Basis, resumed: Optio
     Ok(ranks.compare(&named)?)
 }
 
+/// Whether any rank is to stop after this step, and the seconds that each rank's own part of it took.
+///
+/// # Errors
+/// Another rank failed.
+pub(super) fn after_step(ranks: &Ranks, stop: bool, seconds: f64) -> Result<(bool, Vec<f64>), TrainError> {
+    let mut mine = seconds.to_le_bytes().to_vec();
+    mine.push(u8::from(stop));
+    let all = ranks.all_gather(mine)?;
+    let seconds = |bytes: &Vec<u8>| bytes.get(..8)?.try_into().ok().map(f64::from_le_bytes);
+    Ok((all.iter().any(|bytes| bytes.get(8) == Some(&1)), all.iter().filter_map(seconds).collect()))
+}
+
 /// Whether the flag is raised on any rank.
 ///
 /// # Errors

@@ -129,7 +129,8 @@ fn sums_under_way_are_one_processs() {
             let (one, _) = found(engine(&lora, None), &batches).unwrap();
             let of_ranks = ranks(|group| {
                 let way = Arc::new(AtOnce::default());
-                let (found, last) = found(engine(&lora, Some(Ranks::over_devices(group, way.clone()))), &batches).unwrap();
+                let (found, last) =
+                    found(engine(&lora, Some(Ranks::over_devices(group, way.clone()))), &batches).unwrap();
                 assert_eq!(last.waited_seconds, Some(0.25));
                 let queued = way.queued.lock().unwrap().clone();
                 (found, queued)
