@@ -5,11 +5,16 @@ every linear layer of the blocks, gradients clipped at 0.3, bitsandbytes' paged 
 a synchronisation; the median counts. `allocated` and `reserved` are the highest of torch's allocator. `driver` is
 nvidia-smi's figure after the last step, less what was used before this process: the paged optimizer's state is CUDA's
 managed memory, which the allocator does not count.
+
+Under `torchrun --nproc-per-node N` the N processes are ranks of DistributedDataParallel, each with a card and micro-batches of its own:
+gradients are summed in the backward pass of a step's last one. Rank 0 answers, with the tokens of all.
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -68,6 +73,33 @@ def sizes(args):
     return shape
 
 
+def ranks():
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join():
+    """Takes this process's card, and meets the others."""
+    import torch
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if ranks() > 1:
+        torch.distributed.init_process_group("nccl")
+
+
+def together(model):
+    """The model as a rank trains it, and what keeps a micro-batch's gradients to itself."""
+    import torch
+
+    if ranks() == 1:
+        return model, contextlib.nullcontext
+    card = torch.cuda.current_device()
+    model = torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[card], gradient_as_bucket_view=True, static_graph=True
+    )
+    return model, model.no_sync
+
+
 def used_bytes():
     """What the driver counts as used on the first card."""
     command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -88,15 +120,17 @@ def measure(args, rows, length, build, before):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = getattr(bnb.optim, OPTIMIZERS[args.optimizer])(parameters, lr=2e-4)
     vocab = sizes(args)["vocab_size"]
+    model, apart = together(model)
     seconds = []
     for _ in range(args.warm_up + args.steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(args.accumulation):
+        for micro_step in range(args.accumulation):
             ids = torch.randint(0, vocab, (rows, length), device="cuda")
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids).loss / args.accumulation
-            loss.backward()
+            with contextlib.nullcontext() if micro_step + 1 == args.accumulation else apart():
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    loss = model(input_ids=ids, labels=ids).loss / args.accumulation
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()
         optimizer.zero_grad()
@@ -106,7 +140,7 @@ def measure(args, rows, length, build, before):
     used = used_bytes()
     return {
         "step_seconds": seconds,
-        "tokens_per_second": rows * length * args.accumulation / seconds,
+        "tokens_per_second": ranks() * rows * length * args.accumulation / seconds,
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "driver_bytes": None if None in (used, before) else used - before,
@@ -116,13 +150,17 @@ def measure(args, rows, length, build, before):
 
 def run(args, peer, build, before):
     """Answers for every case with the model that `build(args, length)` makes."""
+    join()
+    if ranks() > 1:
+        peer += f", {ranks()} ranks"
     for rows, length in args.cases:
         answer = {"peer": peer, "case": f"{rows}x{length}"}
         try:
             answer |= measure(args, rows, length, build, before)
         except Exception as error:  # out of memory among them: the next case may fit
             answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(json.dumps(answer), flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(answer), flush=True)
 
 
 def missing(args, peer, error):

@@ -79,8 +79,9 @@ impl CubeKernel for Kernel {
     }
 
     fn source(&self) -> Option<PrecompiledSource> {
+        // CubeCL's cache on the disk takes kernels of the same text for the same kernel, whatever their entry points.
         Some(PrecompiledSource {
-            source: self.0.text().to_owned(),
+            source: format!("{}\n// {}\n", self.0.text(), self.0.name()),
             entrypoint_name: self.0.name().to_owned(),
             lang: "cuda",
         })
@@ -90,6 +91,13 @@ impl CubeKernel for Kernel {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_entry_points_of_one_text_are_two_texts() {
+        let text = "extern \"C\" __global__ void k() {} extern \"C\" __global__ void l() {}";
+        let of = |name| Kernel(Source::new(name, 32, text)).source().map(|source| source.source);
+        assert!(of("k").is_some_and(|text_of_k| text_of_k.starts_with(text)) && of("k") != of("l"));
+    }
 
     #[test]
     fn a_kernels_id_covers_text_name_and_threads() {

@@ -30,9 +30,11 @@
 
 mod collectives;
 mod error;
+mod memory;
 mod nccl;
 mod side_stream;
+mod worker;
 
-pub use collectives::{Collectives, Endpoint, Waited};
+pub use collectives::{Collectives, Endpoint, Fixed, Mark, Waited};
 pub use error::CollectiveError;
 pub use nccl::{ID_BYTES, Nccl};

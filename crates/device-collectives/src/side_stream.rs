@@ -1,9 +1,10 @@
 //! A stream beside CubeCL's, and the order between both.
 //!
-//! Numbers count up: the n-th time that CubeCL's stream is followed, a kernel on it writes n to one word of the device's memory, and
-//! the side stream waits for a number that is not smaller; the other way round likewise with another word.
+//! Numbers count up: the n-th time that CubeCL's stream is to tell where it is, a kernel on it writes n to one word of the device's
+//! memory, and the side stream waits for a number that is not smaller; the other way round likewise with another word.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -15,7 +16,8 @@ use host_copies::{DeviceError, is_cuda};
 
 use crate::error::CollectiveError;
 
-const TEXT: &str = include_str!("side_stream.cu");
+const TELL: &str = include_str!("tell.cu");
+const AWAIT: &str = include_str!("await.cu");
 /// The words do not share a line of the cache.
 const WORDS_APART: u64 = 128;
 
@@ -28,13 +30,6 @@ struct Params {
     pad: u32,
 }
 
-/// How often each stream waited for the other one.
-#[derive(Debug, Default)]
-struct Counts {
-    told: u32,
-    awaited: u32,
-}
-
 /// The stream.
 pub(crate) struct SideStream {
     client: Client,
@@ -44,7 +39,8 @@ pub(crate) struct SideStream {
     flags: CUdeviceptr,
     /// A word in the host's memory, which the device reads.
     broken: *mut u32,
-    counts: Mutex<Counts>,
+    /// How often CubeCL's stream was asked to tell.
+    told_so_far: AtomicU32,
     /// What the telling kernel writes: whether it ran can be asked of it.
     told: Handle,
     tell: Source,
@@ -53,14 +49,14 @@ pub(crate) struct SideStream {
 
 impl std::fmt::Debug for SideStream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SideStream").field("counts", &self.counts).finish_non_exhaustive()
+        f.debug_struct("SideStream").field("told", &self.told_so_far).finish_non_exhaustive()
     }
 }
 
 // SAFETY: the stream and the addresses are the driver's, which takes them from any thread; the word in the host's memory is read and
 // written with atomic accesses by the host, and only read by the device.
 unsafe impl Send for SideStream {}
-// SAFETY: as above; the counts are behind a mutex.
+// SAFETY: as above.
 unsafe impl Sync for SideStream {}
 
 fn driver(call: &'static str) -> impl Fn(DriverError) -> CollectiveError {
@@ -102,10 +98,10 @@ impl SideStream {
             stream,
             flags,
             broken,
-            counts: Mutex::default(),
+            told_so_far: AtomicU32::new(0),
             told,
-            tell: Source::new("tell_side_stream", 32, TEXT),
-            wait: Source::new("await_side_stream", 32, TEXT),
+            tell: Source::new("tell_side_stream", 32, TELL),
+            wait: Source::new("await_side_stream", 32, AWAIT),
         })
     }
 
@@ -120,36 +116,42 @@ impl SideStream {
         &self.context
     }
 
-    /// What is queued on this stream from now on begins when all is done that the calling thread has queued on CubeCL's.
-    pub(crate) fn follow(&self) -> Result<(), CollectiveError> {
-        let stream = self.stream()?;
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let value = counts.told.wrapping_add(1);
+    /// Has CubeCL's stream tell this one when all is done that the calling thread has queued; by which number.
+    pub(crate) fn tell(&self) -> Result<u32, CollectiveError> {
+        let value = self.told_so_far.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let params = Params { flag: self.flags, broken: self.broken as u64, value, pad: 0 };
         cuda_source::launch(&self.client, &self.tell, (1, 1, 1), Arguments::new().write(&self.told).params(params))?;
-        // The driver has the launch when this returns, and so before the wait.
-        self.client.check([&self.told]).map_err(DeviceError::from)?;
-        counts.told = value;
-        let at_least = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
-        // SAFETY: the word lies in the device's memory as long as the stream lives.
-        let waits = unsafe { sys::cuStreamWaitValue32_v2(stream, self.flags, value, at_least) };
-        waits.result().map_err(driver("cuStreamWaitValue32"))
+        Ok(value)
     }
 
-    /// What the calling thread queues on CubeCL's stream from now on begins when all is done that was queued on this one. Two
-    /// f32 tell how that ended: 0, or NaN if operations were [broken off](Self::break_off); the seconds that were waited.
-    pub(crate) fn lead(&self) -> Result<Handle, CollectiveError> {
+    /// This stream, for calls that queue on it. What is queued from now on begins when a number was [told](Self::tell), by a launch that
+    /// the driver has by now: any answer of CubeCL's that was asked for later proves it.
+    pub(crate) fn after(&self, told: u32) -> Result<CUstream, CollectiveError> {
+        // Of gathers nothing else is asked.
+        self.client.check([&self.told]).map_err(DeviceError::from)?;
         let stream = self.stream()?;
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let value = counts.awaited.wrapping_add(1);
-        let flag = self.flags + WORDS_APART;
+        let at_least = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
+        // SAFETY: the word lies in the device's memory as long as the stream lives.
+        let waits = unsafe { sys::cuStreamWaitValue32_v2(stream, self.flags, told, at_least) };
+        waits.result().map_err(driver("cuStreamWaitValue32"))?;
+        Ok(stream)
+    }
+
+    /// Marks the end of what is queued on this stream by a number larger than those before.
+    pub(crate) fn mark(&self, number: u32) -> Result<(), CollectiveError> {
+        let stream = self.stream()?;
         let plain = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
-        // SAFETY: as in `follow`.
-        let writes = unsafe { sys::cuStreamWriteValue32_v2(stream, flag, value, plain) };
-        writes.result().map_err(driver("cuStreamWriteValue32"))?;
-        counts.awaited = value;
+        // SAFETY: as in `after`.
+        let writes = unsafe { sys::cuStreamWriteValue32_v2(stream, self.flags + WORDS_APART, number, plain) };
+        writes.result().map_err(driver("cuStreamWriteValue32"))
+    }
+
+    /// What the calling thread queues on CubeCL's stream from now on begins when all is done that was queued on this one before a
+    /// [mark](Self::mark). Two f32 tell how that ended: 0, or NaN if operations were [broken off](Self::break_off); the seconds that
+    /// were waited.
+    pub(crate) fn lead(&self, mark: u32) -> Result<Handle, CollectiveError> {
         let result = self.client.empty(8);
-        let params = Params { flag, broken: self.broken as u64, value, pad: 0 };
+        let params = Params { flag: self.flags + WORDS_APART, broken: self.broken as u64, value: mark, pad: 0 };
         cuda_source::launch(&self.client, &self.wait, (1, 1, 1), Arguments::new().write(&result).params(params))?;
         self.client.check([&result]).map_err(DeviceError::from)?;
         Ok(result)
@@ -159,7 +161,7 @@ impl SideStream {
     pub(crate) fn break_off(&self) {
         // SAFETY: the word lies in memory that stays as long as the stream lives.
         unsafe { self.broken.write_volatile(1) };
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        std::sync::atomic::fence(Ordering::SeqCst);
     }
 }
 

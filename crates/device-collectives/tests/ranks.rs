@@ -78,11 +78,20 @@ fn gathers(collectives: &Collectives, device: &Device, rank: usize) {
     let world_size = collectives.world_size();
     let words = |rank: usize| -> Vec<i32> { (0..5000).map(|i| (0x7fc0_0000 ^ (i * 7919)) | rank as i32).collect() };
     let from = Tensor::<1, Int>::from_data(TensorData::new(words(rank), [5000]), (device, DType::I32));
-    let to = Tensor::<1, Int>::zeros([5000 * world_size], (device, DType::I32));
-    let gathered = collectives.gather(vec![(from, to)]).unwrap();
-    drop(collectives.wait().unwrap());
+    let to = Tensor::<1, Int>::zeros([5000 * world_size + 7], (device, DType::I32));
+    let [source, target] = [&from, &to].map(|tensor| collectives.fix(tensor).unwrap());
     let expected: Vec<i32> = (0..world_size).flat_map(words).collect();
-    assert_eq!(gathered.into_iter().next().unwrap().try_into_vec_as::<i32>().unwrap(), expected);
+    for _ in 0..3 {
+        let mark = collectives.gather(&source, &target).unwrap();
+        // What is queued between is not waited for.
+        let sum = collectives.sum(vec![tensor([4096, 1000], rank, device)]).unwrap();
+        drop(collectives.wait_for(mark).unwrap());
+        assert_eq!(to.clone().try_into_vec_as::<i32>().unwrap()[..5000 * world_size], expected);
+        drop(collectives.wait().unwrap());
+        assert_eq!(host(sum.into_iter().next().unwrap())[0], (0..world_size).sum::<usize>() as f32);
+    }
+    let error = collectives.gather(&target, &source).unwrap_err();
+    assert!(matches!(error, CollectiveError::Layout { .. }), "{error}");
 }
 
 #[test]

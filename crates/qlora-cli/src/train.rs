@@ -234,7 +234,7 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
         let path = config.train.output_dir.display();
         events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
-    let room = Room::of(&device, config.train.memory_budget);
+    let room = Room::of(&device, config.train.memory_budget).of_ranks(ranks);
     let plan = Plan::new(config, &model, dtype, &room, &train.examples)?;
 
     let mut text = String::new();

@@ -3,6 +3,7 @@
 use crate::block::{Block, FeedForward};
 use crate::decoder::Decoder;
 use burn::tensor::{Int, Tensor};
+use host_copies::DeviceError;
 use qlora_layers::streamed::{BlockHome, BlockStore, Order, Streaming};
 use qlora_layers::{FrozenLinear, LayerError, Linear4bit, Pass};
 use std::fmt;
@@ -131,6 +132,20 @@ impl Decoder {
     pub fn streaming(&self) -> Streaming {
         let home = self.blocks.iter().find_map(|block| block.home.as_ref());
         home.map_or(Streaming::default(), BlockHome::streaming)
+    }
+
+    /// Has the streamed blocks' weights come and go as a pass over all blocks does, forward, and backward too where it is `training`, without
+    /// computing anything: for ranks that hold parts of the weights each, and do as many passes as each other.
+    ///
+    /// # Errors
+    /// The weights did not come.
+    pub fn pass_idly(&self, training: bool) -> Result<(), DeviceError> {
+        let homes = || self.blocks.iter().filter_map(|block| block.home.as_ref());
+        if !training {
+            return homes().try_for_each(|home| home.enter(Order::Forward));
+        }
+        homes().try_for_each(|home| home.enter(Order::ThenBackward))?;
+        homes().rev().try_for_each(|home| home.enter(Order::Backward))
     }
 
     /// Whether some of its blocks are streamed. One pass at a time may run over such a model and its clones.

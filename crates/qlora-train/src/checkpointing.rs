@@ -317,6 +317,8 @@ pub struct Room {
     pub device: Option<u64>,
     /// Bytes that may wait in the host's memory.
     pub host: u64,
+    /// Ranks that train together, each with such memory; 0 and 1 are a process that is alone.
+    pub ranks: usize,
 }
 
 impl Room {
@@ -341,7 +343,13 @@ impl Room {
         };
         let tensors = |bytes: u64| bytes.saturating_sub(300 << 20) / 6 * 5;
         let device = bytes.map(|bytes| if on_cpu { bytes } else { tensors(bytes) });
-        Self { on_cpu, device, host }
+        Self { on_cpu, device, host, ranks: 1 }
+    }
+
+    /// The same of one of several ranks.
+    #[must_use]
+    pub fn of_ranks(self, ranks: usize) -> Self {
+        Self { ranks, ..self }
     }
 }
 

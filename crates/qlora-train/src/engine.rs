@@ -72,6 +72,8 @@ pub struct Engine {
     loss_scaler: LossScaler,
     /// The ranks that share each step, where there are several.
     ranks: Option<Ranks>,
+    /// Whether each of them holds a part of the frozen weights alone, so that all have to do as many passes as each other.
+    shared_base: bool,
 }
 
 impl Engine {
@@ -112,6 +114,7 @@ impl Engine {
             settled,
             loss_scaler,
             ranks: None,
+            shared_base: false,
         })
     }
 
@@ -126,6 +129,13 @@ impl Engine {
     #[must_use]
     pub fn with_ranks(mut self, ranks: Option<Ranks>) -> Self {
         self.ranks = ranks;
+        self
+    }
+
+    /// Over a model of whose frozen weights each rank holds a part. A step that does not fit into the device's memory is an error then.
+    #[must_use]
+    pub fn with_shared_base(mut self) -> Self {
+        self.shared_base = true;
         self
     }
 
@@ -201,8 +211,13 @@ impl Engine {
             local.map_err(|e| with_largest_batch(e, micro_batches, &engine.policies))
         };
         let mut local = compute(self);
-        while matches!(local, Err(TrainError::OutOfMemory { .. })) && (self.make_room()? || self.keep_less()) {
+        // What ranks share of the base they gather at the same places, which a step that one of them does once more would leave.
+        let again = !self.shared_base;
+        while again && matches!(local, Err(TrainError::OutOfMemory { .. })) && (self.make_room()? || self.keep_less()) {
             local = compute(self);
+        }
+        if let (Err(_), Some(failure)) = (&local, self.ranks.as_ref().and_then(Ranks::failure)) {
+            return Err(failure.into());
         }
         drop(buckets);
         let Computed { numbers, waited, norm, grads } = self.joined(&step, local?)?;

@@ -196,7 +196,9 @@ impl Plan {
         let work_of = |placed: &Placed, policies: &Policies| {
             Work::new(model, &activations, policies, in_blocks, placed.bus_bytes)
         };
-        let weights = all_weights.said(&config.model).unwrap_or_else(|| {
+        let shared = config.distributed.shard_base && quant.is_some() && memory.ranks > 1;
+        let said = if shared { Some(all_weights.shared(memory.ranks)) } else { all_weights.said(&config.model) };
+        let weights = said.unwrap_or_else(|| {
             let fewest = all_weights.fewest(fits);
             // On the CPU both memories are one.
             let can_stream = quant.is_some() && !on_cpu && fewest.host_bytes <= memory.host;

@@ -15,6 +15,7 @@ mod connect;
 mod deal;
 mod devices;
 mod host;
+mod shards;
 
 use std::fmt;
 use std::sync::Arc;
@@ -58,15 +59,18 @@ pub trait SumBuckets: fmt::Debug + Send + Sync {
     /// f32, the same shapes on all ranks.
     ///
     /// # Errors
-    /// What a tensor depends on failed: nothing was queued then, and the same bucket may be queued again. Otherwise another rank
-    /// failed.
+    /// What a tensor depends on failed, of this bucket or an earlier one, or another rank did. Of the buckets since the last wait
+    /// the first [`queued`](Self::queued) are queued then, and the others may be queued again.
     fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError>;
+
+    /// Buckets that are queued since the last wait that succeeded.
+    fn queued(&self) -> usize;
 
     /// Has what the calling thread queues next begin when all sums are done.
     ///
     /// # Errors
-    /// The device failed.
-    fn wait(&self) -> Result<Waited, TrainError>;
+    /// As [`queue`](Self::queue).
+    fn wait(&self, group: &Group) -> Result<Waited, TrainError>;
 }
 
 /// How gradients travel.
@@ -117,10 +121,10 @@ impl Ranks {
     }
 
     /// The way from device to device, where gradients take it.
-    pub(crate) fn devices(&self) -> Option<&dyn SumBuckets> {
+    pub(crate) fn devices(&self) -> Option<&Arc<dyn SumBuckets>> {
         match &self.way {
             Way::Hosts => None,
-            Way::Devices(way) => Some(&**way),
+            Way::Devices(way) => Some(way),
         }
     }
 

@@ -9,11 +9,13 @@ use std::fmt;
 
 use burn::tensor::{DType, Device};
 use paged_optim::{Budget, free_memory};
-use qlora_layers::streamed::{HostStore, SLOTS};
+use qlora_layers::streamed::{BlockStore, HostStore, SLOTS};
 use qlora_models::{LinearRole, LoadOptions, ModelConfig, Placement, Streams};
 use serde::{Deserialize, Serialize};
 
 use crate::config::BaseModelConfig;
+use crate::error::TrainError;
+use crate::ranks::Ranks;
 use nf4_quant::QuantConfig;
 
 /// Where frozen weights are while the device does not compute with them.
@@ -92,7 +94,15 @@ impl WeightBytes {
             slot_bytes: slots as u64 * streamed.iter().copied().max().unwrap_or(0),
             host_bytes: all,
             bus_bytes: (2 * all).saturating_sub(at_turns),
+            shared_by: 1,
         }
+    }
+
+    /// The placement where so many ranks hold a part each of every block: all blocks are streamed, from the other devices.
+    pub fn shared(&self, ranks: usize) -> Placed {
+        let all: u64 = self.blocks.iter().sum();
+        let part = all.div_ceil(ranks.max(1) as u64);
+        Placed { resident_bytes: part, host_bytes: 0, bus_bytes: 0, shared_by: ranks, ..self.placed(self.blocks.len()) }
     }
 
     /// The fewest streamed blocks for which `fits`, all of them where it never does.
@@ -158,7 +168,7 @@ fn linear(elements: u64, quant: Option<QuantConfig>, width: u64) -> u64 {
 pub struct Placed {
     /// The streamed blocks.
     pub placement: Placement,
-    /// Bytes of the blocks that stay on the device.
+    /// Bytes of the blocks, or of the parts of them, that stay on the device.
     pub resident_bytes: u64,
     /// Bytes of the places on the device that the others pass through.
     pub slot_bytes: u64,
@@ -166,6 +176,8 @@ pub struct Placed {
     pub host_bytes: u64,
     /// Bytes over the bus in the forward and backward pass of a micro-batch.
     pub bus_bytes: u64,
+    /// Ranks that hold a part each of the streamed blocks; 1 where these wait in the host's memory.
+    pub shared_by: usize,
 }
 
 /// Of a device's free memory, what frozen weights take at most when nothing is said and the model is to answer: the rest is for the
@@ -196,10 +208,19 @@ impl Placed {
         self.resident_bytes + self.slot_bytes
     }
 
-    /// What a loader is told of it; nothing where all stays on the device.
-    pub fn streams(&self, device: &Device) -> Option<Streams> {
-        let placement = self.placement.clone();
-        (placement.streamed() > 0).then(|| Streams { placement, store: Box::new(HostStore::new(device)) })
+    /// What a loader is told of it; nothing where all stays on the device. `ranks` are those that share the weights, where some do.
+    ///
+    /// # Errors
+    /// The ranks' cards don't meet, or another rank failed.
+    pub fn streams(&self, device: &Device, ranks: Option<&Ranks>) -> Result<Option<Streams>, TrainError> {
+        if self.placement.streamed() == 0 {
+            return Ok(None);
+        }
+        let store: Box<dyn BlockStore> = match ranks.filter(|_| self.shared_by > 1) {
+            Some(ranks) => Box::new(ranks.shard_store(device)?),
+            None => Box::new(HostStore::new(device)),
+        };
+        Ok(Some(Streams { placement: self.placement.clone(), store }))
     }
 }
 
@@ -232,6 +253,18 @@ mod tests {
         assert_eq!(all.bus_bytes, 2 * all.host_bytes / 80 * 78);
         let half = bytes.placed(40);
         assert_eq!((half.resident_bytes, half.host_bytes), (none.resident_bytes / 2, none.resident_bytes / 2));
+    }
+
+    #[test]
+    fn ranks_that_share_a_70b_have_half_of_it_each() {
+        let bytes = WeightBytes::new(&shape("llama-2-70b", "llama_shapes.json"), Some(QuantConfig::default()), 2);
+        let (whole, shared) = (bytes.placed(0), bytes.shared(2));
+        assert_eq!(shared.resident_bytes, whole.resident_bytes / 2);
+        assert_eq!((shared.placement.streamed(), shared.host_bytes), (80, 0));
+        assert_eq!(shared.slot_bytes, whole.resident_bytes / 40);
+        // On two cards of 24 GB, whose 22.3 GiB hold it with embeddings and head in bf16, and leave some 4 for a step.
+        let gib = (shared.on_device() + bytes.other()) as f64 / f64::from(1 << 30);
+        assert!((18.0..18.6).contains(&gib), "{gib}");
     }
 
     #[test]

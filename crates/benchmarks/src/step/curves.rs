@@ -295,7 +295,7 @@ impl Curves<'_> {
     fn measure(&self, model: &Decoder, config: &TrainConfig, case: Case) -> Result<Measured> {
         let shape = model.config();
         let (weights, _) = device_memory(&self.device).unwrap_or_default();
-        let planned = plan(shape, config, case, &self.device)?;
+        let planned = plan(shape, config, case, &self.device, 1)?;
         let mut steps = Steps::new(planned_engine(model.clone(), config, case, planned)?, config, case);
         let mut peak = Peak::default();
         (0..self.args.warm_up).try_for_each(|_| steps.next().map(drop))?;

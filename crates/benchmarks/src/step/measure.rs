@@ -8,6 +8,7 @@ use burn::tensor::Device;
 use burn_qlora::qlora_layers::mix;
 use burn_qlora::qlora_models::{ModelConfig, Streams, device_memory, held_memory};
 use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name, with_subscriber};
+use burn_qlora::qlora_train::ranks::Ranks;
 use burn_qlora::qlora_train::{Engine, Plan, Room, StepOutput, compute_dtype, engine};
 use burn_qlora::{Decoder, Example, LoadOptions, TrainConfig};
 use cubecl::client::Client;
@@ -102,10 +103,19 @@ pub(crate) struct Measured {
     pub bus_bytes: u64,
 }
 
-/// A model of random weights with its adapters, ready to train on micro-batches of a case.
-pub(super) fn random_engine(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Engine> {
-    let planned = plan(shape, config, case, device)?;
-    planned_engine(random_model(shape, config, planned.weights.streams(device), device)?, config, case, planned)
+/// A model of random weights with its adapters, ready to train on micro-batches of a case, by itself or as one of several ranks.
+pub(super) fn random_engine(
+    shape: &ModelConfig,
+    config: &TrainConfig,
+    case: Case,
+    device: &Device,
+    ranks: Option<&Ranks>,
+) -> Result<Engine> {
+    let planned = plan(shape, config, case, device, ranks.map_or(1, Ranks::count))?;
+    let shared = planned.weights.shared_by > 1;
+    let model = random_model(shape, config, planned.weights.streams(device, ranks)?, device)?;
+    let engine = planned_engine(model, config, case, planned)?.with_ranks(ranks.cloned());
+    Ok(if shared { engine.with_shared_base() } else { engine })
 }
 
 /// A model of random weights, some of which may be streamed.
@@ -120,13 +130,19 @@ pub(super) fn random_model(
     Ok(Decoder::random_streamed(shape.clone(), options, streams, config.train.seed, device, &mut |_| {})?)
 }
 
-/// What of a case's activations is kept, by what the device has free now.
-pub(super) fn plan(shape: &ModelConfig, config: &TrainConfig, case: Case, device: &Device) -> Result<Plan> {
+/// What of a case's activations is kept, by what the device has free now, on one of so many ranks.
+pub(super) fn plan(
+    shape: &ModelConfig,
+    config: &TrainConfig,
+    case: Case,
+    device: &Device,
+    ranks: usize,
+) -> Result<Plan> {
     let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
     let row = Example { input_ids: vec![0; case.len], labels: vec![0; case.len], line: 1 };
     let mut planned = config.clone();
     planned.train.batch_size = case.rows;
-    let room = Room::of(device, config.train.memory_budget);
+    let room = Room::of(device, config.train.memory_budget).of_ranks(ranks);
     Ok(Plan::new(&planned, shape, dtype, &room, &[row])?)
 }
 
@@ -150,7 +166,7 @@ pub(crate) fn run(
 ) -> Result<Measured> {
     let device = &place.device;
     let start = Instant::now();
-    let engine = random_engine(shape, config, case, device)?;
+    let engine = random_engine(shape, config, case, device, None)?;
     device.sync().context("loading")?;
     let load_seconds = start.elapsed().as_secs_f64();
     // What a larger card lacks to be a smaller one is not the run's.

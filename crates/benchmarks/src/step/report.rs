@@ -79,11 +79,10 @@ impl Row {
 
     /// What several ranks do, where they were measured.
     pub(crate) fn scaled_line(&self) -> Option<String> {
-        match (&self.result, self.scaled.as_ref()?) {
-            (Ok(one), Ok(scaled)) => Some(scaled.line(one)),
-            (_, Err(error)) => Some(format!("  ranks: {}", error.split_whitespace().collect::<Vec<_>>().join(" "))),
-            (Err(_), Ok(_)) => None,
-        }
+        Some(match self.scaled.as_ref()? {
+            Ok(scaled) => scaled.line(self.result.as_ref().ok()),
+            Err(error) => format!("  ranks: {}", error.split_whitespace().collect::<Vec<_>>().join(" ")),
+        })
     }
 
     fn share(&self) -> Option<f64> {
@@ -100,12 +99,12 @@ impl Row {
                 if let Value::Object(fields) = json!(measured) {
                     fields.into_iter().for_each(|(key, value)| line[key] = rounded(value));
                 }
-                match &self.scaled {
-                    Some(Ok(scaled)) => line["of_ranks"] = scaled.json(measured),
-                    Some(Err(error)) => line["of_ranks"] = json!({"error": error}),
-                    None => {}
-                }
             }
+        }
+        match &self.scaled {
+            Some(Ok(scaled)) => line["of_ranks"] = scaled.json(self.result.as_ref().ok()),
+            Some(Err(error)) => line["of_ranks"] = json!({"error": error}),
+            None => {}
         }
         line
     }
@@ -219,6 +218,8 @@ mod tests {
             spread: 0.01,
             waited_seconds: vec![0.002, 0.001],
             gradient_bytes: 640_000_000,
+            base_bytes: 4 << 30,
+            reserved_bytes: 8 << 30,
             losses: [10.4, 10.3],
         };
         let row = Row { scaled: Some(Ok(scaled)), ..row() };

@@ -9,13 +9,14 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use burn_qlora::TrainConfig;
 use burn_qlora::qlora_dist::{Group, Place, Timeouts};
-use burn_qlora::qlora_models::ModelConfig;
+use burn_qlora::qlora_models::{ModelConfig, device_memory};
 use burn_qlora::qlora_train::ranks::Ranks;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::case::Case;
 use super::measure::{Measured, Steps, median, random_engine};
+use super::report::gib;
 
 /// Steps of several ranks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -32,36 +33,41 @@ pub(crate) struct Scaled {
     pub waited_seconds: Vec<f64>,
     /// Bytes of the gradients that a step sums.
     pub gradient_bytes: usize,
+    /// The allocator's bytes in use on rank 0 with the model loaded, and its bytes reserved after the last step.
+    pub base_bytes: u64,
+    pub reserved_bytes: u64,
     /// Loss of the first and the last step.
     pub losses: [f64; 2],
 }
 
 impl Scaled {
-    /// Tokens a second over those of one card.
-    fn ratio(&self, one: &Measured) -> f64 {
-        (self.tokens as f64 / self.step_seconds) / (one.tokens as f64 / one.step_seconds)
+    /// Tokens a second over those of one card, where it could.
+    fn ratio(&self, one: Option<&Measured>) -> Option<f64> {
+        Some((self.tokens as f64 / self.step_seconds) / one.map(|one| one.tokens as f64 / one.step_seconds)?)
     }
 
     /// A line below that of one card.
-    pub(crate) fn line(&self, one: &Measured) -> String {
+    pub(crate) fn line(&self, one: Option<&Measured>) -> String {
         let waited = self.waited_seconds.iter().map(|seconds| format!("{:.1}", 1e3 * seconds)).collect::<Vec<_>>();
         format!(
-            "  {} ranks: {:.1} ms +- {:.1} %, {:.0} tok/s, {:.3}x of one; waited {} ms for sums of {} MB; {}",
+            "  {} ranks: {:.1} ms +- {:.1} %, {:.0} tok/s, {}; waited {} ms for sums of {} MB; {} GiB of weights, {} reserved; {}",
             self.ranks,
             1e3 * self.step_seconds,
             100.0 * self.spread,
             self.tokens as f64 / self.step_seconds,
-            self.ratio(one),
+            self.ratio(one).map_or("more than one can do".into(), |ratio| format!("{ratio:.3}x of one")),
             waited.join(" and "),
             self.gradient_bytes / 1_000_000,
+            gib(self.base_bytes),
+            gib(self.reserved_bytes),
             self.transport,
         )
     }
 
-    pub(crate) fn json(&self, one: &Measured) -> Value {
+    pub(crate) fn json(&self, one: Option<&Measured>) -> Value {
         let mut line = json!(self);
         line["tokens_per_second"] = json!((self.tokens as f64 / self.step_seconds).round());
-        line["ratio_to_one"] = json!((self.ratio(one) * 1e3).round() / 1e3);
+        line["ratio_to_one"] = json!(self.ratio(one).map(|ratio| (ratio * 1e3).round() / 1e3));
         line
     }
 }
@@ -110,8 +116,9 @@ impl Together {
         (warm_up, steps): (usize, usize),
     ) -> Result<Scaled> {
         let count = self.ranks.count();
-        let engine = random_engine(shape, config, case, &self.device)?.with_ranks(Some(self.ranks.clone()));
+        let engine = random_engine(shape, config, case, &self.device, Some(&self.ranks))?;
         let gradient_bytes = 4 * engine.model().num_trainable();
+        let base_bytes = device_memory(&self.device).map_or(0, |(in_use, _)| in_use);
         let mut all = Steps::new(engine, config, case).of_ranks(count);
         let first = all.next()?;
         tracing::info!(loss = first.loss, grad_norm = first.grad_norm, waited = ?first.waited_seconds, "the first step");
@@ -135,8 +142,11 @@ impl Together {
         let mine = waited.get(waited.len() / 2).copied().unwrap_or(0.0);
         let of_all = self.ranks.all_gather(mine.to_le_bytes().to_vec())?;
         let waited_seconds = of_all.iter().filter_map(|bytes| bytes.as_slice().try_into().ok().map(f64::from_le_bytes));
+        let (_, reserved_bytes) = device_memory(&self.device).unwrap_or_default();
         Ok(Scaled {
             ranks: count,
+            base_bytes,
+            reserved_bytes,
             transport: self.transport.clone(),
             tokens: case.rows * case.len * config.train.gradient_accumulation_steps * count,
             step_seconds,

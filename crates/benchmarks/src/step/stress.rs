@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (device, _) = open(&args.setting.device)?;
     let leaving = |gib| all_but((gib * f64::from(1 << 30)) as usize, &args.setting.device);
     let _taken = args.leave.map(leaving).transpose()?;
-    let mut engine = random_engine(&shape, &config, args.case, &device)?;
+    let mut engine = random_engine(&shape, &config, args.case, &device, None)?;
     println!("optimizer state: {} MiB", mib(engine.optimizer().state_bytes()));
     println!("{:>10} {:>9} {:>8} {:>9} {:>9}  MiB", "case", "step ms", "in use", "resident", "evicted");
 

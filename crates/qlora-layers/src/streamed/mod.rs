@@ -56,6 +56,11 @@ pub trait BlockSource: Send {
     /// As [`fill`](Self::fill).
     fn write(&mut self, block: usize, start: usize, words: &[u32]) -> Result<(), DeviceError>;
 
+    /// Words of a slot that a fill writes to for a block of `words` words: these and perhaps a few more.
+    fn room(&self, words: usize) -> usize {
+        words
+    }
+
     /// Bytes that a fill brings over the bus from the host's memory.
     fn bus_bytes(&self, block: usize) -> u64;
 
@@ -123,7 +128,7 @@ impl StreamedBlocks {
     /// The device has no room for the slots.
     pub fn new(device: &Device, lens: &[Vec<usize>], source: Box<dyn BlockSource>) -> Result<Self, DeviceError> {
         let parts: Arc<[Vec<Part>]> = lens.iter().map(|lens| parts_of(lens)).collect();
-        let longest = lens.iter().map(|lens| layout(lens).1).max().unwrap_or(0);
+        let longest = lens.iter().map(|lens| source.room(layout(lens).1)).max().unwrap_or(0);
         let slots = (0..SLOTS.min(parts.len())).map(|_| Slot::new(device, longest)).collect::<Result<Vec<_>, _>>()?;
         let arrived = vec![true; slots.len()];
         let schedule = Schedule::new(parts.len());

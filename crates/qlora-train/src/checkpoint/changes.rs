@@ -62,6 +62,7 @@ const FREE: &[&str] = &[
     "train.early_stopping_threshold",
     "train.log_every",
     "distributed.transport",
+    "distributed.shard_base",
 ];
 
 /// Keys that the adapter's and the optimizer's tensors depend on.

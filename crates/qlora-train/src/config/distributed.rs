@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct DistributedConfig {
     /// How gradients come from rank to rank.
     pub transport: Transport,
+    /// Whether each rank holds a part of the frozen weights alone, and gets the others' when it computes with them. The results are the same.
+    pub shard_base: bool,
 }
 
 /// How gradients come from rank to rank.

@@ -30,6 +30,18 @@ impl TrainConfig {
         let q = &self.quantization;
         self.validate_residency()?;
         check(
+            "distributed.shard_base",
+            self.distributed.shard_base,
+            !self.distributed.shard_base || q.quant_type != BaseQuantType::None,
+            "needs weights in 4 bits: set quantization.quant_type to \"nf4\" or \"fp4\"",
+        )?;
+        check(
+            "distributed.shard_base",
+            self.distributed.shard_base,
+            !self.distributed.shard_base || self.model.residency != Residency::Host,
+            "has all blocks on the devices: set model.residency to \"auto\" or \"device\"",
+        )?;
+        check(
             "quantization.blocksize",
             q.blocksize,
             q.blocksize.is_power_of_two() && (32..=4096).contains(&q.blocksize),

@@ -13,48 +13,70 @@ use burn::tensor::{DType, Device, Tensor};
 use super::Engine;
 use super::gradients::ParameterGrads;
 use crate::error::TrainError;
-use crate::ranks::{Ranks, Waited};
+use crate::ranks::{Ranks, SumBuckets, Waited};
 
 /// The buckets of a step.
 pub(super) struct Buckets {
     ranks: Ranks,
+    way: Arc<dyn SumBuckets>,
     device: Device,
     shapes: Arc<[[usize; 2]]>,
     /// The parameters of each block, the last block first.
     blocks: Vec<Vec<usize>>,
     /// Those below and above.
     ends: Vec<usize>,
-    /// Buckets that are queued.
+    /// Blocks whose gradients are queued, from the last one on, those without any among them.
     queued: usize,
+    /// The buckets that were queued: how many blocks were done before each.
+    order: Vec<usize>,
     /// Sums of gradients by parameter, as far as they are queued.
     sums: ParameterGrads,
     /// The losses of all micro-batches, `[1, n]`.
     losses: Option<Tensor<2>>,
+    /// Whether the device waits for all of them.
+    waited: bool,
 }
 
 impl Engine {
     /// The buckets of a step, where gradients go from device to device.
     pub(super) fn buckets(&self) -> Option<Buckets> {
         let ranks = self.ranks.clone()?;
-        ranks.devices()?;
+        let way = Arc::clone(ranks.devices()?);
         let shapes: Arc<[[usize; 2]]> = self.model.parameters().iter().map(|(_, p)| p.dims()).collect();
         let first = &self.first_of_block;
         let blocks: Vec<Vec<usize>> = first.windows(2).rev().map(|pair| (pair[0]..pair[1]).collect()).collect();
         let (below, above) = (first[0], first[first.len() - 1]);
         Some(Buckets {
             ranks,
+            way,
             device: self.model.device().clone(),
             blocks,
             ends: (0..below).chain(above..shapes.len()).collect(),
             queued: 0,
+            order: Vec::new(),
             sums: vec![None; shapes.len()],
             shapes,
             losses: None,
+            waited: false,
         })
     }
 }
 
 impl Buckets {
+    /// Goes back to what is queued indeed: of a step that failed, the buckets from the one at fault on are not.
+    pub(super) fn resume(&mut self) {
+        if self.waited {
+            return;
+        }
+        let queued = self.way.queued();
+        let Some(first) = self.order.get(queued).copied() else { return };
+        self.order.truncate(queued);
+        self.queued = first;
+        self.losses = None;
+        let lost = self.blocks[first..].iter().flatten().chain(&self.ends);
+        lost.for_each(|number| self.sums[*number] = None);
+    }
+
     /// Whether all are queued.
     pub(super) fn are_queued(&self) -> bool {
         self.losses.is_some()
@@ -79,6 +101,7 @@ impl Buckets {
         let ends = self.ends.clone();
         let mut bucket = self.taken(&ends, grads);
         bucket.push(Tensor::cat(all, 0).reshape([1, count]));
+        self.order.push(self.blocks.len());
         let mut summed = self.queue(bucket)?;
         self.losses = summed.pop();
         ends.iter().zip(summed).for_each(|(number, sum)| self.sums[*number] = Some(sum));
@@ -89,6 +112,7 @@ impl Buckets {
         for bucket in self.queued..until {
             let numbers = self.blocks[bucket].clone();
             if !numbers.is_empty() {
+                self.order.push(bucket);
                 let summed = self.queue(self.taken(&numbers, grads))?;
                 numbers.iter().zip(summed).for_each(|(number, sum)| self.sums[*number] = Some(sum));
             }
@@ -104,18 +128,14 @@ impl Buckets {
     }
 
     fn queue(&self, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError> {
-        match self.ranks.devices() {
-            Some(way) => way.queue(self.ranks.group(), bucket),
-            None => Ok(bucket),
-        }
+        self.way.queue(self.ranks.group(), bucket)
     }
 
     /// Has the device wait for all sums.
-    pub(super) fn wait(&self) -> Result<Waited, TrainError> {
-        match self.ranks.devices() {
-            Some(way) => way.wait(),
-            None => Err(TrainError::NothingToTrain),
-        }
+    pub(super) fn wait(&mut self) -> Result<Waited, TrainError> {
+        let waited = self.way.wait(self.ranks.group())?;
+        self.waited = true;
+        Ok(waited)
     }
 
     /// The losses of all `count` micro-batches and the sums, of which the next attempt finds the same.

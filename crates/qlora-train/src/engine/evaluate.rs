@@ -37,9 +37,16 @@ impl Engine {
     /// No batch has an unmasked token, the device fails, or another rank does.
     pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<Evaluation, TrainError> {
         let (rank, count) = self.ranks.as_ref().map_or((0, 1), |ranks| (ranks.rank(), ranks.count()));
-        let mut mine = Vec::new();
-        for batch in batches.into_iter().skip(rank).step_by(count) {
-            mine.push(self.sums_of(batch.borrow())?);
+        let (mut mine, mut all) = (Vec::new(), 0_usize);
+        for batch in batches {
+            if all % count == rank {
+                mine.push(self.sums_of(batch.borrow())?);
+            }
+            all += 1;
+        }
+        if self.shared_base {
+            // Ranks that share the base do as many passes as each other.
+            (mine.len()..all.div_ceil(count)).try_for_each(|_| self.model.pass_idly(false))?;
         }
         let all = match &self.ranks {
             Some(ranks) => interleaved(&ranks.all_gather(mine.iter().flat_map(|sums| sums.to_bytes()).collect())?),
@@ -60,6 +67,9 @@ impl Engine {
     fn sums_of(&self, batch: &Batch) -> Result<Sums, TrainError> {
         let labelled = LabelledTokens::new(batch);
         if labelled.is_empty() {
+            if self.shared_base {
+                self.model.pass_idly(false)?;
+            }
             return Ok(Sums { loss: 0.0, correct: 0.0, tokens: 0 });
         }
         let sequence = self.model.sequence(batch.rows, batch.cols, 0);

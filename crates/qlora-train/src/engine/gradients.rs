@@ -80,6 +80,7 @@ impl Engine {
         if let Some(buckets) = buckets {
             return self.over_devices(step, ranks, buckets);
         }
+        self.pass_idly(step, ranks)?;
         let mut parts: Vec<Part> = Vec::new();
         let apart = ranks.keeps_apart(self.model.device());
         if !apart {
@@ -105,16 +106,28 @@ impl Engine {
         Ok(Local::Parts(ranks.clone(), parts))
     }
 
+    /// The passes that other ranks do and this one has no micro-batch for, where they share the base.
+    fn pass_idly(&self, step: &Step<'_>, ranks: &Ranks) -> Result<(), TrainError> {
+        if self.shared_base {
+            let owners = step.owners(ranks);
+            let mine = owners.iter().filter(|owner| **owner == ranks.rank()).count();
+            (mine..owners.len().div_ceil(ranks.count())).try_for_each(|_| self.model.pass_idly(true))?;
+        }
+        Ok(())
+    }
+
     /// The step of a rank whose gradients go from device to device: of its last micro-batch those of a block are on their way while
     /// the next block's are computed.
     fn over_devices(&self, step: &Step<'_>, ranks: &Ranks, buckets: &mut Buckets) -> Result<Local, TrainError> {
         let numbers = step.numbers();
+        buckets.resume();
         if !buckets.are_queued() {
             let owned = numbers.iter().zip(step.owners(ranks)).enumerate();
             let mine: Vec<(usize, usize)> = owned
                 .filter(|(_, (_, owner))| *owner == ranks.rank())
                 .map(|(part, (number, _))| (part, *number))
                 .collect();
+            self.pass_idly(step, ranks)?;
             let (mut grads, mut losses) = (self.no_gradients(), Vec::new());
             for (at, (part, number)) in mine.iter().enumerate() {
                 let last = (at + 1 == mine.len()).then_some(&mut *buckets);

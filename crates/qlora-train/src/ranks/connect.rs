@@ -9,6 +9,7 @@ use host_copies::{client_of, is_cuda};
 use serde::{Deserialize, Serialize};
 
 use super::devices::Cards;
+use super::shards::ShardStore;
 use super::{Ranks, Way};
 use crate::config::Transport;
 use crate::error::TrainError;
@@ -82,6 +83,22 @@ impl Ranks {
                     format!("gradients go through the memory of the hosts, which costs some of the speed: {problem}");
                 Ok((self, Some(note)))
             }
+        }
+    }
+
+    /// Where the frozen weights of blocks go that the ranks share.
+    ///
+    /// # Errors
+    /// Gradients go from card to card, and the weights can't; another rank failed.
+    pub(crate) fn shard_store(&self, device: &Device) -> Result<ShardStore, TrainError> {
+        let on_cuda = client_of(device).is_some_and(|client| is_cuda(&client));
+        if self.devices().is_none() || !on_cuda {
+            return Ok(ShardStore::new(self.clone(), device, None));
+        }
+        let endpoint = Endpoint::new(Nccl::load()?, device)?;
+        match self.meet(endpoint, device)? {
+            Ok(cards) => Ok(ShardStore::new(self.clone(), device, Some(cards))),
+            Err(problem) => Err(TrainError::Transport { problem }),
         }
     }
 

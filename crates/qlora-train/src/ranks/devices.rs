@@ -18,7 +18,7 @@ const ASK: Duration = Duration::from_secs(1);
 
 /// The cards of all ranks.
 #[derive(Debug)]
-pub(super) struct Cards(Arc<Collectives>);
+pub(super) struct Cards(pub(super) Arc<Collectives>);
 
 impl Cards {
     pub(super) fn new(collectives: Collectives) -> Self {
@@ -71,18 +71,27 @@ impl Cards {
 
 impl SumBuckets for Cards {
     fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError> {
-        self.0.sum(bucket).map_err(|error| match error {
-            // This device's own.
-            CollectiveError::Device(error) => error.into(),
-            error => match failure_within(group, LAST_WORDS) {
-                Some(failure) => failure.into(),
-                None => error.into(),
-            },
-        })
+        self.0.sum(bucket).map_err(|error| blamed(error, group))
     }
 
-    fn wait(&self) -> Result<Waited, TrainError> {
-        Ok(self.0.wait()?)
+    fn queued(&self) -> usize {
+        self.0.summed()
+    }
+
+    fn wait(&self, group: &Group) -> Result<Waited, TrainError> {
+        self.0.wait().map_err(|error| blamed(error, group))
+    }
+}
+
+/// The error of an operation: another rank's where one has failed.
+fn blamed(error: CollectiveError, group: &Group) -> TrainError {
+    match error {
+        // This device's own.
+        CollectiveError::Device(error) => error.into(),
+        error => match failure_within(group, LAST_WORDS) {
+            Some(failure) => failure.into(),
+            None => error.into(),
+        },
     }
 }
 

@@ -114,16 +114,21 @@ impl<'e> Trainer<'e> {
         }
         together::compare_basis(ranks.as_ref(), &basis, resumed.as_ref())?;
 
-        let room = Room::of(&device, config.train.memory_budget);
+        let room = Room::of(&device, config.train.memory_budget).of_ranks(ranks.as_ref().map_or(1, Ranks::count));
         let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
         tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-        let streams = weights.streams(&device);
+        let streams = weights.streams(&device, ranks.as_ref())?;
         if let Some(streams) = &streams {
             let (streamed, blocks) = (streams.placement.streamed(), shape.num_hidden_layers);
-            events.on_notice(&format!(
-                "the frozen weights of {streamed} of {blocks} blocks wait in the host's memory (model.residency)"
-            ));
+            events.on_notice(&match weights.shared_by {
+                0 | 1 => format!(
+                    "the frozen weights of {streamed} of {blocks} blocks wait in the host's memory (model.residency)"
+                ),
+                ranks => format!(
+                    "each of {ranks} ranks holds a part of the frozen weights of every block (distributed.shard_base)"
+                ),
+            });
         }
         let base = config.quantization.base_config(&model_dir)?;
         let mut model =
@@ -140,6 +145,9 @@ impl<'e> Trainer<'e> {
             }
         }
         let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter).with_ranks(ranks.clone());
+        if weights.shared_by > 1 {
+            engine = engine.with_shared_base();
+        }
         match &resumed {
             Some(Resumed { checkpoint, .. }) => {
                 let moments = checkpoint.moments(&parameter_names(engine.model()), config.train.optimizer)?;

@@ -187,3 +187,38 @@ fn what_is_wrong_with_one_rank_ends_all() {
     let messages = errors(&|_| ());
     assert!(messages[0].contains("--overwrite") && messages[1].contains(&messages[0]), "{messages:?}");
 }
+
+/// Each rank holds a part of the frozen weights, whatever their number, and whoever has micro-batches to compute: also where a step has fewer than
+/// there are ranks, and where the rows of an evaluation do not share out.
+#[test]
+fn ranks_that_share_the_base_give_what_one_process_gives() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    let row = |words: usize| format!("{{\"prompt\": \"{}\", \"completion\": \" blue\"}}\n", "sky ".repeat(words));
+    std::fs::write(&rows, (1..=11).map(row).collect::<String>()).unwrap();
+    let of = |name: &str, ranks: usize| {
+        let mut config = config(&dir.path().join(name));
+        config.data.train = rows.clone();
+        config.data.eval = Some(rows.clone());
+        config.data.eval_fraction = 0.0;
+        config.train.batch_size = 1;
+        config.train.gradient_accumulation_steps = 4 / ranks;
+        config.train.max_steps = Some(4);
+        config.train.eval_every = 2;
+        config.distributed.shard_base = true;
+        config
+    };
+    let one = of("one", 1);
+    run(one.clone(), Resume::No, &mut ()).unwrap();
+    let one = &one.train.output_dir;
+    for ranks in [2, 4] {
+        let many = of(&format!("{ranks}"), ranks);
+        for summary in together(vec![many.clone(); ranks], &Start::default(), silent) {
+            assert_eq!(summary.unwrap().run.ranks, ranks);
+        }
+        let many = &many.train.output_dir;
+        assert_eq!(losses(one), losses(many), "{ranks} ranks");
+        assert_eq!(evals(one), evals(many), "{ranks} ranks");
+        assert_eq!(adapter(one), adapter(many), "{ranks} ranks");
+    }
+}

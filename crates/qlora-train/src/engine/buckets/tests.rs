@@ -22,10 +22,14 @@ use crate::ranks::{Ranks, SumBuckets, Waited};
 /// Sums over the group as they are queued.
 #[derive(Debug, Default)]
 struct AtOnce {
-    /// Elements of the tensors of each bucket that was queued.
+    /// Elements of the tensors of each bucket that was queued, and how many of them were waited for.
     queued: Mutex<Vec<Vec<usize>>>,
+    waited: Mutex<usize>,
     /// The device has no memory for this bucket, once.
     short_at: Mutex<Option<usize>>,
+    /// So many buckets after that one are taken before this is told, and are not queued.
+    told_after: usize,
+    late: Mutex<Option<usize>>,
     /// The wait finds the sums broken off.
     broken: bool,
 }
@@ -33,8 +37,20 @@ struct AtOnce {
 impl SumBuckets for AtOnce {
     fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError> {
         let mut queued = self.queued.lock().unwrap();
+        let mut late = self.late.lock().unwrap();
         if self.short_at.lock().unwrap().take_if(|at| *at == queued.len()).is_some() {
-            return Err(DeviceError::OutOfMemory("for a test".into()).into());
+            *late = Some(self.told_after);
+        }
+        match &mut *late {
+            Some(0) => {
+                *late = None;
+                return Err(short());
+            }
+            Some(left) => {
+                *left -= 1;
+                return Ok(bucket);
+            }
+            None => {}
         }
         queued.push(bucket.iter().map(|tensor| tensor.shape().num_elements()).collect());
         let sum = |tensor: Tensor<2>| {
@@ -46,7 +62,15 @@ impl SumBuckets for AtOnce {
         bucket.into_iter().map(sum).collect()
     }
 
-    fn wait(&self) -> Result<Waited, TrainError> {
+    fn queued(&self) -> usize {
+        self.queued.lock().unwrap().len() - *self.waited.lock().unwrap()
+    }
+
+    fn wait(&self, _: &Group) -> Result<Waited, TrainError> {
+        if self.late.lock().unwrap().take().is_some() {
+            return Err(short());
+        }
+        *self.waited.lock().unwrap() = self.queued.lock().unwrap().len();
         if self.broken {
             // Long enough for the news of the rank that is gone.
             std::thread::sleep(Duration::from_millis(300));
@@ -55,6 +79,10 @@ impl SumBuckets for AtOnce {
         let broken = if self.broken { f32::NAN } else { 0.0 };
         Ok(Waited { broken: Tensor::from_data([broken], &device), seconds: Tensor::from_data([0.25], &device) })
     }
+}
+
+fn short() -> TrainError {
+    DeviceError::OutOfMemory("for a test".into()).into()
 }
 
 fn engine(lora: &LoraConfig, ranks: Option<Ranks>) -> Engine {
@@ -171,19 +199,20 @@ fn several_micro_batches_a_rank_give_nearly_one_processs() {
 #[test]
 fn a_step_that_is_done_once_more_queues_each_bucket_once() {
     let batches = batches(4);
-    let of = |short_at: Option<usize>| {
+    let of = |short_at: Option<usize>, told_after: usize| {
         ranks(|group| {
             let short_at = Mutex::new(short_at.filter(|_| group.rank() == 1));
-            let way = Arc::new(AtOnce { short_at, ..Default::default() });
+            let way = Arc::new(AtOnce { short_at, told_after, ..Default::default() });
             let (found, _) = found(engine(&ends(), Some(Ranks::over_devices(group, way.clone()))), &batches).unwrap();
             let queued = way.queued.lock().unwrap().len();
             (found, queued)
         })
     };
-    let whole = of(None);
+    let whole = of(None, 0);
     let last = whole[0].1 / 2 - 1;
-    for short_at in [0, 1, last] {
-        assert_eq!(of(Some(short_at)), whole, "short at bucket {short_at}");
+    // At once, or later: in the midst of the step or at its end.
+    for (short_at, told_after) in [(0, 0), (1, 0), (last, 0), (0, 1), (0, 9), (1, 9), (last, 1)] {
+        assert_eq!(of(Some(short_at), told_after), whole, "short at bucket {short_at}, told after {told_after}");
     }
 }
 
