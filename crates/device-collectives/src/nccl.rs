@@ -4,7 +4,6 @@
 //! newer library may return one that is not known here.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::Arc;
 
 use cudarc::driver::sys::CUstream;
 use libloading::Library;
@@ -65,8 +64,6 @@ struct Functions {
 pub struct Nccl {
     functions: Functions,
     version: c_int,
-    /// Never unloaded while it is in use: NCCL has threads of its own.
-    _library: Arc<Library>,
 }
 
 impl std::fmt::Debug for Nccl {
@@ -125,7 +122,9 @@ impl Nccl {
                 last_error: find(&library, "ncclGetLastError").ok(),
             }
         };
-        let mut nccl = Self { functions, version: 0, _library: Arc::new(library) };
+        // Never unloaded: NCCL has threads that outlive its communicators.
+        std::mem::forget(library);
+        let mut nccl = Self { functions, version: 0 };
         let mut version = 0;
         // SAFETY: the call writes the version into `version`.
         nccl.check("ncclGetVersion", unsafe { (functions.version)(&mut version) })?;

@@ -170,12 +170,12 @@ impl Drop for SideStream {
         if self.context.bind_to_thread().is_err() {
             return;
         }
-        // A kernel of CubeCL's stream may still wait for a word, or read one.
-        let _ = self.client.flush();
-        let _ = cubecl::future::block_on(self.client.sync());
+        // A kernel of CubeCL's stream may still wait for a word, or read one: all that was asked for is with the driver when CubeCL
+        // answers, and done when the context is.
+        let _ = self.client.check([&self.told]);
+        let _ = self.context.synchronize();
         // SAFETY: nothing is queued any more that uses them.
         unsafe {
-            let _ = stream::synchronize(self.stream);
             let _ = stream::destroy(self.stream);
             let _ = free_sync(self.flags);
             let _ = free_host(self.broken.cast());
