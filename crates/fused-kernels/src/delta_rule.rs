@@ -42,7 +42,7 @@
 //!
 //! # Measured
 //!
-//! One H200, bf16, 4 x 2048 with 16 heads of keys and 32 of values: 320 us forward and 997 for the gradients, where
+//! One H200, bf16, 4 x 2048 with 16 heads of keys and 32 of values: 320 to 370 us forward and 997 to 1,071 for the gradients, where
 //! flash-linear-attention's kernels take 430 and 1,463. `docs/src/kernels/delta-rule.md` has more shapes, and what was not done.
 
 pub mod oracle;
