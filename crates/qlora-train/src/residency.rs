@@ -290,7 +290,7 @@ mod tests {
             config.set(key, value).unwrap();
         }
         let row = Example { input_ids: vec![0; 2048], labels: vec![0; 2048], line: 1 };
-        let room = Room { on_cpu: false, device: Some(room), host: 128 << 30 };
+        let room = Room { on_cpu: false, device: Some(room), host: 128 << 30, ranks: 1 };
         Plan::new(&config, shape, FloatDType::BF16, &room, &[row]).unwrap()
     }
 
@@ -320,7 +320,7 @@ mod tests {
         let stays = of(&shape, 24 << 30, &[("model.residency", "device")]);
         assert!(stays.memory.total() > 24 << 30 && stays.host.weights.bytes == 0);
         // Without room in the host's memory nothing can wait there.
-        let room = Room { on_cpu: false, device: Some(24 << 30), host: 1 << 30 };
+        let room = Room { on_cpu: false, device: Some(24 << 30), host: 1 << 30, ranks: 1 };
         let config = TrainConfig::default();
         let plan = Plan::new(&config, &shape, FloatDType::BF16, &room, &[]).unwrap();
         assert_eq!(plan.weights.placement.streamed(), 0);
