@@ -128,7 +128,11 @@ fn slices_are_parts_of_the_whole() {
             assert!(*last == whole[whole.len() / rows * (rows - 1)..], "{case} {name}");
             assert!(tensor.part(rows, rows, &shape).is_none() && tensor.part(0, rows + 1, &shape).is_none());
             let mut pieces = Vec::new();
-            tensor.for_each_piece(|piece| Ok::<_, FormatError>(pieces.extend_from_slice(piece))).unwrap();
+            let collected = tensor.for_each_piece(|piece| {
+                pieces.extend_from_slice(piece);
+                Ok::<_, FormatError>(())
+            });
+            collected.unwrap();
             assert!(pieces == *whole);
         }
     }

@@ -157,9 +157,9 @@ impl Nccl {
         if code == SUCCESS {
             return Ok(());
         }
-        // SAFETY: NCCL returns a text that stays, and ends with a zero, for every code.
         let text = |text: *const c_char| match text.is_null() {
             true => String::new(),
+            // SAFETY: NCCL returns a text that stays, and ends with a zero, for every code.
             false => unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string(),
         };
         // SAFETY: any code is allowed.

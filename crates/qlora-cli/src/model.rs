@@ -111,7 +111,7 @@ impl Placement {
         let streams = Placed::to_answer(&config, &base, &options, &device).streams(&device, None)?;
         if let Some(streams) = &streams {
             let blocks = streams.placement.streamed();
-            eprintln!(
+            say!(
                 "The weights of {blocks} blocks wait in the host's memory (--residency); each pass brings them over the bus."
             );
         }

@@ -77,7 +77,8 @@ impl Configured {
     /// [`FormatError::Read`], [`FormatError::Json`], [`FormatError::UnsafePath`]; [`FormatError::Field`] for values
     /// that can't be.
     pub(crate) fn read(dir: &Path) -> Result<Self, FormatError> {
-        let file = |name: &str| -> Result<Option<(PathBuf, Map<String, Value>)>, FormatError> {
+        type Object = (PathBuf, Map<String, Value>);
+        let file = |name: &str| -> Result<Option<Object>, FormatError> {
             let path = resolve_inside(dir, name, dir)?;
             path.map(|path| Ok((path.clone(), json::read(&path)?))).transpose()
         };

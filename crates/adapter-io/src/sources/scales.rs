@@ -109,7 +109,7 @@ mod tests {
         );
         assert_eq!((E5M2[0x7b], E5M2[1], E5M2[0x3c], E5M2[0xfc]), (57344.0, 2f32.powi(-16), 1.0, f32::NEG_INFINITY));
         assert_eq!([&*E4M3, &*E5M2].map(|values| values.iter().filter(|x| x.is_nan()).count()), [2, 6]);
-        assert_eq!((0..255).map(power_of_two).fold(true, |ok, x| ok && x > 0.0), true);
+        assert!((0..255).map(power_of_two).all(|x| x > 0.0));
         assert_eq!((power_of_two(0), power_of_two(1), power_of_two(127)), (2f32.powi(-127), f32::MIN_POSITIVE, 1.0));
     }
 }
