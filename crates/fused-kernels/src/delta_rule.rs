@@ -30,7 +30,7 @@
 //!   nothing is kept from the forward pass.
 //! - A cube of `delta_gradient` goes through all heads of values of its head of keys, so that nothing is added by atomics: the same
 //!   bits on every run.
-//! - Rows of generation, which go on from a state by a token or a few, go token by token ([`recurrent`]), on every runtime.
+//! - Rows of generation, which go on from a state by a token or a few, go token by token ([`recurrent()`]), on every runtime.
 //! - The inverse is made in f32: blocks of 16 by substitution, then `X ← −X₂₂ L₂₁ X₁₁` between them.
 //!
 //! # Numerics

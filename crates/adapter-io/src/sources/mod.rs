@@ -14,7 +14,7 @@
 //! | GPTQ, AWQ | `X.qweight`, `X.qzeros`, `X.scales`, `X.g_idx` | `gptq`, `awq`, `auto-round` |
 //!
 //! **What decides.** The tensors do. `quantization_config` in `config.json` says what the tensors do not: the size
-//! of blocks and groups, and which version's zero points they are ([`config`]). Where it was left on weights in
+//! of blocks and groups, and which version's zero points they are (`sources/config.rs`). Where it was left on weights in
 //! 16 bits, it says nothing. A module that was not converted has a plain `X.weight`, and that is read.
 //!
 //! **Numbers.** value = (code - zero) * scale, computed in f32 and rounded once into the type of the scales where that
