@@ -132,7 +132,7 @@ impl Checkpoint {
         self.files.iter().map(move |file| (file.path(), file.tensors().iter().map(middle).collect()))
     }
 
-    /// The names of all tensors, sorted.
+    /// The names of all tensors of the dense model, sorted: of one that is stored in codes, that of the weight they are of.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.names.iter().map(String::as_str)
     }
@@ -149,7 +149,7 @@ impl Checkpoint {
         names
     }
 
-    /// Whether there is a tensor of this name.
+    /// Whether the dense model has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.names.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }

@@ -12,6 +12,8 @@ use nf4_quant::QuantConfig;
 use qlora_layers::Pass;
 use std::path::Path;
 
+/// How far apart logits may be, as a part of the largest, where weights were rounded to the 8 bits of bf16.
+const BAR_OF_BF16: f32 = 1e-2;
 /// Tokens that are looked at.
 const TOKENS: usize = 16;
 
@@ -55,10 +57,12 @@ pub fn probe_merge(
     merged: &Path,
     quantization: Option<QuantConfig>,
 ) -> Result<Probed, ModelError> {
-    let (reference, before, bar) = match unmerged(base, adapter, quantization) {
+    let (reference, before, quantized) = match unmerged(base, adapter, quantization) {
         Ok(found) => found,
         Err(why) => return Ok(Probed::NotCompared(why)),
     };
+    // Codes of 4 bits are decoded to 16 bits where they are merged.
+    let bar = if quantized { BAR_OF_BF16 } else { bar(&Checkpoint::open(merged)?) };
     let found = logits(&load(merged, None)?)?;
     if found.len() != reference.len() {
         let problem = "has another vocabulary than base and adapter".into();
@@ -69,24 +73,27 @@ pub fn probe_merge(
     Ok(Probed::Compared(MergeProbe { apart, effect, largest, bar }))
 }
 
-/// The logits of base and adapter and of the base alone, and how far those of the merged checkpoint may be from the former.
+/// How far logits of a checkpoint may be from what its weights were before they were rounded to their types: 8, 11 or 24 bits. Some tens of
+/// roundings meet in a logit, most of which cancel.
+fn bar(merged: &Checkpoint) -> f32 {
+    let matrices = merged.names().filter_map(|name| merged.get(name)).filter(|tensor| tensor.shape.len() > 1);
+    let bars = matrices.map(|tensor| match tensor.dtype {
+        Dtype::F32 => 1e-4,
+        Dtype::F16 => 2e-3,
+        _ => BAR_OF_BF16,
+    });
+    bars.fold(1e-4, f32::max)
+}
+
+/// The logits of base and adapter, and of the base alone, and whether the base is in 4 bits.
 fn unmerged(
     base: &Path,
     adapter: &Adapter,
     quantization: Option<QuantConfig>,
-) -> Result<(Vec<f32>, Vec<f32>, f32), String> {
+) -> Result<(Vec<f32>, Vec<f32>, bool), String> {
     let text = |e: ModelError| e.to_string();
     let shape = ModelConfig::from_dir(base).map_err(text)?;
-    let checkpoint = Checkpoint::open(base).map_err(|e| e.to_string())?;
-    let embedding = checkpoint.names().find(|name| name.ends_with("embed_tokens.weight"));
-    let dtype = embedding.and_then(|name| Some(checkpoint.get(name)?.dtype));
     let quantization = quantization.or_else(|| shape.bnb.as_ref().map(|_| QuantConfig::default()));
-    // Weights are rounded to 8, 11 or 24 bits; some tens of roundings meet in a logit, most of which cancel.
-    let bar = match dtype {
-        Some(Dtype::F32) if quantization.is_none() => 1e-4,
-        Some(Dtype::F16) if quantization.is_none() => 2e-3,
-        _ => 1e-2,
-    };
     let linears = shape.linear_specs().iter().map(|spec| spec.shape.iter().product::<usize>()).sum::<usize>();
     let needed = 4 * (linears + shape.vocab_size * shape.hidden_size) as u64;
     if let Some(free) = host_memory().filter(|free| *free < needed + needed / 4) {
@@ -105,7 +112,7 @@ fn unmerged(
         .zip(before.chunks(rows))
         .flat_map(|(after, before)| before.iter().copied().chain(after[rows.min(more)..].iter().copied()).take(more));
     let before = same.collect();
-    Ok((after, before, bar))
+    Ok((after, before, quantization.is_some()))
 }
 
 fn load(dir: &Path, quantization: Option<QuantConfig>) -> Result<Decoder, ModelError> {
