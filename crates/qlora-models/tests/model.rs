@@ -136,13 +136,18 @@ fn failure(edit: impl FnOnce(&mut Value)) -> String {
 }
 
 #[test]
+fn dropouts_of_the_base_are_left_out_and_told() {
+    let model = load(edited(|c| c["attention_dropout"] = json!(0.1)).path(), None).unwrap();
+    let notes = &model.config().notes;
+    assert!(notes.iter().any(|note| note.contains("`attention_dropout` is 0.1")), "{notes:?}");
+}
+
+#[test]
 fn bad_configurations_name_the_field_and_the_cure() {
     let unknown = failure(|c| c["model_type"] = json!("mamba"));
     assert!(unknown.contains("config.json") && unknown.contains("mamba") && unknown.contains("llama"), "{unknown}");
     let activation = failure(|c| c["hidden_act"] = json!("xielu"));
     assert!(activation.contains("hidden_act") && activation.contains("silu"), "{activation}");
-    let dropout = failure(|c| c["attention_dropout"] = json!(0.1));
-    assert!(dropout.contains("attention_dropout") && dropout.contains("0.1"), "{dropout}");
     let unknown_key = failure(|c| c["no_rope_layers"] = json!([1, 0]));
     assert!(unknown_key.contains("no_rope_layers") && unknown_key.contains("config.json"), "{unknown_key}");
     let unknown_scaling = failure(|c| c["rope_parameters"]["mrope_section"] = json!([1, 2]));
