@@ -386,7 +386,12 @@ impl Shared {
         drop(telling);
         let failed = self.has_failed();
         for (index, link) in self.links.iter().enumerate() {
-            if !failed && !self.inbox().left[index] {
+            let left = self.inbox().left[index];
+            if !failed && left {
+                // A rank that has left may read on until it hears this, and would take the end of the connection for a failure. It
+                // may also be gone, which is none.
+                let _ = (&link.stream).write(&wire::bye());
+            } else if !failed {
                 let _ = self.write(index, &wire::bye());
             }
             let _ = link.stream.shutdown(Shutdown::Write);

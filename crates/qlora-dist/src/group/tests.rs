@@ -332,18 +332,28 @@ fn a_wrong_port_is_told() {
 #[test]
 fn whoever_watches_is_told_of_a_failure() {
     for fails in [true, false] {
+        // A failure may overtake an answer: rank 1 fails when all have had theirs.
+        let agreed = std::sync::Barrier::new(3);
         let told = ranks(3, |group| {
             let (sender, receiver) = std::sync::mpsc::channel();
             group.on_failure(move |failure| sender.send(failure.to_string()).unwrap()).unwrap();
             assert!(!group.agree(false).unwrap() && group.failure().is_none());
+            agreed.wait();
             if fails && group.rank() == 1 {
                 group.fail("its card is gone");
             }
             let told = if fails { receiver.recv_timeout(SHORT.rendezvous).ok() } else { None };
             assert_eq!(group.failure().map(|failure| failure.to_string()), told);
+            let group_rank = group.rank();
             drop(group);
             // Nobody holds the other end any more.
-            assert!(receiver.recv_timeout(SHORT.rendezvous) == Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
+            let after = receiver.recv_timeout(SHORT.rendezvous);
+            assert_eq!(
+                after,
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected),
+                "rank {}, fails: {fails}",
+                group_rank
+            );
             told
         });
         for told in told {
