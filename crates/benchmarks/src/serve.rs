@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut place = TrainConfig::default();
     place.set("model.residency", &args.residency)?;
     place.set("model.device_budget", &args.device_budget)?;
-    let streams = Placed::to_answer(&place.model, &config, &options, &device).streams(&device, None)?;
+    let (streams, _) = Placed::to_answer(&place.model, &config, &options, &device).streams(&device, None)?;
     let model = Decoder::random_streamed(config, options, streams, 0, &device, &mut |_| {})?;
     let streamed = model.streaming();
     let num_adapters = cases.iter().map(|Case([.., adapters])| *adapters).max().unwrap_or(0);

@@ -15,7 +15,7 @@ use crate::FloatFormat;
 pub struct CudaDevice {
     /// Major and minor, or less: see [`compute_capability()`].
     pub compute_capability: (u32, u32),
-    /// Streaming multiprocessors.
+    /// Streaming multiprocessors, but for those that are [left](leave_multiprocessors) to others.
     pub multiprocessors: u32,
     /// Bytes of the second-level cache.
     pub l2_bytes: usize,
@@ -89,10 +89,31 @@ pub fn device(client: &Client) -> Option<CudaDevice> {
     if client.name() != "cuda" || CudaBackend::default() != CudaBackend::Cpp {
         return None;
     }
-    static DEVICES: LazyLock<Mutex<HashMap<u16, Option<CudaDevice>>>> = LazyLock::new(Mutex::default);
+    known(client, |(device, left)| {
+        device.map(|device| CudaDevice { multiprocessors: device.multiprocessors.saturating_sub(*left).max(1), ..device })
+    })
+}
+
+/// Has kernels that are launched from now on leave so many multiprocessors of the client's CUDA device to what runs beside them.
+///
+/// A kernel of one cube for each multiprocessor, whose cubes divide the work up front, takes up to twice as long where something
+/// else holds a single one: the cube that finds no place runs when the others are done. Nothing changes on other runtimes.
+pub fn leave_multiprocessors(client: &Client, count: u32) {
+    if client.name() == "cuda" && CudaBackend::default() == CudaBackend::Cpp {
+        known(client, |(_, left)| *left = count);
+    }
+}
+
+/// A device as it is, and the multiprocessors that are left to others.
+type Known = (Option<CudaDevice>, u32);
+
+/// Looks at a CUDA device, which is asked once.
+fn known<T>(client: &Client, look: impl FnOnce(&mut Known) -> T) -> T {
+    static DEVICES: LazyLock<Mutex<HashMap<u16, Known>>> = LazyLock::new(Mutex::default);
     let index = client.service_id().device.index_id;
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    *devices.entry(index).or_insert_with(|| query(index).filter(|device| device.compute_capability >= (7, 0)))
+    let ask = || (query(index).filter(|device| device.compute_capability >= (7, 0)), 0);
+    look(devices.entry(index).or_insert_with(ask))
 }
 
 fn query(index: u16) -> Option<CudaDevice> {

@@ -53,6 +53,8 @@ pub struct Collectives {
     marks: AtomicU32,
     device: Device,
     world_size: usize,
+    /// Multiprocessors that operations take at most, where that is known.
+    cubes: u32,
 }
 
 impl std::fmt::Debug for Collectives {
@@ -101,7 +103,8 @@ impl Endpoint {
     }
 
     /// Joins the other ranks, each of which has the same `id` and a device of its own. Returns when all are there. A rank that
-    /// never comes keeps it waiting; `is_over`, asked now and then, ends that.
+    /// never comes keeps it waiting; `is_over`, asked now and then, ends that. Operations that are to run [beside](Collectives::beside)
+    /// other kernels need `cubes`, the multiprocessors that they may take; NCCL before 2.17 takes as many as it likes.
     ///
     /// # Errors
     /// NCCL finds no way between the devices, or two ranks on one device; [`CollectiveError::Aborted`] when `is_over` said so.
@@ -110,9 +113,13 @@ impl Endpoint {
         rank: usize,
         world_size: usize,
         id: &[u8],
+        cubes: Option<u32>,
         is_over: impl Fn() -> bool,
     ) -> Result<Collectives, CollectiveError> {
         let Self { nccl, device, client, side } = self;
+        // NCCL follows its variable whatever a program says.
+        let said = std::env::var("NCCL_MAX_CTAS").ok().and_then(|count| count.parse().ok()).filter(|count| *count > 0);
+        let limit = cubes.filter(|_| nccl.limits_cubes()).map_or(0, |cubes| said.unwrap_or(cubes));
         let (context, library, id) = (side.context().clone(), nccl.clone(), id.to_vec());
         let (sender, receiver) = channel();
         // On a thread of its own, because nothing but the others ends it.
@@ -120,7 +127,7 @@ impl Endpoint {
             let bound = context.bind_to_thread();
             let bound = bound.map_err(|e| CollectiveError::Driver { call: "cuCtxSetCurrent", problem: e.to_string() });
             // SAFETY: the context is current.
-            let comm = bound.and_then(|()| unsafe { library.init(world_size, &id, rank) });
+            let comm = bound.and_then(|()| unsafe { library.init(world_size, &id, rank, cubes) });
             // Nobody listens where it was over.
             let _ = sender.send(comm.map(Made));
         };
@@ -136,7 +143,7 @@ impl Endpoint {
         let (jobs, receiver) = channel();
         let worker = Arc::clone(&shared);
         spawn("nccl-queue", move || worker.work(&receiver))?;
-        Ok(Collectives { shared, jobs, marks: AtomicU32::new(0), device, world_size })
+        Ok(Collectives { shared, jobs, marks: AtomicU32::new(0), device, world_size, cubes: limit })
     }
 }
 
@@ -154,6 +161,12 @@ impl Collectives {
     /// NCCL's version.
     pub fn version(&self) -> String {
         self.shared.nccl.version()
+    }
+
+    /// Whether operations run beside kernels from now on, which then leave them as many multiprocessors as they may take. An operation
+    /// that waits for another rank holds its multiprocessors meanwhile.
+    pub fn beside(&self, kernels: bool) {
+        cuda_source::leave_multiprocessors(&self.shared.client, if kernels { self.cubes } else { 0 });
     }
 
     /// Asks for the sum of each tensor over all ranks, as one operation, in place where nothing else holds the tensor's memory. It

@@ -38,6 +38,40 @@ pub(crate) enum Element {
     F32 = 7,
 }
 
+/// `ncclConfig_t` as of 2.17, of which later versions take the rest to be what it is by default.
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: c_int,
+    cluster: c_int,
+    min_cubes: c_int,
+    max_cubes: c_int,
+    net_name: *const c_char,
+}
+
+impl Config {
+    /// The first version that has it.
+    const SINCE: c_int = 21_700;
+    const MAGIC: u32 = 0xcafe_beef;
+    const UNSAID: c_int = c_int::MIN;
+
+    fn at_most(cubes: c_int) -> Self {
+        Self {
+            size: size_of::<Self>(),
+            magic: Self::MAGIC,
+            version: Self::SINCE as u32,
+            blocking: Self::UNSAID,
+            cluster: Self::UNSAID,
+            min_cubes: Self::UNSAID,
+            max_cubes: cubes,
+            net_name: std::ptr::null(),
+        }
+    }
+}
+
+type InitConfig = unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
 type Init = unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int) -> c_int;
 type AllReduce = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, CUstream) -> c_int;
 type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, CUstream) -> c_int;
@@ -48,6 +82,8 @@ struct Functions {
     version: unsafe extern "C" fn(*mut c_int) -> c_int,
     unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
     init: Init,
+    /// From 2.14 on.
+    init_config: Option<InitConfig>,
     abort: unsafe extern "C" fn(Comm) -> c_int,
     asynchronous: unsafe extern "C" fn(Comm, *mut c_int) -> c_int,
     all_reduce: AllReduce,
@@ -112,6 +148,7 @@ impl Nccl {
                 version: find(&library, "ncclGetVersion")?,
                 unique_id: find(&library, "ncclGetUniqueId")?,
                 init: find(&library, "ncclCommInitRank")?,
+                init_config: find(&library, "ncclCommInitRankConfig").ok(),
                 abort: find(&library, "ncclCommAbort")?,
                 asynchronous: find(&library, "ncclCommGetAsyncError")?,
                 all_reduce: find(&library, "ncclAllReduce")?,
@@ -175,18 +212,37 @@ impl Nccl {
         Err(CollectiveError::Nccl { call, problem })
     }
 
-    /// A communicator; returns when all ranks are there, or fails.
+    /// Whether a communicator can be made whose kernels have a limited number of cubes: from 2.17 on.
+    pub(crate) fn limits_cubes(&self) -> bool {
+        self.version >= Config::SINCE && self.functions.init_config.is_some()
+    }
+
+    /// A communicator; returns when all ranks are there, or fails. Its kernels have at most `cubes` cubes, where that is said and this
+    /// version [knows it](Self::limits_cubes).
     ///
     /// # Safety
     /// The context of the rank's device is current.
-    pub(crate) unsafe fn init(&self, ranks: usize, id: &[u8], rank: usize) -> Result<Comm, CollectiveError> {
+    pub(crate) unsafe fn init(
+        &self,
+        ranks: usize,
+        id: &[u8],
+        rank: usize,
+        cubes: Option<u32>,
+    ) -> Result<Comm, CollectiveError> {
         let wrong = |problem: String| CollectiveError::Nccl { call: "ncclCommInitRank", problem };
         let bytes = id.try_into().map_err(|_| wrong(format!("an id has {ID_BYTES} bytes, this has {}", id.len())))?;
         let [ranks, rank] = [ranks, rank].map(c_int::try_from);
         let (Ok(ranks), Ok(rank)) = (ranks, rank) else { return Err(wrong("too many ranks".into())) };
         let mut comm: Comm = std::ptr::null_mut();
-        // SAFETY: the context is current; the call writes a communicator.
-        self.check("ncclCommInitRank", unsafe { (self.functions.init)(&mut comm, ranks, UniqueId(bytes), rank) })?;
+        let limit = cubes.and_then(|cubes| c_int::try_from(cubes).ok()).filter(|_| self.limits_cubes());
+        // SAFETY: the context is current; the calls write a communicator, and read the configuration.
+        let code = match (limit, self.functions.init_config) {
+            (Some(limit), Some(init)) => unsafe {
+                init(&mut comm, ranks, UniqueId(bytes), rank, &mut Config::at_most(limit))
+            },
+            _ => unsafe { (self.functions.init)(&mut comm, ranks, UniqueId(bytes), rank) },
+        };
+        self.check("ncclCommInitRank", code)?;
         Ok(comm)
     }
 

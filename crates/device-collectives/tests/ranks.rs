@@ -99,7 +99,7 @@ fn one_rank_sums_with_itself() {
     let Some(nccl) = nccl(1) else { return };
     let device = Device::cuda(0);
     let id = nccl.unique_id().unwrap();
-    let collectives = Endpoint::new(nccl, &device).unwrap().join(0, 1, &id, || false).unwrap();
+    let collectives = Endpoint::new(nccl, &device).unwrap().join(0, 1, &id, None, || false).unwrap();
     sums(&collectives, &device, 0);
     gathers(&collectives, &device, 0);
     collectives.abort();
@@ -120,7 +120,7 @@ fn nobody_waits_for_a_rank_that_never_comes() {
     let id = nccl.unique_id().unwrap();
     let start = Instant::now();
     let over = || start.elapsed() > Duration::from_secs(2);
-    let error = Endpoint::new(nccl, &Device::cuda(0)).unwrap().join(0, 2, &id, over).unwrap_err();
+    let error = Endpoint::new(nccl, &Device::cuda(0)).unwrap().join(0, 2, &id, None, over).unwrap_err();
     assert_eq!(error, CollectiveError::Aborted);
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
 }
@@ -153,7 +153,7 @@ fn joined(nccl: Nccl) -> Option<(Collectives, Device, usize)> {
         }
     };
     let device = Device::cuda(rank);
-    Some((Endpoint::new(nccl, &device).unwrap().join(rank, 2, &id, || false).unwrap(), device, rank))
+    Some((Endpoint::new(nccl, &device).unwrap().join(rank, 2, &id, None, || false).unwrap(), device, rank))
 }
 
 #[test]

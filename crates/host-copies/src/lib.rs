@@ -6,6 +6,7 @@
 //! - [`staging()`]: room on the host for what is to be sent.
 //! - [`HostBuffer`] and [`Slot`]: words that wait in the host's memory, and a place on the device that is filled from them
 //!   beside the kernels, in place.
+//! - [`SharedPages`]: such words in one copy for several processes.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back;
 //!   [`from_buffer`]: a Burn tensor of a buffer.
@@ -30,6 +31,7 @@ mod host_buffer;
 mod memory;
 mod reading;
 mod recording;
+mod shared_pages;
 mod slot;
 mod staging;
 mod tensor;
@@ -40,6 +42,7 @@ pub use host_buffer::HostBuffer;
 pub use memory::{DeviceMemory, UNITS, free_memory, limit_memory, parse_size};
 pub use reading::Reading;
 pub use recording::{Recording, overwrite, overwrite_int};
+pub use shared_pages::SharedPages;
 pub use slot::Slot;
 pub use staging::staging;
 pub use tensor::{as_cube, cube_of_int, from_buffer, from_cube, int_from_buffer, int_from_cube, into_cube};

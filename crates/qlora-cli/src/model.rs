@@ -108,7 +108,7 @@ impl Placement {
     pub fn load(self, dir: &Path) -> Result<Decoder> {
         let Self { device, options, config, quantization } = self;
         let base = quantization.base_config(dir)?;
-        let streams = Placed::to_answer(&config, &base, &options, &device).streams(&device, None)?;
+        let (streams, _) = Placed::to_answer(&config, &base, &options, &device).streams(&device, None)?;
         if let Some(streams) = &streams {
             let blocks = streams.placement.streamed();
             say!(

@@ -27,7 +27,22 @@ impl Placement {
         self.0.get(block).copied().unwrap_or(false)
     }
 
-    /// How many are.
+    /// The streamed blocks, in their order.
+    pub fn blocks(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.iter().enumerate().filter(|(_, streamed)| **streamed).map(|(block, _)| block)
+    }
+
+    /// How many blocks there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no block.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// How many blocks are streamed.
     pub fn streamed(&self) -> usize {
         self.0.iter().filter(|streamed| **streamed).count()
     }

@@ -8,14 +8,16 @@
 //! result is its result, bit for bit. On other devices, where they would take memory that is short, a rank sends the sum of its
 //! own.
 //!
-//! Between CUDA cards the sums of a block's gradients are queued as soon as the last micro-batch's backward pass is done with the
-//! block ([`SumBuckets`]), and the device adds them up while it goes on with the next one.
+//! Between CUDA cards ([`SumBuckets`]) over a slow way the sums of a block's gradients are queued as soon as the last micro-batch's
+//! backward pass is done with the block, and the device adds them up while it goes on with the next one. Over a fast way, such as NVLink,
+//! they are queued behind the pass: sums that wait for another rank hold multiprocessors, which costs more than they take.
 
 mod connect;
 mod deal;
 mod devices;
 mod host;
 mod shards;
+mod sharers;
 
 use std::fmt;
 use std::sync::Arc;
@@ -52,6 +54,9 @@ pub(crate) struct Summed {
 ///
 /// All ranks queue the same buckets in the same order, whatever becomes of their micro-batches meanwhile.
 pub trait SumBuckets: fmt::Debug + Send + Sync {
+    /// Whether sums are to be queued while the backward pass goes on, rather than behind it.
+    fn beside(&self) -> bool;
+
     /// Queues the sum of each tensor over all ranks, behind what the calling thread has queued. The results are not
     /// used before [`wait`](Self::wait).
     ///

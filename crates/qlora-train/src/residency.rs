@@ -9,7 +9,7 @@ use std::fmt;
 
 use burn::tensor::{DType, Device};
 use paged_optim::{Budget, free_memory};
-use qlora_layers::streamed::{BlockStore, HostStore, SLOTS};
+use qlora_layers::streamed::{HostStore, SLOTS};
 use qlora_models::{LinearRole, LoadOptions, ModelConfig, Placement, Streams};
 use serde::{Deserialize, Serialize};
 
@@ -210,19 +210,41 @@ impl Placed {
         self.resident_bytes + self.slot_bytes
     }
 
-    /// What a loader is told of it; nothing where all stays on the device. `ranks` are those that share the weights, where some do.
+    /// What a loader is told of it; nothing where all stays on the device. And what there is to say of it. `ranks` are those that train
+    /// together, all of which have to come here.
     ///
     /// # Errors
     /// The ranks' cards don't meet, or another rank failed.
-    pub fn streams(&self, device: &Device, ranks: Option<&Ranks>) -> Result<Option<Streams>, TrainError> {
-        if self.placement.streamed() == 0 {
-            return Ok(None);
+    pub fn streams(
+        &self,
+        device: &Device,
+        ranks: Option<&Ranks>,
+    ) -> Result<(Option<Streams>, Option<String>), TrainError> {
+        let (placement, streamed) = (self.placement.clone(), self.placement.streamed());
+        if let Some(ranks) = ranks.filter(|_| self.shared_by > 1) {
+            let note = format!(
+                "each of {} ranks holds a part of the frozen weights of every block (distributed.shard_base)",
+                self.shared_by
+            );
+            return Ok((Some(Streams { placement, store: Box::new(ranks.shard_store(device)?) }), Some(note)));
         }
-        let store: Box<dyn BlockStore> = match ranks.filter(|_| self.shared_by > 1) {
-            Some(ranks) => Box::new(ranks.shard_store(device)?),
-            None => Box::new(HostStore::new(device)),
+        let sharers = ranks.map_or(Ok(Ok(None)), |ranks| ranks.sharers(&placement))?;
+        if streamed == 0 {
+            return Ok((None, None));
+        }
+        let (store, copies) = match sharers {
+            Ok(Some(sharers)) => {
+                let copies = format!(", in one copy for {} ranks", sharers.count);
+                (HostStore::shared(device, sharers), copies)
+            }
+            Ok(None) => (HostStore::new(device), String::new()),
+            Err(problem) => (HostStore::new(device), format!(", in a copy for each rank: {problem}")),
         };
-        Ok(Some(Streams { placement: self.placement.clone(), store }))
+        let blocks = placement.len();
+        let note = format!(
+            "the frozen weights of {streamed} of {blocks} blocks wait in the host's memory (model.residency){copies}"
+        );
+        Ok((Some(Streams { placement, store: Box::new(store) }), Some(note)))
     }
 }
 

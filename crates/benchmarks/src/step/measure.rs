@@ -113,7 +113,9 @@ pub(super) fn random_engine(
 ) -> Result<Engine> {
     let planned = plan(shape, config, case, device, ranks.map_or(1, Ranks::count))?;
     let shared = planned.weights.shared_by > 1;
-    let model = random_model(shape, config, planned.weights.streams(device, ranks)?, device)?;
+    let (streams, note) = planned.weights.streams(device, ranks)?;
+    note.iter().for_each(|note| tracing::info!("{note}"));
+    let model = random_model(shape, config, streams, device)?;
     let engine = planned_engine(model, config, case, planned)?.with_ranks(ranks.cloned());
     Ok(if shared { engine.with_shared_base() } else { engine })
 }

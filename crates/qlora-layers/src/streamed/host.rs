@@ -1,13 +1,34 @@
 //! Streamed blocks in the host's memory.
 
+use std::fmt;
+use std::time::Duration;
+
 use burn::backend::DispatchTensorKind;
 use burn::tensor::{Device, Int, Tensor};
-use host_copies::{DeviceError, HostBuffer, Slot};
+use host_copies::{DeviceError, HostBuffer, SharedPages, Slot};
 use rayon::prelude::*;
 
 use super::{BlockSource, BlockStore, StreamedBlocks, layout};
 use crate::LayerError;
 use crate::ops::words;
+
+/// Processes of one host that stream the same blocks from one copy.
+pub struct Sharers {
+    /// Where the copy is; nothing is taken of it yet.
+    pub pages: SharedPages,
+    /// This process's number among them.
+    pub number: usize,
+    /// How many they are.
+    pub count: usize,
+    /// Why it is no use to wait for the others, if it is none.
+    pub failure: Box<dyn Fn() -> Option<String>>,
+}
+
+impl fmt::Debug for Sharers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sharers").field("number", &self.number).field("count", &self.count).finish_non_exhaustive()
+    }
+}
 
 /// Blocks in the host's memory; on CUDA that is pinned.
 #[derive(Debug)]
@@ -15,12 +36,19 @@ pub struct HostStore {
     device: Device,
     lens: Vec<Vec<usize>>,
     blocks: HostBlocks,
+    sharers: Option<Sharers>,
 }
 
 impl HostStore {
     /// For a device that is to compute with the blocks.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), lens: Vec::new(), blocks: HostBlocks::default() }
+        Self { device: device.clone(), lens: Vec::new(), blocks: HostBlocks::default(), sharers: None }
+    }
+
+    /// The same, in one copy for several processes, each with a device of its own. All of them push the same blocks; each writes those
+    /// that are its turn.
+    pub fn shared(device: &Device, sharers: Sharers) -> Self {
+        Self { sharers: Some(sharers), ..Self::new(device) }
     }
 }
 
@@ -29,13 +57,22 @@ impl BlockStore for HostStore {
         let lens: Vec<usize> = tensors.iter().map(|tensor| tensor.dims()[0]).collect();
         let failed = |source: DeviceError| LayerError::Read { what: "the weights of a streamed block".into(), source };
         let (starts, len) = layout(&lens);
-        let mut buffer = HostBuffer::new(&self.device, len).map_err(failed)?;
+        let (buffer, is_mine) = match &mut self.sharers {
+            Some(Sharers { pages, number, count, .. }) => {
+                (HostBuffer::shared(&self.device, pages, len), self.lens.len() % *count == *number)
+            }
+            None => (HostBuffer::new(&self.device, len), true),
+        };
+        let mut buffer = buffer.map_err(failed)?;
         let Some(words) = buffer.words_mut() else {
             return Err(failed(DeviceError::Failed("fresh memory is in use".into())));
         };
-        for (start, tensor) in starts.into_iter().zip(tensors) {
+        for (start, tensor) in starts.into_iter().zip(tensors).filter(|_| is_mine) {
             let len = tensor.dims()[0];
             copy(tensor, &mut words[start..start + len]).map_err(failed)?;
+        }
+        if is_mine {
+            buffer.publish();
         }
         self.lens.push(lens);
         self.blocks.0.push(buffer);
@@ -43,6 +80,15 @@ impl BlockStore for HostStore {
     }
 
     fn finish(self: Box<Self>) -> Result<StreamedBlocks, DeviceError> {
+        if let Some(Sharers { failure, .. }) = &self.sharers {
+            // Others may be slower by as much as their disks and cards are.
+            while !self.blocks.0.iter().all(HostBuffer::is_published) {
+                if let Some(failure) = failure() {
+                    return Err(DeviceError::Failed(failure));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
         StreamedBlocks::new(&self.device, &self.lens, Box::new(self.blocks))
     }
 }

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use burn::tensor::{Device, Int, Tensor};
 use host_copies::{DeviceError, Slot};
 
-pub use host::HostStore;
+pub use host::{HostStore, Sharers};
 use schedule::Schedule;
 pub use schedule::{Order, SLOTS};
 

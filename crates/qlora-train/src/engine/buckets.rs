@@ -1,4 +1,4 @@
-//! Gradients that go from device to device, in buckets, while the backward pass goes on.
+//! Gradients that go from device to device, in buckets, while the backward pass goes on or behind it.
 //!
 //! A bucket is what a block's parameters get; the blocks come in the order of the backward pass, the last one first. What lies below and above
 //! the blocks comes last, because its gradients are added up to the end, and with it the losses, which all ranks want to know.
@@ -75,6 +75,11 @@ impl Buckets {
         self.losses = None;
         let lost = self.blocks[first..].iter().flatten().chain(&self.ends);
         lost.for_each(|number| self.sums[*number] = None);
+    }
+
+    /// Whether buckets are queued while the backward pass goes on.
+    pub(super) fn go_beside(&self) -> bool {
+        self.way.beside()
     }
 
     /// Whether all are queued.

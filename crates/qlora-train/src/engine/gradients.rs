@@ -130,7 +130,7 @@ impl Engine {
             self.pass_idly(step, ranks)?;
             let (mut grads, mut losses) = (self.no_gradients(), Vec::new());
             for (at, (part, number)) in mine.iter().enumerate() {
-                let last = (at + 1 == mine.len()).then_some(&mut *buckets);
+                let last = (at + 1 == mine.len() && buckets.go_beside()).then_some(&mut *buckets);
                 losses.push((*part, self.micro_step(step, *number, &mut grads, last)?));
             }
             buckets.queue_rest(&mut grads, losses, numbers.len())?;

@@ -8,9 +8,9 @@ use device_collectives::{CollectiveError, Endpoint, Nccl};
 use host_copies::{client_of, is_cuda};
 use serde::{Deserialize, Serialize};
 
-use super::devices::Cards;
+use super::devices::{CUBES_BESIDE, Cards};
 use super::shards::ShardStore;
-use super::{Ranks, Way};
+use super::{Ranks, SumBuckets, Way};
 use crate::config::Transport;
 use crate::error::TrainError;
 
@@ -57,11 +57,14 @@ impl Ranks {
         let obstacle = match (self.agreed(&found)?, endpoint) {
             (Ok(()), Ok(Some(endpoint))) => {
                 let version = endpoint.version();
-                match self.meet(endpoint, device)? {
-                    Ok(cards) => {
-                        let way = Way::Devices(Arc::new(cards));
-                        let note = format!("gradients go from card to card, by NCCL {version}");
-                        return Ok((Self { way, ..self }, Some(note)));
+                match self.fastest(endpoint, device)? {
+                    Ok((cards, rate)) => {
+                        let note = format!(
+                            "gradients go from card to card, by NCCL {version}, at {:.1} GB/s: {}",
+                            rate / 1e9,
+                            if cards.beside() { "while the backward pass goes on" } else { "behind the backward pass" }
+                        );
+                        return Ok((Self { way: Way::Devices(Arc::new(cards)), ..self }, Some(note)));
                     }
                     Err(problem) => Obstacle::Of(problem),
                 }
@@ -96,7 +99,7 @@ impl Ranks {
             return Ok(ShardStore::new(self.clone(), device, None));
         }
         let endpoint = Endpoint::new(Nccl::load()?, device)?;
-        match self.meet(endpoint, device)? {
+        match self.meet(endpoint, device, true)? {
             Ok(cards) => Ok(ShardStore::new(self.clone(), device, Some(cards))),
             Err(problem) => Err(TrainError::Transport { problem }),
         }
@@ -111,8 +114,26 @@ impl Ranks {
         Ok(judge(&all.collect::<Vec<Found>>(), self.group.hosts()))
     }
 
-    /// Meets the other ranks by NCCL; in words why that failed, on whichever rank.
-    fn meet(&self, endpoint: Endpoint, device: &Device) -> Result<Result<Cards, String>, TrainError> {
+    /// Meets the other ranks such that sums cost least, and the bytes that all of them sum per second.
+    fn fastest(&self, endpoint: Endpoint, device: &Device) -> Result<Result<(Cards, f64), String>, TrainError> {
+        let cards = match self.meet(endpoint, device, false)? {
+            Ok(cards) => cards,
+            Err(problem) => return Ok(Err(problem)),
+        };
+        let rate = cards.rate(device).map_err(|problem| TrainError::Transport { problem })?;
+        let rates = self.all_gather(rate.to_le_bytes().to_vec())?;
+        let rate = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes);
+        let slowest = rates.iter().map(rate).fold(f64::INFINITY, f64::min);
+        if !Cards::is_slow(slowest) {
+            return Ok(Ok((cards, slowest)));
+        }
+        drop(cards);
+        let endpoint = Endpoint::new(Nccl::load()?, device)?;
+        Ok(self.meet(endpoint, device, true)?.map(|cards| (cards, slowest)))
+    }
+
+    /// Meets the other ranks by NCCL, for operations beside kernels or between them; in words why that failed, on whichever rank.
+    fn meet(&self, endpoint: Endpoint, device: &Device, beside: bool) -> Result<Result<Cards, String>, TrainError> {
         let id = match self.rank() {
             0 => endpoint.unique_id(),
             _ => Ok(Vec::new()),
@@ -124,12 +145,13 @@ impl Ranks {
         }
         let start = Instant::now();
         let over = || start.elapsed() > MEETING || self.failure().is_some();
-        let joined = endpoint.join(self.rank(), self.count(), &id, over);
+        let cubes = beside.then_some(CUBES_BESIDE);
+        let joined = endpoint.join(self.rank(), self.count(), &id, cubes, over);
         if let Some(failure) = self.failure() {
             return Err(failure.into());
         }
         let (cards, problem) = match joined {
-            Ok(collectives) => (Some(Cards::new(collectives)), String::new()),
+            Ok(collectives) => (Some(Cards::new(collectives, beside)), String::new()),
             Err(CollectiveError::Aborted) => {
                 (None, format!("the cards did not meet within {} s (NCCL_DEBUG=INFO says more)", MEETING.as_secs()))
             }

@@ -16,21 +16,60 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How often NCCL is asked for failures that it meets by itself, such as those of a network.
 const ASK: Duration = Duration::from_secs(1);
 
+/// The multiprocessors that operations take at most which run beside kernels. Two links of a network are filled by fewer, and
+/// half of a block's weights come over NVLink in less time than the block before it computes.
+pub(super) const CUBES_BESIDE: u32 = 4;
+/// Bytes of gradients per second from which on sums are queued behind the backward pass. 640 MB take less than 16 ms then.
+const FAST: f64 = 40e9;
+/// Elements of the sum by which the rate is measured: 64 MB.
+const TRIED: usize = 1 << 24;
+
 /// The cards of all ranks.
 #[derive(Debug)]
-pub(super) struct Cards(pub(super) Arc<Collectives>);
+pub(super) struct Cards {
+    pub(super) collectives: Arc<Collectives>,
+    /// Whether sums run beside the backward pass.
+    beside: bool,
+}
 
 impl Cards {
-    pub(super) fn new(collectives: Collectives) -> Self {
-        Self(Arc::new(collectives))
+    /// Whether sums that take so many bytes per second should be made [beside](Self::beside) kernels.
+    pub(super) fn is_slow(rate: f64) -> bool {
+        // A rate that is no number is none that was measured.
+        !(rate >= FAST)
+    }
+
+    /// Cards whose operations run beside kernels, or between them.
+    pub(super) fn new(collectives: Collectives, beside: bool) -> Self {
+        Self { collectives: Arc::new(collectives), beside }
+    }
+
+    /// Bytes of gradients that are summed per second.
+    ///
+    /// # Errors
+    /// As [`try_out`](Self::try_out).
+    pub(super) fn rate(&self, device: &Device) -> Result<f64, String> {
+        let sum = || -> Result<Duration, TrainError> {
+            let zeros = Tensor::<2>::zeros([1, TRIED], (device, DType::F32));
+            Reading::start(zeros.clone().slice([0..1, 0..1]).reshape([1]))?.wait()?;
+            let start = Instant::now();
+            let sum = self.collectives.sum(vec![zeros])?;
+            let waited = self.collectives.wait()?;
+            Reading::start(waited.broken)?.wait()?;
+            drop(sum);
+            Ok(start.elapsed())
+        };
+        // The first one makes NCCL's connections.
+        let time = sum().and_then(|_| sum()).map_err(|error| error.to_string())?;
+        Ok(4.0 * TRIED as f64 / time.as_secs_f64())
     }
 
     /// One sum, from the first kernel to the number on the host: whether it can be had is known after that. In words why not.
     pub(super) fn try_out(&self, device: &Device, ranks: usize) -> Result<(), String> {
         let try_out = || -> Result<f32, TrainError> {
             let ones = Tensor::<2>::ones([1, 4], (device, DType::F32));
-            let sum = self.0.sum(vec![ones])?;
-            let waited = self.0.wait()?;
+            let sum = self.collectives.sum(vec![ones])?;
+            let waited = self.collectives.wait()?;
             let sums = sum.into_iter().map(|sum| sum.reshape([4]).narrow(0, 0, 1) + waited.broken.clone());
             let numbers = Reading::start(Tensor::cat(sums.collect(), 0))?.wait()?;
             Ok(numbers.first().copied().unwrap_or(f32::NAN))
@@ -44,13 +83,13 @@ impl Cards {
 
     /// Ends the sums when a rank fails, and tells the ranks when the sums do.
     pub(super) fn watch(&self, group: &Arc<Group>) -> Result<(), DistError> {
-        let (cards, of_group) = (Arc::downgrade(&self.0), Arc::downgrade(group));
+        let (cards, of_group) = (Arc::downgrade(&self.collectives), Arc::downgrade(group));
         group.on_failure(move |_| {
             if let Some(cards) = cards.upgrade() {
                 cards.abort();
             }
         })?;
-        let cards = Arc::downgrade(&self.0);
+        let cards = Arc::downgrade(&self.collectives);
         let ask = move || {
             while let (Some(cards), Some(group)) = (cards.upgrade(), of_group.upgrade()) {
                 if let Some(problem) = cards.problem() {
@@ -70,16 +109,27 @@ impl Cards {
 }
 
 impl SumBuckets for Cards {
+    fn beside(&self) -> bool {
+        self.beside
+    }
+
     fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError> {
-        self.0.sum(bucket).map_err(|error| blamed(error, group))
+        if self.beside {
+            self.collectives.beside(true);
+        }
+        self.collectives.sum(bucket).map_err(|error| blamed(error, group))
     }
 
     fn queued(&self) -> usize {
-        self.0.summed()
+        self.collectives.summed()
     }
 
     fn wait(&self, group: &Group) -> Result<Waited, TrainError> {
-        self.0.wait().map_err(|error| blamed(error, group))
+        let waited = self.collectives.wait().map_err(|error| blamed(error, group));
+        if self.beside {
+            self.collectives.beside(false);
+        }
+        waited
     }
 }
 

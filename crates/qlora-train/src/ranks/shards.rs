@@ -126,18 +126,20 @@ fn on_card(device: &Device, cards: &Cards, part: Vec<u32>) -> Result<(Tensor<1, 
     let len = part.len();
     let upload = |part| Tensor::from_data(TensorData::new(part, [len]), (device, DType::U32));
     let tensor = persistent(device, part, upload);
-    let fixed = cards.0.fix(&tensor).map_err(of_collectives)?;
+    let fixed = cards.collectives.fix(&tensor).map_err(of_collectives)?;
     Ok((tensor, fixed))
 }
 
 impl BlockSource for OverCards {
     fn fill(&mut self, block: usize, slot: &mut Slot) -> Result<(), DeviceError> {
+        // Again each time: sums of gradients may have ended that.
+        self.cards.collectives.beside(true);
         let number = block % self.slots.len();
         let to = match self.slots[number].take() {
             Some(to) => to,
-            None => self.cards.0.fix(&slot.view(0, slot.len())).map_err(of_collectives)?,
+            None => self.cards.collectives.fix(&slot.view(0, slot.len())).map_err(of_collectives)?,
         };
-        self.coming[number] = Some(self.cards.0.gather(&self.parts[block].1, &to).map_err(of_collectives)?);
+        self.coming[number] = Some(self.cards.collectives.gather(&self.parts[block].1, &to).map_err(of_collectives)?);
         self.slots[number] = Some(to);
         Ok(())
     }
@@ -145,7 +147,7 @@ impl BlockSource for OverCards {
     fn arrive(&mut self, block: usize, _: &mut Slot) -> Result<(), DeviceError> {
         let number = block % self.slots.len();
         match self.coming[number].take() {
-            Some(mark) => self.cards.0.wait_for(mark).map(drop).map_err(of_collectives),
+            Some(mark) => self.cards.collectives.wait_for(mark).map(drop).map_err(of_collectives),
             None => Ok(()),
         }
     }

@@ -118,18 +118,8 @@ impl<'e> Trainer<'e> {
         let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
         tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
-        let streams = weights.streams(&device, ranks.as_ref())?;
-        if let Some(streams) = &streams {
-            let (streamed, blocks) = (streams.placement.streamed(), shape.num_hidden_layers);
-            events.on_notice(&match weights.shared_by {
-                0 | 1 => format!(
-                    "the frozen weights of {streamed} of {blocks} blocks wait in the host's memory (model.residency)"
-                ),
-                ranks => format!(
-                    "each of {ranks} ranks holds a part of the frozen weights of every block (distributed.shard_base)"
-                ),
-            });
-        }
+        let (streams, note) = weights.streams(&device, ranks.as_ref())?;
+        note.iter().for_each(|note| events.on_notice(note));
         let base = config.quantization.base_config(&model_dir)?;
         let mut model =
             Decoder::load_as(base, &model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;

@@ -32,9 +32,15 @@ struct AtOnce {
     late: Mutex<Option<usize>>,
     /// The wait finds the sums broken off.
     broken: bool,
+    /// Buckets are queued behind the backward pass.
+    behind: bool,
 }
 
 impl SumBuckets for AtOnce {
+    fn beside(&self) -> bool {
+        !self.behind
+    }
+
     fn queue(&self, group: &Group, bucket: Vec<Tensor<2>>) -> Result<Vec<Tensor<2>>, TrainError> {
         let mut queued = self.queued.lock().unwrap();
         let mut late = self.late.lock().unwrap();
@@ -152,11 +158,11 @@ fn ends() -> LoraConfig {
 #[test]
 fn sums_under_way_are_one_processs() {
     for lora in [plain(), ends()] {
-        for count in [2, 1] {
+        for (count, behind) in [(2, false), (1, false), (2, true), (1, true)] {
             let batches = batches(count);
             let (one, _) = found(engine(&lora, None), &batches).unwrap();
             let of_ranks = ranks(|group| {
-                let way = Arc::new(AtOnce::default());
+                let way = Arc::new(AtOnce { behind, ..AtOnce::default() });
                 let (found, last) =
                     found(engine(&lora, Some(Ranks::over_devices(group, way.clone()))), &batches).unwrap();
                 assert_eq!(last.waited_seconds, Some(0.25));
