@@ -71,6 +71,15 @@ fn ranks_give_the_bytes_of_one_process() {
             assert_eq!(bench.read(&format!("one/{file}")), bench.read(&format!("{dir}/{file}")), "{dir}/{file}");
         }
     }
+    // Weights that wait on the host, which four ranks read from one copy.
+    let waiting = ["--gpus", "4", "--set", "model.residency=host", "--set", "quantization.quant_type=nf4"];
+    let alone = train("alone", "4", &waiting[2..]);
+    assert!(alone.stderr.contains("in the host's memory (model.residency)\n"), "{}", alone.stderr);
+    let shared = train("shared", "1", &waiting);
+    let copies = if cfg!(target_os = "linux") { ", in one copy for 4 ranks" } else { ", in a copy for each rank" };
+    assert!(shared.stderr.contains(copies), "{}", shared.stderr);
+    let factors = |dir: &str| bench.read(&format!("{dir}/adapter/adapter_model.safetensors"));
+    assert_eq!(factors("alone"), factors("shared"));
     let plan = bench.ok(&["train", "qlora.toml", "--gpus", "2", "--dry-run"]).stdout;
     assert!(plan.contains("4 rows each (2 x 1 x 2 ranks)"), "{plan}");
 }
