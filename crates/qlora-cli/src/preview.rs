@@ -26,7 +26,8 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut events = Terminal::new(config.train.log_every, Arc::default());
-    let Resized { config, model, notice } = resize(&config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
+    let base = ModelConfig::from_dir_with(&dir, &config.model.config_options())?;
+    let Resized { config, model, notice } = resize(&config, base, &tokenizer)?;
     model.notes.iter().chain(&notice).for_each(|note| events.on_notice(note));
     let (train, eval) = load_rows(&config, &tokenizer, &model, &mut events)?;
     let rows = if args.eval_rows { &eval } else { &train };

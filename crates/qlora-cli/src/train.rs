@@ -13,7 +13,6 @@ use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_dist::{Launcher, Place};
-use burn_qlora::qlora_models::accept_keys;
 use burn_qlora::qlora_train::fits::{self, Change};
 use burn_qlora::qlora_train::rates::{self, Seconds};
 use burn_qlora::qlora_train::{Resized, Waiting, load_rows, resize, run_in};
@@ -192,7 +191,6 @@ pub fn configuration(file: &Path, keys: &KeyFlags, set: &[String]) -> Result<Tra
     }
     config.model.accept_keys.extend(keys.accept_key.iter().cloned());
     config.validate()?;
-    accept_keys(config.model.accept_keys.iter().cloned());
     hint_at_paths_beside_the_file(file, &config)?;
     Ok(config)
 }
@@ -221,7 +219,8 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
     let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let Resized { config, model, notice } = resize(config, config.quantization.base_config(&dir)?, &tokenizer)?;
+    let base = config.quantization.base_config(&dir, &config.model.config_options())?;
+    let Resized { config, model, notice } = resize(config, base, &tokenizer)?;
     let config = &config;
     model.notes.iter().for_each(|note| events.on_notice(note));
     notice.iter().for_each(|notice| events.on_notice(notice));

@@ -4,25 +4,25 @@
 //! that the entry does not know, and that is in no list of harmless ones, is an error: it may change what the
 //! model computes.
 
-mod accepted;
 mod activation;
 mod blocks;
 mod fields;
 mod keys;
 mod modules;
+mod options;
 mod rope;
 mod tied;
 
 use crate::ModelError;
 use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
 use crate::rope::RopeScaling;
-pub use accepted::accept_keys;
 use adapter_io::{BnbConfig, Checkpoint};
 use blocks::LayerConfig;
 pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
 use fields::Fields;
 pub(crate) use modules::{BlockNorms, ExpertsSpecs};
 pub use modules::{LinearRole, LinearSpec};
+pub use options::ConfigOptions;
 use qlora_layers::ops::fused::Activation;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -97,11 +97,19 @@ impl ModelConfig {
     /// The file is missing or no JSON, the model type is unknown, or a field is missing, has a
     /// wrong type, or asks for arithmetic that the family's table does not cover.
     pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+        Self::from_dir_with(dir, &ConfigOptions::default())
+    }
+
+    /// [`from_dir`](Self::from_dir), as `options` say.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_dir_with(dir: &Path, options: &ConfigOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
         let value: Value =
             serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
-        let mut config = Self::from_json(&value, &path)?;
+        let mut config = Self::from_json_with(&value, &path, options)?;
         // Who loads the weights is told what is wrong with them.
         if let Ok(checkpoint) = Checkpoint::open(dir) {
             config.untie_by_weights(&checkpoint);
@@ -114,9 +122,17 @@ impl ModelConfig {
     /// # Errors
     /// As [`from_dir`](Self::from_dir).
     pub fn from_json(value: &Value, path: &Path) -> Result<Self, ModelError> {
+        Self::from_json_with(value, path, &ConfigOptions::default())
+    }
+
+    /// [`from_json`](Self::from_json), as `options` say.
+    ///
+    /// # Errors
+    /// As [`from_dir`](Self::from_dir).
+    pub fn from_json_with(value: &Value, path: &Path, options: &ConfigOptions) -> Result<Self, ModelError> {
         let not_an_object =
             || ModelError::Field { path: path.into(), field: "config".into(), problem: "is not a JSON object".into() };
-        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?);
+        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?, options);
         let model_type = file.text("model_type")?.ok_or_else(|| file.error("model_type", "is missing"))?;
         let file_tied = file.flag("tie_word_embeddings")?;
         let unknown = |fields: &Fields, model_type: &str| {

@@ -36,7 +36,7 @@ mod streamed;
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
-    AttentionKind, ExpertsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig, accept_keys,
+    AttentionKind, ConfigOptions, ExpertsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig,
 };
 pub use decoder::Decoder;
 pub use device::{

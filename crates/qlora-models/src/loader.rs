@@ -63,29 +63,15 @@ impl Decoder {
         device: &Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        Self::load_streamed(dir, options, None, device, progress)
+        Self::load_as(ModelConfig::from_dir(dir)?, dir, options, None, device, progress)
     }
 
-    /// [`load`](Self::load) with the frozen weights of some blocks elsewhere, from where they come when they are needed. Each such
-    /// block leaves the device before the next one is loaded.
+    /// [`load`](Self::load) with the folder's configuration as it was read, some of its layers [kept dense](ModelConfig::keep_dense),
+    /// and with the frozen weights of some blocks elsewhere, from where they come when they are needed. Each such block leaves the
+    /// device before the next one is loaded.
     ///
     /// # Errors
     /// As there; [`ModelError::Streamed`] without quantization, [`ModelError::Layer`] where a block's weights can't be moved.
-    pub fn load_streamed(
-        dir: &Path,
-        options: LoadOptions,
-        streams: Option<Streams>,
-        device: &Device,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Self, ModelError> {
-        Self::load_as(ModelConfig::from_dir(dir)?, dir, options, streams, device, progress)
-    }
-
-    /// [`load_streamed`](Self::load_streamed) with the folder's configuration as it was read, some of its layers
-    /// [kept dense](ModelConfig::keep_dense).
-    ///
-    /// # Errors
-    /// As there.
     pub fn load_as(
         mut config: ModelConfig,
         dir: &Path,
@@ -124,7 +110,7 @@ impl Decoder {
         Self::random_streamed(config, options, None, seed, device, progress)
     }
 
-    /// [`random`](Self::random) with the frozen weights of some blocks elsewhere, as in [`load_streamed`](Self::load_streamed).
+    /// [`random`](Self::random) with the frozen weights of some blocks elsewhere, as in [`load_as`](Self::load_as).
     ///
     /// # Errors
     /// As there.

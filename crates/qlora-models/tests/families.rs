@@ -7,7 +7,9 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use proptest::prelude::*;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling, accept_keys};
+use qlora_models::{
+    ConfigOptions, Decoder, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling,
+};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -364,12 +366,18 @@ fn what_computes_nothing_passes_with_a_note() {
     // Accepted by name, and only then.
     config["rope_parameters"]["swing_factor"] = json!(2);
     config["residual_gain"] = json!(2);
-    let refused = |key: &str| parse(&config).unwrap_err().to_string().contains(&format!("--accept-key {key}"));
-    assert!(refused("rope_parameters.swing_factor"));
-    accept_keys(["rope_parameters.swing_factor".into()]);
-    assert!(refused("residual_gain"));
-    accept_keys(["residual_gain".into()]);
-    assert_eq!(parse(&config).unwrap().notes.len(), 6);
+    let accepting = |keys: &[&str]| {
+        ModelConfig::from_json_with(&config, Path::new("config.json"), &ConfigOptions::accepting(keys.iter().copied()))
+    };
+    let refused = |accepted: &[&str], key: &str| {
+        accepting(accepted).unwrap_err().to_string().contains(&format!("--accept-key {key}"))
+    };
+    let [swing, gain] = ["rope_parameters.swing_factor", "residual_gain"];
+    assert!(refused(&[], swing));
+    assert!(refused(&[swing], gain));
+    assert!(refused(&[gain, "swing_factor"], swing));
+    assert_eq!(accepting(&[swing, gain]).unwrap().notes.len(), 6);
+    assert!(parse(&config).is_err(), "what was accepted once is accepted from then on");
 }
 
 #[test]
