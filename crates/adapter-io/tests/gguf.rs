@@ -266,6 +266,7 @@ fn model_types_differ_by_the_table() {
         (json!({"model_type": "gpt_neox"}), "gpt_neox"),
         (json!({"model_type": "qwen3_moe", "norm_topk_prob": false}), "norm_topk_prob"),
         (json!({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}), "dynamic"),
+        (json!({"model_type": "qwen3", "attention_bias": true}), "attention_bias"),
         (json!({"model_type": "llama", "hidden_size": -1}), "hidden_size"),
         (json!({"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 7}), "query_pre_attn_scalar"),
     ] {
