@@ -1,21 +1,26 @@
 """Records small random models of every supported architecture, and what transformers computes with them.
 
-usage: make_archs.py testdata/reference/archs [NAME...]
+usage: make_archs.py testdata/reference/archs [--steps] [NAME...]
+
+With --steps the models stay as they are, and only the steps beside PEFT (training.json) are recorded again.
 
 Written by transformers 5.17 with torch 2.11 (those of `SMALL` and of Qwen 3.5: 5.24 and 2.15) on a CPU, eager attention, f32. Weights are stored in bf16, which
 holds them exactly; logits are f32. The names are those of make_reference.py where it has the family, the shapes
 are smaller and less regular: head widths that do not divide the model, windows shorter than the rows, rotary
 scalings past their original context, experts in some blocks only, files in shards and with stacked experts.
 """
-import shutil, sys
+import json, shutil, sys
 from pathlib import Path
 import torch
-from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Mistral3Config,
-                          Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config,
+                          Gemma3ForConditionalGeneration,
+                          Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
 
 OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
-ONLY = sys.argv[2:]
+STEPS_ALONE = "--steps" in sys.argv
+ONLY = [name for name in sys.argv[2:] if name != "--steps"]
 BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
@@ -84,6 +89,10 @@ SMALL = {
                                                       sliding_attention=rope("default"))), {}),
     "glm4": ("glm4", dict(head_dim=8), {}),
     "glm4_plain": ("glm4", dict(head_dim=12, attention_bias=False, num_key_value_heads=1, tie_word_embeddings=True, partial_rotary_factor=1.0), {}),
+    "qwen2_5_vl": ("qwen2_5_vl", dict(num_key_value_heads=1, hidden_size=32, use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=False,
+                                      rope_parameters=rope("default", mrope_section=[1, 1, 2])), {}),
+    "qwen3_vl": ("qwen3_vl", dict(head_dim=12, tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1,
+                                  rope_parameters=rope("default", mrope_section=[2, 2, 2], mrope_interleaved=True)), {}),
     "ernie": ("ernie4_5", dict(head_dim=8), {}),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
 }
@@ -98,6 +107,12 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
         return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    if kind in ("qwen2_5_vl", "qwen3_vl"):
+        vision = dict(hidden_size=8, intermediate_size=8, depth=1, num_heads=2, patch_size=2, out_hidden_size=more["hidden_size"], spatial_merge_size=1)
+        vision |= dict(fullatt_block_indexes=[0], window_size=4) if kind == "qwen2_5_vl" else dict(num_position_embeddings=4, deepstack_visual_indexes=[0])
+        config = CONFIG_MAPPING[kind](text_config=more, vision_config=vision, image_token_id=38, video_token_id=39, vision_start_token_id=37,
+                                      vision_end_token_id=40, tie_word_embeddings=more["tie_word_embeddings"])
+        return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float()
     if kind == "qwen3_5":
         vision = dict(hidden_size=8, intermediate_size=16, depth=1, num_heads=2, patch_size=4, out_hidden_size=40, num_position_embeddings=4)
         config = Qwen3_5Config(text_config={**BASE, **more}, vision_config=vision, image_token_id=60, video_token_id=61, vision_start_token_id=62,
@@ -106,10 +121,57 @@ def build(kind, more):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **more}), attn_implementation="eager").float()
 
 
+STEPS, RATE, RANK = 5, 1e-2, 4
+LEFT_OUT = ("vision", "visual", "multi_modal", "audio", "lm_head", "embed_")
+
+
+def train(model, folder):
+    """Steps of PEFT with torch's AdamW over all linear layers of the language model that are modules (transformers 5 stacks experts, and PEFT
+    leaves those out; routers' and other gates are left out here). Factors are made of numbers that the Rust side makes too."""
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and not any(part in name for part in LEFT_OUT) and not name.endswith("gate")}
+    if any(name.endswith("experts") for name, _ in model.named_modules()):
+        # PEFT takes these for the stacked experts' parameters, dense blocks' and shared experts' too.
+        linear -= {"gate_proj", "up_proj", "down_proj"}
+    model = get_peft_model(model.float().eval(), LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=sorted(linear),
+                                                            exclude_modules=".*(" + "|".join(LEFT_OUT) + ").*"))
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    paths = sorted({name.split(".lora_")[0] for name in factors})
+    with torch.no_grad():
+        for name, p in factors.items():
+            number = 2 * paths.index(name.split(".lora_")[0]) + ("lora_B" in name)
+            p.copy_((((torch.arange(p.numel()) * 389 + number * 97) % 1021) / 4096 - 0.125).reshape(p.shape))
+    ids = load_file(folder / "reference.safetensors")["input_ids"]
+    optimizer = torch.optim.AdamW(factors.values(), lr=RATE, weight_decay=0.0)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.stack([p.grad.square().sum() for p in factors.values() if p.grad is not None]).sum().sqrt().item())
+        optimizer.step()
+    steps = dict(target_modules=sorted(linear), rank=RANK, alpha=2.0 * RANK, learning_rate=RATE, losses=losses, grad_norms=norms)
+    (folder / "training.json").write_text(json.dumps(steps) + "\n")
+    return f"{len(paths)} adapters, losses {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def load(folder):
+    """A recorded model; one that reads more than text has another class."""
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
 torch.set_num_threads(1)
 MODELS |= {name: (kind, {**SMALL_BASE, **more}, how) for name, (kind, more, how) in SMALL.items()}
 for name, (kind, more, how) in MODELS.items():
     if ONLY and name not in ONLY:
+        continue
+    folder = OUT / name
+    if STEPS_ALONE:
+        print(name, train(load(folder), folder), flush=True)
         continue
     torch.manual_seed(70)
     model = build(kind, more).eval()
@@ -124,9 +186,8 @@ for name, (kind, more, how) in MODELS.items():
             p.copy_(p.bfloat16().float())
         ids = torch.randint(3, 38, (ROWS, 16)) if name in SMALL else torch.randint(3, 60, (ROWS, LENGTH))
         logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
-    folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
     model.bfloat16().save_pretrained(folder, **how)
     save_file({"input_ids": ids, "logits": logits}, folder / "reference.safetensors")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    print(name, f"{sum(f.stat().st_size for f in folder.iterdir()) / 1024:.0f} KiB, largest logit {logits.abs().max():.2f}", flush=True)
+    print(name, train(load(folder), folder), f"{sum(f.stat().st_size for f in folder.iterdir()) / 1024:.0f} KiB, largest logit {logits.abs().max():.2f}", flush=True)
