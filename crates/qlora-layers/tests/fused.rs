@@ -97,18 +97,20 @@ fn gated_activations_and_their_gradients() {
 #[test]
 fn short_convolution_and_its_gradient() {
     for (name, device) in devices() {
-        for (rows, len, channels, taps) in [(1, 1, 3, 4), (3, 5, 7, 4), (2, 9, 64, 3)] {
-            let (tokens, what) = (rows * len, format!("{name}, {rows} rows of {len} x {channels}"));
+        let packed = Conv { packed: Some([0, 5, 5, 6, 15].into()), ..Conv::new(15, 4) };
+        for (tokens, channels, conv) in
+            [(1, 3, Conv::new(1, 4)), (15, 7, Conv::new(5, 4)), (18, 64, Conv::new(9, 3)), (15, 7, packed)]
+        {
+            let (taps, what) = (conv.taps, format!("{name}, {conv:?} over {tokens} x {channels}"));
             let [x, dy] = [10, 11].map(|seed| noise(seed, tokens * channels));
             let weight = noise(12, taps * channels);
             let leaf = tensor(&x, [tokens, channels], &device).autodiff().require_grad();
-            let conv = Conv { len, taps };
-            let y = causal_conv(leaf.clone(), tensor(&weight, [taps, channels], &device), conv);
+            let y = causal_conv(leaf.clone(), tensor(&weight, [taps, channels], &device), conv.clone());
             let mut grads = (y.clone() * tensor(&dy, [tokens, channels], &device)).sum().backward();
             let [x, dy, weight] = [x, dy, weight].map(|v| widened(&v));
-            let expected = fused_kernels::causal_conv::oracle::forward(&x, &weight, channels, conv);
+            let expected = fused_kernels::causal_conv::oracle::forward(&x, &weight, channels, &conv);
             assert_close(&what, &values(y.inner()), &expected);
-            let expected = fused_kernels::causal_conv::oracle::backward(&dy, &x, &weight, channels, conv);
+            let expected = fused_kernels::causal_conv::oracle::backward(&dy, &x, &weight, channels, &conv);
             assert_close(&what, &values(leaf.grad_remove(&mut grads).unwrap()), &expected);
         }
     }

@@ -126,7 +126,7 @@ impl Block {
         let &Sequence { rows, len, .. } = sequence;
         let h = input(&self.norms.attention_input, x, pass);
         if let Some(delta) = &self.delta {
-            let mixed = self.linear_attention(delta, h, len, pass);
+            let mixed = self.linear_attention(delta, h, sequence, pass);
             return self.project_output(mixed, config, pass, purpose.gradients_only());
         }
         let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
@@ -185,10 +185,10 @@ impl Block {
     }
 
     /// Linear attention up to the output projection, `[tokens, heads * value_dim]`.
-    fn linear_attention(&self, delta: &DeltaNet, h: Tensor<2>, len: usize, pass: Pass) -> Tensor<2> {
+    fn linear_attention(&self, delta: &DeltaNet, h: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
         let project = |i: usize| self.qkv[i].module.forward_in(h.clone(), pass);
         let [qkv, z, b, a] = std::array::from_fn(project);
-        let out = delta.forward(qkv, [b, a], len);
+        let out = delta.forward(qkv, [b, a], sequence);
         match &self.norms.linear {
             Some(norm) => delta.gated(out, z, &norm.module, pass),
             None => out,

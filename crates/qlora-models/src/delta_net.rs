@@ -6,6 +6,7 @@
 
 use crate::config::LinearAttentionConfig;
 use crate::norm::RmsNorm;
+use crate::sequence::Sequence;
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use host_copies::persistent;
@@ -75,12 +76,12 @@ impl DeltaNet {
     ///
     /// # Shapes
     /// `qkv` `[rows * len, channels]`, `b` and `a` `[rows * len, heads]` to `[rows * len, heads * value_dim]`.
-    pub fn forward(&self, qkv: Tensor<2>, [b, a]: [Tensor<2>; 2], len: usize) -> Tensor<2> {
+    pub fn forward(&self, qkv: Tensor<2>, [b, a]: [Tensor<2>; 2], sequence: &Sequence) -> Tensor<2> {
+        let (len, packed) = (sequence.len, &sequence.packed);
         let [tokens, _] = qkv.dims();
-        let mixed = causal_conv(qkv, self.conv.clone(), Conv { len, taps: self.config.taps });
-        let [q, k, v] = self.heads(mixed, len);
-        let factors = self.factors(b, a, len);
-        let out = delta_rule(q, k, v, factors, &DeltaRows::default());
+        let conv = Conv { packed: packed.clone(), ..Conv::new(len, self.config.taps) };
+        let [q, k, v] = self.heads(causal_conv(qkv, self.conv.clone(), conv), len);
+        let out = delta_rule(q, k, v, self.factors(b, a, len), &DeltaRows { packed: packed.clone() });
         out.reshape([tokens, self.config.value_heads * self.config.value_dim])
     }
 
@@ -102,7 +103,7 @@ impl DeltaNet {
             _ => Tensor::cat(vec![before.tail, qkv], 0),
         };
         let tail = all.clone().narrow(0, len, taps - 1);
-        let mixed = causal_conv(all, self.conv.clone(), Conv { len: len + taps - 1, taps });
+        let mixed = causal_conv(all, self.conv.clone(), Conv::new(len + taps - 1, taps));
         let [q, k, v] = self.heads(mixed.narrow(0, taps - 1, len), len);
         let (out, state) = delta_rule_after(q, k, v, self.factors(b, a, len), before.state);
         (out.reshape([len, value_heads * value_dim]), DeltaState { tail, state })

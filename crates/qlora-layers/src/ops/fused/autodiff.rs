@@ -175,7 +175,10 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         let nodes = [x.node()];
         let ((x, _x_guard), (weight, _weight_guard)) = (x.into_parts(), weight.into_parts());
         match CausalConvBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone(), conv), B::causal_conv(x, weight, conv)),
+            OpsKind::Tracked(prep) => {
+                let y = B::causal_conv(x.clone(), weight.clone(), conv.clone());
+                prep.finish((x, weight, conv), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(B::causal_conv(x, weight, conv)),
         }
     }

@@ -156,7 +156,8 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2
 /// in its row. The weight has no gradient.
 ///
 /// # Shapes
-/// - `x`: `[tokens, channels]`, tokens in whole rows of `conv.len`; output the same, dtype kept
+/// - `x`: `[tokens, channels]`, tokens in whole rows of `conv.len`, or in those that `conv.packed` bounds; output the same,
+///   dtype kept
 /// - `weight`: `[taps, channels]`, f32; the last tap is the token's own
 ///
 /// # Panics
@@ -164,6 +165,13 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2
 pub fn causal_conv(x: Tensor<2>, weight: Tensor<2>, conv: Conv) -> Tensor<2> {
     assert_eq!(weight.dims(), [conv.taps, x.dims()[1]], "causal_conv: a tap for each channel");
     assert_eq!(weight.dtype(), DType::F32, "causal_conv: the weight is f32");
+    if let Some(bounds) = &conv.packed {
+        let tokens = x.dims()[0];
+        assert!(
+            bounds.first() == Some(&0) && bounds.last() == Some(&(tokens as u32)) && bounds.is_sorted(),
+            "causal_conv: row bounds {bounds:?} don't cover {tokens} tokens"
+        );
+    }
     Tensor::from_dispatch(<Dispatch as FusedOps>::causal_conv(x.into_dispatch(), weight.into_dispatch(), conv))
 }
 
