@@ -5,10 +5,12 @@
 //! Entries are written as differences from `BASE`, the plainest of them.
 
 mod dense;
+mod experts;
 mod hybrid;
 mod wrappers;
 
 use crate::rope::Pairs;
+pub(crate) use experts::{Experts, SharedWidth};
 pub(crate) use hybrid::Linear;
 use qlora_layers::ops::fused::Activation;
 pub(crate) use wrappers::{SECTION, Wrapper};
@@ -168,36 +170,6 @@ pub(crate) struct Norms {
     pub mlp_input: Option<&'static str>,
     /// Of the MLP's output.
     pub mlp_output: Option<&'static str>,
-}
-
-/// A mixture of experts in the place of the MLP. Modules have the names that checkpoints and adapters use, one module
-/// per expert and projection; transformers 5 holds them stacked, and may save them so.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Experts {
-    /// The router.
-    pub router: &'static str,
-    /// What the experts' indices follow.
-    pub list: &'static str,
-    /// An expert's gate, input and output projection.
-    pub projections: [&'static str; 3],
-    /// The router in files with stacked experts.
-    pub stacked_router: &'static str,
-    /// Gate and input projections of all experts, stacked: `[experts, 2 * intermediate, hidden]`.
-    pub stacked_gate_up: &'static str,
-    /// Output projections of all experts, stacked: `[experts, hidden, intermediate]`.
-    pub stacked_down: &'static str,
-    /// The keys with the number of experts, the first that is there counts, and what it is when absent.
-    pub count: (&'static [&'static str], usize),
-    /// The key with the number of experts per token, and what it is when absent.
-    pub per_token: (&'static str, usize),
-    /// The key with the width of an expert, and what it is when absent.
-    pub width: (&'static str, Option<usize>),
-    /// Whether the chosen experts' weights are divided by their sum.
-    pub normalise: Switch,
-    /// The key with the list of blocks that have an MLP instead.
-    pub dense_blocks: Option<&'static str>,
-    /// The key with n where only every n-th block has experts.
-    pub every: Option<&'static str>,
 }
 
 /// Which blocks look back no further than `sliding_window` tokens.
@@ -408,6 +380,7 @@ const MIXTRAL: Family = Family {
         normalise: Switch::On,
         dense_blocks: None,
         every: None,
+        ..experts::ROUTED
     }),
     window: Window { blocks: Windowed::All, width: None, switch: None },
     rotary: Rotary { theta: 1_000_000.0, ..BASE.rotary },
@@ -469,6 +442,7 @@ const QWEN3_MOE: Family = Family {
         normalise: Switch::Key("norm_topk_prob"),
         dense_blocks: Some("mlp_only_layers"),
         every: Some("decoder_sparse_step"),
+        ..experts::ROUTED
     }),
     window: Window { blocks: Windowed::All, ..QWEN2.window },
     sizes: Sizes { num_key_value_heads: Some(4), head_dim: None, ..QWEN3.sizes },

@@ -30,6 +30,7 @@ mod probe;
 mod recorded;
 mod rope;
 mod sequence;
+mod shared_expert;
 mod stacks;
 mod streamed;
 

@@ -26,6 +26,7 @@ use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
+use crate::shared_expert::SharedExpert;
 use crate::streamed::Streams;
 use adapter_io::{Checkpoint, DenseTensor, Floats};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -305,7 +306,7 @@ impl<'a> Loader<'a> {
 
     /// Experts, from a tensor for each or from stacked ones.
     fn experts(&mut self, index: usize, specs: ExpertsSpecs) -> Result<Moe, ModelError> {
-        let ExpertsSpecs { config, names, router, experts } = specs;
+        let ExpertsSpecs { config, names, router, experts, shared } = specs;
         let block = self.file_name(&self.config.block_path(index));
         let stacked = [names.stacked_gate_up, names.stacked_down].map(|name| format!("{block}.{name}"));
         let activation = self.config.activation;
@@ -331,7 +332,15 @@ impl<'a> Loader<'a> {
             };
             (router, experts.into_iter().map(load).collect::<Result<_, ModelError>>()?)
         };
-        Ok(Moe::new(router, experts, config.per_token, config.normalise))
+        let shared = match shared {
+            Some(([gate, up, down], own_gate)) => {
+                let gate_up = vec![self.linear(gate)?, self.linear(up)?];
+                let mlp = Mlp { gate_up, down: self.linear(down)?, activation };
+                Some(SharedExpert { mlp, gate: own_gate.map(|gate| self.linear(gate)).transpose()? })
+            }
+            None => None,
+        };
+        Ok(Moe::new(router, experts, config.per_token, config.normalise, shared))
     }
 
     fn linears(&mut self, specs: Vec<LinearSpec>) -> Result<Vec<Named<LoraLinear>>, ModelError> {

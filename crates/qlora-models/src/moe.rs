@@ -18,6 +18,7 @@
 
 use crate::mlp::Mlp;
 use crate::named::Named;
+use crate::shared_expert::SharedExpert;
 use burn::module::Param;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
@@ -36,6 +37,8 @@ pub(crate) struct Moe {
     pub per_token: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
+    /// The expert of all tokens.
+    pub shared: Option<SharedExpert>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
     stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
     /// Adapters that were taken off the experts' layers.
@@ -44,8 +47,14 @@ pub(crate) struct Moe {
 
 impl Moe {
     /// Experts whose weights are brought into one memory if they can be.
-    pub fn new(router: Named<LoraLinear>, experts: Vec<Mlp>, per_token: usize, normalise: bool) -> Self {
-        let mut moe = Self { router, experts, per_token, normalise, stacks: None, joined: Box::default() };
+    pub fn new(
+        router: Named<LoraLinear>,
+        experts: Vec<Mlp>,
+        per_token: usize,
+        normalise: bool,
+        shared: Option<SharedExpert>,
+    ) -> Self {
+        let mut moe = Self { router, experts, per_token, normalise, shared, stacks: None, joined: Box::default() };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
         moe
@@ -56,6 +65,14 @@ impl Moe {
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+        match &self.shared {
+            Some(shared) => self.routed(x.clone(), pass, gradients_only) + shared.forward(x, pass, gradients_only),
+            None => self.routed(x, pass, gradients_only),
+        }
+    }
+
+    /// [`forward`](Self::forward) without the expert of all tokens.
+    pub fn routed(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
         let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
             Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
@@ -236,8 +253,10 @@ impl Moe {
     pub fn parts_mut(
         &mut self,
     ) -> (impl Iterator<Item = &mut Named<LoraLinear>>, impl Iterator<Item = (String, &mut Param<Tensor<2>>)>) {
-        let Self { router, experts, joined, .. } = self;
-        let linears = std::iter::once(router).chain(experts.iter_mut().flat_map(Mlp::linears_mut));
+        let Self { router, experts, joined, shared, .. } = self;
+        let experts = experts.iter_mut().flat_map(Mlp::linears_mut);
+        let shared = shared.iter_mut().flat_map(SharedExpert::linears_mut);
+        let linears = std::iter::once(router).chain(experts).chain(shared);
         let joined = joined.iter_mut().flatten().flat_map(|Named { path, module }| {
             let path = &*path;
             module.parameters_mut().map(move |(part, tensor)| (format!("{path}.{part}"), tensor))
@@ -251,11 +270,13 @@ impl Moe {
     }
 
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
-        std::iter::once(&self.router).chain(self.experts.iter().flat_map(Mlp::linears))
+        let shared = self.shared.iter().flat_map(SharedExpert::linears);
+        std::iter::once(&self.router).chain(self.experts.iter().flat_map(Mlp::linears)).chain(shared)
     }
 
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Named<LoraLinear>> {
-        std::iter::once(&mut self.router).chain(self.experts.iter_mut().flat_map(Mlp::linears_mut))
+        let shared = self.shared.iter_mut().flat_map(SharedExpert::linears_mut);
+        std::iter::once(&mut self.router).chain(self.experts.iter_mut().flat_map(Mlp::linears_mut)).chain(shared)
     }
 }
 

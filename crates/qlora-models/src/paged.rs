@@ -4,14 +4,14 @@
 //! chosen last. Products run over all rows' tokens at once; only attention tells the rows apart. What a row gets does not
 //! depend on the rows beside it.
 
+mod feed_forward;
 mod head;
 mod linear;
 
-use crate::block::{Block, FeedForward, scaled, split_gate, split_qkv};
+use crate::block::{Block, scaled, split_gate, split_qkv};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::DeltaState;
-use crate::mlp::halves;
 use crate::named::Named;
 use crate::norm::{Norms, RmsNorm, add_norm, norm, normalised};
 use crate::recorded::Recorded;
@@ -544,28 +544,6 @@ impl<'a> MixedPass<'a> {
         let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
         let norms = self.norms(|model| block(model).norms.attention_output.as_ref());
         scaled(normalised(norms, output, RmsNorm::forward), config)
-    }
-
-    /// The feed-forward branch of a block, for its normalised input.
-    fn feed_forward(&self, index: usize, h: Tensor<2>) -> Tensor<2> {
-        let block = |model: &'a Decoder| &model.blocks[index];
-        let dense = self.each_some(|model| match &block(model).feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp),
-            FeedForward::Experts(_) => None,
-        });
-        let output = match dense {
-            Some(mlps) => {
-                let mut gate_up = self.linears(h, |model| block(model).gate_up());
-                let [gate, up] = match gate_up.len() {
-                    2 => std::array::from_fn(|_| gate_up.remove(0)),
-                    _ => halves(gate_up.remove(0)),
-                };
-                self.linears(gated(gate, up, mlps[0].1.activation), |model| block(model).down()).remove(0)
-            }
-            None => self.by_part(h, |model, x| block(model).feed_forward.forward(x, Pass::INFERENCE, false)),
-        };
-        let norms = self.norms(|model| block(model).norms.mlp_output.as_ref());
-        scaled(normalised(norms, output, RmsNorm::forward), self.config)
     }
 
     /// Runs each part's rows by themselves.

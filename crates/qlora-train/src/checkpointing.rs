@@ -73,7 +73,7 @@ impl Activations {
         let gated = |values: u64| {
             model.experts.map_or(values * intermediate, |experts| {
                 let routed = experts.per_token as u64 * (values * experts.intermediate_size as u64 + 3 * hidden);
-                routed.max(values * intermediate)
+                (routed + values * experts.shared_size as u64).max(values * intermediate)
             })
         };
         // Linear attention: projections, what the convolution makes of them, normalised queries and keys, and outputs before and behind

@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::{Experts, Family, Linear, Windowed};
+use crate::family::{Experts, Family, Linear, SharedWidth, Windowed};
 use crate::rope::Rope;
 use qlora_layers::ops::fused::MAX_TAPS;
 
@@ -26,6 +26,8 @@ pub struct ExpertsConfig {
     pub intermediate_size: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
+    /// Width of the MLP that all tokens go through beside their experts; 0 where there is none.
+    pub shared_size: usize,
 }
 
 /// Linear attention with the gated delta rule.
@@ -187,7 +189,7 @@ fn layer_types(fields: &Fields, layers: usize, other: &str) -> Result<Option<Vec
 fn count(fields: &Fields, key: &str) -> Result<Option<usize>, ModelError> {
     let read = |value: &serde_json::Value| {
         let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
-        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number of layers")))
+        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number from 0 on")))
     };
     fields.get(key).map(read).transpose()
 }
@@ -216,12 +218,16 @@ pub(super) fn experts(fields: &Fields, names: &Experts, layers: usize) -> Result
         return Err(fields.error(per_token_key, format!("is {per_token}; there are only {count} experts")));
     }
     let (width_key, default_width) = names.width;
-    Ok(ExpertsConfig {
-        count,
-        per_token,
-        intermediate_size: fields.required(width_key, default_width)?,
-        normalise: fields.switch(names.normalise)?,
-    })
+    let intermediate_size = fields.required(width_key, default_width)?;
+    let shared_size = match names.shared.map(|shared| shared.width) {
+        None => 0,
+        Some(SharedWidth::Key(key, default)) => fields.required(key, Some(default))?,
+        Some(SharedWidth::Experts(key, default)) => {
+            let shared = self::count(fields, key)?.unwrap_or(default);
+            intermediate_size * fields.bounded(key, shared, MOST_EXPERTS)?
+        }
+    };
+    Ok(ExpertsConfig { count, per_token, intermediate_size, normalise: fields.switch(names.normalise)?, shared_size })
 }
 
 /// Which blocks have experts.

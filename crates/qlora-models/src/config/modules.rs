@@ -49,6 +49,8 @@ pub(crate) struct ExpertsSpecs {
     pub router: LinearSpec,
     /// Gate, input and output projection of each expert.
     pub experts: Vec<[LinearSpec; 3]>,
+    /// Those of the expert of all tokens, and the layer that gates it.
+    pub shared: Option<([LinearSpec; 3], Option<LinearSpec>)>,
 }
 
 impl ModelConfig {
@@ -136,16 +138,22 @@ impl ModelConfig {
             role: LinearRole::Router,
             ..self.projection(&block, names.router, [config.count, self.hidden_size], false)
         };
-        let expert = |expert: usize| {
-            let path = format!("{block}.{}.{expert}", names.list);
+        let mlp = |path: &str, width: usize| {
             let shapes = [[width, self.hidden_size], [width, self.hidden_size], [self.hidden_size, width]];
-            std::array::from_fn(|i| {
-                let spec = self.projection(&path, names.projections[i], shapes[i], false);
+            std::array::from_fn(|i| self.projection(path, names.projections[i], shapes[i], false))
+        };
+        let expert = |expert: usize| {
+            let specs: [LinearSpec; 3] = mlp(&format!("{block}.{}.{expert}", names.list), width);
+            specs.map(|spec| {
                 let role = if spec.role.is_quantized() { LinearRole::Expert } else { spec.role };
                 LinearSpec { role, ..spec }
             })
         };
-        Some(ExpertsSpecs { config, names, router, experts: (0..config.count).map(expert).collect() })
+        let shared = names.shared.filter(|_| config.shared_size > 0).map(|shared| {
+            let gate = shared.gate.map(|name| self.projection(&block, name, [1, self.hidden_size], false));
+            (mlp(&format!("{block}.{}", shared.path), config.shared_size), gate)
+        });
+        Some(ExpertsSpecs { config, names, router, experts: (0..config.count).map(expert).collect(), shared })
     }
 
     fn projection(&self, parent: &str, name: &str, shape: [usize; 2], bias: bool) -> LinearSpec {
@@ -191,6 +199,7 @@ impl ModelConfig {
                 Some(found) => {
                     specs.push(found.router);
                     specs.extend(found.experts.into_iter().flatten());
+                    specs.extend(found.shared.into_iter().flat_map(|(mlp, gate)| mlp.into_iter().chain(gate)));
                 }
                 None => {
                     let (gate_up, down) = self.mlp_specs(index);
