@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config,
                           Gemma3ForConditionalGeneration,
-                          Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+                          Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration,
+                          Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
 
 OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
 STEPS_ALONE = "--steps" in sys.argv
@@ -94,6 +95,20 @@ SMALL = {
     "qwen3_vl": ("qwen3_vl", dict(head_dim=12, tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1,
                                   rope_parameters=rope("default", mrope_section=[2, 2, 2], mrope_interleaved=True)), {}),
     "ernie": ("ernie4_5", dict(head_dim=8), {}),
+    "qwen3_next": ("qwen3_next", dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+                                      linear_num_value_heads=6, linear_key_head_dim=6, linear_value_head_dim=4, num_experts=4, num_experts_per_tok=2,
+                                      moe_intermediate_size=12, shared_expert_intermediate_size=20, mlp_only_layers=[1]), {}),
+    "qwen3_next_stacked": ("qwen3_next", dict(head_dim=12, layer_types=["full_attention", "linear_attention"], attention_bias=True, tie_word_embeddings=True,
+                                              linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=10, linear_value_head_dim=8,
+                                              linear_conv_kernel_dim=3, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=20,
+                                              shared_expert_intermediate_size=9, norm_topk_prob=False,
+                                              rope_parameters=rope("default", partial_rotary_factor=0.5)), dict(save_original_format=False)),
+    "qwen3_5_moe": ("qwen3_5_moe_text", dict(head_dim=16, num_key_value_heads=1, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+                                             linear_num_value_heads=4, linear_key_head_dim=5, linear_value_head_dim=6, num_experts=5, num_experts_per_tok=3,
+                                             moe_intermediate_size=12, shared_expert_intermediate_size=14), {}),
+    "qwen3_5_moe_images": ("qwen3_5_moe", dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=1, linear_num_value_heads=3,
+                                               linear_key_head_dim=8, linear_value_head_dim=4, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+                                               shared_expert_intermediate_size=8), dict(save_original_format=False)),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
 }
 
@@ -113,6 +128,11 @@ def build(kind, more):
         config = CONFIG_MAPPING[kind](text_config=more, vision_config=vision, image_token_id=38, video_token_id=39, vision_start_token_id=37,
                                       vision_end_token_id=40, tie_word_embeddings=more["tie_word_embeddings"])
         return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float()
+    if kind == "qwen3_5_moe":
+        more = {key: value for key, value in more.items() if key != "intermediate_size"}  # as published files
+        vision = dict(hidden_size=8, intermediate_size=8, depth=1, num_heads=2, patch_size=2, out_hidden_size=24, num_position_embeddings=4, deepstack_visual_indexes=[])
+        config = Qwen3_5MoeConfig(text_config=more, vision_config=vision, image_token_id=37, video_token_id=38, vision_start_token_id=39, vision_end_token_id=40)
+        return Qwen3_5MoeForConditionalGeneration._from_config(config, attn_implementation="eager").float()
     if kind == "qwen3_5":
         vision = dict(hidden_size=8, intermediate_size=16, depth=1, num_heads=2, patch_size=4, out_hidden_size=40, num_position_embeddings=4)
         config = Qwen3_5Config(text_config={**BASE, **more}, vision_config=vision, image_token_id=60, video_token_id=61, vision_start_token_id=62,

@@ -186,8 +186,8 @@ impl Block {
 
     /// Linear attention up to the output projection, `[tokens, heads * value_dim]`.
     fn linear_attention(&self, delta: &DeltaNet, h: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
-        let project = |i: usize| self.qkv[i].module.forward_in(h.clone(), pass);
-        let [qkv, z, b, a] = std::array::from_fn(project);
+        let outputs = self.qkv.iter().map(|layer| layer.module.forward_in(h.clone(), pass)).collect();
+        let [qkv, z, b, a] = delta.split(outputs);
         let out = delta.forward(qkv, [b, a], sequence);
         match &self.norms.linear {
             Some(norm) => delta.gated(out, z, &norm.module, pass),

@@ -211,13 +211,15 @@ impl ModelConfig {
             ScoreScale::Scalar(key, default) => 1.0 / fields.number(key)?.unwrap_or(default).sqrt(),
             ScoreScale::Factor(key) => fields.number(key)?.unwrap_or(1.0),
         };
+        // Where all blocks have experts, none has an MLP of a width of its own.
+        let of_experts = experts.filter(|_| !sparse.contains(&false)).map(|experts| experts.intermediate_size);
         let uncapped = wrapper.is_some_and(|wrapper| wrapper.uncapped);
         let mut config = Self {
             family,
             roots: wrapper.map_or(family.roots, |wrapper| wrapper.roots),
             vocab_size: fields.required("vocab_size", sizes.vocab_size)?,
             hidden_size,
-            intermediate_size: fields.required("intermediate_size", sizes.intermediate_size)?,
+            intermediate_size: fields.required("intermediate_size", of_experts.or(sizes.intermediate_size))?,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,

@@ -8,10 +8,10 @@ use crate::config::LinearAttentionConfig;
 use crate::norm::RmsNorm;
 use crate::sequence::Sequence;
 use burn::tensor::activation::sigmoid;
-use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use host_copies::persistent;
 use qlora_layers::Pass;
-use qlora_layers::ops::fused::{Activation, Conv, Norm, causal_conv, gated, rms_norm};
+use qlora_layers::ops::fused::{Activation, Conv, Norm, causal_conv, gated, reorder_columns, rms_norm};
 use qlora_layers::ops::{DeltaRows, delta_rule, delta_rule_after};
 
 /// Added to the square of a query's or key's length.
@@ -29,6 +29,9 @@ pub(crate) struct DeltaNet {
     dt_bias: Tensor<2>,
     /// What queries and keys of mean square 1 are multiplied by, f32 `[key_dim]`.
     lengths: [Tensor<1>; 2],
+    /// Where two projections give what four give otherwise, the order of each one's columns that brings queries, keys, values and
+    /// gates of all heads together, and strengths and decays; and the inverses.
+    orders: Option<[[Tensor<1, Int>; 2]; 2]>,
 }
 
 /// What a sequence leaves behind for its next token, in a block.
@@ -50,8 +53,15 @@ impl DeltaState {
 
 impl DeltaNet {
     /// Of a checkpoint's tensors, each as it holds them: the convolution's weight `[channels, 1, taps]`, and logarithms of
-    /// rates and biases `[heads]`.
-    pub fn new(config: LinearAttentionConfig, conv: &[f32], rates: &[f32], dt_bias: Vec<f32>, device: &Device) -> Self {
+    /// rates and biases `[heads]`. `by_head` where projections hold one head of keys after the other.
+    pub fn new(
+        config: LinearAttentionConfig,
+        by_head: bool,
+        conv: &[f32],
+        rates: &[f32],
+        dt_bias: Vec<f32>,
+        device: &Device,
+    ) -> Self {
         let (taps, channels) = (config.taps, config.channels());
         let held = |values: Vec<f32>, shape: [usize; 2]| {
             persistent(device, TensorData::new(values, shape), |data| Tensor::from_data(data, (device, DType::F32)))
@@ -63,13 +73,43 @@ impl DeltaNet {
         };
         // The norm divides by the root of the mean square, which is the length over the root of the width.
         let width = config.key_dim as f64;
+        let group = config.value_heads / config.key_heads;
+        let values = group * config.value_dim;
+        let order = |widths: &[usize]| {
+            let order = by_part(config.key_heads, widths);
+            let mut inverse = vec![0; order.len()];
+            (0..).zip(&order).for_each(|(place, column)| inverse[*column as usize] = place);
+            [order, inverse].map(|order| {
+                let len = order.len();
+                persistent(device, TensorData::new(order, [len]), |data| Tensor::from_data(data, (device, DType::I32)))
+            })
+        };
         Self {
             config,
             conv: held(transposed, [taps, channels]),
             rates: held(rates.iter().map(|rate| -rate.exp()).collect(), [1, config.value_heads]),
             dt_bias: held(dt_bias, [1, config.value_heads]),
             lengths: [length(1.0 / width), length(1.0 / width.sqrt())],
+            orders: by_head.then(|| [order(&[config.key_dim, config.key_dim, values, values]), order(&[group; 2])]),
         }
+    }
+
+    /// Queries, keys and values, the gate, the strength and the decay, out of what the projections give.
+    ///
+    /// # Shapes
+    /// `[tokens, channels]`, `[tokens, heads * value_dim]` and twice `[tokens, heads]`.
+    pub fn split(&self, outputs: Vec<Tensor<2>>) -> [Tensor<2>; 4] {
+        let Some(orders) = &self.orders else {
+            return outputs.try_into().unwrap_or_else(|_| panic!("linear attention has four projections"));
+        };
+        let LinearAttentionConfig { value_heads, value_dim, .. } = self.config;
+        let widths = [[self.config.channels(), value_heads * value_dim], [value_heads; 2]];
+        let mut parts =
+            outputs.into_iter().zip(orders).zip(widths).flat_map(|((x, [order, inverse]), [first, second])| {
+                let x = reorder_columns(x, order.clone(), inverse.clone());
+                [x.clone().narrow(1, 0, first), x.narrow(1, first, second)]
+            });
+        std::array::from_fn(|_| parts.next().unwrap_or_else(|| panic!("linear attention has two projections")))
     }
 
     /// What the rule gives for rows that start here.
@@ -140,5 +180,28 @@ impl DeltaNet {
         let soft = a.clone().clamp_min(0.0) + (a.abs().neg().exp()).log1p();
         let g = soft * self.rates.clone();
         [g, sigmoid(b.cast(FloatDType::F32))].map(|x| x.reshape([tokens / len.max(1), len, heads]))
+    }
+}
+
+/// The columns of all heads' first parts, then of their second parts, and so on, where the parts of a head have these widths and
+/// lie together.
+fn by_part(heads: usize, widths: &[usize]) -> Vec<i32> {
+    let whole: usize = widths.iter().sum();
+    let mut start = 0;
+    let part = |width: &usize| {
+        let first = start;
+        start += width;
+        (0..heads).flat_map(move |head| (0..*width).map(move |i| (head * whole + first + i) as i32)).collect::<Vec<_>>()
+    };
+    widths.iter().flat_map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_taken_apart_part_by_part() {
+        assert_eq!(by_part(2, &[2, 1, 3]), [0, 1, 6, 7, 2, 8, 3, 4, 5, 9, 10, 11]);
     }
 }

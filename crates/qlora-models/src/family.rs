@@ -535,6 +535,8 @@ pub(crate) static FAMILIES: &[Family] = &[
     QWEN3,
     QWEN3_MOE,
     hybrid::QWEN3_5_TEXT,
+    hybrid::QWEN3_5_MOE_TEXT,
+    hybrid::QWEN3_NEXT,
     GEMMA2,
     GEMMA3_TEXT,
     PHI3,

@@ -290,7 +290,8 @@ impl<'a> Loader<'a> {
         let conv = self.values(&format!("{block}.{}.weight", names.conv), &[config.channels(), 1, config.taps])?;
         let rates = self.values(&rates, &[config.value_heads])?;
         let dt_bias = self.values(&dt_bias, &[config.value_heads])?;
-        Ok(Some(DeltaNet::new(config, &conv, &rates, dt_bias, self.device)))
+        let by_head = names.projections.len() == 2;
+        Ok(Some(DeltaNet::new(config, by_head, &conv, &rates, dt_bias, self.device)))
     }
 
     /// A small tensor, in the host's memory.

@@ -211,6 +211,38 @@ fn a_batch_of_many_adapters_gives_the_single_answers() {
     served.close();
 }
 
+/// Sequences with a state, each of its own adapter; prompts are cut, and sequences give way and start again.
+#[test]
+fn adapters_of_linear_attention_answer_in_one_batch() {
+    for name in ["archs/qwen3_5", "archs/qwen3_next"] {
+        let model = load(name, Some(QuantConfig::default()));
+        // As PEFT began and as it ended.
+        let kinds = ["initial_adapter", "final_adapter"].map(|kind| {
+            let dir = reference(name).join("training").join(kind);
+            let mut adapted = model.clone();
+            adapted.load_adapter(&Adapter::load(&dir).unwrap()).unwrap();
+            (kind, dir, adapted)
+        });
+        let served = Served::new(&model, EngineConfig { cache: CacheSize::Tokens(56), ..crowded() });
+        kinds.iter().for_each(|(kind, dir, _)| served.load(kind, dir).unwrap());
+        let prompts = prompts(15, model.config().vocab_size as u32, 24);
+        let answers = prompts.iter().zip(0..).map(|(prompt, i)| {
+            let adapter = kinds.get(i % 3).map(|(kind, ..)| served.handle.adapter(kind).unwrap());
+            served.handle.submit(Request { adapter, ..Request::new(prompt.clone(), 12) }).unwrap()
+        });
+        let (mut differ, answers) = (0, answers.collect::<Vec<Answer>>());
+        for (i, (answer, prompt)) in answers.into_iter().zip(&prompts).enumerate() {
+            let ids = read(answer).unwrap().ids;
+            let adapted = kinds.get(i % 3).map_or(&model, |(.., adapted)| adapted);
+            assert_eq!(ids, alone(adapted, prompt, 12), "{name}, request {i}");
+            differ += usize::from(ids != alone(&model, prompt, 12));
+        }
+        assert!(differ > 5, "{name}: adapters that change nothing prove nothing: {differ}");
+        assert!(served.handle.counters().preemptions.load(Ordering::Relaxed) > 0, "{name}: nobody had to give way");
+        served.close();
+    }
+}
+
 #[test]
 fn adapters_come_and_go_while_answers_run() {
     let model = load("tiny-llama", None);

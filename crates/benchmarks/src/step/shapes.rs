@@ -74,13 +74,20 @@ mod tests {
 
     #[test]
     fn shapes_have_their_parameters() {
-        for (name, billions) in
-            [("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-3.1-8b", 8.030), ("llama-2-70b", 68.977)]
-        {
+        for (name, billions) in [
+            ("llama-2-7b", 6.738),
+            ("llama-2-13b", 13.016),
+            ("llama-3.1-8b", 8.030),
+            ("llama-2-70b", 68.977),
+            ("qwen3.5-9b", 8.954),
+            ("qwen3.5-35b-a3b", 34.661),
+            ("qwen3-next-80b-a3b", 79.674),
+        ] {
             let config = config(name, None, None).unwrap();
             let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
             let norms: usize = config.norms().iter().map(|(_, width)| width).sum();
-            let count = (linear + norms + config.vocab_size * config.hidden_size) as f64 / 1e9;
+            let others = config.vocab_size * config.hidden_size + config.linear_attention_values();
+            let count = (linear + norms + others) as f64 / 1e9;
             // The figures above have three digits.
             assert!((count - billions).abs() < 5e-4, "{name}: {count}");
         }

@@ -70,14 +70,19 @@ impl ModelConfig {
     }
 
     /// Queries, keys and values: one linear layer per group of output widths.
-    /// Of linear attention: queries, keys and values as one, then the output's gate, and the rule's strength and decay.
+    /// Of linear attention: queries, keys and values as one, then the output's gate, and the rule's strength and decay; or two layers
+    /// with the first two and the last two.
     pub(crate) fn qkv_specs(&self, index: usize) -> Vec<LinearSpec> {
         let block = self.block_path(index);
         if let Some((config, names)) = self.linear_attention(index) {
             let [_, _, values] = config.widths();
-            let outputs = [config.channels(), values, config.value_heads, config.value_heads];
-            let spec = |(name, out)| self.projection(&block, name, [out, self.hidden_size], false);
-            return names.projections.into_iter().zip(outputs).map(spec).collect();
+            let (channels, heads) = (config.channels(), config.value_heads);
+            let outputs = match names.projections {
+                [_, _] => vec![channels + values, 2 * heads],
+                _ => vec![channels, values, heads, heads],
+            };
+            let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], false);
+            return names.projections.iter().zip(outputs).map(spec).collect();
         }
         let mut widths = self.qkv_widths();
         if self.family.attention_gate {
@@ -185,7 +190,7 @@ impl ModelConfig {
 
     /// [`keep_dense`](Self::keep_dense) of small projections that much hangs on: those of strength and decay of linear attention.
     pub fn keep_sensitive_dense(&mut self) {
-        let names = self.family.linear.iter().flat_map(|linear| &linear.projections[2..]);
+        let names = self.family.linear.iter().flat_map(|linear| &linear.projections[linear.projections.len() / 2..]);
         self.dense.extend(names.map(|name| (*name).to_string()));
     }
 

@@ -59,6 +59,7 @@ static WRAPPERS: &[Wrapper] = &[
     of("got_ocr2", "qwen2"),
     of("lighton_ocr", "qwen3"),
     of("qwen3_5", "qwen3_5_text"),
+    of("qwen3_5_moe", "qwen3_5_moe_text"),
     of("qwen2_audio", "qwen2"),
     of("voxtral", "llama"),
     Wrapper { roots: TEXT_MODEL, ..of("idefics3", "llama") },

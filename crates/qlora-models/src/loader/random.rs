@@ -14,8 +14,8 @@ use nf4_quant::Quantized4bit;
 use qlora_layers::mix;
 use rayon::prelude::*;
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 /// Matrices of each shape.
@@ -29,6 +29,8 @@ pub(super) struct Random {
     /// In 4 bits, where that is asked for.
     quantized: HashMap<[usize; 2], Vec<Quantized4bit>>,
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
+    /// Modules that are dense, where others of their shape may be in 4 bits.
+    left_dense: HashSet<String>,
     /// By shape: what linear attention has beside projections, its norm as `[1, width]`.
     linear: HashMap<Vec<usize>, Vec<bf16>>,
     /// The name of that norm.
@@ -45,6 +47,7 @@ impl Random {
             path: config.path().into(),
             quantized: HashMap::new(),
             dense: HashMap::new(),
+            left_dense: HashSet::new(),
             linear: HashMap::new(),
             linear_norm: config.family.linear.map(|names| names.norm),
             norms: HashMap::new(),
@@ -60,6 +63,7 @@ impl Random {
             }
             let Some(quantization) = options.quantization.filter(|_| spec.role.is_quantized()) else {
                 dense.push(spec.shape);
+                source.left_dense.insert(spec.path);
                 continue;
             };
             source.total_bytes += (rows * columns).div_ceil(2) as u64;
@@ -128,7 +132,8 @@ impl Source for Random {
     }
 
     fn quantized(&self, module: &str, shape: [usize; 2]) -> Result<Option<Cow<'_, Quantized4bit>>, ModelError> {
-        Ok(self.quantized.get(&shape).map(|all| Cow::Borrowed(pick(all, module))))
+        let made = self.quantized.get(&shape).filter(|_| !self.left_dense.contains(module));
+        Ok(made.map(|all| Cow::Borrowed(pick(all, module))))
     }
 
     fn tensor<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<DenseTensor<'a>, ModelError> {

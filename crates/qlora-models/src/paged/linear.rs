@@ -56,12 +56,9 @@ impl<'a> MixedPass<'a> {
     ) -> Tensor<2> {
         let block = |model: &'a Decoder| &model.blocks[index];
         // Products that share an input are joined up to three.
-        let pair = |first: usize| {
-            let projections = |model: &'a Decoder| block(model).qkv()[first..first + 2].to_vec();
-            let mut outputs = self.linears(h.clone(), projections);
-            [(); 2].map(|()| outputs.remove(0))
-        };
-        let ([qkv, z], [b, a]) = (pair(0), pair(2));
+        let pairs = (0..block(self.models[0].1).qkv.len()).step_by(2);
+        let pair = |first: usize| self.linears(h.clone(), |model| block(model).qkv()[first..first + 2].to_vec());
+        let [qkv, z, b, a] = delta.split(pairs.flat_map(pair).collect());
         let mut start = 0;
         let of_row = |row: &RowSequence| {
             let first = start;
