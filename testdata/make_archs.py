@@ -109,6 +109,24 @@ SMALL = {
     "qwen3_5_moe_images": ("qwen3_5_moe", dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=1, linear_num_value_heads=3,
                                                linear_key_head_dim=8, linear_value_head_dim=4, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
                                                shared_expert_intermediate_size=8), dict(save_original_format=False)),
+    "glm4_moe": ("glm4_moe", dict(head_dim=8, attention_bias=True, use_qk_norm=True, moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2,
+                                  routed_scaling_factor=1.5, num_mtp_layers=0), {}),
+    "glm4_moe_groups": ("glm4_moe", dict(head_dim=12, num_key_value_heads=1, partial_rotary_factor=0.5, moe_intermediate_size=8, n_routed_experts=9, num_experts_per_tok=3, n_group=3,
+                                         topk_group=2, n_shared_experts=2, norm_topk_prob=False, tie_word_embeddings=True, first_k_dense_replace=0,
+                                         num_attention_heads=3), {}),
+    "deepseek_v3": ("deepseek_v3", dict(num_key_value_heads=4, attention_bias=True, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+                                        moe_intermediate_size=12, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, first_k_dense_replace=1,
+                                        rope_parameters=YARN), dict(save_original_format=False)),
+    "deepseek_v3_whole": ("deepseek_v3", dict(num_attention_heads=3, num_key_value_heads=3, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=2, qk_rope_head_dim=6,
+                                              v_head_dim=10, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=3, n_group=1, topk_group=1,
+                                              first_k_dense_replace=0, rope_interleave=False, norm_topk_prob=False, tie_word_embeddings=True,
+                                              n_shared_experts=2), {}),
+    "glm4_moe_lite": ("glm4_moe_lite", dict(num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10,
+                                            moe_intermediate_size=12, n_routed_experts=5, num_experts_per_tok=2), {}),
+    "glm4_moe_lite_layers": ("glm4_moe_lite", dict(num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+                                                   v_head_dim=4, moe_intermediate_size=8, n_routed_experts=6, num_experts_per_tok=3, n_group=2, topk_group=1,
+                                                   mlp_layer_types=["sparse", "dense", "sparse"], num_hidden_layers=3, tie_word_embeddings=True,
+                                                   rms_norm_eps=1e-4), {}),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
 }
 
@@ -204,6 +222,9 @@ for name, (kind, more, how) in MODELS.items():
             else:
                 p.mul_(4.0)
             p.copy_(p.bfloat16().float())
+        for path, p in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):  # changes which experts are chosen
+                p.normal_(0, 0.2).copy_(p.bfloat16().float())
         ids = torch.randint(3, 38, (ROWS, 16)) if name in SMALL else torch.randint(3, 60, (ROWS, LENGTH))
         logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
     shutil.rmtree(folder, ignore_errors=True)

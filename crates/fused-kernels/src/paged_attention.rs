@@ -18,7 +18,7 @@
 //!
 //! # How
 //!
-//! - [`Path::Mma`], CUDA C++ for formats of 16 bits and heads of a multiple of 8: `mma.rs` describes it.
+//! - [`Path::Mma`], CUDA C++ for formats of 16 bits and heads of a multiple of 8 up to 256: `mma.rs` describes it.
 //! - [`Path::Portable`] runs wherever CubeCL does. A cube of 256 units takes the query heads that share a key head, of
 //!   one token in decoding and of some in a prompt's chunk, and goes through the positions in tiles of 32: scores (four
 //!   units a key), their maximum and exponentials, then sums of values (a unit a few columns, and of these every few
@@ -45,8 +45,8 @@ use crate::elementwise::{buffer, check_format, vector_size};
 pub use batch::{Batch, Row, slot};
 
 const OPERATION: &str = "paged_attention";
-/// The widest head.
-pub const MAX_HEAD_DIM: usize = 256;
+/// The widest head: that of latent attention is the latent vector with what is rotated behind it, 576 in DeepSeek V3.
+pub const MAX_HEAD_DIM: usize = 1024;
 /// Bytes of partial results that splits may take.
 const MAX_PARTIAL: usize = 64 << 20;
 
@@ -124,7 +124,7 @@ pub struct Attend<'a> {
 pub enum Path {
     /// CubeCL, on every runtime.
     Portable,
-    /// CUDA C++ on tensor cores, from compute capability 8.0 on: formats of 16 bits, heads of a multiple of 8.
+    /// CUDA C++ on tensor cores, from compute capability 8.0 on: formats of 16 bits, heads of a multiple of 8 up to 256.
     Mma,
 }
 

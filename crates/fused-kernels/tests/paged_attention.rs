@@ -216,6 +216,10 @@ fn heads_of_every_shape() {
         (12, 1, 128),
         (40, 2, 64),
         (19, 1, 192),
+        // Wider than any head of keys: what latent attention keeps of a token.
+        (16, 1, 576),
+        (5, 1, 260),
+        (2, 1, 1024),
         (6, 3, 8),
     ];
     everywhere(|client, format| {

@@ -1,7 +1,8 @@
 //! One decoder block: attention, full or linear, and an MLP or experts, each over a normalised input and added to it.
 
-use crate::config::{BlockNorms, ModelConfig};
+use crate::config::{BlockNorms, LatentConfig, ModelConfig};
 use crate::delta_net::DeltaNet;
+use crate::latent;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
@@ -130,12 +131,17 @@ impl Block {
             return self.project_output(mixed, config, pass, purpose.gradients_only());
         }
         let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
-        let ([q, k, v], gate) = self.project(h, config, pass);
         let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
-            _ => rotate(rope.paired(x, config.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
+            _ => rotate(rope.paired(x, view.rotation.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
+        };
+        let ([q, k, v], gate) = match &config.latent {
+            Some(sizes) => (self.latent_heads(h, sizes, config.num_attention_heads, rotated, pass), None),
+            None => self.project(h, config, pass),
         };
         let (q, k) = match &self.norms.qk {
+            // Rotated in part already.
+            None if config.latent.is_some() => (q, k),
             Some([q_norm, k_norm]) => {
                 let each = |x: Tensor<2>, norm: &Named<RmsNorm>| match config.normalises_rotated() {
                     true => norm.module.forward_heads(rotated(x), pass),
@@ -166,7 +172,8 @@ impl Block {
             }
             Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
         };
-        let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
+        let mixed = mixed.reshape([rows * len, config.num_attention_heads, config.head_dim]);
+        let mixed = latent::values(mixed, config.value_dim());
         let mixed = match gate {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,
@@ -182,6 +189,32 @@ impl Block {
             false => output.forward_in(mixed, pass),
         };
         scaled(normalised(&self.norms.attention_output, run, pass, gradients_only), config)
+    }
+
+    /// Queries, keys and values of latent attention, each `[tokens, heads * head_dim]`, rotated.
+    fn latent_heads(
+        &self,
+        h: Tensor<2>,
+        sizes: &LatentConfig,
+        heads: usize,
+        rotated: impl Fn(Tensor<2>) -> Tensor<2>,
+        pass: Pass,
+    ) -> [Tensor<2>; 3] {
+        let project = |i: usize, x: Tensor<2>| self.qkv[i].module.forward_in(x, pass);
+        let between = |norm: &Option<Named<RmsNorm>>, x: Tensor<2>| match norm {
+            Some(norm) => norm.module.forward(x, pass),
+            None => x,
+        };
+        let down = self.qkv.len() - 2;
+        let q = project(0, h.clone());
+        let q = match sizes.query_rank {
+            Some(_) => project(1, between(&self.norms.latent_queries, q)),
+            None => q,
+        };
+        let [vector, rotary] = latent::split(project(down, h), sizes);
+        let both = project(down + 1, between(&self.norms.latent_keys, vector));
+        let [k, v] = latent::keys_and_values(both, rotated(rotary), sizes, heads);
+        [latent::queries(q, sizes, heads, rotated), k, v]
     }
 
     /// Linear attention up to the output projection, `[tokens, heads * value_dim]`.

@@ -8,6 +8,7 @@ mod activation;
 mod blocks;
 mod fields;
 mod keys;
+mod latent;
 mod modules;
 mod options;
 mod rope;
@@ -15,11 +16,12 @@ mod tied;
 
 use crate::ModelError;
 use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
-use crate::rope::RopeScaling;
+use crate::rope::{Pairs, RopeScaling};
 use adapter_io::{BnbConfig, Checkpoint};
 use blocks::LayerConfig;
-pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
+pub use blocks::{AttentionKind, ExpertsConfig, GroupedScores, LinearAttentionConfig};
 use fields::Fields;
+pub use latent::LatentConfig;
 pub(crate) use modules::{BlockNorms, ExpertsSpecs};
 pub use modules::{LinearRole, LinearSpec};
 pub use options::ConfigOptions;
@@ -46,7 +48,7 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// Key and value heads; divides the query heads.
     pub num_key_value_heads: usize,
-    /// Width of a head.
+    /// Width of a head: of queries, keys and values, or of latent attention the widest of the three.
     pub head_dim: usize,
     /// The MLP's activation.
     pub activation: Activation,
@@ -70,6 +72,8 @@ pub struct ModelConfig {
     pub linear: Option<LinearAttentionConfig>,
     /// Mixture of experts, if there is one.
     pub experts: Option<ExpertsConfig>,
+    /// Latent attention, if blocks have it in the place of attention.
+    pub latent: Option<LatentConfig>,
     /// Whether the output head is the embedding table.
     pub tie_word_embeddings: bool,
     /// The longest context the model was made for.
@@ -83,6 +87,7 @@ pub struct ModelConfig {
     layers: Vec<LayerConfig>,
     /// Parts of the paths of linear layers that are left dense.
     dense: Vec<String>,
+    qk_normed: bool,
     qkv_bias: bool,
     output_bias: bool,
     mlp_bias: bool,
@@ -179,7 +184,15 @@ impl ModelConfig {
                 format!("is {num_key_value_heads}, which does not divide the {num_attention_heads} attention heads"),
             ));
         }
-        let head_dim = match fields.size("head_dim")?.or(sizes.head_dim) {
+        let own_head_dim = fields.size("head_dim")?;
+        let latent = family.latent.map(|names| latent::read(fields, &names)).transpose()?;
+        if latent.is_some() && num_key_value_heads != num_attention_heads {
+            let problem = format!(
+                "is {num_key_value_heads}; latent attention has as many as the {num_attention_heads} of queries"
+            );
+            return Err(fields.error("num_key_value_heads", problem));
+        }
+        let head_dim = match latent.map(|latent| latent.head_dim()).or(own_head_dim).or(sizes.head_dim) {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
             None => {
@@ -190,7 +203,12 @@ impl ModelConfig {
         };
         let max_position_embeddings =
             fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
-        let ropes = rope::read(fields, family, &rope::Sizes { head_dim, max_position_embeddings })?;
+        let rotated_dim = latent.map_or(head_dim, |latent| latent.rotary_dim);
+        let pairs = match latent {
+            Some(latent) if !latent.interleaved => Pairs::Halves,
+            _ => family.rotary.pairs,
+        };
+        let ropes = rope::read(fields, family, &rope::Sizes { head_dim: rotated_dim, max_position_embeddings, pairs })?;
         let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
         let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
@@ -207,7 +225,10 @@ impl ModelConfig {
             EmbeddingScale::Key(key) => factor(Some(key))?,
         };
         let score_scale = match family.score_scale {
-            ScoreScale::HeadDim => 1.0 / (head_dim as f64).sqrt(),
+            ScoreScale::HeadDim => match latent {
+                Some(latent) => latent::score_scale(fields, &latent)?,
+                None => 1.0 / (head_dim as f64).sqrt(),
+            },
             ScoreScale::Scalar(key, default) => 1.0 / fields.number(key)?.unwrap_or(default).sqrt(),
             ScoreScale::Factor(key) => fields.number(key)?.unwrap_or(1.0),
         };
@@ -235,6 +256,7 @@ impl ModelConfig {
             attention_kinds,
             linear,
             experts,
+            latent,
             tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
@@ -247,6 +269,7 @@ impl ModelConfig {
                 .map(|((kind, sparse), linear)| LayerConfig { kind, sparse, linear })
                 .collect(),
             dense: Vec::new(),
+            qk_normed: fields.switch(family.qk_normed)?,
             qkv_bias: fields.switch(family.qkv_bias)?,
             output_bias: fields.switch(family.output_bias)?,
             mlp_bias: fields.switch(family.mlp_bias)?,
@@ -269,6 +292,12 @@ impl ModelConfig {
     pub fn linear_attention_values(&self) -> usize {
         let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
         (self.num_hidden_layers - self.attention_blocks()) * of_block
+    }
+
+    /// What routers have beside their weights, all of it held in f32.
+    pub fn router_values(&self) -> usize {
+        let of_block = self.experts.filter(|experts| experts.sigmoid.is_some()).map_or(0, |experts| experts.count);
+        self.layers.iter().filter(|layer| layer.sparse).count() * of_block
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

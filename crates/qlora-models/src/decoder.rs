@@ -105,7 +105,8 @@ impl Decoder {
         let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
             let spans = positions.iter().map(|positions| (positions.end, positions.clone()));
             let (cos, sin) = tables.get(&kind.rope, spans, &self.device);
-            let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.turned, inverse: false };
+            let head_dim = self.config.rotated_dim();
+            let rotation = Rotation { len, head_dim, rotary: kind.rope.turned, inverse: false };
             let softcap = self.config.score_softcap.map(|cap| cap as f32);
             let scores = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
             let attention = AttentionOptions { packed: packed.clone(), ..scores };
@@ -284,7 +285,7 @@ impl Decoder {
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
         let slots = self.streaming().slot_bytes as usize;
-        let linear = 4 * self.config.linear_attention_values();
+        let linear = 4 * (self.config.linear_attention_values() + self.config.router_values());
         embeddings + narrow + norms + slots + linear + self.own_linears().map(bytes).sum::<usize>()
     }
 
@@ -296,7 +297,8 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        self.embed_tokens.shape().num_elements() + norms + linears + self.config.linear_attention_values()
+        let others = self.config.linear_attention_values() + self.config.router_values();
+        self.embed_tokens.shape().num_elements() + norms + linears + others
     }
 }
 

@@ -7,11 +7,13 @@
 mod dense;
 mod experts;
 mod hybrid;
+mod latent;
 mod wrappers;
 
 use crate::rope::Pairs;
-pub(crate) use experts::{Experts, SharedWidth};
+pub(crate) use experts::{Experts, Scores, SharedWidth};
 pub(crate) use hybrid::Linear;
+pub(crate) use latent::Latent;
 use qlora_layers::ops::fused::Activation;
 pub(crate) use wrappers::{SECTION, Wrapper};
 
@@ -74,6 +76,10 @@ pub(crate) struct Family {
     pub fixed: &'static [(&'static str, Only)],
     /// Keys that mean nothing for this family.
     pub harmless: &'static [&'static str],
+    /// Whether there are the norms of queries and keys.
+    pub qk_normed: Switch,
+    /// Multi-head latent attention in the place of attention.
+    pub latent: Option<Latent>,
 }
 
 /// Where the parts of a language model lie.
@@ -330,6 +336,8 @@ const BASE: Family = Family {
     rms_norm_eps: 1e-6,
     fixed: &[],
     harmless: &[],
+    qk_normed: Switch::On,
+    latent: None,
 };
 
 const LLAMA: Family = Family {
@@ -549,6 +557,9 @@ pub(crate) static FAMILIES: &[Family] = &[
     dense::OLMO3,
     dense::GLM4,
     dense::ERNIE,
+    experts::GLM4_MOE,
+    latent::DEEPSEEK_V3,
+    latent::GLM4_MOE_LITE,
 ];
 
 impl Family {

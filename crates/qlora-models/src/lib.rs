@@ -20,6 +20,7 @@ mod family;
 mod held;
 mod kernel_cache;
 mod kv_cache;
+mod latent;
 mod loader;
 mod mlp;
 mod moe;
@@ -29,6 +30,7 @@ mod paged;
 mod probe;
 mod recorded;
 mod rope;
+mod router;
 mod sequence;
 mod shared_expert;
 mod stacks;
@@ -37,7 +39,8 @@ mod streamed;
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
-    AttentionKind, ConfigOptions, ExpertsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig,
+    AttentionKind, ConfigOptions, ExpertsConfig, GroupedScores, LatentConfig, LinearAttentionConfig, LinearRole,
+    LinearSpec, ModelConfig,
 };
 pub use decoder::Decoder;
 pub use device::{

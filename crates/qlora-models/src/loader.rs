@@ -20,12 +20,13 @@ use crate::config::{ExpertsSpecs, LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
-use crate::family::Root;
+use crate::family::{Root, Scores};
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
+use crate::router::SigmoidScores;
 use crate::shared_expert::SharedExpert;
 use crate::streamed::Streams;
 use adapter_io::{Checkpoint, DenseTensor, Floats};
@@ -39,6 +40,9 @@ use source::Source;
 use std::collections::BTreeSet;
 use std::path::Path;
 use streaming::{Quantizer, Streaming};
+
+/// Epsilon of the norms between the projections of latent attention, whatever `rms_norm_eps` says.
+const LATENT_EPS: f64 = 1e-6;
 
 /// How far loading is.
 #[derive(Clone, Copy, Debug)]
@@ -277,6 +281,9 @@ impl<'a> Loader<'a> {
             // Families that store other norms' distance from 1 store this one as it is.
             norm.module.offset = 0.0;
         }
+        for norm in [&mut norms.latent_queries, &mut norms.latent_keys].into_iter().flatten() {
+            norm.module.eps = LATENT_EPS;
+        }
         let delta = self.delta_net(index)?;
         let kind = self.config.layer(index).kind;
         Ok(Block { index, kind, qkv, delta, output, feed_forward, norms, home: None })
@@ -341,7 +348,14 @@ impl<'a> Loader<'a> {
             }
             None => None,
         };
-        Ok(Moe::new(router, experts, config.per_token, config.normalise, shared))
+        let sigmoid = match (config.sigmoid, names.scores) {
+            (Some(scores), Scores::Sigmoid { correction, .. }) => {
+                let correction = self.values(&format!("{block}.{correction}"), &[config.count])?;
+                Some(SigmoidScores::new(scores, correction, config.normalise, self.device))
+            }
+            _ => None,
+        };
+        Ok(Moe::new(router, experts, config.per_token, config.normalise, shared, sigmoid))
     }
 
     fn linears(&mut self, specs: Vec<LinearSpec>) -> Result<Vec<Named<LoraLinear>>, ModelError> {

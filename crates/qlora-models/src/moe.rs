@@ -18,6 +18,7 @@
 
 use crate::mlp::Mlp;
 use crate::named::Named;
+use crate::router::SigmoidScores;
 use crate::shared_expert::SharedExpert;
 use burn::module::Param;
 use burn::tensor::activation::softmax;
@@ -39,6 +40,8 @@ pub(crate) struct Moe {
     pub normalise: bool,
     /// The expert of all tokens.
     pub shared: Option<SharedExpert>,
+    /// Where scores are sigmoids, and not their softmax.
+    pub sigmoid: Option<SigmoidScores>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
     stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
     /// Adapters that were taken off the experts' layers.
@@ -53,8 +56,10 @@ impl Moe {
         per_token: usize,
         normalise: bool,
         shared: Option<SharedExpert>,
+        sigmoid: Option<SigmoidScores>,
     ) -> Self {
-        let mut moe = Self { router, experts, per_token, normalise, shared, stacks: None, joined: Box::default() };
+        let (stacks, joined) = Default::default();
+        let mut moe = Self { router, experts, per_token, normalise, shared, sigmoid, stacks, joined };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
         moe
@@ -73,7 +78,11 @@ impl Moe {
 
     /// [`forward`](Self::forward) without the expert of all tokens.
     pub fn routed(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
-        let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
+        let logits = match &self.sigmoid {
+            // Their sums are kept in f32, as in transformers.
+            Some(_) => self.router.module.forward_wide(x.clone(), pass),
+            None => self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32),
+        };
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
             Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
             None if self.is_joined() => self.clone().parted().run_one_by_one(x, logits, pass),
@@ -89,8 +98,18 @@ impl Moe {
         pass: Pass,
         gradients_only: bool,
     ) -> Tensor<2> {
-        let routing = route(logits.clone(), self.per_token);
-        let weights = expert_weights(logits, &routing, self.normalise);
+        let (routing, weights) = match &self.sigmoid {
+            Some(scores) => {
+                let routing = route(scores.for_choice(logits.clone()), self.per_token);
+                let weights = scores.weights(logits, routing.chosen());
+                (routing, weights)
+            }
+            None => {
+                let routing = route(logits.clone(), self.per_token);
+                let weights = expert_weights(logits, &routing, self.normalise);
+                (routing, weights)
+            }
+        };
         let projections =
             [0, 1, 2].map(|i| stacks[i].projection(self.joined[i].as_ref().map(|joined| &joined.module), pass));
         expert_mlp(x, weights, &routing, projections, self.experts[0].activation, gradients_only)
@@ -100,14 +119,21 @@ impl Moe {
         let [tokens, hidden] = x.dims();
         let (dtype, device) = (x.dtype(), x.device());
         // A device that fails here fails the pass: what follows it is not a number, which every reader reports.
-        let Ok(scores) = logits.clone().without_autodiff().try_into_vec_as::<f32>() else {
+        let scores = match &self.sigmoid {
+            Some(scores) => scores.for_choice(logits.clone()),
+            None => logits.clone(),
+        };
+        let Ok(scores) = scores.without_autodiff().try_into_vec_as::<f32>() else {
             return x.mul_scalar(f32::NAN);
         };
         let routes = Routes::choose(&scores, self.experts.len(), self.per_token);
-        let chosen = softmax(logits, 1).gather(1, int_tensor(routes.chosen, [tokens, self.per_token], &device));
-        let weights = match self.normalise {
-            true => chosen.clone() / chosen.sum_dim(1),
-            false => chosen,
+        let chosen = int_tensor(routes.chosen, [tokens, self.per_token], &device);
+        let weights = match &self.sigmoid {
+            Some(scores) => scores.weights(logits, chosen),
+            None => {
+                let chosen = softmax(logits, 1).gather(1, chosen);
+                if self.normalise { chosen.clone() / chosen.sum_dim(1) } else { chosen }
+            }
         };
         let outputs = self.experts.iter().zip(routes.groups).filter(|(_, group)| !group.is_empty());
         let outputs = outputs.map(|(expert, group)| {

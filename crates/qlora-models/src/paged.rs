@@ -6,6 +6,7 @@
 
 mod feed_forward;
 mod head;
+mod latent;
 mod linear;
 
 use crate::block::{Block, scaled, split_gate, split_qkv};
@@ -36,7 +37,8 @@ pub struct PagedCache {
     block_tokens: usize,
     blocks: usize,
     /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has linear
-    /// attention. The last block is nobody's: rows that only fill a pass up write there.
+    /// attention, and of latent attention what both are made of, `[.., 1, rank + rotary_dim]`, in the place of the keys. The last block
+    /// is nobody's: rows that only fill a pass up write there.
     layers: Vec<[Tensor<3>; 2]>,
     /// By the first of a sequence's blocks and the decoder block: what linear attention goes on from.
     states: HashMap<(u32, usize), DeltaState>,
@@ -49,11 +51,14 @@ pub struct PagedCache {
 impl PagedCache {
     /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
     pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
-        let shape = [(blocks + 1) * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
+        let slots = (blocks + 1) * block_tokens;
+        let shape = [slots, model.config.num_key_value_heads, model.config.head_dim];
         let place = || (&model.device, DType::from(model.dtype));
-        let layer = |block: &Block| match block.delta {
-            Some(_) => [(); 2].map(|()| Tensor::empty([0, 1, 1], place())),
-            None => [(); 2].map(|()| Tensor::zeros(shape, place())),
+        let none = || Tensor::empty([0, 1, 1], place());
+        let layer = |block: &Block| match (&block.delta, model.config.latent) {
+            (Some(_), _) => [none(), none()],
+            (None, Some(latent)) => [Tensor::zeros([slots, 1, latent.cached_dim()], place()), none()],
+            (None, None) => [(); 2].map(|()| Tensor::zeros(shape, place())),
         };
         let layers = model.blocks.iter().map(layer).collect();
         let (recorded, stacks) = (Recorded::default(), Stacks::default());
@@ -62,7 +67,9 @@ impl PagedCache {
 
     /// Bytes on the device that a token takes.
     pub fn token_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
-        2 * config.attention_blocks() * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
+        let keys_and_values = 2 * config.num_key_value_heads * config.head_dim;
+        let values = config.latent.map_or(keys_and_values, |latent| latent.cached_dim());
+        config.attention_blocks() * values * DType::from(dtype).size()
     }
 
     /// Tokens of a block.
@@ -487,6 +494,10 @@ impl<'a> MixedPass<'a> {
         if let Some(delta) = &block(self.models[0].1).delta {
             return self.linear_attention(delta, index, h, cache);
         }
+        if let Some(sizes) = &config.latent {
+            let mixed = self.latent_attention(sizes, index, h, cache);
+            return self.project_output(index, mixed);
+        }
         let kind = block(self.models[0].1).kind;
         let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
         let mut qkv = self.linears(h, |model| block(model).qkv());
@@ -541,9 +552,15 @@ impl<'a> MixedPass<'a> {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,
         };
+        self.project_output(index, mixed)
+    }
+
+    /// The end of a block's attention.
+    fn project_output(&self, index: usize, mixed: Tensor<2>) -> Tensor<2> {
+        let block = |model: &'a Decoder| &model.blocks[index];
         let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
         let norms = self.norms(|model| block(model).norms.attention_output.as_ref());
-        scaled(normalised(norms, output, RmsNorm::forward), config)
+        scaled(normalised(norms, output, RmsNorm::forward), self.config)
     }
 
     /// Runs each part's rows by themselves.

@@ -56,13 +56,19 @@ impl Plan {
     pub(super) fn new(client: &Client, batch: &Batch, shape: &Shape) -> Self {
         let &Shape { heads, kv_heads, head_dim, format, .. } = shape;
         let group = heads / kv_heads;
-        let share = (1..=group.min(MAX_SHARE)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
         let wide = vector_size(client, format, &[head_dim]);
         let narrow = wide.min(4);
-        let of_columns = UNITS / (head_dim / narrow);
-        let row_lanes = share.next_power_of_two().min(of_columns);
-        let lanes = (of_columns / row_lanes).min(TILE);
-        let plan = Self { head_dim, group, share, tokens: 1, wide, narrow, row_lanes, lanes, partial: false };
+        // The launch refuses heads of more columns than a cube has units.
+        let of_columns = (UNITS / (head_dim / narrow)).max(1);
+        let with_share = |share: usize| {
+            let row_lanes = share.next_power_of_two().min(of_columns);
+            let lanes = (of_columns / row_lanes).min(TILE);
+            Self { head_dim, group, share, tokens: 1, wide, narrow, row_lanes, lanes, partial: false }
+        };
+        // Queries of the widest heads leave shared memory for some of them only.
+        let shares = (1..=group.min(MAX_SHARE)).rev().filter(|n| group.is_multiple_of(*n));
+        let plan = shares.map(with_share).find(|plan| plan.fits(client)).unwrap_or_else(|| with_share(1));
+        let (share, row_lanes) = (plan.share, plan.row_lanes);
         if batch.max_new() <= 1 {
             return plan;
         }
@@ -93,6 +99,11 @@ impl Plan {
 
     fn shared_bytes(self) -> usize {
         4 * (self.rows() * (self.head_dim + 2 * TILE + 2) + self.scratch() + UNITS)
+    }
+
+    /// Whether a cube has a unit for each column of values.
+    pub(super) fn has_columns(self) -> bool {
+        self.head_dim / self.narrow <= UNITS
     }
 
     /// Elements that are read of a key at a time, and of a value.

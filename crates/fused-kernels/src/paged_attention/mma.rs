@@ -70,9 +70,13 @@ const NO_WINDOW: u32 = 1 << 31;
 /// Counters are made in at least this number, and in powers of two, so that few lengths of them are kept.
 const MIN_COUNTERS: usize = 1 << 12;
 
+/// The widest head: a warp holds the sums of its values in registers.
+const WIDEST: usize = 256;
+
 /// Whether the kernel takes a shape.
 pub(super) fn takes(client: &Client, shape: &Shape) -> bool {
     shape.head_dim.is_multiple_of(8)
+        && shape.head_dim <= WIDEST
         && cuda_source::device(client).is_some_and(|device| device.multiplies(shape.format))
 }
 
@@ -176,7 +180,7 @@ impl Variant {
 pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), KernelError> {
     let &Call { client, batch, shape, options, .. } = call;
     check_half(client, OPERATION, shape.format)?;
-    if !shape.head_dim.is_multiple_of(8) {
+    if !shape.head_dim.is_multiple_of(8) || shape.head_dim > WIDEST {
         return Err(KernelError::HeadDim(shape.head_dim));
     }
     let Some(device) = cuda_source::device(client).filter(|device| device.multiplies(shape.format)) else {

@@ -3,7 +3,7 @@
 use cubecl::CubeDim;
 
 use super::kernel::{self, Plan, SPLIT};
-use super::{Call, Shape, buffer, check_limit, check_reach};
+use super::{Call, OPERATION, Shape, buffer, check_limit, check_reach};
 use crate::KernelError;
 use crate::elementwise::{UNITS, cube_count};
 
@@ -12,6 +12,10 @@ use crate::elementwise::{UNITS, cube_count};
 pub(super) fn attend(call: &Call<'_>, division: Option<(bool, usize)>) -> Result<(), KernelError> {
     let &Call { client, batch, shape, .. } = call;
     let plan = Plan::new(client, batch, shape);
+    if !plan.has_columns() {
+        let reason = format!("head_dim is {}: no multiple of 4, and more than {UNITS}", shape.head_dim);
+        return Err(KernelError::Shape { operation: OPERATION, reason });
+    }
     let Some((splits_apart, tokens)) = division else {
         return launch(call, plan, plan.splits_among_cubes(batch, shape));
     };

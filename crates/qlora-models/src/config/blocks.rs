@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::{Experts, Family, Linear, SharedWidth, Windowed};
+use crate::family::{Experts, Family, Linear, Scores, SharedWidth, Windowed};
 use crate::rope::Rope;
 use qlora_layers::ops::fused::MAX_TAPS;
 
@@ -28,6 +28,19 @@ pub struct ExpertsConfig {
     pub normalise: bool,
     /// Width of the MLP that all tokens go through beside their experts; 0 where there is none.
     pub shared_size: usize,
+    /// Where scores are sigmoids; their softmax otherwise.
+    pub sigmoid: Option<GroupedScores>,
+}
+
+/// Scores of experts in groups: sigmoids, to which a correction is added for the choice.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupedScores {
+    /// Groups that experts lie in, of one size.
+    pub groups: usize,
+    /// Groups that a token's experts come from: those whose two best sum up to most.
+    pub groups_per_token: usize,
+    /// What weights are multiplied by.
+    pub factor: f64,
 }
 
 /// Linear attention with the gated delta rule.
@@ -227,7 +240,41 @@ pub(super) fn experts(fields: &Fields, names: &Experts, layers: usize) -> Result
             intermediate_size * fields.bounded(key, shared, MOST_EXPERTS)?
         }
     };
-    Ok(ExpertsConfig { count, per_token, intermediate_size, normalise: fields.switch(names.normalise)?, shared_size })
+    Ok(ExpertsConfig {
+        count,
+        per_token,
+        intermediate_size,
+        normalise: fields.switch(names.normalise)?,
+        shared_size,
+        sigmoid: grouped(fields, names, count, per_token)?,
+    })
+}
+
+/// Scores in groups, if they are.
+fn grouped(
+    fields: &Fields,
+    names: &Experts,
+    count: usize,
+    per_token: usize,
+) -> Result<Option<GroupedScores>, ModelError> {
+    let Scores::Sigmoid { groups, groups_per_token, factor, .. } = names.scores else { return Ok(None) };
+    let size = |(key, default)| fields.required(key, Some(default));
+    let scores = GroupedScores {
+        groups: size(groups)?,
+        groups_per_token: size(groups_per_token)?,
+        factor: fields.number(factor.0)?.unwrap_or(factor.1),
+    };
+    let GroupedScores { groups: number, groups_per_token: chosen, .. } = scores;
+    // Of a group the two best are looked at, where there is a choice.
+    if !count.is_multiple_of(number) || (chosen < number && count / number < 2) {
+        let problem = format!("is {number}, which does not divide {count} experts into groups of two and more");
+        return Err(fields.error(groups.0, problem));
+    }
+    if chosen > number || chosen * (count / number) < per_token {
+        let problem = format!("is {chosen}: {per_token} experts of a token don't come from so many of {number} groups");
+        return Err(fields.error(groups_per_token.0, problem));
+    }
+    Ok(Some(scores))
 }
 
 /// Which blocks have experts.
@@ -239,5 +286,24 @@ pub(super) fn sparse(fields: &Fields, names: Option<&Experts>, layers: usize) ->
         Some(key) => fields.list(key, "layer numbers", index)?.unwrap_or_default(),
         None => Vec::new(),
     };
-    Ok((0..layers).map(|index| !dense.contains(&index) && (index + 1).is_multiple_of(every)).collect())
+    let first = match names.dense_first {
+        Some((key, default)) => count(fields, key)?.unwrap_or(default),
+        None => 0,
+    };
+    if let Some(key) = names.block_types {
+        let read = |value: &serde_json::Value| match value.as_str() {
+            Some("sparse") => Some(true),
+            Some("dense") => Some(false),
+            _ => None,
+        };
+        match fields.list(key, "\"dense\" and \"sparse\"", read)? {
+            Some(types) if types.len() != layers => {
+                return Err(fields.error(key, format!("has {} entries; there are {layers} layers", types.len())));
+            }
+            Some(types) => return Ok(types),
+            None => {}
+        }
+    }
+    let sparse = |index: usize| index >= first && !dense.contains(&index) && (index + 1).is_multiple_of(every);
+    Ok((0..layers).map(sparse).collect())
 }

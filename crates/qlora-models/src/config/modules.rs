@@ -70,8 +70,8 @@ impl ModelConfig {
     }
 
     /// Queries, keys and values: one linear layer per group of output widths.
-    /// Of linear attention: queries, keys and values as one, then the output's gate, and the rule's strength and decay; or two layers
-    /// with the first two and the last two.
+    /// Of latent attention: queries, down and up or by one, then keys and values, down and up. Of linear attention: queries, keys and values
+    /// as one, then the output's gate, and the rule's strength and decay; or two layers with the first two and the last two.
     pub(crate) fn qkv_specs(&self, index: usize) -> Vec<LinearSpec> {
         let block = self.block_path(index);
         if let Some((config, names)) = self.linear_attention(index) {
@@ -83,6 +83,21 @@ impl ModelConfig {
             };
             let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], false);
             return names.projections.iter().zip(outputs).map(spec).collect();
+        }
+        if let Some((config, names)) = self.latent.zip(self.family.latent) {
+            let heads = self.num_attention_heads;
+            let spec = |name, shape, bias: bool| self.projection(&block, name, shape, bias && self.qkv_bias);
+            let queries = heads * config.query_dim();
+            let mut specs = match config.query_rank {
+                Some(rank) => vec![
+                    spec(names.queries[0], [rank, self.hidden_size], true),
+                    spec(names.queries[1], [queries, rank], false),
+                ],
+                None => vec![spec(names.whole_queries, [queries, self.hidden_size], false)],
+            };
+            specs.push(spec(names.keys[0], [config.rank + config.rotary_dim, self.hidden_size], true));
+            specs.push(spec(names.keys[1], [heads * (config.plain_dim + config.value_dim), config.rank], false));
+            return specs;
         }
         let mut widths = self.qkv_widths();
         if self.family.attention_gate {
@@ -108,6 +123,16 @@ impl ModelConfig {
         [self.num_attention_heads * self.head_dim, keys, keys]
     }
 
+    /// Width of what attention gives of a head.
+    pub(crate) fn value_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.value_dim)
+    }
+
+    /// Width of what is rotated of a head: all of it, or of latent attention a part by itself.
+    pub(crate) fn rotated_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.rotary_dim)
+    }
+
     /// Whether queries and keys are normalised after they are rotated.
     pub(crate) fn normalises_rotated(&self) -> bool {
         self.family.qk_norm.is_some_and(|norm| norm.rotated)
@@ -119,7 +144,7 @@ impl ModelConfig {
             let [_, _, values] = config.widths();
             return self.projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
         }
-        let shape = [self.hidden_size, self.num_attention_heads * self.head_dim];
+        let shape = [self.hidden_size, self.num_attention_heads * self.value_dim()];
         self.projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
     }
 
@@ -278,7 +303,8 @@ impl ModelConfig {
         let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
         let [q, k, _] = self.qkv_widths();
         let linear = self.linear_attention(index);
-        let qk = self.family.qk_norm.filter(|_| linear.is_none()).map(|qk| {
+        let latent = self.latent.zip(self.family.latent);
+        let qk = self.family.qk_norm.filter(|_| linear.is_none() && self.qk_normed).map(|qk| {
             let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
             std::array::from_fn(|i| norm(qk.names[i], widths[i]))
         });
@@ -286,6 +312,8 @@ impl ModelConfig {
             attention_input: of_stream(attention_input),
             qk,
             linear: linear.map(|(config, names)| norm(names.norm, config.value_dim)),
+            latent_queries: latent.and_then(|(config, names)| Some(norm(names.norms[0], config.query_rank?))),
+            latent_keys: latent.map(|(config, names)| norm(names.norms[1], config.rank)),
             attention_output: of_stream(attention_output),
             mlp_input: of_stream(mlp_input),
             mlp_output: of_stream(mlp_output),
@@ -313,6 +341,9 @@ pub(crate) struct BlockNorms<T> {
     pub qk: Option<[T; 2]>,
     /// Of the heads that linear attention gives.
     pub linear: Option<T>,
+    /// Of what lies between the projections of latent attention.
+    pub latent_queries: Option<T>,
+    pub latent_keys: Option<T>,
     pub attention_output: Option<T>,
     pub mlp_input: Option<T>,
     pub mlp_output: Option<T>,
@@ -327,6 +358,8 @@ impl<T> BlockNorms<T> {
                 None => None,
             },
             linear: self.linear.map(&mut f).transpose()?,
+            latent_queries: self.latent_queries.map(&mut f).transpose()?,
+            latent_keys: self.latent_keys.map(&mut f).transpose()?,
             attention_output: self.attention_output.map(&mut f).transpose()?,
             mlp_input: self.mlp_input.map(&mut f).transpose()?,
             mlp_output: self.mlp_output.map(&mut f).transpose()?,
@@ -338,6 +371,8 @@ impl<T> BlockNorms<T> {
             .into_iter()
             .chain(self.qk.into_iter().flatten())
             .chain(self.linear)
+            .chain(self.latent_queries)
+            .chain(self.latent_keys)
             .chain(self.attention_output)
             .chain(self.mlp_input)
             .chain(self.mlp_output)
@@ -348,6 +383,8 @@ impl<T> BlockNorms<T> {
             attention_input: self.attention_input.as_ref(),
             qk: self.qk.as_ref().map(|[q, k]| [q, k]),
             linear: self.linear.as_ref(),
+            latent_queries: self.latent_queries.as_ref(),
+            latent_keys: self.latent_keys.as_ref(),
             attention_output: self.attention_output.as_ref(),
             mlp_input: self.mlp_input.as_ref(),
             mlp_output: self.mlp_output.as_ref(),
@@ -359,6 +396,8 @@ impl<T> BlockNorms<T> {
             attention_input: self.attention_input.as_mut(),
             qk: self.qk.as_mut().map(|[q, k]| [q, k]),
             linear: self.linear.as_mut(),
+            latent_queries: self.latent_queries.as_mut(),
+            latent_keys: self.latent_keys.as_mut(),
             attention_output: self.attention_output.as_mut(),
             mlp_input: self.mlp_input.as_mut(),
             mlp_output: self.mlp_output.as_mut(),

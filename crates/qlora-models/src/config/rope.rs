@@ -13,6 +13,7 @@ const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
 pub(super) struct Sizes {
     pub head_dim: usize,
     pub max_position_embeddings: usize,
+    pub pairs: Pairs,
 }
 
 /// The rotary embeddings of blocks without and with a window.
@@ -60,7 +61,7 @@ struct Outer<'a> {
 impl Outer<'_> {
     fn rope(&self, inner: Option<&Fields>, theta: f64) -> Result<Rope, ModelError> {
         let rope = |theta, dim, scaling, query_growth| {
-            let pairs = self.family.rotary.pairs;
+            let pairs = self.sizes.pairs;
             let turned = if pairs == Pairs::Adjacent { self.sizes.head_dim } else { dim };
             Rope { theta, dim, turned, scaling, pairs, query_growth }
         };
