@@ -8,7 +8,7 @@
 //! `o = softmax(scale · q kᵀ) v`, scores by way of `cap · tanh(s / cap)` where there is a cap,
 //!
 //! for each new token over the tokens of its sequence that it sees: itself and what came before, or of that the last
-//! `window` ([`Options`], as in [`crate::attention`]).
+//! `window` ([`Options`] and sinks, as in [`crate::attention`]).
 //!
 //! # A token's result is its own
 //!
@@ -115,6 +115,8 @@ pub struct Attend<'a> {
     pub values: &'a Handle,
     /// [`Batch::words`] on the device.
     pub words: &'a Handle,
+    /// f32 `[heads]`: the sink of each query head, if they have some.
+    pub sinks: Option<&'a Handle>,
     /// The result, as `q`, which this writes.
     pub out: &'a Handle,
 }
@@ -238,6 +240,16 @@ struct Call<'a> {
     batch: &'a Batch,
     shape: &'a Shape,
     options: Options,
+}
+
+impl Call<'_> {
+    /// The sinks, or some buffer in their place that kernels don't look at.
+    fn sinks(&self) -> Result<cubecl::prelude::BufferArg, KernelError> {
+        match self.buffers.sinks {
+            Some(sinks) => buffer("sinks", sinks, self.shape.heads, 4, 1),
+            None => buffer("words", self.buffers.words, 0, 4, 1),
+        }
+    }
 }
 
 fn check_limit(name: &'static str, value: usize, limit: usize) -> Result<(), KernelError> {

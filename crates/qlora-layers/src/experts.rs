@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use host_copies::persistent;
 
 use crate::linear_4bit::format_of;
-use crate::ops::experts::{ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
+use crate::ops::experts::{ExpertBias, ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
 use crate::ops::{Layout4bit, LoraDropout};
 use crate::params::{constant, in_pass, track, trainable};
 use crate::streamed::{BlockHome, VIEW_WORDS, Views};
@@ -166,7 +166,7 @@ impl ExpertStack {
             lora_b: in_pass(&adapters.lora_b, pass).into_dispatch(),
             terms: adapters.terms(pass),
         });
-        ExpertProjection { weight, factors }
+        ExpertProjection { weight, factors, bias: ExpertBias::Missing }
     }
 }
 

@@ -135,6 +135,7 @@ impl Plan {
         options: Options,
         splits: usize,
         partial: bool,
+        sinks: bool,
     ) -> WorkLaunch {
         let window = options.window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW as usize) as u32);
         WorkLaunch::new(
@@ -149,6 +150,7 @@ impl Plan {
             window as usize,
             options.scale,
             options.softcap.unwrap_or(0.0),
+            sinks,
             Self { partial, ..self },
         )
     }
@@ -170,6 +172,9 @@ pub(super) struct Work {
     scale: f32,
     /// 0 where there is none.
     softcap: f32,
+    /// Whether query heads have sinks.
+    #[cube(comptime)]
+    sinks: bool,
     #[cube(comptime)]
     plan: Plan,
 }
@@ -213,6 +218,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
     keys: &[Vector<F, K>],
     values: &[Vector<F, V>],
     words: &[u32],
+    sinks: &[f32],
     out: &mut [F],
     partial: &mut [f32],
     work: &Work,
@@ -511,9 +517,17 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
             let of_token = r / comptime!(plan.share);
             if lane == 0 && r < rows && of_token < count {
                 let head = (token + of_token) * work.heads + first_head + r % comptime!(plan.share);
+                let mut factor = 1.0f32;
+                let mut sum = total_sum[j];
+                if comptime!(work.sinks) {
+                    let sink = sinks[head % work.heads];
+                    let new = max(total_peak[j], sink);
+                    factor = weight(total_peak[j], new);
+                    sum = fma(sum, factor, weight(sink, new));
+                }
                 #[unroll]
                 for k in 0..narrow {
-                    let value = total[j * narrow + k] / total_sum[j];
+                    let value = total[j * narrow + k] * factor / sum;
                     out[head * head_dim + column * narrow + k] = F::cast_from(value);
                 }
             }
@@ -526,6 +540,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
 pub(super) fn join<F: Float>(
     partial: &[f32],
     words: &[u32],
+    sinks: &[f32],
     out: &mut [F],
     work: &Work,
     #[define(F)] _format: ElemType,
@@ -562,7 +577,14 @@ pub(super) fn join<F: Float>(
             sum = fma(sum, before, partial[first + head_dim] * this);
             value = fma(value, before, partial[first + d] * this);
         }
-        out[item] = F::cast_from(value / sum);
+        let mut factor = 1.0f32;
+        if comptime!(work.sinks) {
+            let sink = sinks[head % work.heads];
+            let new = max(peak, sink);
+            factor = weight(peak, new);
+            sum = fma(sum, factor, weight(sink, new));
+        }
+        out[item] = F::cast_from(value * factor / sum);
     }
 }
 

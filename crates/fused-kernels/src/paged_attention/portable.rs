@@ -50,7 +50,8 @@ fn launch(call: &Call<'_>, plan: Plan, split: bool) -> Result<(), KernelError> {
     let partial_len = if split { splits.saturating_mul(tokens * heads * (head_dim + 2)) } else { 1 };
     let partial_handle = client.empty(4 * partial_len);
     let partial = || buffer("partial", &partial_handle, partial_len, 4, 1);
-    let work = plan.work(batch, shape, options, splits, split);
+    let has_sinks = buffers.sinks.is_some();
+    let work = plan.work(batch, shape, options, splits, split, has_sinks);
     // SAFETY: the buffers' sizes are checked; tables and slots stay below `reach`, which is within the cache, and the
     // kernel stays within the batch's tokens and lengths.
     unsafe {
@@ -64,6 +65,7 @@ fn launch(call: &Call<'_>, plan: Plan, split: bool) -> Result<(), KernelError> {
             keys,
             values,
             words()?,
+            call.sinks()?,
             out()?,
             partial()?,
             work,
@@ -76,8 +78,9 @@ fn launch(call: &Call<'_>, plan: Plan, split: bool) -> Result<(), KernelError> {
                 CubeDim::new_1d(UNITS as u32),
                 partial()?,
                 words()?,
+                call.sinks()?,
                 out()?,
-                plan.work(batch, shape, options, splits, split),
+                plan.work(batch, shape, options, splits, split, has_sinks),
                 format.elem_type(),
             );
         }

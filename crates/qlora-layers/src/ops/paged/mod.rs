@@ -249,6 +249,8 @@ pub fn paged_attention(
     );
     assert!(options.packed.is_none(), "paged_attention: the batch says how rows divide, not the options");
     assert!(options.scores.window != Some(0), "paged_attention: a query sees itself at least");
+    let sinks = options.sinks().map_or(heads, <[f32]>::len);
+    assert!(sinks == heads, "paged_attention: {sinks} sinks of {heads} heads");
     check_reach("paged_attention", batch, slots);
     if q.shape().num_elements() == 0 {
         return q;
