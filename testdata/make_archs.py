@@ -66,6 +66,7 @@ MODELS = {
 SMALL_BASE = dict(vocab_size=41, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                   max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=6, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+SINKS_YARN = rope("yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=32.0, beta_slow=1.0, truncate=False)
 SMALL = {
     "ministral3": ("ministral3", dict(head_dim=8, rope_parameters=dict(YARN, llama_4_scaling_beta=0.3)), {}),
     "mistral3_images": ("mistral3", dict(model_type="ministral3", head_dim=10, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=7,
@@ -128,6 +129,11 @@ SMALL = {
                                                    mlp_layer_types=["sparse", "dense", "sparse"], num_hidden_layers=3, tie_word_embeddings=True,
                                                    rms_norm_eps=1e-4), {}),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
+    "gpt_oss": ("gpt_oss", dict(head_dim=10, intermediate_size=20, num_local_experts=4, num_experts_per_tok=2, sliding_window=5,
+                                rope_parameters=SINKS_YARN), {}),
+    "gpt_oss_tied": ("gpt_oss", dict(hidden_size=32, intermediate_size=32, head_dim=6, num_attention_heads=4, num_key_value_heads=1, num_local_experts=3,
+                                     num_experts_per_tok=2, sliding_window=7, layer_types=["full_attention", "sliding_attention"], attention_bias=False,
+                                     tie_word_embeddings=True, rope_parameters=dict(SINKS_YARN, rope_theta=5000.0)), {}),
 }
 
 
@@ -215,7 +221,11 @@ for name, (kind, more, how) in MODELS.items():
     model = build(kind, more).eval()
     with torch.no_grad():
         for path, p in model.named_parameters():
-            if path.endswith("gate.weight"):
+            if path.endswith("gate_up_proj_bias"):
+                p.normal_(0, 4.0)  # beyond where gates and what they are multiplied with are clamped
+            elif path.endswith("down_proj_bias"):
+                p.normal_(0, 0.3)
+            elif path.endswith(("gate.weight", "router.weight")):
                 p.normal_(0, 0.3)  # routers that tell experts apart
             elif p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.2)

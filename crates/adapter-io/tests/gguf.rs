@@ -341,6 +341,7 @@ fn families_have_the_names_and_keys_of_readers() {
     assert_eq!(dimensions("glm4", "glm4.attention.key_length"), Some(Value::U32(8)));
     for (name, key, says) in [
         ("ministral3", "model_type", "growth of its queries"),
+        ("gpt_oss", "model_type", "columns that take turns"),
         ("smollm3", "no_rope_layers", "one layer in 4"),
         ("seed_oss_biases", "attention_out_bias", "true"),
         ("hunyuan_biases", "attention_bias", "true"),

@@ -66,6 +66,8 @@ fn cases() -> Vec<Case> {
         Case { rank: 3, ..CASE },
         Case { hidden: 64, inner: 32, experts: 9, per_token: 9, ..CASE },
         Case { biased: true, activation: Activation::ClampedSwish, ..CASE },
+        // 576 blocks of a weight, two and a quarter nested ones.
+        Case { hidden: 192, inner: 192, experts: 3, ..CASE },
         Case { biased: true, normalise: false, adapted: [false; 3], scores: Scores::Uneven, ..CASE },
     ]
 }

@@ -11,7 +11,7 @@ use crate::sequence::Sequence;
 use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::{Activation, gated, rotate};
-use qlora_layers::ops::{attention, attention_again, attention_keeping};
+use qlora_layers::ops::{Sinks, attention, attention_again, attention_keeping};
 use qlora_layers::streamed::BlockHome;
 use qlora_layers::{LoraAdapter, LoraLinear, Pass};
 
@@ -46,6 +46,8 @@ pub struct Block {
     pub(crate) qkv: Vec<Named<LoraLinear>>,
     /// Linear attention, if the block has it in the place of attention.
     pub(crate) delta: Option<DeltaNet>,
+    /// Logits of the query heads that join their softmax.
+    pub(crate) sinks: Option<Sinks>,
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
@@ -163,14 +165,15 @@ impl Block {
         let (q, k) = (heads(q, config.num_attention_heads), heads(k, config.num_key_value_heads));
         let v = heads(v, config.num_key_value_heads);
         let gradients_only = purpose.gradients_only();
+        let options = &view.attention.clone().with_sinks(self.sinks.clone());
         let mixed = match purpose {
-            Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
+            Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, options),
             Purpose::Keep(kept) => {
-                let (mixed, result) = attention_keeping(q, k, v, &view.attention);
+                let (mixed, result) = attention_keeping(q, k, v, options);
                 *kept = Some(result);
                 mixed
             }
-            Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
+            Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, options),
         };
         let mixed = mixed.reshape([rows * len, config.num_attention_heads, config.head_dim]);
         let mixed = latent::values(mixed, config.value_dim());

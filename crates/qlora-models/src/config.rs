@@ -288,16 +288,14 @@ impl ModelConfig {
         self.layers.iter().filter(|layer| !layer.linear).count()
     }
 
-    /// What linear attention has beside projections and norms, all of it held in f32.
-    pub fn linear_attention_values(&self) -> usize {
+    /// What blocks have beside projections and norms, all of it held in f32: what linear attention has, sinks, and the corrections of
+    /// routers.
+    pub fn further_values(&self) -> usize {
         let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
-        (self.num_hidden_layers - self.attention_blocks()) * of_block
-    }
-
-    /// What routers have beside their weights, all of it held in f32.
-    pub fn router_values(&self) -> usize {
-        let of_block = self.experts.filter(|experts| experts.sigmoid.is_some()).map_or(0, |experts| experts.count);
-        self.layers.iter().filter(|layer| layer.sparse).count() * of_block
+        let sinks = self.family.sinks.map_or(0, |_| self.num_attention_heads);
+        let sigmoid = self.experts.filter(|experts| experts.sigmoid.is_some());
+        let corrections = self.layers.iter().filter(|layer| layer.sparse).count() * sigmoid.map_or(0, |experts| experts.count);
+        (self.num_hidden_layers - self.attention_blocks()) * of_block + self.attention_blocks() * sinks + corrections
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

@@ -285,7 +285,7 @@ impl Decoder {
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
         let slots = self.streaming().slot_bytes as usize;
-        let linear = 4 * (self.config.linear_attention_values() + self.config.router_values());
+        let linear = 4 * self.config.further_values();
         embeddings + narrow + norms + slots + linear + self.own_linears().map(bytes).sum::<usize>()
     }
 
@@ -297,8 +297,7 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        let others = self.config.linear_attention_values() + self.config.router_values();
-        self.embed_tokens.shape().num_elements() + norms + linears + others
+        self.embed_tokens.shape().num_elements() + norms + linears + self.config.further_values()
     }
 }
 

@@ -8,6 +8,7 @@ mod dense;
 mod experts;
 mod hybrid;
 mod latent;
+mod sinks;
 mod wrappers;
 
 use crate::rope::Pairs;
@@ -80,6 +81,12 @@ pub(crate) struct Family {
     pub qk_normed: Switch,
     /// Multi-head latent attention in the place of attention.
     pub latent: Option<Latent>,
+    /// The logits of query heads that join their softmax and have no value.
+    pub sinks: Option<&'static str>,
+    /// Whether experts and their router have biases, and files hold experts stacked with inputs first: gate and input projection as
+    /// `[experts, hidden, 2 * intermediate]`, whose columns take turns, and the output projection as `[experts, intermediate, hidden]`.
+    /// Biases are behind the names of these with `_bias`.
+    pub interleaved_experts: bool,
 }
 
 /// Where the parts of a language model lie.
@@ -228,6 +235,8 @@ pub(crate) struct Rotary {
     pub long_aliases: bool,
     /// `original_max_position_embeddings` when absent, where it is a key beside the scaling and not in it.
     pub original_context: Option<usize>,
+    /// Whether the scaling has to be there.
+    pub needs_scaling: bool,
 }
 
 /// Rotary embeddings of blocks with a window.
@@ -321,6 +330,7 @@ const BASE: Family = Family {
         harmless: &[],
         long_aliases: false,
         original_context: None,
+        needs_scaling: false,
     },
     sizes: Sizes {
         vocab_size: None,
@@ -338,6 +348,8 @@ const BASE: Family = Family {
     harmless: &[],
     qk_normed: Switch::On,
     latent: None,
+    sinks: None,
+    interleaved_experts: false,
 };
 
 const LLAMA: Family = Family {
@@ -516,24 +528,6 @@ const GEMMA3_TEXT: Family = Family {
     ..GEMMA2
 };
 
-const PHI3: Family = Family {
-    model_type: "phi3",
-    qkv: &["self_attn.qkv_proj"],
-    gate_up: &["mlp.gate_up_proj"],
-    window: Window { blocks: Windowed::All, width: None, switch: None },
-    rotary: Rotary { partial: Some(1.0), long_aliases: true, original_context: Some(4096), ..BASE.rotary },
-    sizes: Sizes { max_position_embeddings: 4096, ..BASE.sizes },
-    rms_norm_eps: 1e-5,
-    fixed: &[
-        ("attention_bias", Only::Flag(false)),
-        ("mlp_bias", Only::Flag(false)),
-        ("lm_head_bias", Only::Flag(false)),
-        ("full_attn_mod", Only::Number(1.0)),
-        ("interpolate_factor", Only::Number(1.0)),
-    ],
-    ..BASE
-};
-
 /// Every family that loads.
 pub(crate) static FAMILIES: &[Family] = &[
     LLAMA,
@@ -547,7 +541,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     hybrid::QWEN3_NEXT,
     GEMMA2,
     GEMMA3_TEXT,
-    PHI3,
+    dense::PHI3,
     dense::MINISTRAL3,
     dense::SMOLLM3,
     dense::GRANITE,
@@ -560,6 +554,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     experts::GLM4_MOE,
     latent::DEEPSEEK_V3,
     latent::GLM4_MOE_LITE,
+    sinks::GPT_OSS,
 ];
 
 impl Family {

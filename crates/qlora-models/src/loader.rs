@@ -9,6 +9,7 @@
 //! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
 
 mod aside;
+mod experts;
 mod options;
 mod random;
 mod source;
@@ -16,13 +17,12 @@ mod streaming;
 
 use crate::ModelError;
 use crate::block::{Block, FeedForward};
-use crate::config::{ExpertsSpecs, LinearSpec, ModelConfig};
+use crate::config::{LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
 use crate::family::{Root, Scores};
 use crate::mlp::Mlp;
-use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
@@ -34,6 +34,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::persistent;
 use nf4_quant::Quantized4bit;
 pub use options::LoadOptions;
+use qlora_layers::ops::Sinks;
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, frozen};
 use random::Random;
 use source::Source;
@@ -286,7 +287,14 @@ impl<'a> Loader<'a> {
         }
         let delta = self.delta_net(index)?;
         let kind = self.config.layer(index).kind;
-        Ok(Block { index, kind, qkv, delta, output, feed_forward, norms, home: None })
+        let sinks = match self.config.sinks(index) {
+            Some(name) => {
+                let values = self.values(&self.file_name(&name), &[self.config.num_attention_heads])?;
+                Some(Sinks::new(&values, self.device))
+            }
+            None => None,
+        };
+        Ok(Block { index, kind, qkv, delta, sinks, output, feed_forward, norms, home: None })
     }
 
     /// What a block's linear attention has beside projections and norm.
@@ -312,52 +320,6 @@ impl<'a> Loader<'a> {
         Ok(values)
     }
 
-    /// Experts, from a tensor for each or from stacked ones.
-    fn experts(&mut self, index: usize, specs: ExpertsSpecs) -> Result<Moe, ModelError> {
-        let ExpertsSpecs { config, names, router, experts, shared } = specs;
-        let block = self.file_name(&self.config.block_path(index));
-        let stacked = [names.stacked_gate_up, names.stacked_down].map(|name| format!("{block}.{name}"));
-        let activation = self.config.activation;
-        let (router, experts) = if self.source.contains(&stacked[0]) {
-            let weight = format!("{block}.{}", names.stacked_router);
-            let base = self.frozen_linear(&weight, &router)?;
-            let router = Named { path: router.path, module: LoraLinear::frozen(base, None) };
-            let load = |(expert, [gate, up, down]): (usize, [LinearSpec; 3])| {
-                Ok(Mlp {
-                    gate_up: vec![
-                        self.stacked(&stacked[0], 2 * expert, [config.count, 2], gate)?,
-                        self.stacked(&stacked[0], 2 * expert + 1, [config.count, 2], up)?,
-                    ],
-                    down: self.stacked(&stacked[1], expert, [config.count, 1], down)?,
-                    activation,
-                })
-            };
-            (router, experts.into_iter().enumerate().map(load).collect::<Result<_, ModelError>>()?)
-        } else {
-            let router = self.linear(router)?;
-            let load = |[gate, up, down]: [LinearSpec; 3]| {
-                Ok(Mlp { gate_up: vec![self.linear(gate)?, self.linear(up)?], down: self.linear(down)?, activation })
-            };
-            (router, experts.into_iter().map(load).collect::<Result<_, ModelError>>()?)
-        };
-        let shared = match shared {
-            Some(([gate, up, down], own_gate)) => {
-                let gate_up = vec![self.linear(gate)?, self.linear(up)?];
-                let mlp = Mlp { gate_up, down: self.linear(down)?, activation };
-                Some(SharedExpert { mlp, gate: own_gate.map(|gate| self.linear(gate)).transpose()? })
-            }
-            None => None,
-        };
-        let sigmoid = match (config.sigmoid, names.scores) {
-            (Some(scores), Scores::Sigmoid { correction, .. }) => {
-                let correction = self.values(&format!("{block}.{correction}"), &[config.count])?;
-                Some(SigmoidScores::new(scores, correction, config.normalise, self.device))
-            }
-            _ => None,
-        };
-        Ok(Moe::new(router, experts, config.per_token, config.normalise, shared, sigmoid))
-    }
-
     fn linears(&mut self, specs: Vec<LinearSpec>) -> Result<Vec<Named<LoraLinear>>, ModelError> {
         specs.into_iter().map(|spec| self.linear(spec)).collect()
     }
@@ -370,28 +332,6 @@ impl<'a> Loader<'a> {
             false => None,
         };
         Ok(Named { path: spec.path, module: LoraLinear::frozen(base, bias) })
-    }
-
-    /// Part `part` of a tensor that holds the weights of all experts, one or two for each, along its first dimensions.
-    fn stacked(
-        &mut self,
-        name: &str,
-        part: usize,
-        [experts, each]: [usize; 2],
-        spec: LinearSpec,
-    ) -> Result<Named<LoraLinear>, ModelError> {
-        let [rows, columns] = spec.shape;
-        let shape = [experts, each * rows, columns];
-        let whole = self.source.tensor(name, &shape)?;
-        let wrong =
-            || ModelError::WeightShape { module: name.into(), expected: shape.into(), found: whole.shape.clone() };
-        let tensor = whole.part(part, experts * each, &spec.shape).ok_or_else(wrong)?;
-        self.read.insert(name.into());
-        let base = self.weight(&tensor, &spec)?;
-        if part + 1 == experts * each {
-            self.source.release(name);
-        }
-        Ok(Named { path: spec.path, module: LoraLinear::frozen(base, None) })
     }
 
     /// The weight of the module `name` of the file.

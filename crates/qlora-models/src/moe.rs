@@ -9,7 +9,7 @@
 //! # As one, or one by one
 //!
 //! Experts run [as one](qlora_layers::ops::experts), a few operations whatever their number, as long as they differ in the
-//! values of weights and factors alone. Their frozen weights lie in one memory, of which each expert's own layer is a view,
+//! values of weights, biases and factors alone. Their frozen weights lie in one memory, of which each expert's own layer is a view,
 //! from loading on. Adapters belong to the experts' own layers, with names of their own, until [`Moe::join`] makes them one
 //! parameter for each projection and factor; [`Moe::part`] gives them back.
 //!
@@ -20,12 +20,12 @@ use crate::mlp::Mlp;
 use crate::named::Named;
 use crate::router::SigmoidScores;
 use crate::shared_expert::SharedExpert;
-use burn::module::Param;
+use burn::module::{Param, ParamId};
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::experts::{expert_mlp, expert_weights, route};
 use qlora_layers::streamed::Views;
-use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass};
+use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass, frozen};
 
 /// The projections of an expert, as paths name them.
 const PROJECTIONS: usize = 3;
@@ -44,8 +44,18 @@ pub(crate) struct Moe {
     pub sigmoid: Option<SigmoidScores>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
     stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
+    /// The biases of these, where they have some.
+    biases: Option<Box<[StackedBias; PROJECTIONS]>>,
     /// Adapters that were taken off the experts' layers.
     joined: Box<[Option<Named<ExpertAdapters>>; PROJECTIONS]>,
+}
+
+/// The biases of one projection of all experts, of which each expert's own is a view.
+#[derive(Clone, Debug)]
+struct StackedBias {
+    /// `[experts, out_features]`.
+    all: Tensor<2>,
+    views: Vec<ParamId>,
 }
 
 impl Moe {
@@ -58,10 +68,11 @@ impl Moe {
         shared: Option<SharedExpert>,
         sigmoid: Option<SigmoidScores>,
     ) -> Self {
-        let (stacks, joined) = Default::default();
-        let mut moe = Self { router, experts, per_token, normalise, shared, sigmoid, stacks, joined };
+        let (stacks, biases, joined) = Default::default();
+        let mut moe = Self { router, experts, per_token, normalise, shared, sigmoid, stacks, biases, joined };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
+        moe.biases = moe.stack_biases();
         moe
     }
 
@@ -110,8 +121,11 @@ impl Moe {
                 (routing, weights)
             }
         };
-        let projections =
-            [0, 1, 2].map(|i| stacks[i].projection(self.joined[i].as_ref().map(|joined| &joined.module), pass));
+        let bias = |i: usize| self.biases.as_ref().map(|biases| biases[i].all.clone());
+        let projections = [0, 1, 2].map(|i| {
+            let adapters = self.joined[i].as_ref().map(|joined| &joined.module);
+            stacks[i].projection(adapters, pass).with_bias(bias(i))
+        });
         expert_mlp(x, weights, &routing, projections, self.experts[0].activation, gradients_only)
     }
 
@@ -171,6 +185,32 @@ impl Moe {
         Ok(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
     }
 
+    /// Brings the biases into one memory; `None` where a layer has none.
+    fn stack_biases(&mut self) -> Option<Box<[StackedBias; PROJECTIONS]>> {
+        let stack = |i: usize, moe: &mut Self| {
+            let biases = moe.layers(i).map(|layer| Some(layer.module.bias.as_ref()?.val().unsqueeze::<2>()));
+            let all = Tensor::cat(biases.collect::<Option<Vec<_>>>()?, 0);
+            let width = all.dims()[1];
+            let view = |(expert, layer): (usize, &mut Named<LoraLinear>)| {
+                let bias = frozen(all.clone().narrow(0, expert, 1).reshape([width]));
+                let id = bias.id;
+                layer.module.bias = Some(bias);
+                id
+            };
+            Some(StackedBias { views: moe.layers_mut(i).enumerate().map(view).collect(), all })
+        };
+        Some(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
+    }
+
+    /// Whether the biases of a projection's layers, if there are any, are views of the stack.
+    fn has_stacked_biases(&self, projection: usize) -> bool {
+        let own = self.layers(projection).map(|layer| layer.module.bias.as_ref().map(|bias| bias.id));
+        match &self.biases {
+            Some(biases) => own.eq(biases[projection].views.iter().map(|id| Some(*id))),
+            None => own.into_iter().all(|id| id.is_none()),
+        }
+    }
+
     /// Whether all experts' frozen weights lie in stacks that can be streamed.
     pub fn can_stream(&self) -> bool {
         self.stacks.as_ref().is_some_and(|stacks| stacks.iter().all(ExpertStack::can_stream))
@@ -200,7 +240,9 @@ impl Moe {
 
     /// Whether the experts' layers are views of the stacks and nothing more.
     fn is_one(&self, stacks: &[ExpertStack; PROJECTIONS]) -> bool {
-        (0..).zip(stacks).all(|(i, stack)| stack.holds(self.layers(i).map(|layer| bare(&layer.module))))
+        (0..).zip(stacks).all(|(i, stack)| {
+            stack.holds(self.layers(i).map(|layer| bare(&layer.module))) && self.has_stacked_biases(i)
+        })
     }
 
     /// Whether adapters were taken off the experts' layers.
@@ -220,9 +262,6 @@ impl Moe {
         let layers = || self.experts.iter().flat_map(Mlp::linears).map(|layer| &layer.module);
         if layers().any(|layer| layer.whole.is_some()) {
             return apart("some are trained in full: leave experts out of lora.modules_to_save");
-        }
-        if layers().any(|layer| layer.bias.is_some()) {
-            return apart("their layers have biases");
         }
         if layers().any(|layer| layer.observer.is_some()) {
             return apart("their inputs are being looked at");
@@ -245,6 +284,12 @@ impl Moe {
         let held = |i: usize, stack: &ExpertStack| stack.holds(self.layers(i).map(|layer| quantized(&layer.module)));
         if !self.stacks.as_ref().is_some_and(|stacks| (0..).zip(stacks.iter()).all(|(i, stack)| held(i, stack))) {
             self.stacks = Some(self.stack()?);
+        }
+        if !(0..PROJECTIONS).all(|i| self.has_stacked_biases(i)) {
+            self.biases = self.stack_biases();
+            if self.biases.is_none() {
+                return apart("some of their layers have biases and some have none");
+            }
         }
         self.experts.iter_mut().flat_map(Mlp::linears_mut).for_each(|layer| layer.module.adapter = None);
         self.joined = joined;
@@ -306,9 +351,9 @@ impl Moe {
     }
 }
 
-/// The weight of a layer that is nothing more.
+/// The weight of a layer that is nothing more but for a frozen bias.
 fn bare(layer: &LoraLinear) -> Option<&Linear4bit> {
-    let LoraLinear { adapter: None, whole: None, bias: None, observer: None, .. } = layer else { return None };
+    let LoraLinear { adapter: None, whole: None, observer: None, .. } = layer else { return None };
     quantized(layer)
 }
 

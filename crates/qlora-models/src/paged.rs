@@ -528,7 +528,8 @@ impl<'a> MixedPass<'a> {
             None => q,
         };
         let softcap = config.score_softcap.map(|cap| cap as f32);
-        let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap);
+        let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap)
+            .with_sinks(block(self.models[0].1).sinks.clone());
         let mixed = match self.inputs.is_paged() && !rotated_first {
             true => {
                 let new = NewTokens { q, k, v };

@@ -134,8 +134,8 @@ impl Plan {
         let all_weights = WeightBytes::new(model, quant, width);
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         // Held in f32, as norms are.
-        let others = (model.linear_attention_values() + model.router_values()) as u64;
-        let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + others;
+        let linear_attention = model.further_values() as u64;
+        let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + linear_attention;
         // A bias or a magnitude for each output feature; an embedding's features are its columns.
         let (lora, embedding) = (&config.lora, model.adaptable_modules().pop());
         let parameters = |(target, [out, input]): &(Target, [usize; 2])| {

@@ -107,6 +107,11 @@ mod tests {
         // are none.
         let met = flops(&config, 1, 1, false) / 4.0;
         assert!((met / 1e9 - 3.04).abs() < 0.01, "{met}");
+        let config = self::config("gpt-oss-20b", None, None).unwrap();
+        let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
+        // 20.91 billion with biases, norms and sinks.
+        let all = (linear + config.vocab_size * config.hidden_size) as f64;
+        assert!((all / 1e9 - 20.91).abs() < 0.02, "{all}");
     }
 
     #[test]

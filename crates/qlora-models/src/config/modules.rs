@@ -133,6 +133,12 @@ impl ModelConfig {
         self.latent.map_or(self.head_dim, |latent| latent.rotary_dim)
     }
 
+    /// The tensor with a block's sinks, if it has some.
+    pub(crate) fn sinks(&self, index: usize) -> Option<String> {
+        let name = self.family.sinks.filter(|_| !self.layers[index].linear)?;
+        Some(format!("{}.{name}", self.block_path(index)))
+    }
+
     /// Whether queries and keys are normalised after they are rotated.
     pub(crate) fn normalises_rotated(&self) -> bool {
         self.family.qk_norm.is_some_and(|norm| norm.rotated)
@@ -166,11 +172,13 @@ impl ModelConfig {
         let (block, width) = (self.block_path(index), config.intermediate_size);
         let router = LinearSpec {
             role: LinearRole::Router,
-            ..self.projection(&block, names.router, [config.count, self.hidden_size], false)
+            ..self.projection(&block, names.router, [config.count, self.hidden_size], self.family.interleaved_experts)
         };
         let mlp = |path: &str, width: usize| {
             let shapes = [[width, self.hidden_size], [width, self.hidden_size], [self.hidden_size, width]];
-            std::array::from_fn(|i| self.projection(path, names.projections[i], shapes[i], false))
+            std::array::from_fn(|i| {
+                self.projection(path, names.projections[i], shapes[i], self.family.interleaved_experts)
+            })
         };
         let expert = |expert: usize| {
             let specs: [LinearSpec; 3] = mlp(&format!("{block}.{}.{expert}", names.list), width);

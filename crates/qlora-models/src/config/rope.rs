@@ -66,6 +66,9 @@ impl Outer<'_> {
             Rope { theta, dim, turned, scaling, pairs, query_growth }
         };
         let Some(inner) = inner else {
+            if self.family.rotary.needs_scaling {
+                return Err(self.fields.error("rope_parameters", "is missing: it has to say how positions are scaled"));
+            }
             self.growth(None)?;
             return Ok(rope(theta, self.dim(self.partial, self.fields)?, RopeScaling::Default, None));
         };

@@ -31,7 +31,7 @@ pub(super) struct Random {
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
     /// Modules that are dense, where others of their shape may be in 4 bits.
     left_dense: HashSet<String>,
-    /// By shape: what linear attention has beside projections, its norm as `[1, width]`, and the corrections of routers.
+    /// By shape: what linear attention has beside projections, its norm as `[1, width]`, the corrections of routers, and sinks.
     linear: HashMap<Vec<usize>, Vec<bf16>>,
     /// The name of that norm.
     linear_norm: Option<&'static str>,
@@ -98,11 +98,11 @@ impl Random {
             source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
             source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
         }
-        if config.router_values() > 0
-            && let Some(experts) = config.experts
-        {
-            source.linear.entry(vec![experts.count]).or_insert_with(|| vec![bf16::ZERO; experts.count]);
-            source.total_bytes += 2 * config.router_values() as u64;
+        let correction = config.experts.filter(|experts| experts.sigmoid.is_some()).map(|experts| experts.count);
+        let sinks = config.family.sinks.map(|_| config.num_attention_heads);
+        for len in correction.into_iter().chain(sinks) {
+            source.linear.entry(vec![len]).or_insert_with(|| vec![bf16::ZERO; len]);
+            source.total_bytes += 2 * (len * config.num_hidden_layers) as u64;
         }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);
