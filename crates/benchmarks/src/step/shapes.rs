@@ -86,7 +86,7 @@ mod tests {
             let config = config(name, None, None).unwrap();
             let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
             let norms: usize = config.norms().iter().map(|(_, width)| width).sum();
-            let others = config.vocab_size * config.hidden_size + config.linear_attention_values();
+            let others = config.vocab_size * config.hidden_size + config.further_values();
             let count = (linear + norms + others) as f64 / 1e9;
             // The figures above have three digits.
             assert!((count - billions).abs() < 5e-4, "{name}: {count}");

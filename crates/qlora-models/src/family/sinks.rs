@@ -1,5 +1,6 @@
 //! gpt-oss: attention with sinks, windows in every other block, and experts that files hold stacked, with biases.
 
+use super::experts::ROUTED;
 use super::{Activation, BASE, Experts, Family, Only, Rotary, Sizes, Switch, Window, Windowed};
 
 /// Its files call the activation silu; what experts compute has a factor in it, and bounds.
@@ -11,17 +12,12 @@ pub(super) const GPT_OSS: Family = Family {
     activation: ("hidden_act", Activation::ClampedSwish),
     experts: Some(Experts {
         router: "mlp.router",
-        list: "mlp.experts",
-        projections: ["gate_proj", "up_proj", "down_proj"],
         stacked_router: "mlp.router",
-        stacked_gate_up: "mlp.experts.gate_up_proj",
-        stacked_down: "mlp.experts.down_proj",
         count: (&["num_local_experts", "num_experts"], 128),
         per_token: ("num_experts_per_tok", 4),
         width: ("intermediate_size", Some(2880)),
         normalise: Switch::On,
-        dense_blocks: None,
-        every: None,
+        ..ROUTED
     }),
     interleaved_experts: true,
     window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(128), switch: None },
