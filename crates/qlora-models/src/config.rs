@@ -150,7 +150,8 @@ impl ModelConfig {
             Some(_) => None,
             None => file.object(SECTION)?,
         };
-        let wrapper = section.as_ref().map(|_| Wrapper::find(model_type));
+        let flat = Wrapper::find(model_type).flat && whole.is_none() && section.is_none();
+        let wrapper = (flat || section.is_some()).then(|| Wrapper::find(model_type));
         if let Some(why) = wrapper.and_then(|wrapper| wrapper.refused) {
             return Err(file.error("model_type", format!("is \"{model_type}\", which is not supported: {why}")));
         }
@@ -159,6 +160,9 @@ impl ModelConfig {
                 let text = section.text("model_type")?.or(wrapper.text);
                 let text = text.ok_or_else(|| section.error("model_type", "is missing"))?;
                 Family::find(text).ok_or_else(|| unknown(section, text))?
+            }
+            (None, None, Some(Wrapper { text: Some(text), .. })) => {
+                Family::find(text).ok_or_else(|| unknown(&file, model_type))?
             }
             (whole, ..) => whole.ok_or_else(|| unknown(&file, model_type))?,
         };

@@ -9,6 +9,7 @@ mod experts;
 mod hybrid;
 mod latent;
 mod sinks;
+mod vision_text;
 mod wrappers;
 
 use crate::rope::Pairs;
@@ -555,6 +556,9 @@ pub(crate) static FAMILIES: &[Family] = &[
     latent::DEEPSEEK_V3,
     latent::GLM4_MOE_LITE,
     sinks::GPT_OSS,
+    vision_text::QWEN2_VL_TEXT,
+    vision_text::QWEN2_5_VL_TEXT,
+    vision_text::QWEN3_VL_TEXT,
 ];
 
 impl Family {

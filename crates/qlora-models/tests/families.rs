@@ -101,7 +101,7 @@ fn layers_that_are_named_stay_dense() {
 fn every_parameter_of_the_language_model_is_counted_once() {
     for name in names() {
         let checkpoint = Checkpoint::open(&archs().join(&name)).unwrap();
-        let others = ["vision_tower", "multi_modal", "model.visual"];
+        let others = ["vision_tower", "multi_modal", "model.visual", "visual"];
         let of_language = |tensor: &&str| !others.iter().any(|other| tensor.starts_with(other));
         let stored: usize = checkpoint
             .names()
@@ -403,6 +403,27 @@ fn the_text_model_of_any_wrapper_is_its_familys() {
         parse(&json!({"model_type": "llava", "text_config": {"max_position_embeddings": 4096, "vocab_size": 32064}}))
             .unwrap();
     assert_eq!((config.hidden_size, config.num_hidden_layers, config.num_key_value_heads), (4096, 32, 32));
+    // As Qwen2.5-VL's: no section, the keys of the language model beside the others.
+    let mut flat = json_of("qwen2");
+    for (key, value) in
+        [("use_sliding_window", json!(false)), ("vision_config", json!({"depth": 32})), ("vision_token_id", json!(5))]
+    {
+        flat[key] = value;
+    }
+    flat["rope_scaling"] = json!({"type": "mrope", "mrope_section": [2, 1, 1]});
+    flat["rope_theta"] = json!(1e6);
+    flat.as_object_mut().unwrap().remove("rope_parameters");
+    flat.as_object_mut().unwrap().remove("layer_types");
+    for (kind, path) in [("qwen2_5_vl", "model.language_model"), ("qwen2_vl", "model.language_model")] {
+        flat["model_type"] = json!(kind);
+        let config = parse(&flat).unwrap();
+        assert_eq!(config.attention_kinds[0].rope.theta, 1e6);
+        assert_eq!(config.attention_kinds[0].rope.scaling, RopeScaling::Default);
+        assert_eq!(config.linears()[0].0, format!("{path}.layers.0.self_attn.q_proj"));
+    }
+    flat["model_type"] = json!("qwen2");
+    let message = parse(&flat).unwrap_err().to_string();
+    assert!(message.contains("rope_type") && message.contains("mrope"), "{message}");
     let nobody = parse(&json!({"model_type": "never_heard_of", "text_config": {}})).unwrap_err().to_string();
     assert!(nobody.contains("text_config.model_type"), "{nobody}");
     let whole = parse(&json!({"model_type": "llama"})).unwrap_err().to_string();

@@ -82,6 +82,8 @@ impl Outer<'_> {
         let (alpha, mut theta) = (self.alpha(inner, kind)?, theta);
         let scaling = match kind {
             "default" => RopeScaling::Default,
+            // The earlier name of "default" where a token has several positions.
+            "mrope" if self.family.rotary.harmless.contains(&"mrope_section") => RopeScaling::Default,
             "dynamic" if alpha.is_some() => {
                 let dim = dim as f64;
                 theta *= alpha.unwrap_or(1.0).powf(dim / (dim - 2.0));
