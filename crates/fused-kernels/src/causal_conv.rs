@@ -1,7 +1,7 @@
-//! The short convolution of linear attention: causal, each channel by itself, with SiLU behind it.
+//! The short convolution of linear attention: causal, each channel by itself, with SiLU behind it or without.
 //!
 //! ```text
-//! s[t, c] = sum_j w[j, c] x[t - taps + 1 + j, c]      y = s · sigmoid(s)
+//! s[t, c] = sum_j w[j, c] x[t - taps + 1 + j, c]      y = s · sigmoid(s)  or  y = s
 //! ```
 //!
 //! with zeros before a row's first token, so that rows do not see each other. In f32, rounded once. The backward pass
@@ -35,12 +35,14 @@ pub struct Conv {
     pub taps: usize,
     /// First tokens of rows of different lengths, one after the other, from 0 on, and the number of tokens.
     pub packed: Option<Arc<[u32]>>,
+    /// Whether SiLU is behind it.
+    pub silu: bool,
 }
 
 impl Conv {
-    /// Over rows of `len` tokens.
+    /// Over rows of `len` tokens, with SiLU behind it.
     pub fn new(len: usize, taps: usize) -> Self {
-        Self { len, taps, packed: None }
+        Self { len, taps, packed: None, silu: true }
     }
 
     /// The tokens of the row that has `token`.
@@ -126,7 +128,7 @@ fn bounds(client: &Client, conv: &Conv, instead: &Handle) -> Result<BufferArg, K
 fn work(tokens: Matrix, vector: usize, conv: &Conv) -> WorkLaunch {
     let rows = conv.packed.as_ref().map_or(0, |bounds| bounds.len() - 1);
     let vectors = tokens.elements() / vector;
-    WorkLaunch::new(vectors, tokens.width / vector, conv.len, rows, conv.taps, conv.packed.is_some())
+    WorkLaunch::new(vectors, tokens.width / vector, conv.len, rows, conv.taps, conv.packed.is_some(), conv.silu)
 }
 
 /// `out = silu(conv(x))`. `tokens` is the shape of `x`.
@@ -217,6 +219,8 @@ struct Work {
     taps: usize,
     #[cube(comptime)]
     packed: bool,
+    #[cube(comptime)]
+    silu: bool,
 }
 
 /// The row of a token.
@@ -293,7 +297,11 @@ fn forward_kernel<F: Float, N: Size>(
         let mut y = Vector::<F, N>::empty();
         #[unroll]
         for i in 0..N::value().comptime() {
-            y.insert(i, F::cast_from(activate(sum.extract(i), comptime!(Activation::Silu))));
+            let mut value = sum.extract(i);
+            if comptime!(work.silu) {
+                value = activate(value, comptime!(Activation::Silu));
+            }
+            y.insert(i, F::cast_from(value));
         }
         out[index] = y;
     }
@@ -322,12 +330,19 @@ fn backward_kernel<F: Float, N: Size>(
         for ahead in 0..taps {
             if ahead < left {
                 let later = index + ahead * width;
-                let sum = filtered::<F, N>(x, weight, later, position + ahead, width, taps);
                 let d = dy[later];
+                let mut slopes = Vector::<f32, N>::new(1.0f32);
+                if comptime!(work.silu) {
+                    let sum = filtered::<F, N>(x, weight, later, position + ahead, width, taps);
+                    #[unroll]
+                    for i in 0..vector {
+                        slopes.insert(i, slope(sum.extract(i), comptime!(Activation::Silu)));
+                    }
+                }
                 let first = (taps - 1 - ahead) * width * vector + channel;
                 #[unroll]
                 for i in 0..vector {
-                    let part = f32::cast_from(d.extract(i)) * slope(sum.extract(i), comptime!(Activation::Silu));
+                    let part = f32::cast_from(d.extract(i)) * slopes.extract(i);
                     gradient.insert(i, gradient.extract(i) + weight[first + i] * part);
                 }
             }
@@ -359,7 +374,8 @@ pub mod oracle {
 
     /// The output.
     pub fn forward(x: &[f64], weight: &[f64], channels: usize, conv: &Conv) -> Vec<f64> {
-        sums(x, weight, channels, conv).into_iter().map(|s| s / (1.0 + (-s).exp())).collect()
+        let activated = |s: f64| if conv.silu { s / (1.0 + (-s).exp()) } else { s };
+        sums(x, weight, channels, conv).into_iter().map(activated).collect()
     }
 
     /// The gradient of `x`.
@@ -367,7 +383,8 @@ pub mod oracle {
         let mut dx = vec![0.0; x.len()];
         for (index, s) in sums(x, weight, channels, conv).into_iter().enumerate() {
             let sigmoid = 1.0 / (1.0 + (-s).exp());
-            let gradient = dy[index] * sigmoid * (1.0 + s * (1.0 - sigmoid));
+            let slope = if conv.silu { sigmoid * (1.0 + s * (1.0 - sigmoid)) } else { 1.0 };
+            let gradient = dy[index] * slope;
             let (token, channel) = (index / channels, index % channels);
             for back in 0..conv.taps.min(token - conv.row(token).start + 1) {
                 dx[index - back * channels] += gradient * weight[(conv.taps - 1 - back) * channels + channel];

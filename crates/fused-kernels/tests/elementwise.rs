@@ -193,6 +193,7 @@ fn short_convolutions_and_their_gradients() {
             (packed(4), 7),
             (packed(4), 64),
             (packed(1), 8),
+            ((10, causal_conv::Conv { silu: false, ..causal_conv::Conv::new(5, 3) }), 16),
         ] {
             let (taps, what) = (conv.taps, format!("{conv:?} over {tokens} x {channels}"));
             let x = input(client, &noise(1, tokens * channels, 3.0), format);

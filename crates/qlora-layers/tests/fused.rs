@@ -98,9 +98,13 @@ fn gated_activations_and_their_gradients() {
 fn short_convolution_and_its_gradient() {
     for (name, device) in devices() {
         let packed = Conv { packed: Some([0, 5, 5, 6, 15].into()), ..Conv::new(15, 4) };
-        for (tokens, channels, conv) in
-            [(1, 3, Conv::new(1, 4)), (15, 7, Conv::new(5, 4)), (18, 64, Conv::new(9, 3)), (15, 7, packed)]
-        {
+        for (tokens, channels, conv) in [
+            (1, 3, Conv::new(1, 4)),
+            (15, 7, Conv::new(5, 4)),
+            (18, 64, Conv::new(9, 3)),
+            (15, 7, packed.clone()),
+            (15, 8, Conv { silu: false, ..packed }),
+        ] {
             let (taps, what) = (conv.taps, format!("{name}, {conv:?} over {tokens} x {channels}"));
             let [x, dy] = [10, 11].map(|seed| noise(seed, tokens * channels));
             let weight = noise(12, taps * channels);

@@ -1,4 +1,4 @@
-//! One decoder block: attention, full or linear, and an MLP or experts, each over a normalised input and added to it.
+//! One decoder block: attention, full or linear, or a short convolution, and an MLP or experts, each over a normalised input and added to it.
 
 use crate::config::{BlockNorms, LatentConfig, ModelConfig};
 use crate::delta_net::DeltaNet;
@@ -8,6 +8,7 @@ use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::sequence::Sequence;
+use crate::short_conv::ShortConv;
 use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::{Activation, gated, rotate};
@@ -35,17 +36,24 @@ impl FeedForward {
     }
 }
 
+/// What a block has in the place of attention: a sequence leaves a state of one size behind, whatever its length.
+#[derive(Clone, Debug)]
+pub(crate) enum Recurrence {
+    Delta(DeltaNet),
+    Conv(ShortConv),
+}
+
 /// One decoder block; its linear layers carry the adapters.
 #[derive(Clone, Debug)]
 pub struct Block {
     pub(crate) index: usize,
     /// Index into [`ModelConfig::attention_kinds`].
     pub(crate) kind: usize,
-    /// Queries, keys and values, or one projection whose output holds all three in this order. Of linear attention
-    /// [`ModelConfig::qkv_specs`] has them.
+    /// Queries, keys and values, or one projection whose output holds all three in this order. Of what is in the place of
+    /// attention [`ModelConfig::qkv_specs`] has them.
     pub(crate) qkv: Vec<Named<LoraLinear>>,
-    /// Linear attention, if the block has it in the place of attention.
-    pub(crate) delta: Option<DeltaNet>,
+    /// What is in the place of attention, if something is.
+    pub(crate) recurrence: Option<Recurrence>,
     /// Logits of the query heads that join their softmax.
     pub(crate) sinks: Option<Sinks>,
     pub(crate) output: Named<LoraLinear>,
@@ -128,8 +136,11 @@ impl Block {
     ) -> Tensor<2> {
         let &Sequence { rows, len, .. } = sequence;
         let h = input(&self.norms.attention_input, x, pass);
-        if let Some(delta) = &self.delta {
-            let mixed = self.linear_attention(delta, h, sequence, pass);
+        if let Some(recurrence) = &self.recurrence {
+            let mixed = match recurrence {
+                Recurrence::Delta(delta) => self.linear_attention(delta, h, sequence, pass),
+                Recurrence::Conv(conv) => conv.forward(self.qkv[0].module.forward_in(h, pass), sequence),
+            };
             return self.project_output(mixed, config, pass, purpose.gradients_only());
         }
         let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);

@@ -70,6 +70,8 @@ pub struct ModelConfig {
     pub attention_kinds: Vec<AttentionKind>,
     /// Linear attention, if some blocks have it in the place of attention.
     pub linear: Option<LinearAttentionConfig>,
+    /// Tokens that short convolutions in the place of attention look at, if some blocks have one.
+    pub short_conv: Option<usize>,
     /// Mixture of experts, if there is one.
     pub experts: Option<ExpertsConfig>,
     /// Latent attention, if blocks have it in the place of attention.
@@ -168,6 +170,7 @@ impl ModelConfig {
         };
         let fields = section.as_ref().unwrap_or(&file);
         let tied = fields.flag("tie_word_embeddings")?;
+        let own_tied = family.tie_key.map(|key| fields.flag(key)).transpose()?.flatten();
 
         fields.fixed(family.fixed)?;
         fields.fixed(wrapper.map_or(&[], |wrapper| wrapper.fixed))?;
@@ -216,9 +219,14 @@ impl ModelConfig {
         let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
         let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
-        let (linear, is_linear) = match &family.linear {
-            Some(names) => blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), is))?,
-            None => (None, vec![false; num_hidden_layers]),
+        let (linear, short_conv, is_recurrent) = match (&family.linear, &family.short_conv) {
+            (Some(names), _) => {
+                blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), None, is))?
+            }
+            (None, Some(names)) => {
+                blocks::short_conv(fields, names, num_hidden_layers).map(|(taps, is)| (None, Some(taps), is))?
+            }
+            (None, None) => (None, None, vec![false; num_hidden_layers]),
         };
         let factor = |key: Option<&str>| -> Result<Option<f64>, ModelError> {
             Ok(key.map(|key| fields.number(key)).transpose()?.flatten().filter(|factor| *factor != 1.0))
@@ -244,13 +252,16 @@ impl ModelConfig {
             roots: wrapper.map_or(family.roots, |wrapper| wrapper.roots),
             vocab_size: fields.required("vocab_size", sizes.vocab_size)?,
             hidden_size,
-            intermediate_size: fields.required("intermediate_size", of_experts.or(sizes.intermediate_size))?,
+            intermediate_size: match family.mlp_width {
+                Some(names) => names.read(fields, sizes.intermediate_size)?,
+                None => fields.required("intermediate_size", of_experts.or(sizes.intermediate_size))?,
+            },
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
             activation: activation::activation(fields, family.activation)?,
-            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
+            rms_norm_eps: fields.number(family.norm_eps_key)?.unwrap_or(family.rms_norm_eps),
             embedding_scale,
             residual_scale: factor(family.residual_scale)?,
             score_scale,
@@ -259,9 +270,10 @@ impl ModelConfig {
             logit_divisor: factor(family.logit_divisor)?,
             attention_kinds,
             linear,
+            short_conv,
             experts,
             latent,
-            tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
+            tie_word_embeddings: own_tied.or(file_tied).or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
             notes: Vec::new(),
@@ -269,8 +281,8 @@ impl ModelConfig {
             layers: kinds
                 .into_iter()
                 .zip(sparse)
-                .zip(is_linear)
-                .map(|((kind, sparse), linear)| LayerConfig { kind, sparse, linear })
+                .zip(is_recurrent)
+                .map(|((kind, sparse), recurrent)| LayerConfig { kind, sparse, recurrent })
                 .collect(),
             dense: Vec::new(),
             qk_normed: fields.switch(family.qk_normed)?,
@@ -287,18 +299,25 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Blocks with keys and values, which a token adds to; blocks with linear attention have a state of one size.
+    /// Blocks with keys and values, which a token adds to; blocks with linear attention or a short convolution have a state of one
+    /// size.
     pub fn attention_blocks(&self) -> usize {
-        self.layers.iter().filter(|layer| !layer.linear).count()
+        self.layers.iter().filter(|layer| !layer.recurrent).count()
     }
 
-    /// What blocks have beside projections and norms, all of it held in f32: what linear attention has, sinks, and the corrections of
-    /// routers.
+    /// Whether some blocks have a state in the place of keys and values, which no later token leaves as it was.
+    pub fn has_states(&self) -> bool {
+        self.linear.is_some() || self.short_conv.is_some()
+    }
+
+    /// What blocks have beside projections and norms, all of it held in f32: what linear attention and short convolutions have, sinks,
+    /// and the corrections of routers.
     pub fn further_values(&self) -> usize {
-        let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
+        let of_linear = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
+        let of_block = of_linear + self.short_conv.map_or(0, |taps| taps * self.hidden_size);
         let sinks = self.family.sinks.map_or(0, |_| self.num_attention_heads);
-        let sigmoid = self.experts.filter(|experts| experts.sigmoid.is_some());
-        let corrections = self.layers.iter().filter(|layer| layer.sparse).count() * sigmoid.map_or(0, |experts| experts.count);
+        let sigmoid = self.experts.filter(|experts| experts.sigmoid.is_some()).map_or(0, |experts| experts.count);
+        let corrections = self.layers.iter().filter(|layer| layer.sparse).count() * sigmoid;
         (self.num_hidden_layers - self.attention_blocks()) * of_block + self.attention_blocks() * sinks + corrections
     }
 

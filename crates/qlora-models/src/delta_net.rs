@@ -7,6 +7,7 @@
 use crate::config::LinearAttentionConfig;
 use crate::norm::RmsNorm;
 use crate::sequence::Sequence;
+use crate::short_conv::{convolved, filter};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use host_copies::persistent;
@@ -34,21 +35,13 @@ pub(crate) struct DeltaNet {
     orders: Option<[[Tensor<1, Int>; 2]; 2]>,
 }
 
-/// What a sequence leaves behind for its next token, in a block.
+/// What a sequence leaves behind for its next token, in a block without keys and values.
 #[derive(Clone, Debug)]
-pub(crate) struct DeltaState {
+pub(crate) struct SequenceState {
     /// The last inputs of the convolution, `[taps - 1, channels]`.
-    tail: Tensor<2>,
-    /// f32 `[1, heads, key_dim, value_dim]`.
-    state: Tensor<4>,
-}
-
-impl DeltaState {
-    /// Bytes of a block's.
-    pub fn bytes(config: &LinearAttentionConfig, dtype: FloatDType) -> usize {
-        let state = config.value_heads * config.key_dim * config.value_dim * 4;
-        state + (config.taps - 1) * config.channels() * DType::from(dtype).size()
-    }
+    pub tail: Tensor<2>,
+    /// f32 `[1, heads, key_dim, value_dim]`; none of a block that has no more than a convolution.
+    pub state: Option<Tensor<4>>,
 }
 
 impl DeltaNet {
@@ -62,11 +55,9 @@ impl DeltaNet {
         dt_bias: Vec<f32>,
         device: &Device,
     ) -> Self {
-        let (taps, channels) = (config.taps, config.channels());
         let held = |values: Vec<f32>, shape: [usize; 2]| {
             persistent(device, TensorData::new(values, shape), |data| Tensor::from_data(data, (device, DType::F32)))
         };
-        let transposed = (0..taps * channels).map(|i| conv[i % channels * taps + i / channels]).collect();
         let length = |length: f64| {
             let row: Tensor<2> = held(vec![length as f32; config.key_dim], [1, config.key_dim]);
             row.reshape([config.key_dim])
@@ -86,7 +77,7 @@ impl DeltaNet {
         };
         Self {
             config,
-            conv: held(transposed, [taps, channels]),
+            conv: filter(conv, config.taps, device),
             rates: held(rates.iter().map(|rate| -rate.exp()).collect(), [1, config.value_heads]),
             dt_bias: held(dt_bias, [1, config.value_heads]),
             lengths: [length(1.0 / width), length(1.0 / width.sqrt())],
@@ -130,23 +121,16 @@ impl DeltaNet {
         &self,
         qkv: Tensor<2>,
         [b, a]: [Tensor<2>; 2],
-        before: Option<DeltaState>,
-    ) -> (Tensor<2>, DeltaState) {
-        let LinearAttentionConfig { value_heads, key_dim, value_dim, taps, .. } = self.config;
-        let [len, channels] = qkv.dims();
-        let before = before.unwrap_or_else(|| DeltaState {
-            tail: Tensor::zeros([taps - 1, channels], (&qkv.device(), qkv.dtype())),
-            state: Tensor::zeros([1, value_heads, key_dim, value_dim], (&qkv.device(), DType::F32)),
-        });
-        let all = match taps {
-            1 => qkv,
-            _ => Tensor::cat(vec![before.tail, qkv], 0),
-        };
-        let tail = all.clone().narrow(0, len, taps - 1);
-        let mixed = causal_conv(all, self.conv.clone(), Conv::new(len + taps - 1, taps));
-        let [q, k, v] = self.heads(mixed.narrow(0, taps - 1, len), len);
-        let (out, state) = delta_rule_after(q, k, v, self.factors(b, a, len), before.state);
-        (out.reshape([len, value_heads * value_dim]), DeltaState { tail, state })
+        before: Option<SequenceState>,
+    ) -> (Tensor<2>, SequenceState) {
+        let LinearAttentionConfig { value_heads, key_dim, value_dim, .. } = self.config;
+        let (len, device) = (qkv.dims()[0], qkv.device());
+        let (tail, state) = before.map_or((None, None), |SequenceState { tail, state }| (Some(tail), state));
+        let (mixed, tail) = convolved(qkv, &self.conv, true, tail);
+        let [q, k, v] = self.heads(mixed, len);
+        let zeros = || Tensor::zeros([1, value_heads, key_dim, value_dim], (&device, DType::F32));
+        let (out, state) = delta_rule_after(q, k, v, self.factors(b, a, len), state.unwrap_or_else(zeros));
+        (out.reshape([len, value_heads * value_dim]), SequenceState { tail, state: Some(state) })
     }
 
     /// Normalised for each head and gated.

@@ -10,6 +10,7 @@ mod hybrid;
 mod latent;
 mod sinks;
 mod vision_text;
+mod short_conv;
 mod wrappers;
 
 use crate::rope::Pairs;
@@ -17,6 +18,7 @@ pub(crate) use experts::{Experts, Scores, SharedWidth};
 pub(crate) use hybrid::Linear;
 pub(crate) use latent::Latent;
 use qlora_layers::ops::fused::Activation;
+pub(crate) use short_conv::{MlpWidth, ShortConvNames};
 pub(crate) use wrappers::{SECTION, Wrapper};
 
 /// One `model_type` of `config.json`.
@@ -88,6 +90,20 @@ pub(crate) struct Family {
     /// `[experts, hidden, 2 * intermediate]`, whose columns take turns, and the output projection as `[experts, intermediate, hidden]`.
     /// Biases are behind the names of these with `_bias`.
     pub interleaved_experts: bool,
+    /// Short convolutions in the place of attention in some blocks.
+    pub short_conv: Option<ShortConvNames>,
+    /// The attention's output projection.
+    pub attention_output: &'static str,
+    /// The MLP's output projection.
+    pub mlp_output: &'static str,
+    /// The norm before the output head.
+    pub last_norm: &'static str,
+    /// The key with the epsilon of norms.
+    pub norm_eps_key: &'static str,
+    /// Where the MLP is not as wide as `intermediate_size` says.
+    pub mlp_width: Option<MlpWidth>,
+    /// A key that counts in the place of `tie_word_embeddings` where it is there.
+    pub tie_key: Option<&'static str>,
 }
 
 /// Where the parts of a language model lie.
@@ -278,10 +294,6 @@ impl Sizes {
     }
 }
 
-/// The attention's output projection.
-pub(crate) const ATTENTION_OUTPUT: &str = "self_attn.o_proj";
-/// The MLP's output projection.
-pub(crate) const MLP_OUTPUT: &str = "mlp.down_proj";
 /// The norms of queries and keys, of each head by itself.
 const PER_HEAD: QkNorm = QkNorm { names: ["self_attn.q_norm", "self_attn.k_norm"], whole: false, rotated: false };
 
@@ -351,6 +363,13 @@ const BASE: Family = Family {
     latent: None,
     sinks: None,
     interleaved_experts: false,
+    short_conv: None,
+    attention_output: "self_attn.o_proj",
+    mlp_output: "mlp.down_proj",
+    last_norm: "norm",
+    norm_eps_key: "rms_norm_eps",
+    mlp_width: None,
+    tie_key: None,
 };
 
 const LLAMA: Family = Family {
@@ -559,6 +578,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     vision_text::QWEN2_VL_TEXT,
     vision_text::QWEN2_5_VL_TEXT,
     vision_text::QWEN3_VL_TEXT,
+    short_conv::LFM2,
 ];
 
 impl Family {

@@ -33,6 +33,7 @@ mod rope;
 mod router;
 mod sequence;
 mod shared_expert;
+mod short_conv;
 mod stacks;
 mod streamed;
 

@@ -16,7 +16,7 @@ mod source;
 mod streaming;
 
 use crate::ModelError;
-use crate::block::{Block, FeedForward};
+use crate::block::{Block, FeedForward, Recurrence};
 use crate::config::{LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::DeltaNet;
@@ -26,6 +26,7 @@ use crate::mlp::Mlp;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
+use crate::short_conv::ShortConv;
 use crate::streamed::Streams;
 use adapter_io::{Checkpoint, DenseTensor, Floats};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -283,7 +284,7 @@ impl<'a> Loader<'a> {
         for norm in [&mut norms.latent_queries, &mut norms.latent_keys].into_iter().flatten() {
             norm.module.eps = LATENT_EPS;
         }
-        let delta = self.delta_net(index)?;
+        let recurrence = self.recurrence(index)?;
         let kind = self.config.layer(index).kind;
         let sinks = match self.config.sinks(index) {
             Some(name) => {
@@ -292,19 +293,23 @@ impl<'a> Loader<'a> {
             }
             None => None,
         };
-        Ok(Block { index, kind, qkv, delta, sinks, output, feed_forward, norms, home: None })
+        Ok(Block { index, kind, qkv, recurrence, sinks, output, feed_forward, norms, home: None })
     }
 
-    /// What a block's linear attention has beside projections and norm.
-    fn delta_net(&mut self, index: usize) -> Result<Option<DeltaNet>, ModelError> {
-        let Some((config, names)) = self.config.linear_attention(index) else { return Ok(None) };
+    /// What a block has in the place of attention, without projections and norm.
+    fn recurrence(&mut self, index: usize) -> Result<Option<Recurrence>, ModelError> {
         let block = self.file_name(&self.config.block_path(index));
+        if let Some((taps, names)) = self.config.short_convolution(index) {
+            let weight = self.values(&format!("{block}.{}.weight", names.conv), &[self.config.hidden_size, 1, taps])?;
+            return Ok(Some(Recurrence::Conv(ShortConv::new(&weight, taps, self.device))));
+        }
+        let Some((config, names)) = self.config.linear_attention(index) else { return Ok(None) };
         let [rates, dt_bias] = names.rates.map(|name| format!("{block}.{name}"));
         let conv = self.values(&format!("{block}.{}.weight", names.conv), &[config.channels(), 1, config.taps])?;
         let rates = self.values(&rates, &[config.value_heads])?;
         let dt_bias = self.values(&dt_bias, &[config.value_heads])?;
         let by_head = names.projections.len() == 2;
-        Ok(Some(DeltaNet::new(config, by_head, &conv, &rates, dt_bias, self.device)))
+        Ok(Some(Recurrence::Delta(DeltaNet::new(config, by_head, &conv, &rates, dt_bias, self.device))))
     }
 
     /// A small tensor, in the host's memory.

@@ -9,10 +9,10 @@ mod head;
 mod latent;
 mod linear;
 
-use crate::block::{Block, scaled, split_gate, split_qkv};
+use crate::block::{Block, Recurrence, scaled, split_gate, split_qkv};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::decoder::Decoder;
-use crate::delta_net::DeltaState;
+use crate::delta_net::SequenceState;
 use crate::named::Named;
 use crate::norm::{Norms, RmsNorm, add_norm, norm, normalised};
 use crate::recorded::Recorded;
@@ -36,12 +36,12 @@ use std::ops::Range;
 pub struct PagedCache {
     block_tokens: usize,
     blocks: usize,
-    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has linear
-    /// attention, and of latent attention what both are made of, `[.., 1, rank + rotary_dim]`, in the place of the keys. The last block
-    /// is nobody's: rows that only fill a pass up write there.
+    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has
+    /// something in the place of attention, and of latent attention what both are made of, `[.., 1, rank + rotary_dim]`, in the place of
+    /// the keys. The last block is nobody's: rows that only fill a pass up write there.
     layers: Vec<[Tensor<3>; 2]>,
-    /// By the first of a sequence's blocks and the decoder block: what linear attention goes on from.
-    states: HashMap<(u32, usize), DeltaState>,
+    /// By the first of a sequence's blocks and the decoder block: what linear attention and short convolutions go on from.
+    states: HashMap<(u32, usize), SequenceState>,
     /// Passes over this cache that can be replayed.
     pub(crate) recorded: Recorded,
     /// The adapters of its passes.
@@ -55,7 +55,7 @@ impl PagedCache {
         let shape = [slots, model.config.num_key_value_heads, model.config.head_dim];
         let place = || (&model.device, DType::from(model.dtype));
         let none = || Tensor::empty([0, 1, 1], place());
-        let layer = |block: &Block| match (&block.delta, model.config.latent) {
+        let layer = |block: &Block| match (&block.recurrence, model.config.latent) {
             (Some(_), _) => [none(), none()],
             (None, Some(latent)) => [Tensor::zeros([slots, 1, latent.cached_dim()], place()), none()],
             (None, None) => [(); 2].map(|()| Tensor::zeros(shape, place())),
@@ -491,8 +491,10 @@ impl<'a> MixedPass<'a> {
     fn attention(&self, index: usize, h: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
         let config = self.config;
         let block = |model: &'a Decoder| &model.blocks[index];
-        if let Some(delta) = &block(self.models[0].1).delta {
-            return self.linear_attention(delta, index, h, cache);
+        match &block(self.models[0].1).recurrence {
+            Some(Recurrence::Delta(delta)) => return self.linear_attention(delta, index, h, cache),
+            Some(Recurrence::Conv(conv)) => return self.short_conv(conv, index, h, cache),
+            None => {}
         }
         if let Some(sizes) = &config.latent {
             let mixed = self.latent_attention(sizes, index, h, cache);

