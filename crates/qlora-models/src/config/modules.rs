@@ -146,7 +146,7 @@ impl ModelConfig {
 
     /// The tensor with a block's sinks, if it has some.
     pub(crate) fn sinks(&self, index: usize) -> Option<String> {
-        let name = self.family.sinks.filter(|_| !self.layers[index].linear)?;
+        let name = self.family.sinks.filter(|_| !self.layers[index].recurrent)?;
         Some(format!("{}.{name}", self.block_path(index)))
     }
 
