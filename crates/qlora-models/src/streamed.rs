@@ -139,6 +139,8 @@ impl Block {
             Ok(()) => {
                 tracing::error!(block = self.index, "a streamed block can't be recorded in a pass over all blocks")
             }
+            // Whoever works with that process learns of it, and says so once.
+            Err(DeviceError::Peer(error)) => tracing::debug!(block = self.index, error, "another process failed"),
             Err(error) => tracing::error!(block = self.index, %error, "the weights of a block did not come"),
         }
         x.mul_scalar(f32::NAN)

@@ -228,7 +228,7 @@ impl Placed {
             );
             return Ok((Some(Streams { placement, store: Box::new(ranks.shard_store(device)?) }), Some(note)));
         }
-        let sharers = ranks.map_or(Ok(Ok(None)), |ranks| ranks.sharers(&placement))?;
+        let sharers = ranks.map_or(Ok(Ok(None)), |ranks| ranks.sharers(&placement, device))?;
         if streamed == 0 {
             return Ok((None, None));
         }
