@@ -18,6 +18,7 @@ mod embedding;
 mod error;
 mod family;
 mod held;
+mod host_memory;
 mod kernel_cache;
 mod kv_cache;
 mod latent;
@@ -44,11 +45,10 @@ pub use config::{
     LinearSpec, ModelConfig,
 };
 pub use decoder::Decoder;
-pub use device::{
-    check_compute_dtype, default_compute_dtype, device_memory, held_memory, host_memory, peak_memory, select_device,
-};
+pub use device::{check_compute_dtype, default_compute_dtype, device_memory, held_memory, peak_memory, select_device};
 pub use error::ModelError;
 pub use held::HeldWeights;
+pub use host_memory::host_memory;
 pub use kernel_cache::kernel_cache_folder;
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};
