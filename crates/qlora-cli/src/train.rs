@@ -55,7 +55,8 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     let mut terminal = Terminal::new(config.train.log_every, stop.clone());
     if args.dry_run {
         if place.is_first() {
-            print(&dry_run(&config, count, &mut terminal)?)?;
+            let of_host = if place.is_alone() { count } else { place.local_world_size };
+            print(&dry_run(&config, [count, of_host], &mut terminal)?)?;
         }
         return Ok(Code::Done);
     }
@@ -213,8 +214,8 @@ fn hint_at_paths_beside_the_file(file: &Path, config: &TrainConfig) -> Result<()
     Ok(())
 }
 
-/// What would be trained, how large it is, and what the data is like.
-fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> Result<String> {
+/// What would be trained, how large it is, and what the data is like, by so many ranks, and so many of them on this host.
+fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn TrainEvents) -> Result<String> {
     let device = select_device(&config.device)?;
     let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
@@ -233,7 +234,7 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
         let path = config.train.output_dir.display();
         events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
-    let room = Room::of(&device, config.train.memory_budget).of_ranks(ranks);
+    let room = Room::of_rank(&device, config.train.memory_budget, ranks, of_host);
     let plan = Plan::new(config, &model, dtype, &room, &train.examples)?;
 
     let mut text = String::new();

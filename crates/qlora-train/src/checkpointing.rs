@@ -317,25 +317,32 @@ pub struct Room {
     pub on_cpu: bool,
     /// Bytes of tensors that there is room for, weights and all; `None` where nobody says.
     pub device: Option<u64>,
-    /// Bytes that may wait in the host's memory.
+    /// Bytes that may wait in the host's memory, of all ranks of this host together.
     pub host: u64,
-    /// Ranks that train together, each with such memory; 0 and 1 are a process that is alone.
+    /// Ranks that train together, each with such a device; 0 and 1 are a process that is alone.
     pub ranks: usize,
+    /// Those of them that are on this host; 0 and 1 are one that has it alone.
+    pub of_host: usize,
 }
 
 impl Room {
-    /// What is free on `device`, before anything is loaded, or what `budget` leaves of it.
+    /// What is free on `device`, before anything is loaded, or what `budget` leaves of it, of a process that is alone.
+    pub fn of(device: &Device, budget: Budget) -> Self {
+        Self::of_rank(device, budget, 1, 1)
+    }
+
+    /// The same of one of several `ranks`, as many as `of_host` of which are on this host and see the same free memory there.
     ///
     /// On CUDA the allocator's pages took 8 to 23 % more than the tensors in them in the steps that were measured, and the
     /// programs' own code and buffers some 300 MiB beyond what is there when a device is opened. The optimizer leaves a
     /// thirty-second of the device free, and would send its state to the host for it. On the CPU an eighth of what is free is
-    /// left to others.
-    pub fn of(device: &Device, budget: Budget) -> Self {
+    /// left to others, and ranks have a part each.
+    pub fn of_rank(device: &Device, budget: Budget, ranks: usize, of_host: usize) -> Self {
         let available = host_memory();
         let host = available.unwrap_or(0) / 2;
         let on_cpu = *device == Device::flex();
         let free = match on_cpu {
-            true => available.map(|bytes| bytes / 8 * 7),
+            true => available.map(|bytes| bytes / 8 * 7 / of_host.max(1) as u64),
             false => free_memory(device).map(|(free, total)| free.saturating_sub(total / 32)),
         };
         let bytes = match budget {
@@ -345,13 +352,7 @@ impl Room {
         };
         let tensors = |bytes: u64| bytes.saturating_sub(300 << 20) / 6 * 5;
         let device = bytes.map(|bytes| if on_cpu { bytes } else { tensors(bytes) });
-        Self { on_cpu, device, host, ranks: 1 }
-    }
-
-    /// The same of one of several ranks.
-    #[must_use]
-    pub fn of_ranks(self, ranks: usize) -> Self {
-        Self { ranks, ..self }
+        Self { on_cpu, device, host, ranks, of_host }
     }
 }
 

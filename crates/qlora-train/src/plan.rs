@@ -182,7 +182,11 @@ impl Plan {
             let room = memory.device.map(|room| room.saturating_sub(rest + placed.on_device()));
             match config.train.activation_checkpointing {
                 Checkpointing::Fixed(policy) => (policy.into(), Vec::new()),
-                Checkpointing::Auto => choose(&activations, room, memory.host.saturating_sub(placed.host_bytes)),
+                Checkpointing::Auto => {
+                    // Weights wait there once for all ranks of the host, activations for each.
+                    let host = memory.host.saturating_sub(placed.host_bytes) / memory.of_host.max(1) as u64;
+                    choose(&activations, room, host)
+                }
             }
         };
         let fits = |placed: &Placed| {

@@ -113,7 +113,9 @@ impl<'e> Trainer<'e> {
         }
         together::compare_basis(ranks.as_ref(), &basis, resumed.as_ref())?;
 
-        let room = Room::of(&device, config.train.memory_budget).of_ranks(ranks.as_ref().map_or(1, Ranks::count));
+        let (count, of_host) = ranks.as_ref().map_or((1, 1), |ranks| (ranks.count(), ranks.of_host().len()));
+        let room = Room::of_rank(&device, config.train.memory_budget, count, of_host);
+        let room = together::room_of_host(room, ranks.as_ref())?;
         let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
         tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
