@@ -1,6 +1,5 @@
 //! `qlora preview`: rows as a run would train on them, before it is paid for.
 
-use std::io::IsTerminal;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -12,7 +11,7 @@ use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, TrainEvents as _,
 use crate::args::PreviewArgs;
 use crate::exit::{Code, UsageError};
 use crate::hub;
-use crate::output::{print, say};
+use crate::output::{is_colored, print, say};
 use crate::outputs;
 use crate::progress::Terminal;
 use crate::train::configuration;
@@ -63,5 +62,5 @@ pub fn of_rows(
 
 /// Whether stdout shows colours (<https://no-color.org>).
 pub fn color() -> bool {
-    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    is_colored(&std::io::stdout())
 }
