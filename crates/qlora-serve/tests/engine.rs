@@ -159,18 +159,24 @@ fn adapters(model: &Decoder, folder: &Path) -> Vec<(String, PathBuf, Decoder)> {
     let targets = TargetModules::Names(vec!["embed_tokens".into(), "lm_head".into(), "q_proj".into()]);
     let config = LoraConfig { rank: 3, alpha: 24.0, target_modules: targets, ..Default::default() };
     both.attach_lora(&config, 3).unwrap();
-    for (_, adapter) in both.adapters_mut() {
+    let dir = folder.join("embedding");
+    let adapted = saved(model, both, &dir);
+    found.push(("embedding".into(), dir, adapted));
+    found
+}
+
+/// Gives fresh adapters numbers that change something, and saves them: the model with what was saved.
+fn saved(model: &Decoder, mut fresh: Decoder, dir: &Path) -> Decoder {
+    for (_, adapter) in fresh.adapters_mut() {
         let [out, rank] = adapter.lora_b.dims();
         let values = (0..out * rank).map(|i| ((i * 37 % 101) as f32 - 50.0) / 500.0).collect::<Vec<f32>>();
         let data = burn::tensor::TensorData::new(values, [out, rank]);
         adapter.lora_b = qlora_layers::trainable(Tensor::from_data(data, (&Device::flex(), burn::tensor::DType::F32)));
     }
-    let dir = folder.join("embedding");
-    both.export_adapter("base", None).unwrap().save(&dir).unwrap();
+    fresh.export_adapter("base", None).unwrap().save(dir).unwrap();
     let mut adapted = model.clone();
-    adapted.load_adapter(&Adapter::load(&dir).unwrap()).unwrap();
-    found.push(("embedding".into(), dir, adapted));
-    found
+    adapted.load_adapter(&Adapter::load(dir).unwrap()).unwrap();
+    adapted
 }
 
 #[test]
@@ -216,11 +222,12 @@ fn a_batch_of_many_adapters_gives_the_single_answers() {
 fn adapters_of_linear_attention_answer_in_one_batch() {
     for name in ["archs/qwen3_5", "archs/qwen3_next"] {
         let model = load(name, Some(QuantConfig::default()));
-        // As PEFT began and as it ended.
-        let kinds = ["initial_adapter", "final_adapter"].map(|kind| {
-            let dir = reference(name).join("training").join(kind);
-            let mut adapted = model.clone();
-            adapted.load_adapter(&Adapter::load(&dir).unwrap()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let kinds = [("all", TargetModules::AllLinear), ("some", TargetModules::Names(vec!["out_proj".into()]))];
+        let kinds = kinds.map(|(kind, target_modules)| {
+            let (mut fresh, dir) = (model.clone(), folder.path().join(kind));
+            fresh.attach_lora(&LoraConfig { rank: 2, alpha: 16.0, target_modules, ..Default::default() }, 3).unwrap();
+            let adapted = saved(&model, fresh, &dir);
             (kind, dir, adapted)
         });
         let served = Served::new(&model, EngineConfig { cache: CacheSize::Tokens(56), ..crowded() });

@@ -294,8 +294,7 @@ fn grouped(
 impl MlpWidth {
     /// The width that keys stand for.
     pub(super) fn read(&self, fields: &Fields, default: Option<usize>) -> Result<usize, ModelError> {
-        let own = fields.size(self.key)?;
-        let width = match own {
+        let width = match fields.size(self.key)? {
             Some(width) => width,
             None => fields.required("intermediate_size", default)?,
         };
@@ -308,7 +307,9 @@ impl MlpWidth {
         let width = match factor.or(Some(self.factor.1).filter(|_| !fields.is_null(self.factor.0))) {
             None => two_thirds,
             Some(factor) => {
-                ((factor * two_thirds as f64) as usize).next_multiple_of(multiple.unwrap_or(self.multiple.1))
+                // No product of it overflows.
+                let width = (factor * two_thirds as f64).min(f64::from(u32::MAX)) as usize;
+                width.next_multiple_of(multiple.unwrap_or(self.multiple.1))
             }
         };
         match width {
