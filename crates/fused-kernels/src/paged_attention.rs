@@ -34,6 +34,7 @@ mod kernel;
 mod mma;
 pub mod oracle;
 mod portable;
+mod write;
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -100,7 +101,7 @@ pub fn write(
     if items == 0 {
         return Ok(());
     }
-    kernel::write(client, vector, new, cache, words, items, width / vector, format);
+    write::write(client, vector, new, cache, words, items, width / vector, format);
     Ok(())
 }
 

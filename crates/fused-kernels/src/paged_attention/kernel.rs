@@ -3,10 +3,9 @@
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use cuda_source::FloatFormat;
 
 use super::{Batch, MAX_PARTIAL, Options, Shape};
-use crate::elementwise::{UNITS, cube_count, vector_size};
+use crate::elementwise::{UNITS, vector_size};
 
 /// Positions of a tile.
 const TILE: usize = 32;
@@ -585,39 +584,5 @@ pub(super) fn join<F: Float>(
             sum = fma(sum, factor, weight(sink, new));
         }
         out[item] = F::cast_from(value * factor / sum);
-    }
-}
-
-#[cube(launch_unchecked)]
-fn write_kernel<F: Float, N: Size>(
-    new: &[Vector<F, N>],
-    cache: &mut [Vector<F, N>],
-    words: &[u32],
-    items: usize,
-    width: usize,
-    #[define(F)] _format: ElemType,
-) {
-    let item = ABSOLUTE_POS;
-    if item < items {
-        cache[words[item / width] as usize * width + item % width] = new[item];
-    }
-}
-
-/// Launches the kernel that fills slots: `items` vectors, `width` of them a token.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn write(
-    client: &Client,
-    vector: usize,
-    new: BufferArg,
-    cache: BufferArg,
-    words: BufferArg,
-    items: usize,
-    width: usize,
-    format: FloatFormat,
-) {
-    let (count, dim) = (cube_count(client, items.div_ceil(UNITS)), CubeDim::new_1d(UNITS as u32));
-    // SAFETY: the caller checked the buffers' sizes, and that every slot lies within the cache.
-    unsafe {
-        write_kernel::launch_unchecked(client, count, dim, vector, new, cache, words, items, width, format.elem_type());
     }
 }
