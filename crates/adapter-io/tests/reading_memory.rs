@@ -83,8 +83,12 @@ fn reading_holds_a_slice_and_the_pages_of_one_weight() {
         let dense = 2 * ROWS * COLUMNS;
         let codes = if kind == "fp8" { dense / 2 } else { dense / 4 };
         let within = |what: &str, (_, peak): ((), usize), bound: usize| {
-            assert!(peak <= bound + slack(), "{kind}, {what}: {} MiB, {} are allowed", peak / MIB, (bound + slack()) / MIB);
-            eprintln!("{kind}, {what}: {:.1} MiB", peak as f64 / MIB as f64);
+            assert!(
+                peak <= bound + slack(),
+                "{kind}, {what}: {} MiB, {} are allowed",
+                peak / MIB,
+                (bound + slack()) / MIB
+            );
         };
 
         // All three weights, 192 MiB of values, through one slice.

@@ -516,8 +516,8 @@ const GEMMA2: Family = Family {
     sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
     tied: true,
     fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
-    // `hidden_activation` decides; early files have both.
-    harmless: &["hidden_act"],
+    // `hidden_activation` and `sliding_window` decide; early files have both of each.
+    harmless: &["hidden_act", "sliding_window_size"],
     ..BASE
 };
 

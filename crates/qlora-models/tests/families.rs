@@ -227,11 +227,15 @@ fn keys_of_published_files_are_known() {
             json!({"use_mrope": false, "tokenizer_class": "Qwen2Tokenizer", "_attn_implementation_autoset": true}),
         ),
         ("qwen3_moe", json!({"qkv_bias": false, "use_qk_norm": true, "shared_expert_intermediate_size": 0})),
-        ("gemma2", json!({"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"})),
+        (
+            "gemma2",
+            json!({"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid", "sliding_window_size": 4096}),
+        ),
         (
             "phi3",
             json!({"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": false, "mlp_bias": false, "auto_map": {}}),
         ),
+        ("qwen3_5", json!({"output_gate_type": "swish", "partial_rotary_factor": 0.25})),
         ("mixtral", json!({"output_router_logits": true, "router_aux_loss_coef": 0.02, "id2label": {"0": "LABEL_0"}})),
     ];
     // As in Devstral 2: a 0 is an absent factor, and no growth.

@@ -81,10 +81,4 @@ fn loading_holds_the_model_and_one_weight() {
     let decoded = 2 * model.num_params();
     assert!(decoded > 2 * bound, "the bound says nothing: {decoded} {bound}");
     assert!(peak <= bound, "{} MiB at the peak, {} are allowed", peak >> 20, bound >> 20);
-    println!(
-        "{} MiB at the peak, the model has {}, decoded it would be {}",
-        peak >> 20,
-        model.device_bytes() >> 20,
-        decoded >> 20
-    );
 }

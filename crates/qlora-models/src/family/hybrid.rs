@@ -53,7 +53,12 @@ pub(super) const QWEN3_5_TEXT: Family = Family {
         head_dim: Some(256),
         max_position_embeddings: 32_768,
     },
-    fixed: &[("attn_output_gate", Only::Flag(true)), ("mlp_bias", Only::Flag(false))],
+    fixed: &[
+        ("attn_output_gate", Only::Flag(true)),
+        ("mlp_bias", Only::Flag(false)),
+        // The gate's silu; files of Qwen 3.6 say so.
+        ("output_gate_type", Only::Text("swish")),
+    ],
     // States are f32 here. The blocks that predict further tokens are not loaded, and no block has experts.
     harmless: &["mamba_ssm_dtype", "mlp_only_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"],
     ..BASE
