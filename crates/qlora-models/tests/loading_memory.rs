@@ -15,7 +15,7 @@ const LAYERS: usize = 6;
 const WIDTH: usize = 1024;
 const INNER: usize = 4096;
 const WORDS: usize = 256;
-/// What the allocator, threads and tables take beside what is asked for; half of it is measured.
+/// What the allocator, threads and tables take beside what is asked for: 10 MiB are measured.
 const SLACK: usize = 32 << 20;
 
 fn line(key: &str) -> usize {
