@@ -573,6 +573,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     dense::ERNIE,
     experts::GLM4_MOE,
     latent::DEEPSEEK_V3,
+    latent::KIMI_K2,
     latent::GLM4_MOE_LITE,
     sinks::GPT_OSS,
     vision_text::QWEN2_VL_TEXT,

@@ -8,9 +8,8 @@
 //! # Widths
 //!
 //! Attention has one width for queries, keys and values. Where values are narrower, as with 128 of 192 in DeepSeek V3, they are filled
-//! up with zeros, and what comes out is cut: half again as many operations as the products with values need, in the forward pass a
-//! fifth of all and in the backward pass as much, and as many more bytes of values and outputs. With 256 of 256 (GLM 4.7 Flash) there
-//! is nothing to fill.
+//! up with zeros, and what comes out is cut: a fifth more operations in attention's forward pass, a sixth more in its backward pass, and
+//! half again as many bytes of values and outputs. With 256 of 256 (GLM 4.7 Flash) there is nothing to fill.
 
 use crate::config::LatentConfig;
 use burn::tensor::Tensor;

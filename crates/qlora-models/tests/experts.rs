@@ -77,7 +77,7 @@ fn assert_near(what: &str, found: &[f32], expected: &[f32]) {
 #[test]
 fn joined_experts_give_the_same_results_and_gradients() {
     for (device_name, device) in devices() {
-        for name in ["qwen3_moe", "mixtral"] {
+        for name in ["qwen3_moe", "mixtral", "glm4_moe_groups"] {
             for config in [
                 LoraConfig { rank: 2, ..Default::default() },
                 LoraConfig { rank: 8, target_modules: names(["down_proj", "w2"]), ..Default::default() },

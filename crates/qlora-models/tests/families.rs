@@ -238,6 +238,14 @@ fn keys_of_published_files_are_known() {
         ("qwen3_5", json!({"output_gate_type": "swish", "partial_rotary_factor": 0.25})),
         ("mixtral", json!({"output_router_logits": true, "router_aux_loss_coef": 0.02, "id2label": {"0": "LABEL_0"}})),
     ];
+    // As in DeepSeek V3 and GLM 4.5.
+    let routers = json!({"ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": true, "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc", "num_nextn_predict_layers": 1, "pretraining_tp": 1});
+    for name in ["deepseek_v3", "glm4_moe_lite", "glm4_moe"] {
+        let mut config = json_of(name);
+        config.as_object_mut().unwrap().extend(routers.as_object().unwrap().clone());
+        parse(&config).unwrap();
+    }
     // As in Devstral 2: a 0 is an absent factor, and no growth.
     let mut config = json_of("ministral3");
     config["rope_parameters"]["mscale_all_dim"] = json!(0.0);

@@ -1,11 +1,11 @@
-//! Latent attention over a cache gives what whole sequences give, and checkpoints as they are published are read.
+//! Latent attention and its routers: what configurations say, a cache against whole sequences, and checkpoints as they are published.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use adapter_io::{Checkpoint, Dtype, ShardedWriter, TensorSpec};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::QuantConfig;
 use qlora_layers::{LoraConfig, Pass, trainable};
-use qlora_models::{CachedRow, Decoder, LoadOptions, PagedCache, Part, RowLogits};
+use qlora_models::{CachedRow, Decoder, LoadOptions, ModelConfig, ModelError, PagedCache, Part, RowLogits};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use test_support::{devices, noise};
@@ -16,6 +16,14 @@ const BLOCKS: usize = 6;
 
 fn arch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/archs").join(name)
+}
+
+fn json_of(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(arch(name).join("config.json")).unwrap()).unwrap()
+}
+
+fn parse(config: &Value) -> Result<ModelConfig, ModelError> {
+    ModelConfig::from_json(config, Path::new("config.json"))
 }
 
 fn load(dir: &Path, quantization: Option<QuantConfig>, dtype: FloatDType, device: &Device) -> Decoder {
@@ -80,14 +88,7 @@ fn a_cache_of_vectors_gives_what_whole_sequences_give() {
                     let part = |row: usize| {
                         let past = if step == 0 { 0 } else { ends[row][step - 1] };
                         let ids = &ids[row][past..ends[row][step]];
-                        let row = CachedRow {
-                            ids,
-                            past,
-                            rotated_for: ids.len(),
-                            blocks: &blocks[row],
-                            logits: RowLogits::All,
-                        };
-                        row
+                        CachedRow { ids, past, rotated_for: ids.len(), blocks: &blocks[row], logits: RowLogits::All }
                     };
                     let parts: Vec<Part<'_>> =
                         (0..3).map(|row| Part { model: models[row], rows: vec![part(row)] }).collect();
@@ -112,6 +113,47 @@ fn a_cache_of_vectors_gives_what_whole_sequences_give() {
     }
 }
 
+#[test]
+fn latent_attention_and_its_routers_are_read_or_refused() {
+    let config = parse(&json_of("deepseek_v3")).unwrap();
+    let latent = config.latent.unwrap();
+    assert_eq!((latent.query_rank, latent.query_dim(), latent.value_dim, config.head_dim), (Some(10), 12, 6, 12));
+    // YaRN's factor of longer contexts, squared.
+    let magnitude = 0.1 * 4f64.ln() + 1.0;
+    assert!((config.score_scale - magnitude * magnitude / 12f64.sqrt()).abs() < 1e-12, "{}", config.score_scale);
+    let whole = parse(&json_of("deepseek_v3_whole")).unwrap();
+    assert_eq!((whole.latent.unwrap().query_rank, whole.head_dim), (None, 10));
+    assert_eq!(whole.experts.unwrap().shared_size, 24);
+    let absent = |c: &mut Value| drop(c.as_object_mut().unwrap().remove("q_lora_rank"));
+    let mut config = json_of("deepseek_v3_whole");
+    absent(&mut config);
+    assert_eq!(parse(&config).unwrap().latent.unwrap().query_rank, Some(1536));
+    let sparse = |edit: fn(&mut Value)| {
+        let mut config = json_of("glm4_moe_lite_layers");
+        edit(&mut config);
+        let specs = parse(&config).unwrap().linear_specs();
+        [0, 1, 2].map(|block| specs.iter().any(|spec| spec.path.contains(&format!("layers.{block}.mlp.experts"))))
+    };
+    assert_eq!(sparse(|_| ()), [true, false, true]);
+    assert_eq!(sparse(|c| c["mlp_layer_types"] = Value::Null), [false, true, true]);
+
+    for (name, key, value, expected) in [
+        ("deepseek_v3", "num_key_value_heads", json!(2), "as many as the 4"),
+        ("deepseek_v3", "n_group", json!(3), "8 experts into groups"),
+        ("deepseek_v3", "n_group", json!(8), "groups of two and more"),
+        ("deepseek_v3", "topk_group", json!(5), "of 4 groups"),
+        ("deepseek_v3", "scoring_func", json!("softmax"), "only \"sigmoid\""),
+        ("deepseek_v3", "kv_lora_rank", json!(1021), "up to 1024"),
+        ("glm4_moe_lite_layers", "mlp_layer_types", json!(["sparse"]), "has 1 entries"),
+        ("glm4_moe", "n_shared_experts", json!(-1), "a number from 0 on"),
+    ] {
+        let mut config = json_of(name);
+        config[key] = value;
+        let message = parse(&config).unwrap_err().to_string();
+        assert!(message.contains(key) && message.contains(expected), "{name}: {message}");
+    }
+}
+
 /// E4M3 without its not-a-number.
 fn e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
@@ -125,8 +167,7 @@ fn e4m3(code: u8) -> f32 {
 fn a_checkpoint_in_fp8_is_what_it_stands_for() {
     const SIDE: usize = 8;
     let checkpoint = Checkpoint::open(&arch("deepseek_v3_whole")).unwrap();
-    let mut config: Value =
-        serde_json::from_slice(&std::fs::read(arch("deepseek_v3_whole").join("config.json")).unwrap()).unwrap();
+    let mut config = json_of("deepseek_v3_whole");
     let (mut coded, mut decoded) = (Vec::new(), Vec::new());
     for (number, name) in checkpoint.names().enumerate() {
         let view = checkpoint.tensor(name).unwrap();

@@ -85,11 +85,17 @@ impl Activations {
             let states = (linear.value_heads * linear.key_dim * linear.value_dim) as u64 / 64;
             (3 * channels + 4 * values, 3 * channels + 2 * states + 5 * values)
         });
-        let mixer = (qkv + attention).max(linear);
+        // Latent attention: what its projections give before heads are put together, and what is cut off them behind attention.
+        let heads = model.num_attention_heads as u64;
+        let (projected, cut) = model.latent.map_or((0, 0), |latent| {
+            let features = latent.query_dim() + latent.plain_dim + latent.value_dim;
+            (heads * features as u64, heads * latent.value_dim as u64)
+        });
+        let mixer = (qkv + attention + cut).max(linear);
         let bytes = |features: u64| tokens * features * width;
         let of_part = |features: u64| tokens.min(PART) * features * width;
         // Inputs, norms, projections and attention; then the second branch with its gradients, and those that flow through.
-        let first = 2 * hidden + mixer;
+        let first = 2 * hidden + mixer + projected;
         let second = 2 * hidden + gated(4);
         let (recorded, working, working_by_branch, working_recorded) = match on_cpu {
             true => {
@@ -115,7 +121,7 @@ impl Activations {
             + of_experts * per_token(|role| role == LinearRole::Expert))
             / blocks.max(1) as f64;
         // The last product of each branch need not run again.
-        let output = (hidden * attention) as f64;
+        let output = (hidden * if cut > 0 { cut } else { attention }) as f64;
         let down = gated(1) as f64 * hidden as f64;
         let work = |weights: f64| 2.0 * weights.max(0.0) * tokens as f64;
         let scores_work = ATTENTION * 2.0 * len as f64 * q as f64 * tokens as f64;

@@ -53,6 +53,9 @@ pub(super) const DEEPSEEK_V3: Family = Family {
     ..BASE
 };
 
+/// Kimi K2, whose files name a type of their own and have the code of DeepSeek V3.
+pub(super) const KIMI_K2: Family = Family { model_type: "kimi_k2", ..DEEPSEEK_V3 };
+
 /// GLM 4.7 Flash: as DeepSeek V3, with other sizes, and with a list of blocks that have experts.
 pub(super) const GLM4_MOE_LITE: Family = Family {
     model_type: "glm4_moe_lite",
