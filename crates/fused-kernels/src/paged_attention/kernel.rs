@@ -67,12 +67,11 @@ impl Plan {
         // Queries of the widest heads leave shared memory for some of them only.
         let shares = (1..=group.min(MAX_SHARE)).rev().filter(|n| group.is_multiple_of(*n));
         let plan = shares.map(with_share).find(|plan| plan.fits(client)).unwrap_or_else(|| with_share(1));
-        let (share, row_lanes) = (plan.share, plan.row_lanes);
         if batch.max_new() <= 1 {
             return plan;
         }
-        let most = MAX_ROWS.min(MAX_SUM_ROWS * row_lanes);
-        let wider = [most, most / 2].map(|rows| plan.with_tokens((rows / share).max(1)));
+        let most = MAX_ROWS.min(MAX_SUM_ROWS * plan.row_lanes);
+        let wider = [most, most / 2].map(|rows| plan.with_tokens((rows / plan.share).max(1)));
         wider.into_iter().find(|plan| plan.fits(client)).unwrap_or(plan)
     }
 
