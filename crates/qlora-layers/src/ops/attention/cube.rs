@@ -66,7 +66,7 @@ impl AttentionPasses for CubeBackend {
         let o = like(&q);
         let lse = TensorShape::new([1, 1, shape.heads, shape.rows.queries()]);
         let lse = empty(&q.client, &q.device, lse, DType::F32);
-        let sinks = options.sinks.as_ref().and_then(Sinks::on_device);
+        let sinks = options.sinks.as_ref().map(Sinks::on_device);
         let forward = Forward {
             q: operand(&q),
             k: operand(&k),

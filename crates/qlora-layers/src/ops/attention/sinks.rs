@@ -30,9 +30,12 @@ impl Sinks {
         &self.values
     }
 
-    /// f32, where a CubeCL device has them.
-    pub(in crate::ops) fn on_device(&self) -> Option<CubeTensor> {
-        as_cube(&self.tensor)
+    /// f32, for kernels.
+    ///
+    /// # Panics
+    /// When they were made on the host, for queries on a device.
+    pub(in crate::ops) fn on_device(&self) -> CubeTensor {
+        as_cube(&self.tensor).unwrap_or_else(|| panic!("attention: queries are on a device, their sinks on the host"))
     }
 }
 

@@ -79,7 +79,7 @@ impl PagedOps for CubeBackend {
         let [_, heads, head_dim] = q.meta.shape().dims();
         let [slots, kv_heads, _] = keys.meta.shape().dims();
         let shape = Shape { heads, kv_heads, head_dim, slots, format: format_of(q.dtype).into() };
-        let sinks = options.sinks.as_ref().and_then(Sinks::on_device);
+        let sinks = options.sinks.as_ref().map(Sinks::on_device);
         let buffers = Attend {
             q: &q.handle,
             keys: &keys.handle,
