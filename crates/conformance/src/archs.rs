@@ -160,8 +160,11 @@ fn recorded_steps(
         loss = loss.max(relative(output.loss, *theirs));
         norm = norm.max(relative(output.grad_norm, *their_norm));
     }
-    let steps =
-        format!("{} steps, {count} adapters, {:.3} to {:.3}", losses.len(), losses[0], losses[losses.len() - 1]);
+    let (Some(first), Some(last)) = (losses.first(), losses.last()) else {
+        report.fail(format!("{subject}: steps beside PEFT"), &format!("{file} has no losses"));
+        return Ok(());
+    };
+    let steps = format!("{} steps, {count} adapters, {first:.3} to {last:.3}", losses.len());
     report.compare_noted(format!("{subject}: losses of steps beside PEFT"), loss, STEPS_BAR, steps);
     report.compare(format!("{subject}: gradient norms of steps beside PEFT"), norm, STEPS_NORM_BAR);
     Ok(())

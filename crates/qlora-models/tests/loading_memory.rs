@@ -54,7 +54,7 @@ fn checkpoint(dir: &Path) {
             }
             Dtype::F32 => (0..count).flat_map(|i| (0.001 + i as f32 * 1e-5).to_le_bytes()).collect(),
             // No NaN has this bit clear.
-            _ => (0..count).map(|i| (i * 2_654_435_761 >> 7) as u8 & 0xbf).collect(),
+            _ => (0..count).map(|i| ((i * 2_654_435_761) >> 7) as u8 & 0xbf).collect(),
         };
         writer.write(name, &data).unwrap();
     }
