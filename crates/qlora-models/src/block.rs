@@ -19,8 +19,8 @@ use qlora_layers::{LoraAdapter, LoraLinear, Pass};
 /// What follows attention.
 #[derive(Clone, Debug)]
 pub(crate) enum FeedForward {
-    Dense(Mlp),
-    Experts(Moe),
+    Dense(Box<Mlp>),
+    Experts(Box<Moe>),
 }
 
 impl FeedForward {
@@ -39,8 +39,8 @@ impl FeedForward {
 /// What a block has in the place of attention: a sequence leaves a state of one size behind, whatever its length.
 #[derive(Clone, Debug)]
 pub(crate) enum Recurrence {
-    Delta(DeltaNet),
-    Conv(ShortConv),
+    Delta(Box<DeltaNet>),
+    Conv(Box<ShortConv>),
 }
 
 /// One decoder block; its linear layers carry the adapters.

@@ -310,6 +310,11 @@ impl ModelConfig {
         self.linear.is_some() || self.short_conv.is_some()
     }
 
+    /// How many blocks have experts.
+    pub(crate) fn sparse_blocks(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.sparse).count()
+    }
+
     /// What blocks have beside projections and norms, all of it held in f32: what linear attention and short convolutions have, sinks,
     /// and the corrections of routers.
     pub fn further_values(&self) -> usize {
@@ -317,7 +322,7 @@ impl ModelConfig {
         let of_block = of_linear + self.short_conv.map_or(0, |taps| taps * self.hidden_size);
         let sinks = self.family.sinks.map_or(0, |_| self.num_attention_heads);
         let sigmoid = self.experts.filter(|experts| experts.sigmoid.is_some()).map_or(0, |experts| experts.count);
-        let corrections = self.layers.iter().filter(|layer| layer.sparse).count() * sigmoid;
+        let corrections = self.sparse_blocks() * sigmoid;
         (self.num_hidden_layers - self.attention_blocks()) * of_block + self.attention_blocks() * sinks + corrections
     }
 

@@ -83,7 +83,7 @@ impl Decoder {
 
     /// Prepares a pass over `rows` rows of `len` tokens that follow `past` cached ones.
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
-        Sequence { rows, len, packed: None, views: self.views(&[past..past + len], None) }
+        Sequence { rows, len, packed: None, views: self.views(std::slice::from_ref(&(past..past + len)), None) }
     }
 
     /// Prepares a pass over rows of these lengths that lie one after the other, without padding. Each has positions from 0 on and

@@ -8,9 +8,9 @@ mod dense;
 mod experts;
 mod hybrid;
 mod latent;
+mod short_conv;
 mod sinks;
 mod vision_text;
-mod short_conv;
 mod wrappers;
 
 use crate::rope::Pairs;

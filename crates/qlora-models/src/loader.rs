@@ -266,14 +266,11 @@ impl<'a> Loader<'a> {
         let qkv = self.linears(self.config.qkv_specs(index))?;
         let output = self.linear(self.config.output_spec(index))?;
         let feed_forward = match self.config.experts_specs(index) {
-            Some(specs) => FeedForward::Experts(self.experts(index, specs)?),
+            Some(specs) => FeedForward::Experts(Box::new(self.experts(index, specs)?)),
             None => {
                 let (gate_up, down) = self.config.mlp_specs(index);
-                FeedForward::Dense(Mlp {
-                    gate_up: self.linears(gate_up)?,
-                    down: self.linear(down)?,
-                    activation: self.config.activation,
-                })
+                let (gate_up, down) = (self.linears(gate_up)?, self.linear(down)?);
+                FeedForward::Dense(Box::new(Mlp { gate_up, down, activation: self.config.activation }))
             }
         };
         let mut norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
@@ -301,7 +298,7 @@ impl<'a> Loader<'a> {
         let block = self.file_name(&self.config.block_path(index));
         if let Some((taps, names)) = self.config.short_convolution(index) {
             let weight = self.values(&format!("{block}.{}.weight", names.conv), &[self.config.hidden_size, 1, taps])?;
-            return Ok(Some(Recurrence::Conv(ShortConv::new(&weight, taps, self.device))));
+            return Ok(Some(Recurrence::Conv(Box::new(ShortConv::new(&weight, taps, self.device)))));
         }
         let Some((config, names)) = self.config.linear_attention(index) else { return Ok(None) };
         let [rates, dt_bias] = names.rates.map(|name| format!("{block}.{name}"));
@@ -309,7 +306,8 @@ impl<'a> Loader<'a> {
         let rates = self.values(&rates, &[config.value_heads])?;
         let dt_bias = self.values(&dt_bias, &[config.value_heads])?;
         let by_head = names.projections.len() == 2;
-        Ok(Some(Recurrence::Delta(DeltaNet::new(config, by_head, &conv, &rates, dt_bias, self.device))))
+        let delta = DeltaNet::new(config, by_head, &conv, &rates, dt_bias, self.device);
+        Ok(Some(Recurrence::Delta(Box::new(delta))))
     }
 
     /// A small tensor, in the host's memory.

@@ -104,11 +104,12 @@ impl Random {
             source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
             source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
         }
-        let correction = config.experts.filter(|experts| experts.sigmoid.is_some()).map(|experts| experts.count);
-        let sinks = config.family.sinks.map(|_| config.num_attention_heads);
-        for len in correction.into_iter().chain(sinks) {
+        let sigmoid = config.experts.filter(|experts| experts.sigmoid.is_some());
+        let corrections = sigmoid.map(|experts| (experts.count, config.sparse_blocks()));
+        let sinks = config.family.sinks.map(|_| (config.num_attention_heads, config.attention_blocks()));
+        for (len, blocks) in corrections.into_iter().chain(sinks) {
             source.linear.entry(vec![len]).or_insert_with(|| vec![bf16::ZERO; len]);
-            source.total_bytes += 2 * (len * config.num_hidden_layers) as u64;
+            source.total_bytes += 2 * (len * blocks) as u64;
         }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);

@@ -48,7 +48,7 @@ impl<'a> MixedPass<'a> {
 
     /// The expert of all tokens, if a block has one, for its normalised input.
     fn shared_expert(&self, index: usize, h: Tensor<2>) -> Option<Tensor<2>> {
-        fn of<'a>(model: &'a Decoder, index: usize) -> Option<&'a SharedExpert> {
+        fn of(model: &Decoder, index: usize) -> Option<&SharedExpert> {
             match &model.blocks[index].feed_forward {
                 FeedForward::Experts(moe) => moe.shared.as_ref(),
                 FeedForward::Dense(_) => None,
