@@ -411,15 +411,8 @@ const MIXTRAL: Family = Family {
         router: "block_sparse_moe.gate",
         list: "block_sparse_moe.experts",
         projections: ["w1", "w3", "w2"],
-        stacked_router: "mlp.gate",
-        stacked_gate_up: "mlp.experts.gate_up_proj",
-        stacked_down: "mlp.experts.down_proj",
-        count: (&["num_local_experts", "num_experts"], 8),
-        per_token: ("num_experts_per_tok", 2),
         width: ("intermediate_size", None),
         normalise: Switch::On,
-        dense_blocks: None,
-        every: None,
         ..experts::ROUTED
     }),
     window: Window { blocks: Windowed::All, width: None, switch: None },
@@ -470,12 +463,6 @@ const QWEN3: Family = Family {
 const QWEN3_MOE: Family = Family {
     model_type: "qwen3_moe",
     experts: Some(Experts {
-        router: "mlp.gate",
-        list: "mlp.experts",
-        projections: ["gate_proj", "up_proj", "down_proj"],
-        stacked_router: "mlp.gate",
-        stacked_gate_up: "mlp.experts.gate_up_proj",
-        stacked_down: "mlp.experts.down_proj",
         count: (&["num_local_experts", "num_experts"], 128),
         per_token: ("num_experts_per_tok", 8),
         width: ("moe_intermediate_size", Some(768)),
