@@ -9,7 +9,7 @@ use burn::backend::StreamId;
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::client::Client;
-use host_copies::{client_of, cube_of_int, from_buffer, from_cube, into_cube};
+use host_copies::{client_of, cube_of_int, from_buffer, from_cube, into_cube, owned};
 
 use crate::error::CollectiveError;
 use crate::memory::Place;
@@ -274,7 +274,7 @@ impl Collectives {
         if cube.dtype != DType::F32 {
             return Err(CollectiveError::Layout { bytes, problem: "its elements are not f32" });
         }
-        Ok(if cube.handle.can_mut() { cube } else { cube.copy() })
+        Ok(owned(cube))
     }
 
     /// Bytes of a tensor that lies on the device as NCCL takes it.

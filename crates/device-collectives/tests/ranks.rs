@@ -51,10 +51,15 @@ fn sums(collectives: &Collectives, device: &Device, rank: usize) {
     let shapes = [[3, 7], [64, 4096], [1, 1], [4096, 1000]];
     for round in 0..3 {
         let mut summed = Vec::new();
+        let mut held = Vec::new();
         for shape in shapes {
             // Twice itself and back again: the sum must not begin before.
             let x = tensor(shape, rank, device);
             let x = (x.clone() + x) * 0.5;
+            // What others hold is not summed in its place.
+            if round == 1 {
+                held.push(x.clone());
+            }
             summed.push(collectives.sum(vec![x.clone(), x * 2.0]).unwrap());
         }
         let waited = collectives.wait().unwrap();
@@ -68,6 +73,9 @@ fn sums(collectives: &Collectives, device: &Device, rank: usize) {
                     (0..len).map(|i| factor * parts.iter().map(|part| part[i]).sum::<f32>()).collect();
                 assert!(host(sum) == expected, "round {round}, {shape:?}, rank {rank}");
             }
+        }
+        for (shape, held) in shapes.into_iter().zip(held) {
+            assert!(host(held) == values(shape[0] * shape[1], rank), "{shape:?}, rank {rank}");
         }
         assert_eq!(broken.wait().unwrap(), [0.0]);
     }

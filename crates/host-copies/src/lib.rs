@@ -9,7 +9,7 @@
 //! - [`SharedPages`]: such words in one copy for several processes.
 //! - [`Reading`]: a few numbers that the host wants while the device goes on.
 //! - [`into_cube`], [`as_cube`] and [`from_cube`]: the CubeCL tensor behind a Burn tensor, and back;
-//!   [`from_buffer`]: a Burn tensor of a buffer.
+//!   [`from_buffer`]: a Burn tensor of a buffer; [`owned`]: a tensor that may be changed in place.
 //! - [`Recording`]: a pass that is recorded once and replayed with other values in its inputs.
 //! - [`free_memory`] and [`limit_memory`]: what a device has left, and one that is to behave as a smaller one.
 //! - [`DeviceError`]: a device that is out of memory, told from one that failed.
@@ -45,4 +45,4 @@ pub use recording::{Recording, overwrite, overwrite_int};
 pub use shared_pages::SharedPages;
 pub use slot::Slot;
 pub use staging::staging;
-pub use tensor::{as_cube, cube_of_int, from_buffer, from_cube, int_from_buffer, int_from_cube, into_cube};
+pub use tensor::{as_cube, cube_of_int, from_buffer, from_cube, int_from_buffer, int_from_cube, into_cube, owned};

@@ -20,6 +20,29 @@ pub fn as_cube<const D: usize>(tensor: &Tensor<D>) -> Option<CubeTensor> {
     into_cube(tensor.clone())
 }
 
+/// The tensor, contiguous and with a buffer that nothing else holds: itself where it is that, else a copy. What is to be changed in
+/// place is taken through this.
+///
+/// Whether a buffer is held is asked of CubeCL ([`Handle::can_mut`]), which says so of a buffer, too, that its thread is making
+/// at this moment. So any tensor may turn out to be a copy, at any time. And [`CubeTensor::copy`] lets the rows of a matrix lie apart
+/// on CUDA, as the driver likes them; this does not.
+pub fn owned(tensor: CubeTensor) -> CubeTensor {
+    let tensor = into_contiguous(tensor);
+    if tensor.can_mut() {
+        return tensor;
+    }
+    // In one dimension there are no rows.
+    let in_one = |tensor: &CubeTensor| {
+        let (client, device) = (tensor.client.clone(), tensor.device.clone());
+        let shape = Shape::new([tensor.meta.num_elements()]);
+        CubeTensor::new_contiguous(client, device, shape, tensor.handle.clone(), tensor.dtype)
+    };
+    #[expect(clippy::disallowed_methods, reason = "of one dimension")]
+    let copy = in_one(&tensor).copy();
+    let shape = tensor.meta.shape().clone();
+    CubeTensor::new_contiguous(copy.client, copy.device, shape, copy.handle, copy.dtype)
+}
+
 /// The Burn tensor of a CubeCL tensor of floats, without autodiff.
 ///
 /// # Shapes

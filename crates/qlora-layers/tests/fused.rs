@@ -164,15 +164,17 @@ fn rotation_and_its_gradient() {
 #[test]
 fn losses_and_their_gradients() {
     for (name, device) in devices() {
-        for (rows, width) in [(1, 5), (7, 300)] {
-            let what = format!("{name}, {rows} x {width}");
+        for (rows, width, is_held) in [(1, 5, false), (7, 300, false), (7, 300, true), (3, 8000, true)] {
+            let what = format!("{name}, {rows} x {width}, {is_held}");
             let (logits, dloss) = (noise(12, rows * width), noise(13, rows));
             let targets: Vec<i32> = (0..rows).map(|row| ((row * 31 + 4) % width) as i32).collect();
             let leaf = tensor(&logits, [rows, width], &device).autodiff().require_grad();
             let targets_there: Tensor<1, Int> =
                 Tensor::from_data(TensorData::new(targets.clone(), [rows]), (&device, DType::I32));
-            // Doubled: the leaf itself must survive, its double may become the gradient.
-            let losses = cross_entropy(leaf.clone().mul_scalar(2.0), targets_there);
+            // Doubled: the leaf itself must survive, its double may become the gradient, unless it is held.
+            let double = leaf.clone().mul_scalar(2.0);
+            let held = is_held.then(|| double.clone());
+            let losses = cross_entropy(double, targets_there);
             let weighted = losses.clone() * tensor(&dloss, [rows], &device);
             let mut grads = weighted.sum().backward();
             let doubled: Vec<f64> = logits.iter().map(|v| 2.0 * f64::from(*v)).collect();
@@ -186,6 +188,9 @@ fn losses_and_their_gradients() {
             let expected: Vec<f64> = rows_of().zip(widened(&dloss)).flat_map(gradient).collect();
             assert_close(&what, &values(leaf.clone().grad_remove(&mut grads).unwrap()), &expected);
             assert_close(&what, &values(leaf.inner()), &widened(&logits));
+            if let Some(held) = held {
+                assert_close(&what, &values(held.inner()), &doubled);
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use burn::tensor::{DType, Int, Shape, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::bytes::Bytes;
 use cubecl::server::Handle;
-use host_copies::{Copies, DeviceError, Download, cube_of_int, from_cube, int_from_cube, into_cube};
+use host_copies::{Copies, DeviceError, Download, cube_of_int, from_cube, int_from_cube, into_cube, owned};
 
 use super::{Backend, Operands, kernels, norm};
 use crate::config::Rule;
@@ -44,8 +44,7 @@ impl CubeDevice {
         words: Tensor<1, Int>,
         operands: Operands<Tensor<1>>,
     ) -> Option<(Tensor<1, Int>, Tensor<1>)> {
-        let words = cube_of_int(words)?;
-        let words = if words.can_mut() { words } else { words.copy() };
+        let words = owned(cube_of_int(words)?);
         let Operands { param, grad, scalars } = operands;
         let (param, grad) = (self.open_mut(param)?, self.open(grad)?);
         let norm = self.copies.client().create_from_slice(&[0; 4]);
@@ -147,8 +146,7 @@ impl Backend for CubeDevice {
     }
 
     fn open_mut(&self, tensor: Tensor<1>) -> Option<CubeTensor> {
-        let tensor = self.open(tensor)?;
-        Some(if tensor.can_mut() { tensor } else { tensor.copy() })
+        self.open(tensor).map(owned)
     }
 
     fn close(tensor: CubeTensor) -> Tensor<1> {

@@ -9,7 +9,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::delta_rule::{self, Gradients, Inputs, Operand, Recurrent, Rows, Shape, Sizes};
 use fused_kernels::{FloatFormat, KernelError};
-use host_copies::{from_cube, into_cube};
+use host_copies::{from_cube, into_cube, owned};
 
 /// Tokens up to which rows go on token by token.
 const FEW_TOKENS: usize = 16;
@@ -90,8 +90,8 @@ fn fused_forward(operands: Operands<CubeTensor>, shape: &Shape) -> CubeTensor {
 /// Outputs and states of rows that go on by a few tokens, token by token.
 fn recurrent(operands: Operands<CubeTensor>, state: CubeTensor) -> (CubeTensor, CubeTensor) {
     let Operands { q, k, v, g, beta } = operands;
-    let [q, k, v, g, beta, state] = [q, k, v, g, beta, state].map(into_contiguous);
-    let state = if state.can_mut() { state } else { state.copy() };
+    let [q, k, v, g, beta] = [q, k, v, g, beta].map(into_contiguous);
+    let state = owned(state);
     let ([rows, len, key_heads, key_dim], [_, _, value_heads, value_dim]) =
         (k.meta.shape().dims(), v.meta.shape().dims());
     let format = format(&k);

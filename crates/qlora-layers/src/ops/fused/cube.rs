@@ -11,6 +11,7 @@ use fused_kernels::{
     FloatFormat, KernelError, Matrix, adapted_norms, add_norm, causal_conv, columns, cross_entropy, gated, rms_norm,
     rope,
 };
+use host_copies::owned;
 
 fn format(x: &CubeTensor) -> FloatFormat {
     match x.dtype {
@@ -249,8 +250,7 @@ impl FusedGradients for CubeBackend {
         log_sum_exp: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let (dloss, targets) = (into_contiguous(dloss), into_contiguous(targets));
-        let logits = into_contiguous(logits);
-        let grads = if logits.can_mut() { logits } else { logits.copy() };
+        let grads = owned(logits);
         let buffers = cross_entropy::Backward {
             dloss: &dloss.handle,
             logits: &grads.handle,
