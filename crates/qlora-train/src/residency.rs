@@ -222,14 +222,8 @@ impl Placed {
     ) -> Result<(Option<Streams>, Option<String>), TrainError> {
         let (placement, streamed) = (self.placement.clone(), self.placement.streamed());
         if let Some(ranks) = ranks.filter(|_| self.shared_by > 1) {
-            let watch = match ranks.devices() {
-                Some(_) => {
-                    "; single steps of some runs over cards had wrong gradients, so watch grad_norm (docs/src/known-issues.md)"
-                }
-                None => "",
-            };
             let note = format!(
-                "each of {} ranks holds a part of the frozen weights of every block (distributed.shard_base){watch}",
+                "each of {} ranks holds a part of the frozen weights of every block (distributed.shard_base)",
                 self.shared_by
             );
             return Ok((Some(Streams { placement, store: Box::new(ranks.shard_store(device)?) }), Some(note)));
