@@ -37,6 +37,9 @@ def of_config(args, folder):
 
     shape = step_timing.sizes(args)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    if args.words:
+        # Of fewer words those that end or pad a text are none.
+        config.pad_token_id = config.eos_token_id = config.bos_token_id = None
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
     needs(2 * weights)

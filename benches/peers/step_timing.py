@@ -34,10 +34,10 @@ SHAPES = {
     "tiny": dict(vocab_size=4096, hidden_size=128, intermediate_size=344, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2),
 }
-# Shapes with experts or linear attention are read from the files that `qlora-bench` has them from.
+# Other shapes are read from the files that `qlora-bench` has them from.
 TESTDATA = pathlib.Path(__file__).parents[2] / "testdata"
 CONFIGS = {}
-for file in ("moe_shapes.json", "linear_shapes.json"):
+for file in ("moe_shapes.json", "linear_shapes.json", "latent_shapes.json", "gemma_shapes.json"):
     CONFIGS |= json.loads((TESTDATA / file).read_text())
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIMIZERS = {"adamw_32bit": "PagedAdamW32bit", "adamw_8bit": "PagedAdamW8bit", "lion_8bit": "PagedLion8bit"}
