@@ -95,14 +95,34 @@ pub fn device(client: &Client) -> Option<CudaDevice> {
     })
 }
 
-/// Has kernels that are launched from now on leave so many multiprocessors of the client's CUDA device to what runs beside them.
+/// Multiprocessors that kernels [leave](leave_multiprocessors) to something that runs beside them, for as long as this lives.
+pub struct LeftMultiprocessors {
+    client: Client,
+    count: u32,
+}
+
+impl std::fmt::Debug for LeftMultiprocessors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("LeftMultiprocessors").field(&self.count).finish()
+    }
+}
+
+impl Drop for LeftMultiprocessors {
+    fn drop(&mut self) {
+        known(&self.client, |(_, left)| *left = left.saturating_sub(self.count));
+    }
+}
+
+/// Has kernels that are launched from now on leave so many multiprocessors of the client's CUDA device to what runs beside them, and as
+/// many as others asked for besides. `None` on other runtimes, where nothing changes.
 ///
 /// A kernel of one cube for each multiprocessor, whose cubes divide the work up front, takes up to twice as long where something
-/// else holds a single one: the cube that finds no place runs when the others are done. Nothing changes on other runtimes.
-pub fn leave_multiprocessors(client: &Client, count: u32) {
-    if client.name() == "cuda" && CudaBackend::default() == CudaBackend::Cpp {
-        known(client, |(_, left)| *left = count);
-    }
+/// else holds a single one: the cube that finds no place runs when the others are done.
+pub fn leave_multiprocessors(client: &Client, count: u32) -> Option<LeftMultiprocessors> {
+    (client.name() == "cuda" && CudaBackend::default() == CudaBackend::Cpp).then(|| {
+        known(client, |(_, left)| *left = left.saturating_add(count));
+        LeftMultiprocessors { client: client.clone(), count }
+    })
 }
 
 /// A device as it is, and the multiprocessors that are left to others.

@@ -67,7 +67,7 @@ pub use arguments::Arguments;
 pub use assemble::{Resources, assemble};
 pub use choice::{Choices, choose};
 pub use counters::counters;
-pub use device::{CudaDevice, compute_capability, device, leave_multiprocessors};
+pub use device::{CudaDevice, LeftMultiprocessors, compute_capability, device, leave_multiprocessors};
 pub use error::LaunchError;
 pub use format::FloatFormat;
 pub use launch::launch;

@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 use cubecl::client::Client;
-use cuda_source::{Arguments, CudaDevice, LaunchError, Source, Swizzle, TensorElement, TensorMap2d, device, launch};
+use cuda_source::{
+    Arguments, CudaDevice, LaunchError, Source, Swizzle, TensorElement, TensorMap2d, device, launch,
+    leave_multiprocessors,
+};
 
 const FILE: &str = include_str!("kernels.cu");
 const BOX_ROWS: usize = 32;
@@ -48,6 +51,14 @@ fn the_device_is_described() {
     assert_eq!(Some(device.multiprocessors), client.properties().hardware.num_streaming_multiprocessors);
     assert!((1 << 20..1 << 30).contains(&device.l2_bytes));
     assert!(device.toolkit >= (12, 0) && device.driver >= (12, 0));
+    assert_eq!(cuda_source::device(client), Some(device));
+    // What two leave to others counts together, until each is done.
+    let now = || cuda_source::device(client).map(|now| device.multiprocessors - now.multiprocessors);
+    let (first, second) = (leave_multiprocessors(client, 4), leave_multiprocessors(client, 3));
+    assert_eq!(now(), Some(7));
+    drop(first);
+    assert_eq!(now(), Some(3));
+    drop(second);
     assert_eq!(cuda_source::device(client), Some(device));
 }
 

@@ -1,14 +1,15 @@
 //! The ranks that have met, and what they do together.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use burn::backend::StreamId;
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::client::Client;
+use cuda_source::{LeftMultiprocessors, leave_multiprocessors};
 use host_copies::{client_of, cube_of_int, from_buffer, from_cube, into_cube, owned};
 
 use crate::error::CollectiveError;
@@ -55,6 +56,8 @@ pub struct Collectives {
     world_size: usize,
     /// Multiprocessors that operations take at most, where that is known.
     cubes: u32,
+    /// Those that kernels leave to them now.
+    left: Mutex<Option<LeftMultiprocessors>>,
 }
 
 impl std::fmt::Debug for Collectives {
@@ -143,7 +146,15 @@ impl Endpoint {
         let (jobs, receiver) = channel();
         let worker = Arc::clone(&shared);
         spawn("nccl-queue", move || worker.work(&receiver))?;
-        Ok(Collectives { shared, jobs, marks: AtomicU32::new(0), device, world_size, cubes: limit })
+        Ok(Collectives {
+            shared,
+            jobs,
+            marks: AtomicU32::new(0),
+            device,
+            world_size,
+            cubes: limit,
+            left: Mutex::default(),
+        })
     }
 }
 
@@ -166,7 +177,12 @@ impl Collectives {
     /// Whether operations run beside kernels from now on, which then leave them as many multiprocessors as they may take. An operation
     /// that waits for another rank holds its multiprocessors meanwhile.
     pub fn beside(&self, kernels: bool) {
-        cuda_source::leave_multiprocessors(&self.shared.client, if kernels { self.cubes } else { 0 });
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        match kernels && self.cubes > 0 {
+            true if left.is_some() => {}
+            true => *left = leave_multiprocessors(&self.shared.client, self.cubes),
+            false => *left = None,
+        }
     }
 
     /// Asks for the sum of each tensor over all ranks, as one operation, in place where nothing else holds the tensor's memory. It

@@ -115,6 +115,7 @@ struct OverCards {
 
 impl OverCards {
     fn new(ranks: Ranks, device: &Device, cards: Cards, parts: Vec<Vec<u32>>) -> Result<Self, DeviceError> {
+        cards.collectives.beside(true);
         let slots = || (0..SLOTS.min(parts.len())).map(|_| None);
         let (slots, coming) = (slots().collect(), (0..SLOTS.min(parts.len())).map(|_| None).collect());
         let parts = parts.into_iter().map(|part| on_card(device, &cards, part)).collect::<Result<_, _>>()?;
@@ -133,8 +134,6 @@ fn on_card(device: &Device, cards: &Cards, part: Vec<u32>) -> Result<(Tensor<1, 
 
 impl BlockSource for OverCards {
     fn fill(&mut self, block: usize, slot: &mut Slot) -> Result<(), DeviceError> {
-        // Again each time: sums of gradients may have ended that.
-        self.cards.collectives.beside(true);
         let number = block % self.slots.len();
         let to = match self.slots[number].take() {
             Some(to) => to,
