@@ -96,6 +96,7 @@ pub fn device(client: &Client) -> Option<CudaDevice> {
 }
 
 /// Multiprocessors that kernels [leave](leave_multiprocessors) to something that runs beside them, for as long as this lives.
+#[must_use = "they are taken back when this is dropped"]
 pub struct LeftMultiprocessors {
     client: Client,
     count: u32,
