@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -111,8 +112,9 @@ def together(model):
 
 
 def used_bytes():
-    """What the driver counts as used on the first card."""
-    command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """What the driver counts as used on the first card that this process sees."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    command = ["nvidia-smi", "-i", card, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 20
     except (OSError, ValueError, subprocess.CalledProcessError):
@@ -152,13 +154,15 @@ def measure(args, rows, length, build, before):
         seconds.append(time.perf_counter() - start)
     seconds = statistics.median(seconds[args.warm_up:])
     used = used_bytes()
+    loss = loss.item() * args.accumulation
     return {
         "step_seconds": seconds,
         "tokens_per_second": ranks() * rows * length * args.accumulation / seconds,
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "driver_bytes": None if None in (used, before) else used - before,
-        "loss": loss.item() * args.accumulation,
+        # JSON has no other numbers.
+        "loss": loss if math.isfinite(loss) else None,
     }
 
 

@@ -72,18 +72,28 @@ pub(crate) fn run(python: &str, script: &Path, arguments: &[String], mut answere
         .spawn()
         .with_context(|| format!("can't start {python}"))?;
     let output = child.stdout.take().context("the peer has no output")?;
+    let mut unreadable = None;
     for line in BufReader::new(output).lines() {
-        // Libraries print to standard output as they please.
-        if let Some(answer) = parse(&line?) {
-            answered(answer);
+        let line = line?;
+        match parse(&line) {
+            Some(answer) => answered(answer),
+            None if line.starts_with(ANSWER) => unreadable = Some(line),
+            // Libraries print to standard output as they please.
+            None => {}
         }
     }
     let status = child.wait()?;
+    if let Some(line) = unreadable {
+        bail!("{python} {} answered what can't be read: {line}", script.display());
+    }
     if !status.success() {
         bail!("{python} {} ended: {status}", script.display());
     }
     Ok(())
 }
+
+/// How an answer begins.
+const ANSWER: &str = "{\"peer\"";
 
 fn parse(line: &str) -> Option<Answer> {
     serde_json::from_str(line).ok()
@@ -106,6 +116,8 @@ mod tests {
         let answer = parse(line).unwrap();
         assert_eq!((answer.step_seconds, answer.error.as_deref()), (Some(1.25), None));
         assert!(answer.line().contains("1250.0"), "{}", answer.line());
+        // JSON has no such number.
+        assert_eq!(parse(r#"{"peer": "PEFT", "case": "4x2048", "loss": NaN}"#), None);
         let failed = parse(r#"{"peer": "PEFT", "case": "4x2048", "error": "out of memory"}"#).unwrap();
         assert!(failed.line().ends_with("out of memory"), "{}", failed.line());
     }
@@ -114,6 +126,15 @@ mod tests {
     fn settings_come_before_cases() {
         let cases = [Case { rows: 4, len: 512 }];
         assert_eq!(arguments(&[("rank", "64".into())], &cases), ["--rank", "64", "4x512"]);
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_read_is_told() {
+        let script = std::env::temp_dir().join(format!("peer-{}.sh", std::process::id()));
+        std::fs::write(&script, "echo hello\necho '{\"peer\": \"PEFT\", \"case\": \"1x1\", \"loss\": NaN}'\n").unwrap();
+        let error = run("sh", &script, &[], |answer| panic!("{answer:?}")).unwrap_err().to_string();
+        std::fs::remove_file(&script).unwrap();
+        assert!(error.contains("\"loss\": NaN"), "{error}");
     }
 
     #[test]
