@@ -11,7 +11,8 @@ import shutil, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Mistral3Config,
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Gemma4UnifiedConfig,
+                          Gemma4UnifiedForConditionalGeneration, Mistral3Config,
                           Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
 
 OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
@@ -60,6 +61,8 @@ MODELS = {
 SMALL_BASE = dict(vocab_size=41, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                   max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=6, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+# Without the parts of the smaller models.
+GEMMA4 = dict(hidden_size_per_layer_input=0, tie_word_embeddings=False)
 SMALL = {
     "ministral3": ("ministral3", dict(head_dim=8, rope_parameters=dict(YARN, llama_4_scaling_beta=0.3)), {}),
     "mistral3_images": ("mistral3", dict(model_type="ministral3", head_dim=10, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=7,
@@ -85,6 +88,12 @@ SMALL = {
     "glm4": ("glm4", dict(head_dim=8), {}),
     "glm4_plain": ("glm4", dict(head_dim=12, attention_bias=False, num_key_value_heads=1, tie_word_embeddings=True, partial_rotary_factor=1.0), {}),
     "ernie": ("ernie4_5", dict(head_dim=8), {}),
+    "gemma4": ("gemma4_text", dict(GEMMA4, head_dim=8, global_head_dim=12, attention_k_eq_v=True, num_global_key_value_heads=1, num_hidden_layers=3,
+                                   layer_types=["sliding_attention", "full_attention", "full_attention"], final_logit_softcapping=4.0, sliding_window=5), {}),
+    "gemma4_unified": ("gemma4_unified", dict(head_dim=6, global_head_dim=16, attention_bias=True, num_attention_heads=3, num_key_value_heads=3, sliding_window=7,
+                                              layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True, final_logit_softcapping=6.0,
+                                              rope_parameters=dict(sliding_attention=rope("default"),
+                                                                   full_attention=rope("proportional", partial_rotary_factor=0.5, factor=4.0))), {}),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
 }
 
@@ -98,6 +107,11 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
         return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    if kind == "gemma4_unified":
+        vision = dict(patch_size=4, mm_embed_dim=8, mm_posemb_size=4, output_proj_dims=24)
+        config = Gemma4UnifiedConfig(text_config=more, vision_config=vision, audio_config=dict(audio_embed_dim=8), tie_word_embeddings=more["tie_word_embeddings"],
+                                     boi_token_id=38, eoi_token_id=38, image_token_id=39, video_token_id=39, boa_token_id=40, eoa_token_index=40, audio_token_id=40)
+        return Gemma4UnifiedForConditionalGeneration._from_config(config, attn_implementation="eager").float()
     if kind == "qwen3_5":
         vision = dict(hidden_size=8, intermediate_size=16, depth=1, num_heads=2, patch_size=4, out_hidden_size=40, num_position_embeddings=4)
         config = Qwen3_5Config(text_config={**BASE, **more}, vision_config=vision, image_token_id=60, video_token_id=61, vision_start_token_id=62,
@@ -115,13 +129,16 @@ for name, (kind, more, how) in MODELS.items():
     model = build(kind, more).eval()
     with torch.no_grad():
         for path, p in model.named_parameters():
-            if path.endswith("gate.weight"):
+            if path.endswith(("gate.weight", "router.proj.weight")):
                 p.normal_(0, 0.3)  # routers that tell experts apart
             elif p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.2)
             else:
                 p.mul_(4.0)
             p.copy_(p.bfloat16().float())
+        for path, scalar in model.named_buffers():
+            if path.endswith("layer_scalar"):
+                scalar.copy_((0.6 + 0.3 * torch.rand_like(scalar)).bfloat16().float())
         ids = torch.randint(3, 38, (ROWS, 16)) if name in SMALL else torch.randint(3, 60, (ROWS, LENGTH))
         logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
     folder = OUT / name

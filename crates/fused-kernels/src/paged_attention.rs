@@ -41,12 +41,12 @@ use cuda_source::{Choices, FloatFormat};
 
 use crate::KernelError;
 pub use crate::attention::Options;
-use crate::elementwise::{buffer, check_format, vector_size};
+use crate::elementwise::{UNITS, buffer, check_format, vector_size};
 pub use batch::{Batch, Row, slot};
 
 const OPERATION: &str = "paged_attention";
 /// The widest head.
-pub const MAX_HEAD_DIM: usize = 256;
+pub const MAX_HEAD_DIM: usize = 512;
 /// Bytes of partial results that splits may take.
 const MAX_PARTIAL: usize = 64 << 20;
 
@@ -124,7 +124,7 @@ pub struct Attend<'a> {
 pub enum Path {
     /// CubeCL, on every runtime.
     Portable,
-    /// CUDA C++ on tensor cores, from compute capability 8.0 on: formats of 16 bits, heads of a multiple of 8.
+    /// CUDA C++ on tensor cores, from compute capability 8.0 on: formats of 16 bits, heads of a multiple of 8 up to 256.
     Mma,
 }
 
@@ -252,8 +252,9 @@ pub(crate) fn check_reach(batch: &Batch, slots: usize) -> Result<(), KernelError
 fn check(client: &Client, shape: &Shape, options: Options) -> Result<(), KernelError> {
     check_format(client, OPERATION, shape.format)?;
     let &Shape { heads, kv_heads, head_dim, .. } = shape;
-    if head_dim == 0 || head_dim > MAX_HEAD_DIM {
-        let reason = format!("head_dim is {head_dim}: the kernel takes 1 to {MAX_HEAD_DIM}");
+    let columns = UNITS * vector_size(client, shape.format, &[head_dim]);
+    if head_dim == 0 || head_dim > MAX_HEAD_DIM.min(columns) {
+        let reason = format!("head_dim is {head_dim}: the kernel takes 1 to {MAX_HEAD_DIM}, beyond {UNITS} even ones");
         return Err(KernelError::Shape { operation: OPERATION, reason });
     }
     if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {

@@ -12,6 +12,9 @@
 //!   needed it was kept or is computed once. For a Llama block that is a fifth of the products' second forward.
 //! - Attention that was kept is not computed again either.
 //!
+//! - A block may change the sum before it leaves the block; then the gradient goes through the second branch, its residual and what
+//!   follows as one.
+//!
 //! - The second branch works on each token alone, so long batches go through it in parts: what it holds at a time, more
 //!   than attention does, stops growing with the length.
 //!
@@ -147,27 +150,49 @@ pub trait ResidualBlock {
     /// `[tokens, hidden]` in and out.
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2>;
 
+    /// Whether something follows the sum of the second branch and its input: then [`ending`](Self::ending) is evaluated in the
+    /// branch's place.
+    fn has_ending(&self) -> bool {
+        false
+    }
+
+    /// What the block gives for some of the tokens, number `start` of all the first of them: the second branch, its residual, and
+    /// what follows token by token.
+    ///
+    /// # Shapes
+    /// `[tokens, hidden]` in and out.
+    fn ending(&self, x: Tensor<2>, _start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        x.clone() + self.feed_forward(x, pass, purpose)
+    }
+
     /// Both, with their residuals.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let m = x.clone() + self.attention(x, pass, Purpose::Result);
-        m.clone() + self.feed_forward_in_parts(m, pass)
+        self.behind_attention(m, pass)
     }
 
-    /// Evaluates the second branch for its result, in parts of the tokens.
+    /// What the block gives for the second branch's input, in parts of the tokens.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    fn feed_forward_in_parts(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let tokens = x.dims()[0];
-        if tokens <= PART {
-            return self.feed_forward(x, pass, Purpose::Result);
-        }
-        let part =
-            |(part, start, len)| self.feed_forward(x.clone().narrow(0, start, len), pass.part(part), Purpose::Result);
-        Tensor::cat(parts(tokens).map(part).collect(), 0)
+    fn behind_attention(&self, m: Tensor<2>, pass: Pass) -> Tensor<2> {
+        let tokens = m.dims()[0];
+        let ends = self.has_ending();
+        let run = |m: Tensor<2>, start, pass| match ends {
+            true => self.ending(m, start, pass, Purpose::Result),
+            false => self.feed_forward(m, pass, Purpose::Result),
+        };
+        let result = match tokens <= PART {
+            true => run(m.clone(), 0, pass),
+            false => {
+                let part = |(part, start, len)| run(m.clone().narrow(0, start, len), start, pass.part(part));
+                Tensor::cat(parts(tokens).map(part).collect(), 0)
+            }
+        };
+        if ends { result } else { m + result }
     }
 }
 
@@ -313,7 +338,7 @@ pub fn forward<B: ResidualBlock>(
             let middle = policy.park(m.clone().without_autodiff())?;
             let attention = attention.map(|result| both(result.into_parts(), |part| policy.park(part))).transpose()?;
             branches = Some(Branches { middle, attention });
-            x = m.clone() + block.feed_forward_in_parts(m, untracked);
+            x = block.behind_attention(m, untracked);
         } else {
             x = block.forward(x, untracked);
         }
@@ -389,12 +414,16 @@ pub fn backward<B: ResidualBlock>(
             }
         };
         // As the plain backward does, from the last tokens on.
-        let tokens = middle.dims()[0];
+        let (tokens, ends) = (middle.dims()[0], block.has_ending());
         let mut through = Vec::new();
         for (part, start, len) in parts(tokens).rev() {
             let of_part = |x: &Tensor<2>| if len == tokens { x.clone() } else { x.clone().narrow(0, start, len) };
             let middle = of_part(&middle).autodiff().require_grad();
-            let again = || block.feed_forward(middle.clone(), pass.part(part), Purpose::Gradients(None));
+            let (pass, purpose) = (pass.part(part), Purpose::Gradients(None));
+            let again = || match ends {
+                true => block.ending(middle.clone(), start, pass, purpose),
+                false => block.feed_forward(middle.clone(), pass, purpose),
+            };
             let second = trace_span!("recompute").in_scope(again);
             first = first.start_upload()?;
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, of_part(&grad)));
@@ -405,7 +434,8 @@ pub fn backward<B: ResidualBlock>(
         if !through.is_empty() {
             through.reverse();
             let through = if through.len() == 1 { through.remove(0) } else { Tensor::cat(through, 0) };
-            grad = grad + through;
+            // The residual connection is in the ending already.
+            grad = if ends { through } else { grad + through };
         }
 
         let (input, branch) = match first {

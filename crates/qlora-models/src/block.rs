@@ -48,6 +48,10 @@ pub struct Block {
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
+    /// The norm of each head of the values, which has no weight of its own.
+    pub(crate) value_norm: Option<RmsNorm>,
+    /// What all of the block's output is multiplied by, where that is not 1.
+    pub(crate) factor: Option<f64>,
     /// Where the frozen weights are, unless the device has them all the time.
     pub(crate) home: Option<BlockHome>,
 }
@@ -129,11 +133,13 @@ impl Block {
             let mixed = self.linear_attention(delta, h, len, pass);
             return self.project_output(mixed, config, pass, purpose.gradients_only());
         }
-        let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
+        let (view, kind) = (&sequence.views[self.kind], &config.attention_kinds[self.kind]);
+        let (rope, head_dim) = (&kind.rope, kind.head_dim);
         let ([q, k, v], gate) = self.project(h, config, pass);
+        let v = self.normalised_values(v);
         let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
-            _ => rotate(rope.paired(x, config.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
+            _ => rotate(rope.paired(x, head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
         };
         let (q, k) = match &self.norms.qk {
             Some([q_norm, k_norm]) => {
@@ -153,9 +159,9 @@ impl Block {
             }
             None => q,
         };
-        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]);
-        let (q, k) = (heads(q, config.num_attention_heads), heads(k, config.num_key_value_heads));
-        let v = heads(v, config.num_key_value_heads);
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, head_dim]);
+        let (q, k) = (heads(q, config.num_attention_heads), heads(k, kind.num_key_value_heads));
+        let v = heads(v, kind.num_key_value_heads);
         let gradients_only = purpose.gradients_only();
         let mixed = match purpose {
             Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
@@ -166,12 +172,28 @@ impl Block {
             }
             Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
         };
-        let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
+        let mixed = mixed.reshape([rows * len, config.num_attention_heads * head_dim]);
         let mixed = match gate {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,
         };
         self.project_output(mixed, config, pass, gradients_only)
+    }
+
+    /// Values, each head normalised where the family does so.
+    pub(crate) fn normalised_values(&self, v: Tensor<2>) -> Tensor<2> {
+        match &self.value_norm {
+            Some(norm) => norm.forward_heads(v, Pass::INFERENCE),
+            None => v,
+        }
+    }
+
+    /// What the block gives, where its output is multiplied by a factor.
+    pub(crate) fn multiplied(&self, x: Tensor<2>) -> Tensor<2> {
+        match self.factor {
+            Some(factor) => x.mul_scalar(factor),
+            None => x,
+        }
     }
 
     /// The end of the attention branch.
@@ -224,27 +246,30 @@ impl Block {
                 k.module.forward_in(h.clone(), pass),
                 v.module.forward_in(h, pass),
             ],
-            fused => split_qkv(fused[0].module.forward_in(h, pass), config),
+            [q, k] => {
+                let k = k.module.forward_in(h.clone(), pass);
+                [q.module.forward_in(h, pass), k.clone(), k]
+            }
+            fused => split_qkv(fused[0].module.forward_in(h, pass), config.qkv_widths(self.index)),
         };
-        let (q, gate) = split_gate(q, config);
+        let (q, gate) = split_gate(q, config, config.attention(self.index).head_dim);
         ([q, k, v], gate)
     }
 }
 
 /// Queries and the gate of what attention gives, where the family has one: a projection gives both for each head.
-pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig) -> (Tensor<2>, Option<Tensor<2>>) {
+pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig, width: usize) -> (Tensor<2>, Option<Tensor<2>>) {
     if !config.family.attention_gate {
         return (q, None);
     }
-    let (tokens, width) = (q.dims()[0], config.head_dim);
+    let tokens = q.dims()[0];
     let both = q.reshape([tokens, config.num_attention_heads, 2 * width]);
     let half = |start| both.clone().narrow(2, start, width).reshape([tokens, config.num_attention_heads * width]);
     (half(0), Some(half(width)))
 }
 
 /// Queries, keys and values out of one projection's `[tokens, ..]`, which holds them in this order.
-pub(crate) fn split_qkv(all: Tensor<2>, config: &ModelConfig) -> [Tensor<2>; 3] {
-    let [q, k, v] = config.qkv_widths();
+pub(crate) fn split_qkv(all: Tensor<2>, [q, k, v]: [usize; 3]) -> [Tensor<2>; 3] {
     [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
 }
 
@@ -302,5 +327,13 @@ impl ResidualBlock for BlockInPass<'_> {
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         self.block.feed_forward_branch(x, self.config, pass, purpose)
+    }
+
+    fn has_ending(&self) -> bool {
+        self.block.factor.is_some()
+    }
+
+    fn ending(&self, x: Tensor<2>, _start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        self.block.multiplied(x.clone() + self.feed_forward(x, pass, purpose))
     }
 }

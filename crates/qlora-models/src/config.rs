@@ -18,8 +18,8 @@ use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
 use crate::rope::RopeScaling;
 pub use accepted::accept_keys;
 use adapter_io::{BnbConfig, Checkpoint};
-use blocks::LayerConfig;
 pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
+use blocks::{KeyHeads, LayerConfig};
 use fields::Fields;
 pub(crate) use modules::{BlockNorms, ExpertsSpecs};
 pub use modules::{LinearRole, LinearSpec};
@@ -44,9 +44,9 @@ pub struct ModelConfig {
     pub num_hidden_layers: usize,
     /// Query heads.
     pub num_attention_heads: usize,
-    /// Key and value heads; divides the query heads.
+    /// Key and value heads, of blocks with a window where the others have [their own](AttentionKind::num_key_value_heads).
     pub num_key_value_heads: usize,
-    /// Width of a head.
+    /// Width of a head, of blocks with a window where the others have [their own](AttentionKind::head_dim).
     pub head_dim: usize,
     /// The MLP's activation.
     pub activation: Activation,
@@ -174,8 +174,11 @@ impl ModelConfig {
         };
         let max_position_embeddings =
             fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
-        let ropes = rope::read(fields, family, &rope::Sizes { head_dim, max_position_embeddings })?;
-        let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
+        let heads = KeyHeads { head_dim, count: num_key_value_heads, are_values: false };
+        let heads = blocks::key_heads(fields, family, num_hidden_layers, num_attention_heads, heads)?;
+        let head_dims = heads.map(|heads| heads.head_dim);
+        let ropes = rope::read(fields, family, &rope::Sizes { head_dims, max_position_embeddings })?;
+        let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, heads)?;
         let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
         let (linear, is_linear) = match &family.linear {
@@ -191,6 +194,7 @@ impl ModelConfig {
             EmbeddingScale::Key(key) => factor(Some(key))?,
         };
         let score_scale = match family.score_scale {
+            ScoreScale::One => 1.0,
             ScoreScale::HeadDim => 1.0 / (head_dim as f64).sqrt(),
             ScoreScale::Scalar(key, default) => 1.0 / fields.number(key)?.unwrap_or(default).sqrt(),
             ScoreScale::Factor(key) => fields.number(key)?.unwrap_or(1.0),
@@ -244,13 +248,19 @@ impl ModelConfig {
 
     /// Blocks with keys and values, which a token adds to; blocks with linear attention have a state of one size.
     pub fn attention_blocks(&self) -> usize {
-        self.layers.iter().filter(|layer| !layer.linear).count()
+        self.attended().count()
     }
 
-    /// What linear attention has beside projections and norms, all of it held in f32.
-    pub fn linear_attention_values(&self) -> usize {
+    /// The numbers of the blocks with keys and values.
+    pub fn attended(&self) -> impl Iterator<Item = usize> {
+        (0..).zip(&self.layers).filter(|(_, layer)| !layer.linear).map(|(index, _)| index)
+    }
+
+    /// What blocks have beside projections and norms, all of it held in f32: of linear attention, and factors of blocks.
+    pub fn other_values(&self) -> usize {
         let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
-        (self.num_hidden_layers - self.attention_blocks()) * of_block
+        let factors = if self.family.block_factor.is_some() { self.num_hidden_layers } else { 0 };
+        (self.num_hidden_layers - self.attention_blocks()) * of_block + factors
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

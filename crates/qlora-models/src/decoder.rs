@@ -84,7 +84,7 @@ impl Decoder {
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
         let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
             let (cos, sin) = tables.get(&kind.rope, past, len, &self.device);
-            let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.turned, inverse: false };
+            let rotation = Rotation { len, head_dim: kind.head_dim, rotary: kind.rope.turned, inverse: false };
             let softcap = self.config.score_softcap.map(|cap| cap as f32);
             let attention = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
             let query_growth =
@@ -262,7 +262,7 @@ impl Decoder {
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
         let slots = self.streaming().slot_bytes as usize;
-        let linear = 4 * self.config.linear_attention_values();
+        let linear = 4 * self.config.other_values();
         embeddings + narrow + norms + slots + linear + self.own_linears().map(bytes).sum::<usize>()
     }
 
@@ -274,7 +274,7 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        self.embed_tokens.shape().num_elements() + norms + linears + self.config.linear_attention_values()
+        self.embed_tokens.shape().num_elements() + norms + linears + self.config.other_values()
     }
 }
 

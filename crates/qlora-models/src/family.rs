@@ -5,6 +5,7 @@
 //! Entries are written as differences from `BASE`, the plainest of them.
 
 mod dense;
+mod gemma;
 mod hybrid;
 mod wrappers;
 
@@ -72,6 +73,23 @@ pub(crate) struct Family {
     pub fixed: &'static [(&'static str, Only)],
     /// Keys that mean nothing for this family.
     pub harmless: &'static [&'static str],
+    /// Where blocks without a window have heads of their own.
+    pub global_attention: Option<GlobalAttention>,
+    /// Whether values are normalised, each head by itself and without a weight.
+    pub value_norm: bool,
+    /// A number in the checkpoint that all of a block's output is multiplied by.
+    pub block_factor: Option<&'static str>,
+}
+
+/// Keys with the heads of blocks without a window. `per_layer_config`, which transformers 5 writes, goes before the first two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GlobalAttention {
+    /// The width of a head, and what it is when absent.
+    pub head_dim: (&'static str, usize),
+    /// Key and value heads where keys are values; those of the other blocks when absent.
+    pub key_heads: &'static str,
+    /// Whether the key projection gives the values too.
+    pub keys_are_values: &'static str,
 }
 
 /// Where the parts of a language model lie.
@@ -131,6 +149,8 @@ pub(crate) enum ScoreScale {
     Scalar(&'static str, f64),
     /// This key's value; 1 when absent.
     Factor(&'static str),
+    /// 1.
+    One,
 }
 
 /// Norms of queries and keys.
@@ -222,6 +242,8 @@ pub(crate) enum Windowed {
     From(&'static str, usize),
     /// What `layer_types` says; when absent, all but every n-th, with n from this key if there is one.
     AllButEvery(Option<&'static str>, usize),
+    /// What `layer_types` says; when absent, all but every n-th. The last block never has one.
+    AllButEveryAndLast(usize),
     /// What `layer_types` says; when absent, those without rotary embeddings.
     Unrotated,
 }
@@ -250,6 +272,8 @@ pub(crate) struct Rotary {
     pub long_aliases: bool,
     /// `original_max_position_embeddings` when absent, where it is a key beside the scaling and not in it.
     pub original_context: Option<usize>,
+    /// The part of each head that "proportional" rotates when there are no keys about it, where that is known.
+    pub proportional: Option<f64>,
 }
 
 /// Rotary embeddings of blocks with a window.
@@ -343,6 +367,7 @@ const BASE: Family = Family {
         harmless: &[],
         long_aliases: false,
         original_context: None,
+        proportional: None,
     },
     sizes: Sizes {
         vocab_size: None,
@@ -358,6 +383,9 @@ const BASE: Family = Family {
     rms_norm_eps: 1e-6,
     fixed: &[],
     harmless: &[],
+    global_attention: None,
+    value_norm: false,
+    block_factor: None,
 };
 
 const LLAMA: Family = Family {
@@ -482,58 +510,6 @@ const QWEN3_MOE: Family = Family {
     ..QWEN3
 };
 
-const GEMMA2: Family = Family {
-    model_type: "gemma2",
-    qkv_bias: Switch::Key("attention_bias"),
-    output_bias: Switch::Key("attention_bias"),
-    norms: Norms {
-        attention_input: Some("input_layernorm"),
-        attention_output: Some("post_attention_layernorm"),
-        mlp_input: Some("pre_feedforward_layernorm"),
-        mlp_output: Some("post_feedforward_layernorm"),
-    },
-    norm_offset: 1.0,
-    embedding_scale: EmbeddingScale::SqrtWidth,
-    activation: ("hidden_activation", Activation::GeluTanh),
-    score_scale: ScoreScale::Scalar("query_pre_attn_scalar", 256.0),
-    score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
-    logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
-    window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
-    sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
-    tied: true,
-    fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
-    // `hidden_activation` decides; early files have both.
-    harmless: &["hidden_act"],
-    ..BASE
-};
-
-const GEMMA3_TEXT: Family = Family {
-    model_type: "gemma3_text",
-    qk_norm: Some(PER_HEAD),
-    // transformers has the key and does not use it.
-    score_softcap: None,
-    logit_softcap: Some(("final_logit_softcapping", None)),
-    window: Window { blocks: Windowed::AllButEvery(Some("sliding_window_pattern"), 6), ..GEMMA2.window },
-    rotary: Rotary { theta: 1_000_000.0, local: Some(Local::Theta("rope_local_base_freq", 10_000.0)), ..BASE.rotary },
-    // Sections of larger files leave out what equals these.
-    sizes: Sizes {
-        vocab_size: Some(262_208),
-        hidden_size: Some(2304),
-        intermediate_size: Some(9216),
-        num_hidden_layers: Some(26),
-        num_attention_heads: Some(8),
-        max_position_embeddings: 131_072,
-        ..GEMMA2.sizes
-    },
-    fixed: &[
-        ("use_bidirectional_attention", Only::Flag(false)),
-        ("mlp_bias", Only::Flag(false)),
-        ("attn_logit_softcapping", Only::Null),
-    ],
-    harmless: &["hidden_act", "_sliding_window_pattern"],
-    ..GEMMA2
-};
-
 const PHI3: Family = Family {
     model_type: "phi3",
     qkv: &["self_attn.qkv_proj"],
@@ -561,8 +537,8 @@ pub(crate) static FAMILIES: &[Family] = &[
     QWEN3,
     QWEN3_MOE,
     hybrid::QWEN3_5_TEXT,
-    GEMMA2,
-    GEMMA3_TEXT,
+    gemma::GEMMA2,
+    gemma::GEMMA3_TEXT,
     PHI3,
     dense::MINISTRAL3,
     dense::SMOLLM3,
@@ -573,6 +549,8 @@ pub(crate) static FAMILIES: &[Family] = &[
     dense::OLMO3,
     dense::GLM4,
     dense::ERNIE,
+    gemma::GEMMA4_TEXT,
+    gemma::GEMMA4_UNIFIED_TEXT,
 ];
 
 impl Family {

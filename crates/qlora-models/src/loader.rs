@@ -9,6 +9,7 @@
 //! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
 
 mod aside;
+mod heads;
 mod options;
 mod random;
 mod source;
@@ -103,6 +104,7 @@ impl Decoder {
         let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
         let root = *config.roots.iter().find(holds).unwrap_or(&config.root());
         config.notes.extend(aside::note(&checkpoint, &config, &root));
+        config.notes.extend(heads::note(&config, options.dtype, device));
         let streaming = Streaming::to(device, Quantizer::of(device)?);
         Loader::new(&checkpoint, config, options, device, progress, root, streaming).streams(streams)?.decoder()
     }
@@ -292,7 +294,20 @@ impl<'a> Loader<'a> {
         }
         let delta = self.delta_net(index)?;
         let kind = self.config.layer(index).kind;
-        Ok(Block { index, kind, qkv, delta, output, feed_forward, norms, home: None })
+        let value_norm = self.config.family.value_norm.then(|| RmsNorm {
+            weight: Tensor::ones([self.config.attention(index).head_dim], (self.device, DType::F32)),
+            trained: None,
+            eps: self.config.rms_norm_eps,
+            offset: 0.0,
+        });
+        let factor = match self.config.family.block_factor {
+            Some(name) => {
+                let name = format!("{}.{name}", self.file_name(&self.config.block_path(index)));
+                self.values(&name, &[1])?.first().map(|factor| f64::from(*factor)).filter(|factor| *factor != 1.0)
+            }
+            None => None,
+        };
+        Ok(Block { index, kind, qkv, delta, output, feed_forward, norms, value_norm, factor, home: None })
     }
 
     /// What a block's linear attention has beside projections and norm.

@@ -49,11 +49,14 @@ pub struct PagedCache {
 impl PagedCache {
     /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
     pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
-        let shape = [(blocks + 1) * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
+        let shape = |block: &Block| {
+            let kind = model.config.attention(block.index);
+            [(blocks + 1) * block_tokens, kind.num_key_value_heads, kind.head_dim]
+        };
         let place = || (&model.device, DType::from(model.dtype));
         let layer = |block: &Block| match block.delta {
             Some(_) => [(); 2].map(|()| Tensor::empty([0, 1, 1], place())),
-            None => [(); 2].map(|()| Tensor::zeros(shape, place())),
+            None => [(); 2].map(|()| Tensor::zeros(shape(block), place())),
         };
         let layers = model.blocks.iter().map(layer).collect();
         let (recorded, stacks) = (Recorded::default(), Stacks::default());
@@ -62,7 +65,8 @@ impl PagedCache {
 
     /// Bytes on the device that a token takes.
     pub fn token_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
-        2 * config.attention_blocks() * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
+        let keys = config.attended().map(|index| config.qkv_widths(index)[1]);
+        2 * keys.sum::<usize>() * DType::from(dtype).size()
     }
 
     /// Tokens of a block.
@@ -424,10 +428,17 @@ impl<'a> MixedPass<'a> {
             let attended = self.attention(index, h, cache);
             let [m, input] = add_norm(mlp_input, x, attended);
             let output = self.feed_forward(index, input);
+            let block = &self.models[0].1.blocks[index];
             if index + 1 == last {
-                return m + output;
+                return block.multiplied(m + output);
             }
-            [x, h] = add_norm(self.input_norms(index + 1), m, output);
+            [x, h] = match block.factor {
+                None => add_norm(self.input_norms(index + 1), m, output),
+                Some(_) => {
+                    let x = block.multiplied(m + output);
+                    [x.clone(), normalised(self.input_norms(index + 1), x, RmsNorm::forward)]
+                }
+            };
         }
         x
     }
@@ -492,14 +503,20 @@ impl<'a> MixedPass<'a> {
         let mut qkv = self.linears(h, |model| block(model).qkv());
         let [q, k, v] = match qkv.len() {
             3 => std::array::from_fn(|_| qkv.remove(0)),
-            _ => split_qkv(qkv.remove(0), config),
+            2 => {
+                let k = qkv.remove(1);
+                [qkv.remove(0), k.clone(), k]
+            }
+            _ => split_qkv(qkv.remove(0), config.qkv_widths(index)),
         };
-        let (q, gate) = split_gate(q, config);
+        let v = block(self.models[0].1).normalised_values(v);
+        let (q, gate) = split_gate(q, config, attention_kind.head_dim);
         let [tokens, _] = q.dims();
         let rope = &attention_kind.rope;
-        let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary: rope.turned, inverse: false };
+        let head_dim = attention_kind.head_dim;
+        let rotation = Rotation { len: tokens, head_dim, rotary: rope.turned, inverse: false };
         let tables = || [cos, sin].map(|table| table.clone().reshape([tokens, rope.turned / 2]));
-        let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, head_dim]);
         let head_norm = |x: Tensor<2>, i: usize| {
             normalised(self.norms(|model| Some(&block(model).norms.qk.as_ref()?[i])), x, RmsNorm::forward_heads)
         };
@@ -508,7 +525,7 @@ impl<'a> MixedPass<'a> {
             true => (q, k),
             false => (head_norm(q, 0), head_norm(k, 1)),
         };
-        let [q, k] = [q, k].map(|x| rope.paired(x, config.head_dim));
+        let [q, k] = [q, k].map(|x| rope.paired(x, head_dim));
         let q = match &self.inputs.query_growth[kind] {
             Some(factors) => {
                 let factors = factors.clone().reshape([tokens, 1]).cast(q.dtype());
@@ -531,12 +548,12 @@ impl<'a> MixedPass<'a> {
                     if rotated_first { head_norm(x, i) } else { x }
                 };
                 let q = heads(rotated(q, 0), config.num_attention_heads);
-                let new = [rotated(k, 1), v].map(|x| heads(x, config.num_key_value_heads));
+                let new = [rotated(k, 1), v].map(|x| heads(x, attention_kind.num_key_value_heads));
                 let cached = cache.write(index, new.clone(), &self.inputs.batch);
                 self.inputs.attend(q, Some(new), cached, &options)
             }
         };
-        let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
+        let mixed = mixed.reshape([tokens, config.num_attention_heads * head_dim]);
         let mixed = match gate {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,

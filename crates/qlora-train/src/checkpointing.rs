@@ -28,7 +28,7 @@ pub(crate) const PART: u64 = 8192;
 /// What an operation of attention counts beside one of a product.
 const ATTENTION: f64 = 1.7;
 
-/// Bytes and work of a micro-batch, by what its blocks keep. Blocks are alike.
+/// Bytes and work of a micro-batch, by what its blocks keep. Blocks are taken for alike.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Activations {
     /// Blocks of the model.
@@ -66,8 +66,13 @@ impl Activations {
     ) -> Self {
         let width: u64 = if dtype == FloatDType::F32 { 4 } else { 2 };
         let (hidden, tokens) = (model.hidden_size as u64, rows * len);
-        let [q, k, v] = model.qkv_widths().map(|features| features as u64);
-        let (attention, qkv) = ((model.num_attention_heads * model.head_dim) as u64, q + k + v);
+        // Blocks may have heads of two kinds. What they keep adds up; what one of them works with is that of the widest.
+        let widths = || model.attended().map(|index| model.qkv_widths(index).map(|features| features as u64));
+        let attended = (widths().count() as u64).max(1);
+        let attention = widths().map(|[q, ..]| q).sum::<u64>() / attended;
+        let qkv = widths().flatten().sum::<u64>() / attended;
+        let widest = widths().max_by_key(|widths| widths.iter().sum::<u64>()).unwrap_or_default();
+        let widest_queries = widths().map(|[q, ..]| q).max().unwrap_or_default();
         // Each of a token's experts reads its own row and gives one back.
         let intermediate = model.intermediate_size as u64;
         let gated = |values: u64| {
@@ -84,19 +89,20 @@ impl Activations {
             (3 * channels + 4 * values, 3 * channels + 2 * states + 5 * values)
         });
         let mixer = (qkv + attention).max(linear);
+        let widest_mixer = (widest.iter().sum::<u64>() + widest[0]).max(linear);
         let bytes = |features: u64| tokens * features * width;
         let of_part = |features: u64| tokens.min(PART) * features * width;
         // Inputs, norms, projections and attention; then the second branch with its gradients, and those that flow through.
-        let first = 2 * hidden + mixer;
+        let first = 2 * hidden + widest_mixer;
         let second = 2 * hidden + gated(4);
         let (recorded, working, working_by_branch, working_recorded) = match on_cpu {
             true => {
-                let block = bytes(6 * hidden + (4 * attention).max(linear + linear_back) + gated(5)) + scores;
+                let block = bytes(6 * hidden + (4 * widest_queries).max(linear + linear_back) + gated(5)) + scores;
                 (block, block, block, 0)
             }
             false => {
                 // Attention's gradient of its queries is summed in f32.
-                let attention_back = bytes(2 * hidden) + (tokens * q * 4).max(bytes(linear_back));
+                let attention_back = bytes(2 * hidden) + (tokens * widest_queries * 4).max(bytes(linear_back));
                 let whole = bytes(first) + attention_back + of_part(second) + scores;
                 let by_branch = (bytes(2 * hidden) + of_part(second)).max(bytes(first) + attention_back) + scores;
                 let recorded = bytes(4 * hidden + mixer + gated(3)) + scores;
@@ -116,7 +122,7 @@ impl Activations {
         let output = (hidden * attention) as f64;
         let down = gated(1) as f64 * hidden as f64;
         let work = |weights: f64| 2.0 * weights.max(0.0) * tokens as f64;
-        let scores_work = ATTENTION * 2.0 * len as f64 * q as f64 * tokens as f64;
+        let scores_work = ATTENTION * 2.0 * len as f64 * attention as f64 * tokens as f64;
         Self {
             blocks,
             tokens,

@@ -134,7 +134,7 @@ impl Plan {
         let all_weights = WeightBytes::new(model, quant, width);
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         // Held in f32, as norms are.
-        let linear_attention = model.linear_attention_values() as u64;
+        let linear_attention = model.other_values() as u64;
         let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + linear_attention;
         // A bias or a magnitude for each output feature; an embedding's features are its columns.
         let (lora, embedding) = (&config.lora, model.adaptable_modules().pop());

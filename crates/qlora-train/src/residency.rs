@@ -66,7 +66,7 @@ impl WeightBytes {
         }
         // Norms and what linear attention has beside projections are held in f32.
         let norms = model.norms().iter().map(|(_, features)| *features as u64).sum::<u64>();
-        other += 4 * (norms + model.linear_attention_values() as u64);
+        other += 4 * (norms + model.other_values() as u64);
         Self { blocks, other }
     }
 

@@ -7,10 +7,11 @@ use burn_qlora::qlora_models::{LinearRole, ModelConfig};
 use serde_json::{Map, Value, json};
 
 /// The models' own `config.json`, by the names that `--shape` takes.
-const SHAPES: [&str; 3] = [
+const SHAPES: [&str; 4] = [
     include_str!("../../../../testdata/llama_shapes.json"),
     include_str!("../../../../testdata/moe_shapes.json"),
     include_str!("../../../../testdata/linear_shapes.json"),
+    include_str!("../../../../testdata/gemma_shapes.json"),
 ];
 /// Contexts are what lengths are measured with, not what the models were made for.
 const CONTEXT: usize = 131_072;
@@ -61,7 +62,7 @@ pub(crate) fn flops(config: &ModelConfig, rows: usize, len: usize, recomputed: b
     });
     let blocks = weights(|role| role != LinearRole::Head) - experts;
     // One of two products: half of len x len scores, a multiplication and an addition for each feature of a head.
-    let heads = config.num_attention_heads * config.head_dim * config.attention_blocks();
+    let heads: usize = config.attended().map(|index| config.qkv_widths(index)[0]).sum();
     let scores = (rows * heads) as f64 * (len as f64).powi(2);
     let again = f64::from(u8::from(recomputed));
     let tokens = (rows * len) as f64;

@@ -1,7 +1,7 @@
 //! Which modules a model has: their paths, shapes and roles, in the order in which the decoder holds them.
 
 use super::ModelConfig;
-use super::blocks::{ExpertsConfig, LayerConfig, LinearAttentionConfig};
+use super::blocks::{AttentionKind, ExpertsConfig, LayerConfig, LinearAttentionConfig};
 use crate::ModelError;
 use crate::family::{ATTENTION_OUTPUT, Experts, Linear, MLP_OUTPUT, Norms, Root};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
@@ -77,12 +77,14 @@ impl ModelConfig {
             let spec = |(name, out)| self.projection(&block, name, [out, self.hidden_size], false);
             return names.projections.into_iter().zip(outputs).map(spec).collect();
         }
-        let mut widths = self.qkv_widths();
+        let mut widths = self.qkv_widths(index);
         if self.family.attention_gate {
             widths[0] *= 2;
         }
         let outputs = match self.family.qkv {
             [_] => vec![widths.iter().sum()],
+            // The key projection stands for that of values.
+            _ if self.attention(index).keys_are_values => widths[..2].to_vec(),
             _ => widths.to_vec(),
         };
         let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], self.qkv_bias);
@@ -95,10 +97,16 @@ impl ModelConfig {
         found.filter(|_| self.layers[index].linear)
     }
 
-    /// Widths of queries, keys and values.
-    pub fn qkv_widths(&self) -> [usize; 3] {
-        let keys = self.num_key_value_heads * self.head_dim;
-        [self.num_attention_heads * self.head_dim, keys, keys]
+    /// How a block attends, where it does not have linear attention.
+    pub fn attention(&self, index: usize) -> &AttentionKind {
+        &self.attention_kinds[self.layers[index].kind]
+    }
+
+    /// Widths of queries, keys and values of a block.
+    pub fn qkv_widths(&self, index: usize) -> [usize; 3] {
+        let AttentionKind { head_dim, num_key_value_heads, .. } = *self.attention(index);
+        let keys = num_key_value_heads * head_dim;
+        [self.num_attention_heads * head_dim, keys, keys]
     }
 
     /// Whether queries and keys are normalised after they are rotated.
@@ -112,7 +120,7 @@ impl ModelConfig {
             let [_, _, values] = config.widths();
             return self.projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
         }
-        let shape = [self.hidden_size, self.num_attention_heads * self.head_dim];
+        let shape = [self.hidden_size, self.num_attention_heads * self.attention(index).head_dim];
         self.projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
     }
 
@@ -262,10 +270,10 @@ impl ModelConfig {
         let norm = |name: &str, width| (format!("{block}.{name}"), width);
         let Norms { attention_input, attention_output, mlp_input, mlp_output } = self.family.norms;
         let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
-        let [q, k, _] = self.qkv_widths();
+        let [q, k, _] = self.qkv_widths(index);
         let linear = self.linear_attention(index);
         let qk = self.family.qk_norm.filter(|_| linear.is_none()).map(|qk| {
-            let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
+            let widths = if qk.whole { [q, k] } else { [self.attention(index).head_dim; 2] };
             std::array::from_fn(|i| norm(qk.names[i], widths[i]))
         });
         BlockNorms {

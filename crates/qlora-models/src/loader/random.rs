@@ -29,7 +29,7 @@ pub(super) struct Random {
     /// In 4 bits, where that is asked for.
     quantized: HashMap<[usize; 2], Vec<Quantized4bit>>,
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
-    /// By shape: what linear attention has beside projections, its norm as `[1, width]`.
+    /// By shape: what blocks have beside projections and norms; the norm of linear attention as `[1, width]`.
     linear: HashMap<Vec<usize>, Vec<bf16>>,
     /// The name of that norm.
     linear_norm: Option<&'static str>,
@@ -93,6 +93,10 @@ impl Random {
                 .or_insert_with(|| vec![bf16::from_f64(-2.0); linear.value_heads]);
             source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
             source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
+        }
+        if config.family.block_factor.is_some() {
+            source.linear.insert(vec![1], vec![bf16::ONE]);
+            source.total_bytes += 2 * config.num_hidden_layers as u64;
         }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);

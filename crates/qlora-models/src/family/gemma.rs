@@ -1,0 +1,119 @@
+//! Gemma 2, 3 and 4.
+
+use super::{
+    BASE, EmbeddingScale, Family, GlobalAttention, Local, Norms, Only, PER_HEAD, Rotary, ScoreScale, Sizes, Switch,
+    Window, Windowed,
+};
+use qlora_layers::ops::fused::Activation;
+
+/// Gemma 2: norms on both ends of a branch, soft caps, a window in every other block.
+pub(super) const GEMMA2: Family = Family {
+    model_type: "gemma2",
+    qkv_bias: Switch::Key("attention_bias"),
+    output_bias: Switch::Key("attention_bias"),
+    norms: Norms {
+        attention_input: Some("input_layernorm"),
+        attention_output: Some("post_attention_layernorm"),
+        mlp_input: Some("pre_feedforward_layernorm"),
+        mlp_output: Some("post_feedforward_layernorm"),
+    },
+    norm_offset: 1.0,
+    embedding_scale: EmbeddingScale::SqrtWidth,
+    activation: ("hidden_activation", Activation::GeluTanh),
+    score_scale: ScoreScale::Scalar("query_pre_attn_scalar", 256.0),
+    score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
+    logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
+    window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
+    sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
+    tied: true,
+    fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
+    // `hidden_activation` decides; early files have both.
+    harmless: &["hidden_act"],
+    ..BASE
+};
+
+/// Gemma 3: norms of queries and keys, and positions of their own for blocks with a window.
+pub(super) const GEMMA3_TEXT: Family = Family {
+    model_type: "gemma3_text",
+    qk_norm: Some(PER_HEAD),
+    // transformers has the key and does not use it.
+    score_softcap: None,
+    logit_softcap: Some(("final_logit_softcapping", None)),
+    window: Window { blocks: Windowed::AllButEvery(Some("sliding_window_pattern"), 6), ..GEMMA2.window },
+    rotary: Rotary { theta: 1_000_000.0, local: Some(Local::Theta("rope_local_base_freq", 10_000.0)), ..BASE.rotary },
+    // Sections of larger files leave out what equals these.
+    sizes: Sizes {
+        vocab_size: Some(262_208),
+        hidden_size: Some(2304),
+        intermediate_size: Some(9216),
+        num_hidden_layers: Some(26),
+        num_attention_heads: Some(8),
+        max_position_embeddings: 131_072,
+        ..GEMMA2.sizes
+    },
+    fixed: &[
+        ("use_bidirectional_attention", Only::Flag(false)),
+        ("mlp_bias", Only::Flag(false)),
+        ("attn_logit_softcapping", Only::Null),
+    ],
+    harmless: &["hidden_act", "_sliding_window_pattern"],
+    ..GEMMA2
+};
+
+/// Gemma 4. Blocks without a window have wider heads, of which a part is rotated, and may take their keys for values.
+pub(super) const GEMMA4_TEXT: Family = Family {
+    model_type: "gemma4_text",
+    qkv_bias: Switch::Key("attention_bias"),
+    output_bias: Switch::Key("attention_bias"),
+    qk_norm: Some(PER_HEAD),
+    norms: GEMMA2.norms,
+    embedding_scale: EmbeddingScale::SqrtWidth,
+    activation: ("hidden_activation", Activation::GeluTanh),
+    // Norms of queries and keys have learnt the scale.
+    score_scale: ScoreScale::One,
+    logit_softcap: Some(("final_logit_softcapping", None)),
+    window: Window { blocks: Windowed::AllButEveryAndLast(6), width: Some(512), switch: None },
+    rotary: Rotary {
+        theta: 1_000_000.0,
+        local: Some(Local::Theta("rope_local_base_freq", 10_000.0)),
+        proportional: Some(0.25),
+        ..BASE.rotary
+    },
+    sizes: Sizes {
+        vocab_size: Some(262_144),
+        hidden_size: Some(2304),
+        intermediate_size: Some(9216),
+        num_hidden_layers: Some(30),
+        num_attention_heads: Some(8),
+        num_key_value_heads: Some(4),
+        head_dim: Some(256),
+        max_position_embeddings: 131_072,
+    },
+    tied: true,
+    fixed: &[
+        // What is bidirectional then are images alone.
+        ("use_bidirectional_attention", Only::Text("vision")),
+        ("attn_logit_softcapping", Only::Null),
+        ("mlp_bias", Only::Flag(false)),
+        ("hidden_size_per_layer_input", Only::Number(0.0)),
+        ("num_kv_shared_layers", Only::Number(0.0)),
+        ("enable_moe_block", Only::Flag(false)),
+    ],
+    harmless: &["hidden_act", "vocab_size_per_layer_input", "use_double_wide_mlp", "expert_intermediate_size"],
+    global_attention: Some(GlobalAttention {
+        head_dim: ("global_head_dim", 512),
+        key_heads: "num_global_key_value_heads",
+        keys_are_values: "attention_k_eq_v",
+    }),
+    value_norm: true,
+    block_factor: Some("layer_scalar"),
+    ..BASE
+};
+
+/// The model that reads images and sound without encoders of their own.
+pub(super) const GEMMA4_UNIFIED_TEXT: Family = Family {
+    model_type: "gemma4_unified_text",
+    window: Window { width: Some(1024), ..GEMMA4_TEXT.window },
+    sizes: Sizes { max_position_embeddings: 262_144, ..GEMMA4_TEXT.sizes },
+    ..GEMMA4_TEXT
+};
