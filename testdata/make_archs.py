@@ -11,8 +11,8 @@ import shutil, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Gemma4UnifiedConfig,
-                          Gemma4UnifiedForConditionalGeneration, Mistral3Config,
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, Gemma4Config,
+                          Gemma4ForConditionalGeneration, Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration, Mistral3Config,
                           Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
 
 OUT, ROWS, LENGTH = Path(sys.argv[1]), 2, 24
@@ -94,6 +94,19 @@ SMALL = {
                                               layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True, final_logit_softcapping=6.0,
                                               rope_parameters=dict(sliding_attention=rope("default"),
                                                                    full_attention=rope("proportional", partial_rotary_factor=0.5, factor=4.0))), {}),
+    "gemma4_small": ("gemma4_text", dict(GEMMA4, tie_word_embeddings=True, head_dim=8, global_head_dim=12, num_hidden_layers=5, hidden_size=16, intermediate_size=12,
+                                         layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+                                         sliding_window=5, num_kv_shared_layers=3, use_double_wide_mlp=True, hidden_size_per_layer_input=6,
+                                         vocab_size_per_layer_input=41, num_key_value_heads=1), {}),
+    "gemma4_images": ("gemma4", dict(head_dim=6, global_head_dim=10, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=3, hidden_size=18,
+                                     intermediate_size=20, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=4,
+                                     num_kv_shared_layers=1, hidden_size_per_layer_input=4, vocab_size_per_layer_input=43, tie_word_embeddings=True), {}),
+    "gemma4_moe": ("gemma4_text", dict(GEMMA4, tie_word_embeddings=True, head_dim=6, global_head_dim=8, num_attention_heads=2, num_key_value_heads=2, hidden_size=20,
+                                       num_global_key_value_heads=1, attention_k_eq_v=True, enable_moe_block=True, num_experts=5, top_k_experts=2,
+                                       moe_intermediate_size=12, intermediate_size=10, layer_types=["sliding_attention", "full_attention"], sliding_window=6), {}),
+    "gemma4_moe_images": ("gemma4", dict(hidden_size_per_layer_input=0, tie_word_embeddings=True, head_dim=4, global_head_dim=8, num_attention_heads=3, num_key_value_heads=1,
+                                         hidden_size=16, enable_moe_block=True, num_experts=4, top_k_experts=3, moe_intermediate_size=8, intermediate_size=14,
+                                         layer_types=["full_attention", "full_attention"], final_logit_softcapping=5.0), {}),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
 }
 
@@ -107,6 +120,12 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
         return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    if kind == "gemma4":
+        vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=4, patch_size=2,
+                      position_embedding_size=4)
+        config = Gemma4Config(text_config=more, vision_config=vision, tie_word_embeddings=True, boi_token_id=38, eoi_token_id=38, image_token_id=39,
+                              video_token_id=39, boa_token_id=40, eoa_token_index=40, audio_token_id=40)
+        return Gemma4ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
     if kind == "gemma4_unified":
         vision = dict(patch_size=4, mm_embed_dim=8, mm_posemb_size=4, output_proj_dims=24)
         config = Gemma4UnifiedConfig(text_config=more, vision_config=vision, audio_config=dict(audio_embed_dim=8), tie_word_embeddings=more["tie_word_embeddings"],
@@ -133,6 +152,8 @@ for name, (kind, more, how) in MODELS.items():
                 p.normal_(0, 0.3)  # routers that tell experts apart
             elif p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.2)
+                if kind.startswith("gemma4") and path.endswith("q_norm.weight"):
+                    p.mul_(0.3)  # it holds the scale of scores
             else:
                 p.mul_(4.0)
             p.copy_(p.bfloat16().float())

@@ -255,7 +255,7 @@ fn prefill(model: &Decoder, device: &Device) -> Result<[f64; 2]> {
     let training = || -> Result<()> {
         let pass = burn_qlora::Pass::INFERENCE;
         let x =
-            model.blocks().iter().fold(model.embed(&ids, pass), |x, block| model.run_block(block, x, &sequence, pass));
+            model.blocks().iter().fold(model.begin(&sequence, &ids, pass), |x, block| model.run_block(block, x, &sequence, pass));
         drop(x);
         Ok(device.sync()?)
     };

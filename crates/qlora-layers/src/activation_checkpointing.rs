@@ -15,6 +15,9 @@
 //! - A block may change the sum before it leaves the block; then the gradient goes through the second branch, its residual and what
 //!   follows as one.
 //!
+//! - Blocks may read more than the block before them, such as keys of an earlier block. What is read is a leaf where it is read, and the
+//!   gradients that come together in it go into the graph of the block that made it, beside that of its branch.
+//!
 //! - The second branch works on each token alone, so long batches go through it in parts: what it holds at a time, more
 //!   than attention does, stops growing with the length.
 //!
@@ -24,7 +27,7 @@
 
 use crate::Pass;
 use crate::offload::{Pace, Parked};
-use crate::ops::{AttentionResult, backward_from};
+use crate::ops::{AttentionResult, backward_from, backward_from_all};
 use crate::streamed::{BlockHome, Order};
 use burn::tensor::{Gradients, Tensor};
 use host_copies::DeviceError;
@@ -164,6 +167,14 @@ pub trait ResidualBlock {
     fn ending(&self, x: Tensor<2>, _start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         x.clone() + self.feed_forward(x, pass, purpose)
     }
+
+    /// What the first branch gave beside its result when it was last recorded, for later blocks to read, and its gradients.
+    fn handed_on(&self) -> Vec<(Tensor<2>, Tensor<2>)> {
+        Vec::new()
+    }
+
+    /// Takes the gradients of what the block read beside its input.
+    fn collect_read(&self, _grads: &mut Gradients) {}
 
     /// Both, with their residuals.
     ///
@@ -395,9 +406,11 @@ pub fn backward<B: ResidualBlock>(
                     kept.push(started(next, &mut pace, &grad)?);
                 }
                 if output.is_tracked() {
-                    let mut grads = trace_span!("gradient").in_scope(|| backward_from(output, grad));
+                    let all = || backward_from_all((output, grad), block.handed_on());
+                    let mut grads = trace_span!("gradient").in_scope(all);
                     // The residual connection passes on what a block's branches don't.
                     grad = input.grad_remove(&mut grads).unwrap_or_else(|| input.without_autodiff().zeros_like());
+                    block.collect_read(&mut grads);
                     collect(index, block, &mut grads);
                 }
                 continue;
@@ -428,6 +441,7 @@ pub fn backward<B: ResidualBlock>(
             first = first.start_upload()?;
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, of_part(&grad)));
             through.extend(middle.grad_remove(&mut grads));
+            block.collect_read(&mut grads);
             collect(index, block, &mut grads);
         }
         drop(middle);
@@ -452,7 +466,9 @@ pub fn backward<B: ResidualBlock>(
             kept.push(started(next, &mut pace, &grad)?);
         }
         if branch.is_tracked() {
-            let mut grads = trace_span!("gradient").in_scope(|| backward_from(branch, grad.clone()));
+            let all = || backward_from_all((branch, grad.clone()), block.handed_on());
+            let mut grads = trace_span!("gradient").in_scope(all);
+            block.collect_read(&mut grads);
             if let Some(through) = input.grad_remove(&mut grads) {
                 grad = grad + through;
             }

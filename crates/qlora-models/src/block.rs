@@ -1,13 +1,16 @@
 //! One decoder block: attention, full or linear, and an MLP or experts, each over a normalised input and added to it.
 
+use crate::beside::{self, Beside};
 use crate::config::{BlockNorms, ModelConfig};
 use crate::delta_net::DeltaNet;
+use crate::layer_inputs::LayerInput;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
+use crate::passed::{Graph, KeysAndValues};
 use crate::sequence::Sequence;
-use burn::tensor::Tensor;
+use burn::tensor::{Gradients, Tensor};
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::{Activation, gated, rotate};
 use qlora_layers::ops::{attention, attention_again, attention_keeping};
@@ -22,6 +25,17 @@ pub(crate) enum FeedForward {
 }
 
 impl FeedForward {
+    /// The MLP, and the experts in its place or beside it.
+    pub fn parts_mut<'a>(
+        &'a mut self,
+        beside: &'a mut Option<Beside>,
+    ) -> (Option<&'a mut Mlp>, Option<&'a mut Moe>) {
+        match self {
+            Self::Dense(mlp) => (Some(mlp), beside.as_mut().map(|beside| &mut beside.moe)),
+            Self::Experts(moe) => (None, Some(moe)),
+        }
+    }
+
     /// With `gradients_only` the result may be uninitialised; see [`LoraLinear::record`].
     ///
     /// # Shapes
@@ -47,9 +61,13 @@ pub struct Block {
     pub(crate) delta: Option<DeltaNet>,
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
+    /// Experts beside the MLP, if there are any.
+    pub(crate) beside: Option<Beside>,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
     /// The norm of each head of the values, which has no weight of its own.
     pub(crate) value_norm: Option<RmsNorm>,
+    /// What the block makes of an input of its own, if it has one.
+    pub(crate) layer_input: Option<LayerInput>,
     /// What all of the block's output is multiplied by, where that is not 1.
     pub(crate) factor: Option<f64>,
     /// Where the frozen weights are, unless the device has them all the time.
@@ -69,12 +87,11 @@ impl Block {
 
     /// [`linears`](Self::linears), their paths not copied.
     pub(crate) fn named_linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
-        let (mlp, experts) = match &self.feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.linears())),
-        };
+        let mlp = self.mlp().map(Mlp::linears);
+        let experts = self.experts().map(Moe::linears);
         let attention = self.qkv.iter().chain([&self.output]);
-        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten())
+        let own = self.layer_input.iter().flat_map(LayerInput::linears);
+        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).chain(own)
     }
 
     /// The linear layers with their paths in the model.
@@ -99,21 +116,26 @@ impl Block {
     pub(crate) fn parts_mut(
         &mut self,
     ) -> (impl Iterator<Item = (String, &mut LoraLinear)>, impl Iterator<Item = (String, &mut RmsNorm)>) {
-        let Self { qkv, output, feed_forward, norms, .. } = self;
-        let (mlp, experts) = match feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.linears_mut())),
-        };
+        let Self { qkv, output, feed_forward, beside, layer_input, norms, .. } = self;
+        let (mlp, experts) = feed_forward.parts_mut(beside);
+        let (mlp, experts) = (mlp.map(Mlp::linears_mut), experts.map(Moe::linears_mut));
         let attention = qkv.iter_mut().chain([output]);
-        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        let own = layer_input.iter_mut().flat_map(LayerInput::linears_mut);
+        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).chain(own);
         (linears.map(Named::pair_mut), norms.as_mut().into_iter().map(Named::pair_mut))
     }
 
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
     fn feed_forward_branch(&self, x: Tensor<2>, config: &ModelConfig, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        let h = input(&self.norms.mlp_input, x, pass);
-        let run = |gradients_only| self.feed_forward.forward(h, pass, gradients_only);
+        let h = input(&self.norms.mlp_input, x.clone(), pass);
+        let run = |gradients_only| match (&self.beside, &self.norms.beside) {
+            (Some(beside), Some(norms)) => {
+                let mlp = self.feed_forward.forward(h, pass, false);
+                beside.joined(beside::modules(norms), x, mlp, pass)
+            }
+            _ => self.feed_forward.forward(h, pass, gradients_only),
+        };
         scaled(normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only()), config)
     }
 
@@ -124,6 +146,7 @@ impl Block {
         x: Tensor<2>,
         config: &ModelConfig,
         sequence: &Sequence,
+        graph: Graph,
         pass: Pass,
         purpose: Purpose<'_>,
     ) -> Tensor<2> {
@@ -135,21 +158,26 @@ impl Block {
         }
         let (view, kind) = (&sequence.views[self.kind], &config.attention_kinds[self.kind]);
         let (rope, head_dim) = (&kind.rope, kind.head_dim);
-        let ([q, k, v], gate) = self.project(h, config, pass);
-        let v = self.normalised_values(v);
+        let (q, own, gate) = self.project(h, config, pass);
         let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
             _ => rotate(rope.paired(x, head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
         };
-        let (q, k) = match &self.norms.qk {
-            Some([q_norm, k_norm]) => {
-                let each = |x: Tensor<2>, norm: &Named<RmsNorm>| match config.normalises_rotated() {
-                    true => norm.module.forward_heads(rotated(x), pass),
-                    false => rotated(norm.module.forward_heads(x, pass)),
-                };
-                (each(q, q_norm), each(k, k_norm))
+        let placed = |x: Tensor<2>, norm: &Option<Named<RmsNorm>>| match norm {
+            Some(norm) if config.normalises_rotated() => norm.module.forward_heads(rotated(x), pass),
+            Some(norm) => rotated(norm.module.forward_heads(x, pass)),
+            None => rotated(x),
+        };
+        let q = placed(q, &self.norms.query);
+        let [k, v] = match (config.layer(self.index).keys_from, own) {
+            (None, Some([k, v])) => {
+                let made = [placed(k, &self.norms.key), self.normalised_values(v)];
+                if config.hands_on_keys(self.index) {
+                    sequence.passed.hand_on(self.index, &made, graph);
+                }
+                made
             }
-            None => (rotated(q), rotated(k)),
+            (from, _) => sequence.passed.keys_of(from.unwrap_or(self.index), graph),
         };
         let q = match &view.query_growth {
             Some(factors) => {
@@ -217,6 +245,27 @@ impl Block {
         }
     }
 
+    /// The MLP, if the block has one.
+    pub(crate) fn mlp(&self) -> Option<&Mlp> {
+        match &self.feed_forward {
+            FeedForward::Dense(mlp) => Some(mlp),
+            FeedForward::Experts(_) => None,
+        }
+    }
+
+    /// The experts, in the place of the MLP or beside it.
+    pub(crate) fn experts(&self) -> Option<&Moe> {
+        match &self.feed_forward {
+            FeedForward::Experts(moe) => Some(moe),
+            FeedForward::Dense(_) => self.beside.as_ref().map(|beside| &beside.moe),
+        }
+    }
+
+    /// The experts, in the place of the MLP or beside it.
+    pub(crate) fn experts_mut(&mut self) -> Option<&mut Moe> {
+        self.feed_forward.parts_mut(&mut self.beside).1
+    }
+
     /// The projections of queries, keys and values, or the one that holds them all.
     pub(crate) fn qkv(&self) -> Vec<&LoraLinear> {
         self.qkv.iter().map(|layer| &layer.module).collect()
@@ -224,36 +273,45 @@ impl Block {
 
     /// The first projections of a dense MLP.
     pub(crate) fn gate_up(&self) -> Vec<&LoraLinear> {
-        match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.gate_up.iter().map(|layer| &layer.module).collect(),
-            FeedForward::Experts(_) => Vec::new(),
-        }
+        self.mlp().map_or(Vec::new(), |mlp| mlp.gate_up.iter().map(|layer| &layer.module).collect())
     }
 
     /// The last projection of a dense MLP.
     pub(crate) fn down(&self) -> Vec<&LoraLinear> {
-        match &self.feed_forward {
-            FeedForward::Dense(mlp) => vec![&mlp.down.module],
-            FeedForward::Experts(_) => Vec::new(),
-        }
+        self.mlp().map_or(Vec::new(), |mlp| vec![&mlp.down.module])
     }
 
-    /// Queries, keys and values, each `[tokens, heads * head_dim]`, and the gate of what attention gives, as queries.
-    fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> ([Tensor<2>; 3], Option<Tensor<2>>) {
-        let [q, k, v] = match &self.qkv[..] {
-            [q, k, v] => [
-                q.module.forward_in(h.clone(), pass),
-                k.module.forward_in(h.clone(), pass),
-                v.module.forward_in(h, pass),
-            ],
-            [q, k] => {
-                let k = k.module.forward_in(h.clone(), pass);
-                [q.module.forward_in(h, pass), k.clone(), k]
-            }
-            fused => split_qkv(fused[0].module.forward_in(h, pass), config.qkv_widths(self.index)),
-        };
+    /// Queries, keys and values, each `[tokens, heads * head_dim]`, the latter two unless those of an earlier block are taken, and the
+    /// gate of what attention gives, as queries.
+    fn project(
+        &self,
+        h: Tensor<2>,
+        config: &ModelConfig,
+        pass: Pass,
+    ) -> (Tensor<2>, Option<KeysAndValues>, Option<Tensor<2>>) {
+        let outputs = self.qkv.iter().map(|layer| layer.module.forward_in(h.clone(), pass)).collect();
+        let (q, keys) = queries_keys_values(outputs, config, self.index);
         let (q, gate) = split_gate(q, config, config.attention(self.index).head_dim);
-        ([q, k, v], gate)
+        (q, keys, gate)
+    }
+}
+
+/// Queries, and keys and values where the block has its own, out of what its projections gave: three, keys that are values too, queries
+/// alone, or one that holds all three.
+pub(crate) fn queries_keys_values(
+    mut outputs: Vec<Tensor<2>>,
+    config: &ModelConfig,
+    index: usize,
+) -> (Tensor<2>, Option<KeysAndValues>) {
+    let q = outputs.remove(0);
+    match (outputs.pop(), outputs.pop()) {
+        (Some(v), Some(k)) => (q, Some([k, v])),
+        (Some(k), None) => (q, Some([k.clone(), k])),
+        _ if config.layer(index).keys_from.is_some() => (q, None),
+        _ => {
+            let [q, k, v] = split_qkv(q, config.qkv_widths(index));
+            (q, Some([k, v]))
+        }
     }
 }
 
@@ -269,7 +327,7 @@ pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig, width: usize) -> (T
 }
 
 /// Queries, keys and values out of one projection's `[tokens, ..]`, which holds them in this order.
-pub(crate) fn split_qkv(all: Tensor<2>, [q, k, v]: [usize; 3]) -> [Tensor<2>; 3] {
+fn split_qkv(all: Tensor<2>, [q, k, v]: [usize; 3]) -> [Tensor<2>; 3] {
     [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
 }
 
@@ -314,6 +372,14 @@ pub struct BlockInPass<'a> {
     pub block: &'a Block,
     pub(crate) config: &'a ModelConfig,
     pub(crate) sequence: &'a Sequence,
+    /// Whether it is recorded without the other blocks.
+    pub(crate) is_apart: bool,
+}
+
+impl BlockInPass<'_> {
+    fn graph(&self, pass: Pass) -> Graph {
+        if self.is_apart { Graph::Apart { tracked: pass.tracked } } else { Graph::Whole }
+    }
 }
 
 impl ResidualBlock for BlockInPass<'_> {
@@ -322,7 +388,7 @@ impl ResidualBlock for BlockInPass<'_> {
     }
 
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.block.attention_branch(x, self.config, self.sequence, pass, purpose)
+        self.block.attention_branch(x, self.config, self.sequence, self.graph(pass), pass, purpose)
     }
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
@@ -330,10 +396,25 @@ impl ResidualBlock for BlockInPass<'_> {
     }
 
     fn has_ending(&self) -> bool {
-        self.block.factor.is_some()
+        self.block.factor.is_some() || self.block.layer_input.is_some()
     }
 
-    fn ending(&self, x: Tensor<2>, _start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.block.multiplied(x.clone() + self.feed_forward(x, pass, purpose))
+    fn ending(&self, x: Tensor<2>, start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        let Some(own) = &self.block.layer_input else {
+            return self.block.multiplied(x.clone() + self.feed_forward(x, pass, purpose));
+        };
+        let sum = x.clone() + self.feed_forward(x, pass, Purpose::Result);
+        let input = self.sequence.passed.input_of(self.block.index, start, sum.dims()[0], self.graph(pass));
+        let run = |_| own.forward(sum.clone(), input, pass);
+        let added = normalised(&self.block.norms.layer_input, run, pass, false);
+        self.block.multiplied(sum + added)
+    }
+
+    fn handed_on(&self) -> Vec<(Tensor<2>, Tensor<2>)> {
+        self.sequence.passed.handed_on(self.block.index)
+    }
+
+    fn collect_read(&self, grads: &mut Gradients) {
+        self.sequence.passed.collect(grads);
     }
 }

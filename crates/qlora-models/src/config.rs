@@ -18,10 +18,10 @@ use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
 use crate::rope::RopeScaling;
 pub use accepted::accept_keys;
 use adapter_io::{BnbConfig, Checkpoint};
-pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
+pub use blocks::{AttentionKind, ExpertsConfig, LayerInputsConfig, LinearAttentionConfig};
 use blocks::{KeyHeads, LayerConfig};
 use fields::Fields;
-pub(crate) use modules::{BlockNorms, ExpertsSpecs};
+pub(crate) use modules::{BlockNorms, ExpertsSpecs, LayerInputsSpec};
 pub use modules::{LinearRole, LinearSpec};
 use qlora_layers::ops::fused::Activation;
 use serde_json::Value;
@@ -70,6 +70,8 @@ pub struct ModelConfig {
     pub linear: Option<LinearAttentionConfig>,
     /// Mixture of experts, if there is one.
     pub experts: Option<ExpertsConfig>,
+    /// Inputs of each block beside the block before it, if there are any.
+    pub layer_inputs: Option<LayerInputsConfig>,
     /// Whether the output head is the embedding table.
     pub tie_word_embeddings: bool,
     /// The longest context the model was made for.
@@ -179,12 +181,18 @@ impl ModelConfig {
         let head_dims = heads.map(|heads| heads.head_dim);
         let ropes = rope::read(fields, family, &rope::Sizes { head_dims, max_position_embeddings })?;
         let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, heads)?;
-        let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
-        let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
+        let beside = family.beside.map(|names| fields.flag(names.switch)).transpose()?;
+        let has_experts = beside.is_none_or(|switch| switch.unwrap_or(false));
+        let expert_names = family.experts.filter(|_| has_experts);
+        let experts = expert_names.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
+        let sparse = blocks::sparse(fields, expert_names.as_ref(), num_hidden_layers)?;
         let (linear, is_linear) = match &family.linear {
             Some(names) => blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), is))?,
             None => (None, vec![false; num_hidden_layers]),
         };
+        let keys_from = blocks::shared_keys(fields, family, &kinds)?;
+        let layer_inputs = blocks::layer_inputs(fields, family)?;
+        let wide = family.wide_mlp.map(|key| fields.flag(key)).transpose()?.flatten().unwrap_or(false);
         let factor = |key: Option<&str>| -> Result<Option<f64>, ModelError> {
             Ok(key.map(|key| fields.number(key)).transpose()?.flatten().filter(|factor| *factor != 1.0))
         };
@@ -221,6 +229,7 @@ impl ModelConfig {
             attention_kinds,
             linear,
             experts,
+            layer_inputs,
             tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
@@ -230,7 +239,10 @@ impl ModelConfig {
                 .into_iter()
                 .zip(sparse)
                 .zip(is_linear)
-                .map(|((kind, sparse), linear)| LayerConfig { kind, sparse, linear })
+                .zip(keys_from)
+                .map(|(((kind, sparse), linear), keys_from)| {
+                    LayerConfig { kind, sparse, linear, keys_from, wide: wide && keys_from.is_some() }
+                })
                 .collect(),
             dense: Vec::new(),
             qkv_bias: fields.switch(family.qkv_bias)?,
@@ -246,21 +258,39 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Blocks with keys and values, which a token adds to; blocks with linear attention have a state of one size.
+    /// Blocks with attention; the others have linear attention, with a state of one size.
     pub fn attention_blocks(&self) -> usize {
         self.attended().count()
     }
 
-    /// The numbers of the blocks with keys and values.
+    /// The numbers of the blocks with attention.
     pub fn attended(&self) -> impl Iterator<Item = usize> {
         (0..).zip(&self.layers).filter(|(_, layer)| !layer.linear).map(|(index, _)| index)
     }
 
-    /// What blocks have beside projections and norms, all of it held in f32: of linear attention, and factors of blocks.
+    /// The numbers of the blocks with keys and values of their own, which a token adds to.
+    pub fn with_keys(&self) -> impl Iterator<Item = usize> {
+        self.attended().filter(|index| self.layers[*index].keys_from.is_none())
+    }
+
+    /// Whether later blocks take a block's keys and values.
+    pub(crate) fn hands_on_keys(&self, index: usize) -> bool {
+        self.layers.iter().any(|layer| layer.keys_from == Some(index))
+    }
+
+    /// Whether there are blocks that take the keys and values of others.
+    pub(crate) fn shares_keys(&self) -> bool {
+        self.layers.iter().any(|layer| layer.keys_from.is_some())
+    }
+
+    /// What blocks have beside projections and norms, all of it held in f32: of linear attention, factors of blocks, and those of routers and
+    /// experts beside an MLP.
     pub fn other_values(&self) -> usize {
         let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
         let factors = if self.family.block_factor.is_some() { self.num_hidden_layers } else { 0 };
-        (self.num_hidden_layers - self.attention_blocks()) * of_block + factors
+        let of_router = self.experts.filter(|_| self.family.beside.is_some());
+        let of_routers = of_router.map_or(0, |experts| (self.hidden_size + experts.count) * self.num_hidden_layers);
+        (self.num_hidden_layers - self.attention_blocks()) * of_block + factors + of_routers
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

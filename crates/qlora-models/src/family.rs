@@ -10,6 +10,7 @@ mod hybrid;
 mod wrappers;
 
 use crate::rope::Pairs;
+pub(crate) use gemma::{BesideNames, GlobalAttention, LayerInputNames};
 pub(crate) use hybrid::Linear;
 use qlora_layers::ops::fused::Activation;
 pub(crate) use wrappers::{SECTION, Wrapper};
@@ -79,17 +80,14 @@ pub(crate) struct Family {
     pub value_norm: bool,
     /// A number in the checkpoint that all of a block's output is multiplied by.
     pub block_factor: Option<&'static str>,
-}
-
-/// Keys with the heads of blocks without a window. `per_layer_config`, which transformers 5 writes, goes before the first two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct GlobalAttention {
-    /// The width of a head, and what it is when absent.
-    pub head_dim: (&'static str, usize),
-    /// Key and value heads where keys are values; those of the other blocks when absent.
-    pub key_heads: &'static str,
-    /// Whether the key projection gives the values too.
-    pub keys_are_values: &'static str,
+    /// The key with the number of the last blocks that take the keys and values of an earlier block.
+    pub shared_keys: Option<&'static str>,
+    /// The key that says that MLPs of those blocks are twice as wide.
+    pub wide_mlp: Option<&'static str>,
+    /// Where blocks have inputs of their own.
+    pub layer_inputs: Option<LayerInputNames>,
+    /// Where experts stand beside the MLP, and not in its place.
+    pub beside: Option<BesideNames>,
 }
 
 /// Where the parts of a language model lie.
@@ -386,6 +384,10 @@ const BASE: Family = Family {
     global_attention: None,
     value_norm: false,
     block_factor: None,
+    shared_keys: None,
+    wide_mlp: None,
+    layer_inputs: None,
+    beside: None,
 };
 
 const LLAMA: Family = Family {

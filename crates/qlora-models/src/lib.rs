@@ -9,6 +9,7 @@
 //! A model takes and gives token ids; `chat-text` makes them of text.
 
 pub mod adapters;
+mod beside;
 mod block;
 mod config;
 mod decoder;
@@ -20,12 +21,14 @@ mod family;
 mod held;
 mod kernel_cache;
 mod kv_cache;
+mod layer_inputs;
 mod loader;
 mod mlp;
 mod moe;
 mod named;
 mod norm;
 mod paged;
+mod passed;
 mod probe;
 mod recorded;
 mod rope;
@@ -36,7 +39,7 @@ mod streamed;
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
-    AttentionKind, ExpertsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig, accept_keys,
+    AttentionKind, ExpertsConfig, LayerInputsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig, accept_keys,
 };
 pub use decoder::Decoder;
 pub use device::{

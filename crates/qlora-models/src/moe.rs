@@ -36,6 +36,8 @@ pub(crate) struct Moe {
     pub per_token: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
+    /// `[experts]`, f32: what the weights of each expert are multiplied by, where that is not 1.
+    pub expert_scale: Option<Tensor<1>>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
     stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
     /// Adapters that were taken off the experts' layers.
@@ -45,7 +47,8 @@ pub(crate) struct Moe {
 impl Moe {
     /// Experts whose weights are brought into one memory if they can be.
     pub fn new(router: Named<LoraLinear>, experts: Vec<Mlp>, per_token: usize, normalise: bool) -> Self {
-        let mut moe = Self { router, experts, per_token, normalise, stacks: None, joined: Box::default() };
+        let (expert_scale, stacks, joined) = Default::default();
+        let mut moe = Self { router, experts, per_token, normalise, expert_scale, stacks, joined };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
         moe
@@ -56,7 +59,12 @@ impl Moe {
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
-        let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
+        self.forward_routed(x.clone(), x, pass, gradients_only)
+    }
+
+    /// [`forward`](Self::forward) where the router reads something else than the experts do.
+    pub fn forward_routed(&self, router_input: Tensor<2>, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+        let logits = self.router.module.forward_in(router_input, pass).cast(FloatDType::F32);
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
             Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
             None if self.is_joined() => self.clone().parted().run_one_by_one(x, logits, pass),
@@ -74,6 +82,7 @@ impl Moe {
     ) -> Tensor<2> {
         let routing = route(logits.clone(), self.per_token);
         let weights = expert_weights(logits, &routing, self.normalise);
+        let weights = self.scaled(weights, routing.chosen());
         let projections =
             [0, 1, 2].map(|i| stacks[i].projection(self.joined[i].as_ref().map(|joined| &joined.module), pass));
         expert_mlp(x, weights, &routing, projections, self.experts[0].activation, gradients_only)
@@ -87,11 +96,13 @@ impl Moe {
             return x.mul_scalar(f32::NAN);
         };
         let routes = Routes::choose(&scores, self.experts.len(), self.per_token);
-        let chosen = softmax(logits, 1).gather(1, int_tensor(routes.chosen, [tokens, self.per_token], &device));
+        let which = int_tensor(routes.chosen, [tokens, self.per_token], &device);
+        let chosen = softmax(logits, 1).gather(1, which.clone());
         let weights = match self.normalise {
             true => chosen.clone() / chosen.sum_dim(1),
             false => chosen,
         };
+        let weights = self.scaled(weights, which);
         let outputs = self.experts.iter().zip(routes.groups).filter(|(_, group)| !group.is_empty());
         let outputs = outputs.map(|(expert, group)| {
             let len = group.len();
@@ -101,6 +112,13 @@ impl Moe {
         let rows = outputs.select(0, int_tensor(routes.rows, [tokens * self.per_token], &device));
         let rows = rows.cast(FloatDType::F32).reshape([tokens, self.per_token, hidden]);
         (rows * weights.unsqueeze_dim::<3>(2)).sum_dim(1).reshape([tokens, hidden]).cast(dtype)
+    }
+
+    /// The weights of each token's experts with those experts' factors.
+    fn scaled(&self, weights: Tensor<2>, chosen: Tensor<2, Int>) -> Tensor<2> {
+        let Some(scale) = &self.expert_scale else { return weights };
+        let [tokens, per_token] = weights.dims();
+        weights * scale.clone().select(0, chosen.reshape([tokens * per_token])).reshape([tokens, per_token])
     }
 
     /// Every expert's layer of one projection.

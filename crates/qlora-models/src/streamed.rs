@@ -1,7 +1,10 @@
 //! Which blocks' frozen weights stay on the device, and which come when they are needed ([`qlora_layers::streamed`]).
 
-use crate::block::{Block, FeedForward};
+use crate::block::Block;
 use crate::decoder::Decoder;
+use crate::layer_inputs::LayerInput;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
 use burn::tensor::{Int, Tensor};
 use host_copies::DeviceError;
 use qlora_layers::streamed::{BlockHome, BlockStore, Order, Streaming};
@@ -50,19 +53,14 @@ impl fmt::Debug for Streams {
 impl Block {
     /// Whether its frozen weights can be streamed.
     pub(crate) fn can_stream(&self) -> bool {
-        match &self.feed_forward {
-            FeedForward::Dense(_) => true,
-            FeedForward::Experts(moe) => moe.can_stream(),
-        }
+        self.experts().is_none_or(Moe::can_stream)
     }
 
     /// Its 4-bit weights beside those of experts.
     fn weights(&self) -> impl Iterator<Item = &Linear4bit> {
-        let mlp = match &self.feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp.linears()),
-            FeedForward::Experts(_) => None,
-        };
-        let linears = self.qkv.iter().chain([&self.output]).chain(mlp.into_iter().flatten());
+        let mlp = self.mlp().map(Mlp::linears);
+        let own = self.layer_input.iter().flat_map(LayerInput::linears);
+        let linears = self.qkv.iter().chain([&self.output]).chain(mlp.into_iter().flatten()).chain(own);
         linears.filter_map(|linear| match &linear.module.base {
             FrozenLinear::Quantized(base) => Some(base),
             FrozenLinear::Dense(_) => None,
@@ -70,11 +68,9 @@ impl Block {
     }
 
     fn weights_mut(&mut self) -> impl Iterator<Item = &mut Linear4bit> {
-        let mlp = match &mut self.feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp.linears_mut()),
-            FeedForward::Experts(_) => None,
-        };
-        let linears = self.qkv.iter_mut().chain([&mut self.output]).chain(mlp.into_iter().flatten());
+        let mlp = self.feed_forward.parts_mut(&mut self.beside).0.map(Mlp::linears_mut);
+        let own = self.layer_input.iter_mut().flat_map(LayerInput::linears_mut);
+        let linears = self.qkv.iter_mut().chain([&mut self.output]).chain(mlp.into_iter().flatten()).chain(own);
         linears.filter_map(|linear| match &mut linear.module.base {
             FrozenLinear::Quantized(base) => Some(base),
             FrozenLinear::Dense(_) => None,
@@ -84,7 +80,7 @@ impl Block {
     /// The words of its frozen weights.
     fn words(&self) -> Vec<Tensor<1, Int>> {
         let mut words: Vec<_> = self.weights().flat_map(Linear4bit::tensors).collect();
-        if let FeedForward::Experts(moe) = &self.feed_forward {
+        if let Some(moe) = self.experts() {
             words.extend(moe.words());
         }
         words
@@ -94,7 +90,7 @@ impl Block {
     pub(crate) fn move_to(&mut self, store: &mut dyn BlockStore) -> Result<(), LayerError> {
         store.push(self.words())?;
         self.weights_mut().for_each(Linear4bit::leave);
-        if let FeedForward::Experts(moe) = &mut self.feed_forward {
+        if let Some(moe) = self.experts_mut() {
             moe.leave();
         }
         Ok(())
@@ -104,7 +100,7 @@ impl Block {
     pub(crate) fn settle(&mut self, home: BlockHome) -> Result<(), LayerError> {
         let mut views = home.views();
         self.weights_mut().try_for_each(|weight| weight.settle(&mut views))?;
-        if let FeedForward::Experts(moe) = &mut self.feed_forward {
+        if let Some(moe) = self.experts_mut() {
             moe.settle(&mut views)?;
         }
         self.home = Some(home);

@@ -324,13 +324,17 @@ fn blocks_without_a_window_have_heads_of_their_own() {
     assert_eq!(of_block(5), expected.map(|(name, shape)| (name.to_string(), shape)));
 
     let sizes = text.as_object_mut().unwrap();
-    ["global_head_dim", "num_global_key_value_heads"].map(|key| sizes.remove(key));
+    for key in ["global_head_dim", "num_global_key_value_heads"] {
+        sizes.remove(key);
+    }
     let of_layers = (0..10).map(|i| ((6 * i + 5).to_string(), json!({"head_dim": 512, "num_key_value_heads": 4})));
     sizes.insert("per_layer_config".into(), Value::Object(of_layers.collect()));
     assert_eq!(of(&text).unwrap().attention_kinds, published.attention_kinds);
     // The keys' defaults: positions, and heads of 512, as many as in the other blocks.
     let sizes = text.as_object_mut().unwrap();
-    ["per_layer_config", "rope_parameters"].map(|key| sizes.remove(key));
+    for key in ["per_layer_config", "rope_parameters"] {
+        sizes.remove(key);
+    }
     let absent = of(&text).unwrap();
     assert_eq!((absent.attention_kinds[0].head_dim, absent.attention_kinds[0].num_key_value_heads), (512, 16));
     assert_eq!(absent.attention_kinds.iter().map(|kind| &kind.rope).collect::<Vec<_>>(), [&global.rope, &local.rope]);

@@ -46,6 +46,8 @@ pub struct Activations {
     /// The gradients of a block that was recorded.
     working_recorded: u64,
     logits: u64,
+    /// What blocks read beside the block before, and its gradients.
+    passed: u64,
     /// All that is trained, in f32: a part for each block.
     gradients: u64,
     /// Operations of a block's forward pass, and of those that run again after each kind of keeping.
@@ -74,13 +76,16 @@ impl Activations {
         let widest = widths().max_by_key(|widths| widths.iter().sum::<u64>()).unwrap_or_default();
         let widest_queries = widths().map(|[q, ..]| q).max().unwrap_or_default();
         // Each of a token's experts reads its own row and gives one back.
-        let intermediate = model.intermediate_size as u64;
-        let gated = |values: u64| {
+        let mlps = || (0..model.num_hidden_layers).map(|index| model.mlp_width(index) as u64);
+        let widest_mlp = mlps().max().unwrap_or_default();
+        let mean_mlp = mlps().sum::<u64>() / (model.num_hidden_layers as u64).max(1);
+        let gated_by = |values: u64, intermediate: u64| {
             model.experts.map_or(values * intermediate, |experts| {
                 let routed = experts.per_token as u64 * (values * experts.intermediate_size as u64 + 3 * hidden);
                 routed.max(values * intermediate)
             })
         };
+        let (gated, kept) = (|values| gated_by(values, widest_mlp), |values| gated_by(values, mean_mlp));
         // Linear attention: projections, what the convolution makes of them, normalised queries and keys, and outputs before and behind
         // norm and gate; then the gradients, states of every 64 tokens and corrections that its backward pass holds.
         let (linear, linear_back) = model.linear.map_or((0, 0), |linear| {
@@ -105,7 +110,7 @@ impl Activations {
                 let attention_back = bytes(2 * hidden) + (tokens * widest_queries * 4).max(bytes(linear_back));
                 let whole = bytes(first) + attention_back + of_part(second) + scores;
                 let by_branch = (bytes(2 * hidden) + of_part(second)).max(bytes(first) + attention_back) + scores;
-                let recorded = bytes(4 * hidden + mixer + gated(3)) + scores;
+                let recorded = bytes(4 * hidden + mixer + kept(3)) + scores;
                 (recorded, whole, by_branch, attention_back + bytes(gated(3)))
             }
         };
@@ -120,7 +125,7 @@ impl Activations {
             / blocks.max(1) as f64;
         // The last product of each branch need not run again.
         let output = (hidden * attention) as f64;
-        let down = gated(1) as f64 * hidden as f64;
+        let down = kept(1) as f64 * hidden as f64;
         let work = |weights: f64| 2.0 * weights.max(0.0) * tokens as f64;
         let scores_work = ATTENTION * 2.0 * len as f64 * attention as f64 * tokens as f64;
         Self {
@@ -134,6 +139,7 @@ impl Activations {
             working_by_branch,
             working_recorded,
             logits,
+            passed: 2 * bytes(model.passed_features() as u64),
             gradients: trained,
             forward: work(products) + scores_work,
             again: work(products - down) + scores_work,
@@ -175,7 +181,7 @@ impl Activations {
             // Most of what was kept is freed by the time its logits' memory would be needed again.
             let keeps_everything = all.iter().all(|policy| policy.keeps_everything());
             let most = if keeps_everything { kept.max(head) } else { kept + self.working.max(head) };
-            return most + self.gradients;
+            return most + self.gradients + self.passed;
         }
         let mut most = kept + head;
         let mut left = kept;
@@ -189,7 +195,7 @@ impl Activations {
             most = most.max(left + working + self.gradients * done / self.blocks);
             left -= self.kept(*policy);
         }
-        most + passing
+        most + passing + self.passed
     }
 
     /// Bytes that wait in the host's memory. Blocks beyond the policies have the last one.

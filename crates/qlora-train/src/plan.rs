@@ -132,7 +132,7 @@ impl Plan {
         }
         let quant = config.quantization.quant_config();
         let all_weights = WeightBytes::new(model, quant, width);
-        let embeddings = elements([model.vocab_size, model.hidden_size]);
+        let embeddings = model.table_values() as u64;
         // Held in f32, as norms are.
         let linear_attention = model.other_values() as u64;
         let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + linear_attention;

@@ -80,6 +80,19 @@ pub(crate) struct LayerConfig {
     pub sparse: bool,
     /// Whether it has linear attention in the place of attention.
     pub linear: bool,
+    /// The block whose keys and values it takes, if it has none of its own.
+    pub keys_from: Option<usize>,
+    /// Whether its MLP is twice as wide.
+    pub wide: bool,
+}
+
+/// Inputs of each block beside the block before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerInputsConfig {
+    /// Width of a block's input.
+    pub width: usize,
+    /// Tokens that have them.
+    pub words: usize,
 }
 
 const WINDOW: &str = "sliding_window";
@@ -203,6 +216,38 @@ fn checked(fields: &Fields, key: &str, queries: usize, heads: [KeyHeads; 2]) -> 
     }
 }
 
+/// The block whose keys and values each block takes: the last of its kind among those that have their own.
+pub(super) fn shared_keys(
+    fields: &Fields,
+    family: &Family,
+    kinds: &[usize],
+) -> Result<Vec<Option<usize>>, ModelError> {
+    let shared = family.shared_keys.map(|key| count(fields, key)).transpose()?.flatten().unwrap_or(0);
+    let Some(key) = family.shared_keys.filter(|_| shared > 0) else { return Ok(vec![None; kinds.len()]) };
+    let own = kinds.len().saturating_sub(shared);
+    let from = |index: usize| match index < own {
+        true => Ok(None),
+        false => match kinds[..own].iter().rposition(|kind| *kind == kinds[index]) {
+            Some(from) => Ok(Some(from)),
+            None => Err(fields.error(
+                key,
+                format!("is {shared} of {} layers: no earlier layer has keys for layer {index}", kinds.len()),
+            )),
+        },
+    };
+    (0..kinds.len()).map(from).collect()
+}
+
+/// Sizes of the blocks' own inputs.
+pub(super) fn layer_inputs(fields: &Fields, family: &Family) -> Result<Option<LayerInputsConfig>, ModelError> {
+    let Some(names) = &family.layer_inputs else { return Ok(None) };
+    let ((key, default), (words, default_words)) = (names.width, names.words);
+    let width = count(fields, key)?.unwrap_or(default);
+    fields.bounded(key, width, 1 << 16)?;
+    let words = fields.required(words, Some(default_words))?;
+    Ok((width > 0).then_some(LayerInputsConfig { width, words }))
+}
+
 /// Whether each block has rotary embeddings.
 fn rotated(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<bool>, ModelError> {
     let Some((list, interval, default)) = family.rotary.unrotated else { return Ok(vec![true; layers]) };
@@ -266,7 +311,7 @@ fn layer_types(fields: &Fields, layers: usize, other: &str) -> Result<Option<Vec
 fn count(fields: &Fields, key: &str) -> Result<Option<usize>, ModelError> {
     let read = |value: &serde_json::Value| {
         let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
-        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number of layers")))
+        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number from 0 on")))
     };
     fields.get(key).map(read).transpose()
 }

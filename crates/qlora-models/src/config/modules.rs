@@ -82,6 +82,7 @@ impl ModelConfig {
             widths[0] *= 2;
         }
         let outputs = match self.family.qkv {
+            _ if self.layers[index].keys_from.is_some() => widths[..1].to_vec(),
             [_] => vec![widths.iter().sum()],
             // The key projection stands for that of values.
             _ if self.attention(index).keys_are_values => widths[..2].to_vec(),
@@ -124,9 +125,49 @@ impl ModelConfig {
         self.projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
     }
 
+    /// Width of a block's MLP.
+    pub fn mlp_width(&self, index: usize) -> usize {
+        if self.layers[index].wide { 2 * self.intermediate_size } else { self.intermediate_size }
+    }
+
+    /// What makes the blocks' own inputs, if they have any.
+    pub(crate) fn layer_inputs_spec(&self) -> Option<LayerInputsSpec> {
+        let (sizes, [table, projection, norm]) = (self.layer_inputs?, self.family.layer_inputs?.model);
+        let (model, width) = (self.root().model, self.num_hidden_layers * sizes.width);
+        Some(LayerInputsSpec {
+            table: (format!("{model}.{table}"), [sizes.words, width]),
+            projection: self.projection(model, projection, [width, self.hidden_size], false),
+            norm: (format!("{model}.{norm}"), sizes.width),
+        })
+    }
+
+    /// Gate and projection of a block's own input.
+    pub(crate) fn layer_input_specs(&self, index: usize) -> Option<[LinearSpec; 2]> {
+        let (sizes, [gate, projection, _]) = (self.layer_inputs?, self.family.layer_inputs?.block);
+        let block = self.block_path(index);
+        Some([
+            self.projection(&block, gate, [sizes.width, self.hidden_size], false),
+            self.projection(&block, projection, [self.hidden_size, sizes.width], false),
+        ])
+    }
+
+    /// Features of a token that are held for the length of a pass beside the blocks' inputs: what blocks read of their own, and keys and
+    /// values that later blocks take.
+    pub fn passed_features(&self) -> usize {
+        let own = self.layer_inputs.map_or(0, |inputs| inputs.width * self.num_hidden_layers);
+        let keys = self.with_keys().filter(|index| self.hands_on_keys(*index));
+        own + keys.map(|index| 2 * self.qkv_widths(index)[1]).sum::<usize>()
+    }
+
+    /// Values of embedding tables: that of tokens, and that of the blocks' own inputs.
+    pub fn table_values(&self) -> usize {
+        let own = self.layer_inputs.map_or(0, |inputs| inputs.words * inputs.width * self.num_hidden_layers);
+        self.vocab_size * self.hidden_size + own
+    }
+
     /// Gate and input projection of the MLP, one linear layer or two, and its output projection.
     pub(crate) fn mlp_specs(&self, index: usize) -> (Vec<LinearSpec>, LinearSpec) {
-        let (block, width) = (self.block_path(index), self.intermediate_size);
+        let (block, width) = (self.block_path(index), self.mlp_width(index));
         let out = if self.family.gate_up.len() == 1 { 2 * width } else { width };
         let spec = |name: &&str| self.projection(&block, name, [out, self.hidden_size], self.mlp_bias);
         let down = self.projection(&block, MLP_OUTPUT, [self.hidden_size, width], self.mlp_bias);
@@ -191,21 +232,21 @@ impl ModelConfig {
 
     /// Every linear layer, in the order of [`Decoder::linears`](crate::Decoder::linears).
     pub fn linear_specs(&self) -> Vec<LinearSpec> {
-        let mut specs = Vec::new();
+        let mut specs: Vec<LinearSpec> = self.layer_inputs_spec().map(|spec| spec.projection).into_iter().collect();
         for index in 0..self.num_hidden_layers {
             specs.extend(self.qkv_specs(index));
             specs.push(self.output_spec(index));
-            match self.experts_specs(index) {
-                Some(found) => {
-                    specs.push(found.router);
-                    specs.extend(found.experts.into_iter().flatten());
-                }
-                None => {
-                    let (gate_up, down) = self.mlp_specs(index);
-                    specs.extend(gate_up);
-                    specs.push(down);
-                }
+            let experts = self.experts_specs(index);
+            if experts.is_none() || self.family.beside.is_some() {
+                let (gate_up, down) = self.mlp_specs(index);
+                specs.extend(gate_up);
+                specs.push(down);
             }
+            if let Some(found) = experts {
+                specs.push(found.router);
+                specs.extend(found.experts.into_iter().flatten());
+            }
+            specs.extend(self.layer_input_specs(index).into_iter().flatten());
         }
         if !self.tie_word_embeddings {
             specs.push(LinearSpec {
@@ -272,17 +313,23 @@ impl ModelConfig {
         let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
         let [q, k, _] = self.qkv_widths(index);
         let linear = self.linear_attention(index);
-        let qk = self.family.qk_norm.filter(|_| linear.is_none()).map(|qk| {
-            let widths = if qk.whole { [q, k] } else { [self.attention(index).head_dim; 2] };
-            std::array::from_fn(|i| norm(qk.names[i], widths[i]))
-        });
+        let qk = |i: usize| {
+            let names = self.family.qk_norm.filter(|_| linear.is_none())?;
+            let width = if names.whole { [q, k][i] } else { self.attention(index).head_dim };
+            Some(norm(names.names[i], width))
+        };
+        let beside = self.family.beside.filter(|_| self.layers[index].sparse).map(|names| names.norms);
+        let own_input = self.family.layer_inputs.filter(|_| self.layer_inputs.is_some());
         BlockNorms {
             attention_input: of_stream(attention_input),
-            qk,
+            query: qk(0),
+            key: qk(1).filter(|_| self.layers[index].keys_from.is_none()),
             linear: linear.map(|(config, names)| norm(names.norm, config.value_dim)),
             attention_output: of_stream(attention_output),
             mlp_input: of_stream(mlp_input),
             mlp_output: of_stream(mlp_output),
+            beside: beside.map(|names| names.map(|name| norm(name, self.hidden_size))),
+            layer_input: of_stream(own_input.map(|names| names.block[2])),
         }
     }
 
@@ -293,8 +340,8 @@ impl ModelConfig {
 
     /// Every norm with its width, in the order of [`Decoder::norms`](crate::Decoder::norms).
     pub fn norms(&self) -> Vec<(String, usize)> {
-        let mut norms: Vec<_> =
-            (0..self.num_hidden_layers).flat_map(|index| self.block_norms(index).into_iter()).collect();
+        let blocks = (0..self.num_hidden_layers).flat_map(|index| self.block_norms(index).into_iter());
+        let mut norms: Vec<_> = self.layer_inputs_spec().map(|spec| spec.norm).into_iter().chain(blocks).collect();
         norms.push(self.last_norm());
         norms
     }
@@ -304,58 +351,84 @@ impl ModelConfig {
 #[derive(Clone, Debug)]
 pub(crate) struct BlockNorms<T> {
     pub attention_input: Option<T>,
-    pub qk: Option<[T; 2]>,
+    pub query: Option<T>,
+    pub key: Option<T>,
     /// Of the heads that linear attention gives.
     pub linear: Option<T>,
     pub attention_output: Option<T>,
     pub mlp_input: Option<T>,
     pub mlp_output: Option<T>,
+    /// Of what an MLP gives that has experts beside it, and of what they read and give.
+    pub beside: Option<[T; 3]>,
+    /// Of what the block makes of its own input.
+    pub layer_input: Option<T>,
+}
+
+/// What makes the blocks' own inputs.
+pub(crate) struct LayerInputsSpec {
+    /// Path and shape.
+    pub table: (String, [usize; 2]),
+    pub projection: LinearSpec,
+    /// Path and width.
+    pub norm: (String, usize),
 }
 
 impl<T> BlockNorms<T> {
     pub fn try_map<U, E>(self, mut f: impl FnMut(T) -> Result<U, E>) -> Result<BlockNorms<U>, E> {
         Ok(BlockNorms {
             attention_input: self.attention_input.map(&mut f).transpose()?,
-            qk: match self.qk {
-                Some([q, k]) => Some([f(q)?, f(k)?]),
-                None => None,
-            },
+            query: self.query.map(&mut f).transpose()?,
+            key: self.key.map(&mut f).transpose()?,
             linear: self.linear.map(&mut f).transpose()?,
             attention_output: self.attention_output.map(&mut f).transpose()?,
             mlp_input: self.mlp_input.map(&mut f).transpose()?,
             mlp_output: self.mlp_output.map(&mut f).transpose()?,
+            beside: match self.beside {
+                Some([mlp, input, output]) => Some([f(mlp)?, f(input)?, f(output)?]),
+                None => None,
+            },
+            layer_input: self.layer_input.map(&mut f).transpose()?,
         })
     }
 
     pub fn into_iter(self) -> impl Iterator<Item = T> {
         self.attention_input
             .into_iter()
-            .chain(self.qk.into_iter().flatten())
+            .chain(self.query)
+            .chain(self.key)
             .chain(self.linear)
             .chain(self.attention_output)
             .chain(self.mlp_input)
             .chain(self.mlp_output)
+            .chain(self.beside.into_iter().flatten())
+            .chain(self.layer_input)
     }
 
     pub fn as_ref(&self) -> BlockNorms<&T> {
         BlockNorms {
             attention_input: self.attention_input.as_ref(),
-            qk: self.qk.as_ref().map(|[q, k]| [q, k]),
+            query: self.query.as_ref(),
+            key: self.key.as_ref(),
             linear: self.linear.as_ref(),
             attention_output: self.attention_output.as_ref(),
             mlp_input: self.mlp_input.as_ref(),
             mlp_output: self.mlp_output.as_ref(),
+            beside: self.beside.as_ref().map(|norms| norms.each_ref()),
+            layer_input: self.layer_input.as_ref(),
         }
     }
 
     pub fn as_mut(&mut self) -> BlockNorms<&mut T> {
         BlockNorms {
             attention_input: self.attention_input.as_mut(),
-            qk: self.qk.as_mut().map(|[q, k]| [q, k]),
+            query: self.query.as_mut(),
+            key: self.key.as_mut(),
             linear: self.linear.as_mut(),
             attention_output: self.attention_output.as_mut(),
             mlp_input: self.mlp_input.as_mut(),
             mlp_output: self.mlp_output.as_mut(),
+            beside: self.beside.as_mut().map(|norms| norms.each_mut()),
+            layer_input: self.layer_input.as_mut(),
         }
     }
 }

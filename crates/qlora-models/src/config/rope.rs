@@ -133,7 +133,7 @@ impl Outer<'_> {
     /// The part of a head that is rotated by the frequencies of the whole head.
     fn proportional(&self, theta: f64, part: f64, factor: f64, fields: &Fields) -> Result<Rope, ModelError> {
         let (turned, pairs) = (self.head_dim, (part * self.head_dim as f64 / 2.0) as usize);
-        if !turned.is_multiple_of(2) || !(1..=turned / 2).contains(&pairs) {
+        if !turned.is_multiple_of(2) || pairs > turned / 2 {
             let problem = format!("is {part}, {pairs} pairs of the {turned} dimensions of a head");
             return Err(fields.error("partial_rotary_factor", problem));
         }

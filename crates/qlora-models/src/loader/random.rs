@@ -52,6 +52,7 @@ impl Random {
             total_bytes: 0,
         };
         let mut dense = vec![[config.vocab_size, config.hidden_size]];
+        dense.extend(config.layer_inputs_spec().map(|spec| spec.table.1));
         for spec in config.linear_specs() {
             let [rows, columns] = spec.shape;
             if spec.bias {
@@ -97,6 +98,13 @@ impl Random {
         if config.family.block_factor.is_some() {
             source.linear.insert(vec![1], vec![bf16::ONE]);
             source.total_bytes += 2 * config.num_hidden_layers as u64;
+        }
+        if let Some(experts) = config.experts.filter(|_| config.family.beside.is_some()) {
+            // A router's factors have the width of the model, and are ones.
+            for width in [config.hidden_size, experts.count] {
+                source.linear.entry(vec![width]).or_insert_with(|| vec![bf16::ONE; width]);
+                source.total_bytes += 2 * (width * config.num_hidden_layers) as u64;
+            }
         }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);
