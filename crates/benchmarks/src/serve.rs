@@ -254,8 +254,10 @@ fn prefill(model: &Decoder, device: &Device) -> Result<[f64; 2]> {
     let sequence = model.sequence(1, TOKENS, 0);
     let training = || -> Result<()> {
         let pass = burn_qlora::Pass::INFERENCE;
-        let x =
-            model.blocks().iter().fold(model.begin(&sequence, &ids, pass), |x, block| model.run_block(block, x, &sequence, pass));
+        let x = model
+            .blocks()
+            .iter()
+            .fold(model.begin(&sequence, &ids, pass), |x, block| model.run_block(block, x, &sequence, pass));
         drop(x);
         Ok(device.sync()?)
     };

@@ -26,10 +26,7 @@ pub(crate) enum FeedForward {
 
 impl FeedForward {
     /// The MLP, and the experts in its place or beside it.
-    pub fn parts_mut<'a>(
-        &'a mut self,
-        beside: &'a mut Option<Beside>,
-    ) -> (Option<&'a mut Mlp>, Option<&'a mut Moe>) {
+    pub fn parts_mut<'a>(&'a mut self, beside: &'a mut Option<Beside>) -> (Option<&'a mut Mlp>, Option<&'a mut Moe>) {
         match self {
             Self::Dense(mlp) => (Some(mlp), beside.as_mut().map(|beside| &mut beside.moe)),
             Self::Experts(moe) => (None, Some(moe)),

@@ -240,8 +240,12 @@ impl ModelConfig {
                 .zip(sparse)
                 .zip(is_linear)
                 .zip(keys_from)
-                .map(|(((kind, sparse), linear), keys_from)| {
-                    LayerConfig { kind, sparse, linear, keys_from, wide: wide && keys_from.is_some() }
+                .map(|(((kind, sparse), linear), keys_from)| LayerConfig {
+                    kind,
+                    sparse,
+                    linear,
+                    keys_from,
+                    wide: wide && keys_from.is_some(),
                 })
                 .collect(),
             dense: Vec::new(),

@@ -310,7 +310,11 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        self.embed_tokens.shape().num_elements() + self.layer_table_values() + norms + linears + self.config.other_values()
+        self.embed_tokens.shape().num_elements()
+            + self.layer_table_values()
+            + norms
+            + linears
+            + self.config.other_values()
     }
 }
 

@@ -39,7 +39,8 @@ mod streamed;
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
-    AttentionKind, ExpertsConfig, LayerInputsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig, accept_keys,
+    AttentionKind, ExpertsConfig, LayerInputsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig,
+    accept_keys,
 };
 pub use decoder::Decoder;
 pub use device::{

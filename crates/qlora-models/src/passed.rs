@@ -124,9 +124,7 @@ impl Passed {
         let mut state = self.state();
         let inputs = state.inputs.as_mut();
         let inputs = inputs.unwrap_or_else(|| panic!("a pass over this model begins with Decoder::begin"));
-        let part = |all: Tensor<2>| {
-            all.narrow(0, start, len).narrow(1, block * inputs.width, inputs.width)
-        };
+        let part = |all: Tensor<2>| all.narrow(0, start, len).narrow(1, block * inputs.width, inputs.width);
         if graph == Graph::Whole {
             return part(inputs.all.clone());
         }

@@ -176,7 +176,8 @@ fn kind(model: &Decoder, weights: &[ParamId]) -> Kind {
             })
     };
     let first = model.layer_inputs.iter().map(|inputs| &inputs.norm);
-    let norms = model.blocks.iter().flat_map(|block| block.norms.as_ref().into_iter()).chain([&model.norm]).chain(first);
+    let norms =
+        model.blocks.iter().flat_map(|block| block.norms.as_ref().into_iter()).chain([&model.norm]).chain(first);
     let has_experts = model.blocks.iter().any(|block| block.experts().is_some());
     let stackable = model.linears().map(|(_, layer)| layer.base.id()).eq(weights.iter().copied())
         && model.linears().all(|(_, layer)| plain(layer))

@@ -207,7 +207,7 @@ fn adapters_of_one_batch_keep_apart() {
 fn rotations_and_windows_are_followed() {
     alone(|| {
         for (device_name, device) in devices() {
-            for name in ["archs/gemma3", "archs/mixtral", "archs/llama3"] {
+            for name in ["archs/gemma3", "archs/gemma4_small", "archs/gemma4_moe", "archs/mixtral", "archs/llama3"] {
                 let model = load(name, &device);
                 let mut twice = Twice::new(vec![&model, &model]);
                 twice.step(|_| 0);

@@ -61,6 +61,8 @@ impl WeightBytes {
             let block = block_of(&spec.path).and_then(|index| blocks.get_mut(index));
             match (spec.role, block) {
                 (LinearRole::Projection | LinearRole::Expert, Some(block)) => *block += linear(elements, quant, width),
+                // In front of the blocks.
+                (LinearRole::Projection | LinearRole::Expert, None) => other += linear(elements, quant, width),
                 _ => other += elements * width,
             }
         }

@@ -41,7 +41,7 @@ mod vectors;
 
 pub use attention::{
     AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, attention, attention_again,
-    attention_keeping, attention_kernel,
+    attention_keeping, attention_kernel, takes_head_dim,
 };
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};

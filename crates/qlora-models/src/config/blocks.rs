@@ -217,11 +217,7 @@ fn checked(fields: &Fields, key: &str, queries: usize, heads: [KeyHeads; 2]) -> 
 }
 
 /// The block whose keys and values each block takes: the last of its kind among those that have their own.
-pub(super) fn shared_keys(
-    fields: &Fields,
-    family: &Family,
-    kinds: &[usize],
-) -> Result<Vec<Option<usize>>, ModelError> {
+pub(super) fn shared_keys(fields: &Fields, family: &Family, kinds: &[usize]) -> Result<Vec<Option<usize>>, ModelError> {
     let shared = family.shared_keys.map(|key| count(fields, key)).transpose()?.flatten().unwrap_or(0);
     let Some(key) = family.shared_keys.filter(|_| shared > 0) else { return Ok(vec![None; kinds.len()]) };
     let own = kinds.len().saturating_sub(shared);

@@ -1,8 +1,8 @@
 //! Gemma 2, 3 and 4.
 
 use super::{
-    BASE, EmbeddingScale, Experts, Family, Local, Norms, Only, PER_HEAD, Rotary, ScoreScale, Sizes, Switch,
-    Window, Windowed,
+    BASE, EmbeddingScale, Experts, Family, Local, Norms, Only, PER_HEAD, Rotary, ScoreScale, Sizes, Switch, Window,
+    Windowed,
 };
 use qlora_layers::ops::fused::Activation;
 

@@ -6,8 +6,8 @@ use crate::beside::Beside;
 use crate::config::{ExpertsSpecs, LayerInputsSpec};
 use crate::family::BesideNames;
 use crate::layer_inputs::{LayerInput, LayerInputs, rounded};
-use crate::norm::RmsNorm;
 use crate::mlp::Mlp;
+use crate::norm::RmsNorm;
 use burn::tensor::{DType, Tensor, TensorData};
 use qlora_layers::frozen;
 

@@ -6,8 +6,8 @@ use crate::beside;
 use crate::decoder::Decoder;
 use crate::norm::{RmsNorm, normalised};
 use burn::tensor::Tensor;
-use qlora_layers::{LoraLinear, Pass};
 use qlora_layers::ops::fused::gated;
+use qlora_layers::{LoraLinear, Pass};
 
 impl<'a> MixedPass<'a> {
     /// The inputs of all blocks, `[tokens, blocks * width]`, if they have any.

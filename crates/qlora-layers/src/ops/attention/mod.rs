@@ -140,6 +140,11 @@ pub(crate) trait AttentionPasses: QloraOps {
     }
 }
 
+/// Whether there are kernels for attention over heads of this width, on the devices that have any.
+pub fn takes_head_dim(head_dim: usize) -> bool {
+    kernels::supports_head_dim(head_dim)
+}
+
 /// Whether a device has a kernel for attention over heads of this width in a dtype. Where it has none, [`attention`] is composed of
 /// products, and computes the same.
 pub fn attention_kernel(device: &Device, dtype: FloatDType, head_dim: usize) -> bool {
