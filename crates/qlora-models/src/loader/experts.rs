@@ -3,9 +3,9 @@
 use super::Loader;
 use crate::ModelError;
 use crate::config::{ExpertsSpecs, LinearSpec};
+use crate::family::Scores;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
-use crate::family::Scores;
 use crate::named::Named;
 use crate::router::SigmoidScores;
 use crate::shared_expert::SharedExpert;
