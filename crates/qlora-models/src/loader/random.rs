@@ -104,11 +104,13 @@ impl Random {
             source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
             source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
         }
+        let sparse = (0..config.num_hidden_layers).filter(|index| config.layer(*index).sparse).count();
         let correction = config.experts.filter(|experts| experts.sigmoid.is_some()).map(|experts| experts.count);
         let sinks = config.family.sinks.map(|_| config.num_attention_heads);
-        for len in correction.into_iter().chain(sinks) {
+        for (len, blocks) in [(correction, sparse), (sinks, config.attention_blocks())] {
+            let Some(len) = len else { continue };
             source.linear.entry(vec![len]).or_insert_with(|| vec![bf16::ZERO; len]);
-            source.total_bytes += 2 * (len * config.num_hidden_layers) as u64;
+            source.total_bytes += 2 * (len * blocks) as u64;
         }
         if config.family.block_factor.is_some() {
             source.linear.insert(vec![1], vec![bf16::ONE]);
@@ -118,7 +120,7 @@ impl Random {
             // A router's factors have the width of the model, and are ones.
             for width in [config.hidden_size, experts.count] {
                 source.linear.entry(vec![width]).or_insert_with(|| vec![bf16::ONE; width]);
-                source.total_bytes += 2 * (width * config.num_hidden_layers) as u64;
+                source.total_bytes += 2 * (width * sparse) as u64;
             }
         }
         // What norms multiply by is one plus the weight in some families.
