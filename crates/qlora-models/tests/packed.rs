@@ -44,7 +44,7 @@ fn values(tensor: Tensor<2>) -> Vec<f32> {
 /// Logits of a pass, and the gradients of all parameters for `dy`.
 fn run(model: &Decoder, ids: &[u32], sequence: &Sequence, dy: &[f32]) -> (Vec<f32>, BTreeMap<String, Vec<f32>>) {
     let pass = Pass::training(1);
-    let x = model.embed(ids, pass);
+    let x = model.begin(sequence, ids, pass);
     let x = model.blocks().iter().fold(x, |x, block| model.run_block(block, x, sequence, pass));
     let logits = model.logits(x, pass);
     let dy = Tensor::<1>::from_data(dy, model.device()).reshape(logits.dims()).cast(model.dtype());

@@ -52,6 +52,8 @@ const TEXT_MODEL: &[Root] = &[Root { model: "model.text_model", head: "lm_head" 
 
 static WRAPPERS: &[Wrapper] = &[
     Wrapper { uncapped: true, fixed: &[("final_logit_softcapping", Only::Null)], ..of("gemma3", "gemma3_text") },
+    of("gemma4", "gemma4_text"),
+    of("gemma4_unified", "gemma4_unified_text"),
     of("mistral3", "mistral"),
     of("llava", "llama"),
     of("llava_next", "llama"),
