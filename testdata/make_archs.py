@@ -98,6 +98,12 @@ SMALL = {
                                       rope_parameters=rope("default", mrope_section=[1, 1, 2])), {}),
     "qwen3_vl": ("qwen3_vl", dict(head_dim=12, tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1,
                                   rope_parameters=rope("default", mrope_section=[2, 2, 2], mrope_interleaved=True)), {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", dict(head_dim=8, num_attention_heads=3, num_key_value_heads=1, num_experts=5, num_experts_per_tok=2,
+                                          moe_intermediate_size=12, tie_word_embeddings=True,
+                                          rope_parameters=rope("default", mrope_section=[2, 1, 1], mrope_interleaved=True)), {}),
+    "qwen3_vl_moe_inputs": ("qwen3_vl_moe", dict(head_dim=6, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=12, num_hidden_layers=3, hidden_size=16,
+                                                 intermediate_size=20, mlp_only_layers=[1], attention_bias=True, tie_word_embeddings=False,
+                                                 rope_parameters=rope("default", mrope_section=[1, 1, 1], mrope_interleaved=True)), dict(inputs_first=True)),
     "ernie": ("ernie4_5", dict(head_dim=8), {}),
     "qwen3_next": ("qwen3_next", dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
                                       linear_num_value_heads=6, linear_key_head_dim=6, linear_value_head_dim=4, num_experts=4, num_experts_per_tok=2,
@@ -118,6 +124,12 @@ SMALL = {
     "glm4_moe_groups": ("glm4_moe", dict(hidden_size=32, head_dim=12, num_key_value_heads=1, partial_rotary_factor=0.5, moe_intermediate_size=8, n_routed_experts=6, num_experts_per_tok=3, n_group=3,
                                          topk_group=2, n_shared_experts=2, norm_topk_prob=False, tie_word_embeddings=True, first_k_dense_replace=0,
                                          num_attention_heads=3), {}),
+    "deepseek_v2": ("deepseek_v2", dict(num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+                                        moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2, first_k_dense_replace=1,
+                                        rope_parameters=YARN), {}),
+    "deepseek_v2_ranks": ("deepseek_v2", dict(num_attention_heads=3, num_key_value_heads=3, attention_bias=True, q_lora_rank=9, kv_lora_rank=10, qk_nope_head_dim=4,
+                                              qk_rope_head_dim=6, v_head_dim=8, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=3,
+                                              n_shared_experts=1, tie_word_embeddings=True), {}),
     "deepseek_v3": ("deepseek_v3", dict(num_key_value_heads=4, attention_bias=True, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
                                         moe_intermediate_size=12, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, first_k_dense_replace=1,
                                         rope_parameters=YARN), dict(save_original_format=False)),
@@ -171,7 +183,7 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
         return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
-    if kind in ("qwen2_5_vl", "qwen3_vl"):
+    if kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         vision = dict(hidden_size=8, intermediate_size=8, depth=1, num_heads=2, patch_size=2, out_hidden_size=more["hidden_size"], spatial_merge_size=1)
         vision |= dict(fullatt_block_indexes=[0], window_size=4) if kind == "qwen2_5_vl" else dict(num_position_embeddings=4, deepstack_visual_indexes=[0])
         config = CONFIG_MAPPING[kind](text_config=more, vision_config=vision, image_token_id=38, video_token_id=39, vision_start_token_id=37,
@@ -281,7 +293,12 @@ for name, (kind, more, how) in MODELS.items():
         ids = torch.randint(3, 38, (ROWS, 16)) if name in SMALL else torch.randint(3, 60, (ROWS, LENGTH))
         logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
     shutil.rmtree(folder, ignore_errors=True)
+    inputs_first = how.pop("inputs_first", False)
     model.bfloat16().save_pretrained(folder, **how)
+    if inputs_first:  # as published
+        tensors = load_file(folder / "model.safetensors")
+        turned = {path: t.transpose(1, 2).contiguous() if ".experts." in path else t for path, t in tensors.items()}
+        save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
     save_file({"input_ids": ids, "logits": logits}, folder / "reference.safetensors")
     (folder / "generation_config.json").unlink(missing_ok=True)
     print(name, train(load(folder), folder), f"{sum(f.stat().st_size for f in folder.iterdir()) / 1024:.0f} KiB, largest logit {logits.abs().max():.2f}", flush=True)

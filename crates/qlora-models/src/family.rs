@@ -15,7 +15,7 @@ mod vision_text;
 mod wrappers;
 
 use crate::rope::Pairs;
-pub(crate) use experts::{Experts, Scores, SharedWidth};
+pub(crate) use experts::{Experts, Scores, SharedWidth, Stacking};
 pub(crate) use gemma::{BesideNames, GlobalAttention, LayerInputNames};
 pub(crate) use hybrid::Linear;
 pub(crate) use latent::Latent;
@@ -120,6 +120,8 @@ pub(crate) struct Family {
     pub layer_inputs: Option<LayerInputNames>,
     /// Where experts stand beside the MLP, and not in its place.
     pub beside: Option<BesideNames>,
+    /// How files hold experts where they never have a tensor for each. Adapters on them are written as PEFT has those on parameters.
+    pub stacked_only: Option<Stacking>,
 }
 
 /// Where the parts of a language model lie.
@@ -400,6 +402,7 @@ const BASE: Family = Family {
     wide_mlp: None,
     layer_inputs: None,
     beside: None,
+    stacked_only: None,
 };
 
 const LLAMA: Family = Family {
@@ -537,6 +540,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     dense::GLM4,
     dense::ERNIE,
     experts::GLM4_MOE,
+    latent::DEEPSEEK_V2,
     latent::DEEPSEEK_V3,
     latent::KIMI_K2,
     latent::GLM4_MOE_LITE,
@@ -544,6 +548,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     vision_text::QWEN2_VL_TEXT,
     vision_text::QWEN2_5_VL_TEXT,
     vision_text::QWEN3_VL_TEXT,
+    vision_text::QWEN3_VL_MOE_TEXT,
     short_conv::LFM2,
     gemma::GEMMA4_TEXT,
     gemma::GEMMA4_UNIFIED_TEXT,

@@ -42,6 +42,8 @@ pub(crate) struct Moe {
     pub shared: Option<SharedExpert>,
     /// Where scores are sigmoids, and not their softmax.
     pub sigmoid: Option<SigmoidScores>,
+    /// Whether the router's sums are f32 whatever the compute dtype, as in transformers.
+    pub wide_router: bool,
     /// `[experts]`, f32: what the weights of each expert are multiplied by, where that is not 1.
     pub expert_scale: Option<Tensor<1>>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
@@ -70,9 +72,20 @@ impl Moe {
         shared: Option<SharedExpert>,
         sigmoid: Option<SigmoidScores>,
     ) -> Self {
-        let (expert_scale, stacks, biases, joined) = Default::default();
-        let mut moe =
-            Self { router, experts, per_token, normalise, shared, sigmoid, expert_scale, stacks, biases, joined };
+        let (wide_router, expert_scale, stacks, biases, joined) = Default::default();
+        let mut moe = Self {
+            router,
+            experts,
+            per_token,
+            normalise,
+            shared,
+            sigmoid,
+            wide_router,
+            expert_scale,
+            stacks,
+            biases,
+            joined,
+        };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
         moe.biases = moe.stack_biases();
@@ -97,10 +110,9 @@ impl Moe {
 
     /// [`routed`](Self::routed) where the router reads something else than the experts do.
     pub fn forward_routed(&self, router_input: Tensor<2>, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
-        let logits = match &self.sigmoid {
-            // Their sums are kept in f32, as in transformers.
-            Some(_) => self.router.module.forward_wide(router_input, pass),
-            None => self.router.module.forward_in(router_input, pass).cast(FloatDType::F32),
+        let logits = match self.wide_router {
+            true => self.router.module.forward_wide(router_input, pass),
+            false => self.router.module.forward_in(router_input, pass).cast(FloatDType::F32),
         };
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
             Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),

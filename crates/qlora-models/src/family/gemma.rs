@@ -1,6 +1,7 @@
 //! Gemma 2, 3 and 4.
 
 use super::experts::ROUTED;
+use super::experts::Stacking;
 use super::{
     BASE, EmbeddingScale, Experts, Family, Local, Norms, Only, PER_HEAD, Rotary, ScoreScale, Sizes, Switch, Window,
     Windowed,
@@ -154,6 +155,7 @@ pub(super) const GEMMA4_TEXT: Family = Family {
         scales: ["router.scale", "router.per_expert_scale"],
         norms: ["post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"],
     }),
+    stacked_only: Some(Stacking::Outputs),
     global_attention: Some(GlobalAttention {
         head_dim: ("global_head_dim", 512),
         key_heads: "num_global_key_value_heads",

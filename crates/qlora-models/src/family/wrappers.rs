@@ -68,6 +68,7 @@ static WRAPPERS: &[Wrapper] = &[
     Wrapper { flat: true, ..of("qwen2_vl", "qwen2_vl_text") },
     Wrapper { flat: true, ..of("qwen2_5_vl", "qwen2_5_vl_text") },
     of("qwen3_vl", "qwen3_vl_text"),
+    of("qwen3_vl_moe", "qwen3_vl_moe_text"),
     of("qwen2_audio", "qwen2"),
     of("voxtral", "llama"),
     Wrapper { roots: TEXT_MODEL, ..of("idefics3", "llama") },
