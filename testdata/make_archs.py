@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config,
-                          Gemma3ForConditionalGeneration,
+                          Gemma3ForConditionalGeneration, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4UnifiedConfig,
+                          Gemma4UnifiedForConditionalGeneration,
                           Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration,
                           Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
 
@@ -67,6 +68,8 @@ SMALL_BASE = dict(vocab_size=41, hidden_size=24, intermediate_size=28, num_hidde
                   max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=6, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
 SINKS_YARN = rope("yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=32.0, beta_slow=1.0, truncate=False)
+# Without the parts of the smaller models.
+GEMMA4 = dict(hidden_size_per_layer_input=0, tie_word_embeddings=False)
 SMALL = {
     "ministral3": ("ministral3", dict(head_dim=8, rope_parameters=dict(YARN, llama_4_scaling_beta=0.3)), {}),
     "mistral3_images": ("mistral3", dict(model_type="ministral3", head_dim=10, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=7,
@@ -95,6 +98,12 @@ SMALL = {
                                       rope_parameters=rope("default", mrope_section=[1, 1, 2])), {}),
     "qwen3_vl": ("qwen3_vl", dict(head_dim=12, tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1,
                                   rope_parameters=rope("default", mrope_section=[2, 2, 2], mrope_interleaved=True)), {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", dict(head_dim=8, num_attention_heads=3, num_key_value_heads=1, num_experts=5, num_experts_per_tok=2,
+                                          moe_intermediate_size=12, tie_word_embeddings=True,
+                                          rope_parameters=rope("default", mrope_section=[2, 1, 1], mrope_interleaved=True)), {}),
+    "qwen3_vl_moe_inputs": ("qwen3_vl_moe", dict(head_dim=6, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=12, num_hidden_layers=3, hidden_size=16,
+                                                 intermediate_size=20, mlp_only_layers=[1], attention_bias=True, tie_word_embeddings=False,
+                                                 rope_parameters=rope("default", mrope_section=[1, 1, 1], mrope_interleaved=True)), dict(inputs_first=True)),
     "ernie": ("ernie4_5", dict(head_dim=8), {}),
     "qwen3_next": ("qwen3_next", dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
                                       linear_num_value_heads=6, linear_key_head_dim=6, linear_value_head_dim=4, num_experts=4, num_experts_per_tok=2,
@@ -115,6 +124,12 @@ SMALL = {
     "glm4_moe_groups": ("glm4_moe", dict(hidden_size=32, head_dim=12, num_key_value_heads=1, partial_rotary_factor=0.5, moe_intermediate_size=8, n_routed_experts=6, num_experts_per_tok=3, n_group=3,
                                          topk_group=2, n_shared_experts=2, norm_topk_prob=False, tie_word_embeddings=True, first_k_dense_replace=0,
                                          num_attention_heads=3), {}),
+    "deepseek_v2": ("deepseek_v2", dict(num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+                                        moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2, first_k_dense_replace=1,
+                                        rope_parameters=YARN), {}),
+    "deepseek_v2_ranks": ("deepseek_v2", dict(num_attention_heads=3, num_key_value_heads=3, attention_bias=True, q_lora_rank=9, kv_lora_rank=10, qk_nope_head_dim=4,
+                                              qk_rope_head_dim=6, v_head_dim=8, moe_intermediate_size=12, n_routed_experts=4, num_experts_per_tok=3,
+                                              n_shared_experts=1, tie_word_embeddings=True), {}),
     "deepseek_v3": ("deepseek_v3", dict(num_key_value_heads=4, attention_bias=True, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
                                         moe_intermediate_size=12, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, first_k_dense_replace=1,
                                         rope_parameters=YARN), dict(save_original_format=False)),
@@ -131,6 +146,25 @@ SMALL = {
     "lfm2": ("lfm2", dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_multiple_of=4), {}),
     "lfm2_wide": ("lfm2", dict(layer_types=["full_attention", "conv"], conv_L_cache=4, block_auto_adjust_ff_dim=False, tie_word_embeddings=False,
                                num_attention_heads=3, num_key_value_heads=1, norm_eps=1e-3), {}),
+    "gemma4": ("gemma4_text", dict(GEMMA4, head_dim=8, global_head_dim=12, attention_k_eq_v=True, num_global_key_value_heads=1, num_hidden_layers=3,
+                                   layer_types=["sliding_attention", "full_attention", "full_attention"], final_logit_softcapping=4.0, sliding_window=5), {}),
+    "gemma4_unified": ("gemma4_unified", dict(head_dim=6, global_head_dim=16, attention_bias=True, num_attention_heads=3, num_key_value_heads=3, sliding_window=7,
+                                              layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True, final_logit_softcapping=6.0,
+                                              rope_parameters=dict(sliding_attention=rope("default"),
+                                                                   full_attention=rope("proportional", partial_rotary_factor=0.5, factor=4.0))), {}),
+    "gemma4_small": ("gemma4_text", dict(GEMMA4, tie_word_embeddings=True, head_dim=8, global_head_dim=12, num_hidden_layers=4, hidden_size=16, intermediate_size=12,
+                                         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+                                         sliding_window=5, num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=6,
+                                         vocab_size_per_layer_input=41, num_key_value_heads=1), {}),
+    "gemma4_images": ("gemma4", dict(head_dim=6, global_head_dim=10, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=3, hidden_size=18,
+                                     intermediate_size=20, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=4,
+                                     num_kv_shared_layers=1, hidden_size_per_layer_input=4, vocab_size_per_layer_input=43, tie_word_embeddings=True), {}),
+    "gemma4_moe": ("gemma4_text", dict(GEMMA4, tie_word_embeddings=True, head_dim=6, global_head_dim=8, num_attention_heads=2, num_key_value_heads=2, hidden_size=20,
+                                       num_global_key_value_heads=1, attention_k_eq_v=True, enable_moe_block=True, num_experts=5, top_k_experts=2,
+                                       moe_intermediate_size=12, intermediate_size=10, layer_types=["sliding_attention", "full_attention"], sliding_window=6), {}),
+    "gemma4_moe_images": ("gemma4", dict(hidden_size_per_layer_input=0, tie_word_embeddings=True, head_dim=4, global_head_dim=8, num_attention_heads=3, num_key_value_heads=1,
+                                         hidden_size=16, enable_moe_block=True, num_experts=4, top_k_experts=3, moe_intermediate_size=8, intermediate_size=14,
+                                         layer_types=["full_attention", "full_attention"], final_logit_softcapping=5.0), {}),
     "ernie_biases": ("ernie4_5", dict(head_dim=10, use_bias=True, tie_word_embeddings=False, num_key_value_heads=4), {}),
     "gpt_oss": ("gpt_oss", dict(head_dim=10, intermediate_size=20, num_local_experts=4, num_experts_per_tok=2, sliding_window=5,
                                 rope_parameters=SINKS_YARN), {}),
@@ -149,7 +183,7 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
         config = Gemma3Config(text_config={**TEXT, **more}, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, boi_token_index=61, eoi_token_index=62)
         return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
-    if kind in ("qwen2_5_vl", "qwen3_vl"):
+    if kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         vision = dict(hidden_size=8, intermediate_size=8, depth=1, num_heads=2, patch_size=2, out_hidden_size=more["hidden_size"], spatial_merge_size=1)
         vision |= dict(fullatt_block_indexes=[0], window_size=4) if kind == "qwen2_5_vl" else dict(num_position_embeddings=4, deepstack_visual_indexes=[0])
         config = CONFIG_MAPPING[kind](text_config=more, vision_config=vision, image_token_id=38, video_token_id=39, vision_start_token_id=37,
@@ -160,6 +194,17 @@ def build(kind, more):
         vision = dict(hidden_size=8, intermediate_size=8, depth=1, num_heads=2, patch_size=2, out_hidden_size=24, num_position_embeddings=4, deepstack_visual_indexes=[])
         config = Qwen3_5MoeConfig(text_config=more, vision_config=vision, image_token_id=37, video_token_id=38, vision_start_token_id=39, vision_end_token_id=40)
         return Qwen3_5MoeForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    if kind == "gemma4":
+        vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=4, patch_size=2,
+                      position_embedding_size=4)
+        config = Gemma4Config(text_config=more, vision_config=vision, tie_word_embeddings=True, boi_token_id=38, eoi_token_id=38, image_token_id=39,
+                              video_token_id=39, boa_token_id=40, eoa_token_index=40, audio_token_id=40)
+        return Gemma4ForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    if kind == "gemma4_unified":
+        vision = dict(patch_size=4, mm_embed_dim=8, mm_posemb_size=4, output_proj_dims=24)
+        config = Gemma4UnifiedConfig(text_config=more, vision_config=vision, audio_config=dict(audio_embed_dim=8), tie_word_embeddings=more["tie_word_embeddings"],
+                                     boi_token_id=38, eoi_token_id=38, image_token_id=39, video_token_id=39, boa_token_id=40, eoa_token_index=40, audio_token_id=40)
+        return Gemma4UnifiedForConditionalGeneration._from_config(config, attn_implementation="eager").float()
     if kind == "qwen3_5":
         vision = dict(hidden_size=8, intermediate_size=16, depth=1, num_heads=2, patch_size=4, out_hidden_size=40, num_position_embeddings=4)
         config = Qwen3_5Config(text_config={**BASE, **more}, vision_config=vision, image_token_id=60, video_token_id=61, vision_start_token_id=62,
@@ -169,6 +214,8 @@ def build(kind, more):
 
 
 STEPS, RATE, RANK = 5, 1e-2, 4
+# At the usual rate this one's steps hang on roundings: in f64 PEFT's own gradient norms are others by 1e-3, at this rate by 1e-5.
+RATES = {"gemma4_small": 2e-3}
 LEFT_OUT = ("vision", "visual", "multi_modal", "audio", "lm_head", "embed_")
 
 
@@ -189,7 +236,8 @@ def train(model, folder):
             number = 2 * paths.index(name.split(".lora_")[0]) + ("lora_B" in name)
             p.copy_((((torch.arange(p.numel()) * 389 + number * 97) % 1021) / 4096 - 0.125).reshape(p.shape))
     ids = load_file(folder / "reference.safetensors")["input_ids"]
-    optimizer = torch.optim.AdamW(factors.values(), lr=RATE, weight_decay=0.0)
+    rate = RATES.get(folder.name, RATE)
+    optimizer = torch.optim.AdamW(factors.values(), lr=rate, weight_decay=0.0)
     losses, norms = [], []
     for _ in range(STEPS):
         logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -199,7 +247,7 @@ def train(model, folder):
         losses.append(loss.item())
         norms.append(torch.stack([p.grad.square().sum() for p in factors.values() if p.grad is not None]).sum().sqrt().item())
         optimizer.step()
-    steps = dict(target_modules=sorted(linear), rank=RANK, alpha=2.0 * RANK, learning_rate=RATE, losses=losses, grad_norms=norms)
+    steps = dict(target_modules=sorted(linear), rank=RANK, alpha=2.0 * RANK, learning_rate=rate, losses=losses, grad_norms=norms)
     (folder / "training.json").write_text(json.dumps(steps) + "\n")
     return f"{len(paths)} adapters, losses {losses[0]:.3f} to {losses[-1]:.3f}"
 
@@ -228,20 +276,29 @@ for name, (kind, more, how) in MODELS.items():
                 p.normal_(0, 4.0)  # beyond where gates and what they are multiplied with are clamped
             elif path.endswith("down_proj_bias"):
                 p.normal_(0, 0.3)
-            elif path.endswith(("gate.weight", "router.weight")):
+            elif path.endswith(("gate.weight", "router.weight", "router.proj.weight")):
                 p.normal_(0, 0.3)  # routers that tell experts apart
             elif p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.2)
+                if kind.startswith("gemma4") and path.endswith("q_norm.weight"):
+                    p.mul_(0.3)  # it holds the scale of scores
             else:
                 p.mul_(4.0)
             p.copy_(p.bfloat16().float())
         for path, p in model.named_buffers():
             if path.endswith("e_score_correction_bias"):  # changes which experts are chosen
                 p.normal_(0, 0.2).copy_(p.bfloat16().float())
+            elif path.endswith("layer_scalar"):
+                p.copy_((0.6 + 0.3 * torch.rand_like(p)).bfloat16().float())
         ids = torch.randint(3, 38, (ROWS, 16)) if name in SMALL else torch.randint(3, 60, (ROWS, LENGTH))
         logits = model(input_ids=ids, use_cache=False).logits.float().contiguous()
     shutil.rmtree(folder, ignore_errors=True)
+    inputs_first = how.pop("inputs_first", False)
     model.bfloat16().save_pretrained(folder, **how)
+    if inputs_first:  # as published
+        tensors = load_file(folder / "model.safetensors")
+        turned = {path: t.transpose(1, 2).contiguous() if ".experts." in path else t for path, t in tensors.items()}
+        save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
     save_file({"input_ids": ids, "logits": logits}, folder / "reference.safetensors")
     (folder / "generation_config.json").unlink(missing_ok=True)
     print(name, train(load(folder), folder), f"{sum(f.stat().st_size for f in folder.iterdir()) / 1024:.0f} KiB, largest logit {logits.abs().max():.2f}", flush=True)

@@ -33,15 +33,15 @@ use crate::host_tensor::HostTensor;
 const GATE_UP: &str = "gate_up_proj";
 const DOWN: &str = "down_proj";
 const INNER: &str = ".base_layer";
-/// What a block's experts are called in checkpoints: their list, the router, gate, input and output projection.
-const NAMES: [(&str, &str, [&str; 3]); 3] = [
-    ("mlp.experts", "mlp.gate", ["gate_proj", "up_proj", "down_proj"]),
-    ("block_sparse_moe.experts", "block_sparse_moe.gate", ["w1", "w3", "w2"]),
-    ("mlp.experts", TURNS, ["gate_proj", "up_proj", "down_proj"]),
+/// What a block's experts are called as modules: their list, the router, gate, input and output projection; and in transformers 5's
+/// memory: the list and the router.
+const NAMES: [(&str, &str, [&str; 3], [&str; 2]); 4] = [
+    ("mlp.experts", "mlp.gate", ["gate_proj", "up_proj", "down_proj"], ["mlp.experts", "mlp.gate"]),
+    ("block_sparse_moe.experts", "block_sparse_moe.gate", ["w1", "w3", "w2"], ["mlp.experts", "mlp.gate"]),
+    ("mlp.experts", TURNS, ["gate_proj", "up_proj", "down_proj"], ["mlp.experts", TURNS]),
+    // Beside an MLP.
+    ("experts", "router.proj", ["gate_proj", "up_proj", "down_proj"], ["experts", "router.proj"]),
 ];
-/// The same in transformers 5's memory.
-const LIST: &str = "mlp.experts";
-const ROUTER: &str = "mlp.gate";
 /// The router of experts whose gate and input projection take turns; it has this name in memory, too.
 const TURNS: &str = "mlp.router";
 /// What `rank_pattern` and `alpha_pattern` have for two projections in one.
@@ -63,15 +63,18 @@ struct Stack {
 fn stacks(modules: &[String]) -> Vec<Stack> {
     let known: BTreeSet<&str> = modules.iter().map(String::as_str).collect();
     let mut found = Vec::new();
-    for (list, router, [gate, up, down]) in NAMES {
+    for (list, router, [gate, up, down], [held_list, held_router]) in NAMES {
         let first = format!(".{list}.0.{gate}");
-        let of_kind = |block: &&str| known.contains(&*format!("{block}.{TURNS}")) == (router == TURNS);
+        // A block's path ends with its number.
+        let is_block = |path: &str| path.rsplit('.').next().is_some_and(|last| last.parse::<usize>().is_ok());
+        let turns = |block: &str| known.contains(&*format!("{block}.{TURNS}"));
+        let of_kind = |block: &&str| is_block(block) && turns(block) == (router == TURNS);
         for block in modules.iter().filter_map(|module| module.strip_suffix(&first)).filter(of_kind) {
             let expert = |e: usize| [gate, up, down].map(|name| format!("{block}.{list}.{e}.{name}"));
             let experts = (0..).map(expert).take_while(|paths| paths.iter().all(|path| known.contains(path.as_str())));
             found.push(Stack {
-                path: format!("{block}.{LIST}"),
-                router: [if router == TURNS { TURNS } else { ROUTER }, router].map(|name| format!("{block}.{name}")),
+                path: format!("{block}.{held_list}"),
+                router: [format!("{block}.{held_router}"), format!("{block}.{router}")],
                 experts: experts.collect(),
                 turns: router == TURNS,
             });

@@ -113,6 +113,21 @@ fn there_and_back_nothing_changes() {
     }
 }
 
+/// Gemma 4's, whose list lies in the block itself.
+#[test]
+fn experts_beside_an_mlp_are_stacked_too() {
+    let mut adapter = stacked(&["experts.gate_up_proj", "experts.down_proj"]);
+    let moved = |key: String| key.replace(".mlp.experts", ".experts");
+    adapter.tensors = adapter.tensors.into_iter().map(|(key, tensor)| (moved(key), tensor)).collect();
+    let mut known = modules("experts", ["gate_proj", "up_proj", "down_proj"]);
+    known.extend(["gate_proj", "up_proj", "down_proj"].map(|name| format!("model.layers.1.mlp.{name}")));
+    let mut plain = unstack(&adapter, &known).unwrap().into_owned();
+    assert_eq!(plain.modules().len(), 3 * EXPERTS);
+    assert!(plain.modules().iter().all(|module| module.starts_with("model.layers.1.experts.")));
+    plain.config = adapter.config.clone();
+    assert_eq!(stack(plain, &known).unwrap(), adapter);
+}
+
 #[test]
 fn one_parameter_alone_has_no_wrapper_inside() {
     let mut adapter = stacked(&["down_proj"]);

@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// cuda, `cuda:<index>`, cpu, vulkan or metal.
     #[arg(long, default_value = "cuda")]
     device: String,
-    /// A shape of testdata/llama_shapes.json, moe_shapes.json, linear_shapes.json or latent_shapes.json.
+    /// A shape of testdata/llama_shapes.json, moe_shapes.json, linear_shapes.json, latent_shapes.json or gemma_shapes.json.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Another number of layers.
@@ -254,8 +254,10 @@ fn prefill(model: &Decoder, device: &Device) -> Result<[f64; 2]> {
     let sequence = model.sequence(1, TOKENS, 0);
     let training = || -> Result<()> {
         let pass = burn_qlora::Pass::INFERENCE;
-        let x =
-            model.blocks().iter().fold(model.embed(&ids, pass), |x, block| model.run_block(block, x, &sequence, pass));
+        let x = model
+            .blocks()
+            .iter()
+            .fold(model.begin(&sequence, &ids, pass), |x, block| model.run_block(block, x, &sequence, pass));
         drop(x);
         Ok(device.sync()?)
     };

@@ -212,7 +212,7 @@ fn loss(model: &Decoder, batch: &Batch, pass: Pass) -> Tensor<1> {
     let labelled = LabelledTokens::new(batch);
     let sequence = model.sequence(batch.rows, batch.cols, 0);
     let run = |x, block: &_| model.run_block(block, x, &sequence, pass);
-    let x = model.blocks().iter().fold(model.embed(&batch.input_ids, pass), run);
+    let x = model.blocks().iter().fold(model.begin(&sequence, &batch.input_ids, pass), run);
     loss_sum(model, x, &labelled, pass).div_scalar(labelled.len() as f32)
 }
 

@@ -226,6 +226,10 @@ fn heads_of_every_shape() {
         (5, 1, 260),
         (2, 1, 1024),
         (6, 3, 8),
+        // Wider than the tensor cores' kernel takes.
+        (8, 1, 512),
+        (4, 2, 320),
+        (3, 1, 258),
     ];
     everywhere(|client, format| {
         for (number, (heads, kv_heads, head_dim)) in shapes.into_iter().enumerate() {
@@ -506,7 +510,11 @@ fn what_does_not_fit_is_named() {
             assert!(paged_attention::attend_on(client, Path::Mma, buffers, &batch, &shape, plain).is_err());
         }
         assert_eq!(run(3, 2, 4, 64, plain), KernelError::Heads { heads: 3, kv_heads: 2 });
-        assert!(matches!(run(1, 1, 257, 64, plain), KernelError::Shape { .. }));
+        for too_wide in [257, 514] {
+            assert!(matches!(run(1, 1, too_wide, 64, plain), KernelError::Shape { .. }));
+        }
+        let wide = Shape { head_dim: 264, ..shape };
+        assert!(!paged_attention::paths(client, &wide).contains(&Path::Mma));
         assert!(matches!(run(1, 1, 8, 63, plain), KernelError::TooLarge { .. }));
         assert!(matches!(run(1, 1, 256, 64, plain), KernelError::BufferSize { .. }));
         for wrong in [

@@ -12,6 +12,12 @@
 //!   needed it was kept or is computed once. For a Llama block that is a fifth of the products' second forward.
 //! - Attention that was kept is not computed again either.
 //!
+//! - A block may change the sum before it leaves the block; then the gradient goes through the second branch, its residual and what
+//!   follows as one.
+//!
+//! - Blocks may read more than the block before them, such as keys of an earlier block. What is read is a leaf where it is read, and the
+//!   gradients that come together in it go into the graph of the block that made it, beside that of its branch.
+//!
 //! - The second branch works on each token alone, so long batches go through it in parts: what it holds at a time, more
 //!   than attention does, stops growing with the length.
 //!
@@ -21,7 +27,7 @@
 
 use crate::Pass;
 use crate::offload::{Pace, Parked};
-use crate::ops::{AttentionResult, backward_from};
+use crate::ops::{AttentionResult, backward_from, backward_from_all};
 use crate::streamed::{BlockHome, Order};
 use burn::tensor::{Gradients, Tensor};
 use host_copies::DeviceError;
@@ -147,27 +153,57 @@ pub trait ResidualBlock {
     /// `[tokens, hidden]` in and out.
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2>;
 
+    /// Whether something follows the sum of the second branch and its input: then [`ending`](Self::ending) is evaluated in the
+    /// branch's place.
+    fn has_ending(&self) -> bool {
+        false
+    }
+
+    /// What the block gives for some of the tokens, number `start` of all the first of them: the second branch, its residual, and
+    /// what follows token by token.
+    ///
+    /// # Shapes
+    /// `[tokens, hidden]` in and out.
+    fn ending(&self, x: Tensor<2>, _start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        x.clone() + self.feed_forward(x, pass, purpose)
+    }
+
+    /// What the first branch gave beside its result when it was last recorded, for later blocks to read, and its gradients.
+    fn handed_on(&self) -> Vec<(Tensor<2>, Tensor<2>)> {
+        Vec::new()
+    }
+
+    /// Takes the gradients of what the block read beside its input.
+    fn collect_read(&self, _grads: &mut Gradients) {}
+
     /// Both, with their residuals.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     fn forward(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
         let m = x.clone() + self.attention(x, pass, Purpose::Result);
-        m.clone() + self.feed_forward_in_parts(m, pass)
+        self.behind_attention(m, pass)
     }
 
-    /// Evaluates the second branch for its result, in parts of the tokens.
+    /// What the block gives for the second branch's input, in parts of the tokens.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    fn feed_forward_in_parts(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        let tokens = x.dims()[0];
-        if tokens <= PART {
-            return self.feed_forward(x, pass, Purpose::Result);
-        }
-        let part =
-            |(part, start, len)| self.feed_forward(x.clone().narrow(0, start, len), pass.part(part), Purpose::Result);
-        Tensor::cat(parts(tokens).map(part).collect(), 0)
+    fn behind_attention(&self, m: Tensor<2>, pass: Pass) -> Tensor<2> {
+        let tokens = m.dims()[0];
+        let ends = self.has_ending();
+        let run = |m: Tensor<2>, start, pass| match ends {
+            true => self.ending(m, start, pass, Purpose::Result),
+            false => self.feed_forward(m, pass, Purpose::Result),
+        };
+        let result = match tokens <= PART {
+            true => run(m.clone(), 0, pass),
+            false => {
+                let part = |(part, start, len)| run(m.clone().narrow(0, start, len), start, pass.part(part));
+                Tensor::cat(parts(tokens).map(part).collect(), 0)
+            }
+        };
+        if ends { result } else { m + result }
     }
 }
 
@@ -313,7 +349,7 @@ pub fn forward<B: ResidualBlock>(
             let middle = policy.park(m.clone().without_autodiff())?;
             let attention = attention.map(|result| both(result.into_parts(), |part| policy.park(part))).transpose()?;
             branches = Some(Branches { middle, attention });
-            x = m.clone() + block.feed_forward_in_parts(m, untracked);
+            x = block.behind_attention(m, untracked);
         } else {
             x = block.forward(x, untracked);
         }
@@ -370,9 +406,11 @@ pub fn backward<B: ResidualBlock>(
                     kept.push(started(next, &mut pace, &grad)?);
                 }
                 if output.is_tracked() {
-                    let mut grads = trace_span!("gradient").in_scope(|| backward_from(output, grad));
+                    let all = || backward_from_all((output, grad), block.handed_on());
+                    let mut grads = trace_span!("gradient").in_scope(all);
                     // The residual connection passes on what a block's branches don't.
                     grad = input.grad_remove(&mut grads).unwrap_or_else(|| input.without_autodiff().zeros_like());
+                    block.collect_read(&mut grads);
                     collect(index, block, &mut grads);
                 }
                 continue;
@@ -389,23 +427,29 @@ pub fn backward<B: ResidualBlock>(
             }
         };
         // As the plain backward does, from the last tokens on.
-        let tokens = middle.dims()[0];
+        let (tokens, ends) = (middle.dims()[0], block.has_ending());
         let mut through = Vec::new();
         for (part, start, len) in parts(tokens).rev() {
             let of_part = |x: &Tensor<2>| if len == tokens { x.clone() } else { x.clone().narrow(0, start, len) };
             let middle = of_part(&middle).autodiff().require_grad();
-            let again = || block.feed_forward(middle.clone(), pass.part(part), Purpose::Gradients(None));
+            let (pass, purpose) = (pass.part(part), Purpose::Gradients(None));
+            let again = || match ends {
+                true => block.ending(middle.clone(), start, pass, purpose),
+                false => block.feed_forward(middle.clone(), pass, purpose),
+            };
             let second = trace_span!("recompute").in_scope(again);
             first = first.start_upload()?;
             let mut grads = trace_span!("gradient").in_scope(|| backward_from(second, of_part(&grad)));
             through.extend(middle.grad_remove(&mut grads));
+            block.collect_read(&mut grads);
             collect(index, block, &mut grads);
         }
         drop(middle);
         if !through.is_empty() {
             through.reverse();
             let through = if through.len() == 1 { through.remove(0) } else { Tensor::cat(through, 0) };
-            grad = grad + through;
+            // The residual connection is in the ending already.
+            grad = if ends { through } else { grad + through };
         }
 
         let (input, branch) = match first {
@@ -422,7 +466,9 @@ pub fn backward<B: ResidualBlock>(
             kept.push(started(next, &mut pace, &grad)?);
         }
         if branch.is_tracked() {
-            let mut grads = trace_span!("gradient").in_scope(|| backward_from(branch, grad.clone()));
+            let all = || backward_from_all((branch, grad.clone()), block.handed_on());
+            let mut grads = trace_span!("gradient").in_scope(all);
+            block.collect_read(&mut grads);
             if let Some(through) = input.grad_remove(&mut grads) {
                 grad = grad + through;
             }

@@ -39,13 +39,15 @@ fn every_policy_gives_the_same_gradients() {
         layers.iter_mut().for_each(|layer| layer.adapter.as_mut().unwrap().track());
         // So many that the second branch takes them in two parts.
         for tokens in [3, 9000] {
-            same_gradients(&format!("{name}, {tokens} tokens"), &layers, tokens, &device);
+            for factor in [None, Some(0.7)] {
+                same_gradients(&format!("{name}, {tokens} tokens, {factor:?}"), (&layers, factor), tokens, &device);
+            }
         }
     }
 }
 
-fn same_gradients(name: &str, layers: &[LoraLinear], tokens: usize, device: &Device) {
-    let blocks: Vec<Pair> = layers.chunks(2).map(|pair| Pair(&pair[0], &pair[1])).collect();
+fn same_gradients(name: &str, (layers, factor): (&[LoraLinear], Option<f32>), tokens: usize, device: &Device) {
+    let blocks: Vec<Pair> = layers.chunks(2).map(|pair| Pair(&pair[0], &pair[1], factor)).collect();
     let matrix = |seed| {
         let values = noise(seed, tokens * WIDTH).into_iter().map(|v| v * 0.1).collect::<Vec<_>>();
         Tensor::<2>::from_data(TensorData::new(values, [tokens, WIDTH]), (device, DType::F32))

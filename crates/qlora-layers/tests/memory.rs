@@ -78,7 +78,7 @@ fn one_dense_transient_at_a_time() {
     let _ = layers[0].forward_in(x.clone(), pass).square().sum().backward();
     PEAK.store(LIVE.load(SeqCst), SeqCst);
     let before = LIVE.load(SeqCst);
-    let blocks: Vec<Pair> = layers.chunks(2).map(|pair| Pair(&pair[0], &pair[1])).collect();
+    let blocks: Vec<Pair> = layers.chunks(2).map(|pair| Pair(&pair[0], &pair[1], None)).collect();
     let y = blocks.iter().fold(x.clone(), |x, block| block.forward(x, pass));
     assert_eq!(LIVE.load(SeqCst), before, "the recorded graph keeps no dense weight");
     let grads = y.square().sum().backward();

@@ -1,15 +1,18 @@
 //! One decoder block: attention, full or linear, or a short convolution, and an MLP or experts, each over a normalised input and added to it.
 
+use crate::beside::{self, Beside};
 use crate::config::{BlockNorms, LatentConfig, ModelConfig};
 use crate::delta_net::DeltaNet;
 use crate::latent;
+use crate::layer_inputs::LayerInput;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
+use crate::passed::{Graph, KeysAndValues};
 use crate::sequence::Sequence;
 use crate::short_conv::ShortConv;
-use burn::tensor::Tensor;
+use burn::tensor::{Gradients, Tensor};
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::{Activation, gated, rotate};
 use qlora_layers::ops::{Sinks, attention, attention_again, attention_keeping};
@@ -24,6 +27,14 @@ pub(crate) enum FeedForward {
 }
 
 impl FeedForward {
+    /// The MLP, and the experts in its place or beside it.
+    pub fn parts_mut<'a>(&'a mut self, beside: &'a mut Option<Beside>) -> (Option<&'a mut Mlp>, Option<&'a mut Moe>) {
+        match self {
+            Self::Dense(mlp) => (Some(mlp), beside.as_mut().map(|beside| &mut beside.moe)),
+            Self::Experts(moe) => (None, Some(moe)),
+        }
+    }
+
     /// With `gradients_only` the result may be uninitialised; see [`LoraLinear::record`].
     ///
     /// # Shapes
@@ -58,7 +69,15 @@ pub struct Block {
     pub(crate) sinks: Option<Sinks>,
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
+    /// Experts beside the MLP, if there are any.
+    pub(crate) beside: Option<Beside>,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
+    /// The norm of each head of the values, which has no weight of its own.
+    pub(crate) value_norm: Option<RmsNorm>,
+    /// What the block makes of an input of its own, if it has one.
+    pub(crate) layer_input: Option<LayerInput>,
+    /// What all of the block's output is multiplied by, where that is not 1.
+    pub(crate) factor: Option<f64>,
     /// Where the frozen weights are, unless the device has them all the time.
     pub(crate) home: Option<BlockHome>,
 }
@@ -76,12 +95,11 @@ impl Block {
 
     /// [`linears`](Self::linears), their paths not copied.
     pub(crate) fn named_linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
-        let (mlp, experts) = match &self.feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.linears())),
-        };
+        let mlp = self.mlp().map(Mlp::linears);
+        let experts = self.experts().map(Moe::linears);
         let attention = self.qkv.iter().chain([&self.output]);
-        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten())
+        let own = self.layer_input.iter().flat_map(LayerInput::linears);
+        attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).chain(own)
     }
 
     /// The linear layers with their paths in the model.
@@ -106,21 +124,26 @@ impl Block {
     pub(crate) fn parts_mut(
         &mut self,
     ) -> (impl Iterator<Item = (String, &mut LoraLinear)>, impl Iterator<Item = (String, &mut RmsNorm)>) {
-        let Self { qkv, output, feed_forward, norms, .. } = self;
-        let (mlp, experts) = match feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.linears_mut())),
-        };
+        let Self { qkv, output, feed_forward, beside, layer_input, norms, .. } = self;
+        let (mlp, experts) = feed_forward.parts_mut(beside);
+        let (mlp, experts) = (mlp.map(Mlp::linears_mut), experts.map(Moe::linears_mut));
         let attention = qkv.iter_mut().chain([output]);
-        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        let own = layer_input.iter_mut().flat_map(LayerInput::linears_mut);
+        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).chain(own);
         (linears.map(Named::pair_mut), norms.as_mut().into_iter().map(Named::pair_mut))
     }
 
     /// # Shapes
     /// `[rows * len, hidden]` in and out.
     fn feed_forward_branch(&self, x: Tensor<2>, config: &ModelConfig, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        let h = input(&self.norms.mlp_input, x, pass);
-        let run = |gradients_only| self.feed_forward.forward(h, pass, gradients_only);
+        let h = input(&self.norms.mlp_input, x.clone(), pass);
+        let run = |gradients_only| match (&self.beside, &self.norms.beside) {
+            (Some(beside), Some(norms)) => {
+                let mlp = self.feed_forward.forward(h, pass, false);
+                beside.joined(beside::modules(norms), x, mlp, pass)
+            }
+            _ => self.feed_forward.forward(h, pass, gradients_only),
+        };
         scaled(normalised(&self.norms.mlp_output, run, pass, purpose.gradients_only()), config)
     }
 
@@ -131,6 +154,7 @@ impl Block {
         x: Tensor<2>,
         config: &ModelConfig,
         sequence: &Sequence,
+        graph: Graph,
         pass: Pass,
         purpose: Purpose<'_>,
     ) -> Tensor<2> {
@@ -143,26 +167,37 @@ impl Block {
             };
             return self.project_output(mixed, config, pass, purpose.gradients_only());
         }
-        let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
+        let (view, kind) = (&sequence.views[self.kind], &config.attention_kinds[self.kind]);
+        let (rope, head_dim) = (&kind.rope, kind.head_dim);
         let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
             _ => rotate(rope.paired(x, view.rotation.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
         };
-        let ([q, k, v], gate) = match &config.latent {
-            Some(sizes) => (self.latent_heads(h, sizes, config.num_attention_heads, rotated, pass), None),
-            None => self.project(h, config, pass),
+        let placed = |x: Tensor<2>, norm: &Option<Named<RmsNorm>>| match norm {
+            Some(norm) if config.normalises_rotated() => norm.module.forward_heads(rotated(x), pass),
+            Some(norm) => rotated(norm.module.forward_heads(x, pass)),
+            None => rotated(x),
         };
-        let (q, k) = match &self.norms.qk {
+        let (q, [k, v], gate) = match &config.latent {
             // Rotated in part already.
-            None if config.latent.is_some() => (q, k),
-            Some([q_norm, k_norm]) => {
-                let each = |x: Tensor<2>, norm: &Named<RmsNorm>| match config.normalises_rotated() {
-                    true => norm.module.forward_heads(rotated(x), pass),
-                    false => rotated(norm.module.forward_heads(x, pass)),
-                };
-                (each(q, q_norm), each(k, k_norm))
+            Some(sizes) => {
+                let [q, k, v] = self.latent_heads(h, sizes, config.num_attention_heads, rotated, pass);
+                (q, [k, v], None)
             }
-            None => (rotated(q), rotated(k)),
+            None => {
+                let (q, own, gate) = self.project(h, config, pass);
+                let keys = match (config.layer(self.index).keys_from, own) {
+                    (None, Some([k, v])) => {
+                        let made = [placed(k, &self.norms.key), self.normalised_values(v)];
+                        if config.hands_on_keys(self.index) {
+                            sequence.passed.hand_on(self.index, &made, graph);
+                        }
+                        made
+                    }
+                    (from, _) => sequence.passed.keys_of(from.unwrap_or(self.index), graph),
+                };
+                (placed(q, &self.norms.query), keys, gate)
+            }
         };
         let q = match &view.query_growth {
             Some(factors) => {
@@ -172,9 +207,9 @@ impl Block {
             }
             None => q,
         };
-        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, config.head_dim]);
-        let (q, k) = (heads(q, config.num_attention_heads), heads(k, config.num_key_value_heads));
-        let v = heads(v, config.num_key_value_heads);
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([rows, len, heads, head_dim]);
+        let (q, k) = (heads(q, config.num_attention_heads), heads(k, kind.num_key_value_heads));
+        let v = heads(v, kind.num_key_value_heads);
         let gradients_only = purpose.gradients_only();
         let options = &view.attention.clone().with_sinks(self.sinks.clone());
         let mixed = match purpose {
@@ -186,13 +221,29 @@ impl Block {
             }
             Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, options),
         };
-        let mixed = mixed.reshape([rows * len, config.num_attention_heads, config.head_dim]);
-        let mixed = latent::values(mixed, config.value_dim());
+        let mixed = mixed.reshape([rows * len, config.num_attention_heads, head_dim]);
+        let mixed = latent::values(mixed, config.value_dim(self.index));
         let mixed = match gate {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,
         };
         self.project_output(mixed, config, pass, gradients_only)
+    }
+
+    /// Values, each head normalised where the family does so.
+    pub(crate) fn normalised_values(&self, v: Tensor<2>) -> Tensor<2> {
+        match &self.value_norm {
+            Some(norm) => norm.forward_heads(v, Pass::INFERENCE),
+            None => v,
+        }
+    }
+
+    /// What the block gives, where its output is multiplied by a factor.
+    pub(crate) fn multiplied(&self, x: Tensor<2>) -> Tensor<2> {
+        match self.factor {
+            Some(factor) => x.mul_scalar(factor),
+            None => x,
+        }
     }
 
     /// The end of the attention branch.
@@ -242,6 +293,27 @@ impl Block {
         }
     }
 
+    /// The MLP, if the block has one.
+    pub(crate) fn mlp(&self) -> Option<&Mlp> {
+        match &self.feed_forward {
+            FeedForward::Dense(mlp) => Some(mlp),
+            FeedForward::Experts(_) => None,
+        }
+    }
+
+    /// The experts, in the place of the MLP or beside it.
+    pub(crate) fn experts(&self) -> Option<&Moe> {
+        match &self.feed_forward {
+            FeedForward::Experts(moe) => Some(moe),
+            FeedForward::Dense(_) => self.beside.as_ref().map(|beside| &beside.moe),
+        }
+    }
+
+    /// The experts, in the place of the MLP or beside it.
+    pub(crate) fn experts_mut(&mut self) -> Option<&mut Moe> {
+        self.feed_forward.parts_mut(&mut self.beside).1
+    }
+
     /// The projections of queries, keys and values, or the one that holds them all.
     pub(crate) fn qkv(&self) -> Vec<&LoraLinear> {
         self.qkv.iter().map(|layer| &layer.module).collect()
@@ -249,49 +321,61 @@ impl Block {
 
     /// The first projections of a dense MLP.
     pub(crate) fn gate_up(&self) -> Vec<&LoraLinear> {
-        match &self.feed_forward {
-            FeedForward::Dense(mlp) => mlp.gate_up.iter().map(|layer| &layer.module).collect(),
-            FeedForward::Experts(_) => Vec::new(),
-        }
+        self.mlp().map_or(Vec::new(), |mlp| mlp.gate_up.iter().map(|layer| &layer.module).collect())
     }
 
     /// The last projection of a dense MLP.
     pub(crate) fn down(&self) -> Vec<&LoraLinear> {
-        match &self.feed_forward {
-            FeedForward::Dense(mlp) => vec![&mlp.down.module],
-            FeedForward::Experts(_) => Vec::new(),
-        }
+        self.mlp().map_or(Vec::new(), |mlp| vec![&mlp.down.module])
     }
 
-    /// Queries, keys and values, each `[tokens, heads * head_dim]`, and the gate of what attention gives, as queries.
-    fn project(&self, h: Tensor<2>, config: &ModelConfig, pass: Pass) -> ([Tensor<2>; 3], Option<Tensor<2>>) {
-        let [q, k, v] = match &self.qkv[..] {
-            [q, k, v] => [
-                q.module.forward_in(h.clone(), pass),
-                k.module.forward_in(h.clone(), pass),
-                v.module.forward_in(h, pass),
-            ],
-            fused => split_qkv(fused[0].module.forward_in(h, pass), config),
-        };
-        let (q, gate) = split_gate(q, config);
-        ([q, k, v], gate)
+    /// Queries, keys and values, each `[tokens, heads * head_dim]`, the latter two unless those of an earlier block are taken, and the
+    /// gate of what attention gives, as queries.
+    fn project(
+        &self,
+        h: Tensor<2>,
+        config: &ModelConfig,
+        pass: Pass,
+    ) -> (Tensor<2>, Option<KeysAndValues>, Option<Tensor<2>>) {
+        let outputs = self.qkv.iter().map(|layer| layer.module.forward_in(h.clone(), pass)).collect();
+        let (q, keys) = queries_keys_values(outputs, config, self.index);
+        let (q, gate) = split_gate(q, config, config.attention(self.index).head_dim);
+        (q, keys, gate)
+    }
+}
+
+/// Queries, and keys and values where the block has its own, out of what its projections gave: three, keys that are values too, queries
+/// alone, or one that holds all three.
+pub(crate) fn queries_keys_values(
+    mut outputs: Vec<Tensor<2>>,
+    config: &ModelConfig,
+    index: usize,
+) -> (Tensor<2>, Option<KeysAndValues>) {
+    let q = outputs.remove(0);
+    match (outputs.pop(), outputs.pop()) {
+        (Some(v), Some(k)) => (q, Some([k, v])),
+        (Some(k), None) => (q, Some([k.clone(), k])),
+        _ if config.layer(index).keys_from.is_some() => (q, None),
+        _ => {
+            let [q, k, v] = split_qkv(q, config.qkv_widths(index));
+            (q, Some([k, v]))
+        }
     }
 }
 
 /// Queries and the gate of what attention gives, where the family has one: a projection gives both for each head.
-pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig) -> (Tensor<2>, Option<Tensor<2>>) {
+pub(crate) fn split_gate(q: Tensor<2>, config: &ModelConfig, width: usize) -> (Tensor<2>, Option<Tensor<2>>) {
     if !config.family.attention_gate {
         return (q, None);
     }
-    let (tokens, width) = (q.dims()[0], config.head_dim);
+    let tokens = q.dims()[0];
     let both = q.reshape([tokens, config.num_attention_heads, 2 * width]);
     let half = |start| both.clone().narrow(2, start, width).reshape([tokens, config.num_attention_heads * width]);
     (half(0), Some(half(width)))
 }
 
 /// Queries, keys and values out of one projection's `[tokens, ..]`, which holds them in this order.
-pub(crate) fn split_qkv(all: Tensor<2>, config: &ModelConfig) -> [Tensor<2>; 3] {
-    let [q, k, v] = config.qkv_widths();
+fn split_qkv(all: Tensor<2>, [q, k, v]: [usize; 3]) -> [Tensor<2>; 3] {
     [all.clone().narrow(1, 0, q), all.clone().narrow(1, q, k), all.narrow(1, q + k, v)]
 }
 
@@ -336,6 +420,14 @@ pub struct BlockInPass<'a> {
     pub block: &'a Block,
     pub(crate) config: &'a ModelConfig,
     pub(crate) sequence: &'a Sequence,
+    /// Whether it is recorded without the other blocks.
+    pub(crate) is_apart: bool,
+}
+
+impl BlockInPass<'_> {
+    fn graph(&self, pass: Pass) -> Graph {
+        if self.is_apart { Graph::Apart { tracked: pass.tracked } } else { Graph::Whole }
+    }
 }
 
 impl ResidualBlock for BlockInPass<'_> {
@@ -344,10 +436,33 @@ impl ResidualBlock for BlockInPass<'_> {
     }
 
     fn attention(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
-        self.block.attention_branch(x, self.config, self.sequence, pass, purpose)
+        self.block.attention_branch(x, self.config, self.sequence, self.graph(pass), pass, purpose)
     }
 
     fn feed_forward(&self, x: Tensor<2>, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
         self.block.feed_forward_branch(x, self.config, pass, purpose)
+    }
+
+    fn has_ending(&self) -> bool {
+        self.block.factor.is_some() || self.block.layer_input.is_some()
+    }
+
+    fn ending(&self, x: Tensor<2>, start: usize, pass: Pass, purpose: Purpose<'_>) -> Tensor<2> {
+        let Some(own) = &self.block.layer_input else {
+            return self.block.multiplied(x.clone() + self.feed_forward(x, pass, purpose));
+        };
+        let sum = x.clone() + self.feed_forward(x, pass, Purpose::Result);
+        let input = self.sequence.passed.input_of(self.block.index, start, sum.dims()[0], self.graph(pass));
+        let run = |_| own.forward(sum.clone(), input, pass);
+        let added = normalised(&self.block.norms.layer_input, run, pass, false);
+        self.block.multiplied(sum + added)
+    }
+
+    fn handed_on(&self) -> Vec<(Tensor<2>, Tensor<2>)> {
+        self.sequence.passed.handed_on(self.block.index)
+    }
+
+    fn collect_read(&self, grads: &mut Gradients) {
+        self.sequence.passed.collect(grads);
     }
 }

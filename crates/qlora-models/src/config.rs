@@ -18,11 +18,11 @@ use crate::ModelError;
 use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
 use crate::rope::{Pairs, RopeScaling};
 use adapter_io::{BnbConfig, Checkpoint};
-use blocks::LayerConfig;
-pub use blocks::{AttentionKind, ExpertsConfig, GroupedScores, LinearAttentionConfig};
+pub use blocks::{AttentionKind, ExpertsConfig, GroupedScores, LayerInputsConfig, LinearAttentionConfig};
+use blocks::{KeyHeads, LayerConfig};
 use fields::Fields;
 pub use latent::LatentConfig;
-pub(crate) use modules::{BlockNorms, ExpertsSpecs};
+pub(crate) use modules::{BlockNorms, ExpertsSpecs, LayerInputsSpec};
 pub use modules::{LinearRole, LinearSpec};
 pub use options::ConfigOptions;
 use qlora_layers::ops::fused::Activation;
@@ -46,9 +46,10 @@ pub struct ModelConfig {
     pub num_hidden_layers: usize,
     /// Query heads.
     pub num_attention_heads: usize,
-    /// Key and value heads; divides the query heads.
+    /// Key and value heads, of blocks with a window where the others have [their own](AttentionKind::num_key_value_heads).
     pub num_key_value_heads: usize,
-    /// Width of a head: of queries, keys and values, or of latent attention the widest of the three.
+    /// Width of a head, of blocks with a window where the others have [their own](AttentionKind::head_dim): of queries, keys and
+    /// values, or of latent attention the widest of the three.
     pub head_dim: usize,
     /// The MLP's activation.
     pub activation: Activation,
@@ -76,6 +77,8 @@ pub struct ModelConfig {
     pub experts: Option<ExpertsConfig>,
     /// Latent attention, if blocks have it in the place of attention.
     pub latent: Option<LatentConfig>,
+    /// Inputs of each block beside the block before it, if there are any.
+    pub layer_inputs: Option<LayerInputsConfig>,
     /// Whether the output head is the embedding table.
     pub tie_word_embeddings: bool,
     /// The longest context the model was made for.
@@ -210,15 +213,20 @@ impl ModelConfig {
         };
         let max_position_embeddings =
             fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
-        let rotated_dim = latent.map_or(head_dim, |latent| latent.rotary_dim);
+        let heads = KeyHeads { head_dim, count: num_key_value_heads, are_values: false };
+        let heads = blocks::key_heads(fields, family, num_hidden_layers, num_attention_heads, heads)?;
+        let head_dims = heads.map(|heads| latent.map_or(heads.head_dim, |latent| latent.rotary_dim));
         let pairs = match latent {
             Some(latent) if !latent.interleaved => Pairs::Halves,
             _ => family.rotary.pairs,
         };
-        let ropes = rope::read(fields, family, &rope::Sizes { head_dim: rotated_dim, max_position_embeddings, pairs })?;
-        let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
-        let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
-        let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
+        let ropes = rope::read(fields, family, &rope::Sizes { head_dims, max_position_embeddings, pairs })?;
+        let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, heads)?;
+        let beside = family.beside.map(|names| fields.flag(names.switch)).transpose()?;
+        let has_experts = beside.is_none_or(|switch| switch.unwrap_or(false));
+        let expert_names = family.experts.filter(|_| has_experts);
+        let experts = expert_names.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
+        let sparse = blocks::sparse(fields, expert_names.as_ref(), num_hidden_layers)?;
         let (linear, short_conv, is_recurrent) = match (&family.linear, &family.short_conv) {
             (Some(names), _) => {
                 blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), None, is))?
@@ -228,6 +236,9 @@ impl ModelConfig {
             }
             (None, None) => (None, None, vec![false; num_hidden_layers]),
         };
+        let keys_from = blocks::shared_keys(fields, family, &kinds)?;
+        let layer_inputs = blocks::layer_inputs(fields, family)?;
+        let wide = family.wide_mlp.map(|key| fields.flag(key)).transpose()?.flatten().unwrap_or(false);
         let factor = |key: Option<&str>| -> Result<Option<f64>, ModelError> {
             Ok(key.map(|key| fields.number(key)).transpose()?.flatten().filter(|factor| *factor != 1.0))
         };
@@ -237,6 +248,7 @@ impl ModelConfig {
             EmbeddingScale::Key(key) => factor(Some(key))?,
         };
         let score_scale = match family.score_scale {
+            ScoreScale::One => 1.0,
             ScoreScale::HeadDim => match latent {
                 Some(latent) => latent::score_scale(fields, &latent)?,
                 None => 1.0 / (head_dim as f64).sqrt(),
@@ -273,6 +285,7 @@ impl ModelConfig {
             short_conv,
             experts,
             latent,
+            layer_inputs,
             tie_word_embeddings: own_tied.or(file_tied).or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
@@ -282,7 +295,14 @@ impl ModelConfig {
                 .into_iter()
                 .zip(sparse)
                 .zip(is_recurrent)
-                .map(|((kind, sparse), recurrent)| LayerConfig { kind, sparse, recurrent })
+                .zip(keys_from)
+                .map(|(((kind, sparse), recurrent), keys_from)| LayerConfig {
+                    kind,
+                    sparse,
+                    recurrent,
+                    keys_from,
+                    wide: wide && keys_from.is_some(),
+                })
                 .collect(),
             dense: Vec::new(),
             qk_normed: fields.switch(family.qk_normed)?,
@@ -299,10 +319,9 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Blocks with keys and values, which a token adds to; blocks with linear attention or a short convolution have a state of one
-    /// size.
+    /// Blocks with attention; the others have linear attention or a short convolution, with a state of one size.
     pub fn attention_blocks(&self) -> usize {
-        self.layers.iter().filter(|layer| !layer.recurrent).count()
+        self.attended().count()
     }
 
     /// Whether some blocks have a state in the place of keys and values, which no later token leaves as it was.
@@ -315,15 +334,39 @@ impl ModelConfig {
         self.layers.iter().filter(|layer| layer.sparse).count()
     }
 
+    /// The numbers of the blocks with attention.
+    pub fn attended(&self) -> impl Iterator<Item = usize> {
+        (0..).zip(&self.layers).filter(|(_, layer)| !layer.recurrent).map(|(index, _)| index)
+    }
+
+    /// The numbers of the blocks with keys and values of their own, which a token adds to.
+    pub fn with_keys(&self) -> impl Iterator<Item = usize> {
+        self.attended().filter(|index| self.layers[*index].keys_from.is_none())
+    }
+
+    /// Whether later blocks take a block's keys and values.
+    pub(crate) fn hands_on_keys(&self, index: usize) -> bool {
+        self.layers.iter().any(|layer| layer.keys_from == Some(index))
+    }
+
+    /// Whether there are blocks that take the keys and values of others.
+    pub(crate) fn shares_keys(&self) -> bool {
+        self.layers.iter().any(|layer| layer.keys_from.is_some())
+    }
+
     /// What blocks have beside projections and norms, all of it held in f32: what linear attention and short convolutions have, sinks,
-    /// and the corrections of routers.
+    /// the corrections of routers, factors of blocks, and those of routers and experts beside an MLP.
     pub fn further_values(&self) -> usize {
         let of_linear = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
         let of_block = of_linear + self.short_conv.map_or(0, |taps| taps * self.hidden_size);
         let sinks = self.family.sinks.map_or(0, |_| self.num_attention_heads);
-        let sigmoid = self.experts.filter(|experts| experts.sigmoid.is_some()).map_or(0, |experts| experts.count);
-        let corrections = self.sparse_blocks() * sigmoid;
-        (self.num_hidden_layers - self.attention_blocks()) * of_block + self.attention_blocks() * sinks + corrections
+        let of_router = self.experts.map_or(0, |experts| {
+            let correction = experts.sigmoid.map_or(0, |_| experts.count);
+            correction + self.family.beside.map_or(0, |_| self.hidden_size + experts.count)
+        });
+        let factors = self.family.block_factor.map_or(0, |_| self.num_hidden_layers);
+        let attended = self.attention_blocks();
+        (self.num_hidden_layers - attended) * of_block + attended * sinks + self.sparse_blocks() * of_router + factors
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

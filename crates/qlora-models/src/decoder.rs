@@ -6,6 +6,7 @@ use crate::config::{AttentionKind, ModelConfig};
 use crate::embedding::Embedding;
 use crate::family::EmbeddingScale;
 use crate::kv_cache::KvCache;
+use crate::layer_inputs::{LayerInputs, rounded};
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
@@ -17,7 +18,7 @@ use qlora_layers::activation_checkpointing::ResidualBlock;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::{frozen_linear, in_bf16, matmul};
-use qlora_layers::{FrozenLinear, LoraLinear, Pass, TokenRows};
+use qlora_layers::{FrozenLinear, LoraAdapter, LoraLinear, Pass, TokenRows};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -34,6 +35,8 @@ pub struct Decoder {
     /// One for each of [`ModelConfig::attention_kinds`].
     pub(crate) rotary: Arc<[RotaryTables]>,
     pub(crate) embed_tokens: Param<Tensor<2>>,
+    /// What makes inputs of the blocks' own, if they have any.
+    pub(crate) layer_inputs: Option<LayerInputs>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) norm: Named<RmsNorm>,
     /// `None` when the head is the embedding table.
@@ -83,7 +86,8 @@ impl Decoder {
 
     /// Prepares a pass over `rows` rows of `len` tokens that follow `past` cached ones.
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
-        Sequence { rows, len, packed: None, views: self.views(std::slice::from_ref(&(past..past + len)), None) }
+        let views = self.views(std::slice::from_ref(&(past..past + len)), None);
+        Sequence { rows, len, packed: None, views, passed: Arc::default() }
     }
 
     /// Prepares a pass over rows of these lengths that lie one after the other, without padding. Each has positions from 0 on and
@@ -96,7 +100,7 @@ impl Decoder {
         }
         let packed: Option<Arc<[u32]>> = Some(bounds.into());
         let rows: Vec<Range<usize>> = lens.iter().map(|len| 0..*len).collect();
-        Sequence { rows: 1, len: end, packed: packed.clone(), views: self.views(&rows, packed) }
+        Sequence { rows: 1, len: end, packed: packed.clone(), views: self.views(&rows, packed), passed: Arc::default() }
     }
 
     /// How blocks of each kind see the last positions of sequences.
@@ -105,7 +109,7 @@ impl Decoder {
         let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
             let spans = positions.iter().map(|positions| (positions.end, positions.clone()));
             let (cos, sin) = tables.get(&kind.rope, spans, &self.device);
-            let head_dim = self.config.rotated_dim();
+            let head_dim = self.config.rotated_dim(kind);
             let rotation = Rotation { len, head_dim, rotary: kind.rope.turned, inverse: false };
             let softcap = self.config.score_softcap.map(|cap| cap as f32);
             let scores = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
@@ -120,15 +124,33 @@ impl Decoder {
         self.config.attention_kinds.iter().zip(&*self.rotary).map(view).collect()
     }
 
-    /// Looks tokens up.
+    /// Looks up the tokens of a pass, and prepares what blocks read of them beside the block before.
+    ///
+    /// # Shapes
+    /// `rows * len` ids, as `sequence` has them, to `[tokens, hidden]`.
+    pub fn begin(&self, sequence: &Sequence, ids: &[u32], pass: Pass) -> Tensor<2> {
+        let _span = tracing::trace_span!("embed").entered();
+        let index = self.on_device(ids);
+        let x = self.embed_on_device(ids, index.clone(), pass);
+        if let Some(inputs) = &self.layer_inputs {
+            let width = inputs.norm.module.weight.dims()[0];
+            sequence.passed.give_inputs(inputs.forward(index, x.clone(), pass), width);
+        }
+        x
+    }
+
+    fn on_device(&self, ids: &[u32]) -> Tensor<1, Int> {
+        let values: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        Tensor::from_data(TensorData::new(values, [ids.len()]), (&self.device, DType::I32))
+    }
+
+    /// Looks tokens up, without what [`begin`](Self::begin) does beside.
     ///
     /// # Shapes
     /// Any number of ids to `[tokens, hidden]`.
     pub fn embed(&self, ids: &[u32], pass: Pass) -> Tensor<2> {
         let _span = tracing::trace_span!("embed").entered();
-        let values: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        let index = Tensor::from_data(TensorData::new(values, [ids.len()]), (&self.device, DType::I32));
-        self.embed_on_device(ids, index, pass)
+        self.embed_on_device(ids, self.on_device(ids), pass)
     }
 
     /// [`embed`](Self::embed) of ids that are on the device too, i32.
@@ -142,9 +164,10 @@ impl Decoder {
         }
     }
 
-    /// The blocks as a pass over `sequence` runs them, first to last.
+    /// The blocks as a pass over `sequence` runs them, first to last, each recorded by itself.
     pub fn blocks_in<'a>(&'a self, sequence: &'a Sequence) -> Vec<BlockInPass<'a>> {
-        self.blocks.iter().map(|block| BlockInPass { block, config: &self.config, sequence }).collect()
+        let in_pass = |block| BlockInPass { block, config: &self.config, sequence, is_apart: true };
+        self.blocks.iter().map(in_pass).collect()
     }
 
     /// Runs one block.
@@ -154,7 +177,7 @@ impl Decoder {
     pub fn run_block(&self, block: &Block, x: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
         let _span = tracing::trace_span!("block", index = block.index).entered();
         let x = block.enter(x, pass);
-        BlockInPass { block, config: &self.config, sequence }.forward(x, pass)
+        BlockInPass { block, config: &self.config, sequence, is_apart: false }.forward(x, pass)
     }
 
     /// Final norm and output head.
@@ -233,7 +256,8 @@ impl Decoder {
     /// `ids` holds `rows * len` ids, row-major; output `[rows * len, vocab]`.
     pub fn forward(&self, ids: &[u32], rows: usize, pass: Pass) -> Tensor<2> {
         let sequence = self.sequence(rows, ids.len() / rows, 0);
-        let x = self.blocks.iter().fold(self.embed(ids, pass), |x, block| self.run_block(block, x, &sequence, pass));
+        let x = self.begin(&sequence, ids, pass);
+        let x = self.blocks.iter().fold(x, |x, block| self.run_block(block, x, &sequence, pass));
         self.logits(x, pass)
     }
 
@@ -246,33 +270,44 @@ impl Decoder {
         cache.extend(self, ids)
     }
 
-    /// Every linear layer with its path, first block first; the output head comes last.
+    /// Every linear layer with its path: that of the blocks' own inputs if there are any, then block by block; the output head comes
+    /// last.
     pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
         let head = self.lm_head.iter().map(|head| (self.config.root().head.to_string(), head));
-        self.blocks.iter().flat_map(Block::linears).chain(head)
+        let first = self.layer_inputs.iter().map(|inputs| inputs.projection.pair());
+        first.chain(self.blocks.iter().flat_map(Block::linears)).chain(head)
     }
 
-    /// Every linear layer with its path, first block first; the output head comes last.
+    /// Every linear layer with its path, as [`linears`](Self::linears).
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
         let path = self.config.root().head;
         let head = self.lm_head.iter_mut().map(|head| (path.to_string(), head));
-        self.blocks.iter_mut().flat_map(Block::linears_mut).chain(head)
+        let first = self.layer_inputs.iter_mut().map(|inputs| {
+            let (path, linear) = inputs.projection.pair_mut();
+            linear.adapter.iter_mut().for_each(LoraAdapter::forget_norms);
+            (path, linear)
+        });
+        first.chain(self.blocks.iter_mut().flat_map(Block::linears_mut)).chain(head)
     }
 
-    /// Every norm with its path, first block first; the one before the output head comes last.
+    /// Every norm with its path: that of the blocks' own inputs if there are any, then block by block; the one before the output head
+    /// comes last.
     pub fn norms(&self) -> impl Iterator<Item = (String, &RmsNorm)> {
-        self.blocks.iter().flat_map(Block::norms).chain([self.norm.pair()])
+        let first = self.layer_inputs.iter().map(|inputs| inputs.norm.pair());
+        first.chain(self.blocks.iter().flat_map(Block::norms)).chain([self.norm.pair()])
     }
 
-    /// Every norm with its path, first block first; the one before the output head comes last.
+    /// Every norm with its path, as [`norms`](Self::norms).
     pub fn norms_mut(&mut self) -> impl Iterator<Item = (String, &mut RmsNorm)> {
-        self.blocks.iter_mut().flat_map(Block::norms_mut).chain([self.norm.pair_mut()])
+        let first = self.layer_inputs.iter_mut().map(|inputs| inputs.norm.pair_mut());
+        first.chain(self.blocks.iter_mut().flat_map(Block::norms_mut)).chain([self.norm.pair_mut()])
     }
 
     /// The linear layers without a head that is the embedding table.
     fn own_linears(&self) -> impl Iterator<Item = &LoraLinear> {
         let head = self.lm_head.as_ref().filter(|_| !self.config.tie_word_embeddings);
-        self.blocks.iter().flat_map(Block::linears).map(|(_, linear)| linear).chain(head)
+        let first = self.layer_inputs.iter().map(|inputs| &inputs.projection.module);
+        first.chain(self.blocks.iter().flat_map(Block::linears).map(|(_, linear)| linear)).chain(head)
     }
 
     /// Bytes of frozen weights on the device, and of the slots for those that are streamed.
@@ -281,7 +316,8 @@ impl Decoder {
             let bias = linear.bias.as_ref().map_or(0, |bias| bias.dims()[0] * bias.dtype().size());
             linear.base.device_bytes() + bias
         };
-        let embeddings = self.embed_tokens.shape().num_elements() * self.embed_tokens.dtype().size();
+        let tables = self.embed_tokens.shape().num_elements() + self.layer_table_values();
+        let embeddings = tables * self.embed_tokens.dtype().size();
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
         let slots = self.streaming().slot_bytes as usize;
@@ -297,16 +333,11 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        self.embed_tokens.shape().num_elements() + norms + linears + self.config.further_values()
-    }
-}
-
-/// A number as a dtype holds it.
-fn rounded(number: f64, dtype: FloatDType) -> f64 {
-    match dtype {
-        FloatDType::BF16 => half::bf16::from_f64(number).to_f64(),
-        FloatDType::F16 => half::f16::from_f64(number).to_f64(),
-        _ => f64::from(number as f32),
+        self.embed_tokens.shape().num_elements()
+            + self.layer_table_values()
+            + norms
+            + linears
+            + self.config.further_values()
     }
 }
 

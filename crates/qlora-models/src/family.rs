@@ -6,6 +6,7 @@
 
 mod dense;
 mod experts;
+mod gemma;
 mod hybrid;
 mod latent;
 mod short_conv;
@@ -14,7 +15,8 @@ mod vision_text;
 mod wrappers;
 
 use crate::rope::Pairs;
-pub(crate) use experts::{Experts, Scores, SharedWidth};
+pub(crate) use experts::{Experts, Scores, SharedWidth, Stacking};
+pub(crate) use gemma::{BesideNames, GlobalAttention, LayerInputNames};
 pub(crate) use hybrid::Linear;
 pub(crate) use latent::Latent;
 use qlora_layers::ops::fused::Activation;
@@ -104,6 +106,22 @@ pub(crate) struct Family {
     pub mlp_width: Option<MlpWidth>,
     /// A key that counts in the place of `tie_word_embeddings` where it is there.
     pub tie_key: Option<&'static str>,
+    /// Where blocks without a window have heads of their own.
+    pub global_attention: Option<GlobalAttention>,
+    /// Whether values are normalised, each head by itself and without a weight.
+    pub value_norm: bool,
+    /// A number in the checkpoint that all of a block's output is multiplied by.
+    pub block_factor: Option<&'static str>,
+    /// The key with the number of the last blocks that take the keys and values of an earlier block.
+    pub shared_keys: Option<&'static str>,
+    /// The key that says that MLPs of those blocks are twice as wide.
+    pub wide_mlp: Option<&'static str>,
+    /// Where blocks have inputs of their own.
+    pub layer_inputs: Option<LayerInputNames>,
+    /// Where experts stand beside the MLP, and not in its place.
+    pub beside: Option<BesideNames>,
+    /// How files hold experts where they never have a tensor for each. Adapters on them are written as PEFT has those on parameters.
+    pub stacked_only: Option<Stacking>,
 }
 
 /// Where the parts of a language model lie.
@@ -163,6 +181,8 @@ pub(crate) enum ScoreScale {
     Scalar(&'static str, f64),
     /// This key's value; 1 when absent.
     Factor(&'static str),
+    /// 1.
+    One,
 }
 
 /// Norms of queries and keys.
@@ -224,6 +244,8 @@ pub(crate) enum Windowed {
     From(&'static str, usize),
     /// What `layer_types` says; when absent, all but every n-th, with n from this key if there is one.
     AllButEvery(Option<&'static str>, usize),
+    /// What `layer_types` says; when absent, all but every n-th. The last block never has one.
+    AllButEveryAndLast(usize),
     /// What `layer_types` says; when absent, those without rotary embeddings.
     Unrotated,
 }
@@ -254,6 +276,8 @@ pub(crate) struct Rotary {
     pub original_context: Option<usize>,
     /// Whether the scaling has to be there.
     pub needs_scaling: bool,
+    /// The part of each head that "proportional" rotates when there are no keys about it, where that is known.
+    pub proportional: Option<f64>,
 }
 
 /// Rotary embeddings of blocks with a window.
@@ -344,6 +368,7 @@ const BASE: Family = Family {
         long_aliases: false,
         original_context: None,
         needs_scaling: false,
+        proportional: None,
     },
     sizes: Sizes {
         vocab_size: None,
@@ -370,6 +395,14 @@ const BASE: Family = Family {
     norm_eps_key: "rms_norm_eps",
     mlp_width: None,
     tie_key: None,
+    global_attention: None,
+    value_norm: false,
+    block_factor: None,
+    shared_keys: None,
+    wide_mlp: None,
+    layer_inputs: None,
+    beside: None,
+    stacked_only: None,
 };
 
 const LLAMA: Family = Family {
@@ -483,58 +516,6 @@ const QWEN3_MOE: Family = Family {
     ..QWEN3
 };
 
-const GEMMA2: Family = Family {
-    model_type: "gemma2",
-    qkv_bias: Switch::Key("attention_bias"),
-    output_bias: Switch::Key("attention_bias"),
-    norms: Norms {
-        attention_input: Some("input_layernorm"),
-        attention_output: Some("post_attention_layernorm"),
-        mlp_input: Some("pre_feedforward_layernorm"),
-        mlp_output: Some("post_feedforward_layernorm"),
-    },
-    norm_offset: 1.0,
-    embedding_scale: EmbeddingScale::SqrtWidth,
-    activation: ("hidden_activation", Activation::GeluTanh),
-    score_scale: ScoreScale::Scalar("query_pre_attn_scalar", 256.0),
-    score_softcap: Some(("attn_logit_softcapping", Some(50.0))),
-    logit_softcap: Some(("final_logit_softcapping", Some(30.0))),
-    window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(4096), switch: None },
-    sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
-    tied: true,
-    fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
-    // `hidden_activation` and `sliding_window` decide; early files have both of each.
-    harmless: &["hidden_act", "sliding_window_size"],
-    ..BASE
-};
-
-const GEMMA3_TEXT: Family = Family {
-    model_type: "gemma3_text",
-    qk_norm: Some(PER_HEAD),
-    // transformers has the key and does not use it.
-    score_softcap: None,
-    logit_softcap: Some(("final_logit_softcapping", None)),
-    window: Window { blocks: Windowed::AllButEvery(Some("sliding_window_pattern"), 6), ..GEMMA2.window },
-    rotary: Rotary { theta: 1_000_000.0, local: Some(Local::Theta("rope_local_base_freq", 10_000.0)), ..BASE.rotary },
-    // Sections of larger files leave out what equals these.
-    sizes: Sizes {
-        vocab_size: Some(262_208),
-        hidden_size: Some(2304),
-        intermediate_size: Some(9216),
-        num_hidden_layers: Some(26),
-        num_attention_heads: Some(8),
-        max_position_embeddings: 131_072,
-        ..GEMMA2.sizes
-    },
-    fixed: &[
-        ("use_bidirectional_attention", Only::Flag(false)),
-        ("mlp_bias", Only::Flag(false)),
-        ("attn_logit_softcapping", Only::Null),
-    ],
-    harmless: &["hidden_act", "_sliding_window_pattern"],
-    ..GEMMA2
-};
-
 /// Every family that loads.
 pub(crate) static FAMILIES: &[Family] = &[
     LLAMA,
@@ -546,8 +527,8 @@ pub(crate) static FAMILIES: &[Family] = &[
     hybrid::QWEN3_5_TEXT,
     hybrid::QWEN3_5_MOE_TEXT,
     hybrid::QWEN3_NEXT,
-    GEMMA2,
-    GEMMA3_TEXT,
+    gemma::GEMMA2,
+    gemma::GEMMA3_TEXT,
     dense::PHI3,
     dense::MINISTRAL3,
     dense::SMOLLM3,
@@ -559,6 +540,7 @@ pub(crate) static FAMILIES: &[Family] = &[
     dense::GLM4,
     dense::ERNIE,
     experts::GLM4_MOE,
+    latent::DEEPSEEK_V2,
     latent::DEEPSEEK_V3,
     latent::KIMI_K2,
     latent::GLM4_MOE_LITE,
@@ -566,7 +548,10 @@ pub(crate) static FAMILIES: &[Family] = &[
     vision_text::QWEN2_VL_TEXT,
     vision_text::QWEN2_5_VL_TEXT,
     vision_text::QWEN3_VL_TEXT,
+    vision_text::QWEN3_VL_MOE_TEXT,
     short_conv::LFM2,
+    gemma::GEMMA4_TEXT,
+    gemma::GEMMA4_UNIFIED_TEXT,
 ];
 
 impl Family {

@@ -9,6 +9,7 @@
 //! A model takes and gives token ids; `chat-text` makes them of text.
 
 pub mod adapters;
+mod beside;
 mod block;
 mod config;
 mod decoder;
@@ -22,12 +23,14 @@ mod host_memory;
 mod kernel_cache;
 mod kv_cache;
 mod latent;
+mod layer_inputs;
 mod loader;
 mod mlp;
 mod moe;
 mod named;
 mod norm;
 mod paged;
+mod passed;
 mod probe;
 mod recorded;
 mod rope;
@@ -41,8 +44,8 @@ mod streamed;
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
-    AttentionKind, ConfigOptions, ExpertsConfig, GroupedScores, LatentConfig, LinearAttentionConfig, LinearRole,
-    LinearSpec, ModelConfig,
+    AttentionKind, ConfigOptions, ExpertsConfig, GroupedScores, LatentConfig, LayerInputsConfig, LinearAttentionConfig,
+    LinearRole, LinearSpec, ModelConfig,
 };
 pub use decoder::Decoder;
 pub use device::{check_compute_dtype, default_compute_dtype, device_memory, held_memory, peak_memory, select_device};

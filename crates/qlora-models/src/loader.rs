@@ -9,7 +9,9 @@
 //! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
 
 mod aside;
+mod beside;
 mod experts;
+mod heads;
 mod options;
 mod random;
 mod source;
@@ -22,7 +24,6 @@ use crate::decoder::Decoder;
 use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
 use crate::family::Root;
-use crate::mlp::Mlp;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
@@ -94,6 +95,7 @@ impl Decoder {
         let holds = |root: &&Root| checkpoint.contains(&root.below(".embed_tokens.weight"));
         let root = *config.roots.iter().find(holds).unwrap_or(&config.root());
         config.notes.extend(aside::note(&checkpoint, &config, &root));
+        config.notes.extend(heads::note(&config, options.dtype, device));
         let streaming = Streaming::to(device, Quantizer::of(device)?);
         Loader::new(&checkpoint, config, options, device, progress, root, streaming).streams(streams)?.decoder()
     }
@@ -203,6 +205,7 @@ impl<'a> Loader<'a> {
         let ModelConfig { vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, .. } = self.config;
         let Root { head, .. } = self.config.root();
         let embed_tokens = self.matrix(&self.config.embed_path(), [vocab_size, hidden_size])?;
+        let layer_inputs = self.layer_inputs()?;
         let mut blocks = Vec::with_capacity(num_hidden_layers);
         let (mut streams, mut moved) = (self.streams.take(), Vec::new());
         for index in 0..num_hidden_layers {
@@ -251,6 +254,7 @@ impl<'a> Loader<'a> {
             device: self.device.clone(),
             dtype: self.options.dtype,
             embed_tokens: frozen(embed_tokens),
+            layer_inputs,
             blocks,
             norm,
             lm_head,
@@ -265,12 +269,12 @@ impl<'a> Loader<'a> {
     fn block(&mut self, index: usize) -> Result<Block, ModelError> {
         let qkv = self.linears(self.config.qkv_specs(index))?;
         let output = self.linear(self.config.output_spec(index))?;
-        let feed_forward = match self.config.experts_specs(index) {
-            Some(specs) => FeedForward::Experts(Box::new(self.experts(index, specs)?)),
-            None => {
-                let (gate_up, down) = self.config.mlp_specs(index);
-                let (gate_up, down) = (self.linears(gate_up)?, self.linear(down)?);
-                FeedForward::Dense(Box::new(Mlp { gate_up, down, activation: self.config.activation }))
+        let (feed_forward, beside) = match (self.config.experts_specs(index), self.config.family.beside) {
+            (Some(specs), None) => (FeedForward::Experts(Box::new(self.experts(index, specs)?)), None),
+            (specs, names) => {
+                let mlp = FeedForward::Dense(Box::new(self.mlp(index)?));
+                let beside = specs.zip(names).map(|(specs, names)| self.beside(index, specs, &names)).transpose()?;
+                (mlp, beside)
             }
         };
         let mut norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
@@ -290,7 +294,24 @@ impl<'a> Loader<'a> {
             }
             None => None,
         };
-        Ok(Block { index, kind, qkv, recurrence, sinks, output, feed_forward, norms, home: None })
+        let (value_norm, factor) = (self.value_norm(index), self.block_factor(index)?);
+        let layer_input = self.layer_input(index)?;
+        let home = None;
+        Ok(Block {
+            index,
+            kind,
+            qkv,
+            recurrence,
+            sinks,
+            output,
+            feed_forward,
+            beside,
+            norms,
+            value_norm,
+            layer_input,
+            factor,
+            home,
+        })
     }
 
     /// What a block has in the place of attention, without projections and norm.
@@ -427,7 +448,12 @@ impl<'a> Loader<'a> {
     fn nothing_left(&self) -> Result<(), ModelError> {
         let head = self.root.head;
         // A tied head is saved by some and is the embedding table. Early files hold the rotary frequencies.
-        let harmless = |name: &str| name == format!("{head}.weight") || name.ends_with(".rotary_emb.inv_freq");
+        let unread = self.unread_keys();
+        let harmless = |name: &str| {
+            name == format!("{head}.weight")
+                || name.ends_with(".rotary_emb.inv_freq")
+                || unread.iter().any(|module| name.starts_with(module))
+        };
         // The parts of a 4-bit weight all begin with the weight's name.
         let read = |name: &str| {
             let module = name.split_once(".weight").map_or(name, |(module, _)| module);

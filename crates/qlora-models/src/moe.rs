@@ -42,6 +42,10 @@ pub(crate) struct Moe {
     pub shared: Option<SharedExpert>,
     /// Where scores are sigmoids, and not their softmax.
     pub sigmoid: Option<SigmoidScores>,
+    /// Whether the router's sums are f32 whatever the compute dtype, as in transformers.
+    pub wide_router: bool,
+    /// `[experts]`, f32: what the weights of each expert are multiplied by, where that is not 1.
+    pub expert_scale: Option<Tensor<1>>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
     stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
     /// The biases of these, where they have some.
@@ -68,8 +72,20 @@ impl Moe {
         shared: Option<SharedExpert>,
         sigmoid: Option<SigmoidScores>,
     ) -> Self {
-        let (stacks, biases, joined) = Default::default();
-        let mut moe = Self { router, experts, per_token, normalise, shared, sigmoid, stacks, biases, joined };
+        let (wide_router, expert_scale, stacks, biases, joined) = Default::default();
+        let mut moe = Self {
+            router,
+            experts,
+            per_token,
+            normalise,
+            shared,
+            sigmoid,
+            wide_router,
+            expert_scale,
+            stacks,
+            biases,
+            joined,
+        };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
         moe.biases = moe.stack_biases();
@@ -89,10 +105,14 @@ impl Moe {
 
     /// [`forward`](Self::forward) without the expert of all tokens.
     pub fn routed(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
-        let logits = match &self.sigmoid {
-            // Their sums are kept in f32, as in transformers.
-            Some(_) => self.router.module.forward_wide(x.clone(), pass),
-            None => self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32),
+        self.forward_routed(x.clone(), x, pass, gradients_only)
+    }
+
+    /// [`routed`](Self::routed) where the router reads something else than the experts do.
+    pub fn forward_routed(&self, router_input: Tensor<2>, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+        let logits = match self.wide_router {
+            true => self.router.module.forward_wide(router_input, pass),
+            false => self.router.module.forward_in(router_input, pass).cast(FloatDType::F32),
         };
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
             Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
@@ -121,6 +141,7 @@ impl Moe {
                 (routing, weights)
             }
         };
+        let weights = self.scaled(weights, routing.chosen());
         let bias = |i: usize| self.biases.as_ref().map(|biases| biases[i].all.clone());
         let projections = [0, 1, 2].map(|i| {
             let adapters = self.joined[i].as_ref().map(|joined| &joined.module);
@@ -141,14 +162,15 @@ impl Moe {
             return x.mul_scalar(f32::NAN);
         };
         let routes = Routes::choose(&scores, self.experts.len(), self.per_token);
-        let chosen = int_tensor(routes.chosen, [tokens, self.per_token], &device);
+        let which = int_tensor(routes.chosen, [tokens, self.per_token], &device);
         let weights = match &self.sigmoid {
-            Some(scores) => scores.weights(logits, chosen),
+            Some(scores) => scores.weights(logits, which.clone()),
             None => {
-                let chosen = softmax(logits, 1).gather(1, chosen);
+                let chosen = softmax(logits, 1).gather(1, which.clone());
                 if self.normalise { chosen.clone() / chosen.sum_dim(1) } else { chosen }
             }
         };
+        let weights = self.scaled(weights, which);
         let outputs = self.experts.iter().zip(routes.groups).filter(|(_, group)| !group.is_empty());
         let outputs = outputs.map(|(expert, group)| {
             let len = group.len();
@@ -158,6 +180,13 @@ impl Moe {
         let rows = outputs.select(0, int_tensor(routes.rows, [tokens * self.per_token], &device));
         let rows = rows.cast(FloatDType::F32).reshape([tokens, self.per_token, hidden]);
         (rows * weights.unsqueeze_dim::<3>(2)).sum_dim(1).reshape([tokens, hidden]).cast(dtype)
+    }
+
+    /// The weights of each token's experts with those experts' factors.
+    fn scaled(&self, weights: Tensor<2>, chosen: Tensor<2, Int>) -> Tensor<2> {
+        let Some(scale) = &self.expert_scale else { return weights };
+        let [tokens, per_token] = weights.dims();
+        weights * scale.clone().select(0, chosen.reshape([tokens * per_token])).reshape([tokens, per_token])
     }
 
     /// Every expert's layer of one projection.

@@ -7,9 +7,10 @@
 mod feed_forward;
 mod head;
 mod latent;
+mod layer_inputs;
 mod linear;
 
-use crate::block::{Block, Recurrence, scaled, split_gate, split_qkv};
+use crate::block::{Block, Recurrence, queries_keys_values, scaled, split_gate};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::SequenceState;
@@ -37,8 +38,8 @@ pub struct PagedCache {
     block_tokens: usize,
     blocks: usize,
     /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has
-    /// something in the place of attention, and of latent attention what both are made of, `[.., 1, rank + rotary_dim]`, in the place of
-    /// the keys. The last block is nobody's: rows that only fill a pass up write there.
+    /// something in the place of attention or takes those of another block, and of latent attention what both are made of,
+    /// `[.., 1, rank + rotary_dim]`, in the place of the keys. The last block is nobody's: rows that only fill a pass up write there.
     layers: Vec<[Tensor<3>; 2]>,
     /// By the first of a sequence's blocks and the decoder block: what linear attention and short convolutions go on from.
     states: HashMap<(u32, usize), SequenceState>,
@@ -52,13 +53,17 @@ impl PagedCache {
     /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
     pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
         let slots = (blocks + 1) * block_tokens;
-        let shape = [slots, model.config.num_key_value_heads, model.config.head_dim];
+        let shape = |block: &Block| {
+            let kind = model.config.attention(block.index);
+            [slots, kind.num_key_value_heads, kind.head_dim]
+        };
         let place = || (&model.device, DType::from(model.dtype));
         let none = || Tensor::empty([0, 1, 1], place());
-        let layer = |block: &Block| match (&block.recurrence, model.config.latent) {
-            (Some(_), _) => [none(), none()],
-            (None, Some(latent)) => [Tensor::zeros([slots, 1, latent.cached_dim()], place()), none()],
-            (None, None) => [(); 2].map(|()| Tensor::zeros(shape, place())),
+        let has_own = |block: &Block| block.recurrence.is_none() && model.config.layer(block.index).keys_from.is_none();
+        let layer = |block: &Block| match (has_own(block), model.config.latent) {
+            (false, _) => [none(), none()],
+            (true, Some(latent)) => [Tensor::zeros([slots, 1, latent.cached_dim()], place()), none()],
+            (true, None) => [(); 2].map(|()| Tensor::zeros(shape(block), place())),
         };
         let layers = model.blocks.iter().map(layer).collect();
         let (recorded, stacks) = (Recorded::default(), Stacks::default());
@@ -67,9 +72,11 @@ impl PagedCache {
 
     /// Bytes on the device that a token takes.
     pub fn token_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
-        let keys_and_values = 2 * config.num_key_value_heads * config.head_dim;
-        let values = config.latent.map_or(keys_and_values, |latent| latent.cached_dim());
-        config.attention_blocks() * values * DType::from(dtype).size()
+        let values = |index: usize| match &config.latent {
+            Some(latent) => latent.cached_dim(),
+            None => 2 * config.qkv_widths(index)[1],
+        };
+        config.with_keys().map(values).sum::<usize>() * DType::from(dtype).size()
     }
 
     /// Tokens of a block.
@@ -191,8 +198,8 @@ enum SegmentRows {
     Every,
     /// Some of them.
     Paged(PagedBatch),
-    /// One row of many tokens, on tensor cores: keys and values as they come, where there are no earlier ones, or else
-    /// gathered from these slots of the cache.
+    /// One row of many tokens, on tensor cores: keys and values as they come, where there are no earlier ones and no block takes those of
+    /// another, or else gathered from these slots of the cache.
     Long(Option<Tensor<1, Int>>),
 }
 
@@ -222,7 +229,7 @@ impl Inputs {
         let batch = PagedBatch::with_room(&paged(rows), block_tokens, max_len, device);
         let has_kernel = model.dtype != FloatDType::F32 && client_of(device).is_some();
         let is_long = |row: &CachedRow<'_>| has_kernel && row.ids.len() >= LONG_ROW;
-        let segments = segments(rows, is_long, block_tokens, device);
+        let segments = segments(rows, is_long, config.shares_keys(), block_tokens, device);
         let sequences = rows.iter().map(RowSequence::new).collect();
         Self { ids, index, rotary, query_growth, batch, segments, sequences }
     }
@@ -299,6 +306,7 @@ fn paged<'a>(rows: &[CachedRow<'a>]) -> Vec<PagedRow<'a>> {
 fn segments(
     rows: &[CachedRow<'_>],
     is_long: impl Fn(&CachedRow<'_>) -> bool,
+    from_cache: bool,
     block_tokens: usize,
     device: &Device,
 ) -> Vec<Segment> {
@@ -307,7 +315,7 @@ fn segments(
     let segments = groups.map(|group| {
         let tokens = group.iter().map(|row| row.ids.len()).sum();
         let kind = match group {
-            [row] if is_long(row) => SegmentRows::Long((row.past > 0).then(|| {
+            [row] if is_long(row) => SegmentRows::Long((row.past > 0 || from_cache).then(|| {
                 let len = row.past + row.ids.len();
                 let slots: Vec<i32> =
                     (0..len).map(|position| paged_slot(row.blocks, position, block_tokens) as i32).collect();
@@ -424,17 +432,25 @@ impl<'a> MixedPass<'a> {
             return x;
         };
         let mut x = x;
+        let inputs = self.layer_inputs(x.clone());
         for index in 0..last {
             let _span = tracing::trace_span!("block", index).entered();
             h = self.models[0].1.blocks[index].enter(h, Pass::INFERENCE);
             let mlp_input = self.norms(|model| model.blocks[index].norms.mlp_input.as_ref());
             let attended = self.attention(index, h, cache);
             let [m, input] = add_norm(mlp_input, x, attended);
-            let output = self.feed_forward(index, input);
-            if index + 1 == last {
-                return m + output;
+            let output = self.feed_forward(index, &m, input);
+            let block = &self.models[0].1.blocks[index];
+            let is_sum = block.factor.is_none() && block.layer_input.is_none();
+            if is_sum && index + 1 < last {
+                [x, h] = add_norm(self.input_norms(index + 1), m, output);
+                continue;
             }
-            [x, h] = add_norm(self.input_norms(index + 1), m, output);
+            x = block.multiplied(self.with_layer_input(index, m + output, inputs.as_ref()));
+            if index + 1 == last {
+                return x;
+            }
+            h = normalised(self.input_norms(index + 1), x.clone(), RmsNorm::forward);
         }
         x
     }
@@ -502,26 +518,26 @@ impl<'a> MixedPass<'a> {
         }
         let kind = block(self.models[0].1).kind;
         let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
-        let mut qkv = self.linears(h, |model| block(model).qkv());
-        let [q, k, v] = match qkv.len() {
-            3 => std::array::from_fn(|_| qkv.remove(0)),
-            _ => split_qkv(qkv.remove(0), config),
-        };
-        let (q, gate) = split_gate(q, config);
+        let qkv = self.linears(h, |model| block(model).qkv());
+        let (q, own) = queries_keys_values(qkv, config, index);
+        let own = own.map(|[k, v]| [k, block(self.models[0].1).normalised_values(v)]);
+        let (q, gate) = split_gate(q, config, attention_kind.head_dim);
         let [tokens, _] = q.dims();
         let rope = &attention_kind.rope;
-        let rotation = Rotation { len: tokens, head_dim: config.head_dim, rotary: rope.turned, inverse: false };
+        let head_dim = attention_kind.head_dim;
+        let rotation = Rotation { len: tokens, head_dim, rotary: rope.turned, inverse: false };
         let tables = || [cos, sin].map(|table| table.clone().reshape([tokens, rope.turned / 2]));
-        let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, config.head_dim]);
-        let head_norm = |x: Tensor<2>, i: usize| {
-            normalised(self.norms(|model| Some(&block(model).norms.qk.as_ref()?[i])), x, RmsNorm::forward_heads)
+        let heads = |x: Tensor<2>, heads: usize| x.reshape([tokens, heads, head_dim]);
+        let head_norm = |x: Tensor<2>, is_key: bool| {
+            let norms = |model| if is_key { &block(model).norms.key } else { &block(model).norms.query };
+            normalised(self.norms(|model| norms(model).as_ref()), x, RmsNorm::forward_heads)
         };
         let rotated_first = config.normalises_rotated();
-        let (q, k) = match rotated_first {
-            true => (q, k),
-            false => (head_norm(q, 0), head_norm(k, 1)),
+        let prepared = |x: Tensor<2>, is_key| {
+            let x = if rotated_first { x } else { head_norm(x, is_key) };
+            rope.paired(x, head_dim)
         };
-        let [q, k] = [q, k].map(|x| rope.paired(x, config.head_dim));
+        let (q, own) = (prepared(q, false), own.map(|[k, v]| [prepared(k, true), v]));
         let q = match &self.inputs.query_growth[kind] {
             Some(factors) => {
                 let factors = factors.clone().reshape([tokens, 1]).cast(q.dtype());
@@ -532,25 +548,30 @@ impl<'a> MixedPass<'a> {
         let softcap = config.score_softcap.map(|cap| cap as f32);
         let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap)
             .with_sinks(block(self.models[0].1).sinks.clone());
-        let mixed = match self.inputs.is_paged() && !rotated_first {
-            true => {
+        let rotated = |x: Tensor<2>, is_key| {
+            let [cos, sin] = tables();
+            let x = if rope.dim == 0 { x } else { rotate(x, cos, sin, rotation) };
+            if rotated_first { head_norm(x, is_key) } else { x }
+        };
+        let mixed = match own {
+            None => {
+                let from = config.layer(index).keys_from.unwrap_or(index);
+                let q = heads(rotated(q, false), config.num_attention_heads);
+                self.inputs.attend(q, None, &cache.layers[from], &options)
+            }
+            Some([k, v]) if self.inputs.is_paged() && !rotated_first => {
                 let new = NewTokens { q, k, v };
                 let (q, cached) = cache.rotate_and_write(index, new, tables(), &self.inputs.batch, rotation);
                 self.inputs.attend(heads(q, config.num_attention_heads), None, cached, &options)
             }
-            false => {
-                let rotated = |x: Tensor<2>, i: usize| {
-                    let [cos, sin] = tables();
-                    let x = if rope.dim == 0 { x } else { rotate(x, cos, sin, rotation) };
-                    if rotated_first { head_norm(x, i) } else { x }
-                };
-                let q = heads(rotated(q, 0), config.num_attention_heads);
-                let new = [rotated(k, 1), v].map(|x| heads(x, config.num_key_value_heads));
+            Some([k, v]) => {
+                let q = heads(rotated(q, false), config.num_attention_heads);
+                let new = [rotated(k, true), v].map(|x| heads(x, attention_kind.num_key_value_heads));
                 let cached = cache.write(index, new.clone(), &self.inputs.batch);
                 self.inputs.attend(q, Some(new), cached, &options)
             }
         };
-        let mixed = mixed.reshape([tokens, config.num_attention_heads * config.head_dim]);
+        let mixed = mixed.reshape([tokens, config.num_attention_heads * head_dim]);
         let mixed = match gate {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,

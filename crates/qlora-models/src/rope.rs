@@ -13,8 +13,8 @@ pub struct Rope {
     pub theta: f64,
     /// Dimensions of a head that are rotated, the first ones; 0 for none.
     pub dim: usize,
-    /// Dimensions of a head that are turned: [`dim`](Self::dim), or with [`Pairs::Adjacent`] the whole head, where those
-    /// beyond are turned by an angle of zero. A head that is not rotated is turned so too.
+    /// Dimensions of a head that are turned: [`dim`](Self::dim), or with [`Pairs::Adjacent`] and [`RopeScaling::Proportional`] the
+    /// whole head, where those beyond are turned by an angle of zero. A head that is not rotated is turned so too.
     pub turned: usize,
     /// Scaling of the frequencies.
     pub scaling: RopeScaling,
@@ -98,6 +98,11 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are whole dimensions.
         truncate: bool,
     },
+    /// The frequencies of a head that is rotated as a whole, the highest of them only: pairs beyond are turned by nothing.
+    Proportional {
+        /// The divisor.
+        factor: f64,
+    },
     /// LongRoPE (Ding et al., 2024, arXiv 2402.13753): a divisor for each frequency, one set for sequences within
     /// the original context and one beyond.
     Long {
@@ -115,12 +120,18 @@ pub enum RopeScaling {
 impl Rope {
     /// One frequency per pair of dimensions, for a sequence of `len` tokens, in f32 as transformers computes them.
     pub fn frequencies(&self, len: usize) -> Vec<f32> {
-        let power = |theta: f64, i: usize| (theta as f32).powf((2 * i) as f32 / self.dim as f32);
+        let width = match self.scaling {
+            RopeScaling::Proportional { .. } => self.turned,
+            _ => self.dim,
+        };
+        let power = |theta: f64, i: usize| (theta as f32).powf((2 * i) as f32 / width as f32);
         let plain = |i: usize| 1.0 / power(self.theta, i);
         let pairs = 0..self.dim / 2;
         match &self.scaling {
             RopeScaling::Default => pairs.map(plain).collect(),
-            RopeScaling::Linear { factor } => pairs.map(|i| plain(i) / *factor as f32).collect(),
+            RopeScaling::Linear { factor } | RopeScaling::Proportional { factor } => {
+                pairs.map(|i| plain(i) / *factor as f32).collect()
+            }
             RopeScaling::Dynamic { factor, max_position_embeddings } => {
                 let longer = len.max(*max_position_embeddings) as f64 / *max_position_embeddings as f64;
                 let dim = self.dim as f64;

@@ -1,5 +1,6 @@
 //! The shape of one forward pass, and what its blocks share.
 
+use crate::passed::Passed;
 use burn::tensor::Tensor;
 use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
@@ -17,6 +18,16 @@ pub struct Sequence {
     pub(crate) packed: Option<Arc<[u32]>>,
     /// One for each of [`ModelConfig::attention_kinds`](crate::ModelConfig::attention_kinds).
     pub(crate) views: Vec<View>,
+    /// What blocks read of each other.
+    pub(crate) passed: Arc<Passed>,
+}
+
+impl Sequence {
+    /// The root of the graph below the first block and its gradient, which blocks left that were recorded apart; none where
+    /// blocks read nothing that [`Decoder::begin`](crate::Decoder::begin) made beside the embedding, or nothing is trained there.
+    pub fn inputs_and_gradient(&self) -> Option<(Tensor<2>, Tensor<2>)> {
+        self.passed.inputs_and_gradient()
+    }
 }
 
 /// How blocks of one kind see a pass.

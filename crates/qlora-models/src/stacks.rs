@@ -4,7 +4,6 @@
 //! Adapters that are low-rank updates of linear layers alone can be stacked. With any other (magnitudes, biases, weights, norms or
 //! tokens trained in full) a pass runs part by part, as [`crate::paged`] has it.
 
-use crate::block::FeedForward;
 use crate::decoder::Decoder;
 use burn::module::ParamId;
 use qlora_layers::{AdapterSpan, AdapterStack, LoraLinear, SPANS, can_stack};
@@ -176,8 +175,10 @@ fn kind(model: &Decoder, weights: &[ParamId]) -> Kind {
                 adapter.dora.is_none() && adapter.bias.is_none() && can_stack(layer, model.dtype, &model.device)
             })
     };
-    let norms = model.blocks.iter().flat_map(|block| block.norms.as_ref().into_iter()).chain([&model.norm]);
-    let has_experts = model.blocks.iter().any(|block| matches!(block.feed_forward, FeedForward::Experts(_)));
+    let first = model.layer_inputs.iter().map(|inputs| &inputs.norm);
+    let norms =
+        model.blocks.iter().flat_map(|block| block.norms.as_ref().into_iter()).chain([&model.norm]).chain(first);
+    let has_experts = model.blocks.iter().any(|block| block.experts().is_some());
     let stackable = model.linears().map(|(_, layer)| layer.base.id()).eq(weights.iter().copied())
         && model.linears().all(|(_, layer)| plain(layer))
         && norms.into_iter().all(|norm| norm.module.trained.is_none())

@@ -1,7 +1,10 @@
 //! Which blocks' frozen weights stay on the device, and which come when they are needed ([`qlora_layers::streamed`]).
 
-use crate::block::{Block, FeedForward};
+use crate::block::Block;
 use crate::decoder::Decoder;
+use crate::layer_inputs::LayerInput;
+use crate::mlp::Mlp;
+use crate::moe::Moe;
 use crate::shared_expert::SharedExpert;
 use burn::tensor::{Int, Tensor};
 use host_copies::DeviceError;
@@ -66,20 +69,15 @@ impl fmt::Debug for Streams {
 impl Block {
     /// Whether its frozen weights can be streamed.
     pub(crate) fn can_stream(&self) -> bool {
-        match &self.feed_forward {
-            FeedForward::Dense(_) => true,
-            FeedForward::Experts(moe) => moe.can_stream(),
-        }
+        self.experts().is_none_or(Moe::can_stream)
     }
 
     /// Its 4-bit weights beside those of experts that tokens are sent to.
     fn weights(&self) -> impl Iterator<Item = &Linear4bit> {
-        let (mlp, shared) = match &self.feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
-            FeedForward::Experts(moe) => (None, moe.shared.as_ref().map(SharedExpert::linears)),
-        };
-        let feed_forward = mlp.into_iter().flatten().chain(shared.into_iter().flatten());
-        let linears = self.qkv.iter().chain([&self.output]).chain(feed_forward);
+        let shared = self.experts().and_then(|moe| moe.shared.as_ref()).map(SharedExpert::linears);
+        let feed_forward = self.mlp().map(Mlp::linears).into_iter().flatten().chain(shared.into_iter().flatten());
+        let own = self.layer_input.iter().flat_map(LayerInput::linears);
+        let linears = self.qkv.iter().chain([&self.output]).chain(feed_forward).chain(own);
         linears.filter_map(|linear| match &linear.module.base {
             FrozenLinear::Quantized(base) => Some(base),
             FrozenLinear::Dense(_) => None,
@@ -87,12 +85,11 @@ impl Block {
     }
 
     fn weights_mut(&mut self) -> impl Iterator<Item = &mut Linear4bit> {
-        let (mlp, shared) = match &mut self.feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
-            FeedForward::Experts(moe) => (None, moe.shared.as_mut().map(SharedExpert::linears_mut)),
-        };
-        let feed_forward = mlp.into_iter().flatten().chain(shared.into_iter().flatten());
-        let linears = self.qkv.iter_mut().chain([&mut self.output]).chain(feed_forward);
+        let (mlp, experts) = self.feed_forward.parts_mut(&mut self.beside);
+        let shared = experts.and_then(|moe| moe.shared.as_mut()).map(SharedExpert::linears_mut);
+        let feed_forward = mlp.map(Mlp::linears_mut).into_iter().flatten().chain(shared.into_iter().flatten());
+        let own = self.layer_input.iter_mut().flat_map(LayerInput::linears_mut);
+        let linears = self.qkv.iter_mut().chain([&mut self.output]).chain(feed_forward).chain(own);
         linears.filter_map(|linear| match &mut linear.module.base {
             FrozenLinear::Quantized(base) => Some(base),
             FrozenLinear::Dense(_) => None,
@@ -102,7 +99,7 @@ impl Block {
     /// The words of its frozen weights.
     fn words(&self) -> Vec<Tensor<1, Int>> {
         let mut words: Vec<_> = self.weights().flat_map(Linear4bit::tensors).collect();
-        if let FeedForward::Experts(moe) = &self.feed_forward {
+        if let Some(moe) = self.experts() {
             words.extend(moe.words());
         }
         words
@@ -112,7 +109,7 @@ impl Block {
     pub(crate) fn move_to(&mut self, store: &mut dyn BlockStore) -> Result<(), LayerError> {
         store.push(self.words())?;
         self.weights_mut().for_each(Linear4bit::leave);
-        if let FeedForward::Experts(moe) = &mut self.feed_forward {
+        if let Some(moe) = self.experts_mut() {
             moe.leave();
         }
         Ok(())
@@ -122,7 +119,7 @@ impl Block {
     pub(crate) fn settle(&mut self, home: BlockHome) -> Result<(), LayerError> {
         let mut views = home.views();
         self.weights_mut().try_for_each(|weight| weight.settle(&mut views))?;
-        if let FeedForward::Experts(moe) = &mut self.feed_forward {
+        if let Some(moe) = self.experts_mut() {
             moe.settle(&mut views)?;
         }
         self.home = Some(home);

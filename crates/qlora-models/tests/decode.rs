@@ -53,7 +53,9 @@ struct Twice<'a> {
 impl<'a> Twice<'a> {
     /// Row `i` is seen by `models[i]`; rows of one model lie beside each other.
     fn new(models: Vec<&'a Decoder>) -> Self {
-        let ids = (0..models.len() as u32).map(|row| (0..3 + 5 * (row % 4)).map(|i| 7 * i + 11 * row + 1).collect());
+        let words = models[0].vocab_size() as u32;
+        let id = |row: u32, i: u32| (7 * i + 11 * row + 1) % words;
+        let ids = (0..models.len() as u32).map(|row| (0..3 + 5 * (row % 4)).map(|i| id(row, i)).collect());
         let caches = [(); 2].map(|()| PagedCache::new(models[0], 8 * models.len(), BLOCK));
         Self { ids: ids.collect(), models, caches }
     }
@@ -207,7 +209,7 @@ fn adapters_of_one_batch_keep_apart() {
 fn rotations_and_windows_are_followed() {
     alone(|| {
         for (device_name, device) in devices() {
-            for name in ["archs/gemma3", "archs/mixtral", "archs/llama3"] {
+            for name in ["archs/gemma3", "archs/gemma4_small", "archs/gemma4_moe", "archs/mixtral", "archs/llama3"] {
                 let model = load(name, &device);
                 let mut twice = Twice::new(vec![&model, &model]);
                 twice.step(|_| 0);

@@ -223,14 +223,25 @@ fn published_experts_in_mxfp4_are_their_values() {
 /// As PEFT has them over stacked experts; saved, loaded and saved again.
 #[test]
 fn adapters_of_stacked_experts_are_parameters() {
-    for name in ["gpt_oss", "gpt_oss_tied"] {
+    // Where PEFT puts both parameters' factors over transformers' class.
+    for (name, list) in [
+        ("gpt_oss", "model.layers.1.mlp.experts"),
+        ("gpt_oss_tied", "model.layers.1.mlp.experts"),
+        ("qwen3_vl_moe", "model.language_model.layers.1.mlp.experts"),
+        ("gemma4_moe", "model.layers.1.experts"),
+        ("gemma4_moe_images", "model.language_model.layers.1.experts"),
+    ] {
         let device = Device::flex();
         let model = adapted(name, &LoraConfig { rank: 2, ..Default::default() }, &device);
         let logits = values(model.forward(&IDS, 2, Pass::INFERENCE));
         let adapter = model.export_adapter("base", None).unwrap();
-        assert_eq!(adapter.config.parameters(), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "{name}");
+        let parameters = ["gate_up_proj", "down_proj"].map(|parameter| match name.starts_with("gemma4") {
+            true => format!("experts.{parameter}"),
+            false => format!("mlp.experts.{parameter}"),
+        });
+        assert_eq!(adapter.config.parameters(), parameters, "{name}");
         let (count, hidden) = (model.config().experts.unwrap().count, model.config().hidden_size);
-        let (lora_a, _) = adapter.lora("model.layers.1.mlp.experts.base_layer").unwrap();
+        let (lora_a, _) = adapter.lora(&format!("{list}.base_layer")).unwrap();
         assert_eq!(lora_a.shape, [count * 2 * 2, hidden], "{name}: the ranks of gate and input projection");
         let mut again = load(name, &device);
         again.load_adapter(&adapter).unwrap();

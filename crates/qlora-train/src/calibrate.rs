@@ -18,7 +18,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use host_copies::DeviceError;
 use qlora_layers::ops::matmul;
 use qlora_layers::{FrozenLinear, InputObserver, LoraLinear, Pass};
-use qlora_models::{Decoder, LoadOptions, LoadProgress};
+use qlora_models::{Decoder, LoadOptions, LoadProgress, Sequence};
 
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_sum};
@@ -126,7 +126,10 @@ fn run_blocks(
     checkpoint: &mut GptqCheckpoint<'_>,
 ) -> Result<(), TrainError> {
     let (device, dtype) = (model.device().clone(), model.dtype());
-    let mut states: Vec<Tensor<2>> = rows.iter().map(|ids| model.embed(ids, Pass::INFERENCE)).collect();
+    // Blocks may read more of a row than what the block before them gave.
+    let sequences: Vec<Sequence> = rows.iter().map(|ids| model.sequence(1, ids.len(), 0)).collect();
+    let begin = |(ids, sequence): (&&[u32], &Sequence)| model.begin(sequence, ids, Pass::INFERENCE);
+    let mut states: Vec<Tensor<2>> = rows.iter().zip(&sequences).map(begin).collect();
     for index in 0..model.blocks().len() {
         let names: Vec<String> =
             model.blocks()[index].linears().map(|(name, _)| name).filter(|name| modules.contains(name)).collect();
@@ -137,7 +140,7 @@ fn run_blocks(
             }
         }
         // What comes out is of no use: the layers are about to change.
-        run(model, index, rows, states.iter().cloned());
+        run(model, index, &sequences, states.iter().cloned());
         for (name, gram) in names.iter().zip(&grams) {
             let gram = gram.lock().unwrap_or_else(PoisonError::into_inner).take();
             let hessian = gram.map(|gram| gram.try_into_vec_as::<f32>().map_err(DeviceError::from)).transpose()?;
@@ -148,16 +151,20 @@ fn run_blocks(
                 linear.base = dense(&weight, &device, dtype);
             }
         }
-        states = run(model, index, rows, states.into_iter());
+        states = run(model, index, &sequences, states.into_iter());
     }
     Ok(())
 }
 
-fn run(model: &Decoder, index: usize, rows: &[&[u32]], states: impl Iterator<Item = Tensor<2>>) -> Vec<Tensor<2>> {
+fn run(
+    model: &Decoder,
+    index: usize,
+    sequences: &[Sequence],
+    states: impl Iterator<Item = Tensor<2>>,
+) -> Vec<Tensor<2>> {
     let block = &model.blocks()[index];
-    let pass =
-        |(ids, x): (&&[u32], Tensor<2>)| model.run_block(block, x, &model.sequence(1, ids.len(), 0), Pass::INFERENCE);
-    rows.iter().zip(states).map(pass).collect()
+    let pass = |(sequence, x): (&Sequence, Tensor<2>)| model.run_block(block, x, sequence, Pass::INFERENCE);
+    sequences.iter().zip(states).map(pass).collect()
 }
 
 fn observer(gram: Gram) -> InputObserver {
@@ -192,7 +199,7 @@ fn loss(model: &Decoder, rows: &[Example]) -> Result<Option<f64>, TrainError> {
             continue;
         }
         let sequence = model.sequence(1, batch.cols, 0);
-        let x = model.embed(&batch.input_ids, Pass::INFERENCE);
+        let x = model.begin(&sequence, &batch.input_ids, Pass::INFERENCE);
         let x = model.blocks().iter().fold(x, |x, block| model.run_block(block, x, &sequence, Pass::INFERENCE));
         let loss = loss_sum(model, x, &labelled, Pass::INFERENCE);
         sum += f64::from(loss.try_into_vec_as::<f32>().map_err(DeviceError::from)?[0]);

@@ -28,7 +28,7 @@ pub(crate) const PART: u64 = 8192;
 /// What an operation of attention counts beside one of a product.
 const ATTENTION: f64 = 1.7;
 
-/// Bytes and work of a micro-batch, by what its blocks keep. Blocks are alike.
+/// Bytes and work of a micro-batch, by what its blocks keep. Blocks are taken for alike.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Activations {
     /// Blocks of the model.
@@ -46,6 +46,8 @@ pub struct Activations {
     /// The gradients of a block that was recorded.
     working_recorded: u64,
     logits: u64,
+    /// What blocks read beside the block before, and its gradients.
+    passed: u64,
     /// All that is trained, in f32: a part for each block.
     gradients: u64,
     /// Operations of a block's forward pass, and of those that run again after each kind of keeping.
@@ -66,16 +68,24 @@ impl Activations {
     ) -> Self {
         let width: u64 = if dtype == FloatDType::F32 { 4 } else { 2 };
         let (hidden, tokens) = (model.hidden_size as u64, rows * len);
-        let [q, k, v] = model.qkv_widths().map(|features| features as u64);
-        let (attention, qkv) = ((model.num_attention_heads * model.head_dim) as u64, q + k + v);
+        // Blocks may have heads of two kinds. What they keep adds up; what one of them works with is that of the widest.
+        let widths = || model.attended().map(|index| model.qkv_widths(index).map(|features| features as u64));
+        let attended = (widths().count() as u64).max(1);
+        let attention = widths().map(|[q, ..]| q).sum::<u64>() / attended;
+        let qkv = widths().flatten().sum::<u64>() / attended;
+        let widest = widths().max_by_key(|widths| widths.iter().sum::<u64>()).unwrap_or_default();
+        let widest_queries = widths().map(|[q, ..]| q).max().unwrap_or_default();
         // Each of a token's experts reads its own row and gives one back.
-        let intermediate = model.intermediate_size as u64;
-        let gated = |values: u64| {
+        let mlps = || (0..model.num_hidden_layers).map(|index| model.mlp_width(index) as u64);
+        let widest_mlp = mlps().max().unwrap_or_default();
+        let mean_mlp = mlps().sum::<u64>() / (model.num_hidden_layers as u64).max(1);
+        let gated_by = |values: u64, intermediate: u64| {
             model.experts.map_or(values * intermediate, |experts| {
                 let routed = experts.per_token as u64 * (values * experts.intermediate_size as u64 + 3 * hidden);
                 (routed + values * experts.shared_size as u64).max(values * intermediate)
             })
         };
+        let (gated, kept) = (|values| gated_by(values, widest_mlp), |values| gated_by(values, mean_mlp));
         // Linear attention: projections, what the convolution makes of them, normalised queries and keys, and outputs before and behind
         // norm and gate; then the gradients, states of every 64 tokens and corrections that its backward pass holds.
         // Short convolutions: what one projection gives, its products and the convolution between them.
@@ -92,22 +102,23 @@ impl Activations {
             (heads * features as u64, heads * latent.value_dim as u64)
         });
         let mixer = (qkv + attention + cut).max(linear);
+        let widest_mixer = (widest.iter().sum::<u64>() + widest[0] + cut).max(linear);
         let bytes = |features: u64| tokens * features * width;
         let of_part = |features: u64| tokens.min(PART) * features * width;
         // Inputs, norms, projections and attention; then the second branch with its gradients, and those that flow through.
-        let first = 2 * hidden + mixer + projected;
+        let first = 2 * hidden + widest_mixer + projected;
         let second = 2 * hidden + gated(4);
         let (recorded, working, working_by_branch, working_recorded) = match on_cpu {
             true => {
-                let block = bytes(6 * hidden + (4 * attention).max(linear + linear_back) + gated(5)) + scores;
+                let block = bytes(6 * hidden + (4 * widest_queries).max(linear + linear_back) + gated(5)) + scores;
                 (block, block, block, 0)
             }
             false => {
                 // Attention's gradient of its queries is summed in f32.
-                let attention_back = bytes(2 * hidden) + (tokens * q * 4).max(bytes(linear_back));
+                let attention_back = bytes(2 * hidden) + (tokens * widest_queries * 4).max(bytes(linear_back));
                 let whole = bytes(first) + attention_back + of_part(second) + scores;
                 let by_branch = (bytes(2 * hidden) + of_part(second)).max(bytes(first) + attention_back) + scores;
-                let recorded = bytes(4 * hidden + mixer + gated(3)) + scores;
+                let recorded = bytes(4 * hidden + mixer + kept(3)) + scores;
                 (recorded, whole, by_branch, attention_back + bytes(gated(3)))
             }
         };
@@ -122,9 +133,9 @@ impl Activations {
             / blocks.max(1) as f64;
         // The last product of each branch need not run again.
         let output = (hidden * if cut > 0 { cut } else { attention }) as f64;
-        let down = gated(1) as f64 * hidden as f64;
+        let down = kept(1) as f64 * hidden as f64;
         let work = |weights: f64| 2.0 * weights.max(0.0) * tokens as f64;
-        let scores_work = ATTENTION * 2.0 * len as f64 * q as f64 * tokens as f64;
+        let scores_work = ATTENTION * 2.0 * len as f64 * attention as f64 * tokens as f64;
         Self {
             blocks,
             tokens,
@@ -136,6 +147,7 @@ impl Activations {
             working_by_branch,
             working_recorded,
             logits,
+            passed: 2 * bytes(model.passed_features() as u64),
             gradients: trained,
             forward: work(products) + scores_work,
             again: work(products - down) + scores_work,
@@ -177,7 +189,7 @@ impl Activations {
             // Most of what was kept is freed by the time its logits' memory would be needed again.
             let keeps_everything = all.iter().all(|policy| policy.keeps_everything());
             let most = if keeps_everything { kept.max(head) } else { kept + self.working.max(head) };
-            return most + self.gradients;
+            return most + self.gradients + self.passed;
         }
         let mut most = kept + head;
         let mut left = kept;
@@ -191,7 +203,7 @@ impl Activations {
             most = most.max(left + working + self.gradients * done / self.blocks);
             left -= self.kept(*policy);
         }
-        most + passing
+        most + passing + self.passed
     }
 
     /// Bytes that wait in the host's memory. Blocks beyond the policies have the last one.

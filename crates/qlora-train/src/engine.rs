@@ -364,7 +364,7 @@ fn largest_buffer(model: &Decoder, micro_batches: &[Batch]) -> usize {
     let width = DType::from(model.dtype()).size();
     let tokens = micro_batches.iter().map(|batch| batch.input_ids.len()).max().unwrap_or(0);
     let logits = chunk_len(config.vocab_size).min(tokens) * config.vocab_size;
-    let [queries, ..] = config.qkv_widths();
+    let queries = config.attended().map(|index| config.qkv_widths(index)[0]).max().unwrap_or_default();
     let mlp = match config.experts {
         Some(experts) => {
             (experts.per_token * experts.intermediate_size.max(config.hidden_size)).max(experts.shared_size)

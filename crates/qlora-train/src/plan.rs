@@ -9,7 +9,7 @@ use crate::residency::{Placed, WeightBytes};
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
 use qlora_data::Example;
-use qlora_layers::ops::MAX_SCORES;
+use qlora_layers::ops::{MAX_SCORES, takes_head_dim};
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::ModelConfig;
 use std::collections::HashMap;
@@ -132,7 +132,7 @@ impl Plan {
         }
         let quant = config.quantization.quant_config();
         let all_weights = WeightBytes::new(model, quant, width);
-        let embeddings = elements([model.vocab_size, model.hidden_size]);
+        let embeddings = model.table_values() as u64;
         // Held in f32, as norms are.
         let linear_attention = model.further_values() as u64;
         let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + linear_attention;
@@ -164,8 +164,9 @@ impl Plan {
         let longest = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
         let (rows, len) = (config.train.batch_size as u64, longest as u64);
         // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel: GPUs have one for 16
-        // bits.
-        let scores = match on_cpu || dtype != FloatDType::F32 {
+        // bits and heads that are not too wide.
+        let has_kernels = model.attended().all(|index| takes_head_dim(model.attention(index).head_dim));
+        let scores = match on_cpu || (dtype != FloatDType::F32 && has_kernels) {
             true => 0,
             false => 4 * 4 * (rows * model.num_attention_heads as u64 * len * len).min(MAX_SCORES as u64),
         };

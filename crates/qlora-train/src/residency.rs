@@ -54,13 +54,15 @@ impl WeightBytes {
     /// Of a model whose linear layers are held as `quant` says, or dense with `width` bytes an element.
     pub fn new(model: &ModelConfig, quant: Option<QuantConfig>, width: u64) -> Self {
         let mut blocks = vec![0; model.num_hidden_layers];
-        let mut other = (model.vocab_size * model.hidden_size) as u64 * width;
+        let mut other = model.table_values() as u64 * width;
         for spec in model.linear_specs() {
             let elements = spec.shape.iter().product::<usize>() as u64;
             other += if spec.bias { spec.shape[0] as u64 * width } else { 0 };
             let block = block_of(&spec.path).and_then(|index| blocks.get_mut(index));
             match (spec.role, block) {
                 (LinearRole::Projection | LinearRole::Expert, Some(block)) => *block += linear(elements, quant, width),
+                // In front of the blocks.
+                (LinearRole::Projection | LinearRole::Expert, None) => other += linear(elements, quant, width),
                 _ => other += elements * width,
             }
         }

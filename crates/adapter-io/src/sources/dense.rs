@@ -98,7 +98,13 @@ impl<'a> DenseTensor<'a> {
         let values = match self.values {
             Values::Stored(data, from) => Values::Stored(data.get(index * bytes..(index + 1) * bytes)?, from),
             Values::Coded(coded, from, start) => Values::Coded(coded, from, start + index * bytes),
-            Values::Turned(_) => return None,
+            // Rows are columns there.
+            Values::Turned(turned) => match shape {
+                [rows, inputs] if *inputs == turned.rows => {
+                    Values::Turned(Turned { first: turned.first + index * rows * turned.step, ..turned })
+                }
+                _ => return None,
+            },
         };
         Some(Self { shape: shape.to_vec(), values, ..self.clone() })
     }

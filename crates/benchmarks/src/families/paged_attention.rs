@@ -70,6 +70,7 @@ pub(crate) fn cases(bench: &Bench) -> Vec<Case> {
         Sizes { model: "Phi-3-mini", head_dim: 96, ..LLAMA_2 },
         Sizes { model: "Gemma-2-9B", heads: 16, kv_heads: 8, head_dim: 256, ..LLAMA_2 },
         Sizes { model: "Qwen3-235B", heads: 64, kv_heads: 4, ..LLAMA_2 },
+        Sizes { model: "Gemma-4-31B", heads: 32, kv_heads: 4, head_dim: 512, ..LLAMA_2 },
     ];
     sizes.into_iter().flat_map(|sizes| sizes.cases(bench)).collect()
 }

@@ -7,11 +7,12 @@ use burn_qlora::qlora_models::{LinearRole, ModelConfig};
 use serde_json::{Map, Value, json};
 
 /// The models' own `config.json`, by the names that `--shape` takes.
-const SHAPES: [&str; 4] = [
+const SHAPES: [&str; 5] = [
     include_str!("../../../../testdata/llama_shapes.json"),
     include_str!("../../../../testdata/moe_shapes.json"),
     include_str!("../../../../testdata/linear_shapes.json"),
     include_str!("../../../../testdata/latent_shapes.json"),
+    include_str!("../../../../testdata/gemma_shapes.json"),
 ];
 /// Contexts are what lengths are measured with, not what the models were made for.
 const CONTEXT: usize = 131_072;
@@ -63,9 +64,11 @@ pub(crate) fn flops(config: &ModelConfig, rows: usize, len: usize, recomputed: b
     let blocks = weights(|role| role != LinearRole::Head) - experts;
     // One of two products: half of len x len scores, a multiplication and an addition for each feature of a head.
     // Those of latent attention have other features for scores than for values.
-    let features =
-        config.latent.map_or(config.head_dim as f64, |latent| (latent.query_dim() + latent.value_dim) as f64 / 2.0);
-    let heads = features * (config.num_attention_heads * config.attention_blocks()) as f64;
+    let features = |index: usize| match &config.latent {
+        Some(latent) => (latent.query_dim() + latent.value_dim) as f64 / 2.0,
+        None => config.attention(index).head_dim as f64,
+    };
+    let heads = config.attended().map(features).sum::<f64>() * config.num_attention_heads as f64;
     let scores = rows as f64 * heads * (len as f64).powi(2);
     let again = f64::from(u8::from(recomputed));
     let tokens = (rows * len) as f64;

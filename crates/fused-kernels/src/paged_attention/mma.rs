@@ -75,9 +75,11 @@ const WIDEST: usize = 256;
 
 /// Whether the kernel takes a shape.
 pub(super) fn takes(client: &Client, shape: &Shape) -> bool {
-    shape.head_dim.is_multiple_of(8)
-        && shape.head_dim <= WIDEST
-        && cuda_source::device(client).is_some_and(|device| device.multiplies(shape.format))
+    takes_head(shape.head_dim) && cuda_source::device(client).is_some_and(|device| device.multiplies(shape.format))
+}
+
+fn takes_head(head_dim: usize) -> bool {
+    head_dim.is_multiple_of(8) && head_dim <= WIDEST
 }
 
 /// [`super::Division::Mma`].
@@ -181,7 +183,7 @@ impl Variant {
 pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), KernelError> {
     let &Call { client, batch, shape, options, .. } = call;
     check_half(client, OPERATION, shape.format)?;
-    if !shape.head_dim.is_multiple_of(8) || shape.head_dim > WIDEST {
+    if !takes_head(shape.head_dim) {
         return Err(KernelError::HeadDim(shape.head_dim));
     }
     let Some(device) = cuda_source::device(client).filter(|device| device.multiplies(shape.format)) else {

@@ -13,7 +13,11 @@ pub(super) fn attend(call: &Call<'_>, division: Option<(bool, usize)>) -> Result
     let &Call { client, batch, shape, .. } = call;
     let plan = Plan::new(client, batch, shape);
     if !plan.has_columns() {
-        let reason = format!("head_dim is {}: no multiple of 4, and more than {UNITS}", shape.head_dim);
+        let reason = format!(
+            "head_dim is {}: beyond {UNITS} it has to be even, beyond {} a multiple of 4",
+            shape.head_dim,
+            2 * UNITS
+        );
         return Err(KernelError::Shape { operation: OPERATION, reason });
     }
     let Some((splits_apart, tokens)) = division else {

@@ -41,7 +41,7 @@ mod vectors;
 
 pub use attention::{
     AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, Sinks, attention, attention_again,
-    attention_keeping,
+    attention_keeping, attention_kernel, takes_head_dim,
 };
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
@@ -57,7 +57,7 @@ pub use paged::{
     NewTokens, PagedBatch, PagedOperand, PagedOps, PagedRow, likeliest, paged_attention, paged_slot, paged_write,
     rotate_into_cache,
 };
-pub use seed::{SeedOps, backward_from};
+pub use seed::{SeedOps, backward_from, backward_from_all};
 
 /// One of LoRA's two factors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -61,11 +61,28 @@ impl<B: SeedOps, C: CheckpointStrategy> SeedOps for Autodiff<B, C> {
 /// # Panics
 /// When shapes or dtypes differ, or `output` is not tracked.
 pub fn backward_from(output: Tensor<2>, grad: Tensor<2>) -> Gradients {
+    root(output, grad).backward()
+}
+
+/// The backward pass of several outputs of one graph, from the gradient of each.
+///
+/// # Shapes
+/// # Panics
+/// As [`backward_from`], for each.
+pub fn backward_from_all(
+    (output, grad): (Tensor<2>, Tensor<2>),
+    more: impl IntoIterator<Item = (Tensor<2>, Tensor<2>)>,
+) -> Gradients {
+    more.into_iter().fold(root(output, grad), |sum, (output, grad)| sum + root(output, grad)).backward()
+}
+
+/// One element, from which a backward pass gives `output` its gradient.
+fn root(output: Tensor<2>, grad: Tensor<2>) -> Tensor<1> {
     assert_eq!(
         (output.dims(), output.dtype()),
         (grad.dims(), grad.dtype()),
         "backward_from: a gradient of another shape"
     );
     assert!(output.is_tracked(), "backward_from: the output is a constant");
-    Tensor::<1>::from_dispatch(<Dispatch as SeedOps>::root(output.into_dispatch(), grad.into_dispatch())).backward()
+    Tensor::<1>::from_dispatch(<Dispatch as SeedOps>::root(output.into_dispatch(), grad.into_dispatch()))
 }

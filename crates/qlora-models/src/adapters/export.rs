@@ -8,6 +8,7 @@
 
 use crate::ModelError;
 use crate::decoder::Decoder;
+use crate::family::Experts;
 use adapter_io::adapter::KEY_PREFIX;
 use adapter_io::experts::stack;
 use adapter_io::{Adapter, AdapterConfig, HostTensor};
@@ -82,8 +83,8 @@ impl Decoder {
             }
         }
         // As it came, when PEFT wrote it over stacked experts; and where experts have no names of their own anywhere.
-        if adapter.config.parameters().is_empty() && self.config.family.interleaved_experts {
-            adapter.config.target_parameters = stacked_parameters(&adapter);
+        if adapter.config.parameters().is_empty() && self.config.family.stacked_only.is_some() {
+            adapter.config.target_parameters = stacked_parameters(&adapter, self.config.family.experts);
         }
         if !adapter.config.parameters().is_empty() {
             adapter = stack(adapter, &self.linear_paths())?;
@@ -94,13 +95,14 @@ impl Decoder {
 
 /// The parameters that PEFT has for adapted experts: `None` without any, and where they have more than factors, which PEFT can't put
 /// on parameters.
-fn stacked_parameters(adapter: &Adapter) -> Option<serde_json::Value> {
+fn stacked_parameters(adapter: &Adapter, names: Option<Experts>) -> Option<serde_json::Value> {
     const EXPERTS: &str = ".experts.";
     let of_experts = || adapter.tensors.keys().filter(|key| key.contains(EXPERTS));
     let more = |key: &String| !key.ends_with(".lora_A.weight") && !key.ends_with(".lora_B.weight");
     let has = |name: &str| of_experts().any(|key| key.contains(name));
-    let found = [("gate_proj.", "gate_up_proj"), ("down_proj.", "down_proj")].into_iter().filter(|(own, _)| has(own));
-    let names: Vec<String> = found.map(|(_, parameter)| format!("mlp.experts.{parameter}")).collect();
+    let names = names?;
+    let found = [("gate_proj.", names.stacked_gate_up), ("down_proj.", names.stacked_down)].into_iter();
+    let names: Vec<&str> = found.filter(|(own, _)| has(own)).map(|(_, parameter)| parameter).collect();
     (!names.is_empty() && !of_experts().any(more)).then(|| names.into())
 }
 

@@ -1,13 +1,15 @@
 //! What is trained: every tensor of an adapter by name, in a fixed order.
 //!
-//! The order is embedding, blocks (linear layers, joined experts, norms), last norm, output head. Names are the module's path
+//! The order is embedding, what makes the blocks' own inputs, blocks (linear layers, joined experts, norms), last norm, output head. Names are the module's path
 //! and the part's name, such as `model.layers.0.self_attn.q_proj.lora_a`.
 //!
 //! A mixture of experts has thousands of small factors. [`Decoder::join_experts`] makes one tensor of those of all experts of a
 //! block, such as `model.layers.0.mlp.experts.gate_proj.lora_a`, and [`Decoder::parted`] gives each expert its own again.
 
-use crate::block::{Block, FeedForward};
+use crate::block::Block;
 use crate::decoder::Decoder;
+use crate::layer_inputs::{LayerInput, LayerInputs};
+use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
 use burn::module::Param;
@@ -41,33 +43,18 @@ impl Block {
     }
 
     fn parameters_mut(&mut self) -> ParametersMut<'_> {
-        let Self { qkv, output, feed_forward, norms, .. } = self;
+        let Self { qkv, output, feed_forward, beside, layer_input, norms, .. } = self;
         let attention = qkv.iter_mut().chain([output]);
-        let (mlp, experts) = match feed_forward {
-            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
-            FeedForward::Experts(moe) => (None, Some(moe.parts_mut())),
-        };
+        let (mlp, experts) = feed_forward.parts_mut(beside);
+        let (mlp, experts) = (mlp.map(Mlp::linears_mut), experts.map(Moe::parts_mut));
         let (experts, joined) = experts.unzip();
-        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten());
+        let own = layer_input.iter_mut().flat_map(LayerInput::linears_mut);
+        let linears = attention.chain(mlp.into_iter().flatten()).chain(experts.into_iter().flatten()).chain(own);
         // Paths of the many that have nothing to train are not copied.
         let linears = linears.flat_map(|Named { path, module }| named_mut(path, module.parameters_mut()));
         let norms = norms.as_mut().into_iter().map(Named::pair_mut);
         let norms = norms.filter_map(|(path, norm)| Some((format!("{path}.weight"), norm.trained.as_mut()?)));
         linears.chain(joined.into_iter().flatten()).chain(norms).collect()
-    }
-
-    fn experts(&self) -> Option<&Moe> {
-        match &self.feed_forward {
-            FeedForward::Experts(moe) => Some(moe),
-            FeedForward::Dense(_) => None,
-        }
-    }
-
-    fn experts_mut(&mut self) -> Option<&mut Moe> {
-        match &mut self.feed_forward {
-            FeedForward::Experts(moe) => Some(moe),
-            FeedForward::Dense(_) => None,
-        }
     }
 }
 
@@ -78,7 +65,13 @@ impl Decoder {
         let lora = self.embedding.lora.as_ref().map_or(Vec::new(), |lora| lora.parameters());
         let whole = self.embedding.whole.iter().map(|whole| ("weight", &**whole));
         let tokens = self.embedding.tokens.iter().map(|tokens| (TOKEN_ROWS, &*tokens.rows));
-        named(&self.config.embed_path(), lora.into_iter().chain(whole).chain(tokens).collect())
+        let mut found = named(&self.config.embed_path(), lora.into_iter().chain(whole).chain(tokens).collect());
+        if let Some(inputs) = &self.layer_inputs {
+            found.extend(named(&inputs.projection.path, inputs.projection.module.parameters()));
+            let (path, norm) = inputs.norm.pair();
+            found.extend(norm.trained.iter().map(|trained| (format!("{path}.weight"), &**trained)));
+        }
+        found
     }
 
     /// What is trained after the last block.
@@ -104,6 +97,11 @@ impl Decoder {
         let whole = self.embedding.whole.iter_mut().map(|whole| ("weight", whole));
         let tokens = self.embedding.tokens.iter_mut().map(|tokens| (TOKEN_ROWS, &mut tokens.rows));
         let mut found = named_mut(&embed, lora.into_iter().chain(whole).chain(tokens).collect());
+        if let Some(LayerInputs { projection, norm, .. }) = &mut self.layer_inputs {
+            found.extend(named_mut(&projection.path, projection.module.parameters_mut()));
+            let (path, norm) = norm.pair_mut();
+            found.extend(norm.trained.iter_mut().map(|trained| (format!("{path}.weight"), trained)));
+        }
         found.extend(self.blocks.iter_mut().flat_map(Block::parameters_mut));
         let (path, norm) = self.norm.pair_mut();
         found.extend(norm.trained.iter_mut().map(|trained| (format!("{path}.weight"), trained)));

@@ -269,7 +269,7 @@ pub(super) fn explain(
     for batch in calibration {
         lock(&seen).counted = batch.counted.clone();
         let sequence = observed.sequence(batch.rows, batch.ids.len() / batch.rows.max(1), 0);
-        let x = observed.embed(&batch.ids, Pass::INFERENCE);
+        let x = observed.begin(&sequence, &batch.ids, Pass::INFERENCE);
         let blocks = observed.blocks.iter();
         let x = blocks.fold(x, |x, block| observed.run_block(block, x, &sequence, Pass::INFERENCE));
         if with_head {

@@ -98,19 +98,25 @@ impl Decoder {
             return Err(ModelError::ResizeAdapted);
         }
         let added = rows.saturating_sub(self.config.vocab_size);
-        self.grow(rows);
+        self.grow(rows)?;
         Ok(added)
     }
 
-    fn grow(&mut self, rows: usize) {
+    fn grow(&mut self, rows: usize) -> Result<(), ModelError> {
         if rows <= self.config.vocab_size {
-            return;
+            return Ok(());
+        }
+        if let Some(words) = self.config.layer_inputs.map(|inputs| inputs.words).filter(|words| rows > *words) {
+            return Err(fail(format!(
+                "{rows} tokens are more than the {words} for which this model's blocks have inputs of their own; new tokens can't have any"
+            )));
         }
         self.embed_tokens = frozen(with_mean_rows(self.embed_tokens.val(), rows));
         if let Some(head) = &mut self.lm_head {
             head.base = FrozenLinear::dense(with_mean_rows(head.base.to_dense(self.dtype), rows));
         }
         self.config.vocab_size = rows;
+        Ok(())
     }
 
     /// Takes off the rows that an adapter brought, of tables that are the base's again.
@@ -149,8 +155,8 @@ impl Decoder {
             }
         }
         if needed > rows {
+            self.grow(needed)?;
             self.rows_before = Some(rows);
-            self.grow(needed);
         }
         Ok(())
     }

@@ -13,6 +13,21 @@ pub struct AttentionKind {
     pub window: Option<usize>,
     /// Rotary embeddings of queries and keys.
     pub rope: Rope,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Key and value heads; divides the query heads.
+    pub num_key_value_heads: usize,
+    /// Whether what the key projection gives are the values too, before keys are normalised and rotated.
+    pub keys_are_values: bool,
+}
+
+/// Heads of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct KeyHeads {
+    pub head_dim: usize,
+    pub count: usize,
+    /// See [`AttentionKind::keys_are_values`].
+    pub are_values: bool,
 }
 
 /// A mixture of experts.
@@ -80,10 +95,25 @@ pub(crate) struct LayerConfig {
     pub sparse: bool,
     /// Whether it has linear attention or a short convolution in the place of attention.
     pub recurrent: bool,
+    /// The block whose keys and values it takes, if it has none of its own.
+    pub keys_from: Option<usize>,
+    /// Whether its MLP is twice as wide.
+    pub wide: bool,
+}
+
+/// Inputs of each block beside the block before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerInputsConfig {
+    /// Width of a block's input.
+    pub width: usize,
+    /// Tokens that have them.
+    pub words: usize,
 }
 
 const WINDOW: &str = "sliding_window";
 const LAYER_TYPES: &str = "layer_types";
+/// Keys that differ from the file's for some blocks, by the blocks' numbers, as transformers 5 writes them.
+const PER_LAYER: &str = "per_layer_config";
 const VALUE_HEADS: &str = "linear_num_value_heads";
 const TAPS: &str = "linear_conv_kernel_dim";
 
@@ -93,7 +123,7 @@ pub(super) fn attention_kinds(
     family: &Family,
     layers: usize,
     [global_rope, local_rope]: [Rope; 2],
-    head_dim: usize,
+    [global_heads, local_heads]: [KeyHeads; 2],
 ) -> Result<(Vec<AttentionKind>, Vec<usize>), ModelError> {
     let window = &family.window;
     let enabled = window.switch.map(|key| fields.flag(key)).transpose()?.is_none_or(|on| on.unwrap_or(false));
@@ -116,6 +146,7 @@ pub(super) fn attention_kinds(
             layer_types(fields, layers, "sliding_attention")?
                 .unwrap_or_else(|| (1..=layers).map(|n| n % every != 0).collect())
         }
+        Windowed::AllButEveryAndLast(_) => windowed_but_last(fields, family, layers)?,
         Windowed::Unrotated => {
             let otherwise = || rotated.iter().map(|rotated| width.is_some() && !rotated).collect();
             layer_types(fields, layers, "sliding_attention")?.unwrap_or_else(otherwise)
@@ -124,19 +155,108 @@ pub(super) fn attention_kinds(
     if local.contains(&true) && width.is_none() {
         return Err(fields.error(WINDOW, "is missing, and some layers have a window"));
     }
-    let still = |rope: &Rope| Rope { dim: 0, turned: head_dim, ..rope.clone() };
     // Of the four that there can be, those that some block has.
     let all = [(false, true), (true, true), (false, false), (true, false)];
     let used =
         all.into_iter().filter(|kind| local.iter().copied().zip(rotated.iter().copied()).any(|each| each == *kind));
     let used: Vec<(bool, bool)> = used.collect();
     let kind = |&(local, rotated): &(bool, bool)| {
-        let rope = if local { &local_rope } else { &global_rope };
-        let rope = if rotated { rope.clone() } else { still(rope) };
-        AttentionKind { window: width.filter(|_| local), rope }
+        let (rope, heads) = if local { (&local_rope, local_heads) } else { (&global_rope, global_heads) };
+        let KeyHeads { head_dim, count: num_key_value_heads, are_values: keys_are_values } = heads;
+        let rope = if rotated { rope.clone() } else { Rope { dim: 0, turned: head_dim, ..rope.clone() } };
+        AttentionKind { window: width.filter(|_| local), rope, head_dim, num_key_value_heads, keys_are_values }
     };
     let kinds = local.into_iter().zip(rotated).map(|each| used.iter().position(|kind| *kind == each).unwrap_or(0));
     Ok((used.iter().map(kind).collect(), kinds.collect()))
+}
+
+/// The blocks with a window where the last never has one.
+fn windowed_but_last(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<bool>, ModelError> {
+    let Windowed::AllButEveryAndLast(every) = family.window.blocks else { return Ok(vec![false; layers]) };
+    let otherwise = || (1..=layers).map(|n| n % every != 0).collect();
+    let mut local: Vec<bool> = layer_types(fields, layers, "sliding_attention")?.unwrap_or_else(otherwise);
+    local.iter_mut().skip(layers - 1).for_each(|last| *last = false);
+    Ok(local)
+}
+
+/// Heads of keys and values of blocks without and with a window, where `heads` are those that the file's own keys say. `queries` is
+/// the number of query heads.
+pub(super) fn key_heads(
+    fields: &Fields,
+    family: &Family,
+    layers: usize,
+    queries: usize,
+    heads: KeyHeads,
+) -> Result<[KeyHeads; 2], ModelError> {
+    let Some(names) = &family.global_attention else { return Ok([heads; 2]) };
+    let are_values = fields.flag(names.keys_are_values)?.unwrap_or(false);
+    let (key, default) = names.head_dim;
+    let global = KeyHeads {
+        head_dim: fields.size(key)?.unwrap_or(default),
+        count: fields.size(names.key_heads)?.filter(|_| are_values).unwrap_or(heads.count),
+        are_values,
+    };
+    let Some(blocks) = fields.object(PER_LAYER)? else {
+        return checked(fields, names.key_heads, queries, [global, heads]);
+    };
+    let local = windowed_but_last(fields, family, layers)?;
+    let mut found: [Option<KeyHeads>; 2] = [None; 2];
+    for (index, local) in local.into_iter().enumerate() {
+        let own = blocks.object(&index.to_string())?;
+        let size = |key| own.as_ref().map_or(Ok(None), |own| own.size(key));
+        let of_block = KeyHeads {
+            head_dim: size("head_dim")?.unwrap_or(heads.head_dim),
+            count: size("num_key_value_heads")?.unwrap_or(heads.count),
+            are_values: are_values && !local,
+        };
+        own.map_or(Ok(()), |own| own.nothing_left(&[]))?;
+        if *found[usize::from(local)].get_or_insert(of_block) != of_block {
+            let problem = "gives other heads than an earlier block of its type has, which is not supported";
+            return Err(blocks.error(&index.to_string(), problem));
+        }
+    }
+    blocks.nothing_left(&[])?;
+    let [global, local] = found.map(|heads_of| heads_of.unwrap_or(heads));
+    checked(fields, PER_LAYER, queries, [global, local])
+}
+
+/// Both numbers of key heads have to divide that of query heads.
+fn checked(fields: &Fields, key: &str, queries: usize, heads: [KeyHeads; 2]) -> Result<[KeyHeads; 2], ModelError> {
+    match heads.iter().find(|heads| !queries.is_multiple_of(heads.count)) {
+        Some(KeyHeads { count, .. }) => {
+            Err(fields
+                .error(key, format!("gives {count} key heads, which do not divide the {queries} attention heads")))
+        }
+        None => Ok(heads),
+    }
+}
+
+/// The block whose keys and values each block takes: the last of its kind among those that have their own.
+pub(super) fn shared_keys(fields: &Fields, family: &Family, kinds: &[usize]) -> Result<Vec<Option<usize>>, ModelError> {
+    let shared = family.shared_keys.map(|key| count(fields, key)).transpose()?.flatten().unwrap_or(0);
+    let Some(key) = family.shared_keys.filter(|_| shared > 0) else { return Ok(vec![None; kinds.len()]) };
+    let own = kinds.len().saturating_sub(shared);
+    let from = |index: usize| match index < own {
+        true => Ok(None),
+        false => match kinds[..own].iter().rposition(|kind| *kind == kinds[index]) {
+            Some(from) => Ok(Some(from)),
+            None => Err(fields.error(
+                key,
+                format!("is {shared} of {} layers: no earlier layer has keys for layer {index}", kinds.len()),
+            )),
+        },
+    };
+    (0..kinds.len()).map(from).collect()
+}
+
+/// Sizes of the blocks' own inputs.
+pub(super) fn layer_inputs(fields: &Fields, family: &Family) -> Result<Option<LayerInputsConfig>, ModelError> {
+    let Some(names) = &family.layer_inputs else { return Ok(None) };
+    let ((key, default), (words, default_words)) = (names.width, names.words);
+    let width = count(fields, key)?.unwrap_or(default);
+    fields.bounded(key, width, 1 << 16)?;
+    let words = fields.required(words, Some(default_words))?;
+    Ok((width > 0).then_some(LayerInputsConfig { width, words }))
 }
 
 /// Whether each block has rotary embeddings.

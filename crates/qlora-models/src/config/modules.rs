@@ -1,7 +1,7 @@
 //! Which modules a model has: their paths, shapes and roles, in the order in which the decoder holds them.
 
 use super::ModelConfig;
-use super::blocks::{ExpertsConfig, LayerConfig, LinearAttentionConfig};
+use super::blocks::{AttentionKind, ExpertsConfig, LayerConfig, LinearAttentionConfig};
 use crate::ModelError;
 use crate::family::{Experts, Linear, Norms, Root, ShortConvNames};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
@@ -104,12 +104,15 @@ impl ModelConfig {
             specs.push(spec(names.keys[1], [heads * (config.plain_dim + config.value_dim), config.rank], false));
             return specs;
         }
-        let mut widths = self.qkv_widths();
+        let mut widths = self.qkv_widths(index);
         if self.family.attention_gate {
             widths[0] *= 2;
         }
         let outputs = match self.family.qkv {
+            _ if self.layers[index].keys_from.is_some() => widths[..1].to_vec(),
             [_] => vec![widths.iter().sum()],
+            // The key projection stands for that of values.
+            _ if self.attention(index).keys_are_values => widths[..2].to_vec(),
             _ => widths.to_vec(),
         };
         let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], self.qkv_bias);
@@ -128,20 +131,26 @@ impl ModelConfig {
         found.filter(|_| self.layers[index].recurrent)
     }
 
-    /// Widths of queries, keys and values.
-    pub fn qkv_widths(&self) -> [usize; 3] {
-        let keys = self.num_key_value_heads * self.head_dim;
-        [self.num_attention_heads * self.head_dim, keys, keys]
+    /// How a block attends, where it does not have linear attention or a short convolution.
+    pub fn attention(&self, index: usize) -> &AttentionKind {
+        &self.attention_kinds[self.layers[index].kind]
     }
 
-    /// Width of what attention gives of a head.
-    pub(crate) fn value_dim(&self) -> usize {
-        self.latent.map_or(self.head_dim, |latent| latent.value_dim)
+    /// Widths of queries, keys and values of a block.
+    pub fn qkv_widths(&self, index: usize) -> [usize; 3] {
+        let AttentionKind { head_dim, num_key_value_heads, .. } = *self.attention(index);
+        let keys = num_key_value_heads * head_dim;
+        [self.num_attention_heads * head_dim, keys, keys]
+    }
+
+    /// Width of what attention gives of a block's heads.
+    pub(crate) fn value_dim(&self, index: usize) -> usize {
+        self.latent.map_or(self.attention(index).head_dim, |latent| latent.value_dim)
     }
 
     /// Width of what is rotated of a head: all of it, or of latent attention a part by itself.
-    pub(crate) fn rotated_dim(&self) -> usize {
-        self.latent.map_or(self.head_dim, |latent| latent.rotary_dim)
+    pub(crate) fn rotated_dim(&self, kind: &AttentionKind) -> usize {
+        self.latent.map_or(kind.head_dim, |latent| latent.rotary_dim)
     }
 
     /// The tensor with a block's sinks, if it has some.
@@ -164,13 +173,53 @@ impl ModelConfig {
         if let Some((_, names)) = self.short_convolution(index) {
             return self.projection(&self.block_path(index), names.output, [self.hidden_size; 2], false);
         }
-        let shape = [self.hidden_size, self.num_attention_heads * self.value_dim()];
+        let shape = [self.hidden_size, self.num_attention_heads * self.value_dim(index)];
         self.projection(&self.block_path(index), self.family.attention_output, shape, self.output_bias)
+    }
+
+    /// Width of a block's MLP.
+    pub fn mlp_width(&self, index: usize) -> usize {
+        if self.layers[index].wide { 2 * self.intermediate_size } else { self.intermediate_size }
+    }
+
+    /// What makes the blocks' own inputs, if they have any.
+    pub(crate) fn layer_inputs_spec(&self) -> Option<LayerInputsSpec> {
+        let (sizes, [table, projection, norm]) = (self.layer_inputs?, self.family.layer_inputs?.model);
+        let (model, width) = (self.root().model, self.num_hidden_layers * sizes.width);
+        Some(LayerInputsSpec {
+            table: (format!("{model}.{table}"), [sizes.words, width]),
+            projection: self.projection(model, projection, [width, self.hidden_size], false),
+            norm: (format!("{model}.{norm}"), sizes.width),
+        })
+    }
+
+    /// Gate and projection of a block's own input.
+    pub(crate) fn layer_input_specs(&self, index: usize) -> Option<[LinearSpec; 2]> {
+        let (sizes, [gate, projection, _]) = (self.layer_inputs?, self.family.layer_inputs?.block);
+        let block = self.block_path(index);
+        Some([
+            self.projection(&block, gate, [sizes.width, self.hidden_size], false),
+            self.projection(&block, projection, [self.hidden_size, sizes.width], false),
+        ])
+    }
+
+    /// Features of a token that are held for the length of a pass beside the blocks' inputs: what blocks read of their own, and keys and
+    /// values that later blocks take.
+    pub fn passed_features(&self) -> usize {
+        let own = self.layer_inputs.map_or(0, |inputs| inputs.width * self.num_hidden_layers);
+        let keys = self.with_keys().filter(|index| self.hands_on_keys(*index));
+        own + keys.map(|index| 2 * self.qkv_widths(index)[1]).sum::<usize>()
+    }
+
+    /// Values of embedding tables: that of tokens, and that of the blocks' own inputs.
+    pub fn table_values(&self) -> usize {
+        let own = self.layer_inputs.map_or(0, |inputs| inputs.words * inputs.width * self.num_hidden_layers);
+        self.vocab_size * self.hidden_size + own
     }
 
     /// Gate and input projection of the MLP, one linear layer or two, and its output projection.
     pub(crate) fn mlp_specs(&self, index: usize) -> (Vec<LinearSpec>, LinearSpec) {
-        let (block, width) = (self.block_path(index), self.intermediate_size);
+        let (block, width) = (self.block_path(index), self.mlp_width(index));
         let out = if self.family.gate_up.len() == 1 { 2 * width } else { width };
         let spec = |name: &&str| self.projection(&block, name, [out, self.hidden_size], self.mlp_bias);
         let down = self.projection(&block, self.family.mlp_output, [self.hidden_size, width], self.mlp_bias);
@@ -243,22 +292,22 @@ impl ModelConfig {
 
     /// Every linear layer, in the order of [`Decoder::linears`](crate::Decoder::linears).
     pub fn linear_specs(&self) -> Vec<LinearSpec> {
-        let mut specs = Vec::new();
+        let mut specs: Vec<LinearSpec> = self.layer_inputs_spec().map(|spec| spec.projection).into_iter().collect();
         for index in 0..self.num_hidden_layers {
             specs.extend(self.qkv_specs(index));
             specs.push(self.output_spec(index));
-            match self.experts_specs(index) {
-                Some(found) => {
-                    specs.push(found.router);
-                    specs.extend(found.experts.into_iter().flatten());
-                    specs.extend(found.shared.into_iter().flat_map(|(mlp, gate)| mlp.into_iter().chain(gate)));
-                }
-                None => {
-                    let (gate_up, down) = self.mlp_specs(index);
-                    specs.extend(gate_up);
-                    specs.push(down);
-                }
+            let experts = self.experts_specs(index);
+            if experts.is_none() || self.family.beside.is_some() {
+                let (gate_up, down) = self.mlp_specs(index);
+                specs.extend(gate_up);
+                specs.push(down);
             }
+            if let Some(found) = experts {
+                specs.push(found.router);
+                specs.extend(found.experts.into_iter().flatten());
+                specs.extend(found.shared.into_iter().flat_map(|(mlp, gate)| mlp.into_iter().chain(gate)));
+            }
+            specs.extend(self.layer_input_specs(index).into_iter().flatten());
         }
         if !self.tie_word_embeddings {
             specs.push(LinearSpec {
@@ -323,22 +372,28 @@ impl ModelConfig {
         let norm = |name: &str, width| (format!("{block}.{name}"), width);
         let Norms { attention_input, attention_output, mlp_input, mlp_output } = self.family.norms;
         let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
-        let [q, k, _] = self.qkv_widths();
+        let [q, k, _] = self.qkv_widths(index);
         let linear = self.linear_attention(index);
         let latent = self.latent.zip(self.family.latent);
-        let qk = self.family.qk_norm.filter(|_| !self.layers[index].recurrent && self.qk_normed).map(|qk| {
-            let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
-            std::array::from_fn(|i| norm(qk.names[i], widths[i]))
-        });
+        let qk = |i: usize| {
+            let names = self.family.qk_norm.filter(|_| !self.layers[index].recurrent && self.qk_normed)?;
+            let width = if names.whole { [q, k][i] } else { self.attention(index).head_dim };
+            Some(norm(names.names[i], width))
+        };
+        let beside = self.family.beside.filter(|_| self.layers[index].sparse).map(|names| names.norms);
+        let own_input = self.family.layer_inputs.filter(|_| self.layer_inputs.is_some());
         BlockNorms {
             attention_input: of_stream(attention_input),
-            qk,
+            query: qk(0),
+            key: qk(1).filter(|_| self.layers[index].keys_from.is_none()),
             linear: linear.map(|(config, names)| norm(names.norm, config.value_dim)),
             latent_queries: latent.and_then(|(config, names)| Some(norm(names.norms[0], config.query_rank?))),
             latent_keys: latent.map(|(config, names)| norm(names.norms[1], config.rank)),
             attention_output: of_stream(attention_output),
             mlp_input: of_stream(mlp_input),
             mlp_output: of_stream(mlp_output),
+            beside: beside.map(|names| names.map(|name| norm(name, self.hidden_size))),
+            layer_input: of_stream(own_input.map(|names| names.block[2])),
         }
     }
 
@@ -349,8 +404,8 @@ impl ModelConfig {
 
     /// Every norm with its width, in the order of [`Decoder::norms`](crate::Decoder::norms).
     pub fn norms(&self) -> Vec<(String, usize)> {
-        let mut norms: Vec<_> =
-            (0..self.num_hidden_layers).flat_map(|index| self.block_norms(index).into_iter()).collect();
+        let blocks = (0..self.num_hidden_layers).flat_map(|index| self.block_norms(index).into_iter());
+        let mut norms: Vec<_> = self.layer_inputs_spec().map(|spec| spec.norm).into_iter().chain(blocks).collect();
         norms.push(self.last_norm());
         norms
     }
@@ -360,7 +415,8 @@ impl ModelConfig {
 #[derive(Clone, Debug)]
 pub(crate) struct BlockNorms<T> {
     pub attention_input: Option<T>,
-    pub qk: Option<[T; 2]>,
+    pub query: Option<T>,
+    pub key: Option<T>,
     /// Of the heads that linear attention gives.
     pub linear: Option<T>,
     /// Of what lies between the projections of latent attention.
@@ -369,60 +425,85 @@ pub(crate) struct BlockNorms<T> {
     pub attention_output: Option<T>,
     pub mlp_input: Option<T>,
     pub mlp_output: Option<T>,
+    /// Of what an MLP gives that has experts beside it, and of what they read and give.
+    pub beside: Option<[T; 3]>,
+    /// Of what the block makes of its own input.
+    pub layer_input: Option<T>,
+}
+
+/// What makes the blocks' own inputs.
+pub(crate) struct LayerInputsSpec {
+    /// Path and shape.
+    pub table: (String, [usize; 2]),
+    pub projection: LinearSpec,
+    /// Path and width.
+    pub norm: (String, usize),
 }
 
 impl<T> BlockNorms<T> {
     pub fn try_map<U, E>(self, mut f: impl FnMut(T) -> Result<U, E>) -> Result<BlockNorms<U>, E> {
         Ok(BlockNorms {
             attention_input: self.attention_input.map(&mut f).transpose()?,
-            qk: match self.qk {
-                Some([q, k]) => Some([f(q)?, f(k)?]),
-                None => None,
-            },
+            query: self.query.map(&mut f).transpose()?,
+            key: self.key.map(&mut f).transpose()?,
             linear: self.linear.map(&mut f).transpose()?,
             latent_queries: self.latent_queries.map(&mut f).transpose()?,
             latent_keys: self.latent_keys.map(&mut f).transpose()?,
             attention_output: self.attention_output.map(&mut f).transpose()?,
             mlp_input: self.mlp_input.map(&mut f).transpose()?,
             mlp_output: self.mlp_output.map(&mut f).transpose()?,
+            beside: match self.beside {
+                Some([mlp, input, output]) => Some([f(mlp)?, f(input)?, f(output)?]),
+                None => None,
+            },
+            layer_input: self.layer_input.map(&mut f).transpose()?,
         })
     }
 
     pub fn into_iter(self) -> impl Iterator<Item = T> {
         self.attention_input
             .into_iter()
-            .chain(self.qk.into_iter().flatten())
+            .chain(self.query)
+            .chain(self.key)
             .chain(self.linear)
             .chain(self.latent_queries)
             .chain(self.latent_keys)
             .chain(self.attention_output)
             .chain(self.mlp_input)
             .chain(self.mlp_output)
+            .chain(self.beside.into_iter().flatten())
+            .chain(self.layer_input)
     }
 
     pub fn as_ref(&self) -> BlockNorms<&T> {
         BlockNorms {
             attention_input: self.attention_input.as_ref(),
-            qk: self.qk.as_ref().map(|[q, k]| [q, k]),
+            query: self.query.as_ref(),
+            key: self.key.as_ref(),
             linear: self.linear.as_ref(),
             latent_queries: self.latent_queries.as_ref(),
             latent_keys: self.latent_keys.as_ref(),
             attention_output: self.attention_output.as_ref(),
             mlp_input: self.mlp_input.as_ref(),
             mlp_output: self.mlp_output.as_ref(),
+            beside: self.beside.as_ref().map(|norms| norms.each_ref()),
+            layer_input: self.layer_input.as_ref(),
         }
     }
 
     pub fn as_mut(&mut self) -> BlockNorms<&mut T> {
         BlockNorms {
             attention_input: self.attention_input.as_mut(),
-            qk: self.qk.as_mut().map(|[q, k]| [q, k]),
+            query: self.query.as_mut(),
+            key: self.key.as_mut(),
             linear: self.linear.as_mut(),
             latent_queries: self.latent_queries.as_mut(),
             latent_keys: self.latent_keys.as_mut(),
             attention_output: self.attention_output.as_mut(),
             mlp_input: self.mlp_input.as_mut(),
             mlp_output: self.mlp_output.as_mut(),
+            beside: self.beside.as_mut().map(|norms| norms.each_mut()),
+            layer_input: self.layer_input.as_mut(),
         }
     }
 }

@@ -10,8 +10,10 @@ use serde_json::Value;
 const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
 
 /// What scalings refer to beyond their own keys.
+#[derive(Clone, Copy)]
 pub(super) struct Sizes {
-    pub head_dim: usize,
+    /// Of blocks without and with a window.
+    pub head_dims: [usize; 2],
     pub max_position_embeddings: usize,
     pub pairs: Pairs,
 }
@@ -23,10 +25,19 @@ pub(super) fn read(fields: &Fields, family: &Family, sizes: &Sizes) -> Result<[R
     let parameters = fields.object("rope_parameters")?;
     let theta = fields.number("rope_theta")?;
     let partial = fields.number("partial_rotary_factor")?;
-    let outer = Outer { fields, family, sizes, partial: partial.or(family.rotary.partial) };
+    let Sizes { head_dims, max_position_embeddings, pairs } = *sizes;
+    let outer = |kind: usize| Outer {
+        fields,
+        family,
+        head_dim: head_dims[kind],
+        max_position_embeddings,
+        pairs,
+        partial: partial.or(family.rotary.partial),
+    };
+    let (global_outer, local_outer) = (outer(0), outer(1));
     let Some(local) = family.rotary.local else {
         let inner = scaling.or(parameters);
-        let rope = outer.rope(inner.as_ref(), theta.unwrap_or(family.rotary.theta))?;
+        let rope = global_outer.rope(inner.as_ref(), theta.unwrap_or(family.rotary.theta))?;
         return Ok([rope.clone(), rope]);
     };
     let theta = theta.unwrap_or(family.rotary.theta);
@@ -46,23 +57,29 @@ pub(super) fn read(fields: &Fields, family: &Family, sizes: &Sizes) -> Result<[R
             );
         }
         let [global, local] = [inner.object(KINDS[0])?, inner.object(KINDS[1])?];
-        return Ok([outer.rope(global.as_ref(), theta)?, outer.rope(local.as_ref(), local_theta)?]);
+        return Ok([global_outer.rope(global.as_ref(), theta)?, local_outer.rope(local.as_ref(), local_theta)?]);
     }
-    Ok([outer.rope(scaling.as_ref(), theta)?, outer.rope(None, local_theta)?])
+    let mut global = global_outer.rope(scaling.as_ref(), theta)?;
+    if let (None, Some(part)) = (scaling, family.rotary.proportional) {
+        global = global_outer.proportional(theta, part, 1.0, fields)?;
+    }
+    Ok([global, local_outer.rope(None, local_theta)?])
 }
 
 struct Outer<'a> {
     fields: &'a Fields<'a>,
     family: &'a Family,
-    sizes: &'a Sizes,
+    head_dim: usize,
+    max_position_embeddings: usize,
+    pairs: Pairs,
     partial: Option<f64>,
 }
 
 impl Outer<'_> {
     fn rope(&self, inner: Option<&Fields>, theta: f64) -> Result<Rope, ModelError> {
         let rope = |theta, dim, scaling, query_growth| {
-            let pairs = self.sizes.pairs;
-            let turned = if pairs == Pairs::Adjacent { self.sizes.head_dim } else { dim };
+            let pairs = self.pairs;
+            let turned = if pairs == Pairs::Adjacent { self.head_dim } else { dim };
             Rope { theta, dim, turned, scaling, pairs, query_growth }
         };
         let Some(inner) = inner else {
@@ -73,12 +90,18 @@ impl Outer<'_> {
             return Ok(rope(theta, self.dim(self.partial, self.fields)?, RopeScaling::Default, None));
         };
         let theta = inner.number("rope_theta")?.unwrap_or(theta);
+        let kinds = [inner.text("rope_type")?, inner.text("type")?];
+        let kind = kinds.into_iter().flatten().next().unwrap_or("default");
+        if kind == "proportional" && self.family.rotary.proportional.is_some() {
+            let part = inner.number("partial_rotary_factor")?.unwrap_or(1.0);
+            let rope = self.proportional(theta, part, inner.number("factor")?.unwrap_or(1.0), inner)?;
+            inner.nothing_left(self.family.rotary.harmless)?;
+            return Ok(rope);
+        }
         let dim = match inner.number("partial_rotary_factor")? {
             Some(factor) => self.dim(Some(factor), inner)?,
             None => self.dim(self.partial, self.fields)?,
         };
-        let kinds = [inner.text("rope_type")?, inner.text("type")?];
-        let kind = kinds.into_iter().flatten().next().unwrap_or("default");
         let (alpha, mut theta) = (self.alpha(inner, kind)?, theta);
         let scaling = match kind {
             "default" => RopeScaling::Default,
@@ -92,7 +115,7 @@ impl Outer<'_> {
             "linear" => RopeScaling::Linear { factor: inner.need("factor")? },
             "dynamic" => RopeScaling::Dynamic {
                 factor: inner.need("factor")?,
-                max_position_embeddings: self.sizes.max_position_embeddings,
+                max_position_embeddings: self.max_position_embeddings,
             },
             "llama3" => RopeScaling::Llama3 {
                 factor: inner.need("factor")?,
@@ -113,6 +136,17 @@ impl Outer<'_> {
         let growth = self.growth(Some(inner))?;
         inner.nothing_left(self.family.rotary.harmless)?;
         Ok(rope(theta, dim, scaling, growth))
+    }
+
+    /// The part of a head that is rotated by the frequencies of the whole head.
+    fn proportional(&self, theta: f64, part: f64, factor: f64, fields: &Fields) -> Result<Rope, ModelError> {
+        let (turned, pairs) = (self.head_dim, (part * self.head_dim as f64 / 2.0) as usize);
+        if !turned.is_multiple_of(2) || pairs > turned / 2 {
+            let problem = format!("is {part}, {pairs} pairs of the {turned} dimensions of a head");
+            return Err(fields.error("partial_rotary_factor", problem));
+        }
+        let scaling = RopeScaling::Proportional { factor };
+        Ok(Rope { theta, dim: 2 * pairs, turned, scaling, pairs: Pairs::Halves, query_growth: None })
     }
 
     /// A fixed factor of theta, where a family gives one to "dynamic", with keys that mean nothing beside it.
@@ -150,18 +184,15 @@ impl Outer<'_> {
             let problem = format!("is {factor}; only 1 is supported for {}", self.family.model_type);
             return Err(fields.error("partial_rotary_factor", problem));
         }
-        let dim = (self.sizes.head_dim as f64 * factor) as usize;
-        match dim.is_multiple_of(2) && (1..=self.sizes.head_dim).contains(&dim) {
+        let dim = (self.head_dim as f64 * factor) as usize;
+        match dim.is_multiple_of(2) && (1..=self.head_dim).contains(&dim) {
             true => Ok(dim),
             false if factor == 1.0 => {
                 Err(self.fields.error("head_dim", format!("is {dim}; rotary embeddings need an even one")))
             }
             false => Err(fields.error(
                 "partial_rotary_factor",
-                format!(
-                    "is {factor}, {dim} of {} dimensions; it has to be an even number of them",
-                    self.sizes.head_dim
-                ),
+                format!("is {factor}, {dim} of {} dimensions; it has to be an even number of them", self.head_dim),
             )),
         }
     }
@@ -171,7 +202,7 @@ impl Outer<'_> {
         let outer = self.fields.number("original_max_position_embeddings")?;
         let outer = outer.or(self.family.rotary.original_context.map(|size| size as f64));
         let inner = inner.number("original_max_position_embeddings")?;
-        let original = outer.or(inner).unwrap_or(self.sizes.max_position_embeddings as f64);
+        let original = outer.or(inner).unwrap_or(self.max_position_embeddings as f64);
         match original > 1.0 {
             true => Ok(original),
             false => {
@@ -181,7 +212,7 @@ impl Outer<'_> {
     }
 
     fn factor(&self, inner: &Fields, original: f64) -> Result<f64, ModelError> {
-        Ok(inner.number("factor")?.unwrap_or(self.sizes.max_position_embeddings as f64 / original))
+        Ok(inner.number("factor")?.unwrap_or(self.max_position_embeddings as f64 / original))
     }
 
     fn yarn(&self, inner: &Fields) -> Result<RopeScaling, ModelError> {

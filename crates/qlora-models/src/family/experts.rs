@@ -38,6 +38,17 @@ pub(crate) struct Experts {
     pub block_types: Option<&'static str>,
     /// How a router's outputs become experts and weights.
     pub scores: Scores,
+    /// Whether the router's sums are f32 whatever the compute dtype.
+    pub wide_router: bool,
+}
+
+/// How the matrices of experts lie in a stacked tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stacking {
+    /// `[experts, outputs, inputs]`.
+    Outputs,
+    /// `[experts, inputs, outputs]`. transformers 5 saves them the other way round.
+    Inputs,
 }
 
 /// How a router's outputs become a token's experts and their weights.
@@ -96,7 +107,12 @@ pub(super) const ROUTED: Experts = Experts {
     dense_first: None,
     block_types: None,
     scores: Scores::Softmax,
+    wide_router: false,
 };
+
+/// As wide as one expert where no key says more.
+pub(super) const SHARED: Shared =
+    Shared { path: "mlp.shared_experts", width: SharedWidth::Experts("n_shared_experts", 1), gate: None };
 
 /// Sigmoid scores, a correction of the choice, and experts of all tokens.
 pub(super) const CORRECTED: Experts = Experts {
@@ -104,7 +120,7 @@ pub(super) const CORRECTED: Experts = Experts {
     per_token: ("num_experts_per_tok", 8),
     width: ("moe_intermediate_size", Some(1408)),
     normalise: Switch::Unless("norm_topk_prob"),
-    shared: Some(Shared { path: "mlp.shared_experts", width: SharedWidth::Experts("n_shared_experts", 1), gate: None }),
+    shared: Some(SHARED),
     dense_first: Some(("first_k_dense_replace", 1)),
     scores: Scores::Sigmoid {
         correction: "mlp.gate.e_score_correction_bias",
@@ -112,6 +128,7 @@ pub(super) const CORRECTED: Experts = Experts {
         groups_per_token: ("topk_group", 1),
         factor: ("routed_scaling_factor", 1.0),
     },
+    wide_router: true,
     ..ROUTED
 };
 

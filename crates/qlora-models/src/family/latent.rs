@@ -1,7 +1,7 @@
 //! Families with multi-head latent attention.
 
-use super::experts::{CORRECTED, CORRECTED_FIXED, CORRECTED_HARMLESS, Scores};
-use super::{BASE, Experts, Family, Rotary, Sizes, Switch};
+use super::experts::{CORRECTED, CORRECTED_FIXED, CORRECTED_HARMLESS, SHARED, Scores, Shared, SharedWidth};
+use super::{BASE, Experts, Family, Only, Rotary, Sizes, Switch};
 use crate::rope::Pairs;
 
 /// Multi-head latent attention (DeepSeek-AI, 2024, arXiv 2405.04434): keys and values of all heads are made of one narrow vector
@@ -26,6 +26,46 @@ const LATENT: Latent = Latent {
     keys: ["self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"],
     norms: ["self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"],
     sizes: [1536, 512, 128, 64, 128],
+};
+
+/// DeepSeek V2 Lite: experts by softmax. Larger ones choose them in groups of which the best expert counts, and are refused.
+pub(super) const DEEPSEEK_V2: Family = Family {
+    model_type: "deepseek_v2",
+    qkv_bias: Switch::Key("attention_bias"),
+    output_bias: Switch::Key("attention_bias"),
+    latent: Some(LATENT),
+    experts: Some(Experts {
+        count: (CORRECTED.count.0, 64),
+        per_token: ("num_experts_per_tok", 6),
+        width: ("moe_intermediate_size", Some(1407)),
+        normalise: Switch::Off,
+        shared: Some(Shared { width: SharedWidth::Experts("n_shared_experts", 2), ..SHARED }),
+        dense_first: Some(("first_k_dense_replace", 0)),
+        scores: Scores::Softmax,
+        ..CORRECTED
+    }),
+    rotary: Rotary { pairs: Pairs::Adjacent, ..BASE.rotary },
+    fixed: &[
+        ("mlp_bias", Only::Flag(false)),
+        ("moe_layer_freq", Only::Number(1.0)),
+        ("norm_topk_prob", Only::Flag(false)),
+        ("routed_scaling_factor", Only::Number(1.0)),
+        ("scoring_func", Only::Text("softmax")),
+        ("topk_method", Only::Text("greedy")),
+    ],
+    // Without groups nothing is chosen among them.
+    harmless: &[
+        "aux_loss_alpha",
+        "ep_size",
+        "n_group",
+        "output_router_logits",
+        "pretraining_tp",
+        "qk_head_dim",
+        "router_aux_loss_coef",
+        "seq_aux",
+        "topk_group",
+    ],
+    ..BASE
 };
 
 /// DeepSeek V3 and what shares its architecture. Neighbours are pairs unless `rope_interleave` is false.

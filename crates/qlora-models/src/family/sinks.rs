@@ -1,6 +1,6 @@
 //! gpt-oss: attention with sinks, windows in every other block, and experts that files hold stacked, with biases.
 
-use super::experts::ROUTED;
+use super::experts::{ROUTED, Stacking};
 use super::{Activation, BASE, Experts, Family, Only, Rotary, Sizes, Switch, Window, Windowed};
 
 /// Its files call the activation silu; what experts compute has a factor in it, and bounds.
@@ -20,6 +20,7 @@ pub(super) const GPT_OSS: Family = Family {
         ..ROUTED
     }),
     interleaved_experts: true,
+    stacked_only: Some(Stacking::Inputs),
     window: Window { blocks: Windowed::AllButEvery(None, 2), width: Some(128), switch: None },
     // Without a scaling transformers takes one that its files all have.
     rotary: Rotary { theta: 150_000.0, needs_scaling: true, ..BASE.rotary },

@@ -3,7 +3,8 @@
 //! A token has three positions there, of which `mrope_section` says what each rotates. Text has one position for all three, so that
 //! the rotation is the plain one. What deeper blocks of Qwen 3 VL add of images is absent from text, too.
 
-use super::{Family, QWEN2, QWEN3, Rotary, Sizes, Window, Windowed};
+use super::experts::Stacking;
+use super::{Experts, Family, QWEN2, QWEN3, QWEN3_MOE, Rotary, Sizes, Switch, Window, Windowed, experts};
 
 const MROPE: &[&str] = &["mrope_interleaved", "mrope_section"];
 
@@ -37,4 +38,33 @@ pub(super) const QWEN3_VL_TEXT: Family = Family {
     rotary: Rotary { theta: 500_000.0, harmless: MROPE, ..QWEN3.rotary },
     sizes: Sizes { max_position_embeddings: 128_000, ..QWEN3.sizes },
     ..QWEN3
+};
+
+/// Qwen 3 VL with experts, whose weights always sum up to one.
+pub(super) const QWEN3_VL_MOE_TEXT: Family = Family {
+    model_type: "qwen3_vl_moe_text",
+    experts: Some(Experts {
+        count: (&["num_experts", "num_local_experts"], 60),
+        per_token: ("num_experts_per_tok", 4),
+        width: ("moe_intermediate_size", Some(1408)),
+        normalise: Switch::On,
+        dense_blocks: Some("mlp_only_layers"),
+        every: Some("decoder_sparse_step"),
+        ..experts::ROUTED
+    }),
+    stacked_only: Some(Stacking::Inputs),
+    window: QWEN3_VL_TEXT.window,
+    rotary: QWEN3_VL_TEXT.rotary,
+    sizes: Sizes {
+        hidden_size: Some(2048),
+        intermediate_size: Some(5632),
+        num_hidden_layers: Some(24),
+        num_attention_heads: Some(16),
+        num_key_value_heads: Some(16),
+        max_position_embeddings: 128_000,
+        ..QWEN3_MOE.sizes
+    },
+    // Published files say true of the weights' sum; transformers does not read it.
+    harmless: &["norm_topk_prob", "output_router_logits", "router_aux_loss_coef"],
+    ..QWEN3_MOE
 };

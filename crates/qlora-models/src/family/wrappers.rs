@@ -52,6 +52,8 @@ const TEXT_MODEL: &[Root] = &[Root { model: "model.text_model", head: "lm_head" 
 
 static WRAPPERS: &[Wrapper] = &[
     Wrapper { uncapped: true, fixed: &[("final_logit_softcapping", Only::Null)], ..of("gemma3", "gemma3_text") },
+    of("gemma4", "gemma4_text"),
+    of("gemma4_unified", "gemma4_unified_text"),
     of("mistral3", "mistral"),
     of("llava", "llama"),
     of("llava_next", "llama"),
@@ -66,6 +68,7 @@ static WRAPPERS: &[Wrapper] = &[
     Wrapper { flat: true, ..of("qwen2_vl", "qwen2_vl_text") },
     Wrapper { flat: true, ..of("qwen2_5_vl", "qwen2_5_vl_text") },
     of("qwen3_vl", "qwen3_vl_text"),
+    of("qwen3_vl_moe", "qwen3_vl_moe_text"),
     of("qwen2_audio", "qwen2"),
     of("voxtral", "llama"),
     Wrapper { roots: TEXT_MODEL, ..of("idefics3", "llama") },

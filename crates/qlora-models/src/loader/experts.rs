@@ -3,7 +3,7 @@
 use super::Loader;
 use crate::ModelError;
 use crate::config::{ExpertsSpecs, LinearSpec};
-use crate::family::Scores;
+use crate::family::{Scores, Stacking};
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
@@ -58,7 +58,9 @@ impl Loader<'_> {
             }
             _ => None,
         };
-        Ok(Moe::new(router, experts, config.per_token, config.normalise, shared, sigmoid))
+        let mut moe = Moe::new(router, experts, config.per_token, config.normalise, shared, sigmoid);
+        moe.wide_router = names.wide_router;
+        Ok(moe)
     }
 
     /// Experts of stacked tensors with inputs first: gate and input projection in columns that take turns, then the output projection,
@@ -131,10 +133,22 @@ impl Loader<'_> {
     ) -> Result<Named<LoraLinear>, ModelError> {
         let [rows, columns] = spec.shape;
         let shape = [experts, each * rows, columns];
-        let whole = self.source.tensor(name, &shape)?;
+        let inputs_first = [experts, columns, each * rows];
+        let (whole, turned) = match self.source.tensor(name, &shape) {
+            Err(error) if self.config.family.stacked_only == Some(Stacking::Inputs) => {
+                (self.source.tensor(name, &inputs_first).map_err(|_| error)?, true)
+            }
+            whole => (whole?, false),
+        };
+        let tensor = match turned {
+            true => whole
+                .part(part / each, experts, &inputs_first[1..])
+                .and_then(|matrix| matrix.turned(0, 1)?.part(part % each, each, &spec.shape)),
+            false => whole.part(part, experts * each, &spec.shape),
+        };
         let wrong =
             || ModelError::WeightShape { module: name.into(), expected: shape.into(), found: whole.shape.clone() };
-        let tensor = whole.part(part, experts * each, &spec.shape).ok_or_else(wrong)?;
+        let tensor = tensor.ok_or_else(wrong)?;
         self.read.insert(name.into());
         let base = self.weight(&tensor, &spec)?;
         if part + 1 == experts * each {

@@ -31,8 +31,7 @@ pub(super) struct Random {
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
     /// Modules that are dense, where others of their shape may be in 4 bits.
     left_dense: HashSet<String>,
-    /// By shape: what linear attention and short convolutions have beside projections, a norm as `[1, width]`, the corrections of
-    /// routers, and sinks.
+    /// By shape: what blocks have beside projections and norms; the norm of linear attention as `[1, width]`.
     linear: HashMap<Vec<usize>, Vec<bf16>>,
     /// The name of that norm.
     linear_norm: Option<&'static str>,
@@ -56,6 +55,7 @@ impl Random {
             total_bytes: 0,
         };
         let mut dense = vec![[config.vocab_size, config.hidden_size]];
+        dense.extend(config.layer_inputs_spec().map(|spec| spec.table.1));
         for spec in config.linear_specs() {
             let [rows, columns] = spec.shape;
             if spec.bias {
@@ -104,12 +104,24 @@ impl Random {
             source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
             source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
         }
-        let sigmoid = config.experts.filter(|experts| experts.sigmoid.is_some());
-        let corrections = sigmoid.map(|experts| (experts.count, config.sparse_blocks()));
-        let sinks = config.family.sinks.map(|_| (config.num_attention_heads, config.attention_blocks()));
-        for (len, blocks) in corrections.into_iter().chain(sinks) {
+        let sparse = config.sparse_blocks();
+        let correction = config.experts.filter(|experts| experts.sigmoid.is_some()).map(|experts| experts.count);
+        let sinks = config.family.sinks.map(|_| config.num_attention_heads);
+        for (len, blocks) in [(correction, sparse), (sinks, config.attention_blocks())] {
+            let Some(len) = len else { continue };
             source.linear.entry(vec![len]).or_insert_with(|| vec![bf16::ZERO; len]);
             source.total_bytes += 2 * (len * blocks) as u64;
+        }
+        if config.family.block_factor.is_some() {
+            source.linear.insert(vec![1], vec![bf16::ONE]);
+            source.total_bytes += 2 * config.num_hidden_layers as u64;
+        }
+        if let Some(experts) = config.experts.filter(|_| config.family.beside.is_some()) {
+            // A router's factors have the width of the model, and are ones.
+            for width in [config.hidden_size, experts.count] {
+                source.linear.entry(vec![width]).or_insert_with(|| vec![bf16::ONE; width]);
+                source.total_bytes += 2 * (width * sparse) as u64;
+            }
         }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);

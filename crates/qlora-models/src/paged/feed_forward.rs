@@ -11,16 +11,13 @@ use qlora_layers::ops::fused::gated;
 use qlora_layers::{LoraLinear, Pass};
 
 impl<'a> MixedPass<'a> {
-    /// The feed-forward branch of a block, for its normalised input.
+    /// The feed-forward branch of a block, for what attention gave, `m`, and its norm.
     ///
     /// # Shapes
     /// `[tokens, hidden]` in and out.
-    pub(super) fn feed_forward(&self, index: usize, h: Tensor<2>) -> Tensor<2> {
+    pub(super) fn feed_forward(&self, index: usize, m: &Tensor<2>, h: Tensor<2>) -> Tensor<2> {
         let block = |model: &'a Decoder| &model.blocks[index];
-        let dense = self.each_some(|model| match &block(model).feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp),
-            FeedForward::Experts(_) => None,
-        });
+        let dense = self.each_some(|model| block(model).mlp());
         let output = match dense {
             Some(mlps) => {
                 let mut gate_up = self.linears(h, |model| block(model).gate_up());
@@ -42,6 +39,7 @@ impl<'a> MixedPass<'a> {
                 }
             }
         };
+        let output = self.with_experts_beside(index, m, output);
         let norms = self.norms(|model| block(model).norms.mlp_output.as_ref());
         scaled(normalised(norms, output, RmsNorm::forward), self.config)
     }

@@ -73,7 +73,7 @@ impl Engine {
             return Ok(Sums { loss: 0.0, correct: 0.0, tokens: 0 });
         }
         let sequence = self.model.sequence(batch.rows, batch.cols, 0);
-        let x = self.model.embed(&batch.input_ids, Pass::INFERENCE);
+        let x = self.model.begin(&sequence, &batch.input_ids, Pass::INFERENCE);
         let x =
             self.model.blocks().iter().fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
         let sums = loss_and_correct(&self.model, x, &labelled);

@@ -11,7 +11,7 @@ use host_copies::Reading;
 use paged_optim::global_norm;
 use qlora_data::Batch;
 use qlora_layers::activation_checkpointing;
-use qlora_layers::ops::backward_from;
+use qlora_layers::ops::backward_from_all;
 use qlora_layers::{Pass, mix};
 use qlora_models::BlockInPass;
 
@@ -221,7 +221,7 @@ impl Engine {
         let blocks = model.blocks_in(&sequence);
         // Below and above the blocks gradients come in pieces: rows of single tokens of a table that is the head too, chunks of logits.
         let mut pieces = self.no_gradients();
-        let embedded = model.embed(&batch.input_ids, pass);
+        let embedded = model.begin(&sequence, &batch.input_ids, pass);
         let below = self.first_of_block[0] > 0;
         let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
         let head = self.first_of_block[blocks.len()];
@@ -241,8 +241,10 @@ impl Engine {
         };
         let grad = activation_checkpointing::backward(&blocks, kept, grad, pass, below, each)?;
         queued?;
-        if let Some(grad) = grad.filter(|_| embedded.is_tracked()) {
-            collect(&mut pieces, model.embedding_parameters(), &mut backward_from(embedded, grad));
+        let through = grad.filter(|_| embedded.is_tracked()).map(|grad| (embedded, grad));
+        let mut roots = through.into_iter().chain(sequence.inputs_and_gradient());
+        if let Some(root) = roots.next() {
+            collect(&mut pieces, model.embedding_parameters(), &mut backward_from_all(root, roots));
         }
         grads.iter_mut().zip(pieces).for_each(|(sum, piece)| add(sum, piece));
         Ok(loss)

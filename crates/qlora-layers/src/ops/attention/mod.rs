@@ -18,10 +18,13 @@ mod sinks;
 use super::QloraOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, FloatDType, Tensor};
 pub use composed::MAX_SCORES;
 use composed::Sight;
+use fused_kernels::FloatFormat;
+use fused_kernels::attention as kernels;
 pub use fused_kernels::attention::Options;
+use host_copies::client_of;
 pub use sinks::Sinks;
 use std::sync::Arc;
 
@@ -150,6 +153,23 @@ pub(crate) trait AttentionPasses: QloraOps {
     ) -> [FloatTensor<Self>; 2] {
         composed::softmax_gradients::<Self>(parts, sight, options)
     }
+}
+
+/// Whether there are kernels for attention over heads of this width, on the devices that have any.
+pub fn takes_head_dim(head_dim: usize) -> bool {
+    kernels::supports_head_dim(head_dim)
+}
+
+/// Whether a device has a kernel for attention over heads of this width in a dtype. Where it has none, [`attention`] is composed of
+/// products, and computes the same.
+pub fn attention_kernel(device: &Device, dtype: FloatDType, head_dim: usize) -> bool {
+    let format = match dtype {
+        FloatDType::BF16 => FloatFormat::BF16,
+        FloatDType::F16 => FloatFormat::F16,
+        _ => return false,
+    };
+    let supported = |client: &_| kernels::supports(client, format) && kernels::supports_head_dim(head_dim);
+    client_of(device).is_some_and(|client| supported(&client))
 }
 
 /// Causal attention; queries are the last tokens of their rows.

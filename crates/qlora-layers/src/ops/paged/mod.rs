@@ -220,7 +220,7 @@ pub fn rotate_into_cache(
 /// them into: a token sees itself and what comes before it, or of that the last `window`.
 ///
 /// # Shapes
-/// - `q`: `[tokens, heads, head_dim]`, `head_dim` up to 1024, where it is a multiple of 4, and up to 256 where not
+/// - `q`: `[tokens, heads, head_dim]`, `head_dim` up to 256, even ones up to 512, multiples of 4 up to 1024
 /// - `keys`, `values`: `[blocks * block_tokens, kv_heads, head_dim]` in the dtype of `q`, `heads` a multiple of
 ///   `kv_heads`
 /// - output: as `q`, in its dtype
