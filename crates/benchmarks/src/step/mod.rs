@@ -216,8 +216,8 @@ fn parent(args: &Args, together: Option<&Together>) -> Result<()> {
             let kept = args.setting.config(policy)?.train.activation_checkpointing;
             let reruns_blocks = kept.fixed().is_some_and(ActivationCheckpointing::reruns_blocks);
             // What padding takes is no work.
-            let rows = case.lengths(0).into_iter();
-            let work = rows.map(|len| shapes::flops(&shape, 1, len, reruns_blocks)).sum::<f64>() * accumulation as f64;
+            let of_row = |len: usize| shapes::flops(&shape, 1, len, reruns_blocks);
+            let work = case.lengths(0).into_iter().map(of_row).sum::<f64>() * accumulation as f64;
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
             let scaled = match (together, args.gpus) {
                 (Some(together), _) => {
