@@ -227,9 +227,9 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
             count(run.train_tokens)
         ),
         format!(
-            "Steps    {}{resumed}, {} rows each{}; output in {}",
+            "Steps    {}{resumed}, {} each{}; output in {}",
             run.total_steps,
-            run.rows_per_step,
+            run.step_contents(),
             if run.ranks > 1 { format!(" on {} ranks", run.ranks) } else { String::new() },
             run.output_dir.display()
         ),
@@ -301,6 +301,7 @@ mod tests {
             grad_norm: 0.5,
             tokens: 1000,
             tokens_per_second: 912.4,
+            padding_tokens: 0,
             memory_bytes: 412 << 20,
             memory_in_use_bytes: 310 << 20,
             memory_reserved_bytes: 400 << 20,

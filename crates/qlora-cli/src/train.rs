@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use burn_qlora::profile::Profile;
+use burn_qlora::qlora_data::BatchOrder;
 use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_dist::{Launcher, Place};
 use burn_qlora::qlora_train::fits::{self, Change};
 use burn_qlora::qlora_train::rates::{self, Seconds};
-use burn_qlora::qlora_train::{Resized, Waiting, load_rows, resize, run_in};
+use burn_qlora::qlora_train::{Resized, Waiting, load_rows, packing_note, resize, run_in};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
     Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic, compute_dtype,
@@ -228,7 +229,8 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
     let (train, eval) = load_rows(config, &tokenizer, &model, events)?;
     let mut of_all = config.train.clone();
     of_all.gradient_accumulation_steps = of_all.gradient_accumulation_steps.saturating_mul(ranks);
-    let total_steps = of_all.total_steps(train.examples.len());
+    let order = BatchOrder::new(&train.examples, &config.data, of_all.batch_size, of_all.seed, 0);
+    let total_steps = of_all.total_steps(order.sequences());
     config.train.warnings(total_steps).iter().for_each(|warning| events.on_warning(warning));
     if let Some(holds) = run_in(&config.train.output_dir)? {
         let path = config.train.output_dir.display();
@@ -267,11 +269,15 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
     if eval.report.rows > 0 {
         writeln!(text, "Eval     {} rows, {} tokens", eval.report.rows, count(eval.report.tokens))?;
     }
+    if let Some(note) = packing_note(&config.data, &of_all, &order) {
+        writeln!(text, "Packing  {note}")?;
+    }
     let options = &config.train;
     writeln!(
         text,
-        "Steps    {total_steps}, {} rows each ({} x {}{})",
+        "Steps    {total_steps}, {} {} each ({} x {}{})",
         options.batch_size.saturating_mul(of_all.gradient_accumulation_steps),
+        if order.packed().is_some() { "sequences" } else { "rows" },
         options.batch_size,
         options.gradient_accumulation_steps,
         if ranks > 1 { format!(" x {ranks} ranks") } else { String::new() },

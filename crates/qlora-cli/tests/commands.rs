@@ -44,6 +44,30 @@ fn dry_run_says_what_would_be_trained_and_writes_nothing() {
 }
 
 #[test]
+fn dry_run_and_preview_say_what_packing_does() {
+    let bench = Bench::new();
+    let packing = ["--set", "data.packing=auto", "--set", "data.max_length=512"];
+    let out = bench.ok(&[&["train", "qlora.toml", "--dry-run"], &packing[..]].concat()).stdout;
+    for words in [
+        "Packing  data.packing = \"auto\": 12 rows lie end to end in ",
+        "sequences of up to 512 tokens",
+        "sequences each (",
+    ] {
+        assert!(out.contains(words), "{words}: {out}");
+    }
+    let out = bench.ok(&[&["preview", "qlora.toml"], &packing[..]].concat()).stdout;
+    assert!(out.contains("sequences of up to 512 tokens: rows lie end to end, and fill "), "{out}");
+    // No two rows fit into so few tokens.
+    let narrow = ["train", "qlora.toml", "--dry-run", "--set", "data.packing=auto", "--set", "data.max_length=100"];
+    let out = bench.ok(&narrow).stdout;
+    for words in ["no two of the ", "data.max_length = 100", " rows each ("] {
+        assert!(out.contains(words), "{words}: {out}");
+    }
+    let refused = [&["train", "qlora.toml", "--set", "data.group_by_length=true"], &packing[..]].concat();
+    bench.fails(&refused, 2, &["data.group_by_length = true has nothing to do where rows are packed"]);
+}
+
+#[test]
 fn unknown_keys_of_a_model_are_accepted_by_name() {
     let bench = Bench::new();
     bench.copy("tiny-llama", "model");

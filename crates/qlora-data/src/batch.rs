@@ -4,14 +4,19 @@
 //! one epoch to the next, so a run that stopped continues at any batch of any epoch without going
 //! through those before. The generator is ChaCha8 and the shuffle is written out here, so the order
 //! stays the same on every machine and with every version of a library.
+//!
+//! Where rows are packed ([`Packing`](crate::Packing)), every epoch packs them anew, and draws the order of the sequences. A batch
+//! holds `batch_size` sequences instead of rows, all of them end to end, so that no place is padding.
 
 use std::cmp::Reverse;
+use std::ops::{AddAssign, Range};
 
 use chat_text::{MASKED_LABEL, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use crate::config::DataConfig;
 use crate::example::Example;
+use crate::packing::{Packed, best_fit};
 use crate::shuffle::{Purpose, permutation};
 
 /// With `group_by_length`, rows are sorted within this many batches.
@@ -24,12 +29,12 @@ pub fn padding_id(tokenizer: &Tokenizer, embedding_rows: usize) -> u32 {
     if (chosen as usize) < embedding_rows { chosen } else { 0 }
 }
 
-/// Rows padded to the same length.
+/// Rows padded to the same length, or packed end to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    /// Token ids, row after row, padded on the right.
+    /// Token ids, row after row, padded on the right unless they are packed.
     pub input_ids: Vec<u32>,
-    /// Labels, row after row, padded with [`MASKED_LABEL`].
+    /// Labels, row after row, padded with [`MASKED_LABEL`] unless they are packed.
     pub labels: Vec<i64>,
     /// Number of rows.
     pub rows: usize,
@@ -37,6 +42,8 @@ pub struct Batch {
     pub cols: usize,
     /// Tokens of each row, without padding.
     pub lengths: Vec<usize>,
+    /// Whether rows lie end to end: each has positions from 0 on and sees itself alone.
+    pub packed: bool,
 }
 
 impl Batch {
@@ -56,14 +63,43 @@ impl Batch {
             labels.extend_from_slice(&example.labels);
             labels.resize((index + 1) * cols, MASKED_LABEL);
         }
-        Self { input_ids, labels, rows, cols, lengths }
+        Self { input_ids, labels, rows, cols, lengths, packed: false }
+    }
+
+    /// Lays rows end to end.
+    ///
+    /// # Shapes
+    /// `input_ids` and `labels` are `[tokens]`, those of all rows.
+    pub fn end_to_end<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+        let (mut input_ids, mut labels, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for example in examples {
+            input_ids.extend_from_slice(&example.input_ids);
+            labels.extend_from_slice(&example.labels);
+            lengths.push(example.input_ids.len());
+        }
+        let (rows, cols) = (lengths.len(), lengths.iter().copied().max().unwrap_or(0));
+        Self { input_ids, labels, rows, cols, lengths, packed: true }
+    }
+
+    /// Where each row lies in `input_ids` and `labels`, with the padding behind it.
+    pub fn spans(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let mut end = 0;
+        self.lengths.iter().map(move |length| {
+            let start = end;
+            end += if self.packed { *length } else { self.cols };
+            start..end
+        })
+    }
+
+    /// Tokens of its rows, and the places that they are computed in, padding among them.
+    pub fn padding(&self) -> Padding {
+        Padding { tokens: self.lengths.iter().map(|len| *len as u64).sum(), cells: self.input_ids.len() as u64 }
     }
 
     /// Tokens that the loss counts: labels but the first of each row, as the model predicts the
     /// next token.
     pub fn label_tokens(&self) -> usize {
-        let rows = self.labels.chunks(self.cols.max(1));
-        rows.flat_map(|row| row.iter().skip(1)).filter(|label| **label != MASKED_LABEL).count()
+        self.spans().flat_map(|row| self.labels[row].iter().skip(1)).filter(|label| **label != MASKED_LABEL).count()
     }
 }
 
@@ -95,10 +131,18 @@ impl Padding {
     }
 }
 
+impl AddAssign for Padding {
+    fn add_assign(&mut self, other: Self) {
+        self.tokens += other.tokens;
+        self.cells += other.cells;
+    }
+}
+
 /// Which rows go into which batch.
 #[derive(Clone, Debug)]
 pub struct BatchOrder {
     lengths: Vec<usize>,
+    packed: Option<Packed>,
     batch_size: usize,
     seed: u64,
     pad_id: u32,
@@ -113,14 +157,22 @@ impl BatchOrder {
             shuffle: config.shuffle,
             group_by_length: config.group_by_length,
             seed,
-            ..Self::in_file_order(examples, batch_size, pad_id)
+            ..Self::for_evaluation(examples, config, batch_size, pad_id)
         }
     }
 
-    /// The rows as they come, for evaluation.
+    /// The rows as they come, packed where the configuration asks for it: sequences in the order of their first rows.
+    pub fn for_evaluation(examples: &[Example], config: &DataConfig, batch_size: usize, pad_id: u32) -> Self {
+        let order = Self::in_file_order(examples, batch_size, pad_id);
+        let packed = Packed::of(config.packing, &order.lengths, config.max_length);
+        Self { packed, ..order }
+    }
+
+    /// The rows as they come, none of them packed.
     pub fn in_file_order(examples: &[Example], batch_size: usize, pad_id: u32) -> Self {
         Self {
             lengths: examples.iter().map(|e| e.input_ids.len()).collect(),
+            packed: None,
             batch_size: batch_size.max(1),
             seed: 0,
             pad_id,
@@ -129,13 +181,31 @@ impl BatchOrder {
         }
     }
 
+    /// How rows are packed, where they are.
+    pub fn packed(&self) -> Option<Packed> {
+        self.packed
+    }
+
+    /// Rows of an epoch.
+    pub fn rows_per_epoch(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// What `batch_size` counts in one epoch: rows, or sequences where they are packed. The same in every epoch.
+    pub fn sequences(&self) -> usize {
+        self.packed.map_or(self.lengths.len(), |packed| packed.sequences)
+    }
+
     /// Batches in one epoch; the last one may hold fewer rows.
     pub fn batches_per_epoch(&self) -> usize {
-        self.lengths.len().div_ceil(self.batch_size)
+        self.sequences().div_ceil(self.batch_size)
     }
 
     /// What an epoch's batches hold. The last batch of an epoch is not filled up with rows.
     pub fn padding(&self, epoch: usize) -> Padding {
+        if let Some(Packed { tokens, .. }) = self.packed {
+            return Padding { tokens, cells: tokens };
+        }
         let mut padding = Padding::default();
         for batch in self.rows(epoch) {
             let lengths = || batch.iter().map(|row| self.lengths[*row] as u64);
@@ -152,6 +222,9 @@ impl BatchOrder {
             true => permutation(count, self.seed, Purpose::Rows, epoch as u64),
             false => (0..count).collect(),
         };
+        if let Some(Packed { capacity, .. }) = self.packed {
+            return self.sequences_of(order, capacity, epoch).chunks(self.batch_size).map(<[_]>::concat).collect();
+        }
         if !self.group_by_length {
             return order.chunks(self.batch_size).map(<[_]>::to_vec).collect();
         }
@@ -176,6 +249,22 @@ impl BatchOrder {
         batches
     }
 
+    /// The rows of each sequence of an epoch.
+    fn sequences_of(&self, order: Vec<usize>, capacity: usize, epoch: usize) -> Vec<Vec<usize>> {
+        let mut sequences = best_fit(&self.lengths, order, capacity);
+        match self.shuffle {
+            true => {
+                let drawn = permutation(sequences.len(), self.seed, Purpose::Batches, epoch as u64);
+                drawn.into_iter().map(|sequence| std::mem::take(&mut sequences[sequence])).collect()
+            }
+            false => {
+                sequences.iter_mut().for_each(|rows| rows.sort_unstable());
+                sequences.sort_unstable();
+                sequences
+            }
+        }
+    }
+
     /// The batches of one epoch, made from the rows this order was created for when they are asked for.
     pub fn epoch<'a>(&'a self, examples: &'a [Example], epoch: usize) -> impl ExactSizeIterator<Item = Batch> + 'a {
         self.rows(epoch).into_iter().map(|rows| self.batch(examples, &rows))
@@ -186,8 +275,16 @@ impl BatchOrder {
         Batches { order: self, examples, rows: self.rows(position.epoch), position }
     }
 
-    fn batch(&self, examples: &[Example], rows: &[usize]) -> Batch {
+    /// Some of the rows side by side, whether or not they are packed otherwise.
+    pub fn padded(&self, examples: &[Example], rows: &[usize]) -> Batch {
         Batch::new(rows.iter().filter_map(|row| examples.get(*row)), self.pad_id)
+    }
+
+    fn batch(&self, examples: &[Example], rows: &[usize]) -> Batch {
+        match self.packed {
+            Some(_) => Batch::end_to_end(rows.iter().filter_map(|row| examples.get(*row))),
+            None => self.padded(examples, rows),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value as Json};
 
 use crate::error::DataError;
+use crate::packing::Packing;
 
 /// `[data]`: the rows to learn from.
 ///
@@ -49,6 +50,9 @@ pub struct DataConfig {
     pub end_token: Option<String>,
     /// Whether what would be a warning is an error.
     pub strict: bool,
+    /// Whether rows are laid end to end, in sequences of up to `max_length` tokens, instead of being padded: `auto` or `off`.
+    #[serde(skip_serializing_if = "Packing::is_off")]
+    pub packing: Packing,
 }
 
 /// A TOML table as JSON. TOML's dates, which JSON has no value for, come as a table with one key.
@@ -85,6 +89,7 @@ impl Default for DataConfig {
             template_kwargs: Map::new(),
             end_token: None,
             strict: false,
+            packing: Packing::Off,
         }
     }
 }
@@ -106,6 +111,12 @@ impl DataConfig {
             return fail(
                 "eval_fraction",
                 format!("= {} is out of range; give a number from 0 to below 1", self.eval_fraction),
+            );
+        }
+        if self.group_by_length && self.packing != Packing::Off {
+            return fail(
+                "group_by_length",
+                "= true has nothing to do where rows are packed; leave it out, or data.packing".into(),
             );
         }
         Ok(())

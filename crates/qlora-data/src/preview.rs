@@ -15,6 +15,7 @@ use crate::batch::{BatchOrder, Padding};
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::example::Example;
+use crate::packing::Packed;
 use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
 use crate::words::{count, grouped};
@@ -111,6 +112,8 @@ pub struct Preview {
     pub batches: usize,
     /// What they hold in the first epoch.
     pub padding: Padding,
+    /// How rows are packed, where they are.
+    pub packed: Option<Packed>,
 }
 
 impl Preview {
@@ -141,6 +144,7 @@ impl Preview {
             lengths: Lengths::new(dataset),
             batches: order.batches_per_epoch(),
             padding: order.padding(0),
+            packed: order.packed(),
         })
     }
 
@@ -155,11 +159,20 @@ impl Preview {
                 count(report.tokens, "token", "tokens"),
                 grouped(report.label_tokens)
             ),
-            format!(
-                "{} an epoch; {:.1} % of their places are padding",
-                count(self.batches as u64, "batch", "batches"),
-                100.0 * self.padding.waste()
-            ),
+            match self.packed {
+                None => format!(
+                    "{} an epoch; {:.1} % of their places are padding",
+                    count(self.batches as u64, "batch", "batches"),
+                    100.0 * self.padding.waste()
+                ),
+                Some(packed) => format!(
+                    "{} an epoch, of {} of up to {} tokens: rows lie end to end, and fill {:.1} % of them",
+                    count(self.batches as u64, "batch", "batches"),
+                    count(packed.sequences as u64, "sequence", "sequences"),
+                    grouped(packed.capacity as u64),
+                    100.0 * packed.fill()
+                ),
+            },
         ];
         match report.masked.len() {
             0 => lines.push("no row was left out".into()),

@@ -5,7 +5,7 @@ mod bounded;
 
 use bounded::bounded;
 use proptest::prelude::*;
-use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Position};
+use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Packing, Padding, Position};
 
 fn config() -> DataConfig {
     DataConfig::default()
@@ -30,6 +30,21 @@ fn batches_are_padded_on_the_right() {
 }
 
 #[test]
+fn packed_rows_lie_end_to_end() {
+    let batch = Batch::end_to_end(&[example(1, 2), example(2, 3), example(3, 1)]);
+    assert_eq!((batch.rows, batch.cols, batch.packed), (3, 3, true));
+    assert_eq!(batch.input_ids, [1000, 1001, 2000, 2001, 2002, 3000]);
+    assert_eq!(batch.labels, [1, 1, 2, 2, 2, 3]);
+    assert_eq!(batch.spans().collect::<Vec<_>>(), [0..2, 2..5, 5..6]);
+    // Nothing predicts the first token of a row, wherever it lies.
+    assert_eq!(batch.label_tokens(), 3);
+    assert_eq!(batch.padding(), Padding { tokens: 6, cells: 6 });
+    let padded = Batch::new(&[example(1, 2), example(2, 3)], 9);
+    assert_eq!(padded.spans().collect::<Vec<_>>(), [0..3, 3..6]);
+    assert_eq!(padded.padding(), Padding { tokens: 5, cells: 6 });
+}
+
+#[test]
 fn the_order_is_written_in_stone() {
     // A change of this order would break the resumption of every run that was started before it.
     let examples: Vec<_> = (0..8).map(|line| example(line, 1)).collect();
@@ -40,6 +55,43 @@ fn the_order_is_written_in_stone() {
     assert_ne!(order.rows(1).concat(), first.concat());
     let plain = BatchOrder::in_file_order(&examples, 3, 0);
     assert_eq!(plain.rows(5).concat(), [0, 1, 2, 3, 4, 5, 6, 7]);
+}
+
+/// Sequences of up to ten tokens, two of them a batch.
+#[test]
+fn the_order_of_packed_rows_is_written_in_stone() {
+    let examples: Vec<_> = [5, 2, 7, 3, 2, 4, 4, 2, 9].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
+    let packed = DataConfig { packing: Packing::Auto, max_length: 10, ..config() };
+    let order = BatchOrder::new(&examples, &packed, 2, 42, 0);
+    assert_eq!((order.sequences(), order.batches_per_epoch()), (4, 2));
+    assert_eq!(order.rows(0), PACKED_EPOCH_0);
+    assert_ne!(order.rows(1), order.rows(0));
+    // For evaluation: sequences in the order of their first rows.
+    let order = BatchOrder::for_evaluation(&examples, &packed, 2, 0);
+    assert_eq!(order.rows(0), [[0, 1, 4, 2, 3].to_vec(), [5, 6, 7, 8].to_vec()]);
+    assert_eq!(order.rows(0), order.rows(3));
+    let batch = order.epoch(&examples, 0).next().unwrap();
+    assert_eq!((batch.packed, batch.lengths), (true, vec![5, 2, 2, 7, 3]));
+}
+
+const PACKED_EPOCH_0: [&[usize]; 2] = [&[5, 7, 1, 4, 0, 6], &[8, 2, 3]];
+
+/// 8,000 rows of 50 to 400 tokens: what is lost to half-filled sequences, and to padding.
+#[test]
+fn packing_fills_sequences() {
+    let examples: Vec<_> = (0..8000).map(|i| example(i, 50 + (i * i * 7919) % 351)).collect();
+    let of = |packing| BatchOrder::new(&examples, &DataConfig { packing, ..config() }, 4, 1, 0);
+    let (packed, padded) = (of(Packing::Auto), of(Packing::Off));
+    let fill = packed.packed().unwrap().fill();
+    assert!(fill > 0.995, "{fill}");
+    assert!(packed.padding(0).waste() == 0.0 && padded.padding(0).waste() > 0.2);
+    let batch = packed.epoch(&examples, 0).next().unwrap();
+    // Hardly any place of four sequences is left.
+    assert!((4 * 2020..=4 * 2048).contains(&batch.input_ids.len()), "{}", batch.input_ids.len());
+    // Of the same number of sequences in every epoch.
+    for epoch in 0..3 {
+        assert_eq!(packed.rows(epoch).len(), packed.batches_per_epoch());
+    }
 }
 
 const ORDER_OF_EPOCH_0: [usize; 8] = [6, 0, 5, 3, 7, 2, 1, 4];
@@ -105,10 +157,13 @@ proptest! {
         seed in any::<u64>(),
         shuffle in any::<bool>(),
         group_by_length in any::<bool>(),
+        packed in any::<bool>(),
         cut in 0usize..60,
     ) {
         let examples: Vec<_> = lengths.iter().enumerate().map(|(i, n)| example(i, *n)).collect();
-        let config = DataConfig { shuffle, group_by_length, ..config() };
+        // Of rows of up to 8 tokens.
+        let packing = if packed { Packing::Auto } else { Packing::Off };
+        let config = DataConfig { shuffle, group_by_length, packing, max_length: 12, ..config() };
         let order = BatchOrder::new(&examples, &config, batch_size, seed, 0);
         let mut whole = order.batches_from(&examples, Position::default());
         let count = cut + 2 * order.batches_per_epoch();

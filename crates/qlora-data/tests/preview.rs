@@ -4,10 +4,14 @@
 mod common;
 
 use common::{config, labelled, load_text, repository, tokenizer};
-use qlora_data::{BatchOrder, DataConfig, Dataset, Preview, PreviewChoice, PreviewRow, load_rows};
+use qlora_data::{BatchOrder, DataConfig, Dataset, Packing, Preview, PreviewChoice, PreviewRow, load_rows};
 
 fn preview(dataset: &Dataset, rows: usize, choice: PreviewChoice) -> Preview {
-    let order = BatchOrder::new(&dataset.examples, &config(), 4, 1, tokenizer().padding_id());
+    preview_as(dataset, &config(), rows, choice)
+}
+
+fn preview_as(dataset: &Dataset, config: &DataConfig, rows: usize, choice: PreviewChoice) -> Preview {
+    let order = BatchOrder::new(&dataset.examples, config, 4, 1, tokenizer().padding_id());
     Preview::new(dataset, &order, tokenizer(), rows, choice).unwrap()
 }
 
@@ -101,6 +105,27 @@ fn long_lines_are_broken_so_that_marks_stay_beneath() {
     // Columns of what is learned: the completion and the end token, of which some blanks may end a line.
     let columns = 40 * "____ word ".len() + "<|im_end|>".len();
     assert_eq!(learned, columns);
+}
+
+#[test]
+fn an_epoch_of_packed_rows_is_summed_up() {
+    let words = |count: usize| serde_json::json!({"prompt": "a", "completion": " word".repeat(count)}).to_string();
+    let rows: Vec<_> = (1..=40).map(words).collect();
+    let packing = DataConfig { max_length: 64, packing: Packing::Auto, ..config() };
+    let dataset = load_text(&rows.join("\n"), &packing).unwrap();
+    let preview = preview_as(&dataset, &packing, 0, PreviewChoice::First);
+    let packed = preview.packed.unwrap();
+    assert_eq!((packed.capacity, packed.tokens, preview.padding.waste()), (64, dataset.report.tokens, 0.0));
+    assert_eq!(preview.batches, packed.sequences.div_ceil(4));
+    assert!(packed.fill() > 0.9, "{packed:?}");
+    let line = format!(
+        "{} batches an epoch, of {} sequences of up to 64 tokens: rows lie end to end, and fill {:.1} % of them\n",
+        preview.batches,
+        packed.sequences,
+        100.0 * packed.fill()
+    );
+    let shown = preview.to_terminal(false, false);
+    assert!(shown.contains(&line), "{line}{shown}");
 }
 
 #[test]

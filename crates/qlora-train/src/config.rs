@@ -239,7 +239,7 @@ pub struct RunConfig {
     /// Optimizer steps in all; overrides `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
-    /// Rows in a micro-batch.
+    /// Rows in a micro-batch; sequences where rows are packed.
     pub batch_size: usize,
     /// Micro-batches in one optimizer step.
     pub gradient_accumulation_steps: usize,
@@ -326,7 +326,8 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
-    /// Optimizer steps of a run over `rows` training rows: `max_steps`, or as many as `epochs`
+    /// Optimizer steps of a run over so many training rows, or sequences where rows are packed
+    /// ([`BatchOrder::sequences`](qlora_data::BatchOrder::sequences)): `max_steps`, or as many as `epochs`
     /// takes, where the last step of an epoch may hold fewer rows. At least 1.
     pub fn total_steps(&self, rows: usize) -> usize {
         self.max_steps.unwrap_or_else(|| {

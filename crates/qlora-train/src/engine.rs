@@ -14,6 +14,8 @@
 mod buckets;
 mod evaluate;
 mod gradients;
+#[cfg(test)]
+mod packed;
 
 use crate::checkpointing::{PART, Policies};
 use crate::error::TrainError;
@@ -26,7 +28,7 @@ use gradients::{Computed, Step};
 use host_copies::{DeviceError, client_of, is_cuda};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update};
 use qlora_data::Batch;
-use qlora_models::Decoder;
+use qlora_models::{Decoder, Sequence};
 use std::collections::VecDeque;
 
 pub use evaluate::Evaluation;
@@ -345,11 +347,21 @@ impl Engine {
     }
 }
 
+/// The pass over a batch: rows of one length, or packed ones, each of which sees itself alone.
+fn sequence(model: &Decoder, batch: &Batch) -> Sequence {
+    match batch.packed {
+        true => model.packed_sequence(&batch.lengths),
+        false => model.sequence(batch.rows, batch.cols, 0),
+    }
+}
+
 /// The error of a step; where the device ran out of memory, it names the step's largest micro-batch.
 fn with_largest_batch(error: TrainError, micro_batches: &[Batch], policies: &Policies) -> TrainError {
     let TrainError::Device(DeviceError::OutOfMemory(report)) = &error else { return error };
-    match micro_batches.iter().max_by_key(|batch| batch.rows * batch.cols) {
-        Some(&Batch { rows, cols, .. }) => {
+    match micro_batches.iter().max_by_key(|batch| batch.input_ids.len()) {
+        Some(batch) => {
+            // Packed rows are one sequence.
+            let (rows, cols) = if batch.packed { (1, batch.input_ids.len()) } else { (batch.rows, batch.cols) };
             tracing::debug!(%report, %policies, "out of memory");
             TrainError::OutOfMemory { rows, cols, checkpointing: policies.heaviest() }
         }
@@ -393,6 +405,10 @@ mod tests {
         assert!(matches!(short, TrainError::OutOfMemory { rows: 2, cols: 7, .. }));
         let message = short.to_string();
         assert!(message.contains("2 rows of 7 tokens") && message.contains("\"offload\", which"), "{message}");
+        let packed = [Batch::end_to_end(&[row(3), row(4)]), Batch::new(&[row(3), row(3)], 0)];
+        let short = DeviceError::OutOfMemory("out of memory".into()).into();
+        let error = with_largest_batch(short, &packed, &ActivationCheckpointing::Full.into());
+        assert!(matches!(error, TrainError::OutOfMemory { rows: 1, cols: 7, .. }));
         let failed = of(DeviceError::Failed("the device is gone".into()).into());
         assert!(matches!(failed, TrainError::Device(DeviceError::Failed(_))));
         assert!(matches!(of(TrainError::NoLabels), TrainError::NoLabels));

@@ -3,11 +3,11 @@
 use crate::checkpointing::{Checkpointing, Room};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
-use crate::plan::Plan;
+use crate::plan::{Plan, largest_batch};
 use crate::residency::Residency;
 use burn::tensor::FloatDType;
 use paged_optim::OptimizerKind;
-use qlora_data::Example;
+use qlora_data::{Example, Packing};
 use qlora_models::ModelConfig;
 
 /// Lengths that are tried are multiples of so many tokens.
@@ -31,7 +31,7 @@ struct Search<'a> {
     room: &'a Room,
     /// Bytes that there are.
     limit: u64,
-    /// The longest row.
+    /// The longest row, or a sequence of packed ones.
     row: &'a Example,
     /// Bytes that the other rows take.
     others: u64,
@@ -49,11 +49,12 @@ pub fn nearest(
     room: &Room,
     examples: &[Example],
 ) -> Result<Vec<Change>, TrainError> {
-    let (Some(row), Some(limit)) =
-        (examples.iter().max_by_key(|example| example.input_ids.len()), room.device.filter(|room| *room < u64::MAX))
-    else {
+    let Some(limit) = room.device.filter(|room| *room < u64::MAX && !examples.is_empty()) else {
         return Ok(Vec::new());
     };
+    // Of packed rows a sequence is what a row is otherwise.
+    let [_, longest] = largest_batch(config, examples);
+    let row = &Example { input_ids: vec![0; longest], labels: vec![0; longest], line: 1 };
     let plan = |rows: &[Example]| Plan::new(config, model, dtype, room, rows);
     let all = plan(examples)?.memory;
     if all.total() <= limit {
@@ -61,7 +62,6 @@ pub fn nearest(
     }
     let others = all.program - plan(std::slice::from_ref(row))?.memory.program;
     let search = Search { config, model, dtype, room, limit, row, others };
-    let longest = row.input_ids.len();
     let rows = |rows: usize| {
         let times = config.train.batch_size / rows;
         let accumulated = config.train.gradient_accumulation_steps * times;
@@ -131,9 +131,13 @@ impl Search<'_> {
     /// The longest rows that fit, with further settings.
     fn shorter(&self, settings: &[(&'static str, String)], longest: usize) -> Result<Option<Change>, TrainError> {
         let (mut best, mut low, mut high) = (None, 0, longest.saturating_sub(1) / TOKENS);
+        let effect = match self.config.data.packing {
+            Packing::Off => "longer rows are cut",
+            Packing::Auto => "packed sequences are shorter, and longer rows are cut",
+        };
         while low < high {
             let middle = (low + high).div_ceil(2);
-            match self.fits(settings, middle * TOKENS, "longer rows are cut")? {
+            match self.fits(settings, middle * TOKENS, effect)? {
                 Some(mut change) => {
                     change.settings.push(("data.max_length", (middle * TOKENS).to_string()));
                     (best, low) = (Some(change), middle);
@@ -214,6 +218,30 @@ mod tests {
         assert_eq!(shorter.settings[0].1, "4032");
         let found = changes(least(4096, &[("train.batch_size", "3")]) - 1, 4096, &[]);
         assert_eq!(found[0].settings[0].1, "2");
+    }
+
+    /// 64 rows of 128 tokens, 16 to a sequence, are as large as one row of 2,048, and what makes room is the same.
+    #[test]
+    fn packed_rows_are_as_large_as_their_sequence() {
+        let rows: Vec<Example> = (0..64).map(|_| rows(128)[1].clone()).collect();
+        let packed = [("train.batch_size", "2"), ("data.packing", "auto")];
+        let of = |room: u64, set: &[(&str, &str)], rows: &[Example]| {
+            nearest(&config(set), &model(), FloatDType::BF16, &self::room(room), rows).unwrap()
+        };
+        let plan = |set: &[(&str, &str)], rows: &[Example]| {
+            Plan::new(&config(set), &model(), FloatDType::BF16, &room(0), rows).unwrap().memory
+        };
+        let whole = [self::rows(2048)[1].clone()];
+        assert_eq!(plan(&packed, &rows), plan(&packed[..1], &whole));
+        assert!(plan(&packed, &rows).activations > plan(&packed[..1], &rows).activations);
+        // Four sequences are all that there are.
+        assert_eq!(plan(&[("train.batch_size", "9"), packed[1]], &rows), plan(&[("train.batch_size", "4")], &whole));
+        let least = plan(&packed, &rows).total();
+        assert_eq!(of(least, &packed, &rows), []);
+        let found = of(least - 1, &packed, &rows);
+        assert_eq!(found[0].settings[0], ("train.batch_size", "1".into()));
+        let shorter = found.iter().find(|change| keys(change) == ["data.max_length"]).unwrap();
+        assert_eq!((shorter.settings[0].1.as_str(), shorter.effect.contains("packed sequences")), ("1984", true));
     }
 
     #[test]

@@ -42,4 +42,4 @@ pub use plan::{HostEstimate, MemoryEstimate, Plan, Waiting};
 pub use residency::{Placed, Residency};
 pub use resize::{Resized, resize};
 pub use run_folder::{run_holder, run_in};
-pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows};
+pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows, packing_note};

@@ -29,10 +29,12 @@ impl LabelledTokens {
     /// Applies the causal shift: the hidden state of token t is judged by the label of token t + 1.
     pub fn new(batch: &Batch) -> Self {
         let mut found = Self { positions: Vec::new(), targets: Vec::new() };
-        for (row, labels) in batch.labels.chunks(batch.cols).enumerate() {
-            for (col, &label) in labels.iter().enumerate().skip(1) {
+        for row in batch.spans() {
+            // The first token of a row is predicted by none of it.
+            for at in row.skip(1) {
+                let label = batch.labels[at];
                 if label != MASKED_LABEL {
-                    found.positions.push((row * batch.cols + col - 1) as i32);
+                    found.positions.push((at - 1) as i32);
                     found.targets.push(label as i32);
                 }
             }
@@ -182,7 +184,8 @@ mod tests {
         // Every ninth token is masked.
         let label = |(i, id): (usize, &u32)| if i % 9 == 4 { MASKED_LABEL } else { i64::from(*id) };
         let labels = input_ids.iter().enumerate().map(label).collect();
-        let labelled = LabelledTokens::new(&Batch { input_ids, labels, rows, cols, lengths: vec![cols; rows] });
+        let labelled =
+            LabelledTokens::new(&Batch { input_ids, labels, rows, cols, lengths: vec![cols; rows], packed: false });
         assert_eq!(labelled.chunks(VOCAB).count(), 2);
 
         let values: Vec<f32> = (0..rows * cols * 8).map(|i| (i as f32 * 0.37).sin()).collect();

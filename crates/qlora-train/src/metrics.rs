@@ -11,6 +11,7 @@
 //! {"step":100,"eval_loss":0.91,"eval_tokens":20312,"elapsed_seconds":181.0}
 //! ```
 //!
+//! `padding_tokens` counts the places of a step's batches that held padding, where some did; `tokens` counts none of them.
 //! `paging` is there once optimizer state was moved to host memory, and `loss_scaling` where the loss is scaled:
 //! `{"scale":65536.0,"skipped":false,"skipped_steps":0}`. Loss or norm of a step that was skipped is `null`. Among several
 //! ranks `slowest_rank` is there from the second step on, `{"rank":1,"seconds":0.613,"share":0.021}`: see [`SlowestRank`].
@@ -31,7 +32,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::TrainError;
 use crate::loss_scale::LossScaling;
 
-pub use run_info::RunInfo;
+pub use run_info::{PackingInfo, RunInfo};
 
 /// Name of the log in a run's output folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -56,6 +57,9 @@ pub struct StepMetrics {
     /// `tokens` by the time of the step; both are those of all ranks.
     #[serde(deserialize_with = "number_or_nan")]
     pub tokens_per_second: f64,
+    /// Places of the batches that held padding, which are computed as tokens are; 0 and left out where rows are packed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub padding_tokens: u64,
     /// Memory reserved on the device (of the process, on the CPU); the highest value seen so far.
     pub memory_bytes: u64,
     /// What the device's allocator has in use after the step (the process, on the CPU).
@@ -77,6 +81,10 @@ pub struct StepMetrics {
     pub slowest_rank: Option<SlowestRank>,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// The rank that took longest for its own part of a step, which all others wait for.
@@ -367,6 +375,7 @@ mod tests {
             grad_norm: 0.5,
             tokens: 100,
             tokens_per_second: 1000.0,
+            padding_tokens: (step as u64 % 2) * 12,
             memory_bytes: 1 << 20,
             memory_in_use_bytes: 1 << 19,
             memory_reserved_bytes: 1 << 20,

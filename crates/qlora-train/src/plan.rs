@@ -8,7 +8,7 @@ use crate::rates::Work;
 use crate::residency::{Placed, WeightBytes};
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
-use qlora_data::Example;
+use qlora_data::{BatchOrder, Example};
 use qlora_layers::ops::{MAX_SCORES, takes_head_dim};
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::ModelConfig;
@@ -92,10 +92,21 @@ pub struct Plan {
     pub host: HostEstimate,
 }
 
+/// Rows and tokens of each of the largest micro-batch: as many of the longest row as a batch has, or of the fullest sequence, where rows are
+/// packed.
+pub(crate) fn largest_batch(config: &TrainConfig, examples: &[Example]) -> [usize; 2] {
+    let batch_size = config.train.batch_size;
+    match BatchOrder::for_evaluation(examples, &config.data, batch_size, 0).packed() {
+        Some(packed) => [batch_size.min(packed.sequences), packed.fullest],
+        None => [batch_size, examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0)],
+    }
+}
+
 impl Plan {
     /// Works a run out within `memory`.
     ///
-    /// [`Activations`] has the formulas of what a micro-batch of the longest row takes. The
+    /// [`Activations`] has the formulas of what a micro-batch of the longest row takes; of packed rows it is as if a sequence were one
+    /// row. The
     /// program itself takes 38 MiB on the CPU, the logits two and a half times their size: both measured, as resident
     /// memory of the process on Linux.
     ///
@@ -161,8 +172,7 @@ impl Plan {
             Budget::Auto | Budget::Unlimited => state,
         };
 
-        let longest = examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0);
-        let (rows, len) = (config.train.batch_size as u64, longest as u64);
+        let [rows, len] = largest_batch(config, examples).map(|count| count as u64);
         // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel: GPUs have one for 16
         // bits and heads that are not too wide.
         let has_kernels = model.attended().all(|index| takes_head_dim(model.attention(index).head_dim));

@@ -22,7 +22,7 @@ use crate::report::{Outcome, Summary};
 use crate::run_folder::RunFolder;
 use burn::tensor::{Device, FloatDType};
 use paged_optim::{OptimizerConfig, Paging};
-use qlora_data::{Batches, Position};
+use qlora_data::{Batches, Padding, Position};
 use qlora_layers::mix;
 use qlora_models::{Decoder, check_compute_dtype, default_compute_dtype, device_memory, peak_memory};
 use rows::Rows;
@@ -31,7 +31,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use rows::load_rows;
+pub use rows::{load_rows, packing_note};
 pub use start::{Resume, Start};
 
 /// A run that is ready to go.
@@ -160,7 +160,9 @@ impl Trainer<'_> {
         let options = &self.config.train;
         let micro_batches =
             tracing::trace_span!("data").in_scope(|| batches.next_step(options.gradient_accumulation_steps));
-        let tokens: u64 = micro_batches.iter().flat_map(|batch| &batch.lengths).map(|&len| len as u64).sum();
+        let mut places = Padding::default();
+        micro_batches.iter().for_each(|batch| places += batch.padding());
+        let tokens = places.tokens;
         let learning_rate = options.learning_rate_at(self.step, self.total_steps);
         let seed = mix(options.seed ^ mix(self.step as u64));
         let output = match self.engine.step(&micro_batches, learning_rate, seed) {
@@ -193,6 +195,7 @@ impl Trainer<'_> {
             grad_norm: output.grad_norm,
             tokens,
             tokens_per_second: tokens as f64 / seconds,
+            padding_tokens: places.cells - tokens,
             memory_bytes: self.peak_memory,
             memory_in_use_bytes: in_use,
             memory_reserved_bytes: reserved,

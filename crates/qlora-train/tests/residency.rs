@@ -19,7 +19,7 @@ fn root() -> PathBuf {
 fn batch(rows: usize, len: usize, seed: u32) -> Batch {
     let input_ids: Vec<u32> = (0..(rows * len) as u32).map(|i| 3 + (i * 7 + seed) % 50).collect();
     let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
-    Batch { input_ids, labels, rows, cols: len, lengths: vec![len; rows] }
+    Batch { input_ids, labels, rows, cols: len, lengths: vec![len; rows], packed: false }
 }
 
 fn bits(tensor: Tensor<2>) -> Vec<u32> {

@@ -189,7 +189,7 @@ impl Curves<'_> {
         let config = self.config(self.args.rank, &self.args.policy)?;
         let models = self.models(|layers| shapes::config(&self.args.shape, Some(layers), None), &config)?;
         for &len in &self.args.tokens {
-            self.extrapolate("tokens", &self.args.shape, len as f64, &models, &config, Case { rows: 1, len })?;
+            self.extrapolate("tokens", &self.args.shape, len as f64, &models, &config, Case::full(1, len))?;
         }
         self.picture("tokens", "tokens of a row, one row a step", &self.args.shape, true)
     }

@@ -17,7 +17,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Layer as _, Registry};
 
-use super::case::Case;
+use super::case::{Case, Fill};
 use super::look;
 use super::memory::{self, Driver, Peak};
 
@@ -61,7 +61,7 @@ const READINGS: usize = 10;
 /// The figures of a case.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Measured {
-    /// Tokens of a step.
+    /// Tokens of a step, padding not counted; of packed and padded rows the mean of the timed steps.
     pub tokens: usize,
     /// Random weights, quantization and upload, until the device has them.
     pub load_seconds: f64,
@@ -141,7 +141,9 @@ pub(super) fn plan(
     ranks: usize,
 ) -> Result<Plan> {
     let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
-    let row = Example { input_ids: vec![0; case.len], labels: vec![0; case.len], line: 1 };
+    // Of packed rows a sequence is what a row is otherwise.
+    let len = if case.fill == Fill::Padded { case.lengths(0).into_iter().max().unwrap_or(case.len) } else { case.len };
+    let row = Example { input_ids: vec![0; len], labels: vec![0; len], line: 1 };
     let mut planned = config.clone();
     planned.train.batch_size = case.rows;
     let room = Room::of_rank(device, config.train.memory_budget, ranks, ranks);
@@ -188,6 +190,7 @@ pub(crate) fn run(
     let mut seconds = Vec::with_capacity(repeats.steps);
     let mut last = first;
     let before = steps.engine.model().streaming();
+    let warm = steps.tokens;
     let mut readings = Vec::new();
     for step in 1..=repeats.steps {
         // A step returns with its loss, while the device is at the update, and the next step queues behind that: what is
@@ -201,6 +204,7 @@ pub(crate) fn run(
         }
     }
     let (step_seconds, spread) = median(&mut seconds);
+    let tokens = (steps.tokens - warm) / repeats.steps.max(1);
     let streaming = steps.engine.model().streaming();
 
     device.sync()?;
@@ -219,7 +223,7 @@ pub(crate) fn run(
     most_frequent.sort_by_key(|(name, count)| (std::cmp::Reverse(*count), name.clone()));
     most_frequent.truncate(10);
     Ok(Measured {
-        tokens: case.rows * case.len * config.train.gradient_accumulation_steps,
+        tokens,
         load_seconds,
         first_step_seconds,
         step_seconds,
@@ -260,11 +264,13 @@ pub(super) struct Steps<'a> {
     /// Ranks that share each step.
     ranks: usize,
     done: u64,
+    /// Tokens of the steps so far, of all ranks.
+    pub(super) tokens: usize,
 }
 
 impl<'a> Steps<'a> {
     pub(super) fn new(engine: Engine, config: &'a TrainConfig, case: Case) -> Self {
-        Self { engine, config, case, ranks: 1, done: 0 }
+        Self { engine, config, case, ranks: 1, done: 0, tokens: 0 }
     }
 
     /// As one of several ranks.
@@ -279,6 +285,7 @@ impl<'a> Steps<'a> {
         self.done += 1;
         let batch = |micro_step: usize| self.case.batch(vocab, mix(seed ^ micro_step as u64));
         let micro_batches: Vec<_> = (0..options.gradient_accumulation_steps * self.ranks).map(batch).collect();
+        self.tokens += micro_batches.iter().flat_map(|batch| &batch.lengths).sum::<usize>();
         let output = self.engine.step(&micro_batches, options.learning_rate, seed);
         output.with_context(|| format!("step {}", self.done))
     }
@@ -313,7 +320,7 @@ mod tests {
             config.set("lora.rank", "8").unwrap();
             let dir = tempfile::tempdir().unwrap();
             let tracing = Some(Tracing { path: dir.path().join("t.json"), steps: 2 });
-            let (case, repeats) = (Case { rows: 2, len: 16 }, Repeats { warm_up: 1, steps: 3, tracing });
+            let (case, repeats) = (Case::full(2, 16), Repeats { warm_up: 1, steps: 3, tracing });
             let place = Place { device: Device::flex(), client: None, driver: None };
             let measured = run(&shape, &config, case, &repeats, &place).unwrap();
             let trace = std::fs::read_to_string(dir.path().join("t.json")).unwrap();

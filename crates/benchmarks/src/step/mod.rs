@@ -32,7 +32,7 @@ use crate::ceilings::Ceilings;
 use crate::kernels::save;
 use crate::machine;
 use crate::timer::Timer;
-use case::Case;
+use case::{Case, Fill};
 use measure::{Measured, Place, Repeats, Tracing};
 use memory::Driver;
 use peers::Answer;
@@ -76,7 +76,8 @@ struct Setting {
 pub(crate) struct Args {
     #[command(flatten)]
     setting: Setting,
-    /// Rows and tokens of a micro-batch; may be repeated.
+    /// Rows and tokens of a micro-batch; may be repeated. `4x2048-packed` are 4 sequences of short rows end to end, of lengths about 150
+    /// tokens, 50 to 400; `48x2048-padded` are 48 such rows side by side.
     #[arg(long = "case", value_name = "ROWSxTOKENS", value_delimiter = ',', default_value = "1x2048,4x2048")]
     cases: Vec<Case>,
     /// Values of train.activation_checkpointing, separated by commas.
@@ -214,7 +215,9 @@ fn parent(args: &Args, together: Option<&Together>) -> Result<()> {
             let result = child::<Measured>(&format!("{policy}:{case}"));
             let kept = args.setting.config(policy)?.train.activation_checkpointing;
             let reruns_blocks = kept.fixed().is_some_and(ActivationCheckpointing::reruns_blocks);
-            let work = shapes::flops(&shape, case.rows, case.len, reruns_blocks) * accumulation as f64;
+            // What padding takes is no work.
+            let of_row = |len: usize| shapes::flops(&shape, 1, len, reruns_blocks);
+            let work = case.lengths(0).into_iter().map(of_row).sum::<f64>() * accumulation as f64;
             let bound = card.flops.as_ref().map(|(flops, _)| work / flops);
             let scaled = match (together, args.gpus) {
                 (Some(together), _) => {
@@ -398,7 +401,9 @@ fn run_peers(
     ];
     settings.extend(args.setting.layers.map(|layers| ("layers", layers.to_string())));
     settings.extend(args.setting.words.map(|words| ("words", words.to_string())));
-    let arguments = peers::arguments(&settings, &args.cases);
+    // Peers have full rows alone.
+    let cases: Vec<Case> = args.cases.iter().copied().filter(|case| case.fill == Fill::Full).collect();
+    let arguments = peers::arguments(&settings, &cases);
     let mut answers = Vec::new();
     println!("\n{}", Answer::header());
     for script in &args.peer_scripts {
@@ -438,17 +443,16 @@ mod tests {
         assert_eq!((config.lora.rank, config.lora.dropout, config.lora.alpha), (16, 0.1, 16.0));
         assert_eq!(config.train.optimizer.name(), "lion_8bit");
         assert_eq!(config.train.gradient_accumulation_steps, 1);
-        assert_eq!(args.cases, [Case { rows: 1, len: 2048 }, Case { rows: 4, len: 2048 }]);
+        assert_eq!(args.cases, [Case::full(1, 2048), Case::full(4, 2048)]);
     }
 
     #[test]
     fn each_case_has_a_trace_of_its_own() {
-        let path = |line: &[&str]| {
-            trace_path(&args(&[line, &["--profile", "a/t.json"]].concat()), "full", Case { rows: 1, len: 8 })
-        };
+        let path =
+            |line: &[&str]| trace_path(&args(&[line, &["--profile", "a/t.json"]].concat()), "full", Case::full(1, 8));
         assert_eq!(path(&["--case", "1x8"]), Some("a/t.json".into()));
         assert_eq!(path(&[]), Some("a/t-full-1x8.json".into()));
-        assert_eq!(trace_path(&args(&[]), "full", Case { rows: 1, len: 8 }), None);
+        assert_eq!(trace_path(&args(&[]), "full", Case::full(1, 8)), None);
     }
 
     #[test]

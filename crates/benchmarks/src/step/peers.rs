@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn settings_come_before_cases() {
-        let cases = [Case { rows: 4, len: 512 }];
+        let cases = [Case::full(4, 512)];
         assert_eq!(arguments(&[("rank", "64".into())], &cases), ["--rank", "64", "4x512"]);
     }
 

@@ -27,13 +27,13 @@ impl Row {
         let [host, launches, in_use, reserved, driver] = ["host ms", "launches", "in use", "reserved", "driver"];
         let [first, load] = ["first s", "load s"];
         format!(
-            "{policy:<17} {case:>8} {ms:>9} {spread:>6} {rate:>8} {share:>6} {host:>8} {launches:>8} {in_use:>7} \
+            "{policy:<17} {case:>14} {ms:>9} {spread:>6} {rate:>8} {share:>6} {host:>8} {launches:>8} {in_use:>7} \
              {reserved:>8} {driver:>7} {first:>8} {load:>7}"
         )
     }
 
     pub(crate) fn line(&self) -> String {
-        let start = format!("{:<17} {:>8}", self.policy, self.case);
+        let start = format!("{:<17} {:>14}", self.policy, self.case);
         let m = match &self.result {
             Ok(measured) => measured,
             Err(error) => return format!("{start}  {}", error.split_whitespace().collect::<Vec<_>>().join(" ")),
@@ -174,13 +174,7 @@ mod tests {
             slot_bytes: 1 << 30,
             bus_bytes: 5 << 30,
         };
-        Row {
-            policy: "full".into(),
-            case: Case { rows: 4, len: 2048 },
-            result: Ok(measured),
-            bound: Some(0.4),
-            scaled: None,
-        }
+        Row { policy: "full".into(), case: Case::full(4, 2048), result: Ok(measured), bound: Some(0.4), scaled: None }
     }
 
     #[test]

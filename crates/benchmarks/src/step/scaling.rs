@@ -130,6 +130,7 @@ impl Together {
         self.wait_for_all()?;
         let (mut seconds, mut waited) = (Vec::new(), Vec::new());
         let mut last = first;
+        let warm = all.tokens;
         for _ in 0..steps {
             let start = std::time::Instant::now();
             last = all.next()?;
@@ -138,6 +139,7 @@ impl Together {
             tracing::info!(loss = last.loss, grad_norm = last.grad_norm, seconds = ?seconds.last(), waited = ?waited.last(), "a step");
         }
         let (step_seconds, spread) = median(&mut seconds);
+        let tokens = (all.tokens - warm) / steps.max(1);
         waited.sort_by(f64::total_cmp);
         let mine = waited.get(waited.len() / 2).copied().unwrap_or(0.0);
         let of_all = self.ranks.all_gather(mine.to_le_bytes().to_vec())?;
@@ -148,7 +150,7 @@ impl Together {
             base_bytes,
             reserved_bytes,
             transport: self.transport.clone(),
-            tokens: case.rows * case.len * config.train.gradient_accumulation_steps * count,
+            tokens,
             step_seconds,
             spread,
             waited_seconds: waited_seconds.collect(),

@@ -58,6 +58,10 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("sequence_len", "data.max_length"),
     ("train_on_inputs", "data.loss_on"),
     ("val_set_size", "data.eval_fraction"),
+    ("sample_packing", "data.packing"),
+    ("eval_packing", "data.packing"),
+    ("padding_free", "data.packing"),
+    ("neat_packing", "data.packing"),
 ];
 
 /// The sections and the keys of each.

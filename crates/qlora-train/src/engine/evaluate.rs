@@ -6,7 +6,7 @@ use host_copies::DeviceError;
 use qlora_data::Batch;
 use qlora_layers::Pass;
 
-use super::Engine;
+use super::{Engine, sequence};
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_correct};
 
@@ -72,7 +72,7 @@ impl Engine {
             }
             return Ok(Sums { loss: 0.0, correct: 0.0, tokens: 0 });
         }
-        let sequence = self.model.sequence(batch.rows, batch.cols, 0);
+        let sequence = sequence(&self.model, batch);
         let x = self.model.begin(&sequence, &batch.input_ids, Pass::INFERENCE);
         let x =
             self.model.blocks().iter().fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));

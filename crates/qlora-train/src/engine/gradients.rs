@@ -15,8 +15,8 @@ use qlora_layers::ops::backward_from_all;
 use qlora_layers::{Pass, mix};
 use qlora_models::BlockInPass;
 
-use super::Engine;
 use super::buckets::Buckets;
+use super::{Engine, sequence};
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient};
 use crate::ranks::{Part, Ranks, Waited};
@@ -61,7 +61,7 @@ impl Step<'_> {
 
     /// Of [`numbers`](Self::numbers) the ranks that they are dealt to.
     fn owners(&self, ranks: &Ranks) -> Vec<usize> {
-        let places = |number: &usize| self.micro_batches[*number].rows * self.micro_batches[*number].cols;
+        let places = |number: &usize| self.micro_batches[*number].input_ids.len();
         ranks.deal(&self.numbers().iter().map(places).collect::<Vec<_>>())
     }
 }
@@ -217,7 +217,7 @@ impl Engine {
         mut buckets: Option<&mut Buckets>,
     ) -> Result<Tensor<1>, TrainError> {
         let model = &self.model;
-        let sequence = model.sequence(batch.rows, batch.cols, 0);
+        let sequence = sequence(model, batch);
         let blocks = model.blocks_in(&sequence);
         // Below and above the blocks gradients come in pieces: rows of single tokens of a table that is the head too, chunks of logits.
         let mut pieces = self.no_gradients();

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use qlora_data::Packed;
 use serde::{Deserialize, Serialize};
 
 /// What is about to be trained.
@@ -41,13 +42,46 @@ pub struct RunInfo {
     /// Processes that train together.
     #[serde(default = "one")]
     pub ranks: usize,
-    /// Rows in an optimizer step, of all ranks.
+    /// Rows in an optimizer step, of all ranks; sequences where rows are packed.
     pub rows_per_step: usize,
+    /// How rows are packed, where they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packing: Option<PackingInfo>,
     /// What blocks keep for the backward pass, e.g. `none`.
     #[serde(default)]
     pub activation_checkpointing: String,
     /// Where everything is written.
     pub output_dir: PathBuf,
+}
+
+/// Rows that lie end to end.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PackingInfo {
+    /// Sequences of an epoch.
+    pub sequences: usize,
+    /// Tokens of a sequence at most.
+    pub max_length: usize,
+    /// The part of the sequences that holds tokens.
+    pub fill: f64,
+}
+
+impl From<Packed> for PackingInfo {
+    fn from(packed: Packed) -> Self {
+        Self { sequences: packed.sequences, max_length: packed.capacity, fill: packed.fill() }
+    }
+}
+
+impl RunInfo {
+    /// What an optimizer step holds, in words: `16 rows`, or `16 sequences of up to 2048 tokens (12.3 rows)`.
+    pub fn step_contents(&self) -> String {
+        match self.packing {
+            None => format!("{} rows", self.rows_per_step),
+            Some(PackingInfo { sequences, max_length, .. }) => {
+                let rows = self.train_rows as f64 / sequences.max(1) as f64;
+                format!("{} sequences of up to {max_length} tokens ({rows:.1} rows)", self.rows_per_step)
+            }
+        }
+    }
 }
 
 fn one() -> usize {

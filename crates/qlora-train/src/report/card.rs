@@ -79,7 +79,7 @@ impl Card<'_> {
                 ),
             ));
             rows.push(("Base weights", format!("{}; computed in {}", run.quantization, run.compute_dtype)));
-            rows.push(("Steps", format!("{} of {}, {} rows each", summary.steps, run.total_steps, run.rows_per_step)));
+            rows.push(("Steps", format!("{} of {}, {} each", summary.steps, run.total_steps, run.step_contents())));
         }
         if let Some(config) = self.config {
             let train = &config.train;

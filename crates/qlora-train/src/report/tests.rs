@@ -20,6 +20,7 @@ fn history(steps: usize) -> History {
             grad_norm: 1.0,
             tokens: 1500,
             tokens_per_second: 1000.0,
+            padding_tokens: 0,
             memory_bytes: (400 << 20) + k as u64,
             memory_in_use_bytes: 300 << 20,
             memory_reserved_bytes: 400 << 20,
@@ -62,6 +63,7 @@ fn run() -> RunInfo {
         start_step: 0,
         ranks: 1,
         rows_per_step: 16,
+        packing: None,
         activation_checkpointing: "full".into(),
         output_dir: "runs/words".into(),
     }

@@ -36,10 +36,10 @@ impl Summary {
             (
                 "Steps",
                 format!(
-                    "{} of {}, {} rows each, {} tokens in all",
+                    "{} of {}, {} each, {} tokens in all",
                     self.steps,
                     run.total_steps,
-                    run.rows_per_step,
+                    run.step_contents(),
                     count(self.tokens)
                 ),
             ),

@@ -2,7 +2,7 @@
 
 use super::rows::Rows;
 use super::start::{Resumed, Start};
-use super::{Trainer, compute_dtype, engine, parameter_names, together, warn_of};
+use super::{Trainer, compute_dtype, engine, packing_note, parameter_names, together, warn_of};
 use crate::checkpoint::Evaluations;
 use crate::checkpointing::Room;
 use crate::config::TrainConfig;
@@ -100,7 +100,8 @@ impl<'e> Trainer<'e> {
         let Resized { config: resized, model: shape, notice } = resize(&config, base.clone(), &tokenizer)?;
         notice.iter().for_each(|notice| events.on_notice(notice));
         let rows = Rows::load(&config, &tokenizer, &shape, events)?;
-        let total_steps = config.train.total_steps(rows.train.examples.len());
+        let total_steps = config.train.total_steps(rows.order.sequences());
+        packing_note(&config.data, &config.train, &rows.order).iter().for_each(|note| events.on_notice(note));
         warn_of(config.train.warnings(total_steps), events);
         let prompts = rows.prompts(&config, &tokenizer)?;
         let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());

@@ -79,6 +79,7 @@ impl Trainer<'_> {
             start_step: self.start_step,
             ranks: self.ranks.as_ref().map_or(1, Ranks::count),
             rows_per_step: options.batch_size * options.gradient_accumulation_steps,
+            packing: self.rows.order.packed().map(Into::into),
             activation_checkpointing: self.engine.policies().to_string(),
             output_dir: options.output_dir.clone(),
         }

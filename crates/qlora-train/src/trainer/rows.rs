@@ -5,13 +5,15 @@
 use std::sync::atomic::Ordering;
 
 use chat_text::{ChatTemplate, Tokenizer};
-use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, MASKED_LABEL, load_splits_with, padding_id};
+use qlora_data::{
+    BatchOrder, DataConfig, DataError, Dataset, LoadOptions, MASKED_LABEL, Packing, load_splits_with, padding_id,
+};
 use qlora_layers::Initialization;
 use qlora_models::{CalibrationBatch, ModelConfig};
 use sha2::{Digest as _, Sha256};
 
 use crate::checkpoint::Basis;
-use crate::config::TrainConfig;
+use crate::config::{RunConfig, TrainConfig};
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::prompts::Prompts;
@@ -46,6 +48,32 @@ pub fn load_rows(
     Ok((train, eval))
 }
 
+/// What packing does to a run over rows in this order, where the configuration asks for it: what a step holds, and how many an epoch has.
+/// `train` has the micro-batches of all ranks.
+pub fn packing_note(data: &DataConfig, train: &RunConfig, order: &BatchOrder) -> Option<String> {
+    let (rows, max_length) = (order.rows_per_epoch(), data.max_length);
+    if data.packing == Packing::Off {
+        return None;
+    }
+    let steps =
+        |count: usize| count.div_ceil(train.batch_size.saturating_mul(train.gradient_accumulation_steps).max(1));
+    Some(match order.packed() {
+        Some(packed) => format!(
+            "data.packing = \"auto\": {rows} rows lie end to end in {} sequences of up to {max_length} tokens, which are {:.1} % full; \
+             train.batch_size counts sequences, of {:.1} rows each, so that steps of an epoch are {} instead of {}",
+            packed.sequences,
+            100.0 * packed.fill(),
+            rows as f64 / packed.sequences as f64,
+            steps(packed.sequences),
+            steps(rows),
+        ),
+        None => format!(
+            "data.packing = \"auto\": no two of the {rows} rows fit into data.max_length = {max_length}, so that they are padded as with \
+             \"off\""
+        ),
+    })
+}
+
 /// Training and evaluation rows with their orders.
 pub(super) struct Rows {
     pub train: Dataset,
@@ -66,7 +94,7 @@ impl Rows {
         let (batch_size, pad_id) = (config.train.batch_size, padding_id(tokenizer, model.vocab_size));
         Ok(Self {
             order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id),
-            eval_order: BatchOrder::in_file_order(&eval.examples, batch_size, pad_id),
+            eval_order: BatchOrder::for_evaluation(&eval.examples, &config.data, batch_size, pad_id),
             train,
             eval,
         })
@@ -101,13 +129,19 @@ impl Rows {
         if config.lora.init != Initialization::Eva {
             return Vec::new();
         }
-        let batches = self.order.epoch(&self.train.examples, 0).take(config.lora.eva_batches);
-        batches
-            .map(|batch| CalibrationBatch {
-                counted: batch.labels.iter().map(|label| *label != MASKED_LABEL).collect(),
-                rows: batch.rows,
-                ids: batch.input_ids,
-            })
-            .collect()
+        let batches = self.order.rows(0).into_iter().take(config.lora.eva_batches);
+        // Packed rows are looked at side by side, no more of them at a time than a batch has sequences.
+        let side_by_side = batches.flat_map(|rows| {
+            let batches = rows.chunks(config.train.batch_size.max(1)).map(|rows| {
+                let batch = self.order.padded(&self.train.examples, rows);
+                CalibrationBatch {
+                    counted: batch.labels.iter().map(|label| *label != MASKED_LABEL).collect(),
+                    rows: batch.rows,
+                    ids: batch.input_ids,
+                }
+            });
+            batches.collect::<Vec<_>>()
+        });
+        side_by_side.collect()
     }
 }

@@ -6,6 +6,7 @@ mod common;
 mod exact;
 mod folder;
 mod loss_scale;
+mod packed;
 mod ranks;
 mod resize;
 mod resume;

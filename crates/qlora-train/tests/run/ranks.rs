@@ -1,6 +1,7 @@
 //! Several ranks, which are threads here, beside one process: the same bits, whoever computes what.
 
 use crate::common::{StopAfter, adapter, config, listing, losses, refused, run};
+use qlora_data::Packing;
 use qlora_dist::{Group, Place, Timeouts};
 use qlora_layers::{LoraConfig, TargetModules};
 use qlora_train::metrics::{History, METRICS_FILE};
@@ -57,6 +58,29 @@ fn state(dir: &Path, step: usize) -> serde_json::Value {
     // It names the output folder.
     state["config"] = serde_json::Value::Null;
     state
+}
+
+/// Sequences are dealt whole, and a rank's part is that of one process.
+#[test]
+fn ranks_share_packed_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str| {
+        let mut config = config(&dir.path().join(name));
+        (config.data.max_length, config.data.packing) = (200, Packing::Auto);
+        config.train.gradient_accumulation_steps = 4;
+        config.train.max_steps = Some(2);
+        config
+    };
+    let (one, many) = (of("one"), of("many"));
+    run(one.clone(), Resume::No, &mut ()).unwrap();
+    for summary in together(shares(&many, 2, 2), &Start::default(), silent) {
+        let run = summary.unwrap().run;
+        assert_eq!((run.ranks, run.rows_per_step, run.packing.is_some()), (2, 8, true));
+    }
+    let [one, many] = [&one, &many].map(|config| &*config.train.output_dir);
+    assert_eq!(losses(one), losses(many));
+    assert_eq!(evals(one), evals(many));
+    assert_eq!(adapter(one), adapter(many));
 }
 
 #[test]

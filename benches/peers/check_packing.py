@@ -1,0 +1,56 @@
+"""Sequences that `data.packing = "auto"` and TRL make of the same rows, and the places that each leaves empty.
+
+The rows' lengths are those that `qlora preview` shows; TRL packs rows of these lengths by its strategy "bfd".
+
+    pip install trl datasets
+    python3 check_packing.py target/release/qlora examples/quickstart/qlora.toml --set data.max_length=2048
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+
+
+def preview(program, config, sets, rows):
+    command = [program, "preview", config, "--rows", str(rows)]
+    for assignment in ["data.packing=auto", *sets]:
+        command += ["--set", assignment]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def number(text):
+    return int(text.replace(",", ""))
+
+
+def trl(lengths, capacity):
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    return len(pack_dataset(rows, capacity, strategy="bfd"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program")
+    parser.add_argument("config")
+    parser.add_argument("--set", action="append", default=[])
+    args = parser.parse_args()
+    count = number(re.search(r": ([\d,]+) rows? \(", preview(args.program, args.config, args.set, 0)).group(1))
+    shown = preview(args.program, args.config, args.set, count)
+    lengths = [number(length) for length in re.findall(r"^line \d+: ([\d,]+) tokens?, ", shown, re.MULTILINE)]
+    packed = re.search(r"of ([\d,]+) sequences? of up to ([\d,]+) tokens: rows lie end to end", shown)
+    if len(lengths) != count or packed is None:
+        sys.exit(f"{len(lengths)} of {count} rows were shown, packed: {packed is not None}")
+    ours, capacity = map(number, packed.groups())
+    theirs = trl(lengths, capacity)
+    print(f"{count} rows, {sum(lengths)} tokens, sequences of up to {capacity}")
+    for name, sequences in [("qlora", ours), ("TRL bfd", theirs)]:
+        empty = 1 - sum(lengths) / (sequences * capacity)
+        print(f"{name:>8}: {sequences} sequences, {100 * empty:.3f} % of their places empty")
+    sys.exit(0 if ours <= theirs else 1)
+
+
+if __name__ == "__main__":
+    main()
