@@ -249,6 +249,7 @@ fn batches(file: &Checkpoint, pad_id: i64) -> Result<Vec<Batch>> {
             rows,
             cols,
             lengths: ids.chunks(cols).map(length).collect(),
+            packed: false,
         })
     };
     input.chunks(rows * cols).zip(labels.chunks(rows * cols)).map(batch).collect()
