@@ -6,7 +6,7 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use qlora_layers::ops::backward_from;
 use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules, trainable};
-use qlora_models::{Decoder, LoadOptions};
+use qlora_models::{Decoder, LoadOptions, ModelConfig};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use test_support::{devices, noise};
@@ -249,4 +249,27 @@ fn adapters_of_stacked_experts_are_parameters() {
         assert!(again.adapters().all(|(_, adapter)| adapter.rank() == 2), "{name}");
         assert_eq!(again.export_adapter("base", None).unwrap(), adapter, "{name}");
     }
+}
+
+/// As Qwen 3 VL 30B-A3B is published.
+#[test]
+fn qwen_3_vl_with_experts_is_read() {
+    let config = serde_json::json!({
+        "model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"], "image_token_id": 151655,
+        "text_config": {
+            "attention_bias": false, "decoder_sparse_step": 1, "dtype": "bfloat16", "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 262144, "mlp_only_layers": [],
+            "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32,
+            "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_interleaved": true, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000, "use_cache": true, "vocab_size": 151936,
+        },
+        "tie_word_embeddings": false, "vision_config": {"depth": 27}, "vision_end_token_id": 151653,
+    });
+    let config = ModelConfig::from_json(&config, Path::new("config.json")).unwrap();
+    let experts = config.experts.unwrap();
+    assert_eq!((experts.count, experts.per_token, experts.intermediate_size, experts.normalise), (128, 8, 768, true));
+    assert_eq!((config.qkv_widths(0), config.attention_kinds[0].rope.theta), ([4096, 512, 512], 5e6));
+    assert!(!config.tie_word_embeddings && config.attention_kinds[0].window.is_none());
+    assert_eq!(config.linears().len(), 48 * (4 + 1 + 3 * 128) + 1);
 }
