@@ -193,10 +193,10 @@ pub struct KeyFlags {
     /// model.path: a folder or a hub id
     #[arg(long)]
     pub model: Option<String>,
-    /// data.train: the training rows, JSONL
+    /// data.train: the training rows: JSON lines, a JSON array, CSV, TSV or Parquet
     #[arg(long, value_name = "FILE")]
     pub data: Option<String>,
-    /// data.eval: the evaluation rows, JSONL
+    /// data.eval: the evaluation rows, as data.train
     #[arg(long, value_name = "FILE")]
     pub eval: Option<String>,
     /// data.max_length

@@ -10,13 +10,14 @@ use crate::error::DataError;
 
 /// `[data]`: the rows to learn from.
 ///
-/// Files are JSONL: one JSON object a line. See [`Format`] for the layouts.
+/// Files are JSON lines, one JSON array, tables of text (`.csv`, `.tsv`; the first line names the columns), each of them plain or packed by gzip or
+/// Zstandard, or Parquet. What a file is follows from its first bytes, and of tables of text from its name. See [`Format`] for the layouts of rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// JSONL file with the training rows.
+    /// File with the training rows.
     pub train: PathBuf,
-    /// JSONL file with the evaluation rows; overrides `eval_fraction`.
+    /// File with the evaluation rows; overrides `eval_fraction`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<PathBuf>,
     /// Part of the training rows that is held out for evaluation, from 0 (none) to below 1.
@@ -97,7 +98,7 @@ impl DataConfig {
     pub fn validate(&self) -> Result<(), DataError> {
         let fail = |key: &'static str, problem: String| Err(DataError::Config { key, problem });
         if self.train.as_os_str().is_empty() {
-            return fail("train", "is missing; give the path of a JSONL file".into());
+            return fail("train", "is missing; give the path of a file of rows".into());
         }
         if self.max_length < 2 {
             return fail("max_length", format!("= {} leaves no token to predict; give 2 or more", self.max_length));

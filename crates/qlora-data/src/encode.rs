@@ -63,8 +63,7 @@ impl RowEncoder<'_> {
             Row::Text(text) => self.text(&text),
         };
         let draft = draft.map_err(|error| DataError::Row {
-            path: self.path.to_owned(),
-            line,
+            place: self.facts.unit.at(self.path, line),
             problem: visible::lines(&error.to_string()),
         })?;
         let Draft { tokens, mut notices } = match draft {
@@ -160,8 +159,7 @@ impl RowEncoder<'_> {
         match example.input_ids.iter().find(|id| **id as usize >= embedding_rows) {
             None => Ok(()),
             Some(&id) => Err(DataError::OutsideEmbedding {
-                path: self.path.to_owned(),
-                line: example.line,
+                place: self.facts.unit.at(self.path, example.line),
                 token: self.tokenizer.id_to_token(id).unwrap_or_default(),
                 id,
                 embedding_rows,
@@ -189,6 +187,6 @@ impl RowEncoder<'_> {
         } else {
             return Ok(row);
         };
-        Err(DataError::Strict { path: self.path.to_owned(), line: row.line, problem })
+        Err(DataError::Strict { place: self.facts.unit.at(self.path, row.line), problem })
     }
 }

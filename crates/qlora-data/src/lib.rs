@@ -1,6 +1,6 @@
 //! Rows of text to batches of tokens. Host memory only; no Burn.
 //!
-//! [`load_rows`] reads a JSONL file, writes each row as one text (a conversation through the chat
+//! [`load_rows`] reads a file of JSON lines, a JSON array, CSV, TSV or Parquet, plain or packed, writes each row as one text (a conversation through the chat
 //! template), turns it into tokens and gives every token a label: its own id where the loss counts
 //! it, [`MASKED_LABEL`] where it does not. Which tokens count is decided on the text, by byte
 //! ranges, and carried to the tokens by their offsets; both are done by `chat_text`. [`BatchOrder`]
@@ -39,6 +39,7 @@ mod example;
 mod formats;
 mod load;
 mod notice;
+mod place;
 pub mod preview;
 mod report;
 mod shuffle;
@@ -54,5 +55,6 @@ pub use error::DataError;
 pub use example::Example;
 pub use load::{LoadOptions, LoadProgress, load_rows, load_rows_with, load_splits, load_splits_with};
 pub use notice::{Notice, NoticeFacts, NoticeKind};
+pub use place::{Place, Unit};
 pub use preview::{Preview, PreviewChoice, PreviewRow, PreviewToken};
 pub use report::{DataReport, MaskReason, MaskedRow, TruncatedRow};

@@ -15,8 +15,9 @@ use crate::dataset::Dataset;
 use crate::encode::{EncodedRow, EndTokens, RowEncoder};
 use crate::error::DataError;
 use crate::notice::{NoticeFacts, Notices};
+use crate::place::Unit;
 use crate::report::{DataReport, MaskedRow};
-use crate::source::{self, JsonLines, Line};
+use crate::source::{self, Record, Records};
 use crate::visible;
 
 /// Bytes of a piece for each thread: some tenth of a second of tokenizing.
@@ -78,7 +79,7 @@ pub fn load_rows(path: &Path, config: &DataConfig, tokenizer: &Tokenizer) -> Res
 ///
 /// # Errors
 /// [`DataError::Read`], [`DataError::FileKind`] and [`DataError::Empty`] name the file,
-/// [`DataError::Line`], [`DataError::Row`], [`DataError::OutsideEmbedding`] and [`DataError::Strict`] the first line
+/// [`DataError::Line`], [`DataError::Row`], [`DataError::OutsideEmbedding`] and [`DataError::Strict`] the first row
 /// at fault and what was expected; [`DataError::AllMasked`] says why no row has anything to learn from.
 /// A conversation without a usable chat template is [`DataError::Chat`]. [`DataError::Interrupted`] if the caller
 /// asked to stop.
@@ -88,18 +89,19 @@ pub fn load_rows_with(
     tokenizer: &Tokenizer,
     options: &LoadOptions<'_>,
 ) -> Result<Dataset, DataError> {
-    let mut lines = JsonLines::open(path)?;
+    let mut records = Records::open(path)?;
+    let unit = records.unit;
     let piece_bytes = PIECE * rayon::current_num_threads();
-    let mut piece = lines.next_piece(piece_bytes)?;
-    let Some(first) = piece.first() else {
+    let mut piece = records.next_piece(piece_bytes)?;
+    let Some(first) = piece.first_mut() else {
         return Err(DataError::Empty { path: path.to_owned() });
     };
-    let first_line = first.number;
-    let reader = |format: Format| LineReader { path, format, first_line };
+    let first_row = first.number;
+    let reader = |format: Format| RecordReader { path, unit, format, first_row };
     let format = match config.format {
         Format::Auto => {
-            let detected = source::object(path, &first.bytes, true).and_then(|object| Format::of_object(&object));
-            detected.map_err(|problem| reader(Format::Auto).wrong(first_line, problem))?
+            let detected = first.look(path, Format::of_object);
+            detected.map_err(|problem| reader(Format::Auto).wrong(first_row, problem))?
         }
         given => given,
     };
@@ -110,7 +112,7 @@ pub fn load_rows_with(
         (None, _) => None,
     };
     let end = EndTokens::new(config, tokenizer)?;
-    let facts = NoticeFacts { end_tokens: end.texts(), positions: positions(options, tokenizer) };
+    let facts = NoticeFacts { end_tokens: end.texts(), positions: positions(options, tokenizer), unit };
     let embedding_rows = options.embedding_rows;
     let encoder = RowEncoder { path, tokenizer, template, config, end, embedding_rows, facts };
     let reader = reader(format);
@@ -132,8 +134,8 @@ pub fn load_rows_with(
                 notices.add(kind, subject, line);
             }
         }
-        (options.progress)(LoadProgress { path, rows, bytes: lines.bytes, total_bytes: lines.total_bytes });
-        piece = if rows < max_rows { lines.next_piece(piece_bytes)? } else { Vec::new() };
+        (options.progress)(LoadProgress { path, rows, bytes: records.bytes(), total_bytes: records.total_bytes() });
+        piece = if rows < max_rows { records.next_piece(piece_bytes)? } else { Vec::new() };
         piece.truncate(max_rows - rows);
     }
     report.notices = notices.finish();
@@ -173,48 +175,48 @@ pub fn load_splits_with(
     }
 }
 
-/// Reads lines of one layout as objects.
-struct LineReader<'a> {
+/// Reads records of one layout as objects.
+struct RecordReader<'a> {
     path: &'a Path,
+    unit: Unit,
     format: Format,
-    first_line: usize,
+    first_row: usize,
 }
 
-impl LineReader<'_> {
-    fn wrong(&self, line: usize, problem: String) -> DataError {
+impl RecordReader<'_> {
+    fn wrong(&self, row: usize, problem: String) -> DataError {
         let expected = self.format.expected().to_owned();
-        DataError::Line { path: self.path.to_owned(), line, problem: visible::lines(&problem), expected }
+        DataError::Line { place: self.unit.at(self.path, row), problem: visible::lines(&problem), expected }
     }
 
-    /// Reads and encodes a line, whose text is given back as soon as it is read.
-    fn encode(&self, line: Line, encoder: &RowEncoder<'_>) -> Result<EncodedRow, DataError> {
-        let Line { number, bytes } = line;
-        let object = source::object(self.path, &bytes, number == self.first_line);
-        drop(bytes);
+    /// Reads and encodes a record, whose text is given back as soon as it is read.
+    fn encode(&self, record: Record, encoder: &RowEncoder<'_>) -> Result<EncodedRow, DataError> {
+        let Record { number, content } = record;
+        let object = source::object(self.path, content, number == self.first_row);
         let read = object.and_then(|object| self.format.read(object, encoder.config.system_prompt.as_deref()));
         encoder.encode(read.map_err(|problem| self.wrong(number, problem))?, number)
     }
 }
 
-/// Encodes the lines of a piece in parallel. The first error in the file is the one that is reported: after it no
-/// line behind it is begun.
+/// Encodes the records of a piece in parallel. The first error in the file is the one that is reported: after it no
+/// record behind it is begun.
 fn encode_piece(
-    piece: Vec<Line>,
-    reader: &LineReader<'_>,
+    piece: Vec<Record>,
+    reader: &RecordReader<'_>,
     encoder: &RowEncoder<'_>,
     options: &LoadOptions<'_>,
 ) -> Result<Vec<EncodedRow>, DataError> {
     let first_failed = AtomicUsize::new(usize::MAX);
     let rows: Vec<_> = piece
         .into_par_iter()
-        .map(|line| {
-            let number = line.number;
+        .map(|record| {
+            let number = record.number;
             if number > first_failed.load(Ordering::Relaxed) {
                 return None;
             }
             let row = match (options.should_stop)() {
                 true => Err(DataError::Interrupted { path: reader.path.to_owned() }),
-                false => reader.encode(line, encoder),
+                false => reader.encode(record, encoder),
             };
             if row.is_err() {
                 first_failed.fetch_min(number, Ordering::Relaxed);

@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 
-use crate::words::{LINES_SHOWN, count, name_lines};
+use crate::place::Unit;
+use crate::words::{LINES_SHOWN, count, name_rows};
 
 /// Different things of one kind that are named; a file with more of them has keys of no meaning.
 const SUBJECTS_NAMED: usize = 20;
@@ -45,6 +46,8 @@ pub struct NoticeFacts {
     pub end_tokens: Vec<String>,
     /// The length that the model was made for, and where it is written.
     pub positions: Option<(usize, &'static str)>,
+    /// What the file counts its rows in.
+    pub unit: Unit,
 }
 
 impl NoticeKind {
@@ -138,7 +141,7 @@ pub(crate) fn sentences(notices: &[Notice], facts: &NoticeFacts) -> Vec<String> 
     let sentence = |notices: &[Notice]| {
         let (what, cure) = notices[0].kind.words(facts);
         let rows = |notice: &Notice| {
-            let lines = name_lines(notice.first_lines.iter().copied(), notice.rows);
+            let lines = name_rows(notice.first_lines.iter().copied(), notice.rows, facts.unit);
             format!("{}{} ({lines})", notice.subject_before(), count(notice.rows as u64, "row", "rows"))
         };
         let rows: Vec<_> = notices.iter().map(rows).collect();
@@ -169,7 +172,7 @@ mod tests {
             notices.add(NoticeKind::UnreadKey, "`id`".into(), line);
         }
         notices.add(NoticeKind::UnreadKey, "`source`".into(), 3);
-        let facts = NoticeFacts { end_tokens: vec!["</s>".into()], positions: None };
+        let facts = NoticeFacts { end_tokens: vec!["</s>".into()], positions: None, ..NoticeFacts::default() };
         assert_eq!(
             sentences(&notices.finish(), &facts),
             [

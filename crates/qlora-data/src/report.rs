@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config::Format;
 use crate::example::Example;
 use crate::notice::{self, Notice, NoticeFacts};
-use crate::words::{count, grouped, name_lines};
+use crate::words::{count, grouped, name_rows};
 
 /// A row that was cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,7 +136,7 @@ impl DataReport {
                 count(self.truncated.len() as u64, "row was", "rows were"),
                 self.max_length,
                 count(self.dropped_tokens(), "token", "tokens"),
-                name_lines(lines, self.truncated.len()),
+                name_rows(lines, self.truncated.len(), self.facts.unit),
             ));
         }
         if !self.masked.is_empty() {
@@ -173,7 +173,7 @@ impl DataReport {
                     "{} with {} ({})",
                     with(reason).count(),
                     reason.describe(self.max_length),
-                    name_lines(with(reason).map(|row| row.line), with(reason).count()),
+                    name_rows(with(reason).map(|row| row.line), with(reason).count(), self.facts.unit),
                 )
             })
             .collect()

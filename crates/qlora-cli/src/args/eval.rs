@@ -37,7 +37,7 @@ pub struct EvalArgs {
     /// Leave the base without an adapter out
     #[arg(long, requires = "adapter")]
     pub no_base: bool,
-    /// The rows, JSONL
+    /// The rows: JSON lines, a JSON array, CSV, TSV or Parquet
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// The first rows only
