@@ -5,30 +5,9 @@
 # must go on from the newest checkpoint to the unbroken run's adapter. Wants `qlora` in the PATH, or its path in QLORA; torchrun's in TORCHRUN. A launcher that is not there
 # is told and left out.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-qlora=$(command -v "${QLORA:-qlora}") || { echo "no qlora in the PATH: build it, and set QLORA to its path"; exit 2; }
+. "$(dirname "$0")/setup.sh"
 torchrun=$(command -v "${TORCHRUN:-torchrun}" || true)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-cd "$work"
-head -n 40 "$root/examples/quickstart/word_problems.jsonl" > rows.jsonl
-cat > qlora.toml <<TOML
-device = "cpu"
-[model]
-path = "$root/testdata/reference/tiny-llama"
-[lora]
-rank = 4
-dropout = 0.1
-[data]
-train = "rows.jsonl"
-max_length = 96
-eval_fraction = 0.2
-[train]
-output_dir = "one"
-max_steps = 5
-batch_size = 2
-learning_rate = 1e-3
-TOML
+write_run "$root/testdata/reference/tiny-llama" 40 96 5
 
 train() { # output folder, micro-batches of a rank, and the command before the configuration
     local dir=$1 accumulation=$2

@@ -8,27 +8,8 @@ set -euo pipefail
 model=$(realpath "${1:?a folder of a model}")
 shift
 [ $# -gt 0 ] || set -- 1 2 4
-root=$(cd "$(dirname "$0")/.." && pwd)
-qlora=$(command -v "${QLORA:-qlora}") || { echo "no qlora in the PATH: build it, and set QLORA to its path"; exit 2; }
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-cd "$work"
-head -n 8 "$root/examples/quickstart/word_problems.jsonl" > rows.jsonl
-cat > qlora.toml <<TOML
-device = "${DEVICE:-cpu}"
-[model]
-path = "$model"
-[lora]
-rank = 4
-[data]
-train = "rows.jsonl"
-max_length = 64
-[train]
-output_dir = "run"
-max_steps = 1
-batch_size = 1
-gradient_accumulation_steps = 1
-TOML
+. "$(dirname "$0")/setup.sh"
+write_run "$model" 8 64 1
 for ranks in "$@"; do
     QLORA=$qlora RANKS=$ranks MODEL=$model python3 - <<'PY'
 import glob, os, subprocess, time
@@ -40,7 +21,8 @@ for file in files:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 ranks = os.environ["RANKS"]
-command = [os.environ["QLORA"], "train", "qlora.toml", "--overwrite"] + (["--gpus", ranks] if ranks != "1" else [])
+command = [os.environ["QLORA"], "train", "qlora.toml", "--overwrite", "--batch-size", "1", "--gradient-accumulation-steps", "1"]
+command += ["--set", "data.eval_fraction=0"] + (["--gpus", ranks] if ranks != "1" else [])
 start = time.time()
 run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open("said", "w"))
 seen = {}

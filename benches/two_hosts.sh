@@ -8,11 +8,9 @@
 # Wants root, ip (Debian: iproute2), and `qlora` in the PATH or its path in QLORA; torchrun's in TORCHRUN. The default timeouts hold: 45 s of
 # silence.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-qlora=$(command -v "${QLORA:-qlora}") || { echo "no qlora in the PATH: build it, and set QLORA to its path"; exit 2; }
 [ "$(id -u)" = 0 ] || { echo "network namespaces are made by root"; exit 2; }
+. "$(dirname "$0")/setup.sh"
 torchrun=$(command -v "${TORCHRUN:-torchrun}" || true)
-work=$(mktemp -d)
 a=qlora-a-$$ b=qlora-b-$$
 pids=()
 end() {
@@ -30,24 +28,7 @@ ip -n $a addr add 10.77.0.1/24 dev cable
 ip -n $b addr add 10.77.0.2/24 dev cable
 for space in $a $b; do ip -n "$space" link set cable up; done
 
-cd "$work"
-head -n 40 "$root/examples/quickstart/word_problems.jsonl" > rows.jsonl
-cat > qlora.toml <<TOML
-device = "cpu"
-[model]
-path = "$root/testdata/reference/tiny-llama"
-[lora]
-rank = 4
-dropout = 0.1
-[data]
-train = "rows.jsonl"
-max_length = 96
-eval_fraction = 0.2
-[train]
-max_steps = 8
-batch_size = 2
-learning_rate = 1e-3
-TOML
+write_run "$root/testdata/reference/tiny-llama" 40 96 8
 
 # A command on a host: in its namespace, with its name, and with both names known.
 printf '127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n' > hosts

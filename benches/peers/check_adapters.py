@@ -5,7 +5,8 @@
 
 1. Made by PEFT, with random values, on the reference models (DIR/tiny-llama, DIR/archs/*): combinations of DoRA, rsLoRA,
    patterns, biases, embeddings, heads, rows of single tokens, whole modules, exclusions, PiSSA and OLoRA as saved without conversion.
-2. Trained by us for a few steps, one of each kind that the configuration reaches, and loaded by PEFT.
+2. Trained by us for a few steps, one of each kind that the configuration reaches, and loaded by PEFT; the same over a random model of each
+   family, with the reference model's tokenizer.
 
 3. Trained by us for five steps, and from the first of them on by PEFT and torch's AdamW, with our moments: the same
    adapter in the end, magnitudes, biases, embeddings, rows of single tokens and whole modules included.
@@ -16,7 +17,7 @@ Needs torch, transformers and peft==0.21.*
 import argparse, json, os, shutil, subprocess, sys, tempfile, warnings
 import torch, transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 
 warnings.filterwarnings("ignore"); os.environ["TQDM_DISABLE"] = "1"; transformers.utils.logging.disable_progress_bar()
@@ -53,6 +54,13 @@ TRAINED = dict(
     plain="", dora="use_dora=true use_rslora=true", bias="lora_bias=true", gaussian="init=gaussian", pissa="init=pissa", pissa_fast="init=pissa_niter_4 use_dora=true", olora="init=olora use_rslora=true", eva="init=eva eva_batches=4",
     tokens="trainable_token_indices=[2,300,77]", whole='modules_to_save=["norm","lm_head"]', table='modules_to_save=["embed_tokens"]', embeddings='target_modules=["embed_tokens","q_proj","lm_head"] use_dora=true',
     mixed='rank_pattern={q_proj=2} alpha_pattern={v_proj=4} exclude_modules=["down_proj"] layers_to_transform=[0,3,5] layers_pattern=["layers"]',
+)
+
+BASE = dict(vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+FAMILIES = dict(
+    ministral3=dict(head_dim=32, rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.3)), smollm3={}, granite=dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.2, logits_scaling=8.0, tie_word_embeddings=True),
+    seed_oss=dict(head_dim=32), hunyuan_v1_dense=dict(head_dim=32), olmo2={}, olmo3=dict(sliding_window=9), glm4=dict(head_dim=32), ernie4_5=dict(head_dim=32), qwen3_5_text=dict(head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=12),
+    phi3=dict(num_key_value_heads=4), gemma2=dict(head_dim=32), gemma3_text=dict(head_dim=32, sliding_window=9), qwen2={}, qwen3=dict(head_dim=32), mixtral=dict(num_local_experts=4), qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 )
 
 # PEFT decomposes in f32 when it loads a PiSSA adapter, and what is left of the weights then depends on the LAPACK at
@@ -93,14 +101,15 @@ for arch, kinds in MADE.items():
         out["logits." + kind] = logits(PeftModel.from_pretrained(base(model), path).eval(), ids)
     compare(d, ids, out)
 
-if not a.only or a.only == "trained":
-    model = os.path.join(ref, "tiny-llama"); d, ids = folder("trained", model); out = {}
-    for kind, keys in TRAINED.items():
-        run = os.path.join(tmp, "run-" + kind); config = os.path.join(tmp, kind + ".toml"); open(config, "w").write(f'device = "cpu"\n[model]\npath = "{model}"\n[quantization]\nquant_type = "none"\n[lora]\nrank = 4\nalpha = 8\n[data]\ntrain = "{DATA}"\nmax_length = 96\n[train]\noutput_dir = "{run}"\nmax_steps = 4\nbatch_size = 2\ngradient_accumulation_steps = 1\nlearning_rate = 2e-3\n')
+def trained(name, model, kinds):
+    global bad
+    d, ids = folder("trained-" + name, model); out = {}
+    for kind, keys in kinds.items():
+        run = os.path.join(tmp, f"run-{name}-{kind}"); config = os.path.join(tmp, kind + ".toml"); open(config, "w").write(f'device = "cpu"\n[model]\npath = "{model}"\n[quantization]\nquant_type = "none"\n[lora]\nrank = 4\nalpha = 8\n[data]\ntrain = "{DATA}"\nmax_length = 96\n[train]\noutput_dir = "{run}"\nmax_steps = 4\nbatch_size = 2\ngradient_accumulation_steps = 1\nlearning_rate = 2e-3\n')
         r = subprocess.run([os.path.join(bins, "qlora"), "train", config, *(f"--set=lora.{k}" for k in keys.split())], capture_output=True, text=True)
         if r.returncode: print("WRONG", kind, r.stderr); bad += 1; continue
         path = os.path.join(d, "adapters", kind); shutil.copytree(os.path.join(run, "adapter"), path)
-        c = json.load(open(os.path.join(path, "adapter_config.json"))); c["base_model_name_or_path"] = "tiny-llama"
+        c = json.load(open(os.path.join(path, "adapter_config.json"))); c["base_model_name_or_path"] = os.path.basename(model)
         json.dump(c, open(os.path.join(path, "adapter_config.json"), "w"), indent=2, sort_keys=True)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always"); m = PeftModel.from_pretrained(base(model), path).eval()
@@ -108,6 +117,17 @@ if not a.only or a.only == "trained":
             if "adapter keys" in str(w.message): print("WRONG", kind, w.message); bad += 1
         out["logits." + kind] = logits(m, ids)
     compare(d, ids, out)
+
+if not a.only or a.only == "trained": trained("tiny-llama", os.path.join(ref, "tiny-llama"), TRAINED)
+for kind, more in FAMILIES.items():
+    if a.only and a.only not in ("families", kind): continue
+    torch.manual_seed(70); model = os.path.join(tmp, kind); m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **more})).float()
+    with torch.no_grad():
+        for n, t in m.named_parameters(): t.add_(torch.randn_like(t) * 0.2) if t.ndim == 1 else t.normal_(0, 0.3 if n.endswith("gate.weight") else 0.08)
+    m.tie_weights(); m.save_pretrained(model); del m
+    for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"): shutil.copy(os.path.join(ref, "tiny-llama", n), model)
+    # PEFT has no DoRA on stacked experts.
+    trained(kind, model, {n: TRAINED[n] for n in (("plain",) if any("experts" in k for k in more) else ("plain", "dora"))})
 # Names of our moments, by the ends of PEFT's parameters.
 PARTS = {"lora_A.default.weight": "lora_a", "lora_B.default.weight": "lora_b", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector.default.weight": "lora_magnitude", "lora_embedding_A.default": "lora_embedding_a", "lora_embedding_B.default": "lora_embedding_b", "modules_to_save.default.weight": "weight", "token_adapter.trainable_tokens_delta.default": "trainable_tokens_delta"}
 def moments_of(name, moments):

@@ -46,7 +46,8 @@ def shrink(config):
                 if isinstance(value, list) and len(value) == layers:
                     section[key] = value[: section["num_hidden_layers"]]
         for key, most in {"vocab_size": VOCABULARY, "intermediate_size": 40, "moe_intermediate_size": 24, "max_window_layers": 2, "num_experts": 8,
-                          "num_local_experts": 8, "org_vocab_size": VOCABULARY, "sliding_window": 9}.items():
+                          "num_local_experts": 8, "org_vocab_size": VOCABULARY, "sliding_window": 9, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12,
+                          "linear_value_head_dim": 10}.items():
             if isinstance(section.get(key), int):
                 section[key] = min(section[key], most)
         if isinstance(section.get("num_experts_per_tok"), int):
@@ -61,6 +62,10 @@ def shrink(config):
             section["attention_head_dim"] = width
         if section.get("hidden_size") and queries:
             section["hidden_size"] = queries * width
+        for scaling in factors:
+            if isinstance(scaling.get("mrope_section"), list):
+                pairs = int(width * scaling.get("partial_rotary_factor", section.get("partial_rotary_factor", 1.0))) // 2
+                scaling["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
         for scaling in longrope:
             partial = section.get("partial_rotary_factor", 1.0)
             for key in ("short_factor", "long_factor"):
@@ -72,12 +77,17 @@ def shrink(config):
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if isinstance(section.get(key), (int, list)):
                 section[key] = 0
-    for key in ("image_token_index", "image_token_id", "boi_token_index", "eoi_token_index", "audio_token_id", "audio_token_index"):
+    for key in ("image_token_index", "image_token_id", "boi_token_index", "eoi_token_index", "audio_token_id", "audio_token_index", "video_token_id",
+                "vision_start_token_id", "vision_end_token_id"):
         if isinstance(config.get(key), int):
             config[key] = VOCABULARY - 1
     vision = config.get("vision_config")
     if isinstance(vision, dict):
         vision.update(image_size=28, patch_size=14, num_hidden_layers=1)
+        if "depth" in vision:
+            width = config.get("text_config", config)["hidden_size"]
+            vision.update(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=width, fullatt_block_indexes=[0],
+                          deepstack_visual_indexes=[0] if "deepstack_visual_indexes" in vision else [], num_position_embeddings=4)
     return config
 
 

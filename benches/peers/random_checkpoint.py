@@ -19,7 +19,7 @@ def checkpoint(args):
     folder = os.path.join(tempfile.gettempdir(), name)
     if not os.path.exists(os.path.join(folder, "complete")):
         os.makedirs(folder, exist_ok=True)
-        (with_experts if step_timing.has_experts(args) else dense)(args, folder)
+        (of_config if step_timing.is_config(args) else dense)(args, folder)
         tokenizer(args, folder)
         open(os.path.join(folder, "complete"), "w").close()
     return folder
@@ -31,7 +31,7 @@ def needs(size):
         raise OSError(f"a checkpoint of {size / 1e9:.0f} GB does not fit into {tempfile.gettempdir()}, {free / 1e9:.0f} GB")
 
 
-def with_experts(args, folder):
+def of_config(args, folder):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -4,7 +4,8 @@ Steps are those of `qlora-bench step`: random tokens that all have a label, bf16
 every linear layer of the blocks, gradients clipped at 0.3, bitsandbytes' paged optimizer. The time of a step ends with
 a synchronisation; the median counts. `allocated` and `reserved` are the highest of torch's allocator. `driver` is
 nvidia-smi's figure after the last step, less what was used before this process: the paged optimizer's state is CUDA's
-managed memory, which the allocator does not count.
+managed memory, which the allocator does not count. With `--base bf16`, where a peer takes it, the base is not quantized and the
+optimizer is torch's own AdamW: what can be measured without bitsandbytes.
 
 Under `torchrun --nproc-per-node N` the N processes are ranks of DistributedDataParallel, each with a card and micro-batches of its own:
 gradients are summed in the backward pass of a step's last one. Rank 0 answers, with the tokens of all.
@@ -33,8 +34,11 @@ SHAPES = {
     "tiny": dict(vocab_size=4096, hidden_size=128, intermediate_size=344, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2),
 }
-# Shapes with experts are read from the file that `qlora-bench` has them from.
-EXPERT_SHAPES = json.loads((pathlib.Path(__file__).parents[2] / "testdata" / "moe_shapes.json").read_text())
+# Shapes with experts or linear attention are read from the files that `qlora-bench` has them from.
+TESTDATA = pathlib.Path(__file__).parents[2] / "testdata"
+CONFIGS = {}
+for file in ("moe_shapes.json", "linear_shapes.json"):
+    CONFIGS |= json.loads((TESTDATA / file).read_text())
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIMIZERS = {"adamw_32bit": "PagedAdamW32bit", "adamw_8bit": "PagedAdamW8bit", "lion_8bit": "PagedLion8bit"}
 
@@ -46,11 +50,12 @@ def case_of(text):
 
 def arguments():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=[*SHAPES, *EXPERT_SHAPES], default="llama-2-7b")
+    parser.add_argument("--shape", choices=[*SHAPES, *CONFIGS], default="llama-2-7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--words", type=int)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw_32bit")
+    parser.add_argument("--base", choices=["nf4", "bf16"], default="nf4")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
@@ -60,12 +65,17 @@ def arguments():
     return args
 
 
+def is_config(args):
+    """Whether the shape is a whole config.json, and no Llama's sizes."""
+    return args.shape in CONFIGS
+
+
 def has_experts(args):
-    return args.shape in EXPERT_SHAPES
+    return "num_experts_per_tok" in sizes(args)
 
 
 def sizes(args):
-    shape = dict(EXPERT_SHAPES[args.shape] if has_experts(args) else SHAPES[args.shape])
+    shape = dict(CONFIGS[args.shape] if is_config(args) else SHAPES[args.shape])
     if args.layers:
         shape["num_hidden_layers"] = args.layers
     if args.words:
@@ -110,7 +120,6 @@ def used_bytes():
 
 
 def measure(args, rows, length, build, before):
-    import bitsandbytes as bnb
     import torch
 
     gc.collect()
@@ -118,7 +127,12 @@ def measure(args, rows, length, build, before):
     torch.cuda.reset_peak_memory_stats()
     model = build(args, length)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = getattr(bnb.optim, OPTIMIZERS[args.optimizer])(parameters, lr=2e-4)
+    if args.base == "bf16":
+        optimizer = torch.optim.AdamW(parameters, lr=2e-4)
+    else:
+        import bitsandbytes as bnb
+
+        optimizer = getattr(bnb.optim, OPTIMIZERS[args.optimizer])(parameters, lr=2e-4)
     vocab = sizes(args)["vocab_size"]
     model, apart = together(model)
     seconds = []

@@ -17,12 +17,23 @@ use crate::atomic;
 use crate::bnb;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{
-    ModelConfigFile, OnProgress, Owned, Progress, copy_companions, format_of, quantized_module, refuse_same_folder,
-    with_owned,
+    ModelConfigFile, OnProgress, Progress, copy_companions, format_of, quantized_module, refuse_same_folder,
 };
 use crate::error::FormatError;
 use crate::header::TensorSpec;
+use crate::mapped::Floats;
 use crate::shard_writer::{DEFAULT_SHARD_BYTES, ShardedWriter};
+
+/// Runs the same code on whichever type the elements have, where they lie.
+macro_rules! with_floats {
+    ($floats:expr, $x:ident => $body:expr) => {
+        match $floats {
+            Floats::F32($x) => $body,
+            Floats::F16($x) => $body,
+            Floats::BF16($x) => $body,
+        }
+    };
+}
 
 /// How to quantize a checkpoint.
 #[derive(Debug, Clone)]
@@ -115,8 +126,11 @@ pub fn quantize_checkpoint(
             match module {
                 None => specs.push(TensorSpec::new(*name, view.dtype, &view.expect_finite()?.shape)),
                 Some((module, format)) => {
-                    let values = view.with_values(|view| Owned::read(view.expect_finite()?))?;
-                    let absmax = with_owned!(&values, x => absmax(x, options.config.blocksize));
+                    let blocksize = options.config.blocksize;
+                    let absmax = view.with_values(|view| {
+                        let floats = view.expect_finite()?.floats()?;
+                        Ok::<_, FormatError>(with_floats!(&floats, x => absmax(x, blocksize)))
+                    })?;
                     specs.extend(specs_of(module, *format, &view.shape, &absmax, &options.config));
                 }
             }
@@ -133,13 +147,16 @@ pub fn quantize_checkpoint(
                     done_bytes += view.num_bytes() as u64;
                 }
                 Some((module, _)) => {
-                    let values = view.with_values(Owned::read)?;
-                    let weight = with_owned!(&values, x => Quantized4bit::quantize(x, &view.shape, &options.config))
-                        .map_err(|e| FormatError::QuantState {
-                            file: view.file.to_path_buf(),
-                            tensor: name.to_string(),
-                            reason: e.to_string(),
-                        })?;
+                    let weight = view.with_values(|view| {
+                        let floats = view.floats()?;
+                        with_floats!(&floats, x => Quantized4bit::quantize(x, &view.shape, &options.config)).map_err(
+                            |e| FormatError::QuantState {
+                                file: view.file.to_path_buf(),
+                                tensor: name.to_string(),
+                                reason: e.to_string(),
+                            },
+                        )
+                    })?;
                     for (spec, bytes) in bnb::to_tensors(module, &weight) {
                         writer.write(&spec.name, &bytes)?;
                         done_bytes += bytes.len() as u64;

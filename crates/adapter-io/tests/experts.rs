@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use adapter_io::adapter::KEY_PREFIX;
-use adapter_io::experts::{stack, unstack};
+use adapter_io::experts::{is_fused, one_rank, stack, unstack};
 use adapter_io::{Adapter, AdapterConfig, FormatError, HostTensor, Pattern, TargetModules};
 use serde_json::json;
 
@@ -25,6 +25,11 @@ fn mixtral() -> Vec<String> {
 
 fn qwen() -> Vec<String> {
     modules("mlp.experts", ["gate_proj", "up_proj", "down_proj"])
+}
+
+/// Gate and input projection take turns.
+fn gpt_oss() -> Vec<String> {
+    qwen().into_iter().chain(["model.layers.1.mlp.router".into()]).collect()
 }
 
 fn counting(shape: [usize; 2], start: f32) -> HostTensor {
@@ -99,6 +104,7 @@ fn there_and_back_nothing_changes() {
     for (modules, parameters) in [
         (mixtral(), vec!["gate.weight", "gate_up_proj", "down_proj"]),
         (qwen(), vec!["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        (gpt_oss(), vec!["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     ] {
         let adapter = stacked(&parameters);
         let mut plain = unstack(&adapter, &modules).unwrap().into_owned();
@@ -131,6 +137,50 @@ fn projections_that_differ_are_fused_block_diagonally() {
     let again = unstack(&fused, &qwen()).unwrap();
     for module in plain.modules() {
         assert_eq!(product(&again, &module), product(&plain, &module), "{module}");
+    }
+}
+
+#[test]
+fn outputs_that_take_turns_are_every_other_row() {
+    let adapter = stacked(&["gate_up_proj", "down_proj"]);
+    let (halves, turns) = (unstack(&adapter, &qwen()).unwrap(), unstack(&adapter, &gpt_oss()).unwrap());
+    for e in 0..EXPERTS {
+        let factor = |adapter: &Adapter, name: &str| {
+            adapter.lora(&format!("model.layers.1.mlp.experts.{e}.{name}")).unwrap().1.data.clone()
+        };
+        // Rows 0 and 1 are the gate's, 2 and 3 the input projection's; or 0 and 2, 1 and 3.
+        let rows = [factor(&halves, "gate_proj"), factor(&halves, "up_proj")].concat();
+        let row = |i: usize| &rows[i * RANKS[0]..(i + 1) * RANKS[0]];
+        assert_eq!(factor(&turns, "gate_proj"), [row(0), row(2)].concat());
+        assert_eq!(factor(&turns, "up_proj"), [row(1), row(3)].concat());
+        assert_eq!(factor(&turns, "down_proj"), factor(&halves, "down_proj"));
+    }
+}
+
+/// Saved, loaded and saved again, an adapter has the ranks that it was trained with.
+#[test]
+fn what_was_fused_comes_apart() {
+    for (modules, use_rslora) in [(qwen(), false), (gpt_oss(), false), (gpt_oss(), true)] {
+        let mut adapter = stacked(&["gate_up_proj", "down_proj"]);
+        adapter.config.use_rslora = use_rslora;
+        adapter.config.rank_pattern = Pattern(vec![("down_proj".into(), 1.0)]);
+        adapter.config.alpha_pattern = Pattern(vec![("down_proj".into(), 3.0)]);
+        (adapter.config.r, adapter.config.lora_alpha) = (RANKS[0], 8.0);
+        let mut plain = unstack(&adapter, &modules).unwrap().into_owned();
+        for (key, tensor) in plain.tensors.iter_mut().filter(|(key, _)| key.contains("up_proj.lora_A")) {
+            tensor.data.iter_mut().for_each(|value| *value += key.len() as f32);
+        }
+        let fused = stack(Adapter { config: adapter.config.clone(), ..plain.clone() }, &modules).unwrap();
+        assert!(is_fused(&fused.config) && !is_fused(&adapter.config));
+        let again = unstack(&fused, &modules).unwrap();
+        assert_eq!(again.tensors, plain.tensors);
+        for module in plain.modules() {
+            let scaling = |adapter: &Adapter| adapter.config.scaling_for(&module).unwrap();
+            assert!((scaling(&again) - scaling(&plain)).abs() < 1e-6, "{module}");
+        }
+        let mut kept = fused.config.clone();
+        one_rank(&mut kept);
+        assert_eq!(kept, adapter.config);
     }
 }
 

@@ -266,6 +266,7 @@ fn model_types_differ_by_the_table() {
         (json!({"model_type": "gpt_neox"}), "gpt_neox"),
         (json!({"model_type": "qwen3_moe", "norm_topk_prob": false}), "norm_topk_prob"),
         (json!({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}), "dynamic"),
+        (json!({"model_type": "qwen3", "attention_bias": true}), "attention_bias"),
         (json!({"model_type": "llama", "hidden_size": -1}), "hidden_size"),
         (json!({"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 7}), "query_pre_attn_scalar"),
     ] {
@@ -340,6 +341,7 @@ fn families_have_the_names_and_keys_of_readers() {
     assert_eq!(dimensions("glm4", "glm4.attention.key_length"), Some(Value::U32(8)));
     for (name, key, says) in [
         ("ministral3", "model_type", "growth of its queries"),
+        ("gpt_oss", "model_type", "columns that take turns"),
         ("smollm3", "no_rope_layers", "one layer in 4"),
         ("seed_oss_biases", "attention_out_bias", "true"),
         ("hunyuan_biases", "attention_bias", "true"),

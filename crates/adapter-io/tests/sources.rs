@@ -255,6 +255,36 @@ fn codes_and_scales_that_are_no_numbers_are_named_with_the_weight() {
     }
 }
 
+/// Of experts that lie there and of those that are decoded, in slices that begin and end anywhere.
+#[test]
+fn columns_of_experts_come_as_rows() {
+    let (_dir, coded) = open("mxfp4-gpt-oss");
+    let stored = Checkpoint::open_file(&recorded().join("mxfp4-gpt-oss/decoded.safetensors")).unwrap();
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    let whole = stored.dense(name).unwrap().bytes().unwrap().into_owned();
+    let &[experts, rows, columns] = &stored.dense(name).unwrap().shape[..] else { panic!("experts are stacked") };
+    for (checkpoint, expert, step) in [(&coded, 0, 2), (&coded, 1, 1), (&stored, 0, 5), (&stored, 1, 2)] {
+        let tensor = checkpoint.dense(name).unwrap();
+        let matrix = tensor.part(expert, experts, &[rows, columns]).unwrap();
+        assert!(tensor.turned(0, 1).is_none() && matrix.turned(0, 3).is_none() && matrix.turned(2, 2).is_none());
+        for first in 0..step {
+            let turned = matrix.turned(first, step).unwrap();
+            assert_eq!(turned.shape, [columns / step, rows]);
+            let at = |i: usize| (expert * rows + i % rows) * columns + first + step * (i / rows);
+            let elements = columns / step * rows;
+            let expected: Vec<u8> = (0..elements).flat_map(|i| whole[2 * at(i)..][..2].to_vec()).collect();
+            assert!(*turned.bytes().unwrap() == expected, "expert {expert}, column {first} of {step}");
+            for (start, end) in [(1, 2), (31, 33), (rows - 1, rows + 40), (5, elements - 3), (elements - 1, elements)] {
+                let mut part = vec![0; 2 * (end - start)];
+                turned.read(2 * start, &mut part).unwrap();
+                assert!(part == expected[2 * start..2 * end], "elements {start} to {end}");
+            }
+            assert!(turned.read(2 * elements, &mut [0; 2]).is_err());
+            turned.expect_finite().unwrap();
+        }
+    }
+}
+
 /// A configuration that was left on weights in 16 bits says nothing, whatever it says.
 #[test]
 fn the_tensors_decide() {

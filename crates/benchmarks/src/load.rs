@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// A checkpoint's folder.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["shape", "layers"])]
     model: Option<PathBuf>,
-    /// A shape of testdata/llama_shapes.json, moe_shapes.json or linear_shapes.json, of which a random checkpoint in bf16 is written.
+    /// A shape of testdata/llama_shapes.json, moe_shapes.json, linear_shapes.json or latent_shapes.json, of which a random checkpoint in bf16 is written.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Another number of layers.

@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// cuda, `cuda:<index>`, cpu, vulkan or metal.
     #[arg(long, default_value = "cuda")]
     device: String,
-    /// A shape of testdata/llama_shapes.json, moe_shapes.json or linear_shapes.json.
+    /// A shape of testdata/llama_shapes.json, moe_shapes.json, linear_shapes.json or latent_shapes.json.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Another number of layers.

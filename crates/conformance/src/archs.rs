@@ -8,6 +8,7 @@
 //!   (relative);
 //! - one step of the training engine: its gradient norm (relative to those gradients), and how many values of the
 //!   adapter come out as no number;
+//! - the losses and gradient norms of a few steps over the model in f32, beside PEFT's with torch's AdamW (relative);
 //! - the adapter, saved and loaded: how many tensors differ, and the logits (absolute).
 //!
 //! Adapters start from random factors, so that every gradient is there to be seen.
@@ -18,11 +19,13 @@ use anyhow::{Context, Result};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_qlora::adapter_io::Adapter;
 use burn_qlora::nf4_quant::QuantConfig;
-use burn_qlora::paged_optim::{Budget, OptimizerConfig};
+use burn_qlora::paged_optim::{Budget, OptimizerConfig, OptimizerKind};
 use burn_qlora::qlora_data::Batch;
-use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, mix, trainable};
+use burn_qlora::qlora_layers::{ActivationCheckpointing, LoraAdapter, LoraConfig, Pass, TargetModules, mix, trainable};
 use burn_qlora::qlora_models::{Decoder, KvCache, LoadOptions};
 use burn_qlora::qlora_train::{Engine, LabelledTokens, loss_sum};
+
+use serde::Deserialize;
 
 use crate::compare::{max_abs_diff, relative, to_vec};
 use crate::logits::{DENSE_BAR, logits};
@@ -33,6 +36,10 @@ const SEED: u64 = 11;
 /// A few thousand f32 losses of order 6 are summed: a difference of two has an error of some 1e-6, the steps change
 /// the loss by 1e-3 and more.
 const SLOPE_BAR: f64 = 2e-2;
+/// Losses of five updates in f32, sums in another order: 4e-7 is the most that is measured.
+const STEPS_BAR: f64 = 1e-5;
+/// Their gradient norms, in which AdamW's division by small numbers is: 2e-5 is the most.
+const STEPS_NORM_BAR: f64 = 1e-4;
 /// The same gradients, one block at a time.
 const NORM_BAR: f64 = 1e-3;
 
@@ -63,16 +70,17 @@ fn compare(reference: &Reference, name: &str, device: &Device, subject: &str, re
     let input = file.tensor("input_ids")?;
     let [rows, len] = dims(&input)?;
     let ids = input.to_i64_vec()?;
-    let theirs = file.tensor("logits")?.to_f32_vec()?;
+    let recorded = file.tensor("logits")?;
+    let theirs = recorded.to_f32_vec()?;
 
     let dense = load(&dir, None, device)?;
-    report.compare(format!("{subject}: logits"), max_abs_diff(&logits(&dense, &ids, rows)?, &theirs), DENSE_BAR);
+    let ours = logits(&dense, &ids, rows, &recorded)?;
+    report.compare(format!("{subject}: logits"), max_abs_diff(&ours, &theirs), DENSE_BAR);
     let ids: Vec<u32> = ids.iter().map(|&id| u32::try_from(id)).collect::<Result<_, _>>().context("input_ids")?;
     token_by_token(&dense, &ids[..len], &theirs[..theirs.len() / rows], subject, report)?;
-    drop(dense);
-
     let labels = ids.iter().map(|&id| i64::from(id)).collect();
     let batch = Batch { input_ids: ids, labels, rows, cols: len, lengths: vec![len; rows] };
+    recorded_steps(reference, name, dense, &batch, subject, report)?;
     let mut model = load(&dir, Some(QuantConfig::default()), device)?;
     let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };
     model.attach_lora(&lora, SEED)?;
@@ -98,6 +106,68 @@ fn compare(reference: &Reference, name: &str, device: &Device, subject: &str, re
 fn load(dir: &Path, quantization: Option<QuantConfig>, device: &Device) -> Result<Decoder> {
     let options = LoadOptions { quantization, dtype: FloatDType::F32 };
     Ok(Decoder::load(dir, options, device, &mut |_| ())?)
+}
+
+/// What PEFT's steps were, `archs/<name>/training.json`, over a model in f32.
+#[derive(Deserialize)]
+struct Training {
+    /// The linear layers with adapters, by the ends of their paths.
+    target_modules: Vec<String>,
+    rank: usize,
+    alpha: f32,
+    learning_rate: f64,
+    /// Before each step.
+    losses: Vec<f64>,
+    grad_norms: Vec<f64>,
+}
+
+/// The recorded steps over the dense model, each on the same rows, from factors that both sides make of numbers.
+fn recorded_steps(
+    reference: &Reference,
+    name: &str,
+    mut model: Decoder,
+    batch: &Batch,
+    subject: &str,
+    report: &mut Report,
+) -> Result<()> {
+    let file = format!("archs/{name}/training.json");
+    if reference.find(&file).is_none() {
+        report.skip(format!("{subject}: steps beside PEFT"), format!("no {file}"));
+        return Ok(());
+    }
+    let Training { target_modules, rank, alpha, learning_rate, losses, grad_norms } = reference.json(&file)?;
+    let target_modules = TargetModules::Names(target_modules);
+    // transformers stacks experts, which PEFT adapts otherwise: the recorded steps leave them alone.
+    let exclude_modules = Some(TargetModules::Pattern(r".*\.experts\..*".into()));
+    model.attach_lora(&LoraConfig { rank, alpha, target_modules, exclude_modules, ..LoraConfig::default() }, SEED)?;
+    let device = model.device().clone();
+    let mut named: Vec<(String, &mut LoraAdapter)> = model.adapters_mut().collect();
+    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let count = named.len();
+    let factors = named.into_iter().flat_map(|(_, adapter)| [&mut adapter.lora_a, &mut adapter.lora_b]);
+    for (number, factor) in factors.enumerate() {
+        let [rows, columns] = factor.dims();
+        // In steps of 2^-12, so that every value is exact in f32: make_archs.py has the same.
+        let value = |i: usize| ((i * 389 + number * 97) % 1021) as f32 / 4096.0 - 0.125;
+        let values: Vec<f32> = (0..rows * columns).map(value).collect();
+        *factor = trainable(Tensor::from_data(TensorData::new(values, [rows, columns]), (&device, DType::F32)));
+    }
+    let optimizer = OptimizerConfig { kind: OptimizerKind::AdamW32bit, ..OptimizerConfig::default() };
+    let mut engine = Engine::new(model, optimizer, Budget::Unlimited, f32::MAX, ActivationCheckpointing::Full)?;
+    let (mut loss, mut norm) = (0f64, 0f64);
+    for (theirs, their_norm) in losses.iter().zip(&grad_norms) {
+        let output = engine.step(std::slice::from_ref(batch), learning_rate, SEED)?;
+        loss = loss.max(relative(output.loss, *theirs));
+        norm = norm.max(relative(output.grad_norm, *their_norm));
+    }
+    let (Some(first), Some(last)) = (losses.first(), losses.last()) else {
+        report.fail(format!("{subject}: steps beside PEFT"), &format!("{file} has no losses"));
+        return Ok(());
+    };
+    let steps = format!("{} steps, {count} adapters, {first:.3} to {last:.3}", losses.len());
+    report.compare_noted(format!("{subject}: losses of steps beside PEFT"), loss, STEPS_BAR, steps);
+    report.compare(format!("{subject}: gradient norms of steps beside PEFT"), norm, STEPS_NORM_BAR);
+    Ok(())
 }
 
 /// The logits after each token of a row, with everything before it in the cache. Models whose rotary embeddings

@@ -20,12 +20,14 @@ use burn_qlora::nf4_quant::{
     Absmax, Element, FloatFormat, NestedAbsmax, QuantConfig, QuantState, QuantType, Quantized4bit, signed_dynamic_map,
 };
 use burn_qlora::qlora_layers::Linear4bit;
+use serde::Deserialize;
 
 use crate::compare::{count_different, count_different_bits, max_abs, max_abs_diff, to_vec, ulps};
 use crate::reference::dims;
 use crate::{Reference, Report};
 
 const QUANTIZE_4BIT: &str = "bnb/quantize_4bit.safetensors";
+const QUANTIZATIONS: &str = "bnb/quantize_4bit.json";
 const BLOCKWISE: &str = "bnb/quantize_blockwise.safetensors";
 const MATMUL_4BIT: &str = "bnb/matmul_4bit.safetensors";
 
@@ -39,7 +41,14 @@ const FP4_THRESHOLDS: [f32; 7] = [0.00260417, 0.0859375, 0.20833333, 0.29166667,
 /// A file cannot be read, or a device fails.
 pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Result<()> {
     type Part = fn(&Checkpoint, &Device, &mut Report) -> Result<()>;
-    let parts: [(&str, Part); 3] = [(QUANTIZE_4BIT, quantize_4bit), (BLOCKWISE, blockwise), (MATMUL_4BIT, matmul_4bit)];
+    let parts: [(&str, Part); 2] = [(BLOCKWISE, blockwise), (MATMUL_4BIT, matmul_4bit)];
+    match reference.find(QUANTIZE_4BIT) {
+        Some(_) => {
+            let recorded = reference.json::<Vec<Recorded>>(QUANTIZATIONS)?;
+            quantize_4bit(&reference.tensors(QUANTIZE_4BIT)?, &recorded, device, report)?;
+        }
+        None => report.skip("bnb", format!("no {QUANTIZE_4BIT}")),
+    }
     for (file, part) in parts {
         match reference.find(file) {
             Some(_) => part(&reference.tensors(file)?, device, report)?,
@@ -49,14 +58,27 @@ pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Res
     Ok(())
 }
 
-fn quantize_4bit(file: &Checkpoint, device: &Device, report: &mut Report) -> Result<()> {
+/// What is recorded of a quantization beside its tensors.
+#[derive(Deserialize)]
+struct Recorded {
+    /// What its tensors' names begin with, with a dot at the end.
+    prefix: String,
+    /// The tensor that was quantized, where another case has it.
+    input: Option<String>,
+}
+
+fn quantize_4bit(file: &Checkpoint, recorded: &[Recorded], device: &Device, report: &mut Report) -> Result<()> {
     let modules: Vec<&str> = file.quantized_modules();
     if modules.is_empty() {
         bail!("{QUANTIZE_4BIT} holds no quantized weight");
     }
     for module in modules {
         let theirs = file.quantized(module)?.with_context(|| format!("{module}: no quant_state"))?;
-        let input = file.tensor(&format!("{module}.input"))?;
+        let shared = recorded.iter().find(|case| case.prefix.strip_suffix('.') == Some(module));
+        let input = match shared.and_then(|case| case.input.as_deref()) {
+            Some(shared) => file.tensor(shared)?,
+            None => file.tensor(&format!("{module}.input"))?,
+        };
         let dequantized = file.tensor(&format!("{module}.dequantized"))?;
         let state = &theirs.state;
         let dq = if matches!(state.absmax, Absmax::Nested(_)) { " dq" } else { "" };

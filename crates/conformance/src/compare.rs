@@ -20,6 +20,16 @@ pub(crate) fn max_abs_diff(ours: &[f32], theirs: &[f32]) -> f64 {
     diffs.fold(0.0, f64::max)
 }
 
+/// The logits that were recorded of those of a model with `vocabulary` tokens, where `columns` were recorded of each position: all, or
+/// every n-th.
+pub(crate) fn recorded_columns(logits: Vec<f32>, vocabulary: usize, columns: usize) -> Vec<f32> {
+    if vocabulary == columns || columns == 0 {
+        return logits;
+    }
+    let step = vocabulary.div_ceil(columns);
+    logits.chunks(vocabulary).flat_map(|position| position.iter().copied().step_by(step)).collect()
+}
+
 /// The largest magnitude.
 pub(crate) fn max_abs(x: &[f32]) -> f64 {
     x.iter().fold(0.0, |m, v| m.max(f64::from(v.abs())))
@@ -62,6 +72,9 @@ mod tests {
         assert_eq!(max_abs_diff(&[f32::NAN], &[1.0]), f64::INFINITY);
         assert_eq!(max_abs_diff(&[f32::INFINITY], &[f32::INFINITY]), 0.0);
         assert_eq!(count_different(&[1, 2, 3], &[1, 5]), 2.0);
+        let logits = vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0];
+        assert_eq!(recorded_columns(logits.clone(), 5, 5), logits);
+        assert_eq!(recorded_columns(logits, 5, 3), [0.0, 2.0, 4.0, 5.0, 7.0, 9.0]);
         assert_eq!(count_different_bits(&[0.0], &[-0.0]), 1.0);
         assert_eq!(ulps(1.0, 1.0 + f32::EPSILON), 1.0);
         assert_eq!(ulps(-f32::from_bits(1), f32::from_bits(1)), 2.0);

@@ -9,14 +9,14 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use burn::tensor::{Device, FloatDType};
 use burn_qlora::Tokenizer;
-use burn_qlora::adapter_io::Checkpoint;
+use burn_qlora::adapter_io::{Checkpoint, TensorView};
 use burn_qlora::nf4_quant::QuantConfig;
 use burn_qlora::qlora_layers::Pass;
 use burn_qlora::qlora_models::{Decoder, LoadOptions};
 use burn_qlora::{Request, generate};
 use serde::Deserialize;
 
-use crate::compare::{count_different, max_abs, max_abs_diff, to_vec};
+use crate::compare::{count_different, max_abs, max_abs_diff, recorded_columns, to_vec};
 use crate::reference::dims;
 use crate::{Reference, Report};
 
@@ -154,8 +154,9 @@ fn load(dir: &Path, variant: Variant, device: &Device, subject: &str, report: &m
 fn compare_variant(decoder: &Decoder, file: &Checkpoint, name: &str, subject: &str, report: &mut Report) -> Result<()> {
     let input = file.tensor("input_ids")?;
     let [rows, _] = dims(&input)?;
-    let theirs = file.tensor(&format!("logits.{name}"))?.to_f32_vec()?;
-    let ours = logits(decoder, &input.to_i64_vec()?, rows)?;
+    let recorded = file.tensor(&format!("logits.{name}"))?;
+    let ours = logits(decoder, &input.to_i64_vec()?, rows, &recorded)?;
+    let theirs = recorded.to_f32_vec()?;
     let variant = Variant::parse(name);
     let (bar, note) = match variant {
         Some(Variant { dtype: FloatDType::F32, quantization }) => {
@@ -182,10 +183,12 @@ fn half_bar(file: &Checkpoint, name: &str, theirs: &[f32]) -> Result<(f64, Strin
     })
 }
 
-/// The logits of `rows` rows of ids, row-major.
-pub(crate) fn logits(decoder: &Decoder, ids: &[i64], rows: usize) -> Result<Vec<f32>> {
+/// The logits of `rows` rows of ids, row-major: those that are `recorded` of each position.
+pub(crate) fn logits(decoder: &Decoder, ids: &[i64], rows: usize, recorded: &TensorView<'_>) -> Result<Vec<f32>> {
+    let columns = recorded.shape.last().copied().unwrap_or(0);
     let ids: Vec<u32> = ids.iter().map(|&id| u32::try_from(id)).collect::<Result<_, _>>().context("input_ids")?;
-    to_vec(decoder.forward(&ids, rows, Pass::INFERENCE))
+    let logits = to_vec(decoder.forward(&ids, rows, Pass::INFERENCE))?;
+    Ok(recorded_columns(logits, decoder.config().vocab_size, columns))
 }
 
 /// Greedy continuations of prompts; recorded ids begin with the prompt's.

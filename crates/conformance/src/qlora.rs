@@ -269,6 +269,6 @@ fn compare(model: &Decoder, file: &Checkpoint, name: &str, label: &str, report: 
     }
     let ids = input.to_i64_vec()?;
     let ids = ids.get(..rows * cols).context("input_ids has fewer rows than the logits")?;
-    report.compare(subject, max_abs_diff(&logits(model, ids, rows)?, &view.to_f32_vec()?), QUANTIZED_BAR);
+    report.compare(subject, max_abs_diff(&logits(model, ids, rows, &view)?, &view.to_f32_vec()?), QUANTIZED_BAR);
     Ok(())
 }

@@ -90,7 +90,8 @@ pub fn device(client: &Client) -> Option<CudaDevice> {
         return None;
     }
     known(client, |(device, left)| {
-        device.map(|device| CudaDevice { multiprocessors: device.multiprocessors.saturating_sub(*left).max(1), ..device })
+        device
+            .map(|device| CudaDevice { multiprocessors: device.multiprocessors.saturating_sub(*left).max(1), ..device })
     })
 }
 

@@ -235,11 +235,13 @@ impl Nccl {
         let (Ok(ranks), Ok(rank)) = (ranks, rank) else { return Err(wrong("too many ranks".into())) };
         let mut comm: Comm = std::ptr::null_mut();
         let limit = cubes.and_then(|cubes| c_int::try_from(cubes).ok()).filter(|_| self.limits_cubes());
-        // SAFETY: the context is current; the calls write a communicator, and read the configuration.
         let code = match (limit, self.functions.init_config) {
-            (Some(limit), Some(init)) => unsafe {
-                init(&mut comm, ranks, UniqueId(bytes), rank, &mut Config::at_most(limit))
-            },
+            (Some(limit), Some(init)) => {
+                let mut config = Config::at_most(limit);
+                // SAFETY: the context is current; the call writes a communicator, and reads the configuration.
+                unsafe { init(&mut comm, ranks, UniqueId(bytes), rank, &mut config) }
+            }
+            // SAFETY: as above.
             _ => unsafe { (self.functions.init)(&mut comm, ranks, UniqueId(bytes), rank) },
         };
         self.check("ncclCommInitRank", code)?;

@@ -9,6 +9,11 @@
 //! length, or lie one after the other with any lengths ([`Rows`]); no mask exists. Queries may be the last of longer
 //! rows of keys, as in generation.
 //!
+//! A query head may have a sink (Xiao et al., 2024, arXiv 2309.17453): a logit that joins the softmax's sum and has no value, so
+//! that weights may sum to less than 1. It comes in at the end of the forward pass, which multiplies the output by
+//! `exp(lse) / (exp(lse) + exp(sink))` and leaves `log(exp(lse) + exp(sink))`. The gradients of `q`, `k` and `v` are those of the same
+//! kernels for that output and that `lse`; the sinks have none.
+//!
 //! # Work
 //!
 //! With `pairs` the visible pairs of query and key, about `len² / 2` per row: a forward pass does `4 · head_dim`
@@ -261,7 +266,7 @@ struct Params {
     cap_scale: f32,
     section: u32,
     light: u32,
-    pad: u32,
+    sinks: u32,
 }
 
 impl Params {
@@ -305,6 +310,8 @@ pub struct Forward<'a> {
     pub k: Operand<'a>,
     /// Values, in the shape of the keys.
     pub v: Operand<'a>,
+    /// f32 `[heads]`: the sink of each query head, if they have some.
+    pub sinks: Option<&'a Handle>,
     /// The output, in the shape of the queries, which this writes.
     pub o: Operand<'a>,
     /// Log-sum-exp of each query's scores, f32, contiguous `[heads, queries of all rows]`, which this writes.
@@ -335,19 +342,23 @@ pub fn forward_on(
     options: Options,
 ) -> Result<(), KernelError> {
     check(client, shape, options)?;
-    let Forward { q, k, v, o, lse } = operands;
+    let Forward { q, k, v, sinks, o, lse } = operands;
     let mut params = Params::new(shape, options);
     params.q = check_operand("q", q, shape, Side::Queries)?;
     params.k = check_operand("k", k, shape, Side::Keys)?;
     params.v = check_operand("v", v, shape, Side::Keys)?;
     params.o = check_operand("o", o, shape, Side::Queries)?;
-    check_statistics("lse", lse, shape)?;
+    check_statistics("lse", lse, shape, shape.rows.queries())?;
+    if let Some(sinks) = sinks {
+        check_statistics("sinks", sinks, shape, 1)?;
+        params.sinks = 1;
+    }
+    let bounds = bounds(shape, q);
     if path == Path::Hopper {
-        let bounds = bounds(shape, q);
         return hopper::Call { client, shape, options, params, bounds }.forward(&operands);
     }
-    let arguments =
-        Arguments::new().read(q.handle).read(k.handle).read(v.handle).read(bounds(shape, q)).write(o.handle).write(lse);
+    let arguments = Arguments::new().read(q.handle).read(k.handle).read(v.handle).read(bounds);
+    let arguments = arguments.read(sinks.unwrap_or(bounds)).write(o.handle).write(lse);
     launch(client, Kind::Forward, shape, options, arguments, params)
 }
 
@@ -408,7 +419,7 @@ pub fn backward_on(
     params.d_q = check_operand("d_q", d_q, shape, Side::Queries)?;
     params.d_k = check_operand("d_k", d_k, shape, Side::Keys)?;
     params.d_v = check_operand("d_v", d_v, shape, Side::Keys)?;
-    check_statistics("lse", lse, shape)?;
+    check_statistics("lse", lse, shape, shape.rows.queries())?;
 
     let delta = client.empty((shape.heads * shape.rows.queries() * 4).max(4));
     let bounds = bounds(shape, q);
@@ -532,8 +543,9 @@ fn check_operand(
     Ok(DeviceStrides { row: row as u32, token: token as u32, head: head as u32 })
 }
 
-fn check_statistics(name: &'static str, handle: &Handle, shape: &Shape) -> Result<(), KernelError> {
-    check_size(name, handle, 4 * shape.heads * shape.rows.queries())?;
+/// f32 of each head, and of this many of its queries.
+fn check_statistics(name: &'static str, handle: &Handle, shape: &Shape, queries: usize) -> Result<(), KernelError> {
+    check_size(name, handle, 4 * shape.heads * queries)?;
     match handle.offset_start.unwrap_or(0) as usize {
         offset if !offset.is_multiple_of(4) => Err(KernelError::Alignment { name, offset, size: 4 }),
         _ => Ok(()),

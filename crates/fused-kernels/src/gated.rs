@@ -1,4 +1,5 @@
-//! The middle of a gated MLP: `y = activation(gate) · up` (Shazeer, 2020, arXiv 2002.05202), element by element.
+//! The middle of a gated MLP: `y = activation(gate) · up` (Shazeer, 2020, arXiv 2002.05202), element by element. With
+//! [`Activation::ClampedSwish`] it is `activation(gate) · (clamp(up) + 1)`.
 //!
 //! Computed in f32 and rounded once. The backward pass reads `dy`, `gate` and `up` and writes both gradients, so
 //! nothing is kept but the two inputs:
@@ -35,11 +36,13 @@ pub enum Activation {
     Relu,
     /// `1 / (1 + exp(-x))`, for the first gated units and for gates of attention.
     Sigmoid,
+    /// `c · sigmoid(1.702 c)` with `c = min(x, 7)`; what it is multiplied with is `clamp(up, -7, 7) + 1`.
+    ClampedSwish,
 }
 
 impl Activation {
     /// Every function.
-    pub const ALL: [Self; 5] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu, Self::Sigmoid];
+    pub const ALL: [Self; 6] = [Self::Silu, Self::Gelu, Self::GeluTanh, Self::Relu, Self::Sigmoid, Self::ClampedSwish];
 
     /// The function on the host, for backends without kernels.
     pub fn value(self, x: f32) -> f32 {
@@ -49,10 +52,30 @@ impl Activation {
             Self::GeluTanh => 0.5 * x * (1.0 + (TANH_SCALE * (x + TANH_CUBIC * x * x * x)).tanh()),
             Self::Relu => x.max(0.0),
             Self::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+            Self::ClampedSwish => {
+                let c = x.min(CLAMP);
+                c / (1.0 + (-SWISH * c).exp())
+            }
         }
     }
 
-    /// Its derivative.
+    /// What the function's value is multiplied with.
+    pub fn factor(self, up: f32) -> f32 {
+        match self {
+            Self::ClampedSwish => up.clamp(-CLAMP, CLAMP) + 1.0,
+            _ => up,
+        }
+    }
+
+    /// The derivative of [`factor`](Self::factor).
+    pub fn factor_slope(self, up: f32) -> f32 {
+        match self {
+            Self::ClampedSwish => f32::from((-CLAMP..=CLAMP).contains(&up)),
+            _ => 1.0,
+        }
+    }
+
+    /// The derivative of [`value`](Self::value).
     pub fn slope(self, x: f32) -> f32 {
         match self {
             Self::Silu => {
@@ -69,6 +92,11 @@ impl Activation {
             Self::Sigmoid => {
                 let sigmoid = 1.0 / (1.0 + (-x).exp());
                 sigmoid * (1.0 - sigmoid)
+            }
+            Self::ClampedSwish if x > CLAMP => 0.0,
+            Self::ClampedSwish => {
+                let sigmoid = 1.0 / (1.0 + (-SWISH * x).exp());
+                sigmoid * (1.0 + SWISH * x * (1.0 - sigmoid))
             }
         }
     }
@@ -205,7 +233,8 @@ fn forward_kernel<F: Float, N: Size>(
         let mut y = Vector::<F, N>::empty();
         #[unroll]
         for i in 0..N::value().comptime() {
-            let value = activate(f32::cast_from(g.extract(i)), activation) * f32::cast_from(u.extract(i));
+            let value =
+                activate(f32::cast_from(g.extract(i)), activation) * factor(f32::cast_from(u.extract(i)), activation);
             y.insert(i, F::cast_from(value));
         }
         out[position] = y;
@@ -231,8 +260,9 @@ fn backward_kernel<F: Float, N: Size>(
         #[unroll]
         for i in 0..N::value().comptime() {
             let (grad, x) = (f32::cast_from(d.extract(i)), f32::cast_from(g.extract(i)));
-            dg.insert(i, F::cast_from(grad * f32::cast_from(u.extract(i)) * slope(x, activation)));
-            du.insert(i, F::cast_from(grad * activate(x, activation)));
+            let up = f32::cast_from(u.extract(i));
+            dg.insert(i, F::cast_from(grad * factor(up, activation) * slope(x, activation)));
+            du.insert(i, F::cast_from(grad * activate(x, activation) * factor_slope(up, activation)));
         }
         dgate[position] = dg;
         dup[position] = du;
@@ -245,6 +275,10 @@ const TANH_SCALE: f32 = 0.797_884_6;
 const TANH_CUBIC: f32 = 0.044_715;
 /// 1 / sqrt(2 π), the standard normal density at 0.
 const DENSITY_AT_0: f32 = 0.398_942_3;
+/// What multiplies the sigmoid's argument: x · sigmoid(1.702 x) is close to GELU.
+const SWISH: f32 = 1.702;
+/// Gates are at most this, what they are multiplied with at most this far from 0.
+const CLAMP: f32 = 7.0;
 
 #[cube]
 pub(crate) fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
@@ -254,6 +288,28 @@ pub(crate) fn activate(x: f32, #[comptime] activation: Activation) -> f32 {
         Activation::GeluTanh => 0.5f32 * x * (1.0f32 + bounded_tanh(tanh_argument(x))),
         Activation::Relu => max(x, 0.0f32),
         Activation::Sigmoid => 1.0f32 / (1.0f32 + (-x).exp()),
+        Activation::ClampedSwish => {
+            let c = min(x, CLAMP);
+            c / (1.0f32 + (-SWISH * c).exp())
+        }
+    }
+}
+
+/// What `activate`'s value is multiplied with.
+#[cube]
+pub(crate) fn factor(up: f32, #[comptime] activation: Activation) -> f32 {
+    match activation {
+        Activation::ClampedSwish => clamp(up, -CLAMP, CLAMP) + 1.0f32,
+        _ => up,
+    }
+}
+
+/// The derivative of `factor`.
+#[cube]
+pub(crate) fn factor_slope(up: f32, #[comptime] activation: Activation) -> f32 {
+    match activation {
+        Activation::ClampedSwish => select(up.abs() <= CLAMP, 1.0f32, 0.0f32),
+        _ => 1.0f32.runtime(),
     }
 }
 
@@ -275,6 +331,10 @@ pub(crate) fn slope(x: f32, #[comptime] activation: Activation) -> f32 {
         Activation::Sigmoid => {
             let sigmoid = 1.0f32 / (1.0f32 + (-x).exp());
             sigmoid * (1.0f32 - sigmoid)
+        }
+        Activation::ClampedSwish => {
+            let sigmoid = 1.0f32 / (1.0f32 + (-SWISH * x).exp());
+            select(x > CLAMP, 0.0f32, sigmoid * (1.0f32 + SWISH * x * (1.0f32 - sigmoid)))
         }
     }
 }
@@ -302,12 +362,23 @@ pub mod oracle {
 
     /// `activation(gate) · up` of one element.
     pub fn forward(gate: f64, up: f64, activation: Activation) -> f64 {
-        activate(gate, activation) * up
+        activate(gate, activation) * factor(up, activation)
     }
 
     /// The gradients of gate and up of one element.
     pub fn backward(dy: f64, gate: f64, up: f64, activation: Activation) -> (f64, f64) {
-        (dy * up * slope(gate, activation), dy * activate(gate, activation))
+        let of_up = match activation {
+            Activation::ClampedSwish if up.abs() > 7.0 => 0.0,
+            _ => dy * activate(gate, activation),
+        };
+        (dy * factor(up, activation) * slope(gate, activation), of_up)
+    }
+
+    fn factor(up: f64, activation: Activation) -> f64 {
+        match activation {
+            Activation::ClampedSwish => up.clamp(-7.0, 7.0) + 1.0,
+            _ => up,
+        }
     }
 
     fn activate(x: f64, activation: Activation) -> f64 {
@@ -317,6 +388,7 @@ pub mod oracle {
             Activation::GeluTanh => 0.5 * x * (1.0 + tanh_argument(x).tanh()),
             Activation::Relu => x.max(0.0),
             Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+            Activation::ClampedSwish => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
         }
     }
 
@@ -334,6 +406,11 @@ pub mod oracle {
             }
             Activation::Relu => f64::from(x > 0.0),
             Activation::Sigmoid => (-x).exp() / (1.0 + (-x).exp()).powi(2),
+            Activation::ClampedSwish if x > 7.0 => 0.0,
+            Activation::ClampedSwish => {
+                let sigmoid = 1.0 / (1.0 + (-1.702 * x).exp());
+                sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid))
+            }
         }
     }
 

@@ -8,7 +8,7 @@
 //! `o = softmax(scale · q kᵀ) v`, scores by way of `cap · tanh(s / cap)` where there is a cap,
 //!
 //! for each new token over the tokens of its sequence that it sees: itself and what came before, or of that the last
-//! `window` ([`Options`], as in [`crate::attention`]).
+//! `window` ([`Options`] and sinks, as in [`crate::attention`]).
 //!
 //! # A token's result is its own
 //!
@@ -18,7 +18,7 @@
 //!
 //! # How
 //!
-//! - [`Path::Mma`], CUDA C++ for formats of 16 bits and heads of a multiple of 8: `mma.rs` describes it.
+//! - [`Path::Mma`], CUDA C++ for formats of 16 bits and heads of a multiple of 8 up to 256: `mma.rs` describes it.
 //! - [`Path::Portable`] runs wherever CubeCL does. A cube of 256 units takes the query heads that share a key head, of
 //!   one token in decoding and of some in a prompt's chunk, and goes through the positions in tiles of 32: scores (four
 //!   units a key), their maximum and exponentials, then sums of values (a unit a few columns, and of these every few
@@ -34,6 +34,7 @@ mod kernel;
 mod mma;
 pub mod oracle;
 mod portable;
+mod write;
 
 use cubecl::client::Client;
 use cubecl::server::Handle;
@@ -45,8 +46,8 @@ use crate::elementwise::{buffer, check_format, vector_size};
 pub use batch::{Batch, Row, slot};
 
 const OPERATION: &str = "paged_attention";
-/// The widest head.
-pub const MAX_HEAD_DIM: usize = 256;
+/// The widest head: that of latent attention is the latent vector with what is rotated behind it, 576 in DeepSeek V3.
+pub const MAX_HEAD_DIM: usize = 1024;
 /// Bytes of partial results that splits may take.
 const MAX_PARTIAL: usize = 64 << 20;
 
@@ -100,7 +101,7 @@ pub fn write(
     if items == 0 {
         return Ok(());
     }
-    kernel::write(client, vector, new, cache, words, items, width / vector, format);
+    write::write(client, vector, new, cache, words, items, width / vector, format);
     Ok(())
 }
 
@@ -115,6 +116,8 @@ pub struct Attend<'a> {
     pub values: &'a Handle,
     /// [`Batch::words`] on the device.
     pub words: &'a Handle,
+    /// f32 `[heads]`: the sink of each query head, if they have some.
+    pub sinks: Option<&'a Handle>,
     /// The result, as `q`, which this writes.
     pub out: &'a Handle,
 }
@@ -124,7 +127,7 @@ pub struct Attend<'a> {
 pub enum Path {
     /// CubeCL, on every runtime.
     Portable,
-    /// CUDA C++ on tensor cores, from compute capability 8.0 on: formats of 16 bits, heads of a multiple of 8.
+    /// CUDA C++ on tensor cores, from compute capability 8.0 on: formats of 16 bits, heads of a multiple of 8 up to 256.
     Mma,
 }
 
@@ -238,6 +241,16 @@ struct Call<'a> {
     batch: &'a Batch,
     shape: &'a Shape,
     options: Options,
+}
+
+impl Call<'_> {
+    /// The sinks, or some buffer in their place that kernels don't look at.
+    fn sinks(&self) -> Result<cubecl::prelude::BufferArg, KernelError> {
+        match self.buffers.sinks {
+            Some(sinks) => buffer("sinks", sinks, self.shape.heads, 4, 1),
+            None => buffer("words", self.buffers.words, 0, 4, 1),
+        }
+    }
 }
 
 fn check_limit(name: &'static str, value: usize, limit: usize) -> Result<(), KernelError> {

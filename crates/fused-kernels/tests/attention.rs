@@ -129,6 +129,8 @@ struct Case {
     layout: Layout,
     /// Of queries, to reach where the softcap bends.
     size: f32,
+    /// Whether query heads have sinks, of this size.
+    sinks: Option<f32>,
 }
 
 const CASE: Case = Case {
@@ -144,6 +146,7 @@ const CASE: Case = Case {
     format: FloatFormat::BF16,
     layout: Layout::TokenMajor,
     size: 1.0,
+    sinks: None,
 };
 
 /// Lengths around tiles of 16, 32 and 64; every kernel width, and widths that are padded; groups of 1, 2, 4 and 8.
@@ -206,14 +209,22 @@ const CASES: &[Case] = &[
     Case { lens: &[65], past: 300, head_dim: 96, window: Some(20), ..CASE },
     Case { lens: &[130, 130], past: 300, head_dim: 256, heads: 2, kv_heads: 2, ..CASE },
     Case { lens: &[65], past: 200, head_dim: 192, window: Some(40), layout: HeadMajor, ..CASE },
+    // Sinks: beside scores of their size, far above them, and with what else changes the end of a row.
+    Case { lens: &[200], head_dim: 64, heads: 8, kv_heads: 1, window: Some(128), sinks: Some(3.0), ..CASE },
+    Case { lens: &[333, 333], head_dim: 64, heads: 4, kv_heads: 2, sinks: Some(3.0), ..CASE },
+    Case { lens: &[70], head_dim: 64, heads: 4, kv_heads: 4, sinks: Some(300.0), format: F16, ..CASE },
+    Case { lens: &[5, 0, 130, 64], packed: true, head_dim: 128, heads: 2, sinks: Some(4.0), ..CASE },
+    Case { lens: &[30], past: 45, head_dim: 96, heads: 4, kv_heads: 2, window: Some(20), sinks: Some(2.0), ..CASE },
+    Case { lens: &[140], head_dim: 192, softcap: Some(3.0), size: 8.0, sinks: Some(3.0), ..CASE },
+    Case { lens: &[140], head_dim: 256, heads: 2, kv_heads: 1, sinks: Some(3.0), layout: Gaps, ..CASE },
 ];
 
 impl Case {
     fn name(&self) -> String {
-        let Self { lens, past, packed, heads, kv_heads, head_dim, window, softcap, format, layout, .. } = self;
+        let Self { lens, past, packed, heads, kv_heads, head_dim, window, softcap, format, layout, sinks, .. } = self;
         format!(
             "lens {lens:?} past {past} packed {packed} heads {heads}/{kv_heads} x {head_dim} window {window:?} \
-             softcap {softcap:?} {format:?} {layout:?}"
+             softcap {softcap:?} {format:?} {layout:?} sinks {sinks:?}"
         )
     }
 
@@ -286,6 +297,7 @@ fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::
             heads: case.heads,
             kv_heads: case.kv_heads,
             head_dim: case.head_dim,
+            sinks: case.sinks.map(|size| random.normals(case.heads).into_iter().map(|x: f32| x * size).collect()),
         };
         let shape = Shape {
             rows: case.rows(client),
@@ -306,13 +318,14 @@ fn attention_and_its_gradients_are_the_oracles(path: Path, head_dims: std::ops::
 
         let [device_q, device_out] = [&q, &d_out].map(|x| of_queries.upload(client, x, format));
         let [device_k, device_v] = [&k, &v].map(|x| of_keys.upload(client, x, format));
+        let sinks = batch.sinks.as_ref().map(|sinks| client.create_from_slice(bytemuck::cast_slice(sinks)));
         let statistics = 4 * case.heads * shape.rows.queries();
         let run = || {
             let [o, d_q] = [(); 2].map(|()| of_queries.output(client));
             let [d_k, d_v] = [(); 2].map(|()| of_keys.output(client));
             let lse = client.create_from_slice(&vec![0xff; statistics + 64]);
             let (q, k, v) = (of_queries.operand(&device_q), of_keys.operand(&device_k), of_keys.operand(&device_v));
-            let operands = Forward { q, k, v, o: of_queries.operand(&o), lse: &lse };
+            let operands = Forward { q, k, v, sinks: sinks.as_ref(), o: of_queries.operand(&o), lse: &lse };
             attention::forward_on(client, path, operands, &shape, options).expect("forward");
             let operands = Backward {
                 q,
@@ -417,7 +430,7 @@ fn what_does_not_fit_is_named() {
         let handle = client.empty(2 * elements);
         let lse = client.empty(4 * 64 * 64);
         let operand = Operand { handle: &handle, strides };
-        let operands = Forward { q: operand, k: operand, v: operand, o: operand, lse: &lse };
+        let operands = Forward { q: operand, k: operand, v: operand, sinks: None, o: operand, lse: &lse };
         attention::forward(client, operands, shape, options)
     };
     let strides = Strides::token_major(16, 4, 64);

@@ -151,7 +151,9 @@ fn gated_products_and_their_gradients() {
             for len in [1, 7, 256, 1000, 66_000] {
                 let what = format!("{activation:?} of {len}");
                 let gate = input(client, &noise(1, len, 12.0), format);
-                let up = input(client, &noise(2, len, 3.0), format);
+                // Beyond where it is clamped.
+                let size = if activation == Activation::ClampedSwish { 9.0 } else { 3.0 };
+                let up = input(client, &noise(2, len, size), format);
                 let dy = input(client, &noise(3, len, 1.0), format);
                 let [out, dgate, dup] = [(); 3].map(|()| poisoned(client, len, format));
                 let buffers = gated::Forward { gate: &gate.handle, up: &up.handle, out: &out };
@@ -176,30 +178,46 @@ fn gated_products_and_their_gradients() {
 #[test]
 fn short_convolutions_and_their_gradients() {
     everywhere(|client, format| {
-        for (rows, len, channels, taps) in [(1, 1, 1, 4), (3, 5, 7, 4), (2, 9, 64, 4), (1, 40, 24, 2), (2, 3, 8, 1)] {
-            let what = format!("{taps} taps over {rows} rows of {len} x {channels}");
-            let (tokens, conv) = (rows * len, causal_conv::Conv { len, taps });
+        let of_length = |rows: usize, len, taps| (rows * len, causal_conv::Conv::new(len, taps));
+        // The third row is empty, and the last is shorter than the filter.
+        let packed = |taps| {
+            let packed = Some([0, 1, 9, 9, 20, 22].into());
+            (22, causal_conv::Conv { packed, ..causal_conv::Conv::new(22, taps) })
+        };
+        for ((tokens, conv), channels) in [
+            (of_length(1, 1, 4), 1),
+            (of_length(3, 5, 4), 7),
+            (of_length(2, 9, 4), 64),
+            (of_length(1, 40, 2), 24),
+            (of_length(2, 3, 1), 8),
+            (packed(4), 7),
+            (packed(4), 64),
+            (packed(1), 8),
+            ((10, causal_conv::Conv { silu: false, ..causal_conv::Conv::new(5, 3) }), 16),
+        ] {
+            let (taps, what) = (conv.taps, format!("{conv:?} over {tokens} x {channels}"));
             let x = input(client, &noise(1, tokens * channels, 3.0), format);
             let dy = input(client, &noise(2, tokens * channels, 1.0), format);
             let weight = input(client, &noise(3, taps * channels, 1.0), FloatFormat::F32);
             let [out, dx] = [(); 2].map(|()| poisoned(client, tokens * channels, format));
             let matrix = Matrix { rows: tokens, width: channels, format };
             let buffers = causal_conv::Forward { x: &x.handle, weight: &weight.handle, out: &out };
-            causal_conv::forward(client, buffers, matrix, conv).unwrap();
+            causal_conv::forward(client, buffers, matrix, &conv).unwrap();
             let buffers = causal_conv::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx };
-            causal_conv::backward(client, buffers, matrix, conv).unwrap();
-            let expected = causal_conv::oracle::forward(&x.values, &weight.values, channels, conv);
+            causal_conv::backward(client, buffers, matrix, &conv).unwrap();
+            let expected = causal_conv::oracle::forward(&x.values, &weight.values, channels, &conv);
             // Sums of up to four products of values up to 3, through a function with slopes near 1.
             assert_close(&what, &read(client, out, format), &expected, format, channels, 2e-6);
-            let expected = causal_conv::oracle::backward(&dy.values, &x.values, &weight.values, channels, conv);
+            let expected = causal_conv::oracle::backward(&dy.values, &x.values, &weight.values, channels, &conv);
             assert_close(&what, &read(client, dx, format), &expected, format, channels, 2e-6);
         }
         let x = input(client, &[0.0; 12], format);
         let weight = input(client, &[0.0; 12], FloatFormat::F32);
         let buffers = causal_conv::Forward { x: &x.handle, weight: &weight.handle, out: &x.handle };
         let matrix = Matrix { rows: 4, width: 3, format };
-        for conv in [causal_conv::Conv { len: 3, taps: 4 }, causal_conv::Conv { len: 4, taps: 17 }] {
-            let error = causal_conv::forward(client, buffers, matrix, conv).unwrap_err();
+        let short = causal_conv::Conv { packed: Some([0, 3].into()), ..causal_conv::Conv::new(4, 2) };
+        for conv in [causal_conv::Conv::new(3, 4), causal_conv::Conv::new(4, 17), short] {
+            let error = causal_conv::forward(client, buffers, matrix, &conv).unwrap_err();
             assert!(matches!(error, KernelError::Shape { .. }), "{error}");
         }
     });
@@ -218,13 +236,21 @@ fn extreme_gates_give_numbers() {
             let buffers =
                 gated::Backward { dy: &one.handle, gate: &gate.handle, up: &one.handle, dgate: &dgate, dup: &dup };
             gated::backward(client, buffers, 6, activation, format).unwrap();
-            let is_sigmoid = activation == Activation::Sigmoid;
+            // The largest value, what is multiplied with it, and how near it comes.
+            let (most, by, near) = match activation {
+                Activation::Sigmoid => (1.0, 1.0, 1e-6),
+                Activation::ClampedSwish => (7.0, 2.0, 1e-5),
+                _ => (f64::INFINITY, 1.0, 1e-6),
+            };
             for (i, y) in read(client, out, format).into_iter().enumerate() {
-                let expected = gate.values[i].max(0.0).min(if is_sigmoid { 1.0 } else { f64::INFINITY });
-                assert!((y - expected).abs() <= 1e-6 * expected, "{activation:?} of {} is {y}", gate.values[i]);
+                let expected = by * gate.values[i].max(0.0).min(most);
+                // A half ulp of the format, where the value is none of its own.
+                let near =
+                    if most == 7.0 { near + 4e-3 * f64::from(u8::from(format != FloatFormat::F32)) } else { near };
+                assert!((y - expected).abs() <= near * expected, "{activation:?} of {} is {y}", gate.values[i]);
             }
             for (i, slope) in read(client, dgate, format).into_iter().enumerate() {
-                let expected = f64::from(gate.values[i] > 0.0 && !is_sigmoid);
+                let expected = f64::from(gate.values[i] > 0.0 && most.is_infinite());
                 assert!((slope - expected).abs() <= 1e-6, "slope of {activation:?} at {} is {slope}", gate.values[i]);
             }
         }

@@ -4,10 +4,10 @@
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use fused_kernels::experts::{
-    Combine, FactorGradient, GatedBackward, Routing, WeightGradient, combine, gated_backward, gather, gradient, oracle,
-    route, weight_gradient, weights,
+    Biased, Combine, FactorGradient, Gated, GatedBackward, Routing, WeightGradient, combine, gated, gated_backward,
+    gather, gradient, oracle, route, weight_gradient, weights,
 };
-use fused_kernels::gated::Activation;
+use fused_kernels::gated::{self as gate, Activation};
 use fused_kernels::low_rank::FactorLayout;
 use fused_kernels::{FloatFormat, KernelError, supports};
 use half::{bf16, f16};
@@ -193,6 +193,7 @@ fn rows_are_gathered_and_combined() {
                 let buffers = Combine {
                     rows: &rows_handle,
                     more: two.then_some(&more_handle),
+                    bias: None,
                     weights: weighted.then_some(&factors_handle),
                     out: &out,
                 };
@@ -204,6 +205,94 @@ fn rows_are_gathered_and_combined() {
                 let what = format!("combine, {shape:?} {width} {format:?}");
                 assert_close(what, &found, &expected, |_, e: f64| half_ulp(format) * e.abs() + 1e-5);
             }
+        }
+    });
+}
+
+/// Both widths of rows odd, and not.
+#[test]
+fn biases_of_experts_come_in_where_rows_are_read() {
+    in_formats(|client, format| {
+        for ((shape, [width, hidden]), activation) in
+            [(SHAPES[1], [64, 96]), (SHAPES[2], [33, 7]), (SHAPES[4], [96, 40])].into_iter().zip([
+                Activation::ClampedSwish,
+                Activation::Silu,
+                Activation::ClampedSwish,
+            ])
+        {
+            let what = format!("{shape:?} {width} {hidden} {activation:?} {format:?}");
+            let routing = routing(shape);
+            let (words, words_handle) = routed(client, &routing);
+            let (rows, experts) = (routing.rows(), routing.experts());
+            let sized = |seed, rows: usize, width: usize| uploaded(client, seed, rows * width, format);
+            let [(dy, dy_handle), (gate_rows, gate_handle), (up_rows, up_handle)] =
+                [2, 3, 4].map(|seed| sized(seed, rows, width));
+            let [(gate_bias, gate_bias_handle), (up_bias, up_bias_handle)] =
+                [5, 6].map(|seed| sized(seed, experts, width));
+            let (down_bias, down_bias_handle) = sized(7, experts, hidden);
+            let (dy_out, dy_out_handle) = sized(8, rows, hidden);
+            let (factors, factors_handle) = uploaded(client, 9, rows, FloatFormat::F32);
+            let with = |rows: &[f64], bias: &[f64], width| -> Vec<f64> {
+                rows.iter().zip(oracle::biases(bias, &words, &routing, width)).map(|(row, bias)| row + bias).collect()
+            };
+            let (whole_gate, whole_up) = (with(&gate_rows, &gate_bias, width), with(&up_rows, &up_bias, width));
+            // One rounding, and the activations' own error.
+            let near = |_, e: f64| half_ulp(format) * e.abs() + 2e-5;
+
+            let out = poison(client, rows * width, format);
+            let inner = [&gate_bias_handle, &up_bias_handle];
+            let buffers = Gated { gate: &gate_handle, up: &up_handle, biases: inner, out: &out };
+            gated(client, buffers, &words_handle, &routing, width, activation, format).unwrap();
+            let expected: Vec<f64> =
+                whole_gate.iter().zip(&whole_up).map(|(g, u)| gate::oracle::forward(*g, *u, activation)).collect();
+            assert_close(format!("gated, {what}"), &read(client, out, rows * width, format), &expected, near);
+
+            let [dgate, dup, result] = [(); 3].map(|()| poison(client, rows * width, format));
+            let dweights = poison(client, rows, FloatFormat::F32);
+            let buffers = GatedBackward {
+                dy: &dy_handle,
+                gate: &gate_handle,
+                up: &up_handle,
+                biased: Some(Biased { inner, down: &down_bias_handle, dy: &dy_out_handle, hidden }),
+                weights: &factors_handle,
+                dgate: &dgate,
+                dup: &dup,
+                result: &result,
+                dweights: &dweights,
+            };
+            gated_backward(client, buffers, &words_handle, &routing, width, activation, format).unwrap();
+            let mut expected =
+                oracle::gated_backward(&dy, &whole_gate, &whole_up, &factors, &words, &routing, width, activation);
+            let of_rows = oracle::biases(&down_bias, &words, &routing, hidden);
+            for (row, entry) in words[routing.entries()].iter().enumerate() {
+                let range = row * hidden..(row + 1) * hidden;
+                let product: f64 = dy_out[range.clone()].iter().zip(&of_rows[range]).map(|(d, b)| d * b).sum();
+                expected[3][*entry as usize] += product;
+            }
+            for (name, handle, expected) in
+                [("dgate", dgate, &expected[0]), ("dup", dup, &expected[1]), ("result", result, &expected[2])]
+            {
+                assert_close(format!("{name}, {what}"), &read(client, handle, rows * width, format), expected, near);
+            }
+            let found = read(client, dweights, rows, FloatFormat::F32);
+            // Sums of `width` terms up to 8, each with a factor that was rounded to the format, and of `hidden` exact ones.
+            let bar = half_ulp(format) * 8.0 * (width as f64).sqrt() + 2e-4;
+            assert_close(format!("dweights, {what}"), &found, &expected[3], |_, _| bar);
+
+            let (plain, plain_handle) = sized(10, rows, hidden);
+            let out = poison(client, routing.tokens() * hidden, format);
+            let buffers = Combine {
+                rows: &plain_handle,
+                more: None,
+                bias: Some(&down_bias_handle),
+                weights: Some(&factors_handle),
+                out: &out,
+            };
+            combine(client, buffers, &words_handle, &routing, hidden, format).unwrap();
+            let expected = with(&plain, &down_bias, hidden);
+            let expected = oracle::combine(&expected, Some(&factors), &words, &routing, hidden);
+            let found = read(client, out, routing.tokens() * hidden, format);
+            assert_close(format!("combine, {what}"), &found, &expected, |_, e: f64| half_ulp(format) * e.abs() + 1e-5);
         }
     });
 }
@@ -227,6 +316,7 @@ fn activations_and_weights_get_gradients() {
                 dy: &dy_handle,
                 gate: &gate_handle,
                 up: &up_handle,
+                biased: None,
                 weights: &factors_handle,
                 dgate: &dgate,
                 dup: &dup,

@@ -74,6 +74,8 @@ struct World {
     q: Vec<Vec<f32>>,
     k: Vec<Vec<f32>>,
     v: Vec<Vec<f32>>,
+    /// One of each query head, if they have some.
+    sinks: Option<Vec<f32>>,
 }
 
 impl World {
@@ -97,7 +99,7 @@ impl World {
         };
         let Heads { heads: q_heads, kv_heads, head_dim } = heads;
         let (q, k, v) = (draw(q_heads * head_dim, 1.5), draw(kv_heads * head_dim, 1.0), draw(kv_heads * head_dim, 1.0));
-        Self { heads, block_tokens, blocks, slots: total * block_tokens, room: 0, q, k, v }
+        Self { heads, block_tokens, blocks, slots: total * block_tokens, room: 0, q, k, v, sinks: None }
     }
 
     /// A batch of (sequence, length, new tokens).
@@ -168,13 +170,16 @@ impl World {
         let host_q = self.new_tokens(rows, &self.q, self.heads.heads);
         let q = client.create_from_slice(&bytes(&host_q, format));
         let out = client.create_from_slice(&vec![0xFF; host_q.len() * format.size()]);
-        let buffers = Attend { q: &q, keys: &keys, values: &values_cache, words: &words, out: &out };
+        let sinks = self.sinks.as_ref().map(|sinks| client.create_from_slice(&bytes(sinks, FloatFormat::F32)));
+        let buffers =
+            Attend { q: &q, keys: &keys, values: &values_cache, words: &words, sinks: sinks.as_ref(), out: &out };
         match how {
             How::On(path) => paged_attention::attend_on(client, path, buffers, &batch, &shape, options).unwrap(),
             How::By(by) => paged_attention::attend_by(client, buffers, &batch, &shape, options, by).unwrap(),
         }
         let found = values(&client.read_one(out).unwrap(), format);
-        let expected = oracle::attend(&host_q, &host_keys, &host_values, &batch, self.heads.dims(), options);
+        let sinks = self.sinks.as_deref();
+        let expected = oracle::attend(&host_q, &host_keys, &host_values, &batch, self.heads.dims(), sinks, options);
         (found, expected)
     }
 }
@@ -216,6 +221,10 @@ fn heads_of_every_shape() {
         (12, 1, 128),
         (40, 2, 64),
         (19, 1, 192),
+        // Wider than any head of keys: what latent attention keeps of a token.
+        (16, 1, 576),
+        (5, 1, 260),
+        (2, 1, 1024),
         (6, 3, 8),
     ];
     everywhere(|client, format| {
@@ -249,6 +258,35 @@ fn windows_caps_and_blocks() {
                     let options = options(32, window, softcap);
                     let (found, expected) = world.run(client, format, &rows, options, How::On(path));
                     near(&what, &found, &expected, format, softcap);
+                }
+            }
+        }
+    });
+}
+
+/// Beside scores of their size and far above them; where a row is one split, and where splits are joined.
+#[test]
+fn sinks_take_their_share() {
+    everywhere(|client, format| {
+        for (heads, size) in [
+            (Heads { heads: 8, kv_heads: 1, head_dim: 64 }, 3.0),
+            (Heads { heads: 6, kv_heads: 2, head_dim: 40 }, 3.0),
+            (Heads { heads: 3, kv_heads: 3, head_dim: 17 }, 200.0),
+        ] {
+            let mut world = World::new(7, heads, 16, &[700, 1, 33, 2300], format);
+            world.sinks = Some(noise(8, heads.heads).into_iter().map(|x| x * size).collect());
+            let rows = [(0, 700, 1), (1, 1, 1), (2, 33, 20), (3, 2300, 2)];
+            for (path, window) in
+                world.paths(client, format).into_iter().flat_map(|path| [(path, None), (path, Some(128))])
+            {
+                let options = options(heads.head_dim, window, None);
+                let (found, expected) = world.run(client, format, &rows, options, How::On(path));
+                let what = format!("{heads:?}, {path:?}, sinks of {size}, window {window:?}");
+                near(&what, &found, &expected, format, None);
+                // Of wide heads, four tokens are more than some devices have shared memory for.
+                for by in divisions(path).into_iter().filter(|_| heads.head_dim < 64) {
+                    let (other, _) = world.run(client, format, &rows, options, How::By(by));
+                    assert!(same(&found, &other), "{what}, {by:?}: not the same bits, {format:?}");
                 }
             }
         }
@@ -442,12 +480,13 @@ fn what_does_not_fit_is_named() {
     everywhere(|client, format| {
         let handle = client.empty(64 * 8 * 4);
         let run = |heads, kv_heads, head_dim, slots, options| {
-            let buffers = Attend { q: &handle, keys: &handle, values: &handle, words: &handle, out: &handle };
+            let buffers =
+                Attend { q: &handle, keys: &handle, values: &handle, words: &handle, sinks: None, out: &handle };
             let shape = Shape { heads, kv_heads, head_dim, slots, format };
             paged_attention::attend(client, buffers, &batch, &shape, options).unwrap_err()
         };
         let plain = options(8, None, None);
-        let buffers = Attend { q: &handle, keys: &handle, values: &handle, words: &handle, out: &handle };
+        let buffers = Attend { q: &handle, keys: &handle, values: &handle, words: &handle, sinks: None, out: &handle };
         let shape = Shape { heads: 1, kv_heads: 1, head_dim: 8, slots: 64, format };
         for tokens in [0, 1 << 20] {
             let division = Division::Portable { splits_apart: false, tokens };

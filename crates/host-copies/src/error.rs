@@ -19,6 +19,12 @@ pub enum DeviceError {
     /// The work failed for another reason: a copy, a kernel, the driver or the device itself.
     #[error("the device failed: {0}")]
     Failed(String),
+    /// The host has no memory for what is to wait there.
+    #[error("the host has no memory: {0}")]
+    Host(String),
+    /// Another process failed that has a part in the work.
+    #[error("{0}")]
+    Peer(String),
 }
 
 /// What the reports of a short memory say, in lower case: CubeCL's `IoError::OutOfMemory`; the CUDA driver and CubeCL's

@@ -46,11 +46,12 @@ impl HostBuffer {
     /// [says so](Self::publish); the others read them [after that](Self::is_published).
     ///
     /// # Errors
-    /// [`DeviceError::Failed`]: the host has no more memory, or the driver pins no more.
+    /// [`DeviceError::Host`]: the host has no more memory; [`DeviceError::Failed`]: the driver pins no more.
     pub fn shared(device: &Device, pages: &mut SharedPages, words: usize) -> Result<Self, DeviceError> {
         let context = context_of(device, words)?;
         let pages = pages.next(4 * (words + 1)).map_err(|error| {
-            DeviceError::Failed(format!("{} MiB of memory for all ranks of the host: {error}", (4 * words) >> 20))
+            let mib = (4 * words).div_ceil(1 << 20);
+            DeviceError::Host(format!("{mib} MiB more, which processes of the host were to share: {error}"))
         })?;
         Ok(Self(Arc::new(Memory::mapped(pages, words, context, true)?)))
     }

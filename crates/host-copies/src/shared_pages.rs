@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 
 use memmap2::{MmapMut, MmapOptions};
 
@@ -9,6 +10,9 @@ use memmap2::{MmapMut, MmapOptions};
 const PAGE: u64 = 1 << 16;
 /// Bytes by which a process tells that it has opened the right memory.
 const KEY: usize = 16;
+/// What the system calls the memory.
+#[cfg(target_os = "linux")]
+const NAME: &str = "qlora-weights";
 
 /// Memory that several processes of one host map. It is given out piece by piece; every process takes pieces of the same sizes in
 /// the same order, and so has the same bytes in them. It goes with the last process that holds some of it.
@@ -25,8 +29,9 @@ impl SharedPages {
     /// Fresh memory, of which nothing is taken.
     ///
     /// # Errors
-    /// The system gives none; systems other than Linux never do.
+    /// The system gives none, or limits it; systems other than Linux never do.
     pub fn new() -> io::Result<Self> {
+        refuse_limit(&std::fs::read_to_string("/proc/self/limits").unwrap_or_default())?;
         let mut key = [0; KEY];
         io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut key)?;
         let mut pages = Self { file: anonymous()?, key, end: 0 };
@@ -43,20 +48,30 @@ impl SharedPages {
     /// The memory of another process.
     ///
     /// # Errors
-    /// The process is not on this host, is gone, or does not let this one see what it has; it never was an address.
+    /// The process is not on this host, is gone, or does not let this one see what it has; it never was an address; the system limits
+    /// this process.
     pub fn open(address: &[u8]) -> io::Result<Self> {
+        refuse_limit(&std::fs::read_to_string("/proc/self/limits").unwrap_or_default())?;
         let strange = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_string());
         let (key, place) = address.split_first_chunk::<KEY>().ok_or_else(|| strange("an address is too short"))?;
         let place = std::str::from_utf8(place).map_err(|_| strange("an address is no path"))?;
-        let file = File::options().read(true).write(true).open(place)?;
-        if file.metadata()?.len() < PAGE {
-            return Err(strange("what is found there is something else"));
-        }
-        let mut pages = Self { file, key: *key, end: 0 };
-        match pages.next(KEY)?[..KEY] == *key {
-            true => Ok(pages),
-            false => Err(strange("what is found there is something else")),
-        }
+        let open = || -> io::Result<Self> {
+            // In a namespace of its own, a process finds under the same number what any other has open: a pipe or a device, which it
+            // had better not touch.
+            if !is_ours(&std::fs::read_link(place)?) {
+                return Err(strange("what is found there is something else"));
+            }
+            let file = File::options().read(true).write(true).open(place)?;
+            if file.metadata()?.len() < PAGE {
+                return Err(strange("what is found there is something else"));
+            }
+            let mut pages = Self { file, key: *key, end: 0 };
+            match pages.next(KEY)?[..KEY] == *key {
+                true => Ok(pages),
+                false => Err(strange("what is found there is something else")),
+            }
+        };
+        open().map_err(|error| io::Error::new(error.kind(), format!("{place}: {error}")))
     }
 
     /// The next piece, of `len` bytes or more; zeros where no process has written yet.
@@ -75,16 +90,35 @@ impl SharedPages {
     }
 }
 
+/// Refuses a limit on the size of files, in the words of `/proc/self/limits`: it counts for this memory, and the system kills who
+/// goes beyond.
+fn refuse_limit(limits: &str) -> io::Result<()> {
+    let limit = limits.lines().find_map(|line| line.strip_prefix("Max file size")?.split_whitespace().next());
+    match limit {
+        None | Some("unlimited") => Ok(()),
+        Some(limit) => {
+            Err(io::Error::other(format!("files may have {limit} bytes at most (ulimit -f unlimited lifts that)")))
+        }
+    }
+}
+
 #[cfg(target_os = "linux")]
 fn anonymous() -> io::Result<File> {
     use rustix::fs::{MemfdFlags, memfd_create};
-    Ok(File::from(memfd_create("qlora-weights", MemfdFlags::CLOEXEC)?))
+    Ok(File::from(memfd_create(NAME, MemfdFlags::CLOEXEC)?))
+}
+
+/// Whether a link of `/proc` leads to memory of this kind.
+#[cfg(target_os = "linux")]
+fn is_ours(link: &Path) -> bool {
+    link.to_str().and_then(|link| link.strip_prefix("/memfd:")).is_some_and(|name| name.starts_with(NAME))
 }
 
 #[cfg(target_os = "linux")]
 fn grow(file: &File, start: u64, len: u64) -> io::Result<()> {
     use rustix::fs::{FallocateFlags, fallocate};
-    Ok(fallocate(file, FallocateFlags::empty(), start, len)?)
+    // A signal, such as the one that has a stopped process go on, breaks it off.
+    Ok(rustix::io::retry_on_intr(|| fallocate(file, FallocateFlags::empty(), start, len))?)
 }
 
 #[cfg(target_os = "linux")]
@@ -96,6 +130,11 @@ fn place(file: &File) -> String {
 #[cfg(not(target_os = "linux"))]
 fn anonymous() -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "memory is shared between processes on Linux alone"))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_ours(_: &Path) -> bool {
+    false
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -129,15 +168,38 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_would_kill_is_refused() {
+        let of = |soft: &str| {
+            format!(
+                "Limit   Soft Limit   Hard Limit   Units\nMax file size             {soft}   unlimited   bytes\nMax data size   1   1   bytes\n"
+            )
+        };
+        assert!(refuse_limit(&of("unlimited")).is_ok());
+        assert!(refuse_limit("").is_ok());
+        assert!(refuse_limit(&of("1126400")).unwrap_err().to_string().contains("1126400 bytes at most (ulimit -f"));
+    }
+
+    #[test]
     fn memory_of_another_key_or_none_is_refused() {
         let pages = SharedPages::new().unwrap();
         let mut address = pages.address();
         address[0] ^= 1;
         let error = SharedPages::open(&address).unwrap_err().to_string();
         assert!(error.contains("something else"), "{error}");
-        let mut null = pages.address()[..KEY].to_vec();
-        null.extend(b"/dev/null");
-        assert!(SharedPages::open(&null).unwrap_err().to_string().contains("something else"));
+        let at = |place: &str| [&pages.address()[..KEY], place.as_bytes()].concat();
+        let refused = |place: &str| SharedPages::open(&at(place)).unwrap_err().to_string();
+        assert!(refused("/dev/null").contains("/dev/null: "), "{}", refused("/dev/null"));
+        // A file that another process has open under the number, which is left alone.
+        let file = File::open(std::env::current_exe().unwrap()).unwrap();
+        assert!(file.metadata().unwrap().len() > PAGE);
+        assert!(
+            refused(&place(&file)).ends_with("what is found there is something else"),
+            "{}",
+            refused(&place(&file))
+        );
+        let other = File::from(rustix::fs::memfd_create("other", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        grow(&other, 0, 2 * PAGE).unwrap();
+        assert!(refused(&place(&other)).ends_with("something else"));
         assert!(SharedPages::open(b"short").is_err());
         let gone = pages.address();
         drop(pages);

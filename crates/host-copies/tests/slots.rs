@@ -67,3 +67,25 @@ fn copies_and_kernels_do_not_overtake_each_other() {
         }
     }
 }
+
+/// As two processes have them, each with its own view of the pages.
+#[cfg(target_os = "linux")]
+#[test]
+fn words_are_shared_until_one_side_changes_its_own() {
+    for (name, device) in devices() {
+        let mut pages = host_copies::SharedPages::new().unwrap();
+        let mut opened = host_copies::SharedPages::open(&pages.address()).unwrap();
+        let mut writer = HostBuffer::shared(&device, &mut pages, 300).unwrap();
+        let mut reader = HostBuffer::shared(&device, &mut opened, 300).unwrap();
+        writer.words_mut().unwrap().iter_mut().zip(1..).for_each(|(word, number)| *word = number);
+        assert!(!reader.is_published(), "{name}");
+        writer.publish();
+        assert!(reader.is_published(), "{name}");
+        assert_eq!(reader.words(), (1..=300).collect::<Vec<u32>>(), "{name}");
+        // The memory outlives what it was taken from.
+        drop((pages, opened));
+        reader.write(299, &[7]).unwrap();
+        assert_eq!((reader.words()[298], reader.words()[299], writer.words()[299]), (299, 7, 300), "{name}");
+        assert!(reader.is_published(), "{name}: what is its own is there");
+    }
+}

@@ -59,7 +59,8 @@ pub fn run(args: &EvalArgs) -> Result<Code> {
         first.prompting = adapter.prompting.clone();
     }
     let voices = voices.into_iter().skip(usize::from(args.no_base));
-    let columns = rows::columns(args, voices, &tokenizer, &ModelConfig::from_dir(&dir)?)?;
+    let shape = ModelConfig::from_dir_with(&dir, &place.config_options())?;
+    let columns = rows::columns(args, voices, &tokenizer, &shape)?;
     if asked.answers() && columns.iter().all(|column| column.rows.questions() == 0) {
         let problem = "no row has an answer to compare with behind something that asks for it";
         return Err(InputError(format!("{}: {problem}", args.data.display())).into());

@@ -130,7 +130,7 @@ fn of_data(error: &DataError) -> Code {
 
 fn of_model(error: &ModelError) -> Code {
     match error {
-        ModelError::Device(_) => Code::Failed,
+        ModelError::Device(_) | ModelError::Slots { .. } => Code::Failed,
         ModelError::NoDevice { .. }
         | ModelError::Dtype { .. }
         | ModelError::AdapterClash { .. }
@@ -157,6 +157,7 @@ fn of_serve(error: &ServeError) -> Code {
 
 fn of_layer(error: &LayerError) -> Code {
     match error {
+        LayerError::Read { .. } => Code::Failed,
         LayerError::Config { .. }
         | LayerError::Pattern { .. }
         | LayerError::NoTarget { .. }
@@ -246,6 +247,10 @@ mod tests {
         assert_eq!(code_of(&template().into()), Code::Input);
         assert_eq!(code(template().into()), Code::Input);
         assert_eq!(code(TrainError::Device(DeviceError::Failed("gone".into()))), Code::Failed);
+        let slots = ModelError::Slots { source: DeviceError::Host("1 MiB".into()) };
+        assert_eq!(code(slots.into()), Code::Failed);
+        let read = LayerError::Read { what: "a weight".into(), source: DeviceError::Host("1 MiB".into()) };
+        assert_eq!(code(ModelError::Layer(read).into()), Code::Failed);
         let full = || FormatError::Write { path: "x".into(), source: std::io::ErrorKind::StorageFull.into() };
         assert_eq!(code(full().into()), Code::Failed);
         assert_eq!(code(ModelError::Format(full()).into()), Code::Failed);

@@ -99,11 +99,16 @@ fn model(path: &Path, all: bool) -> Result<String> {
     describe("heads", "num_attention_heads")?;
     describe("key and value heads", "num_key_value_heads")?;
     describe("head size", "head_dim")?;
+    describe("rank of queries", "q_lora_rank")?;
+    describe("rank of keys and values", "kv_lora_rank")?;
     describe("window", "sliding_window")?;
     describe("experts", "num_local_experts")?;
     describe("experts", "num_experts")?;
+    describe("experts", "n_routed_experts")?;
     describe("experts of a token", "num_experts_per_tok")?;
+    describe("experts of all tokens", "n_shared_experts")?;
     describe("expert size", "moe_intermediate_size")?;
+    describe("layers without experts", "first_k_dense_replace")?;
     describe("vocabulary", "vocab_size")?;
     describe("context", "max_position_embeddings")?;
     describe("tied embeddings", "tie_word_embeddings")?;

@@ -39,7 +39,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
 use args::{Cli, Command};
-use output::say;
+use output::{is_colored, say};
 
 /// What is logged unless RUST_LOG says otherwise. hf-hub and Xet log what comes back as an error, too, with the
 /// addresses of storage.
@@ -57,6 +57,7 @@ fn main() -> ExitCode {
         .with(
             tracing_subscriber::fmt::layer()
                 .with_writer(std::io::stderr)
+                .with_ansi(is_colored(&std::io::stderr()))
                 .log_internal_errors(false)
                 .with_filter(filter),
         )

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use burn_qlora::adapter_io::checkpoint::refuse_adapter;
 use burn_qlora::paged_optim::free_memory;
-use burn_qlora::qlora_models::{PagedCache, accept_keys};
+use burn_qlora::qlora_models::{ConfigOptions, PagedCache};
 use burn_qlora::qlora_serve::CacheSize;
 use burn_qlora::qlora_train::Placed;
 use burn_qlora::qlora_train::config::{BaseModelConfig, QuantizationConfig};
@@ -88,7 +88,7 @@ impl Placement {
             }
         }
         config.validate_residency()?;
-        accept_keys(args.accept_key.iter().chain(&config.model.accept_keys).cloned());
+        config.model.accept_keys.extend(args.accept_key.iter().cloned());
         let device = select_device(&config.device)?;
         let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
@@ -104,10 +104,15 @@ impl Placement {
         }
     }
 
+    /// How the base's `config.json` is read.
+    pub fn config_options(&self) -> ConfigOptions {
+        self.config.config_options()
+    }
+
     /// Loads the base.
     pub fn load(self, dir: &Path) -> Result<Decoder> {
         let Self { device, options, config, quantization } = self;
-        let base = quantization.base_config(dir)?;
+        let base = quantization.base_config(dir, &config.config_options())?;
         let (streams, _) = Placed::to_answer(&config, &base, &options, &device).streams(&device, None)?;
         if let Some(streams) = &streams {
             let blocks = streams.placement.streamed();

@@ -18,6 +18,11 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// Whether a stream shows colours (<https://no-color.org>).
+pub fn is_colored(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 /// Writes a line to stderr, or gives up quietly: there is nowhere left to say why.
 pub fn line_to_stderr(text: fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");

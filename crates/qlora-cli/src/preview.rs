@@ -1,6 +1,5 @@
 //! `qlora preview`: rows as a run would train on them, before it is paid for.
 
-use std::io::IsTerminal;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -12,7 +11,7 @@ use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, TrainEvents as _,
 use crate::args::PreviewArgs;
 use crate::exit::{Code, UsageError};
 use crate::hub;
-use crate::output::{print, say};
+use crate::output::{is_colored, print, say};
 use crate::outputs;
 use crate::progress::Terminal;
 use crate::train::configuration;
@@ -26,7 +25,8 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
     let mut events = Terminal::new(config.train.log_every, Arc::default());
-    let Resized { config, model, notice } = resize(&config, ModelConfig::from_dir(&dir)?, &tokenizer)?;
+    let base = ModelConfig::from_dir_with(&dir, &config.model.config_options())?;
+    let Resized { config, model, notice } = resize(&config, base, &tokenizer)?;
     model.notes.iter().chain(&notice).for_each(|note| events.on_notice(note));
     let (train, eval) = load_rows(&config, &tokenizer, &model, &mut events)?;
     let rows = if args.eval_rows { &eval } else { &train };
@@ -62,5 +62,5 @@ pub fn of_rows(
 
 /// Whether stdout shows colours (<https://no-color.org>).
 pub fn color() -> bool {
-    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    is_colored(&std::io::stdout())
 }

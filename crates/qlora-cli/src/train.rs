@@ -13,7 +13,6 @@ use anyhow::Result;
 use burn_qlora::profile::Profile;
 use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_dist::{Launcher, Place};
-use burn_qlora::qlora_models::accept_keys;
 use burn_qlora::qlora_train::fits::{self, Change};
 use burn_qlora::qlora_train::rates::{self, Seconds};
 use burn_qlora::qlora_train::{Resized, Waiting, load_rows, resize, run_in};
@@ -56,7 +55,8 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     let mut terminal = Terminal::new(config.train.log_every, stop.clone());
     if args.dry_run {
         if place.is_first() {
-            print(&dry_run(&config, count, &mut terminal)?)?;
+            let of_host = if place.is_alone() { count } else { place.local_world_size };
+            print(&dry_run(&config, [count, of_host], &mut terminal)?)?;
         }
         return Ok(Code::Done);
     }
@@ -192,7 +192,6 @@ pub fn configuration(file: &Path, keys: &KeyFlags, set: &[String]) -> Result<Tra
     }
     config.model.accept_keys.extend(keys.accept_key.iter().cloned());
     config.validate()?;
-    accept_keys(config.model.accept_keys.iter().cloned());
     hint_at_paths_beside_the_file(file, &config)?;
     Ok(config)
 }
@@ -215,13 +214,14 @@ fn hint_at_paths_beside_the_file(file: &Path, config: &TrainConfig) -> Result<()
     Ok(())
 }
 
-/// What would be trained, how large it is, and what the data is like.
-fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> Result<String> {
+/// What would be trained, how large it is, and what the data is like, by so many ranks, and so many of them on this host.
+fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn TrainEvents) -> Result<String> {
     let device = select_device(&config.device)?;
     let dtype = compute_dtype(config.quantization.compute_dtype, &device)?;
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let Resized { config, model, notice } = resize(config, config.quantization.base_config(&dir)?, &tokenizer)?;
+    let base = config.quantization.base_config(&dir, &config.model.config_options())?;
+    let Resized { config, model, notice } = resize(config, base, &tokenizer)?;
     let config = &config;
     model.notes.iter().for_each(|note| events.on_notice(note));
     notice.iter().for_each(|notice| events.on_notice(notice));
@@ -234,7 +234,7 @@ fn dry_run(config: &TrainConfig, ranks: usize, events: &mut dyn TrainEvents) -> 
         let path = config.train.output_dir.display();
         events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
-    let room = Room::of(&device, config.train.memory_budget).of_ranks(ranks);
+    let room = Room::of_rank(&device, config.train.memory_budget, ranks, of_host);
     let plan = Plan::new(config, &model, dtype, &room, &train.examples)?;
 
     let mut text = String::new();

@@ -18,8 +18,8 @@ fn the_reference_batches_are_among_our_examples() {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let read = |name: &str| -> (Vec<usize>, Vec<i64>) {
         let tensor = file.tensor(name).unwrap();
-        let values = tensor.data().chunks_exact(8);
-        let values = values.map(|b| i64::from_le_bytes(b.try_into().unwrap()));
+        let values = tensor.data().chunks_exact(4);
+        let values = values.map(|b| i64::from(i32::from_le_bytes(b.try_into().unwrap())));
         (tensor.shape().to_vec(), values.collect())
     };
     let (shape, ids) = read("input_ids");

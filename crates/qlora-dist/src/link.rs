@@ -133,6 +133,11 @@ impl Shared {
 
     /// Takes note of the first failure, and has rank 0 tell the others.
     pub fn record(&self, failure: Failure) {
+        let tells = self.rank == 0 || failure.rank == self.rank;
+        self.note(failure, tells);
+    }
+
+    fn note(&self, failure: Failure, tells: bool) {
         {
             let mut inbox = self.inbox();
             if inbox.failure.is_some() || self.is_closing() {
@@ -143,7 +148,7 @@ impl Shared {
             inbox.telling = true;
             self.changed.notify_all();
         }
-        if self.rank == 0 || failure.rank == self.rank {
+        if tells {
             self.tell_all(&failure);
         }
         self.inbox().telling = false;
@@ -173,6 +178,8 @@ impl Shared {
     fn lost(&self, index: usize, end: End) {
         let Link { rank, host, .. } = &self.links[index];
         let seconds = self.silence.as_secs_f64();
+        // A rank that was stopped and goes on learns why the others are gone, rank 0 too.
+        let tells = self.rank == 0 || matches!(end, End::Silent);
         let cause = match end {
             End::Stopped => return,
             End::Closed => "its connection ended without a word: the process was killed or has crashed".to_string(),
@@ -184,7 +191,7 @@ impl Shared {
             }
             End::Rubbish(problem) => format!("what comes from it can't be read: {problem}"),
         };
-        self.record(Failure { rank: *rank, host: host.clone(), cause });
+        self.note(Failure { rank: *rank, host: host.clone(), cause }, tells);
     }
 
     /// Reads what comes over a link, to its end.

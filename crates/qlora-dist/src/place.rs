@@ -141,11 +141,11 @@ impl Place {
             torchrun(&vars)
         } else if vars.has("PET_NNODES") {
             kubeflow(&vars)
-        } else if vars.has("OMPI_COMM_WORLD_SIZE") {
+        } else if vars.has("OMPI_COMM_WORLD_SIZE") || vars.has("OMPI_COMM_WORLD_RANK") {
             open_mpi(&vars)
         } else if vars.has("SLURM_STEP_ID") && vars.has("SLURM_PROCID") {
             slurm::place(&vars)
-        } else if vars.has("PMI_SIZE") {
+        } else if vars.has("PMI_SIZE") || vars.has("PMI_RANK") {
             pmi(&vars)
         } else {
             Ok(Self::alone())

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use host_copies::persistent;
 
 use crate::linear_4bit::format_of;
-use crate::ops::experts::{ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
+use crate::ops::experts::{ExpertBias, ExpertFactors, ExpertProjection, ExpertTerms, Stacked4bit, words_of_one};
 use crate::ops::{Layout4bit, LoraDropout};
 use crate::params::{constant, in_pass, track, trainable};
 use crate::streamed::{BlockHome, VIEW_WORDS, Views};
@@ -25,7 +25,10 @@ pub struct ExpertStack {
     /// The layers' own nested absmax, each with its offset behind it. One memory: thousands of small buffers would have a price of
     /// their own, since for each allocation CubeCL looks through all that it holds.
     own: Tensor<1, Int>,
+    /// Of one layer.
     layout: Layout4bit,
+    /// Of one layer in the stack, whose nested blocks may be smaller.
+    stacked: Layout4bit,
     /// The layers that are views of it.
     layers: Vec<ParamId>,
     /// The block, where it is streamed.
@@ -52,10 +55,18 @@ impl ExpertStack {
         let cat = |tensors: Vec<Tensor<1, Int>>| persistent(&device, tensors, |tensors| Tensor::cat(tensors, 0));
         let joined = |part: usize| cat(tensors.iter().map(|parts| parts[part].clone()).collect());
         let (codes, absmax) = (joined(0), joined(1));
-        let nested_absmax = match layout.nested_blocksize {
+        let stacked = layout.with_whole_nested_blocks();
+        let nested_absmax = match layout.nested_blocksize.zip(stacked.nested_blocksize) {
             None => tensors[0][2].clone(),
-            Some(_) => {
-                let nested = tensors.iter().map(|parts| parts[2].clone().narrow(0, 0, nested_len));
+            Some((nested, smaller)) => {
+                let parts = layout.num_blocks().div_ceil(smaller);
+                let nested = tensors.iter().map(|tensors| {
+                    let own = tensors[2].clone().narrow(0, 0, nested_len);
+                    match nested / smaller {
+                        1 => own,
+                        times => own.reshape([nested_len, 1]).repeat_dim(1, times).reshape([-1]).narrow(0, 0, parts),
+                    }
+                });
                 let offsets = tensors.iter().map(|parts| parts[2].clone().narrow(0, nested_len, 1));
                 cat(nested.chain(offsets).collect())
             }
@@ -70,7 +81,7 @@ impl ExpertStack {
         });
         let own = cat(apart.collect());
         let ids = layers.iter().map(|layer| layer.id()).collect();
-        let stack = Self { codes, absmax, nested_absmax, own, layout, layers: ids, home: None };
+        let stack = Self { codes, absmax, nested_absmax, own, layout, stacked, layers: ids, home: None };
         let format = layers[0].format();
         for (i, layer) in layers.iter_mut().enumerate() {
             layer.become_view(stack.views(i), format.clone());
@@ -158,7 +169,7 @@ impl ExpertStack {
             codes: tensor(&self.codes),
             absmax: tensor(&self.absmax),
             nested_absmax: tensor(&self.nested_absmax),
-            layout: self.layout,
+            layout: self.stacked,
             experts: self.experts(),
         };
         let factors = adapters.map_or(ExpertFactors::Missing, |adapters| ExpertFactors::LowRank {
@@ -166,7 +177,7 @@ impl ExpertStack {
             lora_b: in_pass(&adapters.lora_b, pass).into_dispatch(),
             terms: adapters.terms(pass),
         });
-        ExpertProjection { weight, factors }
+        ExpertProjection { weight, factors, bias: ExpertBias::Missing }
     }
 }
 

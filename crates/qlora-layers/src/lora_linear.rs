@@ -88,7 +88,15 @@ impl LoraLinear {
     /// - `x`: `[tokens, in_features]`
     /// - output: `[tokens, out_features]`, dtype of `x`
     pub fn forward_in(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        self.run(x, pass, false)
+        self.run(x, pass, false, false)
+    }
+
+    /// [`forward_in`](Self::forward_in) with the sums kept in f32 whatever the dtype of `x`: where much hangs on small differences.
+    ///
+    /// # Shapes
+    /// As there; the output is f32.
+    pub fn forward_wide(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
+        self.run(x, pass, false, true)
     }
 
     /// The frozen weight and bias alone, in a pass without a graph.
@@ -111,29 +119,30 @@ impl LoraLinear {
     /// [`forward_in`](Self::forward_in) for its gradients alone. The gradients of `x Wᵀ` need no `x Wᵀ`, so over a 4-bit
     /// weight the product is left out, and the returned tensor is then uninitialised.
     pub fn record(&self, x: Tensor<2>, pass: Pass) -> Tensor<2> {
-        self.run(x, pass, true)
+        self.run(x, pass, true, false)
     }
 
-    fn run(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+    fn run(&self, x: Tensor<2>, pass: Pass, gradients_only: bool, wide: bool) -> Tensor<2> {
         if let Some(InputObserver(see)) = &self.observer {
             see(&x);
         }
         let dtype = x.dtype();
         let whole = self.whole.as_ref();
         let more = self.bias.is_some() || whole.is_some_and(|whole| whole.bias.is_some());
-        let out = if more { FloatDType::F32 } else { dtype.into() };
+        let out = if more || wide { FloatDType::F32 } else { dtype.into() };
+        let held = if wide { FloatDType::F32 } else { dtype.into() };
         let y = match (&self.adapter, whole.and_then(|whole| whole.weight.as_ref())) {
             (Some(adapter), _) => adapter.apply(&self.base, x, pass, gradients_only, out),
             (None, Some(weight)) => {
                 let weight = in_pass(weight, pass).cast(dtype);
-                matmul_into(x, weight.transpose(), dtype.into())
+                matmul_into(x, weight.transpose(), held)
             }
-            (None, None) => self.base.forward(x),
+            (None, None) => self.base.forward_into(x, held),
         };
         // A sum that is still in f32 is rounded after the bias.
         match whole.and_then(|whole| whole.bias.as_ref()) {
-            Some(bias) => (y.cast(FloatDType::F32) + in_pass(bias, pass)).cast(dtype),
-            None => self.plus_bias(y).cast(dtype),
+            Some(bias) => (y.cast(FloatDType::F32) + in_pass(bias, pass)).cast(held),
+            None => self.plus_bias(y).cast(held),
         }
     }
 
@@ -214,6 +223,14 @@ impl LoraLinear {
                 self.bias = Some(frozen(constant(&bias).squeeze_dim::<1>(0).cast(dtype)));
             }
         }
+    }
+
+    /// What the layer computes as one dense weight `[out_features, in_features]` and a bias `[out_features]`, in `dtype` and without a
+    /// graph: adapter and replacements are part of both.
+    pub fn effective(&self, dtype: FloatDType) -> (Tensor<2>, Option<Tensor<1>>) {
+        let mut merged = self.clone();
+        merged.merge(dtype);
+        (merged.base.to_dense(dtype), merged.bias.map(|bias| bias.into_value().without_autodiff().cast(dtype)))
     }
 
     /// Puts an adapter of given factors in place, as a loaded one.

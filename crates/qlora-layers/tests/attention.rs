@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use fused_kernels::attention::oracle::{self, Batch};
-use qlora_layers::ops::{AttentionOptions, attention};
+use qlora_layers::ops::{AttentionOptions, Sinks, attention};
 use test_support::{devices, noise};
 
 struct Case {
@@ -15,10 +15,22 @@ struct Case {
     window: Option<usize>,
     softcap: Option<f32>,
     packed: Option<&'static [u32]>,
+    /// The size of sinks, where there are some.
+    sinks: Option<f32>,
 }
 
-const CASE: Case =
-    Case { rows: 1, q_len: 17, past: 0, heads: 2, kv_heads: 2, dim: 8, window: None, softcap: None, packed: None };
+const CASE: Case = Case {
+    rows: 1,
+    q_len: 17,
+    past: 0,
+    heads: 2,
+    kv_heads: 2,
+    dim: 8,
+    window: None,
+    softcap: None,
+    packed: None,
+    sinks: None,
+};
 
 /// Lengths on both sides of a chunk of queries (256), every option, and all of them together.
 const CASES: &[Case] = &[
@@ -42,21 +54,31 @@ const CASES: &[Case] = &[
         dim: 40,
         ..CASE
     },
+    Case { q_len: 40, heads: 8, kv_heads: 2, window: Some(9), sinks: Some(2.0), ..CASE },
+    Case { rows: 2, q_len: 33, past: 30, heads: 4, kv_heads: 4, sinks: Some(2.0), ..CASE },
+    // Sinks that leave next to nothing, and next to nothing of them; with a cap.
+    Case { q_len: 300, heads: 6, kv_heads: 3, sinks: Some(100.0), ..CASE },
+    Case { q_len: 20, packed: Some(&[0, 7, 7, 8, 20]), softcap: Some(2.0), heads: 2, sinks: Some(1.0), ..CASE },
 ];
 
 impl Case {
     fn name(&self) -> String {
-        let Self { rows, q_len, past, heads, kv_heads, dim, window, softcap, packed } = self;
+        let Self { rows, q_len, past, heads, kv_heads, dim, window, softcap, packed, sinks } = self;
         format!(
             "{rows} x {q_len} after {past}, heads {heads}/{kv_heads} x {dim}, window {window:?}, softcap {softcap:?}, \
-             packed {packed:?}"
+             packed {packed:?}, sinks {sinks:?}"
         )
     }
 
-    fn options(&self) -> AttentionOptions {
+    fn sinks(&self) -> Option<Vec<f32>> {
+        self.sinks.map(|size| noise(5, self.heads).into_iter().map(|x| x * size).collect())
+    }
+
+    fn options(&self, device: &Device) -> AttentionOptions {
         let scale = AttentionOptions::causal(self.dim).scores.scale;
         let packed = self.packed.map(Into::into);
-        AttentionOptions { packed, ..AttentionOptions::new(scale, self.window, self.softcap) }
+        let sinks = self.sinks().map(|values| Sinks::new(&values, device));
+        AttentionOptions { packed, ..AttentionOptions::new(scale, self.window, self.softcap) }.with_sinks(sinks)
     }
 
     fn batch(&self) -> Batch {
@@ -64,7 +86,8 @@ impl Case {
             None => vec![(self.q_len, self.q_len + self.past); self.rows],
             Some(bounds) => bounds.windows(2).map(|row| (row[1] - row[0]) as usize).map(|len| (len, len)).collect(),
         };
-        Batch { rows, heads: self.heads, kv_heads: self.kv_heads, head_dim: self.dim }
+        let sinks = self.sinks();
+        Batch { rows, heads: self.heads, kv_heads: self.kv_heads, head_dim: self.dim, sinks }
     }
 }
 
@@ -85,8 +108,8 @@ fn run(case: &Case, operands: &[Vec<f32>; 4], dtype: FloatDType, device: &Device
     let [q, k, v, d_out] = operands;
     let [q, k, v] = [(q, of_queries), (k, of_keys), (v, of_keys)]
         .map(|(values, shape)| tensor(values, shape, dtype, device).autodiff().require_grad());
-    let o = attention(q.clone(), k.clone(), v.clone(), &case.options());
-    let untracked = attention(q.clone().inner(), k.clone().inner(), v.clone().inner(), &case.options());
+    let o = attention(q.clone(), k.clone(), v.clone(), &case.options(device));
+    let untracked = attention(q.clone().inner(), k.clone().inner(), v.clone().inner(), &case.options(device));
     let bits = |x: Tensor<4>| values(x).into_iter().map(f32::to_bits).collect::<Vec<_>>();
     assert!(bits(o.clone().inner()) == bits(untracked), "{}: tracking changes the output", case.name());
     let d_out = tensor(d_out, of_queries, dtype, device).autodiff();
@@ -109,7 +132,7 @@ fn check(case: &Case, dtype: FloatDType, name: &str, device: &Device, tolerance:
     };
     let operands = [of_dtype(1, queries), of_dtype(2, keys), of_dtype(3, keys), of_dtype(4, queries)];
     let found = run(case, &operands, dtype, device);
-    let options = case.options().scores;
+    let options = case.options(device).scores;
     let [q, k, v, d_out] = &operands;
     let o = oracle::forward(q, k, v, &case.batch(), options, None).o;
     let gradients = oracle::backward(q, k, v, d_out, &case.batch(), options, None);
@@ -160,8 +183,8 @@ fn views_are_read_in_place() {
             Tensor::<4>::from_data(data, (&device, DType::F32)).swap_dims(1, 2)
         };
         let plain = |x: &[f32], heads| tensor(x, [2, 17, heads, 8], FloatDType::F32, &device);
-        let a = values(attention(plain(&q, 4), plain(&k, 2), plain(&v, 2), &case.options()));
-        let b = values(attention(heads_first(&q, 4), heads_first(&k, 2), heads_first(&v, 2), &case.options()));
+        let a = values(attention(plain(&q, 4), plain(&k, 2), plain(&v, 2), &case.options(&device)));
+        let b = values(attention(heads_first(&q, 4), heads_first(&k, 2), heads_first(&v, 2), &case.options(&device)));
         assert_eq!(a, b, "{name}");
     }
 }

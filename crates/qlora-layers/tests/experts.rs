@@ -26,6 +26,9 @@ struct Case {
     normalise: bool,
     dropout: f32,
     double_quant: bool,
+    /// Whether projections have biases.
+    biased: bool,
+    activation: Activation,
 }
 
 /// Where tokens go.
@@ -48,6 +51,8 @@ const CASE: Case = Case {
     normalise: true,
     dropout: 0.0,
     double_quant: true,
+    biased: false,
+    activation: Activation::Silu,
 };
 
 fn cases() -> Vec<Case> {
@@ -60,6 +65,10 @@ fn cases() -> Vec<Case> {
         // No kernel takes the rank, or keeps the blocks of such weights apart.
         Case { rank: 3, ..CASE },
         Case { hidden: 64, inner: 32, experts: 9, per_token: 9, ..CASE },
+        Case { biased: true, activation: Activation::ClampedSwish, ..CASE },
+        // 576 blocks of a weight, two and a quarter nested ones.
+        Case { hidden: 192, inner: 192, experts: 3, ..CASE },
+        Case { biased: true, normalise: false, adapted: [false; 3], scores: Scores::Uneven, ..CASE },
     ]
 }
 
@@ -74,6 +83,11 @@ fn values(tensor: Tensor<2>) -> Vec<f32> {
 
 const DROPOUT_SEED: u64 = 77;
 const ADAPTER_SEED: u64 = 5;
+
+/// The bias of a layer.
+fn bias(seed: u64, width: usize, device: &Device, dtype: FloatDType) -> Tensor<1> {
+    matrix(seed + 3000, [1, width], 1.0, device, dtype).squeeze_dim(0)
+}
 
 /// Gate, up and down of each expert.
 fn layers(case: &Case, device: &Device, dtype: FloatDType) -> Vec<[LoraLinear; 3]> {
@@ -93,7 +107,7 @@ fn layers(case: &Case, device: &Device, dtype: FloatDType) -> Vec<[LoraLinear; 3
                 _ => FloatFormat::F32,
             };
             let base = FrozenLinear::Quantized(Linear4bit::from_quantized(&weight, device).unwrap());
-            let mut layer = LoraLinear::frozen(base, None);
+            let mut layer = LoraLinear::frozen(base, case.biased.then(|| bias(seed, out_features, device, dtype)));
             if case.adapted[which] {
                 let a = matrix(seed + 1000, [case.rank, in_features], 0.1, device, FloatDType::F32);
                 let b = matrix(seed + 2000, [out_features, case.rank], 0.1, device, FloatDType::F32);
@@ -149,8 +163,12 @@ fn as_one(case: &Case, device: &Device, dtype: FloatDType, gradients_only: bool)
     let scores = scores(case, device).autodiff().require_grad();
     let routing = route(scores.clone(), case.per_token);
     let weights = expert_weights(scores.clone(), &routing, case.normalise);
-    let projections = [0, 1, 2].map(|i| stacks[i].projection(adapters[i].as_ref(), pass));
-    let y = expert_mlp(x.clone(), weights, &routing, projections, Activation::Silu, gradients_only);
+    let bias = |which: usize| {
+        let own = layers.iter().map(|layers| layers[which].bias.as_ref().map(|bias| bias.val().unsqueeze::<2>()));
+        own.collect::<Option<Vec<_>>>().map(|all| Tensor::cat(all, 0))
+    };
+    let projections = [0, 1, 2].map(|i| stacks[i].projection(adapters[i].as_ref(), pass).with_bias(bias(i)));
+    let y = expert_mlp(x.clone(), weights, &routing, projections, case.activation, gradients_only);
     let dy = matrix(2, [case.tokens, case.hidden], 1.0, device, dtype);
     let mut grads = backward_from(y.clone(), dy);
     let mut factors = Vec::new();
@@ -218,7 +236,7 @@ fn one_by_one(case: &Case, device: &Device, dtype: FloatDType) -> Found {
         });
         Tensor::cat(parts.collect(), 0).cast(dtype)
     };
-    let h = gated(project(rows.clone(), 0), project(rows, 1), Activation::Silu);
+    let h = gated(project(rows.clone(), 0), project(rows, 1), case.activation);
     let outputs = project(h, 2).select(0, ints(slots, device)).cast(FloatDType::F32);
     let outputs = outputs.reshape([case.tokens, case.per_token, case.hidden]);
     let y = (outputs * weights.unsqueeze_dim::<3>(2)).sum_dim(1).reshape([case.tokens, case.hidden]).cast(dtype);

@@ -4,7 +4,7 @@
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::backward_from;
 use qlora_layers::ops::fused::{
-    Activation, Conv, Norm, Rotation, add_norm, causal_conv, cross_entropy, gated, rms_norm, rotate,
+    Activation, Conv, Norm, Rotation, add_norm, causal_conv, cross_entropy, gated, reorder_columns, rms_norm, rotate,
 };
 use test_support::{devices, dtypes, noise};
 
@@ -97,20 +97,43 @@ fn gated_activations_and_their_gradients() {
 #[test]
 fn short_convolution_and_its_gradient() {
     for (name, device) in devices() {
-        for (rows, len, channels, taps) in [(1, 1, 3, 4), (3, 5, 7, 4), (2, 9, 64, 3)] {
-            let (tokens, what) = (rows * len, format!("{name}, {rows} rows of {len} x {channels}"));
+        let packed = Conv { packed: Some([0, 5, 5, 6, 15].into()), ..Conv::new(15, 4) };
+        for (tokens, channels, conv) in [
+            (1, 3, Conv::new(1, 4)),
+            (15, 7, Conv::new(5, 4)),
+            (18, 64, Conv::new(9, 3)),
+            (15, 7, packed.clone()),
+            (15, 8, Conv { silu: false, ..packed }),
+        ] {
+            let (taps, what) = (conv.taps, format!("{name}, {conv:?} over {tokens} x {channels}"));
             let [x, dy] = [10, 11].map(|seed| noise(seed, tokens * channels));
             let weight = noise(12, taps * channels);
             let leaf = tensor(&x, [tokens, channels], &device).autodiff().require_grad();
-            let conv = Conv { len, taps };
-            let y = causal_conv(leaf.clone(), tensor(&weight, [taps, channels], &device), conv);
+            let y = causal_conv(leaf.clone(), tensor(&weight, [taps, channels], &device), conv.clone());
             let mut grads = (y.clone() * tensor(&dy, [tokens, channels], &device)).sum().backward();
             let [x, dy, weight] = [x, dy, weight].map(|v| widened(&v));
-            let expected = fused_kernels::causal_conv::oracle::forward(&x, &weight, channels, conv);
+            let expected = fused_kernels::causal_conv::oracle::forward(&x, &weight, channels, &conv);
             assert_close(&what, &values(y.inner()), &expected);
-            let expected = fused_kernels::causal_conv::oracle::backward(&dy, &x, &weight, channels, conv);
+            let expected = fused_kernels::causal_conv::oracle::backward(&dy, &x, &weight, channels, &conv);
             assert_close(&what, &values(leaf.grad_remove(&mut grads).unwrap()), &expected);
         }
+    }
+}
+
+#[test]
+fn columns_in_another_order_and_their_gradient() {
+    for (name, device) in devices() {
+        let (order, inverse) = ([2, 4, 0, 1, 3], [2, 3, 0, 4, 1]);
+        let [x, dy] = [10, 11].map(|seed| noise(seed, 15));
+        let index = |order: [i32; 5]| Tensor::<1, Int>::from_data(TensorData::from(order), (&device, DType::I32));
+        let leaf = tensor(&x, [3, 5], &device).autodiff().require_grad();
+        let y = reorder_columns(leaf.clone(), index(order), index(inverse));
+        let mut grads = (y.clone() * tensor(&dy, [3, 5], &device)).sum().backward();
+        let moved = |values: &[f32], order: [i32; 5]| -> Vec<f64> {
+            (0..15).map(|i| f64::from(values[i / 5 * 5 + order[i % 5] as usize])).collect()
+        };
+        assert_eq!(values(y.inner()), moved(&x, order), "{name}");
+        assert_eq!(values(leaf.grad_remove(&mut grads).unwrap()), moved(&dy, inverse), "{name}");
     }
 }
 

@@ -7,9 +7,9 @@ use fused_kernels::paged_attention::oracle;
 use half::{bf16, f16};
 use qlora_layers::ops::fused::{Rotation, rotate};
 use qlora_layers::ops::{
-    AttentionOptions, NewTokens, PagedBatch, PagedRow, paged_attention, paged_write, rotate_into_cache,
+    AttentionOptions, NewTokens, PagedBatch, PagedRow, Sinks, paged_attention, paged_write, rotate_into_cache,
 };
-use test_support::{Random, assert_close, devices, dtypes};
+use test_support::{Random, assert_close, devices, dtypes, noise};
 
 const BLOCK: usize = 16;
 
@@ -120,10 +120,14 @@ fn shapes(device: &str) -> &'static [[usize; 3]] {
 fn passes_are_the_oracles() {
     everywhere(|name, device, dtype| {
         for &[heads, kv_heads, dim] in shapes(name) {
-            for (window, softcap) in [(None, None), (Some(70), None), (Some(5), Some(2.0))] {
+            for (window, softcap, has_sinks) in
+                [(None, None, false), (Some(70), None, true), (None, None, true), (Some(5), Some(2.0), false)]
+            {
                 let world = World::new([heads, kv_heads, dim], &[150, 70, 20], dtype);
                 let scale = AttentionOptions::causal(dim).scores.scale;
-                let options = AttentionOptions::new(scale, window, softcap);
+                let sinks: Option<Vec<f32>> = has_sinks.then(|| noise(9, heads).into_iter().map(|x| 3.0 * x).collect());
+                let options = AttentionOptions::new(scale, window, softcap)
+                    .with_sinks(sinks.as_ref().map(|sinks| Sinks::new(sinks, device)));
                 // A prompt in two chunks beside one in one; then a step, and another sequence's prompt.
                 let passes: [Rows<'_>; 3] =
                     [&[(0, 100, 100), (2, 19, 19)], &[(0, 149, 49), (2, 20, 1)], &[(1, 70, 70), (0, 150, 1)]];
@@ -134,15 +138,17 @@ fn passes_are_the_oracles() {
                     let q = world.new_tokens(rows, &world.q, heads);
                     let batch = world.batch(rows, device);
                     let dims = [heads, kv_heads, dim];
-                    let expected = oracle::attend(&q, &keys, &values, batch.host(), dims, options.scores);
+                    let sinks = sinks.as_deref();
+                    let expected = oracle::attend(&q, &keys, &values, batch.host(), dims, sinks, options.scores);
                     // A rounding to the dtype, and f32's errors in scores (weights are relative to them) and sums.
                     let relative = match dtype {
                         FloatDType::BF16 => 3.91e-3,
                         FloatDType::F16 => 4.9e-4,
                         _ => 6e-8,
                     };
-                    let what =
-                        format!("{name}, {dtype:?}, {heads}/{kv_heads} x {dim}, {window:?}, {softcap:?}, {rows:?}");
+                    let what = format!(
+                        "{name}, {dtype:?}, {heads}/{kv_heads} x {dim}, {window:?}, {softcap:?}, {sinks:?}, {rows:?}"
+                    );
                     assert_close(what, &found, &expected, |_, e: f64| relative * e.abs() + 1e-5);
                     caches = after;
                 }

@@ -2,10 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use burn::tensor::{Device, Int, Tensor};
-use host_copies::{DeviceError, Slot};
+use host_copies::{DeviceError, SharedPages, Slot};
 use nf4_quant::{Absmax, FloatFormat, QuantConfig, Quantized4bit};
 use qlora_layers::Linear4bit;
-use qlora_layers::streamed::{BlockSource, BlockStore, HostStore, Order, StreamedBlocks};
+use qlora_layers::streamed::{BlockSource, BlockStore, HostStore, Order, Sharers, StreamedBlocks};
 use test_support::{devices, noise};
 
 /// A weight whose statistics, and some of whose codes, are patterns that are no number as a float of any format.
@@ -103,4 +103,58 @@ fn a_source_that_failed_is_not_asked_again() {
     assert_eq!((streaming.blocks, streaming.slots, streaming.bytes_in), (3, 2, 7));
     // Room for the largest, in multiples of 128 words.
     assert_eq!(streaming.slot_bytes, 2 * 4 * 384);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn those_that_share_a_copy_read_what_each_of_them_wrote() {
+    for (name, device) in devices() {
+        let pages = SharedPages::new().unwrap();
+        // Each opens what the first one has, as processes do.
+        let addresses = [None, Some(pages.address()), Some(pages.address())];
+        let layer = |seed| Linear4bit::from_quantized(&weight(seed, true), &device).unwrap();
+        let read = |number: usize, pages: SharedPages| {
+            let sharers = Sharers { pages, number, count: 3, failure: Box::new(|| None) };
+            let mut store = Box::new(HostStore::shared(&device, sharers));
+            // What is another's to write is not looked at: it would be seen.
+            let seed = |block: usize| if block % 3 == number { block as u64 } else { 99 };
+            let mut layers: Vec<_> = (0..5).map(|block| layer(seed(block))).collect();
+            for layer in &mut layers {
+                store.push(layer.tensors().into()).unwrap();
+                layer.leave();
+            }
+            let blocks = store.finish().unwrap();
+            assert!(blocks.streaming().host_bytes > 0);
+            for (block, layer) in layers.iter_mut().enumerate() {
+                layer.settle(&mut blocks.home(block).views()).unwrap();
+                blocks.home(block).enter(Order::Forward).unwrap();
+                let expected =
+                    words(Linear4bit::from_quantized(&weight(block as u64, true), &device).unwrap().tensors());
+                assert!(words(layer.tensors()) == expected, "{name}: {number} reads block {block}");
+            }
+        };
+        let mut first = Some(pages);
+        let opened = addresses.map(|address| match address {
+            Some(address) => SharedPages::open(&address).unwrap(),
+            None => first.take().unwrap(),
+        });
+        std::thread::scope(|scope| {
+            let read = &read;
+            for (number, pages) in opened.into_iter().enumerate() {
+                scope.spawn(move || read(number, pages));
+            }
+        });
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn who_waits_for_another_that_failed_says_so() {
+    let device = Device::flex();
+    let failure = Box::new(|| Some("rank 0 on a: it was killed".to_string()));
+    let sharers = Sharers { pages: SharedPages::new().unwrap(), number: 1, count: 2, failure };
+    let mut store = Box::new(HostStore::shared(&device, sharers));
+    store.push(Linear4bit::from_quantized(&weight(0, true), &device).unwrap().tensors().into()).unwrap();
+    let error = store.finish().unwrap_err();
+    assert_eq!(error, DeviceError::Peer("rank 0 on a: it was killed".into()));
 }

@@ -1,24 +1,26 @@
-//! One decoder block: attention, full or linear, and an MLP or experts, each over a normalised input and added to it.
+//! One decoder block: attention, full or linear, or a short convolution, and an MLP or experts, each over a normalised input and added to it.
 
-use crate::config::{BlockNorms, ModelConfig};
+use crate::config::{BlockNorms, LatentConfig, ModelConfig};
 use crate::delta_net::DeltaNet;
+use crate::latent;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::sequence::Sequence;
+use crate::short_conv::ShortConv;
 use burn::tensor::Tensor;
 use qlora_layers::activation_checkpointing::{Purpose, ResidualBlock};
 use qlora_layers::ops::fused::{Activation, gated, rotate};
-use qlora_layers::ops::{attention, attention_again, attention_keeping};
+use qlora_layers::ops::{Sinks, attention, attention_again, attention_keeping};
 use qlora_layers::streamed::BlockHome;
 use qlora_layers::{LoraAdapter, LoraLinear, Pass};
 
 /// What follows attention.
 #[derive(Clone, Debug)]
 pub(crate) enum FeedForward {
-    Dense(Mlp),
-    Experts(Moe),
+    Dense(Box<Mlp>),
+    Experts(Box<Moe>),
 }
 
 impl FeedForward {
@@ -34,17 +36,26 @@ impl FeedForward {
     }
 }
 
+/// What a block has in the place of attention: a sequence leaves a state of one size behind, whatever its length.
+#[derive(Clone, Debug)]
+pub(crate) enum Recurrence {
+    Delta(Box<DeltaNet>),
+    Conv(Box<ShortConv>),
+}
+
 /// One decoder block; its linear layers carry the adapters.
 #[derive(Clone, Debug)]
 pub struct Block {
     pub(crate) index: usize,
     /// Index into [`ModelConfig::attention_kinds`].
     pub(crate) kind: usize,
-    /// Queries, keys and values, or one projection whose output holds all three in this order. Of linear attention
-    /// [`ModelConfig::qkv_specs`] has them.
+    /// Queries, keys and values, or one projection whose output holds all three in this order. Of what is in the place of
+    /// attention [`ModelConfig::qkv_specs`] has them.
     pub(crate) qkv: Vec<Named<LoraLinear>>,
-    /// Linear attention, if the block has it in the place of attention.
-    pub(crate) delta: Option<DeltaNet>,
+    /// What is in the place of attention, if something is.
+    pub(crate) recurrence: Option<Recurrence>,
+    /// Logits of the query heads that join their softmax.
+    pub(crate) sinks: Option<Sinks>,
     pub(crate) output: Named<LoraLinear>,
     pub(crate) feed_forward: FeedForward,
     pub(crate) norms: BlockNorms<Named<RmsNorm>>,
@@ -125,17 +136,25 @@ impl Block {
     ) -> Tensor<2> {
         let &Sequence { rows, len, .. } = sequence;
         let h = input(&self.norms.attention_input, x, pass);
-        if let Some(delta) = &self.delta {
-            let mixed = self.linear_attention(delta, h, len, pass);
+        if let Some(recurrence) = &self.recurrence {
+            let mixed = match recurrence {
+                Recurrence::Delta(delta) => self.linear_attention(delta, h, sequence, pass),
+                Recurrence::Conv(conv) => conv.forward(self.qkv[0].module.forward_in(h, pass), sequence),
+            };
             return self.project_output(mixed, config, pass, purpose.gradients_only());
         }
         let (view, rope) = (&sequence.views[self.kind], &config.attention_kinds[self.kind].rope);
-        let ([q, k, v], gate) = self.project(h, config, pass);
         let rotated = |x: Tensor<2>| match rope.dim {
             0 => x,
-            _ => rotate(rope.paired(x, config.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
+            _ => rotate(rope.paired(x, view.rotation.head_dim), view.cos.clone(), view.sin.clone(), view.rotation),
+        };
+        let ([q, k, v], gate) = match &config.latent {
+            Some(sizes) => (self.latent_heads(h, sizes, config.num_attention_heads, rotated, pass), None),
+            None => self.project(h, config, pass),
         };
         let (q, k) = match &self.norms.qk {
+            // Rotated in part already.
+            None if config.latent.is_some() => (q, k),
             Some([q_norm, k_norm]) => {
                 let each = |x: Tensor<2>, norm: &Named<RmsNorm>| match config.normalises_rotated() {
                     true => norm.module.forward_heads(rotated(x), pass),
@@ -157,16 +176,18 @@ impl Block {
         let (q, k) = (heads(q, config.num_attention_heads), heads(k, config.num_key_value_heads));
         let v = heads(v, config.num_key_value_heads);
         let gradients_only = purpose.gradients_only();
+        let options = &view.attention.clone().with_sinks(self.sinks.clone());
         let mixed = match purpose {
-            Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, &view.attention),
+            Purpose::Result | Purpose::Gradients(None) => attention(q, k, v, options),
             Purpose::Keep(kept) => {
-                let (mixed, result) = attention_keeping(q, k, v, &view.attention);
+                let (mixed, result) = attention_keeping(q, k, v, options);
                 *kept = Some(result);
                 mixed
             }
-            Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, &view.attention),
+            Purpose::Gradients(Some(result)) => attention_again(q, k, v, result, options),
         };
-        let mixed = mixed.reshape([rows * len, config.num_attention_heads * config.head_dim]);
+        let mixed = mixed.reshape([rows * len, config.num_attention_heads, config.head_dim]);
+        let mixed = latent::values(mixed, config.value_dim());
         let mixed = match gate {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,
@@ -184,11 +205,37 @@ impl Block {
         scaled(normalised(&self.norms.attention_output, run, pass, gradients_only), config)
     }
 
+    /// Queries, keys and values of latent attention, each `[tokens, heads * head_dim]`, rotated.
+    fn latent_heads(
+        &self,
+        h: Tensor<2>,
+        sizes: &LatentConfig,
+        heads: usize,
+        rotated: impl Fn(Tensor<2>) -> Tensor<2>,
+        pass: Pass,
+    ) -> [Tensor<2>; 3] {
+        let project = |i: usize, x: Tensor<2>| self.qkv[i].module.forward_in(x, pass);
+        let between = |norm: &Option<Named<RmsNorm>>, x: Tensor<2>| match norm {
+            Some(norm) => norm.module.forward(x, pass),
+            None => x,
+        };
+        let down = self.qkv.len() - 2;
+        let q = project(0, h.clone());
+        let q = match sizes.query_rank {
+            Some(_) => project(1, between(&self.norms.latent_queries, q)),
+            None => q,
+        };
+        let [vector, rotary] = latent::split(project(down, h), sizes);
+        let both = project(down + 1, between(&self.norms.latent_keys, vector));
+        let [k, v] = latent::keys_and_values(both, rotated(rotary), sizes, heads);
+        [latent::queries(q, sizes, heads, rotated), k, v]
+    }
+
     /// Linear attention up to the output projection, `[tokens, heads * value_dim]`.
-    fn linear_attention(&self, delta: &DeltaNet, h: Tensor<2>, len: usize, pass: Pass) -> Tensor<2> {
-        let project = |i: usize| self.qkv[i].module.forward_in(h.clone(), pass);
-        let [qkv, z, b, a] = std::array::from_fn(project);
-        let out = delta.forward(qkv, [b, a], len);
+    fn linear_attention(&self, delta: &DeltaNet, h: Tensor<2>, sequence: &Sequence, pass: Pass) -> Tensor<2> {
+        let outputs = self.qkv.iter().map(|layer| layer.module.forward_in(h.clone(), pass)).collect();
+        let [qkv, z, b, a] = delta.split(outputs);
+        let out = delta.forward(qkv, [b, a], sequence);
         match &self.norms.linear {
             Some(norm) => delta.gated(out, z, &norm.module, pass),
             None => out,

@@ -4,25 +4,27 @@
 //! that the entry does not know, and that is in no list of harmless ones, is an error: it may change what the
 //! model computes.
 
-mod accepted;
 mod activation;
 mod blocks;
 mod fields;
 mod keys;
+mod latent;
 mod modules;
+mod options;
 mod rope;
 mod tied;
 
 use crate::ModelError;
 use crate::family::{EmbeddingScale, Family, Root, SECTION, ScoreScale, Wrapper};
-use crate::rope::RopeScaling;
-pub use accepted::accept_keys;
+use crate::rope::{Pairs, RopeScaling};
 use adapter_io::{BnbConfig, Checkpoint};
 use blocks::LayerConfig;
-pub use blocks::{AttentionKind, ExpertsConfig, LinearAttentionConfig};
+pub use blocks::{AttentionKind, ExpertsConfig, GroupedScores, LinearAttentionConfig};
 use fields::Fields;
+pub use latent::LatentConfig;
 pub(crate) use modules::{BlockNorms, ExpertsSpecs};
 pub use modules::{LinearRole, LinearSpec};
+pub use options::ConfigOptions;
 use qlora_layers::ops::fused::Activation;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -46,7 +48,7 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// Key and value heads; divides the query heads.
     pub num_key_value_heads: usize,
-    /// Width of a head.
+    /// Width of a head: of queries, keys and values, or of latent attention the widest of the three.
     pub head_dim: usize,
     /// The MLP's activation.
     pub activation: Activation,
@@ -68,8 +70,12 @@ pub struct ModelConfig {
     pub attention_kinds: Vec<AttentionKind>,
     /// Linear attention, if some blocks have it in the place of attention.
     pub linear: Option<LinearAttentionConfig>,
+    /// Tokens that short convolutions in the place of attention look at, if some blocks have one.
+    pub short_conv: Option<usize>,
     /// Mixture of experts, if there is one.
     pub experts: Option<ExpertsConfig>,
+    /// Latent attention, if blocks have it in the place of attention.
+    pub latent: Option<LatentConfig>,
     /// Whether the output head is the embedding table.
     pub tie_word_embeddings: bool,
     /// The longest context the model was made for.
@@ -83,6 +89,7 @@ pub struct ModelConfig {
     layers: Vec<LayerConfig>,
     /// Parts of the paths of linear layers that are left dense.
     dense: Vec<String>,
+    qk_normed: bool,
     qkv_bias: bool,
     output_bias: bool,
     mlp_bias: bool,
@@ -97,11 +104,19 @@ impl ModelConfig {
     /// The file is missing or no JSON, the model type is unknown, or a field is missing, has a
     /// wrong type, or asks for arithmetic that the family's table does not cover.
     pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+        Self::from_dir_with(dir, &ConfigOptions::default())
+    }
+
+    /// [`from_dir`](Self::from_dir), as `options` say.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_dir_with(dir: &Path, options: &ConfigOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path: path.clone(), source })?;
         let value: Value =
             serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
-        let mut config = Self::from_json(&value, &path)?;
+        let mut config = Self::from_json_with(&value, &path, options)?;
         // Who loads the weights is told what is wrong with them.
         if let Ok(checkpoint) = Checkpoint::open(dir) {
             config.untie_by_weights(&checkpoint);
@@ -114,9 +129,17 @@ impl ModelConfig {
     /// # Errors
     /// As [`from_dir`](Self::from_dir).
     pub fn from_json(value: &Value, path: &Path) -> Result<Self, ModelError> {
+        Self::from_json_with(value, path, &ConfigOptions::default())
+    }
+
+    /// [`from_json`](Self::from_json), as `options` say.
+    ///
+    /// # Errors
+    /// As [`from_dir`](Self::from_dir).
+    pub fn from_json_with(value: &Value, path: &Path, options: &ConfigOptions) -> Result<Self, ModelError> {
         let not_an_object =
             || ModelError::Field { path: path.into(), field: "config".into(), problem: "is not a JSON object".into() };
-        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?);
+        let file = Fields::new(path, value.as_object().ok_or_else(not_an_object)?, options);
         let model_type = file.text("model_type")?.ok_or_else(|| file.error("model_type", "is missing"))?;
         let file_tied = file.flag("tie_word_embeddings")?;
         let unknown = |fields: &Fields, model_type: &str| {
@@ -129,7 +152,8 @@ impl ModelConfig {
             Some(_) => None,
             None => file.object(SECTION)?,
         };
-        let wrapper = section.as_ref().map(|_| Wrapper::find(model_type));
+        let flat = Wrapper::find(model_type).flat && whole.is_none() && section.is_none();
+        let wrapper = (flat || section.is_some()).then(|| Wrapper::find(model_type));
         if let Some(why) = wrapper.and_then(|wrapper| wrapper.refused) {
             return Err(file.error("model_type", format!("is \"{model_type}\", which is not supported: {why}")));
         }
@@ -139,10 +163,14 @@ impl ModelConfig {
                 let text = text.ok_or_else(|| section.error("model_type", "is missing"))?;
                 Family::find(text).ok_or_else(|| unknown(section, text))?
             }
+            (None, None, Some(Wrapper { text: Some(text), .. })) => {
+                Family::find(text).ok_or_else(|| unknown(&file, model_type))?
+            }
             (whole, ..) => whole.ok_or_else(|| unknown(&file, model_type))?,
         };
         let fields = section.as_ref().unwrap_or(&file);
         let tied = fields.flag("tie_word_embeddings")?;
+        let own_tied = family.tie_key.map(|key| fields.flag(key)).transpose()?.flatten();
 
         fields.fixed(family.fixed)?;
         fields.fixed(wrapper.map_or(&[], |wrapper| wrapper.fixed))?;
@@ -163,7 +191,15 @@ impl ModelConfig {
                 format!("is {num_key_value_heads}, which does not divide the {num_attention_heads} attention heads"),
             ));
         }
-        let head_dim = match fields.size("head_dim")?.or(sizes.head_dim) {
+        let own_head_dim = fields.size("head_dim")?;
+        let latent = family.latent.map(|names| latent::read(fields, &names)).transpose()?;
+        if latent.is_some() && num_key_value_heads != num_attention_heads {
+            let problem = format!(
+                "is {num_key_value_heads}; latent attention has as many as the {num_attention_heads} of queries"
+            );
+            return Err(fields.error("num_key_value_heads", problem));
+        }
+        let head_dim = match latent.map(|latent| latent.head_dim()).or(own_head_dim).or(sizes.head_dim) {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
             None => {
@@ -174,13 +210,23 @@ impl ModelConfig {
         };
         let max_position_embeddings =
             fields.required("max_position_embeddings", Some(sizes.max_position_embeddings))?;
-        let ropes = rope::read(fields, family, &rope::Sizes { head_dim, max_position_embeddings })?;
+        let rotated_dim = latent.map_or(head_dim, |latent| latent.rotary_dim);
+        let pairs = match latent {
+            Some(latent) if !latent.interleaved => Pairs::Halves,
+            _ => family.rotary.pairs,
+        };
+        let ropes = rope::read(fields, family, &rope::Sizes { head_dim: rotated_dim, max_position_embeddings, pairs })?;
         let (attention_kinds, kinds) = blocks::attention_kinds(fields, family, num_hidden_layers, ropes, head_dim)?;
         let experts = family.experts.map(|names| blocks::experts(fields, &names, num_hidden_layers)).transpose()?;
         let sparse = blocks::sparse(fields, family.experts.as_ref(), num_hidden_layers)?;
-        let (linear, is_linear) = match &family.linear {
-            Some(names) => blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), is))?,
-            None => (None, vec![false; num_hidden_layers]),
+        let (linear, short_conv, is_recurrent) = match (&family.linear, &family.short_conv) {
+            (Some(names), _) => {
+                blocks::linear(fields, names, num_hidden_layers).map(|(config, is)| (Some(config), None, is))?
+            }
+            (None, Some(names)) => {
+                blocks::short_conv(fields, names, num_hidden_layers).map(|(taps, is)| (None, Some(taps), is))?
+            }
+            (None, None) => (None, None, vec![false; num_hidden_layers]),
         };
         let factor = |key: Option<&str>| -> Result<Option<f64>, ModelError> {
             Ok(key.map(|key| fields.number(key)).transpose()?.flatten().filter(|factor| *factor != 1.0))
@@ -191,23 +237,31 @@ impl ModelConfig {
             EmbeddingScale::Key(key) => factor(Some(key))?,
         };
         let score_scale = match family.score_scale {
-            ScoreScale::HeadDim => 1.0 / (head_dim as f64).sqrt(),
+            ScoreScale::HeadDim => match latent {
+                Some(latent) => latent::score_scale(fields, &latent)?,
+                None => 1.0 / (head_dim as f64).sqrt(),
+            },
             ScoreScale::Scalar(key, default) => 1.0 / fields.number(key)?.unwrap_or(default).sqrt(),
             ScoreScale::Factor(key) => fields.number(key)?.unwrap_or(1.0),
         };
+        // Where all blocks have experts, none has an MLP of a width of its own.
+        let of_experts = experts.filter(|_| !sparse.contains(&false)).map(|experts| experts.intermediate_size);
         let uncapped = wrapper.is_some_and(|wrapper| wrapper.uncapped);
         let mut config = Self {
             family,
             roots: wrapper.map_or(family.roots, |wrapper| wrapper.roots),
             vocab_size: fields.required("vocab_size", sizes.vocab_size)?,
             hidden_size,
-            intermediate_size: fields.required("intermediate_size", sizes.intermediate_size)?,
+            intermediate_size: match family.mlp_width {
+                Some(names) => names.read(fields, sizes.intermediate_size)?,
+                None => fields.required("intermediate_size", of_experts.or(sizes.intermediate_size))?,
+            },
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
             activation: activation::activation(fields, family.activation)?,
-            rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
+            rms_norm_eps: fields.number(family.norm_eps_key)?.unwrap_or(family.rms_norm_eps),
             embedding_scale,
             residual_scale: factor(family.residual_scale)?,
             score_scale,
@@ -216,8 +270,10 @@ impl ModelConfig {
             logit_divisor: factor(family.logit_divisor)?,
             attention_kinds,
             linear,
+            short_conv,
             experts,
-            tie_word_embeddings: file_tied.or(tied).unwrap_or(family.tied),
+            latent,
+            tie_word_embeddings: own_tied.or(file_tied).or(tied).unwrap_or(family.tied),
             max_position_embeddings,
             bnb: BnbConfig::from_config(value, path)?,
             notes: Vec::new(),
@@ -225,10 +281,11 @@ impl ModelConfig {
             layers: kinds
                 .into_iter()
                 .zip(sparse)
-                .zip(is_linear)
-                .map(|((kind, sparse), linear)| LayerConfig { kind, sparse, linear })
+                .zip(is_recurrent)
+                .map(|((kind, sparse), recurrent)| LayerConfig { kind, sparse, recurrent })
                 .collect(),
             dense: Vec::new(),
+            qk_normed: fields.switch(family.qk_normed)?,
             qkv_bias: fields.switch(family.qkv_bias)?,
             output_bias: fields.switch(family.output_bias)?,
             mlp_bias: fields.switch(family.mlp_bias)?,
@@ -242,15 +299,31 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Blocks with keys and values, which a token adds to; blocks with linear attention have a state of one size.
+    /// Blocks with keys and values, which a token adds to; blocks with linear attention or a short convolution have a state of one
+    /// size.
     pub fn attention_blocks(&self) -> usize {
-        self.layers.iter().filter(|layer| !layer.linear).count()
+        self.layers.iter().filter(|layer| !layer.recurrent).count()
     }
 
-    /// What linear attention has beside projections and norms, all of it held in f32.
-    pub fn linear_attention_values(&self) -> usize {
-        let of_block = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
-        (self.num_hidden_layers - self.attention_blocks()) * of_block
+    /// Whether some blocks have a state in the place of keys and values, which no later token leaves as it was.
+    pub fn has_states(&self) -> bool {
+        self.linear.is_some() || self.short_conv.is_some()
+    }
+
+    /// How many blocks have experts.
+    pub(crate) fn sparse_blocks(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.sparse).count()
+    }
+
+    /// What blocks have beside projections and norms, all of it held in f32: what linear attention and short convolutions have, sinks,
+    /// and the corrections of routers.
+    pub fn further_values(&self) -> usize {
+        let of_linear = self.linear.map_or(0, |linear| linear.taps * linear.channels() + 2 * linear.value_heads);
+        let of_block = of_linear + self.short_conv.map_or(0, |taps| taps * self.hidden_size);
+        let sinks = self.family.sinks.map_or(0, |_| self.num_attention_heads);
+        let sigmoid = self.experts.filter(|experts| experts.sigmoid.is_some()).map_or(0, |experts| experts.count);
+        let corrections = self.sparse_blocks() * sigmoid;
+        (self.num_hidden_layers - self.attention_blocks()) * of_block + self.attention_blocks() * sinks + corrections
     }
 
     /// The longest sequence that positions are made for: dynamic scaling goes beyond

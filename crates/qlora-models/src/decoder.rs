@@ -18,6 +18,7 @@ use qlora_layers::ops::AttentionOptions;
 use qlora_layers::ops::fused::Rotation;
 use qlora_layers::ops::{frozen_linear, in_bf16, matmul};
 use qlora_layers::{FrozenLinear, LoraLinear, Pass, TokenRows};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A decoder-only language model on one device, its linear layers frozen (4-bit or dense) with
@@ -82,19 +83,41 @@ impl Decoder {
 
     /// Prepares a pass over `rows` rows of `len` tokens that follow `past` cached ones.
     pub fn sequence(&self, rows: usize, len: usize, past: usize) -> Sequence {
+        Sequence { rows, len, packed: None, views: self.views(std::slice::from_ref(&(past..past + len)), None) }
+    }
+
+    /// Prepares a pass over rows of these lengths that lie one after the other, without padding. Each has positions from 0 on and
+    /// sees itself alone, in attention, in linear attention and in its convolution.
+    pub fn packed_sequence(&self, lens: &[usize]) -> Sequence {
+        let (mut bounds, mut end) = (vec![0], 0);
+        for len in lens {
+            end += len;
+            bounds.push(end as u32);
+        }
+        let packed: Option<Arc<[u32]>> = Some(bounds.into());
+        let rows: Vec<Range<usize>> = lens.iter().map(|len| 0..*len).collect();
+        Sequence { rows: 1, len: end, packed: packed.clone(), views: self.views(&rows, packed) }
+    }
+
+    /// How blocks of each kind see the last positions of sequences.
+    fn views(&self, positions: &[Range<usize>], packed: Option<Arc<[u32]>>) -> Vec<View> {
+        let len = positions.iter().map(ExactSizeIterator::len).sum();
         let view = |(kind, tables): (&AttentionKind, &RotaryTables)| {
-            let (cos, sin) = tables.get(&kind.rope, past, len, &self.device);
-            let rotation = Rotation { len, head_dim: self.config.head_dim, rotary: kind.rope.turned, inverse: false };
+            let spans = positions.iter().map(|positions| (positions.end, positions.clone()));
+            let (cos, sin) = tables.get(&kind.rope, spans, &self.device);
+            let head_dim = self.config.rotated_dim();
+            let rotation = Rotation { len, head_dim, rotary: kind.rope.turned, inverse: false };
             let softcap = self.config.score_softcap.map(|cap| cap as f32);
-            let attention = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
-            let query_growth =
-                kind.rope.query_growth.filter(|growth| growth.reaches(&(past..past + len))).map(|growth| {
-                    let factors: Vec<f32> = (past..past + len).map(|position| growth.factor(position)).collect();
-                    Tensor::from_data(TensorData::new(factors, [len, 1]), (&self.device, DType::F32))
-                });
+            let scores = AttentionOptions::new(self.config.score_scale as f32, kind.window, softcap);
+            let attention = AttentionOptions { packed: packed.clone(), ..scores };
+            let growth = kind.rope.query_growth.filter(|growth| positions.iter().any(|each| growth.reaches(each)));
+            let query_growth = growth.map(|growth| {
+                let factors: Vec<f32> = positions.iter().cloned().flatten().map(|at| growth.factor(at)).collect();
+                Tensor::from_data(TensorData::new(factors, [len, 1]), (&self.device, DType::F32))
+            });
             View { cos, sin, rotation, query_growth, attention }
         };
-        Sequence { rows, len, views: self.config.attention_kinds.iter().zip(&*self.rotary).map(view).collect() }
+        self.config.attention_kinds.iter().zip(&*self.rotary).map(view).collect()
     }
 
     /// Looks tokens up.
@@ -262,7 +285,7 @@ impl Decoder {
         let norms = self.norms().map(|(_, norm)| 4 * norm.weight.dims()[0]).sum::<usize>();
         let narrow = self.narrow_head.as_ref().map_or(0, |(_, narrow)| 2 * narrow.shape().num_elements());
         let slots = self.streaming().slot_bytes as usize;
-        let linear = 4 * self.config.linear_attention_values();
+        let linear = 4 * self.config.further_values();
         embeddings + narrow + norms + slots + linear + self.own_linears().map(bytes).sum::<usize>()
     }
 
@@ -274,7 +297,7 @@ impl Decoder {
         };
         let linears: usize = self.own_linears().map(count).sum();
         let norms: usize = self.norms().map(|(_, norm)| norm.weight.dims()[0]).sum();
-        self.embed_tokens.shape().num_elements() + norms + linears + self.config.linear_attention_values()
+        self.embed_tokens.shape().num_elements() + norms + linears + self.config.further_values()
     }
 }
 

@@ -188,21 +188,6 @@ pub fn device_memory(device: &Device) -> Option<(u64, u64)> {
     }
 }
 
-/// Bytes of the host's memory that a program may still take: what the system has available, within the limit of the program's
-/// control group (Linux; `None` elsewhere).
-pub fn host_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    // A group without a limit says "max".
-    let limit = number("/sys/fs/cgroup/memory.max").map(|limit| {
-        let used = number("/sys/fs/cgroup/memory.current").unwrap_or(0);
-        limit.saturating_sub(used)
-    });
-    Some(limit.map_or(kib * 1024, |limit| limit.min(kib * 1024)))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

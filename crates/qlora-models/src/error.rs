@@ -75,8 +75,10 @@ pub enum ModelError {
         "model.residency: only 4-bit weights can wait in the host's memory: set quantization.quant_type to \"nf4\" or \"fp4\", or model.residency to \"device\""
     )]
     Streamed,
-    /// The device has no room for the blocks that are streamed.
-    #[error("model.residency: the device has no room for two blocks at a time: {source}")]
+    /// Blocks that are streamed can't be had: the device has no room for two at a time, or whatever else has a part in them failed.
+    #[error(
+        "model.residency: blocks that wait elsewhere, two of which need room on the device, can't be had: {source}"
+    )]
     Slots {
         /// What it said.
         source: DeviceError,

@@ -5,12 +5,20 @@
 //! Entries are written as differences from `BASE`, the plainest of them.
 
 mod dense;
+mod experts;
 mod hybrid;
+mod latent;
+mod short_conv;
+mod sinks;
+mod vision_text;
 mod wrappers;
 
 use crate::rope::Pairs;
+pub(crate) use experts::{Experts, Scores, SharedWidth};
 pub(crate) use hybrid::Linear;
+pub(crate) use latent::Latent;
 use qlora_layers::ops::fused::Activation;
+pub(crate) use short_conv::{MlpWidth, ShortConvNames};
 pub(crate) use wrappers::{SECTION, Wrapper};
 
 /// One `model_type` of `config.json`.
@@ -72,6 +80,30 @@ pub(crate) struct Family {
     pub fixed: &'static [(&'static str, Only)],
     /// Keys that mean nothing for this family.
     pub harmless: &'static [&'static str],
+    /// Whether there are the norms of queries and keys.
+    pub qk_normed: Switch,
+    /// Multi-head latent attention in the place of attention.
+    pub latent: Option<Latent>,
+    /// The logits of query heads that join their softmax and have no value.
+    pub sinks: Option<&'static str>,
+    /// Whether experts and their router have biases, and files hold experts stacked with inputs first: gate and input projection as
+    /// `[experts, hidden, 2 * intermediate]`, whose columns take turns, and the output projection as `[experts, intermediate, hidden]`.
+    /// Biases are behind the names of these with `_bias`.
+    pub interleaved_experts: bool,
+    /// Short convolutions in the place of attention in some blocks.
+    pub short_conv: Option<ShortConvNames>,
+    /// The attention's output projection.
+    pub attention_output: &'static str,
+    /// The MLP's output projection.
+    pub mlp_output: &'static str,
+    /// The norm before the output head.
+    pub last_norm: &'static str,
+    /// The key with the epsilon of norms.
+    pub norm_eps_key: &'static str,
+    /// Where the MLP is not as wide as `intermediate_size` says.
+    pub mlp_width: Option<MlpWidth>,
+    /// A key that counts in the place of `tie_word_embeddings` where it is there.
+    pub tie_key: Option<&'static str>,
 }
 
 /// Where the parts of a language model lie.
@@ -170,36 +202,6 @@ pub(crate) struct Norms {
     pub mlp_output: Option<&'static str>,
 }
 
-/// A mixture of experts in the place of the MLP. Modules have the names that checkpoints and adapters use, one module
-/// per expert and projection; transformers 5 holds them stacked, and may save them so.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Experts {
-    /// The router.
-    pub router: &'static str,
-    /// What the experts' indices follow.
-    pub list: &'static str,
-    /// An expert's gate, input and output projection.
-    pub projections: [&'static str; 3],
-    /// The router in files with stacked experts.
-    pub stacked_router: &'static str,
-    /// Gate and input projections of all experts, stacked: `[experts, 2 * intermediate, hidden]`.
-    pub stacked_gate_up: &'static str,
-    /// Output projections of all experts, stacked: `[experts, hidden, intermediate]`.
-    pub stacked_down: &'static str,
-    /// The keys with the number of experts, the first that is there counts, and what it is when absent.
-    pub count: (&'static [&'static str], usize),
-    /// The key with the number of experts per token, and what it is when absent.
-    pub per_token: (&'static str, usize),
-    /// The key with the width of an expert, and what it is when absent.
-    pub width: (&'static str, Option<usize>),
-    /// Whether the chosen experts' weights are divided by their sum.
-    pub normalise: Switch,
-    /// The key with the list of blocks that have an MLP instead.
-    pub dense_blocks: Option<&'static str>,
-    /// The key with n where only every n-th block has experts.
-    pub every: Option<&'static str>,
-}
-
 /// Which blocks look back no further than `sliding_window` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
@@ -250,6 +252,8 @@ pub(crate) struct Rotary {
     pub long_aliases: bool,
     /// `original_max_position_embeddings` when absent, where it is a key beside the scaling and not in it.
     pub original_context: Option<usize>,
+    /// Whether the scaling has to be there.
+    pub needs_scaling: bool,
 }
 
 /// Rotary embeddings of blocks with a window.
@@ -290,10 +294,6 @@ impl Sizes {
     }
 }
 
-/// The attention's output projection.
-pub(crate) const ATTENTION_OUTPUT: &str = "self_attn.o_proj";
-/// The MLP's output projection.
-pub(crate) const MLP_OUTPUT: &str = "mlp.down_proj";
 /// The norms of queries and keys, of each head by itself.
 const PER_HEAD: QkNorm = QkNorm { names: ["self_attn.q_norm", "self_attn.k_norm"], whole: false, rotated: false };
 
@@ -343,6 +343,7 @@ const BASE: Family = Family {
         harmless: &[],
         long_aliases: false,
         original_context: None,
+        needs_scaling: false,
     },
     sizes: Sizes {
         vocab_size: None,
@@ -358,6 +359,17 @@ const BASE: Family = Family {
     rms_norm_eps: 1e-6,
     fixed: &[],
     harmless: &[],
+    qk_normed: Switch::On,
+    latent: None,
+    sinks: None,
+    interleaved_experts: false,
+    short_conv: None,
+    attention_output: "self_attn.o_proj",
+    mlp_output: "mlp.down_proj",
+    last_norm: "norm",
+    norm_eps_key: "rms_norm_eps",
+    mlp_width: None,
+    tie_key: None,
 };
 
 const LLAMA: Family = Family {
@@ -399,15 +411,9 @@ const MIXTRAL: Family = Family {
         router: "block_sparse_moe.gate",
         list: "block_sparse_moe.experts",
         projections: ["w1", "w3", "w2"],
-        stacked_router: "mlp.gate",
-        stacked_gate_up: "mlp.experts.gate_up_proj",
-        stacked_down: "mlp.experts.down_proj",
-        count: (&["num_local_experts", "num_experts"], 8),
-        per_token: ("num_experts_per_tok", 2),
         width: ("intermediate_size", None),
         normalise: Switch::On,
-        dense_blocks: None,
-        every: None,
+        ..experts::ROUTED
     }),
     window: Window { blocks: Windowed::All, width: None, switch: None },
     rotary: Rotary { theta: 1_000_000.0, ..BASE.rotary },
@@ -457,18 +463,13 @@ const QWEN3: Family = Family {
 const QWEN3_MOE: Family = Family {
     model_type: "qwen3_moe",
     experts: Some(Experts {
-        router: "mlp.gate",
-        list: "mlp.experts",
-        projections: ["gate_proj", "up_proj", "down_proj"],
-        stacked_router: "mlp.gate",
-        stacked_gate_up: "mlp.experts.gate_up_proj",
-        stacked_down: "mlp.experts.down_proj",
         count: (&["num_local_experts", "num_experts"], 128),
         per_token: ("num_experts_per_tok", 8),
         width: ("moe_intermediate_size", Some(768)),
         normalise: Switch::Key("norm_topk_prob"),
         dense_blocks: Some("mlp_only_layers"),
         every: Some("decoder_sparse_step"),
+        ..experts::ROUTED
     }),
     window: Window { blocks: Windowed::All, ..QWEN2.window },
     sizes: Sizes { num_key_value_heads: Some(4), head_dim: None, ..QWEN3.sizes },
@@ -502,8 +503,8 @@ const GEMMA2: Family = Family {
     sizes: Sizes { num_key_value_heads: Some(4), head_dim: Some(256), max_position_embeddings: 8192, ..BASE.sizes },
     tied: true,
     fixed: &[("use_bidirectional_attention", Only::Flag(false)), ("mlp_bias", Only::Flag(false))],
-    // `hidden_activation` decides; early files have both.
-    harmless: &["hidden_act"],
+    // `hidden_activation` and `sliding_window` decide; early files have both of each.
+    harmless: &["hidden_act", "sliding_window_size"],
     ..BASE
 };
 
@@ -534,24 +535,6 @@ const GEMMA3_TEXT: Family = Family {
     ..GEMMA2
 };
 
-const PHI3: Family = Family {
-    model_type: "phi3",
-    qkv: &["self_attn.qkv_proj"],
-    gate_up: &["mlp.gate_up_proj"],
-    window: Window { blocks: Windowed::All, width: None, switch: None },
-    rotary: Rotary { partial: Some(1.0), long_aliases: true, original_context: Some(4096), ..BASE.rotary },
-    sizes: Sizes { max_position_embeddings: 4096, ..BASE.sizes },
-    rms_norm_eps: 1e-5,
-    fixed: &[
-        ("attention_bias", Only::Flag(false)),
-        ("mlp_bias", Only::Flag(false)),
-        ("lm_head_bias", Only::Flag(false)),
-        ("full_attn_mod", Only::Number(1.0)),
-        ("interpolate_factor", Only::Number(1.0)),
-    ],
-    ..BASE
-};
-
 /// Every family that loads.
 pub(crate) static FAMILIES: &[Family] = &[
     LLAMA,
@@ -561,9 +544,11 @@ pub(crate) static FAMILIES: &[Family] = &[
     QWEN3,
     QWEN3_MOE,
     hybrid::QWEN3_5_TEXT,
+    hybrid::QWEN3_5_MOE_TEXT,
+    hybrid::QWEN3_NEXT,
     GEMMA2,
     GEMMA3_TEXT,
-    PHI3,
+    dense::PHI3,
     dense::MINISTRAL3,
     dense::SMOLLM3,
     dense::GRANITE,
@@ -573,6 +558,15 @@ pub(crate) static FAMILIES: &[Family] = &[
     dense::OLMO3,
     dense::GLM4,
     dense::ERNIE,
+    experts::GLM4_MOE,
+    latent::DEEPSEEK_V3,
+    latent::KIMI_K2,
+    latent::GLM4_MOE_LITE,
+    sinks::GPT_OSS,
+    vision_text::QWEN2_VL_TEXT,
+    vision_text::QWEN2_5_VL_TEXT,
+    vision_text::QWEN3_VL_TEXT,
+    short_conv::LFM2,
 ];
 
 impl Family {

@@ -18,8 +18,10 @@ mod embedding;
 mod error;
 mod family;
 mod held;
+mod host_memory;
 mod kernel_cache;
 mod kv_cache;
+mod latent;
 mod loader;
 mod mlp;
 mod moe;
@@ -29,21 +31,24 @@ mod paged;
 mod probe;
 mod recorded;
 mod rope;
+mod router;
 mod sequence;
+mod shared_expert;
+mod short_conv;
 mod stacks;
 mod streamed;
 
 pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
-    AttentionKind, ExpertsConfig, LinearAttentionConfig, LinearRole, LinearSpec, ModelConfig, accept_keys,
+    AttentionKind, ConfigOptions, ExpertsConfig, GroupedScores, LatentConfig, LinearAttentionConfig, LinearRole,
+    LinearSpec, ModelConfig,
 };
 pub use decoder::Decoder;
-pub use device::{
-    check_compute_dtype, default_compute_dtype, device_memory, held_memory, host_memory, peak_memory, select_device,
-};
+pub use device::{check_compute_dtype, default_compute_dtype, device_memory, held_memory, peak_memory, select_device};
 pub use error::ModelError;
 pub use held::HeldWeights;
+pub use host_memory::host_memory;
 pub use kernel_cache::kernel_cache_folder;
 pub use kv_cache::KvCache;
 pub use loader::{LoadOptions, LoadProgress};

@@ -9,35 +9,40 @@
 //! One walk over the modules serves every origin of tensors, a [`Source`]: a checkpoint, or random numbers.
 
 mod aside;
+mod experts;
 mod options;
 mod random;
 mod source;
 mod streaming;
 
 use crate::ModelError;
-use crate::block::{Block, FeedForward};
-use crate::config::{ExpertsSpecs, LinearSpec, ModelConfig};
+use crate::block::{Block, FeedForward, Recurrence};
+use crate::config::{LinearSpec, ModelConfig};
 use crate::decoder::Decoder;
 use crate::delta_net::DeltaNet;
 use crate::embedding::Embedding;
 use crate::family::Root;
 use crate::mlp::Mlp;
-use crate::moe::Moe;
 use crate::named::Named;
 use crate::norm::RmsNorm;
 use crate::rope::RotaryTables;
+use crate::short_conv::ShortConv;
 use crate::streamed::Streams;
 use adapter_io::{Checkpoint, DenseTensor, Floats};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use host_copies::persistent;
 use nf4_quant::Quantized4bit;
 pub use options::LoadOptions;
+use qlora_layers::ops::Sinks;
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, frozen};
 use random::Random;
 use source::Source;
 use std::collections::BTreeSet;
 use std::path::Path;
 use streaming::{Quantizer, Streaming};
+
+/// Epsilon of the norms between the projections of latent attention, whatever `rms_norm_eps` says.
+const LATENT_EPS: f64 = 1e-6;
 
 /// How far loading is.
 #[derive(Clone, Copy, Debug)]
@@ -63,29 +68,15 @@ impl Decoder {
         device: &Device,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        Self::load_streamed(dir, options, None, device, progress)
+        Self::load_as(ModelConfig::from_dir(dir)?, dir, options, None, device, progress)
     }
 
-    /// [`load`](Self::load) with the frozen weights of some blocks elsewhere, from where they come when they are needed. Each such
-    /// block leaves the device before the next one is loaded.
+    /// [`load`](Self::load) with the folder's configuration as it was read, some of its layers [kept dense](ModelConfig::keep_dense),
+    /// and with the frozen weights of some blocks elsewhere, from where they come when they are needed. Each such block leaves the
+    /// device before the next one is loaded.
     ///
     /// # Errors
     /// As there; [`ModelError::Streamed`] without quantization, [`ModelError::Layer`] where a block's weights can't be moved.
-    pub fn load_streamed(
-        dir: &Path,
-        options: LoadOptions,
-        streams: Option<Streams>,
-        device: &Device,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Self, ModelError> {
-        Self::load_as(ModelConfig::from_dir(dir)?, dir, options, streams, device, progress)
-    }
-
-    /// [`load_streamed`](Self::load_streamed) with the folder's configuration as it was read, some of its layers
-    /// [kept dense](ModelConfig::keep_dense).
-    ///
-    /// # Errors
-    /// As there.
     pub fn load_as(
         mut config: ModelConfig,
         dir: &Path,
@@ -124,7 +115,7 @@ impl Decoder {
         Self::random_streamed(config, options, None, seed, device, progress)
     }
 
-    /// [`random`](Self::random) with the frozen weights of some blocks elsewhere, as in [`load_streamed`](Self::load_streamed).
+    /// [`random`](Self::random) with the frozen weights of some blocks elsewhere, as in [`load_as`](Self::load_as).
     ///
     /// # Errors
     /// As there.
@@ -275,14 +266,11 @@ impl<'a> Loader<'a> {
         let qkv = self.linears(self.config.qkv_specs(index))?;
         let output = self.linear(self.config.output_spec(index))?;
         let feed_forward = match self.config.experts_specs(index) {
-            Some(specs) => FeedForward::Experts(self.experts(index, specs)?),
+            Some(specs) => FeedForward::Experts(Box::new(self.experts(index, specs)?)),
             None => {
                 let (gate_up, down) = self.config.mlp_specs(index);
-                FeedForward::Dense(Mlp {
-                    gate_up: self.linears(gate_up)?,
-                    down: self.linear(down)?,
-                    activation: self.config.activation,
-                })
+                let (gate_up, down) = (self.linears(gate_up)?, self.linear(down)?);
+                FeedForward::Dense(Box::new(Mlp { gate_up, down, activation: self.config.activation }))
             }
         };
         let mut norms = self.config.block_norms(index).try_map(|norm| self.norm(norm))?;
@@ -290,20 +278,36 @@ impl<'a> Loader<'a> {
             // Families that store other norms' distance from 1 store this one as it is.
             norm.module.offset = 0.0;
         }
-        let delta = self.delta_net(index)?;
+        for norm in [&mut norms.latent_queries, &mut norms.latent_keys].into_iter().flatten() {
+            norm.module.eps = LATENT_EPS;
+        }
+        let recurrence = self.recurrence(index)?;
         let kind = self.config.layer(index).kind;
-        Ok(Block { index, kind, qkv, delta, output, feed_forward, norms, home: None })
+        let sinks = match self.config.sinks(index) {
+            Some(name) => {
+                let values = self.values(&self.file_name(&name), &[self.config.num_attention_heads])?;
+                Some(Sinks::new(&values, self.device))
+            }
+            None => None,
+        };
+        Ok(Block { index, kind, qkv, recurrence, sinks, output, feed_forward, norms, home: None })
     }
 
-    /// What a block's linear attention has beside projections and norm.
-    fn delta_net(&mut self, index: usize) -> Result<Option<DeltaNet>, ModelError> {
-        let Some((config, names)) = self.config.linear_attention(index) else { return Ok(None) };
+    /// What a block has in the place of attention, without projections and norm.
+    fn recurrence(&mut self, index: usize) -> Result<Option<Recurrence>, ModelError> {
         let block = self.file_name(&self.config.block_path(index));
+        if let Some((taps, names)) = self.config.short_convolution(index) {
+            let weight = self.values(&format!("{block}.{}.weight", names.conv), &[self.config.hidden_size, 1, taps])?;
+            return Ok(Some(Recurrence::Conv(Box::new(ShortConv::new(&weight, taps, self.device)))));
+        }
+        let Some((config, names)) = self.config.linear_attention(index) else { return Ok(None) };
         let [rates, dt_bias] = names.rates.map(|name| format!("{block}.{name}"));
         let conv = self.values(&format!("{block}.{}.weight", names.conv), &[config.channels(), 1, config.taps])?;
         let rates = self.values(&rates, &[config.value_heads])?;
         let dt_bias = self.values(&dt_bias, &[config.value_heads])?;
-        Ok(Some(DeltaNet::new(config, &conv, &rates, dt_bias, self.device)))
+        let by_head = names.projections.len() == 2;
+        let delta = DeltaNet::new(config, by_head, &conv, &rates, dt_bias, self.device);
+        Ok(Some(Recurrence::Delta(Box::new(delta))))
     }
 
     /// A small tensor, in the host's memory.
@@ -315,37 +319,6 @@ impl<'a> Loader<'a> {
         self.advance(name, view.num_bytes());
         self.source.release(name);
         Ok(values)
-    }
-
-    /// Experts, from a tensor for each or from stacked ones.
-    fn experts(&mut self, index: usize, specs: ExpertsSpecs) -> Result<Moe, ModelError> {
-        let ExpertsSpecs { config, names, router, experts } = specs;
-        let block = self.file_name(&self.config.block_path(index));
-        let stacked = [names.stacked_gate_up, names.stacked_down].map(|name| format!("{block}.{name}"));
-        let activation = self.config.activation;
-        let (router, experts) = if self.source.contains(&stacked[0]) {
-            let weight = format!("{block}.{}", names.stacked_router);
-            let base = self.frozen_linear(&weight, &router)?;
-            let router = Named { path: router.path, module: LoraLinear::frozen(base, None) };
-            let load = |(expert, [gate, up, down]): (usize, [LinearSpec; 3])| {
-                Ok(Mlp {
-                    gate_up: vec![
-                        self.stacked(&stacked[0], 2 * expert, [config.count, 2], gate)?,
-                        self.stacked(&stacked[0], 2 * expert + 1, [config.count, 2], up)?,
-                    ],
-                    down: self.stacked(&stacked[1], expert, [config.count, 1], down)?,
-                    activation,
-                })
-            };
-            (router, experts.into_iter().enumerate().map(load).collect::<Result<_, ModelError>>()?)
-        } else {
-            let router = self.linear(router)?;
-            let load = |[gate, up, down]: [LinearSpec; 3]| {
-                Ok(Mlp { gate_up: vec![self.linear(gate)?, self.linear(up)?], down: self.linear(down)?, activation })
-            };
-            (router, experts.into_iter().map(load).collect::<Result<_, ModelError>>()?)
-        };
-        Ok(Moe::new(router, experts, config.per_token, config.normalise))
     }
 
     fn linears(&mut self, specs: Vec<LinearSpec>) -> Result<Vec<Named<LoraLinear>>, ModelError> {
@@ -360,28 +333,6 @@ impl<'a> Loader<'a> {
             false => None,
         };
         Ok(Named { path: spec.path, module: LoraLinear::frozen(base, bias) })
-    }
-
-    /// Part `part` of a tensor that holds the weights of all experts, one or two for each, along its first dimensions.
-    fn stacked(
-        &mut self,
-        name: &str,
-        part: usize,
-        [experts, each]: [usize; 2],
-        spec: LinearSpec,
-    ) -> Result<Named<LoraLinear>, ModelError> {
-        let [rows, columns] = spec.shape;
-        let shape = [experts, each * rows, columns];
-        let whole = self.source.tensor(name, &shape)?;
-        let wrong =
-            || ModelError::WeightShape { module: name.into(), expected: shape.into(), found: whole.shape.clone() };
-        let tensor = whole.part(part, experts * each, &spec.shape).ok_or_else(wrong)?;
-        self.read.insert(name.into());
-        let base = self.weight(&tensor, &spec)?;
-        if part + 1 == experts * each {
-            self.source.release(name);
-        }
-        Ok(Named { path: spec.path, module: LoraLinear::frozen(base, None) })
     }
 
     /// The weight of the module `name` of the file.

@@ -9,7 +9,7 @@
 //! # As one, or one by one
 //!
 //! Experts run [as one](qlora_layers::ops::experts), a few operations whatever their number, as long as they differ in the
-//! values of weights and factors alone. Their frozen weights lie in one memory, of which each expert's own layer is a view,
+//! values of weights, biases and factors alone. Their frozen weights lie in one memory, of which each expert's own layer is a view,
 //! from loading on. Adapters belong to the experts' own layers, with names of their own, until [`Moe::join`] makes them one
 //! parameter for each projection and factor; [`Moe::part`] gives them back.
 //!
@@ -18,12 +18,14 @@
 
 use crate::mlp::Mlp;
 use crate::named::Named;
-use burn::module::Param;
+use crate::router::SigmoidScores;
+use crate::shared_expert::SharedExpert;
+use burn::module::{Param, ParamId};
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use qlora_layers::ops::experts::{expert_mlp, expert_weights, route};
 use qlora_layers::streamed::Views;
-use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass};
+use qlora_layers::{ExpertAdapters, ExpertStack, FrozenLinear, LayerError, Linear4bit, LoraLinear, Pass, frozen};
 
 /// The projections of an expert, as paths name them.
 const PROJECTIONS: usize = 3;
@@ -36,18 +38,41 @@ pub(crate) struct Moe {
     pub per_token: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
+    /// The expert of all tokens.
+    pub shared: Option<SharedExpert>,
+    /// Where scores are sigmoids, and not their softmax.
+    pub sigmoid: Option<SigmoidScores>,
     /// The frozen weights of all experts' gate, up and down projections, where they can lie in one memory.
     stacks: Option<Box<[ExpertStack; PROJECTIONS]>>,
+    /// The biases of these, where they have some.
+    biases: Option<Box<[StackedBias; PROJECTIONS]>>,
     /// Adapters that were taken off the experts' layers.
     joined: Box<[Option<Named<ExpertAdapters>>; PROJECTIONS]>,
 }
 
+/// The biases of one projection of all experts, of which each expert's own is a view.
+#[derive(Clone, Debug)]
+struct StackedBias {
+    /// `[experts, out_features]`.
+    all: Tensor<2>,
+    views: Vec<ParamId>,
+}
+
 impl Moe {
     /// Experts whose weights are brought into one memory if they can be.
-    pub fn new(router: Named<LoraLinear>, experts: Vec<Mlp>, per_token: usize, normalise: bool) -> Self {
-        let mut moe = Self { router, experts, per_token, normalise, stacks: None, joined: Box::default() };
+    pub fn new(
+        router: Named<LoraLinear>,
+        experts: Vec<Mlp>,
+        per_token: usize,
+        normalise: bool,
+        shared: Option<SharedExpert>,
+        sigmoid: Option<SigmoidScores>,
+    ) -> Self {
+        let (stacks, biases, joined) = Default::default();
+        let mut moe = Self { router, experts, per_token, normalise, shared, sigmoid, stacks, biases, joined };
         // Where they can't, experts run one by one; whoever trains is told by `join`.
         moe.stacks = moe.stack().ok();
+        moe.biases = moe.stack_biases();
         moe
     }
 
@@ -56,7 +81,19 @@ impl Moe {
     /// # Shapes
     /// `[tokens, hidden]` in and out.
     pub fn forward(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
-        let logits = self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32);
+        match &self.shared {
+            Some(shared) => self.routed(x.clone(), pass, gradients_only) + shared.forward(x, pass, gradients_only),
+            None => self.routed(x, pass, gradients_only),
+        }
+    }
+
+    /// [`forward`](Self::forward) without the expert of all tokens.
+    pub fn routed(&self, x: Tensor<2>, pass: Pass, gradients_only: bool) -> Tensor<2> {
+        let logits = match &self.sigmoid {
+            // Their sums are kept in f32, as in transformers.
+            Some(_) => self.router.module.forward_wide(x.clone(), pass),
+            None => self.router.module.forward_in(x.clone(), pass).cast(FloatDType::F32),
+        };
         match self.stacks.as_ref().filter(|stacks| self.is_one(stacks)) {
             Some(stacks) => self.run_as_one(stacks, x, logits, pass, gradients_only),
             None if self.is_joined() => self.clone().parted().run_one_by_one(x, logits, pass),
@@ -72,10 +109,23 @@ impl Moe {
         pass: Pass,
         gradients_only: bool,
     ) -> Tensor<2> {
-        let routing = route(logits.clone(), self.per_token);
-        let weights = expert_weights(logits, &routing, self.normalise);
-        let projections =
-            [0, 1, 2].map(|i| stacks[i].projection(self.joined[i].as_ref().map(|joined| &joined.module), pass));
+        let (routing, weights) = match &self.sigmoid {
+            Some(scores) => {
+                let routing = route(scores.for_choice(logits.clone()), self.per_token);
+                let weights = scores.weights(logits, routing.chosen());
+                (routing, weights)
+            }
+            None => {
+                let routing = route(logits.clone(), self.per_token);
+                let weights = expert_weights(logits, &routing, self.normalise);
+                (routing, weights)
+            }
+        };
+        let bias = |i: usize| self.biases.as_ref().map(|biases| biases[i].all.clone());
+        let projections = [0, 1, 2].map(|i| {
+            let adapters = self.joined[i].as_ref().map(|joined| &joined.module);
+            stacks[i].projection(adapters, pass).with_bias(bias(i))
+        });
         expert_mlp(x, weights, &routing, projections, self.experts[0].activation, gradients_only)
     }
 
@@ -83,14 +133,21 @@ impl Moe {
         let [tokens, hidden] = x.dims();
         let (dtype, device) = (x.dtype(), x.device());
         // A device that fails here fails the pass: what follows it is not a number, which every reader reports.
-        let Ok(scores) = logits.clone().without_autodiff().try_into_vec_as::<f32>() else {
+        let scores = match &self.sigmoid {
+            Some(scores) => scores.for_choice(logits.clone()),
+            None => logits.clone(),
+        };
+        let Ok(scores) = scores.without_autodiff().try_into_vec_as::<f32>() else {
             return x.mul_scalar(f32::NAN);
         };
         let routes = Routes::choose(&scores, self.experts.len(), self.per_token);
-        let chosen = softmax(logits, 1).gather(1, int_tensor(routes.chosen, [tokens, self.per_token], &device));
-        let weights = match self.normalise {
-            true => chosen.clone() / chosen.sum_dim(1),
-            false => chosen,
+        let chosen = int_tensor(routes.chosen, [tokens, self.per_token], &device);
+        let weights = match &self.sigmoid {
+            Some(scores) => scores.weights(logits, chosen),
+            None => {
+                let chosen = softmax(logits, 1).gather(1, chosen);
+                if self.normalise { chosen.clone() / chosen.sum_dim(1) } else { chosen }
+            }
         };
         let outputs = self.experts.iter().zip(routes.groups).filter(|(_, group)| !group.is_empty());
         let outputs = outputs.map(|(expert, group)| {
@@ -128,6 +185,32 @@ impl Moe {
         Ok(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
     }
 
+    /// Brings the biases into one memory; `None` where a layer has none.
+    fn stack_biases(&mut self) -> Option<Box<[StackedBias; PROJECTIONS]>> {
+        let stack = |i: usize, moe: &mut Self| {
+            let biases = moe.layers(i).map(|layer| Some(layer.module.bias.as_ref()?.val().unsqueeze::<2>()));
+            let all = Tensor::cat(biases.collect::<Option<Vec<_>>>()?, 0);
+            let width = all.dims()[1];
+            let view = |(expert, layer): (usize, &mut Named<LoraLinear>)| {
+                let bias = frozen(all.clone().narrow(0, expert, 1).reshape([width]));
+                let id = bias.id;
+                layer.module.bias = Some(bias);
+                id
+            };
+            Some(StackedBias { views: moe.layers_mut(i).enumerate().map(view).collect(), all })
+        };
+        Some(Box::new([stack(0, self)?, stack(1, self)?, stack(2, self)?]))
+    }
+
+    /// Whether the biases of a projection's layers, if there are any, are views of the stack.
+    fn has_stacked_biases(&self, projection: usize) -> bool {
+        let own = self.layers(projection).map(|layer| layer.module.bias.as_ref().map(|bias| bias.id));
+        match &self.biases {
+            Some(biases) => own.eq(biases[projection].views.iter().map(|id| Some(*id))),
+            None => own.into_iter().all(|id| id.is_none()),
+        }
+    }
+
     /// Whether all experts' frozen weights lie in stacks that can be streamed.
     pub fn can_stream(&self) -> bool {
         self.stacks.as_ref().is_some_and(|stacks| stacks.iter().all(ExpertStack::can_stream))
@@ -157,7 +240,9 @@ impl Moe {
 
     /// Whether the experts' layers are views of the stacks and nothing more.
     fn is_one(&self, stacks: &[ExpertStack; PROJECTIONS]) -> bool {
-        (0..).zip(stacks).all(|(i, stack)| stack.holds(self.layers(i).map(|layer| bare(&layer.module))))
+        (0..).zip(stacks).all(|(i, stack)| {
+            stack.holds(self.layers(i).map(|layer| bare(&layer.module))) && self.has_stacked_biases(i)
+        })
     }
 
     /// Whether adapters were taken off the experts' layers.
@@ -177,9 +262,6 @@ impl Moe {
         let layers = || self.experts.iter().flat_map(Mlp::linears).map(|layer| &layer.module);
         if layers().any(|layer| layer.whole.is_some()) {
             return apart("some are trained in full: leave experts out of lora.modules_to_save");
-        }
-        if layers().any(|layer| layer.bias.is_some()) {
-            return apart("their layers have biases");
         }
         if layers().any(|layer| layer.observer.is_some()) {
             return apart("their inputs are being looked at");
@@ -202,6 +284,12 @@ impl Moe {
         let held = |i: usize, stack: &ExpertStack| stack.holds(self.layers(i).map(|layer| quantized(&layer.module)));
         if !self.stacks.as_ref().is_some_and(|stacks| (0..).zip(stacks.iter()).all(|(i, stack)| held(i, stack))) {
             self.stacks = Some(self.stack()?);
+        }
+        if !(0..PROJECTIONS).all(|i| self.has_stacked_biases(i)) {
+            self.biases = self.stack_biases();
+            if self.biases.is_none() {
+                return apart("some of their layers have biases and some have none");
+            }
         }
         self.experts.iter_mut().flat_map(Mlp::linears_mut).for_each(|layer| layer.module.adapter = None);
         self.joined = joined;
@@ -236,8 +324,10 @@ impl Moe {
     pub fn parts_mut(
         &mut self,
     ) -> (impl Iterator<Item = &mut Named<LoraLinear>>, impl Iterator<Item = (String, &mut Param<Tensor<2>>)>) {
-        let Self { router, experts, joined, .. } = self;
-        let linears = std::iter::once(router).chain(experts.iter_mut().flat_map(Mlp::linears_mut));
+        let Self { router, experts, joined, shared, .. } = self;
+        let experts = experts.iter_mut().flat_map(Mlp::linears_mut);
+        let shared = shared.iter_mut().flat_map(SharedExpert::linears_mut);
+        let linears = std::iter::once(router).chain(experts).chain(shared);
         let joined = joined.iter_mut().flatten().flat_map(|Named { path, module }| {
             let path = &*path;
             module.parameters_mut().map(move |(part, tensor)| (format!("{path}.{part}"), tensor))
@@ -251,17 +341,19 @@ impl Moe {
     }
 
     pub fn linears(&self) -> impl Iterator<Item = &Named<LoraLinear>> {
-        std::iter::once(&self.router).chain(self.experts.iter().flat_map(Mlp::linears))
+        let shared = self.shared.iter().flat_map(SharedExpert::linears);
+        std::iter::once(&self.router).chain(self.experts.iter().flat_map(Mlp::linears)).chain(shared)
     }
 
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Named<LoraLinear>> {
-        std::iter::once(&mut self.router).chain(self.experts.iter_mut().flat_map(Mlp::linears_mut))
+        let shared = self.shared.iter_mut().flat_map(SharedExpert::linears_mut);
+        std::iter::once(&mut self.router).chain(self.experts.iter_mut().flat_map(Mlp::linears_mut)).chain(shared)
     }
 }
 
-/// The weight of a layer that is nothing more.
+/// The weight of a layer that is nothing more but for a frozen bias.
 fn bare(layer: &LoraLinear) -> Option<&Linear4bit> {
-    let LoraLinear { adapter: None, whole: None, bias: None, observer: None, .. } = layer else { return None };
+    let LoraLinear { adapter: None, whole: None, observer: None, .. } = layer else { return None };
     quantized(layer)
 }
 

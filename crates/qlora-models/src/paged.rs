@@ -4,14 +4,15 @@
 //! chosen last. Products run over all rows' tokens at once; only attention tells the rows apart. What a row gets does not
 //! depend on the rows beside it.
 
+mod feed_forward;
 mod head;
+mod latent;
 mod linear;
 
-use crate::block::{Block, FeedForward, scaled, split_gate, split_qkv};
+use crate::block::{Block, Recurrence, scaled, split_gate, split_qkv};
 use crate::config::{AttentionKind, ModelConfig};
 use crate::decoder::Decoder;
-use crate::delta_net::DeltaState;
-use crate::mlp::halves;
+use crate::delta_net::SequenceState;
 use crate::named::Named;
 use crate::norm::{Norms, RmsNorm, add_norm, norm, normalised};
 use crate::recorded::Recorded;
@@ -35,11 +36,12 @@ use std::ops::Range;
 pub struct PagedCache {
     block_tokens: usize,
     blocks: usize,
-    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has linear
-    /// attention. The last block is nobody's: rows that only fill a pass up write there.
+    /// Keys and values of each decoder block, `[(blocks + 1) * block_tokens, kv_heads, head_dim]`, none where it has
+    /// something in the place of attention, and of latent attention what both are made of, `[.., 1, rank + rotary_dim]`, in the place of
+    /// the keys. The last block is nobody's: rows that only fill a pass up write there.
     layers: Vec<[Tensor<3>; 2]>,
-    /// By the first of a sequence's blocks and the decoder block: what linear attention goes on from.
-    states: HashMap<(u32, usize), DeltaState>,
+    /// By the first of a sequence's blocks and the decoder block: what linear attention and short convolutions go on from.
+    states: HashMap<(u32, usize), SequenceState>,
     /// Passes over this cache that can be replayed.
     pub(crate) recorded: Recorded,
     /// The adapters of its passes.
@@ -49,11 +51,14 @@ pub struct PagedCache {
 impl PagedCache {
     /// Room for `blocks` blocks of `block_tokens` tokens, on the model's device.
     pub fn new(model: &Decoder, blocks: usize, block_tokens: usize) -> Self {
-        let shape = [(blocks + 1) * block_tokens, model.config.num_key_value_heads, model.config.head_dim];
+        let slots = (blocks + 1) * block_tokens;
+        let shape = [slots, model.config.num_key_value_heads, model.config.head_dim];
         let place = || (&model.device, DType::from(model.dtype));
-        let layer = |block: &Block| match block.delta {
-            Some(_) => [(); 2].map(|()| Tensor::empty([0, 1, 1], place())),
-            None => [(); 2].map(|()| Tensor::zeros(shape, place())),
+        let none = || Tensor::empty([0, 1, 1], place());
+        let layer = |block: &Block| match (&block.recurrence, model.config.latent) {
+            (Some(_), _) => [none(), none()],
+            (None, Some(latent)) => [Tensor::zeros([slots, 1, latent.cached_dim()], place()), none()],
+            (None, None) => [(); 2].map(|()| Tensor::zeros(shape, place())),
         };
         let layers = model.blocks.iter().map(layer).collect();
         let (recorded, stacks) = (Recorded::default(), Stacks::default());
@@ -62,7 +67,9 @@ impl PagedCache {
 
     /// Bytes on the device that a token takes.
     pub fn token_bytes(config: &ModelConfig, dtype: FloatDType) -> usize {
-        2 * config.attention_blocks() * config.num_key_value_heads * config.head_dim * DType::from(dtype).size()
+        let keys_and_values = 2 * config.num_key_value_heads * config.head_dim;
+        let values = config.latent.map_or(keys_and_values, |latent| latent.cached_dim());
+        config.attention_blocks() * values * DType::from(dtype).size()
     }
 
     /// Tokens of a block.
@@ -484,8 +491,14 @@ impl<'a> MixedPass<'a> {
     fn attention(&self, index: usize, h: Tensor<2>, cache: &mut PagedCache) -> Tensor<2> {
         let config = self.config;
         let block = |model: &'a Decoder| &model.blocks[index];
-        if let Some(delta) = &block(self.models[0].1).delta {
-            return self.linear_attention(delta, index, h, cache);
+        match &block(self.models[0].1).recurrence {
+            Some(Recurrence::Delta(delta)) => return self.linear_attention(delta, index, h, cache),
+            Some(Recurrence::Conv(conv)) => return self.short_conv(conv, index, h, cache),
+            None => {}
+        }
+        if let Some(sizes) = &config.latent {
+            let mixed = self.latent_attention(sizes, index, h, cache);
+            return self.project_output(index, mixed);
         }
         let kind = block(self.models[0].1).kind;
         let (attention_kind, [cos, sin]) = (&config.attention_kinds[kind], &self.inputs.rotary[kind]);
@@ -517,7 +530,8 @@ impl<'a> MixedPass<'a> {
             None => q,
         };
         let softcap = config.score_softcap.map(|cap| cap as f32);
-        let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap);
+        let options = AttentionOptions::new(config.score_scale as f32, attention_kind.window, softcap)
+            .with_sinks(block(self.models[0].1).sinks.clone());
         let mixed = match self.inputs.is_paged() && !rotated_first {
             true => {
                 let new = NewTokens { q, k, v };
@@ -541,30 +555,14 @@ impl<'a> MixedPass<'a> {
             Some(gate) => gated(gate, mixed, Activation::Sigmoid),
             None => mixed,
         };
-        let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
-        let norms = self.norms(|model| block(model).norms.attention_output.as_ref());
-        scaled(normalised(norms, output, RmsNorm::forward), config)
+        self.project_output(index, mixed)
     }
 
-    /// The feed-forward branch of a block, for its normalised input.
-    fn feed_forward(&self, index: usize, h: Tensor<2>) -> Tensor<2> {
+    /// The end of a block's attention.
+    fn project_output(&self, index: usize, mixed: Tensor<2>) -> Tensor<2> {
         let block = |model: &'a Decoder| &model.blocks[index];
-        let dense = self.each_some(|model| match &block(model).feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp),
-            FeedForward::Experts(_) => None,
-        });
-        let output = match dense {
-            Some(mlps) => {
-                let mut gate_up = self.linears(h, |model| block(model).gate_up());
-                let [gate, up] = match gate_up.len() {
-                    2 => std::array::from_fn(|_| gate_up.remove(0)),
-                    _ => halves(gate_up.remove(0)),
-                };
-                self.linears(gated(gate, up, mlps[0].1.activation), |model| block(model).down()).remove(0)
-            }
-            None => self.by_part(h, |model, x| block(model).feed_forward.forward(x, Pass::INFERENCE, false)),
-        };
-        let norms = self.norms(|model| block(model).norms.mlp_output.as_ref());
+        let output = self.linears(mixed, |model| vec![&block(model).output.module]).remove(0);
+        let norms = self.norms(|model| block(model).norms.attention_output.as_ref());
         scaled(normalised(norms, output, RmsNorm::forward), self.config)
     }
 

@@ -147,9 +147,9 @@ impl Decoder {
         let records = one_each
             && cache.recorded.refusal.is_none()
             && (placed.is_some() || parts.len() <= MOST_PARTS)
-            // The host chooses experts, finds trained tokens among the ids, and holds the states of linear attention.
+            // The host chooses experts, finds trained tokens among the ids, and holds the states of what is in the place of attention.
             && first.model.config.experts.is_none()
-            && first.model.config.linear.is_none()
+            && !first.model.config.has_states()
             && !parts.iter().any(|(_, part)| part.model.has_trained_tokens())
             // A recording holds launches alone, and not the copies of streamed weights between them.
             && !first.model.is_streamed();

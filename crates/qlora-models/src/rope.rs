@@ -228,12 +228,19 @@ struct Known {
 }
 
 impl RotaryTables {
-    /// Cosines and sines of the angles at positions `start..start + len`, the last of a sequence.
+    /// [`spans`](Self::spans) on a device.
     ///
     /// # Shapes
-    /// Each `[len, turned / 2]`, f32.
-    pub fn get(&self, rope: &Rope, start: usize, len: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
-        let (cos, sin) = self.spans(rope, [(start + len, start..start + len)]);
+    /// Each `[positions, turned / 2]`, f32.
+    pub fn get(
+        &self,
+        rope: &Rope,
+        spans: impl IntoIterator<Item = (usize, Range<usize>)>,
+        device: &Device,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let mut len = 0;
+        let spans = spans.into_iter().inspect(|(_, positions)| len += positions.len());
+        let (cos, sin) = self.spans(rope, spans);
         let pairs = rope.turned / 2;
         let table = |values| Tensor::from_data(TensorData::new(values, [len, pairs]), (device, DType::F32));
         (table(cos), table(sin))
@@ -305,7 +312,7 @@ mod tests {
     fn what_is_not_rotated_is_turned_by_nothing() {
         let device = Device::flex();
         let rope = Rope { dim: 4, pairs: Pairs::Adjacent, ..rope(RopeScaling::Linear { factor: 2.0 }) };
-        let (cos, sin) = RotaryTables::default().get(&rope, 3, 2, &device);
+        let (cos, sin) = RotaryTables::default().get(&rope, [(5, 3..5)], &device);
         let [cos, sin] = [cos, sin].map(|table| table.try_into_vec_as::<f32>().unwrap());
         assert_eq!([&cos[2..4], &cos[6..8]], [[1.0, 1.0]; 2]);
         assert_eq!([&sin[2..4], &sin[6..8]], [[0.0, 0.0]; 2]);
@@ -342,7 +349,11 @@ mod tests {
             for (start, len) in [(0, 5), (0, 3), (5, 1), (6, 1), (0, 12), (12, 1), (13, 2), (40, 1), (2, 4)] {
                 let (mut cos, mut sin) = (Vec::new(), Vec::new());
                 rope.append_angles(&rope.frequencies(start + len), start..start + len, &mut cos, &mut sin);
-                assert_eq!(values(kept.get(&rope, start, len, &device)), [cos, sin], "{rope:?} {start} {len}");
+                assert_eq!(
+                    values(kept.get(&rope, [(start + len, start..start + len)], &device)),
+                    [cos, sin],
+                    "{rope:?} {start} {len}"
+                );
             }
         }
     }

@@ -182,6 +182,8 @@ fn kind(model: &Decoder, weights: &[ParamId]) -> Kind {
         && model.linears().all(|(_, layer)| plain(layer))
         && norms.into_iter().all(|norm| norm.module.trained.is_none())
         && !has_experts
+        // Its products over a cache take each model's own layers.
+        && model.config.latent.is_none()
         && !model.embedding.is_changed()
         && !model.has_trained_tokens();
     match stackable {

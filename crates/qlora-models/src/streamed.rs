@@ -2,6 +2,7 @@
 
 use crate::block::{Block, FeedForward};
 use crate::decoder::Decoder;
+use crate::shared_expert::SharedExpert;
 use burn::tensor::{Int, Tensor};
 use host_copies::DeviceError;
 use qlora_layers::streamed::{BlockHome, BlockStore, Order, Streaming};
@@ -71,13 +72,14 @@ impl Block {
         }
     }
 
-    /// Its 4-bit weights beside those of experts.
+    /// Its 4-bit weights beside those of experts that tokens are sent to.
     fn weights(&self) -> impl Iterator<Item = &Linear4bit> {
-        let mlp = match &self.feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp.linears()),
-            FeedForward::Experts(_) => None,
+        let (mlp, shared) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp.linears()), None),
+            FeedForward::Experts(moe) => (None, moe.shared.as_ref().map(SharedExpert::linears)),
         };
-        let linears = self.qkv.iter().chain([&self.output]).chain(mlp.into_iter().flatten());
+        let feed_forward = mlp.into_iter().flatten().chain(shared.into_iter().flatten());
+        let linears = self.qkv.iter().chain([&self.output]).chain(feed_forward);
         linears.filter_map(|linear| match &linear.module.base {
             FrozenLinear::Quantized(base) => Some(base),
             FrozenLinear::Dense(_) => None,
@@ -85,11 +87,12 @@ impl Block {
     }
 
     fn weights_mut(&mut self) -> impl Iterator<Item = &mut Linear4bit> {
-        let mlp = match &mut self.feed_forward {
-            FeedForward::Dense(mlp) => Some(mlp.linears_mut()),
-            FeedForward::Experts(_) => None,
+        let (mlp, shared) = match &mut self.feed_forward {
+            FeedForward::Dense(mlp) => (Some(mlp.linears_mut()), None),
+            FeedForward::Experts(moe) => (None, moe.shared.as_mut().map(SharedExpert::linears_mut)),
         };
-        let linears = self.qkv.iter_mut().chain([&mut self.output]).chain(mlp.into_iter().flatten());
+        let feed_forward = mlp.into_iter().flatten().chain(shared.into_iter().flatten());
+        let linears = self.qkv.iter_mut().chain([&mut self.output]).chain(feed_forward);
         linears.filter_map(|linear| match &mut linear.module.base {
             FrozenLinear::Quantized(base) => Some(base),
             FrozenLinear::Dense(_) => None,
@@ -136,6 +139,8 @@ impl Block {
             Ok(()) => {
                 tracing::error!(block = self.index, "a streamed block can't be recorded in a pass over all blocks")
             }
+            // Whoever works with that process learns of it, and says so once.
+            Err(DeviceError::Peer(error)) => tracing::debug!(block = self.index, error, "another process failed"),
             Err(error) => tracing::error!(block = self.index, %error, "the weights of a block did not come"),
         }
         x.mul_scalar(f32::NAN)

@@ -1,21 +1,28 @@
 //! Experts that run as one against experts one by one, in whole models on every device.
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
+use adapter_io::{Checkpoint, Dtype, ShardedWriter, TensorSpec};
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
 use qlora_layers::ops::backward_from;
-use qlora_layers::{LoraConfig, Pass, TargetModules, trainable};
+use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules, trainable};
 use qlora_models::{Decoder, LoadOptions};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use test_support::{devices, noise};
 
 const IDS: [u32; 12] = [3, 9, 4, 1, 30, 11, 5, 9, 2, 6, 5, 3];
 
+fn arch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/archs").join(name)
+}
+
 fn load(name: &str, device: &Device) -> Decoder {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference/archs").join(name);
-    let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
-    Decoder::load(&dir, options, device, &mut |_| ()).unwrap()
+    load_from(&arch(name), Some(QuantConfig::default()), device)
+}
+
+fn load_from(dir: &Path, quantization: Option<QuantConfig>, device: &Device) -> Decoder {
+    Decoder::load(dir, LoadOptions { quantization, dtype: FloatDType::F32 }, device, &mut |_| ()).unwrap()
 }
 
 fn names(names: [&str; 2]) -> TargetModules {
@@ -77,7 +84,7 @@ fn assert_near(what: &str, found: &[f32], expected: &[f32]) {
 #[test]
 fn joined_experts_give_the_same_results_and_gradients() {
     for (device_name, device) in devices() {
-        for name in ["qwen3_moe", "mixtral"] {
+        for name in ["qwen3_moe", "mixtral", "glm4_moe_groups", "gpt_oss_tied"] {
             for config in [
                 LoraConfig { rank: 2, ..Default::default() },
                 LoraConfig { rank: 8, target_modules: names(["down_proj", "w2"]), ..Default::default() },
@@ -131,5 +138,104 @@ fn what_can_not_be_joined_runs_one_by_one() {
         model.join_experts();
         assert_eq!(model.adapters().count(), count, "nothing was joined");
         assert_eq!(values(model.forward(&IDS, 2, Pass::INFERENCE)), before);
+    }
+}
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+/// A folder of these tensors, with the configuration of a model and what is said of its quantization.
+fn folder(base: &str, tensors: &Tensors, quantization: Option<serde_json::Value>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let specs = tensors.iter().map(|(name, (dtype, shape, _))| TensorSpec::new(name, *dtype, shape)).collect();
+    let mut writer = ShardedWriter::create(dir.path(), specs, u64::MAX).unwrap();
+    tensors.iter().for_each(|(name, (_, _, bytes))| writer.write(name, bytes).unwrap());
+    writer.finish().unwrap();
+    let config = std::fs::read(arch(base).join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    if let Some(said) = quantization {
+        config["quantization_config"] = said;
+    }
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    dir
+}
+
+/// gpt-oss as it is published: experts in MXFP4, the rest in BF16; and the dense checkpoint of the same values.
+fn mxfp4() -> (Tensors, [tempfile::TempDir; 2]) {
+    let stored = Checkpoint::open(&arch("gpt_oss_tied")).unwrap();
+    let mut tensors = Tensors::new();
+    for (seed, name) in stored.names().enumerate() {
+        let view = stored.tensor(name).unwrap();
+        if !name.ends_with("_up_proj") && !name.ends_with("down_proj") {
+            tensors.insert(name.into(), (view.dtype, view.shape.clone(), view.data.to_vec()));
+            continue;
+        }
+        let &[experts, inputs, outputs] = &view.shape[..] else { panic!("{name} is stacked") };
+        let shape = [experts, outputs, inputs / 32, 16];
+        let bytes = |seed, len| noise(seed, len).into_iter().map(|x| ((x + 1.0) * 127.5) as u8).collect::<Vec<u8>>();
+        let codes = bytes(seed as u64, shape.iter().product());
+        // Powers of two from 2^-9 to 2^-2.
+        let scales = bytes(99 + seed as u64, shape[..3].iter().product()).into_iter().map(|b| 118 + b % 8).collect();
+        tensors.insert(format!("{name}_blocks"), (Dtype::U8, shape.into(), codes));
+        tensors.insert(format!("{name}_scales"), (Dtype::U8, shape[..3].into(), scales));
+    }
+    let coded = folder("gpt_oss_tied", &tensors, Some(serde_json::json!({"quant_method": "mxfp4"})));
+    let checkpoint = Checkpoint::open(coded.path()).unwrap();
+    let decoded = checkpoint.names().map(|name| {
+        let tensor = checkpoint.dense(name).unwrap();
+        (name.to_string(), (tensor.dtype, tensor.shape.clone(), tensor.bytes().unwrap().into_owned()))
+    });
+    let dense = folder("gpt_oss_tied", &decoded.collect(), None);
+    (tensors, [coded, dense])
+}
+
+#[test]
+fn published_experts_in_mxfp4_are_their_values() {
+    const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let (tensors, [coded, dense]) = mxfp4();
+    let model = load_from(coded.path(), None, &Device::flex());
+    // By hand: rows of the gate and of the input projection take turns.
+    for (name, expert, output, row) in [("gate_proj", 0, 0, 0), ("up_proj", 2, 7, 15), ("gate_proj", 1, 31, 62)] {
+        let stack = "model.layers.1.mlp.experts.gate_up_proj";
+        let [codes, scales] = ["blocks", "scales"].map(|part| &tensors[&format!("{stack}_{part}")].2);
+        let at = expert * 64 + row;
+        let value = |input: usize| {
+            let code = codes[at * 16 + input / 2] >> (input % 2 * 4) & 15;
+            let value = E2M1[usize::from(code % 8)] * if code < 8 { 1.0 } else { -1.0 };
+            value * 2f32.powi(i32::from(scales[at]) - 127)
+        };
+        let path = format!("model.layers.1.mlp.experts.{expert}.{name}");
+        let (_, linear) = model.linears().find(|(found, _)| *found == path).unwrap();
+        let weight = values(linear.base.to_dense(FloatDType::F32));
+        assert_eq!(weight[output * 32..][..32], (0..32).map(value).collect::<Vec<f32>>(), "{path}");
+    }
+    let logits = |model: &Decoder| values(model.forward(&IDS, 2, Pass::INFERENCE));
+    assert!(logits(&model).iter().all(|value| value.is_finite()));
+    assert_eq!(logits(&model), logits(&load_from(dense.path(), None, &Device::flex())));
+    for (name, device) in devices() {
+        let [coded, dense] = [&coded, &dense].map(|dir| load_from(dir.path(), Some(QuantConfig::default()), &device));
+        assert_eq!(logits(&coded), logits(&dense), "{name}");
+        // Attention's four projections and the experts' three.
+        let held = coded.linears().filter(|(_, linear)| matches!(linear.base, FrozenLinear::Quantized(_))).count();
+        assert_eq!(held, 2 * (4 + 3 * 3), "{name}");
+    }
+}
+
+/// As PEFT has them over stacked experts; saved, loaded and saved again.
+#[test]
+fn adapters_of_stacked_experts_are_parameters() {
+    for name in ["gpt_oss", "gpt_oss_tied"] {
+        let device = Device::flex();
+        let model = adapted(name, &LoraConfig { rank: 2, ..Default::default() }, &device);
+        let logits = values(model.forward(&IDS, 2, Pass::INFERENCE));
+        let adapter = model.export_adapter("base", None).unwrap();
+        assert_eq!(adapter.config.parameters(), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "{name}");
+        let (count, hidden) = (model.config().experts.unwrap().count, model.config().hidden_size);
+        let (lora_a, _) = adapter.lora("model.layers.1.mlp.experts.base_layer").unwrap();
+        assert_eq!(lora_a.shape, [count * 2 * 2, hidden], "{name}: the ranks of gate and input projection");
+        let mut again = load(name, &device);
+        again.load_adapter(&adapter).unwrap();
+        assert_eq!(values(again.forward(&IDS, 2, Pass::INFERENCE)), logits, "{name}");
+        assert!(again.adapters().all(|(_, adapter)| adapter.rank() == 2), "{name}");
+        assert_eq!(again.export_adapter("base", None).unwrap(), adapter, "{name}");
     }
 }

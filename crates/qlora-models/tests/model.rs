@@ -4,8 +4,8 @@
 use adapter_io::Adapter;
 use burn::tensor::{Device, FloatDType, Tensor};
 use nf4_quant::QuantConfig;
-use qlora_layers::{LoraConfig, Pass, TargetModules};
-use qlora_models::{Decoder, KvCache, LoadOptions, ModelConfig, ModelError, RopeScaling};
+use qlora_layers::{FrozenLinear, LoraConfig, Pass, TargetModules};
+use qlora_models::{Decoder, KvCache, LinearRole, LoadOptions, LoadProgress, ModelConfig, ModelError, RopeScaling};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -189,4 +189,34 @@ fn older_rope_keys_mean_the_same() {
     let old = ModelConfig::from_json(&config, path).unwrap();
     assert_eq!(old.attention_kinds, new.attention_kinds);
     assert!(matches!(new.attention_kinds[0].rope.scaling, RopeScaling::Llama3 { .. }));
+}
+
+#[test]
+fn random_models_have_every_familys_modules() {
+    for entry in std::fs::read_dir(reference("archs")).unwrap() {
+        let dir = entry.unwrap().path();
+        let (name, config) = (dir.display(), ModelConfig::from_dir(&dir).unwrap());
+        let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
+        let mut seen = Vec::new();
+        let random = |seed, seen: &mut Vec<_>| {
+            let mut progress = |p: LoadProgress| seen.push((p.loaded_bytes, p.total_bytes));
+            Decoder::random(config.clone(), options, seed, &Device::flex(), &mut progress).unwrap()
+        };
+        let model = random(1, &mut seen);
+        assert_eq!(seen.last().map(|(loaded, _)| loaded), seen.last().map(|(_, total)| total), "{name}");
+        let specs = config.linear_specs();
+        let linears: Vec<_> = model.linears().collect();
+        assert_eq!(linears.len(), specs.len(), "{name}");
+        for ((path, linear), spec) in linears.into_iter().zip(specs) {
+            assert_eq!((&path, linear.base.shape()), (&spec.path, spec.shape), "{name}");
+            let dense = matches!(spec.role, LinearRole::Head | LinearRole::Router);
+            assert_eq!(matches!(linear.base, FrozenLinear::Dense(_)), dense, "{name}: {path}");
+        }
+        let logits = |model: &Decoder| model.forward(&[1, 2, 3, 4], 1, Pass::INFERENCE).into_data();
+        let first = logits(&model);
+        assert!(first.iter::<f32>().all(f32::is_finite), "{name}");
+        // The same seed is the same model, another one is not.
+        assert_eq!(first, logits(&random(1, &mut Vec::new())), "{name}");
+        assert_ne!(first, logits(&random(2, &mut Vec::new())), "{name}");
+    }
 }

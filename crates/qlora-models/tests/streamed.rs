@@ -6,7 +6,7 @@ use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use nf4_quant::QuantConfig;
 use qlora_layers::streamed::{BlockStore, HostStore, SLOTS};
 use qlora_layers::{Initialization, LayerError, LoraConfig, Pass};
-use qlora_models::{Decoder, KvCache, LoadOptions, ModelError, Placement, Streams};
+use qlora_models::{Decoder, KvCache, LoadOptions, ModelConfig, ModelError, Placement, Streams};
 use std::path::{Path, PathBuf};
 use test_support::{devices, noise};
 
@@ -19,7 +19,12 @@ fn reference(name: &str) -> PathBuf {
 fn load(name: &str, double_quant: bool, streams: Option<Streams>, device: &Device) -> Result<Decoder, ModelError> {
     let quantization = Some(QuantConfig { double_quant, ..QuantConfig::default() });
     let options = LoadOptions { quantization, dtype: FloatDType::F32 };
-    Decoder::load_streamed(&reference(name), options, streams, device, &mut |_| {})
+    load_as(name, options, streams, device)
+}
+
+fn load_as(name: &str, options: LoadOptions, streams: Option<Streams>, device: &Device) -> Result<Decoder, ModelError> {
+    let dir = reference(name);
+    Decoder::load_as(ModelConfig::from_dir(&dir)?, &dir, options, streams, device, &mut |_| {})
 }
 
 fn streams(blocks: usize, streamed: usize, device: &Device) -> Option<Streams> {
@@ -133,7 +138,7 @@ fn a_recorded_pass_over_all_blocks_gives_no_numbers() {
 fn dense_weights_and_full_hosts_are_refused_by_name() {
     let device = Device::flex();
     let options = LoadOptions { quantization: None, dtype: FloatDType::F32 };
-    let dense = Decoder::load_streamed(&reference("tiny-llama"), options, streams(6, 6, &device), &device, &mut |_| {});
+    let dense = load_as("tiny-llama", options, streams(6, 6, &device), &device);
     let message = dense.unwrap_err().to_string();
     assert!(message.contains("model.residency") && message.contains("quantization.quant_type"), "{message}");
 

@@ -212,7 +212,7 @@ impl Engine {
         self.drop_cancelled();
         let base = self.adapters.base();
         let plan = self.scheduler.plan(&|len| base.rotation(len));
-        if base.config().linear.is_some() {
+        if base.config().has_states() {
             let live: HashSet<u32> = self.scheduler.first_blocks().collect();
             self.cache.keep_sequences(|first| live.contains(&first));
         }
@@ -292,7 +292,7 @@ impl Engine {
         };
         self.answering.insert(self.next_id, answering);
         // States of linear attention are those behind the last token: a shared beginning has none.
-        let shares = !prompt_logprobs && self.adapters.base().config().linear.is_none();
+        let shares = !prompt_logprobs && !self.adapters.base().config().has_states();
         self.scheduler.add(self.next_id, prompt.to_vec(), number, shares);
     }
 

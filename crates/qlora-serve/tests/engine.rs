@@ -159,18 +159,24 @@ fn adapters(model: &Decoder, folder: &Path) -> Vec<(String, PathBuf, Decoder)> {
     let targets = TargetModules::Names(vec!["embed_tokens".into(), "lm_head".into(), "q_proj".into()]);
     let config = LoraConfig { rank: 3, alpha: 24.0, target_modules: targets, ..Default::default() };
     both.attach_lora(&config, 3).unwrap();
-    for (_, adapter) in both.adapters_mut() {
+    let dir = folder.join("embedding");
+    let adapted = saved(model, both, &dir);
+    found.push(("embedding".into(), dir, adapted));
+    found
+}
+
+/// Gives fresh adapters numbers that change something, and saves them: the model with what was saved.
+fn saved(model: &Decoder, mut fresh: Decoder, dir: &Path) -> Decoder {
+    for (_, adapter) in fresh.adapters_mut() {
         let [out, rank] = adapter.lora_b.dims();
         let values = (0..out * rank).map(|i| ((i * 37 % 101) as f32 - 50.0) / 500.0).collect::<Vec<f32>>();
         let data = burn::tensor::TensorData::new(values, [out, rank]);
         adapter.lora_b = qlora_layers::trainable(Tensor::from_data(data, (&Device::flex(), burn::tensor::DType::F32)));
     }
-    let dir = folder.join("embedding");
-    both.export_adapter("base", None).unwrap().save(&dir).unwrap();
+    fresh.export_adapter("base", None).unwrap().save(dir).unwrap();
     let mut adapted = model.clone();
-    adapted.load_adapter(&Adapter::load(&dir).unwrap()).unwrap();
-    found.push(("embedding".into(), dir, adapted));
-    found
+    adapted.load_adapter(&Adapter::load(dir).unwrap()).unwrap();
+    adapted
 }
 
 #[test]
@@ -209,6 +215,39 @@ fn a_batch_of_many_adapters_gives_the_single_answers() {
     }
     assert!(differ > 20, "adapters that change nothing prove nothing: {differ}");
     served.close();
+}
+
+/// Sequences with a state, each of its own adapter; prompts are cut, and sequences give way and start again.
+#[test]
+fn adapters_of_linear_attention_answer_in_one_batch() {
+    for name in ["archs/qwen3_5", "archs/qwen3_next"] {
+        let model = load(name, Some(QuantConfig::default()));
+        let folder = tempfile::tempdir().unwrap();
+        let kinds = [("all", TargetModules::AllLinear), ("some", TargetModules::Names(vec!["out_proj".into()]))];
+        let kinds = kinds.map(|(kind, target_modules)| {
+            let (mut fresh, dir) = (model.clone(), folder.path().join(kind));
+            fresh.attach_lora(&LoraConfig { rank: 2, alpha: 16.0, target_modules, ..Default::default() }, 3).unwrap();
+            let adapted = saved(&model, fresh, &dir);
+            (kind, dir, adapted)
+        });
+        let served = Served::new(&model, EngineConfig { cache: CacheSize::Tokens(56), ..crowded() });
+        kinds.iter().for_each(|(kind, dir, _)| served.load(kind, dir).unwrap());
+        let prompts = prompts(15, model.config().vocab_size as u32, 24);
+        let answers = prompts.iter().zip(0..).map(|(prompt, i)| {
+            let adapter = kinds.get(i % 3).map(|(kind, ..)| served.handle.adapter(kind).unwrap());
+            served.handle.submit(Request { adapter, ..Request::new(prompt.clone(), 12) }).unwrap()
+        });
+        let (mut differ, answers) = (0, answers.collect::<Vec<Answer>>());
+        for (i, (answer, prompt)) in answers.into_iter().zip(&prompts).enumerate() {
+            let ids = read(answer).unwrap().ids;
+            let adapted = kinds.get(i % 3).map_or(&model, |(.., adapted)| adapted);
+            assert_eq!(ids, alone(adapted, prompt, 12), "{name}, request {i}");
+            differ += usize::from(ids != alone(&model, prompt, 12));
+        }
+        assert!(differ > 5, "{name}: adapters that change nothing prove nothing: {differ}");
+        assert!(served.handle.counters().preemptions.load(Ordering::Relaxed) > 0, "{name}: nobody had to give way");
+        served.close();
+    }
 }
 
 #[test]

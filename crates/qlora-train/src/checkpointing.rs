@@ -73,21 +73,29 @@ impl Activations {
         let gated = |values: u64| {
             model.experts.map_or(values * intermediate, |experts| {
                 let routed = experts.per_token as u64 * (values * experts.intermediate_size as u64 + 3 * hidden);
-                routed.max(values * intermediate)
+                (routed + values * experts.shared_size as u64).max(values * intermediate)
             })
         };
         // Linear attention: projections, what the convolution makes of them, normalised queries and keys, and outputs before and behind
         // norm and gate; then the gradients, states of every 64 tokens and corrections that its backward pass holds.
-        let (linear, linear_back) = model.linear.map_or((0, 0), |linear| {
+        // Short convolutions: what one projection gives, its products and the convolution between them.
+        let of_conv = model.short_conv.map_or((0, 0), |_| (6 * hidden, 4 * hidden));
+        let (linear, linear_back) = model.linear.map_or(of_conv, |linear| {
             let (channels, [_, _, values]) = (linear.channels() as u64, linear.widths().map(|width| width as u64));
             let states = (linear.value_heads * linear.key_dim * linear.value_dim) as u64 / 64;
             (3 * channels + 4 * values, 3 * channels + 2 * states + 5 * values)
         });
-        let mixer = (qkv + attention).max(linear);
+        // Latent attention: what its projections give before heads are put together, and what is cut off them behind attention.
+        let heads = model.num_attention_heads as u64;
+        let (projected, cut) = model.latent.map_or((0, 0), |latent| {
+            let features = latent.query_dim() + latent.plain_dim + latent.value_dim;
+            (heads * features as u64, heads * latent.value_dim as u64)
+        });
+        let mixer = (qkv + attention + cut).max(linear);
         let bytes = |features: u64| tokens * features * width;
         let of_part = |features: u64| tokens.min(PART) * features * width;
         // Inputs, norms, projections and attention; then the second branch with its gradients, and those that flow through.
-        let first = 2 * hidden + mixer;
+        let first = 2 * hidden + mixer + projected;
         let second = 2 * hidden + gated(4);
         let (recorded, working, working_by_branch, working_recorded) = match on_cpu {
             true => {
@@ -113,7 +121,7 @@ impl Activations {
             + of_experts * per_token(|role| role == LinearRole::Expert))
             / blocks.max(1) as f64;
         // The last product of each branch need not run again.
-        let output = (hidden * attention) as f64;
+        let output = (hidden * if cut > 0 { cut } else { attention }) as f64;
         let down = gated(1) as f64 * hidden as f64;
         let work = |weights: f64| 2.0 * weights.max(0.0) * tokens as f64;
         let scores_work = ATTENTION * 2.0 * len as f64 * q as f64 * tokens as f64;
@@ -315,25 +323,32 @@ pub struct Room {
     pub on_cpu: bool,
     /// Bytes of tensors that there is room for, weights and all; `None` where nobody says.
     pub device: Option<u64>,
-    /// Bytes that may wait in the host's memory.
+    /// Bytes that may wait in the host's memory, of all ranks of this host together.
     pub host: u64,
-    /// Ranks that train together, each with such memory; 0 and 1 are a process that is alone.
+    /// Ranks that train together, each with such a device; 0 and 1 are a process that is alone.
     pub ranks: usize,
+    /// Those of them that are on this host; 0 and 1 are one that has it alone.
+    pub of_host: usize,
 }
 
 impl Room {
-    /// What is free on `device`, before anything is loaded, or what `budget` leaves of it.
+    /// What is free on `device`, before anything is loaded, or what `budget` leaves of it, of a process that is alone.
+    pub fn of(device: &Device, budget: Budget) -> Self {
+        Self::of_rank(device, budget, 1, 1)
+    }
+
+    /// The same of one of several `ranks`, as many as `of_host` of which are on this host and see the same free memory there.
     ///
     /// On CUDA the allocator's pages took 8 to 23 % more than the tensors in them in the steps that were measured, and the
     /// programs' own code and buffers some 300 MiB beyond what is there when a device is opened. The optimizer leaves a
     /// thirty-second of the device free, and would send its state to the host for it. On the CPU an eighth of what is free is
-    /// left to others.
-    pub fn of(device: &Device, budget: Budget) -> Self {
+    /// left to others, and ranks have a part each.
+    pub fn of_rank(device: &Device, budget: Budget, ranks: usize, of_host: usize) -> Self {
         let available = host_memory();
         let host = available.unwrap_or(0) / 2;
         let on_cpu = *device == Device::flex();
         let free = match on_cpu {
-            true => available.map(|bytes| bytes / 8 * 7),
+            true => available.map(|bytes| bytes / 8 * 7 / of_host.max(1) as u64),
             false => free_memory(device).map(|(free, total)| free.saturating_sub(total / 32)),
         };
         let bytes = match budget {
@@ -343,13 +358,7 @@ impl Room {
         };
         let tensors = |bytes: u64| bytes.saturating_sub(300 << 20) / 6 * 5;
         let device = bytes.map(|bytes| if on_cpu { bytes } else { tensors(bytes) });
-        Self { on_cpu, device, host, ranks: 1 }
-    }
-
-    /// The same of one of several ranks.
-    #[must_use]
-    pub fn of_ranks(self, ranks: usize) -> Self {
-        Self { ranks, ..self }
+        Self { on_cpu, device, host, ranks, of_host }
     }
 }
 

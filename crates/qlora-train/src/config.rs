@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use nf4_quant::{QuantConfig, QuantType};
 use paged_optim::{Budget, OptimizerKind};
 use qlora_layers::LoraConfig;
-use qlora_models::{ModelConfig, ModelError};
+use qlora_models::{ConfigOptions, ModelConfig, ModelError};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpointing::Checkpointing;
@@ -109,6 +109,13 @@ pub struct BaseModelConfig {
     pub accept_keys: Vec<String>,
 }
 
+impl BaseModelConfig {
+    /// How the base's `config.json` is read.
+    pub fn config_options(&self) -> ConfigOptions {
+        ConfigOptions::accepting(&self.accept_keys)
+    }
+}
+
 /// `[quantization]`: how the base model's linear layers are kept in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -170,12 +177,12 @@ impl QuantizationConfig {
         Some(QuantConfig { quant_type, blocksize: self.blocksize, double_quant: self.double_quant })
     }
 
-    /// The configuration of the base in a folder, with the layers that are left unquantized.
+    /// The configuration of the base in a folder, read as `options` say, with the layers that are left unquantized.
     ///
     /// # Errors
     /// As [`ModelConfig::from_dir`], and a name of `skip_modules` that is in no path.
-    pub fn base_config(&self, dir: &Path) -> Result<ModelConfig, ModelError> {
-        let mut config = ModelConfig::from_dir(dir)?;
+    pub fn base_config(&self, dir: &Path, options: &ConfigOptions) -> Result<ModelConfig, ModelError> {
+        let mut config = ModelConfig::from_dir_with(dir, options)?;
         config.keep_dense(&self.skip_modules)?;
         if self.sensitive == Sensitive::Keep {
             config.keep_sensitive_dense();

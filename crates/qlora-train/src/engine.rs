@@ -366,7 +366,9 @@ fn largest_buffer(model: &Decoder, micro_batches: &[Batch]) -> usize {
     let logits = chunk_len(config.vocab_size).min(tokens) * config.vocab_size;
     let [queries, ..] = config.qkv_widths();
     let mlp = match config.experts {
-        Some(experts) => experts.per_token * experts.intermediate_size.max(config.hidden_size),
+        Some(experts) => {
+            (experts.per_token * experts.intermediate_size.max(config.hidden_size)).max(experts.shared_size)
+        }
         None => config.intermediate_size,
     };
     // The MLP takes parts of the tokens; attention sums the gradient of its queries in f32.

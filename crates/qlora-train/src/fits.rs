@@ -178,7 +178,7 @@ mod tests {
     }
 
     fn room(bytes: u64) -> Room {
-        Room { on_cpu: false, device: Some(bytes), host: 64 << 30, ranks: 1 }
+        Room { on_cpu: false, device: Some(bytes), host: 64 << 30, ranks: 1, of_host: 1 }
     }
 
     /// What the run takes where nothing fits.

@@ -134,7 +134,7 @@ impl Plan {
         let all_weights = WeightBytes::new(model, quant, width);
         let embeddings = elements([model.vocab_size, model.hidden_size]);
         // Held in f32, as norms are.
-        let linear_attention = model.linear_attention_values() as u64;
+        let linear_attention = model.further_values() as u64;
         let norms = model.norms().iter().map(|(_, width)| *width as u64).sum::<u64>() + linear_attention;
         // A bias or a magnitude for each output feature; an embedding's features are its columns.
         let (lora, embedding) = (&config.lora, model.adaptable_modules().pop());
@@ -182,7 +182,11 @@ impl Plan {
             let room = memory.device.map(|room| room.saturating_sub(rest + placed.on_device()));
             match config.train.activation_checkpointing {
                 Checkpointing::Fixed(policy) => (policy.into(), Vec::new()),
-                Checkpointing::Auto => choose(&activations, room, memory.host.saturating_sub(placed.host_bytes)),
+                Checkpointing::Auto => {
+                    // Weights wait there once for all ranks of the host, activations for each.
+                    let host = memory.host.saturating_sub(placed.host_bytes) / memory.of_host.max(1) as u64;
+                    choose(&activations, room, host)
+                }
             }
         };
         let fits = |placed: &Placed| {

@@ -23,7 +23,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
+use host_copies::DeviceError;
 use qlora_dist::{DistError, Group, Place};
+use qlora_layers::LayerError;
+use qlora_models::ModelError;
 
 use crate::engine::ParameterGrads;
 use crate::error::TrainError;
@@ -115,6 +118,12 @@ impl Ranks {
         self.group.world_size()
     }
 
+    /// The ranks of this process's host, by the hosts' names, in their order.
+    pub(crate) fn of_host(&self) -> Vec<usize> {
+        let hosts = self.group.hosts();
+        (0..self.count()).filter(|rank| hosts.get(*rank) == hosts.get(self.rank())).collect()
+    }
+
     /// Where this process stands.
     pub fn place(&self) -> &Place {
         self.group.place()
@@ -182,10 +191,18 @@ impl Ranks {
         self.group.compare(named)
     }
 
+    /// The failure of another rank, where the error is what it led to: it may have come through a device's work, which knows no ranks.
+    pub(crate) fn named(&self, error: TrainError) -> TrainError {
+        match self.failure().filter(|_| is_of_peer(&error)) {
+            Some(failure) => failure.into(),
+            None => error,
+        }
+    }
+
     /// The result of this rank; the others are told if it failed. A rank that was stopped before the first step stops all.
     pub(crate) fn tell<T>(&self, result: Result<T, TrainError>) -> Result<T, TrainError> {
         let Err(error) = result else { return result };
-        match error {
+        match self.named(error) {
             TrainError::Ranks(DistError::Rank { cause, .. }) if cause == TrainError::Stopped.to_string() => {
                 Err(TrainError::Stopped)
             }
@@ -194,5 +211,48 @@ impl Ranks {
                 Err(error)
             }
         }
+    }
+}
+
+/// Whether work failed for want of another process.
+fn is_of_peer(error: &TrainError) -> bool {
+    let (TrainError::Device(source)
+    | TrainError::Model(
+        ModelError::Device(source) | ModelError::Slots { source } | ModelError::Layer(LayerError::Read { source, .. }),
+    )
+    | TrainError::Layer(LayerError::Read { source, .. })) = error
+    else {
+        return false;
+    };
+    matches!(source, DeviceError::Peer(_))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use qlora_dist::{Place, Timeouts};
+
+    #[test]
+    fn what_another_rank_ended_is_told_with_its_name() {
+        let ranks = Ranks::over_hosts(Group::join(Place::alone(), Timeouts::default()).unwrap());
+        let of_peer = || ModelError::Slots { source: DeviceError::Peer("rank 1 on b: it was killed".into()) };
+        // Nothing is known of a failure.
+        assert!(matches!(ranks.tell::<()>(Err(of_peer().into())), Err(TrainError::Model(_))));
+        // The failure that the call above has told.
+        let read = LayerError::Read { what: "a weight".into(), source: DeviceError::Peer(String::new()) };
+        let failures: [TrainError; 4] = [
+            of_peer().into(),
+            ModelError::Layer(read).into(),
+            DeviceError::Peer(String::new()).into(),
+            ModelError::Device(DeviceError::Peer(String::new())).into(),
+        ];
+        for error in failures {
+            let words = error.to_string();
+            assert!(matches!(ranks.tell::<()>(Err(error)), Err(TrainError::Ranks(DistError::Rank { .. }))), "{words}");
+        }
+        let own = DeviceError::Failed("a kernel".into());
+        assert!(matches!(ranks.tell::<()>(Err(own.into())), Err(TrainError::Device(_))));
     }
 }

@@ -7,7 +7,7 @@ use paged_optim::{Budget, OptimizerConfig, OptimizerKind};
 use qlora_data::Batch;
 use qlora_layers::streamed::HostStore;
 use qlora_layers::{ActivationCheckpointing, Initialization, LoraConfig};
-use qlora_models::{Decoder, KvCache, LoadOptions, Placement, Streams};
+use qlora_models::{Decoder, KvCache, LoadOptions, ModelConfig, Placement, Streams};
 use qlora_train::{Engine, Resume, TrainConfig, TrainEvents, Trainer};
 use std::path::{Path, PathBuf};
 use test_support::devices;
@@ -39,10 +39,10 @@ impl Case<'_> {
     fn load(&self, device: &Device) -> Decoder {
         let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
         let dir = root().join("testdata/reference").join(self.model);
-        let blocks = qlora_models::ModelConfig::from_dir(&dir).unwrap().num_hidden_layers;
+        let config = ModelConfig::from_dir(&dir).unwrap();
         let store = Box::new(HostStore::new(device));
-        let streams = Streams { placement: Placement::evenly(blocks, self.streamed), store };
-        Decoder::load_streamed(&dir, options, Some(streams), device, &mut |_| ()).unwrap()
+        let streams = Streams { placement: Placement::evenly(config.num_hidden_layers, self.streamed), store };
+        Decoder::load_as(config, &dir, options, Some(streams), device, &mut |_| ()).unwrap()
     }
 
     /// Losses, evaluation, factors and moments of three steps, then what is generated, all as bits.

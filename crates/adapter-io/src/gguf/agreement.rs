@@ -20,6 +20,8 @@ struct Sizes {
     inner: Dim,
     expert: Dim,
     experts: Dim,
+    /// Of the expert of all tokens.
+    shared: Dim,
     /// All heads of queries, keys, and of a fused projection.
     queries: Dim,
     keys: Dim,
@@ -39,15 +41,18 @@ impl Sizes {
         }
         let inner = dim("intermediate_size")?;
         let expert = if model.kind.has("expert_feed_forward") { dim("moe_intermediate_size")? } else { inner };
-        let experts =
-            ["num_local_experts", "num_experts"].into_iter().find_map(|key| Some((model.size(key).ok()??, key)));
+        let shared = match model.kind.has("corrected_experts") {
+            true => (expert.0 * dim("n_shared_experts")?.0, "n_shared_experts"),
+            false => (0, "n_shared_experts"),
+        };
         Ok(Self {
             layers: dim("num_hidden_layers")?.0,
             hidden: dim("hidden_size")?,
             vocabulary: dim("vocab_size")?,
             inner,
             expert,
-            experts: experts.map_or((0, "num_experts"), |(n, key)| (n as usize, key)),
+            experts: model.experts()?.map_or((0, "num_experts"), |(n, key)| (n as usize, key)),
+            shared,
             queries: (heads * head, "num_attention_heads"),
             keys: (kv_heads * head, "num_key_value_heads"),
             fused: ((heads + 2 * kv_heads) * head, "num_attention_heads"),
@@ -62,7 +67,7 @@ impl Sizes {
     /// configuration.
     fn shape(&self, name: &str, gate_is_apart: bool) -> Option<Vec<Dim>> {
         let (module, kind) = name.rsplit_once('.')?;
-        let Self { hidden, vocabulary, inner, expert, experts, queries, keys, fused, norms, .. } = *self;
+        let Self { hidden, vocabulary, inner, expert, experts, shared, queries, keys, fused, norms, .. } = *self;
         let shape = match module {
             "token_embd" | "output" => vec![vocabulary, hidden],
             "attn_q_norm" => vec![norms[0]],
@@ -79,6 +84,9 @@ impl Sizes {
             "ffn_gate_exps" | "ffn_up_exps" => vec![experts, expert, hidden],
             "ffn_down_exps" => vec![experts, hidden, expert],
             "ffn_gate_inp" => vec![experts, hidden],
+            "exp_probs_b" => vec![experts],
+            "ffn_gate_shexp" | "ffn_up_shexp" => vec![shared, hidden],
+            "ffn_down_shexp" => vec![hidden, shared],
             _ => return None,
         };
         // A bias has the outputs alone.
@@ -130,16 +138,30 @@ pub(super) fn check(model: &Model, tensors: &[(Planned, Source)]) -> Result<(), 
     if let Some(name) = ["token_embd.weight", "output_norm.weight"].into_iter().find(|name| !outside.contains(name)) {
         return Err(lacks("the checkpoint", name));
     }
-    let first = blocks.get(&0).cloned().unwrap_or_default();
+    let has_experts = |names: &BTreeSet<&str>| names.contains("ffn_gate_inp.weight");
+    if model.kind.has("corrected_experts") {
+        let dense = blocks.values().take_while(|names| !has_experts(names)).count();
+        let first = model.needed(&["first_k_dense_replace"])? as usize;
+        if dense != first.min(sizes.layers) {
+            let reason = format!("it is {first}, and the checkpoint's first {dense} layers have no experts");
+            return Err(model.fail("first_k_dense_replace", reason));
+        }
+    }
     for (number, names) in &blocks {
+        // The first layer, or of those that have experts, or have none, the first.
+        let kinds_differ = model.kind.has("corrected_experts");
+        let like = blocks.iter().find(|(_, other)| !kinds_differ || has_experts(other) == has_experts(names));
+        let (first_number, first) = like.unwrap_or((number, names));
         let what = format!("layer {number}");
         if let Some(one_of) = NEEDED.iter().find(|one_of| !one_of.iter().any(|name| names.contains(name))) {
             return Err(lacks(&what, one_of[0]));
         }
         if let Some(name) = first.symmetric_difference(names).next() {
-            return Err(lacks(if names.contains(name) { "layer 0" } else { &what }, name));
+            let other = format!("layer {first_number}");
+            return Err(lacks(if names.contains(name) { &other } else { &what }, name));
         }
     }
+    let first = blocks.get(&0).cloned().unwrap_or_default();
     for (planned, source) in tensors {
         let name = split(&planned.name).map_or(planned.name.as_str(), |(_, at)| &planned.name[at..]);
         let Some(shape) = sizes.shape(name, first.contains("ffn_gate.weight")) else { continue };

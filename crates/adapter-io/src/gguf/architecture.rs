@@ -132,6 +132,29 @@ impl Model {
         self.get(key).map(read).transpose()
     }
 
+    pub fn flag(&self, key: &str) -> Result<Option<bool>, FormatError> {
+        let read = |v: &Value| v.as_bool().ok_or_else(|| self.fail(key, format!("it is {v}, expected true or false")));
+        self.get(key).map(read).transpose()
+    }
+
+    /// The number of experts, and the key that says so.
+    pub fn experts(&self) -> Result<Option<(u32, &'static str)>, FormatError> {
+        for key in ["num_local_experts", "num_experts", "n_routed_experts"] {
+            if let Some(number) = self.size(key)? {
+                return Ok(Some((number, key)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Blocks behind the last one that predict further tokens, which are not written.
+    pub fn predicts_further(&self, block: usize) -> Result<bool, FormatError> {
+        let layers = self.needed(&["num_hidden_layers"])? as usize;
+        let further = ["num_nextn_predict_layers", "num_mtp_layers"].into_iter().map(|key| self.size(key));
+        let further = further.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().max().unwrap_or(0) as usize;
+        Ok((layers..layers + further).contains(&block))
+    }
+
     pub fn heads(&self) -> Result<(u32, u32), FormatError> {
         let heads = self.needed(&["num_attention_heads"])?;
         let kv = self.size("num_key_value_heads")?.unwrap_or(heads);

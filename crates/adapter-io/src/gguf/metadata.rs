@@ -27,12 +27,21 @@ pub(super) fn model_metadata(model: &Model, kind: GgmlType) -> Result<ModelMetad
     put("attention.head_count_kv", Value::U32(kv_heads));
     let eps = model.number("rms_norm_eps")?.unwrap_or(1e-6);
     put("attention.layer_norm_rms_epsilon", Value::F32(eps as f32));
-    if let Some(experts) = [model.size("num_local_experts")?, model.size("num_experts")?].into_iter().flatten().next() {
+    if let Some((experts, _)) = model.experts()? {
         put("expert_count", Value::U32(experts));
         put("expert_used_count", Value::U32(model.needed(&["num_experts_per_tok"])?));
     }
     if model.kind.has("expert_feed_forward") {
         put("expert_feed_forward_length", Value::U32(model.needed(&["moe_intermediate_size"])?));
+    }
+    if model.kind.has("corrected_experts") {
+        /// The converter's number of scores that are sigmoids.
+        const SIGMOID: u32 = 2;
+        put("expert_shared_count", Value::U32(model.needed(&["n_shared_experts"])?));
+        put("leading_dense_block_count", Value::U32(model.needed(&["first_k_dense_replace"])?));
+        put("expert_gating_func", Value::U32(SIGMOID));
+        put("expert_weights_scale", Value::F32(model.number("routed_scaling_factor")?.unwrap_or(1.0) as f32));
+        put("expert_weights_norm", Value::Bool(model.flag("norm_topk_prob")?.unwrap_or(true)));
     }
     if let Some(dim) = model.size("head_dim")? {
         put("attention.key_length", Value::U32(dim));

@@ -34,9 +34,15 @@ pub(super) struct Mapped {
     pub op: Op,
 }
 
+/// What is added to a router's scores for the choice: a bias without a module of its own.
+const CORRECTION: &str = ".e_score_correction_bias";
+
 /// The GGUF tensor of a tensor of the checkpoint; `None` for those that llama.cpp has no use for.
 pub(super) fn map_name(model: &Model, tensor: &str) -> Result<Option<Mapped>, FormatError> {
-    let (module, suffix) = tensor.rsplit_once('.').unwrap_or((tensor, ""));
+    let (module, suffix) = match tensor.ends_with(CORRECTION) {
+        true => (tensor, "bias"),
+        false => tensor.rsplit_once('.').unwrap_or((tensor, "")),
+    };
     if suffix == "inv_freq" || (model.kind.skip_head && module == "lm_head") {
         return Ok(None);
     }
@@ -53,6 +59,11 @@ pub(super) fn map_name(model: &Model, tensor: &str) -> Result<Option<Mapped>, Fo
         let (index, rest) = rest.split_once('.')?;
         Some((index.parse::<usize>().ok()?, rest))
     });
+    if let Some((block, _)) = in_block
+        && model.predicts_further(block)?
+    {
+        return Ok(None);
+    }
     let Some((block, rest)) = in_block else {
         let name = look(module).ok_or_else(unknown)?;
         let op = if name.ends_with("_norm") && model.kind.norm_shift != 0.0 {
@@ -159,11 +170,13 @@ pub(super) fn stack(
     name: &str,
     parts: BTreeMap<usize, (String, Vec<usize>)>,
 ) -> Result<(Vec<String>, Vec<usize>), FormatError> {
-    let experts = model.needed(&["num_local_experts", "num_experts"])? as usize;
+    let missing = || model.fail("num_local_experts", "it is missing");
+    let (experts, key) = model.experts()?.ok_or_else(missing)?;
+    let experts = experts as usize;
     let shape = parts.values().next().map(|(_, shape)| shape.clone()).unwrap_or_default();
     if parts.len() != experts || parts.keys().copied().ne(0..experts) || parts.values().any(|(_, s)| *s != shape) {
         let reason = format!("`{name}` needs {experts} experts of one shape, {} are there", parts.len());
-        return Err(model.fail("num_local_experts", reason));
+        return Err(model.fail(key, reason));
     }
     let names = parts.into_values().map(|(name, _)| name).collect();
     Ok((names, [&[experts], shape.as_slice()].concat()))

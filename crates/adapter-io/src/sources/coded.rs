@@ -72,7 +72,23 @@ pub(crate) struct StackedParts {
     pub outputs: usize,
 }
 
+impl StackedParts {
+    fn stack<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Stacked<'a>, FormatError> {
+        let (codes, scales) = (checkpoint.tensor(&self.codes)?, checkpoint.tensor(&self.scales)?);
+        let scales = Scales { dtype: scales.dtype, data: scales.data, divisor: None };
+        Ok(Stacked { codes: codes.data, scales, blocks: self.blocks, outputs: self.outputs })
+    }
+}
+
 impl Coded {
+    /// Stacked experts, where the weight is those.
+    pub(super) fn stacked<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Option<Stacked<'a>>, FormatError> {
+        match &self.layout {
+            Layout::Stacked(parts) => parts.stack(checkpoint).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// The tensors that it is made of, its codes first.
     pub(crate) fn parts(&self) -> impl Iterator<Item = &str> {
         let parts: [Option<&String>; 5] = match &self.layout {
@@ -176,12 +192,7 @@ impl Coded {
                 tiles(range, columns, to, |rows, columns, to, stride| weight.tile(rows, columns, to, stride));
             }
             Layout::Stacked(parts) => {
-                let stack = Stacked {
-                    codes: codes.data,
-                    scales: scales(&parts.scales, None)?,
-                    blocks: parts.blocks,
-                    outputs: parts.outputs,
-                };
+                let stack = parts.stack(checkpoint)?;
                 tiles(range, columns, to, |rows, columns, to, stride| stack.tile(rows, columns, to, stride));
             }
         }

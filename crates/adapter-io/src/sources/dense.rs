@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::coded::Coded;
+use super::turned::{Matrix, Turned};
 use crate::checkpoint::Checkpoint;
 use crate::error::FormatError;
 use crate::finite::first_not_finite;
@@ -37,6 +38,8 @@ enum Values<'a> {
     Stored(&'a [u8], Option<&'a Checkpoint>),
     /// They are decoded, from this byte on.
     Coded(&'a Coded, &'a Checkpoint, usize),
+    /// They are columns of another matrix.
+    Turned(Turned<'a>),
 }
 
 impl<'a> From<TensorView<'a>> for DenseTensor<'a> {
@@ -63,7 +66,7 @@ impl<'a> DenseTensor<'a> {
     pub fn num_bytes(&self) -> usize {
         match self.values {
             Values::Stored(data, _) => data.len(),
-            Values::Coded(..) => self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8,
+            _ => self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8,
         }
     }
 
@@ -95,8 +98,25 @@ impl<'a> DenseTensor<'a> {
         let values = match self.values {
             Values::Stored(data, from) => Values::Stored(data.get(index * bytes..(index + 1) * bytes)?, from),
             Values::Coded(coded, from, start) => Values::Coded(coded, from, start + index * bytes),
+            Values::Turned(_) => return None,
         };
         Some(Self { shape: shape.to_vec(), values, ..self.clone() })
+    }
+
+    /// Columns `first`, `first + step`, .. of a matrix, as rows: `[columns / step, rows]`. `None` where the tensor is no matrix, or
+    /// columns do not make up whole steps.
+    pub fn turned(&self, first: usize, step: usize) -> Option<Self> {
+        let &[rows, columns] = &self.shape[..] else { return None };
+        if first >= step || !columns.is_multiple_of(step) {
+            return None;
+        }
+        let matrix = match self.values {
+            Values::Stored(data, _) => Matrix::Stored(data),
+            Values::Coded(coded, from, start) => Matrix::Coded(coded, from, start * 8 / self.dtype.bitsize()),
+            Values::Turned(_) => return None,
+        };
+        let values = Values::Turned(Turned { matrix, rows, columns, first, step });
+        Some(Self { shape: vec![columns / step, rows], values, ..self.clone() })
     }
 
     /// Copies or decodes the bytes of its values from `start` on, as many as `to` has. Both lie on whole elements. The
@@ -124,6 +144,7 @@ impl<'a> DenseTensor<'a> {
             Values::Coded(coded, checkpoint, offset) => {
                 coded.decode(checkpoint, (offset + start) * 8 / self.dtype.bitsize(), to)
             }
+            Values::Turned(turned) => turned.read(self.dtype, start * 8 / self.dtype.bitsize(), to),
         }
     }
 
@@ -135,7 +156,7 @@ impl<'a> DenseTensor<'a> {
         to.par_chunks_mut(CHUNK).enumerate().try_for_each(|(i, to)| self.read(start + i * CHUNK, to))
     }
 
-    /// All bytes of its values; decoded on all processor cores where they are not there.
+    /// All bytes of its values; decoded or turned on all processor cores where they are not there.
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -183,7 +204,7 @@ impl<'a> DenseTensor<'a> {
         let size = self.dtype.bitsize() / 8;
         let found = match self.values {
             Values::Stored(data, _) => first_not_finite(self.dtype, data),
-            Values::Coded(..) => (0..self.num_bytes().div_ceil(CHUNK))
+            _ => (0..self.num_bytes().div_ceil(CHUNK))
                 .into_par_iter()
                 .map(|i| {
                     let mut part = vec![0; CHUNK.min(self.num_bytes() - i * CHUNK)];

@@ -34,6 +34,7 @@ mod input_major;
 mod lookup;
 mod scales;
 mod stacked;
+mod turned;
 
 pub(crate) use coded::Coded;
 pub use dense::DenseTensor;

@@ -24,6 +24,39 @@ pub(super) struct Stacked<'a> {
 }
 
 impl Stacked<'_> {
+    /// What codes stand for, by the code of their scale.
+    pub(super) fn tables<E: Element + Pod>(&self) -> Vec<[E; 16]> {
+        (0..=255).map(|code| lookup::table(&E2M1, 0.0, self.scales.of_code(code))).collect()
+    }
+
+    /// Decodes an output's inputs from `first` on, in the order in which they lie. `tables` are [`Self::tables`].
+    pub(super) fn output<E: Element + Pod>(
+        &self,
+        expert: usize,
+        output: usize,
+        first: usize,
+        tables: &[[E; 16]],
+        to: &mut [E],
+    ) {
+        let mut side = [E::zeroed(); BLOCK];
+        let (mut input, mut rest) = (first, to);
+        while !rest.is_empty() {
+            let at = (expert * self.outputs + output) * self.blocks + input / BLOCK;
+            let table = &tables[usize::from(self.scales.code(at).unwrap_or(255))];
+            let codes = &self.codes[at * BLOCK / 2..][..BLOCK / 2];
+            let (now, after) = rest.split_at_mut(rest.len().min(BLOCK - input % BLOCK));
+            match now.len() {
+                BLOCK => lookup::pairs(codes, table, now),
+                len => {
+                    lookup::pairs(codes, table, &mut side);
+                    now.copy_from_slice(&side[input % BLOCK..][..len]);
+                }
+            }
+            input += now.len();
+            rest = after;
+        }
+    }
+
     /// Decodes a rectangle of [experts * in, out]; its rows lie `stride` apart in `out`.
     pub(super) fn tile<E: Element + Pod>(
         &self,
@@ -32,7 +65,7 @@ impl Stacked<'_> {
         out: &mut [E],
         stride: usize,
     ) {
-        let tables: Vec<[E; 16]> = (0..=255).map(|code| lookup::table(&E2M1, 0.0, self.scales.of_code(code))).collect();
+        let tables = self.tables::<E>();
         let mut side = [[E::zeroed(); BLOCK]; BLOCK];
         let mut row = rows.start;
         while row < rows.end {

@@ -141,7 +141,7 @@ impl Sizes {
         let forward = move |client: &cubecl::client::Client, [q, k, v, o, lse, ..]: &Buffers, shape: &Shape| {
             let queries = |handle| Operand { handle, strides: of_queries };
             let keys = |handle| Operand { handle, strides: of_keys };
-            let operands = Forward { q: queries(q), k: keys(k), v: keys(v), o: queries(o), lse };
+            let operands = Forward { q: queries(q), k: keys(k), v: keys(v), sinks: None, o: queries(o), lse };
             attention::forward(client, operands, shape, options)
         };
         if backward {

@@ -163,7 +163,7 @@ impl Sizes {
         let outputs = sets.iter().map(|buffers| buffers[4].clone()).collect();
         let call = Box::new(move |i: usize| {
             let [q, keys, values, words, out] = &sets[i % sets.len()];
-            let buffers = Attend { q, keys, values, words, out };
+            let buffers = Attend { q, keys, values, words, sinks: None, out };
             Ok(paged_attention::attend_on(&client, path, buffers, &batch, &shape, options)?)
         });
         Ok(Run { call, outputs })

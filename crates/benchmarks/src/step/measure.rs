@@ -144,7 +144,7 @@ pub(super) fn plan(
     let row = Example { input_ids: vec![0; case.len], labels: vec![0; case.len], line: 1 };
     let mut planned = config.clone();
     planned.train.batch_size = case.rows;
-    let room = Room::of(device, config.train.memory_budget).of_ranks(ranks);
+    let room = Room::of_rank(device, config.train.memory_budget, ranks, ranks);
     Ok(Plan::new(&planned, shape, dtype, &room, &[row])?)
 }
 

@@ -42,7 +42,7 @@ use scaling::{Scaled, Together};
 /// What is trained, and where.
 #[derive(clap::Args)]
 struct Setting {
-    /// llama-2-7b, llama-2-13b, llama-3.1-8b, llama-2-70b, qwen3-30b-a3b, mixtral-8x7b, tiny or tiny-moe.
+    /// A shape of testdata/llama_shapes.json, moe_shapes.json, linear_shapes.json or latent_shapes.json.
     #[arg(long, default_value = "llama-2-7b")]
     shape: String,
     /// Only so many of its layers.

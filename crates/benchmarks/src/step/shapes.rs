@@ -7,10 +7,11 @@ use burn_qlora::qlora_models::{LinearRole, ModelConfig};
 use serde_json::{Map, Value, json};
 
 /// The models' own `config.json`, by the names that `--shape` takes.
-const SHAPES: [&str; 3] = [
+const SHAPES: [&str; 4] = [
     include_str!("../../../../testdata/llama_shapes.json"),
     include_str!("../../../../testdata/moe_shapes.json"),
     include_str!("../../../../testdata/linear_shapes.json"),
+    include_str!("../../../../testdata/latent_shapes.json"),
 ];
 /// Contexts are what lengths are measured with, not what the models were made for.
 const CONTEXT: usize = 131_072;
@@ -61,8 +62,11 @@ pub(crate) fn flops(config: &ModelConfig, rows: usize, len: usize, recomputed: b
     });
     let blocks = weights(|role| role != LinearRole::Head) - experts;
     // One of two products: half of len x len scores, a multiplication and an addition for each feature of a head.
-    let heads = config.num_attention_heads * config.head_dim * config.attention_blocks();
-    let scores = (rows * heads) as f64 * (len as f64).powi(2);
+    // Those of latent attention have other features for scores than for values.
+    let features =
+        config.latent.map_or(config.head_dim as f64, |latent| (latent.query_dim() + latent.value_dim) as f64 / 2.0);
+    let heads = features * (config.num_attention_heads * config.attention_blocks()) as f64;
+    let scores = rows as f64 * heads * (len as f64).powi(2);
     let again = f64::from(u8::from(recomputed));
     let tokens = (rows * len) as f64;
     tokens * ((4.0 + 2.0 * again) * blocks + 4.0 * head) + (7.0 + 2.0 * again) * scores
@@ -74,13 +78,20 @@ mod tests {
 
     #[test]
     fn shapes_have_their_parameters() {
-        for (name, billions) in
-            [("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-3.1-8b", 8.030), ("llama-2-70b", 68.977)]
-        {
+        for (name, billions) in [
+            ("llama-2-7b", 6.738),
+            ("llama-2-13b", 13.016),
+            ("llama-3.1-8b", 8.030),
+            ("llama-2-70b", 68.977),
+            ("qwen3.5-9b", 8.954),
+            ("qwen3.5-35b-a3b", 34.661),
+            ("qwen3-next-80b-a3b", 79.674),
+        ] {
             let config = config(name, None, None).unwrap();
             let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
             let norms: usize = config.norms().iter().map(|(_, width)| width).sum();
-            let count = (linear + norms + config.vocab_size * config.hidden_size) as f64 / 1e9;
+            let others = config.vocab_size * config.hidden_size + config.further_values();
+            let count = (linear + norms + others) as f64 / 1e9;
             // The figures above have three digits.
             assert!((count - billions).abs() < 5e-4, "{name}: {count}");
         }
@@ -100,6 +111,27 @@ mod tests {
         // are none.
         let met = flops(&config, 1, 1, false) / 4.0;
         assert!((met / 1e9 - 3.04).abs() < 0.01, "{met}");
+        let config = self::config("gpt-oss-20b", None, None).unwrap();
+        let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
+        // 20.91 billion with biases, norms and sinks.
+        let all = (linear + config.vocab_size * config.hidden_size) as f64;
+        assert!((all / 1e9 - 20.91).abs() < 0.02, "{all}");
+    }
+
+    /// In billions, all and those that a token meets beside embeddings: what their publishers say, without blocks that predict further
+    /// tokens.
+    #[test]
+    fn shapes_with_shared_experts_have_their_parameters() {
+        for (name, billions, met) in
+            [("glm-4.5-air", 106.851, 12.802), ("glm-4.7-flash", 29.943, 3.579), ("deepseek-v3", 671.025, 36.625)]
+        {
+            let config = config(name, None, None).unwrap();
+            let linear: usize = config.linear_specs().iter().map(|spec| spec.shape[0] * spec.shape[1]).sum();
+            let all = (linear + config.vocab_size * config.hidden_size) as f64 / 1e9;
+            assert!((all - billions).abs() < 1e-3, "{name}: {all}");
+            let found = flops(&config, 1, 1, false) / 4e9;
+            assert!((found - met).abs() < 2e-3, "{name}: {found}");
+        }
     }
 
     #[test]

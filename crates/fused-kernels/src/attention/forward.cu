@@ -12,7 +12,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 attention_forward(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const u32* __restrict__ bounds,
-                  u16* __restrict__ o, float* __restrict__ lse, const __grid_constant__ Params p) {
+                  const float* __restrict__ sinks, u16* __restrict__ o, float* __restrict__ lse, const __grid_constant__ Params p) {
     __shared__ __align__(128) unsigned char shared[STAGES * STAGE_BYTES];
     const u32 ring = shared_address(shared);
     const u32 lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -168,10 +168,10 @@ attention_forward(const u16* __restrict__ q, const u16* __restrict__ k, const u1
         for (u32 h = 0; h < 2; h++) {
             sum[m][h] += __shfl_xor_sync(0xffffffffu, sum[m][h], 1);
             sum[m][h] += __shfl_xor_sync(0xffffffffu, sum[m][h], 2);
-            inverse[h] = 1.0f / sum[m][h];
+            const Ending end = ending(most[m][h], sum[m][h], sinks, head, p);
+            inverse[h] = end.inverse;
             u32 i = query + 16 * m + lane / 4 + h * 8;
-            if (lane % 4 == 0 && i < row.queries)
-                lse[(size_t)head * p.tokens + row.start + i] = most[m][h] * p.scale_log2 * LN_2 + logf(sum[m][h]);
+            if (lane % 4 == 0 && i < row.queries) lse[(size_t)head * p.tokens + row.start + i] = end.lse;
         }
         store_rows<D / 8, 1>(o + head_at(p, row, p.o, head), acc[m], inverse[0], inverse[1], query + 16 * m, row.queries, p.o.token, 0, p.head_dim);
     }

@@ -209,7 +209,7 @@ pub(super) struct Call<'a> {
 
 impl Call<'_> {
     pub(super) fn forward(&self, operands: &Forward<'_>) -> Result<(), KernelError> {
-        let Forward { q, k, v, o, lse } = *operands;
+        let Forward { q, k, v, sinks, o, lse } = *operands;
         self.launch(Kind::Forward, |variant, counter| {
             let tile = variant.tiling().tile;
             Arguments::new()
@@ -217,6 +217,7 @@ impl Call<'_> {
                 .tensor_map(self.map(k, Side::Keys, tile))
                 .tensor_map(self.map(v, Side::Keys, tile))
                 .read(self.bounds)
+                .read(sinks.unwrap_or(self.bounds))
                 .counters(counter)
                 .write(o.handle)
                 .write(lse)
@@ -401,7 +402,7 @@ mod tests {
     #[test]
     fn signatures_are_plain() {
         for variant in variants() {
-            let parameters = [8, 11, 10][KINDS.iter().position(|kind| *kind == variant.kind).unwrap()];
+            let parameters = [9, 11, 10][KINDS.iter().position(|kind| *kind == variant.kind).unwrap()];
             let source = variant.source();
             let at = source.text().find(&format!("{}(", source.name())).unwrap();
             let list = source.text()[at..].split(')').next().unwrap();

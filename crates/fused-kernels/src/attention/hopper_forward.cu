@@ -15,8 +15,8 @@ struct Shared {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                  const u32* __restrict__ bounds, u32* __restrict__ counter, u16* __restrict__ o, float* __restrict__ lse,
-                  const __grid_constant__ Params p) {
+                  const u32* __restrict__ bounds, const float* __restrict__ sinks, u32* __restrict__ counter, u16* __restrict__ o,
+                  float* __restrict__ lse, const __grid_constant__ Params p) {
     __shared__ Shared s;
     const u32 warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     if (threadIdx.x == 0) init_barriers(s);
@@ -162,10 +162,10 @@ attention_forward(const __grid_constant__ TensorMap q_map, const __grid_constant
         for (u32 h = 0; h < 2; h++) {
             sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
             sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-            inverse[h] = 1.0f / sum[h];
+            const Ending end = ending(most[h], sum[h], sinks, work.head, p);
+            inverse[h] = end.inverse;
             const u32 i = query + lane / 4 + h * 8;
-            if (lane % 4 == 0 && i < work.row.queries)
-                lse[(size_t)work.head * p.tokens + work.row.start + i] = most[h] * p.scale_log2 * LN_2 + logf(sum[h]);
+            if (lane % 4 == 0 && i < work.row.queries) lse[(size_t)work.head * p.tokens + work.row.start + i] = end.lse;
         }
         wgmma_wait<0>();
         pin(sums);

@@ -6,7 +6,7 @@ use super::Options;
 use crate::FloatFormat;
 
 /// The rows of a batch: queries and keys of each. The queries are the last tokens of their row.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// Queries and keys of each row.
     pub rows: Vec<(usize, usize)>,
@@ -16,6 +16,8 @@ pub struct Batch {
     pub kv_heads: usize,
     /// Dimensions of a head.
     pub head_dim: usize,
+    /// A logit of each query head that joins its softmax and has no value.
+    pub sinks: Option<Vec<f32>>,
 }
 
 /// What [`forward`] computes.
@@ -70,7 +72,15 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// The weights of the query at `position` among its row's keys, which start at token `row`.
-fn weights(q: &[f32], keys: &Heads<'_>, row: usize, head: usize, position: usize, options: Options) -> Weights {
+fn weights(
+    q: &[f32],
+    keys: &Heads<'_>,
+    row: usize,
+    head: usize,
+    position: usize,
+    options: Options,
+    sink: Option<f64>,
+) -> Weights {
     let first = options.window.map_or(0, |window| (position + 1).saturating_sub(window));
     let (mut scores, mut slope) = (Vec::new(), Vec::new());
     for key in first..=position {
@@ -83,10 +93,16 @@ fn weights(q: &[f32], keys: &Heads<'_>, row: usize, head: usize, position: usize
             }
         };
     }
-    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = scores.iter().map(|s| (s - most).exp()).sum();
+    let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
     let p = scores.iter().map(|s| (s - most).exp() / sum).collect();
     Weights { first, p, slope, lse: most + sum.ln() }
+}
+
+impl Batch {
+    fn sink(&self, head: usize) -> Option<f64> {
+        self.sinks.as_ref().map(|sinks| f64::from(sinks[head]))
+    }
 }
 
 /// Calls `f` with the number and row start of each query: (query, position, first key of the row).
@@ -120,7 +136,8 @@ pub fn forward(
     queries(batch, |query, position, row| {
         for head in 0..heads {
             let kv_head = head / (heads / kv_heads);
-            let weights = weights(query_heads.at(query, head), &keys, row, kv_head, position, options);
+            let weights =
+                weights(query_heads.at(query, head), &keys, row, kv_head, position, options, batch.sink(head));
             lse[head * total + query] = weights.lse;
             let o = &mut o[(query * heads + head) * head_dim..][..head_dim];
             for (i, p) in weights.p.iter().enumerate() {
@@ -159,7 +176,7 @@ pub fn backward(
         for head in 0..heads {
             let kv_head = head / (heads / kv_heads);
             let (this, out) = (query_heads.at(query, head), outs.at(query, head));
-            let weights = weights(this, &keys, row, kv_head, position, options);
+            let weights = weights(this, &keys, row, kv_head, position, options, batch.sink(head));
             let start = (query * heads + head) * head_dim;
             let delta: f64 = out.iter().zip(&o[start..]).map(|(d, o)| f64::from(*d) * o).sum();
             for (i, (p, slope)) in weights.p.iter().zip(&weights.slope).enumerate() {
@@ -189,7 +206,7 @@ mod tests {
 
     #[test]
     fn two_tokens_by_hand() {
-        let batch = Batch { rows: vec![(2, 2)], heads: 1, kv_heads: 1, head_dim: 1 };
+        let batch = Batch { rows: vec![(2, 2)], heads: 1, kv_heads: 1, head_dim: 1, sinks: None };
         let Forward { o, lse } = forward(&[0.0, 1.0], &[0.0, 3f32.ln()], &[2.0, 6.0], &batch, PLAIN, None);
         // The first sees itself; the second weighs 1 : 3.
         assert!((o[0] - 2.0).abs() < 1e-12 && (o[1] - 5.0).abs() < 1e-6, "{o:?}");
@@ -197,24 +214,31 @@ mod tests {
         let Forward { o, .. } =
             forward(&[0.0, 1.0], &[0.0, 3f32.ln()], &[2.0, 6.0], &batch, Options { window: Some(1), ..PLAIN }, None);
         assert_eq!(o, [2.0, 6.0]);
+        // A sink of as much as the first key halves the first, and weighs 1 : 3 : 1 beside the second.
+        let batch = Batch { sinks: Some(vec![0.0]), ..batch };
+        let Forward { o, lse } = forward(&[0.0, 1.0], &[0.0, 3f32.ln()], &[2.0, 6.0], &batch, PLAIN, None);
+        assert!((o[0] - 1.0).abs() < 1e-12 && (o[1] - 4.0).abs() < 1e-6, "{o:?}");
+        assert!((lse[0] - 2f64.ln()).abs() < 1e-12 && (lse[1] - 5f64.ln()).abs() < 1e-6, "{lse:?}");
     }
 
     /// Central differences of f64: h^2 / 6 of a third derivative of order one, and 1e-16 / h of rounding.
     #[test]
     fn gradients_are_the_differences() {
-        let batch = Batch { rows: vec![(3, 5), (4, 4)], heads: 4, kv_heads: 2, head_dim: 3 };
+        let whole = Batch { rows: vec![(3, 5), (4, 4)], heads: 4, kv_heads: 2, head_dim: 3, sinks: None };
+        let sinks = Batch { sinks: Some(vec![-1.0, 0.5, 2.0, 0.0]), ..whole.clone() };
         let values = |n: usize, phase: f32| (0..n).map(|i| (i as f32 * 0.7 + phase).sin()).collect::<Vec<f32>>();
         let (q, d_out) = (values(7 * 12, 0.1), values(7 * 12, 0.2));
         let (k, v) = (values(9 * 6, 0.3), values(9 * 6, 0.4));
-        for options in [
-            Options { scale: 0.6, window: None, softcap: None },
-            Options { scale: 0.9, window: Some(2), softcap: Some(0.8) },
+        for (batch, options) in [
+            (&whole, Options { scale: 0.6, window: None, softcap: None }),
+            (&whole, Options { scale: 0.9, window: Some(2), softcap: Some(0.8) }),
+            (&sinks, Options { scale: 0.6, window: Some(3), softcap: None }),
         ] {
             let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
-                let o = forward(q, k, v, &batch, options, None).o;
+                let o = forward(q, k, v, batch, options, None).o;
                 o.iter().zip(&d_out).map(|(o, d)| o * f64::from(*d)).sum()
             };
-            let gradients = backward(&q, &k, &v, &d_out, &batch, options, None);
+            let gradients = backward(&q, &k, &v, &d_out, batch, options, None);
             let h = 2f32.powi(-8);
             let operands = [&q, &k, &v];
             for (which, gradient) in [&gradients.q, &gradients.k, &gradients.v].into_iter().enumerate() {

@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn signatures_are_plain() {
-        for (kind, parameters) in [(Kind::Forward, 7), (Kind::Delta, 5), (Kind::Keys, 10), (Kind::Queries, 9)] {
+        for (kind, parameters) in [(Kind::Forward, 8), (Kind::Delta, 5), (Kind::Keys, 10), (Kind::Queries, 9)] {
             let source = Variant::new(kind, 128, true, FloatFormat::F16).source();
             let at = source.text().find(&format!("{}(", source.name())).unwrap();
             let list = source.text()[at..].split(')').next().unwrap();

@@ -19,7 +19,7 @@ struct Params {
     float scale_log2;       // of what exp2 gets: scale * log2(e), or cap * log2(e) after tanh
     float cap_scale;        // scale / cap
     u32 section, light;     // hopper.cu: heads that are taken together; tiles of each that are left for the end
-    u32 pad;
+    u32 sinks;              // 1: each query head has a logit that joins its softmax and has no value
 };
 
 #define LANES 32
@@ -46,4 +46,20 @@ __device__ __forceinline__ float capped(float s, const Params& p) {
 #else
     return s;
 #endif
+}
+
+// What a query's sums are multiplied by at the end, and its log-sum-exp. A sink joins both, and with that lse and the output
+// that is left the backward pass is the one without sinks.
+struct Ending {
+    float inverse, lse;
+};
+__device__ __forceinline__ Ending ending(float most, float sum, const float* __restrict__ sinks, u32 head, const Params& p) {
+    float peak = most * p.scale_log2, factor = 1.0f;
+    if (p.sinks) {
+        const float sink = sinks[head] * LOG2_E, now = fmaxf(peak, sink);
+        factor = exp2_fast(peak - now);
+        sum = fmaf(sum, factor, exp2_fast(sink - now));
+        peak = now;
+    }
+    return Ending{factor / sum, peak * LN_2 + logf(sum)};
 }

@@ -94,17 +94,8 @@ delta_forward(const u16* q, const u16* k, const u16* w, u16* u, const u16* p, co
                                 pack(out[j][2 * i], out[j][2 * i + 1]), pack(out[j + 1][2 * i], out[j + 1][2 * i + 1]),
                                 row + 8 * i < span.tokens);
         }
-        float all = __expf(end);
-#pragma unroll
-        for (u32 j = 0; j < COLUMNS / 8; j++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) s[j][i] *= all;
-        product<COLUMNS, true, true, D, COLUMNS>(s, keys, warp * 16, scaled, 0, 0, CHUNK);
-#pragma unroll
-        for (u32 j = 0; j < COLUMNS / 8; j++)
-#pragma unroll
-            for (u32 i = 0; i < 2; i++)
-                store_pair(state + pair_at<COLUMNS>(warp * 16 + lane / 4 + 8 * i, j * 8 + column), pack(s[j][2 * i], s[j][2 * i + 1]));
+        advance<COLUMNS>(s, __expf(end), keys, warp * 16, scaled);
+        store_state<COLUMNS>(state, warp * 16 + lane / 4, column, s);
         wait_for_all_but<0>();
         __syncthreads();
         if (next.tokens) load_second(next);

@@ -125,3 +125,24 @@ __device__ __forceinline__ void clear(float (&acc)[TILES][4]) {
 #pragma unroll
         for (u32 j = 0; j < 4; j++) acc[i][j] = 0.0f;
 }
+
+// ----------------------------------------------------------------------------------------------- states
+
+// s = kept s + A B over a chunk's tokens: 16 of a state's rows, from `m` on, and all N columns. A lies as [token, row].
+template <u32 N>
+__device__ __forceinline__ void advance(float (&s)[N / 8][4], float kept, u32 a, u32 m, u32 b) {
+#pragma unroll
+    for (u32 j = 0; j < N / 8; j++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) s[j][i] *= kept;
+    product<N, true, true, D, N>(s, a, m, b, 0, 0, CHUNK);
+}
+
+// The copy of 16 bits for the products with it. A lane's first sums are at `row` and `column`.
+template <u32 N>
+__device__ __forceinline__ void store_state(u32 to, u32 row, u32 column, const float (&s)[N / 8][4]) {
+#pragma unroll
+    for (u32 j = 0; j < N / 8; j++)
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) store_pair(to + pair_at<N>(row + 8 * i, j * 8 + column), pack(s[j][2 * i], s[j][2 * i + 1]));
+}

@@ -82,18 +82,9 @@ delta_states(const u16* q, const u16* k, const u16* w, const u16* p, const u16* 
         wait_for_all_but<0>();
         __syncthreads();
         if (more) load_first(next, stage ^ 1);
-        float all = __expf(end);
-#pragma unroll
-        for (u32 j = 0; j < COLUMNS / 8; j++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) s[j][i] *= all;
-        product<COLUMNS, true, true, D, COLUMNS>(s, queries, warp * 16, scaled, 0, 0, CHUNK);
+        advance<COLUMNS>(s, __expf(end), queries, warp * 16, scaled);
         product<COLUMNS, true, true, D, COLUMNS>(s, weights, warp * 16, negative, 0, 0, CHUNK);
-#pragma unroll
-        for (u32 j = 0; j < COLUMNS / 8; j++)
-#pragma unroll
-            for (u32 i = 0; i < 2; i++)
-                store_pair(state + pair_at<COLUMNS>(warp * 16 + lane / 4 + 8 * i, j * 8 + column), pack(s[j][2 * i], s[j][2 * i + 1]));
+        store_state<COLUMNS>(state, warp * 16 + lane / 4, column, s);
         wait_for_all_but<0>();
         __syncthreads();
         if (more) load_second(next);

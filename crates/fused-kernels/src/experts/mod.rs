@@ -10,6 +10,7 @@
 //! | [`weights()`], [`weight_gradient()`] | the router's weights of the chosen experts, and the gradient of its scores |
 //! | [`gather()`] | a token's row for each of its experts |
 //! | [`combine()`] | the (weighted) sum of a token's rows |
+//! | [`gated()`] | the gated activation, of projections that have biases |
 //! | [`gated_backward()`] | the gated activation's gradients, and those of the weights |
 //! | [`gradient()`] | the gradients of the low-rank factors of all experts |
 //!
@@ -30,6 +31,7 @@
 //!
 //! An expert's rows are in the order of their entries.
 
+mod gated;
 mod gradient;
 pub mod oracle;
 mod route;
@@ -46,9 +48,10 @@ use cuda_source::FloatFormat;
 use crate::KernelError;
 use crate::elementwise::{buffer, vector_size};
 
+pub use gated::{Biased, Gated, GatedBackward, gated, gated_backward};
 pub use gradient::{FactorGradient, gradient};
 pub use route::route;
-pub use rows::{Combine, GatedBackward, combine, gated_backward, gather};
+pub use rows::{Combine, combine, gather};
 pub use weights::{WeightGradient, weight_gradient, weights};
 
 const OPERATION: &str = "experts";

@@ -94,6 +94,12 @@ pub fn gather(x: &[f64], words: &[u32], routing: &Routing, width: usize) -> Vec<
     words[routing.entries()].iter().flat_map(|entry| x[token(entry) * width..][..width].to_vec()).collect()
 }
 
+/// The biases of all rows, `[rows, width]`, out of those of all experts.
+pub fn biases(bias: &[f64], words: &[u32], routing: &Routing, width: usize) -> Vec<f64> {
+    let expert = |entry: &u32| words[*entry as usize] as usize;
+    words[routing.entries()].iter().flat_map(|entry| bias[expert(entry) * width..][..width].to_vec()).collect()
+}
+
 /// Each token's sum of its rows.
 pub fn combine(rows: &[f64], weights: Option<&[f64]>, words: &[u32], routing: &Routing, width: usize) -> Vec<f64> {
     let mut out = vec![0.0; routing.tokens * width];

@@ -9,8 +9,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::{OPERATION, Places, Routing, matrices};
-use crate::elementwise::{Matrix, Reduction, Rows, UNITS, buffer, check_format, cube_count, reduce_row};
-use crate::gated::{Activation, activate, slope};
+use crate::elementwise::{UNITS, buffer, check_format, cube_count};
 use crate::{FloatFormat, KernelError};
 
 /// Writes the rows of all experts: each is its token's row of `x`.
@@ -63,6 +62,8 @@ pub struct Combine<'a> {
     pub rows: &'a Handle,
     /// Further rows, which are added to the first ones.
     pub more: Option<&'a Handle>,
+    /// `[experts, width]`: added to each of an expert's rows.
+    pub bias: Option<&'a Handle>,
     /// f32 `[tokens, per_token]`: factors of a token's rows; 1 without them.
     pub weights: Option<&'a Handle>,
     /// `[tokens, width]`, which this writes.
@@ -85,6 +86,10 @@ pub fn combine(
     let (vector, matrix) = matrices(client, format, width);
     let rows = matrix("rows", buffers.rows, routing.rows())?;
     let more = matrix("more", buffers.more.unwrap_or(buffers.rows), routing.rows())?;
+    let bias = match buffers.bias {
+        Some(bias) => matrix("bias", bias, routing.experts)?,
+        None => matrix("rows", buffers.rows, 0)?,
+    };
     let out = matrix("out", buffers.out, routing.tokens)?;
     let words_argument = routing.words_argument(words)?;
     // Any buffer will do where there are none.
@@ -97,7 +102,8 @@ pub fn combine(
         return Ok(());
     }
     let (cubes, dim) = (cube_count(client, (routing.tokens * vectors).div_ceil(UNITS)), CubeDim::new_1d(UNITS as u32));
-    let form = Form { weighted: buffers.weights.is_some(), two: buffers.more.is_some() };
+    let form =
+        Form { weighted: buffers.weights.is_some(), two: buffers.more.is_some(), biased: buffers.bias.is_some() };
     // SAFETY: as in `gather`.
     unsafe {
         combine_kernel::launch_unchecked(
@@ -107,6 +113,7 @@ pub fn combine(
             vector,
             rows,
             more,
+            bias,
             weights,
             words_argument,
             out,
@@ -124,85 +131,7 @@ pub fn combine(
 struct Form {
     weighted: bool,
     two: bool,
-}
-
-/// Buffers of [`gated_backward`] beside the words.
-#[derive(Clone, Copy, Debug)]
-pub struct GatedBackward<'a> {
-    /// `[rows, width]`: the gradient of the product that follows, as if every weight were 1.
-    pub dy: &'a Handle,
-    /// As the activation had it.
-    pub gate: &'a Handle,
-    /// As the activation had it.
-    pub up: &'a Handle,
-    /// f32 `[tokens, per_token]`: the weights of the rows.
-    pub weights: &'a Handle,
-    /// The gradient of `gate`, which this writes.
-    pub dgate: &'a Handle,
-    /// The gradient of `up`, which this writes.
-    pub dup: &'a Handle,
-    /// The activation's result again, which this writes.
-    pub result: &'a Handle,
-    /// f32 `[tokens, per_token]`: the gradient of the weights, which this writes.
-    pub dweights: &'a Handle,
-}
-
-/// The gradients of `y = w · W (activation(gate) · up)` behind `W`.
-///
-/// With `h = activation(gate) · up` and `g = Wᵀ dy`: the gradient of the row's weight is `dy · W h = g · h`, so that `W h`
-/// need not be known, and that of `h` is `w g`.
-///
-/// # Shapes
-/// Matrices are `[rows, width]` of `format`.
-///
-/// # Errors
-/// As [`gather`].
-pub fn gated_backward(
-    client: &Client,
-    buffers: GatedBackward<'_>,
-    words: &Handle,
-    routing: &Routing,
-    width: usize,
-    activation: Activation,
-    format: FloatFormat,
-) -> Result<(), KernelError> {
-    check_format(client, OPERATION, format)?;
-    let (vector, matrix) = matrices(client, format, width);
-    let rows = routing.rows();
-    let (dy, gate, up) =
-        (matrix("dy", buffers.dy, rows)?, matrix("gate", buffers.gate, rows)?, matrix("up", buffers.up, rows)?);
-    let (dgate, dup) = (matrix("dgate", buffers.dgate, rows)?, matrix("dup", buffers.dup, rows)?);
-    let result = matrix("result", buffers.result, rows)?;
-    let weights = buffer("weights", buffers.weights, rows, 4, 1)?;
-    let dweights = buffer("dweights", buffers.dweights, rows, 4, 1)?;
-    let words = routing.words_argument(words)?;
-    if rows * width == 0 {
-        return Ok(());
-    }
-    let shape = Matrix { rows, width, format };
-    // SAFETY: as in `gather`.
-    unsafe {
-        gated_kernel::launch_unchecked(
-            client,
-            cube_count(client, shape.cubes()),
-            CubeDim::new_1d(UNITS as u32),
-            vector,
-            dy,
-            gate,
-            up,
-            weights,
-            words,
-            dgate,
-            dup,
-            result,
-            dweights,
-            routing.launch(),
-            shape.launch(),
-            activation,
-            format.elem_type(),
-        );
-    }
-    Ok(())
+    biased: bool,
 }
 
 /// A vector a unit.
@@ -227,6 +156,7 @@ fn gather_kernel<F: Float, N: Size>(
 fn combine_kernel<F: Float, N: Size>(
     rows: &[Vector<F, N>],
     more: &[Vector<F, N>],
+    bias: &[Vector<F, N>],
     weights: &[f32],
     words: &[u32],
     out: &mut [Vector<F, N>],
@@ -248,6 +178,7 @@ fn combine_kernel<F: Float, N: Size>(
             let entry = token * per_token + place;
             let at = words[places.slots + entry] as usize * vectors + column;
             let row = rows[at];
+            let expert = words[entry] as usize;
             let mut weight = 1.0f32;
             if form.weighted {
                 weight = weights[entry];
@@ -258,6 +189,9 @@ fn combine_kernel<F: Float, N: Size>(
                 if form.two {
                     value += f32::cast_from(more[at].extract(i));
                 }
+                if form.biased {
+                    value += f32::cast_from(bias[expert * vectors + column].extract(i));
+                }
                 sums[i] += weight * value;
             }
         }
@@ -267,63 +201,5 @@ fn combine_kernel<F: Float, N: Size>(
             y.insert(i, F::cast_from(sums[i]));
         }
         out[ABSOLUTE_POS] = y;
-    }
-}
-
-/// Some units a row.
-#[cube(launch_unchecked)]
-fn gated_kernel<F: Float, N: Size>(
-    dy: &[Vector<F, N>],
-    gate: &[Vector<F, N>],
-    up: &[Vector<F, N>],
-    weights: &[f32],
-    words: &[u32],
-    dgate: &mut [Vector<F, N>],
-    dup: &mut [Vector<F, N>],
-    result: &mut [Vector<F, N>],
-    dweights: &mut [f32],
-    places: &Places,
-    shape: &Rows,
-    #[comptime] activation: Activation,
-    #[define(F)] _format: ElemType,
-) {
-    let width = N::value().comptime();
-    let units = comptime!(shape.units);
-    let mut shared = Shared::<[f32]>::new_slice(UNITS);
-    let unit = UNIT_POS as usize;
-    let row = CUBE_POS * comptime!(UNITS / units) + unit / units;
-    let (lane, vectors) = (unit % units, shape.width / width);
-    let mut entry = 0usize;
-    let mut product = 0.0f32;
-    if row < places.rows {
-        entry = words[places.entries + row] as usize;
-        let weight = weights[entry];
-        let mut v = lane;
-        while v < vectors {
-            let at = row * vectors + v;
-            let (d, g, u) = (dy[at], gate[at], up[at]);
-            let mut dg = Vector::<F, N>::empty();
-            let mut du = Vector::<F, N>::empty();
-            let mut h = Vector::<F, N>::empty();
-            #[unroll]
-            for i in 0..width {
-                let (d, x, u) =
-                    (f32::cast_from(d.extract(i)), f32::cast_from(g.extract(i)), f32::cast_from(u.extract(i)));
-                let active = activate(x, activation);
-                let rounded = F::cast_from(active * u);
-                product += d * f32::cast_from(rounded);
-                h.insert(i, rounded);
-                dg.insert(i, F::cast_from(weight * d * u * slope(x, activation)));
-                du.insert(i, F::cast_from(weight * d * active));
-            }
-            dgate[at] = dg;
-            dup[at] = du;
-            result[at] = h;
-            v += units;
-        }
-    }
-    let whole = reduce_row(product, &mut shared, units, Reduction::Sum);
-    if row < places.rows && lane == 0 {
-        dweights[entry] = whole;
     }
 }

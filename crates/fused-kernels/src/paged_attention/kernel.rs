@@ -3,10 +3,9 @@
 use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
-use cuda_source::FloatFormat;
 
 use super::{Batch, MAX_PARTIAL, Options, Shape};
-use crate::elementwise::{UNITS, cube_count, vector_size};
+use crate::elementwise::{UNITS, vector_size};
 
 /// Positions of a tile.
 const TILE: usize = 32;
@@ -56,18 +55,23 @@ impl Plan {
     pub(super) fn new(client: &Client, batch: &Batch, shape: &Shape) -> Self {
         let &Shape { heads, kv_heads, head_dim, format, .. } = shape;
         let group = heads / kv_heads;
-        let share = (1..=group.min(MAX_SHARE)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
         let wide = vector_size(client, format, &[head_dim]);
         let narrow = wide.min(4);
-        let of_columns = UNITS / (head_dim / narrow);
-        let row_lanes = share.next_power_of_two().min(of_columns);
-        let lanes = (of_columns / row_lanes).min(TILE);
-        let plan = Self { head_dim, group, share, tokens: 1, wide, narrow, row_lanes, lanes, partial: false };
+        // The launch refuses heads of more columns than a cube has units.
+        let of_columns = (UNITS / (head_dim / narrow)).max(1);
+        let with_share = |share: usize| {
+            let row_lanes = share.next_power_of_two().min(of_columns);
+            let lanes = (of_columns / row_lanes).min(TILE);
+            Self { head_dim, group, share, tokens: 1, wide, narrow, row_lanes, lanes, partial: false }
+        };
+        // Queries of the widest heads leave shared memory for some of them only.
+        let shares = (1..=group.min(MAX_SHARE)).rev().filter(|n| group.is_multiple_of(*n));
+        let plan = shares.map(with_share).find(|plan| plan.fits(client)).unwrap_or_else(|| with_share(1));
         if batch.max_new() <= 1 {
             return plan;
         }
-        let most = MAX_ROWS.min(MAX_SUM_ROWS * row_lanes);
-        let wider = [most, most / 2].map(|rows| plan.with_tokens((rows / share).max(1)));
+        let most = MAX_ROWS.min(MAX_SUM_ROWS * plan.row_lanes);
+        let wider = [most, most / 2].map(|rows| plan.with_tokens((rows / plan.share).max(1)));
         wider.into_iter().find(|plan| plan.fits(client)).unwrap_or(plan)
     }
 
@@ -93,6 +97,11 @@ impl Plan {
 
     fn shared_bytes(self) -> usize {
         4 * (self.rows() * (self.head_dim + 2 * TILE + 2) + self.scratch() + UNITS)
+    }
+
+    /// Whether a cube has a unit for each column of values.
+    pub(super) fn has_columns(self) -> bool {
+        self.head_dim / self.narrow <= UNITS
     }
 
     /// Elements that are read of a key at a time, and of a value.
@@ -124,6 +133,7 @@ impl Plan {
         options: Options,
         splits: usize,
         partial: bool,
+        sinks: bool,
     ) -> WorkLaunch {
         let window = options.window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW as usize) as u32);
         WorkLaunch::new(
@@ -138,6 +148,7 @@ impl Plan {
             window as usize,
             options.scale,
             options.softcap.unwrap_or(0.0),
+            sinks,
             Self { partial, ..self },
         )
     }
@@ -159,6 +170,9 @@ pub(super) struct Work {
     scale: f32,
     /// 0 where there is none.
     softcap: f32,
+    /// Whether query heads have sinks.
+    #[cube(comptime)]
+    sinks: bool,
     #[cube(comptime)]
     plan: Plan,
 }
@@ -202,6 +216,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
     keys: &[Vector<F, K>],
     values: &[Vector<F, V>],
     words: &[u32],
+    sinks: &[f32],
     out: &mut [F],
     partial: &mut [f32],
     work: &Work,
@@ -500,9 +515,17 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
             let of_token = r / comptime!(plan.share);
             if lane == 0 && r < rows && of_token < count {
                 let head = (token + of_token) * work.heads + first_head + r % comptime!(plan.share);
+                let mut factor = 1.0f32;
+                let mut sum = total_sum[j];
+                if comptime!(work.sinks) {
+                    let sink = sinks[head % work.heads];
+                    let new = max(total_peak[j], sink);
+                    factor = weight(total_peak[j], new);
+                    sum = fma(sum, factor, weight(sink, new));
+                }
                 #[unroll]
                 for k in 0..narrow {
-                    let value = total[j * narrow + k] / total_sum[j];
+                    let value = total[j * narrow + k] * factor / sum;
                     out[head * head_dim + column * narrow + k] = F::cast_from(value);
                 }
             }
@@ -515,6 +538,7 @@ pub(super) fn attention<F: Float, K: Size, V: Size>(
 pub(super) fn join<F: Float>(
     partial: &[f32],
     words: &[u32],
+    sinks: &[f32],
     out: &mut [F],
     work: &Work,
     #[define(F)] _format: ElemType,
@@ -551,40 +575,13 @@ pub(super) fn join<F: Float>(
             sum = fma(sum, before, partial[first + head_dim] * this);
             value = fma(value, before, partial[first + d] * this);
         }
-        out[item] = F::cast_from(value / sum);
-    }
-}
-
-#[cube(launch_unchecked)]
-fn write_kernel<F: Float, N: Size>(
-    new: &[Vector<F, N>],
-    cache: &mut [Vector<F, N>],
-    words: &[u32],
-    items: usize,
-    width: usize,
-    #[define(F)] _format: ElemType,
-) {
-    let item = ABSOLUTE_POS;
-    if item < items {
-        cache[words[item / width] as usize * width + item % width] = new[item];
-    }
-}
-
-/// Launches the kernel that fills slots: `items` vectors, `width` of them a token.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn write(
-    client: &Client,
-    vector: usize,
-    new: BufferArg,
-    cache: BufferArg,
-    words: BufferArg,
-    items: usize,
-    width: usize,
-    format: FloatFormat,
-) {
-    let (count, dim) = (cube_count(client, items.div_ceil(UNITS)), CubeDim::new_1d(UNITS as u32));
-    // SAFETY: the caller checked the buffers' sizes, and that every slot lies within the cache.
-    unsafe {
-        write_kernel::launch_unchecked(client, count, dim, vector, new, cache, words, items, width, format.elem_type());
+        let mut factor = 1.0f32;
+        if comptime!(work.sinks) {
+            let sink = sinks[head % work.heads];
+            let new = max(peak, sink);
+            factor = weight(peak, new);
+            sum = fma(sum, factor, weight(sink, new));
+        }
+        out[item] = F::cast_from(value * factor / sum);
     }
 }

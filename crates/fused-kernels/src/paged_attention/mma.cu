@@ -26,6 +26,7 @@ struct Params {
     Divisor by_group, by_block_tokens, by_streams;
     float scale_log2;            // of what exp2 gets: scale * log2(e), or cap * log2(e) after tanh
     float cap_scale;             // scale / cap
+    u32 sinks;                   // 1: each query head has a logit that joins its softmax and has no value
 };
 
 #define THREADS (32 * WARPS)
@@ -135,7 +136,7 @@ __device__ __forceinline__ void join(Running& a, const Running& b) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CUBES)
 paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u16* __restrict__ values, const u32* __restrict__ words,
-                u16* __restrict__ out, float* partial, u32* counters, const __grid_constant__ Params p) {
+                const float* __restrict__ sinks, u16* __restrict__ out, float* partial, u32* counters, const __grid_constant__ Params p) {
     __shared__ __align__(128) unsigned char ring[WARPS * STAGES * SLAB_BYTES];
     __shared__ __align__(16) float slabs[WARPS][8 * PITCH];
     __shared__ float2 statistics[WARPS][QUERIES];
@@ -486,7 +487,12 @@ paged_attention(const u16* __restrict__ q, const u16* __restrict__ keys, const u
                 const u32 own = run.first_query + query, token = divided(own, p.by_group);
                 const u32 to = (run.token + token) * p.heads + head * p.group + own - token * p.group;
                 const float4 v = running[c].values;
-                const float by = 1.0f / running[c].sum;
+                float by = 1.0f / running[c].sum;
+                if (p.sinks) {
+                    const float sink = sinks[to % p.heads] * LOG2_E, now = fmaxf(running[c].peak, sink);
+                    const float factor = exp2_fast(running[c].peak - now);
+                    by = factor / fmaf(running[c].sum, factor, exp2_fast(sink - now));
+                }
                 *(uint2*)(out + (size_t)to * p.head_dim + column) = make_uint2(pack(v.x * by, v.y * by), pack(v.z * by, v.w * by));
             }
         }

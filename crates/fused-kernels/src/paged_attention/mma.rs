@@ -70,9 +70,13 @@ const NO_WINDOW: u32 = 1 << 31;
 /// Counters are made in at least this number, and in powers of two, so that few lengths of them are kept.
 const MIN_COUNTERS: usize = 1 << 12;
 
+/// The widest head: a warp holds the sums of its values in registers.
+const WIDEST: usize = 256;
+
 /// Whether the kernel takes a shape.
 pub(super) fn takes(client: &Client, shape: &Shape) -> bool {
     shape.head_dim.is_multiple_of(8)
+        && shape.head_dim <= WIDEST
         && cuda_source::device(client).is_some_and(|device| device.multiplies(shape.format))
 }
 
@@ -125,6 +129,7 @@ struct Params {
     by_streams: Divisor,
     scale_log2: f32,
     cap_scale: f32,
+    sinks: u32,
 }
 
 /// What a kernel is compiled for, beside the format.
@@ -176,7 +181,7 @@ impl Variant {
 pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), KernelError> {
     let &Call { client, batch, shape, options, .. } = call;
     check_half(client, OPERATION, shape.format)?;
-    if !shape.head_dim.is_multiple_of(8) {
+    if !shape.head_dim.is_multiple_of(8) || shape.head_dim > WIDEST {
         return Err(KernelError::HeadDim(shape.head_dim));
     }
     let Some(device) = cuda_source::device(client).filter(|device| device.multiplies(shape.format)) else {
@@ -245,10 +250,16 @@ pub(super) fn attend(call: &Call<'_>, division: Option<Division>) -> Result<(), 
             by_streams: Divisor::new(streams),
             scale_log2: options.softcap.unwrap_or(options.scale) * std::f32::consts::LOG2_E,
             cap_scale: options.softcap.map_or(0.0, |cap| options.scale / cap),
+            sinks: call.buffers.sinks.is_some().into(),
         };
         let buffers = &call.buffers;
         let arguments = Arguments::new().read(buffers.q).read(buffers.keys).read(buffers.values).read(buffers.words);
-        let arguments = arguments.write(buffers.out).write(&partial).counters(&counters).params(params);
+        let arguments = arguments
+            .read(buffers.sinks.unwrap_or(buffers.words))
+            .write(buffers.out)
+            .write(&partial)
+            .counters(&counters)
+            .params(params);
         cuda_source::launch(client, &source, (shape.kv_heads as u32, streams as u32, 1), arguments)
             .map_err(|e| KernelError::Launch { operation: OPERATION, message: e.to_string() })?;
     }
@@ -270,6 +281,7 @@ fn check_buffers(call: &Call<'_>) -> Result<(), KernelError> {
     check("out", buffers.out, queries)?;
     check("keys", buffers.keys, cached)?;
     check("values", buffers.values, cached)?;
+    call.sinks()?;
     buffer("words", buffers.words, batch.num_words(), 4, 1).map(|_| ())
 }
 
@@ -388,6 +400,6 @@ mod tests {
         let source = Variant::new(64, 1).source(&shape, false);
         let at = source.text().find("paged_attention(").unwrap();
         let list = source.text()[at..].split(')').next().unwrap();
-        assert_eq!(list.matches(',').count() + 1, 8);
+        assert_eq!(list.matches(',').count() + 1, 9);
     }
 }

@@ -5,13 +5,14 @@ use super::{Batch, Options, slot};
 /// What [`attend`](super::attend) computes.
 ///
 /// # Shapes
-/// `q` `[tokens, heads, head_dim]`; `keys`, `values` `[slots, kv_heads, head_dim]`; the result as `q`.
+/// `q` `[tokens, heads, head_dim]`; `keys`, `values` `[slots, kv_heads, head_dim]`; `sinks` `[heads]`; the result as `q`.
 pub fn attend(
     q: &[f32],
     keys: &[f32],
     values: &[f32],
     batch: &Batch,
     [heads, kv_heads, head_dim]: [usize; 3],
+    sinks: Option<&[f32]>,
     options: Options,
 ) -> Vec<f64> {
     let mut out = Vec::with_capacity(q.len());
@@ -34,8 +35,9 @@ pub fn attend(
                     options.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                 };
                 let scores: Vec<f64> = (first..=position).map(score).collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|s| (s - most).exp()).sum();
+                let sink = sinks.map(|sinks| f64::from(sinks[head]));
+                let most = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().copied().chain(sink).map(|s| (s - most).exp()).sum();
                 let mut o = vec![0.0; head_dim];
                 for (i, s) in scores.iter().enumerate() {
                     let p = (s - most).exp() / sum;

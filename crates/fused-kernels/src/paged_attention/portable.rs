@@ -3,7 +3,7 @@
 use cubecl::CubeDim;
 
 use super::kernel::{self, Plan, SPLIT};
-use super::{Call, Shape, buffer, check_limit, check_reach};
+use super::{Call, OPERATION, Shape, buffer, check_limit, check_reach};
 use crate::KernelError;
 use crate::elementwise::{UNITS, cube_count};
 
@@ -12,6 +12,10 @@ use crate::elementwise::{UNITS, cube_count};
 pub(super) fn attend(call: &Call<'_>, division: Option<(bool, usize)>) -> Result<(), KernelError> {
     let &Call { client, batch, shape, .. } = call;
     let plan = Plan::new(client, batch, shape);
+    if !plan.has_columns() {
+        let reason = format!("head_dim is {}: no multiple of 4, and more than {UNITS}", shape.head_dim);
+        return Err(KernelError::Shape { operation: OPERATION, reason });
+    }
     let Some((splits_apart, tokens)) = division else {
         return launch(call, plan, plan.splits_among_cubes(batch, shape));
     };
@@ -46,7 +50,8 @@ fn launch(call: &Call<'_>, plan: Plan, split: bool) -> Result<(), KernelError> {
     let partial_len = if split { splits.saturating_mul(tokens * heads * (head_dim + 2)) } else { 1 };
     let partial_handle = client.empty(4 * partial_len);
     let partial = || buffer("partial", &partial_handle, partial_len, 4, 1);
-    let work = plan.work(batch, shape, options, splits, split);
+    let has_sinks = buffers.sinks.is_some();
+    let work = plan.work(batch, shape, options, splits, split, has_sinks);
     // SAFETY: the buffers' sizes are checked; tables and slots stay below `reach`, which is within the cache, and the
     // kernel stays within the batch's tokens and lengths.
     unsafe {
@@ -60,6 +65,7 @@ fn launch(call: &Call<'_>, plan: Plan, split: bool) -> Result<(), KernelError> {
             keys,
             values,
             words()?,
+            call.sinks()?,
             out()?,
             partial()?,
             work,
@@ -72,8 +78,9 @@ fn launch(call: &Call<'_>, plan: Plan, split: bool) -> Result<(), KernelError> {
                 CubeDim::new_1d(UNITS as u32),
                 partial()?,
                 words()?,
+                call.sinks()?,
                 out()?,
-                plan.work(batch, shape, options, splits, split),
+                plan.work(batch, shape, options, splits, split, has_sinks),
                 format.elem_type(),
             );
         }

@@ -57,7 +57,10 @@ fn read_case(tensors: &SafeTensors<'_>, case: &serde_json::Value) -> Case {
     let Metadata { quant_type, blocksize, dtype, shape, nested } = metadata;
     Case {
         name: format!("{prefix} {shape:?} {dtype} {quant_type}/{blocksize} nested={}", nested.is_some()),
-        input: floats("input"),
+        input: match case["input"].as_str() {
+            Some(shared) => widen(&tensors.tensor(shared).expect(shared)),
+            None => floats("input"),
+        },
         config: QuantConfig { quant_type, blocksize, double_quant: nested.is_some() },
         codes: raw("weight"),
         dequantized: floats("dequantized"),

@@ -234,6 +234,26 @@ fn a_rank_that_says_nothing_any_more_ends_all() {
 }
 
 #[test]
+fn a_first_rank_that_was_stopped_finds_why_the_others_are_gone() {
+    let heard = each(places(2), |place| {
+        if place.rank == 1 {
+            return Group::join(place, SHORT).unwrap().agree(true).unwrap_err().to_string();
+        }
+        let (mut stream, _) = TcpListener::bind(place.address()).unwrap().accept().unwrap();
+        let _: Hello = wire::greeting(&stream).unwrap();
+        wire::greet(&stream, &Answer::Taken).unwrap();
+        wire::greet(&stream, &Answer::Welcome(vec!["by-hand".into(), "there".into()])).unwrap();
+        // What lies there when it goes on.
+        std::thread::sleep(Duration::from_secs(2));
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+    assert!(heard[1].starts_with("rank 0 on by-hand: nothing came from it for 0.8 s"), "{}", heard[1]);
+    assert!(heard[0].contains("\"by-hand\"") && heard[0].contains("nothing came from it for 0.8 s"), "{}", heard[0]);
+}
+
+#[test]
 fn a_rank_that_is_killed_ends_all() {
     for error in beside(drop) {
         assert!(error.starts_with("rank 2 on by-hand: its connection ") && error.contains("killed"), "{error}");

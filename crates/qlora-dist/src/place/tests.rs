@@ -112,6 +112,8 @@ fn contradictions_name_the_variable() {
             swap(&swap(OPEN_MPI, "LOCAL_SIZE=2", "LOCAL_SIZE=1"), "LOCAL_RANK=1", "LOCAL_RANK=0"),
             "MASTER_ADDR is not set, and Open MPI's 2 ranks are on several hosts",
         ),
+        ("OMPI_COMM_WORLD_RANK=1".into(), "OMPI_COMM_WORLD_SIZE is not set, and OMPI_COMM_WORLD_RANK is"),
+        ("PMI_RANK=1".into(), "PMI_SIZE is not set, and PMI_RANK is"),
         ("PMI_RANK=1 PMI_SIZE=4".into(), "MASTER_ADDR is not set, and PMI"),
         ("PET_NNODES=2 PET_NODE_RANK=0 PET_NPROC_PER_NODE=8".into(), "PET_NPROC_PER_NODE = \"8\""),
         ("PET_NNODES=2 PET_NODE_RANK=0".into(), "PET_MASTER_ADDR is not set"),

@@ -40,7 +40,8 @@ mod seed;
 mod vectors;
 
 pub use attention::{
-    AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, attention, attention_again, attention_keeping,
+    AttentionOps, AttentionOptions, AttentionResult, MAX_SCORES, Options, Sinks, attention, attention_again,
+    attention_keeping,
 };
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};

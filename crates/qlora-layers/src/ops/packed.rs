@@ -31,6 +31,17 @@ impl Layout4bit {
     pub fn num_blocks(&self) -> usize {
         self.num_elements().div_ceil(self.blocksize)
     }
+
+    /// The same with nested blocks of which the weight has a whole number, so that those of weights that lie behind one another do
+    /// not run into the next: each nested absmax is there for several smaller blocks then. As it is where they are whole, or where
+    /// their size is no power of two.
+    pub(crate) fn with_whole_nested_blocks(self) -> Self {
+        let whole = |nested: usize| match nested.is_power_of_two() {
+            true => nested.min(1 << self.num_blocks().trailing_zeros().min(usize::BITS - 1)),
+            false => nested,
+        };
+        Self { nested_blocksize: self.nested_blocksize.map(whole), ..self }
+    }
 }
 
 /// A 4-bit weight on a backend.

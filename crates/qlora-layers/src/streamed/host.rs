@@ -84,7 +84,7 @@ impl BlockStore for HostStore {
             // Others may be slower by as much as their disks and cards are.
             while !self.blocks.0.iter().all(HostBuffer::is_published) {
                 if let Some(failure) = failure() {
-                    return Err(DeviceError::Failed(failure));
+                    return Err(DeviceError::Peer(failure));
                 }
                 std::thread::sleep(Duration::from_millis(5));
             }

@@ -81,12 +81,27 @@ impl Decoder {
                 adapter.tensors.insert(Adapter::token_rows_key(&path), host_tensor(&tokens.rows)?);
             }
         }
-        // As it came, when PEFT wrote it over stacked experts.
+        // As it came, when PEFT wrote it over stacked experts; and where experts have no names of their own anywhere.
+        if adapter.config.parameters().is_empty() && self.config.family.interleaved_experts {
+            adapter.config.target_parameters = stacked_parameters(&adapter);
+        }
         if !adapter.config.parameters().is_empty() {
             adapter = stack(adapter, &self.linear_paths())?;
         }
         Ok(adapter)
     }
+}
+
+/// The parameters that PEFT has for adapted experts: `None` without any, and where they have more than factors, which PEFT can't put
+/// on parameters.
+fn stacked_parameters(adapter: &Adapter) -> Option<serde_json::Value> {
+    const EXPERTS: &str = ".experts.";
+    let of_experts = || adapter.tensors.keys().filter(|key| key.contains(EXPERTS));
+    let more = |key: &String| !key.ends_with(".lora_A.weight") && !key.ends_with(".lora_B.weight");
+    let has = |name: &str| of_experts().any(|key| key.contains(name));
+    let found = [("gate_proj.", "gate_up_proj"), ("down_proj.", "down_proj")].into_iter().filter(|(own, _)| has(own));
+    let names: Vec<String> = found.map(|(_, parameter)| format!("mlp.experts.{parameter}")).collect();
+    (!names.is_empty() && !of_experts().any(more)).then(|| names.into())
 }
 
 /// A module's factors on the host, beside their start where the weights lack it.

@@ -3,7 +3,7 @@
 use super::export::host_values;
 use crate::ModelError;
 use crate::decoder::Decoder;
-use adapter_io::experts::unstack;
+use adapter_io::experts::{is_fused, one_rank, unstack};
 use adapter_io::low_rank::{Factors, orthonormal, principal, quantization_error};
 use adapter_io::{Adapter, AdapterConfig, HostTensor, LoraModule};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -151,7 +151,11 @@ impl Decoder {
             }
         }
         self.put_token_rows(adapter)?;
-        self.adapter_config = Some(config.clone());
+        let mut kept = config.clone();
+        if is_fused(config) && !is_fused(&adapter.config) {
+            one_rank(&mut kept);
+        }
+        self.adapter_config = Some(kept);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use crate::ModelError;
-use crate::family::{Experts, Family, Linear, Windowed};
+use crate::family::{Experts, Family, Linear, MlpWidth, Scores, SharedWidth, ShortConvNames, Windowed};
 use crate::rope::Rope;
 use qlora_layers::ops::fused::MAX_TAPS;
 
@@ -26,6 +26,21 @@ pub struct ExpertsConfig {
     pub intermediate_size: usize,
     /// Whether the weights of a token's experts are divided by their sum.
     pub normalise: bool,
+    /// Width of the MLP that all tokens go through beside their experts; 0 where there is none.
+    pub shared_size: usize,
+    /// Where scores are sigmoids; their softmax otherwise.
+    pub sigmoid: Option<GroupedScores>,
+}
+
+/// Scores of experts in groups: sigmoids, to which a correction is added for the choice.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupedScores {
+    /// Groups that experts lie in, of one size.
+    pub groups: usize,
+    /// Groups that a token's experts come from: those whose two best sum up to most.
+    pub groups_per_token: usize,
+    /// What weights are multiplied by.
+    pub factor: f64,
 }
 
 /// Linear attention with the gated delta rule.
@@ -63,8 +78,8 @@ pub(crate) struct LayerConfig {
     pub kind: usize,
     /// Whether it has experts in the place of the MLP.
     pub sparse: bool,
-    /// Whether it has linear attention in the place of attention.
-    pub linear: bool,
+    /// Whether it has linear attention or a short convolution in the place of attention.
+    pub recurrent: bool,
 }
 
 const WINDOW: &str = "sliding_window";
@@ -167,6 +182,20 @@ pub(super) fn linear(
     Ok((config, layer_types(fields, layers, "linear_attention")?.unwrap_or_else(otherwise)))
 }
 
+/// The tokens that short convolutions look at, and which blocks have one.
+pub(super) fn short_conv(
+    fields: &Fields,
+    names: &ShortConvNames,
+    layers: usize,
+) -> Result<(usize, Vec<bool>), ModelError> {
+    let (key, default) = names.taps;
+    let taps = fields.bounded(key, fields.required(key, Some(default))?, MAX_TAPS)?;
+    let index = |value: &serde_json::Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
+    let attention = fields.list(names.attention_blocks, "layer numbers", index)?;
+    let otherwise = || (0..layers).map(|index| attention.as_ref().is_some_and(|list| !list.contains(&index))).collect();
+    Ok((taps, layer_types(fields, layers, names.kind)?.unwrap_or_else(otherwise)))
+}
+
 /// Whether each block is of a kind that is not full attention, as `layer_types` says.
 fn layer_types(fields: &Fields, layers: usize, other: &str) -> Result<Option<Vec<bool>>, ModelError> {
     let read = |value: &serde_json::Value| match value.as_str() {
@@ -187,7 +216,7 @@ fn layer_types(fields: &Fields, layers: usize, other: &str) -> Result<Option<Vec
 fn count(fields: &Fields, key: &str) -> Result<Option<usize>, ModelError> {
     let read = |value: &serde_json::Value| {
         let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
-        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number of layers")))
+        number.ok_or_else(|| fields.error(key, format!("is {value}; expected a number from 0 on")))
     };
     fields.get(key).map(read).transpose()
 }
@@ -216,12 +245,78 @@ pub(super) fn experts(fields: &Fields, names: &Experts, layers: usize) -> Result
         return Err(fields.error(per_token_key, format!("is {per_token}; there are only {count} experts")));
     }
     let (width_key, default_width) = names.width;
+    let intermediate_size = fields.required(width_key, default_width)?;
+    let shared_size = match names.shared.map(|shared| shared.width) {
+        None => 0,
+        Some(SharedWidth::Key(key, default)) => fields.required(key, Some(default))?,
+        Some(SharedWidth::Experts(key, default)) => {
+            let shared = self::count(fields, key)?.unwrap_or(default);
+            intermediate_size * fields.bounded(key, shared, MOST_EXPERTS)?
+        }
+    };
     Ok(ExpertsConfig {
         count,
         per_token,
-        intermediate_size: fields.required(width_key, default_width)?,
+        intermediate_size,
         normalise: fields.switch(names.normalise)?,
+        shared_size,
+        sigmoid: grouped(fields, names, count, per_token)?,
     })
+}
+
+/// Scores in groups, if they are.
+fn grouped(
+    fields: &Fields,
+    names: &Experts,
+    count: usize,
+    per_token: usize,
+) -> Result<Option<GroupedScores>, ModelError> {
+    let Scores::Sigmoid { groups, groups_per_token, factor, .. } = names.scores else { return Ok(None) };
+    let size = |(key, default)| fields.required(key, Some(default));
+    let scores = GroupedScores {
+        groups: size(groups)?,
+        groups_per_token: size(groups_per_token)?,
+        factor: fields.number(factor.0)?.unwrap_or(factor.1),
+    };
+    let GroupedScores { groups: number, groups_per_token: chosen, .. } = scores;
+    // Of a group the two best are looked at, where there is a choice.
+    if !count.is_multiple_of(number) || (chosen < number && count / number < 2) {
+        let problem = format!("is {number}, which does not divide {count} experts into groups of two and more");
+        return Err(fields.error(groups.0, problem));
+    }
+    if chosen > number || chosen * (count / number) < per_token {
+        let problem = format!("is {chosen}: {per_token} experts of a token don't come from so many of {number} groups");
+        return Err(fields.error(groups_per_token.0, problem));
+    }
+    Ok(Some(scores))
+}
+
+impl MlpWidth {
+    /// The width that keys stand for.
+    pub(super) fn read(&self, fields: &Fields, default: Option<usize>) -> Result<usize, ModelError> {
+        let width = match fields.size(self.key)? {
+            Some(width) => width,
+            None => fields.required("intermediate_size", default)?,
+        };
+        fields.take_note_of(&["intermediate_size"]);
+        let (factor, multiple) = (fields.number(self.factor.0)?, fields.size(self.multiple.0)?);
+        if !fields.flag(self.switch)?.unwrap_or(true) {
+            return Ok(width);
+        }
+        let two_thirds = 2 * width / 3;
+        let width = match factor.or(Some(self.factor.1).filter(|_| !fields.is_null(self.factor.0))) {
+            None => two_thirds,
+            Some(factor) => {
+                // No product of it overflows.
+                let width = (factor * two_thirds as f64).min(f64::from(u32::MAX)) as usize;
+                width.next_multiple_of(multiple.unwrap_or(self.multiple.1))
+            }
+        };
+        match width {
+            1.. if width <= u32::MAX as usize => Ok(width),
+            _ => Err(fields.error(self.key, format!("stands for an MLP of width {width}"))),
+        }
+    }
 }
 
 /// Which blocks have experts.
@@ -233,5 +328,24 @@ pub(super) fn sparse(fields: &Fields, names: Option<&Experts>, layers: usize) ->
         Some(key) => fields.list(key, "layer numbers", index)?.unwrap_or_default(),
         None => Vec::new(),
     };
-    Ok((0..layers).map(|index| !dense.contains(&index) && (index + 1).is_multiple_of(every)).collect())
+    let first = match names.dense_first {
+        Some((key, default)) => count(fields, key)?.unwrap_or(default),
+        None => 0,
+    };
+    if let Some(key) = names.block_types {
+        let read = |value: &serde_json::Value| match value.as_str() {
+            Some("sparse") => Some(true),
+            Some("dense") => Some(false),
+            _ => None,
+        };
+        match fields.list(key, "\"dense\" and \"sparse\"", read)? {
+            Some(types) if types.len() != layers => {
+                return Err(fields.error(key, format!("has {} entries; there are {layers} layers", types.len())));
+            }
+            Some(types) => return Ok(types),
+            None => {}
+        }
+    }
+    let sparse = |index: usize| index >= first && !dense.contains(&index) && (index + 1).is_multiple_of(every);
+    Ok((0..layers).map(sparse).collect())
 }

@@ -1,8 +1,8 @@
 //! Typed access to an object of `config.json`, with errors that name file and key, and a record of the keys
 //! that were read: a key that is not read may change the arithmetic.
 
-use super::accepted::is_accepted;
 use super::keys::{DROPOUTS, HARMLESS, may_compute};
+use super::options::ConfigOptions;
 use crate::ModelError;
 use crate::family::{Only, Switch};
 use serde_json::{Map, Value};
@@ -23,14 +23,15 @@ pub(super) struct Fields<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
     prefix: String,
+    options: &'a ConfigOptions,
     read: RefCell<BTreeSet<String>>,
     notes: Rc<RefCell<Vec<String>>>,
 }
 
 impl<'a> Fields<'a> {
     /// `prefix` goes before keys in messages.
-    pub fn new(path: &'a Path, map: &'a Map<String, Value>) -> Self {
-        Self { path, map, prefix: String::new(), read: RefCell::default(), notes: Rc::default() }
+    pub fn new(path: &'a Path, map: &'a Map<String, Value>, options: &'a ConfigOptions) -> Self {
+        Self { path, map, prefix: String::new(), options, read: RefCell::default(), notes: Rc::default() }
     }
 
     /// What a user should know of keys that were passed over.
@@ -45,6 +46,7 @@ impl<'a> Fields<'a> {
                 path: self.path,
                 map,
                 prefix: format!("{}{key}.", self.prefix),
+                options: self.options,
                 read: RefCell::default(),
                 notes: self.notes.clone(),
             }),
@@ -180,7 +182,7 @@ impl<'a> Fields<'a> {
                         "is {rate}: the base computes without this dropout here, in training too; lora.dropout is the adapter's"
                     )
                 }
-                _ if is_accepted(&name) => {
+                _ if self.options.accept_keys.contains(&name) => {
                     format!("is {value}, which means nothing here: passed over, as was asked for")
                 }
                 _ if !may_compute(key) => {

@@ -3,7 +3,7 @@
 use super::ModelConfig;
 use super::blocks::{ExpertsConfig, LayerConfig, LinearAttentionConfig};
 use crate::ModelError;
-use crate::family::{ATTENTION_OUTPUT, Experts, Linear, MLP_OUTPUT, Norms, Root};
+use crate::family::{Experts, Linear, Norms, Root, ShortConvNames};
 use qlora_layers::target_modules::{AdaptableModule, ModuleRole, resolve_saved};
 use qlora_layers::{LayerError, LoraConfig};
 
@@ -49,6 +49,8 @@ pub(crate) struct ExpertsSpecs {
     pub router: LinearSpec,
     /// Gate, input and output projection of each expert.
     pub experts: Vec<[LinearSpec; 3]>,
+    /// Those of the expert of all tokens, and the layer that gates it.
+    pub shared: Option<([LinearSpec; 3], Option<LinearSpec>)>,
 }
 
 impl ModelConfig {
@@ -68,14 +70,39 @@ impl ModelConfig {
     }
 
     /// Queries, keys and values: one linear layer per group of output widths.
-    /// Of linear attention: queries, keys and values as one, then the output's gate, and the rule's strength and decay.
+    /// Of latent attention: queries, down and up or by one, then keys and values, down and up. Of linear attention: queries, keys and values
+    /// as one, then the output's gate, and the rule's strength and decay; or two layers with the first two and the last two. Of a
+    /// short convolution: what gives its input, its gates and what it is gated by.
     pub(crate) fn qkv_specs(&self, index: usize) -> Vec<LinearSpec> {
         let block = self.block_path(index);
         if let Some((config, names)) = self.linear_attention(index) {
             let [_, _, values] = config.widths();
-            let outputs = [config.channels(), values, config.value_heads, config.value_heads];
-            let spec = |(name, out)| self.projection(&block, name, [out, self.hidden_size], false);
-            return names.projections.into_iter().zip(outputs).map(spec).collect();
+            let (channels, heads) = (config.channels(), config.value_heads);
+            let outputs = match names.projections {
+                [_, _] => vec![channels + values, 2 * heads],
+                _ => vec![channels, values, heads, heads],
+            };
+            let spec = |(name, out): (&&str, usize)| self.projection(&block, name, [out, self.hidden_size], false);
+            return names.projections.iter().zip(outputs).map(spec).collect();
+        }
+        if let Some((_, names)) = self.short_convolution(index) {
+            let shape = [3 * self.hidden_size, self.hidden_size];
+            return vec![self.projection(&block, names.projection, shape, false)];
+        }
+        if let Some((config, names)) = self.latent.zip(self.family.latent) {
+            let heads = self.num_attention_heads;
+            let spec = |name, shape, bias: bool| self.projection(&block, name, shape, bias && self.qkv_bias);
+            let queries = heads * config.query_dim();
+            let mut specs = match config.query_rank {
+                Some(rank) => vec![
+                    spec(names.queries[0], [rank, self.hidden_size], true),
+                    spec(names.queries[1], [queries, rank], false),
+                ],
+                None => vec![spec(names.whole_queries, [queries, self.hidden_size], false)],
+            };
+            specs.push(spec(names.keys[0], [config.rank + config.rotary_dim, self.hidden_size], true));
+            specs.push(spec(names.keys[1], [heads * (config.plain_dim + config.value_dim), config.rank], false));
+            return specs;
         }
         let mut widths = self.qkv_widths();
         if self.family.attention_gate {
@@ -92,13 +119,35 @@ impl ModelConfig {
     /// The sizes and names of a block's linear attention, if it has that in the place of attention.
     pub(crate) fn linear_attention(&self, index: usize) -> Option<(LinearAttentionConfig, Linear)> {
         let found = self.linear.zip(self.family.linear);
-        found.filter(|_| self.layers[index].linear)
+        found.filter(|_| self.layers[index].recurrent)
+    }
+
+    /// The taps and names of a block's short convolution, if it has that in the place of attention.
+    pub(crate) fn short_convolution(&self, index: usize) -> Option<(usize, ShortConvNames)> {
+        let found = self.short_conv.zip(self.family.short_conv);
+        found.filter(|_| self.layers[index].recurrent)
     }
 
     /// Widths of queries, keys and values.
     pub fn qkv_widths(&self) -> [usize; 3] {
         let keys = self.num_key_value_heads * self.head_dim;
         [self.num_attention_heads * self.head_dim, keys, keys]
+    }
+
+    /// Width of what attention gives of a head.
+    pub(crate) fn value_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.value_dim)
+    }
+
+    /// Width of what is rotated of a head: all of it, or of latent attention a part by itself.
+    pub(crate) fn rotated_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.rotary_dim)
+    }
+
+    /// The tensor with a block's sinks, if it has some.
+    pub(crate) fn sinks(&self, index: usize) -> Option<String> {
+        let name = self.family.sinks.filter(|_| !self.layers[index].recurrent)?;
+        Some(format!("{}.{name}", self.block_path(index)))
     }
 
     /// Whether queries and keys are normalised after they are rotated.
@@ -112,8 +161,11 @@ impl ModelConfig {
             let [_, _, values] = config.widths();
             return self.projection(&self.block_path(index), names.output, [self.hidden_size, values], false);
         }
-        let shape = [self.hidden_size, self.num_attention_heads * self.head_dim];
-        self.projection(&self.block_path(index), ATTENTION_OUTPUT, shape, self.output_bias)
+        if let Some((_, names)) = self.short_convolution(index) {
+            return self.projection(&self.block_path(index), names.output, [self.hidden_size; 2], false);
+        }
+        let shape = [self.hidden_size, self.num_attention_heads * self.value_dim()];
+        self.projection(&self.block_path(index), self.family.attention_output, shape, self.output_bias)
     }
 
     /// Gate and input projection of the MLP, one linear layer or two, and its output projection.
@@ -121,7 +173,7 @@ impl ModelConfig {
         let (block, width) = (self.block_path(index), self.intermediate_size);
         let out = if self.family.gate_up.len() == 1 { 2 * width } else { width };
         let spec = |name: &&str| self.projection(&block, name, [out, self.hidden_size], self.mlp_bias);
-        let down = self.projection(&block, MLP_OUTPUT, [self.hidden_size, width], self.mlp_bias);
+        let down = self.projection(&block, self.family.mlp_output, [self.hidden_size, width], self.mlp_bias);
         (self.family.gate_up.iter().map(spec).collect(), down)
     }
 
@@ -134,18 +186,26 @@ impl ModelConfig {
         let (block, width) = (self.block_path(index), config.intermediate_size);
         let router = LinearSpec {
             role: LinearRole::Router,
-            ..self.projection(&block, names.router, [config.count, self.hidden_size], false)
+            ..self.projection(&block, names.router, [config.count, self.hidden_size], self.family.interleaved_experts)
         };
-        let expert = |expert: usize| {
-            let path = format!("{block}.{}.{expert}", names.list);
+        let mlp = |path: &str, width: usize| {
             let shapes = [[width, self.hidden_size], [width, self.hidden_size], [self.hidden_size, width]];
             std::array::from_fn(|i| {
-                let spec = self.projection(&path, names.projections[i], shapes[i], false);
+                self.projection(path, names.projections[i], shapes[i], self.family.interleaved_experts)
+            })
+        };
+        let expert = |expert: usize| {
+            let specs: [LinearSpec; 3] = mlp(&format!("{block}.{}.{expert}", names.list), width);
+            specs.map(|spec| {
                 let role = if spec.role.is_quantized() { LinearRole::Expert } else { spec.role };
                 LinearSpec { role, ..spec }
             })
         };
-        Some(ExpertsSpecs { config, names, router, experts: (0..config.count).map(expert).collect() })
+        let shared = names.shared.filter(|_| config.shared_size > 0).map(|shared| {
+            let gate = shared.gate.map(|name| self.projection(&block, name, [1, self.hidden_size], false));
+            (mlp(&format!("{block}.{}", shared.path), config.shared_size), gate)
+        });
+        Some(ExpertsSpecs { config, names, router, experts: (0..config.count).map(expert).collect(), shared })
     }
 
     fn projection(&self, parent: &str, name: &str, shape: [usize; 2], bias: bool) -> LinearSpec {
@@ -177,7 +237,7 @@ impl ModelConfig {
 
     /// [`keep_dense`](Self::keep_dense) of small projections that much hangs on: those of strength and decay of linear attention.
     pub fn keep_sensitive_dense(&mut self) {
-        let names = self.family.linear.iter().flat_map(|linear| &linear.projections[2..]);
+        let names = self.family.linear.iter().flat_map(|linear| &linear.projections[linear.projections.len() / 2..]);
         self.dense.extend(names.map(|name| (*name).to_string()));
     }
 
@@ -191,6 +251,7 @@ impl ModelConfig {
                 Some(found) => {
                     specs.push(found.router);
                     specs.extend(found.experts.into_iter().flatten());
+                    specs.extend(found.shared.into_iter().flat_map(|(mlp, gate)| mlp.into_iter().chain(gate)));
                 }
                 None => {
                     let (gate_up, down) = self.mlp_specs(index);
@@ -264,7 +325,8 @@ impl ModelConfig {
         let of_stream = |name: Option<&str>| name.map(|name| norm(name, self.hidden_size));
         let [q, k, _] = self.qkv_widths();
         let linear = self.linear_attention(index);
-        let qk = self.family.qk_norm.filter(|_| linear.is_none()).map(|qk| {
+        let latent = self.latent.zip(self.family.latent);
+        let qk = self.family.qk_norm.filter(|_| !self.layers[index].recurrent && self.qk_normed).map(|qk| {
             let widths = if qk.whole { [q, k] } else { [self.head_dim; 2] };
             std::array::from_fn(|i| norm(qk.names[i], widths[i]))
         });
@@ -272,6 +334,8 @@ impl ModelConfig {
             attention_input: of_stream(attention_input),
             qk,
             linear: linear.map(|(config, names)| norm(names.norm, config.value_dim)),
+            latent_queries: latent.and_then(|(config, names)| Some(norm(names.norms[0], config.query_rank?))),
+            latent_keys: latent.map(|(config, names)| norm(names.norms[1], config.rank)),
             attention_output: of_stream(attention_output),
             mlp_input: of_stream(mlp_input),
             mlp_output: of_stream(mlp_output),
@@ -280,7 +344,7 @@ impl ModelConfig {
 
     /// The last norm with its width.
     pub(crate) fn last_norm(&self) -> (String, usize) {
-        (format!("{}.norm", self.root().model), self.hidden_size)
+        (format!("{}.{}", self.root().model, self.family.last_norm), self.hidden_size)
     }
 
     /// Every norm with its width, in the order of [`Decoder::norms`](crate::Decoder::norms).
@@ -299,6 +363,9 @@ pub(crate) struct BlockNorms<T> {
     pub qk: Option<[T; 2]>,
     /// Of the heads that linear attention gives.
     pub linear: Option<T>,
+    /// Of what lies between the projections of latent attention.
+    pub latent_queries: Option<T>,
+    pub latent_keys: Option<T>,
     pub attention_output: Option<T>,
     pub mlp_input: Option<T>,
     pub mlp_output: Option<T>,
@@ -313,6 +380,8 @@ impl<T> BlockNorms<T> {
                 None => None,
             },
             linear: self.linear.map(&mut f).transpose()?,
+            latent_queries: self.latent_queries.map(&mut f).transpose()?,
+            latent_keys: self.latent_keys.map(&mut f).transpose()?,
             attention_output: self.attention_output.map(&mut f).transpose()?,
             mlp_input: self.mlp_input.map(&mut f).transpose()?,
             mlp_output: self.mlp_output.map(&mut f).transpose()?,
@@ -324,6 +393,8 @@ impl<T> BlockNorms<T> {
             .into_iter()
             .chain(self.qk.into_iter().flatten())
             .chain(self.linear)
+            .chain(self.latent_queries)
+            .chain(self.latent_keys)
             .chain(self.attention_output)
             .chain(self.mlp_input)
             .chain(self.mlp_output)
@@ -334,6 +405,8 @@ impl<T> BlockNorms<T> {
             attention_input: self.attention_input.as_ref(),
             qk: self.qk.as_ref().map(|[q, k]| [q, k]),
             linear: self.linear.as_ref(),
+            latent_queries: self.latent_queries.as_ref(),
+            latent_keys: self.latent_keys.as_ref(),
             attention_output: self.attention_output.as_ref(),
             mlp_input: self.mlp_input.as_ref(),
             mlp_output: self.mlp_output.as_ref(),
@@ -345,6 +418,8 @@ impl<T> BlockNorms<T> {
             attention_input: self.attention_input.as_mut(),
             qk: self.qk.as_mut().map(|[q, k]| [q, k]),
             linear: self.linear.as_mut(),
+            latent_queries: self.latent_queries.as_mut(),
+            latent_keys: self.latent_keys.as_mut(),
             attention_output: self.attention_output.as_mut(),
             mlp_input: self.mlp_input.as_mut(),
             mlp_output: self.mlp_output.as_mut(),

@@ -13,6 +13,7 @@ const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
 pub(super) struct Sizes {
     pub head_dim: usize,
     pub max_position_embeddings: usize,
+    pub pairs: Pairs,
 }
 
 /// The rotary embeddings of blocks without and with a window.
@@ -60,11 +61,14 @@ struct Outer<'a> {
 impl Outer<'_> {
     fn rope(&self, inner: Option<&Fields>, theta: f64) -> Result<Rope, ModelError> {
         let rope = |theta, dim, scaling, query_growth| {
-            let pairs = self.family.rotary.pairs;
+            let pairs = self.sizes.pairs;
             let turned = if pairs == Pairs::Adjacent { self.sizes.head_dim } else { dim };
             Rope { theta, dim, turned, scaling, pairs, query_growth }
         };
         let Some(inner) = inner else {
+            if self.family.rotary.needs_scaling {
+                return Err(self.fields.error("rope_parameters", "is missing: it has to say how positions are scaled"));
+            }
             self.growth(None)?;
             return Ok(rope(theta, self.dim(self.partial, self.fields)?, RopeScaling::Default, None));
         };
@@ -78,6 +82,8 @@ impl Outer<'_> {
         let (alpha, mut theta) = (self.alpha(inner, kind)?, theta);
         let scaling = match kind {
             "default" => RopeScaling::Default,
+            // The earlier name of "default" where a token has several positions.
+            "mrope" if self.family.rotary.harmless.contains(&"mrope_section") => RopeScaling::Default,
             "dynamic" if alpha.is_some() => {
                 let dim = dim as f64;
                 theta *= alpha.unwrap_or(1.0).powf(dim / (dim - 2.0));

@@ -6,6 +6,25 @@ use super::{
 };
 use crate::rope::Pairs;
 
+/// Phi 3 and 4: projections in one piece, and LongRoPE.
+pub(super) const PHI3: Family = Family {
+    model_type: "phi3",
+    qkv: &["self_attn.qkv_proj"],
+    gate_up: &["mlp.gate_up_proj"],
+    window: Window { blocks: Windowed::All, width: None, switch: None },
+    rotary: Rotary { partial: Some(1.0), long_aliases: true, original_context: Some(4096), ..BASE.rotary },
+    sizes: Sizes { max_position_embeddings: 4096, ..BASE.sizes },
+    rms_norm_eps: 1e-5,
+    fixed: &[
+        ("attention_bias", Only::Flag(false)),
+        ("mlp_bias", Only::Flag(false)),
+        ("lm_head_bias", Only::Flag(false)),
+        ("full_attn_mod", Only::Number(1.0)),
+        ("interpolate_factor", Only::Number(1.0)),
+    ],
+    ..BASE
+};
+
 /// Ministral 3: queries grow with the logarithm of their position beyond the original context.
 pub(super) const MINISTRAL3: Family = Family {
     model_type: "ministral3",

@@ -21,6 +21,8 @@ pub(crate) struct Wrapper {
     pub fixed: &'static [(&'static str, Only)],
     /// Why its language model is not the family's.
     pub refused: Option<&'static str>,
+    /// Whether there are files without the section, with its keys beside the others.
+    pub flat: bool,
 }
 
 /// The name of the section.
@@ -38,6 +40,7 @@ const RULE: Wrapper = Wrapper {
     uncapped: false,
     fixed: &[],
     refused: None,
+    flat: false,
 };
 
 const fn of(model_type: &'static str, text: &'static str) -> Wrapper {
@@ -59,6 +62,10 @@ static WRAPPERS: &[Wrapper] = &[
     of("got_ocr2", "qwen2"),
     of("lighton_ocr", "qwen3"),
     of("qwen3_5", "qwen3_5_text"),
+    of("qwen3_5_moe", "qwen3_5_moe_text"),
+    Wrapper { flat: true, ..of("qwen2_vl", "qwen2_vl_text") },
+    Wrapper { flat: true, ..of("qwen2_5_vl", "qwen2_5_vl_text") },
+    of("qwen3_vl", "qwen3_vl_text"),
     of("qwen2_audio", "qwen2"),
     of("voxtral", "llama"),
     Wrapper { roots: TEXT_MODEL, ..of("idefics3", "llama") },

@@ -14,8 +14,8 @@ use nf4_quant::Quantized4bit;
 use qlora_layers::mix;
 use rayon::prelude::*;
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 /// Matrices of each shape.
@@ -29,7 +29,10 @@ pub(super) struct Random {
     /// In 4 bits, where that is asked for.
     quantized: HashMap<[usize; 2], Vec<Quantized4bit>>,
     dense: HashMap<[usize; 2], Vec<Vec<bf16>>>,
-    /// By shape: what linear attention has beside projections, its norm as `[1, width]`.
+    /// Modules that are dense, where others of their shape may be in 4 bits.
+    left_dense: HashSet<String>,
+    /// By shape: what linear attention and short convolutions have beside projections, a norm as `[1, width]`, the corrections of
+    /// routers, and sinks.
     linear: HashMap<Vec<usize>, Vec<bf16>>,
     /// The name of that norm.
     linear_norm: Option<&'static str>,
@@ -45,6 +48,7 @@ impl Random {
             path: config.path().into(),
             quantized: HashMap::new(),
             dense: HashMap::new(),
+            left_dense: HashSet::new(),
             linear: HashMap::new(),
             linear_norm: config.family.linear.map(|names| names.norm),
             norms: HashMap::new(),
@@ -60,6 +64,7 @@ impl Random {
             }
             let Some(quantization) = options.quantization.filter(|_| spec.role.is_quantized()) else {
                 dense.push(spec.shape);
+                source.left_dense.insert(spec.path);
                 continue;
             };
             source.total_bytes += (rows * columns).div_ceil(2) as u64;
@@ -80,19 +85,31 @@ impl Random {
             let make = |index| normal(rows * columns, stream(seed, shape, index));
             source.dense.entry(shape).or_insert_with(|| (0..EACH).map(make).collect());
         }
+        // Convolutions of the usual size, and states that keep nine tenths and more.
+        let scale = bf16::from_f64(0.5 / f64::from(DEVIATION));
+        let filter = |len: usize| normal(len, mix(seed)).into_iter().map(|value| value * scale).collect::<Vec<bf16>>();
         for index in 0..config.num_hidden_layers {
+            if let Some((taps, _)) = config.short_convolution(index) {
+                let width = config.hidden_size;
+                source.linear.entry(vec![width, 1, taps]).or_insert_with(|| filter(width * taps));
+                source.total_bytes += 2 * (width * taps) as u64;
+            }
             let Some((linear, _)) = config.linear_attention(index) else { continue };
-            // A convolution of the usual size, and states that keep nine tenths and more.
             let filters = linear.channels() * linear.taps;
-            let scale = bf16::from_f64(0.5 / f64::from(DEVIATION));
-            let filter = || normal(filters, mix(seed)).into_iter().map(|value| value * scale).collect();
-            source.linear.entry(vec![linear.channels(), 1, linear.taps]).or_insert_with(filter);
+            source.linear.entry(vec![linear.channels(), 1, linear.taps]).or_insert_with(|| filter(filters));
             source
                 .linear
                 .entry(vec![linear.value_heads])
                 .or_insert_with(|| vec![bf16::from_f64(-2.0); linear.value_heads]);
             source.linear.entry(vec![1, linear.value_dim]).or_insert_with(|| vec![bf16::ONE; linear.value_dim]);
             source.total_bytes += 2 * (filters + 2 * linear.value_heads) as u64;
+        }
+        let sigmoid = config.experts.filter(|experts| experts.sigmoid.is_some());
+        let corrections = sigmoid.map(|experts| (experts.count, config.sparse_blocks()));
+        let sinks = config.family.sinks.map(|_| (config.num_attention_heads, config.attention_blocks()));
+        for (len, blocks) in corrections.into_iter().chain(sinks) {
+            source.linear.entry(vec![len]).or_insert_with(|| vec![bf16::ZERO; len]);
+            source.total_bytes += 2 * (len * blocks) as u64;
         }
         // What norms multiply by is one plus the weight in some families.
         let one = bf16::from_f64(1.0 - config.family.norm_offset);
@@ -128,7 +145,8 @@ impl Source for Random {
     }
 
     fn quantized(&self, module: &str, shape: [usize; 2]) -> Result<Option<Cow<'_, Quantized4bit>>, ModelError> {
-        Ok(self.quantized.get(&shape).map(|all| Cow::Borrowed(pick(all, module))))
+        let made = self.quantized.get(&shape).filter(|_| !self.left_dense.contains(module));
+        Ok(made.map(|all| Cow::Borrowed(pick(all, module))))
     }
 
     fn tensor<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<DenseTensor<'a>, ModelError> {

@@ -36,7 +36,7 @@ impl Cards {
     /// Whether sums that take so many bytes per second should be made [beside](Self::beside) kernels.
     pub(super) fn is_slow(rate: f64) -> bool {
         // A rate that is no number is none that was measured.
-        !(rate >= FAST)
+        rate.is_nan() || rate < FAST
     }
 
     /// Cards whose operations run beside kernels, or between them.

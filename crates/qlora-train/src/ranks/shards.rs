@@ -48,6 +48,7 @@ fn failed(source: DeviceError) -> LayerError {
 fn of_collectives(error: CollectiveError) -> DeviceError {
     match error {
         CollectiveError::Device(error) => error,
+        CollectiveError::Aborted => DeviceError::Peer(error.to_string()),
         other => DeviceError::Failed(other.to_string()),
     }
 }
@@ -185,7 +186,7 @@ struct OverHosts {
 impl BlockSource for OverHosts {
     fn fill(&mut self, block: usize, slot: &mut Slot) -> Result<(), DeviceError> {
         let part = bytemuck::cast_slice::<u32, u8>(&self.parts[block]).to_vec();
-        let all = self.ranks.all_gather(part).map_err(|error| DeviceError::Failed(error.to_string()))?;
+        let all = self.ranks.all_gather(part).map_err(|error| DeviceError::Peer(error.to_string()))?;
         for (rank, part) in all.iter().enumerate() {
             let words: Vec<u32> = part.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             if words.len() != self.parts[block].len() {

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use host_copies::SharedPages;
+use burn::tensor::Device;
+use host_copies::{SharedPages, client_of};
 use qlora_layers::streamed::Sharers;
 use qlora_models::Placement;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,8 @@ use crate::error::TrainError;
 struct Offer {
     /// The blocks that it is to stream.
     blocks: Vec<usize>,
+    /// What its device is: some blocks can wait for one kind, and not for another.
+    device: String,
     /// Where the copy is, of the first rank of a host.
     address: Vec<u8>,
     /// Why there is none.
@@ -27,12 +30,15 @@ impl Ranks {
     ///
     /// # Errors
     /// Another rank failed.
-    pub(crate) fn sharers(&self, placement: &Placement) -> Result<Result<Option<Sharers>, String>, TrainError> {
-        let hosts = self.group.hosts();
-        let host = hosts.get(self.rank());
-        let peers: Vec<usize> = (0..self.count()).filter(|rank| hosts.get(*rank) == host).collect();
+    pub(crate) fn sharers(
+        &self,
+        placement: &Placement,
+        device: &Device,
+    ) -> Result<Result<Option<Sharers>, String>, TrainError> {
+        let peers = self.of_host();
         let number = peers.iter().position(|rank| *rank == self.rank()).unwrap_or(0);
-        let mut mine = Offer { blocks: placement.blocks().collect(), ..Offer::default() };
+        let kind = client_of(device).map_or_else(|| "cpu".to_string(), |client| client.name().to_string());
+        let mut mine = Offer { blocks: placement.blocks().collect(), device: kind, ..Offer::default() };
         let mut pages = None;
         if number == 0 && peers.len() > 1 && !mine.blocks.is_empty() {
             match SharedPages::new() {
@@ -49,7 +55,9 @@ impl Ranks {
         let opened = judge(&offers).and_then(|()| match (pages, offers.first()) {
             (Some(pages), _) => Ok(Some(pages)),
             (None, Some(first)) if peers.len() > 1 && !mine.blocks.is_empty() => {
-                SharedPages::open(&first.address).map(Some).map_err(|error| format!("rank {}: {error}", self.rank()))
+                let unseen =
+                    |error| format!("rank {} does not see the memory of rank {}: {error}", self.rank(), peers[0]);
+                SharedPages::open(&first.address).map(Some).map_err(unseen)
             }
             _ => Ok(None),
         });
@@ -76,6 +84,9 @@ fn judge(offers: &[Offer]) -> Result<(), String> {
         let (few, many) = (first.blocks.len(), other.blocks.len());
         return Err(format!("they have room for different blocks ({few} and {many} wait on the host)"));
     }
+    if let Some(other) = offers.iter().find(|offer| offer.device != first.device) {
+        return Err(format!("their devices are of different kinds ({} and {})", first.device, other.device));
+    }
     if first.problem.is_empty() { Ok(()) } else { Err(first.problem.clone()) }
 }
 
@@ -90,6 +101,9 @@ mod tests {
         assert_eq!(judge(&[offer(&[1, 3]), offer(&[1, 3])]), Ok(()));
         let differ = judge(&[offer(&[1, 3]), offer(&[1])]);
         assert_eq!(differ, Err("they have room for different blocks (2 and 1 wait on the host)".into()));
+        let on = |device: &str| Offer { device: device.into(), ..offer(&[1]) };
+        assert_eq!(judge(&[on("cuda"), on("cuda")]), Ok(()));
+        assert_eq!(judge(&[on("cuda"), on("cpu")]), Err("their devices are of different kinds (cuda and cpu)".into()));
         let failed = Offer { problem: "no memory".into(), ..offer(&[1]) };
         assert_eq!(judge(&[failed, offer(&[1])]), Err("no memory".into()));
     }

@@ -19,7 +19,7 @@ use chat_text::Tokenizer;
 use model_hub::Hub;
 use qlora_data::Position;
 use qlora_dist::Group;
-use qlora_models::{Decoder, LoadOptions, accept_keys, select_device};
+use qlora_models::{Decoder, LoadOptions, select_device};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -96,9 +96,8 @@ impl<'e> Trainer<'e> {
             Ok(hub.resolve(&config.model.path, config.model.revision.as_deref())?)
         })?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        accept_keys(config.model.accept_keys.iter().cloned());
-        let Resized { config: resized, model: shape, notice } =
-            resize(&config, config.quantization.base_config(&model_dir)?, &tokenizer)?;
+        let base = config.quantization.base_config(&model_dir, &config.model.config_options())?;
+        let Resized { config: resized, model: shape, notice } = resize(&config, base.clone(), &tokenizer)?;
         notice.iter().for_each(|notice| events.on_notice(notice));
         let rows = Rows::load(&config, &tokenizer, &shape, events)?;
         let total_steps = config.train.total_steps(rows.train.examples.len());
@@ -114,13 +113,14 @@ impl<'e> Trainer<'e> {
         }
         together::compare_basis(ranks.as_ref(), &basis, resumed.as_ref())?;
 
-        let room = Room::of(&device, config.train.memory_budget).of_ranks(ranks.as_ref().map_or(1, Ranks::count));
+        let (count, of_host) = ranks.as_ref().map_or((1, 1), |ranks| (ranks.count(), ranks.of_host().len()));
+        let room = Room::of_rank(&device, config.train.memory_budget, count, of_host);
+        let room = together::room_of_host(room, ranks.as_ref())?;
         let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
         tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
         let (streams, note) = weights.streams(&device, ranks.as_ref())?;
         note.iter().for_each(|note| events.on_notice(note));
-        let base = config.quantization.base_config(&model_dir)?;
         let mut model =
             Decoder::load_as(base, &model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;
         model.config().notes.iter().for_each(|note| events.on_notice(note));

@@ -105,6 +105,10 @@ impl Trainer<'_> {
 
     /// Saves what the steps so far led to if another rank has failed: this one has nothing to go on with.
     pub(super) fn keep_if_ranks_failed<T>(&mut self, result: Result<T, TrainError>) -> Result<T, TrainError> {
+        let result = match (&self.ranks, result) {
+            (Some(ranks), Err(error)) => Err(ranks.named(error)),
+            (_, result) => result,
+        };
         if matches!(result, Err(TrainError::Ranks(_))) {
             self.save_steps_so_far();
         }

@@ -7,6 +7,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::start::Resumed;
 use crate::checkpoint::{self, Basis};
+use crate::checkpointing::Room;
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::ranks::Ranks;
@@ -72,8 +73,16 @@ pub(super) fn resumed(found: Option<Resumed>, ranks: Option<&Ranks>) -> Result<O
     }
     let told: Option<Found> =
         serde_json::from_slice(&told).map_err(|e| fail(place, format!("rank 0 told rubbish: {e}")))?;
-    let read = |Found { path, same_run }| Ok(Resumed { checkpoint: checkpoint::load(&path)?, same_run });
     told.map(read).transpose()
+}
+
+/// The checkpoint of which rank 0 told.
+fn read(Found { path, same_run }: Found) -> Result<Resumed, TrainError> {
+    if !path.is_dir() {
+        let problem = "rank 0 found it, and this rank does not: train.output_dir has to be a folder that all hosts see";
+        return Err(TrainError::Checkpoint { path, problem: problem.into() });
+    }
+    Ok(Resumed { checkpoint: checkpoint::load(&path)?, same_run })
 }
 
 /// Does what one process of each host has to do for all of them: the others do it after that, when nothing is left but to look.
@@ -114,6 +123,27 @@ pub(super) fn compare_basis(ranks: Option<&Ranks>, basis: &Basis, resumed: Optio
     Ok(ranks.compare(&named)?)
 }
 
+/// The room that each rank of this host has: their cards are never free to the same byte, and ranks that plan alike stream the same
+/// blocks, from one copy. They wait for the slowest in every step anyhow.
+///
+/// # Errors
+/// Another rank failed.
+pub(super) fn room_of_host(room: Room, ranks: Option<&Ranks>) -> Result<Room, TrainError> {
+    let Some(ranks) = ranks else { return Ok(room) };
+    let all = ranks.all_gather(serde_json::to_vec(&(room.device, room.host)).unwrap_or_default())?;
+    let of = |rank: usize| serde_json::from_slice::<(Option<u64>, u64)>(all.get(rank)?).ok();
+    Ok(least(room, ranks.of_host().into_iter().filter_map(of)))
+}
+
+/// The least of a room and others, given as what they have on the device, where that is known, and on the host.
+fn least(room: Room, others: impl Iterator<Item = (Option<u64>, u64)>) -> Room {
+    others.fold(room, |room, (device, host)| Room {
+        device: room.device.map(|room| device.map_or(room, |device| device.min(room))),
+        host: room.host.min(host),
+        ..room
+    })
+}
+
 /// Whether any rank is to stop after this step, and the seconds that each rank's own part of it took.
 ///
 /// # Errors
@@ -134,5 +164,29 @@ pub(super) fn any(ranks: Option<&Ranks>, flag: bool) -> Result<bool, TrainError>
     match ranks {
         Some(ranks) => Ok(ranks.agree(flag)?),
         None => Ok(flag),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_of_a_host_have_the_least_room_of_any() {
+        let room = |device, host| Room { on_cpu: false, device, host, ranks: 4, of_host: 2 };
+        let of = |own: Room, others: &[(Option<u64>, u64)]| least(own, others.iter().copied());
+        assert_eq!(of(room(Some(9), 8), &[(Some(9), 8), (Some(7), 6)]), room(Some(7), 6));
+        assert_eq!(of(room(Some(7), 9), &[(Some(9), 8)]), room(Some(7), 8));
+        assert_eq!(of(room(Some(7), 9), &[(None, 9)]), room(Some(7), 9));
+        assert_eq!(of(room(None, 9), &[(Some(7), 9)]), room(None, 9));
+    }
+
+    #[test]
+    fn a_checkpoint_that_only_rank_0_sees_is_told() {
+        let Err(error) = read(Found { path: "nowhere/checkpoint-000007".into(), same_run: true }) else {
+            panic!("there is none")
+        };
+        let words = "nowhere/checkpoint-000007: rank 0 found it, and this rank does not";
+        assert!(error.to_string().starts_with(words), "{error}");
     }
 }

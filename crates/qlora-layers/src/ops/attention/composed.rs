@@ -160,6 +160,14 @@ fn scores<B: QloraOps>(
     }
 }
 
+/// The sinks of the heads of `[batches, group, queries, 1]`, in that shape.
+fn sinks_like<B: QloraOps>(like: &FloatTensor<B>, sinks: &[f32]) -> FloatTensor<B> {
+    let [batches, group, queries, _] = like.shape().dims();
+    let of_heads = (0..batches * group).flat_map(|head| std::iter::repeat_n(sinks[head % sinks.len()], queries));
+    let values = TensorData::new(of_heads.collect::<Vec<f32>>(), [batches, group, queries, 1]);
+    B::float_from_data(values, &like.device())
+}
+
 /// `AttentionPasses::seen_softmax`.
 pub(super) fn softmax<B: QloraOps>(
     products: FloatTensor<B>,
@@ -167,9 +175,17 @@ pub(super) fn softmax<B: QloraOps>(
     options: &AttentionOptions,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (scores, _) = scores::<B>(products, sight, options);
-    let most = B::float_max_dim(scores.clone(), 3);
+    let mut most = B::float_max_dim(scores.clone(), 3);
+    let sinks = options.sinks().map(|sinks| sinks_like::<B>(&most, sinks));
+    if let Some(sinks) = &sinks {
+        let higher = B::float_sub(sinks.clone(), most.clone());
+        most = B::float_add(most, B::float_clamp_min(higher, 0.0.into()));
+    }
     let weights = B::float_exp(B::float_sub(scores, most.clone()));
-    let sum = B::float_sum_dim(weights.clone(), 3);
+    let mut sum = B::float_sum_dim(weights.clone(), 3);
+    if let Some(sinks) = sinks {
+        sum = B::float_add(sum, B::float_exp(B::float_sub(sinks, most.clone())));
+    }
     (B::float_div(weights, sum.clone()), B::float_add(most, B::float_log(sum)))
 }
 

@@ -1,6 +1,6 @@
 //! The GPU implementation: the fused kernels where the device and the dtype have them.
 
-use super::{AttentionOps, AttentionOptions, AttentionPasses, Operands, composed};
+use super::{AttentionOps, AttentionOptions, AttentionPasses, Operands, Sinks, composed};
 use crate::ops::cube_tensors::empty;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape as TensorShape};
@@ -66,7 +66,15 @@ impl AttentionPasses for CubeBackend {
         let o = like(&q);
         let lse = TensorShape::new([1, 1, shape.heads, shape.rows.queries()]);
         let lse = empty(&q.client, &q.device, lse, DType::F32);
-        let forward = Forward { q: operand(&q), k: operand(&k), v: operand(&v), o: operand(&o), lse: &lse.handle };
+        let sinks = options.sinks.as_ref().map(Sinks::on_device);
+        let forward = Forward {
+            q: operand(&q),
+            k: operand(&k),
+            v: operand(&v),
+            sinks: sinks.as_ref().map(|sinks| &sinks.handle),
+            o: operand(&o),
+            lse: &lse.handle,
+        };
         expect(attention::forward(&q.client, forward, &shape, options.scores));
         (o, lse)
     }

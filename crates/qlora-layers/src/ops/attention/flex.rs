@@ -12,9 +12,9 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 #[inline(always)]
-fn softmax_of_body(scores: &mut [f32], scale: f32) -> f32 {
+fn softmax_of_body(scores: &mut [f32], scale: f32, sink: f32) -> f32 {
     scores.iter_mut().for_each(|score| *score *= scale);
-    let most = largest(f32::NEG_INFINITY, scores);
+    let most = largest(sink, scores);
     let mut lanes = [0.0; LANES];
     let (whole, rest) = scores.as_chunks_mut::<LANES>();
     for scores in whole {
@@ -28,13 +28,14 @@ fn softmax_of_body(scores: &mut [f32], scale: f32) -> f32 {
         *score = exponential(*score - most);
         sum += *score;
     }
+    sum += exponential(sink - most);
     scores.iter_mut().for_each(|weight| *weight /= sum);
     most + sum.ln()
 }
 
 for_processor! {
-    /// Scores become their softmax; the result is their log-sum-exp.
-    fn softmax_of(scores: &mut [f32], scale: f32) -> f32 = softmax_of_body
+    /// Scores become their softmax, in which a sink joins; the result is their log-sum-exp. Minus infinity is no sink.
+    fn softmax_of(scores: &mut [f32], scale: f32, sink: f32) -> f32 = softmax_of_body
 }
 
 #[inline(always)]
@@ -72,7 +73,12 @@ impl AttentionPasses for Flex {
         drop(products);
         let mut shape = weights.layout().shape().to_vec();
         let rows = weights.storage_mut::<f32>().par_chunks_mut(sight.keys.max(1)).enumerate();
-        let lse: Vec<f32> = rows.map(|(row, values)| softmax_of(in_sight(values, sight, row), scores.scale)).collect();
+        // Rows go by batch, head of its group and query: all heads of a batch's row follow one another.
+        let sink = |row: usize| options.sinks().map(|sinks| sinks[row / sight.queries % sinks.len()]);
+        let softmax = |(row, values): (usize, &mut [f32])| {
+            softmax_of(in_sight(values, sight, row), scores.scale, sink(row).unwrap_or(f32::NEG_INFINITY))
+        };
+        let lse: Vec<f32> = rows.map(softmax).collect();
         shape[3] = 1;
         (weights, FlexTensor::from_data(TensorData::new(lse, shape)))
     }

@@ -1,7 +1,8 @@
 //! Causal attention as one operation with one backward.
 //!
 //! `o = softmax(scale · q kᵀ) v` over the keys that a query sees: itself and what came before it in its row, or of that
-//! the last `window`. Query heads share key heads in groups (GQA); scores may go through `cap · tanh(s / cap)`. For the
+//! the last `window`. Query heads share key heads in groups (GQA); scores may go through `cap · tanh(s / cap)`, and [`Sinks`]
+//! may have their share of a query's weights. For the
 //! backward, `q`, `k`, `v`, `o` and one f32 per query and head (the log-sum-exp) are kept; scores are computed again.
 //!
 //! CUDA devices run [`fused_kernels::attention`] on 16-bit tensors. Elsewhere the operation is composed of products
@@ -12,6 +13,7 @@ mod autodiff;
 mod composed;
 mod cube;
 mod flex;
+mod sinks;
 
 use super::QloraOps;
 use burn::backend::tensor::FloatTensor;
@@ -20,6 +22,7 @@ use burn::tensor::Tensor;
 pub use composed::MAX_SCORES;
 use composed::Sight;
 pub use fused_kernels::attention::Options;
+pub use sinks::Sinks;
 use std::sync::Arc;
 
 /// What an attention layer is configured with, and how a batch divides into rows.
@@ -29,12 +32,24 @@ pub struct AttentionOptions {
     pub scores: Options,
     /// First tokens of the rows that lie one after the other in a batch of one, from 0 on, and the number of tokens.
     pub packed: Option<Arc<[u32]>>,
+    /// The sinks of the query heads.
+    pub sinks: Option<Sinks>,
 }
 
 impl AttentionOptions {
     /// Attention over rows of one length.
     pub fn new(scale: f32, window: Option<usize>, softcap: Option<f32>) -> Self {
-        Self { scores: Options { scale, window, softcap }, packed: None }
+        Self { scores: Options { scale, window, softcap }, packed: None, sinks: None }
+    }
+
+    /// The same with the sinks of a layer, if it has some.
+    pub fn with_sinks(self, sinks: Option<Sinks>) -> Self {
+        Self { sinks, ..self }
+    }
+
+    /// The sinks' values.
+    pub(crate) fn sinks(&self) -> Option<&[f32]> {
+        self.sinks.as_ref().map(Sinks::values)
     }
 
     /// Plain causal attention: [`new`](Self::new) with the usual scale.
@@ -237,6 +252,7 @@ fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, options: &AttentionOptions
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {heads} query heads, {kv_heads} key heads");
     assert!(q.dtype() == k.dtype() && k.dtype() == v.dtype(), "attention: q, k and v must have one dtype");
     assert!(options.scores.window != Some(0), "attention: a query sees itself at least");
+    assert!(options.sinks().is_none_or(|sinks| sinks.len() == heads), "attention: one sink for each of {heads} heads");
     if let Some(bounds) = &options.packed {
         assert!(rows == 1 && q_len == kv_len, "attention: packed rows lie in a batch of one");
         assert!(

@@ -1,7 +1,9 @@
 //! Backward passes, written by hand.
 
 use super::mlp::{self, Experts, Inner, Wanted};
-use super::{ExpertFactors, ExpertMlpTerms, ExpertOps, ExpertParts, ExpertProjection, RoutedRows, Stacked4bit};
+use super::{
+    ExpertBias, ExpertFactors, ExpertMlpTerms, ExpertOps, ExpertParts, ExpertProjection, RoutedRows, Stacked4bit,
+};
 use crate::ops::float_dtype;
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -9,7 +11,7 @@ use burn::backend::autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, Backend, TensorMetadata};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, TensorMetadata};
 use burn::tensor::FloatDType;
 use fused_kernels::experts::Routing;
 
@@ -115,18 +117,22 @@ impl<B: ExpertParts + ExpertOps, C: CheckpointStrategy> ExpertOps for Autodiff<B
     ) -> FloatTensor<Self> {
         let keeps_x = trains_a(&gate) || trains_a(&up);
         // Each as the backend below has it, its factors' nodes, and what keeps these.
-        let parts = [gate, up, down].map(|ExpertProjection { weight, factors }| {
+        let parts = [gate, up, down].map(|ExpertProjection { weight, factors, bias }| {
             let Stacked4bit { codes, absmax, nested_absmax, layout, experts } = weight;
             let weight = Stacked4bit { codes, absmax, nested_absmax, layout, experts };
+            let bias = match bias {
+                ExpertBias::Missing => ExpertBias::Missing,
+                ExpertBias::Frozen { bias } => ExpertBias::Frozen { bias: Self::inner(bias) },
+            };
             match factors {
                 ExpertFactors::Missing => {
-                    (ExpertProjection { weight, factors: ExpertFactors::Missing }, [x.node(), x.node()], None)
+                    (ExpertProjection { weight, factors: ExpertFactors::Missing, bias }, [x.node(), x.node()], None)
                 }
                 ExpertFactors::LowRank { lora_a, lora_b, terms } => {
                     let nodes = [lora_a.node(), lora_b.node()];
                     let ((lora_a, a_guard), (lora_b, b_guard)) = (lora_a.into_parts(), lora_b.into_parts());
                     let factors = ExpertFactors::LowRank { lora_a, lora_b, terms };
-                    (ExpertProjection { weight, factors }, nodes, Some((a_guard, b_guard)))
+                    (ExpertProjection { weight, factors, bias }, nodes, Some((a_guard, b_guard)))
                 }
             }
         });

@@ -1,7 +1,9 @@
 //! The GPU implementation, for every CubeCL runtime: [`fused_kernels::experts`], and on CUDA `nf4_quant::matmul::grouped`.
 
 use super::mlp::{self, Experts};
-use super::{ExpertMlpTerms, ExpertOps, ExpertParts, ExpertProjection, RoutedRows, Stacked4bit, composed};
+use super::{
+    DownBias, ExpertMlpTerms, ExpertOps, ExpertParts, ExpertProjection, GatedBiases, RoutedRows, Stacked4bit, composed,
+};
 use crate::ops::cube_tensors::{device_weight, empty};
 use crate::ops::{LoraFactor, Packed4bit, format_of};
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -10,7 +12,9 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::tensor::CubeTensor;
 use fused_kernels::KernelError;
-use fused_kernels::experts::{self as kernels, Combine, FactorGradient, GatedBackward, Routing, WeightGradient};
+use fused_kernels::experts::{
+    self as kernels, Biased, Combine, FactorGradient, Gated, GatedBackward, Routing, WeightGradient,
+};
 use fused_kernels::gated::Activation;
 use fused_kernels::low_rank::FactorLayout;
 use nf4_quant::FloatFormat;
@@ -146,18 +150,42 @@ impl ExpertParts for CubeBackend {
         out
     }
 
+    fn gated_with_biases(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        biases: [FloatTensor<Self>; 2],
+        routed: &RoutedRows<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self> {
+        let ([gate, up], biases) = ([gate, up].map(into_contiguous), biases.map(into_contiguous));
+        let (words, routing) = (into_contiguous(routed.words.clone()), &routed.host.routing);
+        let out = matrix(&gate, routing.rows(), width(&gate), gate.dtype);
+        let buffers = Gated {
+            gate: &gate.handle,
+            up: &up.handle,
+            biases: biases.each_ref().map(|bias| &bias.handle),
+            out: &out.handle,
+        };
+        let (width, format) = (width(&gate), format_of(gate.dtype).into());
+        launched(kernels::gated(&gate.client, buffers, &words.handle, routing, width, activation, format));
+        out
+    }
+
     fn combine(
         rows: FloatTensor<Self>,
         more: Option<FloatTensor<Self>>,
+        bias: Option<FloatTensor<Self>>,
         weights: Option<FloatTensor<Self>>,
         routed: &RoutedRows<Self>,
     ) -> FloatTensor<Self> {
         let (rows, more, weights) = (into_contiguous(rows), more.map(into_contiguous), weights.map(into_contiguous));
+        let bias = bias.map(into_contiguous);
         let (words, routing) = (into_contiguous(routed.words.clone()), &routed.host.routing);
         let out = matrix(&rows, routing.tokens(), width(&rows), rows.dtype);
         let buffers = Combine {
             rows: &rows.handle,
             more: more.as_ref().map(|more| &more.handle),
+            bias: bias.as_ref().map(|bias| &bias.handle),
             weights: weights.as_ref().map(|weights| &weights.handle),
             out: &out.handle,
         };
@@ -170,11 +198,21 @@ impl ExpertParts for CubeBackend {
         dy: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
+        biases: Option<GatedBiases<Self>>,
         weights: FloatTensor<Self>,
         routed: &RoutedRows<Self>,
         activation: Activation,
     ) -> [FloatTensor<Self>; 4] {
         let [dy, gate, up, weights] = [dy, gate, up, weights].map(into_contiguous);
+        let biases = biases.map(|GatedBiases { inner: [of_gate, of_up], down: DownBias { bias, dy } }| {
+            [of_gate, of_up, bias, dy].map(into_contiguous)
+        });
+        let biased = biases.as_ref().map(|[of_gate, of_up, down, dy]| Biased {
+            inner: [&of_gate.handle, &of_up.handle],
+            down: &down.handle,
+            dy: &dy.handle,
+            hidden: width(down),
+        });
         let (words, routing) = (into_contiguous(routed.words.clone()), &routed.host.routing);
         let [dgate, dup, result] = [(); 3].map(|()| matrix(&gate, routing.rows(), width(&gate), gate.dtype));
         let dweights = matrix(&gate, routing.tokens(), routing.per_token(), DType::F32);
@@ -182,6 +220,7 @@ impl ExpertParts for CubeBackend {
             dy: &dy.handle,
             gate: &gate.handle,
             up: &up.handle,
+            biased,
             weights: &weights.handle,
             dgate: &dgate.handle,
             dup: &dup.handle,

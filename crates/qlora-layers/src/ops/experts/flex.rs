@@ -1,7 +1,7 @@
 //! The CPU implementation: the same sorting on the host, loops over rows on all threads, and products expert by expert.
 
 use super::mlp::{self, Experts};
-use super::{ExpertMlpTerms, ExpertOps, ExpertParts, ExpertProjection, RoutedRows, composed};
+use super::{DownBias, ExpertMlpTerms, ExpertOps, ExpertParts, ExpertProjection, GatedBiases, RoutedRows, composed};
 use crate::ops::{LoraFactor, QloraOps};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -53,13 +53,13 @@ fn gather<T: Number>(x: &FlexTensor, words: &[u32], routing: &Routing) -> FlexTe
 
 fn combine<T: Number>(
     rows: &FlexTensor,
-    more: Option<&FlexTensor>,
+    [more, bias]: [Option<&FlexTensor>; 2],
     weights: Option<&FlexTensor>,
     words: &[u32],
     routing: &Routing,
 ) -> FlexTensor {
     let (width, rows, more) = (rows.shape()[1], values::<T>(rows), more.map(values::<T>));
-    let weights = weights.map(values::<f32>);
+    let (bias, weights) = (bias.map(values::<T>), weights.map(values::<f32>));
     let slots = &words[routing.slots()];
     let mut out = vec![T::from_f32(0.0); routing.tokens() * width];
     out.par_chunks_mut(width.max(1)).enumerate().for_each(|(token, out)| {
@@ -67,9 +67,11 @@ fn combine<T: Number>(
         for entry in token * routing.per_token()..(token + 1) * routing.per_token() {
             let at = slots[entry] as usize * width;
             let weight = weights.as_ref().map_or(1.0, |weights| weights[entry]);
+            let of_expert = words[entry] as usize * width;
             for (i, sum) in sums.iter_mut().enumerate() {
                 let more = more.as_ref().map_or(0.0, |more| more[at + i].to_f32());
-                *sum += weight * (rows[at + i].to_f32() + more);
+                let bias = bias.as_ref().map_or(0.0, |bias| bias[of_expert + i].to_f32());
+                *sum += weight * (rows[at + i].to_f32() + more + bias);
             }
         }
         out.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::from_f32(sum));
@@ -77,8 +79,34 @@ fn combine<T: Number>(
     matrix(out, routing.tokens(), width)
 }
 
+/// The biases of all rows, f32, out of those of all experts.
+fn of_rows<T: Number>(bias: &FlexTensor, words: &[u32], routing: &Routing) -> Vec<f32> {
+    let (width, bias) = (bias.shape()[1], values::<T>(bias));
+    let of_entry = |entry: &u32| words[*entry as usize] as usize * width;
+    let rows = words[routing.entries()].iter().map(|entry| &bias[of_entry(entry)..][..width]);
+    rows.flatten().map(|value| value.to_f32()).collect()
+}
+
+fn gated_with_biases<T: Number>(
+    [gate, up]: [&FlexTensor; 2],
+    [of_gate, of_up]: [&FlexTensor; 2],
+    words: &[u32],
+    routing: &Routing,
+    activation: Activation,
+) -> FlexTensor {
+    let (width, gate, up) = (gate.shape()[1], values::<T>(gate), values::<T>(up));
+    let [of_gate, of_up] = [of_gate, of_up].map(|bias| of_rows::<T>(bias, words, routing));
+    let mut out = vec![T::from_f32(0.0); gate.len()];
+    out.par_iter_mut().enumerate().for_each(|(i, y)| {
+        let (g, u) = (gate[i].to_f32() + of_gate[i], up[i].to_f32() + of_up[i]);
+        *y = T::from_f32(activation.value(g) * activation.factor(u));
+    });
+    matrix(out, routing.rows(), width)
+}
+
 fn gated_backward<T: Number>(
     [dy, gate, up]: [&FlexTensor; 3],
+    biases: Option<&GatedBiases<Flex>>,
     weights: &FlexTensor,
     words: &[u32],
     routing: &Routing,
@@ -86,6 +114,10 @@ fn gated_backward<T: Number>(
 ) -> [FlexTensor; 4] {
     let (width, [dy, gate, up]) = (gate.shape()[1], [dy, gate, up].map(values::<T>));
     let (weights, entries) = (values::<f32>(weights), &words[routing.entries()]);
+    let inner = biases.map(|biases| biases.inner.each_ref().map(|bias| of_rows::<T>(bias, words, routing)));
+    let down = biases.map(|GatedBiases { down: DownBias { bias, dy }, .. }| {
+        (bias.shape()[1], of_rows::<T>(bias, words, routing), values::<T>(dy))
+    });
     let [mut dgate, mut dup, mut result] = [(); 3].map(|()| vec![T::from_f32(0.0); gate.len()]);
     let chunk = width.max(1);
     let of_rows = dgate.par_chunks_mut(chunk).zip(dup.par_chunks_mut(chunk)).zip(result.par_chunks_mut(chunk));
@@ -95,12 +127,19 @@ fn gated_backward<T: Number>(
             let (first, weight) = (row * width, weights[entries[row] as usize]);
             let mut product = 0.0;
             for i in 0..width {
-                let (d, x, u) = (dy[first + i].to_f32(), gate[first + i].to_f32(), up[first + i].to_f32());
-                let active = activation.value(x);
-                result[i] = T::from_f32(active * u);
+                let (d, mut x, mut u) = (dy[first + i].to_f32(), gate[first + i].to_f32(), up[first + i].to_f32());
+                if let Some([of_gate, of_up]) = &inner {
+                    (x, u) = (x + of_gate[first + i], u + of_up[first + i]);
+                }
+                let (active, by) = (activation.value(x), activation.factor(u));
+                result[i] = T::from_f32(active * by);
                 product += d * result[i].to_f32();
-                dgate[i] = T::from_f32(weight * d * u * activation.slope(x));
-                dup[i] = T::from_f32(weight * d * active);
+                dgate[i] = T::from_f32(weight * d * by * activation.slope(x));
+                dup[i] = T::from_f32(weight * d * active * activation.factor_slope(u));
+            }
+            if let Some((hidden, bias, dy)) = &down {
+                let range = row * hidden..(row + 1) * hidden;
+                product += dy[range.clone()].iter().zip(&bias[range]).map(|(d, b)| d.to_f32() * b).sum::<f32>();
             }
             product
         })
@@ -164,26 +203,39 @@ impl ExpertParts for Flex {
         by_dtype!(x, gather(&x, &words, routing))
     }
 
+    fn gated_with_biases(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        biases: [FloatTensor<Self>; 2],
+        routed: &RoutedRows<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self> {
+        let (routing, words) = (&routed.host.routing, words_of(&routed.words));
+        by_dtype!(gate, gated_with_biases([&gate, &up], biases.each_ref(), &words, routing, activation))
+    }
+
     fn combine(
         rows: FloatTensor<Self>,
         more: Option<FloatTensor<Self>>,
+        bias: Option<FloatTensor<Self>>,
         weights: Option<FloatTensor<Self>>,
         routed: &RoutedRows<Self>,
     ) -> FloatTensor<Self> {
         let (routing, words) = (&routed.host.routing, words_of(&routed.words));
-        by_dtype!(rows, combine(&rows, more.as_ref(), weights.as_ref(), &words, routing))
+        by_dtype!(rows, combine(&rows, [more.as_ref(), bias.as_ref()], weights.as_ref(), &words, routing))
     }
 
     fn gated_backward(
         dy: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
+        biases: Option<GatedBiases<Self>>,
         weights: FloatTensor<Self>,
         routed: &RoutedRows<Self>,
         activation: Activation,
     ) -> [FloatTensor<Self>; 4] {
         let (routing, words) = (&routed.host.routing, words_of(&routed.words));
-        by_dtype!(gate, gated_backward([&dy, &gate, &up], &weights, &words, routing, activation))
+        by_dtype!(gate, gated_backward([&dy, &gate, &up], biases.as_ref(), &weights, &words, routing, activation))
     }
 
     fn factor_gradient(

@@ -5,8 +5,8 @@ use burn::backend::{Backend, TensorMetadata};
 use fused_kernels::gated::Activation;
 use nf4_quant::matmul::Direction;
 
-use super::{ExpertFactors, ExpertParts, ExpertProjection, RoutedRows};
-use crate::ops::{LoraDropout, LoraFactor};
+use super::{DownBias, ExpertFactors, ExpertParts, ExpertProjection, GatedBiases, RoutedRows};
+use crate::ops::{LoraDropout, LoraFactor, float_dtype};
 
 /// The MLPs, and how their rows are routed.
 #[derive(Clone, Debug)]
@@ -90,6 +90,13 @@ impl<B: ExpertParts> ExpertProjection<B> {
     }
 }
 
+/// The biases of gate, up and down in the dtype of rows, if projections have some.
+fn biases_of<B: ExpertParts>(experts: &Experts<B>, rows: &FloatTensor<B>) -> Option<[FloatTensor<B>; 3]> {
+    let dtype = float_dtype(rows.dtype());
+    let of = |i: usize| experts.projections[i].bias.get().map(|bias| B::float_cast(bias.clone(), dtype));
+    Some([of(0)?, of(1)?, of(2)?])
+}
+
 /// Gate and up projection of all rows, and the input of the down projection.
 pub(super) fn enter<B: ExpertParts>(x: FloatTensor<B>, experts: &Experts<B>) -> (Inner<B>, FloatTensor<B>) {
     let Experts { routed, projections: [gate, up, down], activation } = experts;
@@ -97,7 +104,12 @@ pub(super) fn enter<B: ExpertParts>(x: FloatTensor<B>, experts: &Experts<B>) -> 
     let [u_gate, u_up] = [gate, up].map(|projection| projection.u(&rows, routed));
     let gate = gate.forward(rows.clone(), u_gate.as_ref(), routed);
     let up = up.forward(rows, u_up.as_ref(), routed);
-    let h = B::gated(gate.clone(), up.clone(), *activation);
+    let h = match biases_of(experts, &gate) {
+        Some([of_gate, of_up, _]) => {
+            B::gated_with_biases(gate.clone(), up.clone(), [of_gate, of_up], routed, *activation)
+        }
+        None => B::gated(gate.clone(), up.clone(), *activation),
+    };
     let u_down = down.u(&h, routed);
     (Inner { gate, up, u: [u_gate, u_up, u_down] }, h)
 }
@@ -110,7 +122,8 @@ pub(super) fn leave<B: ExpertParts>(
     experts: &Experts<B>,
 ) -> FloatTensor<B> {
     let rows = experts.projections[2].forward(h, u, &experts.routed);
-    B::combine(rows, None, Some(weights), &experts.routed)
+    let bias = biases_of(experts, &rows).map(|[_, _, down]| down);
+    B::combine(rows, None, bias, Some(weights), &experts.routed)
 }
 
 /// The whole forward pass, of which nothing is kept.
@@ -157,7 +170,12 @@ pub(super) fn backward<B: ExpertParts>(
     let dy_rows = B::gather(dy, routed);
     let v = down.v(&dy_rows, routed);
     let g = down.through(dy_rows.clone(), v.as_ref(), routed);
-    let [dgate, dup, h, dweights] = B::gated_backward(g, gate_rows, up_rows, weights.clone(), routed, *activation);
+    let biases = biases_of(experts, &gate_rows).map(|[of_gate, of_up, bias]| GatedBiases {
+        inner: [of_gate, of_up],
+        down: DownBias { bias, dy: dy_rows.clone() },
+    });
+    let [dgate, dup, h, dweights] =
+        B::gated_backward(g, gate_rows, up_rows, biases, weights.clone(), routed, *activation);
     let [wants_a, wants_b] = wanted.factors[2];
     let for_a = v.filter(|_| wants_a).map(|v| (&h, v));
     let for_b = u_down.filter(|_| wants_b).map(|u| (&dy_rows, u));
@@ -176,11 +194,11 @@ pub(super) fn backward<B: ExpertParts>(
     };
     let (of_gate, through_gate) = of(gate, wanted.factors[0], dgate, u_gate);
     let (of_up, through_up) = of(up, wanted.factors[1], dup, u_up);
-    let x = through_gate.map(|first| B::combine(first, through_up, None, routed));
+    let x = through_gate.map(|first| B::combine(first, through_up, None, None, routed));
     Gradients { x, weights, factors: [of_gate, of_up, of_down] }
 }
 
 /// The output of rows that are not computed.
 pub(super) fn uninitialised<B: ExpertParts>(x: &FloatTensor<B>) -> FloatTensor<B> {
-    B::float_empty(x.shape(), &x.device(), crate::ops::float_dtype(x.dtype()))
+    B::float_empty(x.shape(), &x.device(), float_dtype(x.dtype()))
 }

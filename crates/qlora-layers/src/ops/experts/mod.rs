@@ -12,6 +12,11 @@
 //! `h` the gated activation, `g = dy W_down` and the row's weight `w`, the gradient of `h` is `w g` and that of `w` is `g · h`:
 //! what the down projection gave is not needed, nor is the row's weight in the product.
 //!
+//! # Biases
+//!
+//! Projections have biases, all three or none, which are frozen: `[experts, out_features]`. They come in where rows are read next, so
+//! that what gate and up projection gave is kept without them, and the gradient of `w` has `dy · b_down` beside `g · h`.
+//!
 //! # Dropout
 //!
 //! A projection's mask is drawn over the rows of all experts, with the seed of its first adapter.
@@ -101,7 +106,28 @@ pub enum ExpertFactors<B: Backend> {
     },
 }
 
-/// A projection of all experts: frozen weights and adapters.
+/// The biases of a projection.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum ExpertBias<B: Backend> {
+    /// There are none.
+    Missing,
+    /// `[experts, out_features]`, frozen.
+    Frozen {
+        /// The values.
+        bias: FloatTensor<B>,
+    },
+}
+
+impl<B: Backend> ExpertBias<B> {
+    fn get(&self) -> Option<&FloatTensor<B>> {
+        match self {
+            Self::Missing => None,
+            Self::Frozen { bias } => Some(bias),
+        }
+    }
+}
+
+/// A projection of all experts: frozen weights, adapters and biases.
 #[derive(Clone, Debug, ExtensionType)]
 pub struct ExpertProjection<B: Backend> {
     /// The weights.
@@ -110,6 +136,33 @@ pub struct ExpertProjection<B: Backend> {
     /// The adapters, if there are any.
     #[extension_type]
     pub factors: ExpertFactors<B>,
+    /// The biases, if there are any.
+    #[extension_type]
+    pub bias: ExpertBias<B>,
+}
+
+impl ExpertProjection<Dispatch> {
+    /// The same with frozen biases, `[experts, out_features]`, if there are any.
+    pub fn with_bias(self, bias: Option<Tensor<2>>) -> Self {
+        let frozen = |bias: Tensor<2>| ExpertBias::Frozen { bias: bias.without_autodiff().into_dispatch() };
+        Self { bias: bias.map_or(ExpertBias::Missing, frozen), ..self }
+    }
+}
+
+/// What the down projection's bias needs for the gradient of rows' weights.
+pub struct DownBias<B: Backend> {
+    /// `[experts, hidden]`.
+    pub bias: FloatTensor<B>,
+    /// `[rows, hidden]`: the gradient of what the down projection gave, without the weights.
+    pub dy: FloatTensor<B>,
+}
+
+/// Biases as the gradients of gated activations need them.
+pub struct GatedBiases<B: Backend> {
+    /// Of gate and up, `[experts, width]`.
+    pub inner: [FloatTensor<B>; 2],
+    /// Of the down projection.
+    pub down: DownBias<B>,
 }
 
 /// How [`ExpertOps::expert_mlp`] runs.
@@ -169,10 +222,20 @@ pub trait ExpertParts: QloraOps + FusedOps {
     /// A row for each of a token's experts.
     fn gather(x: FloatTensor<Self>, routed: &RoutedRows<Self>) -> FloatTensor<Self>;
 
-    /// The sum of each token's rows, and of further ones, with the weights as factors where they are given.
+    /// The gated activation of rows whose gate and up lack their biases, `[experts, width]`.
+    fn gated_with_biases(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        biases: [FloatTensor<Self>; 2],
+        routed: &RoutedRows<Self>,
+        activation: Activation,
+    ) -> FloatTensor<Self>;
+
+    /// The sum of each token's rows, of further ones, and of the rows' biases, with the weights as factors where they are given.
     fn combine(
         rows: FloatTensor<Self>,
         more: Option<FloatTensor<Self>>,
+        bias: Option<FloatTensor<Self>>,
         weights: Option<FloatTensor<Self>>,
         routed: &RoutedRows<Self>,
     ) -> FloatTensor<Self>;
@@ -182,6 +245,7 @@ pub trait ExpertParts: QloraOps + FusedOps {
         dy: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
+        biases: Option<GatedBiases<Self>>,
         weights: FloatTensor<Self>,
         routed: &RoutedRows<Self>,
         activation: Activation,
@@ -259,7 +323,7 @@ pub fn expert_weights(scores: Tensor<2>, routing: &ExpertRouting, normalise: boo
     Tensor::from_dispatch(<Dispatch as ExpertOps>::expert_weights(scores.into_dispatch(), routing.operand(), normalise))
 }
 
-/// `Σ weight · down(activation(gate(x)) · up(x))` over each token's experts.
+/// `Σ weight · down(activation(gate(x)) · up(x))` over each token's experts, each projection with its biases.
 ///
 /// # Shapes
 /// - `x`: `[tokens, hidden]`, f32, bf16 or f16
@@ -290,6 +354,8 @@ fn check(x: &Tensor<2>, weights: &Tensor<2>, routing: &Routing, projections: &[E
     assert_eq!(weights.dims(), [tokens, routing.per_token()], "expert_mlp: weights {:?}", weights.dims());
     assert_eq!(weights.dtype(), DType::F32, "expert_mlp: weights are f32");
     let inner = projections[0].weight.layout.out_features;
+    let biased = projections.iter().filter(|projection| projection.bias.get().is_some()).count();
+    assert!(biased == 0 || biased == 3, "expert_mlp: {biased} of the three projections have biases");
     for (projection, shape) in projections.iter().zip([[inner, hidden], [inner, hidden], [hidden, inner]]) {
         let (experts, layout) = (projection.weight.experts, projection.weight.layout);
         let found = [layout.out_features, layout.in_features];
@@ -298,6 +364,10 @@ fn check(x: &Tensor<2>, weights: &Tensor<2>, routing: &Routing, projections: &[E
             "expert_mlp: {experts} weights of {found:?} where {} of {shape:?} are needed",
             routing.experts()
         );
+        if let Some(bias) = projection.bias.get() {
+            let found: [usize; 2] = bias.shape().dims();
+            assert_eq!(found, [experts, shape[0]], "expert_mlp: biases {found:?} of {experts} experts of {shape:?}");
+        }
         let ExpertFactors::LowRank { lora_a, lora_b, .. } = &projection.factors else { continue };
         let (a, b): ([usize; 2], [usize; 2]) = (lora_a.shape().dims(), lora_b.shape().dims());
         assert!(

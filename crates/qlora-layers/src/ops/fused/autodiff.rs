@@ -81,6 +81,22 @@ impl<B: FusedGradients> Backward<B, 1> for CausalConvBackward {
 }
 
 #[derive(Debug)]
+struct ReorderColumnsBackward;
+
+impl<B: FusedGradients> Backward<B, 1> for ReorderColumnsBackward {
+    /// The order and its inverse.
+    type State = (IntTensor<B>, IntTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([parent], (order, inverse)) = (ops.parents, ops.state);
+        let dy = grads.consume::<B>(&ops.node);
+        if let Some(parent) = parent {
+            grads.register::<B>(parent.id, B::reorder_columns(dy, inverse, order));
+        }
+    }
+}
+
+#[derive(Debug)]
 struct ScaleColumnsBackward;
 
 impl<B: FusedGradients> Backward<B, 2> for ScaleColumnsBackward {
@@ -175,8 +191,23 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         let nodes = [x.node()];
         let ((x, _x_guard), (weight, _weight_guard)) = (x.into_parts(), weight.into_parts());
         match CausalConvBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone(), conv), B::causal_conv(x, weight, conv)),
+            OpsKind::Tracked(prep) => {
+                let y = B::causal_conv(x.clone(), weight.clone(), conv.clone());
+                prep.finish((x, weight, conv), y)
+            }
             OpsKind::UnTracked(prep) => prep.finish(B::causal_conv(x, weight, conv)),
+        }
+    }
+
+    fn reorder_columns(x: FloatTensor<Self>, order: IntTensor<Self>, inverse: IntTensor<Self>) -> FloatTensor<Self> {
+        let nodes = [x.node()];
+        let (x, _x_guard) = x.into_parts();
+        match ReorderColumnsBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let y = B::reorder_columns(x, order.clone(), inverse.clone());
+                prep.finish((order, inverse), y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::reorder_columns(x, order, inverse)),
         }
     }
 

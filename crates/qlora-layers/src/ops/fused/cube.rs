@@ -123,7 +123,7 @@ impl FusedOps for CubeBackend {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let y = like(&x);
         let buffers = causal_conv::Forward { x: &x.handle, weight: &weight.handle, out: &y.handle };
-        launched(causal_conv::forward(&x.client, buffers, matrix(&x), conv));
+        launched(causal_conv::forward(&x.client, buffers, matrix(&x), &conv));
         y
     }
 
@@ -197,7 +197,7 @@ impl FusedGradients for CubeBackend {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let (dy, dx) = (as_dtype(dy, &x), like(&x));
         let buffers = causal_conv::Backward { dy: &dy.handle, x: &x.handle, weight: &weight.handle, dx: &dx.handle };
-        launched(causal_conv::backward(&x.client, buffers, matrix(&x), conv));
+        launched(causal_conv::backward(&x.client, buffers, matrix(&x), &conv));
         dx
     }
 

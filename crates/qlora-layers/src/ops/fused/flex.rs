@@ -141,46 +141,53 @@ fn rotate<T: RowElement>(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, rot
 }
 
 /// A token's sums before the activation: of the tokens that it sees, itself first.
-fn filter<T: Element>(x: &[T], weight: &[f32], token: usize, conv: Conv, sums: &mut [f32]) {
+fn filter<T: Element>(x: &[T], weight: &[f32], token: usize, conv: &Conv, sums: &mut [f32]) {
     let channels = sums.len();
     sums.fill(0.0);
-    for back in 0..conv.taps.min(token % conv.len + 1) {
+    for back in 0..conv.taps.min(token - conv.row(token).start + 1) {
         let taps = &weight[(conv.taps - 1 - back) * channels..][..channels];
         let x = &x[(token - back) * channels..][..channels];
         sums.iter_mut().zip(taps).zip(x).for_each(|((sum, w), x)| *sum += w * x.to_f32());
     }
 }
 
-fn causal_conv<T: RowElement>(x: &FlexTensor, weight: &FlexTensor, conv: Conv) -> FlexTensor {
+fn causal_conv<T: RowElement>(x: &FlexTensor, weight: &FlexTensor, conv: &Conv) -> FlexTensor {
     let (shape, x, weight) = (dims(x), values::<T>(x), values::<f32>(weight));
     let (mut y, channels) = (zeros(&x), shape[1].max(1));
     y.par_chunks_mut(channels).enumerate().for_each_init(
         || vec![0.0; channels],
         |sums, (token, y)| {
             filter(&x, &weight, token, conv, sums);
-            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::from_f32(Activation::Silu.value(*sum)));
+            let value = |sum: f32| if conv.silu { Activation::Silu.value(sum) } else { sum };
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::from_f32(value(*sum)));
         },
     );
     tensor(y, shape.to_vec())
 }
 
-fn causal_conv_grad<T: RowElement>(dy: &FlexTensor, x: &FlexTensor, weight: &FlexTensor, conv: Conv) -> FlexTensor {
+fn causal_conv_grad<T: RowElement>(dy: &FlexTensor, x: &FlexTensor, weight: &FlexTensor, conv: &Conv) -> FlexTensor {
     let (shape, dy, x, weight) = (dims(x), values::<T>(dy), values::<T>(x), values::<f32>(weight));
     let (mut dx, channels) = (zeros(&x), shape[1].max(1));
     // The gradients before the activation, a row at a time.
-    let row = conv.len.max(1) * channels;
-    dx.par_chunks_mut(row).enumerate().for_each(|(index, dx)| {
-        let first = index * conv.len;
+    let (mut rest, mut rows) = (&mut dx[..], Vec::new());
+    for row in conv.rows(shape[0]) {
+        let (of_row, behind) = std::mem::take(&mut rest).split_at_mut(row.len() * channels);
+        rows.push((row.start, of_row));
+        rest = behind;
+    }
+    rows.into_par_iter().for_each(|(first, dx)| {
+        let len = dx.len() / channels;
         let (mut inner, mut sums) = (vec![0.0_f32; dx.len()], vec![0.0_f32; channels]);
         for (position, inner) in inner.chunks_mut(channels).enumerate() {
             filter(&x, &weight, first + position, conv, &mut sums);
             let dy = &dy[(first + position) * channels..][..channels];
             let each = inner.iter_mut().zip(dy).zip(&sums);
-            each.for_each(|((inner, dy), sum)| *inner = dy.to_f32() * Activation::Silu.slope(*sum));
+            let slope = |sum: f32| if conv.silu { Activation::Silu.slope(sum) } else { 1.0 };
+            each.for_each(|((inner, dy), sum)| *inner = dy.to_f32() * slope(*sum));
         }
         for (position, dx) in dx.chunks_mut(channels).enumerate() {
             sums.fill(0.0);
-            for ahead in 0..conv.taps.min(conv.len - position) {
+            for ahead in 0..conv.taps.min(len - position) {
                 let taps = &weight[(conv.taps - 1 - ahead) * channels..][..channels];
                 let inner = &inner[(position + ahead) * channels..][..channels];
                 sums.iter_mut().zip(taps).zip(inner).for_each(|((sum, w), inner)| *sum += w * inner);
@@ -271,7 +278,7 @@ impl FusedOps for Flex {
     }
 
     fn causal_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>, conv: Conv) -> FloatTensor<Self> {
-        by_dtype!(x, causal_conv(&x, &weight, conv))
+        by_dtype!(x, causal_conv(&x, &weight, &conv))
     }
 
     fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self> {
@@ -328,7 +335,7 @@ impl FusedGradients for Flex {
         conv: Conv,
     ) -> FloatTensor<Self> {
         let dy = as_dtype(dy, &x);
-        by_dtype!(x, causal_conv_grad(&dy, &x, &weight, conv))
+        by_dtype!(x, causal_conv_grad(&dy, &x, &weight, &conv))
     }
 
     fn scale_columns_grads(

@@ -18,7 +18,7 @@ fn sigmoid(x: f32) -> f32 {
 fn gated_body<T: Element>(activation: Activation, gate: &[T], up: &[T], y: &mut [T]) {
     if activation != Activation::Silu {
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            *y = T::from_f32(activation.value(gate.to_f32()) * up.to_f32());
+            *y = T::from_f32(activation.value(gate.to_f32()) * activation.factor(up.to_f32()));
         }
         return;
     }
@@ -40,8 +40,9 @@ fn gated_grads_body<T: Element>(activation: Activation, [dy, gate, up]: [&[T]; 3
     if activation != Activation::Silu {
         for ((dgate, dup), ((dy, gate), up)) in each {
             let (x, dy) = (gate.to_f32(), dy.to_f32());
-            *dgate = T::from_f32(dy * up.to_f32() * activation.slope(x));
-            *dup = T::from_f32(dy * activation.value(x));
+            let up = up.to_f32();
+            *dgate = T::from_f32(dy * activation.factor(up) * activation.slope(x));
+            *dup = T::from_f32(dy * activation.value(x) * activation.factor_slope(up));
         }
         return;
     }

@@ -43,6 +43,11 @@ pub trait FusedOps: Backend {
     /// See [`causal_conv`].
     fn causal_conv(x: FloatTensor<Self>, weight: FloatTensor<Self>, conv: Conv) -> FloatTensor<Self>;
 
+    /// See [`reorder_columns`].
+    fn reorder_columns(x: FloatTensor<Self>, order: IntTensor<Self>, _inverse: IntTensor<Self>) -> FloatTensor<Self> {
+        Self::float_select(x, 1, order)
+    }
+
     /// See [`scale_columns`].
     fn scale_columns(x: FloatTensor<Self>, scale: FloatTensor<Self>, out: FloatDType) -> FloatTensor<Self>;
 
@@ -152,11 +157,12 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2
     Tensor::from_dispatch(<Dispatch as FusedOps>::gated(gate.into_dispatch(), up.into_dispatch(), activation))
 }
 
-/// The short convolution of linear attention with SiLU behind it: each channel by itself, over the token and those before it
+/// The short convolution of linear attention, with SiLU behind it where `conv` says so: each channel by itself, over the token and those before it
 /// in its row. The weight has no gradient.
 ///
 /// # Shapes
-/// - `x`: `[tokens, channels]`, tokens in whole rows of `conv.len`; output the same, dtype kept
+/// - `x`: `[tokens, channels]`, tokens in whole rows of `conv.len`, or in those that `conv.packed` bounds; output the same,
+///   dtype kept
 /// - `weight`: `[taps, channels]`, f32; the last tap is the token's own
 ///
 /// # Panics
@@ -164,7 +170,38 @@ pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2
 pub fn causal_conv(x: Tensor<2>, weight: Tensor<2>, conv: Conv) -> Tensor<2> {
     assert_eq!(weight.dims(), [conv.taps, x.dims()[1]], "causal_conv: a tap for each channel");
     assert_eq!(weight.dtype(), DType::F32, "causal_conv: the weight is f32");
+    if let Some(bounds) = &conv.packed {
+        let tokens = x.dims()[0];
+        assert!(
+            bounds.first() == Some(&0) && bounds.last() == Some(&(tokens as u32)) && bounds.is_sorted(),
+            "causal_conv: row bounds {bounds:?} don't cover {tokens} tokens"
+        );
+    }
     Tensor::from_dispatch(<Dispatch as FusedOps>::causal_conv(x.into_dispatch(), weight.into_dispatch(), conv))
+}
+
+/// The columns of `x` in another order: column `i` of the output is column `order[i]`. The gradient goes the way back, so that
+/// nothing is added up.
+///
+/// # Shapes
+/// - `x`: `[rows, width]`; output the same, dtype kept
+/// - `order`, `inverse`: i32 `[width]`, a permutation and its inverse
+///
+/// # Panics
+/// When the shapes or dtypes are others.
+pub fn reorder_columns(x: Tensor<2>, order: Tensor<1, Int>, inverse: Tensor<1, Int>) -> Tensor<2> {
+    for order in [&order, &inverse] {
+        assert_eq!(
+            (order.dims(), order.dtype()),
+            ([x.dims()[1]], DType::I32),
+            "reorder_columns: a place for each column"
+        );
+    }
+    Tensor::from_dispatch(<Dispatch as FusedOps>::reorder_columns(
+        x.into_dispatch(),
+        order.into_dispatch(),
+        inverse.into_dispatch(),
+    ))
 }
 
 /// Rotates each pair of a head's elements by the angle of its position (Su et al., 2021, arXiv 2104.09864), in the

@@ -2,7 +2,7 @@
 
 use super::{PagedBatch, PagedOperand, PagedOps};
 use crate::ops::cube_tensors::empty;
-use crate::ops::{AttentionOptions, format_of};
+use crate::ops::{AttentionOptions, Sinks, format_of};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape as TensorShape, Tensor};
 use burn_cubecl::CubeBackend;
@@ -79,8 +79,15 @@ impl PagedOps for CubeBackend {
         let [_, heads, head_dim] = q.meta.shape().dims();
         let [slots, kv_heads, _] = keys.meta.shape().dims();
         let shape = Shape { heads, kv_heads, head_dim, slots, format: format_of(q.dtype).into() };
-        let buffers =
-            Attend { q: &q.handle, keys: &keys.handle, values: &values.handle, words: &words.handle, out: &out.handle };
+        let sinks = options.sinks.as_ref().map(Sinks::on_device);
+        let buffers = Attend {
+            q: &q.handle,
+            keys: &keys.handle,
+            values: &values.handle,
+            words: &words.handle,
+            sinks: sinks.as_ref().map(|sinks| &sinks.handle),
+            out: &out.handle,
+        };
         expect(paged_attention::attend(&q.client, buffers, &batch.host, &shape, options.scores));
         out
     }

@@ -6,12 +6,12 @@
 use super::tile::{Running, TILE, take_tile};
 use super::{PagedOperand, PagedOps};
 use crate::ops::AttentionOptions;
+use crate::ops::exponential::exponential;
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{Element as BurnElement, FloatDType, TensorData};
 use burn_flex::FlexTensor;
-use fused_kernels::attention::Options;
 use fused_kernels::paged_attention::{Batch, slot};
 use half::{bf16, f16};
 use nf4_quant::{Element, FloatFormat};
@@ -102,8 +102,9 @@ fn attend_task<T: CacheElement>(
     task: Task,
     kv_head: usize,
     dims: Dims,
-    options: Options,
+    options: &AttentionOptions,
 ) -> Vec<f32> {
+    let (sinks, options) = (options.sinks(), options.scores);
     let Dims { heads, kv_heads, dim } = dims;
     let (group, table) = (dims.group(), batch.table(task.row));
     let mut queries = vec![0.0_f32; task.count * group * dim];
@@ -135,13 +136,24 @@ fn attend_task<T: CacheElement>(
             take_tile(&queries[row * dim..][..dim], keys, values, options, running);
         }
     }
-    for (values, sum) in out.chunks_exact_mut(dim).zip(&sums) {
-        values.iter_mut().for_each(|value| *value /= sum);
+    for (row, values) in out.chunks_exact_mut(dim).enumerate() {
+        let (mut sum, mut factor) = (sums[row], 1.0);
+        if let Some(sinks) = sinks {
+            let sink = sinks[kv_head * group + row % group];
+            let most = peaks[row].max(sink);
+            factor = exponential(peaks[row] - most);
+            sum = sum * factor + exponential(sink - most);
+        }
+        values.iter_mut().for_each(|value| *value = *value * factor / sum);
     }
     out
 }
 
-fn attend<T: CacheElement>([q, keys, values]: [FlexTensor; 3], batch: &Batch, options: Options) -> FlexTensor {
+fn attend<T: CacheElement>(
+    [q, keys, values]: [FlexTensor; 3],
+    batch: &Batch,
+    options: &AttentionOptions,
+) -> FlexTensor {
     let [q, keys, values] = [q, keys, values].map(contiguous);
     let (shape, of_keys) = (q.shape(), keys.shape());
     let dims = Dims { heads: shape[1], kv_heads: of_keys[1], dim: shape[2] };
@@ -199,9 +211,9 @@ impl PagedOps for Flex {
     ) -> FloatTensor<Self> {
         let operands = [q, keys, values];
         match FloatDType::from(operands[0].dtype()) {
-            FloatDType::BF16 => attend::<bf16>(operands, &batch.host, options.scores),
-            FloatDType::F16 => attend::<f16>(operands, &batch.host, options.scores),
-            _ => attend::<f32>(operands, &batch.host, options.scores),
+            FloatDType::BF16 => attend::<bf16>(operands, &batch.host, &options),
+            FloatDType::F16 => attend::<f16>(operands, &batch.host, &options),
+            _ => attend::<f32>(operands, &batch.host, &options),
         }
     }
 

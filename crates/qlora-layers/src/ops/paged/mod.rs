@@ -220,7 +220,7 @@ pub fn rotate_into_cache(
 /// them into: a token sees itself and what comes before it, or of that the last `window`.
 ///
 /// # Shapes
-/// - `q`: `[tokens, heads, head_dim]`, `head_dim` up to 256
+/// - `q`: `[tokens, heads, head_dim]`, `head_dim` up to 1024, where it is a multiple of 4, and up to 256 where not
 /// - `keys`, `values`: `[blocks * block_tokens, kv_heads, head_dim]` in the dtype of `q`, `heads` a multiple of
 ///   `kv_heads`
 /// - output: as `q`, in its dtype
@@ -249,6 +249,8 @@ pub fn paged_attention(
     );
     assert!(options.packed.is_none(), "paged_attention: the batch says how rows divide, not the options");
     assert!(options.scores.window != Some(0), "paged_attention: a query sees itself at least");
+    let sinks = options.sinks().map_or(heads, <[f32]>::len);
+    assert!(sinks == heads, "paged_attention: {sinks} sinks of {heads} heads");
     check_reach("paged_attention", batch, slots);
     if q.shape().num_elements() == 0 {
         return q;
