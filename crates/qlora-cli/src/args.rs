@@ -193,11 +193,11 @@ pub struct KeyFlags {
     /// model.path: a folder or a hub id
     #[arg(long)]
     pub model: Option<String>,
-    /// data.train: the training rows: JSON lines, a JSON array, CSV, TSV or Parquet
-    #[arg(long, value_name = "FILE")]
+    /// data.train: the training rows: a file of JSON lines, a JSON array, CSV, TSV or Parquet, a folder, a glob or a hub id
+    #[arg(long, value_name = "ROWS")]
     pub data: Option<String>,
     /// data.eval: the evaluation rows, as data.train
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "ROWS")]
     pub eval: Option<String>,
     /// data.max_length
     #[arg(long, value_name = "TOKENS")]

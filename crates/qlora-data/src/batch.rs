@@ -11,6 +11,7 @@ use chat_text::{MASKED_LABEL, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use crate::config::DataConfig;
+use crate::dataset::SourceWeight;
 use crate::example::Example;
 use crate::shuffle::{Purpose, permutation};
 
@@ -104,6 +105,8 @@ pub struct BatchOrder {
     pad_id: u32,
     shuffle: bool,
     group_by_length: bool,
+    /// Sources whose rows are not visited once an epoch.
+    weights: Vec<SourceWeight>,
 }
 
 impl BatchOrder {
@@ -126,12 +129,51 @@ impl BatchOrder {
             pad_id,
             shuffle: false,
             group_by_length: false,
+            weights: Vec::new(),
+        }
+    }
+
+    /// Visits the rows of sources as often as their [weights](crate::Dataset::weights) say: rows of a source with weight 2 stand in an epoch
+    /// twice, and of one with weight 0.25 an epoch holds a fourth, in turn.
+    pub fn weighted(self, weights: &[SourceWeight]) -> Self {
+        Self { weights: weights.to_vec(), ..self }
+    }
+
+    /// Rows that one epoch visits.
+    pub fn rows_per_epoch(&self) -> usize {
+        match self.weights.as_slice() {
+            [] => self.lengths.len(),
+            weights => weights.iter().map(|source| source.visits()).sum(),
         }
     }
 
     /// Batches in one epoch; the last one may hold fewer rows.
     pub fn batches_per_epoch(&self) -> usize {
-        self.lengths.len().div_ceil(self.batch_size)
+        self.rows_per_epoch().div_ceil(self.batch_size)
+    }
+
+    /// The rows that an epoch visits, in the file's order; `None` for each of them once.
+    fn visited(&self, epoch: usize) -> Option<Vec<usize>> {
+        if self.weights.is_empty() {
+            return None;
+        }
+        let mut visited = Vec::with_capacity(self.rows_per_epoch());
+        let mut first = 0;
+        for (number, source) in self.weights.iter().enumerate() {
+            let rows = source.rows;
+            let visits = source.visits();
+            // A fraction of the rows goes through all of them in turn, in an order that is drawn once.
+            let mut times = vec![visits / rows.max(1); rows];
+            let some = visits % rows.max(1);
+            if some > 0 {
+                let order = permutation(rows, self.seed, Purpose::Weights, number as u64);
+                let begin = epoch % rows * some % rows;
+                (begin..begin + some).for_each(|at| times[order[at % rows]] += 1);
+            }
+            visited.extend(times.iter().enumerate().flat_map(|(row, times)| std::iter::repeat_n(first + row, *times)));
+            first += rows;
+        }
+        Some(visited)
     }
 
     /// What an epoch's batches hold. The last batch of an epoch is not filled up with rows.
@@ -147,11 +189,14 @@ impl BatchOrder {
 
     /// Indices of the rows of each batch of an epoch.
     pub fn rows(&self, epoch: usize) -> Vec<Vec<usize>> {
-        let count = self.lengths.len();
+        let count = self.rows_per_epoch();
         let mut order = match self.shuffle {
             true => permutation(count, self.seed, Purpose::Rows, epoch as u64),
             false => (0..count).collect(),
         };
+        if let Some(visited) = self.visited(epoch) {
+            order.iter_mut().for_each(|at| *at = visited[*at]);
+        }
         if !self.group_by_length {
             return order.chunks(self.batch_size).map(<[_]>::to_vec).collect();
         }

@@ -25,7 +25,7 @@ pub(crate) struct RowEncoder<'a> {
     pub tokenizer: &'a Tokenizer,
     pub template: Option<&'a ChatTemplate>,
     pub config: &'a DataConfig,
-    pub end: EndTokens,
+    pub end: &'a EndTokens,
     /// Rows of the model's embedding, if it is known.
     pub embedding_rows: Option<usize>,
     /// What the words of notices need, among it the length that the model was made for.

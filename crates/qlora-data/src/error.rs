@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use chat_text::ChatError;
+use model_hub::HubError;
 
 use crate::place::Place;
 
@@ -13,6 +14,17 @@ pub enum DataError {
     /// The tokenizer or the chat template.
     #[error(transparent)]
     Chat(#[from] ChatError),
+    /// A data set of the hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// A source has no files, or it is not clear which.
+    #[error("{}: {problem}", path.display())]
+    Source {
+        /// The source, as it is given.
+        path: PathBuf,
+        /// What was found and what to do.
+        problem: String,
+    },
     /// A value in `[data]` is out of range.
     #[error("data.{key} {problem}")]
     Config {
@@ -92,10 +104,10 @@ pub enum DataError {
         path: PathBuf,
     },
     /// The loss would count no token of any row.
-    #[error("{}: no row has a token to learn from: {reasons}", path.display())]
+    #[error("{sources}: no row has a token to learn from: {reasons}")]
     AllMasked {
-        /// The file.
-        path: PathBuf,
+        /// The sources.
+        sources: String,
         /// How many rows for which reason, and what to do.
         reasons: String,
     },

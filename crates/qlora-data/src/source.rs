@@ -18,6 +18,7 @@ use std::path::Path;
 use serde_json::{Map, Value as Json};
 
 use crate::error::DataError;
+use crate::mapping::Columns as Mapping;
 use crate::place::Unit;
 use array::Elements;
 use columns::Columns;
@@ -46,11 +47,11 @@ pub(crate) enum Content {
 }
 
 impl Record {
-    /// Looks at it as an [object](object()), which it holds from then on. It is its file's first record.
-    pub fn look<T>(&mut self, path: &Path, look: impl FnOnce(&Object) -> Result<T, String>) -> Result<T, String> {
+    /// Looks at a copy of it as an [object](object()), which it holds from then on. It is its file's first record.
+    pub fn look<T>(&mut self, path: &Path, look: impl FnOnce(Object) -> Result<T, String>) -> Result<T, String> {
         let content = std::mem::replace(&mut self.content, Content::Cells(Object::new()));
         let object = object(path, content, true)?;
-        let seen = look(&object);
+        let seen = look(object.clone());
         self.content = Content::Cells(object);
         seen
     }
@@ -76,6 +77,11 @@ impl Record {
 trait Reading {
     /// The next record; `None` at the end of the file.
     fn next(&mut self) -> Result<Option<Record>, DataError>;
+
+    /// Passes over the next record; `false` at the end of the file.
+    fn skip(&mut self) -> Result<bool, DataError> {
+        Ok(self.next()?.is_some())
+    }
 }
 
 /// The records of a file.
@@ -88,7 +94,7 @@ pub(crate) struct Records {
 
 impl Records {
     /// Opens a file. One that holds no rows by its first bytes is refused with what it is and what to do.
-    pub fn open(path: &Path) -> Result<Self, DataError> {
+    pub fn open(path: &Path, columns: &Mapping) -> Result<Self, DataError> {
         let Stream { mut reader, file, is_packed, progress } = Stream::open(path)?;
         let fail = |source| packed::failure(path, is_packed, source);
         let start = reader.fill_buf().map_err(fail)?;
@@ -98,8 +104,8 @@ impl Records {
                 return Err(DataError::FileKind { path: path.to_owned(), problem });
             }
             drop(reader);
-            let reading = Box::new(Columns::new(path, file)?);
-            return Ok(Self { reading, progress: progress.by_rows(), unit: Unit::Row });
+            let reading = Box::new(Columns::new(path, file, progress.by_rows())?);
+            return Ok(Self { reading, progress, unit: Unit::Row });
         }
         if let Some(problem) = kind::by_first_bytes(path, start) {
             return Err(DataError::FileKind { path: path.to_owned(), problem });
@@ -110,14 +116,14 @@ impl Records {
         let first = reader.fill_buf().map_err(fail)?.trim_ascii_start().first().copied();
         let name = path.to_owned();
         let (reading, unit): (Box<dyn Reading>, Unit) = match kind::separator(path) {
-            Some(separator) => (Box::new(Table::new(name, is_packed, reader, separator)?), Unit::Line),
+            Some(separator) => (Box::new(Table::new(name, is_packed, reader, separator, columns)?), Unit::Line),
             None if first == Some(b'[') => (Box::new(Elements::new(name, is_packed, reader)), Unit::Row),
             None => (Box::new(Lines::new(name, is_packed, reader)), Unit::Line),
         };
         Ok(Self { reading, progress, unit })
     }
 
-    /// Bytes of the file that were read; of Parquet, which is read from several places, 0.
+    /// Bytes of the file that were read; of Parquet, which is read from several places, the share of its rows.
     pub fn bytes(&self) -> u64 {
         self.progress.bytes()
     }
@@ -125,6 +131,16 @@ impl Records {
     /// Bytes of the file; 0 where nothing is known of them.
     pub fn total_bytes(&self) -> u64 {
         self.progress.total
+    }
+
+    /// Passes over records, as many as there are.
+    pub fn skip(&mut self, records: usize) -> Result<usize, DataError> {
+        for skipped in 0..records {
+            if !self.reading.skip()? {
+                return Ok(skipped);
+            }
+        }
+        Ok(records)
     }
 
     /// The next records, as many as begin within `bytes`; none at the end of the file.
@@ -136,6 +152,21 @@ impl Records {
             records.push(record);
         }
         Ok(records)
+    }
+}
+
+/// Counts the records of a file.
+///
+/// # Errors
+/// It can't be read.
+pub(crate) fn count(path: &Path) -> Result<usize, DataError> {
+    let mut records = Records::open(path, &Mapping::default())?;
+    let mut count = 0;
+    loop {
+        match records.reading.skip()? {
+            true => count += 1,
+            false => return Ok(count),
+        }
     }
 }
 

@@ -33,3 +33,16 @@ pub(crate) fn name_rows(first: impl Iterator<Item = usize>, rows: usize, unit: U
     };
     format!("{word} {}{more}", shown.join(", "))
 }
+
+/// Names, the first of many, in words.
+pub(crate) fn list(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    match names {
+        [] => "none".into(),
+        [one] => one.clone(),
+        names if names.len() > SHOWN => {
+            format!("{} and {} more", names[..SHOWN].join(", "), grouped((names.len() - SHOWN) as u64))
+        }
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}

@@ -66,7 +66,7 @@ fn bad_files_are_reported_with_line_and_expectation() {
 /// What a file is that is no JSONL, and what turns it into one.
 #[test]
 fn other_kinds_of_files_are_named_with_the_command_that_helps() {
-    let cases: [(&str, &[u8], &[&str]); 9] = [
+    let cases: [(&str, &[u8], &[&str]); 11] = [
         ("data.bz2", b"BZh91AY", &["is bzip2"]),
         ("data.xz", b"\xfd7zXZ\x00", &["is xz"]),
         ("data.zip", b"PK\x03\x04", &["is a zip archive"]),
@@ -78,8 +78,14 @@ fn other_kinds_of_files_are_named_with_the_command_that_helps() {
             &["/data.jsonl:1: the file looks like CSV", "`mv /data.jsonl /data.csv`", "expected an object"],
         ),
         ("data", b"prompt\tcompletion\na\tb\n", &["tab-separated values", "/data.tsv`"]),
-        ("axolotl.yml", b"base_model: a/b\n", &["/axolotl.yml:1: is a configuration"]),
-        ("adapter_config.json", b"{\n", &["is the configuration of an adapter"]),
+        (
+            "axolotl.yml",
+            b"base_model: a/b\n",
+            &["/axolotl.yml:1: is a configuration in YAML", "`qlora init --from /axolotl.yml qlora.toml` writes"],
+        ),
+        ("config", b"datasets:\n  - path: a, b\n", &["/config:1: is a configuration in YAML"]),
+        ("qlora.toml", b"[data]\n", &["is a configuration, and data.train names"]),
+        ("adapter_config.json", b"{\n", &["is the configuration of a PEFT adapter", "qlora init --from"]),
     ];
     for (name, bytes, parts) in cases {
         let error = load_file(name, bytes, &config(), &LoadOptions::default()).unwrap_err();

@@ -5,11 +5,12 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use parquet::errors::ParquetError;
-use parquet::file::reader::SerializedFileReader;
+use parquet::file::reader::{FileReader as _, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Number, Value as Json};
 
+use super::packed::Progress;
 use super::{Content, Object, Reading, Record};
 use crate::error::DataError;
 use crate::place::Unit;
@@ -19,17 +20,22 @@ pub(super) struct Columns {
     path: PathBuf,
     rows: RowIter<'static>,
     read: usize,
+    /// Rows that its end tells of.
+    count: u64,
+    progress: Progress,
 }
 
 impl Columns {
     /// # Errors
     /// The file is damaged, or cut short: what it holds is told at its end.
-    pub fn new(path: &Path, file: File) -> Result<Self, DataError> {
+    pub fn new(path: &Path, file: File, progress: Progress) -> Result<Self, DataError> {
         let reader = SerializedFileReader::new(file).map_err(|error| DataError::FileKind {
             path: path.to_owned(),
             problem: format!("is Parquet that is damaged or was cut short: {}", words(&error)),
         })?;
-        Ok(Self { path: path.to_owned(), rows: RowIter::from_file_into(Box::new(reader)), read: 0 })
+        let count = u64::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or(0);
+        let rows = RowIter::from_file_into(Box::new(reader));
+        Ok(Self { path: path.to_owned(), rows, read: 0, count, progress })
     }
 
     fn wrong(&self, problem: String) -> DataError {
@@ -49,6 +55,7 @@ impl Reading for Columns {
         let next = next.map_err(|_| self.wrong("the file is damaged: its levels contradict its schema".into()))?;
         let Some(row) = next else { return Ok(None) };
         let row = row.map_err(|error| self.wrong(words(&error)))?;
+        self.progress.share(self.read as u64, self.count);
         let object = object(&row).map_err(|problem| self.wrong(problem))?;
         Ok(Some(Record { number: self.read, content: Content::Cells(object) }))
     }

@@ -65,6 +65,7 @@ pub(super) fn by_first_line(path: &Path, line: &[u8]) -> Option<String> {
     let is_json = matches!(line.first(), Some(b'{' | b'['));
     let fields = |separator: u8| line.split(|byte| *byte == separator).count();
     let (kind, extension) = match () {
+        () if yaml(path, line).is_some() => return yaml(path, line),
         () if is_json || is_named(path, "txt") => return yaml(path, line),
         () if fields(b'\t') > 1 => ("tab-separated values", "tsv"),
         () if fields(b',') > 1 => ("CSV", "csv"),
@@ -76,11 +77,24 @@ pub(super) fn by_first_line(path: &Path, line: &[u8]) -> Option<String> {
 
 /// Says that a file is a configuration and no data.
 fn yaml(path: &Path, line: &[u8]) -> Option<String> {
-    let is_yaml = is_named(path, "yml") || is_named(path, "yaml") || is_named(path, "toml");
-    let is_adapter = path.file_name().is_some_and(|name| name == "adapter_config.json");
+    let from = format!("`qlora init --from {} qlora.toml` writes what it says as a configuration", shell(path));
+    // What other trainers' configurations begin with is a key in letters.
+    let begins_as_yaml = || {
+        let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let key = line.split(|byte| *byte == b':').next().unwrap_or_default();
+        let is_key = !key.is_empty() && key.iter().all(|byte| byte.is_ascii_lowercase() || b"_0123456789".contains(byte));
+        line == b"---" || (is_key && (line[key.len()..].starts_with(b": ") || line[key.len()..] == *b":"))
+    };
+    let is_json = line.starts_with(b"{");
+    let is_yaml = is_named(path, "yml") || is_named(path, "yaml") || (!is_named(path, "txt") && begins_as_yaml());
     match () {
-        () if is_adapter => Some("is the configuration of an adapter; data.train names the rows to learn from".into()),
-        () if is_yaml && !line.starts_with(b"{") => {
+        () if path.file_name().is_some_and(|name| name == "adapter_config.json") => Some(format!(
+            "is the configuration of a PEFT adapter, and data.train names the rows to learn from; {from}"
+        )),
+        () if is_yaml && !is_json => {
+            Some(format!("is a configuration in YAML, and data.train names the rows to learn from; {from}"))
+        }
+        () if is_named(path, "toml") && !is_json => {
             Some("is a configuration, and data.train names the rows to learn from".into())
         }
         () => None,

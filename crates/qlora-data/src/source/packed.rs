@@ -26,9 +26,16 @@ impl Progress {
         self.read.load(Ordering::Relaxed)
     }
 
-    /// Of a file that is read from several places.
-    pub fn by_rows(self) -> Self {
-        Self { read: Arc::default(), total: 0 }
+    /// The same, for a file that is read from several places: its reader says how far it is.
+    pub fn by_rows(&self) -> Self {
+        self.read.store(0, Ordering::Relaxed);
+        Self { read: Arc::clone(&self.read), total: self.total }
+    }
+
+    /// So many of all rows are read.
+    pub fn share(&self, rows: u64, of: u64) {
+        let bytes = u128::from(self.total) * u128::from(rows.min(of)) / u128::from(of.max(1));
+        self.read.store(bytes as u64, Ordering::Relaxed);
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::Value as Json;
 
 use super::{Content, Object, Reading, Record, Text, packed};
 use crate::error::DataError;
+use crate::mapping::Columns as Mapping;
 use crate::place::Unit;
 
 /// Columns whose cells are JSON where they look like it: what has no form of its own in a table.
@@ -18,6 +19,8 @@ pub(super) struct Table {
     is_packed: Option<&'static str>,
     reader: Reader<Text>,
     columns: Vec<String>,
+    /// Of each column, whether its cells are JSON where they look like it.
+    nested: Vec<bool>,
     row: StringRecord,
 }
 
@@ -29,6 +32,7 @@ impl Table {
         is_packed: Option<&'static str>,
         mut text: Text,
         separator: u8,
+        mapping: &Mapping,
     ) -> Result<Self, DataError> {
         let start = text.fill_buf().map_err(|source| packed::failure(&path, is_packed, source))?;
         let header = start.split(|byte| *byte == b'\n').next().unwrap_or_default();
@@ -40,7 +44,7 @@ impl Table {
         };
         let mut reader = ReaderBuilder::new().delimiter(separator).from_reader(text);
         let names = reader.headers().cloned();
-        let mut table = Self { path, is_packed, reader, columns: Vec::new(), row: StringRecord::new() };
+        let mut table = Self { path, is_packed, reader, columns: Vec::new(), nested: Vec::new(), row: StringRecord::new() };
         let names = names.map_err(|error| table.failure(error))?;
         let mut columns: Vec<String> = Vec::new();
         for (index, name) in names.iter().enumerate() {
@@ -55,6 +59,7 @@ impl Table {
             };
             return Err(DataError::Row { place: Unit::Line.at(&table.path, 1), problem });
         }
+        table.nested = columns.iter().map(|column| NESTED.contains(&mapping.key_of(column))).collect();
         table.columns = columns;
         Ok(table)
     }
@@ -76,9 +81,9 @@ impl Table {
     }
 
     /// A cell's value.
-    fn value(&self, column: &str, cell: &str, line: usize) -> Result<Json, DataError> {
+    fn value(&self, column: &str, nested: bool, cell: &str, line: usize) -> Result<Json, DataError> {
         let text = cell.trim();
-        if !NESTED.contains(&column) || !text.starts_with(['[', '{']) {
+        if !nested || !text.starts_with(['[', '{']) {
             return Ok(cell.into());
         }
         serde_json::from_str(text).map(|super::unique::Unique(value)| value).map_err(|error| DataError::Row {
@@ -96,10 +101,10 @@ impl Reading for Table {
         }
         let number = row.position().map_or(0, |position| position.line() as usize);
         let mut object = Object::new();
-        for (column, cell) in self.columns.iter().zip(row.iter()) {
+        for ((column, nested), cell) in self.columns.iter().zip(&self.nested).zip(row.iter()) {
             // An empty cell of a column that holds lists is a list that is not there.
-            if !(cell.is_empty() && NESTED.contains(&column.as_str())) {
-                object.insert(column.clone(), self.value(column, cell, number)?);
+            if !(cell.is_empty() && *nested) {
+                object.insert(column.clone(), self.value(column, *nested, cell, number)?);
             }
         }
         self.row = row;

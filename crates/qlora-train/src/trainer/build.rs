@@ -100,7 +100,7 @@ impl<'e> Trainer<'e> {
         let Resized { config: resized, model: shape, notice } = resize(&config, base.clone(), &tokenizer)?;
         notice.iter().for_each(|notice| events.on_notice(notice));
         let rows = Rows::load(&config, &tokenizer, &shape, events)?;
-        let total_steps = config.train.total_steps(rows.train.examples.len());
+        let total_steps = config.train.total_steps(rows.order.rows_per_epoch());
         warn_of(config.train.warnings(total_steps), events);
         let prompts = rows.prompts(&config, &tokenizer)?;
         let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());

@@ -5,7 +5,8 @@
 use std::sync::atomic::Ordering;
 
 use chat_text::{ChatTemplate, Tokenizer};
-use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, MASKED_LABEL, load_splits_with, padding_id};
+use model_hub::Hub;
+use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, LoadProgress, MASKED_LABEL, load_splits_with, padding_id};
 use qlora_layers::Initialization;
 use qlora_models::{CalibrationBatch, ModelConfig};
 use sha2::{Digest as _, Sha256};
@@ -29,7 +30,16 @@ pub fn load_rows(
 ) -> Result<(Dataset, Dataset), TrainError> {
     let flag = events.stop_flag();
     let should_stop = || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+    let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
+    let told = events.rows_progress();
+    let progress = |progress: LoadProgress<'_>| {
+        if let Some(told) = &told {
+            told(progress);
+        }
+    };
     let options = LoadOptions {
+        hub: Some(&hub),
+        progress: &progress,
         max_positions: Some(model.max_position_embeddings),
         embedding_rows: Some(model.vocab_size),
         should_stop: &should_stop,
@@ -65,7 +75,8 @@ impl Rows {
         let (train, eval) = load_rows(config, tokenizer, model, events)?;
         let (batch_size, pad_id) = (config.train.batch_size, padding_id(tokenizer, model.vocab_size));
         Ok(Self {
-            order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id),
+            order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id)
+                .weighted(&train.weights),
             eval_order: BatchOrder::in_file_order(&eval.examples, batch_size, pad_id),
             train,
             eval,
