@@ -268,6 +268,9 @@ pub struct InitArgs {
     /// Where to write it; `-` is the standard output
     #[arg(default_value = "qlora.toml")]
     pub path: PathBuf,
+    /// Say what another trainer's configuration says: Axolotl's or LLaMA-Factory's YAML, or a PEFT adapter_config.json
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<PathBuf>,
     /// Replace a file that exists
     #[arg(long)]
     pub force: bool,

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value as Json};
 
+use crate::cache::RowCache;
 use crate::error::DataError;
 use crate::mapping::Columns;
 use crate::sources::Sources;
@@ -61,6 +62,9 @@ pub struct DataConfig {
     pub end_token: Option<String>,
     /// Whether what would be a warning is an error.
     pub strict: bool,
+    /// Where tokenized rows are kept for the next start.
+    #[serde(skip_serializing_if = "RowCache::is_auto")]
+    pub cache: RowCache,
 }
 
 /// A TOML table as JSON. TOML's dates, which JSON has no value for, come as a table with one key.
@@ -100,6 +104,7 @@ impl Default for DataConfig {
             template_kwargs: Map::new(),
             end_token: None,
             strict: false,
+            cache: RowCache::Auto,
         }
     }
 }

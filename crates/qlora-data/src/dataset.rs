@@ -1,5 +1,6 @@
 //! Rows to learn from, with what was read, cut and left out.
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
@@ -19,7 +20,7 @@ pub struct Dataset {
 }
 
 /// How often an epoch visits the rows of a source.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SourceWeight {
     /// Its rows to learn from; they follow those of the source before.
     pub rows: usize,

@@ -89,7 +89,7 @@ impl RowEncoder<'_> {
         };
         if let Ok(example) = &example {
             self.check_ids(example)?;
-            if self.facts.positions.is_some_and(|(positions, _)| example.input_ids.len() > positions) {
+            if self.facts.positions.as_ref().is_some_and(|(positions, _)| example.input_ids.len() > *positions) {
                 notices.push((NoticeKind::LongerThanModel, String::new()));
             }
         } else {

@@ -32,6 +32,7 @@
 //! ```
 
 mod batch;
+mod cache;
 mod config;
 mod dataset;
 mod encode;
@@ -53,6 +54,7 @@ mod visible;
 mod words;
 
 pub use batch::{Batch, BatchOrder, Batches, Padding, Position, padding_id};
+pub use cache::RowCache;
 pub use chat_text::MASKED_LABEL;
 pub use config::{DataConfig, Format, LossOn};
 pub use dataset::{Dataset, SourceWeight};

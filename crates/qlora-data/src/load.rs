@@ -6,11 +6,13 @@
 
 mod file;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use chat_text::{ChatTemplate, Tokenizer};
 use model_hub::Hub;
 
+use crate::cache::{Entry, Part};
 use crate::config::{DataConfig, Format};
 use crate::dataset::{Dataset, SourceWeight};
 use crate::encode::EndTokens;
@@ -154,6 +156,12 @@ struct Planned<'a> {
 }
 
 impl Planned<'_> {
+    /// What of it decides on rows.
+    fn cached(&self) -> Part<'_> {
+        let Self { source, files, format, columns, split } = self;
+        Part { files, settings: format!("{format} {columns:?} {split:?} {}", source.weight) }
+    }
+
     /// The rows that are read of all that its files have.
     fn part(&self) -> Result<std::ops::Range<usize>, DataError> {
         if let Some(fixed) = self.split.fixed() {
@@ -207,6 +215,17 @@ fn load(
         total_bytes: total_bytes(&files),
         is_alone: files.len() == 1,
     };
+    let of_parts: Vec<_> = planned.iter().map(Planned::cached).collect();
+    let entry = Entry::of(config, tokenizer, loader.given.as_ref(), options, &of_parts, loader.total_bytes);
+    if let Some(mut data) = entry.as_ref().and_then(Entry::read) {
+        // Notes are of what was found this time.
+        (data.report.notes, data.report.sources) = (report.notes, report.sources);
+        if let Some(path) = files.last() {
+            let (rows, total_bytes) = (data.report.rows, loader.total_bytes);
+            (options.progress)(LoadProgress { path, rows, bytes: total_bytes, total_bytes });
+        }
+        return Ok(data);
+    }
     if !loader.is_alone {
         check_keys(config, &formats(&planned)?, sources)?;
     }
@@ -244,6 +263,9 @@ fn load(
     }
     if data.examples.is_empty() {
         return Err(DataError::AllMasked { sources: sources.to_string(), reasons: data.report.masked_reasons() });
+    }
+    if let Some(Err(problem)) = entry.map(|entry| entry.write(&data)) {
+        data.report.notes.push(problem);
     }
     Ok(data)
 }
@@ -300,9 +322,10 @@ fn given_template(config: &DataConfig) -> Result<Option<ChatTemplate>, DataError
 }
 
 /// The smaller of the lengths that model and tokenizer name, and who names it.
-fn positions(options: &LoadOptions<'_>, tokenizer: &Tokenizer) -> Option<(usize, &'static str)> {
+fn positions(options: &LoadOptions<'_>, tokenizer: &Tokenizer) -> Option<(usize, Cow<'static, str>)> {
     let of_model = options.max_positions.map(|positions| (positions, "max_position_embeddings of its config.json"));
     let of_tokenizer =
         tokenizer.model_max_length().map(|length| (length, "model_max_length of its tokenizer_config.json"));
-    of_model.into_iter().chain(of_tokenizer).min_by_key(|(positions, _)| *positions)
+    let least = of_model.into_iter().chain(of_tokenizer).min_by_key(|(positions, _)| *positions);
+    least.map(|(positions, source)| (positions, source.into()))
 }

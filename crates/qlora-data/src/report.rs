@@ -4,6 +4,8 @@ use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::Format;
 use crate::example::Example;
 use crate::notice::{self, Notice, NoticeFacts};
@@ -11,7 +13,7 @@ use crate::place::Place;
 use crate::words::{count, grouped, name_rows};
 
 /// A row that was cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TruncatedRow {
     /// Line of the file, from 1.
     pub line: usize,
@@ -22,7 +24,7 @@ pub struct TruncatedRow {
 }
 
 /// A row that was left out because the loss would count none of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MaskedRow {
     /// Line of the file, from 1.
     pub line: usize,
@@ -31,7 +33,7 @@ pub struct MaskedRow {
 }
 
 /// Why the loss counts no token of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum MaskReason {
     /// The conversation has no assistant turn.
     NoAssistantTurn,
@@ -67,7 +69,7 @@ impl MaskReason {
 }
 
 /// What was read of a file, cut and left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileReport {
     /// The file.
     pub path: PathBuf,
@@ -154,7 +156,7 @@ impl FileReport {
 }
 
 /// What was read, cut and left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataReport {
     /// The sources, as they are given.
     pub sources: String,

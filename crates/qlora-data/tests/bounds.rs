@@ -97,3 +97,27 @@ fn an_answer_far_behind_is_beyond_the_length_and_not_empty() {
     let masked = &dataset.report.files[0].masked[0];
     assert_eq!((masked.line, masked.reason), (1, MaskReason::Truncated));
 }
+
+/// A row of many turns under a template without tokens of its own around turns, where most boundaries are looked at.
+#[test]
+fn a_row_takes_time_by_its_turns() {
+    let template = "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}\n\
+                    {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}";
+    let given = DataConfig { chat_template: Some(template.into()), max_length: 1 << 20, ..config() };
+    let seconds = |turns: usize| {
+        let message = |turn: usize| {
+            let role = ["user", "assistant"][turn % 2];
+            format!("{{\"role\": \"{role}\", \"content\": \"turn {turn} says that {} is a number\"}}", turn * 31 % 101)
+        };
+        let text = format!("{{\"messages\": [{}]}}", (0..turns).map(message).collect::<Vec<_>>().join(", "));
+        let once = || {
+            let start = std::time::Instant::now();
+            load_text(&text, &given).unwrap();
+            start.elapsed().as_secs_f64()
+        };
+        once().min(once())
+    };
+    // Four times the turns take four times as long, and 16 times where each looks at all before it; a machine has other work, too.
+    let (few, many) = (seconds(300), seconds(1200));
+    assert!(many < 9.0 * few, "300 turns take {few:.3} s, 1,200 {many:.3} s");
+}

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use common::{config, tokenizer};
 use qlora_data::{
-    BatchOrder, Columns, DataConfig, Dataset, Format, LoadOptions, Preview, PreviewChoice, Source, Sources, load_sources,
-    load_splits,
+    BatchOrder, Columns, DataConfig, Dataset, Format, LoadOptions, LoadProgress, Preview, PreviewChoice, RowCache, Source, Sources,
+    load_sources, load_splits,
 };
 use tempfile::TempDir;
 
@@ -219,4 +219,47 @@ fn sources_that_can_not_be_meant_are_refused() {
     }
     let elsewhere = Source { revision: Some("main".into()), ..Source::new(PathBuf::from(env!("CARGO_MANIFEST_DIR"))) };
     assert!(load(Sources(vec![elsewhere]), &config()).unwrap_err().contains("for data sets of the hub, and this is a folder"));
+}
+
+#[test]
+fn tokens_are_kept_until_something_changes() {
+    let dir = folder(&[("a.jsonl", &rows("abc")), ("b.jsonl", "{\"text\": \"d\", \"id\": 7}\n")]);
+    let cache = tempfile::tempdir().unwrap();
+    let entries = || std::fs::read_dir(cache.path()).unwrap().count();
+    let given = DataConfig { cache: RowCache::Folder(cache.path().to_owned()), ..config() };
+    let sources = || weighted(dir.path(), &[("a.jsonl", 2.0), ("b.jsonl", 1.0)]);
+    let first = load(sources(), &given).unwrap();
+    assert_eq!(entries(), 1);
+    // A start that finds them reads no row: what would stop it is not met, and all else is the same.
+    let told = std::sync::atomic::AtomicUsize::new(0);
+    let progress = |progress: LoadProgress<'_>| told.store(progress.rows, std::sync::atomic::Ordering::Relaxed);
+    let stopped = LoadOptions { should_stop: &|| true, progress: &progress, ..LoadOptions::default() };
+    let again = load_sources(&sources(), &given, tokenizer(), &stopped).unwrap();
+    assert_eq!((&again.examples, &again.weights), (&first.examples, &first.weights));
+    assert_eq!(again.report, first.report);
+    assert!(again.report.warnings()[0].contains("`id` in 1 row"), "{:?}", again.report.warnings());
+    assert_eq!(told.into_inner(), 4);
+    // Other keys, other files and other contents are tokenized.
+    for (number, config) in [
+        DataConfig { max_length: 64, ..given.clone() },
+        DataConfig { end_token: Some("<|im_end|>".into()), ..given.clone() },
+        DataConfig { format: Format::Text, ..given.clone() },
+    ]
+    .iter()
+    .enumerate()
+    {
+        load(sources(), config).unwrap();
+        assert_eq!(entries(), 2 + number);
+    }
+    std::fs::write(dir.path().join("b.jsonl"), rows("e")).unwrap();
+    assert_eq!(texts(&load(sources(), &given).unwrap()), "abce");
+    assert_eq!(entries(), 5);
+    let split = Sources(vec![Source { split: Some("[:50%]".into()), ..Source::new(dir.path()) }]);
+    assert_eq!(texts(&load(split.clone(), &given).unwrap()), "ab");
+    assert_eq!((texts(&load(split, &given).unwrap()), entries()), ("ab".into(), 6));
+    // A folder that can't be written is told, and nothing else.
+    let file = dir.path().join("a.jsonl");
+    let nowhere = DataConfig { cache: RowCache::Folder(file.clone()), ..config() };
+    let loaded = load(file, &nowhere).unwrap();
+    assert!(loaded.report.warnings()[0].contains("data.cache names another folder"), "{:?}", loaded.report.warnings());
 }

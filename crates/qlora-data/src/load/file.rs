@@ -1,5 +1,6 @@
 //! One file's rows to examples.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -31,7 +32,7 @@ pub(super) struct FileLoader<'a> {
     pub given: Option<ChatTemplate>,
     pub end: EndTokens,
     /// The length that the model was made for, and who names it.
-    pub positions: Option<(usize, &'static str)>,
+    pub positions: Option<(usize, Cow<'static, str>)>,
     /// Bytes of all files.
     pub total_bytes: u64,
     /// Whether there is one file, which may be a pipe and is looked at while it is read.
@@ -85,7 +86,7 @@ impl FileLoader<'_> {
             (None, Format::Chat) => Some(tokenizer.require_chat_template()?),
             (None, _) => None,
         };
-        let facts = NoticeFacts { end_tokens: self.end.texts(), positions: self.positions, unit };
+        let facts = NoticeFacts { end_tokens: self.end.texts(), positions: self.positions.clone(), unit };
         let encoder = RowEncoder {
             path,
             tokenizer,

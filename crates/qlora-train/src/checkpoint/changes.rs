@@ -49,6 +49,7 @@ const FREE: &[&str] = &[
     "data.columns",
     "data.subset",
     "data.split",
+    "data.cache",
     "data.strict",
     "train.output_dir",
     "train.epochs",

@@ -23,6 +23,7 @@ const OWN: &[&str] = &[
     "data.columns",
     "data.subset",
     "data.split",
+    "data.cache",
     "train.output_dir",
     "train.optimizer_budget",
     "train.memory_budget",
