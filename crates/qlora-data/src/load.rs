@@ -24,7 +24,7 @@ use crate::source;
 use crate::sources::{Source, Sources};
 use crate::split::Split;
 use crate::words::list;
-use file::FileLoader;
+use file::{FileLoader, OfSource};
 
 /// How far the reading of rows is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -235,13 +235,14 @@ fn load(
         let part = planned.part()?;
         let (first, rows_before) = (data.examples.len(), done.rows);
         let renaming = Renaming::new(planned.columns);
+        let of_source = OfSource { number, format: planned.format, renaming: &renaming };
         let (mut skip, mut left) = (part.start, part.len());
         for path in &planned.files {
             left = left.min(options.max_rows.map_or(usize::MAX, |rows| rows - done.rows));
             if left == 0 {
                 break;
             }
-            let read = loader.load(path, number, planned.format, &renaming, (skip, left), &mut done, &mut data)?;
+            let read = loader.load(path, &of_source, (skip, left), &mut done, &mut data)?;
             skip -= read.skipped;
             left -= read.rows;
         }

@@ -39,6 +39,14 @@ pub(super) struct FileLoader<'a> {
     pub is_alone: bool,
 }
 
+/// What is the same for all files of a source.
+pub(super) struct OfSource<'a> {
+    /// Its number in the list.
+    pub number: usize,
+    pub format: Format,
+    pub renaming: &'a Renaming<'a>,
+}
+
 /// Files that are done.
 pub(super) struct Done {
     pub rows: usize,
@@ -57,13 +65,12 @@ impl FileLoader<'_> {
     pub fn load(
         &self,
         path: &Path,
-        source: usize,
-        format: Format,
-        renaming: &Renaming<'_>,
+        of: &OfSource<'_>,
         (skip, most): (usize, usize),
         done: &mut Done,
         data: &mut Dataset,
     ) -> Result<ReadRows, DataError> {
+        let OfSource { number: source, format, renaming } = *of;
         let Self { config, tokenizer, options, .. } = *self;
         let mut records = Records::open(path, renaming.columns())?;
         let skipped = records.skip(skip)?;
