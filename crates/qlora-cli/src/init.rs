@@ -8,6 +8,7 @@ mod tables;
 use std::path::Path;
 
 use anyhow::Result;
+use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::atomic;
 use burn_qlora::config::TEMPLATE;
 
@@ -22,7 +23,7 @@ pub fn run(args: &InitArgs) -> Result<Code> {
         Some(from) => {
             let translated = foreign::translate(from)?;
             say!("{}: {}", from.display(), translated.summary());
-            translated.notes.iter().for_each(|note| say!("  {note}"));
+            translated.notes.iter().for_each(|note| say!("  {}", printable(note)));
             (translated.text, translated.missing)
         }
         None => (TEMPLATE.to_owned(), vec!["model.path", "data.train"]),

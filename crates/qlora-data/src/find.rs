@@ -21,6 +21,8 @@ use repository::{Chosen, choose, is_rows};
 #[derive(Debug)]
 pub(crate) struct Found {
     pub files: Vec<PathBuf>,
+    /// Whether they are chosen among those of a folder or data set.
+    pub are_chosen: bool,
     /// What a user should know of them.
     pub notes: Vec<String>,
 }
@@ -39,7 +41,7 @@ pub(crate) fn files(source: &Source, wanted: &Wanted<'_>, hub: Option<&Hub>) -> 
     }
     if is_local {
         wanted.of_a_file("a file").map_err(fail)?;
-        return Ok(Found { files: vec![path.to_owned()], notes: Vec::new() });
+        return Ok(Found { files: vec![path.to_owned()], are_chosen: false, notes: Vec::new() });
     }
     let Some(text) = path.to_str() else { return Err(fail("there is no such file".into())) };
     if text.contains(['*', '?', '[']) {
@@ -65,7 +67,7 @@ pub(crate) fn files(source: &Source, wanted: &Wanted<'_>, hub: Option<&Hub>) -> 
     let data_set = hub.data_set(text, wanted.revision)?;
     let Chosen { files, notes } = choose(data_set.files(), data_set.card(), wanted).map_err(fail)?;
     let folder = data_set.fetch(&files.iter().map(String::as_str).collect::<Vec<_>>())?;
-    Ok(Found { files: files.iter().map(|file| folder.join(file)).collect(), notes })
+    Ok(Found { files: files.iter().map(|file| folder.join(file)).collect(), are_chosen: true, notes })
 }
 
 /// The rows that a folder holds.
@@ -82,7 +84,7 @@ fn folder(path: &Path, wanted: &Wanted<'_>) -> Result<Found, String> {
     }
     let card = std::fs::read_to_string(path.join("README.md")).map_or(Json::Null, |text| card(&text));
     let Chosen { files, notes } = choose(&names, &card, wanted)?;
-    Ok(Found { files: files.iter().map(|file| path.join(file)).collect(), notes })
+    Ok(Found { files: files.iter().map(|file| path.join(file)).collect(), are_chosen: true, notes })
 }
 
 /// Paths of all files below a folder but hidden ones, written with `/`.
@@ -121,7 +123,10 @@ fn globbed(pattern: &str) -> Result<Found, String> {
     }
     match files.is_empty() {
         true => Err("no file has such a name; relative paths start at the current directory".into()),
-        false => one_kind(files.iter().map(|path| path.to_string_lossy().into_owned())).map(|()| Found { files, notes: Vec::new() }),
+        false => {
+            one_kind(files.iter().map(|path| path.to_string_lossy().into_owned()))?;
+            Ok(Found { files, are_chosen: false, notes: Vec::new() })
+        }
     }
 }
 

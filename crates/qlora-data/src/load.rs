@@ -49,6 +49,8 @@ pub struct LoadOptions<'a> {
     pub embedding_rows: Option<usize>,
     /// Rows that are read, from the first one on, 1 or more; `None` for all.
     pub max_rows: Option<usize>,
+    /// Whether rows are to evaluate on: of a folder or data set of several splits one has to be named then.
+    pub evaluates: bool,
     /// Where data sets of the hub come from; `None` for the one that the environment names.
     pub hub: Option<&'a Hub>,
     /// Asked before every row, from several threads: whether to stop with [`DataError::Interrupted`].
@@ -63,6 +65,7 @@ impl Default for LoadOptions<'_> {
             max_positions: None,
             embedding_rows: None,
             max_rows: None,
+            evaluates: false,
             hub: None,
             should_stop: &|| false,
             progress: &|_| {},
@@ -74,7 +77,7 @@ impl std::fmt::Debug for LoadOptions<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut fields = f.debug_struct("LoadOptions");
         fields.field("max_positions", &self.max_positions).field("embedding_rows", &self.embedding_rows);
-        fields.field("max_rows", &self.max_rows).field("hub", &self.hub);
+        fields.field("max_rows", &self.max_rows).field("evaluates", &self.evaluates).field("hub", &self.hub);
         fields.finish_non_exhaustive()
     }
 }
@@ -115,7 +118,8 @@ pub fn load_sources(
     tokenizer: &Tokenizer,
     options: &LoadOptions<'_>,
 ) -> Result<Dataset, DataError> {
-    load(sources, Role::Train, config, tokenizer, options)
+    let role = if options.evaluates { Role::Eval } else { Role::Train };
+    load(sources, role, config, tokenizer, options)
 }
 
 /// Reads the training rows and the evaluation rows; the latter from their own file, or held out
@@ -184,7 +188,7 @@ fn load(
     options: &LoadOptions<'_>,
 ) -> Result<Dataset, DataError> {
     let mut report = DataReport::new(sources.to_string(), config.max_length);
-    let mut planned = Vec::new();
+    let (mut planned, mut any_chosen) = (Vec::new(), false);
     for source in &sources.0 {
         let split = source.split.as_deref().or(config.split.as_deref().filter(|_| role == Role::Train));
         let split: Split = split
@@ -195,14 +199,20 @@ fn load(
         let wanted = Wanted {
             role,
             subset: source.subset.as_deref().or(config.subset.as_deref()),
+            subset_is_of_all: source.subset.is_none(),
             split: split.name.as_deref(),
             files: source.files.as_deref(),
             revision: source.revision.as_deref(),
         };
-        let Found { files, notes } = find::files(source, &wanted, options.hub)?;
+        let Found { files, are_chosen, notes } = find::files(source, &wanted, options.hub)?;
+        any_chosen |= are_chosen;
         report.notes.extend(notes.into_iter().map(|note| format!("{}: {note}", source.path.display())));
         let columns = source.columns.as_ref().unwrap_or(&config.columns);
         planned.push(Planned { source, files, format: source.format.unwrap_or(config.format), columns, split });
+    }
+    if let (Some(subset), Role::Train, false) = (&config.subset, role, any_chosen) {
+        let problem = format!("= {subset:?} chooses among the files of a folder or hub id, and {sources} names files; leave it out");
+        return Err(DataError::Config { key: "subset", problem });
     }
     let files: Vec<&Path> = planned.iter().flat_map(|planned| planned.files.iter().map(PathBuf::as_path)).collect();
     let loader = FileLoader {
@@ -253,7 +263,7 @@ fn load(
         let unseen = renaming.unseen();
         if !unseen.is_empty() && options.max_rows.is_none() {
             let path = planned.source.path.display();
-            let problem = format!("reads {}, which no row of {path} has; name a column that is there", list(&unseen));
+            let problem = format!("reads {}, which no row of {path} has; name a column that is there (a source's own columns go before data.columns)", list(&unseen));
             return Err(DataError::Config { key: "columns", problem });
         }
         let rows = data.examples.len() - first;

@@ -117,6 +117,13 @@ fn a_folder_has_splits() {
     let unnamed = DataConfig { eval: Some(dir.path().into()), ..both };
     let error = load_splits(&unnamed, tokenizer(), 1).unwrap_err().to_string();
     assert!(error.contains("has the splits test and train; say which to evaluate on"), "{error}");
+    // A subset that is said of all sources is no matter of those that are files, but of one at least.
+    let subset = DataConfig { subset: Some("de".into()), ..config() };
+    let nested = folder(&[("de/a.jsonl", &rows("ab")), ("en/a.jsonl", &rows("cd"))]);
+    let with_file = Sources(vec![Source::new(nested.path()), Source::new(dir.path().join("test.jsonl"))]);
+    assert_eq!(texts(&load(with_file, &subset).unwrap()), "abef");
+    let error = load(dir.path().join("test.jsonl"), &subset).unwrap_err();
+    assert!(error.contains("data.subset = \"de\" chooses among"), "{error}");
     let error = load(Sources(vec![Source { split: Some("test".into()), ..Source::new(dir.path().join("test.jsonl")) }]), &config());
     assert!(error.unwrap_err().contains("this is a file"));
 }

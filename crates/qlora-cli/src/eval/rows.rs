@@ -59,6 +59,7 @@ impl Rows {
             max_positions: Some(model.max_position_embeddings),
             embedding_rows: Some(model.vocab_size),
             max_rows: args.limit.map(|rows| rows as usize),
+            evaluates: true,
             hub: Some(&hub),
             progress: &progress,
             ..LoadOptions::default()
@@ -148,7 +149,8 @@ fn data_config(args: &EvalArgs, prompting: &Prompting) -> Result<DataConfig> {
 }
 
 /// The flags that stand for keys of `[data]` here; rows are read by what knows of the keys.
-const FLAGS: [(&str, &str); 12] = [
+const FLAGS: [(&str, &str); 13] = [
+    ("data.eval = { path = \"..\", split = \"..\" }", "--split NAME"),
     ("data.loss_on = \"all\"", "--loss-on all"),
     ("data.max_length = ", "--max-length "),
     ("data.loss_on = ", "--loss-on "),

@@ -2,10 +2,8 @@
 
 use burn_qlora::config::TEMPLATE;
 
-/// The template with values in place of defaults; `values` are keys, as `section.key`, with what TOML writes behind them.
-///
-/// # Panics
-/// Never: a key that the template does not have is put at the end of its section.
+/// The template with values in place of defaults; `values` are keys, as `section.key`, with what TOML writes behind them. A key that the template
+/// does not have is put at the end of its section.
 pub fn fill(values: &[(String, String)]) -> String {
     let mut lines: Vec<String> = TEMPLATE.lines().map(str::to_owned).collect();
     for (key, value) in values {

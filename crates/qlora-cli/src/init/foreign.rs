@@ -111,7 +111,7 @@ impl Work {
             Whose::LlamaFactory => self.llama_factory(&mut given),
             Whose::Peft => self.notes.push("an adapter does not say how it was trained: data and [train] are at their defaults".into()),
         }
-        let shared = if whose == Whose::Peft { &[] } else { SHARED };
+        let shared: &[Row] = if whose == Whose::Peft { &[] } else { SHARED };
         for (key, value) in given {
             match table.iter().chain(shared).find(|(name, ..)| *name == key) {
                 Some((_, ours, how)) => self.translate(&key, &value, ours, *how),

@@ -29,6 +29,8 @@ pub(crate) enum Role {
 pub(crate) struct Wanted<'a> {
     pub role: Role,
     pub subset: Option<&'a str>,
+    /// Whether the subset is said of all sources, some of which may be files.
+    pub subset_is_of_all: bool,
     /// The name of a split.
     pub split: Option<&'a str>,
     /// A glob, relative to it.
@@ -40,7 +42,8 @@ impl Wanted<'_> {
     /// Refuses what has no meaning beside a file of its own.
     pub fn of_a_file(&self, what: &str) -> Result<(), String> {
         self.without_revision(what)?;
-        for (name, value) in [("subset", self.subset), ("files", self.files)] {
+        let own_subset = self.subset.filter(|_| !self.subset_is_of_all);
+        for (name, value) in [("subset", own_subset), ("files", self.files)] {
             if let Some(value) = value {
                 return Err(format!("{name} = {value:?} chooses among the files of a folder or hub id, and this is {what}"));
             }
@@ -303,7 +306,7 @@ mod tests {
     use serde_json::json;
 
     const TRAIN: Wanted<'static> =
-        Wanted { role: Role::Train, subset: None, split: None, files: None, revision: None };
+        Wanted { role: Role::Train, subset: None, subset_is_of_all: false, split: None, files: None, revision: None };
 
     fn chosen(names: &[&str], card: Json, wanted: Wanted<'_>) -> Result<Vec<String>, String> {
         let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();

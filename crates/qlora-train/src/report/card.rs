@@ -6,7 +6,6 @@
 //! (Format: <https://huggingface.co/docs/hub/model-cards>.)
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use adapter_io::{AdapterConfig, TargetModules};
 
