@@ -18,9 +18,9 @@ use crate::error::ChatError;
 use crate::mask::Labelled;
 use crate::tokenizer::{Encoding, Tokenizer};
 
-/// Bytes before a boundary that are tokenized again to see whether they become the same tokens there. Longer
-/// prompts are only compared in whole if their ends differ.
-const WINDOW: usize = 8 << 10;
+/// Bytes before a boundary that are tokenized again to see whether they become the same tokens there: first a few, more where those
+/// don't tell, and then all. A conversation of many turns has as many boundaries, and is not tokenized as often.
+const WINDOWS: [usize; 2] = [1 << 10, 8 << 10];
 
 /// Texts that a part is put behind where a tokenizer puts a blank before each text (SentencePiece). The first
 /// whose end is the end of a token is taken.
@@ -70,22 +70,39 @@ impl Tokenizer {
     /// Whether the tokens before `at`, from the last cut on, are those of the text before `at` alone.
     fn same_prompt(&self, text: &str, tokens: &Encoding, cut: Option<usize>, at: usize) -> Result<bool, ChatError> {
         let before = tokens.offsets.partition_point(|&(_, end)| end <= at);
-        let first = cut.map_or(0, |cut| tokens.offsets.partition_point(|&(_, end)| end <= cut));
-        // An added token is a boundary that nothing is joined across.
-        let added =
-            (first..before).rev().find(|&i| tokens.offsets[i].0 < tokens.offsets[i].1 && self.is_added(tokens.ids[i]));
-        let from = added.map_or(cut.unwrap_or(0), |i| tokens.offsets[i].0);
-        let is_cut = added.is_none() && cut.is_some();
-        if at - from > WINDOW {
-            let near = tokens.offsets.partition_point(|&(start, _)| start < at - WINDOW);
-            let start = tokens.offsets.get(near).map_or(from, |&(start, _)| start);
-            if start < at && same(tokens, &self.encode(&text[start..at], false)?, start..at, at - WINDOW / 2) {
+        let least = cut.unwrap_or(0);
+        for window in WINDOWS.into_iter().filter(|window| at - least > *window) {
+            let near = tokens.offsets.partition_point(|&(start, _)| start < at - window);
+            if self.last_added(tokens, near..before).is_some() {
+                break;
+            }
+            let Some(&(start, _)) = tokens.offsets.get(near).filter(|&&(start, _)| start < at) else { continue };
+            let alone = self.encode(&text[start..at], false)?;
+            // The first half of a window may differ because it begins there.
+            let half = at - window / 2;
+            if same(tokens, &alone, start, half..at) {
                 return Ok(true);
             }
+            // Where both go along with each other and part at the end, more text before them changes nothing.
+            let until = at - window / 4;
+            if tokens.starts_in(half..until) && same(tokens, &alone, start, half..until) {
+                return Ok(false);
+            }
         }
+        let first = cut.map_or(0, |cut| tokens.offsets.partition_point(|&(_, end)| end <= cut));
+        let added = self.last_added(tokens, first..before);
+        let from = added.map_or(least, |i| tokens.offsets[i].0);
         let alone = &text[from..at];
-        let alone = if is_cut { self.encode_behind(alone)? } else { self.encode(alone, false)? };
-        Ok(same(tokens, &alone, from..at, from))
+        let alone = match added.is_none() && cut.is_some() {
+            true => self.encode_behind(alone)?,
+            false => self.encode(alone, false)?,
+        };
+        Ok(same(tokens, &alone, from, from..at))
+    }
+
+    /// The last added token with a text of its own: a boundary that nothing is joined across.
+    fn last_added(&self, tokens: &Encoding, mut among: Range<usize>) -> Option<usize> {
+        among.rfind(|&i| tokens.offsets[i].0 < tokens.offsets[i].1 && self.is_added(tokens.ids[i]))
     }
 
     /// The parts of a text tokenized apart, with what the tokenizer puts around the whole.
@@ -146,14 +163,15 @@ impl Tokenizer {
     }
 }
 
-/// Whether a part of a text has the tokens that it has alone, from `compared` on.
-fn same(tokens: &Encoding, alone: &Encoding, part: Range<usize>, compared: usize) -> bool {
-    let offsets = alone.offsets.iter().map(|(start, end)| (part.start + start, part.start + end));
-    let alone = alone.ids.iter().zip(offsets);
-    let all = tokens.ids.iter().zip(tokens.offsets.iter().copied());
+/// Whether a text has the same tokens within a range as a part of it has alone, which begins at `start`.
+fn same(tokens: &Encoding, alone: &Encoding, start: usize, range: Range<usize>) -> bool {
     // A token without text, such as an added `bos`, is not part of the comparison.
-    let wanted = |&(_, (start, end)): &(&u32, (usize, usize))| start >= compared && start < end && end <= part.end;
-    alone.filter(wanted).eq(all.filter(wanted))
+    let within = |&(_, (from, to)): &(u32, (usize, usize))| range.start <= from && from < to && to <= range.end;
+    let first = tokens.offsets.partition_point(|&(from, _)| from < range.start);
+    let all = tokens.ids[first..].iter().copied().zip(tokens.offsets[first..].iter().copied());
+    let all = all.take_while(|&(_, (from, to))| from < range.end || from == to).filter(within);
+    let alone = alone.ids.iter().copied().zip(alone.offsets.iter().map(|(from, to)| (start + from, start + to)));
+    alone.filter(within).eq(all)
 }
 
 /// Whether a token holds text from both sides.
@@ -164,6 +182,12 @@ fn crosses(encoding: &Encoding, at: usize) -> bool {
 }
 
 impl Encoding {
+    /// Whether a token begins and ends in a range.
+    fn starts_in(&self, range: Range<usize>) -> bool {
+        let first = self.offsets.partition_point(|&(from, _)| from < range.start);
+        self.offsets.get(first).is_some_and(|&(_, to)| to <= range.end)
+    }
+
     fn extend(&mut self, other: &Encoding, tokens: Range<usize>, shift: usize) {
         self.ids.extend_from_slice(&other.ids[tokens.clone()]);
         self.offsets.extend(other.offsets[tokens].iter().map(|(start, end)| (start + shift, end + shift)));

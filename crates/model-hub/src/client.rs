@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use hf_hub::progress::Progress;
-use hf_hub::repository::ModelInfo;
-use hf_hub::{HFClient, HFClientBuilder, HFClientSync, HFError, HFRepositorySync, RepoTypeModel, split_id};
+use hf_hub::{
+    HFClient, HFClientBuilder, HFClientSync, HFError, HFRepository, HFRepositorySync, RepoType, RepoTypeAny, RepoTypeDataset,
+    RepoTypeModel, split_id,
+};
 
-use crate::Hub;
+use crate::{Hub, RepoKind};
 
 /// How long the hub may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(30);
@@ -89,6 +91,40 @@ impl Failure {
     }
 }
 
+/// What the hub says about a repository.
+pub(crate) struct Info {
+    /// The commit that the revision points to.
+    pub commit: Option<String>,
+    /// Paths of its files.
+    pub files: Vec<String>,
+    /// What stands above its README, of a data set.
+    pub card: serde_json::Value,
+}
+
+/// Loads a file of a repository into `sink`. The repository's kind is a type: hf-hub 1.0 asks for files of `RepoTypeAny` as for a model's.
+async fn stream<T: RepoType>(
+    repository: HFRepository<T>,
+    revision: &str,
+    file: &str,
+    range: Option<Range<u64>>,
+    sink: &mut dyn Sink,
+) -> Result<(), Failure> {
+    let stream = repository.download_file_stream().filename(file).revision(revision).maybe_range(range);
+    let (length, mut bytes) = stream.send().await?;
+    sink.begin(length)?;
+    while let Some(chunk) = bytes.next().await {
+        sink.take(&chunk?)?;
+    }
+    Ok(())
+}
+
+fn any(kind: RepoKind) -> RepoTypeAny {
+    match kind {
+        RepoKind::Model => RepoTypeAny::Model,
+        RepoKind::DataSet => RepoTypeAny::Dataset,
+    }
+}
+
 /// Where a download goes.
 pub(crate) trait Sink: Send {
     /// An answer begins; `length` is how much it holds, where that is known.
@@ -120,16 +156,33 @@ impl<'a> Client<'a> {
         self.patient.model(owner, name)
     }
 
-    /// What the hub says about a model; asked once, because the cache may do instead.
-    pub(crate) fn info(&self, repo: &str, revision: &str) -> Result<ModelInfo, Failure> {
+    /// A repository.
+    pub(crate) fn repository(&self, (kind, repo): (RepoKind, &str)) -> HFRepositorySync<RepoTypeAny> {
         let (owner, name) = split_id(repo);
-        Ok(self.once.model(owner, name).info().revision(revision).send()?)
+        self.patient.repository(any(kind), owner, name)
+    }
+
+    /// What the hub says about a repository; asked once, because the cache may do instead.
+    pub(crate) fn info(&self, (kind, repo): (RepoKind, &str), revision: &str) -> Result<Info, Failure> {
+        let (owner, name) = split_id(repo);
+        let (sha, siblings, card) = match kind {
+            RepoKind::Model => {
+                let info = self.once.repository(RepoTypeModel, owner, name).info().revision(revision).send()?;
+                (info.sha, info.siblings, None)
+            }
+            RepoKind::DataSet => {
+                let info = self.once.repository(RepoTypeDataset, owner, name).info().revision(revision).send()?;
+                (info.sha, info.siblings, info.card_data)
+            }
+        };
+        let files = siblings.unwrap_or_default().into_iter().map(|file| file.rfilename).collect();
+        Ok(Info { commit: sha, files, card: card.unwrap_or_default() })
     }
 
     /// Loads a file, or a part of it, into `sink`.
     pub(crate) fn stream(
         &self,
-        repo: &str,
+        (kind, repo): (RepoKind, &str),
         revision: &str,
         file: &str,
         range: Option<Range<u64>>,
@@ -139,21 +192,17 @@ impl<'a> Client<'a> {
         let client = self.asynchronous(0)?;
         let (owner, name) = split_id(repo);
         on_a_runtime(async move {
-            let model = client.model(owner, name);
-            let stream = model.download_file_stream().filename(file).revision(revision).maybe_range(range);
-            let (length, mut bytes) = stream.send().await?;
-            sink.begin(length)?;
-            while let Some(chunk) = bytes.next().await {
-                sink.take(&chunk?)?;
+            match kind {
+                RepoKind::Model => stream(client.model(owner, name), revision, file, range, sink).await,
+                RepoKind::DataSet => stream(client.dataset(owner, name), revision, file, range, sink).await,
             }
-            Ok(())
         })
     }
 
     /// Has hf-hub load a file by Xet into a cache of its own at `cache_dir`.
     pub(crate) fn by_xet(
         &self,
-        repo: &str,
+        (kind, repo): (RepoKind, &str),
         commit: &str,
         file: &str,
         cache_dir: &std::path::Path,
@@ -161,9 +210,17 @@ impl<'a> Client<'a> {
     ) -> Result<(), Failure> {
         let client = builder(self.hub, RETRIES).map_err(Failure::NoAnswer)?.cache_dir(cache_dir).build_sync()?;
         let (owner, name) = split_id(repo);
-        let model = client.model(owner, name);
-        let download = model.download_file().filename(file).revision(commit).progress(progress);
-        download.send().map(drop).map_err(Failure::from)
+        let done = match kind {
+            RepoKind::Model => {
+                let repository = client.model(owner, name);
+                repository.download_file().filename(file).revision(commit).progress(progress).send()
+            }
+            RepoKind::DataSet => {
+                let repository = client.dataset(owner, name);
+                repository.download_file().filename(file).revision(commit).progress(progress).send()
+            }
+        };
+        done.map(drop).map_err(Failure::from)
     }
 
     /// Whether the hub stores large files of a repository in Xet.

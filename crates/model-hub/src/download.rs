@@ -1,4 +1,4 @@
-//! One file of a model, from the hub into the cache: resumed, checked, linked into its snapshot.
+//! One file of a repository, from the hub into the cache: resumed, checked, linked into its snapshot.
 //!
 //! A file lies in the cache as `blobs/<etag>`, where the etag is the SHA-256 of its content (large files) or the
 //! SHA-1 that Git gives it. While it is loading it is `blobs/<etag>.incomplete` (`part.rs`), the name that Python's
@@ -59,8 +59,8 @@ impl Remote<'_> {
     /// where the hub refuses.
     fn infos(&self, files: &[&str]) -> Result<BTreeMap<String, FileInfo>, HubError> {
         let paths = files.iter().map(|file| (*file).to_owned()).collect();
-        let model = self.client.model(self.request.model);
-        let entries = match model.get_paths_info().paths(paths).revision(self.commit).send().map_err(Failure::from) {
+        let repository = self.client.repository(self.request.repo);
+        let entries = match repository.get_paths_info().paths(paths).revision(self.commit).send().map_err(Failure::from) {
             Ok(entries) => entries,
             Err(Failure::Status { .. } | Failure::Nonsense(_)) => return Ok(BTreeMap::new()),
             Err(failure) => return Err(self.failed(files[0], failure)),
@@ -76,8 +76,8 @@ impl Remote<'_> {
     }
 
     fn ask_for(&self, file: &str) -> Result<FileInfo, HubError> {
-        let model = self.client.model(self.request.model);
-        let answer = model.get_file_metadata().filepath(file).revision(self.commit).send();
+        let repository = self.client.repository(self.request.repo);
+        let answer = repository.get_file_metadata().filepath(file).revision(self.commit).send();
         let found = answer.map_err(|error| self.failed(file, error.into()))?;
         // 0 stands for "not known", too.
         let size = Some(found.file_size).filter(|size| *size > 0);
@@ -113,7 +113,7 @@ impl Remote<'_> {
             }
         }
         let pointer = self.request.snapshot(self.commit).join(file);
-        link(&blob, &pointer).map_err(|e| disk(&pointer, e))
+        link(&blob, &pointer, file).map_err(|e| disk(&pointer, e))
     }
 
     /// Gets a new file by Xet, or a beginning of it. When that fails, HTTP does the rest.
@@ -131,7 +131,7 @@ impl Remote<'_> {
         }
         if info.xet && self.request.hub.xet && part.len().map_err(|e| disk(part.path(), e))? == 0 {
             let relay = Relay { file: file.to_owned(), total: info.size, to: self.request.hub.progress.clone() };
-            let done = self.client.by_xet(self.request.model, self.commit, file, &cache, Arc::new(relay).into());
+            let done = self.client.by_xet(self.request.repo, self.commit, file, &cache, Arc::new(relay).into());
             if let Err(failure) = done {
                 tracing::warn!("{}: {failure:?}; going on over HTTP", self.at(file));
             }
@@ -181,7 +181,7 @@ impl Remote<'_> {
                 part.restart().map_err(disk)?;
             }
             let mut incoming = Incoming { part, info, file, range: range.clone(), done: 0, to: self.report() };
-            let outcome = self.client.stream(self.request.model, self.commit, file, range, &mut incoming);
+            let outcome = self.client.stream(self.request.repo, self.commit, file, range, &mut incoming);
             let after = part.len().map_err(disk)?;
             let why = match outcome {
                 Ok(()) if info.size.is_none_or(|size| after == size) => return Ok(()),
@@ -282,8 +282,8 @@ fn plain_etag(etag: &str) -> String {
     etag.trim_start_matches("W/").trim_matches('"').to_ascii_lowercase()
 }
 
-/// Lets the snapshot's name stand for the blob.
-fn link(blob: &Path, pointer: &Path) -> io::Result<()> {
+/// Lets the snapshot's name for `file` stand for the blob.
+fn link(blob: &Path, pointer: &Path, file: &str) -> io::Result<()> {
     let folder = pointer.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
     if pointer.symlink_metadata().is_ok() && !pointer.exists() {
@@ -291,7 +291,9 @@ fn link(blob: &Path, pointer: &Path) -> io::Result<()> {
     }
     #[cfg(unix)]
     {
-        let target = Path::new("../../blobs").join(blob.file_name().unwrap_or_default());
+        // Out of the file's own folders, the commit's and `snapshots`.
+        let up = "../".repeat(file.split('/').count() + 1);
+        let target = Path::new(&up).join("blobs").join(blob.file_name().unwrap_or_default());
         match std::os::unix::fs::symlink(target, pointer) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
             Ok(()) => return Ok(()),

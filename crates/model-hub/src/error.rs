@@ -3,9 +3,48 @@
 use std::fmt;
 use std::path::PathBuf;
 
+/// What a repository holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RepoKind {
+    /// A model or an adapter.
+    #[default]
+    Model,
+    /// A data set.
+    DataSet,
+}
+
+impl RepoKind {
+    /// Where pages of such repositories begin, behind the hub's address.
+    pub(crate) fn page(self) -> &'static str {
+        match self {
+            Self::Model => "",
+            Self::DataSet => "datasets/",
+        }
+    }
+
+    /// What folders of the cache begin with.
+    pub(crate) fn folder(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::DataSet => "datasets",
+        }
+    }
+}
+
+impl fmt::Display for RepoKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "model",
+            Self::DataSet => "data set",
+        })
+    }
+}
+
 /// What of the hub an error is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
+    /// What the repository holds.
+    pub kind: RepoKind,
     /// The repository's id, such as `org/name`.
     pub repo: String,
     /// Branch, tag or commit.
@@ -100,7 +139,7 @@ pub enum HubError {
     },
     /// The hub has no such model, or does not say so to this token. It answers the same for private models.
     #[error(
-        "{at}: there is no folder of that name, and {endpoint} has no such model; check the spelling, unless {}",
+        "{at}: there is no folder of that name, and {endpoint} has no such {}; check the spelling, unless {}", at.kind,
         if *has_token { "the token in use has no access to it" } else { "it is private: then set HF_TOKEN" }
     )]
     NoSuchModel {
@@ -112,7 +151,7 @@ pub enum HubError {
         has_token: bool,
     },
     /// The model has no such branch, tag or commit.
-    #[error("{at}: {endpoint} has the model, but not this revision")]
+    #[error("{at}: {endpoint} has the {}, but not this revision", at.kind)]
     NoSuchRevision {
         /// The model.
         at: Box<Place>,
@@ -121,8 +160,8 @@ pub enum HubError {
     },
     /// A model that its owner gives out on request only.
     #[error(
-        "{at}: access is restricted: accept the licence at {endpoint}/{}, then set HF_TOKEN to a token of that account",
-        at.repo
+        "{at}: access is restricted: accept the licence at {endpoint}/{}{}, then set HF_TOKEN to a token of that account",
+        at.kind.page(), at.repo
     )]
     Restricted {
         /// The model.

@@ -1,4 +1,5 @@
-//! Where a model comes from: a folder, or a model id of the Hugging Face hub; and the way back, [`Hub::push`].
+//! Where a model comes from: a folder, or a model id of the Hugging Face hub; data sets of the hub, [`Hub::data_set`]; and the way back,
+//! [`Hub::push`].
 //!
 //! Downloads go into the cache that the Python libraries share, so a model is fetched once whoever fetched it:
 //! `models--ORG--NAME/{refs,blobs,snapshots}` under `HF_HUB_CACHE` or `HF_HOME/hub`. Only what is read is
@@ -21,6 +22,7 @@
 
 mod checkpoint;
 mod client;
+mod data_set;
 mod download;
 mod environment;
 mod error;
@@ -35,10 +37,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use checkpoint::{INDEX, missing_file, shards, wanted};
-use client::{Client, Failure};
+use client::{Client, Failure, Info};
 use download::Remote;
 
-pub use error::{HubError, Place};
+pub use data_set::DataSet;
+pub use error::{HubError, Place, RepoKind};
 pub use push::{Content, PushOptions, Pushed, Upload};
 
 /// Finds the folder of a model or adapter: `model` is a folder, or a hub id, which is downloaded unless the cache
@@ -136,12 +139,7 @@ impl Hub {
             }
             _ => {}
         }
-        let request = Request { hub: self, model, revision: revision.unwrap_or("main") };
-        if !is_plain_path(request.revision) {
-            let problem = "this can't be the name of a branch or tag, or a commit".into();
-            return Err(HubError::Name { at: request.place(), problem });
-        }
-        request.resolve()
+        Request::new(self, (RepoKind::Model, model), revision)?.resolve()
     }
 }
 
@@ -173,8 +171,21 @@ fn is_commit(revision: &str) -> bool {
 
 struct Request<'a> {
     hub: &'a Hub,
-    model: &'a str,
+    repo: (RepoKind, &'a str),
     revision: &'a str,
+}
+
+impl<'a> Request<'a> {
+    /// # Errors
+    /// The revision can't be one.
+    fn new(hub: &'a Hub, repo: (RepoKind, &'a str), revision: Option<&'a str>) -> Result<Self, HubError> {
+        let request = Self { hub, repo, revision: revision.unwrap_or("main") };
+        if !is_plain_path(request.revision) {
+            let problem = "this can't be the name of a branch or tag, or a commit".into();
+            return Err(HubError::Name { at: request.place(), problem });
+        }
+        Ok(request)
+    }
 }
 
 impl Request<'_> {
@@ -200,7 +211,7 @@ impl Request<'_> {
             }
             (Err(why), _) => return Err(HubError::Client { endpoint, why }),
         };
-        match (client.info(self.model, self.revision), cached) {
+        match (client.info(self.repo, self.revision), cached) {
             (Ok(info), _) => self.download(&client, info),
             (Err(Failure::NoAnswer(why)), Ok(Some(dir))) => {
                 tracing::warn!("{endpoint} can't be reached ({why}): using {}", dir.display());
@@ -214,7 +225,7 @@ impl Request<'_> {
     }
 
     fn place(&self) -> Box<Place> {
-        Box::new(Place { repo: self.model.to_owned(), revision: self.revision.to_owned(), file: None })
+        Box::new(Place { kind: self.repo.0, repo: self.repo.1.to_owned(), revision: self.revision.to_owned(), file: None })
     }
 
     /// An answer that is no. The hub says 401 for private and for missing models alike.
@@ -236,24 +247,29 @@ impl Request<'_> {
         }
     }
 
-    /// The model's folder in the cache.
+    /// The repository's folder in the cache.
     fn folder(&self) -> PathBuf {
-        self.hub.cache_dir.join(format!("models--{}", self.model.replace('/', "--")))
+        let (kind, repo) = self.repo;
+        self.hub.cache_dir.join(format!("{}--{}", kind.folder(), repo.replace('/', "--")))
     }
 
     fn snapshot(&self, commit: &str) -> PathBuf {
         self.folder().join("snapshots").join(commit)
     }
 
+    /// The commit that the revision pointed to when it was last downloaded.
+    fn cached_commit(&self) -> Option<String> {
+        match std::fs::read_to_string(self.folder().join("refs").join(self.revision)) {
+            // What stands there becomes a path.
+            Ok(commit) if is_commit(commit.trim()) => Some(commit.trim().to_owned()),
+            Err(_) if is_commit(self.revision) => Some(self.revision.to_owned()),
+            _ => None,
+        }
+    }
+
     /// The cached snapshot of the revision; an error names the file that an incomplete one lacks.
     fn cached(&self) -> Result<Option<PathBuf>, String> {
-        let commit = match std::fs::read_to_string(self.folder().join("refs").join(self.revision)) {
-            // What stands there becomes a path.
-            Ok(commit) if is_commit(commit.trim()) => commit.trim().to_owned(),
-            Ok(_) => return Ok(None),
-            Err(_) if is_commit(self.revision) => self.revision.to_owned(),
-            Err(_) => return Ok(None),
-        };
+        let Some(commit) = self.cached_commit() else { return Ok(None) };
         let dir = self.snapshot(&commit);
         if !dir.is_dir() {
             return Ok(None);
@@ -261,15 +277,19 @@ impl Request<'_> {
         missing_file(&dir).map_or(Ok(Some(dir)), Err)
     }
 
-    fn download(&self, client: &Client<'_>, info: hf_hub::repository::ModelInfo) -> Result<PathBuf, HubError> {
-        // Names from the network become paths: nothing may climb out of the snapshot.
-        let Some(commit) = info.sha.filter(|sha| is_commit(sha)) else {
+    /// The commit of an answer, which becomes a path.
+    fn commit(&self, info: &Info) -> Result<String, HubError> {
+        info.commit.clone().filter(|sha| is_commit(sha)).ok_or_else(|| {
             let problem = "names no commit".to_owned();
-            return Err(HubError::Answer { at: self.place(), endpoint: self.hub.endpoint.clone(), problem });
-        };
+            HubError::Answer { at: self.place(), endpoint: self.hub.endpoint.clone(), problem }
+        })
+    }
+
+    fn download(&self, client: &Client<'_>, info: Info) -> Result<PathBuf, HubError> {
+        // Names from the network become paths: nothing may climb out of the snapshot.
+        let commit = self.commit(&info)?;
         let remote = Remote { request: self, client, commit: &commit };
-        let siblings = info.siblings.unwrap_or_default();
-        let files: BTreeSet<&str> = siblings.iter().map(|file| file.rfilename.as_str()).collect();
+        let files: BTreeSet<&str> = info.files.iter().map(String::as_str).collect();
         let first = wanted(&files).map_err(|others| HubError::NoWeights { at: self.place(), others })?;
         remote.fetch(&first)?;
         if first.contains(&INDEX) {
@@ -285,16 +305,20 @@ impl Request<'_> {
 
     /// Notes the commit that the revision points to.
     fn write_ref(&self, commit: &str) -> Result<(), HubError> {
-        let path = self.folder().join("refs").join(self.revision);
+        self.write_beside(&self.folder().join("refs").join(self.revision), commit.as_bytes())
+    }
+
+    /// Writes a small file of the repository's folder, as a whole or not at all.
+    fn write_beside(&self, path: &Path, content: &[u8]) -> Result<(), HubError> {
         // Nobody else writes to a file of this name.
         static WRITTEN: AtomicU64 = AtomicU64::new(0);
         let count = WRITTEN.fetch_add(1, Ordering::Relaxed);
         let unfinished = self.folder().join(format!("ref-{}-{count}", std::process::id()));
         let write = || {
-            std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
-            std::fs::write(&unfinished, commit)?;
-            std::fs::rename(&unfinished, &path)
+            std::fs::create_dir_all(path.parent().unwrap_or(path))?;
+            std::fs::write(&unfinished, content)?;
+            std::fs::rename(&unfinished, path)
         };
-        write().map_err(|source| HubError::Write { path: path.clone(), source })
+        write().map_err(|source| HubError::Write { path: path.to_owned(), source })
     }
 }

@@ -11,7 +11,7 @@ use hf_hub::progress::{FileStatus, ProgressEvent, ProgressHandler, UploadEvent};
 use hf_hub::repository::CommitOperation;
 
 use crate::client::{Client, Failure};
-use crate::{Direction, Hub, HubError, OnProgress, Place, Progress, is_hub_id, is_plain_path};
+use crate::{Direction, Hub, HubError, OnProgress, Place, Progress, RepoKind, is_hub_id, is_plain_path};
 
 /// The largest file that may be part of the commit itself.
 const MAX_INLINE: u64 = 10 << 20;
@@ -114,7 +114,7 @@ struct Push<'a> {
 
 impl Push<'_> {
     fn at(&self) -> Box<Place> {
-        Box::new(Place { repo: self.repo.clone(), revision: self.options.revision.clone(), file: None })
+        Box::new(Place { kind: RepoKind::Model, repo: self.repo.clone(), revision: self.options.revision.clone(), file: None })
     }
 
     /// Where the files on the disk come from.

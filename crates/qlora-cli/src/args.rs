@@ -193,11 +193,11 @@ pub struct KeyFlags {
     /// model.path: a folder or a hub id
     #[arg(long)]
     pub model: Option<String>,
-    /// data.train: the training rows, JSONL
-    #[arg(long, value_name = "FILE")]
+    /// data.train: the training rows: a file of JSON lines, a JSON array, CSV, TSV or Parquet, a folder, a glob or a hub id
+    #[arg(long, value_name = "ROWS")]
     pub data: Option<String>,
-    /// data.eval: the evaluation rows, JSONL
-    #[arg(long, value_name = "FILE")]
+    /// data.eval: the evaluation rows, as data.train
+    #[arg(long, value_name = "ROWS")]
     pub eval: Option<String>,
     /// data.max_length
     #[arg(long, value_name = "TOKENS")]
@@ -268,6 +268,9 @@ pub struct InitArgs {
     /// Where to write it; `-` is the standard output
     #[arg(default_value = "qlora.toml")]
     pub path: PathBuf,
+    /// Say what another trainer's configuration says: Axolotl's or LLaMA-Factory's YAML, or a PEFT adapter_config.json
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<PathBuf>,
     /// Replace a file that exists
     #[arg(long)]
     pub force: bool,

@@ -23,6 +23,7 @@ mod progress;
 mod prompts;
 mod push;
 mod quantize;
+mod reading;
 mod serve;
 mod signals;
 mod sources;

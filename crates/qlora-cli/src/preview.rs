@@ -57,6 +57,7 @@ pub fn of_rows(
     let train = &config.train;
     let pad_id = padding_id(tokenizer, model.vocab_size);
     let order = BatchOrder::new(&rows.examples, &config.data, train.batch_size, train.seed, pad_id);
+    let order = order.weighted(&rows.weights)?;
     Ok(Preview::new(rows, &order, tokenizer, shown, choice)?)
 }
 

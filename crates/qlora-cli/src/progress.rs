@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::metrics::{EvalMetrics, RunInfo, StepMetrics};
 use burn_qlora::model_hub::OnProgress;
+use burn_qlora::qlora_train::OnRows;
 use burn_qlora::report::{count, duration, memory};
 use burn_qlora::{LoadProgress, Summary, TrainEvents};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::hub;
 use crate::output::say;
+use crate::reading;
 
 /// Shows how far loading is.
 pub struct LoadBar {
@@ -133,6 +135,10 @@ impl TrainEvents for Terminal {
         Some(hub::bar())
     }
 
+    fn rows_progress(&mut self) -> Option<OnRows> {
+        Some(reading::bar())
+    }
+
     fn on_load(&mut self, progress: LoadProgress<'_>) {
         let left = progress.total_bytes - progress.loaded_bytes;
         self.load_start.get_or_insert_with(|| (Instant::now(), left));
@@ -222,7 +228,7 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
         ),
         format!(
             "Data     {}: {} rows, {} tokens{evaluated}",
-            run.train_data.display(),
+            run.train_data,
             run.train_rows,
             count(run.train_tokens)
         ),

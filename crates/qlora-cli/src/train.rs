@@ -5,7 +5,7 @@ pub mod ranks;
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -200,10 +200,10 @@ pub fn configuration(file: &Path, keys: &KeyFlags, set: &[String]) -> Result<Tra
 /// A path that starts at the configuration's folder is the likeliest mistake with relative paths.
 fn hint_at_paths_beside_the_file(file: &Path, config: &TrainConfig) -> Result<(), UsageError> {
     let folder = file.parent().unwrap_or(Path::new(""));
-    let data =
-        [Some(("data.train", config.data.train.clone())), config.data.eval.clone().map(|path| ("data.eval", path))];
-    for (key, path) in data.into_iter().flatten().chain([("model.path", PathBuf::from(&config.model.path))]) {
-        let beside = folder.join(&path);
+    let train = config.data.train.paths().map(|path| ("data.train", path));
+    let eval = config.data.eval.iter().flat_map(|sources| sources.paths()).map(|path| ("data.eval", path));
+    for (key, path) in train.chain(eval).chain([("model.path", Path::new(&config.model.path))]) {
+        let beside = folder.join(path);
         if !path.exists() && beside.exists() {
             return Err(UsageError(format!(
                 "{key} = \"{}\": no such file; relative paths start at the current directory, where it is {}",
@@ -230,6 +230,7 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
     let mut of_all = config.train.clone();
     of_all.gradient_accumulation_steps = of_all.gradient_accumulation_steps.saturating_mul(ranks);
     let order = BatchOrder::new(&train.examples, &config.data, of_all.batch_size, of_all.seed, 0);
+    let order = order.weighted(&train.weights)?;
     let total_steps = of_all.total_steps(order.sequences());
     config.train.warnings(total_steps).iter().for_each(|warning| events.on_warning(warning));
     if let Some(holds) = run_in(&config.train.output_dir)? {
@@ -259,7 +260,7 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
     writeln!(
         text,
         "Data     {}: {} rows ({}), {} tokens, of which {} count for the loss; the longest row has {}",
-        report.path.display(),
+        report.sources,
         report.rows,
         report.format,
         count(report.tokens),

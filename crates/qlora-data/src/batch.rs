@@ -15,8 +15,10 @@ use chat_text::{MASKED_LABEL, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use crate::config::DataConfig;
+use crate::dataset::SourceWeight;
 use crate::example::Example;
-use crate::packing::{Packed, best_fit};
+use crate::error::DataError;
+use crate::packing::{Packed, Packing, best_fit};
 use crate::shuffle::{Purpose, permutation};
 
 /// With `group_by_length`, rows are sorted within this many batches.
@@ -148,6 +150,8 @@ pub struct BatchOrder {
     pad_id: u32,
     shuffle: bool,
     group_by_length: bool,
+    /// Sources whose rows are not visited once an epoch.
+    weights: Vec<SourceWeight>,
 }
 
 impl BatchOrder {
@@ -178,6 +182,39 @@ impl BatchOrder {
             pad_id,
             shuffle: false,
             group_by_length: false,
+            weights: Vec::new(),
+        }
+    }
+
+    /// Visits the rows of sources as often as their [weights](crate::Dataset::weights) say: rows of a source with weight 2 stand in an epoch
+    /// twice, and of one with weight 0.25 an epoch holds a fourth, in turn.
+    ///
+    /// # Errors
+    /// [`DataError::Config`]: rows are packed, and a weight is no whole number. An epoch has other rows than the next one then, and would have
+    /// other sequences.
+    pub fn weighted(self, weights: &[SourceWeight]) -> Result<Self, DataError> {
+        let packed = self.packed;
+        let order = Self { weights: weights.to_vec(), ..self };
+        let (Some(Packed { capacity, .. }), Some(visited)) = (packed, order.visited(0)) else { return Ok(order) };
+        if let Some(source) = weights.iter().find(|source| source.rows > 0 && source.visits() % source.rows > 0) {
+            return Err(DataError::Config {
+                key: "packing",
+                problem: format!(
+                    "a source of {} rows has the weight {}, so that each epoch has other rows and would have other sequences; give \
+                     sources weights that are whole numbers, or set data.packing = \"off\"",
+                    source.rows, source.weight
+                ),
+            });
+        }
+        let lengths: Vec<usize> = visited.iter().map(|row| order.lengths[*row]).collect();
+        Ok(Self { packed: Packed::of(Packing::Auto, &lengths, capacity), ..order })
+    }
+
+    /// Rows that one epoch visits.
+    pub fn rows_per_epoch(&self) -> usize {
+        match self.weights.as_slice() {
+            [] => self.lengths.len(),
+            weights => weights.iter().map(|source| source.visits()).sum(),
         }
     }
 
@@ -186,19 +223,38 @@ impl BatchOrder {
         self.packed
     }
 
-    /// Rows of an epoch.
-    pub fn rows_per_epoch(&self) -> usize {
-        self.lengths.len()
-    }
-
     /// What `batch_size` counts in one epoch: rows, or sequences where they are packed. The same in every epoch.
     pub fn sequences(&self) -> usize {
-        self.packed.map_or(self.lengths.len(), |packed| packed.sequences)
+        self.packed.map_or_else(|| self.rows_per_epoch(), |packed| packed.sequences)
     }
 
     /// Batches in one epoch; the last one may hold fewer rows.
     pub fn batches_per_epoch(&self) -> usize {
         self.sequences().div_ceil(self.batch_size)
+    }
+
+    /// The rows that an epoch visits, in the file's order; `None` for each of them once.
+    fn visited(&self, epoch: usize) -> Option<Vec<usize>> {
+        if self.weights.is_empty() {
+            return None;
+        }
+        let mut visited = Vec::with_capacity(self.rows_per_epoch());
+        let mut first = 0;
+        for (number, source) in self.weights.iter().enumerate() {
+            let rows = source.rows;
+            let visits = source.visits();
+            // A fraction of the rows goes through all of them in turn, in an order that is drawn once.
+            let mut times = vec![visits / rows.max(1); rows];
+            let some = visits % rows.max(1);
+            if some > 0 {
+                let order = permutation(rows, self.seed, Purpose::Weights, number as u64);
+                let begin = epoch % rows * some % rows;
+                (begin..begin + some).for_each(|at| times[order[at % rows]] += 1);
+            }
+            visited.extend(times.iter().enumerate().flat_map(|(row, times)| std::iter::repeat_n(first + row, *times)));
+            first += rows;
+        }
+        Some(visited)
     }
 
     /// What an epoch's batches hold. The last batch of an epoch is not filled up with rows.
@@ -217,11 +273,14 @@ impl BatchOrder {
 
     /// Indices of the rows of each batch of an epoch.
     pub fn rows(&self, epoch: usize) -> Vec<Vec<usize>> {
-        let count = self.lengths.len();
+        let count = self.rows_per_epoch();
         let mut order = match self.shuffle {
             true => permutation(count, self.seed, Purpose::Rows, epoch as u64),
             false => (0..count).collect(),
         };
+        if let Some(visited) = self.visited(epoch) {
+            order.iter_mut().for_each(|at| *at = visited[*at]);
+        }
         if let Some(Packed { capacity, .. }) = self.packed {
             return self.sequences_of(order, capacity, epoch).chunks(self.batch_size).map(<[_]>::concat).collect();
         }

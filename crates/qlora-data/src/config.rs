@@ -1,29 +1,42 @@
 //! `[data]` of a training configuration: which rows to learn from and how to read them.
 
 use std::fmt;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value as Json};
 
+use crate::cache::RowCache;
 use crate::error::DataError;
+use crate::mapping::Columns;
 use crate::packing::Packing;
+use crate::sources::Sources;
+use crate::split::Split;
 
 /// `[data]`: the rows to learn from.
 ///
-/// Files are JSONL: one JSON object a line. See [`Format`] for the layouts.
+/// Rows come from files, folders, globs and data sets of the hub, one or several ([`Sources`]). Files are JSON lines, one JSON array, tables of text (`.csv`, `.tsv`; the first line names the columns), each of them plain or packed by gzip or
+/// Zstandard, or Parquet. What a file is follows from its first bytes, and of tables of text from its name. See [`Format`] for the layouts of rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// JSONL file with the training rows.
-    pub train: PathBuf,
-    /// JSONL file with the evaluation rows; overrides `eval_fraction`.
+    /// The training rows.
+    pub train: Sources,
+    /// The evaluation rows; overrides `eval_fraction`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval: Option<PathBuf>,
+    pub eval: Option<Sources>,
     /// Part of the training rows that is held out for evaluation, from 0 (none) to below 1.
     pub eval_fraction: f64,
     /// Layout of the rows: `auto`, `chat`, `prompt_completion`, `alpaca` or `text`.
     pub format: Format,
+    /// What columns of the files are called, by the keys of the layout that they are read as.
+    #[serde(skip_serializing_if = "Columns::is_empty")]
+    pub columns: Columns,
+    /// The configuration of a data set of several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subset: Option<String>,
+    /// The split of the training rows, or a part of one, such as `train[:5%]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
     /// Longer rows are cut to this many tokens, which is counted and reported.
     pub max_length: usize,
     /// Which tokens the loss counts: `assistant` (answers only) or `all`.
@@ -53,6 +66,9 @@ pub struct DataConfig {
     /// Whether rows are laid end to end, in sequences of up to `max_length` tokens, instead of being padded: `auto` or `off`.
     #[serde(skip_serializing_if = "Packing::is_off")]
     pub packing: Packing,
+    /// Where tokenized rows are kept for the next start.
+    #[serde(skip_serializing_if = "RowCache::is_auto")]
+    pub cache: RowCache,
 }
 
 /// A TOML table as JSON. TOML's dates, which JSON has no value for, come as a table with one key.
@@ -76,10 +92,13 @@ fn template_kwargs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map<Str
 impl Default for DataConfig {
     fn default() -> Self {
         Self {
-            train: PathBuf::new(),
+            train: Sources::default(),
             eval: None,
             eval_fraction: 0.0,
             format: Format::Auto,
+            columns: Columns::default(),
+            subset: None,
+            split: None,
             max_length: 2048,
             loss_on: LossOn::Assistant,
             shuffle: true,
@@ -90,6 +109,7 @@ impl Default for DataConfig {
             end_token: None,
             strict: false,
             packing: Packing::Off,
+            cache: RowCache::Auto,
         }
     }
 }
@@ -101,8 +121,14 @@ impl DataConfig {
     /// [`DataError::Config`] names the key and what it allows.
     pub fn validate(&self) -> Result<(), DataError> {
         let fail = |key: &'static str, problem: String| Err(DataError::Config { key, problem });
-        if self.train.as_os_str().is_empty() {
-            return fail("train", "is missing; give the path of a JSONL file".into());
+        if self.train.is_empty() {
+            return fail("train", "is missing; give a file of rows, a folder, a glob or a hub id, or a list of them".into());
+        }
+        self.train.0.iter().try_for_each(|source| source.validate("train"))?;
+        self.eval.iter().flat_map(|sources| &sources.0).try_for_each(|source| source.validate("eval"))?;
+        self.columns.validate().or_else(|problem| fail("columns", problem))?;
+        if let Some(Err(problem)) = self.split.as_deref().map(str::parse::<Split>) {
+            return fail("split", problem);
         }
         if self.max_length < 2 {
             return fail("max_length", format!("= {} leaves no token to predict; give 2 or more", self.max_length));

@@ -1,5 +1,6 @@
 //! Rows to learn from, with what was read, cut and left out.
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
@@ -7,13 +8,34 @@ use crate::example::Example;
 use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
 
-/// The rows of a file that have something to learn from, in the file's order.
+/// The rows of one or several sources that have something to learn from, in the order of files and of rows in them.
 #[derive(Clone, Debug, Default)]
 pub struct Dataset {
     /// The rows.
     pub examples: Vec<Example>,
     /// What was read, cut and left out.
     pub report: DataReport,
+    /// How often an epoch visits the rows of each source; empty where it visits every row once.
+    pub weights: Vec<SourceWeight>,
+}
+
+/// How often an epoch visits the rows of a source.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceWeight {
+    /// Its rows to learn from; they follow those of the source before.
+    pub rows: usize,
+    /// Visits of each in an epoch, on average.
+    pub weight: f64,
+}
+
+impl SourceWeight {
+    /// Visits of its rows in an epoch; at least one, if it has rows.
+    pub(crate) fn visits(self) -> usize {
+        match self.rows {
+            0 => 0,
+            rows => ((rows as f64 * self.weight).round() as usize).max(1),
+        }
+    }
 }
 
 impl Dataset {
@@ -29,7 +51,7 @@ impl Dataset {
                 key: "eval_fraction",
                 problem: format!(
                     "= {fraction} can't divide {rows} row of {}; give more rows, or 0",
-                    self.report.path.display()
+                    self.report.sources
                 ),
             });
         }
@@ -38,16 +60,24 @@ impl Dataset {
         for &row in &permutation(rows, seed, Purpose::Split, 0)[..taken] {
             is_taken[row] = true;
         }
+        let (kept_report, taken_report) = self.report.split(&self.examples, &is_taken);
+        let mut from = 0;
+        let mut weights = self.weights;
+        for weight in &mut weights {
+            let to = from + weight.rows;
+            weight.rows = is_taken[from..to].iter().filter(|taken| !**taken).count();
+            from = to;
+        }
         let mut parts = [Vec::new(), Vec::new()];
         for (example, taken) in self.examples.into_iter().zip(is_taken) {
             parts[taken as usize].push(example);
         }
         let [kept, taken] = parts;
-        let (kept_report, taken_report) = self.report.split(&kept, &taken);
-        Ok((Self { examples: kept, report: kept_report }, Self { examples: taken, report: taken_report }))
+        let held_out = Self { examples: taken, report: taken_report, weights: Vec::new() };
+        Ok((Self { examples: kept, report: kept_report, weights }, held_out))
     }
 
-    /// What a run that goes on has to find unchanged: the SHA-256 of tokens and labels of all rows in their order,
+    /// What a run that goes on has to find unchanged: the SHA-256 of tokens and labels of all rows in their order, and of weights,
     /// in hexadecimal digits. Prompts of other words, another template and another order give another one.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
@@ -61,6 +91,10 @@ impl Dataset {
             bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
             bytes.extend(example.labels.iter().flat_map(|label| label.to_le_bytes()));
             hash.update(&bytes);
+        }
+        for SourceWeight { rows, weight } in &self.weights {
+            hash.update((*rows as u64).to_le_bytes());
+            hash.update(weight.to_le_bytes());
         }
         let mut text = String::with_capacity(64);
         for byte in hash.finalize() {

@@ -25,7 +25,7 @@ pub(crate) struct RowEncoder<'a> {
     pub tokenizer: &'a Tokenizer,
     pub template: Option<&'a ChatTemplate>,
     pub config: &'a DataConfig,
-    pub end: EndTokens,
+    pub end: &'a EndTokens,
     /// Rows of the model's embedding, if it is known.
     pub embedding_rows: Option<usize>,
     /// What the words of notices need, among it the length that the model was made for.
@@ -63,8 +63,7 @@ impl RowEncoder<'_> {
             Row::Text(text) => self.text(&text),
         };
         let draft = draft.map_err(|error| DataError::Row {
-            path: self.path.to_owned(),
-            line,
+            place: self.facts.unit.at(self.path, line),
             problem: visible::lines(&error.to_string()),
         })?;
         let Draft { tokens, mut notices } = match draft {
@@ -90,7 +89,7 @@ impl RowEncoder<'_> {
         };
         if let Ok(example) = &example {
             self.check_ids(example)?;
-            if self.facts.positions.is_some_and(|(positions, _)| example.input_ids.len() > positions) {
+            if self.facts.positions.as_ref().is_some_and(|(positions, _)| example.input_ids.len() > *positions) {
                 notices.push((NoticeKind::LongerThanModel, String::new()));
             }
         } else {
@@ -160,8 +159,7 @@ impl RowEncoder<'_> {
         match example.input_ids.iter().find(|id| **id as usize >= embedding_rows) {
             None => Ok(()),
             Some(&id) => Err(DataError::OutsideEmbedding {
-                path: self.path.to_owned(),
-                line: example.line,
+                place: self.facts.unit.at(self.path, example.line),
                 token: self.tokenizer.id_to_token(id).unwrap_or_default(),
                 id,
                 embedding_rows,
@@ -189,6 +187,6 @@ impl RowEncoder<'_> {
         } else {
             return Ok(row);
         };
-        Err(DataError::Strict { path: self.path.to_owned(), line: row.line, problem })
+        Err(DataError::Strict { place: self.facts.unit.at(self.path, row.line), problem })
     }
 }

@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use chat_text::ChatError;
+use model_hub::HubError;
+
+use crate::place::Place;
 
 /// What can go wrong between a file of rows and batches of tokens.
 #[derive(Debug, thiserror::Error)]
@@ -11,6 +14,17 @@ pub enum DataError {
     /// The tokenizer or the chat template.
     #[error(transparent)]
     Chat(#[from] ChatError),
+    /// A data set of the hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// A source has no files, or it is not clear which.
+    #[error("{}: {problem}", path.display())]
+    Source {
+        /// The source, as it is given.
+        path: PathBuf,
+        /// What was found and what to do.
+        problem: String,
+    },
     /// A value in `[data]` is out of range.
     #[error("data.{key} {problem}")]
     Config {
@@ -27,7 +41,7 @@ pub enum DataError {
         /// Why.
         source: std::io::Error,
     },
-    /// A data file is no JSONL.
+    /// A data file holds no rows that can be read.
     #[error("{}: {problem}", path.display())]
     FileKind {
         /// The file.
@@ -36,45 +50,38 @@ pub enum DataError {
         problem: String,
     },
     /// A data file holds no rows.
-    #[error("{}: no rows; expected JSON lines, one object a line", path.display())]
+    #[error("{}: no rows; expected JSON lines, a JSON array, CSV, TSV or Parquet", path.display())]
     Empty {
         /// The file.
         path: PathBuf,
     },
-    /// A line is not what its format asks for.
-    #[error("{}:{line}: {problem}; expected {expected}", path.display())]
+    /// A row is not what its format asks for.
+    #[error("{place}: {problem}; expected {expected}")]
     Line {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
+        /// Where.
+        place: Place,
         /// What was found.
         problem: String,
         /// What the format asks for.
         expected: String,
     },
     /// A row can't be turned into tokens and labels.
-    #[error("{}:{line}: {problem}", path.display())]
+    #[error("{place}: {problem}")]
     Row {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
+        /// Where.
+        place: Place,
         /// What is wrong and what to do.
         problem: String,
     },
     /// A row has a token that the model has no embedding for.
     #[error(
-        "{}:{line}: the token {token:?} has the id {id}, and the model's embedding has {embedding_rows} rows: set \
+        "{place}: the token {token:?} has the id {id}, and the model's embedding has {embedding_rows} rows: set \
          model.resize_embeddings = true, which adds rows for new tokens and trains them, or give the tokenizer that the model was \
-         trained with",
-        path.display()
+         trained with"
     )]
     OutsideEmbedding {
-        /// The file.
-        path: PathBuf,
-        /// The first line that has the token, from 1.
-        line: usize,
+        /// The first row that has the token.
+        place: Place,
         /// The token's text.
         token: String,
         /// Its id.
@@ -83,12 +90,10 @@ pub enum DataError {
         embedding_rows: usize,
     },
     /// With `data.strict`, what would be a warning.
-    #[error("{}:{line}: {problem} (data.strict = false makes this a warning)", path.display())]
+    #[error("{place}: {problem} (data.strict = false makes this a warning)")]
     Strict {
-        /// The file.
-        path: PathBuf,
-        /// The first such line, from 1.
-        line: usize,
+        /// The first such row.
+        place: Place,
         /// What would be told and what to do.
         problem: String,
     },
@@ -99,10 +104,10 @@ pub enum DataError {
         path: PathBuf,
     },
     /// The loss would count no token of any row.
-    #[error("{}: no row has a token to learn from: {reasons}", path.display())]
+    #[error("{sources}: no row has a token to learn from: {reasons}")]
     AllMasked {
-        /// The file.
-        path: PathBuf,
+        /// The sources.
+        sources: String,
         /// How many rows for which reason, and what to do.
         reasons: String,
     },

@@ -1,6 +1,7 @@
 //! Rows of text to batches of tokens. Host memory only; no Burn.
 //!
-//! [`load_rows`] reads a JSONL file, writes each row as one text (a conversation through the chat
+//! [`load_rows`] reads files of JSON lines, a JSON array, CSV, TSV or Parquet, plain or packed, of a folder, a glob or a data set of the hub,
+//! writes each row as one text (a conversation through the chat
 //! template), turns it into tokens and gives every token a label: its own id where the loss counts
 //! it, [`MASKED_LABEL`] where it does not. Which tokens count is decided on the text, by byte
 //! ranges, and carried to the tokens by their offsets; both are done by `chat_text`. [`BatchOrder`]
@@ -31,30 +32,40 @@
 //! ```
 
 mod batch;
+mod cache;
 mod config;
 mod dataset;
 mod encode;
 mod error;
 mod example;
+mod find;
 mod formats;
 mod load;
+mod mapping;
 mod notice;
 mod packing;
+mod place;
 pub mod preview;
 mod report;
 mod shuffle;
 mod source;
+mod sources;
+mod split;
 mod visible;
 mod words;
 
 pub use batch::{Batch, BatchOrder, Batches, Padding, Position, padding_id};
+pub use cache::RowCache;
 pub use chat_text::MASKED_LABEL;
 pub use config::{DataConfig, Format, LossOn};
-pub use dataset::Dataset;
+pub use dataset::{Dataset, SourceWeight};
 pub use error::DataError;
 pub use example::Example;
-pub use load::{LoadOptions, LoadProgress, load_rows, load_rows_with, load_splits, load_splits_with};
+pub use load::{LoadOptions, LoadProgress, load_rows, load_rows_with, load_sources, load_splits, load_splits_with};
+pub use mapping::Columns;
 pub use notice::{Notice, NoticeFacts, NoticeKind};
 pub use packing::{Packed, Packing};
+pub use place::{Place, Unit};
 pub use preview::{Preview, PreviewChoice, PreviewRow, PreviewToken};
-pub use report::{DataReport, MaskReason, MaskedRow, TruncatedRow};
+pub use report::{DataReport, FileReport, MaskReason, MaskedRow, TruncatedRow};
+pub use sources::{Source, Sources};

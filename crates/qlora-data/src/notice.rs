@@ -1,15 +1,19 @@
 //! What a user should know of rows that are trained on all the same: one notice for each thing, with
 //! its count and first lines.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
-use crate::words::{LINES_SHOWN, count, name_lines};
+use serde::{Deserialize, Serialize};
+
+use crate::place::Unit;
+use crate::words::{LINES_SHOWN, count, name_rows};
 
 /// Different things of one kind that are named; a file with more of them has keys of no meaning.
 const SUBJECTS_NAMED: usize = 20;
 
 /// What kind of thing a notice tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum NoticeKind {
     /// A row has a key that is not read; the subject is the key.
@@ -26,7 +30,7 @@ pub enum NoticeKind {
 }
 
 /// Something to know of some rows that are trained on all the same.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
     /// What kind of thing it is.
     pub kind: NoticeKind,
@@ -39,12 +43,14 @@ pub struct Notice {
 }
 
 /// What the words of a notice need to know beside its rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NoticeFacts {
     /// Texts of the tokens at which generation stops; the first would be appended.
     pub end_tokens: Vec<String>,
     /// The length that the model was made for, and where it is written.
-    pub positions: Option<(usize, &'static str)>,
+    pub positions: Option<(usize, Cow<'static, str>)>,
+    /// What the file counts its rows in.
+    pub unit: Unit,
 }
 
 impl NoticeKind {
@@ -78,7 +84,7 @@ impl NoticeKind {
                 (format!("no end token ({stops}) after the last answer, so the model does not learn to stop"), cure)
             }
             Self::LongerThanModel => {
-                let (positions, source) = facts.positions.unwrap_or_default();
+                let (positions, source) = facts.positions.clone().unwrap_or_default();
                 (
                     format!("longer than the {positions} tokens that the model was made for ({source})"),
                     format!("set data.max_length = {positions}"),
@@ -138,7 +144,7 @@ pub(crate) fn sentences(notices: &[Notice], facts: &NoticeFacts) -> Vec<String> 
     let sentence = |notices: &[Notice]| {
         let (what, cure) = notices[0].kind.words(facts);
         let rows = |notice: &Notice| {
-            let lines = name_lines(notice.first_lines.iter().copied(), notice.rows);
+            let lines = name_rows(notice.first_lines.iter().copied(), notice.rows, facts.unit);
             format!("{}{} ({lines})", notice.subject_before(), count(notice.rows as u64, "row", "rows"))
         };
         let rows: Vec<_> = notices.iter().map(rows).collect();
@@ -169,7 +175,7 @@ mod tests {
             notices.add(NoticeKind::UnreadKey, "`id`".into(), line);
         }
         notices.add(NoticeKind::UnreadKey, "`source`".into(), 3);
-        let facts = NoticeFacts { end_tokens: vec!["</s>".into()], positions: None };
+        let facts = NoticeFacts { end_tokens: vec!["</s>".into()], positions: None, ..NoticeFacts::default() };
         assert_eq!(
             sentences(&notices.finish(), &facts),
             [

@@ -47,8 +47,10 @@ pub struct PreviewToken {
 /// A row that is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PreviewRow {
-    /// Line of the file, from 1.
+    /// Line or row of its file, from 1.
     pub line: usize,
+    /// Where it stands, in words: its line or row, of several files with its file.
+    pub place: String,
     /// Its tokens; their texts joined are the row's text.
     pub tokens: Vec<PreviewToken>,
 }
@@ -80,7 +82,7 @@ impl PreviewRow {
         if let Some(last) = tokens.last_mut() {
             last.text.push_str(&rest);
         }
-        Ok(Self { line: example.line, tokens })
+        Ok(Self { line: example.line, place: format!("line {}", example.line), tokens })
     }
 
     /// Tokens that the loss counts.
@@ -91,8 +93,8 @@ impl PreviewRow {
     /// Where the row stands and what it holds, in words.
     fn title(&self) -> String {
         format!(
-            "line {}: {}, {} learned",
-            self.line,
+            "{}: {}, {} learned",
+            self.place,
             count(self.tokens.len() as u64, "token", "tokens"),
             self.learned()
         )
@@ -138,8 +140,17 @@ impl Preview {
                 drawn
             }
         };
+        let report = &dataset.report;
+        let row = |row: usize| {
+            let shown = PreviewRow::new(&examples[row], tokenizer)?;
+            let place = report.place(row, &examples[row]).map(|place| match report.files.len() {
+                1 => format!("{} {}", place.unit.name(1), place.number),
+                _ => format!("{}, {} {}", place.path.display(), place.unit.name(1), place.number),
+            });
+            Ok::<_, DataError>(PreviewRow { place: place.unwrap_or(shown.place), ..shown })
+        };
         Ok(Self {
-            rows: chosen.into_iter().map(|row| PreviewRow::new(&examples[row], tokenizer)).collect::<Result<_, _>>()?,
+            rows: chosen.into_iter().map(row).collect::<Result<_, _>>()?,
             report: dataset.report.clone(),
             lengths: Lengths::new(dataset),
             batches: order.batches_per_epoch(),
@@ -152,11 +163,18 @@ impl Preview {
     fn summary(&self) -> Vec<String> {
         let report = &self.report;
         let learned = 100.0 * report.label_tokens as f64 / report.tokens.max(1) as f64;
-        let mut lines = vec![
-            format!("{}: {} ({})", report.path.display(), count(report.rows as u64, "row", "rows"), report.format),
-            format!(
-                "{} an epoch, {} of them learned ({learned:.1} %)",
+        let of_epoch = match self.padding.tokens == report.tokens {
+            true => format!("{} an epoch", count(report.tokens, "token", "tokens")),
+            false => format!(
+                "{}, by weights {} an epoch",
                 count(report.tokens, "token", "tokens"),
+                grouped(self.padding.tokens)
+            ),
+        };
+        let mut lines = vec![
+            format!("{}: {} ({})", report.sources, count(report.rows as u64, "row", "rows"), report.format),
+            format!(
+                "{of_epoch}, {} of them learned ({learned:.1} %)",
                 grouped(report.label_tokens)
             ),
             match self.packed {
@@ -174,7 +192,7 @@ impl Preview {
                 ),
             },
         ];
-        match report.masked.len() {
+        match report.masked().count() {
             0 => lines.push("no row was left out".into()),
             n => {
                 lines

@@ -12,6 +12,7 @@ pub(crate) enum Purpose {
     Rows = 1,
     Batches = 2,
     Split = 3,
+    Weights = 4,
 }
 
 /// A random order of `0..count`: Fisher-Yates, driven by ChaCha8 with the seed, the purpose and

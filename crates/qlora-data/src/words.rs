@@ -1,6 +1,8 @@
-//! Numbers and line numbers in words.
+//! Numbers in words.
 
-/// Line numbers named in a message before it says how many more there are.
+use crate::place::Unit;
+
+/// Numbers of rows named in a message before it says how many more there are.
 pub(crate) const LINES_SHOWN: usize = 10;
 
 /// A count with its noun.
@@ -21,13 +23,26 @@ pub(crate) fn grouped(n: u64) -> String {
     text
 }
 
-/// The first of `rows` lines, and how many more there are.
-pub(crate) fn name_lines(first: impl Iterator<Item = usize>, rows: usize) -> String {
+/// The first numbers of `rows` rows, and how many more there are.
+pub(crate) fn name_rows(first: impl Iterator<Item = usize>, rows: usize, unit: Unit) -> String {
     let shown: Vec<_> = first.take(LINES_SHOWN).map(|line| line.to_string()).collect();
-    let word = if rows == 1 { "line" } else { "lines" };
+    let word = unit.name(rows);
     let more = match rows.saturating_sub(shown.len()) {
         0 => String::new(),
         n => format!(" and {} more", grouped(n as u64)),
     };
     format!("{word} {}{more}", shown.join(", "))
+}
+
+/// Names, the first of many, in words.
+pub(crate) fn list(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    match names {
+        [] => "none".into(),
+        [one] => one.clone(),
+        names if names.len() > SHOWN => {
+            format!("{} and {} more", names[..SHOWN].join(", "), grouped((names.len() - SHOWN) as u64))
+        }
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
 }

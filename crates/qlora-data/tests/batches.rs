@@ -5,7 +5,7 @@ mod bounded;
 
 use bounded::bounded;
 use proptest::prelude::*;
-use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Packing, Padding, Position};
+use qlora_data::{Batch, BatchOrder, DataConfig, Example, MASKED_LABEL, Packing, Padding, Position, SourceWeight};
 
 fn config() -> DataConfig {
     DataConfig::default()
@@ -72,6 +72,28 @@ fn the_order_of_packed_rows_is_written_in_stone() {
     assert_eq!(order.rows(0), order.rows(3));
     let batch = order.epoch(&examples, 0).next().unwrap();
     assert_eq!((batch.packed, batch.lengths), (true, vec![5, 2, 2, 7, 3]));
+}
+
+/// Rows of the first source are packed twice. A source of which an epoch visits a part would have other sequences in each.
+#[test]
+fn weighted_rows_are_packed_where_epochs_are_alike() {
+    let examples: Vec<_> = [5, 2, 7, 3, 4].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
+    let packed = DataConfig { packing: Packing::Auto, max_length: 10, ..config() };
+    let weighted = |first| {
+        let order = BatchOrder::new(&examples, &packed, 2, 42, 0);
+        order.weighted(&[SourceWeight { rows: 2, weight: first }, SourceWeight { rows: 3, weight: 1.0 }])
+    };
+    let order = weighted(2.0).unwrap();
+    // 5, 2, 5, 2, 7, 3 and 4 tokens.
+    assert_eq!((order.rows_per_epoch(), order.sequences(), order.padding(0).tokens), (7, 3, 28));
+    for epoch in 0..3 {
+        let mut rows = order.rows(epoch).concat();
+        rows.sort_unstable();
+        assert_eq!(rows, [0, 0, 1, 1, 2, 3, 4]);
+        assert_eq!(order.rows(epoch).len(), order.batches_per_epoch());
+    }
+    let error = weighted(0.5).unwrap_err().to_string();
+    assert!(error.contains("weight 0.5") && error.contains("data.packing"), "{error}");
 }
 
 const PACKED_EPOCH_0: [&[usize]; 2] = [&[5, 7, 1, 4, 0, 6], &[8, 2, 3]];

@@ -55,7 +55,7 @@ fn a_large_row_costs_a_few_times_its_size() {
         let cut = DataConfig { max_length: 96, loss_on: LossOn::All, ..config() };
         let dataset = bounded(factor * SIZE, || pool.install(|| load_text(&row, &cut))).unwrap();
         assert_eq!(dataset.examples[0].input_ids.len(), 96, "{layout}");
-        assert!(dataset.report.truncated[0].at_least);
+        assert!(dataset.report.files[0].truncated[0].at_least);
         let warnings = dataset.report.warnings().join("\n");
         assert!(warnings.contains("cut to data.max_length = 96, at least "), "{warnings}");
     }
@@ -77,7 +77,7 @@ fn a_beginning_has_the_tokens_of_the_whole() {
             };
             let kept = max_length.min(whole.ids.len());
             assert_eq!(example.input_ids[..kept], whole.ids[..kept], "{layout} {max_length}");
-            let truncated = dataset.report.truncated.first();
+            let truncated = dataset.report.files[0].truncated.first();
             assert_eq!(truncated.is_some(), whole.ids.len() > max_length);
             if let Some(row) = truncated {
                 let dropped = whole.ids.len() + 1 - max_length;
@@ -94,6 +94,30 @@ fn an_answer_far_behind_is_beyond_the_length_and_not_empty() {
     let cut = DataConfig { max_length: 64, ..config() };
     let dataset = load_text(&rows, &cut).unwrap();
     assert_eq!(labelled(&dataset.examples[0]).0, "b<|im_end|>");
-    let masked = &dataset.report.masked[0];
+    let masked = &dataset.report.files[0].masked[0];
     assert_eq!((masked.line, masked.reason), (1, MaskReason::Truncated));
+}
+
+/// A row of many turns under a template without tokens of its own around turns, where most boundaries are looked at.
+#[test]
+fn a_row_takes_time_by_its_turns() {
+    let template = "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}\n\
+                    {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}";
+    let given = DataConfig { chat_template: Some(template.into()), max_length: 1 << 20, ..config() };
+    let seconds = |turns: usize| {
+        let message = |turn: usize| {
+            let role = ["user", "assistant"][turn % 2];
+            format!("{{\"role\": \"{role}\", \"content\": \"turn {turn} says that {} is a number\"}}", turn * 31 % 101)
+        };
+        let text = format!("{{\"messages\": [{}]}}", (0..turns).map(message).collect::<Vec<_>>().join(", "));
+        let once = || {
+            let start = std::time::Instant::now();
+            load_text(&text, &given).unwrap();
+            start.elapsed().as_secs_f64()
+        };
+        once().min(once())
+    };
+    // Four times the turns take four times as long, and 16 times where each looks at all before it; a machine has other work, too.
+    let (few, many) = (seconds(300), seconds(1200));
+    assert!(many < 9.0 * few, "300 turns take {few:.3} s, 1,200 {many:.3} s");
 }

@@ -126,7 +126,7 @@ fn configurations_out_of_range_name_the_key() {
 #[test]
 fn rows_are_held_out_by_the_seed() {
     let path = repository().join("examples/quickstart/word_problems.jsonl");
-    let config = DataConfig { train: path.clone(), eval_fraction: 0.05, ..config() };
+    let config = DataConfig { train: path.clone().into(), eval_fraction: 0.05, ..config() };
     let (train, eval) = load_splits(&config, tokenizer(), 7).unwrap();
     assert_eq!((train.examples.len(), eval.examples.len()), (1900, 100));
     assert_eq!((train.report.rows, eval.report.rows), (1900, 100));
@@ -139,7 +139,7 @@ fn rows_are_held_out_by_the_seed() {
     assert_eq!(again.examples, eval.examples);
     let (_, other) = load_splits(&config, tokenizer(), 8).unwrap();
     assert_ne!(other.examples, eval.examples);
-    let own = DataConfig { eval: Some(path), ..config };
+    let own = DataConfig { eval: Some(path.into()), ..config };
     assert_eq!(load_splits(&own, tokenizer(), 7).unwrap().1.examples.len(), 2000);
     assert!(load_text(r#"{"text": "a b"}"#, &own).unwrap().split(0.5, 0).is_err());
 }

@@ -125,7 +125,7 @@ fn with_tools() -> DataConfig {
 fn sharegpt_rows_bring_a_system_message_tools_and_calls() {
     let row = r#"{"system": "Be a pirate.", "tools": "[{\"name\": \"weather\"}]", "conversations": [{"from": "human", "value": "Rain?"}, {"from": "function_call", "value": "{\"name\": \"weather\", \"arguments\": {\"city\": \"Oslo\"}}"}, {"from": "observation", "value": "wet"}, {"from": "gpt", "value": "Arr", "weight": 0}, {"from": "human", "value": "So?"}, {"from": "gpt", "value": "Aye"}]}"#;
     let dataset = load_text(row, &with_tools()).unwrap();
-    assert_eq!(dataset.report.notices, []);
+    assert_eq!(dataset.report.files[0].notices, []);
     let (counted, all) = labelled(&dataset.examples[0]);
     let call = r#"{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>"#;
     assert_eq!(
@@ -213,7 +213,7 @@ fn template_variables_come_from_the_configuration_and_the_row() {
         ),
     ] {
         let dataset = load_text(&row, &given).unwrap();
-        assert_eq!(dataset.report.notices, []);
+        assert_eq!(dataset.report.files[0].notices, []);
         let (_, all) = labelled(&dataset.examples[0]);
         assert!(all.starts_with(expected), "{all}");
     }

@@ -18,11 +18,11 @@ fn long_rows_are_cut_and_counted() {
     let report = &dataset.report;
     assert_eq!(report.rows, 2);
     assert_eq!(report.longest, 16);
-    let lines: Vec<_> = report.truncated.iter().map(|row| row.line).collect();
+    let lines: Vec<_> = report.files[0].truncated.iter().map(|row| row.line).collect();
     assert_eq!(lines, [1, 2]);
-    assert_eq!(report.truncated[0].dropped, whole.examples[0].input_ids.len() - 16);
-    assert_eq!(report.masked.len(), 1);
-    assert_eq!((report.masked[0].line, report.masked[0].reason), (2, MaskReason::Truncated));
+    assert_eq!(report.files[0].truncated[0].dropped, whole.examples[0].input_ids.len() - 16);
+    assert_eq!(report.files[0].masked.len(), 1);
+    assert_eq!((report.files[0].masked[0].line, report.files[0].masked[0].reason), (2, MaskReason::Truncated));
     assert_eq!(dataset.examples[0].input_ids, whole.examples[0].input_ids[..16]);
     let shown = report.to_string();
     assert!(shown.contains("2 rows were cut to data.max_length = 16"), "{shown}");
@@ -35,9 +35,9 @@ fn rows_without_labels_are_left_out_and_explained() {
     let answer = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
     let dataset = load_text(&format!("{question}\n{answer}\n{question}\n"), &config()).unwrap();
     assert_eq!(dataset.examples.len(), 1);
-    let lines: Vec<_> = dataset.report.masked.iter().map(|row| row.line).collect();
+    let lines: Vec<_> = dataset.report.files[0].masked.iter().map(|row| row.line).collect();
     assert_eq!(lines, [1, 3]);
-    assert!(dataset.report.masked.iter().all(|row| row.reason == MaskReason::NoAssistantTurn));
+    assert!(dataset.report.files[0].masked.iter().all(|row| row.reason == MaskReason::NoAssistantTurn));
 
     let error = load_text(&format!("{question}\n{question}\n"), &config()).unwrap_err();
     assert!(error.contains("no row has a token to learn from"), "{error}");
@@ -92,7 +92,7 @@ fn an_empty_answer_among_others_is_not_learned() {
     let row = r#"{"instruction": "b", "output": "", "history": [["a", "x"]]}"#;
     let dataset = load_text(row, &config()).unwrap();
     assert_eq!(labelled(&dataset.examples[0]).0, "x<|im_end|>");
-    assert_eq!(dataset.report.notices[0].kind, NoticeKind::EmptyAnswer);
+    assert_eq!(dataset.report.files[0].notices[0].kind, NoticeKind::EmptyAnswer);
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn answers_that_are_not_to_be_learned_are_context() {
         let (counted, all) = labelled(&dataset.examples[0]);
         assert_eq!(counted, "Good.<|im_end|>\n");
         assert!(all.contains("Bad.<|im_end|>"), "{all}");
-        assert_eq!(dataset.report.notices, []);
+        assert_eq!(dataset.report.files[0].notices, []);
     }
     let error = load_text(&row("\"weight\": 0", "\"weight\": 0"), &config()).unwrap_err();
     assert!(error.contains("1 with answers that are not to be learned (line 1). One answer"), "{error}");
@@ -180,14 +180,14 @@ fn a_template_without_end_is_told_and_mended() {
     );
     let mended = DataConfig { end_token: Some("<|im_end|>".into()), ..endless.clone() };
     let dataset = load_text(&row, &mended).unwrap();
-    assert_eq!(dataset.report.notices, []);
+    assert_eq!(dataset.report.files[0].notices, []);
     let (counted, all) = labelled(&dataset.examples[0]);
     assert_eq!(all, "user:\nColor of sky?\nassistant:\nblue<|im_end|>\n");
     assert_eq!(counted, "blue<|im_end|>");
     let whole = DataConfig { loss_on: LossOn::All, ..mended.clone() };
     assert_eq!(labelled(&load_text(&row, &whole).unwrap().examples[0]).0, all);
     let whole = DataConfig { loss_on: LossOn::All, ..endless.clone() };
-    assert_eq!(load_text(&row, &whole).unwrap().report.notices[0].kind, NoticeKind::NoEndToken);
+    assert_eq!(load_text(&row, &whole).unwrap().report.files[0].notices[0].kind, NoticeKind::NoEndToken);
 
     // Another special token ends the turns: it is named, and can be what generation stops at.
     let other =
@@ -196,7 +196,7 @@ fn a_template_without_end_is_told_and_mended() {
     assert!(told.contains("does not learn to stop: <|endoftext|> instead in 1 row (line 1)"), "{told}");
     let named = DataConfig { end_token: Some("<|endoftext|>".into()), ..other.clone() };
     let dataset = load_text(&row, &named).unwrap();
-    assert_eq!(dataset.report.notices, []);
+    assert_eq!(dataset.report.files[0].notices, []);
     assert_eq!(dataset.examples, load_text(&row, &other).unwrap().examples);
 
     // A template that ends its turns is left as it is.
@@ -209,7 +209,7 @@ fn a_template_without_end_is_told_and_mended() {
         let (counted, all) = labelled(&dataset.examples[0]);
         assert_eq!(all, "user:Color of sky?<|im_end|>\nassistant:blue<|im_end|>\n");
         assert!(counted.ends_with("blue<|im_end|>") || counted.ends_with("blue<|im_end|>\n"), "{counted}");
-        assert_eq!(dataset.report.notices, []);
+        assert_eq!(dataset.report.files[0].notices, []);
     }
 
     let unknown = DataConfig { end_token: Some("<stop>".into()), ..endless };
@@ -242,7 +242,7 @@ fn rows_longer_than_the_model_was_made_for_are_told() {
     assert!(told.contains("longer than the 16 tokens") && told.contains("max_position_embeddings"), "{told}");
     let cut = DataConfig { max_length: 16, ..config() };
     let dataset = load_text_with(&row, &cut, &options).unwrap();
-    assert_eq!(dataset.report.notices, []);
+    assert_eq!(dataset.report.files[0].notices, []);
 }
 
 #[test]
@@ -297,7 +297,7 @@ fn evaluation_rows_have_a_report_of_their_own() {
     let good = chat(&[("user", "a"), ("assistant", "b")]);
     std::fs::write(&train, &good).unwrap();
     std::fs::write(&eval, format!("{good}\n{}", chat(&[("user", &"word ".repeat(70)), ("assistant", "b")]))).unwrap();
-    let given = DataConfig { train, eval: Some(eval), max_length: 64, ..config() };
+    let given = DataConfig { train: train.into(), eval: Some(eval.into()), max_length: 64, ..config() };
     let (train, eval) = qlora_data::load_splits(&given, tokenizer(), 1).unwrap();
     assert_eq!(train.report.warnings(), Vec::<String>::new());
     let told = eval.report.warnings().join("\n");

@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 pub use changes::Basis;
-pub(crate) use changes::settings;
+pub(crate) use changes::{key_of, settings};
 
 const STATE_FILE: &str = "training_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";

@@ -374,6 +374,9 @@ impl TrainConfig {
         let path = path.as_ref();
         let text =
             std::fs::read_to_string(path).map_err(|source| TrainError::ConfigRead { path: path.to_owned(), source })?;
+        if let Some(what) = keys::foreign(path, &text) {
+            return Err(TrainError::ConfigForeign { path: path.to_owned(), what });
+        }
         Self::parse(&text, &path.display().to_string())
     }
 

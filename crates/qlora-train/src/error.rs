@@ -82,6 +82,18 @@ pub enum TrainError {
         /// Why.
         source: std::io::Error,
     },
+    /// The configuration is another trainer's.
+    #[error(
+        "{}: this is {what}, and a configuration here is TOML: `qlora init --from {} qlora.toml` writes one that says the same, as \
+         far as it can be said",
+        path.display(), path.display()
+    )]
+    ConfigForeign {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
     /// The configuration isn't TOML, or a value has the wrong type.
     #[error("{place}: {message}")]
     ConfigSyntax {

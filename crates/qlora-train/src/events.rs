@@ -10,12 +10,20 @@ use qlora_models::LoadProgress;
 use crate::metrics::{EvalMetrics, RunInfo, StepMetrics};
 use crate::report::Summary;
 
+/// A callback for how far rows are read.
+pub type OnRows = Arc<dyn Fn(qlora_data::LoadProgress<'_>) + Send + Sync>;
+
 /// Receives what happens in a run, in order. Every method may be left out.
 ///
 /// `()` is the observer that ignores everything.
 pub trait TrainEvents {
     /// Asked before the base model is downloaded: what to tell how far that is.
     fn download_progress(&mut self) -> Option<OnProgress> {
+        None
+    }
+
+    /// Asked before rows are read: what to tell how far that is, from the thread that reads them.
+    fn rows_progress(&mut self) -> Option<OnRows> {
         None
     }
 

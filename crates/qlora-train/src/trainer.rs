@@ -307,7 +307,7 @@ mod tests {
         let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
         let mut config = TrainConfig { device: "cpu".into(), ..Default::default() };
         config.model.path = root.join("testdata/reference/tiny-llama").display().to_string();
-        config.data.train = root.join("examples/quickstart/word_problems.jsonl");
+        config.data.train = root.join("examples/quickstart/word_problems.jsonl").into();
         config.data.max_length = 96;
         config.train.batch_size = 1;
         config.train.gradient_accumulation_steps = 2;

@@ -19,7 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("paged-optim", &["host-copies"]),
     ("qlora-layers", &["nf4-quant", "fused-kernels", "host-copies", "adapter-io"]),
     ("chat-text", &[]),
-    ("qlora-data", &["chat-text"]),
+    ("qlora-data", &["chat-text", "model-hub"]),
     ("qlora-dist", &[]),
     ("qlora-models", &["qlora-layers", "adapter-io"]),
     (
@@ -160,6 +160,7 @@ mod tests {
             ("qlora-models", "nf4-quant"), // reached through adapter-io
             ("burn-qlora", "qlora-layers"),
             ("qlora-data", "chat-text"),
+            ("qlora-data", "model-hub"),
             ("qlora-train", "chat-text"), // reached through qlora-data
             ("qlora-train", "model-hub"),
             ("burn-qlora", "model-hub"), // reached through qlora-train

@@ -80,8 +80,10 @@ pub struct Asked {
 /// What the servers know.
 #[derive(Debug, Default)]
 pub struct State {
-    /// The files of the model `org/tiny`.
+    /// The files of the model, or data set, `org/tiny`.
     pub files: BTreeMap<String, Vec<u8>>,
+    /// What stands above the data set's README.
+    pub card: Value,
     /// Large files that were uploaded, by their SHA-256.
     pub objects: BTreeMap<String, Vec<u8>>,
     /// Their names in Xet.
@@ -225,12 +227,20 @@ fn serve(stream: TcpStream, whom: &'static str, state: &Mutex<State>, hub: &str,
 }
 
 fn at_hub(state: &mut State, method: &str, path: &str, asked: &Asked, hub: &str, storage: &str) -> Answer {
+    // A data set has the files of the model, under addresses of its own.
+    let of_model = path.replacen("/api/datasets/", "/api/models/", 1);
+    let of_model = of_model.strip_prefix("/datasets").unwrap_or(&of_model);
+    let (path, is_data_set) = (of_model, of_model != path);
     if let Some((status, code)) = state.rules.refuse.filter(|_| path.starts_with("/api/")) {
         return answer(&format!("{status} No\r\nX-Error-Code: {code}\r\nX-Error-Message: because of {code}"), "{}");
     }
     if method == "GET" && path.starts_with("/api/models/org/tiny/revision/") {
         let siblings: Vec<_> = state.files.keys().map(|name| json!({"rfilename": name})).collect();
-        return ok(&json!({"id": "org/tiny", "sha": SHA, "siblings": siblings, "private": false}));
+        let mut about = json!({"id": "org/tiny", "sha": SHA, "siblings": siblings, "private": false});
+        if is_data_set {
+            about["cardData"] = state.card.clone();
+        }
+        return ok(&about);
     }
     if path == format!("/api/models/org/tiny/paths-info/{SHA}") && !state.rules.no_paths_info {
         let wanted: Value = serde_json::from_slice(&asked.body).unwrap();

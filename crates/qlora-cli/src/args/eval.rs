@@ -37,9 +37,15 @@ pub struct EvalArgs {
     /// Leave the base without an adapter out
     #[arg(long, requires = "adapter")]
     pub no_base: bool,
-    /// The rows, JSONL
-    #[arg(long, value_name = "FILE")]
+    /// The rows: a file of JSON lines, a JSON array, CSV, TSV or Parquet, a folder, a glob or a hub id
+    #[arg(long, value_name = "ROWS")]
     pub data: PathBuf,
+    /// The split of a folder or hub id, or a part of the rows, such as "test[:10%]"
+    #[arg(long)]
+    pub split: Option<String>,
+    /// The configuration of a hub id that has several
+    #[arg(long)]
+    pub subset: Option<String>,
     /// The first rows only
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..))]
     pub limit: Option<u32>,

@@ -179,7 +179,7 @@ pub struct BnbArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "For --format gptq")]
 pub struct GptqArgs {
-    /// The rows to calibrate on, JSONL as for training
+    /// The rows to calibrate on, as for training
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Rows of it to calibrate on, chosen at random [default: 128]

@@ -146,6 +146,8 @@ pub fn json(args: &EvalArgs, asked: &Asked, ran: &Ran<'_>, columns: &[Column], m
         "quant_type": ran.quant_type,
         "compute_dtype": ran.compute_dtype,
         "data": args.data.display().to_string(),
+        "subset": args.subset,
+        "split": args.split,
         "limit": args.limit,
         "loss_on": args.loss_on,
         "max_length": args.max_length,
@@ -169,6 +171,9 @@ pub fn lines(columns: &[Column], measured: &[Measured]) -> String {
     for (column, measured) in columns.iter().zip(measured) {
         for (row, outcome) in column.rows.rows.iter().zip(&measured.rows) {
             let mut object = Map::new();
+            if let (true, Some(file)) = (column.rows.report.files.len() > 1, column.rows.report.files.get(row.file)) {
+                object.insert("file".into(), file.path.display().to_string().into());
+            }
             object.insert("line".into(), row.line.into());
             object.insert("column".into(), column.voice.name.as_str().into());
             if let Some(score) = &outcome.score {

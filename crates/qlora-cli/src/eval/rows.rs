@@ -5,18 +5,22 @@ use std::rc::Rc;
 
 use anyhow::Result;
 use burn_qlora::chat_text::{PromptLayout, Prompting};
-use burn_qlora::qlora_data::{DataReport, LoadOptions, MASKED_LABEL, load_rows_with};
+use burn_qlora::qlora_data::{DataReport, LoadOptions, LoadProgress, MASKED_LABEL, Source, Sources, load_sources};
 use burn_qlora::qlora_serve::eval::{Question, Row};
 use burn_qlora::{DataConfig, DataError, Dataset, ModelConfig, Tokenizer, TrainConfig};
 
 use super::Column;
 use crate::args::EvalArgs;
 use crate::exit::{Code, InputError, UsageError, chain, code_of};
+use crate::hub;
 use crate::output::say;
 use crate::prompts::Voice;
+use crate::reading;
 
 /// A row that is measured.
 pub struct EvalRow {
+    /// The number of its file in the report.
+    pub file: usize,
     /// Its line of the file.
     pub line: usize,
     /// Its tokens.
@@ -49,14 +53,19 @@ impl Rows {
 
     fn load(args: &EvalArgs, voice: &Voice, tokenizer: &Tokenizer, model: &ModelConfig) -> Result<Self> {
         let mut config = data_config(args, &voice.prompting)?;
+        let (hub, reading) = (hub::hub(), reading::bar());
+        let progress = |progress: LoadProgress<'_>| reading(progress);
         let options = LoadOptions {
             max_positions: Some(model.max_position_embeddings),
             embedding_rows: Some(model.vocab_size),
             max_rows: args.limit.map(|rows| rows as usize),
+            evaluates: true,
+            hub: Some(&hub),
+            progress: &progress,
             ..LoadOptions::default()
         };
         let data = loop {
-            match load_rows_with(&args.data, &config, tokenizer, &options) {
+            match load_sources(&config.train, &config, tokenizer, &options) {
                 Err(DataError::Config { key, .. }) if forget(&mut config, args, key) => {
                     if voice.adapter.is_some() {
                         let (name, file) = (&voice.name, args.data.display());
@@ -67,18 +76,23 @@ impl Rows {
             }
         };
         let stop_ids = voice.prompting.stop_ids(tokenizer);
-        let was_cut: HashSet<usize> = data.report.truncated.iter().map(|row| row.line).collect();
+        let files = data.report.files.iter().enumerate();
+        let was_cut: HashSet<(usize, usize)> =
+            files.flat_map(|(number, file)| file.truncated.iter().map(move |row| (number, row.line))).collect();
         let (fingerprint, mut cut) = (data.fingerprint(), 0);
-        let Dataset { examples, report } = data;
-        let rows = examples.into_iter().map(|example| {
+        let Dataset { examples, report, .. } = data;
+        let files = report.files.iter().enumerate();
+        let file_of_rows = files.flat_map(|(number, file)| std::iter::repeat_n(number, file.rows));
+        let rows = examples.into_iter().zip(file_of_rows).map(|(example, file)| {
+            let is_cut = was_cut.contains(&(file, example.line));
             let learned = example.labels.iter().map(|label| *label != MASKED_LABEL).collect();
             let row = Row { ids: example.input_ids, learned };
-            let question = match was_cut.contains(&example.line) {
+            let question = match is_cut {
                 true => None,
                 false => row.question(tokenizer, &stop_ids)?,
             };
-            cut += usize::from(was_cut.contains(&example.line));
-            Ok(EvalRow { line: example.line, row, question })
+            cut += usize::from(is_cut);
+            Ok(EvalRow { file, line: example.line, row, question })
         });
         let rows = rows.collect::<Result<_>>()?;
         Ok(Self { config, stop_ids, rows, report, fingerprint, cut })
@@ -124,7 +138,7 @@ fn data_config(args: &EvalArgs, prompting: &Prompting) -> Result<DataConfig> {
     let settings = &prompting.settings;
     let kept = settings.system_prompt.clone().filter(|_| settings.layout != PromptLayout::Plain);
     Ok(DataConfig {
-        train: args.data.clone(),
+        train: Sources(vec![Source { subset: args.subset.clone(), split: args.split.clone(), ..Source::new(&args.data) }]),
         max_length: args.max_length as usize,
         system_prompt: args.writing.system.clone().or(kept),
         chat_template: prompting.template.as_ref().filter(|_| is_chat).map(|template| template.source().to_string()),
@@ -135,7 +149,8 @@ fn data_config(args: &EvalArgs, prompting: &Prompting) -> Result<DataConfig> {
 }
 
 /// The flags that stand for keys of `[data]` here; rows are read by what knows of the keys.
-const FLAGS: [(&str, &str); 10] = [
+const FLAGS: [(&str, &str); 13] = [
+    ("data.eval = { path = \"..\", split = \"..\" }", "--split NAME"),
     ("data.loss_on = \"all\"", "--loss-on all"),
     ("data.max_length = ", "--max-length "),
     ("data.loss_on = ", "--loss-on "),
@@ -143,6 +158,8 @@ const FLAGS: [(&str, &str); 10] = [
     ("data.max_length", "--max-length"),
     ("data.loss_on", "--loss-on"),
     ("data.format", "--format"),
+    ("data.subset", "--subset"),
+    ("data.split", "--split"),
     ("data.system_prompt", "--system"),
     ("data.chat_template", "--chat-template"),
     ("data.template_kwargs", "--template-kwarg"),

@@ -27,7 +27,7 @@ impl Preview {
     /// The preview as an HTML page that needs nothing else. Learned tokens have a background and a line beneath; each
     /// shows its position and id when the pointer is on it.
     pub fn to_html(&self) -> String {
-        let title = escaped(&self.report.path.display().to_string());
+        let title = escaped(&self.report.sources);
         let mut page = format!(
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>Preview of {title}</title>\n\
              <style>\n{STYLE}</style>\n</head>\n<body>\n<h1>Rows as they are trained</h1>\n"

@@ -35,8 +35,15 @@ impl Lengths {
     pub fn new(dataset: &Dataset) -> Self {
         let report = &dataset.report;
         let max_length = report.max_length;
-        let cut: HashSet<usize> = report.truncated.iter().map(|row| row.line).collect();
-        let whole = || dataset.examples.iter().filter(|example| !cut.contains(&example.line));
+        let cut: HashSet<(usize, usize)> = (report.files.iter().enumerate())
+            .flat_map(|(file, of_file)| of_file.truncated.iter().map(move |row| (file, row.line)))
+            .collect();
+        let file_of_rows = report.files.iter().enumerate().flat_map(|(file, of_file)| std::iter::repeat_n(file, of_file.rows));
+        let file_of_rows: Vec<usize> = file_of_rows.collect();
+        let whole = || {
+            let rows = file_of_rows.iter().zip(&dataset.examples);
+            rows.filter(|(file, example)| !cut.contains(&(**file, example.line))).map(|(_, example)| example)
+        };
         let lengths = || whole().map(|example| example.input_ids.len());
         let longest = if cut.is_empty() { lengths().max().unwrap_or(0) } else { max_length };
         let shortest = lengths().min().unwrap_or(longest).max(1);

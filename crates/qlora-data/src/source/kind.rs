@@ -29,51 +29,76 @@ pub(super) fn by_first_bytes(path: &Path, start: &[u8]) -> Option<String> {
     let start = start.strip_prefix(BYTE_ORDER_MARK).unwrap_or(start);
     let (file, rows) = (shell(path), rows_path(path));
     let packed = |kind: &str, command: &str| Some(format!("is {kind}: unpack it first, `{command}`"));
-    let table = |kind: &str, read: &str| {
-        Some(format!(
-            "is {kind}: `python3 -c \"import pandas, sys; pandas.{read}(sys.argv[1]).to_json(sys.argv[2], orient='records', \
-             lines=True, force_ascii=False)\" {file} {rows}` writes its rows as JSON lines"
-        ))
-    };
     match start {
-        [0x1F, 0x8B, ..] => packed("gzip", &format!("gunzip -c {file} > {rows}")),
-        [0x28, 0xB5, 0x2F, 0xFD, ..] => packed("Zstandard", &format!("zstd -dc {file} > {rows}")),
         [b'B', b'Z', b'h', b'1'..=b'9', ..] => packed("bzip2", &format!("bunzip2 -c {file} > {rows}")),
         [0xFD, b'7', b'z', b'X', b'Z', 0, ..] => packed("xz", &format!("xz -dc {file} > {rows}")),
         [b'P', b'K', 3, 4, ..] => packed("a zip archive", &format!("unzip -p {file} > {rows}")),
-        [b'P', b'A', b'R', b'1', ..] => table("Parquet", "read_parquet"),
-        [b'A', b'R', b'R', b'O', b'W', b'1', ..] => table("Arrow", "read_feather"),
+        [b'A', b'R', b'R', b'O', b'W', b'1', ..] => Some(format!(
+            "is Arrow: `python3 -c \"import pandas, sys; pandas.read_feather(sys.argv[1]).to_parquet(sys.argv[2])\" {file} \
+             {}` writes its rows as Parquet",
+            shell(&path.with_extension("parquet"))
+        )),
         [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] => {
             Some(format!("is UTF-16: `iconv -f UTF-16 -t UTF-8 {file} > {rows}` writes it as UTF-8"))
         }
-        _ => match start.trim_ascii_start().first() {
-            Some(b'[') => Some(format!(
-                "is one JSON array, where each line must be an object: `jq -c '.[]' {file} > {rows}` turns its \
-                 elements into lines"
-            )),
-            _ => None,
-        },
+        _ => None,
     }
+}
+
+/// What separates the cells of a table of text, which a file is by its name.
+pub(super) fn separator(path: &Path) -> Option<u8> {
+    let packed = ["gz", "zst"].iter().any(|extension| is_named(path, extension));
+    let name = if packed { path.with_extension("") } else { path.to_owned() };
+    match () {
+        () if is_named(&name, "csv") => Some(b','),
+        () if is_named(&name, "tsv") => Some(b'\t'),
+        () => None,
+    }
+}
+
+fn is_named(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
 /// Says what a file is by its first line, which is no JSON object.
 pub(super) fn by_first_line(path: &Path, line: &[u8]) -> Option<String> {
-    let is_named = |extension: &str| path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension));
     let is_json = matches!(line.first(), Some(b'{' | b'['));
     let fields = |separator: u8| line.split(|byte| *byte == separator).count();
-    let separator = match () {
-        () if is_json || is_named("txt") => return None,
-        () if is_named("tsv") || fields(b'\t') > 1 => '\t',
-        () if is_named("csv") || fields(b',') > 1 => ',',
-        () => return None,
+    let (kind, extension) = match () {
+        () if yaml(path, line).is_some() => return yaml(path, line),
+        () if is_json || is_named(path, "txt") => return yaml(path, line),
+        () if fields(b'\t') > 1 => ("tab-separated values", "tsv"),
+        () if fields(b',') > 1 => ("CSV", "csv"),
+        () => return yaml(path, line),
     };
-    let (kind, argument) = if separator == ',' { ("CSV", "") } else { ("tab-separated values", ", delimiter='\\t'") };
-    Some(format!(
-        "the file looks like {kind}: `python3 -c \"import csv, json, sys; [print(json.dumps(row)) for row in \
-         csv.DictReader(sys.stdin{argument})]\" < {} > {}` writes its rows as JSON lines",
-        shell(path),
-        rows_path(path)
-    ))
+    let target = shell(&path.with_extension(extension));
+    Some(format!("the file looks like {kind}, which is read where its name says so: `mv {} {target}`", shell(path)))
+}
+
+/// Says that a file is a configuration and no data.
+fn yaml(path: &Path, line: &[u8]) -> Option<String> {
+    let from = format!("`qlora init --from {} qlora.toml` writes what it says as a configuration", shell(path));
+    // What other trainers' configurations begin with is a key in letters.
+    let begins_as_yaml = || {
+        let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let key = line.split(|byte| *byte == b':').next().unwrap_or_default();
+        let is_key = !key.is_empty() && key.iter().all(|byte| byte.is_ascii_lowercase() || b"_0123456789".contains(byte));
+        line == b"---" || (is_key && (line[key.len()..].starts_with(b": ") || line[key.len()..] == *b":"))
+    };
+    let is_json = line.starts_with(b"{");
+    let is_yaml = is_named(path, "yml") || is_named(path, "yaml") || (!is_named(path, "txt") && begins_as_yaml());
+    match () {
+        () if path.file_name().is_some_and(|name| name == "adapter_config.json") => Some(format!(
+            "is the configuration of a PEFT adapter, and data.train names the rows to learn from; {from}"
+        )),
+        () if is_yaml && !is_json => {
+            Some(format!("is a configuration in YAML, and data.train names the rows to learn from; {from}"))
+        }
+        () if is_named(path, "toml") && !is_json => {
+            Some("is a configuration, and data.train names the rows to learn from".into())
+        }
+        () => None,
+    }
 }
 
 /// What puts objects of several lines on one line each.

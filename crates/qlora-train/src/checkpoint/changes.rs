@@ -46,6 +46,10 @@ const FREE: &[&str] = &[
     "model.device_budget",
     "data.train",
     "data.eval",
+    "data.columns",
+    "data.subset",
+    "data.split",
+    "data.cache",
     "data.strict",
     "train.output_dir",
     "train.epochs",
@@ -86,7 +90,7 @@ impl TrainingCheckpoint {
         for (key, words) in differences(&saved, &now) {
             if decides_tensors(&key) {
                 changes.impossible.push(words);
-            } else if !FREE.contains(&key.as_str()) && !key.starts_with("serve.") {
+            } else if !FREE.contains(&key_of(key.as_str())) && !key.starts_with("serve.") {
                 changes.serious.push(words);
             }
         }
@@ -111,7 +115,7 @@ impl TrainingCheckpoint {
     pub(crate) fn basis_changes(&self, now: &Basis, config: &TrainConfig) -> Changes {
         let saved = &self.state.basis;
         let mut changes = Changes::default();
-        let data = config.data.train.display();
+        let data = &config.data.train;
         if saved.train_rows != now.train_rows {
             changes.serious.push(format!("the rows of {data}, their order or their tokens are others"));
         }
@@ -180,6 +184,12 @@ fn flattened(table: &toml::Table) -> BTreeMap<String, &toml::Value> {
     let mut flat = BTreeMap::new();
     add("", table, &mut flat);
     flat
+}
+
+/// The key of the configuration that a value stands under: some keys hold tables.
+pub(crate) fn key_of(value: &str) -> &str {
+    let mut dots = value.match_indices('.');
+    dots.nth(1).map_or(value, |(at, _)| &value[..at])
 }
 
 /// Every key that differs, with `section.key was A, now is B`.

@@ -4,6 +4,8 @@
 //! [`field_names`] is a deserializer that only takes note of them. So a new field is a known key,
 //! without a list to keep in step.
 
+use std::path::Path;
+
 use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
@@ -62,6 +64,9 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("eval_packing", "data.packing"),
     ("padding_free", "data.packing"),
     ("neat_packing", "data.packing"),
+    ("datasets", "data.train"),
+    ("test_datasets", "data.eval"),
+    ("data_files", "data.train"),
 ];
 
 /// The sections and the keys of each.
@@ -128,6 +133,21 @@ pub(super) fn parse(text: &str, file: &str) -> Result<TrainConfig, TrainError> {
     reorder(&mut config.lora.rank_pattern, &order("rank_pattern"));
     reorder(&mut config.lora.alpha_pattern, &order("alpha_pattern"));
     Ok(config)
+}
+
+/// What a file is that is no TOML, if other trainers write such files.
+pub(super) fn foreign(path: &Path, text: &str) -> Option<&'static str> {
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
+    let first = lines.next().unwrap_or_default();
+    let is_key = |key: &str| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    let begins_as_yaml = first == "---"
+        || first.split_once(':').is_some_and(|(key, rest)| is_key(key) && (rest.is_empty() || rest.starts_with(' ')));
+    let is_named = |extension: &str| path.extension().is_some_and(|found| found == extension);
+    match () {
+        () if text.contains("\"peft_type\"") && first.starts_with('{') => Some("a PEFT adapter's configuration"),
+        () if begins_as_yaml || is_named("yml") || is_named("yaml") => Some("YAML"),
+        () => None,
+    }
 }
 
 /// See [`TrainConfig::set`].

@@ -304,3 +304,38 @@ fn patterns_keep_the_order_of_the_file() {
     let again = TrainConfig::parse(&config.to_toml().unwrap(), "again").unwrap();
     assert_eq!(names(&again), ["m", "b", "n", "y", "x"]);
 }
+
+#[test]
+fn configurations_of_other_trainers_are_recognised() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text, expected) in [
+        ("axolotl.yml", "base_model: a/b\n", "this is YAML"),
+        ("config.toml", "# Mine\n\nbase_model: a/b\nadapter: qlora\n", "this is YAML"),
+        ("config", "---\nbase_model: a/b\n", "this is YAML"),
+        ("adapter_config.json", "{\n  \"peft_type\": \"LORA\"\n}\n", "a PEFT adapter's configuration"),
+    ] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let error = TrainConfig::load(&path).unwrap_err().to_string();
+        let command = format!("`qlora init --from {} qlora.toml`", path.display());
+        assert!(error.contains(expected) && error.contains(&command), "{error}");
+    }
+    let ours = dir.path().join("ours.toml");
+    std::fs::write(&ours, "device = \"cpu\"\n[model]\npath = \"a: b\"\n").unwrap();
+    assert_eq!(TrainConfig::load(&ours).unwrap().model.path, "a: b");
+}
+
+#[test]
+fn sources_come_back_from_a_written_configuration() {
+    let mut config = valid();
+    config.set("data.train", "[\"a.jsonl\", { path = \"org/name\", weight = 0.5, columns = { prompt = \"q\" } }]").unwrap();
+    config.set("data.columns", "{ completion = \"answer\" }").unwrap();
+    config.set("data.split", "train[:5%]").unwrap();
+    config.validate().unwrap();
+    let again = TrainConfig::parse(&config.to_toml().unwrap(), "again").unwrap();
+    assert_eq!(again.data, config.data);
+    assert_eq!(again.data.train.to_string(), "a.jsonl and org/name");
+    assert!(range_message("data.train", "[{ path = \"a\", weight = -1 }]").contains("data.train gives a the weight -1"));
+    let error = message("[data]\ntrain = [{ path = \"a\", wieght = 2 }]\n");
+    assert!(error.contains("qlora.toml:2: data.train: unknown field `wieght`"), "{error}");
+}

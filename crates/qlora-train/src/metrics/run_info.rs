@@ -28,7 +28,7 @@ pub struct RunInfo {
     /// Rank of the adapters.
     pub rank: usize,
     /// The training rows as the configuration names them.
-    pub train_data: PathBuf,
+    pub train_data: String,
     /// Training rows.
     pub train_rows: usize,
     /// Tokens of the training rows.

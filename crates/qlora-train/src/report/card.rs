@@ -6,7 +6,6 @@
 //! (Format: <https://huggingface.co/docs/hub/model-cards>.)
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use adapter_io::{AdapterConfig, TargetModules};
 
@@ -73,7 +72,7 @@ impl Card<'_> {
                 "Data",
                 format!(
                     "{}: {} rows, {} tokens{eval}",
-                    file_name(&run.train_data),
+                    sources(&run.train_data),
                     run.train_rows,
                     count(run.train_tokens)
                 ),
@@ -125,6 +124,14 @@ impl Card<'_> {
     }
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+/// Sources as a reader elsewhere may know them: hub ids, and files without their folders.
+fn sources(text: &str) -> String {
+    let short = |word: &str| -> String {
+        let is_local = word.starts_with(['/', '.', '~']) || word.contains(['.', '*']) || word.matches('/').count() > 1;
+        match word.rsplit_once('/') {
+            Some((_, name)) if is_local => name.to_owned(),
+            _ => word.to_owned(),
+        }
+    };
+    text.split(' ').map(short).collect::<Vec<_>>().join(" ")
 }

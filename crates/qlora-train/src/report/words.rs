@@ -24,7 +24,7 @@ impl Summary {
                 "Data",
                 format!(
                     "`{}`: {} rows, {} tokens; {}",
-                    run.train_data.display(),
+                    run.train_data,
                     run.train_rows,
                     count(run.train_tokens),
                     match run.eval_rows {
@@ -75,7 +75,7 @@ impl Summary {
             count(run.trainable_parameters),
             run.model,
             run.train_rows,
-            run.train_data.display(),
+            run.train_data,
             self.steps,
             duration(self.elapsed_seconds),
         );

@@ -71,7 +71,7 @@ impl Trainer<'_> {
             trainable_parameters: model.num_trainable() as u64,
             adapted_modules: model.adapted_modules().len(),
             rank: self.config.lora.rank,
-            train_data: self.config.data.train.clone(),
+            train_data: self.config.data.train.to_string(),
             train_rows: report.rows,
             train_tokens: report.tokens,
             eval_rows: self.rows.eval.examples.len(),

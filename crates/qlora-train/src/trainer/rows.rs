@@ -5,8 +5,9 @@
 use std::sync::atomic::Ordering;
 
 use chat_text::{ChatTemplate, Tokenizer};
+use model_hub::Hub;
 use qlora_data::{
-    BatchOrder, DataConfig, DataError, Dataset, LoadOptions, MASKED_LABEL, Packing, load_splits_with, padding_id,
+    BatchOrder, DataConfig, DataError, Dataset, LoadOptions, LoadProgress, MASKED_LABEL, Packing, load_splits_with, padding_id,
 };
 use qlora_layers::Initialization;
 use qlora_models::{CalibrationBatch, ModelConfig};
@@ -31,7 +32,16 @@ pub fn load_rows(
 ) -> Result<(Dataset, Dataset), TrainError> {
     let flag = events.stop_flag();
     let should_stop = || flag.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed));
+    let hub = Hub { progress: events.download_progress(), ..Hub::from_env() };
+    let told = events.rows_progress();
+    let progress = |progress: LoadProgress<'_>| {
+        if let Some(told) = &told {
+            told(progress);
+        }
+    };
     let options = LoadOptions {
+        hub: Some(&hub),
+        progress: &progress,
         max_positions: Some(model.max_position_embeddings),
         embedding_rows: Some(model.vocab_size),
         should_stop: &should_stop,
@@ -93,7 +103,8 @@ impl Rows {
         let (train, eval) = load_rows(config, tokenizer, model, events)?;
         let (batch_size, pad_id) = (config.train.batch_size, padding_id(tokenizer, model.vocab_size));
         Ok(Self {
-            order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id),
+            order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id)
+                .weighted(&train.weights)?,
             eval_order: BatchOrder::for_evaluation(&eval.examples, &config.data, batch_size, pad_id),
             train,
             eval,

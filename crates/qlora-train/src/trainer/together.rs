@@ -20,6 +20,10 @@ const OWN: &[&str] = &[
     "model.device_budget",
     "data.train",
     "data.eval",
+    "data.columns",
+    "data.subset",
+    "data.split",
+    "data.cache",
     "train.output_dir",
     "train.optimizer_budget",
     "train.memory_budget",
@@ -34,7 +38,7 @@ const OWN: &[&str] = &[
 pub(super) fn configuration(mut config: TrainConfig, ranks: Option<&Ranks>) -> Result<TrainConfig, TrainError> {
     let Some(ranks) = ranks else { return Ok(config) };
     let keys = checkpoint::settings(&config)?.into_iter();
-    let shared = |(key, _): &(String, String)| !OWN.contains(&key.as_str()) && !key.starts_with("serve.");
+    let shared = |(key, _): &(String, String)| !OWN.contains(&checkpoint::key_of(key)) && !key.starts_with("serve.");
     ranks.compare(&keys.filter(shared).collect::<Vec<_>>())?;
     let each = config.train.gradient_accumulation_steps;
     let range = || TrainError::ConfigRange {

@@ -15,7 +15,7 @@ pub fn root() -> &'static Path {
 pub fn config(output_dir: &Path) -> TrainConfig {
     let mut config = TrainConfig { device: "cpu".into(), ..Default::default() };
     config.model.path = root().join("testdata/reference/tiny-llama").display().to_string();
-    config.data.train = root().join("examples/quickstart/word_problems.jsonl");
+    config.data.train = root().join("examples/quickstart/word_problems.jsonl").into();
     config.data.eval_fraction = 0.002;
     config.data.max_length = 96;
     config.lora = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.1, ..Default::default() };

@@ -50,7 +50,7 @@ fn what_is_finished_is_not_replaced_unasked() {
     }
     // Nor by a mistake that shows only later.
     let mut wrong = other.clone();
-    wrong.data.train = dir.path().join("none.jsonl");
+    wrong.data.train = dir.path().join("none.jsonl").into();
     assert!(refused(wrong, overwrite()).contains("none.jsonl"));
     assert_eq!((adapter(&out), std::fs::read(out.join("metrics.jsonl")).unwrap()), (before.clone(), log));
     run(other, overwrite(), &mut ()).unwrap();

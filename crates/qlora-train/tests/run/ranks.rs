@@ -137,7 +137,7 @@ fn a_short_step_and_rows_without_labels_are_shared_too() {
     std::fs::write(&rows, (1..=9).map(row).collect::<String>()).unwrap();
     let of = |name: &str| {
         let mut config = config(&dir.path().join(name));
-        config.data.train = rows.clone();
+        config.data.train = rows.clone().into();
         config.data.eval_fraction = 0.0;
         config.train.batch_size = 1;
         config.train.gradient_accumulation_steps = 4;
@@ -199,7 +199,7 @@ fn what_is_wrong_with_one_rank_ends_all() {
     }
     let other = dir.path().join("other.jsonl");
     std::fs::write(&other, "{\"prompt\": \"a\", \"completion\": \" b\"}\n".repeat(600)).unwrap();
-    for message in errors(&|config| config.data.train = other.clone()) {
+    for message in errors(&|config| config.data.train = other.clone().into()) {
         assert!(message.contains("the training rows") && message.contains("on rank 1 ("), "{message}");
     }
     // Its own words there, and who said them elsewhere.
@@ -222,8 +222,8 @@ fn ranks_that_share_the_base_give_what_one_process_gives() {
     std::fs::write(&rows, (1..=11).map(row).collect::<String>()).unwrap();
     let of = |name: &str, ranks: usize| {
         let mut config = config(&dir.path().join(name));
-        config.data.train = rows.clone();
-        config.data.eval = Some(rows.clone());
+        config.data.train = rows.clone().into();
+        config.data.eval = Some(rows.clone().into());
         config.data.eval_fraction = 0.0;
         config.train.batch_size = 1;
         config.train.gradient_accumulation_steps = 4 / ranks;

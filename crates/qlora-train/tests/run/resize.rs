@@ -50,14 +50,14 @@ fn of(dir: &Path, tied: bool, added: &[&str]) -> TrainConfig {
     let model = dir.join("model");
     extended(&model, added, tied);
     let mut config = config(&dir.join("run"));
-    let rows = std::fs::read_to_string(&config.data.train).unwrap();
+    let rows = std::fs::read_to_string(&config.data.train.0[0].path).unwrap();
     let rows: Vec<String> = rows
         .lines()
         .take(12)
         .map(|row| row.replace("Answer:", "<|answer|>").replacen("How", "<|ask|> How", 1))
         .collect();
     std::fs::write(dir.join("rows.jsonl"), rows.join("\n")).unwrap();
-    config.data.train = dir.join("rows.jsonl");
+    config.data.train = dir.join("rows.jsonl").into();
     config.data.eval_fraction = 0.0;
     config.model.path = model.display().to_string();
     config.model.resize_embeddings = true;

@@ -12,10 +12,10 @@ fn accepting() -> Start {
 /// A run whose files are its own, stopped after two steps.
 fn stopped(dir: &Path) -> TrainConfig {
     let mut config = config(&dir.join("run"));
-    let rows = std::fs::read_to_string(&config.data.train).unwrap();
+    let rows = std::fs::read_to_string(&config.data.train.0[0].path).unwrap();
     let rows: Vec<&str> = rows.lines().take(20).collect();
     std::fs::write(dir.join("rows.jsonl"), rows.join("\n")).unwrap();
-    config.data.train = dir.join("rows.jsonl");
+    config.data.train = dir.join("rows.jsonl").into();
     config.data.eval_fraction = 0.0;
     run(config.clone(), Resume::No, &mut StopAfter(2)).unwrap();
     config
@@ -53,10 +53,10 @@ fn other_settings_are_refused_by_key() {
 fn other_rows_are_refused_wherever_they_lie() {
     let dir = tempfile::tempdir().unwrap();
     let config = stopped(dir.path());
-    let rows = std::fs::read_to_string(&config.data.train).unwrap();
+    let rows = std::fs::read_to_string(&config.data.train.0[0].path).unwrap();
     let elsewhere = dir.path().join("elsewhere.jsonl");
     let mut moved = config.clone();
-    moved.data.train = elsewhere.clone();
+    moved.data.train = elsewhere.clone().into();
     // As many rows of as many tokens, in another order.
     let reversed: Vec<&str> = rows.lines().rev().collect();
     std::fs::write(&elsewhere, reversed.join("\n")).unwrap();
@@ -67,7 +67,7 @@ fn other_rows_are_refused_wherever_they_lie() {
     assert!(told.has("elsewhere.jsonl") && summary.steps == 6, "{:?}", told.0);
     // The same rows under another name are the same rows; the checkpoint is now of the reversed ones.
     std::fs::copy(&elsewhere, dir.path().join("third.jsonl")).unwrap();
-    moved.data.train = dir.path().join("third.jsonl");
+    moved.data.train = dir.path().join("third.jsonl").into();
     moved.train.max_steps = Some(7);
     run(moved, Resume::Auto, &mut ()).unwrap();
 }
