@@ -14,8 +14,7 @@
 mod buckets;
 mod evaluate;
 mod gradients;
-#[cfg(test)]
-mod packed;
+mod pass;
 
 use crate::checkpointing::{PART, Policies};
 use crate::error::TrainError;
@@ -28,7 +27,7 @@ use gradients::{Computed, Step};
 use host_copies::{DeviceError, client_of, is_cuda};
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update};
 use qlora_data::Batch;
-use qlora_models::{Decoder, Sequence};
+use qlora_models::Decoder;
 use std::collections::VecDeque;
 
 pub use evaluate::Evaluation;
@@ -344,14 +343,6 @@ impl Engine {
         }
         self.model.track();
         Ok(())
-    }
-}
-
-/// The pass over a batch: rows of one length, or packed ones, each of which sees itself alone.
-fn sequence(model: &Decoder, batch: &Batch) -> Sequence {
-    match batch.packed {
-        true => model.packed_sequence(&batch.lengths),
-        false => model.sequence(batch.rows, batch.cols, 0),
     }
 }
 

@@ -6,7 +6,8 @@ use host_copies::DeviceError;
 use qlora_data::Batch;
 use qlora_layers::Pass;
 
-use super::{Engine, sequence};
+use super::Engine;
+use super::pass::sequence;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_correct};
 

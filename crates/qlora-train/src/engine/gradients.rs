@@ -15,8 +15,9 @@ use qlora_layers::ops::backward_from_all;
 use qlora_layers::{Pass, mix};
 use qlora_models::BlockInPass;
 
+use super::Engine;
 use super::buckets::Buckets;
-use super::{Engine, sequence};
+use super::pass::sequence;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_gradient};
 use crate::ranks::{Part, Ranks, Waited};

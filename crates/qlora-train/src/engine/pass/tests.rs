@@ -1,7 +1,7 @@
 //! Packed rows beside the same rows one by one and side by side: loss, gradients and evaluation.
 
-use super::gradients::{Computed, Local, Step};
-use super::*;
+use super::super::gradients::{Computed, Local, Step};
+use super::super::*;
 use burn::tensor::{Device, FloatDType};
 use nf4_quant::QuantConfig;
 use qlora_data::{Example, MASKED_LABEL};
