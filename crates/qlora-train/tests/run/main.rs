@@ -9,3 +9,4 @@ mod loss_scale;
 mod ranks;
 mod resize;
 mod resume;
+mod watching;
