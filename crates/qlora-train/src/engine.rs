@@ -356,7 +356,11 @@ impl Engine {
             }
             None => config.scalars(number, learning_rate, 0.0),
         };
-        updates.into_iter().map(|update| (scalars(&update), update)).map(|(scalars, update)| (update, scalars)).collect()
+        updates
+            .into_iter()
+            .map(|update| (scalars(&update), update))
+            .map(|(scalars, update)| (update, scalars))
+            .collect()
     }
 
     /// Clips and applies the gradients.

@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use adapter_io::{FormatError, atomic};
-use chat_text::{CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Prompting, Tokenizer};
+use chat_text::{
+    CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Prompting, Tokenizer,
+};
 use qlora_data::{DataConfig, Format, LossOn};
 
 use crate::error::TrainError;

@@ -35,19 +35,17 @@ impl ParameterKind {
 impl Decoder {
     /// The kind of each of the [`parameters`](Self::parameters), in their order.
     pub fn parameter_kinds(&self) -> Vec<ParameterKind> {
-        let norms: Vec<String> = self
-            .norms()
-            .filter(|(_, norm)| norm.trained.is_some())
-            .map(|(path, _)| format!("{path}.weight"))
-            .collect();
+        let norms: Vec<String> =
+            self.norms().filter(|(_, norm)| norm.trained.is_some()).map(|(path, _)| format!("{path}.weight")).collect();
         let of = |name: &str| match norms.iter().any(|norm| norm == name) {
             true => ParameterKind::Vector,
             false => ParameterKind::of_part(name),
         };
-        let embedding = self.embedding_parameters().into_iter().map(|(name, _)| match name.ends_with("lora_magnitude") {
-            true => ParameterKind::Vector,
-            false => ParameterKind::Embedding,
-        });
+        let embedding =
+            self.embedding_parameters().into_iter().map(|(name, _)| match name.ends_with("lora_magnitude") {
+                true => ParameterKind::Vector,
+                false => ParameterKind::Embedding,
+            });
         let blocks = self.blocks.iter().flat_map(|block| block.parameters().into_iter().map(|(name, _)| of(&name)));
         let head = self.head_parameters().into_iter().map(|(name, _)| match of(&name) {
             // Rows of single tokens have a part's name of their own.

@@ -31,7 +31,8 @@ impl EvalConfig {
         let evaluates = data.eval.is_some() || data.eval_fraction > 0.0;
         let rows = "are answered at evaluations: set data.eval or data.eval_fraction";
         check("eval.prompts", &count, !asks || evaluates, rows)?;
-        let sharded = "can't be answered by a base that ranks share: leave them out, or set distributed.shard_base = false";
+        let sharded =
+            "can't be answered by a base that ranks share: leave them out, or set distributed.shard_base = false";
         check("eval.prompts", &count, !asks || !shard_base, sharded)?;
         let empty = self.prompts.iter().any(|prompt| prompt.trim().is_empty());
         check("eval.prompts", "\"\"", !empty, "must not be empty")?;

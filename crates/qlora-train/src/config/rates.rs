@@ -107,7 +107,8 @@ impl RunConfig {
         if self.embedding_learning_rate.is_some() && missing(&ParameterKind::Embedding) {
             found.push("train.embedding_learning_rate".into());
         }
-        let words = |key: String| format!("{key} does nothing: lora trains no such parameter (see lora.modules_to_save)");
+        let words =
+            |key: String| format!("{key} does nothing: lora trains no such parameter (see lora.modules_to_save)");
         found.into_iter().map(words).collect()
     }
 }

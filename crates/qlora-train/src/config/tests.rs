@@ -202,7 +202,11 @@ fn values_out_of_range_name_the_key_and_what_is_allowed() {
         ),
         ("train.min_learning_rate_ratio", "1.5", "train.min_learning_rate_ratio = 1.5: must be from 0 to 1"),
         ("train.weight_decay_of", "{ vectors = -1 }", "train.weight_decay_of = -1: must be a finite number, 0 or more"),
-        ("eval.prompts", "[\"hi\"]", "eval.prompts = [1 prompts]: are answered at evaluations: set data.eval or data.eval_fraction"),
+        (
+            "eval.prompts",
+            "[\"hi\"]",
+            "eval.prompts = [1 prompts]: are answered at evaluations: set data.eval or data.eval_fraction",
+        ),
         ("eval.max_new_tokens", "0", "eval.max_new_tokens = 0: must be 1 or more"),
     ];
     for (key, value, expected) in cases {

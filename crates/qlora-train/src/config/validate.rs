@@ -146,7 +146,12 @@ impl RunConfig {
         let key = "train.min_learning_rate_ratio";
         check(key, floor, (0.0..=1.0).contains(&floor), "must be from 0 to 1")?;
         let falls = floor == 0.0 || self.schedule.has_floor();
-        check(key, floor, falls, "needs a train.schedule that falls to a floor: linear, a cosine or warmup_stable_decay")?;
+        check(
+            key,
+            floor,
+            falls,
+            "needs a train.schedule that falls to a floor: linear, a cosine or warmup_stable_decay",
+        )?;
         check("train.cycles", self.cycles, self.cycles >= 1, "must be 1 or more")?;
         let restarts = self.cycles == 1 || self.schedule == Schedule::CosineWithRestarts;
         check("train.cycles", self.cycles, restarts, "needs train.schedule = \"cosine_with_restarts\"")?;

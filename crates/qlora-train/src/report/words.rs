@@ -56,7 +56,8 @@ impl Summary {
             rows.push(("Evaluation loss", losses(first, last, self.best_eval_loss)));
         }
         if let (Some(accuracy), Some(perplexity)) = (self.last_eval_accuracy, self.last_eval_perplexity) {
-            let words = format!("{:.1} % of tokens predicted right, perplexity {perplexity:.3}, both last", 100.0 * accuracy);
+            let words =
+                format!("{:.1} % of tokens predicted right, perplexity {perplexity:.3}, both last", 100.0 * accuracy);
             rows.push(("Evaluation", words));
         }
         rows.push(("Speed", format!("{:.0} tokens/s on {}", self.tokens_per_second, run.device)));
@@ -69,7 +70,10 @@ impl Summary {
             Outcome::Interrupted => ("Training interrupted", self.resume_hint()),
         };
         let answers = self.answered();
-        format!("# {title}\n\n{}\n\n![Loss curve](loss.svg)\n\n| | |\n|---|---|\n{table}\n{answers}{next}", self.sentence())
+        format!(
+            "# {title}\n\n{}\n\n![Loss curve](loss.svg)\n\n| | |\n|---|---|\n{table}\n{answers}{next}",
+            self.sentence()
+        )
     }
 
     /// The last answers, where the configuration has prompts.

@@ -99,7 +99,8 @@ impl Sink for MlFlow {
         let timestamp = millis();
         // JSON has no NaN and no infinity.
         let finite = values.iter().filter(|(_, value)| value.is_finite());
-        let metric = |(key, value): &(&str, f64)| json!({"key": key, "value": value, "timestamp": timestamp, "step": step});
+        let metric =
+            |(key, value): &(&str, f64)| json!({"key": key, "value": value, "timestamp": timestamp, "step": step});
         self.send(Entry::Metrics(finite.map(metric).collect()))
     }
 
@@ -146,8 +147,7 @@ fn create(client: &Client, Beginning { folder, settings, .. }: Beginning<'_>) ->
         "tags": [{"key": "mlflow.source.name", "value": "qlora"}]});
     let created = client.post("runs/create", &body).map_err(|failure| failure.to_string())?;
     let run = created["run"]["info"]["run_id"].as_str().ok_or("runs/create: the answer names no run")?.to_owned();
-    let params: Vec<Value> =
-        settings.iter().map(|(key, value)| json!({"key": key, "value": cut(value)})).collect();
+    let params: Vec<Value> = settings.iter().map(|(key, value)| json!({"key": key, "value": cut(value)})).collect();
     for params in params.chunks(PARAMS) {
         let body = json!({"run_id": run, "params": params});
         client.post("runs/log-batch", &body).map_err(|failure| failure.to_string())?;

@@ -66,7 +66,8 @@ fn each_start_has_an_event_file_and_a_resumed_one_says_where_it_goes_on() {
         }
         assert!(trackers.eval(&eval(start + 3)).is_empty() && trackers.finish(Outcome::Finished).is_empty());
     }
-    let mut files: Vec<_> = dir.path().join("tensorboard").read_dir().unwrap().map(|file| file.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        dir.path().join("tensorboard").read_dir().unwrap().map(|file| file.unwrap().path()).collect();
     files.sort();
     let [first, second] = [messages(&files[0]), messages(&files[1])];
     // Version, configuration, three steps, values and answers of an evaluation; a start where the run goes on.

@@ -78,7 +78,9 @@ fn curves_are_those_of_transformers() {
     let recorded: Vec<Recorded> =
         serde_json::from_str(include_str!("../../../../../testdata/reference/schedules.json")).unwrap();
     assert!(ALL.iter().all(|schedule| recorded.iter().any(|curve| curve.schedule == *schedule)));
-    for Recorded { name, schedule, warmup_steps, total_steps, floor, decay_steps, decay_shape, cycles, factors } in recorded {
+    for Recorded { name, schedule, warmup_steps, total_steps, floor, decay_steps, decay_shape, cycles, factors } in
+        recorded
+    {
         let curve = Curve { schedule, warmup_steps, total_steps, floor, decay_steps, decay_shape, cycles };
         assert_eq!(factors.len(), total_steps + 1, "{name}");
         for (step, expected) in factors.into_iter().enumerate() {

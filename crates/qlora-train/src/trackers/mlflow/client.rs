@@ -129,7 +129,8 @@ impl Client {
             let status = answer.status();
             Ok::<_, reqwest::Error>((status, answer.text().await?))
         });
-        let (status, text) = answer.map_err(|error| Failure::Later(format!("{place}: {}", chain(&error.without_url()))))?;
+        let (status, text) =
+            answer.map_err(|error| Failure::Later(format!("{place}: {}", chain(&error.without_url()))))?;
         let answer: Value = serde_json::from_str(&text).unwrap_or_default();
         if status.is_success() {
             return Ok(answer);

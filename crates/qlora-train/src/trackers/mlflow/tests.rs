@@ -7,10 +7,10 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 
 use super::super::tests::{eval, step};
-use crate::metrics::StepMetrics;
 use super::super::{Tracker, Trackers};
 use super::client::Authorization;
 use super::*;
+use crate::metrics::StepMetrics;
 
 /// Path, `authorization` and body of each request.
 type Requests = Arc<Mutex<Vec<(String, String, Value)>>>;
@@ -44,7 +44,9 @@ fn server(missing: &'static str) -> (String, Requests) {
             let is_missing = !missing.is_empty() && format!("{path} {body}").contains(missing);
             noted.lock().unwrap().push((path.clone(), authorization, body));
             let (status, answer) = match path.split('?').next().unwrap() {
-                _ if is_missing => ("404 Not Found", json!({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"})),
+                _ if is_missing => {
+                    ("404 Not Found", json!({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}))
+                }
                 "runs/create" => ("200 OK", json!({"run": {"info": {"run_id": "r1"}}})),
                 "experiments/create" => ("200 OK", json!({"experiment_id": "e1"})),
                 "experiments/get-by-name" => ("200 OK", json!({"experiment": {"experiment_id": "e0"}})),
@@ -85,9 +87,15 @@ fn a_run_has_its_values_and_goes_on_in_the_same_one() {
     assert_eq!(logged(&requests, "params"), [json!({"key": "train.epochs", "value": "1.0"})]);
     let metrics = logged(&requests, "metrics");
     let of = |key: &str, step: usize| {
-        metrics.iter().find(|metric| metric["key"] == key && metric["step"] == step).map(|metric| metric["value"].clone())
+        metrics
+            .iter()
+            .find(|metric| metric["key"] == key && metric["step"] == step)
+            .map(|metric| metric["value"].clone())
     };
-    assert_eq!((of("train/loss", 1), of("train/loss", 2), of("eval/loss", 2)), (Some(json!(1.0)), Some(json!(0.5)), Some(json!(2.0))));
+    assert_eq!(
+        (of("train/loss", 1), of("train/loss", 2), of("eval/loss", 2)),
+        (Some(json!(1.0)), Some(json!(0.5)), Some(json!(2.0)))
+    );
     assert_eq!((of("train/grad_norm", 1), of("train/grad_norm", 2)), (Some(json!(0.5)), None));
     assert!(logged(&requests, "tags")[0]["value"].as_str().unwrap().contains("two"));
     let all = std::mem::take(&mut *requests.lock().unwrap());
@@ -118,7 +126,10 @@ fn addresses_show_no_password() {
     let client = Client::new("http://me:hidden@127.0.0.1:9/", None).unwrap();
     assert_eq!(client.uri(), "http://127.0.0.1:9");
     let problem = client.post("runs/create", &json!({})).err().unwrap().to_string();
-    assert!(problem.starts_with("http://127.0.0.1:9/api/2.0/mlflow/runs/create: ") && !problem.contains("hidden"), "{problem}");
+    assert!(
+        problem.starts_with("http://127.0.0.1:9/api/2.0/mlflow/runs/create: ") && !problem.contains("hidden"),
+        "{problem}"
+    );
     let refused = Client::new("sqlite:///mlflow.db", None).err().unwrap();
     assert_eq!(refused, "MLFLOW_TRACKING_URI must begin with http:// or https://");
 }
