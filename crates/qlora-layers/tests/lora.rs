@@ -157,7 +157,8 @@ fn noise_is_the_oracles_on_every_runtime_and_uniform() {
     // A uniform distribution on (-m, m) has mean 0, variance m^2 / 3 and fourth moment m^4 / 5.
     for (row, magnitude) in [(0, 0.5f64), (2, 2.0)] {
         let row = &expected[row * width..(row + 1) * width];
-        let moment = |power: i32| row.iter().map(|v| (f64::from(*v) / magnitude).powi(power)).sum::<f64>() / width as f64;
+        let moment =
+            |power: i32| row.iter().map(|v| (f64::from(*v) / magnitude).powi(power)).sum::<f64>() / width as f64;
         // Five standard deviations of the mean of 4,096 draws: sqrt(1 / 3), sqrt(1 / 5 - 1 / 9) and sqrt(1 / 9 - 1 / 25), each / 64.
         assert!(moment(1).abs() < 0.046, "{}", moment(1));
         assert!((moment(2) - 1.0 / 3.0).abs() < 0.024, "{}", moment(2));

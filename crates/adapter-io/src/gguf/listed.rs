@@ -85,7 +85,9 @@ fn listed(Entry { name, shape, id, offset }: Entry, room: usize) -> Result<Liste
     let size = total.and_then(|n| n.div_ceil(*elements).checked_mul(*bytes));
     let size = size.ok_or_else(|| format!("tensor `{name}`: shape {shape:?} of {kind} has no valid size"))?;
     if offset.checked_add(size).is_none_or(|end| end > room) {
-        return Err(format!("it is cut short: the data of tensor `{name}` is not all there; download or copy the file again"));
+        return Err(format!(
+            "it is cut short: the data of tensor `{name}` is not all there; download or copy the file again"
+        ));
     }
     Ok(ListedTensor { name, dtype: (*kind).into(), shape, bytes: size as u64 })
 }
@@ -119,7 +121,8 @@ mod tests {
         // Four blocks of 144 bytes.
         let listing = list(&file(12, 576)).unwrap();
         assert_eq!(listing.metadata[0].1.as_str(), Some("llama"));
-        let expected = ListedTensor { name: "blk.0.attn_q.weight".into(), dtype: "Q4_K".into(), shape: vec![2, 512], bytes: 576 };
+        let expected =
+            ListedTensor { name: "blk.0.attn_q.weight".into(), dtype: "Q4_K".into(), shape: vec![2, 512], bytes: 576 };
         assert_eq!(listing.tensors.tensors(), [expected]);
         assert_eq!(list(&file(99, 0)).unwrap().tensors.tensors()[0].dtype, "type 99");
         let error = list(&file(12, 575)).unwrap_err();
