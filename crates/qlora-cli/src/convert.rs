@@ -29,8 +29,14 @@ pub fn run(args: &ConvertArgs) -> Result<Code> {
         None => ("GGUF", model(args, &base, None, kind)?),
     };
     if args.json {
-        let object = json!({"output": args.output.display().to_string(), "what": what, "tensors": report.tensors, "bytes": report.total_bytes,
-            "type": kind.name().to_ascii_lowercase(), "in_f16": report.fallbacks});
+        let object = json!({
+            "output": args.output.display().to_string(),
+            "what": what,
+            "tensors": report.tensors,
+            "bytes": report.total_bytes,
+            "type": kind.name().to_ascii_lowercase(),
+            "in_f16": report.fallbacks,
+        });
         print(&format!("{object}\n"))?;
         return Ok(Code::Done);
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use burn_qlora::adapter_io::listing::Listing;
+use burn_qlora::adapter_io::listing::{ListedTensor, Listing};
 use burn_qlora::gguf::GgufListing;
 use burn_qlora::metrics::METRICS_FILE;
 use burn_qlora::qlora_train::run_holder;
@@ -59,7 +59,10 @@ fn adapter(adapter: &Adapter) -> Result<Value> {
 }
 
 fn listed(listing: &Listing) -> Value {
-    let tensor = |tensor: &burn_qlora::adapter_io::listing::ListedTensor| json!({"name": tensor.name, "dtype": tensor.dtype, "shape": tensor.shape, "bytes": tensor.bytes});
+    let tensor = |tensor: &ListedTensor| {
+        let ListedTensor { name, dtype, shape, bytes } = tensor;
+        json!({"name": name, "dtype": dtype, "shape": shape, "bytes": bytes})
+    };
     let all: Vec<Value> = listing.tensors().iter().map(tensor).collect();
     json!({"parameters": listing.parameters(), "bytes": listing.bytes(), "all": all})
 }
