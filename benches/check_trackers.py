@@ -34,7 +34,8 @@ for name in expected:
     assert len(events) == len(expected[name]), (name, "a step twice", [event.step for event in events])
     compare("tensorboard", name, {event.step: event.value for event in events})
 texts = {event.step: event.tensor_proto.string_val[0].decode() for event in accumulator.Tensors("answers/1")}
-assert texts.keys() == evals.keys() and all("What is 2 + 3?" in text for text in texts.values()), texts
+# TensorBoard drops scalars behind a restart, and keeps texts.
+assert texts.keys() >= evals.keys() and all("What is 2 + 3?" in text for text in texts.values()), texts
 print(f"tensorboard: {len(expected)} scalars over {len(steps)} steps, answers at {sorted(texts)}, no step twice")
 
 client = MlflowClient()
