@@ -5,8 +5,17 @@ mod common;
 use common::{Bench, Run, reference};
 use serde_json::Value;
 
-const EVAL: [&str; 6] =
-    ["--set", "data.eval_fraction=0.2", "--set", "eval.prompts=[\"What is 2 + 3?\"]", "--set", "eval.max_new_tokens=3"];
+/// Evaluations with a prompt, and rows of which none is cut, which would be a warning.
+const EVAL: [&str; 8] = [
+    "--max-length",
+    "128",
+    "--set",
+    "data.eval_fraction=0.2",
+    "--set",
+    "eval.prompts=[\"What is 2 + 3?\"]",
+    "--set",
+    "eval.max_new_tokens=3",
+];
 
 /// Every line of stdout as an object.
 fn objects(run: &Run) -> Vec<Value> {
