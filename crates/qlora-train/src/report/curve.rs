@@ -60,8 +60,12 @@ fn draw(history: &History, svg: &mut String) -> Drawn {
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     let (upper, lower) = area.split_vertically(LOSSES);
     match losses.axis() {
-        (y, true) => losses.draw(&upper, x.clone(), y.clone().log_scale(), y)?,
-        (y, false) => losses.draw(&upper, x.clone(), y.clone(), y)?,
+        // Each decade has the decimals that it needs.
+        (y, true) => losses.draw(&upper, x.clone(), y.log_scale(), &|loss| short(*loss, *loss))?,
+        (y, false) => {
+            let span = y.end - y.start;
+            losses.draw(&upper, x.clone(), y, &|loss| short(*loss, span))?;
+        }
     }
     let (left, right) = lower.split_horizontally(SIZE.0 / 2);
     let rates = finite(steps.clone().map(|step| (step.step as f64, step.learning_rate)));
@@ -121,7 +125,7 @@ impl Losses {
         (bottom..top, false)
     }
 
-    fn draw<Y>(&self, area: &Area<'_>, x: Range<f64>, axis: Y, range: Range<f64>) -> Drawn
+    fn draw<Y>(&self, area: &Area<'_>, x: Range<f64>, axis: Y, label: &dyn Fn(&f64) -> String) -> Drawn
     where
         Y: AsRangedCoord<Value = f64>,
         Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
@@ -141,7 +145,7 @@ impl Losses {
             .x_labels(8)
             .y_labels(8)
             .x_label_formatter(&|step| format!("{step:.0}"))
-            .y_label_formatter(&|loss| short(*loss, range.end - range.start))
+            .y_label_formatter(&|loss| label(loss))
             .label_style(font(15))
             .axis_desc_style(font(16))
             .x_desc("optimizer step")
