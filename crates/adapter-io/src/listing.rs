@@ -88,6 +88,11 @@ impl Listing {
         Self { tensors }
     }
 
+    /// These tensors, in this order.
+    pub fn from_tensors(tensors: Vec<ListedTensor>) -> Self {
+        Self { tensors }
+    }
+
     /// All of them.
     pub fn tensors(&self) -> &[ListedTensor] {
         &self.tensors

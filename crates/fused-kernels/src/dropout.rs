@@ -39,6 +39,11 @@ pub fn dropout_hash(index: u32, seed: u64) -> u32 {
     (both >> (16 * (index % 2))) & 0xFFFF
 }
 
+/// A uniform number between -1 and 1 from an element's index and a seed: [`dropout_hash`] as one of 2^16 values, symmetric about 0.
+pub fn noise_unit(index: u32, seed: u64) -> f32 {
+    (2 * dropout_hash(index, seed) + 1) as f32 / 65_536.0 - 1.0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

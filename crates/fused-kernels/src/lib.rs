@@ -45,6 +45,6 @@ pub mod rope;
 pub mod rotate_into_cache;
 
 pub use cuda_source::FloatFormat;
-pub use dropout::{Dropout, dropout_hash};
+pub use dropout::{Dropout, dropout_hash, noise_unit};
 pub use elementwise::{Matrix, supports};
 pub use error::KernelError;

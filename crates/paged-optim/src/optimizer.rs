@@ -130,7 +130,7 @@ impl Optimizer {
     }
 
     /// [`step`](Self::step) with scalars for each parameter; their `max_norm` and `unscale` are the clip's.
-    pub(crate) fn step_each(
+    pub fn step_each(
         &mut self,
         updates: Vec<(Update, Scalars)>,
         clip: Option<Clip>,

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use burn_qlora::Adapter;
+use burn_qlora::{Adapter, checkpoint};
 
-use crate::exit::{InputError, UsageError};
+use crate::exit::UsageError;
 use crate::generate::adapter_argument;
 use crate::hub;
+use crate::output::say;
 use crate::sources::{NamedBase, warn_of_missing};
 
 /// An adapter that can be asked.
@@ -18,15 +19,25 @@ pub struct NamedAdapter {
     pub dir: PathBuf,
 }
 
-/// The folder of an adapter, which is a folder or a hub id.
+/// The folder of an adapter, which is a folder or a hub id. Of a run's folder it is the adapter that the run left, or, where it has not
+/// finished, its newest checkpoint.
 pub fn folder(name: &str) -> Result<PathBuf> {
     let dir = hub::resolve(name, None)?;
     let inner = dir.join("adapter");
     let is_adapter = |dir: &Path| dir.join("adapter_config.json").is_file();
-    if !is_adapter(&dir) && is_adapter(&inner) {
-        return Err(InputError(format!("{name} is a run's folder: its adapter is {}", inner.display())).into());
+    if is_adapter(&dir) {
+        return Ok(dir);
     }
-    Ok(dir)
+    if is_adapter(&inner) {
+        return Ok(inner);
+    }
+    match checkpoint::list(&dir)?.pop() {
+        Some((step, newest)) => {
+            say!("note: {name} is a run that has not finished: its checkpoint of step {step} is taken");
+            Ok(newest)
+        }
+        None => Ok(dir),
+    }
 }
 
 /// The adapters of flags that say `[NAME=]DIR`, and the base that the first of them names.

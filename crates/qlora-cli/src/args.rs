@@ -88,10 +88,14 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Upload an adapter or a model to the hub, with a model card
     Push(PushArgs),
-    /// Say what a checkpoint, an adapter, a training checkpoint or a run's folder is
+    /// Say what a checkpoint, an adapter, a training checkpoint, a run's folder or a GGUF file is
     Inspect(InspectArgs),
     /// Look at cards, libraries, memory, folders and the launcher: what would stop a run, and what to do
     Doctor(DoctorArgs),
+    /// Write the completions of a shell, to be sourced by it
+    Completions(CompletionsArgs),
+    /// Write the manual page, or those of all commands into a folder
+    Man(ManArgs),
 }
 
 /// `qlora train`.
@@ -133,9 +137,23 @@ pub struct TrainArgs {
     #[arg(long, value_name = "STEPS", default_value_t = 3, requires = "profile",
         value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub profile_steps: u32,
+    /// What is told meanwhile.
+    #[command(flatten)]
+    pub voice: TrainVoice,
     /// The flags that stand for a key.
     #[command(flatten)]
     pub keys: KeyFlags,
+}
+
+/// What a run tells meanwhile.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct TrainVoice {
+    /// Say nothing but warnings and errors, and at the end what came of it
+    #[arg(long)]
+    pub quiet: bool,
+    /// One JSON object a line on stdout for what happens, with the keys of metrics.jsonl and summary.json, instead of bar and text
+    #[arg(long, conflicts_with_all = ["quiet", "dry_run", "profile"])]
+    pub json: bool,
 }
 
 impl TrainArgs {
@@ -175,6 +193,9 @@ pub struct PreviewArgs {
     /// Replace a page that exists
     #[arg(long, requires = "html")]
     pub force: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long, conflicts_with = "ids")]
+    pub json: bool,
     /// Any key of the configuration; may be repeated
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
@@ -276,14 +297,37 @@ pub struct InitArgs {
     pub force: bool,
 }
 
+/// `qlora completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+bash:  qlora completions bash > ~/.local/share/bash-completion/completions/qlora
+zsh:   qlora completions zsh > a folder of $fpath, named _qlora
+fish:  qlora completions fish > ~/.config/fish/completions/qlora.fish")]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `qlora man`.
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// A folder for the pages of all commands, qlora.1, qlora-train.1 and so on; without it the first goes to the standard output
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
 /// `qlora inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A checkpoint's, an adapter's, a training checkpoint's or a run's folder, or a safetensors file
+    /// A checkpoint's, an adapter's, a training checkpoint's or a run's folder, or a safetensors or GGUF file
     pub path: PathBuf,
     /// List every tensor instead of summing up layers
     #[arg(long)]
     pub tensors: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qlora doctor`.

@@ -7,6 +7,7 @@ use burn_qlora::adapter_io::merge_checkpoint_checked;
 use burn_qlora::gguf::{ExportReport, GgmlType, GgufOptions, export_gguf, export_lora_gguf};
 use burn_qlora::report::memory;
 use burn_qlora::{Adapter, MergeOptions, atomic};
+use serde_json::json;
 
 use crate::args::{ConvertArgs, Format};
 use crate::exit::{Code, UsageError};
@@ -27,6 +28,18 @@ pub fn run(args: &ConvertArgs) -> Result<Code> {
         Some(adapter) => ("GGUF, merged", merged(args, &base, adapter, companions.unwrap_or_default(), kind)?),
         None => ("GGUF", model(args, &base, None, kind)?),
     };
+    if args.json {
+        let object = json!({
+            "output": args.output.display().to_string(),
+            "what": what,
+            "tensors": report.tensors,
+            "bytes": report.total_bytes,
+            "type": kind.name().to_ascii_lowercase(),
+            "in_f16": report.fallbacks,
+        });
+        print(&format!("{object}\n"))?;
+        return Ok(Code::Done);
+    }
     let mut text = String::new();
     if !report.fallbacks.is_empty() {
         text += &format!(

@@ -1,5 +1,7 @@
 //! `qlora inspect`: what a folder or a safetensors file is.
 
+mod gguf;
+mod json;
 mod tensors;
 
 use std::collections::HashMap;
@@ -30,7 +32,14 @@ const WIDEST: usize = 400;
 pub fn run(args: &InspectArgs) -> Result<Code> {
     let path = &args.path;
     let has = |name: &str| path.join(name).is_file();
-    let text = if path.is_file() {
+    let is_gguf = gguf::is_gguf(path);
+    if args.json {
+        print(&format!("{}\n", json::of(path)?))?;
+        return check(path, is_gguf);
+    }
+    let text = if is_gguf {
+        gguf::describe(path, args.tensors)?
+    } else if path.is_file() {
         file(path, args.tensors)?
     } else if !path.is_dir() {
         return Err(UsageError(format!("{}: no such file or folder", path.display())).into());
@@ -52,8 +61,15 @@ pub fn run(args: &InspectArgs) -> Result<Code> {
     };
     // Names and values of strangers; a terminal must not obey them.
     print(&printable_lines(&text))?;
-    // Last, because it reads all of the file. An adapter was checked while it was loaded.
-    if path.is_file() {
+    check(path, is_gguf)
+}
+
+/// Looks for values that are not finite. Last, because it reads all of the file. An adapter was checked while it was loaded.
+fn check(path: &Path, is_gguf: bool) -> Result<Code> {
+    let has = |name: &str| path.join(name).is_file();
+    if is_gguf {
+        // Values of most of its types are not read here.
+    } else if path.is_file() {
         Checkpoint::open_file(path)?.check_finite()?;
     } else if !has("adapter_config.json") && (has("model.safetensors") || has("model.safetensors.index.json")) {
         Checkpoint::open(path)?.check_finite()?;

@@ -14,6 +14,7 @@ mod generate;
 mod hub;
 mod init;
 mod inspect;
+mod manual;
 mod merge;
 mod model;
 mod output;
@@ -44,8 +45,7 @@ use output::{is_colored, say};
 
 /// What is logged unless RUST_LOG says otherwise. hf-hub and Xet log what comes back as an error, too, with the
 /// addresses of storage.
-const LOGGED: &str =
-    "error,qlora_models=warn,qlora_serve=warn,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
+const LOGGED: &str = "error,qlora_models=warn,qlora_train=warn,qlora_serve=warn,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
 
 fn main() -> ExitCode {
     let cli = Cli::of_program();
@@ -80,6 +80,8 @@ fn main() -> ExitCode {
         Command::Push(args) => push::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
     };
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(code)) => code.into(),

@@ -4,10 +4,12 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use burn_qlora::adapter_io::LayerReport;
 use burn_qlora::adapter_io::merge_checkpoint_checked;
 use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::report::memory;
 use burn_qlora::{MergeBase, MergeOptions, MergeReport, atomic};
+use serde_json::{Value, json};
 
 use crate::args::{CombineArgs, MergeArgs, MergeInto};
 use crate::exit::{Code, UsageError};
@@ -52,7 +54,10 @@ pub fn run(args: &MergeArgs) -> Result<Code> {
     let report =
         merge_checkpoint_checked(&base, &adapter, &args.output, &options, &mut |progress| bar.update(progress), check)?;
     bar.finish();
-    print(&describe(args, &report)?)?;
+    match args.json {
+        true => print(&format!("{}\n", as_json(args, &report)))?,
+        false => print(&describe(args, &report)?)?,
+    }
     Ok(Code::Done)
 }
 
@@ -91,6 +96,21 @@ fn merge_base(args: &MergeArgs) -> Result<MergeBase, UsageError> {
             Ok(MergeBase::Dequantized { config, skip_modules: args.four_bit.skip_modules.clone() })
         }
     }
+}
+
+/// What was merged, for a program.
+fn as_json(args: &MergeArgs, report: &MergeReport) -> Value {
+    let layer = |layer: &LayerReport| json!({"name": layer.name, "largest": layer.change.largest, "relative": layer.change.relative});
+    json!({
+        "output": args.output.display().to_string(),
+        "files": report.files,
+        "bytes": report.total_bytes,
+        "changed_weights": report.tensors.len(),
+        "layers": report.by_layer().iter().map(layer).collect::<Vec<_>>(),
+        "missing": report.missing,
+        "untied": report.untied,
+        "vocabulary": report.vocabulary,
+    })
 }
 
 /// The changes layer by layer, and where everything went.

@@ -23,6 +23,31 @@ pub fn is_colored(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// Colours of words on stderr, where it shows any. Nothing hangs on a colour alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Paint(bool);
+
+impl Paint {
+    /// What stderr shows.
+    pub fn of_stderr() -> Self {
+        Self(is_colored(&std::io::stderr()))
+    }
+
+    /// Of what is good.
+    pub fn green(self, text: &str) -> String {
+        self.with("32", text)
+    }
+
+    /// Of what should be looked at.
+    pub fn yellow(self, text: &str) -> String {
+        self.with("1;33", text)
+    }
+
+    fn with(self, code: &str, text: &str) -> String {
+        if self.0 { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+}
+
 /// Writes a line to stderr, or gives up quietly: there is nowhere left to say why.
 pub fn line_to_stderr(text: fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
@@ -99,7 +124,7 @@ impl fmt::Display for Table {
 
 #[cfg(test)]
 mod tests {
-    use super::{Table, harmless};
+    use super::{Paint, Table, harmless};
 
     #[test]
     fn a_model_moves_no_cursor() {
@@ -114,6 +139,12 @@ mod tests {
         let text = table.to_string();
         assert!(text.lines().count() == 3 && text.lines().all(|line| line.chars().count() <= 130), "{text}");
         assert!(text.contains(r"\u{1b}[2J\n") && !text.contains('\u{1b}'), "{text}");
+    }
+
+    #[test]
+    fn colours_are_only_added() {
+        assert_eq!(Paint(false).yellow("warning:"), "warning:");
+        assert_eq!(Paint(true).green("saved"), "\u{1b}[32msaved\u{1b}[0m");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use burn_qlora::qlora_data::preview::{Preview, PreviewChoice};
+use burn_qlora::qlora_data::preview::{Preview, PreviewChoice, PreviewRow};
 use burn_qlora::qlora_data::{BatchOrder, padding_id};
 use burn_qlora::qlora_train::{Resized, load_rows, resize};
 use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, TrainEvents as _, atomic};
+use serde_json::{Value, json};
 
 use crate::args::PreviewArgs;
 use crate::exit::{Code, UsageError};
@@ -24,7 +25,7 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     }
     let dir = hub::resolve(&config.model.path, config.model.revision.as_deref())?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    let mut events = Terminal::new(config.train.log_every, Arc::default());
+    let mut events = Terminal::new(&config.train, args.json, Arc::default());
     let base = ModelConfig::from_dir_with(&dir, &config.model.config_options())?;
     let Resized { config, model, notice } = resize(&config, base, &tokenizer)?;
     model.notes.iter().chain(&notice).for_each(|note| events.on_notice(note));
@@ -37,7 +38,10 @@ pub fn run(args: &PreviewArgs) -> Result<Code> {
     }
     let choice = args.random.map_or(PreviewChoice::First, PreviewChoice::Random);
     let preview = of_rows(&config, &tokenizer, &model, rows, args.rows, choice)?;
-    print(&preview.to_terminal(color(), args.ids))?;
+    match args.json {
+        true => print(&format!("{}\n", as_json(&preview)))?,
+        false => print(&preview.to_terminal(color(), args.ids))?,
+    }
     if let Some(page) = &args.html {
         atomic::write_bytes(page, preview.to_html().as_bytes())?;
         say!("Wrote {}", page.display());
@@ -59,6 +63,27 @@ pub fn of_rows(
     let order = BatchOrder::new(&rows.examples, &config.data, train.batch_size, train.seed, pad_id);
     let order = order.weighted(&rows.weights)?;
     Ok(Preview::new(rows, &order, tokenizer, shown, choice)?)
+}
+
+/// What a preview shows, for a program.
+fn as_json(Preview { rows, report, batches, padding, .. }: &Preview) -> Value {
+    let row = |row: &PreviewRow| {
+        let tokens =
+            row.tokens.iter().map(|token| json!({"id": token.id, "text": token.text, "learned": token.learned}));
+        json!({"line": row.line, "tokens": tokens.collect::<Vec<_>>()})
+    };
+    json!({
+        "data": report.path.display().to_string(),
+        "format": report.format.to_string(),
+        "rows": report.rows,
+        "tokens": report.tokens,
+        "learned_tokens": report.label_tokens,
+        "longest_row": report.longest,
+        "batches": batches,
+        "padding": padding.waste(),
+        "warnings": report.warnings(),
+        "shown": rows.iter().map(row).collect::<Vec<_>>(),
+    })
 }
 
 /// Whether stdout shows colours (<https://no-color.org>).

@@ -1,5 +1,9 @@
-//! What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere.
+//! What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere, nothing but warnings where they ask for
+//! quiet.
 //! Everything goes to stderr, so that stdout holds results only.
+
+mod json;
+mod pace;
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -7,17 +11,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use burn_qlora::adapter_io::printable::printable;
+use burn_qlora::adapter_io::printable::{printable, shortened};
 use burn_qlora::metrics::{EvalMetrics, RunInfo, StepMetrics};
 use burn_qlora::model_hub::OnProgress;
-use burn_qlora::qlora_train::OnRows;
+use burn_qlora::qlora_train::config::RunConfig;
+use burn_qlora::qlora_train::{Answer, OnRows};
 use burn_qlora::report::{count, duration, memory};
 use burn_qlora::{LoadProgress, Summary, TrainEvents};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::hub;
-use crate::output::say;
+use crate::output::{Paint, say};
 use crate::reading;
+pub use json::JsonLines;
+use pace::Pace;
 
 /// Shows how far loading is.
 pub struct LoadBar {
@@ -91,24 +98,34 @@ pub struct Terminal {
     load_start: Option<(Instant, u64)>,
     bar: Option<ProgressBar>,
     terminal: bool,
+    quiet: bool,
+    paint: Paint,
     log_every: usize,
+    eval_every: usize,
     total_steps: usize,
-    /// Step and time of the run's start, for the time left.
-    start: (usize, Instant),
+    start_step: usize,
+    pace: Option<Pace>,
+    /// The lowest evaluation loss so far.
+    best: Option<f64>,
     stop: Arc<AtomicBool>,
 }
 
 impl Terminal {
-    /// `log_every` is the number of steps between two plain lines; `stop` is raised to stop the run.
-    pub fn new(log_every: usize, stop: Arc<AtomicBool>) -> Self {
+    /// Of a run with these options; `quiet` leaves warnings alone, `stop` is raised to stop the run.
+    pub fn new(options: &RunConfig, quiet: bool, stop: Arc<AtomicBool>) -> Self {
         Self {
             load: LoadBar::new(),
             load_start: None,
             bar: None,
             terminal: std::io::stderr().is_terminal(),
-            log_every,
+            quiet,
+            paint: Paint::of_stderr(),
+            log_every: options.log_every,
+            eval_every: options.eval_every,
             total_steps: 0,
-            start: (0, Instant::now()),
+            start_step: 0,
+            pace: None,
+            best: None,
             stop,
         }
     }
@@ -121,28 +138,29 @@ impl Terminal {
         }
     }
 
-    /// Seconds that the steps to come will take, at the pace of those done since the start.
-    fn time_left(&self, step: usize, now: Instant) -> Option<Duration> {
-        let (first, since) = self.start;
-        let done = step.checked_sub(first).filter(|done| *done > 0)?;
-        let left = self.total_steps.saturating_sub(step);
-        Some(now.duration_since(since).mul_f64(left as f64 / done as f64))
+    /// A line that quiet leaves out.
+    fn news(&self, text: &str) {
+        if !self.quiet {
+            self.line(text);
+        }
     }
 }
 
 impl TrainEvents for Terminal {
     fn download_progress(&mut self) -> Option<OnProgress> {
-        Some(hub::bar())
+        (!self.quiet).then(hub::bar)
     }
 
     fn rows_progress(&mut self) -> Option<OnRows> {
-        Some(reading::bar())
+        (!self.quiet).then(reading::bar)
     }
 
     fn on_load(&mut self, progress: LoadProgress<'_>) {
         let left = progress.total_bytes - progress.loaded_bytes;
         self.load_start.get_or_insert_with(|| (Instant::now(), left));
-        self.load.update(progress);
+        if !self.quiet {
+            self.load.update(progress);
+        }
     }
 
     fn on_start(&mut self, run: &RunInfo) {
@@ -150,50 +168,69 @@ impl TrainEvents for Terminal {
         if let Some((start, bytes)) = self.load_start.take() {
             let seconds = start.elapsed().as_secs_f64();
             let rate = load_rate(bytes, seconds);
-            say!("Loaded {} in {}{rate}: {}", run.model, duration(seconds), run.quantization);
+            self.news(&format!("Loaded {} in {}{rate}: {}", run.model, duration(seconds), run.quantization));
         }
-        for line in start_lines(run) {
-            say!("{line}");
-        }
-        self.total_steps = run.total_steps;
-        self.start = (run.start_step, Instant::now());
-        if self.terminal {
+        start_lines(run).iter().for_each(|line| self.news(line));
+        (self.total_steps, self.start_step) = (run.total_steps, run.start_step);
+        self.pace = Some(Pace::new(run.total_steps, self.eval_every, run.eval_rows > 0, Instant::now()));
+        if self.terminal && !self.quiet {
             let bar = ProgressBar::new(run.total_steps as u64);
-            bar.set_style(style("{bar:12.cyan/black} {pos}/{len} {wide_msg}"));
+            bar.set_style(style(STEPS));
             bar.set_position(run.start_step as u64);
+            bar.set_message("the first step, which compiles kernels");
             bar.enable_steady_tick(Duration::from_millis(500));
             self.bar = Some(bar);
         }
     }
 
     fn on_step(&mut self, metrics: &StepMetrics) {
-        let left = self.time_left(metrics.step, Instant::now());
+        let left = self.pace.as_mut().and_then(|pace| {
+            pace.step(Instant::now());
+            pace.left(metrics.step)
+        });
         if let Some(bar) = &self.bar {
             bar.set_position(metrics.step as u64);
             // One space between the figures, so that they fit a terminal of 80 columns.
             bar.set_message(step_words(metrics, left).replace("  ", " "));
         } else if metrics.step.is_multiple_of(self.log_every)
-            || metrics.step == self.start.0 + 1
+            || metrics.step == self.start_step + 1
             || metrics.step == self.total_steps
         {
-            say!("step {}/{}  {}", metrics.step, self.total_steps, step_words(metrics, left));
+            self.news(&format!("step {}/{}  {}", metrics.step, self.total_steps, step_words(metrics, left)));
+        }
+    }
+
+    fn on_eval_start(&mut self, _: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_message("evaluating");
         }
     }
 
     fn on_eval(&mut self, metrics: &EvalMetrics) {
-        self.line(&format!("step {}/{}  evaluation loss {:.4}", metrics.step, self.total_steps, metrics.eval_loss));
+        if let Some(pace) = &mut self.pace {
+            pace.eval(Duration::try_from_secs_f64(metrics.eval_seconds).unwrap_or_default());
+        }
+        let before = self.best.replace(metrics.eval_loss.min(self.best.unwrap_or(f64::INFINITY)));
+        let best = match before {
+            Some(before) if metrics.eval_loss < before => format!("  {}", self.paint.green("the best so far")),
+            _ => String::new(),
+        };
+        self.news(&format!("step {}/{}  {}{best}", metrics.step, self.total_steps, eval_words(metrics)));
+        for answer in &metrics.answers {
+            self.news(&format!("  {}", answer_words(answer)));
+        }
     }
 
     fn on_save(&mut self, checkpoint: &Path) {
-        self.line(&format!("saved {}", checkpoint.display()));
+        self.news(&format!("{} {}", self.paint.green("saved"), checkpoint.display()));
     }
 
     fn on_notice(&mut self, message: &str) {
-        self.line(&format!("note: {message}"));
+        self.news(&format!("note: {message}"));
     }
 
     fn on_warning(&mut self, message: &str) {
-        self.line(&format!("warning: {message}"));
+        self.line(&format!("{} {message}", self.paint.yellow("warning:")));
     }
 
     fn on_end(&mut self, _: &Summary) {
@@ -209,6 +246,21 @@ impl TrainEvents for Terminal {
     fn should_stop(&mut self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
+}
+
+/// The bar of steps. Its rest is grey, which is seen on black and on white.
+const STEPS: &str = "{bar:12.cyan/black.bright} {pos}/{len} {wide_msg}";
+
+/// An evaluation in words.
+fn eval_words(metrics: &EvalMetrics) -> String {
+    let accuracy = metrics.eval_accuracy.map_or(String::new(), |part| format!("  {:.1} % right", 100.0 * part));
+    format!("evaluation loss {:.4}  perplexity {:.3}{accuracy}", metrics.eval_loss, metrics.perplexity())
+}
+
+/// A prompt and its answer on a line.
+fn answer_words(Answer { prompt, answer, .. }: &Answer) -> String {
+    let short = |text: &str, longest| shortened(&printable(text), longest).into_owned();
+    format!("{} -> {}", short(prompt, 40), short(answer, 160))
 }
 
 /// What is about to be trained.
@@ -330,23 +382,25 @@ mod tests {
     }
 
     #[test]
-    fn the_time_left_follows_the_pace() {
-        let mut terminal = Terminal::new(1, Arc::default());
-        terminal.total_steps = 30;
-        let start = Instant::now();
-        terminal.start = (10, start);
-        let now = start + Duration::from_secs(20);
-        assert_eq!(terminal.time_left(10, now), None);
-        // Twenty seconds for ten steps, ten steps left.
-        assert_eq!(terminal.time_left(20, now), Some(Duration::from_secs(20)));
+    fn an_evaluation_reads_well() {
+        let metrics = EvalMetrics {
+            step: 4,
+            eval_loss: 1.0,
+            eval_accuracy: Some(0.625),
+            eval_perplexity: None,
+            eval_tokens: 9,
+            answers: Vec::new(),
+            eval_seconds: 1.0,
+            elapsed_seconds: 2.0,
+        };
+        assert_eq!(eval_words(&metrics), "evaluation loss 1.0000  perplexity 2.718  62.5 % right");
+        let answer = Answer { prompt: "a\nb".into(), answer: "\u{1b}[2Jc".into(), tokens: 3, ended: true };
+        assert_eq!(answer_words(&answer), "a\\nb -> \\u{1b}[2Jc");
     }
 
     #[test]
     fn the_templates_are_valid() {
-        for template in [
-            "{bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}",
-            "{bar:12.cyan/black} {pos}/{len} {wide_msg}",
-        ] {
+        for template in ["{bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}", STEPS] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
     }
@@ -354,7 +408,7 @@ mod tests {
     #[test]
     fn a_raised_flag_stops_the_run() {
         let stop = Arc::new(AtomicBool::new(false));
-        let mut terminal = Terminal::new(1, stop.clone());
+        let mut terminal = Terminal::new(&RunConfig::default(), false, stop.clone());
         assert!(!terminal.should_stop());
         stop.store(true, Ordering::Relaxed);
         assert!(terminal.should_stop());

@@ -29,7 +29,7 @@ use crate::hub;
 use crate::inspect::group_name;
 use crate::output::{Table, print, say, tell};
 use crate::preview;
-use crate::progress::Terminal;
+use crate::progress::{JsonLines, Terminal};
 use crate::signals;
 use ranks::Quiet;
 
@@ -53,7 +53,7 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
         return Err(UsageError(text).into());
     }
     let stop = Arc::new(AtomicBool::new(false));
-    let mut terminal = Terminal::new(config.train.log_every, stop.clone());
+    let mut terminal = Terminal::new(&config.train, args.voice.quiet, stop.clone());
     if args.dry_run {
         if place.is_first() {
             let of_host = if place.is_alone() { count } else { place.local_world_size };
@@ -68,19 +68,23 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     }
     let (is_first, launcher) = (place.is_first(), place.launcher);
     ranks::end_with_parent(&place);
-    let raised = stop.clone();
+    let (raised, quiet) = (stop.clone(), args.voice.quiet || args.voice.json);
     signals::on_interrupt(move || {
         if raised.swap(true, Ordering::Relaxed) {
             atomic::abandon_all();
             std::process::exit(Code::Interrupted as i32);
         }
-        if is_first {
+        if is_first && !quiet {
             say!("\nStopping after this step; once more to stop at once, without saving.");
         }
     })?;
     ranks::choose_device(&mut config, &place)?;
-    let mut quiet = Quiet(stop);
-    let events: &mut dyn TrainEvents = if is_first { &mut terminal } else { &mut quiet };
+    let (mut silent, mut lines) = (Quiet(stop.clone()), JsonLines::new(stop));
+    let events: &mut dyn TrainEvents = match (is_first, args.voice.json) {
+        (false, _) => &mut silent,
+        (true, true) => &mut lines,
+        (true, false) => &mut terminal,
+    };
     let group = ranks::meet(place, &config)?;
     let result = Trainer::in_group(config, start, group, events).and_then(Trainer::run);
     if !is_first {
@@ -126,7 +130,9 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
             Code::Interrupted
         }
     };
-    tell(&text);
+    if !args.voice.json {
+        tell(&text);
+    }
     Ok(code)
 }
 

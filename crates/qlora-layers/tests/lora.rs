@@ -3,7 +3,7 @@
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use nf4_quant::{QuantConfig, Quantized4bit};
-use qlora_layers::ops::{dropout_hash, matmul, seeded_dropout};
+use qlora_layers::ops::{dropout_hash, matmul, noise_unit, seeded_dropout, seeded_noise};
 use qlora_layers::{FrozenLinear, Linear4bit, LoraLinear, LoraLinearConfig, Pass, trainable};
 use test_support::{devices, noise};
 
@@ -136,6 +136,40 @@ fn dropout_masks_are_the_oracles_on_every_runtime_and_in_backward() {
         assert_eq!(values(y.inner()), expected, "{name}");
         let ones = seeded_dropout(Tensor::ones([37, 53], (&device, DType::F32)), seed, p);
         assert_eq!(values(grad), values(ones), "{name}");
+    }
+}
+
+#[test]
+fn noise_is_the_oracles_on_every_runtime_and_uniform() {
+    let (seed, width, magnitudes) = (0x1234_5678_9abc_def0, 4096, [0.5, 0.0, 2.0]);
+    let expected: Vec<f32> = (0..3 * width).map(|i| magnitudes[i / width] * noise_unit(i as u32, seed)).collect();
+    for (name, device) in devices() {
+        let of = |out| {
+            let magnitudes = Tensor::<1>::from_data(TensorData::new(magnitudes.to_vec(), [3]), (&device, DType::F32));
+            seeded_noise(magnitudes, width, seed, out)
+        };
+        assert_eq!(values(of(FloatDType::F32)), expected, "{name}");
+        for (found, exact) in values(of(FloatDType::BF16).cast(FloatDType::F32)).iter().zip(&expected) {
+            // Half a unit in the last of bf16's 8 bits.
+            assert!((found - exact).abs() <= exact.abs() / 256.0, "{name}: {found} against {exact}");
+        }
+    }
+    // A uniform distribution on (-m, m) has mean 0, variance m^2 / 3 and fourth moment m^4 / 5.
+    for (row, magnitude) in [(0, 0.5f64), (2, 2.0)] {
+        let row = &expected[row * width..(row + 1) * width];
+        let moment =
+            |power: i32| row.iter().map(|v| (f64::from(*v) / magnitude).powi(power)).sum::<f64>() / width as f64;
+        // Five standard deviations of the mean of 4,096 draws: sqrt(1 / 3), sqrt(1 / 5 - 1 / 9) and sqrt(1 / 9 - 1 / 25), each / 64.
+        assert!(moment(1).abs() < 0.046, "{}", moment(1));
+        assert!((moment(2) - 1.0 / 3.0).abs() < 0.024, "{}", moment(2));
+        assert!((moment(4) - 1.0 / 5.0).abs() < 0.021, "{}", moment(4));
+        assert!(row.iter().all(|v| f64::from(v.abs()) < magnitude));
+        // Each of sixteen parts of the range has its share, 256, within five deviations of sqrt(256 * 15 / 16).
+        for part in 0..16 {
+            let in_part = |v: &&f32| ((f64::from(**v) / magnitude + 1.0) * 8.0) as usize == part;
+            let count = row.iter().filter(in_part).count();
+            assert!(count.abs_diff(256) < 78, "{part}: {count}");
+        }
     }
 }
 

@@ -41,7 +41,7 @@ mod short_conv;
 mod stacks;
 mod streamed;
 
-pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, TrainedTokens};
+pub use adapters::{AdapterSet, AdapterSource, CalibrationBatch, ParameterKind, TrainedTokens};
 pub use block::{Block, BlockInPass};
 pub use config::{
     AttentionKind, ConfigOptions, ExpertsConfig, GroupedScores, LatentConfig, LayerInputsConfig, LinearAttentionConfig,

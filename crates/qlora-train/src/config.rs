@@ -15,7 +15,9 @@
 
 mod best;
 mod distributed;
+mod eval;
 mod keys;
+mod rates;
 mod schedule;
 mod serve;
 #[cfg(test)]
@@ -34,12 +36,15 @@ use crate::checkpointing::Checkpointing;
 use crate::error::TrainError;
 use crate::loss_scale::LossScale;
 use crate::residency::Residency;
+use crate::trackers::Tracker;
 use qlora_data::DataConfig;
 
 pub use best::{FinalAdapter, KeepBest};
 pub use distributed::{DistributedConfig, Transport};
+pub use eval::EvalConfig;
 pub use keys::known_keys;
-pub use schedule::Schedule;
+pub use rates::{ParameterRates, WeightDecayOf};
+pub use schedule::{Curve, DecayShape, Schedule};
 pub use serve::{ServeConfig, listen_address};
 
 /// A commented configuration that documents every key; parses to the defaults.
@@ -66,6 +71,8 @@ pub struct TrainConfig {
     pub data: DataConfig,
     /// The optimizer, its schedule, and what is written when.
     pub train: RunConfig,
+    /// What evaluations do besides measuring the loss.
+    pub eval: EvalConfig,
     /// What several processes that train together do otherwise.
     pub distributed: DistributedConfig,
     /// What a server over this base is told; nothing of it decides the run.
@@ -81,6 +88,7 @@ impl Default for TrainConfig {
             lora: LoraConfig::default(),
             data: DataConfig::default(),
             train: RunConfig::default(),
+            eval: EvalConfig::default(),
             distributed: DistributedConfig::default(),
             serve: ServeConfig::default(),
         }
@@ -247,6 +255,18 @@ pub struct RunConfig {
     pub learning_rate: f64,
     /// What the learning rate does after the warmup.
     pub schedule: Schedule,
+    /// What falling schedules end at, as a part of `learning_rate`.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub min_learning_rate_ratio: f64,
+    /// Cosines of a schedule with restarts.
+    #[serde(skip_serializing_if = "is_one")]
+    pub cycles: usize,
+    /// The part of all steps in which [`Schedule::WarmupStableDecay`] falls.
+    #[serde(skip_serializing_if = "is_default_decay")]
+    pub decay_ratio: f64,
+    /// How it falls there.
+    #[serde(skip_serializing_if = "DecayShape::is_default")]
+    pub decay_shape: DecayShape,
     /// Steps of linear warmup; overrides `warmup_ratio`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_steps: Option<usize>,
@@ -258,6 +278,18 @@ pub struct RunConfig {
     pub optimizer_budget: Budget,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// Weight decay of some kinds of parameters in place of `weight_decay`.
+    #[serde(skip_serializing_if = "WeightDecayOf::is_empty")]
+    pub weight_decay_of: WeightDecayOf,
+    /// LoRA+: what the learning rate of `lora_b` is a multiple of `learning_rate` by.
+    #[serde(skip_serializing_if = "is_one_ratio")]
+    pub lora_plus_ratio: f64,
+    /// Peak learning rate of embedding and output head, where they are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding_learning_rate: Option<f64>,
+    /// NEFTune: the scale of noise on embeddings in training; 0: none.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub neftune_alpha: f64,
     /// AdamW's decay rates of the first and second moment; Lion's weight and decay rate of its moment.
     pub betas: [f64; 2],
     /// AdamW's epsilon.
@@ -289,6 +321,9 @@ pub struct RunConfig {
     pub save_limit: usize,
     /// Steps between two lines of output where there is no progress bar; the metrics hold every step.
     pub log_every: usize,
+    /// Trackers that are told of the run beside its own log.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub log_to: Vec<Tracker>,
 }
 
 impl Default for RunConfig {
@@ -301,11 +336,19 @@ impl Default for RunConfig {
             gradient_accumulation_steps: 4,
             learning_rate: 2e-4,
             schedule: Schedule::Constant,
+            min_learning_rate_ratio: 0.0,
+            cycles: 1,
+            decay_ratio: DECAY_RATIO,
+            decay_shape: DecayShape::Cosine,
             warmup_steps: None,
             warmup_ratio: 0.03,
             optimizer: OptimizerKind::AdamW32bit,
             optimizer_budget: Budget::Auto,
             weight_decay: 0.0,
+            weight_decay_of: WeightDecayOf::default(),
+            lora_plus_ratio: 1.0,
+            embedding_learning_rate: None,
+            neftune_alpha: 0.0,
             betas: [0.9, 0.999],
             eps: 1e-8,
             max_grad_norm: 0.3,
@@ -321,8 +364,29 @@ impl Default for RunConfig {
             save_every: 100,
             save_limit: 2,
             log_every: 1,
+            log_to: Vec::new(),
         }
     }
+}
+
+/// The part of a run in which [`Schedule::WarmupStableDecay`] falls unless something else is said.
+const DECAY_RATIO: f64 = 0.1;
+
+// Keys at their defaults are left out of what checkpoints hold, so that those from before the keys existed can be resumed.
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
+fn is_one(value: &usize) -> bool {
+    *value == 1
+}
+
+fn is_one_ratio(value: &f64) -> bool {
+    *value == 1.0
+}
+
+fn is_default_decay(value: &f64) -> bool {
+    *value == DECAY_RATIO
 }
 
 impl RunConfig {
@@ -359,8 +423,7 @@ impl RunConfig {
 
     /// The learning rate of `step` (from 0) in a run of `total_steps`.
     pub fn learning_rate_at(&self, step: usize, total_steps: usize) -> f64 {
-        let warmup = self.warmup_steps_of(total_steps);
-        self.learning_rate * self.schedule.factor(step, warmup, total_steps)
+        self.learning_rate * self.curve(total_steps).factor(step)
     }
 }
 

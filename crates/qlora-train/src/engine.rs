@@ -14,9 +14,11 @@
 mod buckets;
 mod evaluate;
 mod gradients;
+mod noise;
 mod pass;
 
 use crate::checkpointing::{PART, Policies};
+use crate::config::ParameterRates;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, chunk_len};
 use crate::loss_scale::{LossScaler, LossScaling};
@@ -25,7 +27,8 @@ use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData};
 use gradients::{Computed, Step};
 use host_copies::{DeviceError, client_of, is_cuda};
-use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Update};
+use noise::EmbeddingNoise;
+use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Scalars, Update};
 use qlora_data::Batch;
 use qlora_models::Decoder;
 use std::collections::VecDeque;
@@ -68,6 +71,10 @@ pub struct Engine {
     lighter: VecDeque<Policies>,
     notice: Option<String>,
     max_grad_norm: f32,
+    /// How each parameter is updated beside others; empty: all alike.
+    rates: Vec<ParameterRates>,
+    /// Noise on embeddings in training.
+    noise: EmbeddingNoise,
     /// Whether the device's allocator has seen a whole step.
     settled: bool,
     loss_scaler: LossScaler,
@@ -112,6 +119,8 @@ impl Engine {
             lighter,
             notice,
             max_grad_norm,
+            rates: Vec::new(),
+            noise: EmbeddingNoise::default(),
             settled,
             loss_scaler,
             ranks: None,
@@ -123,6 +132,20 @@ impl Engine {
     #[must_use]
     pub fn with_loss_scaler(mut self, loss_scaler: LossScaler) -> Self {
         self.loss_scaler = loss_scaler;
+        self
+    }
+
+    /// With rates for each parameter, in the order of [`Decoder::parameters`].
+    #[must_use]
+    pub fn with_rates(mut self, rates: Vec<ParameterRates>) -> Self {
+        self.rates = rates;
+        self
+    }
+
+    /// With NEFTune's noise of this alpha on the embeddings of training rows; 0: none.
+    #[must_use]
+    pub fn with_neftune(mut self, alpha: f32) -> Self {
+        self.noise = EmbeddingNoise { alpha };
         self
     }
 
@@ -324,6 +347,23 @@ impl Engine {
         Ok(())
     }
 
+    /// The scalars of each parameter's update.
+    fn with_scalars(&self, updates: Vec<Update>, learning_rate: f64) -> Vec<(Update, Scalars)> {
+        let (config, number) = (self.optimizer.config(), self.optimizer.updates() + 1);
+        let scalars = |update: &Update| match self.rates.get(update.index) {
+            Some(&ParameterRates { learning_rate_factor, weight_decay }) => {
+                let config = OptimizerConfig { weight_decay, ..*config };
+                config.scalars(number, learning_rate * learning_rate_factor, 0.0)
+            }
+            None => config.scalars(number, learning_rate, 0.0),
+        };
+        updates
+            .into_iter()
+            .map(|update| (scalars(&update), update))
+            .map(|(scalars, update)| (update, scalars))
+            .collect()
+    }
+
     /// Clips and applies the gradients.
     fn update(&mut self, grads: Vec<Tensor<2>>, norm: Tensor<1>, learning_rate: f64) -> Result<(), TrainError> {
         let _span = tracing::trace_span!("optimizer").entered();
@@ -336,7 +376,7 @@ impl Engine {
             let param = std::mem::replace(parameter, place).into_value().without_autodiff();
             updates.push(Update::new(index, param, grad));
         }
-        let updated = self.optimizer.step(updates, learning_rate, Some(clip))?;
+        let updated = self.optimizer.step_each(self.with_scalars(updates, learning_rate), Some(clip))?;
         for ((_, parameter), updated) in self.model.parameters_mut().into_iter().zip(updated) {
             let shape = parameter.dims();
             *parameter = Param::initialized(parameter.id, updated.reshape(shape));

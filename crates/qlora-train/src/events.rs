@@ -33,6 +33,8 @@ pub trait TrainEvents {
     fn on_start(&mut self, _run: &RunInfo) {}
     /// A step is done.
     fn on_step(&mut self, _metrics: &StepMetrics) {}
+    /// An evaluation after so many steps begins.
+    fn on_eval_start(&mut self, _step: usize) {}
     /// An evaluation is done.
     fn on_eval(&mut self, _metrics: &EvalMetrics) {}
     /// A training checkpoint was saved.

@@ -9,6 +9,7 @@
 //!
 //! Nothing here prints: a run tells its caller what happens through [`TrainEvents`].
 
+mod answers;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod checkpointing;
@@ -29,8 +30,10 @@ pub mod report;
 mod residency;
 mod resize;
 mod run_folder;
+mod trackers;
 mod trainer;
 
+pub use answers::Answer;
 pub use checkpointing::{Checkpointing, Policies, Room};
 pub use config::TrainConfig;
 pub use engine::{Engine, Evaluation, StepOutput};
@@ -42,4 +45,5 @@ pub use plan::{HostEstimate, MemoryEstimate, Plan, Waiting};
 pub use residency::{Placed, Residency};
 pub use resize::{Resized, resize};
 pub use run_folder::{run_holder, run_in};
+pub use trackers::Tracker;
 pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows, packing_note};

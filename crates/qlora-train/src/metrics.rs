@@ -12,6 +12,9 @@
 //! ```
 //!
 //! `padding_tokens` counts the places of a step's batches that held padding, where some did; `tokens` counts none of them.
+//! An evaluation has `eval_accuracy`, `eval_perplexity` and, where the configuration has prompts, `answers` to them, each
+//! `{"prompt":"...","answer":"...","tokens":12,"ended":true}`.
+//!
 //! `paging` is there once optimizer state was moved to host memory, and `loss_scaling` where the loss is scaled:
 //! `{"scale":65536.0,"skipped":false,"skipped_steps":0}`. Loss or norm of a step that was skipped is `null`. Among several
 //! ranks `slowest_rank` is there from the second step on, `{"rank":1,"seconds":0.613,"share":0.021}`: see [`SlowestRank`].
@@ -29,6 +32,7 @@ use std::path::{Path, PathBuf};
 use paged_optim::Paging;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::answers::Answer;
 use crate::error::TrainError;
 use crate::loss_scale::LossScaling;
 
@@ -129,13 +133,26 @@ pub struct EvalMetrics {
     /// Part of those tokens that the model thought likeliest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_accuracy: Option<f64>,
+    /// The exponential of the loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_perplexity: Option<f64>,
     /// Unmasked tokens of the evaluation rows.
     pub eval_tokens: u64,
+    /// Answers to the configuration's prompts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub answers: Vec<Answer>,
     /// Time that it took.
     #[serde(default)]
     pub eval_seconds: f64,
     /// Time since the start of the run, pauses between stop and resume left out.
     pub elapsed_seconds: f64,
+}
+
+impl EvalMetrics {
+    /// The exponential of the loss.
+    pub fn perplexity(&self) -> f64 {
+        self.eval_loss.exp()
+    }
 }
 
 /// JSON has no NaN and no infinity: they are written as null.
@@ -391,7 +408,9 @@ mod tests {
             step,
             eval_loss: 1.25,
             eval_accuracy: Some(0.5),
+            eval_perplexity: Some(1.25f64.exp()),
             eval_tokens: 7,
+            answers: vec![Answer { prompt: "1 + 1?".into(), answer: "2".into(), tokens: 2, ended: true }],
             eval_seconds: 0.25,
             elapsed_seconds: step as f64 + 0.5,
         }

@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use adapter_io::{FormatError, atomic};
-use chat_text::{CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Tokenizer};
+use chat_text::{
+    CHAT_TEMPLATE_FILE, ChatTemplate, PROMPT_SETTINGS_FILE, PromptLayout, PromptSettings, Prompting, Tokenizer,
+};
 use qlora_data::{DataConfig, Format, LossOn};
 
 use crate::error::TrainError;
@@ -53,6 +55,15 @@ impl Prompts {
     /// The template's text, where rows are written with one.
     pub(crate) fn template(&self) -> Option<&str> {
         self.template.as_deref()
+    }
+
+    /// How a prompt is written as the rows are.
+    ///
+    /// # Errors
+    /// The chat template can't be used.
+    pub(crate) fn prompting(&self) -> Result<Prompting, TrainError> {
+        let template = self.template.clone().map(ChatTemplate::new).transpose()?;
+        Ok(Prompting { settings: self.settings.clone(), template })
     }
 
     /// Writes the files into an adapter's folder.

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::answers::Answer;
 use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
 
 pub use card::Card;
-use curve::loss_curve;
+use curve::curves;
 pub use device::device_name;
 pub use words::{count, duration, memory};
 
@@ -62,6 +63,12 @@ pub struct Summary {
     /// Part of the evaluation's tokens that were predicted right, in the last one.
     #[serde(default)]
     pub last_eval_accuracy: Option<f64>,
+    /// Perplexity of the last evaluation.
+    #[serde(default)]
+    pub last_eval_perplexity: Option<f64>,
+    /// Answers to the configuration's prompts in the last evaluation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub answers: Vec<Answer>,
     /// The step that the adapter is of: the last one, or that of the best evaluation.
     #[serde(default)]
     pub adapter_step: usize,
@@ -108,6 +115,8 @@ impl Summary {
                 .chain(evals.iter().map(|eval| eval.elapsed_seconds))
                 .fold(0.0, f64::max),
             last_eval_accuracy: evals.last().and_then(|eval| eval.eval_accuracy),
+            last_eval_perplexity: evals.last().and_then(|eval| eval.eval_perplexity),
+            answers: evals.last().map_or(Vec::new(), |eval| eval.answers.clone()),
             adapter_step: steps.last().map_or(0, |step| step.step),
             skipped_steps: skipped,
             adapter,
@@ -143,14 +152,21 @@ impl Summary {
     /// # Errors
     /// A file can't be written, or the picture can't be drawn.
     pub(crate) fn write(&self, dir: &Path, history: &History) -> Result<(), TrainError> {
-        let picture = loss_curve(history)?;
         let json = serde_json::to_vec_pretty(self)
             .map_err(|e| TrainError::Report { path: dir.join("summary.json"), problem: e.to_string() })?;
-        adapter_io::atomic::write_bytes(&dir.join("loss.svg"), picture.as_bytes())?;
+        write_curves(dir, history)?;
         adapter_io::atomic::write_bytes(&dir.join("summary.json"), &json)?;
         adapter_io::atomic::write_bytes(&dir.join("summary.md"), self.to_markdown().as_bytes())?;
         Ok(())
     }
+}
+
+/// Draws the curves of a run so far into `loss.svg` of its folder.
+///
+/// # Errors
+/// The file can't be written, or the picture can't be drawn.
+pub(crate) fn write_curves(dir: &Path, history: &History) -> Result<(), TrainError> {
+    Ok(adapter_io::atomic::write_bytes(&dir.join("loss.svg"), curves(history)?.as_bytes())?)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod saving;
 mod start;
 mod together;
 
+use crate::answers::Asked;
 use crate::checkpoint::{Basis, Evaluations};
 use crate::checkpointing::Policies;
 use crate::config::{ComputeDtype, RunConfig, TrainConfig};
@@ -18,8 +19,9 @@ use crate::loss_scale::LossScaler;
 use crate::metrics::{EvalMetrics, MetricsWriter, SlowestRank, StepMetrics};
 use crate::prompts::Prompts;
 use crate::ranks::Ranks;
-use crate::report::{Outcome, Summary};
+use crate::report::{self, Outcome, Summary};
 use crate::run_folder::RunFolder;
+use crate::trackers::Trackers;
 use burn::tensor::{Device, FloatDType};
 use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Padding, Position};
@@ -44,6 +46,9 @@ pub struct Trainer<'e> {
     /// What the run stands on, for its checkpoints.
     basis: Basis,
     prompts: Prompts,
+    /// Prompts that are answered at evaluations.
+    asked: Option<Asked>,
+    trackers: Trackers,
     evaluations: Evaluations,
     total_steps: usize,
     /// Optimizer steps done.
@@ -107,7 +112,9 @@ pub fn engine(model: Decoder, options: &RunConfig, policies: impl Into<Policies>
     let max_grad_norm = options.max_grad_norm as f32;
     let loss_scaler = LossScaler::new(options.loss_scale, model.dtype());
     let engine = Engine::new(model, optimizer, options.optimizer_budget, max_grad_norm, policies)?;
-    Ok(engine.with_loss_scaler(loss_scaler))
+    let kinds = engine.model().parameter_kinds().into_iter();
+    let rates = kinds.map(|kind| options.rates_of(kind)).collect();
+    Ok(engine.with_loss_scaler(loss_scaler).with_rates(rates).with_neftune(options.neftune_alpha as f32))
 }
 
 impl Trainer<'_> {
@@ -213,6 +220,7 @@ impl Trainer<'_> {
             return Err(error);
         }
         self.events.on_step(metrics);
+        warn_of(self.trackers.step(metrics), self.events);
         let last = self.step == self.total_steps;
         let (eval_every, save_every) = (self.config.train.eval_every, self.config.train.save_every);
         let evaluated = last || every(eval_every, self.step);
@@ -250,6 +258,16 @@ impl Trainer<'_> {
         self.metrics.elapsed_before() + self.started.elapsed().as_secs_f64()
     }
 
+    /// Renews the picture of the run so far. A picture that can't be drawn or written ends no run: the report's says why.
+    fn draw_curves(&self) {
+        let history = self.metrics.history();
+        if self.is_first() && !history.steps.is_empty() {
+            if let Err(error) = report::write_curves(&self.config.train.output_dir, history) {
+                tracing::warn!("{error}");
+            }
+        }
+    }
+
     /// Evaluates, and returns whether the result is one to keep a checkpoint for.
     fn evaluate(&mut self) -> Result<bool, TrainError> {
         let Rows { eval, eval_order, .. } = &*self.rows;
@@ -258,17 +276,24 @@ impl Trainer<'_> {
         }
         let _span = tracing::trace_span!("evaluate").entered();
         let started = Instant::now();
+        self.events.on_eval_start(self.step);
         let evaluation = self.engine.evaluate(eval_order.epoch(&eval.examples, 0))?;
+        let asked = self.asked.as_ref().filter(|_| self.is_first());
+        let answers = asked.map_or(Ok(Vec::new()), |asked| asked.answers(self.engine.model()))?;
         let metrics = EvalMetrics {
             step: self.step,
             eval_loss: evaluation.loss,
             eval_accuracy: Some(evaluation.accuracy),
+            eval_perplexity: Some(evaluation.loss.exp()).filter(|perplexity| perplexity.is_finite()),
             eval_tokens: evaluation.tokens as u64,
+            answers,
             eval_seconds: started.elapsed().as_secs_f64(),
             elapsed_seconds: self.elapsed_seconds(),
         };
         self.metrics.eval(&metrics)?;
         self.events.on_eval(&metrics);
+        warn_of(self.trackers.eval(&metrics), self.events);
+        self.draw_curves();
         let options = &self.config.train;
         let value = options.keep_best.value(&metrics);
         let (kept, counted) =

@@ -92,8 +92,27 @@ impl GgufFile {
 
 type Header = (Vec<(String, Value)>, Vec<GgufTensor>);
 
-/// The header of a file whose whole content is `bytes`.
-pub(crate) fn parse(bytes: &[u8]) -> Result<Header, String> {
+/// One entry of the table of tensors.
+pub(super) struct Entry {
+    pub name: String,
+    pub shape: Vec<usize>,
+    /// ggml's number of the type, which may be one that is not read here.
+    pub id: u32,
+    /// Relative to the data.
+    pub offset: usize,
+}
+
+/// What stands before the data.
+pub(super) struct Table {
+    pub metadata: Vec<(String, Value)>,
+    pub entries: Vec<Entry>,
+    pub alignment: usize,
+    /// Where the data begins.
+    pub start: usize,
+}
+
+/// Metadata and table of a file whose content begins with `bytes`.
+pub(super) fn table(bytes: &[u8]) -> Result<Table, String> {
     let mut cursor = Cursor::new(bytes);
     if cursor.take(4).ok() != Some(MAGIC) {
         return Err("not a GGUF file: it does not start with `GGUF`".into());
@@ -119,11 +138,18 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Header, String> {
         Some(Value::U32(a)) if a.is_power_of_two() && *a <= 1 << 20 => *a as usize,
         Some(other) => return Err(format!("general.alignment is {other:?}, expected a power of two")),
     };
-    let mut tensors: Vec<GgufTensor> = Vec::new();
+    let mut entries: Vec<Entry> = Vec::new();
     for _ in 0..tensor_count {
-        tensors.push(tensor(&mut cursor)?);
+        entries.push(entry(&mut cursor)?);
     }
     let start = cursor.position().next_multiple_of(alignment);
+    Ok(Table { metadata, entries, alignment, start })
+}
+
+/// The header of a file whose whole content is `bytes`.
+pub(crate) fn parse(bytes: &[u8]) -> Result<Header, String> {
+    let Table { metadata, entries, alignment, start } = table(bytes)?;
+    let mut tensors: Vec<GgufTensor> = entries.into_iter().map(tensor).collect::<Result<_, _>>()?;
     for tensor in &mut tensors {
         let (from, to) = (tensor.range.start, tensor.range.end);
         let end = to.checked_add(start).filter(|end| *end <= bytes.len());
@@ -151,8 +177,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Header, String> {
     Ok((metadata, tensors))
 }
 
-/// One entry of the table; its range is relative to the data.
-fn tensor(cursor: &mut Cursor<'_>) -> Result<GgufTensor, String> {
+fn entry(cursor: &mut Cursor<'_>) -> Result<Entry, String> {
     let name = cursor.text()?;
     let fail = |reason: String| format!("tensor `{name}`: {reason}");
     let dimensions = cursor.u32()?;
@@ -165,10 +190,16 @@ fn tensor(cursor: &mut Cursor<'_>) -> Result<GgufTensor, String> {
     }
     shape.reverse();
     let id = cursor.u32()?;
+    let offset = usize::try_from(cursor.u64()?).map_err(|_| fail("its offset is too large".into()))?;
+    Ok(Entry { name, shape, id, offset })
+}
+
+/// An entry whose type is read here; its range is relative to the data.
+fn tensor(Entry { name, shape, id, offset }: Entry) -> Result<GgufTensor, String> {
+    let fail = |reason: String| format!("tensor `{name}`: {reason}");
     let kind = GgmlType::from_id(id).ok_or_else(|| {
         fail(format!("ggml type {id} cannot be read, only F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q5_0"))
     })?;
-    let offset = usize::try_from(cursor.u64()?).map_err(|_| fail("its offset is too large".into()))?;
     let bytes = kind.num_bytes(&shape);
     let end = bytes.and_then(|n| offset.checked_add(n));
     let end = end.ok_or_else(|| fail(format!("shape {shape:?} of {} has no valid size", kind.name())))?;

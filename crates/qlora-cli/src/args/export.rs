@@ -93,6 +93,9 @@ pub struct MergeArgs {
     /// Do not compare the logits of a few tokens of base and adapter with the merged checkpoint's before it is left
     #[arg(long)]
     pub no_verify: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What an adapter is merged into.
@@ -260,6 +263,9 @@ pub struct ConvertArgs {
     /// Do not compare the logits of a few tokens of base and adapter with the merged checkpoint's before the file is written
     #[arg(long)]
     pub no_verify: bool,
+    /// One JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// A format that `qlora convert` writes.

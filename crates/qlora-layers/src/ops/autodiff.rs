@@ -269,4 +269,10 @@ impl<B: QloraOps, C: CheckpointStrategy> QloraOps for Autodiff<B, C> {
             }
         }
     }
+
+    fn seeded_noise(magnitudes: FloatTensor<Self>, width: usize, seed: u64, out: FloatDType) -> FloatTensor<Self> {
+        use burn::backend::AutodiffBackend;
+        let (magnitudes, _guard) = magnitudes.into_parts();
+        Self::from_inner(B::seeded_noise(magnitudes, width, seed, out))
+    }
 }

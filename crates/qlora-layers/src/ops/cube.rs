@@ -186,6 +186,25 @@ impl QloraOps for CubeBackend {
         );
         y
     }
+
+    fn seeded_noise(magnitudes: FloatTensor<Self>, width: usize, seed: u64, out: FloatDType) -> FloatTensor<Self> {
+        let magnitudes = into_contiguous(magnitudes);
+        let shape = Shape::new([magnitudes.meta.shape().num_elements(), width]);
+        let (cube_count, cube_dim) = grid(shape.num_elements());
+        let y = empty(&magnitudes.client, &magnitudes.device, shape, out.into());
+        kernels::seeded_noise::launch(
+            &y.client,
+            cube_count,
+            cube_dim,
+            magnitudes.into_buffer_arg(),
+            y.clone().into_buffer_arg(),
+            seed as u32,
+            (seed >> 32) as u32,
+            width as u32,
+            dtype_to_storage_type(y.dtype),
+        );
+        y
+    }
 }
 
 /// Kernels; CubeCL's prelude and Burn's `Tensor` clash, so they live in a module of their own.
@@ -198,6 +217,32 @@ mod kernels {
         let a = (value ^ (value >> 16u32)) * 0x85EB_CA6Bu32;
         let b = (a ^ (a >> 13u32)) * 0xC2B2_AE35u32;
         b ^ (b >> 16u32)
+    }
+
+    /// Half of a finalized hash: `ops::dropout_hash`, its oracle.
+    #[cube]
+    fn bits_of(index: u32, seed_low: u32, seed_high: u32) -> u32 {
+        let both = finalize((index >> 1u32) * (seed_high | 1u32) + seed_low);
+        (both >> ((index & 1u32) * 16u32)) & 0xFFFFu32
+    }
+
+    /// One thread per element; `ops::noise_unit` is the oracle.
+    #[cube(launch)]
+    pub fn seeded_noise<F: Float>(
+        magnitudes: &[f32],
+        y: &mut [F],
+        seed_low: u32,
+        seed_high: u32,
+        width: u32,
+        #[define(F)] _dtype: ElemType,
+    ) {
+        let i = ABSOLUTE_POS;
+        if i >= y.len() {
+            terminate!();
+        }
+        let bits = bits_of(i as u32, seed_low, seed_high);
+        let unit = f32::cast_from(2u32 * bits + 1u32) / 65536.0f32 - 1.0f32;
+        y[i] = F::cast_from(magnitudes[i / width as usize] * unit);
     }
 
     /// One thread per element; `ops::dropout_hash` is the oracle of the mask.
@@ -215,9 +260,7 @@ mod kernels {
         if i >= x.len() {
             terminate!();
         }
-        let index = i as u32;
-        let both = finalize((index >> 1u32) * (seed_high | 1u32) + seed_low);
-        let bits = (both >> ((index & 1u32) * 16u32)) & 0xFFFFu32;
+        let bits = bits_of(i as u32, seed_low, seed_high);
         if bits >= threshold {
             y[i] = F::cast_from(f32::cast_from(x[i]) * scale);
         } else {

@@ -1,6 +1,6 @@
 //! The CPU implementation, on Burn's Flex backend and the parallel host codec.
 
-use super::{Layout4bit, Packed4bit, QloraOps, composed, dropout_hash, flex_products};
+use super::{Layout4bit, Packed4bit, QloraOps, composed, dropout_hash, flex_products, noise_unit};
 use burn::backend::Flex;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
@@ -86,6 +86,19 @@ fn dropout<T: Element + BurnElement + bytemuck::Pod>(mut x: FlexTensor, seed: u6
     x
 }
 
+/// Noise of `T` whose rows have these magnitudes.
+fn noise<T: Element + BurnElement>(magnitudes: &FlexTensor, width: usize, seed: u64) -> FlexTensor {
+    let magnitudes = magnitudes.to_contiguous();
+    let magnitudes = magnitudes.storage::<f32>();
+    let mut values = vec![T::from_f32(0.0); magnitudes.len() * width];
+    values.par_chunks_mut(width.max(1)).zip(magnitudes).enumerate().for_each(|(row, (values, magnitude))| {
+        for (i, value) in values.iter_mut().enumerate() {
+            *value = T::from_f32(magnitude * noise_unit((row * width + i) as u32, seed));
+        }
+    });
+    FlexTensor::from_data(TensorData::new(values, [magnitudes.len(), width]))
+}
+
 impl QloraOps for Flex {
     fn dequantize_4bit(weight: Packed4bit<Self>, dtype: FloatDType) -> FloatTensor<Self> {
         let Packed4bit { codes, absmax, nested_absmax, layout } = weight;
@@ -131,6 +144,14 @@ impl QloraOps for Flex {
             FloatDType::BF16 => dropout::<bf16>(x, seed, p),
             FloatDType::F16 => dropout::<f16>(x, seed, p),
             _ => dropout::<f32>(x, seed, p),
+        }
+    }
+
+    fn seeded_noise(magnitudes: FloatTensor<Self>, width: usize, seed: u64, out: FloatDType) -> FloatTensor<Self> {
+        match out {
+            FloatDType::BF16 => noise::<bf16>(&magnitudes, width, seed),
+            FloatDType::F16 => noise::<f16>(&magnitudes, width, seed),
+            _ => noise::<f32>(&magnitudes, width, seed),
         }
     }
 }

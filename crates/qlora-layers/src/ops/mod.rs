@@ -49,7 +49,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 pub use delta_rule::{DeltaRows, DeltaRuleOps, delta_rule, delta_rule_after};
 pub(crate) use flex::words;
 pub use flex_products::{FEW_TOKENS, in_bf16};
-pub use fused_kernels::dropout_hash;
+pub use fused_kernels::{dropout_hash, noise_unit};
 use host_copies::client_of;
 use nf4_quant::FloatFormat;
 pub use packed::{Layout4bit, Packed4bit};
@@ -194,6 +194,12 @@ pub trait QloraOps: Backend {
     /// Element `i` in row-major order is dropped when [`dropout_hash`]`(i, seed) < p * 2^16`: the same mask
     /// on every runtime, and nothing to save for the backward.
     fn seeded_dropout(x: FloatTensor<Self>, seed: u64, p: f32) -> FloatTensor<Self>;
+
+    /// Uniform noise `[rows, width]` in `out`, each row between minus and plus its magnitude, f32 `[rows]`.
+    ///
+    /// Element `i` in row-major order is its row's magnitude times `(2 h + 1) / 2^16 - 1` with `h =` [`dropout_hash`]`(i, seed)`: the
+    /// same noise on every runtime.
+    fn seeded_noise(magnitudes: FloatTensor<Self>, width: usize, seed: u64, out: FloatDType) -> FloatTensor<Self>;
 }
 
 /// `y = x Wᵀ` for a frozen 4-bit weight.
@@ -301,6 +307,14 @@ pub fn seeded_dropout(x: Tensor<2>, seed: u64, p: f32) -> Tensor<2> {
         return x;
     }
     Tensor::from_dispatch(<Dispatch as QloraOps>::seeded_dropout(x.into_dispatch(), seed, p))
+}
+
+/// Uniform noise that is a pure function of `seed`; see [`QloraOps::seeded_noise`].
+///
+/// # Shapes
+/// `magnitudes` f32 `[rows]` to `[rows, width]` in `out`; the noise has a period of 2^32 elements.
+pub fn seeded_noise(magnitudes: Tensor<1>, width: usize, seed: u64, out: FloatDType) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as QloraOps>::seeded_noise(magnitudes.into_dispatch(), width, seed, out))
 }
 
 /// The format of a float dtype.

@@ -12,12 +12,14 @@
 //! layers, or `target_parameters` other than experts and routers; each is refused by its key.
 
 mod export;
+mod kinds;
 mod load;
 mod parameters;
 mod set;
 mod start;
 mod tokens;
 
+pub use kinds::ParameterKind;
 pub use set::{AdapterSet, AdapterSource};
 pub use start::CalibrationBatch;
 pub use tokens::TrainedTokens;

@@ -18,7 +18,7 @@ use qlora_layers::{TokenRows, track};
 use std::borrow::Cow;
 
 /// The part's name of trained rows of single tokens.
-const TOKEN_ROWS: &str = "trainable_tokens_delta";
+pub(super) const TOKEN_ROWS: &str = "trainable_tokens_delta";
 
 /// Names and tensors.
 type Parameters<'a> = Vec<(String, &'a Tensor<2>)>;

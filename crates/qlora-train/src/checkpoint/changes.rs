@@ -65,6 +65,9 @@ const FREE: &[&str] = &[
     "train.early_stopping_patience",
     "train.early_stopping_threshold",
     "train.log_every",
+    "train.log_to",
+    "eval.prompts",
+    "eval.max_new_tokens",
     "distributed.transport",
     "distributed.shard_base",
 ];

@@ -10,7 +10,7 @@ use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
-use super::{BaseModelConfig, DistributedConfig, QuantizationConfig, RunConfig, ServeConfig, TrainConfig};
+use super::{BaseModelConfig, DistributedConfig, EvalConfig, QuantizationConfig, RunConfig, ServeConfig, TrainConfig};
 use crate::error::TrainError;
 use qlora_data::DataConfig;
 
@@ -19,6 +19,13 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("lr", "train.learning_rate"),
     ("lr_scheduler", "train.schedule"),
     ("lr_scheduler_type", "train.schedule"),
+    ("min_lr_ratio", "train.min_learning_rate_ratio"),
+    ("min_lr_rate", "train.min_learning_rate_ratio"),
+    ("cosine_min_lr_ratio", "train.min_learning_rate_ratio"),
+    ("num_cycles", "train.cycles"),
+    ("loraplus_lr_ratio", "train.lora_plus_ratio"),
+    ("loraplus_lr_embedding", "train.embedding_learning_rate"),
+    ("neftune_noise_alpha", "train.neftune_alpha"),
     ("num_train_epochs", "train.epochs"),
     ("num_epochs", "train.epochs"),
     ("steps", "train.max_steps"),
@@ -34,6 +41,7 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("adam_epsilon", "train.eps"),
     ("eval_steps", "train.eval_every"),
     ("save_steps", "train.save_every"),
+    ("report_to", "train.log_to"),
     ("logging_steps", "train.log_every"),
     ("save_total_limit", "train.save_limit"),
     ("r", "lora.rank"),
@@ -70,13 +78,14 @@ const SYNONYMS: &[(&str, &str)] = &[
 ];
 
 /// The sections and the keys of each.
-fn sections() -> [(&'static str, &'static [&'static str]); 7] {
+fn sections() -> [(&'static str, &'static [&'static str]); 8] {
     [
         ("model", field_names::<BaseModelConfig>()),
         ("quantization", field_names::<QuantizationConfig>()),
         ("lora", field_names::<LoraConfig>()),
         ("data", field_names::<DataConfig>()),
         ("train", field_names::<RunConfig>()),
+        ("eval", field_names::<EvalConfig>()),
         ("distributed", field_names::<DistributedConfig>()),
         ("serve", field_names::<ServeConfig>()),
     ]

@@ -81,7 +81,18 @@ fn every_key_survives_writing_and_reading() {
         ("data.system_prompt", "Be brief."),
         ("train.max_steps", "7"),
         ("train.warmup_steps", "3"),
-        ("train.schedule", "cosine"),
+        ("train.schedule", "cosine_with_restarts"),
+        ("train.min_learning_rate_ratio", "0.1"),
+        ("train.cycles", "3"),
+        ("train.decay_ratio", "0.25"),
+        ("train.decay_shape", "sqrt"),
+        ("train.lora_plus_ratio", "16"),
+        ("train.embedding_learning_rate", "1e-5"),
+        ("train.neftune_alpha", "5"),
+        ("train.weight_decay_of", "{ vectors = 0.0, lora_b = 0.1 }"),
+        ("train.log_to", "[\"tensorboard\", \"mlflow\"]"),
+        ("eval.prompts", "[\"1 + 1?\"]"),
+        ("eval.max_new_tokens", "8"),
         ("train.optimizer", "lion_8bit"),
         ("train.optimizer_budget", "512MiB"),
     ] {
@@ -182,6 +193,21 @@ fn values_out_of_range_name_the_key_and_what_is_allowed() {
         ("train.warmup_ratio", "1.5", "train.warmup_ratio = 1.5: must be from 0 to below 1"),
         ("train.max_grad_norm", "-1", "train.max_grad_norm = -1: must be a finite number, 0 or more"),
         ("train.log_every", "0", "train.log_every = 0: must be 1 or more"),
+        ("train.decay_ratio", "0", "train.decay_ratio = 0: must be above 0 and at most 1"),
+        ("train.cycles", "2", "train.cycles = 2: needs train.schedule = \"cosine_with_restarts\""),
+        (
+            "train.min_learning_rate_ratio",
+            "0.1",
+            "train.min_learning_rate_ratio = 0.1: needs a train.schedule that falls to a floor: linear, a cosine or warmup_stable_decay",
+        ),
+        ("train.min_learning_rate_ratio", "1.5", "train.min_learning_rate_ratio = 1.5: must be from 0 to 1"),
+        ("train.weight_decay_of", "{ vectors = -1 }", "train.weight_decay_of = -1: must be a finite number, 0 or more"),
+        (
+            "eval.prompts",
+            "[\"hi\"]",
+            "eval.prompts = [1 prompts]: are answered at evaluations: set data.eval or data.eval_fraction",
+        ),
+        ("eval.max_new_tokens", "0", "eval.max_new_tokens = 0: must be 1 or more"),
     ];
     for (key, value, expected) in cases {
         assert_eq!(range_message(key, value), expected);
@@ -192,6 +218,10 @@ fn values_out_of_range_name_the_key_and_what_is_allowed() {
         ("train.max_steps", "0"),
         ("train.weight_decay", "-0.1"),
         ("train.eps", "0"),
+        ("train.cycles", "0"),
+        ("train.lora_plus_ratio", "0"),
+        ("train.embedding_learning_rate", "-1e-5"),
+        ("train.neftune_alpha", "-5"),
         ("train.output_dir", ""),
     ] {
         let text = range_message(key, value);

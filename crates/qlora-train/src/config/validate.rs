@@ -2,10 +2,11 @@
 
 use std::fmt::Display;
 
-use super::{BaseQuantType, FinalAdapter, RunConfig, TrainConfig};
+use super::{BaseQuantType, FinalAdapter, RunConfig, Schedule, TrainConfig};
 use crate::error::TrainError;
 use crate::residency::Residency;
 use paged_optim::Budget;
+use qlora_models::ParameterKind;
 
 impl TrainConfig {
     /// Checks every value that has a range.
@@ -50,6 +51,7 @@ impl TrainConfig {
         self.lora.validate()?;
         self.train.validate()?;
         self.serve.validate()?;
+        self.eval.validate(&self.data, self.distributed.shard_base)?;
         Ok(self.data.validate()?)
     }
 
@@ -104,6 +106,7 @@ impl RunConfig {
         let rate = self.learning_rate as f32;
         let in_f32 = self.learning_rate > 0.0 && rate > 0.0 && rate.is_finite();
         check("train.learning_rate", self.learning_rate, in_f32, "must be above 0 and finite as a 32-bit number")?;
+        self.validate_rates()?;
         let ratio = (0.0..1.0).contains(&self.warmup_ratio);
         check("train.warmup_ratio", self.warmup_ratio, ratio, "must be from 0 to below 1")?;
         check("train.weight_decay", self.weight_decay, not_negative(self.weight_decay), NOT_NEGATIVE)?;
@@ -128,7 +131,42 @@ impl RunConfig {
             self.final_adapter == FinalAdapter::Last || self.keep_best.is_on(),
             "needs train.keep_best = \"loss\" or \"accuracy\", which says what the best is",
         )?;
+        let twice = (1..self.log_to.len()).any(|at| self.log_to[..at].contains(&self.log_to[at]));
+        check("train.log_to", format!("{:?}", self.log_to), !twice, "names a tracker twice")?;
         check("train.log_every", self.log_every, self.log_every >= 1, ONE)
+    }
+
+    /// Checks what bends the learning rate: over the run, and by kind of parameter.
+    fn validate_rates(&self) -> Result<(), TrainError> {
+        const NOT_NEGATIVE: &str = "must be a finite number, 0 or more";
+        const IN_F32: &str = "must be above 0, and the learning rate that it gives finite as a 32-bit number";
+        let not_negative = |x: f64| x >= 0.0 && x.is_finite();
+        let in_f32 = |rate: f64| rate > 0.0 && (rate as f32) > 0.0 && (rate as f32).is_finite();
+        let floor = self.min_learning_rate_ratio;
+        let key = "train.min_learning_rate_ratio";
+        check(key, floor, (0.0..=1.0).contains(&floor), "must be from 0 to 1")?;
+        let falls = floor == 0.0 || self.schedule.has_floor();
+        check(
+            key,
+            floor,
+            falls,
+            "needs a train.schedule that falls to a floor: linear, a cosine or warmup_stable_decay",
+        )?;
+        check("train.cycles", self.cycles, self.cycles >= 1, "must be 1 or more")?;
+        let restarts = self.cycles == 1 || self.schedule == Schedule::CosineWithRestarts;
+        check("train.cycles", self.cycles, restarts, "needs train.schedule = \"cosine_with_restarts\"")?;
+        let decay = self.decay_ratio;
+        check("train.decay_ratio", decay, decay > 0.0 && decay <= 1.0, "must be above 0 and at most 1")?;
+        let plus = self.lora_plus_ratio;
+        check("train.lora_plus_ratio", plus, plus > 0.0 && in_f32(self.learning_rate * plus), IN_F32)?;
+        if let Some(rate) = self.embedding_learning_rate {
+            check("train.embedding_learning_rate", rate, in_f32(rate), IN_F32)?;
+        }
+        for kind in ParameterKind::ALL {
+            let decay = self.weight_decay_of.get(kind).unwrap_or(0.0);
+            check("train.weight_decay_of", decay, not_negative(decay), NOT_NEGATIVE)?;
+        }
+        check("train.neftune_alpha", self.neftune_alpha, not_negative(self.neftune_alpha), NOT_NEGATIVE)
     }
 }
 

@@ -222,7 +222,7 @@ impl Engine {
         let blocks = model.blocks_in(&sequence);
         // Below and above the blocks gradients come in pieces: rows of single tokens of a table that is the head too, chunks of logits.
         let mut pieces = self.no_gradients();
-        let embedded = model.begin(&sequence, &batch.input_ids, pass);
+        let embedded = self.noise.on(model.begin(&sequence, &batch.input_ids, pass), batch, pass);
         let below = self.first_of_block[0] > 0;
         let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
         let head = self.first_of_block[blocks.len()];

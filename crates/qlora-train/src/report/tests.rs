@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use super::curve::smoothed;
+use super::curve::{curves, smoothed};
 use super::*;
 use crate::metrics::{EvalMetrics, StepMetrics};
 
@@ -35,7 +35,9 @@ fn history(steps: usize) -> History {
                 step: k,
                 eval_loss,
                 eval_accuracy: Some(0.5),
+                eval_perplexity: Some(eval_loss.exp()),
                 eval_tokens: 900,
+                answers: vec![Answer { prompt: "1 + 1?".into(), answer: format!("{k}"), tokens: 1, ended: true }],
                 eval_seconds: 0.5,
                 elapsed_seconds: 1.5 * k as f64 + 1.0,
             });
@@ -98,6 +100,8 @@ fn the_page_says_what_was_trained_and_how_to_use_it() {
         "100 of 100, 16 rows each, 150 k tokens in all",
         "1000 tokens/s on CPU, 2 threads",
         "| Peak memory | 400 MiB |",
+        "| Evaluation | 50.0 % of tokens predicted right, perplexity ",
+        "## Answers at the last evaluation\n\n```text\n1 + 1?\n```\n\n```text\n100\n```\n",
         "| Time | 2 min 31 s |",
         "qlora generate --model models/tiny --adapter runs/words/adapter --prompt",
     ] {
@@ -121,7 +125,7 @@ fn all_files_are_written() {
     assert!((read.last_loss.unwrap() - summary.last_loss.unwrap()).abs() < 1e-15);
     let svg = std::fs::read_to_string(dir.path().join("loss.svg")).unwrap();
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-    for label in ["training, smoothed", "evaluation", "optimizer step"] {
+    for label in ["training, smoothed", "evaluation, lowest", "optimizer step", "learning rate", "gradient norm"] {
         assert!(svg.contains(label), "{label}");
     }
     assert!(std::fs::read_to_string(dir.path().join("summary.md")).unwrap().contains("loss.svg"));
@@ -134,9 +138,30 @@ fn odd_histories_draw_too() {
     let mut flat = history(3);
     flat.steps.iter_mut().for_each(|step| step.loss = 1.0);
     for history in [History::default(), history(1), nan, flat] {
-        let svg = loss_curve(&history).unwrap();
+        let svg = curves(&history).unwrap();
         assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"), "{svg}");
     }
+}
+
+/// Over a logarithmic axis equal factors have equal heights; over a linear one they have not.
+#[test]
+fn losses_of_a_wide_span_have_a_logarithmic_axis() {
+    let heights = |losses: [f64; 3]| {
+        let mut history = history(3);
+        history.evals.clear();
+        history.steps.iter_mut().zip(losses).for_each(|(step, loss)| step.loss = loss);
+        let svg = curves(&history).unwrap();
+        let lines = svg.split("<polyline").find(|line| line.contains("#2F81F7")).unwrap();
+        let points = lines.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
+        let ys: Vec<f64> =
+            points.split_whitespace().map(|point| point.split(',').nth(1).unwrap().parse().unwrap()).collect();
+        [ys[1] - ys[0], ys[2] - ys[1]]
+    };
+    let [first, second] = heights([8.0, 2.0, 0.5]);
+    // Pixels are whole.
+    assert!(first > 50.0 && (first - second).abs() <= 2.0, "{first} {second}");
+    let [first, second] = heights([3.6, 1.8, 0.9]);
+    assert!((first - 2.0 * second).abs() <= 3.0, "{first} {second}");
 }
 
 #[test]

@@ -55,6 +55,11 @@ impl Summary {
         if let (Some(first), Some(last)) = (self.first_eval_loss, self.last_eval_loss) {
             rows.push(("Evaluation loss", losses(first, last, self.best_eval_loss)));
         }
+        if let (Some(accuracy), Some(perplexity)) = (self.last_eval_accuracy, self.last_eval_perplexity) {
+            let words =
+                format!("{:.1} % of tokens predicted right, perplexity {perplexity:.3}, both last", 100.0 * accuracy);
+            rows.push(("Evaluation", words));
+        }
         rows.push(("Speed", format!("{:.0} tokens/s on {}", self.tokens_per_second, run.device)));
         rows.push(("Peak memory", memory(self.peak_memory_bytes)));
         rows.push(("Time", duration(self.elapsed_seconds)));
@@ -64,7 +69,20 @@ impl Summary {
             Outcome::StoppedEarly => ("Training stopped early", self.usage()),
             Outcome::Interrupted => ("Training interrupted", self.resume_hint()),
         };
-        format!("# {title}\n\n{}\n\n![Loss curve](loss.svg)\n\n| | |\n|---|---|\n{table}\n{next}", self.sentence())
+        let answers = self.answered();
+        format!(
+            "# {title}\n\n{}\n\n![Loss curve](loss.svg)\n\n| | |\n|---|---|\n{table}\n{answers}{next}",
+            self.sentence()
+        )
+    }
+
+    /// The last answers, where the configuration has prompts.
+    fn answered(&self) -> String {
+        let answers = self.answers.iter().map(|answer| format!("{}\n\n", answer.to_markdown()));
+        match self.answers.is_empty() {
+            true => String::new(),
+            false => format!("## Answers at the last evaluation\n\n{}", answers.collect::<String>()),
+        }
     }
 
     /// The run in one sentence.

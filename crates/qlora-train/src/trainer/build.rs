@@ -3,7 +3,8 @@
 use super::rows::Rows;
 use super::start::{Resumed, Start};
 use super::{Trainer, compute_dtype, engine, packing_note, parameter_names, together, warn_of};
-use crate::checkpoint::Evaluations;
+use crate::answers::Asked;
+use crate::checkpoint::{self, Evaluations};
 use crate::checkpointing::Room;
 use crate::config::TrainConfig;
 use crate::error::TrainError;
@@ -13,6 +14,7 @@ use crate::plan::Plan;
 use crate::ranks::Ranks;
 use crate::resize::{Resized, resize};
 use crate::run_folder::RunFolder;
+use crate::trackers::{Beginning, Trackers};
 use adapter_io::checksum;
 use burn::tensor::FloatDType;
 use chat_text::Tokenizer;
@@ -104,6 +106,10 @@ impl<'e> Trainer<'e> {
         packing_note(&config.data, &config.train, &rows.order).iter().for_each(|note| events.on_notice(note));
         warn_of(config.train.warnings(total_steps), events);
         let prompts = rows.prompts(&config, &tokenizer)?;
+        let asked = match config.eval.prompts.is_empty() || folder.is_none() {
+            true => None,
+            false => Some(Asked::new(&config.eval, &prompts, tokenizer, shape.max_position_embeddings)?),
+        };
         let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());
         if let Some(Resumed { checkpoint, .. }) = &resumed {
             if folder.is_some() {
@@ -136,6 +142,7 @@ impl<'e> Trainer<'e> {
             }
         }
         let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter).with_ranks(ranks.clone());
+        warn_of(config.train.without_effect(&engine.model().parameter_kinds()), events);
         if weights.shared_by > 1 {
             engine = engine.with_shared_base();
         }
@@ -165,6 +172,16 @@ impl<'e> Trainer<'e> {
             Some(folder) => begin_log(folder, resumed.as_ref(), total_steps, events)?,
             None => MetricsWriter::in_memory(),
         };
+        let trackers = match &folder {
+            Some(folder) => {
+                let settings = checkpoint::settings(&config)?;
+                let beginning = Beginning { folder: folder.path(), settings: &settings, step };
+                let (trackers, warnings) = Trackers::open(&config.train.log_to, beginning);
+                warn_of(warnings, events);
+                trackers
+            }
+            None => Trackers::default(),
+        };
         Ok(Self {
             config,
             engine,
@@ -173,6 +190,8 @@ impl<'e> Trainer<'e> {
             events,
             basis,
             prompts,
+            asked,
+            trackers,
             evaluations,
             total_steps,
             step,

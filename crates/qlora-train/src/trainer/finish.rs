@@ -1,6 +1,6 @@
 //! The end of a run: the adapter, the report, and what both say of the run.
 
-use super::{Trainer, together};
+use super::{Trainer, together, warn_of};
 use crate::checkpoint;
 use crate::error::TrainError;
 use crate::metrics::RunInfo;
@@ -33,6 +33,7 @@ impl Trainer<'_> {
             }
             summary.write(&output_dir, history)?;
         }
+        warn_of(self.trackers.finish(outcome), self.events);
         // No rank is done before everything is written.
         together::any(self.ranks.as_ref(), false)?;
         self.events.on_end(&summary);

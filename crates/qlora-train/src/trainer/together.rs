@@ -29,6 +29,7 @@ const OWN: &[&str] = &[
     "train.memory_budget",
     "train.activation_checkpointing",
     "train.log_every",
+    "train.log_to",
 ];
 
 /// The configuration of the run that all ranks are together: one whose steps have the micro-batches of all.

@@ -11,7 +11,7 @@ pub fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// A run of six steps of two micro-batches, with dropout: everything that draws on the seed is in it.
+/// A run of six steps of two micro-batches, with dropout and noise on embeddings: everything that draws on the seed is in it.
 pub fn config(output_dir: &Path) -> TrainConfig {
     let mut config = TrainConfig { device: "cpu".into(), ..Default::default() };
     config.model.path = root().join("testdata/reference/tiny-llama").display().to_string();
@@ -24,6 +24,7 @@ pub fn config(output_dir: &Path) -> TrainConfig {
     config.train.batch_size = 2;
     config.train.gradient_accumulation_steps = 2;
     config.train.learning_rate = 1e-3;
+    config.train.neftune_alpha = 5.0;
     config.train.save_every = 2;
     config.train.save_limit = 2;
     config

@@ -196,7 +196,7 @@ fn accumulation_over_micro_batches_equals_one_large_batch() {
     let dir = tempfile::tempdir().unwrap();
     let first_steps = [(4, 1), (2, 2), (1, 4)].map(|(batch_size, accumulation)| {
         let mut config = config(&dir.path().join(format!("{batch_size}")));
-        config.lora.dropout = 0.0;
+        (config.lora.dropout, config.train.neftune_alpha) = (0.0, 0.0);
         config.train.max_steps = Some(1);
         config.train.batch_size = batch_size;
         config.train.gradient_accumulation_steps = accumulation;

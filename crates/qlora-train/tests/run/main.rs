@@ -10,3 +10,4 @@ mod packed;
 mod ranks;
 mod resize;
 mod resume;
+mod watching;
