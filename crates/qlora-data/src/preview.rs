@@ -91,12 +91,7 @@ impl PreviewRow {
 
     /// Where the row stands and what it holds, in words.
     fn title(&self) -> String {
-        format!(
-            "{}: {}, {} learned",
-            self.place,
-            count(self.tokens.len() as u64, "token", "tokens"),
-            self.learned()
-        )
+        format!("{}: {}, {} learned", self.place, count(self.tokens.len() as u64, "token", "tokens"), self.learned())
     }
 }
 
@@ -169,10 +164,7 @@ impl Preview {
         };
         let mut lines = vec![
             format!("{}: {} ({})", report.sources, count(report.rows as u64, "row", "rows"), report.format),
-            format!(
-                "{of_epoch}, {} of them learned ({learned:.1} %)",
-                grouped(report.label_tokens)
-            ),
+            format!("{of_epoch}, {} of them learned ({learned:.1} %)", grouped(report.label_tokens)),
             format!(
                 "{} an epoch; {:.1} % of their places are padding",
                 count(self.batches as u64, "batch", "batches"),

@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 
 use chat_text::{ChatTemplate, Tokenizer};
 use model_hub::Hub;
-use qlora_data::{BatchOrder, DataError, Dataset, LoadOptions, LoadProgress, MASKED_LABEL, load_splits_with, padding_id};
+use qlora_data::{
+    BatchOrder, DataError, Dataset, LoadOptions, LoadProgress, MASKED_LABEL, load_splits_with, padding_id,
+};
 use qlora_layers::Initialization;
 use qlora_models::{CalibrationBatch, ModelConfig};
 use sha2::{Digest as _, Sha256};
