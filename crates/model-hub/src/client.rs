@@ -8,8 +8,8 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use hf_hub::progress::Progress;
 use hf_hub::{
-    HFClient, HFClientBuilder, HFClientSync, HFError, HFRepository, HFRepositorySync, RepoType, RepoTypeAny, RepoTypeDataset,
-    RepoTypeModel, split_id,
+    HFClient, HFClientBuilder, HFClientSync, HFError, HFRepository, HFRepositorySync, RepoType, RepoTypeAny,
+    RepoTypeDataset, RepoTypeModel, split_id,
 };
 
 use crate::{Hub, RepoKind};

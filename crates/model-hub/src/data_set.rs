@@ -120,7 +120,8 @@ impl DataSet<'_> {
     pub fn fetch(&self, files: &[&str]) -> Result<PathBuf, HubError> {
         let request = Request::new(self.hub, (RepoKind::DataSet, self.repo), Some(self.revision))?;
         let snapshot = request.snapshot(&self.commit);
-        let missing = |folder: &Path| files.iter().find(|file| !folder.join(file).exists()).map(|file| (*file).to_owned());
+        let missing =
+            |folder: &Path| files.iter().find(|file| !folder.join(file).exists()).map(|file| (*file).to_owned());
         let Some(lacking) = missing(&snapshot) else { return self.done(&request, snapshot) };
         if self.hub.offline {
             let missing = Some(lacking);

@@ -60,7 +60,8 @@ impl Remote<'_> {
     fn infos(&self, files: &[&str]) -> Result<BTreeMap<String, FileInfo>, HubError> {
         let paths = files.iter().map(|file| (*file).to_owned()).collect();
         let repository = self.client.repository(self.request.repo);
-        let entries = match repository.get_paths_info().paths(paths).revision(self.commit).send().map_err(Failure::from) {
+        let entries = match repository.get_paths_info().paths(paths).revision(self.commit).send().map_err(Failure::from)
+        {
             Ok(entries) => entries,
             Err(Failure::Status { .. } | Failure::Nonsense(_)) => return Ok(BTreeMap::new()),
             Err(failure) => return Err(self.failed(files[0], failure)),

@@ -225,7 +225,12 @@ impl Request<'_> {
     }
 
     fn place(&self) -> Box<Place> {
-        Box::new(Place { kind: self.repo.0, repo: self.repo.1.to_owned(), revision: self.revision.to_owned(), file: None })
+        Box::new(Place {
+            kind: self.repo.0,
+            repo: self.repo.1.to_owned(),
+            revision: self.revision.to_owned(),
+            file: None,
+        })
     }
 
     /// An answer that is no. The hub says 401 for private and for missing models alike.

@@ -114,7 +114,12 @@ struct Push<'a> {
 
 impl Push<'_> {
     fn at(&self) -> Box<Place> {
-        Box::new(Place { kind: RepoKind::Model, repo: self.repo.clone(), revision: self.options.revision.clone(), file: None })
+        Box::new(Place {
+            kind: RepoKind::Model,
+            repo: self.repo.clone(),
+            revision: self.options.revision.clone(),
+            file: None,
+        })
     }
 
     /// Where the files on the disk come from.

@@ -278,12 +278,7 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
             count(run.trainable_parameters),
             count(run.base_parameters)
         ),
-        format!(
-            "Data     {}: {} rows, {} tokens{evaluated}",
-            run.train_data,
-            run.train_rows,
-            count(run.train_tokens)
-        ),
+        format!("Data     {}: {} rows, {} tokens{evaluated}", run.train_data, run.train_rows, count(run.train_tokens)),
         format!(
             "Steps    {}{resumed}, {} each{}; output in {}",
             run.total_steps,

@@ -132,7 +132,7 @@ fn gptq(args: &QuantizeArgs) -> Result<Code> {
         wrong("--calibration-rows must be 1 or more")?;
     }
     let mut config = TrainConfig::default();
-    config.data.train = rows.clone();
+    config.data.train = rows.clone().into();
     config.data.max_length = flags.max_length.unwrap_or(2048);
     config.data.validate()?;
     outputs::folder(&args.output, args.force)?;

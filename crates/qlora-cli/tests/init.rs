@@ -110,7 +110,7 @@ fn axolotls_keys_are_said_here() {
     assert_eq!((sources[3]["path"].as_str(), sources[3]["columns"]["text"].as_str()), (Some("b.jsonl"), Some("body")));
     assert_eq!(sources[4].as_str(), Some("org/other"));
     // It is a configuration: only the rows' whereabouts are left to be found.
-    bench.fails(&["train", "new.toml", "--dry-run", "--model", "nowhere"], 2, &["nowhere"]);
+    bench.fails(&["train", "new.toml", "--dry-run", "--model", "nowhere"], 3, &["nowhere"]);
 }
 
 #[test]
@@ -137,11 +137,18 @@ fn an_adapter_and_llama_factorys_keys_are_said_here() {
          num_train_epochs: 3.0\nlr_scheduler_type: cosine\nbf16: true\n",
     );
     let run = bench.ok(&["init", "--from", "sft.yaml", "sft.toml"]);
-    assert!(run.stderr.contains("`dataset: identity,alpaca_en_demo` names entries of dataset_info.json"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("`dataset: identity,alpaca_en_demo` names entries of dataset_info.json"),
+        "{}",
+        run.stderr
+    );
     let config = toml(&bench, "sft.toml");
     assert_eq!(config["lora"]["alpha"].as_float(), Some(8.0));
     assert_eq!(config["lora"]["target_modules"].to_string(), "[\"q_proj\", \"v_proj\"]");
-    assert_eq!((config["data"]["split"].as_str(), config["train"]["learning_rate"].as_float()), (Some("[:1000]"), Some(1e-4)));
+    assert_eq!(
+        (config["data"]["split"].as_str(), config["train"]["learning_rate"].as_float()),
+        (Some("[:1000]"), Some(1e-4))
+    );
     assert_eq!(config["quantization"]["compute_dtype"].as_str(), Some("bf16"));
 }
 
@@ -150,11 +157,19 @@ fn what_is_no_configuration_is_refused() {
     let bench = Bench::new();
     bench.write("other.yml", "a: 1\n");
     bench.write("broken.yml", "base_model: [\n");
-    for (name, expected) in [("other.yml", "is neither Axolotl's (base_model)"), ("broken.yml", "not valid YAML"), ("no.yml", "No such file")] {
-        bench.fails(&["init", "--from", name, "new.toml"], 1, &[name, expected]);
+    for (name, expected) in [
+        ("other.yml", "is neither Axolotl's (base_model)"),
+        ("broken.yml", "not valid YAML"),
+        ("no.yml", "No such file"),
+    ] {
+        bench.fails(&["init", "--from", name, "new.toml"], 3, &[name, expected]);
     }
     // Given where ours is meant, it says how it becomes one.
     bench.write("axolotl.yml", AXOLOTL);
     bench.fails(&["train", "axolotl.yml"], 2, &["this is YAML", "qlora init --from axolotl.yml"]);
-    bench.fails(&["train", "qlora.toml", "--data", "axolotl.yml"], 1, &["is a configuration in YAML", "qlora init --from axolotl.yml"]);
+    bench.fails(
+        &["train", "qlora.toml", "--data", "axolotl.yml"],
+        3,
+        &["is a configuration in YAML", "qlora init --from axolotl.yml"],
+    );
 }

@@ -99,7 +99,8 @@ impl RowCache {
             Self::Auto if bytes < WORTH_IT => None,
             Self::Auto => {
                 let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-                let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME").or_else(std::env::home_dir)?.join(".cache")))?;
+                let cache =
+                    set("XDG_CACHE_HOME").or_else(|| Some(set("HOME").or_else(std::env::home_dir)?.join(".cache")))?;
                 Some(cache.join("burn-qlora").join("rows"))
             }
         }
@@ -139,7 +140,9 @@ impl Entry {
     ) -> Option<Self> {
         let folder = config.cache.folder(total_bytes)?;
         let template = template.or(tokenizer.chat_template()).map(ChatTemplate::source).unwrap_or_default();
-        let hour = template.contains("strftime_now").then(|| SystemTime::UNIX_EPOCH.elapsed().ok().map(|now| now.as_secs() / 3600));
+        let hour = template
+            .contains("strftime_now")
+            .then(|| SystemTime::UNIX_EPOCH.elapsed().ok().map(|now| now.as_secs() / 3600));
         let mut hash = Sha256::new();
         let settings = json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -186,7 +189,12 @@ impl Entry {
 
     /// Keeps a data set; the error says why it is not.
     pub fn write(&self, data: &Dataset) -> Result<(), String> {
-        let fail = |error: io::Error| format!("rows are not kept in {}: {error}; data.cache names another folder, or \"off\"", self.path.display());
+        let fail = |error: io::Error| {
+            format!(
+                "rows are not kept in {}: {error}; data.cache names another folder, or \"off\"",
+                self.path.display()
+            )
+        };
         let folder = self.path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder).map_err(fail)?;
         remove_unused(folder);
@@ -352,7 +360,11 @@ mod tests {
             line,
         };
         let report = DataReport { sources: "rows".into(), rows: 3, notes: vec!["a".into()], ..DataReport::default() };
-        Dataset { examples: vec![row(13, 1), row(0, 4), row(20, 9)], report, weights: vec![SourceWeight { rows: 3, weight: 0.5 }] }
+        Dataset {
+            examples: vec![row(13, 1), row(0, 4), row(20, 9)],
+            report,
+            weights: vec![SourceWeight { rows: 3, weight: 0.5 }],
+        }
     }
 
     #[test]

@@ -122,7 +122,10 @@ impl DataConfig {
     pub fn validate(&self) -> Result<(), DataError> {
         let fail = |key: &'static str, problem: String| Err(DataError::Config { key, problem });
         if self.train.is_empty() {
-            return fail("train", "is missing; give a file of rows, a folder, a glob or a hub id, or a list of them".into());
+            return fail(
+                "train",
+                "is missing; give a file of rows, a folder, a glob or a hub id, or a list of them".into(),
+            );
         }
         self.train.0.iter().try_for_each(|source| source.validate("train"))?;
         self.eval.iter().flat_map(|sources| &sources.0).try_for_each(|source| source.validate("eval"))?;

@@ -14,8 +14,8 @@ use crate::error::DataError;
 use crate::sources::Source;
 use crate::words::list;
 
-pub(crate) use repository::{Role, Wanted};
 use repository::{Chosen, choose, is_rows};
+pub(crate) use repository::{Role, Wanted};
 
 /// The files of a source.
 #[derive(Debug)]
@@ -113,7 +113,8 @@ fn card(text: &str) -> Json {
 }
 
 fn globbed(pattern: &str) -> Result<Found, String> {
-    let paths = glob::glob(pattern).map_err(|error| format!("is no glob: {} at character {}", error.msg, error.pos + 1))?;
+    let paths =
+        glob::glob(pattern).map_err(|error| format!("is no glob: {} at character {}", error.msg, error.pos + 1))?;
     let mut files = Vec::new();
     for path in paths {
         let path = path.map_err(|error| error.to_string())?;

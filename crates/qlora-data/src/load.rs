@@ -211,7 +211,9 @@ fn load(
         planned.push(Planned { source, files, format: source.format.unwrap_or(config.format), columns, split });
     }
     if let (Some(subset), Role::Train, false) = (&config.subset, role, any_chosen) {
-        let problem = format!("= {subset:?} chooses among the files of a folder or hub id, and {sources} names files; leave it out");
+        let problem = format!(
+            "= {subset:?} chooses among the files of a folder or hub id, and {sources} names files; leave it out"
+        );
         return Err(DataError::Config { key: "subset", problem });
     }
     let files: Vec<&Path> = planned.iter().flat_map(|planned| planned.files.iter().map(PathBuf::as_path)).collect();
@@ -263,7 +265,10 @@ fn load(
         let unseen = renaming.unseen();
         if !unseen.is_empty() && options.max_rows.is_none() {
             let path = planned.source.path.display();
-            let problem = format!("reads {}, which no row of {path} has; name a column that is there (a source's own columns go before data.columns)", list(&unseen));
+            let problem = format!(
+                "reads {}, which no row of {path} has; name a column that is there (a source's own columns go before data.columns)",
+                list(&unseen)
+            );
             return Err(DataError::Config { key: "columns", problem });
         }
         let rows = data.examples.len() - first;

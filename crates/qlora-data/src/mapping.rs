@@ -118,7 +118,8 @@ impl<'a> Renaming<'a> {
             }
             match value {
                 Some(value) => drop(object.insert((*ours).to_owned(), value)),
-                None => missing.push(format!("data.columns reads `{ours}` from `{}`, which it lacks", visible::text(theirs))),
+                None => missing
+                    .push(format!("data.columns reads `{ours}` from `{}`, which it lacks", visible::text(theirs))),
             }
         }
         if !self.of_messages.is_empty() {

@@ -92,12 +92,7 @@ impl PreviewRow {
 
     /// Where the row stands and what it holds, in words.
     fn title(&self) -> String {
-        format!(
-            "{}: {}, {} learned",
-            self.place,
-            count(self.tokens.len() as u64, "token", "tokens"),
-            self.learned()
-        )
+        format!("{}: {}, {} learned", self.place, count(self.tokens.len() as u64, "token", "tokens"), self.learned())
     }
 }
 

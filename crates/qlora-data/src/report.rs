@@ -313,9 +313,7 @@ impl DataReport {
         let several = self.files.len() > 1;
         let of = |file: &FileReport| -> Vec<String> {
             let reasons = file.masked_by_reason().into_iter();
-            reasons
-                .map(|reason| if several { format!("{}: {reason}", file.path.display()) } else { reason })
-                .collect()
+            reasons.map(|reason| if several { format!("{}: {reason}", file.path.display()) } else { reason }).collect()
         };
         let mut reasons: Vec<_> = self.files.iter().flat_map(of).collect();
         let more = reasons.len().saturating_sub(MaskReason::ALL.len() * FILES_SHOWN);

@@ -241,7 +241,10 @@ mod tests {
             let again = toml::to_string_pretty(&data).unwrap();
             assert_eq!(toml::from_str::<Data>(&again).unwrap(), data, "{again}");
         }
-        assert_eq!(toml::to_string(&Data { train: "a.jsonl".into(), rest: 1 }).unwrap(), "train = \"a.jsonl\"\nrest = 1\n");
+        assert_eq!(
+            toml::to_string(&Data { train: "a.jsonl".into(), rest: 1 }).unwrap(),
+            "train = \"a.jsonl\"\nrest = 1\n"
+        );
     }
 
     #[test]

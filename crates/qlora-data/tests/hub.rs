@@ -134,16 +134,31 @@ fn a_data_set_is_trained_by_its_id_subset_and_split() {
     assert_eq!((train.examples.len(), train.report.files.len(), eval.examples.len()), (4, 2, 1));
     assert_eq!(train.report.sources, "org/rows");
     let downloads = |state: &State| -> Vec<String> {
-        state.asked.iter().filter(|line| line.starts_with("GET /datasets/")).map(|line| line.rsplit('/').next().unwrap().to_owned()).collect()
+        state
+            .asked
+            .iter()
+            .filter(|line| line.starts_with("GET /datasets/"))
+            .map(|line| line.rsplit('/').next().unwrap().to_owned())
+            .collect()
     };
-    assert_eq!(downloads(&state.lock().unwrap()), ["train-0.jsonl", "train-1.jsonl", "t.jsonl"], "what is read, and once");
+    assert_eq!(
+        downloads(&state.lock().unwrap()),
+        ["train-0.jsonl", "train-1.jsonl", "t.jsonl"],
+        "what is read, and once"
+    );
 
     // Other configurations, and what there is to say where it is not clear.
     let german = DataConfig { subset: Some("de".into()), split: None, eval: None, ..given.clone() };
     assert_eq!(load(&hub, &german).unwrap().0.examples.len(), 1);
     for (config, expected) in [
-        (DataConfig { subset: None, ..given.clone() }, "org/rows: has several subsets: en and de; say which with data.subset"),
-        (DataConfig { split: Some("dev".into()), ..given.clone() }, "org/rows: has no split \"dev\"; it has test and train"),
+        (
+            DataConfig { subset: None, ..given.clone() },
+            "org/rows: has several subsets: en and de; say which with data.subset",
+        ),
+        (
+            DataConfig { split: Some("dev".into()), ..given.clone() },
+            "org/rows: has no split \"dev\"; it has test and train",
+        ),
         (DataConfig { train: "org/none".into(), ..given.clone() }, "has no such data set"),
     ] {
         let error = load(&hub, &config).unwrap_err();

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use common::{config, tokenizer};
 use qlora_data::{
-    BatchOrder, Columns, DataConfig, Dataset, Format, LoadOptions, LoadProgress, Preview, PreviewChoice, RowCache, Source, Sources,
-    load_sources, load_splits,
+    BatchOrder, Columns, DataConfig, Dataset, Format, LoadOptions, LoadProgress, Preview, PreviewChoice, RowCache,
+    Source, Sources, load_sources, load_splits,
 };
 use tempfile::TempDir;
 
@@ -48,7 +48,12 @@ fn columns(pairs: &[(&str, &str)]) -> Columns {
 
 #[test]
 fn sources_are_read_one_after_the_other() {
-    let dir = folder(&[("a.jsonl", &rows("ab")), ("b/2.jsonl", &rows("cd")), ("b/1.jsonl", &rows("e")), ("c.csv", "text\nf\n")]);
+    let dir = folder(&[
+        ("a.jsonl", &rows("ab")),
+        ("b/2.jsonl", &rows("cd")),
+        ("b/1.jsonl", &rows("e")),
+        ("c.csv", "text\nf\n"),
+    ]);
     let at = |name: &str| dir.path().join(name);
     let several = Sources(["a.jsonl", "b", "c.csv"].map(|name| Source::new(at(name))).into());
     let dataset = load(several, &config()).unwrap();
@@ -73,7 +78,8 @@ fn sources_are_read_one_after_the_other() {
 
 #[test]
 fn errors_name_the_file_of_several() {
-    let dir = folder(&[("a.jsonl", &rows("ab")), ("b.jsonl", "{\"text\": \"c\"}\n{\"text\": 3}\n"), ("empty.jsonl", "")]);
+    let dir =
+        folder(&[("a.jsonl", &rows("ab")), ("b.jsonl", "{\"text\": \"c\"}\n{\"text\": 3}\n"), ("empty.jsonl", "")]);
     for (names, expected) in [
         (&["a.jsonl", "b.jsonl"][..], "b.jsonl:2: `text` is not a string"),
         (&["a.jsonl", "empty.jsonl"], "empty.jsonl: no rows"),
@@ -97,7 +103,9 @@ fn a_folder_has_splits() {
     let dir = folder(&[("train.jsonl", &rows("abcd")), ("test.jsonl", &rows("ef")), ("README.md", "rows")]);
     assert_eq!(texts(&load(dir.path(), &config()).unwrap()), "abcd");
     let split = |split: &str| Sources(vec![Source { split: Some(split.into()), ..Source::new(dir.path()) }]);
-    for (name, expected) in [("test", "ef"), ("train[:50%]", "ab"), ("train[1:3]", "bc"), ("[-1:]", "d"), ("test[1:]", "f")] {
+    for (name, expected) in
+        [("test", "ef"), ("train[:50%]", "ab"), ("train[1:3]", "bc"), ("[-1:]", "d"), ("test[1:]", "f")]
+    {
         assert_eq!(texts(&load(split(name), &config()).unwrap()), expected, "{name}");
     }
     let error = load(split("dev"), &config()).unwrap_err();
@@ -124,14 +132,20 @@ fn a_folder_has_splits() {
     assert_eq!(texts(&load(with_file, &subset).unwrap()), "abef");
     let error = load(dir.path().join("test.jsonl"), &subset).unwrap_err();
     assert!(error.contains("data.subset = \"de\" chooses among"), "{error}");
-    let error = load(Sources(vec![Source { split: Some("test".into()), ..Source::new(dir.path().join("test.jsonl")) }]), &config());
+    let error = load(
+        Sources(vec![Source { split: Some("test".into()), ..Source::new(dir.path().join("test.jsonl")) }]),
+        &config(),
+    );
     assert!(error.unwrap_err().contains("this is a file"));
 }
 
 #[test]
 fn columns_have_other_names() {
     let text = "question,answer\n1 + 1?,2\n";
-    let dir = folder(&[("rows.csv", text), ("chat.csv", "dialog\n\"[{\"\"who\"\": \"\"user\"\", \"\"says\"\": \"\"a\"\"}]\"\n")]);
+    let dir = folder(&[
+        ("rows.csv", text),
+        ("chat.csv", "dialog\n\"[{\"\"who\"\": \"\"user\"\", \"\"says\"\": \"\"a\"\"}]\"\n"),
+    ]);
     let path = dir.path().join("rows.csv");
     let given = DataConfig { columns: columns(&[("prompt", "question"), ("completion", "answer")]), ..config() };
     let dataset = load(path.as_path(), &given).unwrap();
@@ -158,13 +172,17 @@ fn columns_have_other_names() {
 
 #[test]
 fn layouts_may_differ_and_the_report_says_how_the_adapter_is_prompted() {
-    let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
+    let chat =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
     let dir = folder(&[("a.jsonl", &rows("ab")), ("b.jsonl", chat)]);
     let with_system = DataConfig { system_prompt: Some("Be brief.".into()), ..config() };
     let dataset = load(dir.path(), &with_system).unwrap();
     assert_eq!(dataset.report.format, Format::Chat);
     let warnings = dataset.report.warnings();
-    assert!(warnings[0].contains("several layouts") && warnings[0].contains("as its chat rows are written"), "{warnings:?}");
+    assert!(
+        warnings[0].contains("several layouts") && warnings[0].contains("as its chat rows are written"),
+        "{warnings:?}"
+    );
     // A key that no file has a place for is refused.
     let error = load(dir.path().join("a*.jsonl"), &with_system).unwrap_err();
     assert!(error.contains("data.system_prompt has no place in text rows"), "{error}");
@@ -215,17 +233,27 @@ fn sources_that_can_not_be_meant_are_refused() {
     for (config, expected) in [
         (train(Source { weight: 0.0, ..source() }), "data.train gives rows.jsonl the weight 0"),
         (train(Source { weight: f64::NAN, ..source() }), "the weight NaN"),
-        (train(Source { split: Some("train[:200%]".into()), ..source() }), "data.train has for rows.jsonl a split that is"),
+        (
+            train(Source { split: Some("train[:200%]".into()), ..source() }),
+            "data.train has for rows.jsonl a split that is",
+        ),
         (train(Source { columns: Some(columns(&[("a", "b")])), ..source() }), "columns that fill `a`"),
         (DataConfig { split: Some("[".into()), ..train(source()) }, "data.split is \"[\"; write a name"),
-        (DataConfig { eval: Some(Sources(vec![Source { weight: 2.0, ..source() }])), ..train(source()) }, "data.eval gives"),
+        (
+            DataConfig { eval: Some(Sources(vec![Source { weight: 2.0, ..source() }])), ..train(source()) },
+            "data.eval gives",
+        ),
         (DataConfig { train: Sources(vec![source(), Source::new("")]), ..config() }, "a source without a path"),
     ] {
         let error = config.validate().unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
     let elsewhere = Source { revision: Some("main".into()), ..Source::new(PathBuf::from(env!("CARGO_MANIFEST_DIR"))) };
-    assert!(load(Sources(vec![elsewhere]), &config()).unwrap_err().contains("for data sets of the hub, and this is a folder"));
+    assert!(
+        load(Sources(vec![elsewhere]), &config())
+            .unwrap_err()
+            .contains("for data sets of the hub, and this is a folder")
+    );
 }
 
 #[test]

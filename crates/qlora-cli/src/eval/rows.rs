@@ -138,7 +138,11 @@ fn data_config(args: &EvalArgs, prompting: &Prompting) -> Result<DataConfig> {
     let settings = &prompting.settings;
     let kept = settings.system_prompt.clone().filter(|_| settings.layout != PromptLayout::Plain);
     Ok(DataConfig {
-        train: Sources(vec![Source { subset: args.subset.clone(), split: args.split.clone(), ..Source::new(&args.data) }]),
+        train: Sources(vec![Source {
+            subset: args.subset.clone(),
+            split: args.split.clone(),
+            ..Source::new(&args.data)
+        }]),
         max_length: args.max_length as usize,
         system_prompt: args.writing.system.clone().or(kept),
         chat_template: prompting.template.as_ref().filter(|_| is_chat).map(|template| template.source().to_string()),

@@ -14,18 +14,28 @@ impl Work {
     pub(super) fn axolotl(&mut self, given: &mut Map<String, Json>) {
         let in_4_bits = self.take(given, "load_in_4bit").and_then(|value| value.as_bool());
         match self.take(given, "adapter").as_ref().and_then(Json::as_str) {
-            Some("lora") if in_4_bits != Some(true) => self.set("adapter", "quantization.quant_type", "\"none\"".into()),
+            Some("lora") if in_4_bits != Some(true) => {
+                self.set("adapter", "quantization.quant_type", "\"none\"".into())
+            }
             Some("lora" | "qlora") => {}
-            Some(other) => self.notes.push(format!("`adapter: {other}` is not known: LoRA over weights in 4 bits is trained")),
-            None => self.notes.push("without `adapter` all weights are trained there; here it is LoRA over weights in 4 bits".into()),
+            Some(other) => {
+                self.notes.push(format!("`adapter: {other}` is not known: LoRA over weights in 4 bits is trained"))
+            }
+            None => self
+                .notes
+                .push("without `adapter` all weights are trained there; here it is LoRA over weights in 4 bits".into()),
         }
         if self.take(given, "load_in_8bit").is_some_and(|value| value == true) {
-            self.notes.push("`load_in_8bit`: weights are kept in 4 bits (quantization.quant_type) or in 16 (\"none\")".into());
+            self.notes.push(
+                "`load_in_8bit`: weights are kept in 4 bits (quantization.quant_type) or in 16 (\"none\")".into(),
+            );
         }
         if let Some(packing) = self.take(given, "sample_packing").filter(|packing| !says_nothing(packing)) {
             match known_keys().iter().any(|key| key == "data.packing") {
                 true => self.set("sample_packing", "data.packing", "\"auto\"".into()),
-                false => self.notes.push(format!("`sample_packing: {packing}` has no counterpart here; data.group_by_length pads less")),
+                false => self.notes.push(format!(
+                    "`sample_packing: {packing}` has no counterpart here; data.group_by_length pads less"
+                )),
             }
         }
         for key in ["pad_to_sequence_len", "eval_sample_packing", "strict"] {
@@ -35,7 +45,9 @@ impl Work {
         if let Some(size) = self.take(given, "val_set_size").and_then(|size| size.as_f64()) {
             match size < 1.0 {
                 true => self.set("val_set_size", "data.eval_fraction", format!("{size:?}")),
-                false => self.notes.push(format!("`val_set_size: {size}` counts rows; data.eval_fraction is a part of them")),
+                false => {
+                    self.notes.push(format!("`val_set_size: {size}` counts rows; data.eval_fraction is a part of them"))
+                }
             }
         }
         if let Some(peft) = self.take(given, "peft") {
@@ -72,7 +84,8 @@ impl Work {
             self.notes.push(format!("`{key}` has an entry without a path"));
             return Vec::new();
         };
-        let mut source = Source { subset: text("name"), split: text("split"), revision: text("revision"), ..Source::new(&path) };
+        let mut source =
+            Source { subset: text("name"), split: text("split"), revision: text("revision"), ..Source::new(&path) };
         let mut columns = Columns::default();
         let mut column = |ours: &str, theirs: Option<String>, usual: &str| {
             if let Some(theirs) = theirs.filter(|theirs| theirs != usual) {
@@ -103,10 +116,16 @@ impl Work {
             }
             Some(Json::Object(mut fields)) => {
                 source.format = Some(Format::Alpaca);
-                for (theirs, ours) in [("field_instruction", "instruction"), ("field_input", "input"), ("field_output", "output")] {
+                for (theirs, ours) in
+                    [("field_instruction", "instruction"), ("field_input", "input"), ("field_output", "output")]
+                {
                     column(ours, fields.shift_remove(theirs).and_then(|value| value.as_str().map(str::to_owned)), ours);
                 }
-                column("system", fields.shift_remove("field_system").and_then(|value| value.as_str().map(str::to_owned)), "system");
+                column(
+                    "system",
+                    fields.shift_remove("field_system").and_then(|value| value.as_str().map(str::to_owned)),
+                    "system",
+                );
                 fields.retain(|_, value| !says_nothing(value));
                 if !fields.is_empty() {
                     let names: Vec<_> = fields.keys().map(|name| format!("`{name}`")).collect();
@@ -116,7 +135,9 @@ impl Work {
                     ));
                 }
             }
-            Some(kind) => self.notes.push(format!("{path}: `type: {kind}` is not known; the layout is found by its rows' keys")),
+            Some(kind) => {
+                self.notes.push(format!("{path}: `type: {kind}` is not known; the layout is found by its rows' keys"))
+            }
             None => {}
         }
         column("system", system, "system");
@@ -161,7 +182,9 @@ impl Work {
         }
         for (key, usual) in [("finetuning_type", "lora"), ("stage", "sft"), ("quantization_method", "bnb")] {
             if let Some(value) = self.take(given, key).filter(|value| value != usual) {
-                self.notes.push(format!("`{key}: {value}` has no counterpart here: LoRA is trained on rows and their answers"));
+                self.notes.push(format!(
+                    "`{key}: {value}` has no counterpart here: LoRA is trained on rows and their answers"
+                ));
             }
         }
         let rank = given.get("lora_rank").and_then(Json::as_f64).unwrap_or(8.0);
@@ -188,11 +211,15 @@ impl Work {
         for (key, ours) in [("dataset", "data.train"), ("eval_dataset", "data.eval")] {
             if let Some(names) = self.take(given, key) {
                 let names = names.as_str().map_or_else(|| names.to_string(), str::to_owned);
-                self.notes.push(format!("`{key}: {names}` names entries of dataset_info.json: put their files or hub ids into {ours}"));
+                self.notes.push(format!(
+                    "`{key}: {names}` names entries of dataset_info.json: put their files or hub ids into {ours}"
+                ));
             }
         }
         if let Some(template) = self.take(given, "template").as_ref().and_then(Json::as_str) {
-            self.notes.push(format!("`template: {template}` is LLaMA-Factory's own; the tokenizer's template is used, or data.chat_template"));
+            self.notes.push(format!(
+                "`template: {template}` is LLaMA-Factory's own; the tokenizer's template is used, or data.chat_template"
+            ));
         }
         if let Some(folder) = self.take(given, "dataset_dir").as_ref().and_then(Json::as_str) {
             self.notes.push(format!("`dataset_dir: {folder}`: data.train has paths of its own"));

@@ -34,11 +34,15 @@ mod tests {
 
     #[test]
     fn values_stand_where_the_template_has_them() {
-        let values = [("model.path", "\"a/b\""), ("data.train", "[\"c\"]"), ("train.max_steps", "7"), ("device", "\"cpu\"")];
+        let values =
+            [("model.path", "\"a/b\""), ("data.train", "[\"c\"]"), ("train.max_steps", "7"), ("device", "\"cpu\"")];
         let text = fill(&values.map(|(key, value)| (key.to_owned(), value.to_owned())));
         assert_eq!(text.lines().count(), TEMPLATE.lines().count());
         let config = TrainConfig::parse(&text, "filled").unwrap();
-        assert_eq!((config.model.path.as_str(), config.train.max_steps, config.device.as_str()), ("a/b", Some(7), "cpu"));
+        assert_eq!(
+            (config.model.path.as_str(), config.train.max_steps, config.device.as_str()),
+            ("a/b", Some(7), "cpu")
+        );
         assert_eq!(config.data.train.to_string(), "c");
         assert!(text.contains("# Required. A folder with a Hugging Face checkpoint"), "comments stay");
     }

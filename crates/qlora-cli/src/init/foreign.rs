@@ -84,23 +84,29 @@ pub(super) struct Work {
 impl Work {
     fn run(&mut self, whose: Whose, mut given: Map<String, Json>) {
         let (table, defaults): (&[Row], &[(&str, &str)]) = match whose {
-            Whose::Axolotl => (AXOLOTL, &[
-                ("data.max_length", "512"),
-                ("train.batch_size", "1"),
-                ("train.gradient_accumulation_steps", "1"),
-                ("train.schedule", "\"cosine\""),
-                ("train.max_grad_norm", "1.0"),
-            ]),
-            Whose::LlamaFactory => (LLAMA_FACTORY, &[
-                ("lora.rank", "8"),
-                ("train.batch_size", "8"),
-                ("train.gradient_accumulation_steps", "1"),
-                ("train.learning_rate", "5e-5"),
-                ("train.epochs", "3.0"),
-                ("train.schedule", "\"linear\""),
-                ("train.warmup_ratio", "0.0"),
-                ("train.max_grad_norm", "1.0"),
-            ]),
+            Whose::Axolotl => (
+                AXOLOTL,
+                &[
+                    ("data.max_length", "512"),
+                    ("train.batch_size", "1"),
+                    ("train.gradient_accumulation_steps", "1"),
+                    ("train.schedule", "\"cosine\""),
+                    ("train.max_grad_norm", "1.0"),
+                ],
+            ),
+            Whose::LlamaFactory => (
+                LLAMA_FACTORY,
+                &[
+                    ("lora.rank", "8"),
+                    ("train.batch_size", "8"),
+                    ("train.gradient_accumulation_steps", "1"),
+                    ("train.learning_rate", "5e-5"),
+                    ("train.epochs", "3.0"),
+                    ("train.schedule", "\"linear\""),
+                    ("train.warmup_ratio", "0.0"),
+                    ("train.max_grad_norm", "1.0"),
+                ],
+            ),
             Whose::Peft => (PEFT, &[]),
         };
         for (key, value) in defaults {
@@ -109,7 +115,9 @@ impl Work {
         match whose {
             Whose::Axolotl => self.axolotl(&mut given),
             Whose::LlamaFactory => self.llama_factory(&mut given),
-            Whose::Peft => self.notes.push("an adapter does not say how it was trained: data and [train] are at their defaults".into()),
+            Whose::Peft => self
+                .notes
+                .push("an adapter does not say how it was trained: data and [train] are at their defaults".into()),
         }
         let shared: &[Row] = if whose == Whose::Peft { &[] } else { SHARED };
         for (key, value) in given {
@@ -123,7 +131,11 @@ impl Work {
 
     fn unknown(&mut self, key: &str) {
         let reason = match key {
-            key if key.starts_with("wandb") || key.starts_with("mlflow") || key.starts_with("comet") || key == "report_to" => {
+            key if key.starts_with("wandb")
+                || key.starts_with("mlflow")
+                || key.starts_with("comet")
+                || key == "report_to" =>
+            {
                 ": metrics go to metrics.jsonl in train.output_dir"
             }
             key if key.starts_with("deepspeed") || key.starts_with("fsdp") => {
@@ -160,7 +172,9 @@ impl Work {
                 None if says_nothing(value) => return,
                 None => format!("{word:?}"),
             },
-            (How::Float, Json::Number(number)) => number.as_f64().map_or_else(|| number.to_string(), |number| format!("{number:?}")),
+            (How::Float, Json::Number(number)) => {
+                number.as_f64().map_or_else(|| number.to_string(), |number| format!("{number:?}"))
+            }
             (_, value) => match in_toml(value) {
                 Some(text) => text,
                 None => return self.notes.push(format!("`{key}` holds what has no form in TOML")),
@@ -200,7 +214,8 @@ impl Work {
 
     /// Sets the decay rates of the moments.
     pub(super) fn betas(&mut self, given: &mut Map<String, Json>) {
-        let [first, second] = ["adam_beta1", "adam_beta2"].map(|key| self.take(given, key).and_then(|value| value.as_f64()));
+        let [first, second] =
+            ["adam_beta1", "adam_beta2"].map(|key| self.take(given, key).and_then(|value| value.as_f64()));
         if first.is_some() || second.is_some() {
             let betas = format!("[{:?}, {:?}]", first.unwrap_or(0.9), second.unwrap_or(0.999));
             self.set("adam_beta1", "train.betas", betas);

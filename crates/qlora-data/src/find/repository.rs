@@ -45,7 +45,9 @@ impl Wanted<'_> {
         let own_subset = self.subset.filter(|_| !self.subset_is_of_all);
         for (name, value) in [("subset", own_subset), ("files", self.files)] {
             if let Some(value) = value {
-                return Err(format!("{name} = {value:?} chooses among the files of a folder or hub id, and this is {what}"));
+                return Err(format!(
+                    "{name} = {value:?} chooses among the files of a folder or hub id, and this is {what}"
+                ));
             }
         }
         match self.split {
@@ -221,7 +223,9 @@ fn by_names(names: &[String], wanted: &Wanted<'_>) -> Result<Chosen, String> {
             true => "its rows come out of a Python script, which is not run; the hub may have them as Parquet under \
                      revision = \"refs/convert/parquet\""
                 .into(),
-            false => format!("holds no JSON, JSON lines, CSV, TSV or Parquet by the names of its files: {}", list(names)),
+            false => {
+                format!("holds no JSON, JSON lines, CSV, TSV or Parquet by the names of its files: {}", list(names))
+            }
         });
     }
     if let Some(subset) = wanted.subset {
@@ -230,14 +234,18 @@ fn by_names(names: &[String], wanted: &Wanted<'_>) -> Result<Chosen, String> {
         rows.retain(|name| name.starts_with(&format!("{subset}/")));
         if rows.is_empty() {
             let folders = list(&folders.into_iter().collect::<Vec<_>>());
-            return Err(format!("has no subset {subset:?}: neither in its README nor as a folder; its folders are {folders}"));
+            return Err(format!(
+                "has no subset {subset:?}: neither in its README nor as a folder; its folders are {folders}"
+            ));
         }
     }
     let splits: Vec<_> = rows.iter().map(|name| split_of(name)).collect();
     let named: Vec<_> = splits.iter().flatten().map(String::as_str).collect();
     if named.is_empty() {
         return match wanted.split {
-            Some(split) if split != "train" => Err(format!("no file of it is of a split {split:?}: {}", owned_list(&rows))),
+            Some(split) if split != "train" => {
+                Err(format!("no file of it is of a split {split:?}: {}", owned_list(&rows)))
+            }
             _ => Ok(rows.into_iter().cloned().collect::<Vec<_>>().into()),
         };
     }
@@ -288,14 +296,15 @@ fn split(named: &[&str], wanted: &Wanted<'_>) -> Result<String, String> {
     let has = |split: &str| known.contains(split).then(|| split.to_owned());
     let only = || known.first().filter(|_| known.len() == 1).map(|only| (*only).to_owned());
     match (wanted.split, wanted.role) {
-        (Some(split), _) => {
-            has(split).ok_or_else(|| format!("has no split {split:?}; it has {}", names()))
-        }
-        (None, Role::Train) => has("train").or_else(only).ok_or_else(|| {
-            format!("has no split `train`, but {}; say which with data.split = \"..\"", names())
-        }),
+        (Some(split), _) => has(split).ok_or_else(|| format!("has no split {split:?}; it has {}", names())),
+        (None, Role::Train) => has("train")
+            .or_else(only)
+            .ok_or_else(|| format!("has no split `train`, but {}; say which with data.split = \"..\"", names())),
         (None, Role::Eval) => only().ok_or_else(|| {
-            format!("has the splits {}; say which to evaluate on: data.eval = {{ path = \"..\", split = \"..\" }}", names())
+            format!(
+                "has the splits {}; say which to evaluate on: data.eval = {{ path = \"..\", split = \"..\" }}",
+                names()
+            )
         }),
     }
 }
@@ -373,7 +382,11 @@ mod tests {
     #[test]
     fn what_is_not_clear_is_an_error() {
         for (names, wanted, expected) in [
-            (&["a.jsonl", "a.csv"][..], TRAIN, "holds CSV (a.csv) and JSON (a.jsonl), which may be the same rows twice"),
+            (
+                &["a.jsonl", "a.csv"][..],
+                TRAIN,
+                "holds CSV (a.csv) and JSON (a.jsonl), which may be the same rows twice",
+            ),
             (&["a.py", "README.md"], TRAIN, "refs/convert/parquet"),
             (&["a.txt"], TRAIN, "no JSON, JSON lines, CSV, TSV or Parquet by the names of its files: a.txt"),
             (&["a/x.jsonl"], Wanted { subset: Some("b"), ..TRAIN }, "its folders are a"),

@@ -38,7 +38,8 @@ impl Lengths {
         let cut: HashSet<(usize, usize)> = (report.files.iter().enumerate())
             .flat_map(|(file, of_file)| of_file.truncated.iter().map(move |row| (file, row.line)))
             .collect();
-        let file_of_rows = report.files.iter().enumerate().flat_map(|(file, of_file)| std::iter::repeat_n(file, of_file.rows));
+        let file_of_rows =
+            report.files.iter().enumerate().flat_map(|(file, of_file)| std::iter::repeat_n(file, of_file.rows));
         let file_of_rows: Vec<usize> = file_of_rows.collect();
         let whole = || {
             let rows = file_of_rows.iter().zip(&dataset.examples);

@@ -82,15 +82,16 @@ fn yaml(path: &Path, line: &[u8]) -> Option<String> {
     let begins_as_yaml = || {
         let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
         let key = line.split(|byte| *byte == b':').next().unwrap_or_default();
-        let is_key = !key.is_empty() && key.iter().all(|byte| byte.is_ascii_lowercase() || b"_0123456789".contains(byte));
+        let is_key =
+            !key.is_empty() && key.iter().all(|byte| byte.is_ascii_lowercase() || b"_0123456789".contains(byte));
         line == b"---" || (is_key && (line[key.len()..].starts_with(b": ") || line[key.len()..] == *b":"))
     };
     let is_json = line.starts_with(b"{");
     let is_yaml = is_named(path, "yml") || is_named(path, "yaml") || (!is_named(path, "txt") && begins_as_yaml());
     match () {
-        () if path.file_name().is_some_and(|name| name == "adapter_config.json") => Some(format!(
-            "is the configuration of a PEFT adapter, and data.train names the rows to learn from; {from}"
-        )),
+        () if path.file_name().is_some_and(|name| name == "adapter_config.json") => {
+            Some(format!("is the configuration of a PEFT adapter, and data.train names the rows to learn from; {from}"))
+        }
         () if is_yaml && !is_json => {
             Some(format!("is a configuration in YAML, and data.train names the rows to learn from; {from}"))
         }

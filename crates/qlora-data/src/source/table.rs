@@ -44,7 +44,8 @@ impl Table {
         };
         let mut reader = ReaderBuilder::new().delimiter(separator).from_reader(text);
         let names = reader.headers().cloned();
-        let mut table = Self { path, is_packed, reader, columns: Vec::new(), nested: Vec::new(), row: StringRecord::new() };
+        let mut table =
+            Self { path, is_packed, reader, columns: Vec::new(), nested: Vec::new(), row: StringRecord::new() };
         let names = names.map_err(|error| table.failure(error))?;
         let mut columns: Vec<String> = Vec::new();
         for (index, name) in names.iter().enumerate() {

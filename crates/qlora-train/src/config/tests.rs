@@ -358,14 +358,18 @@ fn configurations_of_other_trainers_are_recognised() {
 #[test]
 fn sources_come_back_from_a_written_configuration() {
     let mut config = valid();
-    config.set("data.train", "[\"a.jsonl\", { path = \"org/name\", weight = 0.5, columns = { prompt = \"q\" } }]").unwrap();
+    config
+        .set("data.train", "[\"a.jsonl\", { path = \"org/name\", weight = 0.5, columns = { prompt = \"q\" } }]")
+        .unwrap();
     config.set("data.columns", "{ completion = \"answer\" }").unwrap();
     config.set("data.split", "train[:5%]").unwrap();
     config.validate().unwrap();
     let again = TrainConfig::parse(&config.to_toml().unwrap(), "again").unwrap();
     assert_eq!(again.data, config.data);
     assert_eq!(again.data.train.to_string(), "a.jsonl and org/name");
-    assert!(range_message("data.train", "[{ path = \"a\", weight = -1 }]").contains("data.train gives a the weight -1"));
+    assert!(
+        range_message("data.train", "[{ path = \"a\", weight = -1 }]").contains("data.train gives a the weight -1")
+    );
     let error = message("[data]\ntrain = [{ path = \"a\", wieght = 2 }]\n");
     assert!(error.contains("qlora.toml:2: data.train: unknown field `wieght`"), "{error}");
 }
