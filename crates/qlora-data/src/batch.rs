@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::DataConfig;
 use crate::dataset::SourceWeight;
-use crate::example::Example;
 use crate::error::DataError;
+use crate::example::Example;
 use crate::packing::{Packed, Packing, best_fit};
 use crate::shuffle::{Purpose, permutation};
 

@@ -168,10 +168,7 @@ impl Preview {
         };
         let mut lines = vec![
             format!("{}: {} ({})", report.sources, count(report.rows as u64, "row", "rows"), report.format),
-            format!(
-                "{of_epoch}, {} of them learned ({learned:.1} %)",
-                grouped(report.label_tokens)
-            ),
+            format!("{of_epoch}, {} of them learned ({learned:.1} %)", grouped(report.label_tokens)),
             match self.packed {
                 None => format!(
                     "{} an epoch; {:.1} % of their places are padding",

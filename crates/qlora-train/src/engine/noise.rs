@@ -58,7 +58,9 @@ mod tests {
         let (width, noise) = (64, EmbeddingNoise { alpha: 5.0 });
         let device = Device::flex();
         let zeros = || Tensor::<2>::zeros([32, width], (&device, DType::F32));
-        let of = |pass: Pass| noise.on(zeros(), &Batch::new(&rows(), 0), pass).into_data_as::<f32>().iter::<f32>().collect::<Vec<_>>();
+        let of = |pass: Pass| {
+            noise.on(zeros(), &Batch::new(&rows(), 0), pass).into_data_as::<f32>().iter::<f32>().collect::<Vec<_>>()
+        };
         let values = of(Pass::training(7));
         let largest = |from: usize, tokens: usize| {
             values[from * width..(from + tokens) * width].iter().fold(0.0f32, |most, value| most.max(value.abs()))
@@ -70,7 +72,10 @@ mod tests {
         assert_eq!(of(Pass::training(7)), values);
         assert_ne!(of(Pass::training(8)), values);
         // Rows end to end have the noise of their own lengths, too.
-        assert_eq!(noise.magnitudes(&Batch::end_to_end(&rows()), width), [[0.3125; 4].as_slice(), &[0.15625; 16]].concat());
+        assert_eq!(
+            noise.magnitudes(&Batch::end_to_end(&rows()), width),
+            [[0.3125; 4].as_slice(), &[0.15625; 16]].concat()
+        );
         assert!(of(Pass::INFERENCE).iter().all(|value| *value == 0.0));
     }
 }

@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 use chat_text::{ChatTemplate, Tokenizer};
 use model_hub::Hub;
 use qlora_data::{
-    BatchOrder, DataConfig, DataError, Dataset, LoadOptions, LoadProgress, MASKED_LABEL, Packing, load_splits_with, padding_id,
+    BatchOrder, DataConfig, DataError, Dataset, LoadOptions, LoadProgress, MASKED_LABEL, Packing, load_splits_with,
+    padding_id,
 };
 use qlora_layers::Initialization;
 use qlora_models::{CalibrationBatch, ModelConfig};
