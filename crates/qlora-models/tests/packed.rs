@@ -136,26 +136,17 @@ fn packed_rows_are_alone_in_narrow_formats() {
     });
     for (device_name, device) in devices() {
         for dtype in dtypes(device_name).into_iter().filter(|dtype| *dtype != FloatDType::F32) {
-            let model = |dtype, device: &Device| {
-                let config = ModelConfig::from_json(&shape, Path::new("shape")).unwrap();
-                let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype };
-                with_adapters(Decoder::random(config, options, 5, device, &mut |_| ()).unwrap())
-            };
-            // Both are as far from f32 as roundings to the format take them, other ones where products of more tokens are cut otherwise.
-            let [packed, alone] = both(&model(dtype, &device), &FEW);
-            let [_, exact] = both(&model(FloatDType::F32, &Device::flex()), &FEW);
-            let distances = |(logits, gradients): &Found| {
-                let of_gradients =
-                    gradients.iter().map(|(name, found)| (name.clone(), distance(found, &exact.1[name])));
-                let of_logits = ("logits".to_string(), distance(logits, &exact.0));
-                of_gradients.chain([of_logits]).collect::<Vec<_>>()
-            };
-            let (packed, alone) = (distances(&packed), distances(&alone));
-            let worst = alone.iter().fold(0.0_f32, |worst, (_, distance)| worst.max(*distance));
+            let config = ModelConfig::from_json(&shape, Path::new("shape")).unwrap();
+            let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype };
+            let model = with_adapters(Decoder::random(config, options, 5, &device, &mut |_| ()).unwrap());
+            let [(logits, found), (alone, expected)] = both(&model, &FEW);
+            // Products of more tokens are cut otherwise, which is other roundings to 8 bits: on an H200 single elements are up to 5 % of the
+            // largest apart.
             let what = format!("{dtype:?} on {device_name}");
-            assert!(worst < 0.1, "{what}, rows by themselves: {worst} from f32");
-            for (name, distance) in packed {
-                assert!(distance <= 2.0 * worst, "{what}, {name}: {distance} from f32, rows by themselves {worst}");
+            assert!(distance(&logits, &alone) < 5e-2, "{what}, logits: {}", distance(&logits, &alone));
+            for (parameter, gradient) in &found {
+                let distance = distance(gradient, &expected[parameter]);
+                assert!(distance < 5e-2, "{what}, {parameter}: {distance}");
             }
         }
     }
