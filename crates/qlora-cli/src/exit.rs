@@ -91,6 +91,7 @@ pub fn code_of(error: &anyhow::Error) -> Code {
 fn of_train(error: &TrainError) -> Code {
     match error {
         TrainError::ConfigRead { .. }
+        | TrainError::ConfigForeign { .. }
         | TrainError::ConfigSyntax { .. }
         | TrainError::UnknownKey { .. }
         | TrainError::ConfigMissing { .. }

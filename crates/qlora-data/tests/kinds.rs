@@ -54,7 +54,7 @@ fn every_kind_gives_the_same_rows() {
         ("rows.jsonl.gz", gzip(CHAT.as_bytes())),
         ("rows.jsonl.zst", zstandard(CHAT.as_bytes())),
         // Two members behind each other are one text, as of logs that were packed piece by piece.
-        ("rows", [gzip(CHAT[..50].as_bytes()), gzip(CHAT[50..].as_bytes())].concat()),
+        ("rows", [gzip(&CHAT.as_bytes()[..50]), gzip(&CHAT.as_bytes()[50..])].concat()),
         ("rows.json", array().into_bytes()),
         ("rows.json.gz", gzip(array().as_bytes())),
         ("rows.csv", csv.clone().into_bytes()),

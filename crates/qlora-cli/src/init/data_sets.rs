@@ -41,6 +41,8 @@ impl Work {
         for key in ["pad_to_sequence_len", "eval_sample_packing", "strict"] {
             given.shift_remove(key);
         }
+        // What the model derives from is in its config.json.
+        given.retain(|key, _| !key.ends_with("_derived_model"));
         self.betas(given);
         if let Some(size) = self.take(given, "val_set_size").and_then(|size| size.as_f64()) {
             match size < 1.0 {
@@ -173,7 +175,7 @@ impl Work {
     }
 
     /// What of LLaMA-Factory's configuration no table holds.
-    pub(super) fn llama_factory(&mut self, given: &mut Map<String, Json>) {
+    pub(super) fn factory(&mut self, given: &mut Map<String, Json>) {
         let bits = self.take(given, "quantization_bit").and_then(|bits| bits.as_u64());
         match bits {
             Some(4) => {}

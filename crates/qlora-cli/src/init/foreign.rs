@@ -12,7 +12,7 @@ use burn_qlora::adapter_io::printable::printable;
 use serde_json::{Map, Value as Json};
 
 use super::fill::fill;
-use super::tables::{AXOLOTL, How, LLAMA_FACTORY, PEFT, Row, SHARED};
+use super::tables::{AXOLOTL, FACTORY, How, PEFT, Row, SHARED};
 use crate::exit::InputError;
 
 /// A configuration of ours that says what another one says.
@@ -41,7 +41,7 @@ impl Translated {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Whose {
     Axolotl,
-    LlamaFactory,
+    Factory,
     Peft,
 }
 
@@ -60,7 +60,7 @@ pub fn translate(path: &Path) -> Result<Translated> {
     let whose = match () {
         () if given.contains_key("peft_type") => Whose::Peft,
         () if given.contains_key("base_model") => Whose::Axolotl,
-        () if given.contains_key("model_name_or_path") => Whose::LlamaFactory,
+        () if given.contains_key("model_name_or_path") => Whose::Factory,
         () => {
             let problem = "is neither Axolotl's (base_model), LLaMA-Factory's (model_name_or_path) nor a PEFT adapter's \
                            (peft_type) configuration";
@@ -94,8 +94,8 @@ impl Work {
                     ("train.max_grad_norm", "1.0"),
                 ],
             ),
-            Whose::LlamaFactory => (
-                LLAMA_FACTORY,
+            Whose::Factory => (
+                FACTORY,
                 &[
                     ("lora.rank", "8"),
                     ("train.batch_size", "8"),
@@ -114,7 +114,7 @@ impl Work {
         }
         match whose {
             Whose::Axolotl => self.axolotl(&mut given),
-            Whose::LlamaFactory => self.llama_factory(&mut given),
+            Whose::Factory => self.factory(&mut given),
             Whose::Peft => self
                 .notes
                 .push("an adapter does not say how it was trained: data and [train] are at their defaults".into()),
@@ -227,7 +227,7 @@ impl Work {
         let missing = ["model.path", "data.train"].into_iter().filter(|key| !has(key)).collect();
         let whose = match whose {
             Whose::Axolotl => "Axolotl's configuration",
-            Whose::LlamaFactory => "LLaMA-Factory's configuration",
+            Whose::Factory => "LLaMA-Factory's configuration",
             Whose::Peft => "a PEFT adapter's configuration",
         };
         Translated { text: fill(&self.values), notes: self.notes, missing, whose, taken: self.taken }

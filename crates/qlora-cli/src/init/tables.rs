@@ -95,7 +95,6 @@ pub const AXOLOTL: &[Row] = &[
     ("revision_of_model", "model.revision", Same),
     ("model_type", "", Nothing("config.json says it")),
     ("tokenizer_type", "", Nothing("tokenizer.json says it")),
-    ("is_llama_derived_model", "", Nothing("config.json says it")),
     ("lora_r", "lora.rank", Same),
     ("lora_alpha", "lora.alpha", Float),
     ("lora_dropout", "lora.dropout", Float),
@@ -123,7 +122,7 @@ pub const AXOLOTL: &[Row] = &[
 ];
 
 /// LLaMA-Factory's.
-pub const LLAMA_FACTORY: &[Row] = &[
+pub const FACTORY: &[Row] = &[
     ("model_name_or_path", "model.path", Same),
     ("model_revision", "model.revision", Same),
     ("do_train", "", Nothing("`qlora train` does that")),
