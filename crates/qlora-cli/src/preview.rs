@@ -66,20 +66,21 @@ pub fn of_rows(
 }
 
 /// What a preview shows, for a program.
-fn as_json(Preview { rows, report, batches, padding, .. }: &Preview) -> Value {
+fn as_json(Preview { rows, report, batches, padding, packed, .. }: &Preview) -> Value {
     let row = |row: &PreviewRow| {
         let tokens =
             row.tokens.iter().map(|token| json!({"id": token.id, "text": token.text, "learned": token.learned}));
-        json!({"line": row.line, "tokens": tokens.collect::<Vec<_>>()})
+        json!({"line": row.line, "place": row.place, "tokens": tokens.collect::<Vec<_>>()})
     };
     json!({
-        "data": report.path.display().to_string(),
+        "data": report.sources,
         "format": report.format.to_string(),
         "rows": report.rows,
         "tokens": report.tokens,
         "learned_tokens": report.label_tokens,
         "longest_row": report.longest,
         "batches": batches,
+        "sequences": packed.map(|packed| packed.sequences),
         "padding": padding.waste(),
         "warnings": report.warnings(),
         "shown": rows.iter().map(row).collect::<Vec<_>>(),

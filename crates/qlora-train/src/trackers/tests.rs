@@ -14,6 +14,7 @@ pub(super) fn step(step: usize) -> StepMetrics {
         grad_norm: 0.5,
         tokens: 100,
         tokens_per_second: 1000.0,
+        padding_tokens: 0,
         memory_bytes: 1 << 20,
         memory_in_use_bytes: 1 << 19,
         memory_reserved_bytes: 1 << 20,
