@@ -149,6 +149,10 @@ fn noise_is_the_oracles_on_every_runtime_and_uniform() {
             seeded_noise(magnitudes, width, seed, out)
         };
         assert_eq!(values(of(FloatDType::F32)), expected, "{name}");
+        // WGSL has no bf16.
+        if name == "wgpu" {
+            continue;
+        }
         for (found, exact) in values(of(FloatDType::BF16).cast(FloatDType::F32)).iter().zip(&expected) {
             // Half a unit in the last of bf16's 8 bits.
             assert!((found - exact).abs() <= exact.abs() / 256.0, "{name}: {found} against {exact}");

@@ -92,7 +92,7 @@ impl Trackers {
             ("train/tokens_per_second", metrics.tokens_per_second),
             ("train/memory_bytes", metrics.memory_bytes as f64),
         ];
-        values.extend(metrics.loss_scaling.map(|scaling| ("train/loss_scale", f64::from(scaling.scale))));
+        values.extend(metrics.loss_scaling.map(|scaling| ("train/loss_scale", scaling.scale)));
         self.each(|sink| sink.scalars(metrics.step, &values))
     }
 

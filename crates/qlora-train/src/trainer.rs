@@ -261,10 +261,11 @@ impl Trainer<'_> {
     /// Renews the picture of the run so far. A picture that can't be drawn or written ends no run: the report's says why.
     fn draw_curves(&self) {
         let history = self.metrics.history();
-        if self.is_first() && !history.steps.is_empty() {
-            if let Err(error) = report::write_curves(&self.config.train.output_dir, history) {
-                tracing::warn!("{error}");
-            }
+        if self.is_first()
+            && !history.steps.is_empty()
+            && let Err(error) = report::write_curves(&self.config.train.output_dir, history)
+        {
+            tracing::warn!("{error}");
         }
     }
 
