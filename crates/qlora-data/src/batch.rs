@@ -5,7 +5,7 @@
 //! through those before. The generator is ChaCha8 and the shuffle is written out here, so the order
 //! stays the same on every machine and with every version of a library.
 //!
-//! Where rows are packed ([`Packing`](crate::Packing)), every epoch packs them anew, and draws the order of the sequences. A batch
+//! Where rows are packed ([`Packing`]), every epoch packs them anew, and draws the order of the sequences. A batch
 //! holds `batch_size` sequences instead of rows, all of them end to end, so that no place is padding.
 
 use std::cmp::Reverse;
