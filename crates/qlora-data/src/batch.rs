@@ -200,7 +200,7 @@ impl BatchOrder {
             return Err(DataError::Config {
                 key: "packing",
                 problem: format!(
-                    "a source of {} rows has the weight {}, so that each epoch has other rows and would have other sequences; give \
+                    "= \"auto\": a source of {} rows has the weight {}, so that each epoch has other rows and would have other sequences; give \
                      sources weights that are whole numbers, or set data.packing = \"off\"",
                     source.rows, source.weight
                 ),

@@ -59,15 +59,18 @@ pub struct RunInfo {
 pub struct PackingInfo {
     /// Sequences of an epoch.
     pub sequences: usize,
+    /// Rows in them.
+    pub rows: usize,
     /// Tokens of a sequence at most.
     pub max_length: usize,
     /// The part of the sequences that holds tokens.
     pub fill: f64,
 }
 
-impl From<Packed> for PackingInfo {
-    fn from(packed: Packed) -> Self {
-        Self { sequences: packed.sequences, max_length: packed.capacity, fill: packed.fill() }
+impl PackingInfo {
+    /// Of an order whose epochs visit so many rows.
+    pub(crate) fn new(packed: Packed, rows: usize) -> Self {
+        Self { sequences: packed.sequences, rows, max_length: packed.capacity, fill: packed.fill() }
     }
 }
 
@@ -76,8 +79,8 @@ impl RunInfo {
     pub fn step_contents(&self) -> String {
         match self.packing {
             None => format!("{} rows", self.rows_per_step),
-            Some(PackingInfo { sequences, max_length, .. }) => {
-                let rows = self.train_rows as f64 / sequences.max(1) as f64;
+            Some(PackingInfo { sequences, rows, max_length, .. }) => {
+                let rows = rows as f64 / sequences.max(1) as f64;
                 format!("{} sequences of up to {max_length} tokens ({rows:.1} rows)", self.rows_per_step)
             }
         }

@@ -3,7 +3,7 @@
 use super::{Trainer, together, warn_of};
 use crate::checkpoint;
 use crate::error::TrainError;
-use crate::metrics::RunInfo;
+use crate::metrics::{PackingInfo, RunInfo};
 use crate::ranks::Ranks;
 use crate::report::{Outcome, Summary, device_name};
 use crate::run_folder::ADAPTER_DIR;
@@ -80,7 +80,7 @@ impl Trainer<'_> {
             start_step: self.start_step,
             ranks: self.ranks.as_ref().map_or(1, Ranks::count),
             rows_per_step: options.batch_size * options.gradient_accumulation_steps,
-            packing: self.rows.order.packed().map(Into::into),
+            packing: self.rows.order.packed().map(|packed| PackingInfo::new(packed, self.rows.order.rows_per_epoch())),
             activation_checkpointing: self.engine.policies().to_string(),
             output_dir: options.output_dir.clone(),
         }

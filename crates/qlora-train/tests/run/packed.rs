@@ -45,6 +45,7 @@ fn a_run_over_packed_rows_is_that_of_the_sums_over_its_rows() {
     let (train, eval) = load_splits(&config.data, &tokenizer, config.train.seed).unwrap();
     let order = BatchOrder::new(&train.examples, &config.data, config.train.batch_size, config.train.seed, 0);
     let info = summary.run.packing.unwrap();
+    assert_eq!(info.rows, train.examples.len());
     assert_eq!((info.sequences, info.max_length, summary.run.rows_per_step), (order.sequences(), 400, 4));
     // Rows of 73 to 105 tokens leave a corner.
     assert!(info.fill > 0.85, "{info:?}");
