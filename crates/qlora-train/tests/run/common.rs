@@ -43,7 +43,17 @@ impl TrainEvents for StopAfter {
     }
 }
 
-/// Notes what the user is told.
+/// Keeps the notices that the user is told.
+#[derive(Default)]
+pub struct Notices(pub Vec<String>);
+
+impl TrainEvents for Notices {
+    fn on_notice(&mut self, message: &str) {
+        self.0.push(message.into());
+    }
+}
+
+/// Keeps the warnings that the user is told.
 #[derive(Default)]
 pub struct Told(pub Vec<String>);
 

@@ -1,13 +1,13 @@
 //! Runs over packed rows: what they learn, and that they stop, go on and are shared as all runs are.
 
-use crate::common::{StopAfter, Told, adapter, config, losses, refused, root, run};
+use crate::common::{Notices, StopAfter, Told, adapter, config, losses, refused, root, run};
 use burn::tensor::{Device, FloatDType};
 use chat_text::Tokenizer;
 use qlora_data::{Batch, BatchOrder, Packing, load_splits};
 use qlora_layers::{ActivationCheckpointing, Initialization};
 use qlora_models::{Decoder, LoadOptions};
 use qlora_train::metrics::{History, METRICS_FILE};
-use qlora_train::{Resume, TrainConfig, TrainEvents};
+use qlora_train::{Resume, TrainConfig};
 use std::path::Path;
 
 /// Sequences of up to 400 tokens, of four or five rows each; two are a micro-batch.
@@ -16,15 +16,6 @@ fn packed(output_dir: &Path) -> TrainConfig {
     config.data.max_length = 400;
     config.data.packing = Packing::Auto;
     config
-}
-
-#[derive(Default)]
-struct Notices(Vec<String>);
-
-impl TrainEvents for Notices {
-    fn on_notice(&mut self, message: &str) {
-        self.0.push(message.into());
-    }
 }
 
 /// Each step's loss is the sum over its rows, each alone in its micro-batch, divided by the number of their tokens.

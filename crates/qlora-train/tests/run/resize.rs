@@ -1,11 +1,11 @@
 //! `model.resize_embeddings`: tokens that were added to a tokenizer get rows, which are trained and saved.
 
-use crate::common::{StopAfter, adapter, config, losses, refused, root, run, tensors};
+use crate::common::{Notices, StopAfter, adapter, config, losses, refused, root, run, tensors};
 use adapter_io::{MergeOptions, TokenIndices, merge_checkpoint};
 use burn::tensor::{Device, FloatDType};
 use qlora_layers::Pass;
 use qlora_models::{Decoder, LoadOptions, ModelConfig};
-use qlora_train::{Plan, Resume, Room, TrainConfig, TrainEvents, resize};
+use qlora_train::{Plan, Resume, Room, TrainConfig, resize};
 use std::path::Path;
 
 const ROWS: &str = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta";
@@ -63,15 +63,6 @@ fn of(dir: &Path, tied: bool, added: &[&str]) -> TrainConfig {
     config.model.resize_embeddings = true;
     config.train.max_steps = Some(3);
     config
-}
-
-#[derive(Default)]
-struct Notices(Vec<String>);
-
-impl TrainEvents for Notices {
-    fn on_notice(&mut self, message: &str) {
-        self.0.push(message.into());
-    }
 }
 
 const ADDED: [&str; 2] = ["<|ask|>", "<|answer|>"];
