@@ -178,10 +178,10 @@ impl Collectives {
     /// that waits for another rank holds its multiprocessors meanwhile.
     pub fn beside(&self, kernels: bool) {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        match kernels && self.cubes > 0 {
-            true if left.is_some() => {}
-            true => *left = leave_multiprocessors(&self.shared.client, self.cubes),
-            false => *left = None,
+        if !kernels {
+            *left = None;
+        } else if left.is_none() {
+            *left = leave_multiprocessors(&self.shared.client, self.cubes);
         }
     }
 

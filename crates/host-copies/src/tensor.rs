@@ -31,15 +31,11 @@ pub fn owned(tensor: CubeTensor) -> CubeTensor {
     if tensor.can_mut() {
         return tensor;
     }
+    let (shape, elements) = (tensor.meta.shape().clone(), Shape::new([tensor.meta.num_elements()]));
     // In one dimension there are no rows.
-    let in_one = |tensor: &CubeTensor| {
-        let (client, device) = (tensor.client.clone(), tensor.device.clone());
-        let shape = Shape::new([tensor.meta.num_elements()]);
-        CubeTensor::new_contiguous(client, device, shape, tensor.handle.clone(), tensor.dtype)
-    };
+    let flat = CubeTensor::new_contiguous(tensor.client, tensor.device, elements, tensor.handle, tensor.dtype);
     #[expect(clippy::disallowed_methods, reason = "of one dimension")]
-    let copy = in_one(&tensor).copy();
-    let shape = tensor.meta.shape().clone();
+    let copy = flat.copy();
     CubeTensor::new_contiguous(copy.client, copy.device, shape, copy.handle, copy.dtype)
 }
 
