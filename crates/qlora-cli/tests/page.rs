@@ -10,6 +10,9 @@ use common::{Bench, reference};
 const ENTER: (&str, u32) = ("Enter", 13);
 const ESCAPE: (&str, u32) = ("Escape", 27);
 
+/// A stream of events whose answer ends without a text.
+const NO_TEXT: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\ndata: [DONE]\n\n";
+
 /// The texts of a column's turns of one kind, as a JSON list.
 fn turns(browser: &mut Browser, column: &str, kind: &str) -> Vec<String> {
     let all = format!("[...document.querySelectorAll('#log-{column} .turn.{kind} p')].map((p) => p.textContent)");
@@ -72,6 +75,7 @@ fn two_columns_answer_with_the_settings_and_say_how_fast() {
     // The conversation goes on, and Escape ends a long answer.
     browser.type_into("max_tokens", "400");
     browser.type_into("temperature", "2");
+    browser.type_into("seed", "1");
     browser.type_into("prompt", "And now?");
     browser.press(ENTER.0, ENTER.1);
     browser.wait(
@@ -85,15 +89,22 @@ fn two_columns_answer_with_the_settings_and_say_how_fast() {
         assert!(turns(&mut browser, column, "error").is_empty());
     }
 
-    // The second column goes on from what the first one was asked without it.
+    // The second column goes on from what the first one was asked without it, an empty answer among it.
     browser.click("compare");
     browser.type_into("max_tokens", "4");
     browser.type_into("prompt", "Alone?");
     browser.press(ENTER.0, ENTER.1);
     browser.wait("document.getElementById('status').textContent === 'Done.'");
+    browser.value(&format!("globalThis.realFetch = fetch; globalThis.fetch = async () => new Response({NO_TEXT:?}); null"));
+    browser.type_into("prompt", "Nothing?");
+    browser.press(ENTER.0, ENTER.1);
+    browser.wait("document.getElementById('status').textContent === 'Done.'");
+    browser.value("globalThis.fetch = globalThis.realFetch; null");
+    assert_eq!(turns(&mut browser, "a", "assistant").last().map(String::as_str), Some(""));
+    assert_eq!(browser.value("document.querySelectorAll('#log-a .empty').length"), 1);
     assert_eq!(turns(&mut browser, "b", "user").len(), 2);
     browser.click("compare");
-    assert_eq!(turns(&mut browser, "b", "user"), ["Hello", "And now?", "Alone?"]);
+    assert_eq!(turns(&mut browser, "b", "user"), ["Hello", "And now?", "Alone?", "Nothing?"]);
     assert_eq!(turns(&mut browser, "b", "assistant"), turns(&mut browser, "a", "assistant"));
 
     // A model that has gone is an error in its column alone.
