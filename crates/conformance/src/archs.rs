@@ -79,7 +79,8 @@ fn compare(reference: &Reference, name: &str, device: &Device, subject: &str, re
     let ids: Vec<u32> = ids.iter().map(|&id| u32::try_from(id)).collect::<Result<_, _>>().context("input_ids")?;
     token_by_token(&dense, &ids[..len], &theirs[..theirs.len() / rows], subject, report)?;
     let labels = ids.iter().map(|&id| i64::from(id)).collect();
-    let batch = Batch { input_ids: ids, labels, rows, cols: len, lengths: vec![len; rows], packed: false };
+    let batch =
+        Batch { input_ids: ids, labels, rows, cols: len, lengths: vec![len; rows], packed: false, judged: None };
     recorded_steps(reference, name, dense, &batch, subject, report)?;
     let mut model = load(&dir, Some(QuantConfig::default()), device)?;
     let lora = LoraConfig { rank: 4, alpha: 8.0, ..LoraConfig::default() };

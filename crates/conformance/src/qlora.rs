@@ -250,6 +250,7 @@ fn batches(file: &Checkpoint, pad_id: i64) -> Result<Vec<Batch>> {
             cols,
             lengths: ids.chunks(cols).map(length).collect(),
             packed: false,
+            judged: None,
         })
     };
     input.chunks(rows * cols).zip(labels.chunks(rows * cols)).map(batch).collect()

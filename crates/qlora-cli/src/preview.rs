@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Result;
+use burn_qlora::qlora_data::padding_id;
 use burn_qlora::qlora_data::preview::{Preview, PreviewChoice, PreviewRow};
-use burn_qlora::qlora_data::{BatchOrder, padding_id};
-use burn_qlora::qlora_train::{Resized, load_rows, resize};
+use burn_qlora::qlora_train::{Resized, load_rows, resize, training_order};
 use burn_qlora::{Dataset, ModelConfig, Tokenizer, TrainConfig, TrainEvents as _, atomic};
 use serde_json::{Value, json};
 
@@ -58,10 +58,7 @@ pub fn of_rows(
     shown: usize,
     choice: PreviewChoice,
 ) -> Result<Preview> {
-    let train = &config.train;
-    let pad_id = padding_id(tokenizer, model.vocab_size);
-    let order = BatchOrder::new(&rows.examples, &config.data, train.batch_size, train.seed, pad_id);
-    let order = order.weighted(&rows.weights)?;
+    let order = training_order(config, rows, padding_id(tokenizer, model.vocab_size))?;
     Ok(Preview::new(rows, &order, tokenizer, shown, choice)?)
 }
 

@@ -253,6 +253,9 @@ const STEPS: &str = "{bar:12.cyan/black.bright} {pos}/{len} {wide_msg}";
 
 /// An evaluation in words.
 fn eval_words(metrics: &EvalMetrics) -> String {
+    if let Some(figures) = metrics.preference {
+        return format!("evaluation loss {:.4}  {}", metrics.eval_loss, figures.words());
+    }
     let accuracy = metrics.eval_accuracy.map_or(String::new(), |part| format!("  {:.1} % right", 100.0 * part));
     format!("evaluation loss {:.4}  perplexity {:.3}{accuracy}", metrics.eval_loss, metrics.perplexity())
 }
@@ -268,7 +271,7 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
     let percent = 100.0 * run.trainable_parameters as f64 / run.base_parameters.max(1) as f64;
     let evaluated = if run.eval_rows == 0 { String::new() } else { format!(", {} rows for evaluation", run.eval_rows) };
     let resumed = if run.start_step == 0 { String::new() } else { format!(", {} of them done", run.start_step) };
-    vec![
+    let mut lines = vec![
         format!("Weights  {}", run.held),
         format!("Device   {}, computing in {}", run.device, run.compute_dtype),
         format!(
@@ -287,7 +290,11 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
             run.output_dir.display()
         ),
         format!("Kept     for the backward pass: {}", run.activation_checkpointing),
-    ]
+    ];
+    if let Some(objective) = &run.objective {
+        lines.insert(lines.len() - 2, format!("Learns   {objective}"));
+    }
+    lines
 }
 
 /// A step in words. The gradient norm and the rest stand in `metrics.jsonl`.
@@ -313,8 +320,9 @@ fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
         };
         format!("  scale {}{skipped}", scaling.scale)
     });
+    let answers = metrics.preference.map_or(String::new(), |figures| format!("  {}", figures.words()));
     format!(
-        "loss {:.4}  lr {:.1e}  {:.0} tok/s  {memory}{paging}{scaling}{left}",
+        "loss {:.4}{answers}  lr {:.1e}  {:.0} tok/s  {memory}{paging}{scaling}{left}",
         metrics.loss, metrics.learning_rate, metrics.tokens_per_second,
     )
 }
@@ -337,6 +345,7 @@ mod tests {
     use super::*;
     use burn_qlora::Paging;
     use burn_qlora::qlora_train::loss_scale::LossScaling;
+    use burn_qlora::qlora_train::objective::PreferenceFigures;
 
     #[test]
     fn the_rate_of_a_large_model_is_told() {
@@ -360,6 +369,7 @@ mod tests {
             memory_reserved_bytes: 400 << 20,
             paging: None,
             loss_scaling: None,
+            preference: None,
             slowest_rank: None,
             elapsed_seconds: 3.0,
         };
@@ -384,11 +394,19 @@ mod tests {
             eval_accuracy: Some(0.625),
             eval_perplexity: None,
             eval_tokens: 9,
+            preference: None,
             answers: Vec::new(),
             eval_seconds: 1.0,
             elapsed_seconds: 2.0,
         };
         assert_eq!(eval_words(&metrics), "evaluation loss 1.0000  perplexity 2.718  62.5 % right");
+        let figures = PreferenceFigures {
+            rewards_accuracy: Some(0.925),
+            rewards_margin: Some(1.2034),
+            ..PreferenceFigures::default()
+        };
+        let compared = EvalMetrics { preference: Some(figures), ..metrics };
+        assert_eq!(eval_words(&compared), "evaluation loss 1.0000  92.5 % in order  margin 1.203");
         let answer = Answer { prompt: "a\nb".into(), answer: "\u{1b}[2Jc".into(), tokens: 3, ended: true };
         assert_eq!(answer_words(&answer), "a\\nb -> \\u{1b}[2Jc");
     }

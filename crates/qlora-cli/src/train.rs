@@ -11,12 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use burn_qlora::profile::Profile;
-use burn_qlora::qlora_data::BatchOrder;
 use burn_qlora::qlora_data::preview::PreviewChoice;
 use burn_qlora::qlora_dist::{Launcher, Place};
 use burn_qlora::qlora_train::fits::{self, Change};
 use burn_qlora::qlora_train::rates::{self, Seconds};
-use burn_qlora::qlora_train::{Resized, Waiting, load_rows, packing_note, resize, run_in};
+use burn_qlora::qlora_train::{Resized, Waiting, load_rows, packing_note, resize, run_in, training_order};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
     Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic, compute_dtype,
@@ -235,8 +234,7 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
     let (train, eval) = load_rows(config, &tokenizer, &model, events)?;
     let mut of_all = config.train.clone();
     of_all.gradient_accumulation_steps = of_all.gradient_accumulation_steps.saturating_mul(ranks);
-    let order = BatchOrder::new(&train.examples, &config.data, of_all.batch_size, of_all.seed, 0);
-    let order = order.weighted(&train.weights)?;
+    let order = training_order(config, &train, 0)?;
     let total_steps = of_all.total_steps(order.sequences());
     config.train.warnings(total_steps).iter().for_each(|warning| events.on_warning(warning));
     if let Some(holds) = run_in(&config.train.output_dir)? {

@@ -95,7 +95,9 @@ fn two_columns_answer_with_the_settings_and_say_how_fast() {
     browser.type_into("prompt", "Alone?");
     browser.press(ENTER.0, ENTER.1);
     browser.wait("document.getElementById('status').textContent === 'Done.'");
-    browser.value(&format!("globalThis.realFetch = fetch; globalThis.fetch = async () => new Response({NO_TEXT:?}); null"));
+    browser.value(&format!(
+        "globalThis.realFetch = fetch; globalThis.fetch = async () => new Response({NO_TEXT:?}); null"
+    ));
     browser.type_into("prompt", "Nothing?");
     browser.press(ENTER.0, ENTER.1);
     browser.wait("document.getElementById('status').textContent === 'Done.'");

@@ -18,6 +18,7 @@ use crate::config::DataConfig;
 use crate::dataset::SourceWeight;
 use crate::error::DataError;
 use crate::example::Example;
+use crate::judged::{self, Judged, JudgedRows};
 use crate::packing::{Packed, Packing, best_fit};
 use crate::shuffle::{Purpose, permutation};
 
@@ -32,7 +33,7 @@ pub fn padding_id(tokenizer: &Tokenizer, embedding_rows: usize) -> u32 {
 }
 
 /// Rows padded to the same length, or packed end to end.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// Token ids, row after row, padded on the right unless they are packed.
     pub input_ids: Vec<u32>,
@@ -46,6 +47,8 @@ pub struct Batch {
     pub lengths: Vec<usize>,
     /// Whether rows lie end to end: each has positions from 0 on and sees itself alone.
     pub packed: bool,
+    /// What is said of the answers of its rows, where something is.
+    pub judged: Option<Box<JudgedRows>>,
 }
 
 impl Batch {
@@ -65,7 +68,7 @@ impl Batch {
             labels.extend_from_slice(&example.labels);
             labels.resize((index + 1) * cols, MASKED_LABEL);
         }
-        Self { input_ids, labels, rows, cols, lengths, packed: false }
+        Self { input_ids, labels, rows, cols, lengths, packed: false, judged: None }
     }
 
     /// Lays rows end to end.
@@ -80,7 +83,7 @@ impl Batch {
             lengths.push(example.input_ids.len());
         }
         let (rows, cols) = (lengths.len(), lengths.iter().copied().max().unwrap_or(0));
-        Self { input_ids, labels, rows, cols, lengths, packed: true }
+        Self { input_ids, labels, rows, cols, lengths, packed: true, judged: None }
     }
 
     /// Where each row lies in `input_ids` and `labels`, with the padding behind it.
@@ -152,6 +155,10 @@ pub struct BatchOrder {
     group_by_length: bool,
     /// Sources whose rows are not visited once an epoch.
     weights: Vec<SourceWeight>,
+    /// What rows say of their answers, where they do.
+    judged: Vec<Judged>,
+    /// The longest row with the answer of another, where batches have such rows.
+    mismatched: Option<usize>,
 }
 
 impl BatchOrder {
@@ -183,7 +190,22 @@ impl BatchOrder {
             shuffle: false,
             group_by_length: false,
             weights: Vec::new(),
+            judged: Vec::new(),
+            mismatched: None,
         }
+    }
+
+    /// The order of rows whose answers are judged, as each of them says. They lie end to end in their batches whether or not they are packed,
+    /// and where they are packed a sequence has room for two rows of `max_length` tokens.
+    ///
+    /// With `mismatches` batches hold each prompt with the answer of the row before, too.
+    #[must_use]
+    pub fn judged(self, judged: &[Judged], config: &DataConfig, mismatches: bool) -> Self {
+        let pairs = matches!(judged.first(), Some(Judged::Pair { .. }));
+        let capacity = if pairs { config.max_length.saturating_mul(2) } else { config.max_length };
+        let packed = Packed::of(config.packing, &self.lengths, capacity);
+        let mismatched = mismatches.then_some(config.max_length);
+        Self { packed, judged: judged.to_vec(), mismatched, ..self }
     }
 
     /// Visits the rows of sources as often as their [weights](crate::Dataset::weights) say: rows of a source with weight 2 stand in an epoch
@@ -340,10 +362,38 @@ impl BatchOrder {
     }
 
     fn batch(&self, examples: &[Example], rows: &[usize]) -> Batch {
+        if !self.judged.is_empty() {
+            return self.batch_of_judged(examples, rows);
+        }
         match self.packed {
             Some(_) => Batch::end_to_end(rows.iter().filter_map(|row| examples.get(*row))),
             None => self.padded(examples, rows),
         }
+    }
+}
+
+impl BatchOrder {
+    /// Rows end to end, a pair as two.
+    fn batch_of_judged(&self, examples: &[Example], rows: &[usize]) -> Batch {
+        let mut judged = JudgedRows { paired: true, ..JudgedRows::default() };
+        let mut all = Vec::new();
+        for &row in rows {
+            let (Some(example), Some(of_row)) = (examples.get(row), self.judged.get(row)) else { continue };
+            judged.paired &= matches!(of_row, Judged::Pair { .. });
+            for (number, (side, tokens)) in of_row.sides(example.input_ids.len()).into_iter().enumerate() {
+                let here = judged::side(example, tokens);
+                if let Some(max_length) = self.mismatched {
+                    let before = (row + examples.len() - 1) % examples.len();
+                    let other = self.judged[before].sides(examples[before].input_ids.len()).swap_remove(0).1;
+                    let other = judged::side(&examples[before], other);
+                    judged.mismatched.push(judged::mismatched(&here, &other, max_length));
+                }
+                judged.sides.push(side);
+                judged.origins.push((row, number));
+                all.push(here);
+            }
+        }
+        Batch { judged: Some(Box::new(judged)), ..Batch::end_to_end(&all) }
     }
 }
 

@@ -91,6 +91,15 @@ impl RowCache {
         *self == Self::Auto
     }
 
+    /// A folder for something else that is worth keeping for the next start, under this name beside the rows; `None` where nothing is kept.
+    pub fn folder_of(&self, name: &str) -> Option<PathBuf> {
+        let rows = self.folder(u64::MAX)?;
+        match self {
+            Self::Folder(folder) => Some(folder.clone()),
+            _ => Some(rows.with_file_name(name)),
+        }
+    }
+
     /// The folder for files of so many bytes; 0 for those that are no plain files and are never kept.
     fn folder(&self, bytes: u64) -> Option<PathBuf> {
         match self {
@@ -346,7 +355,7 @@ fn read(reader: impl Read, length: u64) -> io::Result<Dataset> {
         let labels = input_ids.iter().enumerate().map(label).collect();
         Example { input_ids, labels, line }
     });
-    Ok(Dataset { examples: examples.collect(), report, weights })
+    Ok(Dataset { examples: examples.collect(), report, weights, ..Dataset::default() })
 }
 
 #[cfg(test)]
@@ -364,6 +373,7 @@ mod tests {
             examples: vec![row(13, 1), row(0, 4), row(20, 9)],
             report,
             weights: vec![SourceWeight { rows: 3, weight: 0.5 }],
+            ..Dataset::default()
         }
     }
 

@@ -160,6 +160,9 @@ impl DataConfig {
 /// | `prompt_completion` | `prompt` and `completion`, two strings |
 /// | `alpaca` | `instruction` and `output`; optionally `input`, `system`, and `history`, a list of `[instruction, output]` |
 /// | `text` | `text` |
+///
+/// In all but the last `chosen` and `rejected` may stand in the place of the answer (`completion`, `output`, or the last message), and `label`
+/// beside it: true or false, as it is wanted or not. Without a `prompt` two conversations, or texts, have their common beginning as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
@@ -182,7 +185,7 @@ impl Format {
         match self {
             Self::Auto => {
                 "an object with `messages`, `conversations`, `prompt` and `completion`, \
-                 `instruction` and `output`, or `text`"
+                 `instruction` and `output`, or `text`; of two answers `chosen` and `rejected` stand in their place"
             }
             Self::Chat => {
                 "an object with `messages`: a list of objects with `role` and `content` \

@@ -5,6 +5,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
 use crate::example::Example;
+use crate::judged::Judged;
 use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
 
@@ -13,6 +14,8 @@ use crate::shuffle::{Purpose, permutation};
 pub struct Dataset {
     /// The rows.
     pub examples: Vec<Example>,
+    /// What each of them says of its answers; empty where they are to be learned, whatever they are.
+    pub judged: Vec<Judged>,
     /// What was read, cut and left out.
     pub report: DataReport,
     /// How often an epoch visits the rows of each source; empty where it visits every row once.
@@ -68,13 +71,15 @@ impl Dataset {
             weight.rows = is_taken[from..to].iter().filter(|taken| !**taken).count();
             from = to;
         }
-        let mut parts = [Vec::new(), Vec::new()];
-        for (example, taken) in self.examples.into_iter().zip(is_taken) {
-            parts[taken as usize].push(example);
-        }
-        let [kept, taken] = parts;
-        let held_out = Self { examples: taken, report: taken_report, weights: Vec::new() };
-        Ok((Self { examples: kept, report: kept_report, weights }, held_out))
+        let [judged, of_taken] = parts(self.judged, &is_taken);
+        let [kept, taken] = parts(self.examples, &is_taken);
+        let held_out = Self { examples: taken, judged: of_taken, report: taken_report, weights: Vec::new() };
+        Ok((Self { examples: kept, judged, report: kept_report, weights }, held_out))
+    }
+
+    /// Whether rows are pairs of answers; `None` where answers are not judged.
+    pub fn are_pairs(&self) -> Option<bool> {
+        self.judged.first().map(|judged| matches!(judged, Judged::Pair { .. }))
     }
 
     /// What a run that goes on has to find unchanged: the SHA-256 of tokens and labels of all rows in their order, and of weights,
@@ -91,6 +96,14 @@ impl Dataset {
             bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
             bytes.extend(example.labels.iter().flat_map(|label| label.to_le_bytes()));
             hash.update(&bytes);
+        }
+        for judged in &self.judged {
+            let said = match *judged {
+                Judged::Undesirable => 0,
+                Judged::Desirable => 1,
+                Judged::Pair { rejected_at } => rejected_at as u64,
+            };
+            hash.update(said.to_le_bytes());
         }
         for SourceWeight { rows, weight } in &self.weights {
             hash.update((*rows as u64).to_le_bytes());
@@ -109,4 +122,13 @@ impl Dataset {
         let mut order = order.into_iter().map(|row| self.examples[row].clone());
         counts.map(|count| order.by_ref().take(count).collect())
     }
+}
+
+/// What is not taken, and what is, both in their order.
+fn parts<T>(all: Vec<T>, is_taken: &[bool]) -> [Vec<T>; 2] {
+    let mut parts = [Vec::new(), Vec::new()];
+    for (item, taken) in all.into_iter().zip(is_taken) {
+        parts[usize::from(*taken)].push(item);
+    }
+    parts
 }

@@ -2,6 +2,7 @@
 
 mod chat;
 mod end;
+mod judged;
 mod prefix;
 
 use std::path::Path;
@@ -11,13 +12,14 @@ use chat_text::{ChatError, ChatTemplate, Tokenizer};
 use crate::config::{DataConfig, LossOn};
 use crate::error::DataError;
 use crate::example::Example;
-use crate::formats::{Read, Row, Turn};
+use crate::formats::{Answers, Read, Row, Turn};
+use crate::judged::Judged;
 use crate::notice::{NoticeFacts, NoticeKind};
 use crate::report::{MaskReason, TruncatedRow};
 use crate::visible;
 
 pub(crate) use end::EndTokens;
-use prefix::Tokens;
+use prefix::{Kept, Tokens};
 
 /// Everything a row needs to become tokens.
 pub(crate) struct RowEncoder<'a> {
@@ -38,6 +40,8 @@ pub(crate) struct EncodedRow {
     pub line: usize,
     /// The row, or why the loss counts none of it.
     pub example: Result<Example, MaskReason>,
+    /// What it says of its answers, where it says something.
+    pub judged: Option<Judged>,
     pub truncated: Option<TruncatedRow>,
     /// What is to be known of a row that is there.
     pub notices: Vec<(NoticeKind, String)>,
@@ -50,6 +54,12 @@ struct Draft {
     notices: Vec<(NoticeKind, String)>,
 }
 
+impl EncodedRow {
+    fn left_out(line: usize, reason: MaskReason) -> Self {
+        Self { line, example: Err(reason), judged: None, truncated: None, notices: Vec::new() }
+    }
+}
+
 impl RowEncoder<'_> {
     /// Encodes a row.
     ///
@@ -57,22 +67,35 @@ impl RowEncoder<'_> {
     /// The row can't be written or traced, it has a token outside the embedding, or, with `data.strict`,
     /// there is something to know of it.
     pub fn encode(&self, read: Read, line: usize) -> Result<EncodedRow, DataError> {
-        let draft = match read.row {
-            Row::Chat { messages, tools, template_kwargs } => self.chat(messages, tools, template_kwargs),
-            Row::Completion(turns) => self.completion(turns),
+        let unread = read.unread.into_iter().map(|key| (NoticeKind::UnreadKey, key));
+        let row = match read.answers {
+            Answers::One(row) => self.row(row, line, unread.collect())?,
+            Answers::Judged(row, wanted) => self.judged(vec![row], wanted, line, unread.collect())?,
+            Answers::Pair(chosen, rejected) => self.judged(vec![chosen, rejected], true, line, unread.collect())?,
+        };
+        self.finish(row)
+    }
+
+    /// Writes a row and makes it tokens, which are not cut yet but for the part of a far longer text that is not kept.
+    fn draft(&self, row: Row, line: usize, kept: Kept) -> Result<Result<Draft, MaskReason>, DataError> {
+        let draft = match row {
+            Row::Chat { messages, tools, template_kwargs } => self.chat(messages, tools, template_kwargs, kept),
+            Row::Completion(turns) => self.completion(turns, kept),
             Row::Text(text) => self.text(&text),
         };
-        let draft = draft.map_err(|error| DataError::Row {
+        draft.map_err(|error| DataError::Row {
             place: self.facts.unit.at(self.path, line),
             problem: visible::lines(&error.to_string()),
-        })?;
-        let Draft { tokens, mut notices } = match draft {
+        })
+    }
+
+    /// A row of which one answer, or several, are to be learned.
+    fn row(&self, row: Row, line: usize, unread: Vec<(NoticeKind, String)>) -> Result<EncodedRow, DataError> {
+        let Draft { tokens, mut notices } = match self.draft(row, line, Kept::Beginning)? {
             Ok(draft) => draft,
-            Err(reason) => {
-                return self.finish(EncodedRow { line, example: Err(reason), truncated: None, notices: vec![] });
-            }
+            Err(reason) => return Ok(EncodedRow::left_out(line, reason)),
         };
-        notices.extend(read.unread.into_iter().map(|key| (NoticeKind::UnreadKey, key)));
+        notices.extend(unread);
         let max_length = self.config.max_length;
         let dropped = tokens.ids.len().saturating_sub(max_length);
         let was_learned = tokens.learned_beyond || tokens.label_tokens() > 0;
@@ -89,17 +112,22 @@ impl RowEncoder<'_> {
         };
         if let Ok(example) = &example {
             self.check_ids(example)?;
-            if self.facts.positions.as_ref().is_some_and(|(positions, _)| example.input_ids.len() > *positions) {
+            if self.is_too_long(example.input_ids.len()) {
                 notices.push((NoticeKind::LongerThanModel, String::new()));
             }
         } else {
             notices.clear();
         }
-        self.finish(EncodedRow { line, example, truncated, notices })
+        Ok(EncodedRow { line, example, judged: None, truncated, notices })
+    }
+
+    /// Whether a row has more tokens than the model was made for.
+    fn is_too_long(&self, tokens: usize) -> bool {
+        self.facts.positions.as_ref().is_some_and(|(positions, _)| tokens > *positions)
     }
 
     /// A prompt and what should follow it, turn after turn. `Err` says why there is nothing to learn.
-    fn completion(&self, turns: Vec<Turn>) -> Result<Result<Draft, MaskReason>, ChatError> {
+    fn completion(&self, turns: Vec<Turn>, kept: Kept) -> Result<Result<Draft, MaskReason>, ChatError> {
         let answers_only = self.config.loss_on == LossOn::Assistant;
         let (mut text, mut spans, mut notices) = (String::new(), Vec::new(), Vec::new());
         let last = turns.len() - 1;
@@ -117,6 +145,11 @@ impl RowEncoder<'_> {
                 text.push_str(self.end.text_of_appended());
             }
             let is_empty = completion.trim().is_empty();
+            if kept == Kept::End {
+                // The last answer alone is judged.
+                spans.clear();
+                notices.clear();
+            }
             if is_empty {
                 notices.push((NoticeKind::EmptyAnswer, String::new()));
             } else {
@@ -130,7 +163,7 @@ impl RowEncoder<'_> {
         if !answers_only {
             spans = std::iter::once(0..text.len()).collect();
         }
-        let mut tokens = self.tokens(&text, &spans, true)?;
+        let mut tokens = self.tokens(&text, &spans, true, kept)?;
         if !self.end.append(&mut tokens, ends_learned || !answers_only) {
             notices.push((NoticeKind::NoEndToken, String::new()));
         }
@@ -143,7 +176,7 @@ impl RowEncoder<'_> {
             return Ok(Err(MaskReason::EmptyAnswer));
         }
         let whole = 0..text.len();
-        let tokens = self.tokens(text, std::slice::from_ref(&whole), true)?;
+        let tokens = self.tokens(text, std::slice::from_ref(&whole), true, Kept::Beginning)?;
         let mut draft = Draft { tokens, ..Draft::default() };
         if !self.end.append(&mut draft.tokens, true) {
             draft.notices.push((NoticeKind::NoEndToken, String::new()));

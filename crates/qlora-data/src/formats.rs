@@ -5,6 +5,7 @@
 //! the layout asks for.
 
 mod alpaca;
+mod answers;
 mod chat;
 
 use chat_text::Message;
@@ -37,10 +38,21 @@ pub(crate) struct Turn {
     pub completion: String,
 }
 
+/// What a row says of its answers.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Answers {
+    /// There is one to learn.
+    One(Row),
+    /// There is one, and whether it is wanted.
+    Judged(Row, bool),
+    /// There are two, and the first is preferred.
+    Pair(Row, Row),
+}
+
 /// A row, and what of its object was not read: keys, in words.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Read {
-    pub row: Row,
+    pub answers: Answers,
     pub unread: Vec<String>,
 }
 
@@ -51,13 +63,39 @@ impl Format {
     }
 
     /// Reads an object of this layout as a row; `system_prompt` is that of the configuration.
-    pub(crate) fn read(self, mut object: Object, system_prompt: Option<&str>) -> Result<Read, String> {
+    pub(crate) fn read(self, object: Object, system_prompt: Option<&str>) -> Result<Read, String> {
         if !has_keys_of(&object, self) {
             return Err(keys_found(&object));
         }
         let mut unread = Vec::new();
+        let answers = match answers::Answers::of(self, object)? {
+            answers::Answers::One(object) => Answers::One(self.read_row(object, system_prompt, &mut unread)?),
+            answers::Answers::Judged(object, wanted) => {
+                let mut row = self.read_row(object, system_prompt, &mut unread)?;
+                row.learn_last_answer();
+                Answers::Judged(row, wanted)
+            }
+            answers::Answers::Pair(chosen, rejected) => {
+                let mut row = |object| self.read_row(object, system_prompt, &mut unread);
+                let answers = Answers::Pair(row(chosen)?, row(rejected)?);
+                // Both rows leave the same keys unread.
+                unread.sort_unstable();
+                unread.dedup();
+                answers
+            }
+        };
+        Ok(Read { answers, unread })
+    }
+
+    /// Reads an object with one answer; what is not read of it goes to `unread`.
+    fn read_row(
+        self,
+        mut object: Object,
+        system_prompt: Option<&str>,
+        unread: &mut Vec<String>,
+    ) -> Result<Row, String> {
         let row = match self {
-            Self::Chat => chat::read(&mut object, system_prompt, &mut unread)?,
+            Self::Chat => chat::read(&mut object, system_prompt, unread)?,
             Self::PromptCompletion => Row::Completion(vec![Turn {
                 prompt: take_text(&mut object, "prompt")?,
                 completion: take_text(&mut object, "completion")?,
@@ -67,7 +105,20 @@ impl Format {
         };
         let rest = object.into_iter().filter(|(_, value)| !says_nothing(value));
         unread.extend(rest.map(|(key, _)| format!("`{}`", visible::text(&key))));
-        Ok(Read { row, unread })
+        Ok(row)
+    }
+}
+
+impl Row {
+    /// Has the last answer of a conversation be the only one that is learned.
+    fn learn_last_answer(&mut self) {
+        let Self::Chat { messages, .. } = self else { return };
+        let last = messages.iter().rposition(|message| message.role == chat::ASSISTANT);
+        messages
+            .iter_mut()
+            .enumerate()
+            .filter(|(at, _)| Some(*at) != last)
+            .for_each(|(_, message)| message.learn = false);
     }
 }
 
@@ -81,9 +132,15 @@ fn has_keys_of(object: &Object, format: Format) -> bool {
     let has = |key: &str| object.contains_key(key);
     match format {
         Format::Auto => detect(object).is_some(),
-        Format::Chat => has("messages") || has("conversations") || is_message_pair(object),
-        Format::PromptCompletion => has("prompt") && has("completion") && !is_message_pair(object),
-        Format::Alpaca => has("instruction") && has("output"),
+        Format::Chat => {
+            let is_pair = answers::is_pair(object) && answers::are_messages(object);
+            has("messages") || has("conversations") || is_message_pair(object) || is_pair
+        }
+        Format::PromptCompletion => {
+            let is_pair = answers::is_pair(object) && !answers::are_messages(object) && !has("instruction");
+            (has("prompt") && has("completion") && !is_message_pair(object)) || is_pair
+        }
+        Format::Alpaca => has("instruction") && (has("output") || answers::is_pair(object)),
         Format::Text => has("text"),
     }
 }

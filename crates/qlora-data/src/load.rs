@@ -280,7 +280,7 @@ fn load(
     if data.examples.is_empty() {
         return Err(DataError::AllMasked { sources: sources.to_string(), reasons: data.report.masked_reasons() });
     }
-    if let Some(Err(problem)) = entry.map(|entry| entry.write(&data)) {
+    if let Some(Err(problem)) = entry.filter(|_| data.judged.is_empty()).map(|entry| entry.write(&data)) {
         data.report.notes.push(problem);
     }
     Ok(data)

@@ -10,7 +10,7 @@ use crate::source::Object;
 use crate::visible;
 
 /// The keys that layouts know.
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 15] = [
     "messages",
     "conversations",
     "prompt",
@@ -23,13 +23,16 @@ const KEYS: [&str; 12] = [
     "tools",
     "chat_template_kwargs",
     "text",
+    "chosen",
+    "rejected",
+    "label",
 ];
 
 /// Keys of messages, under the lists that hold them.
 const OF_MESSAGES: [(&str, &str); 2] = [("messages.role", "role"), ("messages.content", "content")];
 
 /// Lists of messages.
-const LISTS: [&str; 4] = ["messages", "conversations", "prompt", "completion"];
+const LISTS: [&str; 6] = ["messages", "conversations", "prompt", "completion", "chosen", "rejected"];
 
 /// What columns are called: a key of a layout, and the column that it is read from. `messages.role` and `messages.content` name the keys
 /// of messages.

@@ -43,10 +43,21 @@ pub enum MaskReason {
     EmptyAnswer,
     /// The answer begins after `max_length`.
     Truncated,
+    /// The two answers are one and the same.
+    EqualAnswers,
+    /// An answer that is judged leaves no room for a token of its prompt.
+    LongAnswer,
 }
 
 impl MaskReason {
-    const ALL: [Self; 4] = [Self::NoAssistantTurn, Self::NotToBeLearned, Self::EmptyAnswer, Self::Truncated];
+    const ALL: [Self; 6] = [
+        Self::NoAssistantTurn,
+        Self::NotToBeLearned,
+        Self::EmptyAnswer,
+        Self::Truncated,
+        Self::EqualAnswers,
+        Self::LongAnswer,
+    ];
 
     /// What to do about it.
     pub(crate) fn cure(self) -> &'static str {
@@ -54,7 +65,8 @@ impl MaskReason {
             Self::NoAssistantTurn => "Answers must have the role `assistant`, or set data.loss_on = \"all\"",
             Self::NotToBeLearned => "One answer at least must not have `weight` 0 or `train` false",
             Self::EmptyAnswer => "Fill in the answers",
-            Self::Truncated => "Raise data.max_length",
+            Self::Truncated | Self::LongAnswer => "Raise data.max_length",
+            Self::EqualAnswers => "`chosen` and `rejected` must differ",
         }
     }
 
@@ -64,6 +76,8 @@ impl MaskReason {
             Self::NotToBeLearned => "answers that are not to be learned".into(),
             Self::EmptyAnswer => "an empty answer".into(),
             Self::Truncated => format!("the answer beyond max_length = {max_length}"),
+            Self::EqualAnswers => "two equal answers".into(),
+            Self::LongAnswer => format!("an answer that fills max_length = {max_length} by itself"),
         }
     }
 }

@@ -17,6 +17,7 @@ mod best;
 mod distributed;
 mod eval;
 mod keys;
+mod objective;
 mod rates;
 mod schedule;
 mod serve;
@@ -43,6 +44,7 @@ pub use best::{FinalAdapter, KeepBest};
 pub use distributed::{DistributedConfig, Transport};
 pub use eval::EvalConfig;
 pub use keys::known_keys;
+pub use objective::{Objective, PreferenceConfig, Reference, Term};
 pub use rates::{ParameterRates, WeightDecayOf};
 pub use schedule::{Curve, DecayShape, Schedule};
 pub use serve::{ServeConfig, listen_address};
@@ -71,6 +73,9 @@ pub struct TrainConfig {
     pub data: DataConfig,
     /// The optimizer, its schedule, and what is written when.
     pub train: RunConfig,
+    /// The settings of objectives that compare answers.
+    #[serde(skip_serializing_if = "PreferenceConfig::is_default")]
+    pub preference: PreferenceConfig,
     /// What evaluations do besides measuring the loss.
     pub eval: EvalConfig,
     /// What several processes that train together do otherwise.
@@ -88,6 +93,7 @@ impl Default for TrainConfig {
             lora: LoraConfig::default(),
             data: DataConfig::default(),
             train: RunConfig::default(),
+            preference: PreferenceConfig::default(),
             eval: EvalConfig::default(),
             distributed: DistributedConfig::default(),
             serve: ServeConfig::default(),
@@ -242,6 +248,12 @@ pub enum ComputeDtype {
 pub struct RunConfig {
     /// Folder for checkpoints, metrics, the report and the final adapter.
     pub output_dir: PathBuf,
+    /// What is learned from the rows.
+    #[serde(skip_serializing_if = "Objective::is_default")]
+    pub objective: Objective,
+    /// An adapter that training begins with, a folder or a run's folder; its settings must be those of `[lora]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from_adapter: Option<PathBuf>,
     /// Passes over the training rows, fractions allowed; `max_steps` ends a run earlier or later.
     pub epochs: f64,
     /// Optimizer steps in all; overrides `epochs`.
@@ -330,6 +342,8 @@ impl Default for RunConfig {
     fn default() -> Self {
         Self {
             output_dir: PathBuf::from("runs/qlora"),
+            objective: Objective::default(),
+            from_adapter: None,
             epochs: 1.0,
             max_steps: None,
             batch_size: 4,

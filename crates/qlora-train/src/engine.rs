@@ -16,12 +16,14 @@ mod evaluate;
 mod gradients;
 mod noise;
 mod pass;
+mod preference;
 
 use crate::checkpointing::{PART, Policies};
 use crate::config::ParameterRates;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, chunk_len};
 use crate::loss_scale::{LossScaler, LossScaling};
+use crate::objective::{Counts, FIGURES, PreferenceFigures, Preferences};
 use crate::ranks::Ranks;
 use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData};
@@ -29,12 +31,15 @@ use gradients::{Computed, Step};
 use host_copies::{DeviceError, client_of, is_cuda};
 use noise::EmbeddingNoise;
 use paged_optim::{Budget, Clip, Optimizer, OptimizerConfig, Scalars, Update};
+use preference::Comparison;
 use qlora_data::Batch;
 use qlora_models::Decoder;
 use std::collections::VecDeque;
 
 pub use evaluate::Evaluation;
 pub(crate) use gradients::ParameterGrads;
+pub use preference::ReferenceLogProbs;
+pub(crate) use preference::reference_log_probs;
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,6 +54,8 @@ pub struct StepOutput {
     pub loss_scaling: Option<LossScaling>,
     /// Seconds that this rank waited for the sums of all, where there are several.
     pub waited_seconds: Option<f64>,
+    /// What is told of answers that are compared.
+    pub preference: Option<PreferenceFigures>,
 }
 
 impl StepOutput {
@@ -75,6 +82,8 @@ pub struct Engine {
     rates: Vec<ParameterRates>,
     /// Noise on embeddings in training.
     noise: EmbeddingNoise,
+    /// What compares answers, where something does.
+    comparison: Option<Comparison>,
     /// Whether the device's allocator has seen a whole step.
     settled: bool,
     loss_scaler: LossScaler,
@@ -121,6 +130,7 @@ impl Engine {
             max_grad_norm,
             rates: Vec::new(),
             noise: EmbeddingNoise::default(),
+            comparison: None,
             settled,
             loss_scaler,
             ranks: None,
@@ -220,7 +230,9 @@ impl Engine {
     /// or the device's memory is short (adapters and moments are unchanged then), or the device fails.
     pub fn step(&mut self, micro_batches: &[Batch], learning_rate: f64, seed: u64) -> Result<StepOutput, TrainError> {
         let _span = tracing::trace_span!("step").entered();
-        let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
+        let preferences = self.preferences();
+        let labelled: Vec<LabelledTokens> =
+            micro_batches.iter().map(|batch| LabelledTokens::of(batch, preferences)).collect();
         let label_tokens: usize = labelled.iter().map(LabelledTokens::len).sum();
         if label_tokens == 0 {
             return Err(TrainError::NoLabels);
@@ -228,7 +240,8 @@ impl Engine {
         if !self.settled {
             self.size_pages(micro_batches);
         }
-        let step = Step { micro_batches, labelled: &labelled, label_tokens, seed };
+        let mut step = Step { micro_batches, labelled: &labelled, label_tokens, seed, scope: None };
+        step.scope = self.scope(&step)?;
         let mut buckets = self.buckets();
         let mut compute = |engine: &Self| {
             let local = engine.local(&step, buckets.as_mut());
@@ -245,6 +258,7 @@ impl Engine {
         }
         drop(buckets);
         let Computed { numbers, waited, norm, grads } = self.joined(&step, local?)?;
+        let compared = step.scope.map(|scope| (Counts::of(micro_batches), scope.apart));
         self.update(grads, norm, learning_rate)?;
         let _span = tracing::trace_span!("read_back").entered();
         let numbers = numbers.wait()?;
@@ -253,7 +267,8 @@ impl Engine {
             // which else holds them.
             self.model.device().memory_cleanup();
         }
-        let [loss, grad_norm, ref of_device @ ..] = numbers[..] else {
+        let figures = if compared.is_some() { FIGURES } else { 0 };
+        let [loss, grad_norm, ref rest @ ..] = numbers[..] else {
             let sent = format!("it sent {} numbers instead of loss and norm", numbers.len());
             return Err(DeviceError::Failed(sent).into());
         };
@@ -264,7 +279,12 @@ impl Engine {
                 return Err(failure.into());
             }
         }
+        let (of_answers, of_device) = rest.split_at(figures.min(rest.len()));
         let waited_seconds = of_device.first().copied().map(f64::from).or(waited);
+        let of_answers: Vec<f64> = of_answers.iter().copied().map(f64::from).collect();
+        let has_mismatches = self.preferences().is_some_and(Preferences::has_mismatches);
+        let preference = compared
+            .map(|(counts, apart)| PreferenceFigures::new(&of_answers, counts, has_mismatches.then_some(apart)));
         let scale = self.loss_scaler.scale();
         let [loss, grad_norm] = [loss / scale, grad_norm / scale];
         let loss_scaling = self.loss_scaler.update(loss, grad_norm, learning_rate)?;
@@ -274,6 +294,7 @@ impl Engine {
             label_tokens,
             loss_scaling,
             waited_seconds,
+            preference,
         })
     }
 

@@ -142,6 +142,33 @@ pub enum TrainError {
     /// A batch without any token that counts.
     #[error("no token of the batch has a label: there is nothing to learn from")]
     NoLabels,
+    /// Rows of another kind than the objective learns from.
+    #[error("{sources}: rows have {found}, and train.objective = {objective} learns from {wanted}; {cure}")]
+    Rows {
+        /// The sources.
+        sources: String,
+        /// What their rows have.
+        found: &'static str,
+        /// What is learned.
+        objective: String,
+        /// What it takes.
+        wanted: &'static str,
+        /// What to do.
+        cure: &'static str,
+    },
+    /// Answers are to be compared with a reference that is not there.
+    #[error("the objective has a reference: give the engine one, or batches its log-probabilities of every row")]
+    NoReference,
+    /// An adapter that a run begins with, or compares with, can't be used.
+    #[error("{key} = {}: {problem}", path.display())]
+    StartAdapter {
+        /// The key of the configuration.
+        key: &'static str,
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The loss or the gradients are NaN or infinite.
     #[error(
         "training diverged: loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:e}; the adapter was left as it was \

@@ -5,6 +5,7 @@
 //! - [`ranks`]: several processes that share each step.
 //! - [`calibrate`]: GPTQ on data.
 //! - [`metrics`], [`report`]: what a run tells while it goes, and what it leaves behind.
+//! - [`objective`]: losses that compare answers.
 //! - [`profile`]: where the time of its steps goes.
 //!
 //! Nothing here prints: a run tells its caller what happens through [`TrainEvents`].
@@ -21,6 +22,7 @@ pub mod fits;
 mod loss;
 pub mod loss_scale;
 pub mod metrics;
+pub mod objective;
 mod plan;
 pub mod profile;
 mod prompts;
@@ -36,7 +38,7 @@ mod trainer;
 pub use answers::Answer;
 pub use checkpointing::{Checkpointing, Policies, Room};
 pub use config::TrainConfig;
-pub use engine::{Engine, Evaluation, StepOutput};
+pub use engine::{Engine, Evaluation, ReferenceLogProbs, StepOutput};
 pub use error::TrainError;
 pub use events::{OnRows, TrainEvents};
 pub use host_copies::DeviceError;
@@ -46,4 +48,4 @@ pub use residency::{Placed, Residency};
 pub use resize::{Resized, resize};
 pub use run_folder::{run_holder, run_in};
 pub use trackers::Tracker;
-pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows, packing_note};
+pub use trainer::{Resume, Start, Trainer, compute_dtype, engine, load_rows, packing_note, training_order};

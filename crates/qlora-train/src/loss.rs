@@ -1,5 +1,6 @@
 //! Cross-entropy of next-token prediction over the tokens that count.
 
+use crate::objective::{AnswerTokens, Preferences};
 use burn::tensor::{DType, Device, FloatDType, Gradients, Int, IntDType, Tensor, TensorData};
 use qlora_data::{Batch, MASKED_LABEL};
 use qlora_layers::Pass;
@@ -23,12 +24,14 @@ pub(crate) fn chunk_len(vocab: usize) -> usize {
 pub struct LabelledTokens {
     positions: Vec<i32>,
     targets: Vec<i32>,
+    /// Which of them belong to which answer, where answers are compared.
+    pub(crate) answers: AnswerTokens,
 }
 
 impl LabelledTokens {
     /// Applies the causal shift: the hidden state of token t is judged by the label of token t + 1.
     pub fn new(batch: &Batch) -> Self {
-        let mut found = Self { positions: Vec::new(), targets: Vec::new() };
+        let mut found = Self { positions: Vec::new(), targets: Vec::new(), answers: AnswerTokens::default() };
         for row in batch.spans() {
             // The first token of a row is predicted by none of it.
             for at in row.skip(1) {
@@ -40,6 +43,17 @@ impl LabelledTokens {
             }
         }
         found
+    }
+
+    /// The same for an objective that compares answers, which may count tokens of prompts, too.
+    pub(crate) fn of(batch: &Batch, preferences: Option<&Preferences>) -> Self {
+        match preferences {
+            None => Self::new(batch),
+            Some(preferences) => {
+                let (positions, targets, answers) = AnswerTokens::of(batch, preferences.learns_prompts());
+                Self { positions, targets, answers }
+            }
+        }
     }
 
     /// Number of tokens that count.
@@ -97,6 +111,16 @@ pub fn loss_sum(model: &Decoder, x: Tensor<2>, labelled: &LabelledTokens, pass: 
     Tensor::cat(sums.collect(), 0).sum()
 }
 
+/// The log-probabilities of the labelled tokens, `[tokens]`, f32, without a graph.
+///
+/// # Shapes
+/// `x` is the last block's output, `[tokens, hidden]`.
+pub(crate) fn log_probabilities(model: &Decoder, x: &Tensor<2>, labelled: &LabelledTokens, pass: Pass) -> Tensor<1> {
+    let each = labelled.chunks(model.config().vocab_size);
+    let losses = each.map(|chunk| labelled.losses(model, labelled.chosen(x, &chunk), chunk, pass.untracked()));
+    Tensor::cat(losses.collect(), 0).neg()
+}
+
 /// [`loss_sum`], and of how many of the labelled tokens the model thinks that they are the likeliest: `[2]`, f32.
 ///
 /// # Shapes
@@ -113,7 +137,25 @@ pub(crate) fn loss_and_correct(model: &Decoder, x: Tensor<2>, labelled: &Labelle
     Tensor::cat(vec![Tensor::cat(losses, 0).sum(), Tensor::cat(correct, 0).sum()], 0)
 }
 
-/// `scale` times [`loss_sum`], and its gradient in `x`. Each chunk's logits are differentiated, in place, before the next
+/// What the loss of each labelled token counts.
+pub(crate) enum Weights {
+    /// The same for all.
+    All(f32),
+    /// For each of them, `[tokens]`, f32, without autodiff.
+    Each(Tensor<1>),
+}
+
+impl Weights {
+    /// The weighted sum of the losses of a chunk.
+    fn sum(&self, losses: Tensor<1>, chunk: &Range<usize>) -> Tensor<1> {
+        match self {
+            Self::All(scale) => losses.sum().mul_scalar(*scale),
+            Self::Each(weights) => (losses * weights.clone().slice(chunk.clone()).autodiff()).sum(),
+        }
+    }
+}
+
+/// The weighted sum of the labelled tokens' losses, and its gradient in `x`. Each chunk's logits are differentiated, in place, before the next
 /// chunk's are computed.
 ///
 /// `collect` takes the head's gradients out of the container, once per chunk.
@@ -124,14 +166,14 @@ pub(crate) fn loss_and_gradient(
     model: &Decoder,
     x: Tensor<2>,
     labelled: &LabelledTokens,
-    scale: f32,
+    weights: &Weights,
     pass: Pass,
     mut collect: impl FnMut(&mut Gradients),
 ) -> (Tensor<1>, Tensor<2>) {
     let (mut sums, mut grads) = (Vec::new(), Vec::new());
     for chunk in labelled.chunks(model.config().vocab_size) {
         let chosen = labelled.chosen(&x, &chunk).autodiff().require_grad();
-        let loss = labelled.losses(model, chosen.clone(), chunk, pass).sum().mul_scalar(scale);
+        let loss = weights.sum(labelled.losses(model, chosen.clone(), chunk.clone(), pass), &chunk);
         let mut from = tracing::trace_span!("head_backward").in_scope(|| loss.backward());
         grads.extend(chosen.grad_remove(&mut from));
         collect(&mut from);
@@ -154,7 +196,11 @@ mod tests {
 
     #[test]
     fn chunks_are_all_tokens_in_order() {
-        let labelled = |count: usize| LabelledTokens { positions: vec![0; count], targets: vec![0; count] };
+        let labelled = |count: usize| LabelledTokens {
+            positions: vec![0; count],
+            targets: vec![0; count],
+            answers: AnswerTokens::default(),
+        };
         for (count, vocab, lens) in [
             (5000, 32_000, vec![2048, 2048, 904]),
             (600, 128_256, vec![512, 88]),
@@ -184,14 +230,21 @@ mod tests {
         // Every ninth token is masked.
         let label = |(i, id): (usize, &u32)| if i % 9 == 4 { MASKED_LABEL } else { i64::from(*id) };
         let labels = input_ids.iter().enumerate().map(label).collect();
-        let labelled =
-            LabelledTokens::new(&Batch { input_ids, labels, rows, cols, lengths: vec![cols; rows], packed: false });
+        let labelled = LabelledTokens::new(&Batch {
+            input_ids,
+            labels,
+            rows,
+            cols,
+            lengths: vec![cols; rows],
+            packed: false,
+            judged: None,
+        });
         assert_eq!(labelled.chunks(VOCAB).count(), 2);
 
         let values: Vec<f32> = (0..rows * cols * 8).map(|i| (i as f32 * 0.37).sin()).collect();
         let x = Tensor::<2>::from_data(TensorData::new(values, [rows * cols, 8]), (model.device(), DType::F32));
         let pass = Pass::training(0);
-        let (loss, grad) = loss_and_gradient(&model, x.clone(), &labelled, 0.5, pass, |_| {});
+        let (loss, grad) = loss_and_gradient(&model, x.clone(), &labelled, &Weights::All(0.5), pass, |_| {});
 
         let leaf = x.clone().autodiff().require_grad();
         let chosen = leaf.clone().select(0, indices(&labelled.positions, model.device()));

@@ -15,6 +15,9 @@
 //! An evaluation has `eval_accuracy`, `eval_perplexity` and, where the configuration has prompts, `answers` to them, each
 //! `{"prompt":"...","answer":"...","tokens":12,"ended":true}`.
 //!
+//! Where answers are compared, `preference` holds [`PreferenceFigures`], of a step and of an evaluation; `loss` is the objective's then, and there
+//! is neither accuracy of tokens nor perplexity.
+//!
 //! `paging` is there once optimizer state was moved to host memory, and `loss_scaling` where the loss is scaled:
 //! `{"scale":65536.0,"skipped":false,"skipped_steps":0}`. Loss or norm of a step that was skipped is `null`. Among several
 //! ranks `slowest_rank` is there from the second step on, `{"rank":1,"seconds":0.613,"share":0.021}`: see [`SlowestRank`].
@@ -35,6 +38,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::answers::Answer;
 use crate::error::TrainError;
 use crate::loss_scale::LossScaling;
+use crate::objective::PreferenceFigures;
 
 pub use run_info::{PackingInfo, RunInfo};
 
@@ -48,7 +52,7 @@ pub struct StepMetrics {
     pub step: usize,
     /// Passes over the training rows done so far.
     pub epoch: f64,
-    /// Mean loss over the step's unmasked tokens, in nats.
+    /// Mean loss over the step's unmasked tokens, in nats; of an objective that compares answers over its pairs or rows.
     #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
     /// Learning rate of the step.
@@ -79,6 +83,9 @@ pub struct StepMetrics {
     /// What loss scaling did; left out where the loss is not scaled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scaling: Option<LossScaling>,
+    /// Rewards and log-probabilities, where the objective compares answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceFigures>,
     /// Which rank the others waited for in the step before this one; left out where there is one process, and of the first
     /// step after a start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -138,6 +145,9 @@ pub struct EvalMetrics {
     pub eval_perplexity: Option<f64>,
     /// Unmasked tokens of the evaluation rows.
     pub eval_tokens: u64,
+    /// Rewards and log-probabilities, where the objective compares answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceFigures>,
     /// Answers to the configuration's prompts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub answers: Vec<Answer>,
@@ -399,6 +409,11 @@ mod tests {
             paging: step.is_multiple_of(2).then(|| Paging { pages: 10, bytes_in: 1 << 40, ..Default::default() }),
             slowest_rank: SlowestRank::of(&[0.25 * step as f64, 0.5]).filter(|_| step > 1),
             loss_scaling: (step == 3).then_some(LossScaling { scale: 1024.0, skipped: false, skipped_steps: 2 }),
+            preference: (step == 2).then_some(PreferenceFigures {
+                rewards_margin: Some(0.25),
+                kl: None,
+                ..PreferenceFigures::default()
+            }),
             elapsed_seconds: step as f64,
         }
     }
@@ -410,6 +425,7 @@ mod tests {
             eval_accuracy: Some(0.5),
             eval_perplexity: Some(1.25f64.exp()),
             eval_tokens: 7,
+            preference: None,
             answers: vec![Answer { prompt: "1 + 1?".into(), answer: "2".into(), tokens: 2, ended: true }],
             eval_seconds: 0.25,
             elapsed_seconds: step as f64 + 0.5,

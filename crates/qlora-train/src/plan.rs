@@ -1,7 +1,7 @@
 //! What a run would train and need, worked out from `config.json` and the data, without loading weights.
 
 use crate::checkpointing::{Activations, Checkpointing, Policies, Room, choose};
-use crate::config::TrainConfig;
+use crate::config::{Reference, TrainConfig};
 use crate::error::TrainError;
 use crate::loss::MAX_LOGITS;
 use crate::rates::Work;
@@ -22,7 +22,7 @@ pub struct MemoryEstimate {
     pub linear_weights: u64,
     /// Embeddings, output head and norms.
     pub other_weights: u64,
-    /// What is trained, in f32: factors, magnitudes, biases, modules trained in full.
+    /// What is trained, in f32: factors, magnitudes, biases, modules trained in full; and the adapter of a reference.
     pub adapters: u64,
     /// The optimizer's moments, as far as `train.optimizer_budget` lets them stay on the device.
     pub optimizer: u64,
@@ -188,7 +188,15 @@ impl Plan {
         let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
         let program = if on_cpu { PROGRAM + of_rows } else { 0 };
         let other_weights = all_weights.other();
-        let rest = program + other_weights + 4 * trainable + state_on_device;
+        // A reference with an adapter of its own has it beside the one that is trained.
+        let compares = config.train.objective.has_reference() && !config.preference.precompute_reference;
+        let reference = match &config.preference.reference {
+            Reference::Start => config.train.from_adapter.is_some(),
+            Reference::Base => false,
+            Reference::Adapter(_) => true,
+        };
+        let adapters = if compares && reference { 8 * trainable } else { 4 * trainable };
+        let rest = program + other_weights + adapters + state_on_device;
         let kept = |placed: &Placed| {
             let room = memory.device.map(|room| room.saturating_sub(rest + placed.on_device()));
             match config.train.activation_checkpointing {
@@ -240,7 +248,7 @@ impl Plan {
             memory: MemoryEstimate {
                 linear_weights: weights.on_device(),
                 other_weights,
-                adapters: 4 * trainable,
+                adapters,
                 optimizer: state_on_device,
                 activations: activations.peak(&policies.0),
                 program,

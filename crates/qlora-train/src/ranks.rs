@@ -38,7 +38,7 @@ pub use device_collectives::Waited;
 pub(crate) struct Part {
     /// Where it stands in the sum over all ranks' parts.
     pub number: usize,
-    /// The losses of its micro-batches, `[1]` each, by their number in the step.
+    /// What its micro-batches send, by their number in the step: `[n]`, the loss and as many figures behind it as any of them sends.
     pub losses: Vec<(usize, Tensor<1>)>,
     /// Gradients of the parameters by number, f32; `None` where none reached the parameter.
     pub grads: ParameterGrads,
@@ -47,7 +47,7 @@ pub(crate) struct Part {
 /// The sums over all ranks.
 #[derive(Debug)]
 pub(crate) struct Summed {
-    /// The losses of all micro-batches in their order, `[1]` each.
+    /// What all micro-batches sent in their order, `[n]` each.
     pub losses: Vec<Tensor<1>>,
     /// Gradients of the parameters by number, f32; `None` where none reached the parameter on any rank.
     pub grads: ParameterGrads,
@@ -162,10 +162,10 @@ impl Ranks {
         &self,
         parts: Vec<Part>,
         shapes: &[[usize; 2]],
-        losses: usize,
+        sent: [usize; 2],
         device: &Device,
     ) -> Result<Summed, TrainError> {
-        host::sum(&self.group, parts, shapes, losses, device)
+        host::sum(&self.group, parts, shapes, sent, device)
     }
 
     /// Every rank's bytes, in the order of ranks, on every rank.

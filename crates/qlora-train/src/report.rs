@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::answers::Answer;
 use crate::error::TrainError;
 use crate::metrics::{History, RunInfo};
+use crate::objective::PreferenceFigures;
 
 pub use card::Card;
 use curve::curves;
@@ -66,6 +67,9 @@ pub struct Summary {
     /// Perplexity of the last evaluation.
     #[serde(default)]
     pub last_eval_perplexity: Option<f64>,
+    /// Rewards and log-probabilities of the last evaluation, or, without evaluations, of the last step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_preference: Option<PreferenceFigures>,
     /// Answers to the configuration's prompts in the last evaluation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub answers: Vec<Answer>,
@@ -116,6 +120,10 @@ impl Summary {
                 .fold(0.0, f64::max),
             last_eval_accuracy: evals.last().and_then(|eval| eval.eval_accuracy),
             last_eval_perplexity: evals.last().and_then(|eval| eval.eval_perplexity),
+            last_preference: match evals.last() {
+                Some(eval) => eval.preference,
+                None => steps.last().and_then(|step| step.preference),
+            },
             answers: evals.last().map_or(Vec::new(), |eval| eval.answers.clone()),
             adapter_step: steps.last().map_or(0, |step| step.step),
             skipped_steps: skipped,

@@ -13,6 +13,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::{EvalMetrics, StepMetrics};
+use crate::objective::PreferenceFigures;
 use crate::report::Outcome;
 
 pub(crate) use mlflow::MLFLOW_FILE;
@@ -93,13 +94,18 @@ impl Trackers {
             ("train/memory_bytes", metrics.memory_bytes as f64),
         ];
         values.extend(metrics.loss_scaling.map(|scaling| ("train/loss_scale", scaling.scale)));
+        let figures: Vec<(String, f64)> = of_answers("train", metrics.preference);
+        values.extend(figures.iter().map(|(name, value)| (name.as_str(), *value)));
         self.each(|sink| sink.scalars(metrics.step, &values))
     }
 
     /// Tells of an evaluation. Returns which trackers failed.
     pub(crate) fn eval(&mut self, metrics: &EvalMetrics) -> Vec<String> {
-        let mut values = vec![("eval/loss", metrics.eval_loss), ("eval/perplexity", metrics.perplexity())];
+        let mut values = vec![("eval/loss", metrics.eval_loss)];
+        values.extend(metrics.preference.is_none().then(|| ("eval/perplexity", metrics.perplexity())));
         values.extend(metrics.eval_accuracy.map(|accuracy| ("eval/accuracy", accuracy)));
+        let figures: Vec<(String, f64)> = of_answers("eval", metrics.preference);
+        values.extend(figures.iter().map(|(name, value)| (name.as_str(), *value)));
         let texts: Vec<(String, String)> = metrics
             .answers
             .iter()
@@ -129,6 +135,12 @@ impl Trackers {
         });
         warnings
     }
+}
+
+/// What is told of answers that are compared, under names such as `train/rewards_margin`.
+fn of_answers(of: &str, figures: Option<PreferenceFigures>) -> Vec<(String, f64)> {
+    let named = figures.iter().flat_map(PreferenceFigures::named);
+    named.map(|(name, value)| (format!("{of}/{name}"), value)).collect()
 }
 
 impl Drop for Trackers {

@@ -3,6 +3,7 @@
 mod build;
 mod finish;
 mod first_step;
+mod reference;
 mod rows;
 mod saving;
 mod start;
@@ -27,13 +28,14 @@ use paged_optim::{OptimizerConfig, Paging};
 use qlora_data::{Batches, Padding, Position};
 use qlora_layers::mix;
 use qlora_models::{Decoder, check_compute_dtype, default_compute_dtype, device_memory, peak_memory};
+use reference::{Known, bring};
 use rows::Rows;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use rows::{load_rows, packing_note};
+pub use rows::{load_rows, packing_note, training_order};
 pub use start::{Resume, Start};
 
 /// A run that is ready to go.
@@ -41,6 +43,8 @@ pub struct Trainer<'e> {
     config: TrainConfig,
     engine: Engine,
     rows: Arc<Rows>,
+    /// What the reference thinks of them, where that is known ahead.
+    known: Option<Known>,
     metrics: MetricsWriter,
     events: &'e mut dyn TrainEvents,
     /// What the run stands on, for its checkpoints.
@@ -165,8 +169,11 @@ impl Trainer<'_> {
     fn step(&mut self, batches: &mut Batches<'_>) -> Result<StepMetrics, TrainError> {
         let started = Instant::now();
         let options = &self.config.train;
-        let micro_batches =
+        let mut micro_batches =
             tracing::trace_span!("data").in_scope(|| batches.next_step(options.gradient_accumulation_steps));
+        if let Some(known) = &self.known {
+            micro_batches.iter_mut().for_each(|batch| bring(&known.train, batch));
+        }
         let mut places = Padding::default();
         micro_batches.iter().for_each(|batch| places += batch.padding());
         let tokens = places.tokens;
@@ -208,6 +215,7 @@ impl Trainer<'_> {
             memory_reserved_bytes: reserved,
             paging: Some(self.engine.optimizer().paging()).filter(|paging| *paging != resting(paging)),
             loss_scaling: output.loss_scaling,
+            preference: output.preference,
             slowest_rank: self.slowest_rank,
             elapsed_seconds: self.elapsed_seconds(),
         })
@@ -278,14 +286,23 @@ impl Trainer<'_> {
         let _span = tracing::trace_span!("evaluate").entered();
         let started = Instant::now();
         self.events.on_eval_start(self.step);
-        let evaluation = self.engine.evaluate(eval_order.epoch(&eval.examples, 0))?;
+        let known = self.known.as_ref().map(|known| &known.eval[..]);
+        let batches = eval_order.epoch(&eval.examples, 0).map(|mut batch| {
+            if let Some(known) = known {
+                bring(known, &mut batch);
+            }
+            batch
+        });
+        let evaluation = self.engine.evaluate(batches)?;
         let asked = self.asked.as_ref().filter(|_| self.is_first());
         let answers = asked.map_or(Ok(Vec::new()), |asked| asked.answers(self.engine.model()))?;
         let metrics = EvalMetrics {
             step: self.step,
             eval_loss: evaluation.loss,
-            eval_accuracy: Some(evaluation.accuracy),
-            eval_perplexity: Some(evaluation.loss.exp()).filter(|perplexity| perplexity.is_finite()),
+            eval_accuracy: evaluation.accuracy,
+            eval_perplexity: Some(evaluation.loss.exp())
+                .filter(|perplexity| perplexity.is_finite() && evaluation.preference.is_none()),
+            preference: evaluation.preference,
             eval_tokens: evaluation.tokens as u64,
             answers,
             eval_seconds: started.elapsed().as_secs_f64(),

@@ -47,7 +47,7 @@ fn batch_of(vocabulary: usize, rows: usize, len: usize) -> Batch {
     let words = (vocabulary as u32 - 3).min(50);
     let input_ids: Vec<u32> = (0..(rows * len) as u32).map(|i| 3 + i * 7 % words).collect();
     let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
-    Batch { input_ids, labels, rows, cols: len, lengths: vec![len; rows], packed: false }
+    Batch { input_ids, labels, rows, cols: len, lengths: vec![len; rows], packed: false, judged: None }
 }
 
 fn values(tensor: &Tensor<2>) -> Vec<f32> {

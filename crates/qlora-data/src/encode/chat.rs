@@ -3,6 +3,7 @@
 use chat_text::{ChatError, ChatInput, Message, Rendered};
 use serde_json::{Map, Value as Json};
 
+use super::prefix::Kept;
 use super::{Draft, RowEncoder};
 use crate::config::LossOn;
 use crate::notice::NoticeKind;
@@ -16,6 +17,7 @@ impl RowEncoder<'_> {
         mut messages: Vec<Message>,
         tools: Option<Json>,
         of_row: Map<String, Json>,
+        kept: Kept,
     ) -> Result<Result<Draft, MaskReason>, ChatError> {
         let mut notices = Vec::new();
         let silenced = silence_empty_answers(&mut messages);
@@ -67,7 +69,7 @@ impl RowEncoder<'_> {
             Some(answer) => self.end_text(&mut rendered, &answer),
         };
         // The template writes `bos` itself.
-        let tokens = self.tokens(&rendered.text, &rendered.spans, false)?;
+        let tokens = self.tokens(&rendered.text, &rendered.spans, false, kept)?;
         let ends = match self.config.loss_on {
             LossOn::Assistant => ends && (tokens.is_prefix || self.end.is_learned_last(&tokens)),
             LossOn::All => ends,

@@ -23,6 +23,15 @@ const LOOK_BACK: usize = 4 << 10;
 /// Tokens next to a cut that are not relied on.
 const SAFE_TOKENS: usize = 256;
 
+/// Which part of a text stays where it is longer than a row can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// Its beginning.
+    Beginning,
+    /// Its end, with the answer: what goes is the beginning of the prompt.
+    End,
+}
+
 /// Tokens of a text or of its beginning.
 #[derive(Debug, Default)]
 pub(super) struct Tokens {
@@ -48,6 +57,7 @@ impl RowEncoder<'_> {
         text: &str,
         spans: &[Range<usize>],
         add_special_tokens: bool,
+        kept: Kept,
     ) -> Result<Tokens, ChatError> {
         let bos = self.tokenizer.bos_token_id().filter(|_| add_special_tokens);
         let encode = |text: &str, spans: &[Range<usize>]| -> Result<Labelled, ChatError> {
@@ -61,7 +71,7 @@ impl RowEncoder<'_> {
         };
         let max_length = self.config.max_length;
         let mut bytes = max_length.saturating_mul(BYTES_PER_TOKEN).max(SHORT_TEXT);
-        while bytes < text.len() {
+        while kept == Kept::Beginning && bytes < text.len() {
             let cut = cut_before(text, bytes);
             let before: Vec<_> =
                 spans.iter().filter(|span| span.start < cut).map(|span| span.start..span.end.min(cut)).collect();

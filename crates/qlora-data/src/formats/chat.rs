@@ -7,7 +7,7 @@ use serde_json::{Map, Value as Json, json};
 use super::{Row, take_optional_text};
 use crate::source::Object;
 
-const ASSISTANT: &str = "assistant";
+pub(super) const ASSISTANT: &str = "assistant";
 
 /// Takes a conversation out of an object; what can't be read of it goes to `unread`.
 pub(super) fn read(object: &mut Object, system_prompt: Option<&str>, unread: &mut Vec<String>) -> Result<Row, String> {
@@ -17,9 +17,9 @@ pub(super) fn read(object: &mut Object, system_prompt: Option<&str>, unread: &mu
         messages_of(list, "conversations", sharegpt_message)?
     } else {
         let [prompt, completion] = ["prompt", "completion"].map(|key| object.shift_remove(key).unwrap_or_default());
-        let mut both = messages_of(prompt, "prompt", Message::try_from)?;
+        let mut both = messages_of(prompt, "prompt", sharegpt_message)?;
         both.iter_mut().for_each(|message| message.learn = false);
-        both.extend(messages_of(completion, "completion", Message::try_from)?);
+        both.extend(messages_of(completion, "completion", sharegpt_message)?);
         both
     };
     let Some(first) = messages.first() else {
@@ -67,6 +67,16 @@ fn messages_of(list: Json, key: &str, read: impl Fn(Json) -> Result<Message, Str
     list.into_iter().enumerate().map(|(index, item)| read(item).map_err(|e| format!("`{key}[{index}]`: {e}"))).collect()
 }
 
+/// Whether a ShareGPT message with this `from` is what the model says.
+pub(super) fn is_assistant(from: &str) -> bool {
+    matches!(from, "gpt" | "chatgpt" | "bot" | "model" | ASSISTANT)
+}
+
+/// Whether it is what the model calls.
+pub(super) fn is_call(from: &str) -> bool {
+    matches!(from, "function_call" | "tool_call")
+}
+
 /// A message of the ShareGPT layout: `{"from": .., "value": ..}`, or the usual keys. Whatever else it
 /// has is read as in other messages.
 fn sharegpt_message(item: Json) -> Result<Message, String> {
@@ -81,8 +91,7 @@ fn sharegpt_message(item: Json) -> Result<Message, String> {
     let from = text("from")?;
     let role = match from.as_str() {
         "human" | "user" => "user",
-        "gpt" | "chatgpt" | "bot" | "model" | ASSISTANT => ASSISTANT,
-        "function_call" | "tool_call" => ASSISTANT,
+        from if is_assistant(from) || is_call(from) => ASSISTANT,
         "system" => "system",
         "tool" | "observation" | "function_response" | "tool_response" => "tool",
         other => {
@@ -94,7 +103,7 @@ fn sharegpt_message(item: Json) -> Result<Message, String> {
     };
     let value = text("value")?;
     item.insert("role".into(), role.into());
-    if matches!(from.as_str(), "function_call" | "tool_call") {
+    if is_call(&from) {
         item.insert("content".into(), "".into());
         item.insert("tool_calls".into(), tool_calls(&value, &from)?);
     } else {

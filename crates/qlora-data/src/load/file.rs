@@ -8,13 +8,14 @@ use chat_text::{ChatTemplate, Tokenizer};
 use rayon::prelude::*;
 
 use super::{LoadOptions, LoadProgress, check_keys};
-use crate::config::{DataConfig, Format};
+use crate::config::{DataConfig, Format, LossOn};
 use crate::dataset::Dataset;
 use crate::encode::{EncodedRow, EndTokens, RowEncoder};
 use crate::error::DataError;
+use crate::judged::Judged;
 use crate::mapping::Renaming;
 use crate::notice::{NoticeFacts, Notices};
-use crate::place::Unit;
+use crate::place::{Place, Unit};
 use crate::report::{FileReport, MaskedRow};
 use crate::source::{self, Record, Records};
 use crate::sources::Sources;
@@ -112,10 +113,14 @@ impl FileLoader<'_> {
         while !piece.is_empty() {
             rows += piece.len();
             for row in encode_piece(piece, &reader, &encoder, options)? {
-                let EncodedRow { line, example, truncated, notices: of_row } = row;
+                let EncodedRow { line, example, judged, truncated, notices: of_row } = row;
                 report.truncated.extend(truncated);
                 match example {
-                    Ok(example) => data.examples.push(example),
+                    Ok(example) => {
+                        self.check_judged(data, judged, || unit.at(path, line))?;
+                        data.examples.push(example);
+                        data.judged.extend(judged);
+                    }
                     Err(reason) => report.masked.push(MaskedRow { line, reason }),
                 }
                 for (kind, subject) in of_row {
@@ -133,6 +138,36 @@ impl FileLoader<'_> {
         done.rows += rows;
         done.bytes += records.total_bytes();
         Ok(ReadRows { skipped, rows })
+    }
+}
+
+impl FileLoader<'_> {
+    /// Refuses a row whose answers are judged in another way than those before.
+    fn check_judged(
+        &self,
+        data: &Dataset,
+        judged: Option<Judged>,
+        place: impl FnOnce() -> Place,
+    ) -> Result<(), DataError> {
+        let kind = |judged: Option<&Judged>| match judged {
+            None => "one answer to learn",
+            Some(Judged::Pair { .. }) => "two answers, `chosen` and `rejected`",
+            Some(Judged::Desirable | Judged::Undesirable) => "an answer with a `label`",
+        };
+        let (here, before) = (kind(judged.as_ref()), kind(data.judged.first()));
+        if !data.examples.is_empty() && here != before {
+            let problem =
+                format!("it has {here}, and rows before it have {before}; rows of one run must be alike in this");
+            return Err(DataError::Row { place: place(), problem });
+        }
+        if judged.is_some() && self.config.loss_on == LossOn::All {
+            let problem = format!(
+                "= \"all\" has no answers to compare, and rows of {} have {here}; leave it out",
+                data.report.sources
+            );
+            return Err(DataError::Config { key: "loss_on", problem });
+        }
+        Ok(())
     }
 }
 

@@ -23,6 +23,9 @@ pub struct Basis {
     pub eval_rows: String,
     /// SHA-256 of the chat template's text, where the rows were written with one.
     pub template: Option<String>,
+    /// The adapters that the run began with and compares with, where there are any: hashes of their weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<String>,
 }
 
 /// What differs between a checkpoint and the run that is to go on from it.
@@ -128,6 +131,9 @@ impl TrainingCheckpoint {
         // Where the rows are the same, the template decides how the adapter is prompted later.
         if saved.template != now.template {
             changes.serious.push("the chat template is another".into());
+        }
+        if saved.adapters != now.adapters {
+            changes.serious.push("the adapters of train.from_adapter or preference.reference are others".into());
         }
         if saved.eval_rows != now.eval_rows {
             changes.harmless.push("the evaluation rows are others: losses before and after can't be compared".into());

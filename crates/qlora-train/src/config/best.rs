@@ -14,8 +14,10 @@ pub enum KeepBest {
     Off,
     /// The lowest evaluation loss.
     Loss,
-    /// The highest part of tokens that are predicted right.
+    /// The highest part of tokens that are predicted right; of pairs whose preferred answer has the higher reward, where answers are compared.
     Accuracy,
+    /// The largest difference between rewards of preferred answers and of others.
+    Margin,
 }
 
 impl KeepBest {
@@ -28,7 +30,11 @@ impl KeepBest {
     pub fn value(self, metrics: &EvalMetrics) -> f64 {
         match self {
             Self::Off | Self::Loss => metrics.eval_loss,
-            Self::Accuracy => metrics.eval_accuracy.unwrap_or(f64::NAN),
+            Self::Accuracy => {
+                let of_pairs = metrics.preference.and_then(|figures| figures.rewards_accuracy);
+                metrics.eval_accuracy.or(of_pairs).unwrap_or(f64::NAN)
+            }
+            Self::Margin => metrics.preference.and_then(|figures| figures.rewards_margin).unwrap_or(f64::NAN),
         }
     }
 
@@ -36,7 +42,7 @@ impl KeepBest {
     fn gain(self, value: f64, best: f64) -> f64 {
         match self {
             Self::Off | Self::Loss => best - value,
-            Self::Accuracy => value - best,
+            Self::Accuracy | Self::Margin => value - best,
         }
     }
 }

@@ -10,7 +10,10 @@ use qlora_layers::LoraConfig;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor};
 use toml::de::{DeTable, DeValue};
 
-use super::{BaseModelConfig, DistributedConfig, EvalConfig, QuantizationConfig, RunConfig, ServeConfig, TrainConfig};
+use super::{
+    BaseModelConfig, DistributedConfig, EvalConfig, PreferenceConfig, QuantizationConfig, RunConfig, ServeConfig,
+    TrainConfig,
+};
 use crate::error::TrainError;
 use qlora_data::DataConfig;
 
@@ -75,16 +78,28 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("datasets", "data.train"),
     ("test_datasets", "data.eval"),
     ("data_files", "data.train"),
+    ("rl", "train.objective"),
+    ("loss_type", "train.objective"),
+    ("rl_beta", "preference.beta"),
+    ("dpo_beta", "preference.beta"),
+    ("pref_beta", "preference.beta"),
+    ("dpo_label_smoothing", "preference.label_smoothing"),
+    ("rpo_alpha", "train.objective"),
+    ("kto_desirable_weight", "preference.desirable_weight"),
+    ("kto_undesirable_weight", "preference.undesirable_weight"),
+    ("precompute_ref_log_probs", "preference.precompute_reference"),
+    ("ref_model", "preference.reference"),
 ];
 
 /// The sections and the keys of each.
-fn sections() -> [(&'static str, &'static [&'static str]); 8] {
+fn sections() -> [(&'static str, &'static [&'static str]); 9] {
     [
         ("model", field_names::<BaseModelConfig>()),
         ("quantization", field_names::<QuantizationConfig>()),
         ("lora", field_names::<LoraConfig>()),
         ("data", field_names::<DataConfig>()),
         ("train", field_names::<RunConfig>()),
+        ("preference", field_names::<PreferenceConfig>()),
         ("eval", field_names::<EvalConfig>()),
         ("distributed", field_names::<DistributedConfig>()),
         ("serve", field_names::<ServeConfig>()),

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{BaseQuantType, FinalAdapter, RunConfig, Schedule, TrainConfig};
+use super::{BaseQuantType, FinalAdapter, KeepBest, RunConfig, Schedule, TrainConfig};
 use crate::error::TrainError;
 use crate::residency::Residency;
 use paged_optim::Budget;
@@ -50,6 +50,11 @@ impl TrainConfig {
         )?;
         self.lora.validate()?;
         self.train.validate()?;
+        self.train.objective.validate()?;
+        self.preference.validate(&self.train.objective)?;
+        let pairs = self.train.objective.takes_pairs().is_some();
+        let margin = "needs an objective that compares two answers, such as train.objective = \"dpo\"";
+        check("train.keep_best", "\"margin\"", pairs || self.train.keep_best != KeepBest::Margin, margin)?;
         self.serve.validate()?;
         self.eval.validate(&self.data, self.distributed.shard_base)?;
         Ok(self.data.validate()?)

@@ -31,7 +31,7 @@ pub(super) struct Buckets {
     order: Vec<usize>,
     /// Sums of gradients by parameter, as far as they are queued.
     sums: ParameterGrads,
-    /// The losses of all micro-batches, `[1, n]`.
+    /// What all micro-batches send, `[1, n]`: losses, and figures behind each where there are some.
     losses: Option<Tensor<2>>,
     /// Whether the device waits for all of them.
     waited: bool,
@@ -93,19 +93,19 @@ impl Buckets {
         self.queue_blocks(above, grads)
     }
 
-    /// Queues what is left, with this rank's losses, each with its number among `count`.
+    /// Queues what is left, with what this rank's micro-batches send, each with its number among `count`: `width` numbers.
     pub(super) fn queue_rest(
         &mut self,
         grads: &mut ParameterGrads,
         losses: Vec<(usize, Tensor<1>)>,
-        count: usize,
+        [count, width]: [usize; 2],
     ) -> Result<(), TrainError> {
         self.queue_blocks(self.blocks.len(), grads)?;
-        let mut all: Vec<Tensor<1>> = vec![Tensor::zeros([1], (&self.device, DType::F32)); count];
+        let mut all: Vec<Tensor<1>> = vec![Tensor::zeros([width], (&self.device, DType::F32)); count];
         losses.into_iter().for_each(|(number, loss)| all[number] = loss);
         let ends = self.ends.clone();
         let mut bucket = self.taken(&ends, grads);
-        bucket.push(Tensor::cat(all, 0).reshape([1, count]));
+        bucket.push(Tensor::cat(all, 0).reshape([1, count * width]));
         self.order.push(self.blocks.len());
         let mut summed = self.queue(bucket)?;
         self.losses = summed.pop();
@@ -143,9 +143,9 @@ impl Buckets {
         Ok(waited)
     }
 
-    /// The losses of all `count` micro-batches and the sums, of which the next attempt finds the same.
-    pub(super) fn sums(&self, count: usize) -> (Vec<Tensor<1>>, ParameterGrads) {
-        let losses = self.losses.clone().map(|losses| losses.reshape([count]));
+    /// What all `count` micro-batches sent, `width` numbers each, and the sums, of which the next attempt finds the same.
+    pub(super) fn sums(&self, [count, width]: [usize; 2]) -> (Vec<Tensor<1>>, ParameterGrads) {
+        let losses = self.losses.clone().map(|losses| losses.reshape([count * width]));
         (losses.into_iter().collect(), self.sums.clone())
     }
 }

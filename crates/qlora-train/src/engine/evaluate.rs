@@ -3,32 +3,34 @@
 use std::borrow::Borrow;
 
 use host_copies::DeviceError;
-use qlora_data::Batch;
+use qlora_data::{Batch, Side};
 use qlora_layers::Pass;
 
 use super::Engine;
 use super::pass::sequence;
 use crate::error::TrainError;
 use crate::loss::{LabelledTokens, loss_and_correct};
+use crate::objective::{Counts, FIGURES, PreferenceFigures, Preferences};
 
 /// What one pass over evaluation rows found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
     /// Mean loss over the unmasked tokens, in nats.
     pub loss: f64,
-    /// Part of the unmasked tokens that the model thought likeliest.
-    pub accuracy: f64,
+    /// Part of the unmasked tokens that the model thought likeliest; not measured where answers are compared.
+    pub accuracy: Option<f64>,
     /// Unmasked tokens.
     pub tokens: usize,
+    /// What is told of answers that are compared.
+    pub preference: Option<PreferenceFigures>,
 }
 
-/// Sums over one batch.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Sums {
-    loss: f64,
-    correct: f64,
-    tokens: usize,
-}
+/// Numbers of one batch: its unmasked tokens, and of a supervised one the sum of their losses and how many are right. Of one whose answers are
+/// compared how many it has, pairs, tokens of preferred answers and of their rows, the parts of the loss, and figures.
+type Sums = [f64; SUMS];
+
+/// As many as either kind needs.
+const SUMS: usize = 6 + 3 + FIGURES;
 
 impl Engine {
     /// Loss and accuracy over the unmasked tokens of `batches`, without training. Among ranks each takes every so many of them,
@@ -37,74 +39,116 @@ impl Engine {
     /// # Errors
     /// No batch has an unmasked token, the device fails, or another rank does.
     pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<Evaluation, TrainError> {
+        match self.preferences().is_some_and(Preferences::has_mismatches) {
+            true => {
+                // What all rows are compared by is known when all were looked at.
+                let batches: Vec<_> = batches.into_iter().collect();
+                let apart = self.apart(&batches)?;
+                self.evaluate_by(batches, apart)
+            }
+            false => self.evaluate_by(batches, None),
+        }
+    }
+
+    fn evaluate_by(
+        &self,
+        batches: impl IntoIterator<Item = impl Borrow<Batch>>,
+        apart: Option<f64>,
+    ) -> Result<Evaluation, TrainError> {
         let (rank, count) = self.ranks.as_ref().map_or((0, 1), |ranks| (ranks.rank(), ranks.count()));
         let (mut mine, mut all) = (Vec::new(), 0_usize);
         for batch in batches {
             if all % count == rank {
-                mine.push(self.sums_of(batch.borrow())?);
+                mine.push(self.sums_of(batch.borrow(), apart)?);
             }
             all += 1;
         }
         if self.shared_base {
             // Ranks that share the base do as many passes as each other.
-            (mine.len()..all.div_ceil(count)).try_for_each(|_| self.model.pass_idly(false))?;
+            (mine.len()..all.div_ceil(count)).try_for_each(|_| self.pass_idly_for_evaluation())?;
         }
         let all = match &self.ranks {
-            Some(ranks) => interleaved(&ranks.all_gather(mine.iter().flat_map(|sums| sums.to_bytes()).collect())?),
+            Some(ranks) => interleaved(&ranks.all_gather(mine.iter().flat_map(to_bytes).collect())?),
             None => mine,
         };
-        let (mut loss, mut correct, mut tokens) = (0.0, 0.0, 0);
-        for sums in all {
-            loss += sums.loss;
-            correct += sums.correct;
-            tokens += sums.tokens;
+        let mut sums = [0.0; SUMS];
+        for of_batch in all {
+            sums.iter_mut().zip(of_batch).for_each(|(sum, value)| *sum += value);
         }
-        match tokens {
-            0 => Err(TrainError::NoLabels),
-            _ => Ok(Evaluation { loss: loss / tokens as f64, accuracy: correct / tokens as f64, tokens }),
+        let tokens = sums[0] as usize;
+        if tokens == 0 {
+            return Err(TrainError::NoLabels);
         }
+        if self.comparison.is_none() {
+            let [loss, correct] = [sums[1], sums[2]].map(|sum| sum / tokens as f64);
+            return Ok(Evaluation { loss, accuracy: Some(correct), tokens, preference: None });
+        }
+        let [_, chosen, rejected, pairs, answer_tokens, whole, ..] = sums;
+        let items = if pairs > 0.0 { pairs } else { chosen + rejected };
+        let parts = sums[6..9].iter().zip([items, answer_tokens, whole]);
+        let counts = Counts { chosen: chosen as usize, rejected: rejected as usize, pairs: pairs as usize };
+        Ok(Evaluation {
+            loss: parts.map(|(sum, count)| sum / count.max(1.0)).sum(),
+            accuracy: None,
+            tokens,
+            preference: Some(PreferenceFigures::new(&sums[9..], counts, apart)),
+        })
     }
 
-    fn sums_of(&self, batch: &Batch) -> Result<Sums, TrainError> {
-        let labelled = LabelledTokens::new(batch);
+    /// What another rank does for a batch, where ranks share the base.
+    fn pass_idly_for_evaluation(&self) -> Result<(), TrainError> {
+        if self.passes_reference() {
+            self.model.pass_idly(false)?;
+        }
+        Ok(self.model.pass_idly(false)?)
+    }
+
+    fn sums_of(&self, batch: &Batch, apart: Option<f64>) -> Result<Sums, TrainError> {
+        let labelled = LabelledTokens::of(batch, self.preferences());
+        let mut sums = [0.0; SUMS];
         if labelled.is_empty() {
             if self.shared_base {
-                self.model.pass_idly(false)?;
+                self.pass_idly_for_evaluation()?;
             }
-            return Ok(Sums { loss: 0.0, correct: 0.0, tokens: 0 });
+            return Ok(sums);
+        }
+        sums[0] = labelled.len() as f64;
+        if let Some(comparison) = &self.comparison {
+            let numbers = self.compared_for_evaluation(comparison, (batch, &labelled), apart.unwrap_or(0.0))?;
+            let counts = Counts::of([batch]);
+            let answer_tokens = labelled.answers.of_side(batch, Side::Chosen);
+            let whole = labelled.answers.whole_of_chosen(batch);
+            let known = [counts.chosen, counts.rejected, counts.pairs, answer_tokens, whole].map(|count| count as f64);
+            let numbers = numbers.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+            let values = known.into_iter().chain(numbers.into_iter().map(f64::from));
+            sums[1..].iter_mut().zip(values).for_each(|(sum, value)| *sum = value);
+            return Ok(sums);
         }
         let sequence = sequence(&self.model, batch);
         let x = self.model.begin(&sequence, &batch.input_ids, Pass::INFERENCE);
         let x =
             self.model.blocks().iter().fold(x, |x, block| self.model.run_block(block, x, &sequence, Pass::INFERENCE));
-        let sums = loss_and_correct(&self.model, x, &labelled);
-        let sums = sums.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
-        Ok(Sums { loss: f64::from(sums[0]), correct: f64::from(sums[1]), tokens: labelled.len() })
+        let found = loss_and_correct(&self.model, x, &labelled);
+        let found = found.try_into_vec_as::<f32>().map_err(DeviceError::from)?;
+        sums[1..].iter_mut().zip(found).for_each(|(sum, value)| *sum = f64::from(value));
+        Ok(sums)
     }
 }
 
-impl Sums {
-    const BYTES: usize = 24;
-
-    fn to_bytes(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..8].copy_from_slice(&self.loss.to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.correct.to_le_bytes());
-        bytes[16..].copy_from_slice(&(self.tokens as u64).to_le_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let eight = |at: usize| bytes.get(at..at + 8)?.try_into().ok();
-        let tokens = usize::try_from(u64::from_le_bytes(eight(16)?)).ok()?;
-        Some(Self { loss: f64::from_le_bytes(eight(0)?), correct: f64::from_le_bytes(eight(8)?), tokens })
-    }
+fn to_bytes(sums: &Sums) -> Vec<u8> {
+    sums.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 /// The sums of all batches in their order, of which each rank has every so many.
 fn interleaved(ranks: &[Vec<u8>]) -> Vec<Sums> {
-    let longest = ranks.iter().map(|sums| sums.len() / Sums::BYTES).max().unwrap_or(0);
-    let of = |turn: usize, sums: &Vec<u8>| Sums::from_bytes(sums.chunks_exact(Sums::BYTES).nth(turn)?);
+    const BYTES: usize = 8 * SUMS;
+    let longest = ranks.iter().map(|sums| sums.len() / BYTES).max().unwrap_or(0);
+    let of = |turn: usize, sums: &Vec<u8>| {
+        let values = sums.chunks_exact(BYTES).nth(turn)?.as_chunks::<8>().0;
+        let mut numbers = [0.0; SUMS];
+        numbers.iter_mut().zip(values).for_each(|(number, bytes)| *number = f64::from_le_bytes(*bytes));
+        Some(numbers)
+    };
     (0..longest).flat_map(|turn| ranks.iter().filter_map(move |sums| of(turn, sums))).collect()
 }
 
@@ -115,8 +159,8 @@ mod tests {
     #[test]
     fn sums_come_back_in_the_order_of_batches() {
         for (batches, ranks) in [(0, 2), (1, 2), (5, 2), (7, 3), (6, 3), (2, 4)] {
-            let sums = |i: usize| Sums { loss: 0.1 * i as f64, correct: i as f64, tokens: i };
-            let of = |rank: usize| (rank..batches).step_by(ranks).flat_map(|i| sums(i).to_bytes()).collect();
+            let sums = |i: usize| std::array::from_fn(|at| 0.1 * i as f64 + at as f64);
+            let of = |rank: usize| (rank..batches).step_by(ranks).flat_map(|i| to_bytes(&sums(i))).collect();
             let sent: Vec<Vec<u8>> = (0..ranks).map(of).collect();
             assert_eq!(interleaved(&sent), (0..batches).map(sums).collect::<Vec<_>>(), "{batches} over {ranks}");
         }

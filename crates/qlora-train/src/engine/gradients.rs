@@ -18,8 +18,10 @@ use qlora_models::BlockInPass;
 use super::Engine;
 use super::buckets::Buckets;
 use super::pass::sequence;
+use super::preference::Scope;
 use crate::error::TrainError;
-use crate::loss::{LabelledTokens, loss_and_gradient};
+use crate::loss::{LabelledTokens, Weights, loss_and_gradient};
+use crate::objective::FIGURES;
 use crate::ranks::{Part, Ranks, Waited};
 
 /// Gradients of the parameters by number, f32.
@@ -52,6 +54,8 @@ pub(super) struct Step<'a> {
     pub label_tokens: usize,
     /// Picks the dropout masks.
     pub seed: u64,
+    /// How much rows count whose answers are compared.
+    pub scope: Option<Scope>,
 }
 
 impl Step<'_> {
@@ -112,7 +116,12 @@ impl Engine {
         if self.shared_base {
             let owners = step.owners(ranks);
             let mine = owners.iter().filter(|owner| **owner == ranks.rank()).count();
-            (mine..owners.len().div_ceil(ranks.count())).try_for_each(|_| self.model.pass_idly(true))?;
+            for _ in mine..owners.len().div_ceil(ranks.count()) {
+                if self.passes_reference() {
+                    self.model.pass_idly(false)?;
+                }
+                self.model.pass_idly(true)?;
+            }
         }
         Ok(())
     }
@@ -134,10 +143,10 @@ impl Engine {
                 let last = (at + 1 == mine.len() && buckets.go_beside()).then_some(&mut *buckets);
                 losses.push((*part, self.micro_step(step, *number, &mut grads, last)?));
             }
-            buckets.queue_rest(&mut grads, losses, numbers.len())?;
+            buckets.queue_rest(&mut grads, losses, [numbers.len(), self.sent()])?;
         }
         let waited = buckets.wait()?;
-        let (losses, sums) = buckets.sums(numbers.len());
+        let (losses, sums) = buckets.sums([numbers.len(), self.sent()]);
         Ok(Local::Whole(Box::new(self.whole(losses, sums, Some(waited))?)))
     }
 
@@ -148,7 +157,8 @@ impl Engine {
                 let shapes: Vec<[usize; 2]> = self.model.parameters().iter().map(|(_, p)| p.dims()).collect();
                 let _span = tracing::trace_span!("sum_over_ranks").entered();
                 let start = Instant::now();
-                let summed = ranks.sum(parts, &shapes, step.numbers().len(), self.model.device())?;
+                let sent = [step.numbers().len(), self.sent()];
+                let summed = ranks.sum(parts, &shapes, sent, self.model.device())?;
                 let waited = start.elapsed().as_secs_f64();
                 Ok(Computed { waited: Some(waited), ..self.whole(summed.losses, summed.grads, None)? })
             }
@@ -172,7 +182,7 @@ impl Engine {
         let _span = tracing::trace_span!("micro_step", index = number).entered();
         let pass = Pass::training(mix(step.seed ^ mix(number as u64)));
         let batch = (&step.micro_batches[number], &step.labelled[number]);
-        self.forward_backward(batch, step.label_tokens, pass, grads, buckets)
+        self.forward_backward(batch, step, pass, grads, buckets)
     }
 
     /// Loss, norm and gradients of all parameters, from the losses of the micro-batches in their order and the sums of gradients.
@@ -194,25 +204,42 @@ impl Engine {
             .map(|(grad, (_, parameter))| grad.unwrap_or_else(|| parameter.clone().without_autodiff().zeros_like()))
             .collect();
         let mut norm = global_norm(&grads)?;
-        let loss = Tensor::cat(losses, 0).sum();
+        let (loss, figures) = self.summed(losses);
         let mut seconds = None;
         if let Some(waited) = waited {
             norm = norm + waited.broken;
             seconds = Some(waited.seconds);
         }
         // Starting to read tells whether memory was short.
-        let numbers = [loss.clone(), norm.clone()].into_iter().chain(seconds).collect();
+        let numbers = [loss.clone(), norm.clone()].into_iter().chain(figures).chain(seconds).collect();
         let numbers = Reading::start(Tensor::cat(numbers, 0))?;
         // The norm, unless the loss is not finite: then neither is this.
         let norm = norm + loss.mul_scalar(0.0);
         Ok(Computed { numbers, waited: None, norm, grads })
     }
 
-    /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device.
+    /// What a micro-batch sends: its loss, and figures behind it where answers are compared.
+    pub(super) fn sent(&self) -> usize {
+        if self.comparison.is_some() { 1 + FIGURES } else { 1 }
+    }
+
+    /// The sum of what micro-batches sent: the loss, `[1]`, and figures, `[FIGURES]`, where there are some.
+    fn summed(&self, sent: Vec<Tensor<1>>) -> (Tensor<1>, Option<Tensor<1>>) {
+        let (all, width) = (Tensor::cat(sent, 0), self.sent());
+        if width == 1 {
+            return (all.sum(), None);
+        }
+        let count = all.dims()[0] / width;
+        let sums = all.reshape([count, width]).sum_dim(0).reshape([width]);
+        (sums.clone().narrow(0, 0, 1), Some(sums.narrow(0, 1, width - 1)))
+    }
+
+    /// Adds a micro-batch's gradients to `grads` and returns its part of the step's loss, `[1]` on the device, and figures behind it where
+    /// answers are compared.
     fn forward_backward(
         &self,
         (batch, labelled): (&Batch, &LabelledTokens),
-        label_tokens: usize,
+        step: &Step<'_>,
         pass: Pass,
         grads: &mut ParameterGrads,
         mut buckets: Option<&mut Buckets>,
@@ -226,11 +253,19 @@ impl Engine {
         let below = self.first_of_block[0] > 0;
         let (x, kept) = activation_checkpointing::forward(&blocks, embedded.clone(), pass, &self.policies.0, below)?;
         let head = self.first_of_block[blocks.len()];
-        let scale = self.loss_scaler.scale() / label_tokens as f32;
-        let (loss, grad) = loss_and_gradient(model, x.clone(), labelled, scale, pass, |from| {
+        let of_head = |from: &mut Gradients| {
             collect(&mut pieces[head..], model.head_parameters(), from);
             collect(&mut pieces, model.embedding_parameters(), from);
-        });
+        };
+        let (loss, grad) = match (&self.comparison, step.scope) {
+            (Some(comparison), Some(scope)) => {
+                self.compared(comparison, (batch, labelled), x.clone(), scope, pass, of_head)?
+            }
+            _ => {
+                let scale = self.loss_scaler.scale() / step.label_tokens as f32;
+                loss_and_gradient(model, x.clone(), labelled, &Weights::All(scale), pass, of_head)
+            }
+        };
         drop(x);
         let mut queued = Ok(());
         let each = |i: usize, block: &BlockInPass<'_>, from: &mut Gradients| {

@@ -4,7 +4,7 @@ use qlora_data::Batch;
 use qlora_models::{Decoder, Sequence};
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// The pass over a batch: rows of one length, or packed ones, each of which sees itself alone.
 pub(super) fn sequence(model: &Decoder, batch: &Batch) -> Sequence {

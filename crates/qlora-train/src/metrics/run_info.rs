@@ -27,6 +27,9 @@ pub struct RunInfo {
     pub adapted_modules: usize,
     /// Rank of the adapters.
     pub rank: usize,
+    /// What compares answers, in words; `None` where answers are learned as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective: Option<String>,
     /// The training rows as the configuration names them.
     pub train_data: String,
     /// Training rows.

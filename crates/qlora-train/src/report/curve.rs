@@ -14,8 +14,11 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::error::TrainError;
 use crate::metrics::History;
+use crate::objective::PreferenceFigures;
 
 const SIZE: (u32, u32) = (860, 680);
+/// What the panels of answers that are compared take below.
+const ANSWERS: u32 = 220;
 /// The part of the height that the losses have.
 const LOSSES: u32 = 460;
 /// Contrast with white and with GitHub's dark background (#0d1117) of at least 3.9 each.
@@ -55,26 +58,55 @@ pub(super) fn curves(history: &History) -> Result<String, TrainError> {
 
 fn draw(history: &History, svg: &mut String) -> Drawn {
     let losses = Losses::of(history);
+    let unit =
+        if history.steps.iter().any(|step| step.preference.is_some()) { "loss" } else { "loss (nats per token)" };
     let steps = history.steps.iter();
     let x = 0.0..1.01 * losses.all().map(|(x, _)| *x).fold(1.0, f64::max);
-    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    let compares = history.steps.iter().any(|step| step.preference.is_some());
+    let height = if compares { SIZE.1 + ANSWERS } else { SIZE.1 };
+    let area = SVGBackend::with_string(svg, (SIZE.0, height)).into_drawing_area();
     let (upper, lower) = area.split_vertically(LOSSES);
+    let (lower, answers) = lower.split_vertically(SIZE.1 - LOSSES);
     match losses.axis() {
         // Each decade has the decimals that it needs.
-        (y, true) => losses.draw(&upper, x.clone(), y.log_scale(), &|loss| short(*loss, *loss))?,
+        (y, true) => losses.draw(&upper, x.clone(), y.log_scale(), unit, &|loss| short(*loss, *loss))?,
         (y, false) => {
             let span = y.end - y.start;
-            losses.draw(&upper, x.clone(), y, &|loss| short(*loss, span))?;
+            losses.draw(&upper, x.clone(), y, unit, &|loss| short(*loss, span))?;
         }
     }
     let (left, right) = lower.split_horizontally(SIZE.0 / 2);
     let rates = finite(steps.clone().map(|step| (step.step as f64, step.learning_rate)));
-    small(&left, x.clone(), "learning rate", rates, &|rate| format!("{rate:.1e}"))?;
+    let from_zero = |points: &Points| 0.0..1.05 * top_of(points);
+    let range = from_zero(&rates);
+    small(&left, x.clone(), ("learning rate", range), [rates, Vec::new()], &|rate| format!("{rate:.1e}"))?;
     let norms = finite(steps.map(|step| (step.step as f64, step.grad_norm)));
-    let top = top_of(&norms);
-    small(&right, x, "gradient norm", norms, &|norm| short(*norm, top))?;
+    let (top, range) = (top_of(&norms), from_zero(&norms));
+    small(&right, x.clone(), ("gradient norm", range), [norms, Vec::new()], &|norm| short(*norm, top))?;
+    if compares {
+        let (left, right) = answers.split_horizontally(SIZE.0 / 2);
+        draw_answers(history, [&left, &right], &x)?;
+    }
     area.present()?;
     Ok(())
+}
+
+/// The margins of rewards, and the part of pairs in order: of steps lines, of evaluations dots.
+fn draw_answers(history: &History, [left, right]: [&Area<'_>; 2], x: &Range<f64>) -> Drawn {
+    let of = |figure: fn(&PreferenceFigures) -> Option<f64>| {
+        let point = |step: usize, figures: &Option<PreferenceFigures>| Some((step as f64, figure(figures.as_ref()?)?));
+        let of_steps = finite(history.steps.iter().filter_map(|step| point(step.step, &step.preference)));
+        let of_evals = finite(history.evals.iter().filter_map(|eval| point(eval.step, &eval.preference)));
+        [of_steps, of_evals]
+    };
+    let margins = of(|figures| figures.rewards_margin);
+    let all = || margins.iter().flatten().map(|(_, y)| *y);
+    let (low, high) = (all().fold(0.0, f64::min), all().fold(0.0, f64::max));
+    let span = (high - low).max(1e-6);
+    let range = low - 0.05 * span * f64::from(u8::from(low < 0.0))..high + 0.05 * span;
+    small(left, x.clone(), ("reward margin", range), margins, &|margin| short(*margin, span))?;
+    let right_order = of(|figures| figures.rewards_accuracy);
+    small(right, x.clone(), ("pairs in order", 0.0..1.05), right_order, &|part| format!("{:.0} %", 100.0 * part))
 }
 
 fn finite(points: impl Iterator<Item = (f64, f64)>) -> Points {
@@ -125,7 +157,7 @@ impl Losses {
         (bottom..top, false)
     }
 
-    fn draw<Y>(&self, area: &Area<'_>, x: Range<f64>, axis: Y, label: &dyn Fn(&f64) -> String) -> Drawn
+    fn draw<Y>(&self, area: &Area<'_>, x: Range<f64>, axis: Y, unit: &str, label: &dyn Fn(&f64) -> String) -> Drawn
     where
         Y: AsRangedCoord<Value = f64>,
         Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
@@ -149,7 +181,7 @@ impl Losses {
             .label_style(font(15))
             .axis_desc_style(font(16))
             .x_desc("optimizer step")
-            .y_desc("loss (nats per token)")
+            .y_desc(unit)
             .draw()?;
         // The legend is drawn by hand: plotters' own needs a background to be readable.
         let mut legend: Vec<(String, RGBAColor)> = Vec::new();
@@ -180,17 +212,22 @@ impl Losses {
     }
 }
 
-/// One of the panels below: a line from 0 up.
-fn small(area: &Area<'_>, x: Range<f64>, name: &str, points: Points, label: &dyn Fn(&f64) -> String) -> Drawn {
-    let top = top_of(&points);
-    let top = if top > 0.0 { 1.05 * top } else { 1.0 };
+/// One of the panels below: a line, and dots.
+fn small(
+    area: &Area<'_>,
+    x: Range<f64>,
+    (name, y): (&str, Range<f64>),
+    [line, dots]: [Points; 2],
+    label: &dyn Fn(&f64) -> String,
+) -> Drawn {
+    let y = if y.end > y.start { y } else { y.start..y.start + 1.0 };
     let mut chart = ChartBuilder::on(area)
         .margin(16)
         .margin_right(28)
         .margin_top(4)
         .x_label_area_size(26)
         .y_label_area_size(72)
-        .build_cartesian_2d(x, 0.0..top)?;
+        .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -205,7 +242,9 @@ fn small(area: &Area<'_>, x: Range<f64>, name: &str, points: Points, label: &dyn
         .axis_desc_style(font(15))
         .y_desc(name)
         .draw()?;
-    chart.draw_series(LineSeries::new(points, TRAIN.stroke_width(1)))?;
+    chart.draw_series(LineSeries::new(line, TRAIN.stroke_width(1)))?;
+    chart.draw_series(LineSeries::new(dots.clone(), EVAL.mix(0.45).stroke_width(1)))?;
+    chart.draw_series(dots.into_iter().map(|point| Circle::new(point, 3, EVAL.filled())))?;
     Ok(())
 }
 

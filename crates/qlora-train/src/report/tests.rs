@@ -26,6 +26,7 @@ fn history(steps: usize) -> History {
             memory_reserved_bytes: 400 << 20,
             paging: None,
             loss_scaling: None,
+            preference: None,
             slowest_rank: None,
             elapsed_seconds: 1.5 * k as f64,
         });
@@ -37,6 +38,7 @@ fn history(steps: usize) -> History {
                 eval_accuracy: Some(0.5),
                 eval_perplexity: Some(eval_loss.exp()),
                 eval_tokens: 900,
+                preference: None,
                 answers: vec![Answer { prompt: "1 + 1?".into(), answer: format!("{k}"), tokens: 1, ended: true }],
                 eval_seconds: 0.5,
                 elapsed_seconds: 1.5 * k as f64 + 1.0,
@@ -58,6 +60,7 @@ fn run() -> RunInfo {
         adapted_modules: 42,
         rank: 16,
         train_data: "words.jsonl".into(),
+        objective: None,
         train_rows: 1900,
         train_tokens: 230_456,
         eval_rows: 100,

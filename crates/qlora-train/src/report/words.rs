@@ -44,6 +44,9 @@ impl Summary {
                 ),
             ),
         ];
+        if let Some(objective) = &run.objective {
+            rows.push(("Objective", objective.clone()));
+        }
         if self.skipped_steps > 0 {
             let words =
                 format!("{} steps, whose gradients overflowed at the loss scale of their time", self.skipped_steps);
@@ -59,6 +62,9 @@ impl Summary {
             let words =
                 format!("{:.1} % of tokens predicted right, perplexity {perplexity:.3}, both last", 100.0 * accuracy);
             rows.push(("Evaluation", words));
+        }
+        if let Some(words) = self.last_preference.map(|figures| figures.words()).filter(|words| !words.is_empty()) {
+            rows.push(("Answers", format!("{}, all last", words.replace("  ", ", "))));
         }
         rows.push(("Speed", format!("{:.0} tokens/s on {}", self.tokens_per_second, run.device)));
         rows.push(("Peak memory", memory(self.peak_memory_bytes)));

@@ -21,6 +21,7 @@ pub(super) fn step(step: usize) -> StepMetrics {
         paging: None,
         slowest_rank: None,
         loss_scaling: None,
+        preference: None,
         elapsed_seconds: step as f64,
     }
 }
@@ -32,6 +33,7 @@ pub(super) fn eval(step: usize) -> EvalMetrics {
         eval_accuracy: Some(0.5),
         eval_perplexity: Some(2.0f64.exp()),
         eval_tokens: 7,
+        preference: None,
         answers: vec![Answer { prompt: "1 + 1?".into(), answer: "two".into(), tokens: 2, ended: true }],
         eval_seconds: 0.25,
         elapsed_seconds: 1.0,

@@ -1,5 +1,6 @@
 //! From a configuration to a run that is ready to go.
 
+use super::reference::{Before, Known};
 use super::rows::Rows;
 use super::start::{Resumed, Start};
 use super::{Trainer, compute_dtype, engine, packing_note, parameter_names, together, warn_of};
@@ -10,6 +11,7 @@ use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::metrics::{METRICS_FILE, MetricsWriter};
+use crate::objective::Preferences;
 use crate::plan::Plan;
 use crate::ranks::Ranks;
 use crate::resize::{Resized, resize};
@@ -110,7 +112,8 @@ impl<'e> Trainer<'e> {
             true => None,
             false => Some(Asked::new(&config.eval, &prompts, tokenizer, shape.max_position_embeddings)?),
         };
-        let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template());
+        let before = Before::load(&config)?;
+        let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template(), before.fingerprint()?);
         if let Some(Resumed { checkpoint, .. }) = &resumed {
             if folder.is_some() {
                 let changes = checkpoint.basis_changes(&basis, &config);
@@ -132,16 +135,36 @@ impl<'e> Trainer<'e> {
             Decoder::load_as(base, &model_dir, options, streams, &device, &mut |progress| events.on_load(progress))?;
         model.config().notes.iter().for_each(|note| events.on_notice(note));
         model.resize_embeddings(shape.vocab_size)?;
+        let preferences = (!config.train.objective.is_supervised())
+            .then(|| Preferences { objective: config.train.objective.clone(), settings: config.preference.clone() });
+        let mut reference = match &preferences {
+            Some(preferences) if preferences.has_reference() => Some(before.reference(model.clone(), &config)?),
+            _ => None,
+        };
+        let mut known = None;
+        if let (Some(preferences), true) = (&preferences, config.preference.precompute_reference)
+            && let Some(reference) = reference.take()
+        {
+            let shared = (ranks.as_ref(), weights.shared_by > 1);
+            known = Some(Known::compute(&reference, &rows, (&config, &basis), preferences, shared, events)?);
+        }
         let lora = &resized.lora;
         match &resumed {
             Some(Resumed { checkpoint, .. }) => {
                 model.resume_lora(lora, config.train.seed, &checkpoint.adapter)?;
             }
-            None => {
-                model.attach_lora_to(lora, config.train.seed, &rows.calibration(&config))?;
-            }
+            None => match &before.start {
+                Some(start) => start.begin(&mut model, &config)?,
+                None => {
+                    model.attach_lora_to(lora, config.train.seed, &rows.calibration(&config))?;
+                }
+            },
         }
+        drop(before);
         let mut engine = engine(model, &config.train, policies)?.with_lighter(lighter).with_ranks(ranks.clone());
+        if let Some(preferences) = preferences {
+            engine = engine.with_preferences(preferences, reference);
+        }
         warn_of(config.train.without_effect(&engine.model().parameter_kinds()), events);
         if weights.shared_by > 1 {
             engine = engine.with_shared_base();
@@ -186,6 +209,7 @@ impl<'e> Trainer<'e> {
             config,
             engine,
             rows: Arc::new(rows),
+            known,
             metrics,
             events,
             basis,

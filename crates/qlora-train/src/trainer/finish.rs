@@ -72,6 +72,7 @@ impl Trainer<'_> {
             trainable_parameters: model.num_trainable() as u64,
             adapted_modules: model.adapted_modules().len(),
             rank: self.config.lora.rank,
+            objective: self.engine.preferences().map(ToString::to_string),
             train_data: self.config.data.train.to_string(),
             train_rows: report.rows,
             train_tokens: report.tokens,

@@ -15,7 +15,7 @@ use qlora_models::{CalibrationBatch, ModelConfig};
 use sha2::{Digest as _, Sha256};
 
 use crate::checkpoint::Basis;
-use crate::config::{RunConfig, TrainConfig};
+use crate::config::{Objective, RunConfig, Term, TrainConfig};
 use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::prompts::Prompts;
@@ -24,7 +24,8 @@ use crate::prompts::Prompts;
 /// events are told what a user should know of them.
 ///
 /// # Errors
-/// As [`load_splits_with`]; [`TrainError::Stopped`] when the events ask to stop meanwhile.
+/// As [`load_splits_with`]; [`TrainError::Rows`] where rows are of another kind than the objective learns from;
+/// [`TrainError::Stopped`] when the events ask to stop meanwhile.
 pub fn load_rows(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
@@ -52,11 +53,31 @@ pub fn load_rows(
         Err(DataError::Interrupted { .. }) => return Err(TrainError::Stopped),
         loaded => loaded?,
     };
+    for rows in [&train, &eval].into_iter().filter(|rows| !rows.examples.is_empty()) {
+        check_kind(rows, &config.train.objective)?.iter().for_each(|warning| events.on_warning(warning));
+    }
     let of_train = train.report.warnings();
     // Of rows that were held out, the training rows' report tells too.
     let of_eval = eval.report.warnings().into_iter().filter(|warning| !of_train.contains(warning));
     of_train.iter().cloned().chain(of_eval).for_each(|warning| events.on_warning(&warning));
     Ok((train, eval))
+}
+
+/// The order in which a configuration's run takes training rows.
+///
+/// # Errors
+/// Rows are packed, and a source's weight is no whole number.
+pub fn training_order(config: &TrainConfig, rows: &Dataset, pad_id: u32) -> Result<BatchOrder, TrainError> {
+    let order = BatchOrder::new(&rows.examples, &config.data, config.train.batch_size, config.train.seed, pad_id);
+    Ok(with_answers(order, config, rows).weighted(&rows.weights)?)
+}
+
+/// An order of rows whose answers are compared, where the objective compares some.
+fn with_answers(order: BatchOrder, config: &TrainConfig, rows: &Dataset) -> BatchOrder {
+    match config.train.objective.is_supervised() {
+        true => order,
+        false => order.judged(&rows.judged, &config.data, config.train.objective.has(Term::Kto)),
+    }
 }
 
 /// What packing does to a run over rows in this order, where the configuration asks for it: what a step holds, and how many an epoch has.
@@ -93,6 +114,42 @@ pub(super) struct Rows {
     pub eval_order: BatchOrder,
 }
 
+/// Checks that rows are of the kind that the objective learns from; returns what is to be known of them all the same.
+fn check_kind(rows: &Dataset, objective: &Objective) -> Result<Option<String>, TrainError> {
+    const ONE: &str = "one answer each";
+    const PAIRS: &str = "two answers, `chosen` and `rejected`";
+    const JUDGED: &str = "an answer with a `label` that says whether it is wanted";
+    let found = match rows.are_pairs() {
+        None => ONE,
+        Some(true) => PAIRS,
+        Some(false) => JUDGED,
+    };
+    let sources = rows.report.sources.clone();
+    let fail = |wanted, cure| {
+        Err(TrainError::Rows { sources: sources.clone(), found, objective: format!("\"{objective}\""), wanted, cure })
+    };
+    if objective.takes_pairs().is_some() && found != PAIRS {
+        return fail(PAIRS, "give such rows, or \"sft\" for rows with one answer and \"kto\" for those with labels");
+    }
+    if objective.has(Term::Kto) && found == ONE {
+        return fail(JUDGED, "give such rows, or pairs, or train.objective = \"sft\"");
+    }
+    if objective.has(Term::Kto) && rows.examples.len() < 2 {
+        return fail("two rows at least", "kto compares each prompt with another row's answer: give more rows");
+    }
+    if objective.is_supervised() && found == PAIRS {
+        return fail(
+            ONE,
+            "set train.objective = \"dpo\" or another that compares answers, or data.columns = { completion = \"chosen\" } to learn the preferred \
+             ones alone",
+        );
+    }
+    let ignored = format!(
+        "{sources}: rows say by `label` which answers are wanted, and train.objective = \"sft\" learns all of them; \"kto\" heeds it"
+    );
+    Ok((objective.is_supervised() && found == JUDGED).then_some(ignored))
+}
+
 impl Rows {
     /// Reads the rows as [`load_rows`] does.
     pub fn load(
@@ -103,10 +160,10 @@ impl Rows {
     ) -> Result<Self, TrainError> {
         let (train, eval) = load_rows(config, tokenizer, model, events)?;
         let (batch_size, pad_id) = (config.train.batch_size, padding_id(tokenizer, model.vocab_size));
+        let eval_order = BatchOrder::for_evaluation(&eval.examples, &config.data, batch_size, pad_id);
         Ok(Self {
-            order: BatchOrder::new(&train.examples, &config.data, batch_size, config.train.seed, pad_id)
-                .weighted(&train.weights)?,
-            eval_order: BatchOrder::for_evaluation(&eval.examples, &config.data, batch_size, pad_id),
+            order: training_order(config, &train, pad_id)?,
+            eval_order: with_answers(eval_order, config, &eval),
             train,
             eval,
         })
@@ -124,7 +181,7 @@ impl Rows {
     }
 
     /// What a run over these rows stands on.
-    pub fn basis(&self, base: String, template: Option<&str>) -> Basis {
+    pub fn basis(&self, base: String, template: Option<&str>, adapters: Option<String>) -> Basis {
         let sha256 = |text: &str| Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
         Basis {
             program: env!("CARGO_PKG_VERSION").into(),
@@ -132,6 +189,7 @@ impl Rows {
             train_rows: self.train.fingerprint(),
             eval_rows: self.eval.fingerprint(),
             template: template.map(sha256),
+            adapters,
         }
     }
 

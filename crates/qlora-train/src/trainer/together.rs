@@ -122,6 +122,7 @@ pub(super) fn compare_basis(ranks: Option<&Ranks>, basis: &Basis, resumed: Optio
         ("the training rows (a hash of data.train's tokens)", Some(basis.train_rows.clone())),
         ("the evaluation rows (a hash of their tokens)", Some(basis.eval_rows.clone())),
         ("the chat template (a hash)", basis.template.clone()),
+        ("the adapters that the run begins and compares with (hashes)", basis.adapters.clone()),
         ("the checkpoint's state (a hash)", checkpoint),
     ];
     let named = named.map(|(name, value)| (name.to_string(), value.unwrap_or_else(|| "none".into())));

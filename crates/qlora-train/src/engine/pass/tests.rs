@@ -23,7 +23,7 @@ const ELEMENT: f32 = 4e-5;
 const LEFT: f64 = 0.01;
 
 /// With adapters that change the result.
-fn engine(arch: &str, device: &Device, policy: ActivationCheckpointing) -> Engine {
+pub(in super::super) fn engine(arch: &str, device: &Device, policy: ActivationCheckpointing) -> Engine {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/reference").join(arch);
     let options = LoadOptions { quantization: Some(QuantConfig::default()), dtype: FloatDType::F32 };
     let mut model = Decoder::load(&dir, options, device, &mut |_| ()).unwrap();
@@ -37,7 +37,7 @@ fn engine(arch: &str, device: &Device, policy: ActivationCheckpointing) -> Engin
 }
 
 /// Rows of these lengths, of whose tokens every fifth is not learned.
-fn rows(lens: &[usize], words: usize) -> Vec<Example> {
+pub(in super::super) fn rows(lens: &[usize], words: usize) -> Vec<Example> {
     let row = |(row, len): (usize, &usize)| {
         let id = |i: usize| ((7 * i + i * i / 3 + 11 * row + 3) % (words - 4)) as u32;
         let label = |i: usize| if i % 5 == 4 { MASKED_LABEL } else { id(i).into() };
@@ -47,12 +47,14 @@ fn rows(lens: &[usize], words: usize) -> Vec<Example> {
 }
 
 /// Loss, norm and the gradients of all parameters, by name.
-type Numbers = ([f32; 2], Vec<(String, Vec<f32>)>);
+pub(in super::super) type Numbers = ([f32; 2], Vec<(String, Vec<f32>)>);
 
-fn computed(engine: &Engine, micro_batches: &[Batch]) -> Numbers {
-    let labelled: Vec<LabelledTokens> = micro_batches.iter().map(LabelledTokens::new).collect();
+pub(in super::super) fn computed(engine: &Engine, micro_batches: &[Batch]) -> Numbers {
+    let labelled: Vec<LabelledTokens> =
+        micro_batches.iter().map(|batch| LabelledTokens::of(batch, engine.preferences())).collect();
     let label_tokens = labelled.iter().map(LabelledTokens::len).sum();
-    let step = Step { micro_batches, labelled: &labelled, label_tokens, seed: 1 };
+    let mut step = Step { micro_batches, labelled: &labelled, label_tokens, seed: 1, scope: None };
+    step.scope = engine.scope(&step).unwrap();
     let Local::Whole(computed) = engine.local(&step, None).unwrap() else { panic!("there are no ranks") };
     let Computed { numbers, grads, .. } = *computed;
     let numbers = numbers.wait().unwrap();
@@ -61,7 +63,7 @@ fn computed(engine: &Engine, micro_batches: &[Batch]) -> Numbers {
     ([numbers[0], numbers[1]], names.zip(grads.into_iter().map(values)).collect())
 }
 
-fn assert_near(what: &str, (numbers, grads): &Numbers, expected: &Numbers) {
+pub(in super::super) fn assert_near(what: &str, (numbers, grads): &Numbers, expected: &Numbers) {
     for (found, expected) in numbers.iter().zip(&expected.0) {
         assert!((found / expected - 1.0).abs() <= BAR, "{what}: {found} against {expected}");
     }
