@@ -1,4 +1,4 @@
-//! Comparisons of this workspace with recorded outputs of PEFT, bitsandbytes and transformers.
+//! Comparisons of this workspace with recorded outputs of PEFT, bitsandbytes, transformers and TRL.
 //!
 //! A reference folder is made by `testdata/make_reference.py`. Everything about it is read from its
 //! files: models, shapes, prompts, numbers of steps, hyper-parameters. A section whose files are not
@@ -10,6 +10,7 @@
 //! | [`bnb`] | 4-bit codes, statistics and dequantized values on host and device; the 4-bit matmul and its gradient |
 //! | [`logits`] | logits and greedy continuations of a model, dense and quantized |
 //! | [`qlora`] | a training run step by step, its adapter, and what the adapter computes on each base |
+//! | [`preference`] | training from preferences, step by step, beside TRL's trainers |
 //! | [`adapters`] | PEFT adapters of each kind: files and logits |
 //! | [`archs`] | models of each architecture: logits, gradients, a training step, their adapters' round trip |
 //! | [`chat`] | chat templates, as text and as tokens |
@@ -24,6 +25,7 @@ pub mod chat;
 mod compare;
 pub mod logits;
 pub mod optimizers;
+pub mod preference;
 pub mod qlora;
 mod reference;
 mod report;
@@ -42,6 +44,8 @@ pub enum Section {
     Logits,
     /// A QLoRA training run.
     Qlora,
+    /// Training from preferences.
+    Preference,
     /// PEFT adapters.
     Adapters,
     /// Model families.
@@ -54,8 +58,16 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the order in which they run.
-    pub const ALL: [Self; 7] =
-        [Self::Bnb, Self::Logits, Self::Qlora, Self::Adapters, Self::Archs, Self::Chat, Self::Optimizers];
+    pub const ALL: [Self; 8] = [
+        Self::Bnb,
+        Self::Logits,
+        Self::Qlora,
+        Self::Preference,
+        Self::Adapters,
+        Self::Archs,
+        Self::Chat,
+        Self::Optimizers,
+    ];
 
     /// The section's name, the first part of its cases' names.
     pub fn name(self) -> &'static str {
@@ -63,6 +75,7 @@ impl Section {
             Self::Bnb => "bnb",
             Self::Logits => "logits",
             Self::Qlora => "qlora",
+            Self::Preference => "preference",
             Self::Adapters => "adapters",
             Self::Archs => "archs",
             Self::Chat => "chat",
@@ -78,6 +91,7 @@ pub fn run(reference: &Reference, device: &Device, sections: &[Section], report:
             Section::Bnb => bnb::cases(reference, device, report),
             Section::Logits => logits::cases(reference, device, report),
             Section::Qlora => qlora::cases(reference, device, report),
+            Section::Preference => preference::cases(reference, device, report),
             Section::Adapters => adapters::cases(reference, device, report),
             Section::Archs => archs::cases(reference, device, report),
             Section::Chat => chat::cases(reference, report),

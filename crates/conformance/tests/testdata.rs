@@ -32,6 +32,11 @@ fn qlora_on_flex() {
 }
 
 #[test]
+fn preference_on_flex() {
+    run(&Device::flex(), &[Section::Preference]);
+}
+
+#[test]
 fn adapters_on_flex() {
     run(&Device::flex(), &[Section::Adapters]);
 }

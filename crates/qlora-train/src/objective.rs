@@ -167,7 +167,8 @@ impl Preferences {
             }
         }
         let Some(loss) = sum(parts) else { return nothing(log_probs) };
-        let figures = self.figures(good.as_ref(), bad.as_ref(), judged.paired);
+        let zero = log_probs.policy.zero();
+        let figures = self.figures(good.as_ref(), bad.as_ref(), judged.paired, zero);
         (loss, figures)
     }
 
@@ -234,15 +235,11 @@ impl Preferences {
     }
 
     /// Sums over a micro-batch's answers, `[FIGURES]`, without a graph.
-    fn figures(&self, good: Option<&Answers>, bad: Option<&Answers>, paired: bool) -> Tensor<1> {
+    fn figures(&self, good: Option<&Answers>, bad: Option<&Answers>, paired: bool, zero: Tensor<1>) -> Tensor<1> {
         let of = |answers: Option<&Answers>| {
             answers.map(|answers| (self.rewards(answers).without_autodiff(), answers.policy.clone().without_autodiff()))
         };
         let (good, bad) = (of(good), of(bad));
-        let Some(any) = good.as_ref().or(bad.as_ref()).map(|(_, policy)| policy) else {
-            return Tensor::zeros([FIGURES], &Default::default());
-        };
-        let zero = || any.clone().narrow(0, 0, 1).zeros_like();
         let right = match (&good, &bad) {
             (Some((good, _)), Some((bad, _))) if paired => {
                 // Two that are equal count half: before the first step all are.
@@ -251,11 +248,11 @@ impl Preferences {
                     .sum()
                     .mul_scalar(0.5)
             }
-            _ => zero(),
+            _ => zero.clone(),
         };
         let total = |side: &Option<(Tensor<1>, Tensor<1>)>, which: usize| match side {
             Some((rewards, policy)) => [rewards, policy][which].clone().sum(),
-            None => zero(),
+            None => zero.clone(),
         };
         Tensor::cat(vec![total(&good, 0), total(&bad, 0), right, total(&good, 1), total(&bad, 1)], 0)
     }

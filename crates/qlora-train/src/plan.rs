@@ -8,7 +8,7 @@ use crate::rates::Work;
 use crate::residency::{Placed, WeightBytes};
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
-use qlora_data::{BatchOrder, Example};
+use qlora_data::{BatchOrder, DataConfig, Example};
 use qlora_layers::ops::{MAX_SCORES, takes_head_dim};
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::ModelConfig;
@@ -96,7 +96,10 @@ pub struct Plan {
 /// packed.
 pub(crate) fn largest_batch(config: &TrainConfig, examples: &[Example]) -> [usize; 2] {
     let batch_size = config.train.batch_size;
-    match BatchOrder::for_evaluation(examples, &config.data, batch_size, 0).packed() {
+    // A sequence of pairs has room for two rows.
+    let rows = if config.train.objective.takes_pairs().is_some() { 2 } else { 1 };
+    let data = DataConfig { max_length: config.data.max_length.saturating_mul(rows), ..config.data.clone() };
+    match BatchOrder::for_evaluation(examples, &data, batch_size, 0).packed() {
         Some(packed) => [batch_size.min(packed.sequences), packed.fullest],
         None => [batch_size, examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0)],
     }

@@ -3,12 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-use burn_qlora::qlora_data::{Batch, BatchOrder, DataConfig, Example, Packing};
+use burn_qlora::qlora_data::{Batch, BatchOrder, DataConfig, Example, JudgedRows, MASKED_LABEL, Packing, Side};
 use burn_qlora::qlora_layers::mix;
 use serde::{Deserialize, Serialize};
 
 /// Rows and tokens of a micro-batch, written `4x2048`; `4x2048-packed` are that many sequences of short rows, and
-/// `48x2048-padded` so many short rows side by side.
+/// `48x2048-padded` so many short rows side by side. `4x1024-pairs` are so many pairs of answers, two rows of that length each, half of it their
+/// prompt, of which DPO learns beside the base; of `4x1024-pairs-ahead` the reference is known ahead.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Case {
     pub rows: usize,
@@ -27,6 +28,10 @@ pub(crate) enum Fill {
     Packed,
     /// A short row each, and padding.
     Padded,
+    /// Two rows for each, end to end.
+    Pairs,
+    /// The same, with the reference's log-probabilities.
+    PairsAhead,
 }
 
 impl Fill {
@@ -35,7 +40,14 @@ impl Fill {
             Self::Full => "",
             Self::Packed => "-packed",
             Self::Padded => "-padded",
+            Self::Pairs => "-pairs",
+            Self::PairsAhead => "-pairs-ahead",
         }
+    }
+
+    /// Whether answers are compared.
+    pub(crate) fn is_pairs(self) -> bool {
+        matches!(self, Self::Pairs | Self::PairsAhead)
     }
 }
 
@@ -58,13 +70,18 @@ impl FromStr for Case {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let fill = [Fill::Packed, Fill::Padded].into_iter().find(|fill| text.ends_with(fill.suffix()));
+        let fills = [Fill::Packed, Fill::Padded, Fill::Pairs, Fill::PairsAhead];
+        let fill = fills.into_iter().find(|fill| text.ends_with(fill.suffix()));
         let fill = fill.unwrap_or_default();
         let size = text.strip_suffix(fill.suffix()).unwrap_or(text);
         let parsed = size.split_once('x').and_then(|(rows, len)| Some((rows.parse().ok()?, len.parse().ok()?)));
         match parsed {
             Some((rows, len)) if rows > 0 && len > 1 => Ok(Self { rows, len, fill }),
-            _ => Err("write ROWSxTOKENS, such as 4x2048, with two tokens or more, or 4x2048-packed or -padded".into()),
+            _ => {
+                Err("write ROWSxTOKENS, such as 4x2048, with two tokens or more, or 4x2048-packed, -padded, -pairs or \
+                      -pairs-ahead"
+                    .into())
+            }
         }
     }
 }
@@ -88,6 +105,7 @@ impl Case {
             |count: usize| (0..count).map(|row| short(mix(seed ^ row as u64)).min(self.len)).collect::<Vec<_>>();
         match self.fill {
             Fill::Full => vec![self.len; self.rows],
+            Fill::Pairs | Fill::PairsAhead => vec![self.len; 2 * self.rows],
             Fill::Padded => drawn(self.rows),
             Fill::Packed => {
                 let lengths = drawn((8 * self.rows * self.len).div_ceil(MEDIAN as usize).max(2));
@@ -106,8 +124,30 @@ impl Case {
         let rows: Vec<Example> = lengths.map(|(row, len)| row_of(len, mix(seed ^ mix(row as u64)), vocab)).collect();
         match self.fill {
             Fill::Packed => Batch::end_to_end(&rows),
+            Fill::Pairs | Fill::PairsAhead => self.pairs(rows),
             Fill::Full | Fill::Padded => Batch::new(&rows, 0),
         }
+    }
+}
+
+impl Case {
+    /// Rows as pairs of answers to prompts of half their length.
+    fn pairs(self, mut rows: Vec<Example>) -> Batch {
+        for at in (0..rows.len()).step_by(2) {
+            let prompt = self.len / 2;
+            let (first, second) = rows.split_at_mut(at + 1);
+            second[0].input_ids[..prompt].copy_from_slice(&first[at].input_ids[..prompt]);
+            [&mut first[at], &mut second[0]].map(|row| row.labels[..prompt].fill(MASKED_LABEL));
+        }
+        let reference = if self.fill == Fill::PairsAhead { vec![-1.0; rows.len()] } else { Vec::new() };
+        let judged = JudgedRows {
+            sides: [Side::Chosen, Side::Rejected].repeat(self.rows),
+            paired: true,
+            origins: (0..rows.len()).map(|row| (row / 2, row % 2)).collect(),
+            reference,
+            ..JudgedRows::default()
+        };
+        Batch { judged: Some(Box::new(judged)), ..Batch::end_to_end(&rows) }
     }
 }
 

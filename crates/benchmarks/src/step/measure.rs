@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use burn::tensor::Device;
 use burn_qlora::qlora_layers::mix;
 use burn_qlora::qlora_models::{ModelConfig, Streams, device_memory, held_memory};
+use burn_qlora::qlora_train::config::{Objective, Term};
+use burn_qlora::qlora_train::objective::Preferences;
 use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name, with_subscriber};
 use burn_qlora::qlora_train::ranks::Ranks;
 use burn_qlora::qlora_train::{Engine, Plan, Room, StepOutput, compute_dtype, engine};
@@ -143,6 +145,8 @@ pub(super) fn plan(
     let dtype = compute_dtype(config.quantization.compute_dtype, device)?;
     // Of packed rows a sequence is what a row is otherwise.
     let len = if case.fill == Fill::Padded { case.lengths(0).into_iter().max().unwrap_or(case.len) } else { case.len };
+    // A pair is two rows.
+    let len = if case.fill.is_pairs() { 2 * len } else { len };
     let row = Example { input_ids: vec![0; len], labels: vec![0; len], line: 1 };
     let mut planned = config.clone();
     planned.train.batch_size = case.rows;
@@ -156,8 +160,14 @@ pub(super) fn planned_engine(mut model: Decoder, config: &TrainConfig, case: Cas
     if config.train.activation_checkpointing.fixed().is_none() {
         eprintln!("{case}: {policies}");
     }
+    let reference = (case.fill == Fill::Pairs).then(|| model.clone());
     model.attach_lora(&config.lora, config.train.seed)?;
-    Ok(engine(model, &config.train, policies)?.with_lighter(lighter))
+    let engine = engine(model, &config.train, policies)?.with_lighter(lighter);
+    if !case.fill.is_pairs() {
+        return Ok(engine);
+    }
+    let preferences = Preferences { objective: Objective::One(Term::Dpo), settings: config.preference.clone() };
+    Ok(engine.with_preferences(preferences, reference))
 }
 
 /// Measures a case on a device.
@@ -308,6 +318,20 @@ mod tests {
     fn the_median_is_between_the_middle_ones() {
         assert_eq!(median(&mut [3.0, 1.0, 2.0]).0, 2.0);
         assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), (2.5, 0.4));
+    }
+
+    #[test]
+    fn pairs_are_measured_with_a_reference_and_with_one_known_ahead() {
+        let shape = shapes::config("tiny", None, None).unwrap();
+        let mut config = TrainConfig::default();
+        config.set("lora.rank", "8").unwrap();
+        let place = Place { device: Device::flex(), client: None, driver: None };
+        for case in ["2x16-pairs", "2x16-pairs-ahead"] {
+            let repeats = Repeats { warm_up: 1, steps: 2, tracing: None };
+            let measured = run(&shape, &config, case.parse().unwrap(), &repeats, &place).unwrap();
+            assert_eq!(measured.tokens, 2 * 2 * 16, "{case}");
+            assert!(measured.losses.iter().all(|loss| loss.is_finite()), "{measured:?}");
+        }
     }
 
     #[test]
