@@ -156,6 +156,9 @@ pub enum TrainError {
         /// What to do.
         cure: &'static str,
     },
+    /// A batch says nothing of its answers, which are to be compared.
+    #[error("the objective compares answers, and a batch has none to compare: make batches with BatchOrder::judged")]
+    NotJudged,
     /// Answers are to be compared with a reference that is not there.
     #[error("the objective has a reference: give the engine one, or batches its log-probabilities of every row")]
     NoReference,

@@ -106,6 +106,9 @@ impl Engine {
         pass: Pass,
         collect: impl FnMut(&mut Gradients),
     ) -> Result<(Tensor<1>, Tensor<2>), TrainError> {
+        if batch.judged.is_none() {
+            return Err(TrainError::NotJudged);
+        }
         let model = &self.model;
         let reference = match known(batch, model.device())? {
             Some(known) => Some(known),
