@@ -37,8 +37,8 @@ fn both_answers_follow_the_same_prompt_and_nothing_else_is_compared() {
     );
     assert_eq!((data.report.format, data.are_pairs()), (Format::Chat, Some(true)));
     let [[chosen, learned], [rejected, other]] = texts(&data, 0);
-    assert_eq!(learned, "2<|im_end|>");
-    assert_eq!(other, "7<|im_end|>");
+    assert_eq!(learned, "2<|im_end|>\n");
+    assert_eq!(other, "7<|im_end|>\n");
     assert_eq!(chosen.replace("2<|im_end|>", "7<|im_end|>"), rejected);
     assert!(chosen.contains("assistant\n1<|im_end|>"), "{chosen}");
 
@@ -61,7 +61,7 @@ fn a_label_judges_the_last_answer() {
     assert_eq!(data.are_pairs(), Some(false));
     assert_eq!(data.examples[0].input_ids, data.examples[1].input_ids);
     let learned: Vec<u32> = data.examples[0].labels.iter().filter_map(|label| u32::try_from(*label).ok()).collect();
-    assert_eq!(tokenizer().decode(&learned, false).unwrap(), "last<|im_end|>");
+    assert_eq!(tokenizer().decode(&learned, false).unwrap(), "last<|im_end|>\n");
     // What rows say of their answers is part of what a run stands on.
     assert_ne!(load(&row("true")).fingerprint(), load(&row("false")).fingerprint());
 }
@@ -77,7 +77,8 @@ fn an_answer_is_never_cut_and_both_prompts_are_cut_alike() {
     assert_eq!(lengths(&cut, 0), [chosen - 10, max_length]);
     let [before, after] = [&whole, &cut].map(|data| texts(data, 0).map(|[_, learned]| learned));
     assert_eq!(before, after);
-    assert_eq!(cut.examples[0].input_ids[0], whole.examples[0].input_ids[0], "a text still begins as texts do");
+    // This tokenizer begins no text with a token of its own: what is left is the end.
+    assert_eq!(cut.examples[0].input_ids[..chosen - 10], whole.examples[0].input_ids[10..chosen]);
     let truncated: Vec<_> = cut.report.truncated().map(|row| row.dropped).collect();
     assert_eq!(truncated, [10]);
     // An answer that fills a row by itself has nothing to follow.

@@ -94,8 +94,8 @@ impl Trackers {
             ("train/memory_bytes", metrics.memory_bytes as f64),
         ];
         values.extend(metrics.loss_scaling.map(|scaling| ("train/loss_scale", scaling.scale)));
-        let figures: Vec<(String, f64)> = of_answers("train", metrics.preference);
-        values.extend(figures.iter().map(|(name, value)| (name.as_str(), *value)));
+        let figures = metrics.preference.iter().flat_map(PreferenceFigures::named);
+        values.extend(figures.map(|([of_step, _], value)| (of_step, value)));
         self.each(|sink| sink.scalars(metrics.step, &values))
     }
 
@@ -104,8 +104,8 @@ impl Trackers {
         let mut values = vec![("eval/loss", metrics.eval_loss)];
         values.extend(metrics.preference.is_none().then(|| ("eval/perplexity", metrics.perplexity())));
         values.extend(metrics.eval_accuracy.map(|accuracy| ("eval/accuracy", accuracy)));
-        let figures: Vec<(String, f64)> = of_answers("eval", metrics.preference);
-        values.extend(figures.iter().map(|(name, value)| (name.as_str(), *value)));
+        let figures = metrics.preference.iter().flat_map(PreferenceFigures::named);
+        values.extend(figures.map(|([_, of_evaluation], value)| (of_evaluation, value)));
         let texts: Vec<(String, String)> = metrics
             .answers
             .iter()
@@ -135,12 +135,6 @@ impl Trackers {
         });
         warnings
     }
-}
-
-/// What is told of answers that are compared, under names such as `train/rewards_margin`.
-fn of_answers(of: &str, figures: Option<PreferenceFigures>) -> Vec<(String, f64)> {
-    let named = figures.iter().flat_map(PreferenceFigures::named);
-    named.map(|(name, value)| (format!("{of}/{name}"), value)).collect()
 }
 
 impl Drop for Trackers {

@@ -26,7 +26,16 @@ pub(super) fn is_pair(object: &Object) -> bool {
 
 /// Whether its answers are messages.
 pub(super) fn are_messages(object: &Object) -> bool {
-    ["chosen", "rejected"].iter().any(|key| object.get(*key).is_some_and(|value| value.is_array() || value.is_object()))
+    let is_some = |value: &Json| value.is_array() || value.is_object() || messages_in(value).is_some();
+    ["chosen", "rejected"].iter().any(|key| object.get(*key).is_some_and(is_some))
+}
+
+/// The messages that a text holds as JSON, as tables have them.
+fn messages_in(value: &Json) -> Option<Vec<Json>> {
+    let text = value.as_str().filter(|text| text.trim_start().starts_with("[{"))?;
+    let messages: Vec<Json> = serde_json::from_str(text).ok()?;
+    let is_message = |message: &Json| message.get("role").or(message.get("from")).is_some_and(Json::is_string);
+    (!messages.is_empty() && messages.iter().all(is_message)).then_some(messages)
 }
 
 impl Answers {
@@ -59,12 +68,17 @@ impl Answers {
     }
 }
 
-/// Whether an answer is wanted, where the object says it: `true`, `false`, or 1 and 0 as tables have them.
+/// Whether an answer is wanted, where the object says it: `true`, `false`, or 1 and 0, or these as texts, as tables have them.
 fn label(object: &mut Object) -> Result<Option<bool>, String> {
     let wanted = match object.get("label") {
         Some(Json::Bool(wanted)) => Some(*wanted),
         Some(Json::Number(number)) if number.as_f64() == Some(1.0) => Some(true),
         Some(Json::Number(number)) if number.as_f64() == Some(0.0) => Some(false),
+        Some(Json::String(text)) => match text.trim().to_ascii_lowercase().as_str() {
+            "true" | "1" => Some(true),
+            "false" | "0" => Some(false),
+            _ => None,
+        },
         // Some other label, which is told as a key that is not read.
         _ => None,
     };
@@ -144,6 +158,9 @@ fn messages(object: &mut Object, answers: [Json; 2]) -> Result<[Json; 2], String
 
 /// An answer as a list of messages: a text is the assistant's.
 fn list(answer: Json) -> Vec<Json> {
+    if let Some(messages) = messages_in(&answer) {
+        return messages;
+    }
     match answer {
         Json::Array(messages) => messages,
         Json::String(text) => vec![json!({ "role": "assistant", "content": text })],
@@ -205,6 +222,7 @@ mod tests {
             json!({"messages": [user], "chosen": good, "rejected": bad}),
             json!({"messages": [user], "chosen": "4", "rejected": "5"}),
             json!({"prompt": "2 + 2?", "chosen": [user, good], "rejected": [user, bad]}),
+            json!({"chosen": json!([user, good]).to_string(), "rejected": json!([user, bad]).to_string()}),
             json!({"prompt": "2 + 2?", "chosen": [good], "rejected": [bad]}),
             json!({"prompt": [user], "chosen": [user, good], "rejected": [user, bad]}),
         ] {
@@ -248,7 +266,9 @@ mod tests {
 
     #[test]
     fn a_label_says_whether_an_answer_is_wanted() {
-        for (label, wanted) in [(json!(true), true), (json!(false), false), (json!(1), true), (json!(0.0), false)] {
+        for (label, wanted) in
+            [(json!(true), true), (json!(false), false), (json!(1), true), (json!(0.0), false), (json!("False"), false)]
+        {
             let judged =
                 of(Format::PromptCompletion, json!({"prompt": "a", "completion": "b", "label": label})).unwrap();
             assert_eq!(judged, [json!({"prompt": "a", "completion": "b"}), json!(wanted)]);

@@ -79,17 +79,17 @@ impl PreferenceFigures {
         right.into_iter().chain(margin).chain(kl).collect::<Vec<_>>().join("  ")
     }
 
-    /// The figures that are there, by their names in `metrics.jsonl`.
-    pub fn named(&self) -> impl Iterator<Item = (&'static str, f64)> {
+    /// The figures that are there, by what trackers call those of a step and of an evaluation.
+    pub fn named(&self) -> impl Iterator<Item = ([&'static str; 2], f64)> {
         let all = [
-            ("rewards_chosen", self.rewards_chosen),
-            ("rewards_rejected", self.rewards_rejected),
-            ("rewards_margin", self.rewards_margin),
-            ("rewards_accuracy", self.rewards_accuracy),
-            ("log_probs_chosen", self.log_probs_chosen),
-            ("log_probs_rejected", self.log_probs_rejected),
-            ("kl", self.kl),
+            (["train/rewards_chosen", "eval/rewards_chosen"], self.rewards_chosen),
+            (["train/rewards_rejected", "eval/rewards_rejected"], self.rewards_rejected),
+            (["train/rewards_margin", "eval/rewards_margin"], self.rewards_margin),
+            (["train/rewards_accuracy", "eval/rewards_accuracy"], self.rewards_accuracy),
+            (["train/log_probs_chosen", "eval/log_probs_chosen"], self.log_probs_chosen),
+            (["train/log_probs_rejected", "eval/log_probs_rejected"], self.log_probs_rejected),
+            (["train/kl", "eval/kl"], self.kl),
         ];
-        all.into_iter().filter_map(|(name, value)| Some((name, value?)))
+        all.into_iter().filter_map(|(names, value)| Some((names, value?)))
     }
 }
