@@ -1,8 +1,8 @@
 """Times DPO steps of TRL with PEFT + bitsandbytes on a model of random weights, with activation checkpointing.
 
 TRL's DPOTrainer gets a 4-bit base and the adapters' settings, so that its reference is the base with the adapter off. It turns
-adapters on such a base to bf16: that is measured (`bf16 adapters`), and what other peers have, f32 adapters in its place. Base, head and
-norms stay as they are loaded, in 16 bits. Of transformers' and TRL's versions the answer names those it ran with.
+adapters on such a base to bf16: each case is measured so, and with f32 adapters, which the other benchmarks have. Embedding, head and
+norms stay in 16 bits, as TRL leaves them. The steps are its own `train()`: see dpo_steps.py.
 
 usage: python3 bench_step_trl.py [--shape NAME] [--layers N] [--words N] [--rank R] [--optimizer NAME] [--base nf4|bf16] [--accumulation N]
                                  [--warm-up N] [--steps N] [--adapters f32|bf16|both] [ROWSxTOKENS-pairs|ROWSxTOKENS-pairs-ahead ...]

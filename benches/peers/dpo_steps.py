@@ -6,6 +6,7 @@ waits for. Of `-pairs-ahead` the reference's log-probabilities are columns of th
 them ahead. A step lasts from the end of the one before to its own, each ended by a synchronisation.
 """
 
+import math
 import os
 import random
 import tempfile
@@ -14,7 +15,7 @@ import time
 import step_timing
 
 # The trainer refuses to spread one process over several cards.
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 # Words that end and pad a text; the pairs have none of the first, but for EOS at the end.
 EOS, PAD, FIRST = 2, 3, 4
@@ -132,4 +133,11 @@ def steps(args, case, trainer):
     seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:])]
     if len(seconds) != args.warm_up + args.steps:
         raise ValueError(f"{len(seconds)} steps were trained instead of {args.warm_up + args.steps}")
-    return seconds, loss, used
+    return seconds, loss if have_moved(trainer.model) else math.nan, used
+
+
+def have_moved(model):
+    """Whether the adapters' second factors, which start as zeros, are finite and others now: a loss alone hides what is not, since one of
+    zeros in the place of numbers is near its logarithm of two."""
+    moved = [p.detach().float().abs().sum().item() for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad]
+    return bool(moved) and all(0.0 < distance < math.inf for distance in moved)
