@@ -2,20 +2,22 @@
 # Whole training steps on one NVIDIA card: the cases of docs/src/performance.md, ours beside PEFT and Unsloth where
 # python3 has them, from programs that were built elsewhere. About twenty minutes on an H100 with both peers.
 #
-# usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: batch short long longest vocabulary large memory stress
+# usage: benches/steps.sh BIN OUT [PART...]      from the repository's root; parts: batch short long longest vocabulary large memory stress pairs
 #   BIN  qlora-bench
 #   OUT  takes a JSON file per part
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: benches/steps.sh BIN OUT [PART...]" >&2; exit 2; }
 bin=$(realpath "$1") out=$(realpath "$2")
 shift 2
-parts=${*:-batch short long longest vocabulary large memory stress}
+parts=${*:-batch short long longest vocabulary large memory stress pairs}
 export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda} PYTHONUNBUFFERED=1
-peers=() peft=() unsloth=()
+peft=() unsloth=() answers=()
 if python3 -c 'import torch, bitsandbytes, peft' 2>/dev/null; then peft=(--peer-script benches/peers/bench_step_peft.py); fi
 if python3 -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("unsloth"))' 2>/dev/null; then
     unsloth=(--peer-script benches/peers/bench_step_unsloth.py)
+    answers=(--peer-script benches/peers/bench_step_unsloth_dpo.py)
 fi
+if python3 -c 'import torch, bitsandbytes, peft, trl' 2>/dev/null; then answers+=(--peer-script benches/peers/bench_step_trl.py); fi
 beside() { [ $# = 0 ] || echo --peer python3 "$@"; }
 # measure PART SECONDS ARGUMENTS...
 measure() {
@@ -39,6 +41,8 @@ measure vocabulary 240 --shape llama-3.1-8b --policy selective,full,offload_sele
 # 70B, the optimizer's state in the host's memory.
 measure large 300 --shape llama-2-70b --policy full --case 1x512,1x2048 --set train.optimizer_budget=256MiB \
     $(beside "${peft[@]}")
+# DPO, the reference computed and known ahead.
+measure pairs 500 --policy selective,full --case 2x1024-pairs,2x1024-pairs-ahead $(beside "${answers[@]}")
 # Flat over a thousand steps.
 measure memory 60 --shape tiny --policy full --case 4x64 --steps 1000
 # Rows that grow while a few GiB are left: state makes way, the run goes on.

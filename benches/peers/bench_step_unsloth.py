@@ -15,12 +15,12 @@ BEFORE = step_timing.used_bytes()
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
 
 
-def build(args, length):
+def build(args, case):
     import torch
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
-        checkpoint(args), max_seq_length=length, load_in_4bit=True, dtype=torch.bfloat16, local_files_only=True
+        checkpoint(args), max_seq_length=case.length, load_in_4bit=True, dtype=torch.bfloat16, local_files_only=True
     )
     model = FastLanguageModel.get_peft_model(
         model, r=args.rank, lora_alpha=16, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth",

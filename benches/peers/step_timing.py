@@ -21,6 +21,7 @@ import pathlib
 import statistics
 import subprocess
 import time
+import typing
 
 # RoPE's scaling is left out: no time depends on it.
 SHAPES = {
@@ -44,12 +45,34 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 OPTIMIZERS = {"adamw_32bit": "PagedAdamW32bit", "adamw_8bit": "PagedAdamW8bit", "lion_8bit": "PagedLion8bit"}
 
 
+class Case(typing.NamedTuple):
+    """Rows of a micro-batch and their tokens. A pair is two such rows: `ROWSxTOKENS-pairs`, and of `-pairs-ahead` the reference's
+    log-probabilities are known."""
+
+    rows: int
+    length: int
+    kind: str = ""
+
+    def __str__(self):
+        return f"{self.rows}x{self.length}{self.kind}"
+
+    @property
+    def is_pairs(self):
+        return self.kind != ""
+
+    @property
+    def tokens(self):
+        return self.rows * self.length * (2 if self.is_pairs else 1)
+
+
 def case_of(text):
-    rows, length = text.split("x")
-    return int(rows), int(length)
+    kind = next((kind for kind in ("-pairs", "-pairs-ahead") if text.endswith(kind)), "")
+    rows, length = text.removesuffix(kind).split("x")
+    return Case(int(rows), int(length), kind)
 
 
-def arguments():
+def arguments(pairs=False, options=lambda parser: None):
+    """The command line; `pairs` says which cases are measured where none is named, `options` adds a peer's own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=[*SHAPES, *CONFIGS], default="llama-2-7b")
     parser.add_argument("--layers", type=int)
@@ -60,9 +83,11 @@ def arguments():
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("cases", nargs="*", type=case_of, metavar="ROWSxTOKENS")
+    parser.add_argument("cases", nargs="*", type=case_of, metavar="ROWSxTOKENS[-pairs[-ahead]]")
+    options(parser)
     args = parser.parse_args()
-    args.cases = args.cases or [(1, 2048), (4, 2048)]
+    defaults = ["2x1024-pairs", "2x1024-pairs-ahead"] if pairs else ["1x2048", "4x2048"]
+    args.cases = args.cases or [case_of(text) for text in defaults]
     return args
 
 
@@ -121,13 +146,30 @@ def used_bytes():
         return None
 
 
-def measure(args, rows, length, build, before):
+def measure(args, case, build, steps, before):
     import torch
 
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    model = build(args, length)
+    seconds, loss, used = steps(args, case, build(args, case))
+    seconds = statistics.median(seconds[args.warm_up:])
+    return {
+        "step_seconds": seconds,
+        "tokens_per_second": ranks() * case.tokens * args.accumulation / seconds,
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "driver_bytes": None if None in (used, before) else used - before,
+        # JSON has no other numbers.
+        "loss": loss if math.isfinite(loss) else None,
+    }
+
+
+def supervised(args, case, model):
+    """Steps on full rows of random tokens: seconds of each, the last micro-batch's loss, and the driver's figure while the optimizer's state
+    is there."""
+    import torch
+
     parameters = [p for p in model.parameters() if p.requires_grad]
     if args.base == "bf16":
         optimizer = torch.optim.AdamW(parameters, lr=2e-4)
@@ -142,7 +184,7 @@ def measure(args, rows, length, build, before):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for micro_step in range(args.accumulation):
-            ids = torch.randint(0, vocab, (rows, length), device="cuda")
+            ids = torch.randint(0, vocab, (case.rows, case.length), device="cuda")
             with contextlib.nullcontext() if micro_step + 1 == args.accumulation else apart():
                 with torch.autocast("cuda", dtype=torch.bfloat16):
                     loss = model(input_ids=ids, labels=ids).loss / args.accumulation
@@ -152,29 +194,22 @@ def measure(args, rows, length, build, before):
         optimizer.zero_grad()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    seconds = statistics.median(seconds[args.warm_up:])
     used = used_bytes()
-    loss = loss.item() * args.accumulation
-    return {
-        "step_seconds": seconds,
-        "tokens_per_second": ranks() * rows * length * args.accumulation / seconds,
-        "allocated_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "driver_bytes": None if None in (used, before) else used - before,
-        # JSON has no other numbers.
-        "loss": loss if math.isfinite(loss) else None,
-    }
+    return seconds, loss.item() * args.accumulation, used
 
 
-def run(args, peer, build, before):
-    """Answers for every case with the model that `build(args, length)` makes."""
+def run(args, peer, build, before, steps=supervised, pairs=False):
+    """Answers for every case with what `build(args, case)` makes, of which `steps(args, case, built)` runs warm-up and timed steps, and
+    returns what `supervised` does. A case of pairs for a peer of full rows, and the other way round, has an error for an answer."""
     join()
     if ranks() > 1:
         peer += f", {ranks()} ranks"
-    for rows, length in args.cases:
-        answer = {"peer": peer, "case": f"{rows}x{length}"}
+    for case in args.cases:
+        answer = {"peer": peer, "case": str(case)}
         try:
-            answer |= measure(args, rows, length, build, before)
+            if case.is_pairs != pairs:
+                raise ValueError(f"this peer's steps are on {'pairs' if pairs else 'full rows'} alone")
+            answer |= measure(args, case, build, steps, before)
         except Exception as error:  # out of memory among them: the next case may fit
             answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if os.environ.get("RANK", "0") == "0":
@@ -183,5 +218,5 @@ def run(args, peer, build, before):
 
 def missing(args, peer, error):
     """Answers for every case of a peer that can't be imported."""
-    for rows, length in args.cases:
-        print(json.dumps({"peer": peer, "case": f"{rows}x{length}", "error": f"can't be imported: {error}"[:200]}), flush=True)
+    for case in args.cases:
+        print(json.dumps({"peer": peer, "case": str(case), "error": f"can't be imported: {error}"[:200]}), flush=True)

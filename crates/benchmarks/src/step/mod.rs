@@ -32,7 +32,7 @@ use crate::ceilings::Ceilings;
 use crate::kernels::save;
 use crate::machine;
 use crate::timer::Timer;
-use case::{Case, Fill};
+use case::Case;
 use measure::{Measured, Place, Repeats, Tracing};
 use memory::Driver;
 use peers::Answer;
@@ -92,7 +92,7 @@ pub(crate) struct Args {
     /// The same with so many ranks too, each on a card of its own, and how much faster that is than one.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=64))]
     gpus: Option<u32>,
-    /// PEFT and Unsloth on the same cases, in this Python.
+    /// PEFT and Unsloth on the same cases, TRL and Unsloth on pairs, in this Python.
     #[arg(long, value_name = "PYTHON")]
     peer: Option<String>,
     /// What runs in it.
@@ -116,7 +116,12 @@ pub(crate) struct Args {
     child: Option<String>,
 }
 
-const SCRIPTS: [&str; 2] = ["benches/peers/bench_step_peft.py", "benches/peers/bench_step_unsloth.py"];
+const SCRIPTS: [&str; 4] = [
+    "benches/peers/bench_step_peft.py",
+    "benches/peers/bench_step_unsloth.py",
+    "benches/peers/bench_step_trl.py",
+    "benches/peers/bench_step_unsloth_dpo.py",
+];
 
 /// What the device is and gives at best.
 #[derive(Debug, Serialize, Deserialize)]
@@ -401,12 +406,18 @@ fn run_peers(
     ];
     settings.extend(args.setting.layers.map(|layers| ("layers", layers.to_string())));
     settings.extend(args.setting.words.map(|words| ("words", words.to_string())));
-    // Peers have full rows alone.
-    let cases: Vec<Case> = args.cases.iter().copied().filter(|case| case.fill == Fill::Full).collect();
-    let arguments = peers::arguments(&settings, &cases);
     let mut answers = Vec::new();
     println!("\n{}", Answer::header());
+    for case in args.cases.iter().filter(|case| !args.peer_scripts.iter().any(|script| peers::takes(script, **case))) {
+        println!("{case}: none of the peers' scripts takes such a case");
+    }
     for script in &args.peer_scripts {
+        let cases: Vec<Case> = args.cases.iter().copied().filter(|case| peers::takes(script, *case)).collect();
+        // Without a case a script would time its own.
+        if cases.is_empty() {
+            continue;
+        }
+        let arguments = peers::arguments(&settings, &cases);
         let mut saved = Ok(());
         let ended = peers::run(python, script, &arguments, |answer| {
             println!("{}", answer.line());

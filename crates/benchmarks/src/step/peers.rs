@@ -1,4 +1,4 @@
-//! PEFT and Unsloth on the same cases, in a Python of the user's.
+//! PEFT, TRL and Unsloth on the same cases, in a Python of the user's.
 //!
 //! Each script gets shape, rank, optimizer and cases on its command line, and answers with a line of JSON for each
 //! case: figures, or why there are none. What is not installed, or does not fit, is a line that says so.
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::case::Case;
+use super::case::{Case, Fill};
 
 /// What a peer did on a case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ pub(crate) struct Answer {
 impl Answer {
     /// Its line of the table.
     pub(crate) fn line(&self) -> String {
-        let start = format!("{:<40} {:>8}", self.peer, self.case);
+        let start = format!("{:<40} {:>16}", self.peer, self.case);
         let (Some(seconds), Some(rate)) = (self.step_seconds, self.tokens_per_second) else {
             return format!("{start}  {}", self.error.as_deref().unwrap_or("no time"));
         };
@@ -56,7 +56,7 @@ impl Answer {
     pub(crate) fn header() -> String {
         let [peer, case, ms, rate] = ["peer", "case", "step ms", "tok/s"];
         let [allocated, reserved, driver] = ["allocated", "reserved", "driver"];
-        format!("{peer:<40} {case:>8}  {ms:>9} {rate:>8} {allocated:>10} {reserved:>8} {driver:>7}")
+        format!("{peer:<40} {case:>16}  {ms:>9} {rate:>8} {allocated:>10} {reserved:>8} {driver:>7}")
     }
 }
 
@@ -99,7 +99,14 @@ fn parse(line: &str) -> Option<Answer> {
     serde_json::from_str(line).ok()
 }
 
-/// The arguments of both scripts.
+/// Whether a script has steps on such a case: those named `*_trl.py` or `*_dpo.py` compare answers, the others have full rows alone.
+pub(crate) fn takes(script: &Path, case: Case) -> bool {
+    let name = script.file_name().unwrap_or_default().to_string_lossy();
+    let compares = name.ends_with("_trl.py") || name.ends_with("_dpo.py");
+    if compares { case.fill.is_pairs() } else { case.fill == Fill::Full }
+}
+
+/// The arguments of every script.
 pub(crate) fn arguments(settings: &[(&str, String)], cases: &[Case]) -> Vec<String> {
     let settings = settings.iter().flat_map(|(flag, value)| [format!("--{flag}"), value.clone()]);
     settings.chain(cases.iter().map(Case::to_string)).collect()
@@ -126,6 +133,18 @@ mod tests {
     fn settings_come_before_cases() {
         let cases = [Case::full(4, 512)];
         assert_eq!(arguments(&[("rank", "64".into())], &cases), ["--rank", "64", "4x512"]);
+    }
+
+    #[test]
+    fn scripts_that_compare_answers_take_pairs_and_others_full_rows() {
+        for script in ["bench_step_trl.py", "a/bench_step_unsloth_dpo.py", "bench_step_peft.py", "a_dpo.py/b.py"] {
+            let takes = |case: &str| takes(Path::new(script), case.parse().unwrap());
+            let compares = script.ends_with("_trl.py") || script.ends_with("_dpo.py");
+            for (case, taken) in [("2x8-pairs", compares), ("2x8-pairs-ahead", compares), ("2x8", !compares)] {
+                assert_eq!(takes(case), taken, "{script} {case}");
+            }
+            assert!(!takes("2x8-packed") && !takes("2x8-padded"), "{script}");
+        }
     }
 
     #[test]
