@@ -83,9 +83,10 @@ pub fn cases(reference: &Reference, device: &Device, report: &mut Report) -> Res
     let rows: Vec<Row> = reference.json("preference/rows.json")?;
     let adapter = Adapter::load(&reference.path(&recorded.adapter))?;
     // f32: the same arithmetic in another order, through twenty updates. bf16: the first steps' losses only, before
-    // roundings of 8 bits have made it another run.
+    // roundings of 8 bits have made it another run; they are of differences of sums over tokens, each of which is rounded, where a supervised
+    // loss is a mean.
     let f32_bars = Bars { loss: 1e-3, grad_norm: Some(1e-2), rewards: Some(1e-3) };
-    let bf16_bars = Bars { loss: 1e-2, grad_norm: None, rewards: None };
+    let bf16_bars = Bars { loss: 3e-2, grad_norm: None, rewards: None };
     for (label, dtype, bars, steps) in
         [("f32", FloatDType::F32, f32_bars, usize::MAX), ("bf16", FloatDType::BF16, bf16_bars, 1)]
     {
