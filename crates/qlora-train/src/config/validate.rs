@@ -51,7 +51,7 @@ impl TrainConfig {
         self.lora.validate()?;
         self.train.validate()?;
         self.serve.validate()?;
-        self.eval.validate(&self.data, self.distributed.shard_base)?;
+        self.eval.validate(&self.data)?;
         Ok(self.data.validate()?)
     }
 
