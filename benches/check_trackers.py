@@ -1,10 +1,11 @@
-"""Compares what TensorBoard and MLflow read of a run with its metrics.jsonl; see trackers.sh.
+"""Compares what TensorBoard, MLflow and Trackio read of a run with its metrics.jsonl; see trackers.sh.
 
 usage: check_trackers.py RUN
 """
 import json, math, os, sys
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trackio.remote_client import RemoteClient
 
 run = sys.argv[1]
 lines = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
@@ -51,3 +52,21 @@ for name in expected:
     compare("mlflow", name, {metric.step: metric.value for metric in history})
 assert "What is 2 + 3?" in found.data.tags["answers/1"], found.data.tags
 print(f"mlflow: one run, {found.info.status}, {len(found.data.params)} parameters, {len(expected)} metrics over {len(steps)} steps")
+
+project = os.environ["TRACKIO_PROJECT"]
+client = RemoteClient(os.environ["TRACKIO_SERVER_URL"])
+runs = client.predict(api_name="/get_runs_for_project", project=project)
+assert len(runs) == 1, f"a resumed run is the same run: {runs}"
+of_run = {"project": project, "run": runs[0]["name"], "run_id": runs[0]["id"]}
+config = client.predict(api_name="/get_run_configs", project=project)[runs[0]["id"]]
+assert config["train.log_to"] == ["tensorboard", "mlflow", "trackio"] and config["train.learning_rate"] > 0, config
+entries = client.predict(api_name="/get_logs", **of_run)
+for name in expected:
+    history = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    assert len(dict(history)) == len(history), (name, "a step twice", history)
+    # An evaluation at the first end is no part of the whole run.
+    compare("trackio", name, {step: value for step, value in history if step in expected[name]})
+traces = client.predict(api_name="/get_traces", **of_run)
+assert {trace["step"] for trace in traces} >= evals.keys() and len({trace["step"] for trace in traces}) == len(traces), traces
+assert all(trace["messages"][0]["content"] == "What is 2 + 3?" for trace in traces), traces
+print(f"trackio: one run, {len(config)} settings, {len(expected)} metrics over {len(steps)} steps, {len(traces)} answers, no step twice")

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Result;
 use burn_qlora::Hub;
 use burn_qlora::model_hub::{Direction, OnProgress, Progress, is_hub_id};
-use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::bars::{Bar, Counts, Figure};
 use crate::exit::InputError;
 
 /// The hub of the environment.
@@ -44,54 +44,28 @@ fn neighbours(model: &str) -> Option<String> {
     Some(format!("{model}: there is no such folder; {} has {there}", parent.display()))
 }
 
-/// What draws the bar. It hides itself where stderr is no terminal, and goes with the last file.
+/// What draws the bar. It goes with the last file.
 pub fn bar() -> OnProgress {
-    let shown = Shown(Mutex::new(None));
-    Arc::new(move |progress| shown.update(progress))
+    let shown = Mutex::new(None);
+    Arc::new(move |progress| update(&mut shown.lock().unwrap_or_else(PoisonError::into_inner), progress))
 }
 
-/// The bar, and the file that it is about.
-struct Shown(Mutex<Option<(String, ProgressBar)>>);
-
-impl Shown {
-    fn update(&self, progress: &Progress<'_>) {
-        let mut shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_upload = progress.direction == Direction::Upload;
-        // An upload's numbers are of all files.
-        let is_new = shown.as_ref().is_none_or(|(file, _)| !is_upload && file != progress.file);
-        if is_new {
-            if let Some((_, bar)) = shown.take() {
-                bar.finish_and_clear();
-            }
-            *shown = Some((progress.file.to_owned(), new_bar(progress)));
-        }
-        if let Some((_, bar)) = shown.as_ref() {
-            bar.set_position(progress.done_bytes);
-            bar.set_message(progress.file.to_owned());
-            if progress.total_bytes == Some(progress.done_bytes) {
-                bar.finish_and_clear();
-            }
-        }
+/// Renews the bar, which is shown with the file that it is about.
+fn update(shown: &mut Option<(String, Bar)>, progress: &Progress<'_>) {
+    let is_upload = progress.direction == Direction::Upload;
+    // An upload's numbers are of all files.
+    if shown.as_ref().is_none_or(|(file, _)| !is_upload && file != progress.file) {
+        // The old one first: the new one would be drawn below it.
+        *shown = None;
+        let what = if is_upload { "Uploading" } else { "Downloading" };
+        let bar = Bar::new(what, progress.total_bytes.unwrap_or(0), Counts::Bytes);
+        *shown = Some((progress.file.to_owned(), bar));
     }
-}
-
-impl Drop for Shown {
-    fn drop(&mut self) {
-        let shown = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, bar)) = shown {
-            bar.finish_and_clear();
-        }
+    if let Some((_, bar)) = shown {
+        bar.at(progress.done_bytes);
+        bar.show(vec![Figure::name(progress.file)]);
     }
-}
-
-fn new_bar(progress: &Progress<'_>) -> ProgressBar {
-    let bar = ProgressBar::new(progress.total_bytes.unwrap_or(0));
-    let template = match progress.direction {
-        Direction::Download => {
-            "{msg} {bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}"
-        }
-        Direction::Upload => "Uploading {bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}",
-    };
-    bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar
+    if progress.total_bytes == Some(progress.done_bytes) {
+        *shown = None;
+    }
 }

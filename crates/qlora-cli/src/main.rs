@@ -5,6 +5,7 @@
 mod adapters;
 mod answers;
 mod args;
+mod bars;
 mod chat;
 mod convert;
 mod doctor;
@@ -30,38 +31,40 @@ mod signals;
 mod sources;
 mod train;
 mod verify;
+mod warnings;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use burn_qlora::profile::ProfileLayer;
+use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, Layer as _};
 
 use args::{Cli, Command};
 use output::{is_colored, say};
 
-/// What is logged unless RUST_LOG says otherwise. hf-hub and Xet log what comes back as an error, too, with the
-/// addresses of storage.
-const LOGGED: &str = "error,qlora_models=warn,qlora_train=warn,qlora_serve=warn,hf_hub=off,xet=off,xet_client=off,xet_data=off,xet_runtime=off";
-
 fn main() -> ExitCode {
     let cli = Cli::of_program();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOGGED));
     let profile = match &cli.command {
         Command::Train(args) => args.profile(),
         _ => None,
     };
+    // A server's warnings are a log: what happens again is told again.
+    let is_server = matches!(cli.command, Command::Serve(_));
+    let log = warnings::asked_for().or_else(|| is_server.then(warnings::filter));
+    let once = log.is_none().then(|| warnings::Once::default().with_filter(warnings::filter()));
+    let log = log.map(|filter| {
+        tracing_subscriber::fmt::layer()
+            .with_writer(warnings::AboveTheBar)
+            .with_ansi(is_colored(&std::io::stderr()))
+            .log_internal_errors(false)
+            .with_filter(filter)
+    });
     tracing_subscriber::registry()
-        .with(
-            tracing_subscriber::fmt::layer()
-                .with_writer(std::io::stderr)
-                .with_ansi(is_colored(&std::io::stderr()))
-                .log_internal_errors(false)
-                .with_filter(filter),
-        )
+        .with(log)
+        .with(once)
         .with(profile.as_ref().map(|profile| profile.layer().with_filter(filter_fn(ProfileLayer::filter))))
         .init();
     exit::install_panic_message();

@@ -8,20 +8,68 @@ use std::io::{IsTerminal, Write};
 
 use anyhow::Result;
 use burn_qlora::adapter_io::printable::{printable, printable_lines, shortened};
+use console::measure_text_width;
+
+use crate::bars;
 
 /// The characters of a table's cell at most: names come from files, and may have any length.
 const WIDEST: usize = 120;
 
-/// Says something on stderr, as `eprintln!` does.
+/// Says something on stderr, as `eprintln!` does, above the bar.
 macro_rules! say {
-    ($($text:tt)*) => { $crate::output::line_to_stderr(format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::bars::line(format_args!($($text)*)) };
 }
 pub(crate) use say;
+
+/// Says something on stderr. Lines that are longer than a terminal is wide are broken between words, and go on `indent` columns to the right.
+pub fn say_wrapped(indent: usize, text: &str) {
+    match bars::columns() {
+        Some(columns) => say!("{}", wrapped(indent, text, columns)),
+        None => say!("{text}"),
+    }
+}
+
+/// A text for stdout, whose lines are broken as those of [`say_wrapped`] where it is a terminal.
+pub fn wrapped_for_stdout(text: &str) -> String {
+    let out = console::Term::stdout();
+    match out.size_checked().filter(|_| std::io::stdout().is_terminal()) {
+        Some((_, columns)) => wrapped(0, text, columns.into()),
+        None => text.to_owned(),
+    }
+}
+
+/// Breaks a line between words. A word that is longer than a line stays whole: paths are there to be copied.
+fn wrapped(indent: usize, text: &str, columns: usize) -> String {
+    // A line that fills the last column moves the cursor on some terminals.
+    let (room, indent) = (columns.saturating_sub(1), indent.min(columns / 3));
+    let (mut lines, mut line, mut is_begun) = (Vec::new(), String::new(), false);
+    for word in text.split_inclusive([' ', '\n']) {
+        if is_begun && measure_text_width(&line) + measure_text_width(word.trim_end()) > room {
+            lines.push(line.trim_end().to_owned());
+            (line, is_begun) = (" ".repeat(indent), false);
+            if word.trim_end().is_empty() {
+                continue;
+            }
+        }
+        line += word.trim_end_matches('\n');
+        is_begun |= !word.trim().is_empty();
+        if word.ends_with('\n') {
+            lines.push(line.trim_end().to_owned());
+            (line, is_begun) = (String::new(), false);
+        }
+    }
+    lines.push(line.trim_end().to_owned());
+    lines.join("\n")
+}
 
 /// Whether a stream shows colours (<https://no-color.org>).
 pub fn is_colored(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
+
+/// Of the 256 colours that terminals have beside the sixteen that they let themselves be painted over: seen on black and on white.
+const GREEN: u8 = 28;
+const ORANGE: u8 = 166;
 
 /// Colours of words on stderr, where it shows any. Nothing hangs on a colour alone.
 #[derive(Clone, Copy, Debug)]
@@ -34,23 +82,18 @@ impl Paint {
     }
 
     /// Of what is good.
-    pub fn green(self, text: &str) -> String {
-        self.with("32", text)
+    pub fn good(self, text: &str) -> String {
+        self.with(GREEN, text)
     }
 
     /// Of what should be looked at.
-    pub fn yellow(self, text: &str) -> String {
-        self.with("1;33", text)
+    pub fn warning(self, text: &str) -> String {
+        self.with(ORANGE, text)
     }
 
-    fn with(self, code: &str, text: &str) -> String {
-        if self.0 { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    fn with(self, color: u8, text: &str) -> String {
+        if self.0 { format!("\u{1b}[1;38;5;{color}m{text}\u{1b}[0m") } else { text.to_owned() }
     }
-}
-
-/// Writes a line to stderr, or gives up quietly: there is nowhere left to say why.
-pub fn line_to_stderr(text: fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// Writes to stdout what is of use only while somebody reads it: the work that it tells of is done and kept either way.
@@ -124,11 +167,24 @@ impl fmt::Display for Table {
 
 #[cfg(test)]
 mod tests {
-    use super::{Paint, Table, harmless};
+    use super::{GREEN, ORANGE, Paint, Table, harmless, wrapped};
 
     #[test]
     fn a_model_moves_no_cursor() {
         assert_eq!(harmless("a\tb\n\u{1b}[2Jü\r\u{7}"), "a\tb\n\\u{1b}[2Jü\\r\\u{7}");
+    }
+
+    #[test]
+    fn lines_are_broken_between_words() {
+        let line = "Data     rows.jsonl: 12 rows, 169 k tokens, 60 rows for evaluation";
+        assert_eq!(wrapped(9, line, 80), line);
+        let broken = "Data     rows.jsonl: 12 rows, 169 k\n         tokens, 60 rows for\n         evaluation";
+        assert_eq!(wrapped(9, line, 37), broken);
+        // What does not fit into a line stays whole, colours take no room, and lines stay lines.
+        assert_eq!(wrapped(2, "saved /a/path/that/is/long and more", 16), "saved\n  /a/path/that/is/long\n  and more");
+        let painted = format!("{} it is", Paint(true).good("saved"));
+        assert_eq!(wrapped(2, &painted, 12), painted);
+        assert_eq!(wrapped(2, "first\n  second and third", 16), "first\n  second and\n  third");
     }
 
     #[test]
@@ -143,8 +199,31 @@ mod tests {
 
     #[test]
     fn colours_are_only_added() {
-        assert_eq!(Paint(false).yellow("warning:"), "warning:");
-        assert_eq!(Paint(true).green("saved"), "\u{1b}[32msaved\u{1b}[0m");
+        assert_eq!(Paint(false).warning("warning:"), "warning:");
+        assert_eq!(Paint(true).good("saved"), "\u{1b}[1;38;5;28msaved\u{1b}[0m");
+    }
+
+    /// WCAG's contrast of a colour with white and black.
+    fn contrasts(color: u8) -> [f64; 2] {
+        // The cube of 6 x 6 x 6 begins at 16.
+        let level = |part: u8| if part == 0 { 0.0 } else { f64::from(55 + 40 * part) / 255.0 };
+        let light = |part: u8| match level(part) {
+            low if low <= 0.04045 => low / 12.92,
+            high => ((high + 0.055) / 1.055).powf(2.4),
+        };
+        let cube = color - 16;
+        let light = 0.2126 * light(cube / 36) + 0.7152 * light(cube / 6 % 6) + 0.0722 * light(cube % 6);
+        [1.05 / (light + 0.05), (light + 0.05) / 0.05]
+    }
+
+    #[test]
+    fn colours_are_read_on_black_and_on_white() {
+        for color in [GREEN, ORANGE] {
+            // 3 is asked for bold text and for what is drawn.
+            assert!(contrasts(color).iter().all(|contrast| *contrast > 3.0), "{color}: {:?}", contrasts(color));
+        }
+        // The yellow of xterm is not.
+        assert!(contrasts(184)[0] < 2.0);
     }
 
     #[test]

@@ -5,9 +5,8 @@ use std::path::Path;
 
 use anyhow::Result;
 use burn_qlora::{Progress, atomic};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::io::IsTerminal;
 
+use crate::bars::{Bar, Counts, Figure};
 use crate::exit::{Code, UsageError};
 use crate::output::say;
 use crate::signals;
@@ -69,39 +68,24 @@ fn clean_up_on_interrupt() -> Result<()> {
 /// Shows how far a conversion is.
 pub struct ConvertBar {
     what: &'static str,
-    bar: Option<ProgressBar>,
-    terminal: bool,
+    bar: Option<Bar>,
 }
 
 impl ConvertBar {
     /// Nothing is shown before the first call of [`ConvertBar::update`].
     pub fn new(what: &'static str) -> Self {
-        Self { what, bar: None, terminal: std::io::stderr().is_terminal() }
+        Self { what, bar: None }
     }
 
     /// Shows the progress.
     pub fn update(&mut self, progress: &Progress<'_>) {
-        if !self.terminal {
-            return;
-        }
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::new(progress.total_bytes);
-            let template = format!(
-                "{} {{bar:16.cyan/black}} {{binary_bytes}}/{{binary_total_bytes}} {{wide_msg:.dim}}",
-                self.what
-            );
-            let style = ProgressStyle::with_template(&template);
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar
-        });
-        bar.set_position(progress.done_bytes);
-        bar.set_message(progress.tensor.to_string());
+        let bar = self.bar.get_or_insert_with(|| Bar::new(self.what, progress.total_bytes, Counts::Bytes));
+        bar.at(progress.done_bytes);
+        bar.show(vec![Figure::name(progress.tensor)]);
     }
 
     /// Removes the bar.
     pub fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+        self.bar = None;
     }
 }

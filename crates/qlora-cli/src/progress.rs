@@ -5,7 +5,6 @@
 mod json;
 mod pace;
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,79 +14,59 @@ use burn_qlora::adapter_io::printable::{printable, shortened};
 use burn_qlora::metrics::{EvalMetrics, RunInfo, StepMetrics};
 use burn_qlora::model_hub::OnProgress;
 use burn_qlora::qlora_train::config::RunConfig;
-use burn_qlora::qlora_train::{Answer, OnRows};
+use burn_qlora::qlora_train::{Answer, EvalPart, OnRows};
 use burn_qlora::report::{count, duration, memory};
 use burn_qlora::{LoadProgress, Summary, TrainEvents};
-use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::bars::{Bar, Counts, Figure, columns};
 use crate::hub;
-use crate::output::{Paint, say};
+use crate::output::{Paint, say_wrapped};
 use crate::reading;
-pub use json::JsonLines;
+pub use json::{JsonLines, warning as json_warning};
 use pace::Pace;
 
 /// Shows how far loading is.
-pub struct LoadBar {
-    bar: Option<ProgressBar>,
-    terminal: bool,
-    start: Instant,
-}
+#[derive(Default)]
+pub struct LoadBar(Option<Bar>);
 
 impl LoadBar {
     /// Nothing is shown before the first call of [`LoadBar::update`].
     pub fn new() -> Self {
-        Self { bar: None, terminal: std::io::stderr().is_terminal(), start: Instant::now() }
+        Self::default()
     }
 
     /// Shows the progress.
     pub fn update(&mut self, progress: LoadProgress<'_>) {
-        if !self.terminal {
-            return;
-        }
-        let bar = self.bar.get_or_insert_with(|| {
-            self.start = Instant::now();
-            let bar = ProgressBar::new(progress.total_bytes);
-            bar.set_style(style("Loading {bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}"));
-            bar
-        });
-        bar.set_position(progress.loaded_bytes);
-        bar.set_message(progress.module.to_string());
+        let bar = self.0.get_or_insert_with(|| Bar::new("Loading", progress.total_bytes, Counts::Bytes));
+        bar.at(progress.loaded_bytes);
+        bar.show(vec![Figure::name(progress.module)]);
     }
 
     /// Removes the bar.
     pub fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+        self.0 = None;
     }
 }
 
 /// Shows how many rows are done.
-pub struct RowBar(Option<ProgressBar>);
+pub struct RowBar(Bar);
 
 impl RowBar {
-    /// Shown on a terminal alone.
+    /// Rows of a name.
     pub fn new(name: &str, rows: usize) -> Self {
-        Self(std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(rows as u64);
-            bar.set_style(style("Measuring {bar:16.cyan/black} {pos}/{len} {eta} {wide_msg:.dim}"));
-            bar.set_message(printable(name).into_owned());
-            bar
-        }))
+        let bar = Bar::new("Measuring", rows as u64, Counts::Things);
+        bar.show(vec![Figure::name(name)]);
+        Self(bar)
     }
 
     /// One more.
     pub fn advance(&mut self) {
-        if let Some(bar) = &self.0 {
-            bar.inc(1);
-        }
+        self.0.advance();
     }
 
     /// Removes the bar.
     pub fn finish(self) {
-        if let Some(bar) = self.0 {
-            bar.finish_and_clear();
-        }
+        drop(self);
     }
 }
 
@@ -96,8 +75,8 @@ pub struct Terminal {
     load: LoadBar,
     /// When the first module was loaded, and the bytes that were left then.
     load_start: Option<(Instant, u64)>,
-    bar: Option<ProgressBar>,
-    terminal: bool,
+    /// The steps, where there is a terminal to show them.
+    bar: Option<Bar>,
     quiet: bool,
     paint: Paint,
     log_every: usize,
@@ -105,6 +84,10 @@ pub struct Terminal {
     total_steps: usize,
     start_step: usize,
     pace: Option<Pace>,
+    /// The step that is evaluated.
+    step: usize,
+    /// What stands behind the bar while steps are done.
+    figures: Vec<Figure>,
     /// The lowest evaluation loss so far.
     best: Option<f64>,
     stop: Arc<AtomicBool>,
@@ -117,7 +100,6 @@ impl Terminal {
             load: LoadBar::new(),
             load_start: None,
             bar: None,
-            terminal: std::io::stderr().is_terminal(),
             quiet,
             paint: Paint::of_stderr(),
             log_every: options.log_every,
@@ -125,23 +107,27 @@ impl Terminal {
             total_steps: 0,
             start_step: 0,
             pace: None,
+            step: 0,
+            figures: Vec::new(),
             best: None,
             stop,
-        }
-    }
-
-    /// A line above the progress bar.
-    fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
-            None => say!("{text}"),
         }
     }
 
     /// A line that quiet leaves out.
     fn news(&self, text: &str) {
         if !self.quiet {
-            self.line(text);
+            say_wrapped(2, text);
+        }
+    }
+
+    /// The bar of steps while the evaluation is under way, of which a part is done.
+    fn evaluating(&self, words: String, done: f64) {
+        if let Some(bar) = &self.bar {
+            let left = self.pace.as_ref().and_then(|pace| pace.left_evaluating(self.step, done));
+            let mut figures = vec![Figure::new(1, words)];
+            figures.extend(left.map(left_words).map(|words| Figure::new(2, words)));
+            bar.show(figures);
         }
     }
 }
@@ -170,15 +156,17 @@ impl TrainEvents for Terminal {
             let rate = load_rate(bytes, seconds);
             self.news(&format!("Loaded {} in {}{rate}: {}", run.model, duration(seconds), run.quantization));
         }
-        start_lines(run).iter().for_each(|line| self.news(line));
+        if !self.quiet {
+            start_lines(run).iter().for_each(|line| say_wrapped(LABEL, line));
+        }
         (self.total_steps, self.start_step) = (run.total_steps, run.start_step);
         self.pace = Some(Pace::new(run.total_steps, self.eval_every, run.eval_rows > 0, Instant::now()));
-        if self.terminal && !self.quiet {
-            let bar = ProgressBar::new(run.total_steps as u64);
-            bar.set_style(style(STEPS));
-            bar.set_position(run.start_step as u64);
-            bar.set_message("the first step, which compiles kernels");
-            bar.enable_steady_tick(Duration::from_millis(500));
+        if !self.quiet && columns().is_some() {
+            let bar = Bar::new("", run.total_steps as u64, Counts::Things).without_left().ticking();
+            bar.at(run.start_step as u64);
+            let compiles = if run.device.starts_with("CPU") { "" } else { ", which compiles kernels" };
+            self.figures = vec![Figure::new(1, format!("the first step{compiles}"))];
+            bar.show(self.figures.clone());
             self.bar = Some(bar);
         }
     }
@@ -189,9 +177,9 @@ impl TrainEvents for Terminal {
             pace.left(metrics.step)
         });
         if let Some(bar) = &self.bar {
-            bar.set_position(metrics.step as u64);
-            // One space between the figures, so that they fit a terminal of 80 columns.
-            bar.set_message(step_words(metrics, left).replace("  ", " "));
+            self.figures = step_figures(metrics, left);
+            bar.at(metrics.step as u64);
+            bar.show(self.figures.clone());
         } else if metrics.step.is_multiple_of(self.log_every)
             || metrics.step == self.start_step + 1
             || metrics.step == self.total_steps
@@ -200,9 +188,17 @@ impl TrainEvents for Terminal {
         }
     }
 
-    fn on_eval_start(&mut self, _: usize) {
-        if let Some(bar) = &self.bar {
-            bar.set_message("evaluating");
+    fn on_eval_start(&mut self, step: usize) {
+        self.step = step;
+        self.evaluating("evaluating".into(), 0.0);
+    }
+
+    fn on_eval_progress(&mut self, part: EvalPart, done: usize, total: usize) {
+        let part_done = done as f64 / total.max(1) as f64;
+        match part {
+            EvalPart::Batches => self.evaluating(format!("evaluating {done}/{total}"), part_done),
+            // Of what answers take nothing is known apart.
+            EvalPart::Answers => self.evaluating(format!("answering {}/{total}", done + 1), 1.0),
         }
     }
 
@@ -212,17 +208,20 @@ impl TrainEvents for Terminal {
         }
         let before = self.best.replace(metrics.eval_loss.min(self.best.unwrap_or(f64::INFINITY)));
         let best = match before {
-            Some(before) if metrics.eval_loss < before => format!("  {}", self.paint.green("the best so far")),
+            Some(before) if metrics.eval_loss < before => format!("  {}", self.paint.good("best")),
             _ => String::new(),
         };
         self.news(&format!("step {}/{}  {}{best}", metrics.step, self.total_steps, eval_words(metrics)));
         for answer in &metrics.answers {
             self.news(&format!("  {}", answer_words(answer)));
         }
+        if let Some(bar) = &self.bar {
+            bar.show(self.figures.clone());
+        }
     }
 
     fn on_save(&mut self, checkpoint: &Path) {
-        self.news(&format!("{} {}", self.paint.green("saved"), checkpoint.display()));
+        self.news(&format!("{} {}", self.paint.good("saved"), checkpoint.display()));
     }
 
     fn on_notice(&mut self, message: &str) {
@@ -230,13 +229,11 @@ impl TrainEvents for Terminal {
     }
 
     fn on_warning(&mut self, message: &str) {
-        self.line(&format!("{} {message}", self.paint.yellow("warning:")));
+        say_wrapped(2, &format!("{} {message}", self.paint.warning("warning:")));
     }
 
     fn on_end(&mut self, _: &Summary) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+        self.bar = None;
     }
 
     fn stop_flag(&mut self) -> Option<Arc<AtomicBool>> {
@@ -247,9 +244,6 @@ impl TrainEvents for Terminal {
         self.stop.load(Ordering::Relaxed)
     }
 }
-
-/// The bar of steps. Its rest is grey, which is seen on black and on white.
-const STEPS: &str = "{bar:12.cyan/black.bright} {pos}/{len} {wide_msg}";
 
 /// An evaluation in words.
 fn eval_words(metrics: &EvalMetrics) -> String {
@@ -265,6 +259,9 @@ fn answer_words(Answer { prompt, answer, .. }: &Answer) -> String {
     let short = |text: &str, longest| shortened(&printable(text), longest).into_owned();
     format!("{} -> {}", short(prompt, 40), short(answer, 160))
 }
+
+/// Columns of the words that the lines about a run begin with.
+const LABEL: usize = 9;
 
 /// What is about to be trained.
 fn start_lines(run: &RunInfo) -> Vec<String> {
@@ -297,39 +294,44 @@ fn start_lines(run: &RunInfo) -> Vec<String> {
     lines
 }
 
-/// A step in words. The gradient norm and the rest stand in `metrics.jsonl`.
+/// A step in words.
 fn step_words(metrics: &StepMetrics, left: Option<Duration>) -> String {
-    let left = left.map_or(String::new(), |left| format!("  {} left", duration(left.as_secs_f64())));
-    // Said only while there is something to say: optimizer state that the device had no room for.
-    let paging = metrics.paging.filter(|paging| paging.resident < paging.pages);
-    let paging = paging.map_or(String::new(), |paging| {
-        format!(
-            "  optimizer {}/{} pages here, {} in, {} out",
-            paging.resident,
-            paging.pages,
-            memory(paging.bytes_in),
-            memory(paging.bytes_out)
-        )
-    });
+    let figures = step_figures(metrics, left);
+    figures.iter().map(Figure::text).collect::<Vec<_>>().join("  ")
+}
+
+fn left_words(left: Duration) -> String {
+    format!("{} left", duration(left.as_secs_f64()))
+}
+
+/// What is told of a step. The gradient norm and the rest stand in `metrics.jsonl`.
+fn step_figures(metrics: &StepMetrics, left: Option<Duration>) -> Vec<Figure> {
+    let mut figures = vec![
+        Figure::new(1, format!("loss {:.4}", metrics.loss)),
+        Figure::new(5, format!("lr {:.1e}", metrics.learning_rate)),
+        Figure::new(3, format!("{:.0} tok/s", metrics.tokens_per_second)),
+    ];
+    if let Some(answers) = metrics.preference {
+        figures.insert(1, Figure::new(3, answers.words()));
+    }
     let (in_use, reserved) = (memory(metrics.memory_in_use_bytes), memory(metrics.memory_reserved_bytes));
-    let memory = if in_use == reserved { reserved } else { format!("{in_use} of {reserved}") };
-    let scaling = metrics.loss_scaling.map_or(String::new(), |scaling| {
+    figures.push(Figure::new(4, if in_use == reserved { reserved } else { format!("{in_use} of {reserved}") }));
+    // Said only while there is something to say: optimizer state that the device had no room for.
+    if let Some(paging) = metrics.paging.filter(|paging| paging.resident < paging.pages) {
+        let (bytes_in, bytes_out) = (memory(paging.bytes_in), memory(paging.bytes_out));
+        let words =
+            format!("optimizer {}/{} pages here, {bytes_in} in, {bytes_out} out", paging.resident, paging.pages);
+        figures.push(Figure::new(7, words));
+    }
+    if let Some(scaling) = metrics.loss_scaling {
         let skipped = match scaling.skipped_steps {
             0 => String::new(),
             steps => format!(" ({steps} skipped)"),
         };
-        format!("  scale {}{skipped}", scaling.scale)
-    });
-    let answers = metrics.preference.map_or(String::new(), |figures| format!("  {}", figures.words()));
-    format!(
-        "loss {:.4}{answers}  lr {:.1e}  {:.0} tok/s  {memory}{paging}{scaling}{left}",
-        metrics.loss, metrics.learning_rate, metrics.tokens_per_second,
-    )
-}
-
-fn style(template: &str) -> ProgressStyle {
-    // The templates are constants of this file; a broken one shows the plain style.
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+        figures.push(Figure::new(6, format!("scale {}{skipped}", scaling.scale)));
+    }
+    figures.extend(left.map(left_words).map(|words| Figure::new(2, words)));
+    figures
 }
 
 /// ` (9.1 GB/s)` for this many bytes in so many seconds; nothing for a model so small that the figure says nothing.
@@ -409,13 +411,6 @@ mod tests {
         assert_eq!(eval_words(&compared), "evaluation loss 1.0000  92.5 % in order  margin 1.203");
         let answer = Answer { prompt: "a\nb".into(), answer: "\u{1b}[2Jc".into(), tokens: 3, ended: true };
         assert_eq!(answer_words(&answer), "a\\nb -> \\u{1b}[2Jc");
-    }
-
-    #[test]
-    fn the_templates_are_valid() {
-        for template in ["{bar:16.cyan/black} {binary_bytes}/{binary_total_bytes} {wide_msg:.dim}", STEPS] {
-            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
-        }
     }
 
     #[test]

@@ -26,10 +26,11 @@ use crate::args::{KeyFlags, TrainArgs};
 use crate::exit::{Code, UsageError};
 use crate::hub;
 use crate::inspect::group_name;
-use crate::output::{Table, print, say, tell};
+use crate::output::{Table, print, say, tell, wrapped_for_stdout};
 use crate::preview;
 use crate::progress::{JsonLines, Terminal};
 use crate::signals;
+use crate::warnings;
 use ranks::Quiet;
 
 /// Runs the command. `profile` waits for the steps that it is to record.
@@ -81,7 +82,10 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     let (mut silent, mut lines) = (Quiet(stop.clone()), JsonLines::new(stop));
     let events: &mut dyn TrainEvents = match (is_first, args.voice.json) {
         (false, _) => &mut silent,
-        (true, true) => &mut lines,
+        (true, true) => {
+            warnings::as_json();
+            &mut lines
+        }
         (true, false) => &mut terminal,
     };
     let group = ranks::meet(place, &config)?;
@@ -105,7 +109,7 @@ pub fn run(args: &TrainArgs, profile: Option<Profile>) -> Result<Code> {
     let summary = result?;
     profiled?;
     let dir = &summary.run.output_dir;
-    let mut text = format!("{}\n", summary.sentence());
+    let mut text = format!("{}\n", wrapped_for_stdout(&summary.sentence()));
     let code = match summary.outcome {
         Outcome::Finished | Outcome::StoppedEarly => {
             writeln!(text, "Adapter  {}", summary.adapter.display())?;

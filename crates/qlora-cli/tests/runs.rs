@@ -134,3 +134,35 @@ fn flags_that_contradict_each_other_are_refused() {
     bench.fails(&["train", "qlora.toml", "--resume"], 3, &["no checkpoint to resume", "auto-or-start"]);
     assert!(!bench.path("run").exists());
 }
+
+#[test]
+fn warnings_of_libraries_are_told_once() {
+    let bench = Bench::new();
+    bench.copy("tiny-llama", "model");
+    // The library tokenizers warns of a token that its vocabulary has by another number, by way of the crate `log`.
+    let text = String::from_utf8(bench.read("model/tokenizer.json")).expect("text");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    json["added_tokens"][3]["id"] = 5.into();
+    bench.write("model/tokenizer.json", &json.to_string());
+    let warning = "Token '<|pad|>' was expected to have ID '5' but was given ID '3' [tokenizers]";
+    let train = ["train", "qlora.toml", "--model", "model", "--max-steps", "1", "--overwrite"];
+    let told = bench.ok(&train).stderr;
+    assert_eq!(told.matches(warning).count(), 1, "{told}");
+    // What is looked for and is not there, such as a card, is no fault.
+    let said = |text: &str| text.lines().filter(|line| line.contains('[')).count();
+    assert!(told.contains("warning: Token") && said(&told) == 1, "{told}");
+    let quiet = bench.ok(&[&train[..], &["--quiet", "--device", "auto"]].concat()).stderr;
+    assert!(quiet.lines().all(|line| line.starts_with("warning: ")) && said(&quiet) == 1, "{quiet}");
+    let run = bench.ok(&[&train[..], &["--json"]].concat());
+    assert_eq!(run.stderr, "");
+    let told =
+        run.stdout.lines().filter(|line| line.starts_with("{\"event\":\"warning\"") && line.contains("[tokenizers]"));
+    assert_eq!(told.count(), 1, "{}", run.stdout);
+    // A log instead, for who asks for one.
+    let log = bench.command(&["preview", "qlora.toml", "--model", "model"]).env("RUST_LOG", "warn").output();
+    let log = String::from_utf8(log.expect("the program starts").stderr).expect("text");
+    assert!(log.contains(" WARN tokenizers::") && !log.contains("[tokenizers]"), "{log}");
+    let broken = bench.command(&["init", "-"]).env("RUST_LOG", "qlora=loud").output().expect("the program starts");
+    let told = String::from_utf8(broken.stderr).expect("text");
+    assert!(told.starts_with("warning: RUST_LOG = \"qlora=loud\": "), "{told}");
+}

@@ -41,7 +41,7 @@ and 漢字<|im_end|>↵
 #[test]
 fn colours_say_the_same_as_marks() {
     let shown = row(CHAT).to_terminal(true, false);
-    let (green, bold, both, reset) = ("\x1b[32m", "\x1b[1m", "\x1b[1;32m", "\x1b[0m");
+    let (green, bold, both, reset) = ("\x1b[38;5;28m", "\x1b[1m", "\x1b[1;38;5;28m", "\x1b[0m");
     let lines: Vec<_> = shown.lines().skip(1).collect();
     assert_eq!(
         lines,

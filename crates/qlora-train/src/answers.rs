@@ -1,7 +1,7 @@
 //! Answers to a few fixed prompts, at each evaluation: what a run has learned, as a person reads it.
 //!
 //! Prompts are written as the training rows are, and answered greedily, so that two evaluations differ by what was learned between
-//! them. Rank 0 alone answers.
+//! them. Rank 0 alone answers. Where ranks share the base, the others [`attend`]: each of its passes needs their parts of the weights.
 
 use chat_text::Tokenizer;
 use host_copies::DeviceError;
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::EvalConfig;
 use crate::error::TrainError;
 use crate::prompts::Prompts;
+use crate::ranks::Ranks;
 
 /// A prompt with what the model says to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,19 +78,41 @@ impl Asked {
         Ok(Self { prompts, stop, max_new_tokens: config.max_new_tokens, tokenizer })
     }
 
-    /// What a model says to each.
+    /// What a model says to each. `tell` hears how many are answered; `sharers` are the ranks that share the base, if any do.
     ///
     /// # Errors
-    /// The device fails, or what came out can't be written as text.
-    pub(crate) fn answers(&self, model: &Decoder) -> Result<Vec<Answer>, TrainError> {
-        self.prompts.iter().map(|(prompt, ids)| self.answer(model, prompt, ids)).collect()
+    /// The device fails, what came out can't be written as text, or another rank fails.
+    pub(crate) fn answers(
+        &self,
+        model: &Decoder,
+        sharers: Option<&Ranks>,
+        tell: &mut dyn FnMut(usize, usize),
+    ) -> Result<Vec<Answer>, TrainError> {
+        let (mut answers, total) = (Vec::new(), self.prompts.len());
+        for (prompt, ids) in &self.prompts {
+            tell(answers.len(), total);
+            answers.push(self.answer(model, sharers, prompt, ids)?);
+        }
+        sharers.map(|ranks| ranks.agree(false)).transpose()?;
+        Ok(answers)
     }
 
-    fn answer(&self, model: &Decoder, prompt: &str, ids: &[u32]) -> Result<Answer, TrainError> {
+    fn answer(
+        &self,
+        model: &Decoder,
+        sharers: Option<&Ranks>,
+        prompt: &str,
+        ids: &[u32],
+    ) -> Result<Answer, TrainError> {
         let (mut cache, mut answer, mut ended) = (KvCache::new(), Vec::new(), false);
         let mut next = ids.to_vec();
         while answer.len() < self.max_new_tokens && !ended {
-            let Some(logits) = model.forward_cached(&next, &mut cache) else { break };
+            sharers.map(|ranks| ranks.agree(true)).transpose()?;
+            let Some(logits) = model.forward_cached(&next, &mut cache) else {
+                // The others do the pass that was announced.
+                sharers.map(|_| model.pass_idly(false)).transpose()?;
+                break;
+            };
             let likeliest = logits.argmax(1).try_into_vec_as::<i32>().map_err(DeviceError::from)?;
             let id = likeliest.first().map_or(0, |id| id.unsigned_abs());
             ended = self.stop.contains(&id);
@@ -99,6 +122,17 @@ impl Asked {
         let text = self.tokenizer.decode(&answer, true)?;
         Ok(Answer { prompt: prompt.to_owned(), answer: text, tokens: answer.len(), ended })
     }
+}
+
+/// Does the passes of rank 0's [`Asked::answers`] along with it, without computing anything.
+///
+/// # Errors
+/// The weights did not come, or another rank fails.
+pub(crate) fn attend(model: &Decoder, sharers: &Ranks) -> Result<(), TrainError> {
+    while sharers.agree(false)? {
+        model.pass_idly(false)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

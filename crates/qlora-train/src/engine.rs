@@ -173,6 +173,11 @@ impl Engine {
         self
     }
 
+    /// The ranks that hold a part of the frozen weights each, where they do.
+    pub(crate) fn sharers(&self) -> Option<&Ranks> {
+        self.ranks.as_ref().filter(|_| self.shared_base)
+    }
+
     /// With policies to fall back on, one after the other, each time a step does not fit into the device's memory.
     #[must_use]
     pub fn with_lighter(mut self, lighter: Vec<Policies>) -> Self {

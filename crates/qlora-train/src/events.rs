@@ -13,6 +13,15 @@ use crate::report::Summary;
 /// A callback for how far rows are read.
 pub type OnRows = Arc<dyn Fn(qlora_data::LoadProgress<'_>) + Send + Sync>;
 
+/// A part of an evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EvalPart {
+    /// Batches of evaluation rows.
+    Batches,
+    /// The prompts that are answered.
+    Answers,
+}
+
 /// Receives what happens in a run, in order. Every method may be left out.
 ///
 /// `()` is the observer that ignores everything.
@@ -35,6 +44,8 @@ pub trait TrainEvents {
     fn on_step(&mut self, _metrics: &StepMetrics) {}
     /// An evaluation after so many steps begins.
     fn on_eval_start(&mut self, _step: usize) {}
+    /// So many of a part of the evaluation are done; among ranks, of this rank's share.
+    fn on_eval_progress(&mut self, _part: EvalPart, _done: usize, _total: usize) {}
     /// An evaluation is done.
     fn on_eval(&mut self, _metrics: &EvalMetrics) {}
     /// A training checkpoint was saved.

@@ -40,7 +40,7 @@ pub use checkpointing::{Checkpointing, Policies, Room};
 pub use config::TrainConfig;
 pub use engine::{Engine, Evaluation, ReferenceLogProbs, StepOutput};
 pub use error::TrainError;
-pub use events::{OnRows, TrainEvents};
+pub use events::{EvalPart, OnRows, TrainEvents};
 pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_sum};
 pub use plan::{HostEstimate, MemoryEstimate, Plan, Waiting};

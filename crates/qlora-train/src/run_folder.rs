@@ -7,7 +7,7 @@
 //! | `checkpoint-<step>` | training checkpoints |
 //! | `adapter` | the finished adapter |
 //! | `adapter-<step>` | an adapter that was finished before the run went on; never touched again |
-//! | `tensorboard`, `mlflow.json` | what trackers were told, and where |
+//! | `tensorboard`, `mlflow.json`, `trackio.json` | what trackers were told, and where |
 //! | `summary.md`, `summary.json`, `loss.svg` | the report |
 //!
 //! A fresh run wants a folder without a run in it. Adapter, log and report always belong to the same step: when a finished run goes
@@ -23,7 +23,7 @@ use adapter_io::{FormatError, atomic};
 use crate::checkpoint;
 use crate::error::TrainError;
 use crate::metrics::METRICS_FILE;
-use crate::trackers::{MLFLOW_FILE, remove_events};
+use crate::trackers::{MLFLOW_FILE, TRACKIO_FILE, remove_events};
 
 /// Folder of the finished adapter.
 pub(crate) const ADAPTER_DIR: &str = "adapter";
@@ -175,7 +175,10 @@ impl RunFolder {
             atomic::remove_dir_of(&folder, checkpoint::FILES)?;
         }
         remove_events(&self.path).map_err(|(path, source)| FormatError::Write { path, source })?;
-        REPORT_FILES.into_iter().chain([METRICS_FILE, MLFLOW_FILE]).try_for_each(|name| self.remove_file(name))
+        REPORT_FILES
+            .into_iter()
+            .chain([METRICS_FILE, MLFLOW_FILE, TRACKIO_FILE])
+            .try_for_each(|name| self.remove_file(name))
     }
 
     /// Prepares the folder for a run that goes on after `step`: what came later gives way. Returns what was done, a sentence each.

@@ -1,23 +1,28 @@
 //! Where a run is told of besides its own log: experiment trackers.
 //!
 //! A tracker that fails is told of once, and left out from then on: no run ends for it. Rank 0 alone writes. A run that resumes goes on in
-//! what it began: TensorBoard drops what an earlier start wrote behind the step that is resumed, MLflow's run has its id in the output
-//! folder.
+//! what it began: TensorBoard drops what an earlier start wrote behind the step that is resumed, the runs of MLflow and Trackio have
+//! their ids in the output folder.
 
+mod courier;
 mod mlflow;
+mod server;
 mod tensorboard;
 mod tfevents;
+mod trackio;
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::answers::Answer;
 use crate::metrics::{EvalMetrics, StepMetrics};
 use crate::objective::PreferenceFigures;
 use crate::report::Outcome;
 
 pub(crate) use mlflow::MLFLOW_FILE;
 pub(crate) use tensorboard::remove_events;
+pub(crate) use trackio::TRACKIO_FILE;
 
 /// A tracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +32,8 @@ pub enum Tracker {
     TensorBoard,
     /// An MLflow server, at `MLFLOW_TRACKING_URI`, in the experiment `MLFLOW_EXPERIMENT_NAME`.
     MlFlow,
+    /// A Trackio server, at `TRACKIO_SERVER_URL` or in the Space `TRACKIO_SPACE_ID`, in the project `TRACKIO_PROJECT`.
+    Trackio,
 }
 
 impl Tracker {
@@ -34,6 +41,7 @@ impl Tracker {
         match self {
             Self::TensorBoard => "tensorboard",
             Self::MlFlow => "mlflow",
+            Self::Trackio => "trackio",
         }
     }
 }
@@ -44,7 +52,7 @@ pub(crate) struct Beginning<'a> {
     /// The output folder.
     pub folder: &'a Path,
     /// The run's configuration, key by key.
-    pub settings: &'a [(String, String)],
+    pub settings: &'a [(String, toml::Value)],
     /// Steps that are done.
     pub step: usize,
 }
@@ -53,10 +61,15 @@ pub(crate) struct Beginning<'a> {
 trait Sink: Send {
     /// Values of a step by their names.
     fn scalars(&mut self, step: usize, values: &[(&'static str, f64)]) -> Result<(), String>;
-    /// Texts of a step by their names.
-    fn texts(&mut self, step: usize, texts: &[(String, String)]) -> Result<(), String>;
+    /// Answers of an evaluation.
+    fn answers(&mut self, step: usize, answers: &[Answer]) -> Result<(), String>;
     /// The run is over; `None` where it failed.
     fn finish(&mut self, outcome: Option<Outcome>) -> Result<(), String>;
+}
+
+/// Answers as Markdown, by names that stay the same over a run.
+fn texts(answers: &[Answer]) -> impl Iterator<Item = (String, String)> {
+    answers.iter().enumerate().map(|(number, answer)| (format!("answers/{}", number + 1), answer.to_markdown()))
 }
 
 /// The trackers of a run.
@@ -74,6 +87,7 @@ impl Trackers {
             let sink: Result<Box<dyn Sink>, String> = match tracker {
                 Tracker::TensorBoard => tensorboard::EventFile::create(beginning).map(|file| Box::new(file) as _),
                 Tracker::MlFlow => mlflow::MlFlow::begin(beginning).map(|run| Box::new(run) as _),
+                Tracker::Trackio => trackio::Trackio::begin(beginning).map(|run| Box::new(run) as _),
             };
             match sink {
                 Ok(sink) => sinks.push((*tracker, sink)),
@@ -106,15 +120,9 @@ impl Trackers {
         values.extend(metrics.eval_accuracy.map(|accuracy| ("eval/accuracy", accuracy)));
         let figures = metrics.preference.iter().flat_map(PreferenceFigures::named);
         values.extend(figures.map(|([_, of_evaluation], value)| (of_evaluation, value)));
-        let texts: Vec<(String, String)> = metrics
-            .answers
-            .iter()
-            .enumerate()
-            .map(|(number, answer)| (format!("answers/{}", number + 1), answer.to_markdown()))
-            .collect();
         self.each(|sink| {
             sink.scalars(metrics.step, &values)?;
-            if texts.is_empty() { Ok(()) } else { sink.texts(metrics.step, &texts) }
+            if metrics.answers.is_empty() { Ok(()) } else { sink.answers(metrics.step, &metrics.answers) }
         })
     }
 
@@ -150,5 +158,7 @@ fn given_up(tracker: Tracker, problem: &str) -> String {
     format!("{} (train.log_to): {problem}; the run goes on without it", tracker.name())
 }
 
+#[cfg(test)]
+mod stub;
 #[cfg(test)]
 mod tests;

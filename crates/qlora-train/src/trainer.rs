@@ -9,13 +9,13 @@ mod saving;
 mod start;
 mod together;
 
-use crate::answers::Asked;
+use crate::answers::{self, Asked};
 use crate::checkpoint::{Basis, Evaluations};
 use crate::checkpointing::Policies;
 use crate::config::{ComputeDtype, RunConfig, TrainConfig};
 use crate::engine::Engine;
 use crate::error::TrainError;
-use crate::events::TrainEvents;
+use crate::events::{EvalPart, TrainEvents};
 use crate::loss_scale::LossScaler;
 use crate::metrics::{EvalMetrics, MetricsWriter, SlowestRank, StepMetrics};
 use crate::prompts::Prompts;
@@ -285,17 +285,31 @@ impl Trainer<'_> {
         }
         let _span = tracing::trace_span!("evaluate").entered();
         let started = Instant::now();
-        self.events.on_eval_start(self.step);
+        let events = &mut *self.events;
+        events.on_eval_start(self.step);
+        let count = self.ranks.as_ref().map_or(1, Ranks::count);
+        let batches = eval_order.batches_per_epoch().div_ceil(count);
         let known = self.known.as_ref().map(|known| &known.eval[..]);
-        let batches = eval_order.epoch(&eval.examples, 0).map(|mut batch| {
+        let of_rows = eval_order.epoch(&eval.examples, 0).map(|mut batch| {
             if let Some(known) = known {
                 bring(known, &mut batch);
             }
             batch
         });
-        let evaluation = self.engine.evaluate(batches)?;
-        let asked = self.asked.as_ref().filter(|_| self.is_first());
-        let answers = asked.map_or(Ok(Vec::new()), |asked| asked.answers(self.engine.model()))?;
+        let evaluation = self.engine.evaluate_telling(of_rows, &mut |done| {
+            events.on_eval_progress(EvalPart::Batches, done, batches);
+        })?;
+        let (model, sharers) = (self.engine.model(), self.engine.sharers());
+        let answers = match (&self.asked, sharers) {
+            (Some(asked), _) => asked.answers(model, sharers, &mut |done, all| {
+                events.on_eval_progress(EvalPart::Answers, done, all);
+            })?,
+            (None, Some(sharers)) if !self.config.eval.prompts.is_empty() => {
+                answers::attend(model, sharers)?;
+                Vec::new()
+            }
+            (None, _) => Vec::new(),
+        };
         let metrics = EvalMetrics {
             step: self.step,
             eval_loss: evaluation.loss,

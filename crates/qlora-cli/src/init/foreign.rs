@@ -133,10 +133,11 @@ impl Work {
         let reason = match key {
             key if key.starts_with("wandb")
                 || key.starts_with("mlflow")
+                || key.starts_with("trackio")
                 || key.starts_with("comet")
                 || key == "report_to" =>
             {
-                ": metrics go to metrics.jsonl in train.output_dir"
+                ": metrics go to metrics.jsonl in train.output_dir; train.log_to tells \"tensorboard\", \"mlflow\" or \"trackio\", too"
             }
             key if key.starts_with("deepspeed") || key.starts_with("fsdp") => {
                 ": `qlora train --gpus N` and [distributed] are the way to several cards"

@@ -36,6 +36,11 @@ fn line(event: &str, what: &impl Serialize) -> String {
     format!("{object}\n")
 }
 
+/// Tells a warning that is no run's own.
+pub fn warning(message: &str) {
+    tell(&line("warning", &json!({ "message": message })));
+}
+
 impl TrainEvents for JsonLines {
     fn on_start(&mut self, run: &RunInfo) {
         tell(&line("start", run));
@@ -58,7 +63,7 @@ impl TrainEvents for JsonLines {
     }
 
     fn on_warning(&mut self, message: &str) {
-        tell(&line("warning", &json!({ "message": message })));
+        warning(message);
     }
 
     fn on_end(&mut self, summary: &Summary) {

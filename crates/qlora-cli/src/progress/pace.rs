@@ -59,6 +59,12 @@ impl Pace {
         Some(steps + evals)
     }
 
+    /// What is left while the evaluation after `step` is under way, of which a part is done, 0 to 1.
+    pub fn left_evaluating(&self, step: usize, done: f64) -> Option<Duration> {
+        let rest = self.eval.unwrap_or_default().mul_f64((1.0 - done).clamp(0.0, 1.0));
+        self.left(step).map(|left| left + rest)
+    }
+
     /// Evaluations that follow `step`: at multiples of the interval, and at the end.
     fn evals_after(&self, step: usize) -> usize {
         if !self.evaluates || step >= self.total_steps {
@@ -101,6 +107,8 @@ mod tests {
         pace.step(now);
         assert_eq!(pace.left(31), Some(69 * 2 * SECOND + 7 * 7 * SECOND));
         assert_eq!(pace.left(100), Some(Duration::ZERO));
+        // The last one, half of which is done.
+        assert_eq!(pace.left_evaluating(100, 0.5), Some(Duration::from_millis(3500)));
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! the others say, which is errors, gets their number before it. Signals are passed on, so that all stop after the same step. Ranks
 //! have process groups of their own: else a Ctrl-C would reach them twice.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, IsTerminal as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -31,7 +32,7 @@ const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
 pub fn run(count: usize) -> Result<Code> {
     let program = std::env::current_exe().context("can't find this program's own file to start ranks with")?;
     let place = Place::first_of(count).context("this host gives no port for the ranks to meet at")?;
-    let mut ranks = Ranks { living: Arc::default(), ended: Vec::new() };
+    let mut ranks = Ranks { living: Arc::default(), ended: Vec::new(), said: Arc::default() };
     let pids = Arc::clone(&ranks.living);
     signals::on_interrupt(move || interrupt(&pids))?;
     let threads = std::env::var_os(THREADS_VARIABLE).unwrap_or_else(|| share_of_cores(count).to_string().into());
@@ -81,13 +82,23 @@ struct Ranks {
     living: Arc<Mutex<Vec<Rank>>>,
     /// In the order in which they did.
     ended: Vec<Ended>,
+    /// Warnings of ranks but the first.
+    said: Arc<Mutex<HashSet<String>>>,
 }
 
 impl Ranks {
     fn add(&self, rank: usize, mut child: Child) {
+        // Rank 0 draws its bar where these lines go: they take its place, and it is drawn again below them.
+        let clear = if std::io::stderr().is_terminal() { "\r\u{1b}[2K" } else { "" };
+        let said = Arc::clone(&self.said);
         let say_for = |stderr| {
             let lines = BufReader::new(stderr).lines().map_while(Result::ok);
-            move || lines.for_each(|line| say!("rank {rank}: {line}"))
+            // What libraries warn of is the same on each rank.
+            let is_new = move |line: &String| {
+                !line.starts_with("warning: ")
+                    || said.lock().unwrap_or_else(PoisonError::into_inner).insert(line.clone())
+            };
+            move || lines.filter(is_new).for_each(|line| say!("{clear}rank {rank}: {line}"))
         };
         let voice = child.stderr.take().map(|stderr| std::thread::spawn(say_for(stderr)));
         lock(&self.living).push(Rank { rank, child, voice });

@@ -15,8 +15,9 @@ const BAR: usize = 40;
 /// What stands for a token that is a part of a character.
 const PART: &str = "…";
 
-const LEARNED: &str = "\u{1b}[32m";
-const LEARNED_SPECIAL: &str = "\u{1b}[1;32m";
+// A green of the 256 colours, which is read on black and on white; that of the sixteen hardly is on white.
+const LEARNED: &str = "\u{1b}[38;5;28m";
+const LEARNED_SPECIAL: &str = "\u{1b}[1;38;5;28m";
 const SPECIAL: &str = "\u{1b}[1m";
 const RESET: &str = "\u{1b}[0m";
 

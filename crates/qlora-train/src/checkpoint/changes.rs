@@ -168,13 +168,13 @@ impl TrainingCheckpoint {
     }
 }
 
-/// Every key of a configuration with its value, as TOML writes it.
+/// Every key of a configuration with its value.
 ///
 /// # Errors
 /// A value has no form in TOML.
-pub(crate) fn settings(config: &TrainConfig) -> Result<Vec<(String, String)>, TrainError> {
+pub(crate) fn settings(config: &TrainConfig) -> Result<Vec<(String, toml::Value)>, TrainError> {
     let table = toml::Table::try_from(config).map_err(|e| TrainError::ConfigWrite { message: e.to_string() })?;
-    Ok(flattened(&table).into_iter().map(|(key, value)| (key, value.to_string())).collect())
+    Ok(flattened(&table).into_iter().map(|(key, value)| (key, value.clone())).collect())
 }
 
 /// The values of a table and of the tables in it, by `section.key`.

@@ -24,16 +24,13 @@ impl Default for EvalConfig {
 }
 
 impl EvalConfig {
-    /// Checks the section. Answers belong to evaluations, and ranks that share the base do all passes together.
-    pub(super) fn validate(&self, data: &DataConfig, shard_base: bool) -> Result<(), TrainError> {
+    /// Checks the section. Answers belong to evaluations.
+    pub(super) fn validate(&self, data: &DataConfig) -> Result<(), TrainError> {
         let count = format!("[{} prompts]", self.prompts.len());
         let asks = !self.prompts.is_empty();
         let evaluates = data.eval.is_some() || data.eval_fraction > 0.0;
         let rows = "are answered at evaluations: set data.eval or data.eval_fraction";
         check("eval.prompts", &count, !asks || evaluates, rows)?;
-        let sharded =
-            "can't be answered by a base that ranks share: leave them out, or set distributed.shard_base = false";
-        check("eval.prompts", &count, !asks || !shard_base, sharded)?;
         let empty = self.prompts.iter().any(|prompt| prompt.trim().is_empty());
         check("eval.prompts", "\"\"", !empty, "must not be empty")?;
         check("eval.max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "must be 1 or more")

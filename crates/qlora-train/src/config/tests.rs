@@ -90,7 +90,7 @@ fn every_key_survives_writing_and_reading() {
         ("train.embedding_learning_rate", "1e-5"),
         ("train.neftune_alpha", "5"),
         ("train.weight_decay_of", "{ vectors = 0.0, lora_b = 0.1 }"),
-        ("train.log_to", "[\"tensorboard\", \"mlflow\"]"),
+        ("train.log_to", "[\"tensorboard\", \"mlflow\", \"trackio\"]"),
         ("eval.prompts", "[\"1 + 1?\"]"),
         ("eval.max_new_tokens", "8"),
         ("train.optimizer", "lion_8bit"),

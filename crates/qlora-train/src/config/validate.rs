@@ -56,7 +56,7 @@ impl TrainConfig {
         let margin = "needs an objective that compares two answers, such as train.objective = \"dpo\"";
         check("train.keep_best", "\"margin\"", pairs || self.train.keep_best != KeepBest::Margin, margin)?;
         self.serve.validate()?;
-        self.eval.validate(&self.data, self.distributed.shard_base)?;
+        self.eval.validate(&self.data)?;
         Ok(self.data.validate()?)
     }
 

@@ -39,14 +39,26 @@ impl Engine {
     /// # Errors
     /// No batch has an unmasked token, the device fails, or another rank does.
     pub fn evaluate(&self, batches: impl IntoIterator<Item = impl Borrow<Batch>>) -> Result<Evaluation, TrainError> {
+        self.evaluate_telling(batches, &mut |_| {})
+    }
+
+    /// As [`Engine::evaluate`]; `tell` hears how many batches this rank has done.
+    ///
+    /// # Errors
+    /// As [`Engine::evaluate`].
+    pub fn evaluate_telling(
+        &self,
+        batches: impl IntoIterator<Item = impl Borrow<Batch>>,
+        tell: &mut dyn FnMut(usize),
+    ) -> Result<Evaluation, TrainError> {
         match self.preferences().is_some_and(Preferences::has_mismatches) {
             true => {
                 // What all rows are compared by is known when all were looked at.
                 let batches: Vec<_> = batches.into_iter().collect();
                 let apart = self.apart(&batches)?;
-                self.evaluate_by(batches, apart)
+                self.evaluate_by(batches, apart, tell)
             }
-            false => self.evaluate_by(batches, None),
+            false => self.evaluate_by(batches, None, tell),
         }
     }
 
@@ -54,12 +66,14 @@ impl Engine {
         &self,
         batches: impl IntoIterator<Item = impl Borrow<Batch>>,
         apart: Option<f64>,
+        tell: &mut dyn FnMut(usize),
     ) -> Result<Evaluation, TrainError> {
         let (rank, count) = self.ranks.as_ref().map_or((0, 1), |ranks| (ranks.rank(), ranks.count()));
         let (mut mine, mut all) = (Vec::new(), 0_usize);
         for batch in batches {
             if all % count == rank {
                 mine.push(self.sums_of(batch.borrow(), apart)?);
+                tell(mine.len());
             }
             all += 1;
         }

@@ -7,7 +7,7 @@ use qlora_data::{Example, JudgedRows, MASKED_LABEL};
 /// Prompt and answer tokens of each row.
 const ROWS: [[usize; 2]; 6] = [[3, 4], [3, 2], [1, 1], [1, 5], [5, 3], [5, 6]];
 
-fn batch(sides: &[Side], paired: bool) -> Batch {
+fn batch_of(sides: &[Side], paired: bool) -> Batch {
     let row = |(number, [prompt, answer]): (usize, &[usize; 2])| Example {
         input_ids: vec![number as u32 + 1; prompt + answer],
         labels: (0..prompt + answer).map(|at| if at < *prompt { MASKED_LABEL } else { 1 }).collect(),
@@ -19,7 +19,7 @@ fn batch(sides: &[Side], paired: bool) -> Batch {
 }
 
 fn pairs() -> Batch {
-    batch(&[Side::Chosen, Side::Rejected].repeat(3), true)
+    batch_of(&[Side::Chosen, Side::Rejected].repeat(3), true)
 }
 
 /// Log-probabilities of tokens: nothing regular, all below 0.
@@ -152,7 +152,7 @@ fn losses_and_derivatives_are_those_of_the_formulas() {
 #[test]
 fn answers_that_are_judged_one_by_one_are_weighted_and_compared_with_z() {
     let sides = [Side::Chosen, Side::Rejected, Side::Rejected, Side::Chosen, Side::Rejected];
-    let batch = batch(&sides, false);
+    let batch = batch_of(&sides, false);
     let mut preferences = preferences(Term::Kto, 0.0);
     (preferences.settings.desirable_weight, preferences.settings.undesirable_weight) = (1.5, 0.75);
     let apart = 0.4;
@@ -176,7 +176,7 @@ fn answers_that_are_judged_one_by_one_are_weighted_and_compared_with_z() {
     };
     assert!((figures[0] - rewards(Side::Chosen)).abs() < 1e-5 && (figures[1] - rewards(Side::Rejected)).abs() < 1e-5);
     // A step whose answers are all of one kind has a loss, too.
-    let same = super::tests::batch(&[Side::Rejected; 3], false);
+    let same = batch_of(&[Side::Rejected; 3], false);
     let (all, values) = rows(&same, &preferences, None);
     let (loss, _, figures) = computed(&preferences, &same, &values, 0.0);
     let oracle = all.iter().map(|row| 0.75 * (1.0 - sg(-0.3 * (row.p - row.r)))).sum::<f64>() / 3.0;

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::tfevents::{self, Value};
-use super::{Beginning, Sink};
+use super::{Beginning, Sink, texts};
+use crate::answers::Answer;
 use crate::report::Outcome;
 
 /// The folder in a run's output folder.
@@ -47,10 +48,17 @@ impl EventFile {
         if step > 0 {
             events.write(&tfevents::restart(now(), step as u64 + 1))?;
         }
-        let rows: String = settings.iter().map(|(key, value)| format!("| {key} | {} |\n", cell(value))).collect();
+        let rows: String =
+            settings.iter().map(|(key, value)| format!("| {key} | {} |\n", cell(&value.to_string()))).collect();
         let text = format!("| key | value |\n|---|---|\n{rows}");
-        events.texts(step, &[("configuration".into(), text)])?;
+        events.texts(step, [("configuration".into(), text)])?;
         Ok(events)
+    }
+
+    fn texts(&mut self, step: usize, texts: impl IntoIterator<Item = (String, String)>) -> Result<(), String> {
+        let texts: Vec<_> = texts.into_iter().collect();
+        let values: Vec<_> = texts.iter().map(|(tag, text)| (tag.as_str(), Value::Text(text))).collect();
+        self.write(&tfevents::values(now(), step as u64, &values))
     }
 
     fn write(&mut self, record: &[u8]) -> Result<(), String> {
@@ -69,9 +77,8 @@ impl Sink for EventFile {
         self.write(&tfevents::values(now(), step as u64, &values))
     }
 
-    fn texts(&mut self, step: usize, texts: &[(String, String)]) -> Result<(), String> {
-        let texts: Vec<_> = texts.iter().map(|(tag, text)| (tag.as_str(), Value::Text(text))).collect();
-        self.write(&tfevents::values(now(), step as u64, &texts))
+    fn answers(&mut self, step: usize, answers: &[Answer]) -> Result<(), String> {
+        self.texts(step, texts(answers))
     }
 
     fn finish(&mut self, _: Option<Outcome>) -> Result<(), String> {

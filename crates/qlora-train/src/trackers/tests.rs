@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::answers::Answer;
 
 pub(super) fn step(step: usize) -> StepMetrics {
     StepMetrics {
@@ -59,7 +58,7 @@ fn holds(message: &[u8], text: &str) -> bool {
 #[test]
 fn each_start_has_an_event_file_and_a_resumed_one_says_where_it_goes_on() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = [("train.epochs".to_string(), "1.0".to_string())];
+    let settings = [("train.epochs".to_string(), 1.0.into())];
     for start in [0, 2] {
         let beginning = Beginning { folder: dir.path(), settings: &settings, step: start };
         let (mut trackers, warnings) = Trackers::open(&[Tracker::TensorBoard], beginning);
@@ -104,7 +103,7 @@ impl Sink for Failing {
         Ok(())
     }
 
-    fn texts(&mut self, _: usize, _: &[(String, String)]) -> Result<(), String> {
+    fn answers(&mut self, _: usize, _: &[Answer]) -> Result<(), String> {
         Ok(())
     }
 

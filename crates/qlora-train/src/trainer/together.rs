@@ -38,7 +38,7 @@ const OWN: &[&str] = &[
 /// Ranks differ in a key that must be the same.
 pub(super) fn configuration(mut config: TrainConfig, ranks: Option<&Ranks>) -> Result<TrainConfig, TrainError> {
     let Some(ranks) = ranks else { return Ok(config) };
-    let keys = checkpoint::settings(&config)?.into_iter();
+    let keys = checkpoint::settings(&config)?.into_iter().map(|(key, value)| (key, value.to_string()));
     let shared = |(key, _): &(String, String)| !OWN.contains(&checkpoint::key_of(key)) && !key.starts_with("serve.");
     ranks.compare(&keys.filter(shared).collect::<Vec<_>>())?;
     let each = config.train.gradient_accumulation_steps;

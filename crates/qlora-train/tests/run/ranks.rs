@@ -230,7 +230,14 @@ fn ranks_that_share_the_base_give_what_one_process_gives() {
         config.train.max_steps = Some(4);
         config.train.eval_every = 2;
         config.distributed.shard_base = true;
+        // Rank 0 answers, as long as it has something to say.
+        config.eval.prompts = vec!["What is 2 + 3?".into(), "Name a colour.".into()];
+        config.eval.max_new_tokens = 5;
         config
+    };
+    let answers = |out: &Path| {
+        let history = History::read(&out.join(METRICS_FILE)).unwrap();
+        history.evals.into_iter().map(|eval| eval.answers).collect::<Vec<_>>()
     };
     let one = of("one", 1);
     run(one.clone(), Resume::No, &mut ()).unwrap();
@@ -244,5 +251,7 @@ fn ranks_that_share_the_base_give_what_one_process_gives() {
         assert_eq!(losses(one), losses(many), "{ranks} ranks");
         assert_eq!(evals(one), evals(many), "{ranks} ranks");
         assert_eq!(adapter(one), adapter(many), "{ranks} ranks");
+        assert!(answers(one).iter().all(|answers| answers.len() == 2));
+        assert_eq!(answers(one), answers(many), "{ranks} ranks");
     }
 }

@@ -1,9 +1,9 @@
-//! Requests to an MLflow server.
+//! Requests to a tracker's server: JSON over HTTP.
 
 use std::fmt;
 use std::time::Duration;
 
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE};
+use reqwest::header::CONTENT_TYPE;
 use reqwest::{Method, StatusCode, Url};
 use serde_json::Value;
 
@@ -31,76 +31,87 @@ impl fmt::Display for Failure {
 }
 
 /// A server, and who asks it.
-pub(super) struct Client {
-    uri: String,
-    authorization: Option<Authorization>,
+pub(super) struct Server {
+    address: String,
+    asks: Asks,
     http: reqwest::Client,
     runtime: tokio::runtime::Runtime,
 }
 
 /// Who asks.
-pub(super) enum Authorization {
-    /// A token.
+pub(super) enum Asks {
+    /// Nobody in particular.
+    Anyone,
+    /// Who has a token.
     Bearer(String),
     /// A user, and a password.
     Basic(String, Option<String>),
+    /// Who sends this header.
+    Header(&'static str, String),
 }
 
-impl Client {
-    /// The server that the environment names.
-    pub(super) fn from_env() -> Result<Self, String> {
-        let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let uri = set("MLFLOW_TRACKING_URI").ok_or("set MLFLOW_TRACKING_URI to the server's address")?;
-        let authorization = match (set("MLFLOW_TRACKING_TOKEN"), set("MLFLOW_TRACKING_USERNAME")) {
-            (Some(token), _) => Some(Authorization::Bearer(token)),
-            (None, Some(user)) => Some(Authorization::Basic(user, set("MLFLOW_TRACKING_PASSWORD"))),
-            (None, None) => None,
-        };
-        Self::new(&uri, authorization)
-    }
+/// The value of a variable of the environment that is not empty.
+pub(super) fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
 
-    /// A server at an address, which may name who asks.
-    pub(super) fn new(uri: &str, authorization: Option<Authorization>) -> Result<Self, String> {
-        let mut url = Url::parse(uri).map_err(|error| format!("MLFLOW_TRACKING_URI: {error}"))?;
-        if !["http", "https"].contains(&url.scheme()) {
-            return Err("MLFLOW_TRACKING_URI must begin with http:// or https://".into());
-        }
-        let in_address = || Authorization::Basic(url.username().into(), url.password().map(str::to_owned));
-        let authorization = authorization.or_else(|| (!url.username().is_empty()).then(in_address));
-        // What is told of the address, and kept of it, holds no password. An address of HTTP can have none.
+/// The address in the value of a variable of the environment.
+pub(super) fn address(variable: &str, text: &str) -> Result<Url, String> {
+    let url = Url::parse(text.trim()).map_err(|error| format!("{variable}: {error}"))?;
+    match url.scheme() {
+        "http" | "https" => Ok(url),
+        _ => Err(format!("{variable} must begin with http:// or https://")),
+    }
+}
+
+impl Server {
+    /// A server at an address, which may name who asks where nothing else does. What is told of the address, and kept of it, holds no password and no
+    /// query.
+    pub(super) fn new(mut url: Url, asks: Asks) -> Result<Self, String> {
+        let asks = match asks {
+            Asks::Anyone if !url.username().is_empty() => {
+                Asks::Basic(url.username().into(), url.password().map(str::to_owned))
+            }
+            asks => asks,
+        };
+        // An address of HTTP can have none.
         let _ = url.set_username("").and_then(|()| url.set_password(None));
+        url.set_query(None);
+        url.set_fragment(None);
         let http = reqwest::Client::builder().timeout(TIMEOUT).connect_timeout(CONNECT).build();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         Ok(Self {
-            uri: url.as_str().trim_end_matches('/').to_owned(),
-            authorization,
+            address: url.as_str().trim_end_matches('/').to_owned(),
+            asks,
             http: http.map_err(|error| error.to_string())?,
             runtime: runtime.map_err(|error| error.to_string())?,
         })
     }
 
     /// The server's address.
-    pub(super) fn uri(&self) -> &str {
-        &self.uri
+    pub(super) fn address(&self) -> &str {
+        &self.address
     }
 
-    /// Asks for something.
-    pub(super) fn get(&self, what: &str, query: &[(&str, &str)]) -> Result<Value, Failure> {
-        let mut url = self.url(what)?;
-        url.query_pairs_mut().extend_pairs(query);
+    /// Asks for something at a path below the address.
+    pub(super) fn get(&self, path: &str, query: &[(&str, &str)]) -> Result<Value, Failure> {
+        let mut url = self.url(path)?;
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
         self.request(Method::GET, url, None)
     }
 
     /// Says something.
-    pub(super) fn post(&self, what: &str, body: &Value) -> Result<Value, Failure> {
-        self.request(Method::POST, self.url(what)?, Some(body))
+    pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.request(Method::POST, self.url(path)?, Some(body))
     }
 
     /// Says something, several times where the server does not answer.
-    pub(super) fn send(&self, what: &str, body: &Value) -> Result<(), String> {
+    pub(super) fn send(&self, path: &str, body: &Value) -> Result<(), String> {
         let mut waits = WAITS.into_iter();
         loop {
-            match (self.post(what, body), waits.next()) {
+            match (self.post(path, body), waits.next()) {
                 (Ok(_), _) => return Ok(()),
                 (Err(Failure::Later(_)), Some(wait)) => std::thread::sleep(wait),
                 (Err(failure), _) => return Err(failure.to_string()),
@@ -108,21 +119,22 @@ impl Client {
         }
     }
 
-    fn url(&self, what: &str) -> Result<Url, Failure> {
-        let url = format!("{}/api/2.0/mlflow/{what}", self.uri);
+    fn url(&self, path: &str) -> Result<Url, Failure> {
+        let url = format!("{}/{path}", self.address);
         Url::parse(&url).map_err(|error| Failure::Refused(format!("{url}: {error}")))
     }
 
     fn request(&self, method: Method, url: Url, body: Option<&Value>) -> Result<Value, Failure> {
-        let place = format!("{}{}", self.uri, url.path());
+        let place = url.as_str().split('?').next().unwrap_or_default().to_owned();
         let mut request = self.http.request(method, url);
         if let Some(body) = body {
             request = request.header(CONTENT_TYPE, "application/json").body(body.to_string());
         }
-        request = match &self.authorization {
-            Some(Authorization::Bearer(token)) => request.header(AUTHORIZATION, format!("Bearer {token}")),
-            Some(Authorization::Basic(user, password)) => request.basic_auth(user, password.as_deref()),
-            None => request,
+        request = match &self.asks {
+            Asks::Bearer(token) => request.bearer_auth(token),
+            Asks::Basic(user, password) => request.basic_auth(user, password.as_deref()),
+            Asks::Header(name, value) => request.header(*name, value),
+            Asks::Anyone => request,
         };
         let answer = self.runtime.block_on(async {
             let answer = request.send().await?;
@@ -135,7 +147,7 @@ impl Client {
         if status.is_success() {
             return Ok(answer);
         }
-        let said = answer["message"].as_str().unwrap_or(&text);
+        let said = ["message", "error"].into_iter().find_map(|key| answer[key].as_str()).unwrap_or(&text);
         let said: String = said.chars().filter(|c| !c.is_control()).take(300).collect();
         let problem = format!("{place}: {status}: {said}");
         Err(match status {
