@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 LOGITS, FOLDER = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
 WORK = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 VOCABULARY, LENGTH, BAR = 96, 40, 1e-5
+SAME = {"kimi_k2": ("deepseek_v3", ["DeepseekV3ForCausalLM"])}
 
 
 def heads(config):
@@ -38,20 +39,29 @@ def shrink(config):
     config = copy.deepcopy(config)
     config.pop("quantization_config", None)
     for section in [config, *(config[key] for key in ("text_config", "vision_config", "audio_config") if isinstance(config.get(key), dict))]:
+        if section is config.get("text_config") and "hidden_size" not in section:
+            # It relies on defaults, which are those of a whole model.
+            section.update(num_hidden_layers=4, hidden_size=64, intermediate_size=40, num_attention_heads=4, num_key_value_heads=4)
         layers = section.get("num_hidden_layers")
         if layers:
-            # As many as show every kind that the first period has.
-            section["num_hidden_layers"] = min(layers, 7 if "layer_types" in section or "sliding_window_pattern" in section else 4)
+            # As many as show every kind that the first period has, and of those that share keys of others, two periods.
+            most = 12 if section.get("num_kv_shared_layers") else 7 if "layer_types" in section or "sliding_window_pattern" in section else 4
+            section["num_hidden_layers"] = min(layers, most)
+            if section.get("num_kv_shared_layers"):
+                section["num_kv_shared_layers"] = min(section["num_kv_shared_layers"], 5)
             for key, value in section.items():
                 if isinstance(value, list) and len(value) == layers:
                     section[key] = value[: section["num_hidden_layers"]]
         for key, most in {"vocab_size": VOCABULARY, "intermediate_size": 40, "moe_intermediate_size": 24, "max_window_layers": 2, "num_experts": 8,
                           "num_local_experts": 8, "org_vocab_size": VOCABULARY, "sliding_window": 9, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12,
-                          "linear_value_head_dim": 10}.items():
+                          "linear_value_head_dim": 10, "global_head_dim": 24, "num_global_key_value_heads": 1, "vocab_size_per_layer_input": VOCABULARY,
+                          "hidden_size_per_layer_input": 12, "shared_expert_intermediate_size": 20, "n_routed_experts": 16, "q_lora_rank": 20,
+                          "kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 16, "v_head_dim": 14}.items():
             if isinstance(section.get(key), int):
                 section[key] = min(section[key], most)
-        if isinstance(section.get("num_experts_per_tok"), int):
-            section["num_experts_per_tok"] = min(section["num_experts_per_tok"], 3)
+        for key in ("num_experts_per_tok", "top_k_experts"):
+            if isinstance(section.get(key), int):
+                section[key] = min(section[key], 3)
         heads(section)
         queries, width = section.get("num_attention_heads"), 16
         factors = [p for p in (section.get("rope_scaling"), section.get("rope_parameters")) if isinstance(p, dict)]
@@ -91,12 +101,26 @@ def shrink(config):
     return config
 
 
+def known(config):
+    """What transformers reads the configuration as: types that it has no name for are computed as those that they are."""
+    config = copy.deepcopy(config)
+    config.pop("auto_map", None)
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict) and section.get("model_type") in SAME:
+            section["model_type"], section["architectures"] = SAME[section["model_type"]]
+            section.pop("auto_map", None)
+    return config
+
+
 def build(folder):
     config = AutoConfig.from_pretrained(folder)
     torch.manual_seed(5)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    make = kind._from_config if kind else AutoModelForCausalLM.from_config
-    model = make(config, attn_implementation="eager").float().eval()
+    name = (config.architectures or [""])[0]
+    # Rewards and embeddings have bodies of the same type, which get a head of words here.
+    kind = getattr(transformers, name, None) if name.endswith(("ForCausalLM", "ForConditionalGeneration")) else None
+    generic = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+    make = kind._from_config if kind else generic.from_config
+    model = make(config, attn_implementation="eager", dtype=torch.float32).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):
@@ -114,11 +138,12 @@ def loss(logits, ids):
 
 
 def compare(published, work):
-    (work / "config.json").write_text(json.dumps(shrink(published)))
+    small = shrink(published)
+    (work / "config.json").write_text(json.dumps(known(small)))
     model = build(work)
-    kept = (work / "config.json").read_text()
-    model.save_pretrained(work)
-    (work / "config.json").write_text(kept)
+    # transformers 5.24 writes the language model's blocks under a name that only the images' encoder of Kimi K2.5 has in its files.
+    model.save_pretrained(work, save_original_format=published["model_type"] != "kimi_k25")
+    (work / "config.json").write_text(json.dumps(small))
     ids = torch.randint(3, VOCABULARY - 3, (2, LENGTH))
     with torch.no_grad():
         theirs = loss(model(input_ids=ids, use_cache=False).logits.float(), ids)

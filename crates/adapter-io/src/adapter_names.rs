@@ -6,8 +6,9 @@
 //!
 //! **Modules.** transformers 4.52 moved the language model of larger ones from `language_model.model` to
 //! `model.language_model`. Published checkpoints keep the old names, and adapters have those of their day; a
-//! checkpoint that was saved from the bare model lacks `model.`. transformers maps all of them
-//! (`_checkpoint_conversion_mapping`), and so does [`Adapter::named_as`].
+//! checkpoint that was saved from the bare model lacks `model.`. Files of Qwen 2 VL and 2.5 VL have the language model's blocks in
+//! `model.layers`, as language models do that read text alone. transformers maps all of them (`_checkpoint_conversion_mapping`), and so
+//! does [`Adapter::named_as`].
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,8 +23,11 @@ use crate::error::FormatError;
 /// The name under which PEFT loads an adapter.
 const DEFAULT_NAME: &str = "default";
 /// Parts of a model under two names each.
-const TWO_NAMES: [(&str, &str); 7] = [
+const TWO_NAMES: [(&str, &str); 10] = [
     ("model.language_model", "language_model.model"),
+    ("model.language_model.layers", "model.layers"),
+    ("model.language_model.embed_tokens", "model.embed_tokens"),
+    ("model.language_model.norm", "model.norm"),
     ("model.vision_tower", "vision_tower"),
     ("model.multi_modal_projector", "multi_modal_projector"),
     ("model.layers", "layers"),

@@ -233,6 +233,16 @@ fn an_adapter_merges_under_either_name_of_its_modules() {
     }
 }
 
+/// As in the files of Qwen 2.5 VL, and in adapters of their day.
+#[test]
+fn a_language_model_may_lie_where_one_without_images_lies() {
+    let names = ["model.language_model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"];
+    for (from, to) in [(names[0], names[1]), (names[1], names[0])] {
+        assert_eq!(adapter(&[from]).named_as(&[to.into(), "visual.blocks.0.attn.qkv".into()]).unwrap().modules(), [to]);
+        assert_eq!(adapter(&[from]).named_as(&[from.into()]).unwrap().modules(), [from]);
+    }
+}
+
 #[test]
 fn names_that_fit_stay_as_they_are() {
     let paths = ["model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"];

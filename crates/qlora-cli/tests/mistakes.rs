@@ -2,6 +2,7 @@
 
 mod common;
 
+use burn_qlora::Adapter;
 use common::{Bench, reference};
 
 fn train<'a>(more: &[&'a str]) -> Vec<&'a str> {
@@ -173,6 +174,22 @@ fn the_adapter() {
     let config = std::fs::read_to_string(dir.join("adapter_config.json")).expect("text");
     bench.write("dora/adapter_config.json", &config.replace("\"use_dora\": false", "\"use_dora\": true"));
     ask("dora", &["use_dora"]);
+}
+
+#[test]
+fn an_adapter_that_lost_a_module_says_so() {
+    let bench = Bench::new();
+    let dir = bench.copy("adapters/plain", "part");
+    let mut adapter = Adapter::load(&dir).expect("an adapter");
+    let lost = adapter.modules()[0].clone();
+    adapter.tensors.retain(|key, _| !key.contains(&lost));
+    adapter.save(&dir).expect("saved");
+    let model = reference("tiny-llama").display().to_string();
+    let generate = ["generate", "--device", "cpu", "--model", &model, "--max-new-tokens", "1", "--prompt", "Hello"];
+    let said = |adapter: &str| bench.ok(&[&generate[..], &["--adapter", adapter]].concat()).stderr;
+    let warning = said("part");
+    assert!(warning.contains("has no weights for modules") && warning.contains(&lost), "{warning}");
+    assert!(!said(&reference("adapters/plain").display().to_string()).contains("no weights"));
 }
 
 #[test]

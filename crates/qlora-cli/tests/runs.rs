@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use common::{Bench, reference};
+use serde_json::{Value, json};
 
 /// Runs of the program that somebody stops listening to, on systems where that can be shown.
 #[cfg(unix)]
@@ -165,4 +168,169 @@ fn warnings_of_libraries_are_told_once() {
     let broken = bench.command(&["init", "-"]).env("RUST_LOG", "qlora=loud").output().expect("the program starts");
     let told = String::from_utf8(broken.stderr).expect("text");
     assert!(told.starts_with("warning: RUST_LOG = \"qlora=loud\": "), "{told}");
+}
+
+/// What `qlora convert` refuses of the recorded models, with a word of the reason: types that it does not write, and of others what llama.cpp
+/// would compute differently.
+const NOT_WRITTEN: &[(&str, &[&str])] = &[
+    (
+        "kv_b_proj",
+        &[
+            "deepseek_v2",
+            "deepseek_v2_ranks",
+            "deepseek_v3",
+            "deepseek_v3_whole",
+            "glm4_moe_lite",
+            "glm4_moe_lite_layers",
+        ],
+    ),
+    ("heads of different widths", &["gemma4", "gemma4_moe", "gemma4_small"]),
+    ("stacked with inputs first", &["gpt_oss", "gpt_oss_tied"]),
+    ("linear attention", &["qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen3_next_stacked"]),
+    ("short convolutions", &["lfm2", "lfm2_wide"]),
+    ("growth of its queries", &["ministral3"]),
+    // Language models of models that read images.
+    ("`gemma3` cannot be written", &["gemma3_images"]),
+    ("`gemma4` cannot be written", &["gemma4_images", "gemma4_moe_images"]),
+    ("`gemma4_unified` cannot be written", &["gemma4_unified"]),
+    ("`mistral3` cannot be written", &["mistral3_images"]),
+    ("`qwen2_5_vl` cannot be written", &["qwen2_5_vl"]),
+    ("`qwen3_5` cannot be written", &["qwen3_5_images"]),
+    ("`qwen3_5_moe` cannot be written", &["qwen3_5_moe_images"]),
+    ("`qwen3_vl` cannot be written", &["qwen3_vl"]),
+    ("`qwen3_vl_moe` cannot be written", &["qwen3_vl_moe", "qwen3_vl_moe_inputs"]),
+    ("`dynamic` cannot be written", &["llama_dynamic"]),
+    ("n_group", &["glm4_moe_groups"]),
+    ("use_bias", &["ernie_biases"]),
+    ("attention_bias", &["hunyuan_biases", "olmo2_biases", "olmo3_yarn", "qwen3", "smollm3_windows"]),
+    ("attention_out_bias", &["seed_oss_biases"]),
+    ("hidden_act", &["llama_linear"]),
+    ("query_pre_attn_scalar", &["gemma2", "gemma3"]),
+    ("use_sliding_window", &["qwen2"]),
+    ("head_dim", &["olmo3"]),
+    ("mlp_only_layers", &["qwen3_moe"]),
+    ("decoder_sparse_step", &["qwen3_moe_stacked"]),
+    ("no_rope_layers", &["smollm3"]),
+];
+
+/// Models whose files hold experts stacked: `qlora merge` does not merge what an adapter has for experts.
+const STACKED: [&str; 10] = [
+    "deepseek_v3",
+    "gemma4_moe",
+    "gemma4_moe_images",
+    "gpt_oss",
+    "gpt_oss_tied",
+    "qwen3_5_moe_images",
+    "qwen3_moe_stacked",
+    "qwen3_next_stacked",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_inputs",
+];
+
+/// A recorded model with a tokenizer of as many words as it has, rows of them, and a configuration for a few steps.
+fn walkable(bench: &Bench, name: &str) {
+    let dir = bench.copy(&format!("archs/{name}"), name);
+    let config = std::fs::read(dir.join("config.json")).expect("a configuration");
+    let config: Value = serde_json::from_slice(&config).expect("JSON");
+    let words = config["text_config"]["vocab_size"].as_u64().or(config["vocab_size"].as_u64()).expect("a vocabulary");
+    let word = |id: u64| match id {
+        0 => "<pad>".into(),
+        1 => "<s>".into(),
+        2 => "</s>".into(),
+        _ => format!("w{id}"),
+    };
+    let special = |id: u64| json!({ "id": id, "content": word(id), "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false });
+    let vocabulary: serde_json::Map<_, _> = (0..words).map(|id| (word(id), id.into())).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null, "decoder": null,
+        "added_tokens": [special(0), special(1), special(2)], "pre_tokenizer": { "type": "WhitespaceSplit" },
+        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<pad>" },
+    });
+    bench.write(&format!("{name}/tokenizer.json"), &tokenizer.to_string());
+    let special = json!({ "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>" });
+    bench.write(&format!("{name}/tokenizer_config.json"), &special.to_string());
+    let row = |row: u64| (0..11).map(|i| word(3 + (row * 5 + i * 7) % (words - 3))).collect::<Vec<_>>().join(" ");
+    let rows = (0..8).map(|i| json!({ "text": row(i) }).to_string() + "\n");
+    bench.write(&format!("{name}.jsonl"), &rows.collect::<String>());
+    let config = format!(
+        "device = \"cpu\"\n[model]\npath = {name:?}\n[lora]\nrank = 2\n[data]\ntrain = \"{name}.jsonl\"\nformat = \"text\"\n[train]\n\
+         max_steps = 3\nbatch_size = 2\ngradient_accumulation_steps = 1\nlearning_rate = 1e-2\nsave_every = 2\n"
+    );
+    bench.write(&format!("{name}.toml"), &config);
+}
+
+/// One model from training to the files of other programs.
+fn walk(bench: &Bench, name: &str) {
+    walkable(bench, name);
+    let [toml, run, again, merged, gguf, lora, bnb] =
+        [".toml", "-run", "-again", "-merged", ".gguf", ".lora.gguf", "-bnb"].map(|end| format!("{name}{end}"));
+    bench.ok(&["train", &toml, "--output-dir", &run]);
+    // From the second step on again, to the same bits.
+    bench.ok(&["train", &toml, "--resume", &format!("{run}/checkpoint-000002"), "--output-dir", &again]);
+    let weights = |run: &str| bench.read(&format!("{run}/adapter/adapter_model.safetensors"));
+    assert!(weights(&run) == weights(&again), "{name}: what was resumed is another adapter");
+
+    let ask = |model: &str, more: &[&str]| {
+        let ask =
+            ["generate", "--device", "cpu", "--no-chat-template", "--max-new-tokens", "6", "--prompt", "w5 w12 w19"];
+        bench.ok(&[&ask[..], &["--model", model], more].concat()).stdout
+    };
+    let adapter = format!("{run}/adapter");
+    ask(name, &["--adapter", &adapter]);
+    let merge = ["merge", "--model", name, "--adapter", &adapter, "--output", &merged];
+    let base = if STACKED.contains(&name) {
+        bench.fails(&merge, 3, &["experts"]);
+        name
+    } else {
+        let out = bench.ok(&merge);
+        assert!(
+            out.stderr.contains("Checked  logits of base and adapter and of the merged weights are"),
+            "{name}: {}",
+            out.stderr
+        );
+        ask(&merged, &[]);
+        &merged
+    };
+    bench.ok(&["quantize", "--model", base, "--format", "bnb-4bit", "--output", &bnb]);
+    ask(&bnb, &[]);
+
+    let convert = ["convert", "--model", base, "--without-tokenizer", "--output", &gguf];
+    let convert_lora = ["convert", "--model", name, "--adapter", &adapter, "--adapter-only", "--output", &lora];
+    match NOT_WRITTEN.iter().find(|(_, names)| names.contains(&name)) {
+        Some((reason, _)) => {
+            bench.fails(&convert, 3, &[reason]);
+            // Some of them concern the base alone.
+            let lora = bench.run(&convert_lora);
+            assert!(
+                lora.code == Some(0) || lora.code == Some(3) && lora.stderr.contains(reason),
+                "{name}: {}",
+                lora.stderr
+            );
+        }
+        None => {
+            bench.ok(&convert);
+            bench.ok(&convert_lora);
+            bench.ok(&["inspect", &gguf]);
+            bench.ok(&["inspect", &lora]);
+        }
+    }
+}
+
+/// Two at a time: what takes long is the start of a program.
+#[test]
+fn every_family_goes_through_everything() {
+    let bench = Bench::new();
+    let folders = std::fs::read_dir(reference("archs")).expect("recorded models").flatten();
+    let mut names: Vec<String> = folders.map(|folder| folder.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
+            walk(&bench, name);
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(work);
+        work();
+    });
 }

@@ -210,6 +210,19 @@ fn what_is_not_implemented_is_refused_by_name() {
 }
 
 #[test]
+fn modules_without_weights_are_found() {
+    let (model, whole) = (load(None), adapter("plain"));
+    assert_eq!(model.missing_modules(&whole).unwrap(), [""; 0]);
+    let mut part = whole.clone();
+    let lost: Vec<String> = whole.modules().into_iter().filter(|path| path.contains(".layers.3.")).collect();
+    part.tensors.retain(|key, _| !key.contains(".layers.3."));
+    let mut found = model.missing_modules(&part).unwrap();
+    found.sort();
+    assert!(!lost.is_empty() && found == lost, "{found:?}");
+    load(None).load_adapter(&part).unwrap();
+}
+
+#[test]
 fn gaussian_factors_have_their_deviation() {
     let mut model = load(None);
     let config = LoraConfig { rank: 16, init: Initialization::Gaussian, ..Default::default() };

@@ -235,6 +235,8 @@ fn keys_of_published_files_are_known() {
             json!({"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": false, "mlp_bias": false, "auto_map": {}}),
         ),
         ("qwen3_5", json!({"output_gate_type": "swish", "partial_rotary_factor": 0.25})),
+        ("qwen3_5_moe", json!({"output_gate_type": "swish", "partial_rotary_factor": 0.25})),
+        ("qwen3_next", json!({"output_gate_type": "swish"})),
         ("mixtral", json!({"output_router_logits": true, "router_aux_loss_coef": 0.02, "id2label": {"0": "LABEL_0"}})),
     ];
     // As in DeepSeek V3 and GLM 4.5.

@@ -61,13 +61,15 @@ impl Bench {
         std::fs::read(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
-    /// Copies a recorded folder into the folder, to break something in it.
+    /// Copies the files of a recorded folder into the folder, to break something in it.
     pub fn copy(&self, from: &str, name: &str) -> PathBuf {
         let to = self.path(name);
         std::fs::create_dir_all(&to).expect("a writable temporary folder");
         for entry in std::fs::read_dir(reference(from)).expect("a recorded folder") {
             let entry = entry.expect("a readable folder");
-            std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy");
+            if entry.path().is_file() {
+                std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy");
+            }
         }
         to
     }

@@ -48,6 +48,16 @@ impl Decoder {
         Ok(())
     }
 
+    /// The linear layers of this model that an adapter's configuration names and its file has no weights for. They stay the base's, and
+    /// [`load_adapter`](Self::load_adapter) warns of them.
+    ///
+    /// # Errors
+    /// A pattern in the configuration is no regular expression.
+    pub fn missing_modules(&self, adapter: &Adapter) -> Result<Vec<String>, ModelError> {
+        let paths = self.linear_paths();
+        Ok(adapter.named_as(&paths)?.missing_modules(&paths)?)
+    }
+
     /// Goes on with an adapter that was [exported](Self::export_adapter) while it was trained with this `config` and
     /// `seed`: the initialisation is made again where it changes the weights, and the trained values put in place.
     ///
@@ -94,6 +104,17 @@ impl Decoder {
     fn put(&mut self, adapter: &Adapter) -> Result<(), ModelError> {
         let paths = self.linear_paths();
         let adapter = &*adapter.named_as(&paths)?;
+        // Names that nothing is there for at all are told by those who read the file.
+        let (nowhere, mut missing) = (adapter.missing_targets(), adapter.missing_modules(&paths)?);
+        missing.retain(|path| !nowhere.iter().any(|name| path.rsplit('.').next() == name.rsplit('.').next()));
+        if let Some(first) = missing.first() {
+            let modules = missing.len();
+            tracing::warn!(
+                first,
+                modules,
+                "an adapter has no weights for modules that its configuration names: they stay the base's"
+            );
+        }
         let config = &adapter.config;
         if let Some(feature) = config.beyond_plain_lora().into_iter().find(|key| !IMPLEMENTED.contains(key)) {
             return Err(ModelError::AdapterFeature { feature: feature.into() });

@@ -91,6 +91,8 @@ pub(super) const QWEN3_5_MOE_TEXT: Family = Family {
         ("attn_output_gate", Only::Flag(true)),
         ("mlp_bias", Only::Flag(false)),
         ("norm_topk_prob", Only::Flag(true)),
+        // Files of Qwen 3.8 say so.
+        ("output_gate_type", Only::Text("swish")),
     ],
     // The load-balancing loss trains routers, which stay as they are here.
     harmless: &[
@@ -127,7 +129,11 @@ pub(super) const QWEN3_NEXT: Family = Family {
         num_key_value_heads: Some(2),
         ..QWEN3_5_TEXT.sizes
     },
-    fixed: &[("mlp_bias", Only::Flag(false)), ("use_sliding_window", Only::Flag(false))],
+    fixed: &[
+        ("mlp_bias", Only::Flag(false)),
+        ("use_sliding_window", Only::Flag(false)),
+        ("output_gate_type", Only::Text("swish")),
+    ],
     harmless: &["mtp_num_hidden_layers", "output_router_logits", "router_aux_loss_coef"],
     ..QWEN3_5_TEXT
 };
