@@ -5,6 +5,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
 use crate::example::Example;
+use crate::examples::Examples;
 use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
 
@@ -12,7 +13,7 @@ use crate::shuffle::{Purpose, permutation};
 #[derive(Clone, Debug, Default)]
 pub struct Dataset {
     /// The rows.
-    pub examples: Vec<Example>,
+    pub examples: Examples,
     /// What was read, cut and left out.
     pub report: DataReport,
     /// How often an epoch visits the rows of each source; empty where it visits every row once.
@@ -58,7 +59,7 @@ impl Dataset {
         let taken = ((rows as f64 * fraction).round() as usize).clamp(1, rows - 1);
         let mut is_taken = vec![false; rows];
         for &row in &permutation(rows, seed, Purpose::Split, 0)[..taken] {
-            is_taken[row] = true;
+            is_taken[row as usize] = true;
         }
         let (kept_report, taken_report) = self.report.split(&self.examples, &is_taken);
         let mut from = 0;
@@ -68,11 +69,11 @@ impl Dataset {
             weight.rows = is_taken[from..to].iter().filter(|taken| !**taken).count();
             from = to;
         }
-        let mut parts = [Vec::new(), Vec::new()];
-        for (example, taken) in self.examples.into_iter().zip(is_taken) {
-            parts[taken as usize].push(example);
-        }
-        let [kept, taken] = parts;
+        let of = |part: bool| {
+            let rows = is_taken.iter().zip(0..).filter(|(taken, _)| **taken == part).map(|(_, row)| row);
+            self.examples.chosen(rows.collect())
+        };
+        let [kept, taken] = [of(false), of(true)];
         let held_out = Self { examples: taken, report: taken_report, weights: Vec::new() };
         Ok((Self { examples: kept, report: kept_report, weights }, held_out))
     }
@@ -83,15 +84,15 @@ impl Dataset {
         let mut hash = Sha256::new();
         let mut bytes = Vec::new();
         hash.update((self.examples.len() as u64).to_le_bytes());
-        for example in &self.examples {
+        self.examples.walk(|_, row| {
             bytes.clear();
-            for length in [example.input_ids.len(), example.labels.len()] {
-                bytes.extend((length as u64).to_le_bytes());
-            }
-            bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
-            bytes.extend(example.labels.iter().flat_map(|label| label.to_le_bytes()));
+            // As many ids as labels.
+            let length = (row.len() as u64).to_le_bytes();
+            bytes.extend([length, length].as_flattened());
+            bytes.extend(row.ids().flat_map(u32::to_le_bytes));
+            bytes.extend(row.labels().flat_map(i64::to_le_bytes));
             hash.update(&bytes);
-        }
+        });
         for SourceWeight { rows, weight } in &self.weights {
             hash.update((*rows as u64).to_le_bytes());
             hash.update(weight.to_le_bytes());
@@ -106,7 +107,7 @@ impl Dataset {
     /// Rows chosen by the seed: of the first count, and others of the second, as far as there are any.
     pub fn choose(&self, counts: [usize; 2], seed: u64) -> [Vec<Example>; 2] {
         let order = permutation(self.examples.len(), seed, Purpose::Split, 0);
-        let mut order = order.into_iter().map(|row| self.examples[row].clone());
+        let mut order = order.into_iter().filter_map(|row| self.examples.get(row as usize));
         counts.map(|count| order.by_ref().take(count).collect())
     }
 }

@@ -11,6 +11,7 @@ use chat_text::{ChatError, ChatTemplate, Tokenizer};
 use crate::config::{DataConfig, LossOn};
 use crate::error::DataError;
 use crate::example::Example;
+use crate::examples::MAX_IDS;
 use crate::formats::{Read, Row, Turn};
 use crate::notice::{NoticeFacts, NoticeKind};
 use crate::report::{MaskReason, TruncatedRow};
@@ -153,9 +154,7 @@ impl RowEncoder<'_> {
 
     /// Refuses a token that the model has no row for.
     fn check_ids(&self, example: &Example) -> Result<(), DataError> {
-        let Some(embedding_rows) = self.embedding_rows else {
-            return Ok(());
-        };
+        let embedding_rows = self.embedding_rows.map_or(MAX_IDS, |rows| rows.min(MAX_IDS));
         match example.input_ids.iter().find(|id| **id as usize >= embedding_rows) {
             None => Ok(()),
             Some(&id) => Err(DataError::OutsideEmbedding {

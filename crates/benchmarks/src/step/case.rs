@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use burn_qlora::qlora_data::{Batch, BatchOrder, DataConfig, Example, Packing};
+use burn_qlora::qlora_data::{Batch, BatchOrder, DataConfig, Example, Examples, Packing};
 use burn_qlora::qlora_layers::mix;
 use serde::{Deserialize, Serialize};
 
@@ -91,10 +91,10 @@ impl Case {
             Fill::Padded => drawn(self.rows),
             Fill::Packed => {
                 let lengths = drawn((8 * self.rows * self.len).div_ceil(MEDIAN as usize).max(2));
-                let rows: Vec<Example> = lengths.iter().map(|len| row_of(*len, 0, 1)).collect();
+                let rows: Examples = lengths.iter().map(|len| row_of(*len, 0, 1)).collect();
                 let config = DataConfig { packing: Packing::Auto, max_length: self.len, ..DataConfig::default() };
                 let order = BatchOrder::new(&rows, &config, self.rows, seed, 0);
-                let first = order.rows(0).into_iter().next().unwrap_or_default();
+                let first = order.rows(0).next().unwrap_or_default();
                 first.into_iter().map(|row| lengths[row]).collect()
             }
         }

@@ -7,15 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use chat_text::{ChatTemplate, Tokenizer};
 use rayon::prelude::*;
 
-use super::{LoadOptions, LoadProgress, check_keys};
+use super::{LoadOptions, LoadProgress, Loading, check_keys};
 use crate::config::{DataConfig, Format};
-use crate::dataset::Dataset;
 use crate::encode::{EncodedRow, EndTokens, RowEncoder};
 use crate::error::DataError;
 use crate::mapping::Renaming;
 use crate::notice::{NoticeFacts, Notices};
 use crate::place::Unit;
-use crate::report::{FileReport, MaskedRow};
+use crate::report::{Counts, FileReport, MaskedRow};
 use crate::source::{self, Record, Records};
 use crate::sources::Sources;
 use crate::visible;
@@ -68,7 +67,7 @@ impl FileLoader<'_> {
         of: &OfSource<'_>,
         (skip, most): (usize, usize),
         done: &mut Done,
-        data: &mut Dataset,
+        data: &mut Loading,
     ) -> Result<ReadRows, DataError> {
         let OfSource { number: source, format, renaming } = *of;
         let Self { config, tokenizer, options, .. } = *self;
@@ -107,7 +106,7 @@ impl FileLoader<'_> {
 
         let max_length = config.max_length;
         let mut report = FileReport { path: path.to_owned(), source, format, max_length, ..FileReport::default() };
-        let (first_example, mut notices, mut rows) = (data.examples.len(), Notices::default(), 0);
+        let (mut counts, mut notices, mut rows) = (Counts::default(), Notices::default(), 0);
         piece.truncate(most);
         while !piece.is_empty() {
             rows += piece.len();
@@ -115,7 +114,10 @@ impl FileLoader<'_> {
                 let EncodedRow { line, example, truncated, notices: of_row } = row;
                 report.truncated.extend(truncated);
                 match example {
-                    Ok(example) => data.examples.push(example),
+                    Ok(example) => {
+                        counts.add(example.input_ids.len(), example.label_tokens());
+                        data.rows.push(&example)?;
+                    }
                     Err(reason) => report.masked.push(MaskedRow { line, reason }),
                 }
                 for (kind, subject) in of_row {
@@ -129,7 +131,7 @@ impl FileLoader<'_> {
         }
         report.notices = notices.finish();
         report.facts = encoder.facts;
-        data.report.add(report, &data.examples[first_example..]);
+        data.report.add(report, counts);
         done.rows += rows;
         done.bytes += records.total_bytes();
         Ok(ReadRows { skipped, rows })
