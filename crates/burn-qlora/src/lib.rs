@@ -41,8 +41,8 @@ pub use paged_optim::{Budget, OptimizerKind, Paging};
 pub use qlora_layers::{ActivationCheckpointing, LayerError, LoraConfig, TargetModules};
 pub use qlora_train::report::Summary;
 pub use qlora_train::{
-    Checkpointing, Engine, Plan, Policies, Residency, Resume, Room, Start, StepOutput, TrainConfig, TrainError,
-    TrainEvents, Trainer, calibrate, checkpoint, compute_dtype, config, metrics, profile, report,
+    Checkpointing, Engine, Plan, Policies, Residency, Resume, Room, RowSizes, Start, StepOutput, TrainConfig,
+    TrainError, TrainEvents, Trainer, calibrate, checkpoint, compute_dtype, config, metrics, profile, report,
 };
 
 // Text and data: conversations to token ids, files to batches.

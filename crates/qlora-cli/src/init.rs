@@ -3,7 +3,9 @@
 mod data_sets;
 mod fill;
 mod foreign;
+mod layouts;
 mod tables;
+mod templates;
 
 use std::path::Path;
 

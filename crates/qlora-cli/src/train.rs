@@ -18,8 +18,8 @@ use burn_qlora::qlora_train::rates::{self, Seconds};
 use burn_qlora::qlora_train::{Resized, Waiting, load_rows, packing_note, resize, run_in, training_order};
 use burn_qlora::report::{Outcome, count, device_name, memory};
 use burn_qlora::{
-    Plan, Resume, Room, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic, compute_dtype,
-    select_device,
+    Plan, Resume, Room, RowSizes, Start, Tokenizer, TrainConfig, TrainError, TrainEvents, Trainer, atomic,
+    compute_dtype, select_device,
 };
 
 use crate::args::{KeyFlags, TrainArgs};
@@ -246,7 +246,8 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
         events.on_warning(&format!("{path} holds {holds}: a run needs --resume, --overwrite or another folder"));
     }
     let room = Room::of_rank(&device, config.train.memory_budget, ranks, of_host);
-    let plan = Plan::new(config, &model, dtype, &room, &train.examples)?;
+    let sizes = RowSizes::new(&order, &train.examples);
+    let plan = Plan::new(config, &model, dtype, &room, &sizes)?;
 
     let mut text = String::new();
     writeln!(text, "Model    {}: {} parameters", config.model.path, count(plan.base_parameters))?;
@@ -298,7 +299,7 @@ fn dry_run(config: &TrainConfig, [ranks, of_host]: [usize; 2], events: &mut dyn 
     text += "\n";
     text += &memory_table(&plan).to_string();
     text += &host_table(&plan);
-    text += &would_fit(&fits::nearest(config, &model, dtype, &room, &train.examples)?);
+    text += &would_fit(&fits::nearest(config, &model, dtype, &room, &sizes)?);
     let first = preview::of_rows(config, &tokenizer, &model, &train, 1, PreviewChoice::First)?;
     text += "\nThe first row as it is trained (`qlora preview` shows more):\n";
     for row in &first.rows {

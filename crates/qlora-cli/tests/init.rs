@@ -74,7 +74,8 @@ fn axolotls_keys_are_said_here() {
         "`flash_attention` is not needed",
         "`special_tokens`: tokens are added to the tokenizer's files",
         "`evals_per_epoch` has no counterpart here",
-        "org/other: `type: \"input_output\"` is not known",
+        "org/other: `type: input_output` has pieces of text, each learned or not",
+        "json: `type: completion`: texts beyond data.max_length are cut here",
     ] {
         assert!(told.contains(part), "{part}: {told}");
     }
@@ -111,6 +112,89 @@ fn axolotls_keys_are_said_here() {
     assert_eq!(sources[4].as_str(), Some("org/other"));
     // It is a configuration: only the rows' whereabouts are left to be found.
     bench.fails(&["train", "new.toml", "--dry-run", "--model", "nowhere"], 3, &["nowhere"]);
+}
+
+/// What Axolotl calls layouts and templates, each with what it becomes or why it does not.
+#[test]
+fn axolotls_layouts_and_templates_are_said_here() {
+    let bench = Bench::new();
+    let translated = |template: &str, entries: &str| {
+        let text = format!("base_model: org/base\nadapter: lora\nload_in_4bit: true\n{template}\ndatasets:\n{entries}");
+        bench.write("axolotl.yml", &text);
+        let told = bench.ok(&["init", "--from", "axolotl.yml", "new.toml", "--force"]).stderr;
+        (toml(&bench, "new.toml")["data"].as_table().expect("a section").clone(), told)
+    };
+    let source =
+        |data: &toml::Table| data["train"].as_array().map_or_else(|| data["train"].clone(), |list| list[0].clone());
+    for (kind, format, columns, note) in [
+        ("gpteacher", Some("alpaca"), Some("{ output = \"response\" }"), None),
+        (
+            "alpaca_chat.load_qa",
+            Some("alpaca"),
+            Some("{ instruction = \"question\", output = \"answer\" }"),
+            Some("with another one there"),
+        ),
+        ("metharme", Some("prompt_completion"), Some("{ completion = \"generation\" }"), None),
+        ("alpaca:phi", Some("alpaca"), None, Some("with another one there")),
+        (
+            "context_qa.load_v2",
+            None,
+            None,
+            Some("has a prompt of its own there; here rows of `prompt` and `completion`"),
+        ),
+        ("dpo.chatml", None, None, Some("preferences or rewards there")),
+        (
+            "nowhere.strategy",
+            None,
+            None,
+            Some("`type: nowhere.strategy` is not known; the layout is found by its rows' keys"),
+        ),
+    ] {
+        let (data, told) = translated("", &format!("  - path: a.jsonl\n    type: {kind}\n"));
+        let source = source(&data);
+        assert_eq!(source.get("format").and_then(toml::Value::as_str), format, "{kind}: {told}");
+        assert_eq!(source.get("columns").map(ToString::to_string).as_deref(), columns, "{kind}: {told}");
+        match note {
+            Some(note) => assert!(told.contains(note), "{kind}: {told}"),
+            None => assert!(!told.contains("a.jsonl"), "{kind}: {told}"),
+        }
+    }
+    let chat = "  - path: a.jsonl\n    type: chat_template\n    field_messages: conversations\n    message_property_mappings: {role: from, content: value}\n    \
+                roles_to_train: [assistant]\n    roles: {user: [human], assistant: [gpt]}\n    train_on_eos: turn\n    message_field_training: train\n";
+    for (template, begin, note) in [
+        ("chat_template: chatml", Some("{% for message in messages %}{{ '<|im_start|>'"), None),
+        ("chat_template: llama3", Some("{% for message in messages %}{% if loop.first %}{{ bos_token }}"), None),
+        ("chat_template: tokenizer_default", None, None),
+        (
+            "chat_template: tokenizer_default_fallback_chatml",
+            None,
+            Some("where it has none, data.chat_template gives one"),
+        ),
+        ("chat_template: qwen_25", None, Some("is the template of Qwen 2.5's own tokenizers")),
+        ("chat_template: metharme", None, Some("`chat_template: metharme` is not known")),
+        ("chat_template_jinja: \"{{ messages[0].content }}\"", Some("{{ messages[0].content }}"), None),
+        ("chat_template: jinja\nchat_template_jinja: mine.jinja", Some("mine.jinja"), None),
+    ] {
+        let (data, told) = translated(template, chat);
+        let said = data.get("chat_template").and_then(toml::Value::as_str);
+        assert_eq!(said.is_some(), begin.is_some(), "{template}: {told}");
+        assert!(said.unwrap_or_default().starts_with(begin.unwrap_or_default()), "{template}: {said:?}");
+        assert_eq!(told.contains("chat_template"), note.is_some(), "{template}: {told}");
+        assert!(told.contains(note.unwrap_or_default()) && !told.contains("a.jsonl"), "{template}: {told}");
+        assert_eq!(source(&data).get("columns"), None, "ShareGPT's names are known by themselves");
+    }
+    // A data set's own template, and one that no conversation is there for.
+    let (data, told) = translated("chat_template: chatml", &format!("{chat}    chat_template: gemma\n"));
+    assert!(data["chat_template"].as_str().is_some_and(|text| text.contains("<start_of_turn>")), "{told}");
+    let (_, told) = translated("chat_template: chatml", &format!("{chat}{chat}    chat_template: gemma\n"));
+    assert!(told.contains("data sets have 2 chat templates"), "{told}");
+    let (data, told) = translated("chat_template: chatml", "  - path: a.jsonl\n    type: alpaca\n");
+    assert!(data.get("chat_template").is_none() && told.contains("no data set is said to hold any"), "{told}");
+    let (_, told) =
+        translated("rl: dpo\neot_tokens: [\"<|e|>\"]\ncosine_min_lr_ratio: 0.1", "  - path: a.jsonl\n    type:\n");
+    for part in ["`rl`: rows are trained on their answers", "`eot_tokens`: what ends a turn", "rows of token ids"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn warnings_of_libraries_are_told_once() {
     bench.copy("tiny-llama", "model");
     // The library tokenizers warns of a token that its vocabulary has by another number, by way of the crate `log`.
     let text = String::from_utf8(bench.read("model/tokenizer.json")).expect("text");
-    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let mut json: Value = serde_json::from_str(&text).expect("JSON");
     json["added_tokens"][3]["id"] = 5.into();
     bench.write("model/tokenizer.json", &json.to_string());
     let warning = "Token '<|pad|>' was expected to have ID '5' but was given ID '3' [tokenizers]";

@@ -5,30 +5,25 @@
 //! program; the hour, where a chat template writes the time. What has changed has another name, and nothing is looked up that would have to be compared.
 //! Entries that nobody used for a month are removed when a new one is written. A cache that can't be used costs a note, never the run.
 //!
-//! The file: [`MAGIC`]; the length of a JSON header as u64 and the header, with the report and the weights; for each row its tokens as u32 and its line as
-//! u64; all ids as u32; for each token a bit, whether it is learned, in bytes; and a CRC-32 of all of it. Little-endian.
+//! Rows go to the entry's file while they are tokenized, and a run reads them from there, mapped ([`Examples`](crate::Examples)), so that its memory does not grow
+//! with them. The file has another name until it is complete: runs that begin at once write one each, and the last one stays.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use chat_text::{ChatTemplate, MASKED_LABEL, Tokenizer};
-use flate2::Crc;
-use rayon::prelude::*;
+use chat_text::{ChatTemplate, Tokenizer};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::config::DataConfig;
 use crate::dataset::{Dataset, SourceWeight};
-use crate::example::Example;
+use crate::examples::{Mapped, Stored, UNFINISHED, Unfinished};
+use crate::judged::Judged;
 use crate::load::LoadOptions;
 use crate::report::DataReport;
-
-/// What an entry begins with; its last byte is the version of its form.
-const MAGIC: &[u8; 8] = b"qlrows\0\x01";
 
 /// Bytes of files below which tokenizing takes no time worth a copy on disk.
 const WORTH_IT: u64 = 8 << 20;
@@ -38,6 +33,9 @@ const ENDS: u64 = 1 << 20;
 
 /// After so long without use an entry is removed.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// After so long without a word more, nobody is writing what is unfinished.
+const ABANDONED: Duration = Duration::from_secs(24 * 3600);
 
 /// What rows come from the tokenizer's folder by.
 const TOKENIZER_FILES: [&str; 10] = [
@@ -128,13 +126,28 @@ pub(crate) struct Part<'a> {
     pub settings: String,
 }
 
-/// The header of an entry.
+/// What an entry holds beside rows.
 #[derive(Serialize, Deserialize)]
 struct Header {
-    rows: usize,
-    tokens: usize,
     report: DataReport,
     weights: Vec<SourceWeight>,
+    /// What rows say of their answers, as numbers.
+    judged: Vec<u64>,
+}
+
+/// The header of an entry.
+pub(crate) fn header(report: &DataReport, weights: &[SourceWeight], judged: &[Judged]) -> Vec<u8> {
+    let judged: Vec<u64> = judged.iter().map(|judged| judged.code()).collect();
+    // Of numbers, texts and lists of them there is always JSON.
+    serde_json::to_vec(&json!({"report": report, "weights": weights, "judged": judged})).unwrap_or_default()
+}
+
+/// Says that an entry is not written, and what to do.
+pub(crate) fn not_kept(path: &Path, error: &io::Error) -> String {
+    format!(
+        "rows are not kept in {}, but in memory, and are tokenized again at the next start: {error}; data.cache names another folder, or \"off\"",
+        path.display()
+    )
 }
 
 impl Entry {
@@ -184,10 +197,14 @@ impl Entry {
     /// The data set as it was kept; `None` if it was not, or is damaged.
     pub fn read(&self) -> Option<Dataset> {
         let file = File::open(&self.path).ok()?;
-        let length = file.metadata().ok()?.len();
         // For whoever removes what is not used.
         drop(file.set_modified(SystemTime::now()));
-        match read(BufReader::with_capacity(1 << 20, file), length) {
+        let read = Mapped::open(file).and_then(|(mapped, header)| {
+            let Header { report, weights, judged } = serde_json::from_slice(&header)?;
+            let judged = judged.into_iter().map(Judged::of_code).collect();
+            Ok(Dataset { examples: Stored::Mapped(mapped).into(), judged, report, weights })
+        });
+        match read {
             Ok(data) => Some(data),
             Err(_) => {
                 drop(fs::remove_file(&self.path));
@@ -196,26 +213,14 @@ impl Entry {
         }
     }
 
-    /// Keeps a data set; the error says why it is not.
-    pub fn write(&self, data: &Dataset) -> Result<(), String> {
-        let fail = |error: io::Error| {
-            format!(
-                "rows are not kept in {}: {error}; data.cache names another folder, or \"off\"",
-                self.path.display()
-            )
-        };
+    /// Begins to keep rows; the error says why they are not kept.
+    pub fn begin(&self) -> Result<Unfinished, String> {
         let folder = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(folder).map_err(fail)?;
-        remove_unused(folder);
-        static WRITTEN: AtomicU64 = AtomicU64::new(0);
-        let count = WRITTEN.fetch_add(1, Ordering::Relaxed);
-        let unfinished = folder.join(format!("unfinished-{}-{count}.rows", std::process::id()));
-        let written = File::create(&unfinished).and_then(|file| write(file, data));
-        let written = written.and_then(|()| fs::rename(&unfinished, &self.path));
-        written.map_err(|error| {
-            drop(fs::remove_file(&unfinished));
-            fail(error)
-        })
+        let begun = fs::create_dir_all(folder).and_then(|()| {
+            remove_unused(folder);
+            Unfinished::create(&self.path)
+        });
+        begun.map_err(|error| not_kept(&self.path, &error))
     }
 }
 
@@ -246,135 +251,48 @@ fn identity(path: &Path) -> io::Result<Vec<u8>> {
 fn remove_unused(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let is_ours = entry.path().extension().is_some_and(|extension| extension == "rows");
+        let is_unfinished = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes());
+        let kept = if is_unfinished { ABANDONED } else { KEPT };
         let used = entry.metadata().and_then(|about| about.modified());
-        if is_ours && used.is_ok_and(|used| used.elapsed().is_ok_and(|age| age > KEPT)) {
+        if is_ours && used.is_ok_and(|used| used.elapsed().is_ok_and(|age| age > kept)) {
             drop(fs::remove_file(entry.path()));
         }
     }
-}
-
-/// Writes and reads through a checksum.
-struct Checked<T> {
-    inner: T,
-    crc: Crc,
-}
-
-impl<W: Write> Checked<W> {
-    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.crc.update(bytes);
-        self.inner.write_all(bytes)
-    }
-}
-
-impl<R: Read> Checked<R> {
-    fn take(&mut self, length: usize) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; length];
-        self.inner.read_exact(&mut bytes)?;
-        self.crc.update(&bytes);
-        Ok(bytes)
-    }
-}
-
-fn write(file: File, data: &Dataset) -> io::Result<()> {
-    let tokens = data.examples.iter().map(|example| example.input_ids.len()).sum();
-    let header =
-        Header { rows: data.examples.len(), tokens, report: data.report.clone(), weights: data.weights.clone() };
-    let header = serde_json::to_vec(&header)?;
-    let mut out = Checked { inner: BufWriter::with_capacity(1 << 20, file), crc: Crc::new() };
-    out.put(MAGIC)?;
-    out.put(&(header.len() as u64).to_le_bytes())?;
-    out.put(&header)?;
-    let mut bytes = Vec::new();
-    for example in &data.examples {
-        let length = u32::try_from(example.input_ids.len()).map_err(io::Error::other)?;
-        out.put(&length.to_le_bytes())?;
-        out.put(&(example.line as u64).to_le_bytes())?;
-    }
-    for example in &data.examples {
-        bytes.clear();
-        bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
-        out.put(&bytes)?;
-    }
-    let (mut byte, mut filled) = (0_u8, 0);
-    for label in data.examples.iter().flat_map(|example| &example.labels) {
-        byte |= u8::from(*label != MASKED_LABEL) << filled;
-        filled += 1;
-        if filled == 8 {
-            out.put(&[byte])?;
-            (byte, filled) = (0, 0);
-        }
-    }
-    if filled > 0 {
-        out.put(&[byte])?;
-    }
-    let sum = out.crc.sum();
-    out.inner.write_all(&sum.to_le_bytes())?;
-    out.inner.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
-}
-
-fn read(reader: impl Read, length: u64) -> io::Result<Dataset> {
-    let damaged = || io::Error::from(io::ErrorKind::InvalidData);
-    let mut from = Checked { inner: reader, crc: Crc::new() };
-    if from.take(MAGIC.len())? != MAGIC {
-        return Err(damaged());
-    }
-    let of_header = u64::from_le_bytes(from.take(8)?.try_into().map_err(|_| damaged())?);
-    if of_header > length {
-        return Err(damaged());
-    }
-    let Header { rows, tokens, report, weights } = serde_json::from_slice(&from.take(of_header as usize)?)?;
-    // A damaged header must not ask for more memory than the file could fill.
-    let whole = 8 + 8 + u128::from(of_header) + 12 * rows as u128 + 4 * tokens as u128 + tokens.div_ceil(8) as u128 + 4;
-    if whole != u128::from(length) {
-        return Err(damaged());
-    }
-    let index = from.take(12 * rows)?;
-    let ids = from.take(4 * tokens)?;
-    let learned = from.take(tokens.div_ceil(8))?;
-    let mut sum = [0; 4];
-    from.inner.read_exact(&mut sum)?;
-    if u32::from_le_bytes(sum) != from.crc.sum() {
-        return Err(damaged());
-    }
-    let mut places = Vec::with_capacity(rows);
-    let mut first = 0_usize;
-    for entry in index.as_chunks::<12>().0 {
-        let [a, b, c, d, line @ ..] = *entry;
-        let count = u32::from_le_bytes([a, b, c, d]) as usize;
-        places.push((first, count, u64::from_le_bytes(line) as usize));
-        first += count;
-    }
-    if first != tokens {
-        return Err(damaged());
-    }
-    let ids = ids.as_chunks::<4>().0;
-    let examples = places.into_par_iter().map(|(first, count, line)| {
-        let input_ids: Vec<u32> = ids[first..first + count].iter().map(|id| u32::from_le_bytes(*id)).collect();
-        let is_learned = |at: usize| learned[at / 8] >> (at % 8) & 1 == 1;
-        let label = |(at, id): (usize, &u32)| if is_learned(first + at) { i64::from(*id) } else { MASKED_LABEL };
-        let labels = input_ids.iter().enumerate().map(label).collect();
-        Example { input_ids, labels, line }
-    });
-    Ok(Dataset { examples: examples.collect(), report, weights, ..Dataset::default() })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn data() -> Dataset {
+    use crate::example::Example;
+    use crate::examples::{Examples, Writer};
+    use chat_text::MASKED_LABEL;
+
+    fn rows() -> Vec<Example> {
         let row = |length: u32, line: usize| Example {
             input_ids: (0..length).map(|id| id * 7).collect(),
             labels: (0..length).map(|id| if id % 3 == 0 { MASKED_LABEL } else { i64::from(id * 7) }).collect(),
             line,
         };
+        vec![row(13, 1), row(0, 4), row(20, 9 << 32 | 5)]
+    }
+
+    fn data() -> Dataset {
         let report = DataReport { sources: "rows".into(), rows: 3, notes: vec!["a".into()], ..DataReport::default() };
         Dataset {
-            examples: vec![row(13, 1), row(0, 4), row(20, 9)],
+            examples: rows().into(),
             report,
             weights: vec![SourceWeight { rows: 3, weight: 0.5 }],
             ..Dataset::default()
         }
+    }
+
+    fn keep(entry: &Entry, copies: usize) -> (Examples, Option<String>) {
+        let (mut writer, data) = (Writer::new(Some(entry.begin())), data());
+        for _ in 0..copies {
+            data.examples.iter().for_each(|row| writer.push(&row).unwrap());
+        }
+        writer.finish(&header(&data.report, &data.weights, &data.judged)).unwrap()
     }
 
     #[test]
@@ -382,16 +300,45 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let entry = Entry { path: folder.path().join("a/b.rows") };
         assert!(entry.read().is_none());
-        entry.write(&data()).unwrap();
+        let (written, problem) = keep(&entry, 1);
+        assert_eq!((&written, problem, written.held_bytes()), (&data().examples, None, 0));
+        assert!(data().examples.held_bytes() > 100);
         let read = entry.read().unwrap();
-        assert_eq!((read.examples, read.report, read.weights), (data().examples, data().report, data().weights));
+        assert_eq!((&read.examples, &read.report, &read.weights), (&written, &data().report, &data().weights));
+        assert_eq!(read.examples.iter().collect::<Vec<_>>(), rows());
+        assert_eq!(read.examples.lengths().collect::<Vec<_>>(), [13, 0, 20]);
+        assert_eq!((read.examples.get(3), read.fingerprint()), (None, data().fingerprint()));
+        assert_eq!(fs::read_dir(folder.path().join("a")).unwrap().count(), 1);
+        // Whoever has a file mapped keeps it when it is removed or replaced.
+        keep(&entry, 2);
+        fs::remove_file(&entry.path).unwrap();
+        assert_eq!((read.examples, written), (data().examples, data().examples));
+    }
+
+    /// Of a file that can't be written any more, as on a full disk, the rows go on in memory.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn rows_of_a_file_that_breaks_off_are_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let entry = Entry { path: folder.path().join("b.rows") };
+        let rows: Examples = (0..40_000).flat_map(|_| rows()).collect();
+        for appends in 0..6 {
+            let mut file = entry.begin().unwrap();
+            file.break_after(appends);
+            let mut writer = Writer::new(Some(Ok(file)));
+            rows.iter().for_each(|row| writer.push(&row).unwrap());
+            let (written, problem) = writer.finish(&header(&DataReport::default(), &[], &[])).unwrap();
+            assert!(problem.unwrap().contains("in memory"), "{appends}");
+            assert!(written == rows && written.held_bytes() > 0, "{appends}");
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "{appends}");
+        }
     }
 
     #[test]
     fn a_damaged_entry_is_none_and_goes_away() {
         let folder = tempfile::tempdir().unwrap();
         let entry = Entry { path: folder.path().join("b.rows") };
-        entry.write(&data()).unwrap();
+        keep(&entry, 1);
         let whole = fs::read(&entry.path).unwrap();
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
@@ -402,5 +349,20 @@ mod tests {
             fs::write(&entry.path, &whole[..at]).unwrap();
             assert!(entry.read().is_none(), "the first {at} bytes");
         }
+    }
+
+    #[test]
+    fn what_nobody_writes_or_uses_goes_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let day = Duration::from_secs(24 * 3600);
+        for (name, days) in [("unfinished-1-0.rows", 2), ("a.rows", 2), ("b.rows", 40), ("c.txt", 40)] {
+            let file = File::create(folder.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - days * day).unwrap();
+        }
+        drop(File::create(folder.path().join("unfinished-2-0.rows")).unwrap());
+        remove_unused(folder.path());
+        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["a.rows", "c.txt", "unfinished-2-0.rows"]);
     }
 }

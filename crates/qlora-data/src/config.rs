@@ -136,6 +136,12 @@ impl DataConfig {
         if self.max_length < 2 {
             return fail("max_length", format!("= {} leaves no token to predict; give 2 or more", self.max_length));
         }
+        if u32::try_from(self.max_length).is_err() {
+            return fail(
+                "max_length",
+                format!("= {} is more than rows can have; give {} or less", self.max_length, u32::MAX),
+            );
+        }
         if !(0.0..1.0).contains(&self.eval_fraction) {
             return fail(
                 "eval_fraction",
@@ -185,7 +191,8 @@ impl Format {
         match self {
             Self::Auto => {
                 "an object with `messages`, `conversations`, `prompt` and `completion`, \
-                 `instruction` and `output`, or `text`; of two answers `chosen` and `rejected` stand in their place"
+                 `instruction` and `output`, or `text`; of two answers `chosen` and `rejected` stand in their place \
+                 (data.columns says which columns these are)"
             }
             Self::Chat => {
                 "an object with `messages`: a list of objects with `role` and `content` \

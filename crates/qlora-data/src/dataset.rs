@@ -5,6 +5,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
 use crate::example::Example;
+use crate::examples::Examples;
 use crate::judged::Judged;
 use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
@@ -13,7 +14,7 @@ use crate::shuffle::{Purpose, permutation};
 #[derive(Clone, Debug, Default)]
 pub struct Dataset {
     /// The rows.
-    pub examples: Vec<Example>,
+    pub examples: Examples,
     /// What each of them says of its answers; empty where they are to be learned, whatever they are.
     pub judged: Vec<Judged>,
     /// What was read, cut and left out.
@@ -61,7 +62,7 @@ impl Dataset {
         let taken = ((rows as f64 * fraction).round() as usize).clamp(1, rows - 1);
         let mut is_taken = vec![false; rows];
         for &row in &permutation(rows, seed, Purpose::Split, 0)[..taken] {
-            is_taken[row] = true;
+            is_taken[row as usize] = true;
         }
         let (kept_report, taken_report) = self.report.split(&self.examples, &is_taken);
         let mut from = 0;
@@ -71,8 +72,12 @@ impl Dataset {
             weight.rows = is_taken[from..to].iter().filter(|taken| !**taken).count();
             from = to;
         }
+        let of = |part: bool| {
+            let rows = is_taken.iter().zip(0..).filter(|(taken, _)| **taken == part).map(|(_, row)| row);
+            self.examples.chosen(rows.collect())
+        };
+        let [kept, taken] = [of(false), of(true)];
         let [judged, of_taken] = parts(self.judged, &is_taken);
-        let [kept, taken] = parts(self.examples, &is_taken);
         let held_out = Self { examples: taken, judged: of_taken, report: taken_report, weights: Vec::new() };
         Ok((Self { examples: kept, judged, report: kept_report, weights }, held_out))
     }
@@ -88,23 +93,16 @@ impl Dataset {
         let mut hash = Sha256::new();
         let mut bytes = Vec::new();
         hash.update((self.examples.len() as u64).to_le_bytes());
-        for example in &self.examples {
+        self.examples.walk(|_, row| {
             bytes.clear();
-            for length in [example.input_ids.len(), example.labels.len()] {
-                bytes.extend((length as u64).to_le_bytes());
-            }
-            bytes.extend(example.input_ids.iter().flat_map(|id| id.to_le_bytes()));
-            bytes.extend(example.labels.iter().flat_map(|label| label.to_le_bytes()));
+            // As many ids as labels.
+            let length = (row.len() as u64).to_le_bytes();
+            bytes.extend([length, length].as_flattened());
+            bytes.extend(row.ids().flat_map(u32::to_le_bytes));
+            bytes.extend(row.labels().flat_map(i64::to_le_bytes));
             hash.update(&bytes);
-        }
-        for judged in &self.judged {
-            let said = match *judged {
-                Judged::Undesirable => 0,
-                Judged::Desirable => 1,
-                Judged::Pair { rejected_at } => rejected_at as u64,
-            };
-            hash.update(said.to_le_bytes());
-        }
+        });
+        self.judged.iter().for_each(|judged| hash.update(judged.code().to_le_bytes()));
         for SourceWeight { rows, weight } in &self.weights {
             hash.update((*rows as u64).to_le_bytes());
             hash.update(weight.to_le_bytes());
@@ -119,7 +117,7 @@ impl Dataset {
     /// Rows chosen by the seed: of the first count, and others of the second, as far as there are any.
     pub fn choose(&self, counts: [usize; 2], seed: u64) -> [Vec<Example>; 2] {
         let order = permutation(self.examples.len(), seed, Purpose::Split, 0);
-        let mut order = order.into_iter().map(|row| self.examples[row].clone());
+        let mut order = order.into_iter().filter_map(|row| self.examples.get(row as usize));
         counts.map(|count| order.by_ref().take(count).collect())
     }
 }

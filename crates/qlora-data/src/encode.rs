@@ -12,6 +12,7 @@ use chat_text::{ChatError, ChatTemplate, Tokenizer};
 use crate::config::{DataConfig, LossOn};
 use crate::error::DataError;
 use crate::example::Example;
+use crate::examples::MAX_IDS;
 use crate::formats::{Answers, Read, Row, Turn};
 use crate::judged::Judged;
 use crate::notice::{NoticeFacts, NoticeKind};
@@ -186,9 +187,7 @@ impl RowEncoder<'_> {
 
     /// Refuses a token that the model has no row for.
     fn check_ids(&self, example: &Example) -> Result<(), DataError> {
-        let Some(embedding_rows) = self.embedding_rows else {
-            return Ok(());
-        };
+        let embedding_rows = self.embedding_rows.map_or(MAX_IDS, |rows| rows.min(MAX_IDS));
         match example.input_ids.iter().find(|id| **id as usize >= embedding_rows) {
             None => Ok(()),
             Some(&id) => Err(DataError::OutsideEmbedding {

@@ -3,9 +3,9 @@
 use chat_text::MASKED_LABEL;
 
 /// A row as tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Example {
-    /// Token ids.
+    /// Token ids, below 2^31.
     pub input_ids: Vec<u32>,
     /// For each token its id, or [`MASKED_LABEL`]. Not shifted: the label at position t is what
     /// the model should predict at t - 1, so the first one is never used.

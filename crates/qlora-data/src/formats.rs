@@ -65,7 +65,7 @@ impl Format {
     /// Reads an object of this layout as a row; `system_prompt` is that of the configuration.
     pub(crate) fn read(self, object: Object, system_prompt: Option<&str>) -> Result<Read, String> {
         if !has_keys_of(&object, self) {
-            return Err(keys_found(&object));
+            return Err(self.missing(&object));
         }
         let mut unread = Vec::new();
         let answers = match answers::Answers::of(self, object)? {
@@ -119,6 +119,25 @@ impl Row {
             .enumerate()
             .filter(|(at, _)| Some(*at) != last)
             .for_each(|(_, message)| message.learn = false);
+    }
+}
+
+impl Format {
+    /// What an object lacks of this layout.
+    fn missing(self, object: &Object) -> String {
+        let keys: &[&str] = match self {
+            Self::PromptCompletion => &["prompt", "completion"],
+            Self::Alpaca => &["instruction", "output"],
+            Self::Text => &["text"],
+            Self::Chat | Self::Auto => &[],
+        };
+        let missing: Vec<_> =
+            keys.iter().filter(|key| !object.contains_key(**key)).map(|key| format!("`{key}`")).collect();
+        match missing.as_slice() {
+            [] => keys_found(object),
+            [key] => format!("{key} is missing: {}", keys_found(object)),
+            keys => format!("{} are missing: {}", keys.join(" and "), keys_found(object)),
+        }
     }
 }
 

@@ -25,6 +25,24 @@ pub enum Judged {
 }
 
 impl Judged {
+    /// A number for it: 0 and 1 of an answer that is not wanted and of one that is, else where the other answer's row begins.
+    pub(crate) fn code(self) -> u64 {
+        match self {
+            Self::Undesirable => 0,
+            Self::Desirable => 1,
+            Self::Pair { rejected_at } => rejected_at as u64,
+        }
+    }
+
+    /// Of such a number. A row of a pair has two tokens at least.
+    pub(crate) fn of_code(code: u64) -> Self {
+        match code {
+            0 => Self::Undesirable,
+            1 => Self::Desirable,
+            at => Self::Pair { rejected_at: at as usize },
+        }
+    }
+
     /// What each row of a batch that an example of so many tokens becomes says of its answer, and its tokens.
     pub fn sides(self, tokens: usize) -> Vec<(Side, Range<usize>)> {
         match self {

@@ -5,7 +5,8 @@
 //! template), turns it into tokens and gives every token a label: its own id where the loss counts
 //! it, [`MASKED_LABEL`] where it does not. Which tokens count is decided on the text, by byte
 //! ranges, and carried to the tokens by their offsets; both are done by `chat_text`. [`BatchOrder`]
-//! then puts the rows into batches, in an order that depends on the seed and the epoch alone.
+//! then puts the rows into batches, in an order that depends on the seed and the epoch alone. [`Examples`] are read from a file of
+//! the cache where there is one, so that memory does not grow with the data.
 //!
 //! What is left out, cut, not read or not learned is never silent: [`DataReport`] counts it and names the lines, and
 //! with [`DataConfig::strict`] it is an error. [`Preview`] shows rows as they are trained.
@@ -38,12 +39,14 @@ mod dataset;
 mod encode;
 mod error;
 mod example;
+mod examples;
 mod find;
 mod formats;
 mod judged;
 mod load;
 mod mapping;
 mod notice;
+mod order;
 mod packing;
 mod place;
 pub mod preview;
@@ -55,17 +58,19 @@ mod split;
 mod visible;
 mod words;
 
-pub use batch::{Batch, BatchOrder, Batches, Padding, Position, padding_id};
+pub use batch::{Batch, Padding, padding_id};
 pub use cache::RowCache;
 pub use chat_text::MASKED_LABEL;
 pub use config::{DataConfig, Format, LossOn};
 pub use dataset::{Dataset, SourceWeight};
 pub use error::DataError;
 pub use example::Example;
+pub use examples::Examples;
 pub use judged::{Judged, JudgedRows, Side};
 pub use load::{LoadOptions, LoadProgress, load_rows, load_rows_with, load_sources, load_splits, load_splits_with};
 pub use mapping::Columns;
 pub use notice::{Notice, NoticeFacts, NoticeKind};
+pub use order::{BatchOrder, Batches, Position};
 pub use packing::{Packed, Packing};
 pub use place::{Place, Unit};
 pub use preview::{Preview, PreviewChoice, PreviewRow, PreviewToken};

@@ -2,7 +2,8 @@
 //!
 //! A file is read piece by piece. The rows of a piece are encoded in parallel, and a piece is begun
 //! when the one before is done: what is held beyond the tokens is bounded by the largest row, a broken
-//! row is reported when it is met, and of several the first in the file is.
+//! row is reported when it is met, and of several the first in the file is. Tokens go to a file of the cache
+//! as they are made, or stay in memory where there is none.
 
 mod file;
 
@@ -12,12 +13,14 @@ use std::path::{Path, PathBuf};
 use chat_text::{ChatTemplate, Tokenizer};
 use model_hub::Hub;
 
-use crate::cache::{Entry, Part};
+use crate::cache::{self, Entry, Part};
 use crate::config::{DataConfig, Format};
 use crate::dataset::{Dataset, SourceWeight};
 use crate::encode::EndTokens;
 use crate::error::DataError;
+use crate::examples::Writer;
 use crate::find::{self, Found, Role, Wanted};
+use crate::judged::Judged;
 use crate::mapping::{Columns, Renaming};
 use crate::report::DataReport;
 use crate::source;
@@ -241,11 +244,12 @@ fn load(
     if !loader.is_alone {
         check_keys(config, &formats(&planned)?, sources)?;
     }
-    let mut data = Dataset { report, ..Dataset::default() };
+    let rows = Writer::new(entry.map(|entry| entry.begin()));
+    let (mut data, mut weights) = (Loading { report, rows, judged: Vec::new() }, Vec::new());
     let mut done = file::Done { rows: 0, bytes: 0 };
     for (number, planned) in planned.iter().enumerate() {
         let part = planned.part()?;
-        let (first, rows_before) = (data.examples.len(), done.rows);
+        let (first, rows_before) = (data.rows.len(), done.rows);
         let renaming = Renaming::new(planned.columns);
         let of_source = OfSource { number, format: planned.format, renaming: &renaming };
         let (mut skip, mut left) = (part.start, part.len());
@@ -271,19 +275,38 @@ fn load(
             );
             return Err(DataError::Config { key: "columns", problem });
         }
-        let rows = data.examples.len() - first;
-        data.weights.push(SourceWeight { rows, weight: planned.source.weight });
+        let rows = data.rows.len() - first;
+        weights.push(SourceWeight { rows, weight: planned.source.weight });
     }
-    if data.weights.iter().all(|source| source.weight == 1.0) {
-        data.weights.clear();
+    if weights.iter().all(|source| source.weight == 1.0) {
+        weights.clear();
     }
-    if data.examples.is_empty() {
+    if data.rows.len() == 0 {
         return Err(DataError::AllMasked { sources: sources.to_string(), reasons: data.report.masked_reasons() });
     }
-    if let Some(Err(problem)) = entry.filter(|_| data.judged.is_empty()).map(|entry| entry.write(&data)) {
-        data.report.notes.push(problem);
-    }
-    Ok(data)
+    let Loading { mut report, rows, judged } = data;
+    let (examples, problem) = rows.finish(&cache::header(&report, &weights, &judged))?;
+    report.notes.extend(problem.or_else(|| much(examples.held_bytes())));
+    Ok(Dataset { examples, judged, report, weights })
+}
+
+/// A data set that is being read.
+struct Loading {
+    report: DataReport,
+    rows: Writer,
+    /// What rows say of their answers, where they say something.
+    judged: Vec<Judged>,
+}
+
+/// What is to be known of rows that fill memory.
+fn much(held_bytes: u64) -> Option<String> {
+    const MUCH: u64 = 1 << 30;
+    (held_bytes >= MUCH).then(|| {
+        format!(
+            "rows take {:.1} GiB of memory; of files and with data.cache = \"auto\", or a folder, a run reads them from there instead",
+            held_bytes as f64 / MUCH as f64
+        )
+    })
 }
 
 /// Bytes of files; 0 if one is no plain file.

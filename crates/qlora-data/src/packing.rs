@@ -42,17 +42,17 @@ pub struct Packed {
 
 impl Packed {
     /// How rows of these lengths are packed; `None` where they are not, since no two of them fit into one sequence.
-    pub(crate) fn of(packing: Packing, lengths: &[usize], capacity: usize) -> Option<Self> {
+    pub(crate) fn of(packing: Packing, lengths: &[u32], capacity: usize) -> Option<Self> {
         if packing.is_off() {
             return None;
         }
-        let sequences = best_fit(lengths, (0..lengths.len()).collect(), capacity);
-        let tokens = |rows: &Vec<usize>| rows.iter().map(|row| lengths[*row]).sum::<usize>();
+        let sequences = best_fit(lengths, (0..lengths.len() as u32).collect(), capacity);
+        let tokens = |rows: &Vec<u32>| rows.iter().map(|row| lengths[*row as usize] as usize).sum::<usize>();
         let packed = Self {
             sequences: sequences.len(),
             capacity,
             fullest: sequences.iter().map(tokens).max().unwrap_or(0),
-            tokens: lengths.iter().map(|len| *len as u64).sum(),
+            tokens: lengths.iter().map(|len| u64::from(*len)).sum(),
         };
         (packed.sequences < lengths.len()).then_some(packed)
     }
@@ -65,15 +65,16 @@ impl Packed {
 
 /// The rows of each sequence, the longest first. Of rows that are equally long, those that come first in `order` are placed first. A row
 /// beyond the capacity has a sequence to itself.
-pub(crate) fn best_fit(lengths: &[usize], mut order: Vec<usize>, capacity: usize) -> Vec<Vec<usize>> {
+pub(crate) fn best_fit(lengths: &[u32], mut order: Vec<u32>, capacity: usize) -> Vec<Vec<u32>> {
+    let of = |row: &u32| lengths[*row as usize] as usize;
     // A stable sort, so that the order of equal rows stays.
-    order.sort_by_key(|row| Reverse(lengths[*row]));
-    let shortest = order.last().map_or(0, |row| lengths[*row]);
-    let mut sequences: Vec<Vec<usize>> = Vec::new();
+    order.sort_by_key(|row| Reverse(of(row)));
+    let shortest = order.last().map_or(0, of);
+    let mut sequences: Vec<Vec<u32>> = Vec::new();
     // Sequences that have room for the shortest row at least, by their free places.
     let mut open: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for row in order {
-        let length = lengths[row];
+        let length = of(&row);
         let found =
             open.range_mut(length..).next().and_then(|(free, those)| Some((*free, those.pop()?, those.is_empty())));
         let (free, sequence) = match found {
@@ -102,8 +103,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn packed(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
-        best_fit(lengths, (0..lengths.len()).collect(), capacity)
+    fn packed(lengths: &[u32], capacity: usize) -> Vec<Vec<u32>> {
+        best_fit(lengths, (0..lengths.len() as u32).collect(), capacity)
     }
 
     #[test]
@@ -113,7 +114,7 @@ mod tests {
         // First fit would put the 2 into the first sequence, which has more room.
         assert_eq!(packed(&[12, 9, 9, 2], 20), [[0].to_vec(), [1, 2, 3].to_vec()]);
         assert_eq!(packed(&[12, 3, 10], 10), [[0].to_vec(), [2].to_vec(), [1].to_vec()]);
-        assert_eq!(packed(&[], 10), [[0_usize; 0]; 0]);
+        assert_eq!(packed(&[], 10), [[0_u32; 0]; 0]);
     }
 
     #[test]
@@ -127,8 +128,8 @@ mod tests {
     }
 
     /// The straightforward form: of all sequences with room the fullest.
-    fn oracle(lengths: &[usize], capacity: usize) -> Vec<usize> {
-        let mut sorted = lengths.to_vec();
+    fn oracle(lengths: &[u32], capacity: usize) -> Vec<usize> {
+        let mut sorted: Vec<usize> = lengths.iter().map(|length| *length as usize).collect();
         sorted.sort_by_key(|length| Reverse(*length));
         let mut filled: Vec<usize> = Vec::new();
         for length in sorted {
@@ -144,7 +145,7 @@ mod tests {
     proptest! {
         #[test]
         fn sequences_are_those_of_the_oracle(
-            lengths in prop::collection::vec(1usize..30, 0..80),
+            lengths in prop::collection::vec(1u32..30, 0..80),
             capacity in 1usize..40,
             seed in any::<u64>(),
         ) {
@@ -152,12 +153,12 @@ mod tests {
             let sequences = best_fit(&lengths, order, capacity);
             let mut rows = sequences.concat();
             rows.sort_unstable();
-            prop_assert_eq!(rows, (0..lengths.len()).collect::<Vec<_>>());
-            let tokens = |rows: &Vec<usize>| rows.iter().map(|row| lengths[*row]).sum::<usize>();
+            prop_assert_eq!(rows, (0..lengths.len() as u32).collect::<Vec<_>>());
+            let tokens = |rows: &Vec<u32>| rows.iter().map(|row| lengths[*row as usize] as usize).sum::<usize>();
             let mut filled: Vec<usize> = sequences.iter().map(tokens).collect();
             filled.sort_unstable();
             prop_assert_eq!(filled, oracle(&lengths, capacity));
-            let within = |rows: &Vec<usize>| tokens(rows) <= capacity || rows.len() == 1;
+            let within = |rows: &Vec<u32>| tokens(rows) <= capacity || rows.len() == 1;
             prop_assert!(sequences.iter().all(within), "{:?}", sequences);
         }
     }

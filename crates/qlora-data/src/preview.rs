@@ -11,10 +11,11 @@ use std::collections::HashMap;
 
 use chat_text::{MASKED_LABEL, Tokenizer};
 
-use crate::batch::{BatchOrder, Padding};
+use crate::batch::Padding;
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::example::Example;
+use crate::order::BatchOrder;
 use crate::packing::Packed;
 use crate::report::DataReport;
 use crate::shuffle::{Purpose, permutation};
@@ -132,20 +133,21 @@ impl Preview {
                 let mut drawn = permutation(examples.len(), seed, Purpose::Split, 0);
                 drawn.truncate(rows);
                 drawn.sort_unstable();
-                drawn
+                drawn.into_iter().map(|row| row as usize).collect()
             }
         };
         let report = &dataset.report;
-        let row = |row: usize| {
-            let shown = PreviewRow::new(&examples[row], tokenizer)?;
-            let place = report.place(row, &examples[row]).map(|place| match report.files.len() {
+        let row = |(row, example): (usize, Example)| {
+            let shown = PreviewRow::new(&example, tokenizer)?;
+            let place = report.place(row, example.line).map(|place| match report.files.len() {
                 1 => format!("{} {}", place.unit.name(1), place.number),
                 _ => format!("{}, {} {}", place.path.display(), place.unit.name(1), place.number),
             });
             Ok::<_, DataError>(PreviewRow { place: place.unwrap_or(shown.place), ..shown })
         };
+        let chosen = chosen.into_iter().filter_map(|row| Some((row, examples.get(row)?)));
         Ok(Self {
-            rows: chosen.into_iter().map(row).collect::<Result<_, _>>()?,
+            rows: chosen.map(row).collect::<Result<_, _>>()?,
             report: dataset.report.clone(),
             lengths: Lengths::new(dataset),
             batches: order.batches_per_epoch(),

@@ -1,16 +1,20 @@
 //! What was read, cut and left out, in words.
 
-use std::collections::{BTreeSet, HashSet};
+mod parts;
+
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::Format;
-use crate::example::Example;
+use crate::examples::Examples;
 use crate::notice::{self, Notice, NoticeFacts};
 use crate::place::Place;
 use crate::words::{count, grouped, name_rows};
+pub(crate) use parts::Counts;
+use parts::{Parts, parts};
 
 /// A row that was cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,9 +201,12 @@ impl DataReport {
         Self { sources, max_length, ..Self::default() }
     }
 
-    /// Takes up what was read of a file.
-    pub(crate) fn add(&mut self, file: FileReport, examples: &[Example]) {
-        self.count(examples);
+    /// Takes up what was read of a file, whose rows were counted.
+    pub(crate) fn add(&mut self, file: FileReport, counts: Counts) {
+        self.rows += counts.rows;
+        self.tokens += counts.tokens;
+        self.label_tokens += counts.label_tokens;
+        self.longest = self.longest.max(counts.longest);
         // A conversation's template is the adapter's, whatever else was learned beside it.
         let rank = |format: Format| match format {
             Format::Chat => 2,
@@ -209,32 +216,18 @@ impl DataReport {
         if self.files.is_empty() || rank(file.format) > rank(self.format) {
             self.format = file.format;
         }
-        self.files.push(FileReport { rows: examples.len(), ..file });
-    }
-
-    fn count(&mut self, examples: &[Example]) {
-        let lengths = || examples.iter().map(|example| example.input_ids.len());
-        self.rows += examples.len();
-        self.tokens += lengths().map(|n| n as u64).sum::<u64>();
-        self.label_tokens += examples.iter().map(|e| e.label_tokens() as u64).sum::<u64>();
-        self.longest = self.longest.max(lengths().max().unwrap_or(0));
+        self.files.push(FileReport { rows: counts.rows, ..file });
     }
 
     /// Reports of two parts of the rows; `taken` says of each whether it is in the second. Rows left out and notices stay with the first.
-    pub(crate) fn split(self, examples: &[Example], taken: &[bool]) -> (Self, Self) {
+    pub(crate) fn split(self, examples: &Examples, taken: &[bool]) -> (Self, Self) {
         let (mut first, mut second) =
             (Self::new(self.sources.clone(), self.max_length), Self::new(self.sources, self.max_length));
         first.notes = self.notes;
-        let mut from = 0;
-        for file in self.files {
-            let to = from + file.rows;
-            let part = |second: bool| -> Vec<&Example> {
-                let rows = examples[from..to].iter().zip(&taken[from..to]);
-                rows.filter(|(_, taken)| **taken == second).map(|(example, _)| example).collect()
-            };
-            let parts = [part(false), part(true)];
-            let lines: HashSet<usize> = parts[1].iter().map(|example| example.line).collect();
-            let (theirs, ours) = file.truncated.iter().partition(|row| lines.contains(&row.line));
+        let parts = parts(&self.files, examples, taken);
+        for (file, Parts { counts, taken }) in self.files.into_iter().zip(parts) {
+            let is_taken = |row: &TruncatedRow| taken.binary_search(&row.line).is_ok();
+            let (theirs, ours) = file.truncated.iter().partition(|row| is_taken(row));
             let other = FileReport {
                 path: file.path.clone(),
                 truncated: theirs,
@@ -243,30 +236,20 @@ impl DataReport {
                 facts: NoticeFacts { unit: file.facts.unit, ..NoticeFacts::default() },
                 ..file
             };
-            first.add_part(FileReport { truncated: ours, ..file }, &parts[0]);
-            second.add_part(other, &parts[1]);
-            from = to;
+            first.add(FileReport { truncated: ours, ..file }, counts[0]);
+            second.add(other, counts[1]);
         }
         (first, second)
     }
 
-    fn add_part(&mut self, file: FileReport, examples: &[&Example]) {
-        let rows = examples.len();
-        self.add(file, &[]);
-        examples.iter().for_each(|example| self.count(std::slice::from_ref(*example)));
-        if let Some(last) = self.files.last_mut() {
-            last.rows = rows;
-        }
-    }
-
-    /// Where a row stands, by its number among the rows to learn from.
-    pub fn place(&self, row: usize, example: &Example) -> Option<Place> {
+    /// Where a row stands, by its number among the rows to learn from and its line.
+    pub fn place(&self, row: usize, line: usize) -> Option<Place> {
         let mut end = 0;
         let file = self.files.iter().find(|file| {
             end += file.rows;
             row < end
         })?;
-        Some(file.facts.unit.at(&file.path, example.line))
+        Some(file.facts.unit.at(&file.path, line))
     }
 
     /// Rows that were cut, of all files; some may be among those left out.
@@ -439,7 +422,7 @@ mod tests {
             ..FileReport::default()
         };
         let mut report = DataReport::new("*.jsonl".into(), 64);
-        (0..8).for_each(|number| report.add(file(number), &[]));
+        (0..8).for_each(|number| report.add(file(number), Counts::default()));
         let warnings = report.warnings();
         assert_eq!(warnings.len(), FILES_SHOWN + 2, "{warnings:?}");
         assert!(warnings[0].starts_with("0.jsonl: 1 row was cut"), "{warnings:?}");

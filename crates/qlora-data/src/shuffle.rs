@@ -16,14 +16,14 @@ pub(crate) enum Purpose {
 }
 
 /// A random order of `0..count`: Fisher-Yates, driven by ChaCha8 with the seed, the purpose and
-/// the epoch as its key.
-pub(crate) fn permutation(count: usize, seed: u64, purpose: Purpose, epoch: u64) -> Vec<usize> {
+/// the epoch as its key. Rows are counted in 32 bits.
+pub(crate) fn permutation(count: usize, seed: u64, purpose: Purpose, epoch: u64) -> Vec<u32> {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&(purpose as u64).to_le_bytes());
     key[16..24].copy_from_slice(&epoch.to_le_bytes());
     let mut rng = ChaCha8Rng::from_seed(key);
-    let mut order: Vec<usize> = (0..count).collect();
+    let mut order: Vec<u32> = (0..count as u32).collect();
     for last in (1..count).rev() {
         order.swap(last, below(&mut rng, last as u64 + 1) as usize);
     }

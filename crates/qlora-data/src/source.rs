@@ -96,7 +96,7 @@ impl Records {
     /// Opens a file. One that holds no rows by its first bytes is refused with what it is and what to do.
     pub fn open(path: &Path, columns: &Mapping) -> Result<Self, DataError> {
         let Stream { mut reader, file, is_packed, progress } = Stream::open(path)?;
-        let fail = |source| packed::failure(path, is_packed, source);
+        let fail = |source| packed::failure(path, is_packed, (Unit::Line, 0), source);
         let start = reader.fill_buf().map_err(fail)?;
         if start.starts_with(b"PAR1") {
             if is_packed.is_some() {

@@ -54,7 +54,7 @@ fn a_large_row_costs_a_few_times_its_size() {
         drop(text);
         let cut = DataConfig { max_length: 96, loss_on: LossOn::All, ..config() };
         let dataset = bounded(factor * SIZE, || pool.install(|| load_text(&row, &cut))).unwrap();
-        assert_eq!(dataset.examples[0].input_ids.len(), 96, "{layout}");
+        assert_eq!(dataset.examples.get(0).unwrap().input_ids.len(), 96, "{layout}");
         assert!(dataset.report.files[0].truncated[0].at_least);
         let warnings = dataset.report.warnings().join("\n");
         assert!(warnings.contains("cut to data.max_length = 96, at least "), "{warnings}");
@@ -70,7 +70,7 @@ fn a_beginning_has_the_tokens_of_the_whole() {
         for max_length in [96, 2048, 12_000] {
             let cut = DataConfig { max_length, ..config() };
             let dataset = load_text(&row(layout, &text), &cut).unwrap();
-            let example = &dataset.examples[0];
+            let example = &dataset.examples.get(0).unwrap();
             let whole = match layout {
                 "text" => tokenizer().encode(&text, true).unwrap(),
                 _ => tokenizer().encode(&format!("Say it{text}"), true).unwrap(),
@@ -93,7 +93,7 @@ fn an_answer_far_behind_is_beyond_the_length_and_not_empty() {
     let rows = [row("prompt", &words(200_000)), row("completion", "b")].join("\n");
     let cut = DataConfig { max_length: 64, ..config() };
     let dataset = load_text(&rows, &cut).unwrap();
-    assert_eq!(labelled(&dataset.examples[0]).0, "b<|im_end|>");
+    assert_eq!(labelled(&dataset.examples.get(0).unwrap()).0, "b<|im_end|>");
     let masked = &dataset.report.files[0].masked[0];
     assert_eq!((masked.line, masked.reason), (1, MaskReason::Truncated));
 }

@@ -95,11 +95,11 @@ fn a_text_that_begins_with_bos_does_not_get_a_second() {
         load_rows(&path, &config(), &adding).unwrap().examples
     };
     let text = load(r#"{"text": "a b"}"#);
-    assert_eq!(text[0].input_ids[0], 0);
+    assert_eq!(text.get(0).unwrap().input_ids[0], 0);
     assert_eq!(text, load(r#"{"text": "<|endoftext|>a b"}"#));
     let pair = load(r#"{"prompt": "a", "completion": " b"}"#);
     assert_eq!(pair, load(r#"{"prompt": "<|endoftext|>a", "completion": " b"}"#));
-    assert_eq!(pair[0].input_ids.iter().filter(|id| **id == 0).count(), 1);
+    assert_eq!(pair.get(0).unwrap().input_ids.iter().filter(|id| **id == 0).count(), 1);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn rows_are_held_out_by_the_seed() {
     assert_eq!((train.examples.len(), eval.examples.len()), (1900, 100));
     assert_eq!((train.report.rows, eval.report.rows), (1900, 100));
     let whole = load_rows(&path, &config, tokenizer()).unwrap();
-    let mut both: Vec<_> = train.examples.iter().chain(&eval.examples).collect();
+    let mut both: Vec<_> = train.examples.iter().chain(eval.examples.iter()).collect();
     both.sort_by_key(|e| e.line);
     assert_eq!(both, whole.examples.iter().collect::<Vec<_>>());
     assert_eq!(train.report.tokens + eval.report.tokens, whole.report.tokens);
@@ -168,7 +168,7 @@ fn a_fingerprint_tells_rows_apart() {
     assert_eq!(distinct.len(), 5);
     // Written in stone: checkpoints of earlier versions hold it.
     let example = Example { input_ids: vec![1, 2], labels: vec![MASKED_LABEL, 2], line: 7 };
-    let dataset = Dataset { examples: vec![example], ..Dataset::default() };
+    let dataset = Dataset { examples: vec![example].into(), ..Dataset::default() };
     assert_eq!(dataset.fingerprint(), FINGERPRINT);
 }
 
@@ -241,8 +241,8 @@ proptest! {
             Err(_) => prop_assert!(strict.is_err()),
         }
         if let Ok(dataset) = load_text(&lines.join("\n"), &config) {
-            for example in &dataset.examples {
-                labelled(example);
+            for example in dataset.examples.iter() {
+                labelled(&example);
                 prop_assert!(example.input_ids.len() <= max_length);
                 prop_assert!(example.label_tokens() > 0);
             }
@@ -266,7 +266,7 @@ proptest! {
         let row = serde_json::json!({"messages": messages}).to_string();
         let given = DataConfig { chat_template: template.map(str::to_owned), ..config() };
         let Ok(dataset) = load_text(&row, &given) else { return Ok(()) };
-        let (counted, _) = labelled(&dataset.examples[0]);
+        let (counted, _) = labelled(&dataset.examples.get(0).unwrap());
         // Every letter of the answers that say something, and nothing of the prompts.
         let learned = turns.iter().map(|(_, answer)| answer).filter(|answer| !answer.trim().is_empty());
         let answers: String = match template {

@@ -27,7 +27,10 @@ fn bad_files_are_reported_with_line_and_expectation() {
             &format!("{chat}\n{text}\n"),
             vec!["/rows.jsonl:2: the object has `text`", "expected an object with `messages`"],
         ),
-        (&format!("{text}\n{chat}\n"), vec!["/rows.jsonl:2: the object has `messages`", "the string `text`"]),
+        (
+            &format!("{text}\n{chat}\n"),
+            vec!["/rows.jsonl:2: `text` is missing: the object has `messages`", "the string `text`"],
+        ),
         (
             "{\"question\": 1, \"answer\": 2}",
             vec!["/rows.jsonl:1: the object has `question`, `answer`", "`messages`", "`instruction`"],

@@ -52,13 +52,13 @@ fn every_format_is_detected_and_labelled() {
             let given = DataConfig { format: named, ..config() };
             let dataset = load_text(&format!("\u{feff}\n{row}\r\n\n"), &given).unwrap();
             assert_eq!(dataset.report.format, format);
-            assert_eq!(dataset.examples[0].line, 2);
-            let (counted, all) = labelled(&dataset.examples[0]);
+            assert_eq!(dataset.examples.get(0).unwrap().line, 2);
+            let (counted, all) = labelled(&dataset.examples.get(0).unwrap());
             assert_eq!((counted.as_str(), all.as_str()), (answer, whole));
         }
         let all = DataConfig { loss_on: LossOn::All, ..config() };
         let dataset = load_text(row, &all).unwrap();
-        assert_eq!(labelled(&dataset.examples[0]), (whole.to_owned(), whole.to_owned()));
+        assert_eq!(labelled(&dataset.examples.get(0).unwrap()), (whole.to_owned(), whole.to_owned()));
     }
 }
 
@@ -73,7 +73,7 @@ fn system_prompt_and_template_are_taken_from_the_configuration() {
         ..config()
     };
     let dataset = load_text(row, &given).unwrap();
-    let (counted, all) = labelled(&dataset.examples[0]);
+    let (counted, all) = labelled(&dataset.examples.get(0).unwrap());
     assert_eq!((counted.as_str(), all.as_str()), ("b", "[system]Be brief.[user]a[assistant]b"));
 
     let dir = tempfile::tempdir().unwrap();
@@ -85,7 +85,7 @@ fn system_prompt_and_template_are_taken_from_the_configuration() {
     let alpaca = r#"{"instruction": "Greet.", "output": "Hi"}"#;
     let system = DataConfig { system_prompt: Some("Do it.".into()), ..config() };
     let dataset = load_text(alpaca, &system).unwrap();
-    assert!(labelled(&dataset.examples[0]).1.starts_with("Do it.\n\n### Instruction:\nGreet."));
+    assert!(labelled(&dataset.examples.get(0).unwrap()).1.starts_with("Do it.\n\n### Instruction:\nGreet."));
     let error = load_text(r#"{"text": "x y"}"#, &system).unwrap_err();
     assert!(error.contains("data.system_prompt has no place in text rows"), "{error}");
     let broken = DataConfig { chat_template: Some("{% if".into()), ..config() };
@@ -102,11 +102,11 @@ fn turns_that_cannot_be_traced_are_refused_with_advice() {
     assert!(error.starts_with("/rows.jsonl:1: it can't be told which tokens message 2 became"), "{error}");
     assert!(error.contains("loss_on") && error.contains("{% generation %}"), "{error}");
     let all = load_text(row, &given(counting, LossOn::All)).unwrap();
-    assert_eq!(labelled(&all.examples[0]).0, "4<user 1>a<assistant 1>x<user 1>c<assistant 1>y");
+    assert_eq!(labelled(&all.examples.get(0).unwrap()).0, "4<user 1>a<assistant 1>x<user 1>c<assistant 1>y");
 
     let tagged = counting.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}");
     let dataset = load_text(row, &given(&tagged, LossOn::Assistant)).unwrap();
-    let (counted, _) = labelled(&dataset.examples[0]);
+    let (counted, _) = labelled(&dataset.examples.get(0).unwrap());
     assert_eq!(counted, "x<|im_end|>y<|im_end|>");
 
     let silent = "{% for m in messages %}<{{ m.role }}>{% endfor %}";
@@ -126,7 +126,7 @@ fn sharegpt_rows_bring_a_system_message_tools_and_calls() {
     let row = r#"{"system": "Be a pirate.", "tools": "[{\"name\": \"weather\"}]", "conversations": [{"from": "human", "value": "Rain?"}, {"from": "function_call", "value": "{\"name\": \"weather\", \"arguments\": {\"city\": \"Oslo\"}}"}, {"from": "observation", "value": "wet"}, {"from": "gpt", "value": "Arr", "weight": 0}, {"from": "human", "value": "So?"}, {"from": "gpt", "value": "Aye"}]}"#;
     let dataset = load_text(row, &with_tools()).unwrap();
     assert_eq!(dataset.report.files[0].notices, []);
-    let (counted, all) = labelled(&dataset.examples[0]);
+    let (counted, all) = labelled(&dataset.examples.get(0).unwrap());
     let call = r#"{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>"#;
     assert_eq!(
         all,
@@ -164,7 +164,7 @@ fn a_system_of_the_row_goes_before_the_configurations() {
             "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user",
         ),
     ] {
-        let (_, all) = labelled(&load_text(&row, &given).unwrap().examples[0]);
+        let (_, all) = labelled(&load_text(&row, &given).unwrap().examples.get(0).unwrap());
         assert!(all.starts_with(expected), "{all}");
     }
 }
@@ -173,7 +173,7 @@ fn a_system_of_the_row_goes_before_the_configurations() {
 #[test]
 fn of_message_lists_only_the_completion_is_learned() {
     let row = r#"{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]}"#;
-    let (counted, all) = labelled(&load_text(row, &config()).unwrap().examples[0]);
+    let (counted, all) = labelled(&load_text(row, &config()).unwrap().examples.get(0).unwrap());
     assert_eq!(counted, "d<|im_end|>\n");
     assert!(all.contains("assistant\nb<|im_end|>"), "{all}");
 }
@@ -182,7 +182,7 @@ fn of_message_lists_only_the_completion_is_learned() {
 fn alpaca_rows_bring_a_system_and_earlier_turns() {
     let row = r#"{"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Count.", "history": [["One?", "1"], ["Two?", "2"]]}"#;
     let given = DataConfig { system_prompt: Some("Be brief.".into()), ..config() };
-    let (counted, all) = labelled(&load_text(row, &given).unwrap().examples[0]);
+    let (counted, all) = labelled(&load_text(row, &given).unwrap().examples.get(0).unwrap());
     assert_eq!(
         all,
         "Count.\n\n### Instruction:\nOne?\n\n### Response:\n1<|im_end|>\n\n### Instruction:\nTwo?\n\n### Response:\n2<|im_end|>\n\n### Instruction:\nAdd.\n\n### Input:\n2, 2\n\n### Response:\n4<|im_end|>"
@@ -214,7 +214,7 @@ fn template_variables_come_from_the_configuration_and_the_row() {
     ] {
         let dataset = load_text(&row, &given).unwrap();
         assert_eq!(dataset.report.files[0].notices, []);
-        let (_, all) = labelled(&dataset.examples[0]);
+        let (_, all) = labelled(&dataset.examples.get(0).unwrap());
         assert!(all.starts_with(expected), "{all}");
     }
     let error = load_text(r#"{"text": "a b"}"#, &DataConfig { chat_template: None, ..given }).unwrap_err();
@@ -226,7 +226,7 @@ fn template_variables_come_from_the_configuration_and_the_row() {
 fn an_answer_is_learned_from_its_first_letter_behind_a_blank() {
     for answer in ["blue", "green", "white", "black"] {
         let pair = format!(r#"{{"prompt": "Color of it: ", "completion": "{answer}"}}"#);
-        let (counted, all) = labelled(&load_text(&pair, &config()).unwrap().examples[0]);
+        let (counted, all) = labelled(&load_text(&pair, &config()).unwrap().examples.get(0).unwrap());
         assert_eq!((counted, all), (format!("{answer}<|im_end|>"), format!("Color of it: {answer}<|im_end|>")));
 
         let header = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
@@ -235,10 +235,10 @@ fn an_answer_is_learned_from_its_first_letter_behind_a_blank() {
         );
         let given = DataConfig { chat_template: Some(header.into()), ..config() };
         let dataset = load_text(&chat, &given).unwrap();
-        assert_eq!(labelled(&dataset.examples[0]).0, format!("{answer}<|im_end|>\n"));
+        assert_eq!(labelled(&dataset.examples.get(0).unwrap()).0, format!("{answer}<|im_end|>\n"));
         // As many as behind a header without a blank.
         let bare = DataConfig { chat_template: Some(header.replace(": ", ":")), ..config() };
-        let same = load_text(&chat, &bare).unwrap().examples[0].label_tokens();
-        assert_eq!(dataset.examples[0].label_tokens(), same);
+        let same = load_text(&chat, &bare).unwrap().examples.get(0).unwrap().label_tokens();
+        assert_eq!(dataset.examples.get(0).unwrap().label_tokens(), same);
     }
 }

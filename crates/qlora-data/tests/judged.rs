@@ -13,7 +13,7 @@ fn load(text: &str) -> Dataset {
 
 /// The texts of a pair's two rows, and those of what is compared.
 fn texts(data: &Dataset, row: usize) -> [[String; 2]; 2] {
-    let example = &data.examples[row];
+    let example = data.examples.get(row).unwrap();
     let sides = data.judged[row].sides(example.input_ids.len());
     let text = |ids: Vec<u32>| tokenizer().decode(&ids, false).unwrap();
     let of = |side: usize| {
@@ -59,8 +59,9 @@ fn a_label_judges_the_last_answer() {
     let data = load(&format!("{}\n{}", row("true"), row("0")));
     assert_eq!(data.judged, [Judged::Desirable, Judged::Undesirable]);
     assert_eq!(data.are_pairs(), Some(false));
-    assert_eq!(data.examples[0].input_ids, data.examples[1].input_ids);
-    let learned: Vec<u32> = data.examples[0].labels.iter().filter_map(|label| u32::try_from(*label).ok()).collect();
+    assert_eq!(data.examples.get(0).unwrap().input_ids, data.examples.get(1).unwrap().input_ids);
+    let learned: Vec<u32> =
+        data.examples.get(0).unwrap().labels.iter().filter_map(|label| u32::try_from(*label).ok()).collect();
     assert_eq!(tokenizer().decode(&learned, false).unwrap(), "last<|im_end|>\n");
     // What rows say of their answers is part of what a run stands on.
     assert_ne!(load(&row("true")).fingerprint(), load(&row("false")).fingerprint());
@@ -78,7 +79,10 @@ fn an_answer_is_never_cut_and_both_prompts_are_cut_alike() {
     let [before, after] = [&whole, &cut].map(|data| texts(data, 0).map(|[_, learned]| learned));
     assert_eq!(before, after);
     // This tokenizer begins no text with a token of its own: what is left is the end.
-    assert_eq!(cut.examples[0].input_ids[..chosen - 10], whole.examples[0].input_ids[10..chosen]);
+    assert_eq!(
+        cut.examples.get(0).unwrap().input_ids[..chosen - 10],
+        whole.examples.get(0).unwrap().input_ids[10..chosen]
+    );
     let truncated: Vec<_> = cut.report.truncated().map(|row| row.dropped).collect();
     assert_eq!(truncated, [10]);
     // An answer that fills a row by itself has nothing to follow.
@@ -88,7 +92,7 @@ fn an_answer_is_never_cut_and_both_prompts_are_cut_alike() {
 
 /// Tokens of both rows of a pair.
 fn lengths(data: &Dataset, row: usize) -> [usize; 2] {
-    let sides = data.judged[row].sides(data.examples[row].input_ids.len());
+    let sides = data.judged[row].sides(data.examples.get(row).unwrap().input_ids.len());
     [sides[0].1.len(), sides[1].1.len()]
 }
 
@@ -149,12 +153,13 @@ fn a_pair_lies_in_a_batch_as_two_rows() {
         assert!(batch.packed && judged.paired && judged.mismatched.is_empty());
         assert_eq!(judged.pairs(), batch.rows / 2);
         for ((span, side), (row, which)) in batch.spans().zip(&judged.sides).zip(&judged.origins) {
-            let (expected, tokens) = data.judged[*row].sides(data.examples[*row].input_ids.len())[*which].clone();
+            let (expected, tokens) =
+                data.judged[*row].sides(data.examples.get(*row).unwrap().input_ids.len())[*which].clone();
             assert_eq!(
                 (*side, &batch.input_ids[span.clone()]),
-                (expected, &data.examples[*row].input_ids[tokens.clone()])
+                (expected, &data.examples.get(*row).unwrap().input_ids[tokens.clone()])
             );
-            assert_eq!(batch.labels[span], data.examples[*row].labels[tokens]);
+            assert_eq!(batch.labels[span], data.examples.get(*row).unwrap().labels[tokens]);
             seen.push((*row, *side));
         }
     }
@@ -170,8 +175,8 @@ fn a_pair_lies_in_a_batch_as_two_rows() {
     let learned =
         |labels: &[i64]| labels.iter().skip(1).filter(|label| **label != MASKED_LABEL).copied().collect::<Vec<_>>();
     let chosen_of = |row: usize| {
-        let tokens = data.judged[row].sides(data.examples[row].input_ids.len())[0].1.clone();
-        learned(&data.examples[row].labels[tokens])
+        let tokens = data.judged[row].sides(data.examples.get(row).unwrap().input_ids.len())[0].1.clone();
+        learned(&data.examples.get(row).unwrap().labels[tokens])
     };
     assert_eq!(learned(&mismatched[0].labels), chosen_of(4));
     assert_eq!(learned(&mismatched[2].labels), chosen_of(0));
@@ -180,7 +185,7 @@ fn a_pair_lies_in_a_batch_as_two_rows() {
 #[test]
 fn packed_pairs_fill_sequences_of_two_rows() {
     let data = pairs(12);
-    let longest = data.examples.iter().map(|example| example.input_ids.len()).max().unwrap();
+    let longest = data.examples.lengths().max().unwrap();
     let config = DataConfig { packing: Packing::Auto, max_length: longest, ..config() };
     let order = BatchOrder::new(&data.examples, &config, 1, 3, 0).judged(&data.judged, &config, false);
     let packed = order.packed().unwrap();

@@ -74,7 +74,7 @@ fn every_kind_gives_the_same_rows() {
     }
     // Keys of a group that a message has not are no nulls.
     let named = load("names.parquet", &file("names.parquet")).unwrap();
-    assert_eq!(named.examples[1], expected.examples[1]);
+    assert_eq!(named.examples.get(1).unwrap(), expected.examples.get(1).unwrap());
     let places: Vec<_> = expected.examples.iter().map(|example| example.line).collect();
     assert_eq!(places, [1, 2]);
 }
@@ -92,6 +92,11 @@ fn places_are_counted_as_the_file_counts_them() {
     assert!(warnings.contains("`note` in 1 row (row 2)"), "{warnings}");
 }
 
+/// Lines that do not pack well, so that most of them are there before the file breaks off.
+fn noise(lines: u64) -> String {
+    (0..lines).map(|line| format!("{:016x}\n", line.wrapping_mul(0x9E37_79B9_7F4A_7C15))).collect()
+}
+
 #[test]
 fn damaged_files_are_told_with_the_place() {
     let parquet = std::fs::read(repository().join("testdata/rows/snappy.parquet")).unwrap();
@@ -99,8 +104,13 @@ fn damaged_files_are_told_with_the_place() {
     let mut damaged = packed.clone();
     let middle = damaged.len() / 2;
     damaged[middle] ^= 0x55;
-    let cases: [(&str, Vec<u8>, &[&str]); 18] = [
-        ("rows.jsonl.gz", packed[..packed.len() / 2].to_vec(), &["/rows.jsonl.gz: gzip can't unpack it", "cut short"]),
+    let packed_table = gzip(format!("text\n{}", noise(5000)).as_bytes());
+    let cases: [(&str, Vec<u8>, &[&str]); 21] = [
+        (
+            "rows.jsonl.gz",
+            packed[..packed.len() / 2].to_vec(),
+            &["/rows.jsonl.gz: gzip can't unpack it", "cut short", "pack it again"],
+        ),
         ("rows.jsonl.gz", damaged, &["gzip can't unpack it"]),
         ("rows.zst", zstandard(CHAT.as_bytes())[..40].to_vec(), &["/rows.zst: Zstandard can't unpack it", "cut short"]),
         ("rows.json", b"[".to_vec(), &["/rows.json, row 1: the array is not closed"]),
@@ -114,7 +124,22 @@ fn damaged_files_are_told_with_the_place() {
         ("rows.json", br#"[{"text": "a"}, ]"#.to_vec(), &["row 2: a comma without an element behind it"]),
         ("rows.json", br#"[{"text": "a"}] {}"#.to_vec(), &["row 2: the array was closed before it"]),
         ("rows.json", br#"[{"text": "a"}, 3]"#.to_vec(), &["/rows.json, row 2: a JSON value that is not an object"]),
-        ("rows.csv", b"text,note\na,b\nc\n".to_vec(), &["/rows.csv:3: it has 1 cells", "names 2 columns"]),
+        (
+            "rows.csv",
+            b"text,note\na,b\nc\n".to_vec(),
+            &["/rows.csv:3: it has 1 cell, and", "names 2 columns: from `note` on there is none"],
+        ),
+        ("rows.csv", b"text,note\na,b,c\n".to_vec(), &["/rows.csv:2: it has 3 cells", "nothing names cell 3"]),
+        (
+            "rows.csv",
+            b"prompt,answer\na,b\n".to_vec(),
+            &["/rows.csv:2: the object has `prompt`, `answer`", "data.columns"],
+        ),
+        (
+            "rows.csv.gz",
+            packed_table[..packed_table.len() - 20].to_vec(),
+            &["/rows.csv.gz: gzip can't unpack it behind line ", "download or pack it again"],
+        ),
         ("rows.csv", b"text,text\na,b\n".to_vec(), &["/rows.csv:1: two columns are called `text`"]),
         ("rows.csv", b"text,\na,b\n".to_vec(), &["/rows.csv:1: column 2 has no name"]),
         ("rows.csv", b"text\n\xff\n".to_vec(), &["/rows.csv:2: the cell in column 1 is no UTF-8"]),
@@ -141,12 +166,18 @@ fn no_damage_of_a_parquet_file_is_a_panic() {
     let whole = std::fs::read(repository().join("testdata/rows/snappy.parquet")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.parquet");
+    let mut with_column = 0;
     for at in 0..whole.len() {
         for change in [0x01, 0xff] {
             let mut bytes = whole.clone();
             bytes[at] ^= change;
             std::fs::write(&path, &bytes).unwrap();
-            let _ = load_rows(&path, &config(), tokenizer());
+            let Err(error) = load_rows(&path, &config(), tokenizer()) else { continue };
+            let error = error.to_string();
+            assert!(error.contains("rows.parquet"), "{error}");
+            with_column += usize::from(error.contains("rows.parquet, row ") && error.contains("the column `"));
         }
     }
+    // Pages that do not unpack are most of what can break behind an intact end.
+    assert!(with_column > 20, "{with_column}");
 }

@@ -20,10 +20,10 @@ fn long_rows_are_cut_and_counted() {
     assert_eq!(report.longest, 16);
     let lines: Vec<_> = report.files[0].truncated.iter().map(|row| row.line).collect();
     assert_eq!(lines, [1, 2]);
-    assert_eq!(report.files[0].truncated[0].dropped, whole.examples[0].input_ids.len() - 16);
+    assert_eq!(report.files[0].truncated[0].dropped, whole.examples.get(0).unwrap().input_ids.len() - 16);
     assert_eq!(report.files[0].masked.len(), 1);
     assert_eq!((report.files[0].masked[0].line, report.files[0].masked[0].reason), (2, MaskReason::Truncated));
-    assert_eq!(dataset.examples[0].input_ids, whole.examples[0].input_ids[..16]);
+    assert_eq!(dataset.examples.get(0).unwrap().input_ids, whole.examples.get(0).unwrap().input_ids[..16]);
     let shown = report.to_string();
     assert!(shown.contains("2 rows were cut to data.max_length = 16"), "{shown}");
     assert!(shown.contains("1 row was left out") && shown.contains("(line 2)"), "{shown}");
@@ -80,7 +80,7 @@ fn empty_answers_are_left_out_in_every_layout() {
 fn an_empty_answer_among_others_is_not_learned() {
     let row = chat(&[("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d")]);
     let dataset = load_text(&row, &config()).unwrap();
-    assert_eq!(labelled(&dataset.examples[0]).0, "d<|im_end|>\n");
+    assert_eq!(labelled(&dataset.examples.get(0).unwrap()).0, "d<|im_end|>\n");
     assert_eq!(
         warnings(&row, &config()),
         [
@@ -91,7 +91,7 @@ fn an_empty_answer_among_others_is_not_learned() {
     // The last of several turns says nothing: neither it nor its end is learned.
     let row = r#"{"instruction": "b", "output": "", "history": [["a", "x"]]}"#;
     let dataset = load_text(row, &config()).unwrap();
-    assert_eq!(labelled(&dataset.examples[0]).0, "x<|im_end|>");
+    assert_eq!(labelled(&dataset.examples.get(0).unwrap()).0, "x<|im_end|>");
     assert_eq!(dataset.report.files[0].notices[0].kind, NoticeKind::EmptyAnswer);
 }
 
@@ -108,7 +108,7 @@ fn answers_that_are_not_to_be_learned_are_context() {
         ("\"loss\": false", "\"loss\": true"),
     ] {
         let dataset = load_text(&row(first, second), &config()).unwrap();
-        let (counted, all) = labelled(&dataset.examples[0]);
+        let (counted, all) = labelled(&dataset.examples.get(0).unwrap());
         assert_eq!(counted, "Good.<|im_end|>\n");
         assert!(all.contains("Bad.<|im_end|>"), "{all}");
         assert_eq!(dataset.report.files[0].notices, []);
@@ -181,11 +181,11 @@ fn a_template_without_end_is_told_and_mended() {
     let mended = DataConfig { end_token: Some("<|im_end|>".into()), ..endless.clone() };
     let dataset = load_text(&row, &mended).unwrap();
     assert_eq!(dataset.report.files[0].notices, []);
-    let (counted, all) = labelled(&dataset.examples[0]);
+    let (counted, all) = labelled(&dataset.examples.get(0).unwrap());
     assert_eq!(all, "user:\nColor of sky?\nassistant:\nblue<|im_end|>\n");
     assert_eq!(counted, "blue<|im_end|>");
     let whole = DataConfig { loss_on: LossOn::All, ..mended.clone() };
-    assert_eq!(labelled(&load_text(&row, &whole).unwrap().examples[0]).0, all);
+    assert_eq!(labelled(&load_text(&row, &whole).unwrap().examples.get(0).unwrap()).0, all);
     let whole = DataConfig { loss_on: LossOn::All, ..endless.clone() };
     assert_eq!(load_text(&row, &whole).unwrap().report.files[0].notices[0].kind, NoticeKind::NoEndToken);
 
@@ -206,7 +206,7 @@ fn a_template_without_end_is_told_and_mended() {
     let marked = "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}";
     let marked = DataConfig { chat_template: Some(marked.into()), ..given.clone() };
     if let Ok(dataset) = load_text(&row, &marked) {
-        let (counted, all) = labelled(&dataset.examples[0]);
+        let (counted, all) = labelled(&dataset.examples.get(0).unwrap());
         assert_eq!(all, "user:Color of sky?<|im_end|>\nassistant:blue<|im_end|>\n");
         assert!(counted.ends_with("blue<|im_end|>") || counted.ends_with("blue<|im_end|>\n"), "{counted}");
         assert_eq!(dataset.report.files[0].notices, []);
@@ -222,7 +222,7 @@ fn a_template_without_end_is_told_and_mended() {
 fn other_rows_end_with_the_token_that_is_given() {
     let given = DataConfig { end_token: Some("<|endoftext|>".into()), ..config() };
     let row = r#"{"instruction": "b", "output": "y", "history": [["a", "x"]]}"#;
-    assert_eq!(labelled(&load_text(row, &given).unwrap().examples[0]).0, "x<|endoftext|>y<|endoftext|>");
+    assert_eq!(labelled(&load_text(row, &given).unwrap().examples.get(0).unwrap()).0, "x<|endoftext|>y<|endoftext|>");
 }
 
 #[test]

@@ -16,7 +16,7 @@ fn preview_as(dataset: &Dataset, config: &DataConfig, rows: usize, choice: Previ
 }
 
 fn row(text: &str) -> PreviewRow {
-    PreviewRow::new(&load_text(text, &config()).unwrap().examples[0], tokenizer()).unwrap()
+    PreviewRow::new(&load_text(text, &config()).unwrap().examples.get(0).unwrap(), tokenizer()).unwrap()
 }
 
 const CHAT: &str = r#"{"messages": [{"role": "user", "content": "Color of sky?"}, {"role": "assistant", "content": "blue\nand 漢字"}]}"#;
@@ -58,10 +58,10 @@ fn colours_say_the_same_as_marks() {
 #[test]
 fn ids_stand_in_a_line_for_each_token() {
     let dataset = load_text(r#"{"prompt": "2 + 2 =", "completion": " 4"}"#, &config()).unwrap();
-    let row = PreviewRow::new(&dataset.examples[0], tokenizer()).unwrap();
+    let row = PreviewRow::new(&dataset.examples.get(0).unwrap(), tokenizer()).unwrap();
     let shown = row.to_terminal(false, true);
     let lines: Vec<_> = shown.lines().collect();
-    let ids = &dataset.examples[0].input_ids;
+    let ids = &dataset.examples.get(0).unwrap().input_ids;
     assert_eq!(lines.len(), 1 + ids.len());
     for (position, (line, id)) in lines[1..].iter().zip(ids).enumerate() {
         let fields: Vec<_> = line.split_whitespace().collect();
@@ -76,7 +76,7 @@ fn nothing_of_the_data_acts_on_a_terminal_or_a_page() {
     let text = "a\u{1b}[2J\u{1b}]0;x\u{7}\u{9b}31m\u{202e}<script>alert('&\"')</script>\r\tb";
     let data = serde_json::json!({"text": text, "\u{1b}[31m<b>key": 1}).to_string();
     let dataset = load_text(&data, &config()).unwrap();
-    assert_eq!(labelled(&dataset.examples[0]).1, format!("{text}<|im_end|>"));
+    assert_eq!(labelled(&dataset.examples.get(0).unwrap()).1, format!("{text}<|im_end|>"));
     let preview = preview(&dataset, 1, PreviewChoice::First);
     for shown in [preview.to_terminal(false, false), preview.to_terminal(false, true), preview.to_html()] {
         let acts = |c: &char| c.is_control() && *c != '\n' || *c == '\u{202e}';
@@ -146,8 +146,8 @@ fn an_epoch_is_summed_up() {
         assert_eq!((bin.to + 1, bin.to - bin.from), (next.from, 3));
     }
     for bin in &lengths.bins {
-        let within = |example: &&qlora_data::Example| (bin.from..=bin.to).contains(&example.input_ids.len());
-        let cut = |example: &&qlora_data::Example| example.line != 41;
+        let within = |example: &qlora_data::Example| (bin.from..=bin.to).contains(&example.input_ids.len());
+        let cut = |example: &qlora_data::Example| example.line != 41;
         assert_eq!(dataset.examples.iter().filter(cut).filter(within).count(), bin.rows);
     }
     assert_eq!(padding.tokens, dataset.report.tokens);
@@ -184,7 +184,7 @@ fn rows_are_the_first_or_drawn_by_a_seed() {
     // What is shown is what is trained: every token, its text and whether it is learned.
     for row in preview(&dataset, 20, PreviewChoice::Random(1)).rows {
         let example = dataset.examples.iter().find(|example| example.line == row.line).unwrap();
-        let (learned, all) = labelled(example);
+        let (learned, all) = labelled(&example);
         let text = |only_learned: bool| -> String {
             let tokens = row.tokens.iter().filter(|token| token.learned || !only_learned);
             tokens.map(|token| token.text.as_str()).collect()

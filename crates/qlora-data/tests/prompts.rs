@@ -12,7 +12,7 @@ const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n
 
 /// How many tokens of the only row stand before each of its answers, and all of them.
 fn row(text: &str, config: &DataConfig) -> (Vec<usize>, Vec<u32>) {
-    let example = load_text(text, config).unwrap().examples.remove(0);
+    let example = load_text(text, config).unwrap().examples.get(0).unwrap();
     let learned = |at: &usize| example.labels[*at] != MASKED_LABEL;
     let starts = (1..example.labels.len()).filter(|at| learned(at) && !learned(&(at - 1))).collect();
     (starts, example.input_ids)

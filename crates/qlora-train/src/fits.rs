@@ -3,11 +3,11 @@
 use crate::checkpointing::{Checkpointing, Room};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
-use crate::plan::{Plan, largest_batch};
+use crate::plan::{Plan, RowSizes};
 use crate::residency::Residency;
 use burn::tensor::FloatDType;
 use paged_optim::OptimizerKind;
-use qlora_data::{Example, Packing};
+use qlora_data::Packing;
 use qlora_models::ModelConfig;
 
 /// Lengths that are tried are multiples of so many tokens.
@@ -31,10 +31,8 @@ struct Search<'a> {
     room: &'a Room,
     /// Bytes that there are.
     limit: u64,
-    /// The longest row, or a sequence of packed ones.
-    row: &'a Example,
-    /// Bytes that the other rows take.
-    others: u64,
+    /// The run's rows.
+    sizes: &'a RowSizes,
 }
 
 /// The nearest settings with which the run of `config` fits, where it does not: each setting that is enough alone, or all of them
@@ -47,21 +45,17 @@ pub fn nearest(
     model: &ModelConfig,
     dtype: FloatDType,
     room: &Room,
-    examples: &[Example],
+    sizes: &RowSizes,
 ) -> Result<Vec<Change>, TrainError> {
-    let Some(limit) = room.device.filter(|room| *room < u64::MAX && !examples.is_empty()) else {
+    let Some(limit) = room.device.filter(|room| *room < u64::MAX && sizes.longest > 0) else {
         return Ok(Vec::new());
     };
     // Of packed rows a sequence is what a row is otherwise.
-    let [_, longest] = largest_batch(config, examples);
-    let row = &Example { input_ids: vec![0; longest], labels: vec![0; longest], line: 1 };
-    let plan = |rows: &[Example]| Plan::new(config, model, dtype, room, rows);
-    let all = plan(examples)?.memory;
-    if all.total() <= limit {
+    let longest = sizes.longest;
+    if Plan::new(config, model, dtype, room, sizes)?.memory.total() <= limit {
         return Ok(Vec::new());
     }
-    let others = all.program - plan(std::slice::from_ref(row))?.memory.program;
-    let search = Search { config, model, dtype, room, limit, row, others };
+    let search = Search { config, model, dtype, room, limit, sizes };
     let rows = |rows: usize| {
         let times = config.train.batch_size / rows;
         let accumulated = config.train.gradient_accumulation_steps * times;
@@ -123,8 +117,12 @@ impl Search<'_> {
         for (key, value) in settings {
             config.set(key, value)?;
         }
-        let row = cut(self.row, longest);
-        let bytes = Plan::new(&config, self.model, self.dtype, self.room, &[row])?.memory.total() + self.others;
+        let mut sizes = *self.sizes;
+        if longest < sizes.longest {
+            // Shorter sequences are more.
+            sizes = RowSizes { longest, sequences: None, ..sizes };
+        }
+        let bytes = Plan::new(&config, self.model, self.dtype, self.room, &sizes)?.memory.total();
         Ok((bytes <= self.limit).then(|| Change { settings: settings.to_vec(), bytes, effect }))
     }
 
@@ -149,17 +147,12 @@ impl Search<'_> {
     }
 }
 
-/// The first tokens of a row.
-fn cut(row: &Example, len: usize) -> Example {
-    let len = row.input_ids.len().min(len);
-    Example { input_ids: row.input_ids[..len].to_vec(), labels: row.labels[..len].to_vec(), line: row.line }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
     use super::*;
+    use qlora_data::{BatchOrder, Example, Examples, SourceWeight};
     use std::path::Path;
 
     fn model() -> ModelConfig {
@@ -177,8 +170,14 @@ mod tests {
         config
     }
 
-    fn rows(len: usize) -> [Example; 2] {
-        [len / 8, len].map(|len| Example { input_ids: vec![0; len], labels: vec![0; len], line: 1 })
+    fn rows(lens: &[usize]) -> Examples {
+        lens.iter().map(|len| Example { input_ids: vec![0; *len], labels: vec![0; *len], line: 1 }).collect()
+    }
+
+    fn sizes(set: &[(&str, &str)], rows: &Examples, weights: &[SourceWeight]) -> RowSizes {
+        let config = config(set);
+        let order = BatchOrder::new(rows, &config.data, config.train.batch_size, 1, 0).weighted(weights).unwrap();
+        RowSizes::new(&order, rows)
     }
 
     fn room(bytes: u64) -> Room {
@@ -187,11 +186,15 @@ mod tests {
 
     /// What the run takes where nothing fits.
     fn least(len: usize, set: &[(&str, &str)]) -> u64 {
-        Plan::new(&config(set), &model(), FloatDType::BF16, &room(0), &rows(len)).unwrap().memory.total()
+        Plan::new(&config(set), &model(), FloatDType::BF16, &room(0), &RowSizes::of_longest(len))
+            .unwrap()
+            .memory
+            .total()
     }
 
     fn changes(bytes: u64, len: usize, set: &[(&str, &str)]) -> Vec<Change> {
-        let found = nearest(&config(set), &model(), FloatDType::BF16, &room(bytes), &rows(len)).unwrap();
+        let sizes = sizes(set, &rows(&[len / 8, len]), &[]);
+        let found = nearest(&config(set), &model(), FloatDType::BF16, &room(bytes), &sizes).unwrap();
         assert!(found.iter().all(|change| change.bytes <= bytes), "{found:?}");
         found
     }
@@ -223,15 +226,15 @@ mod tests {
     /// 64 rows of 128 tokens, 16 to a sequence, are as large as one row of 2,048, and what makes room is the same.
     #[test]
     fn packed_rows_are_as_large_as_their_sequence() {
-        let rows: Vec<Example> = (0..64).map(|_| rows(128)[1].clone()).collect();
+        let rows = self::rows(&[128; 64]);
         let packed = [("train.batch_size", "2"), ("data.packing", "auto")];
-        let of = |room: u64, set: &[(&str, &str)], rows: &[Example]| {
-            nearest(&config(set), &model(), FloatDType::BF16, &self::room(room), rows).unwrap()
+        let of = |room: u64, set: &[(&str, &str)], rows: &Examples| {
+            nearest(&config(set), &model(), FloatDType::BF16, &self::room(room), &sizes(set, rows, &[])).unwrap()
         };
-        let plan = |set: &[(&str, &str)], rows: &[Example]| {
-            Plan::new(&config(set), &model(), FloatDType::BF16, &room(0), rows).unwrap().memory
+        let plan = |set: &[(&str, &str)], rows: &Examples| {
+            Plan::new(&config(set), &model(), FloatDType::BF16, &room(0), &sizes(set, rows, &[])).unwrap().memory
         };
-        let whole = [self::rows(2048)[1].clone()];
+        let whole = self::rows(&[2048]);
         assert_eq!(plan(&packed, &rows), plan(&packed[..1], &whole));
         assert!(plan(&packed, &rows).activations > plan(&packed[..1], &rows).activations);
         // Four sequences are all that there are.
@@ -242,6 +245,21 @@ mod tests {
         assert_eq!(found[0].settings[0], ("train.batch_size", "1".into()));
         let shorter = found.iter().find(|change| keys(change) == ["data.max_length"]).unwrap();
         assert_eq!((shorter.settings[0].1.as_str(), shorter.effect.contains("packed sequences")), ("1984", true));
+    }
+
+    /// A row that is visited twice an epoch fills a sequence that its source alone would leave half empty.
+    #[test]
+    fn packed_rows_are_as_large_as_their_weights_make_them() {
+        let rows = rows(&[700, 600, 500]);
+        let packed = [("train.batch_size", "4"), ("data.packing", "auto")];
+        let of = |weight: f64| sizes(&packed, &rows, &[SourceWeight { rows: 3, weight }]);
+        // 700, 600 and 500 tokens in one sequence; twice each, 700, 700 and 600 beside 600, 500 and 500.
+        assert_eq!((of(1.0).longest, of(1.0).sequences), (1800, Some(1)));
+        assert_eq!((of(2.0).longest, of(2.0).sequences), (2000, Some(2)));
+        let plan = |sizes: RowSizes| {
+            Plan::new(&config(&packed), &model(), FloatDType::BF16, &room(0), &sizes).unwrap().memory.activations
+        };
+        assert!(plan(of(2.0)) > plan(of(1.0)));
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub use error::TrainError;
 pub use events::{EvalPart, OnRows, TrainEvents};
 pub use host_copies::DeviceError;
 pub use loss::{LabelledTokens, loss_sum};
-pub use plan::{HostEstimate, MemoryEstimate, Plan, Waiting};
+pub use plan::{HostEstimate, MemoryEstimate, Plan, RowSizes, Waiting};
 pub use residency::{Placed, Residency};
 pub use resize::{Resized, resize};
 pub use run_folder::{run_holder, run_in};

@@ -8,7 +8,7 @@ use crate::rates::Work;
 use crate::residency::{Placed, WeightBytes};
 use burn::tensor::FloatDType;
 use paged_optim::{Budget, OptimizerConfig};
-use qlora_data::{BatchOrder, DataConfig, Example};
+use qlora_data::{BatchOrder, Examples};
 use qlora_layers::ops::{MAX_SCORES, takes_head_dim};
 use qlora_layers::target_modules::{Target, resolve};
 use qlora_models::ModelConfig;
@@ -92,16 +92,32 @@ pub struct Plan {
     pub host: HostEstimate,
 }
 
-/// Rows and tokens of each of the largest micro-batch: as many of the longest row as a batch has, or of the fullest sequence, where rows are
-/// packed.
-pub(crate) fn largest_batch(config: &TrainConfig, examples: &[Example]) -> [usize; 2] {
-    let batch_size = config.train.batch_size;
-    // A sequence of pairs has room for two rows.
-    let rows = if config.train.objective.takes_pairs().is_some() { 2 } else { 1 };
-    let data = DataConfig { max_length: config.data.max_length.saturating_mul(rows), ..config.data.clone() };
-    match BatchOrder::for_evaluation(examples, &data, batch_size, 0).packed() {
-        Some(packed) => [batch_size.min(packed.sequences), packed.fullest],
-        None => [batch_size, examples.iter().map(|example| example.input_ids.len()).max().unwrap_or(0)],
+/// What of a run's rows its memory depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RowSizes {
+    /// Tokens of the longest row, or of the fullest sequence, where rows are packed.
+    pub longest: usize,
+    /// Sequences of an epoch, where rows are packed.
+    pub sequences: Option<usize>,
+    /// Bytes of the rows themselves in the program's memory.
+    pub held_bytes: u64,
+}
+
+impl RowSizes {
+    /// Those of rows that a run takes in this order.
+    pub fn new(order: &BatchOrder, examples: &Examples) -> Self {
+        let sequences = order.packed().map(|packed| packed.sequences);
+        Self { longest: order.longest(), sequences, held_bytes: examples.held_bytes() }
+    }
+
+    /// Those of rows of which nothing but the longest is known, of so many tokens.
+    pub fn of_longest(longest: usize) -> Self {
+        Self { longest, ..Self::default() }
+    }
+
+    /// Rows and tokens of each of the largest micro-batch: as many of the longest row as a batch has, or of the fullest sequence.
+    fn largest_batch(&self, batch_size: usize) -> [usize; 2] {
+        [self.sequences.map_or(batch_size, |sequences| batch_size.min(sequences)), self.longest]
     }
 }
 
@@ -120,7 +136,7 @@ impl Plan {
         model: &ModelConfig,
         dtype: FloatDType,
         memory: &Room,
-        examples: &[Example],
+        sizes: &RowSizes,
     ) -> Result<Self, TrainError> {
         let on_cpu = memory.on_cpu;
         let linears = model.linear_specs();
@@ -175,7 +191,7 @@ impl Plan {
             Budget::Auto | Budget::Unlimited => state,
         };
 
-        let [rows, len] = largest_batch(config, examples).map(|count| count as u64);
+        let [rows, len] = sizes.largest_batch(config.train.batch_size).map(|count| count as u64);
         // Four f32 values for each of the scores that exist at a time, where attention is no fused kernel: GPUs have one for 16
         // bits and heads that are not too wide.
         let has_kernels = model.attended().all(|index| takes_head_dim(model.attention(index).head_dim));
@@ -187,9 +203,7 @@ impl Plan {
         let gradients = 4 * trainable;
         let activations = Activations::new(model, dtype, on_cpu, [rows, len], [scores, logits, gradients]);
         const PROGRAM: u64 = 38 << 20;
-        // Of each token of the rows its id and its label.
-        let of_rows: u64 = examples.iter().map(|example| 12 * example.input_ids.len() as u64).sum();
-        let program = if on_cpu { PROGRAM + of_rows } else { 0 };
+        let program = if on_cpu { PROGRAM + sizes.held_bytes } else { 0 };
         let other_weights = all_weights.other();
         // A reference with an adapter of its own has it beside the one that is trained.
         let compares = config.train.objective.has_reference() && !config.preference.precompute_reference;

@@ -255,9 +255,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
     use super::*;
-    use crate::{Plan, Room, TrainConfig};
+    use crate::{Plan, Room, RowSizes, TrainConfig};
     use burn::tensor::FloatDType;
-    use qlora_data::Example;
     use std::path::Path;
 
     fn shape(name: &str, file: &str) -> ModelConfig {
@@ -315,9 +314,8 @@ mod tests {
         for (key, value) in [("lora.rank", "16"), ("train.batch_size", "1")].iter().chain(set) {
             config.set(key, value).unwrap();
         }
-        let row = Example { input_ids: vec![0; 2048], labels: vec![0; 2048], line: 1 };
         let room = Room { on_cpu: false, device: Some(room), host: 128 << 30, ranks: 1, of_host: 1 };
-        Plan::new(&config, shape, FloatDType::BF16, &room, &[row]).unwrap()
+        Plan::new(&config, shape, FloatDType::BF16, &room, &RowSizes::of_longest(2048)).unwrap()
     }
 
     #[test]
@@ -348,7 +346,7 @@ mod tests {
         // Without room in the host's memory nothing can wait there.
         let room = Room { on_cpu: false, device: Some(24 << 30), host: 1 << 30, ranks: 1, of_host: 1 };
         let config = TrainConfig::default();
-        let plan = Plan::new(&config, &shape, FloatDType::BF16, &room, &[]).unwrap();
+        let plan = Plan::new(&config, &shape, FloatDType::BF16, &room, &RowSizes::default()).unwrap();
         assert_eq!(plan.weights.placement.streamed(), 0);
     }
 
@@ -358,9 +356,8 @@ mod tests {
         let plan = |device: u64, host: u64, of_host: usize| {
             let mut config = TrainConfig::default();
             config.set("model.residency", "device").unwrap();
-            let row = Example { input_ids: vec![0; 2048], labels: vec![0; 2048], line: 1 };
             let room = Room { on_cpu: false, device: Some(device << 30), host: host << 30, ranks: of_host, of_host };
-            Plan::new(&config, &shape, FloatDType::BF16, &room, &[row]).unwrap()
+            Plan::new(&config, &shape, FloatDType::BF16, &room, &RowSizes::of_longest(2048)).unwrap()
         };
         let mut offloads = false;
         for device in 6..24 {

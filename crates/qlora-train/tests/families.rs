@@ -8,7 +8,7 @@ use qlora_data::Batch;
 use qlora_layers::{ActivationCheckpointing, LoraConfig, trainable};
 use qlora_models::{Decoder, LoadOptions};
 use qlora_train::loss_scale::{LossScale, LossScaler, LossScalerState};
-use qlora_train::{Engine, Plan, Room, TrainConfig};
+use qlora_train::{Engine, Plan, Room, RowSizes, TrainConfig};
 use std::path::{Path, PathBuf};
 
 fn archs() -> Vec<PathBuf> {
@@ -87,7 +87,8 @@ fn a_plan_counts_what_is_loaded() {
         let engine = engine(&dir, ActivationCheckpointing::Full);
         let mut config = TrainConfig::default();
         config.lora.rank = 2;
-        let plan = Plan::new(&config, engine.model().config(), FloatDType::F32, &Room::default(), &[]).unwrap();
+        let plan = Plan::new(&config, engine.model().config(), FloatDType::F32, &Room::default(), &RowSizes::default())
+            .unwrap();
         assert_eq!(plan.base_parameters, engine.model().num_params() as u64, "{}", dir.display());
         assert_eq!(plan.trainable_parameters, engine.model().num_trainable() as u64, "{}", dir.display());
         let planned = plan.memory.linear_weights + plan.memory.other_weights;

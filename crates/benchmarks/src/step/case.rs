@@ -3,7 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use burn_qlora::qlora_data::{Batch, BatchOrder, DataConfig, Example, JudgedRows, MASKED_LABEL, Packing, Side};
+use burn_qlora::qlora_data::{
+    Batch, BatchOrder, DataConfig, Example, Examples, JudgedRows, MASKED_LABEL, Packing, Side,
+};
 use burn_qlora::qlora_layers::mix;
 use serde::{Deserialize, Serialize};
 
@@ -109,10 +111,10 @@ impl Case {
             Fill::Padded => drawn(self.rows),
             Fill::Packed => {
                 let lengths = drawn((8 * self.rows * self.len).div_ceil(MEDIAN as usize).max(2));
-                let rows: Vec<Example> = lengths.iter().map(|len| row_of(*len, 0, 1)).collect();
+                let rows: Examples = lengths.iter().map(|len| row_of(*len, 0, 1)).collect();
                 let config = DataConfig { packing: Packing::Auto, max_length: self.len, ..DataConfig::default() };
                 let order = BatchOrder::new(&rows, &config, self.rows, seed, 0);
-                let first = order.rows(0).into_iter().next().unwrap_or_default();
+                let first = order.rows(0).next().unwrap_or_default();
                 first.into_iter().map(|row| lengths[row]).collect()
             }
         }
@@ -137,7 +139,7 @@ impl Case {
             let prompt = self.len / 2;
             let (first, second) = rows.split_at_mut(at + 1);
             second[0].input_ids[..prompt].copy_from_slice(&first[at].input_ids[..prompt]);
-            [&mut first[at], &mut second[0]].map(|row| row.labels[..prompt].fill(MASKED_LABEL));
+            [&mut first[at], &mut second[0]].into_iter().for_each(|row| row.labels[..prompt].fill(MASKED_LABEL));
         }
         let reference = if self.fill == Fill::PairsAhead { vec![-1.0; rows.len()] } else { Vec::new() };
         let judged = JudgedRows {

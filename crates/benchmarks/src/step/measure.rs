@@ -11,8 +11,8 @@ use burn_qlora::qlora_train::config::{Objective, Term};
 use burn_qlora::qlora_train::objective::Preferences;
 use burn_qlora::qlora_train::profile::{Profile, ProfileLayer, Window, short_name, with_subscriber};
 use burn_qlora::qlora_train::ranks::Ranks;
-use burn_qlora::qlora_train::{Engine, Plan, Room, StepOutput, compute_dtype, engine};
-use burn_qlora::{Decoder, Example, LoadOptions, TrainConfig};
+use burn_qlora::qlora_train::{Engine, Plan, Room, RowSizes, StepOutput, compute_dtype, engine};
+use burn_qlora::{Decoder, LoadOptions, TrainConfig};
 use cubecl::client::Client;
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::filter::filter_fn;
@@ -147,11 +147,10 @@ pub(super) fn plan(
     let len = if case.fill == Fill::Padded { case.lengths(0).into_iter().max().unwrap_or(case.len) } else { case.len };
     // A pair is two rows.
     let len = if case.fill.is_pairs() { 2 * len } else { len };
-    let row = Example { input_ids: vec![0; len], labels: vec![0; len], line: 1 };
     let mut planned = config.clone();
     planned.train.batch_size = case.rows;
     let room = Room::of_rank(device, config.train.memory_budget, ranks, ranks);
-    Ok(Plan::new(&planned, shape, dtype, &room, &[row])?)
+    Ok(Plan::new(&planned, shape, dtype, &room, &RowSizes::of_longest(len))?)
 }
 
 /// An engine over a model that is given fresh adapters.

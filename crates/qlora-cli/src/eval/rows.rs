@@ -83,7 +83,7 @@ impl Rows {
         let Dataset { examples, report, .. } = data;
         let files = report.files.iter().enumerate();
         let file_of_rows = files.flat_map(|(number, file)| std::iter::repeat_n(number, file.rows));
-        let rows = examples.into_iter().zip(file_of_rows).map(|(example, file)| {
+        let rows = examples.iter().zip(file_of_rows).map(|(example, file)| {
             let is_cut = was_cut.contains(&(file, example.line));
             let learned = example.labels.iter().map(|label| *label != MASKED_LABEL).collect();
             let row = Row { ids: example.input_ids, learned };

@@ -1,13 +1,21 @@
 //! What other trainers say with several keys together: data sets, weights in 4 bits, evaluation.
 
+use burn_qlora::adapter_io::printable::printable;
 use burn_qlora::config::known_keys;
-use burn_qlora::qlora_data::{Columns, Format, Source, Sources};
+use burn_qlora::qlora_data::{Format, Source, Sources};
 use serde_json::{Map, Value as Json};
 
 use super::foreign::{Work, says_nothing};
+use super::layouts;
 
 /// What stands in place of a path where files are listed.
 const LOADERS: [&str; 4] = ["json", "csv", "parquet", "text"];
+
+/// Takes a template out of a table: Jinja, its file, or a name.
+fn template_of(table: &mut Map<String, Json>) -> Option<String> {
+    let name = layouts::text(table, "chat_template");
+    layouts::text(table, "chat_template_jinja").or(name).filter(|said| !said.is_empty())
+}
 
 impl Work {
     /// What of Axolotl's configuration no table holds.
@@ -63,6 +71,34 @@ impl Work {
             let sources: Vec<Source> = list.into_iter().flat_map(|entry| self.axolotl_source(key, entry)).collect();
             self.sources(key, ours, sources);
         }
+        self.axolotl_template(given);
+    }
+
+    /// The template of conversations, which is one here for all data sets. A data set's own goes before the one of all.
+    fn axolotl_template(&mut self, given: &mut Map<String, Json>) {
+        let of_all = template_of(given);
+        self.taken += usize::from(of_all.is_some());
+        let own = std::mem::take(&mut self.templates);
+        if own.is_empty() {
+            if let Some(name) = of_all.filter(|name| name != "tokenizer_default") {
+                let name: String = name.chars().take(60).collect();
+                self.notes.push(format!(
+                    "`chat_template: {}` is for conversations, and no data set is said to hold any; data.chat_template names one",
+                    printable(&name)
+                ));
+            }
+            return;
+        }
+        let mut said: Vec<String> =
+            own.into_iter().map(|own| own.or_else(|| of_all.clone()).unwrap_or("tokenizer_default".into())).collect();
+        said.dedup();
+        self.chat_template(&said[0]);
+        if said.len() > 1 {
+            self.notes.push(format!(
+                "data sets have {} chat templates; here there is one for all of them, the first",
+                said.len()
+            ));
+        }
     }
 
     fn sources(&mut self, key: &str, ours: &str, sources: Vec<Source>) {
@@ -81,69 +117,18 @@ impl Work {
             self.notes.push(format!("`{key}` has an entry that is no table"));
             return Vec::new();
         };
-        let mut text = |key: &str| entry.shift_remove(key).and_then(|value| value.as_str().map(str::to_owned));
+        let mut text = |key: &str| layouts::text(&mut entry, key);
         let Some(path) = text("path") else {
             self.notes.push(format!("`{key}` has an entry without a path"));
             return Vec::new();
         };
         let mut source =
             Source { subset: text("name"), split: text("split"), revision: text("revision"), ..Source::new(&path) };
-        let mut columns = Columns::default();
-        let mut column = |ours: &str, theirs: Option<String>, usual: &str| {
-            if let Some(theirs) = theirs.filter(|theirs| theirs != usual) {
-                columns.0.insert(ours.to_owned(), theirs);
-            }
-        };
-        let messages = text("field_messages");
-        let (role, content) = (text("message_field_role"), text("message_field_content"));
-        let (field, system) = (text("field"), text("field_system"));
-        let mapping = entry.shift_remove("message_property_mappings");
-        let mapped = |key: &str| mapping.as_ref()?.get(key)?.as_str().map(str::to_owned);
-        let (role, content) = (role.or(mapped("role")), content.or(mapped("content")));
-        match entry.shift_remove("type") {
-            Some(Json::String(kind)) if kind == "chat_template" || kind.starts_with("sharegpt") => {
-                source.format = Some(Format::Chat);
-                // ShareGPT's names are known by themselves.
-                let sharegpt = messages.as_deref() == Some("conversations");
-                let (list, role_key, content_key) =
-                    if sharegpt { ("conversations", "from", "value") } else { ("messages", "role", "content") };
-                column(list, messages, list);
-                column("messages.role", role, role_key);
-                column("messages.content", content, content_key);
-            }
-            Some(Json::String(kind)) if kind == "alpaca" => source.format = Some(Format::Alpaca),
-            Some(Json::String(kind)) if kind == "completion" => {
-                source.format = Some(Format::Text);
-                column("text", field, "text");
-            }
-            Some(Json::Object(mut fields)) => {
-                source.format = Some(Format::Alpaca);
-                for (theirs, ours) in
-                    [("field_instruction", "instruction"), ("field_input", "input"), ("field_output", "output")]
-                {
-                    column(ours, fields.shift_remove(theirs).and_then(|value| value.as_str().map(str::to_owned)), ours);
-                }
-                column(
-                    "system",
-                    fields.shift_remove("field_system").and_then(|value| value.as_str().map(str::to_owned)),
-                    "system",
-                );
-                fields.retain(|_, value| !says_nothing(value));
-                if !fields.is_empty() {
-                    let names: Vec<_> = fields.keys().map(|name| format!("`{name}`")).collect();
-                    self.notes.push(format!(
-                        "{path}: {} have no counterpart here: its rows are written with Alpaca's prompt",
-                        names.join(", ")
-                    ));
-                }
-            }
-            Some(kind) => {
-                self.notes.push(format!("{path}: `type: {kind}` is not known; the layout is found by its rows' keys"))
-            }
-            None => {}
+        self.axolotl_layout(&path, &mut entry, &mut source);
+        let own = template_of(&mut entry);
+        if source.format == Some(Format::Chat) && key == "datasets" {
+            self.templates.push(own);
         }
-        column("system", system, "system");
-        source.columns = Some(columns).filter(|columns| !columns.is_empty());
         let files: Vec<String> = match entry.shift_remove("data_files") {
             Some(Json::String(file)) => vec![file],
             Some(Json::Array(files)) => files.iter().filter_map(|file| file.as_str().map(str::to_owned)).collect(),
@@ -152,15 +137,7 @@ impl Work {
         for known in ["ds_type", "trust_remote_code"] {
             entry.shift_remove(known);
         }
-        // What is learned there when nothing is said, and here always.
-        entry.retain(|key, value| {
-            let usual = match key.as_str() {
-                "roles_to_train" => *value == serde_json::json!(["assistant"]),
-                "train_on_eos" => *value == "turn",
-                _ => false,
-            };
-            !usual && !says_nothing(value)
-        });
+        entry.retain(|_, value| !says_nothing(value));
         let rest: Vec<_> = entry.keys().map(|name| format!("`{name}`")).collect();
         if !rest.is_empty() {
             self.notes.push(format!("{path}: {} of its entry in {key} have no counterpart here", rest.join(", ")));

@@ -67,7 +67,8 @@ pub fn translate(path: &Path) -> Result<Translated> {
             return Err(fail(problem.into()).into());
         }
     };
-    let mut work = Work { config: TrainConfig::default(), values: Vec::new(), notes: Vec::new(), taken: 0 };
+    let mut work =
+        Work { config: TrainConfig::default(), values: Vec::new(), notes: Vec::new(), taken: 0, templates: Vec::new() };
     work.run(whose, given);
     Ok(work.finish(whose))
 }
@@ -78,7 +79,9 @@ pub(super) struct Work {
     config: TrainConfig,
     values: Vec<(String, String)>,
     pub notes: Vec<String>,
-    taken: usize,
+    pub(super) taken: usize,
+    /// Templates that data sets of conversations have, where they have their own.
+    pub(super) templates: Vec<Option<String>>,
 }
 
 impl Work {
@@ -145,6 +148,11 @@ impl Work {
             key if key.starts_with("hub_") || key.starts_with("push_to_hub") || key.starts_with("hf_") => {
                 ": `qlora push` uploads an adapter"
             }
+            "rl" | "reward_model" | "process_reward_model" => {
+                ": rows are trained on their answers here, not on preferences or rewards"
+            }
+            "pretraining_dataset" => ": rows of text are read whole before a run; put them into data.train",
+            "eot_tokens" => ": what ends a turn follows from the chat template; data.end_token ends rows",
             "special_tokens" | "tokens" | "added_tokens_overrides" => {
                 ": tokens are added to the tokenizer's files; data.end_token ends rows, and model.resize_embeddings trains new tokens"
             }

@@ -7,16 +7,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use chat_text::{ChatTemplate, Tokenizer};
 use rayon::prelude::*;
 
-use super::{LoadOptions, LoadProgress, check_keys};
+use super::{LoadOptions, LoadProgress, Loading, check_keys};
 use crate::config::{DataConfig, Format, LossOn};
-use crate::dataset::Dataset;
 use crate::encode::{EncodedRow, EndTokens, RowEncoder};
 use crate::error::DataError;
 use crate::judged::Judged;
 use crate::mapping::Renaming;
 use crate::notice::{NoticeFacts, Notices};
 use crate::place::{Place, Unit};
-use crate::report::{FileReport, MaskedRow};
+use crate::report::{Counts, FileReport, MaskedRow};
 use crate::source::{self, Record, Records};
 use crate::sources::Sources;
 use crate::visible;
@@ -69,7 +68,7 @@ impl FileLoader<'_> {
         of: &OfSource<'_>,
         (skip, most): (usize, usize),
         done: &mut Done,
-        data: &mut Dataset,
+        data: &mut Loading,
     ) -> Result<ReadRows, DataError> {
         let OfSource { number: source, format, renaming } = *of;
         let Self { config, tokenizer, options, .. } = *self;
@@ -108,7 +107,7 @@ impl FileLoader<'_> {
 
         let max_length = config.max_length;
         let mut report = FileReport { path: path.to_owned(), source, format, max_length, ..FileReport::default() };
-        let (first_example, mut notices, mut rows) = (data.examples.len(), Notices::default(), 0);
+        let (mut counts, mut notices, mut rows) = (Counts::default(), Notices::default(), 0);
         piece.truncate(most);
         while !piece.is_empty() {
             rows += piece.len();
@@ -118,7 +117,8 @@ impl FileLoader<'_> {
                 match example {
                     Ok(example) => {
                         self.check_judged(data, judged, || unit.at(path, line))?;
-                        data.examples.push(example);
+                        counts.add(example.input_ids.len(), example.label_tokens());
+                        data.rows.push(&example)?;
                         data.judged.extend(judged);
                     }
                     Err(reason) => report.masked.push(MaskedRow { line, reason }),
@@ -134,7 +134,7 @@ impl FileLoader<'_> {
         }
         report.notices = notices.finish();
         report.facts = encoder.facts;
-        data.report.add(report, &data.examples[first_example..]);
+        data.report.add(report, counts);
         done.rows += rows;
         done.bytes += records.total_bytes();
         Ok(ReadRows { skipped, rows })
@@ -145,7 +145,7 @@ impl FileLoader<'_> {
     /// Refuses a row whose answers are judged in another way than those before.
     fn check_judged(
         &self,
-        data: &Dataset,
+        data: &Loading,
         judged: Option<Judged>,
         place: impl FnOnce() -> Place,
     ) -> Result<(), DataError> {
@@ -155,7 +155,7 @@ impl FileLoader<'_> {
             Some(Judged::Desirable | Judged::Undesirable) => "an answer with a `label`",
         };
         let (here, before) = (kind(judged.as_ref()), kind(data.judged.first()));
-        if !data.examples.is_empty() && here != before {
+        if data.rows.len() > 0 && here != before {
             let problem =
                 format!("it has {here}, and rows before it have {before}; rows of one run must be alike in this");
             return Err(DataError::Row { place: place(), problem });

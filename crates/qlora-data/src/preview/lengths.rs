@@ -1,8 +1,7 @@
 //! How long rows are: a histogram.
 
-use std::collections::HashSet;
-
 use crate::dataset::Dataset;
+use crate::report::TruncatedRow;
 
 /// Bins at most.
 const BINS: usize = 16;
@@ -35,18 +34,25 @@ impl Lengths {
     pub fn new(dataset: &Dataset) -> Self {
         let report = &dataset.report;
         let max_length = report.max_length;
-        let cut: HashSet<(usize, usize)> = (report.files.iter().enumerate())
-            .flat_map(|(file, of_file)| of_file.truncated.iter().map(move |row| (file, row.line)))
-            .collect();
-        let file_of_rows =
-            report.files.iter().enumerate().flat_map(|(file, of_file)| std::iter::repeat_n(file, of_file.rows));
-        let file_of_rows: Vec<usize> = file_of_rows.collect();
-        let whole = || {
-            let rows = file_of_rows.iter().zip(&dataset.examples);
-            rows.filter(|(file, example)| !cut.contains(&(**file, example.line))).map(|(_, example)| example)
+        let cut = report.truncated().count();
+        let mut first = 0;
+        let of_files = report.files.iter().map(|file| {
+            let rows = first..first + file.rows;
+            first = rows.end;
+            (rows, &file.truncated)
+        });
+        let of_files: Vec<_> = of_files.collect();
+        // Of a file without rows that were cut no row's line is looked up.
+        let is_cut = |row: usize, truncated: &[TruncatedRow]| {
+            let line = || dataset.examples.row(row).map_or(0, |row| row.line());
+            !truncated.is_empty() && truncated.binary_search_by_key(&line(), |row| row.line).is_ok()
         };
-        let lengths = || whole().map(|example| example.input_ids.len());
-        let longest = if cut.is_empty() { lengths().max().unwrap_or(0) } else { max_length };
+        let lengths = || {
+            let rows = of_files.iter().flat_map(|(rows, truncated)| rows.clone().map(move |row| (row, *truncated)));
+            let lengths = rows.zip(dataset.examples.lengths());
+            lengths.filter(|((row, truncated), _)| !is_cut(*row, truncated)).map(|(_, length)| length)
+        };
+        let longest = if cut == 0 { lengths().max().unwrap_or(0) } else { max_length };
         let shortest = lengths().min().unwrap_or(longest).max(1);
         let width = (longest + 1).saturating_sub(shortest).div_ceil(BINS).next_power_of_two();
         let first = (shortest - 1) / width;
@@ -58,7 +64,7 @@ impl Lengths {
                 bin.rows += 1;
             }
         }
-        Self { bins, cut: cut.len(), max_length }
+        Self { bins, cut, max_length }
     }
 
     /// The largest number of rows in a bin, or of those that were cut.

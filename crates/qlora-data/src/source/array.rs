@@ -38,7 +38,10 @@ impl Elements {
 
     fn peek(&mut self) -> Result<Option<u8>, DataError> {
         let start = self.reader.fill_buf();
-        Ok(start.map_err(|source| packed::failure(&self.path, self.is_packed, source))?.first().copied())
+        Ok(start
+            .map_err(|source| packed::failure(&self.path, self.is_packed, (Unit::Row, self.read), source))?
+            .first()
+            .copied())
     }
 
     fn wrong(&self, problem: &str) -> DataError {
@@ -50,7 +53,8 @@ impl Elements {
         let (mut element, mut depth, mut in_text, mut escaped) = (Vec::new(), 0_usize, false, false);
         loop {
             let source = self.reader.fill_buf();
-            let bytes = source.map_err(|source| packed::failure(&self.path, self.is_packed, source))?;
+            let bytes =
+                source.map_err(|source| packed::failure(&self.path, self.is_packed, (Unit::Row, self.read), source))?;
             if bytes.is_empty() {
                 return Err(self.wrong("the array ends in the midst of it; the file was cut short"));
             }

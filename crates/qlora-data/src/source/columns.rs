@@ -31,7 +31,10 @@ impl Columns {
     pub fn new(path: &Path, file: File, progress: Progress) -> Result<Self, DataError> {
         let reader = SerializedFileReader::new(file).map_err(|error| DataError::FileKind {
             path: path.to_owned(),
-            problem: format!("is Parquet that is damaged or was cut short: {}", words(&error)),
+            problem: format!(
+                "is Parquet that is damaged or was cut short: {}; download or write it again",
+                words(&error)
+            ),
         })?;
         let count = u64::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or(0);
         let rows = RowIter::from_file_into(Box::new(reader));
@@ -41,6 +44,24 @@ impl Columns {
     fn wrong(&self, problem: String) -> DataError {
         DataError::Row { place: Unit::Row.at(&self.path, self.read), problem }
     }
+}
+
+/// The first column that has a page that can't be read: the library does not say which it was.
+fn broken_column(path: &Path) -> Option<String> {
+    let find = || {
+        let reader = SerializedFileReader::new(File::open(path).ok()?).ok()?;
+        let groups = 0..reader.num_row_groups();
+        groups.filter_map(|group| reader.get_row_group(group).ok()).find_map(|group| {
+            let columns = group.metadata().columns();
+            let is_broken = |column: &usize| match group.get_column_page_reader(*column) {
+                Ok(mut pages) => pages.any(|page| page.is_err()),
+                Err(_) => true,
+            };
+            let broken = (0..columns.len()).find(is_broken)?;
+            Some(columns[broken].column_path().string())
+        })
+    };
+    std::panic::catch_unwind(find).ok().flatten()
 }
 
 fn words(error: &ParquetError) -> String {
@@ -54,7 +75,11 @@ impl Reading for Columns {
         self.read += 1;
         let next = next.map_err(|_| self.wrong("the file is damaged: its levels contradict its schema".into()))?;
         let Some(row) = next else { return Ok(None) };
-        let row = row.map_err(|error| self.wrong(words(&error)))?;
+        let row = row.map_err(|error| {
+            let column = broken_column(&self.path)
+                .map_or_else(String::new, |column| format!("the column `{column}` is damaged: "));
+            self.wrong(format!("{column}{}; download or write the file again", words(&error)))
+        })?;
         self.progress.share(self.read as u64, self.count);
         let object = object(&row).map_err(|problem| self.wrong(problem))?;
         Ok(Some(Record { number: self.read, content: Content::Cells(object) }))

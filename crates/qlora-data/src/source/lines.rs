@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::{Content, Reading, Record, Text, packed};
 use crate::error::DataError;
+use crate::place::Unit;
 
 /// The lines of a file that are not blank.
 pub(super) struct Lines {
@@ -25,7 +26,9 @@ impl Reading for Lines {
         loop {
             let mut line = Vec::new();
             let length = self.reader.read_until(b'\n', &mut line);
-            if length.map_err(|source| packed::failure(&self.path, self.is_packed, source))? == 0 {
+            if length.map_err(|source| packed::failure(&self.path, self.is_packed, (Unit::Line, self.read), source))?
+                == 0
+            {
                 return Ok(None);
             }
             self.read += 1;

@@ -10,6 +10,7 @@ use flate2::bufread::MultiGzDecoder;
 
 use super::Text;
 use crate::error::DataError;
+use crate::place::Unit;
 
 /// Bytes read at a time.
 const BUFFER: usize = 64 << 10;
@@ -85,15 +86,23 @@ impl Stream {
     }
 }
 
-/// Why a file could not be read on.
-pub(super) fn failure(path: &Path, is_packed: Option<&'static str>, source: io::Error) -> DataError {
+/// Why a file could not be read on, behind the last line or row that was.
+pub(super) fn failure(
+    path: &Path,
+    is_packed: Option<&'static str>,
+    last: (Unit, usize),
+    source: io::Error,
+) -> DataError {
     let source = match is_packed {
         Some(packer) => {
             let what = match source.kind() {
-                io::ErrorKind::UnexpectedEof => "it ends too early; it was cut short",
+                io::ErrorKind::UnexpectedEof => "it ends too early: it was cut short",
                 _ => "it is damaged",
             };
-            io::Error::new(source.kind(), format!("{packer} can't unpack it: {what} ({source})"))
+            let (unit, number) = last;
+            let place = if number > 0 { format!(" behind {} {number}", unit.name(1)) } else { String::new() };
+            let problem = format!("{packer} can't unpack it{place}: {what} ({source}); download or pack it again");
+            io::Error::new(source.kind(), problem)
         }
         None => source,
     };

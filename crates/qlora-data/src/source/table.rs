@@ -9,9 +9,21 @@ use super::{Content, Object, Reading, Record, Text, packed};
 use crate::error::DataError;
 use crate::mapping::Columns as Mapping;
 use crate::place::Unit;
+use crate::words::count;
 
 /// Columns whose cells are JSON where they look like it: what has no form of its own in a table.
 const NESTED: [&str; 5] = ["messages", "conversations", "tools", "history", "chat_template_kwargs"];
+
+/// Columns whose cells are texts, or lists of messages: as JSON, in which each has a role.
+const TEXTS_OR_MESSAGES: [&str; 2] = ["prompt", "completion"];
+
+/// What the cells of a column are.
+#[derive(Clone, Copy, PartialEq)]
+enum Cells {
+    Texts,
+    Nested,
+    TextsOrMessages,
+}
 
 /// The rows of a table.
 pub(super) struct Table {
@@ -19,8 +31,8 @@ pub(super) struct Table {
     is_packed: Option<&'static str>,
     reader: Reader<Text>,
     columns: Vec<String>,
-    /// Of each column, whether its cells are JSON where they look like it.
-    nested: Vec<bool>,
+    /// What the cells of each column are.
+    cells: Vec<Cells>,
     row: StringRecord,
 }
 
@@ -34,7 +46,7 @@ impl Table {
         separator: u8,
         mapping: &Mapping,
     ) -> Result<Self, DataError> {
-        let start = text.fill_buf().map_err(|source| packed::failure(&path, is_packed, source))?;
+        let start = text.fill_buf().map_err(|source| packed::failure(&path, is_packed, (Unit::Line, 0), source))?;
         let header = start.split(|byte| *byte == b'\n').next().unwrap_or_default();
         let has = |byte: u8| header.contains(&byte);
         // Spreadsheets of many countries write semicolons into files that are called .csv.
@@ -45,7 +57,7 @@ impl Table {
         let mut reader = ReaderBuilder::new().delimiter(separator).from_reader(text);
         let names = reader.headers().cloned();
         let mut table =
-            Self { path, is_packed, reader, columns: Vec::new(), nested: Vec::new(), row: StringRecord::new() };
+            Self { path, is_packed, reader, columns: Vec::new(), cells: Vec::new(), row: StringRecord::new() };
         let names = names.map_err(|error| table.failure(error))?;
         let mut columns: Vec<String> = Vec::new();
         for (index, name) in names.iter().enumerate() {
@@ -60,7 +72,12 @@ impl Table {
             };
             return Err(DataError::Row { place: Unit::Line.at(&table.path, 1), problem });
         }
-        table.nested = columns.iter().map(|column| NESTED.contains(&mapping.key_of(column))).collect();
+        let cells = |column: &String| match mapping.key_of(column) {
+            key if NESTED.contains(&key) => Cells::Nested,
+            key if TEXTS_OR_MESSAGES.contains(&key) => Cells::TextsOrMessages,
+            _ => Cells::Texts,
+        };
+        table.cells = columns.iter().map(cells).collect();
         table.columns = columns;
         Ok(table)
     }
@@ -69,9 +86,17 @@ impl Table {
         let line = error.position().map_or(1, |position| position.line() as usize);
         let row = |problem: String| DataError::Row { place: Unit::Line.at(&self.path, line), problem };
         match error.into_kind() {
-            ErrorKind::Io(source) => packed::failure(&self.path, self.is_packed, source),
+            ErrorKind::Io(source) => {
+                let last = self.reader.position().line().saturating_sub(1) as usize;
+                packed::failure(&self.path, self.is_packed, (Unit::Line, last), source)
+            }
             ErrorKind::UnequalLengths { expected_len, len, .. } => row(format!(
-                "it has {len} cells, and the first line names {expected_len} columns; quote cells that hold the separator or a line break"
+                "it has {}, and the first line names {expected_len} columns: {}; quote cells that hold the separator or a line break",
+                count(len, "cell", "cells"),
+                match self.columns.get(len as usize..) {
+                    Some([first, ..]) => format!("from `{first}` on there is none"),
+                    _ => format!("nothing names cell {}", expected_len + 1),
+                }
             )),
             ErrorKind::Utf8 { err, .. } => row(format!(
                 "the cell in column {} is no UTF-8; `iconv -f WINDOWS-1252 -t UTF-8` writes a file that is",
@@ -82,9 +107,12 @@ impl Table {
     }
 
     /// A cell's value.
-    fn value(&self, column: &str, nested: bool, cell: &str, line: usize) -> Result<Json, DataError> {
+    fn value(&self, column: &str, cells: Cells, cell: &str, line: usize) -> Result<Json, DataError> {
         let text = cell.trim();
-        if !nested || !text.starts_with(['[', '{']) {
+        if cells == Cells::TextsOrMessages && text.starts_with('[') {
+            return Ok(messages(text).unwrap_or_else(|| cell.into()));
+        }
+        if cells != Cells::Nested || !text.starts_with(['[', '{']) {
             return Ok(cell.into());
         }
         serde_json::from_str(text).map(|super::unique::Unique(value)| value).map_err(|error| DataError::Row {
@@ -92,6 +120,13 @@ impl Table {
             problem: format!("the cell in column `{column}` is not valid JSON: {error}"),
         })
     }
+}
+
+/// A list of messages, if a text is one as JSON.
+fn messages(text: &str) -> Option<Json> {
+    let super::unique::Unique(list) = serde_json::from_str(text).ok()?;
+    let messages = list.as_array().filter(|messages| !messages.is_empty())?;
+    messages.iter().all(|message| message.get("role").is_some()).then_some(list)
 }
 
 impl Reading for Table {
@@ -102,10 +137,10 @@ impl Reading for Table {
         }
         let number = row.position().map_or(0, |position| position.line() as usize);
         let mut object = Object::new();
-        for ((column, nested), cell) in self.columns.iter().zip(&self.nested).zip(row.iter()) {
+        for ((column, cells), cell) in self.columns.iter().zip(&self.cells).zip(row.iter()) {
             // An empty cell of a column that holds lists is a list that is not there.
-            if !(cell.is_empty() && *nested) {
-                object.insert(column.clone(), self.value(column, *nested, cell, number)?);
+            if !(cell.is_empty() && *cells == Cells::Nested) {
+                object.insert(column.clone(), self.value(column, *cells, cell, number)?);
             }
         }
         self.row = row;

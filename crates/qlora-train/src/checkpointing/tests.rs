@@ -3,9 +3,8 @@
 
 use super::*;
 use crate::TrainConfig;
-use crate::plan::Plan;
+use crate::plan::{Plan, RowSizes};
 use crate::rates::seconds;
-use qlora_data::Example;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -20,10 +19,6 @@ fn shape(name: &str) -> ModelConfig {
     config["max_position_embeddings"] = 131_072.into();
     config["tie_word_embeddings"] = false.into();
     ModelConfig::from_json(&config, Path::new(name)).unwrap()
-}
-
-fn example(len: usize) -> Example {
-    Example { input_ids: vec![0; len], labels: vec![0; len], line: 1 }
 }
 
 /// The configuration of the benchmark: rank 64 on every layer.
@@ -60,8 +55,8 @@ fn the_estimates_are_what_steps_took() {
             if name == "llama-2-70b" {
                 config.set("train.optimizer_budget", "256MiB").unwrap();
             }
-            let rows = [example(len.parse().unwrap())];
-            let plan = Plan::new(&config, &shape(name), FloatDType::BF16, &Room::default(), &rows).unwrap();
+            let sizes = RowSizes::of_longest(len.parse().unwrap());
+            let plan = Plan::new(&config, &shape(name), FloatDType::BF16, &Room::default(), &sizes).unwrap();
             let (estimate, measured) = (plan.memory.total() as f64, step["in_use_bytes"].as_f64().unwrap());
             let off = estimate / measured - 1.0;
             // Temporaries of a block come and go in an order that the formulas don't follow.

@@ -12,7 +12,7 @@ use crate::error::TrainError;
 use crate::events::TrainEvents;
 use crate::metrics::{METRICS_FILE, MetricsWriter};
 use crate::objective::Preferences;
-use crate::plan::Plan;
+use crate::plan::{Plan, RowSizes};
 use crate::ranks::Ranks;
 use crate::resize::{Resized, resize};
 use crate::run_folder::RunFolder;
@@ -126,7 +126,8 @@ impl<'e> Trainer<'e> {
         let (count, of_host) = ranks.as_ref().map_or((1, 1), |ranks| (ranks.count(), ranks.of_host().len()));
         let room = Room::of_rank(&device, config.train.memory_budget, count, of_host);
         let room = together::room_of_host(room, ranks.as_ref())?;
-        let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &rows.train.examples)?;
+        let sizes = RowSizes::new(&rows.order, &rows.train.examples);
+        let Plan { policies, lighter, weights, .. } = Plan::new(&config, &shape, dtype, &room, &sizes)?;
         tracing::info!(kept = %policies, "what blocks keep for the backward pass");
         let options = LoadOptions { quantization: config.quantization.quant_config(), dtype };
         let (streams, note) = weights.streams(&device, ranks.as_ref())?;

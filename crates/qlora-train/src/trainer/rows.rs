@@ -1,6 +1,6 @@
 //! The rows of a run, in the order in which it takes them.
 //!
-//! Batches are made when they are needed: beyond the rows themselves, a run holds one step's batches.
+//! Batches are made when they are needed: beyond the rows themselves, which may lie in a file, a run holds one step's batches.
 
 use std::sync::atomic::Ordering;
 
@@ -199,7 +199,7 @@ impl Rows {
         if config.lora.init != Initialization::Eva {
             return Vec::new();
         }
-        let batches = self.order.rows(0).into_iter().take(config.lora.eva_batches);
+        let batches = self.order.rows(0).take(config.lora.eva_batches);
         // Packed rows are looked at side by side, no more of them at a time than a batch has sequences.
         let side_by_side = batches.flat_map(|rows| {
             let batches = rows.chunks(config.train.batch_size.max(1)).map(|rows| {

@@ -5,6 +5,7 @@ mod best;
 mod common;
 mod exact;
 mod folder;
+mod layouts;
 mod loss_scale;
 mod packed;
 mod ranks;

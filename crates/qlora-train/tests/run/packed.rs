@@ -47,8 +47,9 @@ fn a_run_over_packed_rows_is_that_of_the_sums_over_its_rows() {
     let mut model = Decoder::load(&base, options, &Device::flex(), &mut |_| ()).unwrap();
     model.attach_lora(&config.lora, config.train.seed).unwrap();
     let mut engine = qlora_train::engine(model, &config.train, ActivationCheckpointing::None).unwrap();
-    let alone =
-        |rows: &[usize]| -> Vec<Batch> { rows.iter().map(|row| Batch::new([&train.examples[*row]], 0)).collect() };
+    let alone = |rows: &[usize]| -> Vec<Batch> {
+        rows.iter().map(|row| Batch::new([&train.examples.get(*row).unwrap()], 0)).collect()
+    };
     let evaluated =
         |engine: &qlora_train::Engine| engine.evaluate(eval.examples.iter().map(|row| Batch::new([row], 0))).unwrap();
     // Sums in another order, and what the updates make of their last bits.
@@ -57,10 +58,10 @@ fn a_run_over_packed_rows_is_that_of_the_sums_over_its_rows() {
     };
     let before = evaluated(&engine);
     near(history.evals[0].eval_loss, before.loss, "evaluation before");
-    let rows = order.rows(0);
+    let rows: Vec<Vec<usize>> = order.rows(0).collect();
     for (step, (metrics, rows)) in history.steps.iter().zip(rows.chunks(2)).enumerate() {
         let rows = rows.concat();
-        let tokens: usize = rows.iter().map(|row| train.examples[*row].input_ids.len()).sum();
+        let tokens: usize = rows.iter().map(|row| train.examples.get(*row).unwrap().input_ids.len()).sum();
         assert_eq!((metrics.tokens, metrics.padding_tokens), (tokens as u64, 0));
         let rate = config.train.learning_rate_at(step, 6);
         let output = engine.step(&alone(&rows), rate, step as u64).unwrap();

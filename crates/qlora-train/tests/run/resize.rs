@@ -5,7 +5,7 @@ use adapter_io::{MergeOptions, TokenIndices, merge_checkpoint};
 use burn::tensor::{Device, FloatDType};
 use qlora_layers::Pass;
 use qlora_models::{Decoder, LoadOptions, ModelConfig};
-use qlora_train::{Plan, Resume, Room, TrainConfig, resize};
+use qlora_train::{Plan, Resume, Room, RowSizes, TrainConfig, resize};
 use std::path::Path;
 
 const ROWS: &str = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta";
@@ -181,9 +181,9 @@ fn the_plan_counts_what_is_trained() {
         let model = ModelConfig::from_dir(&dir.path().join("model")).unwrap();
         let tokenizer = chat_text::Tokenizer::from_dir(dir.path().join("model")).unwrap();
         let on_cpu = Room { on_cpu: true, ..Room::default() };
-        let plain = Plan::new(&config, &model, FloatDType::F32, &on_cpu, &[]).unwrap();
+        let plain = Plan::new(&config, &model, FloatDType::F32, &on_cpu, &RowSizes::default()).unwrap();
         let resized = resize(&config, model, &tokenizer).unwrap();
-        let plan = Plan::new(&resized.config, &resized.model, FloatDType::F32, &on_cpu, &[]).unwrap();
+        let plan = Plan::new(&resized.config, &resized.model, FloatDType::F32, &on_cpu, &RowSizes::default()).unwrap();
         let tables = if tied { 1 } else { 2 };
         assert_eq!(plan.trainable_parameters - plain.trainable_parameters, tables * 2 * 256);
         assert_eq!(plan.base_parameters - plain.base_parameters, tables * 2 * 256);
