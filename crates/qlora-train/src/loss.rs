@@ -142,7 +142,7 @@ pub(crate) enum Weights {
     /// The same for all.
     All(f32),
     /// For each of them, `[tokens]`, f32, without autodiff.
-    Each(Tensor<1>),
+    Each(Box<Tensor<1>>),
 }
 
 impl Weights {
@@ -150,7 +150,7 @@ impl Weights {
     fn sum(&self, losses: Tensor<1>, chunk: &Range<usize>) -> Tensor<1> {
         match self {
             Self::All(scale) => losses.sum().mul_scalar(*scale),
-            Self::Each(weights) => (losses * weights.clone().slice(chunk.clone()).autodiff()).sum(),
+            Self::Each(weights) => (losses * (**weights).clone().slice(chunk.clone()).autodiff()).sum(),
         }
     }
 }

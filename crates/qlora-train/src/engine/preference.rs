@@ -121,7 +121,7 @@ impl Engine {
         let from = loss.backward();
         // What a token's loss counts is the negative of what its log-probability does.
         let weights = labelled.answers.weights(&log_probs.policy, &from).mul_scalar(-scale);
-        let (_, grad) = loss_and_gradient(model, x, labelled, &Weights::Each(weights), pass, collect);
+        let (_, grad) = loss_and_gradient(model, x, labelled, &Weights::Each(Box::new(weights)), pass, collect);
         let loss = loss.without_autodiff().mul_scalar(scale);
         Ok((Tensor::cat(vec![loss, figures], 0), grad))
     }
