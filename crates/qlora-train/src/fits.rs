@@ -226,7 +226,7 @@ mod tests {
     /// 64 rows of 128 tokens, 16 to a sequence, are as large as one row of 2,048, and what makes room is the same.
     #[test]
     fn packed_rows_are_as_large_as_their_sequence() {
-        let rows = self::rows(&[128; 64]);
+        let rows = rows(&[128; 64]);
         let packed = [("train.batch_size", "2"), ("data.packing", "auto")];
         let of = |room: u64, set: &[(&str, &str)], rows: &Examples| {
             nearest(&config(set), &model(), FloatDType::BF16, &self::room(room), &sizes(set, rows, &[])).unwrap()

@@ -59,7 +59,7 @@ mod tests {
         let device = Device::flex();
         let zeros = || Tensor::<2>::zeros([32, width], (&device, DType::F32));
         let of = |pass: Pass| {
-            noise.on(zeros(), &Batch::new(&rows(), 0), pass).into_data_as::<f32>().iter::<f32>().collect::<Vec<_>>()
+            noise.on(zeros(), &Batch::new(rows(), 0), pass).into_data_as::<f32>().iter::<f32>().collect::<Vec<_>>()
         };
         let values = of(Pass::training(7));
         let largest = |from: usize, tokens: usize| {
@@ -73,7 +73,7 @@ mod tests {
         assert_ne!(of(Pass::training(8)), values);
         // Rows end to end have the noise of their own lengths, too.
         assert_eq!(
-            noise.magnitudes(&Batch::end_to_end(&rows()), width),
+            noise.magnitudes(&Batch::end_to_end(rows()), width),
             [[0.3125; 4].as_slice(), &[0.15625; 16]].concat()
         );
         assert!(of(Pass::INFERENCE).iter().all(|value| *value == 0.0));
