@@ -25,7 +25,7 @@
 //! the size gives. TRL averages each micro-batch by itself and then those; with one micro-batch a step both are the same.
 //!
 //! Where gradients go is left to autodiff, over a handful of numbers: the derivative of the loss by each answer's log-probability becomes
-//! the weight of the answer's tokens in the cross entropy of the model's head ([`crate::loss`]).
+//! the weight of the answer's tokens in the cross entropy of the head (`loss.rs`).
 
 mod figures;
 mod sums;
