@@ -10,10 +10,11 @@ const MAX_LINES: usize = 600;
 const FAMILIES: &[&str] = &["llama", "mistral", "mixtral", "qwen", "gemma", "phi", "sparse"];
 
 /// What may name families beside `qlora-models`, whose `family.rs` knows how they compute, and the programs that measure
-/// and compare: file formats of others have names for them.
+/// and compare: file formats of others have names for them, and other trainers' configurations.
 const FAMILY_TABLES: &[&str] = &[
     "crates/adapter-io/src/gguf/architectures.json",
     "crates/adapter-io/src/experts.rs",
+    "crates/qlora-cli/src/init/",
     "crates/qlora-serve/src/text/tools/",
     "crates/qlora-serve/src/http/tools.rs",
 ];
@@ -30,7 +31,8 @@ fn forbidden(path: &str) -> &'static [(&'static [&'static str], &'static str)] {
     }
 }
 
-const FAMILIES_REASON: &str = "model families are named in qlora-models, in adapter-io's two tables of names and in qlora-serve's formats of tool calls";
+const FAMILIES_REASON: &str = "model families are named in qlora-models, in adapter-io's two tables of names, in qlora-serve's formats of tool \
+                               calls and where `qlora init` reads other trainers' names of templates";
 
 /// Checks one file; `path` is relative to the workspace.
 pub(super) fn check(path: &str, text: &str) -> Vec<String> {

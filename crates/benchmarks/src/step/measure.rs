@@ -324,6 +324,7 @@ mod tests {
         let shape = shapes::config("tiny", None, None).unwrap();
         let mut config = TrainConfig::default();
         config.set("lora.rank", "8").unwrap();
+        config.set("train.gradient_accumulation_steps", "1").unwrap();
         let place = Place { device: Device::flex(), client: None, driver: None };
         for case in ["2x16-pairs", "2x16-pairs-ahead"] {
             let repeats = Repeats { warm_up: 1, steps: 2, tracing: None };
