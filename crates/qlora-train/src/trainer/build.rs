@@ -113,7 +113,7 @@ impl<'e> Trainer<'e> {
             false => Some(Asked::new(&config.eval, &prompts, tokenizer, shape.max_position_embeddings)?),
         };
         let before = Before::load(&config)?;
-        let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template(), before.fingerprint()?);
+        let basis = rows.basis(checksum::fingerprint(&model_dir)?, prompts.template(), before.fingerprint());
         if let Some(Resumed { checkpoint, .. }) = &resumed {
             if folder.is_some() {
                 let changes = checkpoint.basis_changes(&basis, &config);

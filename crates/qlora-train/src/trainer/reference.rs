@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use adapter_io::{Adapter, atomic, checksum};
+use adapter_io::{Adapter, atomic};
 use qlora_data::{Batch, BatchOrder, DataConfig, Dataset};
 use qlora_models::Decoder;
 use sha2::{Digest as _, Sha256};
@@ -37,6 +37,16 @@ impl Named {
             problem: error.to_string(),
         })?;
         Ok(Self { key, dir, adapter })
+    }
+
+    /// SHA-256 of its tensors by their names, in hexadecimal digits.
+    fn hash(&self) -> String {
+        let mut hash = Sha256::new();
+        for (name, tensor) in &self.adapter.tensors {
+            hash.update(format!("{name} {:?}:", tensor.shape));
+            tensor.data.iter().for_each(|value| hash.update(value.to_le_bytes()));
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     fn fail(&self, problem: String) -> TrainError {
@@ -128,15 +138,10 @@ impl Before {
     }
 
     /// What they are, for a run that goes on: hashes of their weights.
-    ///
-    /// # Errors
-    /// One can't be read.
-    pub fn fingerprint(&self) -> Result<Option<String>, TrainError> {
-        let mut hashes = Vec::new();
-        for named in [&self.start, &self.reference].into_iter().flatten() {
-            hashes.push(format!("{} {}", named.key, checksum::fingerprint(&named.dir)?));
-        }
-        Ok((!hashes.is_empty()).then(|| hashes.join(", ")))
+    pub fn fingerprint(&self) -> Option<String> {
+        let named = [&self.start, &self.reference].into_iter().flatten();
+        let hashes: Vec<String> = named.map(|named| format!("{} {}", named.key, named.hash())).collect();
+        (!hashes.is_empty()).then(|| hashes.join(", "))
     }
 
     /// The reference over a base without adapters.
@@ -265,6 +270,27 @@ fn write(file: &Path, known: &[ReferenceLogProbs]) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn adapters_are_known_by_their_weights() {
+        let reference = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/reference"));
+        let of = |start: &str, other: &str| {
+            let mut config = TrainConfig::default();
+            config.train.from_adapter = Some(reference.join(start));
+            config.train.objective = crate::config::Objective::One(crate::config::Term::Dpo);
+            config.preference.reference = Reference::Adapter(reference.join(other));
+            Before::load(&config).unwrap().fingerprint().unwrap()
+        };
+        let both = of("adapters/plain", "qlora/final_adapter_f32");
+        assert_eq!(both, of("adapters/plain", "qlora/final_adapter_f32"));
+        assert_ne!(both, of("adapters/plain", "qlora/initial_adapter"));
+        assert!(both.starts_with("train.from_adapter ") && both.contains(", preference.reference "), "{both}");
+        assert_eq!(Before::load(&TrainConfig::default()).unwrap().fingerprint(), None);
+        let mut config = TrainConfig::default();
+        config.train.from_adapter = Some(reference.join("adapters"));
+        let error = Before::load(&config).err().unwrap().to_string();
+        assert!(error.starts_with("train.from_adapter = "), "{error}");
+    }
 
     #[test]
     fn what_is_kept_is_read_again_unless_it_is_damaged() {
